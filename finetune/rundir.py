@@ -1,0 +1,165 @@
+"""The run folder: where one execution of a job writes everything it produces. A file that exists there is complete.
+
+Knows paths, atomic writes and the two append-only journals; does not know what a run means. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.errors import DiskFull
+
+
+def workspace() -> Path:
+    """The workspace folder: ``FINETUNE_HOME``, or ``.finetune`` under the current folder."""
+    return Path(os.environ.get("FINETUNE_HOME", ".finetune")).absolute()
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success flush it to disk and rename it over `target`.
+
+    Raises:
+        DiskFull: the disk filled up while writing; `target` is as it was before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+        _fsync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"{target}: the disk is full. Free some space and run the same command again; it resumes.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write `target` whole or not at all; `write` gets the open binary file."""
+    with atomic_path(target) as temporary, open(temporary, "wb") as stream:
+        write(stream)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(target, lambda stream: stream.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run folder, and its two journals (JSON Lines, append-only, each line carries ``at`` in Unix seconds)."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "spec.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.root / "resolved.json"
+
+    @property
+    def split(self) -> Path:
+        return self.root / "split.csv"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    def create(self) -> RunDir:
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Append one line to ``events.jsonl``: what happened, for a person (`message`) and for a program (`kind`, `data`)."""
+        append_line(self.events, {"at": time.time(), "kind": kind, "message": message, **data})
+
+    def metric(self, step: int, values: Mapping[str, float], *, epoch: float | None = None) -> None:
+        """Append one line of metrics (keys are ``split/name``) to ``metrics.jsonl``; `step` counts optimiser steps."""
+        append_line(self.metrics, {"at": time.time(), "step": step, "epoch": epoch, "values": dict(values)})
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line with a single write, so that readers never see half a line from a living process."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines of a journal; a torn last line (the process was killed while writing it) is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

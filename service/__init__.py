@@ -1,0 +1,1 @@
+"""The HTTP face: a BentoML service with a FastAPI app mounted in it. Only translates; torch-free."""
