@@ -12,7 +12,7 @@
     ├── NotFound                     not_found             2   404   a run, bundle, model, file or job that does not exist
     ├── Conflict                     conflict              1   409   an action that the present state does not allow
     ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its probes
-    ├── ExportError                  export_failed         1   500   a model that ONNX cannot express, or that differs after export
+    ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
     ├── TrainingError                training_failed       1   500   training that cannot go on (diverged, out of memory)
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written

@@ -38,7 +38,7 @@ class HeadSpec(_Section):
     dropout: Auto | Fraction = "auto"
     aux: Annotated[
         bool | str | None,
-        Field(description="Auxiliary classifier during training, dropped at export: true (the architecture's own) or a stage name."),
+        Field(description="auxiliary classifier while training, dropped at export: true or a stage name"),
     ] = None
 
 
@@ -48,7 +48,7 @@ class ModelSpec(_Section):
     backbone: str = Field(DEFAULT_BACKBONE, min_length=1, max_length=200)
     weights: Annotated[
         str,
-        Field(description="auto (installed package, else timm's hub) | package | hub | none | path of a .pth or .safetensors file"),
+        Field(description="auto (installed package, else timm's hub) | package | hub | none | path of .pth or .safetensors"),
     ] = "auto"
     input_size_px: Auto | Annotated[int, Field(ge=32, le=1024)] = "auto"
     head: HeadSpec = HeadSpec()
@@ -68,7 +68,9 @@ class DataSpec(_Section):
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
         if self.val_fraction + self.test_fraction >= 0.9:
-            raise ValueError(f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves under a tenth to train on")
+            raise ValueError(
+                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves under a tenth to train on"
+            )
         return self
 
 
@@ -98,7 +100,7 @@ class Partial(_Section):
 
 
 class Full(_Section):
-    """Train everything. With `warm_head` the head is fitted on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
+    """Train everything. `warm_head` fits the head on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
 
     type: Literal["full"] = "full"
     warm_head: bool = True
@@ -139,7 +141,7 @@ class Hyperparameters(_Section):
     warmup_fraction: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     early_stopping_epochs: Auto | Annotated[int, Field(ge=1)] | None = "auto"
     ema: Auto | bool = "auto"
-    l2: Auto | Annotated[float, Field(ge=0.0, description="L2 strength of the solved head; auto chooses it by validation")] = "auto"
+    l2: Auto | Annotated[float, Field(ge=0.0, description="L2 strength of the solved head; auto: by validation")] = "auto"
     views: Auto | Annotated[int, Field(ge=1, le=64, description="cached augmented views per image, for frozen prefixes")] = "auto"
 
 
@@ -170,7 +172,7 @@ def _name_means(key: str):  # type: ignore[no-untyped-def]
 class JobSpec(_Section):
     """The request. See `docs/spec.md` for each field with its default."""
 
-    model: Annotated[ModelSpec, _name_means("backbone")] = ModelSpec()
+    model: Annotated[ModelSpec, _name_means("backbone")] = ModelSpec(backbone=DEFAULT_BACKBONE)
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
     test_file: str | None = None
@@ -265,46 +267,72 @@ def _assign(target: dict[str, Any], key_path: Sequence[str], value: Any) -> None
 
 
 def _problems(error: ValidationError, given: Mapping[str, Any]) -> list[Problem]:
-    """Pydantic's errors as one problem a field: a union reports each of its branches, which readers see as one."""
-    by_field: dict[str, list[str]] = {}
+    """Pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field."""
+    requirements: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    sentences: dict[str, str] = {}
     for detail in error.errors(include_url=False):
-        where = _field_path(detail["loc"], given)
-        by_field.setdefault(where, []).append(_sentence(detail))
-    return [Problem(where, " or ".join(dict.fromkeys(sentences))) for where, sentences in by_field.items()]
+        where = _field_path(detail, given)
+        if sentence := _plain_sentence(detail):
+            sentences[where] = sentence
+        else:
+            requirements.setdefault(where, []).append(_requirement(detail))
+            values[where] = detail["input"]
+    for where, allowed in requirements.items():
+        allowed.sort(key="'auto'".__eq__)  # what is special about the field first, the word that every such field takes last
+        sentences.setdefault(where, f"must be {' or '.join(dict.fromkeys(allowed))}, given {values[where]!r}")
+    return [Problem(where, sentence) for where, sentence in sentences.items()]
 
 
-def _field_path(location: Sequence[str | int], given: Any) -> str:
-    """The location without the names that pydantic adds for union branches (a branch name is not a key of what was given)."""
-    parts: list[str] = []
+def _field_path(detail: Any, given: Any) -> str:
+    """Where the error is, without the names that pydantic adds for union branches (they are not keys of what was given)."""
+    location = detail["loc"]
+    path = ""
     value: Any = given
     for position, part in enumerate(location):
+        names_absent_key = detail["type"] == "missing" and position == len(location) - 1
         if isinstance(part, int):
-            parts[-1:] = [f"{parts[-1]}[{part}]"] if parts else [f"[{part}]"]
+            path += f"[{part}]"
             value = value[part] if isinstance(value, Sequence) and part < len(value) else None
-        elif isinstance(value, Mapping) and (part in value or position == len(location) - 1):
-            parts.append(part)
+        elif isinstance(value, Mapping) and (part in value or names_absent_key):
+            path += f".{part}" if path else part
             value = value.get(part)
-        elif not isinstance(value, Mapping) and not parts:
-            parts.append(part)
-    return ".".join(parts)
+    return path
 
 
-def _sentence(detail: Any) -> str:
-    kind, context, given = detail["type"], detail.get("ctx", {}), detail.get("input")
+def _plain_sentence(detail: Any) -> str | None:
+    """What to say where the error is not of the form "must be …"."""
+    kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        name = str(detail["loc"][-1])
-        return f"unknown key.{did_you_mean(name, _known_keys(detail['loc']))}"
+        return f"unknown key.{did_you_mean(str(detail['loc'][-1]), _known_keys(detail['loc']))}"
     if kind == "missing":
         return "required, and not given"
     if kind == "union_tag_invalid":
-        tag = str(context.get("tag"))
+        tag = str(context["tag"])
         return f"unknown type {tag!r}; allowed are {', '.join(METHODS)}.{did_you_mean(tag, METHODS)}"
+    if kind == "union_tag_not_found":
+        return f"needs a type; allowed are {', '.join(METHODS)}"
+    if kind == "value_error":
+        return str(detail["msg"]).removeprefix("Value error, ")
+    return None
+
+
+_REQUIREMENTS = {
+    "model_type": "a section (a mapping of keys)", "model_attributes_type": "a section (a mapping of keys)",
+    "dict_type": "a mapping",
+    "tuple_type": "a list", "string_type": "a text", "int_type": "a whole number", "int_parsing": "a whole number",
+    "int_from_float": "a whole number", "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false",
+    "bool_parsing": "true or false", "finite_number": "a finite number",
+}  # fmt: skip
+
+
+def _requirement(detail: Any) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
-        allowed = str(context["expected"])
-        return f"must be {allowed}, given {given!r}"
-    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    message = f"must be {message}" if str(detail["msg"]).startswith("Input should be ") else message
-    return message if kind == "value_error" else f"{message}, given {given!r}"
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch":
+        return f"a text that matches {context['pattern']}"
+    return _REQUIREMENTS.get(kind) or str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value should be ")
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

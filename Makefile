@@ -1,0 +1,55 @@
+# Every target sets up .venv by itself when it is missing or when what it is made from has changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+# One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
+WORKERS ?= 2
+
+.PHONY: help install demo test test-all lint format bench serve mlflow lock clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=…"; exit 1; }
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	@touch $@
+
+install: $(READY)  ## Make .venv with everything in it
+
+demo: $(READY)  ## Fine-tune, compare, serve and ask over HTTP, on real data (DATA=folder uses your own)
+	$(BIN)/finetune demo $(if $(DATA),--data $(DATA))
+
+test: $(READY)  ## The default tests, under ten minutes on two cores
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: $(READY)  ## The default tests and the slow ones
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m ''
+
+lint: $(READY)  ## Style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: $(READY)  ## Serve the newest model on 127.0.0.1:3000
+	$(BIN)/finetune serve
+
+mlflow: $(READY)  ## Open the MLflow pages on the workspace's runs
+	$(BIN)/finetune mlflow
+
+lock: $(READY)  ## Write constraints.txt from what is installed
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(setuptools|wheel)=='; } > constraints.tmp
+	@mv constraints.tmp constraints.txt
+
+clean:  ## Remove the environment and everything that tools leave behind
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
