@@ -143,17 +143,19 @@ class RunDir:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line with a single write, so that readers never see half a line from a living process."""
+    """Append one JSON line with a single write; a line that an earlier process was killed in the middle of is closed first."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (("\n" if torn else "") + line).encode())
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines of a journal; a torn last line (the process was killed while writing it) is left out."""
+    """All whole JSON lines of a journal; a torn line (its process was killed while writing it) is left out."""
     if not path.exists():
         return []
     records = []

@@ -1,0 +1,56 @@
+"""The command line. Each command translates arguments into a call and a result into text; the work is elsewhere.
+
+Only click is imported here, so that ``finetune --help`` answers at once: commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from finetune import __version__
+from finetune.cli.demo import demo
+from finetune.cli.serving import models, predict, serve
+from finetune.cli.training import backbones, check, evaluate, mlflow, train
+from finetune.errors import FinetuneError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="finetune")
+def cli() -> None:
+    """Fine-tune a pretrained image classifier on your photographs, compare, export, serve.
+
+    \b
+    finetune check --data photos              what would be done, and what it would cost
+    finetune train --data photos              fit a head on frozen features (fast)
+    finetune train --data photos --method full
+    finetune serve                            serve the newest model over HTTP
+    """
+
+
+for command in (check, train, evaluate, predict, serve, backbones, models, mlflow, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run a command; errors of the finetune family become a message on stderr and an exit code (1 failed, 2 bad input)."""
+    try:
+        cli.main(standalone_mode=False)
+    except FinetuneError as error:
+        from finetune.cli.terminal import show_error
+
+        show_error(error, as_json="--json" in sys.argv)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,25 @@
+"""`demo`: the whole product once, on data and weights that were installed with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from finetune.cli.training import json_option
+
+
+@click.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Your own folder of class folders instead of the handwritten digits."
+)
+@json_option
+def demo(data: Path | None, as_json: bool) -> None:
+    """Fine-tune twice (frozen and full), serve the better model, ask it over HTTP, print what came out."""
+    from finetune.cli.show import show_demo
+    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.demo import run_demo
+
+    with progress_bars(shown=not as_json) as progress:
+        result = run_demo(data, progress)
+    print_json(result.to_dict()) if as_json else show_demo(result)

@@ -1,0 +1,111 @@
+"""What a person sees: progress bars, tables and errors on stderr; what a program reads: one JSON document on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from finetune.errors import FinetuneError
+from finetune.progress import Progress, ProgressCallback, silent
+
+console = Console(stderr=True, highlight=False)
+
+PHASES = {
+    "preparing": "reading images",
+    "features": "frozen features",
+    "training": "training",
+    "evaluating": "evaluating",
+    "exporting": "exporting",
+    "registering": "registering",
+}
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def show_error(error: FinetuneError, *, as_json: bool) -> None:
+    if as_json:
+        problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
+        print_json({"error": {"code": error.code, "message": error.message, "problems": problems}})
+    console.print(f"[bold red]error[/] ({error.code}): ", end="")
+    console.print(str(error), markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stderr; columns whose cells are all numbers are aligned to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))] if isinstance(rows, list) else []
+    drawn = Table(title=title or None, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if numeric and numeric[i] else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """``8.3 s``, ``4 min 10 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def byte_size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+@contextmanager
+def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
+    """One bar a phase, with its latest values (loss, accuracy, images/s) and the time that is left."""
+    if not shown:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TextColumn("[cyan]{task.fields[values]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+    )
+    with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def update(progress: Progress) -> None:
+            key = (progress.phase, progress.message)
+            if key not in tasks:
+                label = PHASES.get(progress.phase, progress.phase)
+                tasks[key] = bars.add_task(progress.message or label, total=progress.total, unit=progress.unit, values="")
+            values = "  ".join(f"{name} {_cell(float(value))}" for name, value in progress.values.items())
+            bars.update(tasks[key], completed=progress.done, total=progress.total, values=values)
+
+        yield update

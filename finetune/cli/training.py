@@ -1,0 +1,162 @@
+"""`check`, `train`, `evaluate`, `backbones`, `mlflow`: the commands of the person who fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from finetune.spec import JobSpec
+
+METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A spec file, its short forms as flags, and ``--set`` for the rest; the command gets one `spec`."""
+
+    def build(ctx: click.Context, **given: Any) -> Any:
+        from finetune.spec import load_spec
+
+        short_forms: dict[str, Any] = {
+            "training_file": given.pop("data"),
+            "validation_file": given.pop("validation"),
+            "test_file": given.pop("test"),
+            "suffix": given.pop("name"),
+            "seed": given.pop("seed"),
+        }
+        overrides = {key: value for key, value in short_forms.items() if value is not None}
+        if (model := given.pop("model")) is not None:
+            overrides["model"] = {"backbone": model}
+        if (method := given.pop("method")) is not None:
+            overrides["method"] = method
+        if (epochs := given.pop("epochs")) is not None:
+            overrides["hyperparameters"] = {"n_epochs": epochs}
+        spec = load_spec(given.pop("spec_file"), overrides, given.pop("settings"))
+        return ctx.invoke(command, spec=spec, **given)
+
+    build.__name__, build.__doc__ = command.__name__, command.__doc__
+    decorated: Callable[..., Any] = click.pass_context(build)
+    for decorate in reversed(
+        [
+            click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path)),
+            click.option("--data", metavar="FOLDER", help="Class folders, or train/val/test folders of them (training_file)."),
+            click.option("--validation", metavar="FOLDER", help="Class folders to validate on (validation_file)."),
+            click.option("--test", metavar="FOLDER", help="Class folders to test on once, at the end (test_file)."),
+            click.option("--name", help="Name of the registered model (suffix)."),
+            click.option("--model", metavar="BACKBONE", help="A timm name; see finetune backbones."),
+            click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
+            click.option("--epochs", type=int, help="Epochs of training (hyperparameters.n_epochs)."),
+            click.option("--seed", type=int),
+            click.option(
+                "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Any other field of the spec; repeatable."
+            ),
+        ]
+    ):
+        decorated = decorate(decorated)
+    return decorated
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+@click.command()
+@spec_options
+@json_option
+def check(spec: JobSpec, as_json: bool) -> None:
+    """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
+    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.pipeline import make_plan
+
+    with progress_bars(shown=not as_json) as progress:
+        plan = make_plan(spec, progress)
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        from finetune.cli.show import show_plan
+
+        show_plan(plan)
+
+
+@click.command()
+@spec_options
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run writes; an unfinished run there is resumed.")
+@click.option("--experiment", help="MLflow experiment; by default the name of the dataset's folder.")
+@click.option("--no-mlflow", is_flag=True, help="Do not log to MLflow.")
+@json_option
+def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow: bool, as_json: bool) -> None:
+    """Fine-tune, evaluate, export and register a model.
+
+    The same command after a crash or Ctrl-C goes on where the run stopped.
+    """
+    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.pipeline import choose_run_dir, run_job
+
+    run = choose_run_dir(spec, run_dir)
+    with progress_bars(shown=not as_json) as progress:
+        outcome = run_job(spec, run, progress, experiment=experiment, tracked=not no_mlflow)
+    if as_json:
+        print_json(outcome.to_dict())
+    else:
+        from finetune.cli.show import show_outcome
+
+        show_outcome(outcome)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--data", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Labelled images in class folders."
+)
+@click.option(
+    "--split", default=None, help="Which part, where the folder has train/val/test inside (default test, else val, else all)."
+)
+@json_option
+def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
+    """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
+    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.pipeline import evaluate_bundle, find_bundle
+
+    with progress_bars(shown=not as_json) as progress:
+        evaluation = evaluate_bundle(find_bundle(model), data, split, progress)
+    if as_json:
+        print_json(evaluation.to_json())
+    else:
+        from finetune.cli.show import show_evaluation
+
+        show_evaluation(evaluation)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--limit", default=40, show_default=True, help="How many names to list.")
+@json_option
+def backbones(name: str | None, limit: int, as_json: bool) -> None:
+    """List backbones, or show the stages of one and what each method would train.
+
+    NAME is a timm name (resnet50) or a pattern (resnet*).
+    """
+    from finetune.cli.show import show_backbone, show_backbone_names
+    from finetune.cli.terminal import print_json
+    from finetune.model.backbone import list_backbones
+    from finetune.pipeline import describe_backbone
+
+    if name is None or any(sign in name for sign in "*?["):
+        names = list_backbones(name)
+        print_json({"backbones": names}) if as_json else show_backbone_names(names, limit)
+    else:
+        description = describe_backbone(name)
+        print_json(description) if as_json else show_backbone(description)
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+def mlflow(host: str, port: int) -> None:
+    """Open the MLflow pages on this workspace's runs."""
+    from finetune.rundir import workspace
+    from finetune.tracking import open_ui
+
+    open_ui(workspace(), host, port)

@@ -1,0 +1,57 @@
+"""A file that exists in a run folder is complete; a journal survives a torn last line."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import DiskFull
+from finetune.rundir import RunDir, atomic_path, read_json, read_lines, write_atomic, write_json
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    target = tmp_path / "value.json"
+    write_json(target, {"a": 1})
+
+    def half(stream) -> None:
+        stream.write(b'{"a":')
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        write_atomic(target, half)
+    assert read_json(target) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_full_disk_is_named_with_the_file_and_what_to_do(tmp_path: Path):
+    target = tmp_path / "big.bin"
+    with pytest.raises(DiskFull, match=r"big\.bin.*Free some space"), atomic_path(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_refuses_what_json_cannot_say(tmp_path: Path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_journal_is_read_up_to_a_torn_last_line(tmp_path: Path):
+    run = RunDir(tmp_path / "run").create()
+    run.metric(1, {"train/loss": 2.0}, epoch=0.5)
+    run.metric(2, {"train/loss": 1.0})
+    with open(run.metrics, "a") as stream:
+        stream.write('{"at": 1, "st')
+    lines = read_lines(run.metrics)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["values"] == {"train/loss": 2.0}
+
+
+def test_a_journal_goes_on_after_a_torn_line_without_losing_the_next(tmp_path: Path):
+    run = RunDir(tmp_path / "run").create()
+    run.event("started", "the run started")
+    with open(run.events, "a") as stream:
+        stream.write('{"at": 1, "ki')
+    run.event("resumed", "the run goes on", step=3)
+    assert [line["kind"] for line in read_lines(run.events)] == ["started", "resumed"]

@@ -1,0 +1,126 @@
+"""One request, three doors: what is accepted, and how everything that is wrong is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.errors import NotFound, SpecError
+from finetune.spec import METHODS, Full, JobSpec, LinearProbe, Partial, load_spec, parse_spec
+
+
+def problems_of(given: dict) -> dict[str, str]:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(given)
+    return {problem.where: problem.message for problem in caught.value.problems}
+
+
+def test_only_the_training_file_is_required_and_the_default_is_a_linear_probe_on_the_default_backbone():
+    spec = parse_spec({"training_file": "photos"})
+    assert spec.method == LinearProbe()
+    assert spec.model.backbone == "tf_efficientnet_lite0"
+    assert problems_of({}) == {"training_file": "required, and not given"}
+
+
+def test_a_bare_name_stands_for_its_section():
+    spec = parse_spec({"training_file": "photos", "model": "resnet18", "method": "full", "augmentation": "light"})
+    assert spec.model.backbone == "resnet18"
+    assert spec.method == Full()
+    assert spec.augmentation.policy == "light"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_named_bare(name: str):
+    assert parse_spec({"training_file": "photos", "method": name}).method.type == name
+
+
+def test_all_problems_are_reported_at_once_each_with_its_path_and_what_is_allowed():
+    found = problems_of(
+        {
+            "training_file": 3,
+            "sead": 1,
+            "hyperparameters": {"n_epochs": "many", "batchsize": 8, "learning_rate": -1},
+            "data": {"resize": "zoom"},
+            "model": {"head": {"dropout": 2}},
+        }
+    )
+    assert found == {
+        "training_file": "must be a text, given 3",
+        "sead": "unknown key. Did you mean 'seed'?",
+        "hyperparameters.n_epochs": "must be a whole number or 'auto', given 'many'",
+        "hyperparameters.batchsize": "unknown key. Did you mean 'batch_size'?",
+        "hyperparameters.learning_rate": "must be greater than 0 or 'auto', given -1",
+        "data.resize": "must be 'auto', 'crop', 'squash' or 'letterbox', given 'zoom'",
+        "model.head.dropout": "must be less than 1 or 'auto', given 2",
+    }
+
+
+def test_a_misspelt_method_gets_the_allowed_ones_and_a_suggestion():
+    message = problems_of({"training_file": "photos", "method": "partal"})["method"]
+    assert "linear_probe, partial, full, gradual, auto" in message
+    assert message.endswith("Did you mean 'partial'?")
+
+
+def test_partial_takes_a_number_or_names_but_not_both():
+    assert parse_spec({"training_file": "x", "method": {"type": "partial", "stages": 2}}).method == Partial(stages=2)
+    names = parse_spec({"training_file": "x", "method": {"type": "partial", "train": ["layer4"]}}).method
+    assert names == Partial(train=("layer4",))
+    assert "not both" in problems_of({"training_file": "x", "method": {"type": "partial", "stages": 1, "train": ["a"]}})["method"]
+
+
+def test_a_key_of_one_method_is_unknown_to_another():
+    assert problems_of({"training_file": "x", "method": {"type": "linear_probe", "stages": 1}}) == {
+        "method.stages": "unknown key."
+    }
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(given: float):
+    assert list(problems_of({"training_file": "x", "hyperparameters": {"learning_rate": given}})) == [
+        "hyperparameters.learning_rate"
+    ]
+
+
+def test_a_spec_never_changes_after_validation():
+    spec = parse_spec({"training_file": "x"})
+    with pytest.raises(ValueError, match="frozen"):
+        spec.seed = 3  # type: ignore[misc]
+
+
+def test_file_then_flags_then_settings_each_over_the_one_before(tmp_path: Path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("training_file: a\nseed: 1\nmodel: resnet18\nhyperparameters: {n_epochs: 2, batch_size: 8}\n")
+    spec = load_spec(path, {"seed": 2, "hyperparameters": {"n_epochs": 3}}, ["hyperparameters.n_epochs=4", "model.weights=none"])
+    assert (spec.training_file, spec.seed) == ("a", 2)
+    assert (spec.hyperparameters.n_epochs, spec.hyperparameters.batch_size) == (4, 8)
+    assert (spec.model.backbone, spec.model.weights) == ("resnet18", "none")
+
+
+def test_what_a_spec_writes_as_yaml_reads_back_as_the_same_spec():
+    spec = parse_spec({"training_file": "x", "method": {"type": "partial", "train": ["layer4"]}, "metadata": {"who": "é"}})
+    again = parse_spec(yaml.safe_load(spec.to_yaml()))
+    assert again == spec
+    assert again.digest() == spec.digest()
+    assert parse_spec({"training_file": "x"}).digest() != spec.digest()
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a\n- b\n", "found list"), ("a: [", "not a YAML file"), ("", "found NoneType")])
+def test_a_file_that_is_no_spec_says_so(tmp_path: Path, text: str, said: str):
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=said):
+        load_spec(path)
+
+
+def test_a_missing_file_and_a_malformed_setting_say_what_to_give():
+    with pytest.raises(NotFound, match="no such spec file"):
+        load_spec(Path("nowhere.yaml"))
+    with pytest.raises(SpecError, match="expected key.path=value"):
+        load_spec(None, {"training_file": "x"}, ["epochs"])
+
+
+def test_the_json_schema_names_every_field():
+    schema = JobSpec.model_json_schema()
+    assert set(schema["properties"]) == set(JobSpec.model_fields)
