@@ -116,6 +116,14 @@ class DiskFull(FinetuneError):
     code, http_status = "disk_full", 503
 
 
+class NotReady(FinetuneError):
+    code, http_status = "not_ready", 503
+
+
+class Overloaded(FinetuneError):
+    code, http_status = "overloaded", 503
+
+
 class MissingExtra(FinetuneError):
     code, exit_code, http_status = "missing_extra", 2, 501
 
