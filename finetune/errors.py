@@ -15,6 +15,7 @@
     ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
     ├── TrainingError                training_failed       1   500   training that cannot go on (diverged, out of memory)
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
+    ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
     └── MissingExtra                 missing_extra         2   501   a command whose optional dependencies are not installed
 
@@ -110,6 +111,10 @@ class TrainingError(FinetuneError):
 
 class CheckpointError(FinetuneError):
     code = "checkpoint_invalid"
+
+
+class StoreError(FinetuneError):
+    code, http_status = "store_unusable", 503
 
 
 class DiskFull(FinetuneError):

@@ -117,7 +117,7 @@ def test_a_file_that_is_no_spec_says_so(tmp_path: Path, text: str, said: str):
 def test_a_missing_file_and_a_malformed_setting_say_what_to_give():
     with pytest.raises(NotFound, match="no such spec file"):
         load_spec(Path("nowhere.yaml"))
-    with pytest.raises(SpecError, match="expected key.path=value"):
+    with pytest.raises(SpecError, match=r"expected key\.path=value"):
         load_spec(None, {"training_file": "x"}, ["epochs"])
 
 

@@ -1,0 +1,110 @@
+"""The tables of the job database. Times are Unix seconds; lease times are seconds of the lease clock (`clock`). Torch-free."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
+TERMINAL = ("succeeded", "failed", "cancelled")
+HELD = ("running", "cancelling")  # a worker holds a lease on the job
+
+metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(80), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("phase", String(16)),
+    Column("priority", Integer, nullable=False, default=0),
+    Column("spec", Text, nullable=False),  # the JobSpec as JSON
+    Column("spec_digest", String(64), nullable=False),
+    Column("request", Text),  # the body as the client sent it, where the client speaks another dialect than JobSpec
+    Column("suffix", String(64)),
+    Column("created_at", Float, nullable=False),
+    Column("not_before", Float, nullable=False, default=0.0),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    Column("attempts", Integer, nullable=False, default=0),  # every start
+    Column("stalled_attempts", Integer, nullable=False, default=0),  # starts in a row that ended without a new checkpoint
+    Column("fence", Integer, nullable=False, default=0),  # raised by every claim; a writer with an older one has lost the job
+    Column("lease_owner", String(80)),
+    Column("lease_until", Float),
+    Column("lease_epoch", String(64)),  # which lease clock `lease_until` is read on
+    Column("cancel_requested_at", Float),
+    Column("progress", Text),
+    Column("progress_at", Float),
+    Column("result", Text),
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
+    CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
+    Index("jobs_claim", "state", "priority", "created_at"),
+    Index("jobs_owner", "owner", "id"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("job_id", String(40), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", Text),
+    Index("job_events_job", "job_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(80), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("summary", Text, nullable=False),  # JSON: classes with counts
+    Index("files_owner", "owner", "id"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("owner", String(80), nullable=False),
+    Column("secret_sha256", LargeBinary(32), nullable=False),
+    Column("scopes", String(120), nullable=False),  # comma-separated
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("last_used_at", Float),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", String(80), nullable=False),
+    Column("key", String(255), nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Column("object_id", String(40), nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("owner", "key", name="one_answer_a_key"),
+)
