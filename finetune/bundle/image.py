@@ -1,0 +1,239 @@
+"""Bytes of an image file in, upright RGB pixels out: the only decoder of the project.
+
+Training, validation, export checks, ``predict`` and the server all read images here, so none of them can see other pixels
+than the rest. Knows files and pixels; does not know sizes a model wants (`preprocess`) or what a picture shows. Torch-free.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base as ExifTag
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS_READ = "JPEG, PNG, WebP, BMP, GIF and TIFF are read"
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How much one image may cost. Pixels are counted from the header, before any of them is decoded."""
+
+    max_bytes: int = 64 * MIB
+    max_pixels: int = 100_000_000
+    max_side_px: int = 65_500
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+# Plugins are called directly, not through Image.open: its pixel limit is one global of the whole process and warns where ours
+# refuses, and it turns a JPEG with a second picture inside (MPO, most phone panoramas) into another format without `draft`.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+    "TIFF": TiffImageFile,
+}
+
+# What plugins raise on damaged files: 180,000 mutated ones raised the first three, Image.open guards against the rest.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
+    """Decode one image file. Of an animation, the first frame; what is transparent is shown on white.
+
+    Args:
+        short_side_px: the caller needs no more than this many pixels on the shorter side, so a large JPEG may be decoded at a
+            half, a quarter or an eighth of its size (several times faster), but never smaller than this.
+
+    Returns:
+        (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+        UnsupportedImage: not one of `FORMATS`, or pixels with no agreed meaning (float, 32-bit).
+        ImageTooLarge: over `limits`.
+        ImageError: empty, truncated or damaged.
+    """
+    return np.array(open_upright(data, short_side_px=short_side_px, limits=limits))
+
+
+def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
+    """`decode_image` of a file; errors name it."""
+    try:
+        return decode_image(read_bytes(path, limits), short_side_px=short_side_px, limits=limits)
+    except ImageError as error:
+        raise naming(path, error) from None
+
+
+def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of an image file, its size checked before reading. Errors do not name the file: see `naming`."""
+    try:
+        _check_bytes(path.stat().st_size, limits)
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"the file cannot be read: {error.strerror or error}") from None
+
+
+def naming(path: Path, error: ImageError) -> ImageError:
+    """The same error with the file in front of its message."""
+    return type(error)(f"{path}: {error.message}")
+
+
+def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> Image.Image:
+    """`decode_image` as a Pillow image of mode RGB, for callers that go on with Pillow and can spare the copy."""
+    if not data:
+        raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
+    _check_bytes(len(data), limits)
+    name = sniff(data)
+    try:
+        image = _READERS[name](io.BytesIO(data))
+    except Image.DecompressionBombError:  # Pillow looks at a WebP's header before it makes room for the canvas
+        raise ImageTooLarge(f"the {name} image has far more pixels than the {limits.max_pixels:,} allowed") from None
+    except _DAMAGED as error:
+        raise ImageError(f"the {name} file is damaged: {_reason(error)}. Export or download it again") from None
+    _check_pixels(name, *image.size, limits)
+    try:
+        if short_side_px is not None:
+            image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it; never below either side
+        image.load()
+        turn = _upright_turn(image)
+        rgb = _to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"the {name} image has far more pixels inside than its header says") from None
+    except _DAMAGED as error:
+        raise ImageError(f"the {name} file is truncated or damaged: {_reason(error)}. Export or download it again") from None
+
+
+def sniff(data: bytes) -> str:
+    """Which of `FORMATS` the first bytes say it is, whatever the file is called.
+
+    Raises:
+        UnsupportedImage: none of them; the message names what it looks like instead.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    raise UnsupportedImage(f"{_likeness(data)}; {_FORMATS_READ}")
+
+
+def _likeness(data: bytes) -> str:
+    """What a file that is not read looks like, with what to do about it."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "this is a HEIC photo (the camera format of iPhones): convert it to JPEG first"
+    if brand in (b"avif", b"avis"):
+        return "this is an AVIF image: convert it to JPEG or PNG first"
+    start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "this is an HTML page, not an image (a download that led to a web page?)"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "this is SVG or XML, a drawing and not pixels: render it to PNG first"
+    if start.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6", b"%pdf")):
+        return "this is a PostScript, EPS or PDF document: render it to PNG first"
+    if start.startswith((b"http://", b"https://")):
+        return "this is an address, not an image: download it and send its bytes (nothing is fetched from here)"
+    return "this is not an image file that can be read"
+
+
+def _check_bytes(size: int, limits: ImageLimits) -> None:
+    if size > limits.max_bytes:
+        raise ImageTooLarge(f"the file has {size:,} bytes, more than the {limits.max_bytes:,} allowed. Make it smaller first")
+
+
+def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"the {name} image is {width}×{height} = {width * height:,} pixels, more than the {limits.max_pixels:,} allowed."
+            " Make it smaller first"
+        )
+    if max(width, height) > limits.max_side_px:
+        raise ImageTooLarge(
+            f"the {name} image is {width}×{height} pixels; a side may have {limits.max_side_px:,}. Make it smaller first"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().rstrip(".")
+    return text or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow reads, as RGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
+    if image.mode in ("I", "F"):  # convert() would clip these to black or white without a word
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise UnsupportedImage(
+            f"the pixels are {kind} numbers with no agreed brightest value: save them as 8-bit or 16-bit first"
+        )
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_grey16_to_8(image)).convert("RGB")
+    if image.has_transparency_data:  # convert() would bring out the colours that hide under transparent pixels
+        return _on_white(image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey16_to_8(image: Image.Image) -> np.ndarray:
+    """16-bit grey to (H, W) uint8: white stays white (65535 / 257 = 255), where ``convert`` clips everything over 255."""
+    values = np.asarray(image).astype(np.uint32)  # (H, W) 0..65535, of a 12-bit TIFF 0..4095
+    white = 65_535
+    if isinstance(image, TiffImageFile):
+        white = 4_095 if image.tag_v2.get(_BITS_PER_SAMPLE) == (12,) else white
+        values = white - values if image.tag_v2.get(_PHOTOMETRIC) == 0 else values
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[values == key] = 255
+    return grey
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page
+
+
+def _upright_turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a loaded image upright by its EXIF orientation; not at all where that is damaged: the pixels are still good."""
+    if image.format == "TIFF":  # Pillow turns these itself while loading
+        return None
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTag.Orientation, 1))
+    except _DAMAGED:
+        return None

@@ -1,0 +1,141 @@
+"""THE preprocessing: RGB pixels of any size to the uint8 input of a model, the same for evaluation, export checks and serving.
+
+One antialiased resample out of one centred box, never an intermediate image. Normalisation is not done here: `mean` and `std`
+are carried along for the ONNX graph and the classifier, which apply them to uint8 pixels. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, open_upright, read_bytes
+from finetune.errors import BundleError, ImageError, Problem
+
+Resize = Literal["crop", "squash", "letterbox"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+# How much finer than the model's input a JPEG is decoded: the antialiased resample then decides how it looks, not the DCT scale.
+_DECODE_MARGIN = 2
+
+_SidePx = Annotated[int, Field(ge=1, le=4096)]
+_Level = Annotated[int, Field(ge=0, le=255)]
+_Std = Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Which part of an image becomes which part of the input."""
+
+    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
+    size_px: tuple[int, int]  # (h, w) of that box after resampling
+    corner_px: tuple[int, int]  # (top, left) where it lands; around it, `fill`
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the input of one model.
+
+    `resize` says how an image of another shape is framed: ``crop`` keeps its shape and loses the longer ends, ``squash`` loses
+    nothing and bends the shape, ``letterbox`` loses nothing, keeps the shape and fills the rest with `fill`. `crop_fraction`
+    then keeps that much of either side of the framed picture, around its centre; 1.0 keeps all of it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    input_size_px: tuple[_SidePx, _SidePx]  # (h, w)
+    resize: Resize
+    crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+    interpolation: Interpolation
+    fill: tuple[_Level, _Level, _Level]
+    mean: tuple[float, float, float]  # of values in 0..1
+    std: tuple[_Std, _Std, _Std]
+
+    @property
+    def decode_short_side_px(self) -> int:
+        """The fewest pixels on an image's shorter side that resampling should start from."""
+        return math.ceil(_DECODE_MARGIN * max(self.input_size_px) / self.crop_fraction)
+
+    def __call__(self, rgb: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 of any size to (h, w, 3) uint8."""
+        return self._resample(Image.fromarray(rgb))
+
+    def load(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
+        """An image file's bytes to (h, w, 3) uint8; raises as `decode_image` does."""
+        return self._resample(open_upright(data, short_side_px=self.decode_short_side_px, limits=limits))
+
+    def load_file(self, path: Path, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
+        """`load` of a file; errors name it."""
+        try:
+            return self.load(read_bytes(path, limits), limits=limits)
+        except ImageError as error:
+            raise naming(path, error) from None
+
+    def framing(self, height: int, width: int) -> Framing:
+        """How an image of this many pixels is framed. The only place that decides between crop, squash and letterbox."""
+        h, w = self.input_size_px
+        scale_y, scale_x = h / height, w / width  # input pixels per image pixel, if the image filled the input
+        if self.resize == "crop":
+            scale_y = scale_x = max(scale_y, scale_x)
+        elif self.resize == "letterbox":
+            scale_y = scale_x = min(scale_y, scale_x)
+        top, bottom, h_inner = _centred(height, h, scale_y / self.crop_fraction)
+        left, right, w_inner = _centred(width, w, scale_x / self.crop_fraction)
+        return Framing((left, top, right, bottom), (h_inner, w_inner), ((h - h_inner) // 2, (w - w_inner) // 2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`; raises `BundleError` with every field that is off."""
+        try:
+            return TypeAdapter(cls).validate_python(dict(given))
+        except ValidationError as error:
+            raise BundleError("the preprocessing cannot be read", problems_of(error)) from None
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: equal preprocessings have equal digests."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _resample(self, image: Image.Image) -> np.ndarray:
+        framing = self.framing(image.height, image.width)
+        h_inner, w_inner = framing.size_px
+        inner = image.resize((w_inner, h_inner), _FILTERS[self.interpolation], box=framing.box, reducing_gap=None)
+        if framing.size_px == self.input_size_px:
+            return np.array(inner)
+        pixels = np.empty((*self.input_size_px, 3), np.uint8)
+        pixels[:] = self.fill
+        top, left = framing.corner_px
+        pixels[top : top + h_inner, left : left + w_inner] = np.asarray(inner)
+        return pixels
+
+
+def _centred(side: int, target: int, scale: float) -> tuple[float, float, int]:
+    """Along one axis: which of the `side` image pixels `target` input pixels show at `scale`, and how many of these they fill."""
+    shown = min(float(side), target / scale)
+    start = (side - shown) / 2
+    return start, min(float(side), start + shown), min(target, max(1, round(shown * scale)))
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Pydantic's list as ours: the field path and what is wrong there."""
+    return [Problem(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in error.errors(include_url=False)]
