@@ -1,0 +1,178 @@
+"""bundle.json: what a bundle says about itself, and the checks that it says it rightly.
+
+Knows names, types and checksums; runs no model (`predictor` does) and stores nothing twice. Torch-free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from finetune.bundle.preprocess import Preprocess, problems_of
+from finetune.errors import BundleError, Problem
+from finetune.rundir import sha256_file, write_json
+
+SCHEMA_VERSION = 1
+
+MANIFEST = "bundle.json"
+MODEL = "model.onnx"
+PROBE = "probe.npz"
+
+METADATA_PREFIX = "finetune."
+_NOT_IN_MODEL = ("name", "version", "files")  # set after model.onnx is written: where the bundle is kept, and what it hashes to
+
+OutputName = Literal["probs", "logits", "cam", "embedding"]
+_REQUIRED_OUTPUTS = ("probs", "logits", "embedding")
+
+_Name = Annotated[str, Field(min_length=1)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a reader of a bundle may rely on, without opening the model."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: _Name
+    version: str | None  # given by the registry; None until then
+    created_at: float  # Unix seconds
+    classes: Annotated[tuple[_Name, ...], Field(min_length=1)]  # in the order of the model's outputs
+    preprocess: Preprocess
+    backbone: dict[str, Any]  # name, weights {source, identifier, sha256, license}, n_parameters
+    method: dict[str, Any]
+    spec_digest: str
+    outputs: tuple[OutputName, ...]  # in the order of the model's outputs
+    cam: dict[str, Any]  # available, kind: linear | layernorm | None, reason
+    metrics: dict[str, float] = field(default_factory=dict)  # val/top1 …
+    calibration: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
+    model: dict[str, Any] = field(default_factory=lambda: {"input_name": "images"})  # opset, exporter, input_name
+    files: dict[_FileName, _Sha256] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
+        if twice:
+            raise ValueError(f"classes {twice} stand there twice")
+        missing = [output for output in _REQUIRED_OUTPUTS if output not in self.outputs]
+        if missing or len(set(self.outputs)) != len(self.outputs):
+            raise ValueError(f"outputs {list(self.outputs)} must hold each of {list(_REQUIRED_OUTPUTS)} once, and may hold cam")
+        if bool(self.cam.get("available")) != ("cam" in self.outputs):
+            raise ValueError(f"cam.available is {self.cam.get('available')}, but outputs are {list(self.outputs)}")
+        if "name" not in self.backbone:
+            raise ValueError("backbone must have a name")
+        if "input_name" not in self.model:
+            raise ValueError("model must have an input_name")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        loaded: dict[str, Any] = json.loads(self.to_json())
+        return loaded
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            BundleError: not JSON, of another schema version, or with fields that are off; each is named.
+        """
+        given = _parsed(text)
+        version = given.get("schema_version")
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            hint = "It was written by a newer finetune: upgrade this one" if newer else "Export the bundle again"
+            raise BundleError(f"{MANIFEST} has schema_version {version!r}, this finetune reads {SCHEMA_VERSION}. {hint}")
+        try:
+            return _ADAPTER.validate_json(text, strict=True)
+        except ValidationError as error:
+            raise BundleError(f"{MANIFEST} is not valid. Export the bundle again", problems_of(error)) from None
+
+    def model_metadata(self) -> dict[str, str]:
+        """What goes into the ONNX file's ``metadata_props``, so that a lone model explains itself: each field as JSON."""
+        return {
+            METADATA_PREFIX + key: json.dumps(value, ensure_ascii=False, sort_keys=True)
+            for key, value in self.to_dict().items()
+            if key not in _NOT_IN_MODEL
+        }
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``bundle.json`` of a bundle folder.
+
+    Raises:
+        BundleError: there is none, or `Manifest.from_json` refuses it; the message names the folder.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder}: not a bundle, {MANIFEST} cannot be read ({error.strerror})") from None
+    try:
+        return Manifest.from_json(text)
+    except BundleError as error:
+        raise BundleError(f"{folder}: {error.message}", error.problems) from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Make the folder a bundle: put the sha256 of the model and the probe into the manifest, validate it, write it last.
+
+    Raises:
+        BundleError: a file is missing, or the manifest would not be readable.
+    """
+    missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
+    hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in (MODEL, PROBE)})
+    checked = Manifest.from_json(hashed.to_json())
+    write_json(folder / MANIFEST, checked.to_dict())
+    return checked
+
+
+def metadata_problems(manifest: Manifest, metadata: Mapping[str, str]) -> list[Problem]:
+    """Fields that the model file itself says otherwise than bundle.json; fields that it does not carry are not compared."""
+    said = manifest.to_dict()
+    problems = []
+    for key, text in metadata.items():
+        name = key.removeprefix(METADATA_PREFIX)
+        if key.startswith(METADATA_PREFIX) and name in said and _parsed_value(text) != said[name]:
+            problems.append(Problem(name, f"{MANIFEST} says {_short(said[name])}, {MODEL} says {_short(_parsed_value(text))}"))
+    return problems
+
+
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{MANIFEST} is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise BundleError(f"{MANIFEST} must be a JSON object, found {type(given).__name__}")
+    return given
+
+
+def _parsed_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -1,0 +1,246 @@
+"""A bundle at work: images in, labels and class activation maps out, through ONNX Runtime.
+
+Loading trusts nothing: every checksum, then the two probes, which tell a wrong model from a wrong image path. Needs onnxruntime,
+numpy and Pillow; does not know HTTP, and imports nothing that trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.manifest import MANIFEST, MODEL, PROBE, Manifest, metadata_problems, read_manifest
+from finetune.bundle.preprocess import Preprocess
+from finetune.errors import BundleError, ImageError, InvalidInput, Problem
+from finetune.rundir import write_atomic
+
+# Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order is
+# off by far more: see tests/unit/test_predictor.py for what each of those does to the probes.
+LOGITS_TOLERANCE = 1e-3  # of the largest logit, or absolute where that is under 1
+PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
+
+# The key of external data inside a serialised tensor: tag 1, length 8. What is named there would be read from outside the bundle.
+_EXTERNAL_DATA = b"\x0a\x08location"
+
+_ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model says about a batch."""
+
+    probs: np.ndarray  # (B, C) float32
+    logits: np.ndarray  # (B, C) float32
+    embedding: np.ndarray  # (B, D) float32
+    cam: np.ndarray | None  # (B, h', w') float32 of the top class; None where the manifest says why
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image."""
+
+    labels: tuple[tuple[str, float], ...]  # (class, probability), most probable first
+    cam: np.ndarray | None  # (h', w') float32 of the first label: its mean over positions, plus the bias, is the logit
+    image: np.ndarray  # (h, w, 3) uint8, what the model saw
+    name: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Known answers that a bundle carries: encoded images, the pixels they must become, the logits these must give."""
+
+    encoded: tuple[bytes, ...]  # N files
+    images: np.ndarray  # (N, h, w, 3) uint8
+    logits: np.ndarray  # (N, C) float32
+
+
+class Predictor:
+    """A verified bundle, ready to answer. Safe to share between threads: `run` holds no state."""
+
+    def __init__(self, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+        self.manifest = manifest
+        self._session = session
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 1) -> Predictor:
+        """Verify the bundle in `folder` and open its model with `threads` threads for one run.
+
+        Raises:
+            BundleError: a file is missing or changed, the model cannot be opened or is not the manifest's, or a probe fails;
+                the message says which.
+        """
+        manifest = read_manifest(folder)
+        contents = _verified_contents(folder, manifest)
+        session = _open_session(folder, contents[MODEL], threads)
+        _check_signature(folder, manifest, session)
+        predictor = cls(manifest, session)
+        _check_probes(folder, predictor, _parse_probe(folder, contents[PROBE]))
+        return predictor
+
+    def run(self, images: np.ndarray) -> Outputs:
+        """(B, h, w, 3) uint8, preprocessed, to all outputs; B >= 1."""
+        expected = (*self.manifest.preprocess.input_size_px, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+            raise InvalidInput(f"the model takes (B, {', '.join(map(str, expected))}) uint8, given {images.shape} {images.dtype}")
+        names = self.manifest.outputs
+        values = dict(zip(names, self._session.run(list(names), {self.manifest.model["input_name"]: images}), strict=True))
+        return Outputs(values["probs"], values["logits"], values["embedding"], values.get("cam"))
+
+    def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS) -> Prediction:
+        """The `top_k` most probable classes of one encoded image (all of them where there are fewer).
+
+        Raises:
+            ImageError: the bytes are not an image that can be read under `limits`.
+        """
+        if top_k < 1:
+            raise InvalidInput(f"top_k must be at least 1, given {top_k}")
+        image = self.manifest.preprocess.load(data, limits=limits)
+        outputs = self.run(image[None])
+        probs = outputs.probs[0]
+        order = np.argsort(-probs, kind="stable")[:top_k]
+        labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
+        cam = None if outputs.cam is None else outputs.cam[0]
+        return Prediction(labels, cam, image, self.manifest.name, self.manifest.version)
+
+
+def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray) -> None:
+    """Write the known answers of a bundle as plain arrays, without pickle: N files, (N, h, w, 3) uint8, (N, C) float32."""
+    lengths = np.array([len(data) for data in encoded], np.int64)
+    joined = np.frombuffer(b"".join(encoded), np.uint8)
+    write_atomic(path, lambda stream: np.savez(stream, lengths=lengths, encoded=joined, images=images, logits=logits))
+
+
+def read_probe(path: Path) -> Probe:
+    """The inverse of `write_probe`; raises `BundleError` where the file is not one."""
+    return _parse_probe(path.parent, path.read_bytes())
+
+
+def _parse_probe(folder: Path, data: bytes) -> Probe:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            ends = np.cumsum(arrays["lengths"])
+            joined = arrays["encoded"].tobytes()
+            encoded = tuple(joined[end - length : end] for length, end in zip(arrays["lengths"], ends, strict=True))
+            probe = Probe(encoded, arrays["images"], arrays["logits"])
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{folder}: {PROBE} cannot be read: {error}. Export the bundle again") from None
+    if not len(probe.encoded) == len(probe.images) == len(probe.logits) >= 1:
+        counts = f"{len(probe.encoded)} files, {len(probe.images)} arrays and {len(probe.logits)} logits"
+        raise BundleError(
+            f"{folder}: {PROBE} holds {counts}; it needs the same number of each, at least 1. Export the bundle again"
+        )
+    return probe
+
+
+def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The bytes of every file of the bundle. What is used later is what was hashed here, whatever happens to the folder."""
+    contents: dict[str, bytes] = {}
+    problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, PROBE) if name not in manifest.files]
+    for name, expected in manifest.files.items():
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except OSError as error:
+            problems.append(Problem(name, f"cannot be read ({error.strerror})"))
+            continue
+        actual = hashlib.sha256(contents[name]).hexdigest()
+        if actual != expected:
+            problems.append(
+                Problem(name, f"has sha256 {actual[:12]}…, {MANIFEST} says {expected[:12]}…: it was changed or cut short")
+            )
+    if problems:
+        raise BundleError(f"{folder}: the bundle is not what was exported. Copy or export it again", problems)
+    return contents
+
+
+def _open_session(folder: Path, model: bytes, threads: int) -> onnxruntime.InferenceSession:
+    if _EXTERNAL_DATA in model:
+        raise BundleError(
+            f"{folder}: {MODEL} keeps weights in other files; a bundle's model is one file. Export it with external_data=False"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise BundleError(f"{folder}: ONNX Runtime {onnxruntime.__version__} cannot open {MODEL}: {error}") from None
+
+
+def _check_signature(folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    """That the model takes and gives what the manifest says, before anything is computed."""
+    problems = metadata_problems(manifest, session.get_modelmeta().custom_metadata_map)
+    inputs = [(entry.name, entry.type, list(entry.shape[1:])) for entry in session.get_inputs()]
+    expected = [(manifest.model["input_name"], "tensor(uint8)", [*manifest.preprocess.input_size_px, 3])]
+    if inputs != expected:
+        problems.append(Problem("inputs", f"{MANIFEST} says {expected}, the model takes {inputs}"))
+    outputs = {entry.name: entry for entry in session.get_outputs()}
+    if list(outputs) != list(manifest.outputs):
+        problems.append(Problem("outputs", f"{MANIFEST} says {list(manifest.outputs)}, the model gives {list(outputs)}"))
+    elif (width := outputs["logits"].shape[-1]) != len(manifest.classes):
+        problems.append(Problem("classes", f"{MANIFEST} names {len(manifest.classes)}, the model's logits have {width}"))
+    if problems:
+        raise BundleError(f"{folder}: {MODEL} does not belong to this {MANIFEST}. Export the bundle again", problems)
+
+
+def _check_probes(folder: Path, predictor: Predictor, probe: Probe) -> None:
+    """Both halves, each alone: known arrays to known logits (the model), known files to known arrays (the image path)."""
+    problems = [*_model_problems(predictor, probe), *_image_problems(predictor.manifest.preprocess, probe)]
+    if problems:
+        raise BundleError(f"{folder}: the bundle does not give its known answers here", problems)
+
+
+def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
+    try:
+        logits = predictor.run(probe.images).logits
+    except (InvalidInput, *_ORT_ERRORS) as error:
+        return [Problem("model probe (arrays → logits)", f"{MODEL} cannot run them: {error}")]
+    if logits.shape != probe.logits.shape:
+        return [Problem("model probe (arrays → logits)", f"logits have shape {logits.shape}, {PROBE} has {probe.logits.shape}")]
+    allowed = LOGITS_TOLERANCE * max(1.0, float(np.abs(probe.logits).max()))
+    worst = float(np.abs(logits - probe.logits).max())
+    if worst <= allowed:  # false for NaN as well
+        return []
+    return [
+        Problem(
+            "model probe (arrays → logits)",
+            f"logits are off by {worst:.2g}, allowed are {allowed:.2g}: the model computes otherwise",
+        )
+    ]
+
+
+def _image_problems(preprocess: Preprocess, probe: Probe) -> list[Problem]:
+    problems = []
+    for index, (encoded, expected) in enumerate(zip(probe.encoded, probe.images, strict=True)):
+        where = f"image probe {index} (bytes → array)"
+        try:
+            pixels = preprocess.load(encoded)
+        except ImageError as error:
+            problems.append(Problem(where, f"cannot be decoded here: {error.message}"))
+            continue
+        difference = float(np.abs(pixels.astype(np.int16) - expected).mean()) if pixels.shape == expected.shape else np.inf
+        if not difference <= PIXELS_TOLERANCE:
+            problems.append(
+                Problem(where, f"off by {difference:.2f} grey levels on average: it is decoded or resized otherwise here")
+            )
+    return problems
