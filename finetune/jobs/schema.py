@@ -67,6 +67,7 @@ job_events = Table(
     Column("kind", String(32), nullable=False),
     Column("message", Text, nullable=False),
     Column("data", Text),
+    Column("line", Integer),  # which line of the run's events.jsonl this is, for events that come from there
     Index("job_events_job", "job_id", "seq"),
     sqlite_autoincrement=True,
 )

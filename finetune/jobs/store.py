@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,12 +251,20 @@ class JobStore:
         with self.engine.connect() as connection:
             return connection.execute(select(jobs.c.state).where(jobs.c.id == claim.job.id)).scalar_one_or_none() == "cancelling"
 
-    def append_events(self, claim: Claim, events: Iterable[tuple[float, str, str, str, Mapping[str, Any]]]) -> None:
-        """Add ``(at, level, kind, message, data)`` lines to the job's history; LeaseLost as in `heartbeat`."""
+    def forward_events(self, claim: Claim, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add to the job's history those of the run's own event lines (all of them, in order) that it does not have yet.
+
+        A record has ``at``, ``kind`` and ``message``, perhaps ``level``; the rest becomes the event's data. Safe to repeat after
+        a crash at any point: what was added is counted in the same transaction. LeaseLost as in `heartbeat`.
+        """
         with writing(self.engine) as connection:
             self._write_held(connection, claim, self._lease(lease_time(connection)))
-            for at, level, kind, message, data in events:
-                _record(connection, claim.job.id, at, level, kind, message, data)
+            have = connection.execute(select(func.max(job_events.c.line)).where(job_events.c.job_id == claim.job.id)).scalar_one()
+            for line, record in enumerate(records):
+                if have is None or line > have:
+                    data = {key: value for key, value in record.items() if key not in ("at", "level", "kind", "message")}
+                    level, kind, message = str(record.get("level", "info")), str(record["kind"]), str(record["message"])
+                    _record(connection, claim.job.id, float(record["at"]), level, kind, message, data, line)
 
     def finish(
         self,
@@ -373,9 +381,24 @@ def _row(connection: Connection, job_id: str, owner: str | None) -> RowMapping:
 
 
 def _record(
-    connection: Connection, job_id: str, at: float, level: str, kind: str, message: str, data: Mapping[str, Any] | None = None
+    connection: Connection,
+    job_id: str,
+    at: float,
+    level: str,
+    kind: str,
+    message: str,
+    data: Mapping[str, Any] | None = None,
+    line: int | None = None,
 ) -> None:
-    values = {"job_id": job_id, "at": at, "level": level, "kind": kind, "message": message, "data": _dumps(data or {})}
+    values = {
+        "job_id": job_id,
+        "at": at,
+        "level": level,
+        "kind": kind,
+        "message": message,
+        "data": _dumps(data or {}),
+        "line": line,
+    }
     connection.execute(insert(job_events).values(values))
 
 

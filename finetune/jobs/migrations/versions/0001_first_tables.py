@@ -51,6 +51,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(32), nullable=False),
         sa.Column("message", sa.Text, nullable=False),
         sa.Column("data", sa.Text),
+        sa.Column("line", sa.Integer),
         sqlite_autoincrement=True,
     )
     op.create_index("job_events_job", "job_events", ["job_id", "seq"])

@@ -1,0 +1,27 @@
+"""``python -m finetune.jobs.leash PARENT_PID COMMAND…``: become COMMAND, and die when the parent dies.
+
+A separate step before exec, because code between fork and exec in a process with threads may deadlock. Linux only: elsewhere the
+lease file alone ends a process whose worker is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent died before the call above: nobody would send the signal
+        sys.exit(os.EX_TEMPFAIL)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()
