@@ -1,0 +1,116 @@
+"""API keys: who may do what. Only a hash of a key is kept; the key itself is shown once, when it is made.
+
+A key is 256 random bits, so one round of SHA-256 is enough to store it safely: there is nothing to guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, RowMapping, func, insert, or_, select, update
+
+from finetune.errors import InvalidInput, NotFound, did_you_mean
+from finetune.jobs.database import writing
+from finetune.jobs.schema import api_keys
+
+SCOPES = ("predict", "jobs", "admin")
+_REMEMBER_USE_SECONDS = 60.0  # `last_used_at` is written at most this often for a key
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """What is known of a key. `scopes`: predict, jobs (files, jobs, models) or admin (everything, of every owner)."""
+
+    id: str
+    owner: str
+    scopes: frozenset[str]
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    last_used_at: float | None
+
+    def allows(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+class KeyStore:
+    """The keys of one job database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def create(self, owner: str, scopes: Iterable[str], *, lifetime_seconds: float | None = None) -> tuple[str, ApiKey]:
+        """Make a key; returns its secret text ``ft_<id>_<43 characters>``, which is not kept, and what is.
+
+        Raises:
+            InvalidInput: an unknown scope, or none.
+        """
+        wanted = frozenset(scopes)
+        for scope in sorted(wanted - frozenset(SCOPES)):
+            raise InvalidInput(f"unknown scope {scope!r}; allowed are {', '.join(SCOPES)}.{did_you_mean(scope, SCOPES)}")
+        if not wanted:
+            raise InvalidInput(f"a key needs at least one scope of {', '.join(SCOPES)}")
+        key_id, now = secrets.token_hex(6), time.time()
+        secret = f"ft_{key_id}_{secrets.token_urlsafe(32)}"
+        expires_at = None if lifetime_seconds is None else now + lifetime_seconds
+        values = {
+            "id": key_id, "owner": owner, "secret_sha256": _digest(secret), "scopes": ",".join(sorted(wanted)),
+            "created_at": now, "expires_at": expires_at,
+        }  # fmt: skip
+        with writing(self.engine) as connection:
+            connection.execute(insert(api_keys).values(values))
+        return secret, ApiKey(key_id, owner, wanted, now, expires_at, None, None)
+
+    def verify(self, secret: str) -> ApiKey | None:
+        """The key that this text is, or None when there is no such key, or it has expired or was revoked."""
+        prefix, _, rest = secret.partition("_")
+        key_id, _, _ = rest.partition("_")
+        with self.engine.connect() as connection:
+            row = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).mappings().one_or_none()
+        now = time.time()
+        stored = row["secret_sha256"] if row is not None else bytes(32)
+        if not hmac.compare_digest(stored, _digest(secret)) or row is None or prefix != "ft":
+            return None
+        if row["revoked_at"] is not None or (row["expires_at"] is not None and row["expires_at"] <= now):
+            return None
+        if row["last_used_at"] is None or row["last_used_at"] < now - _REMEMBER_USE_SECONDS:
+            with writing(self.engine) as connection:
+                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=now))
+        return _key(row)
+
+    def list(self) -> Sequence[ApiKey]:
+        """Every key ever made, oldest first."""
+        with self.engine.connect() as connection:
+            rows = connection.execute(select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)).mappings().all()
+        return [_key(row) for row in rows]
+
+    def revoke(self, key_id: str) -> None:
+        """Make a key useless, for good; NotFound where there is no such key."""
+        with writing(self.engine) as connection:
+            revoked = (
+                update(api_keys)
+                .where(api_keys.c.id == key_id)
+                .values(revoked_at=func.coalesce(api_keys.c.revoked_at, time.time()))
+            )
+            if connection.execute(revoked).rowcount == 0:
+                raise NotFound(f"no API key {key_id!r}; list them with finetune keys list")
+
+    def any_usable(self) -> bool:
+        """Whether at least one key would be accepted now."""
+        alive = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > time.time())
+        with self.engine.connect() as connection:
+            return bool(connection.execute(select(func.count()).where(api_keys.c.revoked_at.is_(None), alive)).scalar_one())
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _key(row: RowMapping) -> ApiKey:
+    scopes = frozenset(row["scopes"].split(","))
+    return ApiKey(row["id"], row["owner"], scopes, row["created_at"], row["expires_at"], row["revoked_at"], row["last_used_at"])
