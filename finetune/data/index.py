@@ -94,7 +94,9 @@ class Dataset:
 
     def relative(self, path: Path) -> str:
         """`path` as seen from the dataset's root, with forward slashes; ``../…`` for a validation folder given separately."""
-        return Path(os.path.relpath(path, self.root)).as_posix()
+        inside = f"{self.root}{os.sep}"
+        text = str(path)
+        return (text[len(inside) :] if text.startswith(inside) else os.path.relpath(text, self.root)).replace(os.sep, "/")
 
     @property
     def digest(self) -> str:

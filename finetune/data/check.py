@@ -1,0 +1,193 @@
+"""Every file read once: its sha256, its size, and whether all of it decodes. What cannot be read is named and left out.
+
+The verdict is the project's own decoder run over the whole file, not a look at the header: a truncated photograph has a
+perfect header. JPEGs are decoded at an eighth of their size, which still walks through every coded byte and so finds what a
+full decode finds, at a third of the time; the pass that uses the pixels raises and names the file if it fails after all
+(the file changed meanwhile). No pixels are ever made up. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from finetune.bundle.image import read_bytes, verify_image
+from finetune.data.index import BadImage, Dataset, Sample, natural_list, plural, printable
+from finetune.data.parallel import available_cores, ordered_map
+from finetune.errors import DataError, ImageError, Problem
+from finetune.progress import Progress, ProgressCallback, silent
+
+OnBadImage = Literal["quarantine", "fail"]
+Resize = Literal["crop", "squash", "letterbox"]
+
+LISTED = 50  # bad files that an error spells out one by one
+
+
+def check_images(
+    dataset: Dataset,
+    *,
+    on_bad: OnBadImage = "quarantine",
+    max_bad_fraction: float = 0.05,
+    progress: ProgressCallback = silent,
+    threads: int | None = None,
+) -> Dataset:
+    """The dataset with `sha256` and `size_px` of every sample, without the unreadable, which `bad` names with reasons.
+
+    Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
+
+    Raises:
+        DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
+    """
+    threads = threads or available_cores()
+    verdicts = []
+    for verdict in ordered_map(_inspect, dataset.samples, threads=threads, ahead=64 * threads):
+        verdicts.append(verdict)
+        if len(verdicts) % 64 == 0 or len(verdicts) == len(dataset.samples):
+            progress(Progress("preparing", len(verdicts), len(dataset.samples), "images", message="checking images"))
+    good = tuple(verdict for verdict in verdicts if isinstance(verdict, Sample))
+    bad = dataset.bad + tuple(verdict for verdict in verdicts if isinstance(verdict, BadImage))
+    checked = replace(dataset, samples=good, bad=bad, warnings=dataset.warnings + _warnings(dataset, good))
+    _judge_bad(checked, on_bad, max_bad_fraction)
+    _refuse_emptied(dataset, checked)
+    return checked
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the shapes of a dataset's images look like; quantiles over all images."""
+
+    n_images: int
+    short_side_px: Mapping[str, float]  # p5, p50, p95 of the shorter side
+    elongation: Mapping[str, float]  # p50, p90, p99 of longer / shorter side, 1 is square
+    aspect_spread: float  # p95 / p5 of width / height: 1 when all images have one shape
+
+
+@dataclass(frozen=True)
+class ResizeAdvice:
+    """How images should be framed for a model with a square input, and why, in one sentence."""
+
+    resize: Resize
+    reason: str
+
+
+def image_facts(samples: Sequence[Sample]) -> ImageFacts:
+    """Facts about checked samples (those with a `size_px`)."""
+    sizes = np.array([sample.size_px for sample in samples if sample.size_px], dtype=np.float64).reshape(-1, 2)  # (N, 2) w, h
+    if not len(sizes):
+        return ImageFacts(0, {"p5": 0.0, "p50": 0.0, "p95": 0.0}, {"p50": 1.0, "p90": 1.0, "p99": 1.0}, 1.0)
+    short, long, aspect = sizes.min(axis=1), sizes.max(axis=1), sizes[:, 0] / sizes[:, 1]
+    narrow, wide = np.percentile(aspect, [5, 95])
+    return ImageFacts(len(sizes), _quantiles(short, 5, 50, 95), _quantiles(long / short, 50, 90, 99), float(wide / narrow))
+
+
+CROP_UP_TO = 1.6  # elongation at which a centre crop still shows five eighths of the longer side
+SQUASH_SPREAD = 1.3  # shapes this close to one another are bent alike
+
+
+def advise_resize(facts: ImageFacts) -> ResizeAdvice:
+    """What ``data.resize: auto`` means for these images.
+
+    A centre crop is what the pretrained weights saw, so it stays unless it would hide much of many images. Then squashing is
+    harmless when all images have one shape, for they are all bent alike; otherwise only a letterbox keeps both edges and shapes.
+    """
+    elongated, spread = facts.elongation["p90"], facts.aspect_spread
+    if elongated <= CROP_UP_TO:
+        return ResizeAdvice(
+            "crop", f"nine in ten images are at most {elongated:.2f} times as long as wide, so a centre crop loses little"
+        )
+    if spread <= SQUASH_SPREAD:
+        return ResizeAdvice(
+            "squash",
+            f"images are up to {elongated:.2f} times as long as wide, all of nearly one shape, so squashing bends them alike",
+        )
+    return ResizeAdvice(
+        "letterbox", f"images are up to {elongated:.2f} times as long as wide, in differing shapes: a crop would hide parts"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- internals
+
+
+def _inspect(sample: Sample) -> Sample | BadImage:
+    """One read of one file gives its digest, its size and the verdict."""
+    try:
+        data = read_bytes(sample.path)
+        size_px = verify_image(data)
+    except ImageError as error:
+        return BadImage(sample.path, error.message)
+    return replace(sample, sha256=hashlib.sha256(data).hexdigest(), size_px=size_px)
+
+
+def _quantiles(values: np.ndarray, *percents: int) -> dict[str, float]:
+    return {f"p{percent}": float(value) for percent, value in zip(percents, np.percentile(values, percents), strict=True)}
+
+
+def _judge_bad(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) -> None:
+    n_bad, n_files = len(dataset.bad), len(dataset.bad) + len(dataset.samples)
+    if n_bad == 0 or (on_bad == "quarantine" and n_bad <= max_bad_fraction * n_files):
+        return
+    problems = [Problem(printable(image.path), image.reason) for image in dataset.bad[:LISTED]]
+    if n_bad > LISTED:
+        problems.append(Problem("", f"and {n_bad - LISTED:,} more"))
+    count = f"{printable(dataset.root)}: {n_bad:,} of {plural(n_files, 'image')} cannot be read"
+    if on_bad == "fail":
+        raise DataError(f"{count}, and data.on_bad_image is fail. Repair or remove them, or set it to quarantine.", problems)
+    allowed = f"more than data.max_bad_fraction {max_bad_fraction:g} allows"
+    raise DataError(f"{count}, {allowed}. Repair or remove them, or allow more.", problems)
+
+
+def _refuse_emptied(before: Dataset, after: Dataset) -> None:
+    """A training class, or a whole validation or test set, must not vanish with its unreadable images."""
+    left = after.counts()
+    problems = []
+    for split, counts in before.counts().items():
+        if split not in left:
+            problems.append(Problem(split, f"none of its {plural(sum(counts.values()), 'image')} can be read"))
+        elif split in ("train", "all"):
+            lost = [name for name, count in counts.items() if count and not left[split][name]]
+            problems += [Problem(name, f"none of its {plural(counts[name], 'image')} can be read") for name in lost]
+    if problems:
+        raise DataError(f"{printable(before.root)}: nothing is left of {natural_list(p.where for p in problems)}", problems)
+
+
+def _warnings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[str, ...]:
+    by_content: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_content[sample.sha256].append(sample)
+    repeated = [group for group in by_content.values() if len(group) > 1]
+    return (*_conflicts(dataset, repeated), *_leaks(dataset, repeated))
+
+
+def _conflicts(dataset: Dataset, repeated: Sequence[Sequence[Sample]]) -> list[str]:
+    conflicting = [group for group in repeated if len({sample.label for sample in group}) > 1]
+    if not conflicting:
+        return []
+    n_files = sum(len(group) for group in conflicting)
+    pairs = Counter(" and ".join(sorted({dataset.classes[sample.label] for sample in group})) for group in conflicting)
+    kinds = natural_list(f"{names} ({count:,})" for names, count in pairs.most_common())
+    return [
+        f"{plural(len(conflicting), 'photograph')} in more than one class ({n_files:,} files with the same bytes): {kinds}; "
+        f"for example {_example(dataset, conflicting[0])}. No model can get both right: delete the wrong ones"
+    ]
+
+
+def _leaks(dataset: Dataset, repeated: Sequence[Sequence[Sample]]) -> list[str]:
+    warnings = []
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        leaking = [group for group in repeated if {first, second} <= {sample.split for sample in group}]
+        if leaking:
+            n_files = sum(sample.split == second for group in leaking for sample in group)
+            warnings.append(
+                f"{plural(n_files, f'{second} file')} with the same bytes as a {first} file, so {second} metrics flatter "
+                f"the model: for example {_example(dataset, leaking[0])}"
+            )
+    return warnings
+
+
+def _example(dataset: Dataset, group: Sequence[Sample]) -> str:
+    return " = ".join(printable(dataset.relative(sample.path)) for sample in group[:3])

@@ -1,0 +1,41 @@
+"""A function over items in background threads: results in order, a bounded number of them ahead of the reader.
+
+Threads, not processes: decoding and resampling run outside Python's global lock, and nothing has to be copied or seeded
+per worker. Torch-free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int) -> Iterator[Result]:
+    """Yield ``function(item)`` in the order of `items`, working on up to `ahead` items that nobody has asked for yet.
+
+    What `function` raises is raised here, at its item's turn. Closing the generator abandons what has not begun.
+    """
+    if threads < 1 or ahead < 1:
+        raise ValueError(f"threads and ahead must be at least 1, given {threads} and {ahead}")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

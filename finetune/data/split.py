@@ -1,0 +1,179 @@
+"""Which images train, which choose, which judge: a stratified split that is a pure function of (contents, fractions, seed).
+
+Where the folder lies, what files are called and in which order they were found have no influence: images are drawn by a hash of
+the seed and their bytes. Files with the same bytes are one draw, so no photograph is on two sides. Knows nothing about pixels;
+images that merely look alike are not kept together here. Torch-free.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.data.index import SPLITS, Dataset, Sample, natural_list, plural, printable
+from finetune.errors import DataError, Problem
+from finetune.rundir import write_atomic
+
+COLUMNS = ("path", "label", "split", "sha256")
+
+
+def split_dataset(dataset: Dataset, *, val_fraction: float = 0.15, test_fraction: float = 0.15, seed: int = 0) -> Dataset:
+    """Every sample with its split set, sorted by split, class and path.
+
+    A split that the user made stays as it is: with a validation folder nothing is cut at all, with only a test folder the
+    validation set is cut from the rest. Every class with two images or more is in train and in val; with three or more, also
+    in test when there is one.
+
+    Raises:
+        DataError: a class has a single distinct image, so that it cannot be both trained on and validated on.
+    """
+    given = {sample.split for sample in dataset.samples}
+    if "val" in given:
+        return _sorted(dataset, (replace(sample, split=sample.split or "train") for sample in dataset.samples))
+    kept = [sample for sample in dataset.samples if sample.split == "test"]
+    loose = [sample for sample in dataset.samples if sample.split != "test"]
+    by_class = _draws_by_class(dataset, loose, seed)
+    _refuse_single_images(dataset, by_class)
+    for draws in by_class.values():
+        sizes = [len(draw) for draw in draws]
+        for draw, split in zip(draws, cut(sizes, val_fraction, 0.0 if "test" in given else test_fraction), strict=True):
+            kept += [replace(sample, split=split) for sample in draw]
+    return _sorted(dataset, kept)
+
+
+def cut(sizes: Sequence[int], val_fraction: float, test_fraction: float) -> list[str]:
+    """The split of each draw of one class, given how many images each holds; draws come in random order.
+
+    A draw that would overshoot what is left of a split's share goes on to the next one, in the end to train. A split that
+    every draw would overshoot gets the smallest draw that another split can spare.
+    """
+    wanted = ("val", "test") if test_fraction > 0 and len(sizes) > 2 else ("val",)
+    left = _shares(sum(sizes), val_fraction, test_fraction if "test" in wanted else 0.0)
+    splits: list[str] = []
+    for size in sizes:
+        split = next((name for name in wanted if size <= left[name]), "train")
+        left[split] -= size
+        splits.append(split)
+    for name in wanted:
+        counts = Counter(splits)
+        spare = [position for position, split in enumerate(splits) if counts[split] > 1]
+        if not counts[name] and spare:
+            splits[min(spare, key=lambda position: sizes[position])] = name
+    return splits
+
+
+def write_split(path: Path, dataset: Dataset) -> None:
+    """CSV with a header: path (relative to the dataset's root), label (the class name), split, sha256 (of the file's bytes)."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for sample in dataset.samples:
+        rows.writerow((dataset.relative(sample.path), dataset.classes[sample.label], sample.split or "", sample.sha256))
+    # File names may be any bytes: surrogateescape writes back the very bytes that the file system gave.
+    write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
+
+
+def read_split(path: Path, dataset: Dataset) -> Dataset:
+    """The dataset with the split that a CSV file of `write_split` records.
+
+    Raises:
+        DataError: the file is not such a CSV, or its rows and the dataset's files are not the same.
+    """
+    recorded = _read_rows(path)
+    problems = []
+    samples = []
+    for sample in dataset.samples:
+        name = dataset.relative(sample.path)
+        label, split, sha256 = recorded.pop(name, ("", "", ""))
+        if not split:
+            problems.append(Problem(printable(name), "is in the dataset, but not in the recorded split"))
+        elif label != dataset.classes[sample.label]:
+            problems.append(Problem(printable(name), f"was {label!r}, now {dataset.classes[sample.label]!r}"))
+        elif sha256 and sample.sha256 and sha256 != sample.sha256:
+            problems.append(Problem(printable(name), "has other bytes than when the split was recorded"))
+        samples.append(replace(sample, split=split or None))
+    problems += [Problem(printable(name), "is in the recorded split, but no longer in the dataset") for name in recorded]
+    if problems:
+        raise DataError(f"{printable(path)}: the dataset changed since the split was recorded. Make a new split", problems)
+    return _sorted(dataset, samples)
+
+
+# ---------------------------------------------------------------------------------------------------------------- internals
+
+
+def _identity(dataset: Dataset, sample: Sample) -> str:
+    """What is drawn: the image's bytes; its relative path for datasets that nobody has checked."""
+    return sample.sha256 or dataset.relative(sample.path)
+
+
+def _draws_by_class(dataset: Dataset, samples: Iterable[Sample], seed: int) -> dict[int, list[list[Sample]]]:
+    """Same bytes → one draw, filed under its most frequent class, in an order that only seed and bytes decide."""
+    draws: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        draws[_identity(dataset, sample)].append(sample)
+    by_class: dict[int, list[list[Sample]]] = defaultdict(list)
+    for identity in sorted(draws, key=lambda identity: _lot(seed, identity)):
+        by_class[_main_label(draws[identity])].append(draws[identity])
+    return by_class
+
+
+def _lot(seed: int, identity: str) -> bytes:
+    return hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16, key=seed.to_bytes(8, "little")).digest()
+
+
+def _main_label(draw: Sequence[Sample]) -> int:
+    counts = Counter(sample.label for sample in draw)
+    return min(counts, key=lambda label: (-counts[label], label))
+
+
+def _shares(n_images: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
+    """How many of a class's images each split should get: at least one each, if there are as many."""
+    n_test = max(1, round(n_images * test_fraction)) if test_fraction > 0 else 0
+    n_val = max(1, min(round(n_images * val_fraction), n_images - 1 - min(n_test, 1)))
+    n_test = min(n_test, max(0, n_images - 1 - n_val))
+    return {"val": n_val, "test": n_test, "train": n_images - n_val - n_test}
+
+
+def _refuse_single_images(dataset: Dataset, by_class: dict[int, list[list[Sample]]]) -> None:
+    problems = []
+    for label, name in enumerate(dataset.classes):
+        draws = by_class.get(label, [])
+        if len(draws) < 2:
+            n_files = sum(len(draw) for draw in draws)
+            found = (
+                f"{plural(n_files, 'readable file')} of {len(draws)} distinct image"
+                if n_files
+                else "no image that is not in another class too"
+            )
+            problems.append(Problem(name, f"{found}; it takes at least 2, one to train on and one to validate on"))
+    if problems:
+        names = natural_list(problem.where for problem in problems)
+        raise DataError(
+            f"{printable(dataset.root)}: too few distinct images to split: {names}. Add images, remove the folders, "
+            "or give a validation folder of your own (validation_file).",
+            problems,
+        )
+
+
+def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:
+    def key(sample: Sample) -> tuple[int, int, str]:
+        return SPLITS.index(sample.split or "train"), sample.label, dataset.relative(sample.path)
+
+    return replace(dataset, samples=tuple(sorted(samples, key=key)))
+
+
+def _read_rows(path: Path) -> dict[str, tuple[str, str, str]]:
+    """Relative path → (label, split, sha256)."""
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise DataError(f"{printable(path)}: the split cannot be read: {error.strerror}") from None
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) or row[2] not in SPLITS for row in rows[1:]):
+        raise DataError(f"{printable(path)}: not a recorded split; expected the columns {','.join(COLUMNS)}")
+    return {name: (label, split, sha256) for name, label, split, sha256 in rows[1:]}
