@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.bundle.image import read_bytes, verify_image
+from finetune.bundle.image import image_size, read_bytes
 from finetune.data.index import BadImage, Dataset, Sample, natural_list, plural, printable
 from finetune.data.parallel import available_cores, ordered_map
 from finetune.errors import DataError, ImageError, Problem
@@ -117,7 +117,7 @@ def _inspect(sample: Sample) -> Sample | BadImage:
     """One read of one file gives its digest, its size and the verdict."""
     try:
         data = read_bytes(sample.path)
-        size_px = verify_image(data)
+        size_px = image_size(data)  # decodes the whole file
     except ImageError as error:
         return BadImage(sample.path, error.message)
     return replace(sample, sha256=hashlib.sha256(data).hexdigest(), size_px=size_px)
