@@ -67,9 +67,6 @@ _UPRIGHT = {
 }
 _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
-# The turns that swap width and height.
-_SIDEWAYS = (_UPRIGHT[5], _UPRIGHT[6], _UPRIGHT[7], _UPRIGHT[8])
-
 
 def decode_image(data: bytes, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
     """Decode one image file. Of an animation, the first frame; what is transparent is shown on white.
@@ -95,19 +92,6 @@ def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLim
         return decode_image(read_bytes(path, limits), short_side_px=short_side_px, limits=limits)
     except ImageError as error:
         raise naming(path, error) from None
-
-
-def verify_image(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """(width, height) of the upright image, after decoding all of it as cheaply as its format allows; raises as `decode_image`.
-
-    A JPEG is decoded at an eighth of its size: that still reads every coded byte, so it fails where a full decode fails.
-    """
-    decoded = open_upright(data, short_side_px=1, limits=limits)
-    if sniff(data) != "JPEG":
-        return decoded.size
-    header = JpegImageFile(io.BytesIO(data))
-    turn = _upright_turn(header)
-    return (header.height, header.width) if turn in _SIDEWAYS else header.size
 
 
 def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
