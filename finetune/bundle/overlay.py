@@ -66,8 +66,9 @@ def colour_map() -> np.ndarray:
     lightness, chroma, hue = (np.interp(positions, np.linspace(0.0, 1.0, len(_ANCHORS)), column) for column in _ANCHORS.T)
     lab = np.stack([lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))], axis=1)  # (256, 3)
     linear = np.clip((lab @ _OKLAB_TO_LMS.T) ** 3 @ _LMS_TO_LINEAR_RGB.T, 0.0, 1.0)
-    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(srgb * 255).astype(np.uint8)
+    srgb: np.ndarray = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    levels: np.ndarray = np.rint(srgb * 255).astype(np.uint8)
+    return levels
 
 
 def _evidence(cam: np.ndarray) -> np.ndarray:

@@ -182,7 +182,7 @@ class Registry:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer of one model at a time, over threads and processes; a killed writer lets go by dying, and is cleaned up after."""
+    """One writer of one model at a time, over threads and processes; a killed one lets go by dying, and is cleaned up after."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from awkward import AWKWARD, READABLE, REFUSED, quadrants_of
 
-from finetune.bundle.image import decode_image
+from finetune.bundle.image import decode_image, image_size
 from finetune.bundle.preprocess import Preprocess
 
 
@@ -43,3 +43,16 @@ def test_loading_a_file_equals_decoding_it_and_then_preprocessing_it(name: str, 
     loaded = preprocess.load(data)
     assert loaded.shape == (32, 32, 3)
     np.testing.assert_array_equal(loaded, preprocess(decode_image(data, short_side_px=preprocess.decode_short_side_px)))
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_the_size_of_a_file_is_its_upright_size(name: str) -> None:
+    data, expected = AWKWARD[name]
+    assert image_size(data) == expected.size_px[::-1]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_no_size_is_given_for_what_decoding_refuses(name: str) -> None:
+    data, expected = AWKWARD[name]
+    with pytest.raises(expected.error):  # noqa: PT011
+        image_size(data)
