@@ -1,0 +1,156 @@
+"""The network that is trained and exported: backbone, pooling over positions, dropout and one linear layer.
+
+A linear layer on pooled features gives the class activation map for free (Zhou et al. 2016, arXiv:1512.04150): the mean of the
+map plus the bias is the logit. Knows nothing of losses, optimisers or files.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.errors import InvalidInput, did_you_mean
+from finetune.model.auxiliary import AuxiliaryHead, auxiliary_stage
+from finetune.model.backbone import Backbone
+from finetune.model.freeze import FreezePlan, hold_frozen
+
+Pooling = Literal["avg", "max", "avgmax", "gem"]
+CamKind = Literal["linear", "layernorm"]
+
+# The exponent of Radenović et al. 2018 (arXiv:1711.02512); fixed, so that pooled features can be computed once.
+_GEM_POWER = 3.0
+_GEM_FLOOR = 1e-6
+_HEAD_STD = 0.01
+
+
+class Classifier(nn.Module):
+    """Images to logits.
+
+    ``cam_kind`` says whether and how the map is exact, ``cam_reason`` what a person should know about it.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        pooling: Pooling = "avg",
+        dropout: float = 0.0,
+        aux: bool | str | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling != "avg" and backbone.readout.kind == "own":
+            raise InvalidInput(f"model.head.pooling: only avg fits {backbone.name}, given {pooling!r}: {backbone.readout.note}.")
+        self.backbone = backbone
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.head = _linear(backbone.num_features, num_classes)
+        self.aux = AuxiliaryHead(backbone, auxiliary_stage(backbone, aux), num_classes) if aux else None
+        self.plan = FreezePlan(frozenset(stage.index for stage in backbone.stages), bn="train")
+        self.cam_kind, self.cam_reason = _cam(backbone, pooling)
+        mean, std = torch.tensor(backbone.preprocess.mean), torch.tensor(backbone.preprocess.std)
+        # pixel * scale + shift == (pixel / 255 - mean) / std, for pixels in 0..255
+        self.register_buffer("_scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+        self._scale: Tensor
+        self._shift: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As for any module, except that what is frozen stays in eval mode."""
+        super().train(mode)
+        hold_frozen(self)
+        return self
+
+    def normalise(self, images_u8: Tensor) -> Tensor:
+        """(B, h, w, 3) uint8 pixels to (B, 3, h, w) float32, normalised as the weights expect."""
+        return images_u8.permute(0, 3, 1, 2).float() * self._scale + self._shift
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) float32, normalised, to logits (B, C)."""
+        return self.head_logits(self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) float32, normalised, to what the head gets: (B, D)."""
+        return self.read(self.backbone(images))
+
+    def read(self, features: Tensor) -> Tensor:
+        """The backbone's features, in timm's own layout, to the embedding (B, D)."""
+        if self.backbone.readout.kind == "own":
+            return self.backbone.own_embedding(features)
+        pooled = pool(self.backbone.as_map(features), self.pooling)
+        if self.backbone.readout.kind == "layernorm":
+            norm = self.backbone.layernorm()
+            return functional.layer_norm(pooled, pooled.shape[1:], norm.weight, norm.bias, norm.eps)
+        return pooled
+
+    def head_logits(self, embedding: Tensor) -> Tensor:
+        """(B, D) to (B, C), with dropout when training."""
+        logits: Tensor = self.head(self.dropout(embedding))
+        return logits
+
+    def explain(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (B, C), embedding (B, D), and the activation map (B, h', w') of the top class; None if none is exact."""
+        features = self.backbone(images)
+        embedding = self.read(features)
+        logits = self.head_logits(embedding)
+        if self.cam_kind is None:
+            return logits, embedding, None
+        return logits, embedding, self._cam(self.backbone.as_map(features), logits.argmax(1))
+
+    def forward_with_aux(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the head and of the auxiliary head, each (B, C), in one forward pass; for training only."""
+        if self.aux is None:
+            raise ValueError("this classifier was built without an auxiliary head")
+        with self.aux.listening(self.backbone) as heard:
+            logits = self(images)
+        return logits, self.aux(heard[-1])
+
+    def _cam(self, maps: Tensor, labels: Tensor) -> Tensor:
+        weights = self.head.weight[labels]  # (B, D)
+        if self.cam_kind == "layernorm":
+            norm = self.backbone.layernorm()
+            pooled = maps.mean((2, 3), keepdim=True)  # (B, D, 1, 1)
+            centre = pooled.mean(1, keepdim=True)
+            spread = ((pooled - centre).square().mean(1, keepdim=True) + norm.eps).sqrt()
+            maps = (maps - centre) / spread
+            maps = maps if norm.weight is None else maps * norm.weight[:, None, None]
+            maps = maps if norm.bias is None else maps + norm.bias[:, None, None]
+        return (weights[:, :, None, None] * maps).sum(1)
+
+
+def _linear(num_features: int, num_classes: int) -> nn.Linear:
+    """Near zero, so that the first steps fit the head to the backbone, not the backbone to a random head."""
+    linear = nn.Linear(num_features, num_classes)
+    nn.init.normal_(linear.weight, std=_HEAD_STD)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def pool(maps: Tensor, pooling: Pooling) -> Tensor:
+    """(B, D, h, w) to (B, D). ``avgmax`` is the mean of both, as in timm."""
+    if pooling == "avg":
+        return maps.mean((2, 3))
+    if pooling == "max":
+        return maps.amax((2, 3))
+    if pooling == "avgmax":
+        return 0.5 * (maps.mean((2, 3)) + maps.amax((2, 3)))
+    if pooling == "gem":
+        return maps.clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean((2, 3)).pow(1 / _GEM_POWER)
+    raise InvalidInput(
+        f"model.head.pooling: {pooling!r} is not one of {', '.join(get_args(Pooling))}.{did_you_mean(pooling, get_args(Pooling))}"
+    )
+
+
+def _cam(backbone: Backbone, pooling: Pooling) -> tuple[CamKind | None, str]:
+    note = backbone.readout.note
+    if backbone.readout.kind == "own":
+        return None, note
+    if pooling != "avg":
+        return None, f"with {pooling} pooling a logit is not a mean over positions"
+    return backbone.readout.kind, note

@@ -1,0 +1,111 @@
+"""Cutting a classifier in two at a stage boundary: the frozen prefix, which can be computed once, and the rest.
+
+Exact: `suffix(prefix(images))` runs the same modules on the same tensors as `classifier(images)`, so in eval mode the results are
+bit-equal. Both halves share the classifier's own parameters; nothing is copied. Knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.model.backbone import Backbone
+from finetune.model.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`stage` is the first stage of the suffix; the number of stages itself means that only the head is left.
+
+    `prefix`: normalised images (B, 3, h, w) to the activation at the boundary, as one plain module that also exports to ONNX.
+    `suffix`: that activation to logits (B, C); it follows the classifier's own train and eval modes.
+    """
+
+    stage: int
+    prefix: nn.Module
+    suffix: Callable[[Tensor], Tensor]
+    activation_shape: tuple[int, ...]  # of one image
+
+
+def cut_at(classifier: Classifier, stage: int) -> Cut:
+    """Cut before `stage`.
+
+    Raises:
+        ValueError: `why_not_cut` tells beforehand.
+    """
+    backbone = classifier.backbone
+    if reason := why_not_cut(backbone, stage):
+        raise ValueError(f"{backbone.name} cannot be cut before stage {stage}: {reason}")
+    if stage == len(backbone.stages):
+        return Cut(stage, _Embedding(classifier), classifier.head_logits, (classifier.head.in_features,))
+    links = backbone.layout.links[_first_link(backbone, stage) :]
+    tail = tuple((backbone.module.get_submodule(link.name), dict(link.options)) for link in links)
+
+    def suffix(activation: Tensor) -> Tensor:
+        for module, options in tail:
+            activation = module(activation, **options)
+        return classifier.head_logits(classifier.read(activation))
+
+    prefix = _Prefix(_without(backbone.module, frozenset(link.name for link in links)))
+    return Cut(stage, prefix, suffix, backbone.stages[stage - 1].output_shape)
+
+
+def why_not_cut(backbone: Backbone, stage: int) -> str:
+    """Why there is no cut before `stage`, in a phrase; empty if there is one."""
+    if not 0 < stage <= len(backbone.stages):
+        return f"a cut is before one of the stages 1 to {len(backbone.stages)}"
+    if stage < len(backbone.stages) and _first_link(backbone, stage) < backbone.layout.replay_from:
+        return "from there on its modules exchange more than one activation"
+    return ""
+
+
+def _first_link(backbone: Backbone, stage: int) -> int:
+    return backbone.layout.link_stages.index(stage)
+
+
+class _Embedding(nn.Module):
+    """The whole backbone with pooling, as a prefix."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.embed(images)
+
+
+class _Prefix(nn.Module):
+    """A backbone whose later modules hand on what they get."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        activation: Tensor = self.body.forward_features(images)  # type: ignore[operator]
+        return activation
+
+
+class _HandOn(nn.Module):
+    def forward(self, activation: Tensor, **_: Any) -> Tensor:
+        return activation
+
+
+def _without(module: nn.Module, skipped: frozenset[str], above: str = "") -> nn.Module:
+    """A shallow copy in which the named modules hand on their input; all other modules and every parameter are shared."""
+    twin = copy.copy(module)
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        full = f"{above}.{name}" if above else name
+        if full in skipped:
+            children[name] = _HandOn()
+        elif child is not None and any(other.startswith(f"{full}.") for other in skipped):
+            children[name] = _without(child, skipped, full)
+        else:
+            children[name] = child
+    twin._modules = children
+    return twin

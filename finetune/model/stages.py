@@ -1,0 +1,331 @@
+"""The coarse stages of a backbone, in the order in which images pass through them, for any timm architecture.
+
+One forward pass is watched. It gives the chain: the modules that hand one activation each to the next, from stem to features.
+timm's ``group_matcher(coarse=True)`` says which of them belong together; where it groups single layers (VGG, Inception) they are
+merged into the blocks that the papers name. Every parameter and buffer belongs to exactly one stage. Knows nothing of heads,
+weights or freezing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.models._manipulate import group_parameters
+from torch import Tensor, nn
+
+STEM = "stem"
+
+# Families whose coarse groups are single layers: (stage, pattern of the module names that belong to it), in forward order.
+_NAMED_BLOCKS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "InceptionV3": ((STEM, r"Conv2d|Pool"), ("Mixed_5", r"Mixed_5"), ("Mixed_6", r"Mixed_6"), ("Mixed_7", r"Mixed_7")),
+    "InceptionV4": (
+        (STEM, r"features\.[0-5]$"),
+        ("inception_a", r"features\.[6-9]$"),
+        ("inception_b", r"features\.1[0-7]$"),
+        ("inception_c", r"features\.(1[89]|2[01])$"),
+    ),
+}
+_SPLIT_AT_POOLS = ("VGG",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A coarse part of a backbone; stage 0 is the stem. All names are relative to the timm module."""
+
+    index: int
+    name: str
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    n_parameters: int
+    output_shape: tuple[int, ...]  # of one image's activation at the end of this stage, as the next stage gets it
+
+
+@dataclass(frozen=True)
+class Call:
+    """One module's call during a watched forward pass."""
+
+    name: str
+    caller: str
+    given: Any
+    options: Mapping[str, Any]
+    returned: list[Any] = field(default_factory=list, compare=False)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A module of the chain. It is called as ``module(activation, **options)``."""
+
+    name: str
+    options: Mapping[str, Any]
+    output_shape: tuple[int, ...]  # of one image
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a backbone divides.
+
+    `links[i]` belongs to stage `link_stages[i]` (never decreasing). From link `replay_from` on, the chain alone computes the
+    features: each link gets exactly what the one before returned, and the last one returns the features.
+    """
+
+    stages: tuple[Stage, ...]
+    links: tuple[Link, ...]
+    link_stages: tuple[int, ...]
+    replay_from: int
+    module_stages: Mapping[str, frozenset[int]]  # of every module: its stage, or all those inside it
+    tensor_stage: Mapping[str, int]  # of every parameter and buffer
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one image did inside a backbone."""
+
+    calls: tuple[Call, ...]  # during forward_features
+    head_calls: tuple[str, ...]  # names of the modules called by forward_head
+    image: Tensor
+    features: Tensor
+    pre_logits: Tensor  # (1, D) what the original classifier would get
+
+
+@torch.no_grad()
+def watch(module: nn.Module, image: Tensor) -> Trace:
+    """Run one image (1, 3, h, w) through a timm backbone in eval mode and write down every module call."""
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+            caller = open_calls[-1].name if open_calls else ""
+            call = Call(name, caller, given[0] if len(given) == 1 else given, dict(options))
+            calls.append(call)
+            open_calls.append(call)
+
+        return hook
+
+    def leave(_: nn.Module, __: Any, returned: Any) -> None:
+        open_calls.pop().returned.append(returned)
+
+    handles = []
+    for name, child in module.named_modules():
+        if name:
+            handles += [child.register_forward_pre_hook(enter(name), with_kwargs=True), child.register_forward_hook(leave)]
+    try:
+        features = module.forward_features(image)  # type: ignore[operator]
+        n_feature_calls = len(calls)
+        pre_logits = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    finally:
+        for handle in handles:
+            handle.remove()
+    head_calls = tuple(call.name for call in calls[n_feature_calls:])
+    return Trace(tuple(calls[:n_feature_calls]), head_calls, image, features, pre_logits)
+
+
+def lay_out(module: nn.Module, trace: Trace) -> Layout:
+    """Divide a backbone into stages."""
+    groups = _parameter_groups(module)
+    chain = list(_chain(trace, groups))
+    runs = _runs(module, [call.name for call in chain], groups)
+    links = tuple(Link(call.name, call.options, _shape_of_one(call.returned[0])) for call in chain)
+    link_stages = tuple(index for index, run in enumerate(runs) for _ in run)
+    owner = _module_owners(module, [call.name for call in chain], link_stages)
+    tensor_stage = _tensor_stages(module, owner, groups, _group_stages(links, link_stages, groups))
+    module_stages = _module_stages(module, owner, tensor_stage)
+    stages = tuple(
+        _stage(module, index, name, run, owner, tensor_stage, links[link_stages.index(index) + len(run) - 1].output_shape)
+        for index, (name, run) in enumerate(zip(_names(module, runs), runs, strict=True))
+    )
+    return Layout(stages, links, link_stages, _replay_from(trace, chain), module_stages, tensor_stage)
+
+
+def _parameter_groups(module: nn.Module) -> dict[str, int]:
+    """Parameter name to the number of its coarse group, as timm sees it."""
+    try:
+        matcher = module.group_matcher(coarse=True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError):
+        return _groups_by_name(module)
+    return dict(group_parameters(module, matcher, reverse=True))
+
+
+def _groups_by_name(module: nn.Module) -> dict[str, int]:
+    """For the few architectures without a group matcher: one group for each ``part`` or ``part.number``."""
+    keys: dict[str, int] = {}
+    groups = {}
+    for name, _ in module.named_parameters():
+        match = re.match(r"[^.]+(\.\d+)?", name)
+        groups[name] = keys.setdefault(match.group() if match else name, len(keys))
+    return groups
+
+
+def _chain(trace: Trace, groups: Mapping[str, int], caller: str = "") -> Iterator[Call]:
+    """The outermost calls, opened up where a container holds several groups (``blocks``, ``features``)."""
+    for call in trace.calls:
+        if call.caller != caller:
+            continue
+        is_opened = len(_groups_in(call.name, groups)) > 1 and any(inner.caller == call.name for inner in trace.calls)
+        yield from _chain(trace, groups, call.name) if is_opened else (call,)
+
+
+def _groups_in(name: str, groups: Mapping[str, int]) -> frozenset[int]:
+    return frozenset(group for parameter, group in groups.items() if parameter.startswith(f"{name}."))
+
+
+def _runs(module: nn.Module, names: Sequence[str], groups: Mapping[str, int]) -> list[list[str]]:
+    """The chain cut into stages."""
+    family = type(module).__name__
+    if family in _NAMED_BLOCKS:
+        return _runs_by_pattern(names, [pattern for _, pattern in _NAMED_BLOCKS[family]])
+    if family in _SPLIT_AT_POOLS:
+        return _runs_between_pools(module, names)
+    return _merge_lone_norms(module, _runs_by_group(names, groups))
+
+
+def _runs_by_pattern(names: Sequence[str], patterns: Sequence[str]) -> list[list[str]]:
+    return [[name for name in names if re.match(pattern, name)] for pattern in patterns]
+
+
+def _runs_between_pools(module: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    runs: list[list[str]] = [[]]
+    for name in names:
+        runs[-1].append(name)
+        if isinstance(module.get_submodule(name), nn.MaxPool2d):
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _runs_by_group(names: Sequence[str], groups: Mapping[str, int]) -> list[list[str]]:
+    """One run a group. What has no parameters follows what was before it; a group that comes back merges all between."""
+    runs: list[list[str]] = []
+    seen: list[frozenset[int]] = []
+    for name in names:
+        own = _groups_in(name, groups)
+        start = next((i for i, others in enumerate(seen) if own & others or not others), None) if own else len(runs) - 1
+        if start is None or not runs:
+            runs.append([name])
+            seen.append(own)
+        else:
+            runs[start:] = [[member for run in runs[start:] for member in run] + [name]]
+            seen[start:] = [frozenset().union(own, *seen[start:])]
+    return runs
+
+
+def _merge_lone_norms(module: nn.Module, runs: list[list[str]]) -> list[list[str]]:
+    """A final norm of its own group (Swin, DenseNet) belongs to the last stage."""
+    merged: list[list[str]] = []
+    for run in runs:
+        parameters = [parameter for name in run for parameter in module.get_submodule(name).parameters()]
+        if merged and all(parameter.ndim <= 1 for parameter in parameters):
+            merged[-1] += run
+        else:
+            merged.append(list(run))
+    return merged
+
+
+def _names(module: nn.Module, runs: Sequence[Sequence[str]]) -> list[str]:
+    family = type(module).__name__
+    if family in _NAMED_BLOCKS:
+        return [name for name, _ in _NAMED_BLOCKS[family]]
+    if family in _SPLIT_AT_POOLS:
+        return [STEM, *(f"block{number}" for number in range(2, len(runs) + 1))]
+    return [STEM, *(_name(module, run[0]) for run in runs[1:])]
+
+
+def _name(module: nn.Module, first: str) -> str:
+    """``features.denseblock1`` is called denseblock1; a number keeps the container that counts it (``blocks.3``)."""
+    tail = first.rsplit(".", 1)[-1]
+    return first if tail.isdigit() else tail
+
+
+def _replay_from(trace: Trace, chain: Sequence[Call]) -> int:
+    """The first link from which the chain is unbroken: plain options, one call each, every output the next one's input."""
+    position = len(chain)
+    expected = trace.features
+    later: set[str] = set()
+    for call in reversed(chain):
+        if call.returned[0] is not expected or call.name in later or not all(_is_plain(value) for value in call.options.values()):
+            break
+        if not isinstance(call.given, Tensor):
+            break
+        position -= 1
+        expected = call.given
+        later.add(call.name)
+    return position
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _shape_of_one(returned: Any) -> tuple[int, ...]:
+    return tuple(returned.shape[1:]) if isinstance(returned, Tensor) else ()
+
+
+def _module_owners(module: nn.Module, links: Sequence[str], link_stages: Sequence[int]) -> dict[str, int]:
+    """Module name to stage, but for the containers of links. What is not on the chain follows what was registered before it."""
+    stage_of_link = dict(zip(links, link_stages, strict=True))
+    containers = {""} | {
+        ".".join(parts[:depth]) for parts in (link.split(".") for link in links) for depth in range(1, len(parts))
+    }
+    owner: dict[str, int] = {}
+    latest = 0
+    for name, _ in module.named_modules():
+        link = next((link for link in _ancestors(name) if link in stage_of_link), None)
+        if link is not None:
+            latest = stage_of_link[link]
+        elif name in containers:
+            continue
+        owner[name] = latest
+    return owner
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The name itself, then each container around it."""
+    parts = name.split(".")
+    for depth in range(len(parts), 0, -1):
+        yield ".".join(parts[:depth])
+
+
+def _group_stages(links: Sequence[Link], link_stages: Sequence[int], groups: Mapping[str, int]) -> dict[int, int]:
+    return {group: stage for link, stage in zip(links, link_stages, strict=True) for group in _groups_in(link.name, groups)}
+
+
+def _tensor_stages(
+    module: nn.Module, owner: Mapping[str, int], groups: Mapping[str, int], group_stages: Mapping[int, int]
+) -> dict[str, int]:
+    """Parameter and buffer name to stage; a container's own (position embeddings) go by timm's group, else to the stem."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: owner.get(name.rpartition(".")[0], group_stages.get(groups.get(name, -1), 0)) for name, _ in tensors}
+
+
+def _module_stages(module: nn.Module, owner: Mapping[str, int], tensor_stage: Mapping[str, int]) -> dict[str, frozenset[int]]:
+    found = {name: {owner[name]} if name in owner else set() for name, _ in module.named_modules()}
+    for name, stage in [*owner.items(), *((tensor.rpartition(".")[0], stage) for tensor, stage in tensor_stage.items())]:
+        for ancestor in [*_ancestors(name), ""]:
+            if ancestor not in owner:
+                found[ancestor].add(stage)
+    return {name: frozenset(stages) for name, stages in found.items()}
+
+
+def _stage(
+    module: nn.Module,
+    index: int,
+    name: str,
+    run: Sequence[str],
+    owner: Mapping[str, int],
+    tensor_stage: Mapping[str, int],
+    output_shape: tuple[int, ...],
+) -> Stage:
+    parameters = {key: value for key, value in module.named_parameters() if tensor_stage[key] == index}
+    buffers = tuple(key for key, _ in module.named_buffers() if tensor_stage[key] == index)
+    on_chain = set(run)
+    extra = [
+        key
+        for key, stage in owner.items()
+        if stage == index and not any(above in on_chain for above in _ancestors(key)) and key.rpartition(".")[0] not in owner
+    ]
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return Stage(index, name, (*run, *extra), tuple(parameters), buffers, count, output_shape)

