@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,23 @@ def photos() -> Path:
     if not (folder / "train").is_dir():
         pytest.skip(f"needs real photographs: set FINETUNE_TEST_PHOTOS (looked in {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database. Its migrations take seconds, so they run once a session and tests copy the file."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
+@pytest.fixture
+def mlflow_workspace(mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace folder whose MLflow database is ready to use."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    shutil.copy(mlflow_database, workspace / "mlflow.db")
+    return workspace

@@ -55,3 +55,9 @@ def test_a_journal_goes_on_after_a_torn_line_without_losing_the_next(tmp_path: P
         stream.write('{"at": 1, "ki')
     run.event("resumed", "the run goes on", step=3)
     assert [line["kind"] for line in read_lines(run.events)] == ["started", "resumed"]
+
+
+def test_a_journal_keeps_messages_with_unusual_line_ends(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.event("note", "one\u2028two\x85three")
+    assert [event["message"] for event in read_lines(run.events)] == ["one\u2028two\x85three"]
