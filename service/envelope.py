@@ -1,0 +1,115 @@
+"""What every answer carries, whoever made it: a request id, security headers, a problem document for an error, a line in the log
+and a count in the metrics. The outermost layer. Knows ASGI messages; does not know routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import UNMATCHED, Metrics
+from service.problems import INTERNAL_DETAIL, MEDIA_TYPE, REQUEST_ID_HEADER, detail_of, problem
+
+log = logging.getLogger("service.access")
+
+ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+MAX_REWRITTEN_BYTES = 64 * 1024
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Envelope:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = time.perf_counter()
+        request_id = _request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = request_id
+        answer = _Answer(scope, receive, send, request_id)
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, answer.send)
+        except Exception:
+            log.exception("%s %s %s failed", request_id, scope["method"], scope["path"])
+            await answer.fail()
+        finally:
+            seconds = time.perf_counter() - started
+            self.metrics.in_flight.dec()
+            self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], answer.status, seconds * 1000)
+        return None
+
+
+class _Answer:
+    """One answer on its way out. An error that is not yet a problem document is held back and sent as one."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        self.status = 500
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._request_id = request_id
+        self._started = False
+        self._held: Message | None = None
+        self._held_body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status >= 400 and not Headers(raw=message["headers"]).get("content-type", "").startswith(MEDIA_TYPE):
+                self._held = message
+                return
+            self._started = True
+            self._add_headers(message)
+        elif self._held is not None:
+            self._held_body += message.get("body", b"")[: MAX_REWRITTEN_BYTES - len(self._held_body)]
+            if not message.get("more_body", False):
+                await self._send_as_problem(self._held)
+            return
+        await self._send(message)
+
+    async def fail(self) -> None:
+        """Say that the server failed, unless an answer is already under way."""
+        if not self._started:
+            await problem(self._scope, 500, INTERNAL_DETAIL)(self._scope, self._receive, self.send)
+
+    async def _send_as_problem(self, start: Message) -> None:
+        headers = Headers(raw=start["headers"])
+        kept = {name: headers[name] for name in ("allow", "retry-after", "www-authenticate") if name in headers}
+        detail = detail_of(self.status, headers.get("content-type", ""), bytes(self._held_body))
+        self._held = None
+        await problem(self._scope, self.status, detail, headers=kept)(self._scope, self._receive, self.send)
+
+    def _add_headers(self, start: Message) -> None:
+        headers = MutableHeaders(scope=start)
+        headers[REQUEST_ID_HEADER] = self._request_id
+        headers.setdefault("Cache-Control", "no-store")
+        for name, value in SECURITY_HEADERS.items():
+            headers[name] = value
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's own id if it is plain enough for a log line, else a new one."""
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return given if ACCEPTED_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+def _route(scope: Scope) -> str:
+    """The template that the router matched, which routing leaves in the scope."""
+    return getattr(scope.get("route"), "path", UNMATCHED)

@@ -1,0 +1,76 @@
+"""What the server measures about itself, for Prometheus, with labels that cannot grow without bound.
+
+The `route` label is the template (``/v1/models/{name}/predict``), never the path that was asked for; what matches no route is
+``unmatched``; the `model` label is a registered name. Knows counters; does not know what is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+UNMATCHED = "unmatched"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """One server's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.requests = Counter("finetune_requests", "Answered requests", ["route", "method", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "finetune_request_seconds",
+            "Time from the request's head to its answer's end",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("finetune_requests_in_flight", "Requests being answered", registry=self.registry)
+        self.predictions = Counter("finetune_predictions", "Images classified", ["model"], registry=self.registry)
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        known_method = method if method in METHODS else "other"
+        self.requests.labels(route, known_method, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def watch_models(self, models: WatchedModels) -> None:
+        """Show what is in memory. Read when asked, so that versions that are gone leave no series behind."""
+        self.registry.register(_ModelsCollector(models))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class WatchedModels(Protocol):
+    swaps: int
+
+    def loaded(self) -> Iterable[tuple[str, str]]: ...
+
+    def refused(self) -> Sized: ...
+
+
+class _ModelsCollector(Collector):
+    def __init__(self, models: WatchedModels) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        loaded = GaugeMetricFamily("finetune_model_loaded", "Models in memory", labels=["model", "version"])
+        for name, version in sorted(set(self._models.loaded())):
+            loaded.add_metric([name, version], 1)
+        yield loaded
+        yield CounterMetricFamily("finetune_model_swaps", "Live bundles replaced by another version", value=self._models.swaps)
+        yield GaugeMetricFamily(
+            "finetune_model_refused", "Bundles that failed their checks and are not served", value=len(self._models.refused())
+        )

@@ -1,0 +1,199 @@
+"""Every error of the server in one form: RFC 9457 ``application/problem+json``.
+
+Three readers are served by one document: a program branches on ``code``, a person reads ``title`` and ``detail``, and the stock
+client of the public fine-tuning API reads the ``error`` object. Knows exceptions and status codes; does not know routes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from finetune.errors import FinetuneError
+
+MEDIA_TYPE = "application/problem+json"
+REQUEST_ID_HEADER = "X-Request-Id"
+RETRY_AFTER_SECONDS = 1
+CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it only keeps the log and the metrics true
+
+log = logging.getLogger(__name__)
+
+# What HTTP itself refuses, before any of our own errors can arise. Those bring their own code: see finetune/errors.py.
+CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "conflict",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_input",
+    429: "too_many_requests",
+    499: "client_closed_request",
+    500: "internal_error",
+    503: "unavailable",
+}
+INTERNAL_DETAIL = "Something went wrong in the server. Its log has the cause under this request id."
+
+
+class FieldProblem(BaseModel):
+    """One thing that is wrong in a request, and where."""
+
+    field: str = Field(description="Path of the field, such as `top_k` or `method.stages`.")
+    detail: str
+
+
+class ErrorObject(BaseModel):
+    """What the stock client of the public fine-tuning API reads."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None = None
+    code: str
+
+
+class ProblemDocument(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = Field(description="A stable name of the kind of problem.", examples=["urn:finetune:problem:invalid_image"])
+    title: str
+    status: int
+    detail: str
+    instance: str = Field(description="The path that was asked for.")
+    code: str = Field(description="Stable: branch on this.", examples=["invalid_image"])
+    request_id: str
+    errors: list[FieldProblem] = []
+    error: ErrorObject
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "The request cannot be answered as it is",
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
+    },
+    "5XX": {
+        "description": "The server cannot answer now",
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
+    },
+}
+
+
+def problem(
+    scope: Mapping[str, Any],
+    status: int,
+    detail: str,
+    *,
+    code: str | None = None,
+    errors: Sequence[FieldProblem] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The answer for one error, as a response that can also be sent from outside any app."""
+    code = code or CODES.get(status, f"http_{status}")
+    document = ProblemDocument(
+        type=f"urn:finetune:problem:{code}",
+        title=_title(status),
+        status=status,
+        detail=detail,
+        instance=scope.get("path", ""),
+        code=code,
+        request_id=scope.get("state", {}).get("request_id", ""),
+        errors=list(errors),
+        error=ErrorObject(message=detail, type=_error_type(status), param=errors[0].field if errors else None, code=code),
+    )
+    return JSONResponse(document.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
+
+
+def _title(status: int) -> str:
+    return "Client Closed Request" if status == CLIENT_CLOSED_REQUEST else HTTPStatus(status).phrase
+
+
+def _error_type(status: int) -> Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]:
+    if status >= 500:
+        return "server_error"
+    if status in (401, 403):
+        return "authentication_error"
+    return "rate_limit_error" if status == 429 else "invalid_request_error"
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make `app` answer what is raised on purpose as a problem. What is not, the envelope answers."""
+    app.add_exception_handler(FinetuneError, _on_finetune_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FinetuneError)
+    if error.http_status == 500:
+        log.error("%s %s: %s", request.state.request_id, error.code, error)
+    return problem(
+        request.scope,
+        error.http_status,
+        error.message,
+        code=error.code,
+        errors=[FieldProblem(field=one.where, detail=one.message) for one in error.problems],
+        headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None,
+    )
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors = [FieldProblem(field=_field_path(one["loc"]), detail=_sentence(one)) for one in error.errors()]
+    detail = "; ".join(f"{one.field}: {one.detail}" for one in errors)
+    return problem(request.scope, 422, detail, errors=errors)
+
+
+def _field_path(location: Sequence[int | str]) -> str:
+    """`("query", "top_k")` → ``top_k``; the whole body or query as ``body``, ``query``."""
+    inside = location[1:] or location
+    return ".".join(str(part) for part in inside)
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "missing" else ""
+    return f"{error['msg']}{shown[:80]}"
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    detail = str(error.detail)
+    if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
+        detail = f"There is nothing at {request.url.path}. What exists is listed in /docs.json"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        detail = f"{request.method} does not work on {request.url.path}. Allowed: {allowed}"
+    return problem(request.scope, error.status_code, detail, headers=error.headers)
+
+
+async def _on_disconnect(request: Request, _: Exception) -> JSONResponse:
+    return problem(request.scope, CLIENT_CLOSED_REQUEST, "The client went away before its request was complete")
+
+
+def detail_of(status: int, content_type: str, body: bytes) -> str:
+    """The sentence in an error answer of somebody else's making: JSON with ``error`` or ``detail``, a list of such, or text."""
+    if status >= 500:
+        return INTERNAL_DETAIL if status == 500 else _title(status)
+    text = body.decode("utf-8", "replace").strip()
+    if content_type.startswith("application/json"):
+        try:
+            parsed = json.loads(text)
+        except json.JSONDecodeError:
+            parsed = None
+        first = parsed[0] if isinstance(parsed, list) and parsed else parsed
+        found = (first.get("error") or first.get("detail")) if isinstance(first, dict) else None
+        return str(found) if found else _title(status)
+    return text[:500] or _title(status)

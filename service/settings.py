@@ -1,0 +1,73 @@
+"""What the server is told from outside: environment variables, read once at start. Knows names and defaults, opens nothing.
+
+`finetune serve` sets them from its flags; a container sets them itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.bundle.image import ImageLimits
+from finetune.errors import InvalidInput
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server's settings.
+
+    Args:
+        home: the workspace; models are read from ``home/models``.
+        model: what ``POST /predict`` answers with: a registered ``name`` or ``name@version``, a bundle folder, or None (newest).
+        threads: predictions that run at the same time, each on one core.
+        allowed_hosts: names this server answers to in ``Host`` and ``Origin``; a browser lured here under another is refused.
+        image_limits: the largest image that is decoded, the same rule as in training.
+        watch_seconds: how often the models folder is looked at for a new version.
+        max_loaded_models: models held in memory besides the default one; the least recently used makes room.
+    """
+
+    home: Path
+    model: str | None = None
+    threads: int = 1
+    allowed_hosts: tuple[str, ...] = LOOPBACK_HOSTS
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    watch_seconds: float = 1.0
+    max_loaded_models: int = 8
+
+    @property
+    def models_folder(self) -> Path:
+        return self.home / "models"
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+        names = tuple(name.strip() for name in environment.get("FINETUNE_ALLOWED_HOSTS", "").split(",") if name.strip())
+        return Settings(
+            home=Path(environment.get("FINETUNE_HOME", ".finetune")).absolute(),
+            model=environment.get("FINETUNE_MODEL") or None,
+            threads=_positive(environment, "FINETUNE_THREADS", default=available_cores()),
+            allowed_hosts=(*LOOPBACK_HOSTS, *names),
+            max_loaded_models=_positive(environment, "FINETUNE_MAX_LOADED_MODELS", default=8),
+        )
+
+
+def _positive(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidInput(f"{name}={text!r}: a whole number of at least 1 is needed")
+    return int(text)
+
+
+def available_cores(quota: Path = CPU_QUOTA) -> int:
+    """The cores this process may use: its CPU affinity, and a container's quota, which `os.cpu_count` does not know."""
+    cores = len(os.sched_getaffinity(0))
+    if not quota.exists():
+        return cores
+    limit, period = quota.read_text().split()
+    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))

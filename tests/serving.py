@@ -1,0 +1,92 @@
+"""Starting the service for tests: inside this process, or as the real server process on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from starlette.testclient import TestClient
+
+from finetune.bundle.registry import Registry
+from service.app import build_service
+from service.settings import Settings
+
+URL = "http://127.0.0.1"
+
+
+@contextlib.contextmanager
+def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator[TestClient]:
+    """A client of the whole service, BentoML's part included, without a port. Waits until the default model is live."""
+    service = build_service(Settings(home, watch_seconds=0.02, threads=2, **settings))  # type: ignore[arg-type]
+    with TestClient(service.to_asgi(), base_url=URL) as client:
+        if wait:
+            until(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for a condition; fails when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def serving_pid(self) -> int:
+        """The process that answers: the supervisor's only child that runs the service."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@contextlib.contextmanager
+def live_server(home: Path, *arguments: str) -> Iterator[LiveServer]:
+    """`python -m service` on a free port, ready; ended with SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = home / "server.log"
+    environment = {**os.environ, "FINETUNE_HOME": str(home), "BENTOML_HOME": str(home / "bentoml")}
+    command = [sys.executable, "-m", "service", "--port", str(port), *arguments]
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        url = f"{URL}:{port}"
+        until(lambda: _is_ready(url, process))
+        yield LiveServer(url, process, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the server ended before it was ready"
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def registered(home: Path, bundle: Path, name: str = "colours") -> Registry:
+    """The workspace's registry with one version of the bundle in it."""
+    registry = Registry(home / "models")
+    registry.register(bundle, name)
+    return registry
