@@ -31,7 +31,7 @@ _LMS_TO_LINEAR_RGB = np.array(
 )
 
 _FAINTEST, _STRONGEST = 0.25, 0.8  # how much of the map's colour covers the photograph, from no evidence to the most
-_PNG_COLOURS = 128
+_PNG_COLOURS = 256
 
 
 def overlay_png(image: np.ndarray, cam: np.ndarray) -> bytes:

@@ -54,5 +54,5 @@ def test_the_size_of_a_file_is_its_upright_size(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_size_is_given_for_what_decoding_refuses(name: str) -> None:
     data, expected = AWKWARD[name]
-    with pytest.raises(expected.error):  # noqa: PT011
+    with pytest.raises(expected.error):
         image_size(data)
