@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.errors import DiskFull
+from finetune.errors import Conflict, DiskFull
 
 
 def workspace() -> Path:
@@ -79,6 +80,10 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class RunBusy(Conflict):
+    code, exit_code = "run_busy", os.EX_TEMPFAIL
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths inside one run folder, and its two journals (JSON Lines, append-only, each line carries ``at`` in Unix seconds)."""
@@ -129,9 +134,33 @@ class RunDir:
     def outcome(self) -> Path:
         return self.root / "outcome.json"
 
+    @property
+    def progress(self) -> Path:
+        return self.root / "progress.json"
+
+    @property
+    def error(self) -> Path:
+        return self.root / "error.json"
+
     def create(self) -> RunDir:
         self.root.mkdir(parents=True, exist_ok=True)
         return self
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out of this run while the block runs; the kernel lets go when this process dies.
+
+        Raises:
+            RunBusy: another process is in the run.
+        """
+        with open(self.create().root / ".lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunBusy(
+                    f"{self.root}: another process is working on this run; wait for it, or give another --run-dir"
+                ) from None
+            yield
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         """Append one line to ``events.jsonl``: what happened, for a person (`message`) and for a program (`kind`, `data`)."""

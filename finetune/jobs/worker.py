@@ -115,7 +115,7 @@ class Worker:
         spec_file, lease_file = run.root / "request.yaml", run.root / f"lease-{claim.fence}.json"
         write_atomic(spec_file, lambda stream: stream.write(yaml.safe_dump(dict(claim.job.spec), allow_unicode=True).encode()))
         write_lease(lease_file, self.store.lease_seconds)
-        (run.root / "error.json").unlink(missing_ok=True)
+        run.error.unlink(missing_ok=True)
         gpus = self._free_gpu()
         handle = self.executor.start(
             claim.job.id,
@@ -151,8 +151,7 @@ class Worker:
 
     def _forward(self, attempt: _Attempt) -> None:
         """Publish what the run wrote since the last look."""
-        progress_file = attempt.run.root / "progress.json"
-        progress = read_json(progress_file) if progress_file.exists() else None
+        progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
         if progress != attempt.progress:
             attempt.progress, attempt.moved_at = progress, time.monotonic()
         phase = None if progress is None else str(progress["phase"])
@@ -222,8 +221,7 @@ def _checkpoints(run: RunDir) -> frozenset[str]:
 
 
 def _read_error(run: RunDir) -> Mapping[str, Any] | None:
-    path = run.root / "error.json"
-    error: Mapping[str, Any] | None = read_json(path) if path.exists() else None
+    error: Mapping[str, Any] | None = read_json(run.error) if run.error.exists() else None
     return error
 
 
