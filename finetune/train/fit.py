@@ -1,0 +1,497 @@
+"""Carry out a recipe: take its steps, evaluate each epoch, keep the best weights, survive being killed.
+
+What a step does is a pure function of (recipe, step, weights): which weights train, the learning rates, the order of the images,
+their augmentation, dropout and mixup. So a run that is killed and resumed from its newest checkpoint ends with the bits of one
+that was not. Batches come from loaders that can start at any step; whether they decode photographs or replay cached activations
+is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune.data.loader import Batch
+from finetune.errors import TrainingError
+from finetune.model.auxiliary import AUX_LOSS_WEIGHT
+from finetune.model.classifier import Classifier
+from finetune.model.freeze import FreezePlan, apply_freeze, frozen_digest, parameter_groups
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.rundir import RunDir, append_line, read_lines, write_atomic
+from finetune.train import checkpoint
+from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.train.interrupt import Interrupted, StopRequest, stop_requests
+from finetune.train.loss import mix, mixed_cross_entropy, step_seed
+from finetune.train.machine import Settings, autocast, computing_with, place, prepare_images, to_device
+from finetune.train.optim import build_optimizer, owner, set_learning_rates
+from finetune.train.recipe import HEAD, Recipe, freeze_plan, learning_rates, widest_plan
+from finetune.train.signals import Parameters, StepMeter
+
+SIGNAL_EVERY_STEPS = 20
+REPORT_EVERY_STEPS = 5
+INTERPOLATION_SHARES = (0.25, 0.5, 0.75)  # of the fine-tuned weights; the rest is the start's
+
+TrainBatches = Callable[[int, int], Iterable[Batch]]  # (epoch, step within it) -> the batches from there to the epoch's end
+Prepare = Callable[[Classifier, Tensor, Settings], Tensor]  # a batch's array, on the device -> what the forward pass takes
+Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
+
+
+def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
+    logits: Tensor = classifier(images)
+    return logits
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to. The classifier that was trained holds the chosen weights and is in eval mode."""
+
+    chosen: str  # which weights, in words
+    best: Mapping[str, float]  # their val/loss and val/top1
+    best_step: int
+    n_steps: int  # taken, of the recipe's
+    stopped_early: bool
+    settings: Settings
+    frozen_before: str  # sha256 over what never trains
+    frozen_after: str
+    resumed_at_step: int | None
+    history: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written besides the end of each epoch, and whose they are."""
+
+    identity: Mapping[str, str]  # what makes the run this run (``spec``, ``dataset`` …) -> digest
+    every_seconds: float = 300.0
+    every_steps: int | None = None
+
+
+@dataclass
+class _State:
+    """Where the run is. With weights, optimiser and moving average it is what a checkpoint holds."""
+
+    step: int = 0
+    evaluated_step: int = -1
+    epoch_totals: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss, correct and images, summed over the epoch so far
+    epochs_without_gain: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    start_weights: dict[str, Tensor] = field(default_factory=dict)  # where the fine-tuned weights may be pulled back to
+    chosen: str = ""
+    stopped_early: bool = False
+    finished: bool = False
+    frozen_before: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    name: str
+    values: dict[str, float]  # val/loss and val/top1
+    tensors: dict[str, Tensor]
+
+
+def fit(
+    classifier: Classifier,
+    recipe: Recipe,
+    train: TrainBatches,
+    val: Iterable[Batch],
+    run: RunDir,
+    saving: Saving,
+    *,
+    settings: Callable[[], Settings] = Settings,
+    solve_head: Callable[[Classifier], object] | None = None,
+    prepare: Prepare = prepare_images,
+    forward: Forward = forward_images,
+    progress: ProgressCallback = silent,
+) -> Fitted:
+    """Train `classifier` as `recipe` says, from the newest whole checkpoint in `run` where there is one.
+
+    Args:
+        settings: asked once, when the run begins; a resumed run computes as it began.
+        solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
+        prepare, forward: how a batch becomes logits; by default its arrays are images.
+
+    Raises:
+        CheckpointError: the checkpoints in `run` are another run's.
+        TrainingError: the loss is no longer finite, or memory ran out.
+        DiskFull: a checkpoint could not be written.
+        Interrupted: SIGINT or SIGTERM arrived; the checkpoint is written.
+    """
+    found = _find_checkpoint(run, saving)
+    decided = settings() if found is None else Settings(**found["settings"])
+    with computing_with(decided), stop_requests() as stop, _memory_errors_named(recipe.batch_size):
+        place(classifier, decided)
+        training = _Training(classifier, recipe, train, val, run, saving, decided, prepare, forward, progress, stop)
+        if found is None:
+            training.begin(solve_head)
+        else:
+            training.resume(found)
+        del found  # a second copy of every weight
+        return training.run_to_end()
+
+
+def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
+    damaged: list[str] = []
+    found = checkpoint.load_newest(run.checkpoints, lambda path, why: damaged.append(f"{path.name} ({why})"))
+    if damaged:
+        run.event("checkpoint_damaged", f"passed over: {', '.join(damaged)}")
+    if found is not None:
+        checkpoint.check_belongs(found["identity"], saving.identity, run.checkpoints)
+    elif damaged:
+        write_atomic(run.metrics, lambda stream: stream.write(b""))  # what it says will be said again
+    return found
+
+
+@dataclass
+class _Training:
+    """One session of one run: from its beginning, or from a checkpoint, to its end or interruption."""
+
+    classifier: Classifier
+    recipe: Recipe
+    train: TrainBatches
+    val: Iterable[Batch]
+    run: RunDir
+    saving: Saving
+    settings: Settings
+    prepare: Prepare
+    forward: Forward
+    progress: ProgressCallback
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self.state = _State()
+        self.optimizer = build_optimizer(self.classifier, self.recipe)
+        self.average: MovingAverage | None = None
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.settings.device)  # see _State.epoch_totals
+        self.resumed_at_step: int | None = None
+        self.began_at = self.saved_at = self.epoch_began_at = time.perf_counter()
+        self.session_steps = self.epoch_images = 0  # of this session, of the epoch within this session
+
+    # beginning and resuming ---------------------------------------------------------------------------------------
+
+    def begin(self, solve_head: Callable[[Classifier], object] | None) -> None:
+        state = self.state
+        state.frozen_before = self._frozen_digest()
+        if not self.recipe.solves_head_first:
+            nn.init.zeros_(self.classifier.head.weight)
+            nn.init.zeros_(self.classifier.head.bias)
+            state.evaluated_step = 0  # what an untrained head says is not worth an evaluation
+        elif solve_head is not None:
+            solve_head(self.classifier)
+        if self.recipe.solves_head_first and self.recipe.n_steps:
+            state.start_weights = copy_state(self.classifier)
+        state.history = read_lines(self.run.metrics)
+        self._build_average()
+        self.run.event("training", f"computing with {self.settings}", settings=self.settings.to_dict())
+        self._save()
+
+    def resume(self, found: Mapping[str, Any]) -> None:
+        state = self.state = _State(**found["state"])
+        self.classifier.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self._build_average()
+        if self.average is not None:
+            self.average.load(found["average"])
+        self.totals.copy_(torch.tensor(state.epoch_totals, dtype=torch.float64))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in state.history)
+        write_atomic(self.run.metrics, lambda stream: stream.write(lines.encode()))
+        self.resumed_at_step = state.step
+        exact = self.settings.device == "cpu" and found["torch"] == torch.__version__
+        message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
+        self.run.event("resumed", message, step=state.step, exact=exact)
+
+    def _build_average(self) -> None:
+        if self.recipe.ema_half_life_steps is not None:
+            self.average = MovingAverage(self.classifier, self.recipe.ema_half_life_steps)
+
+    def _frozen_digest(self) -> str:
+        """sha256 over everything that this recipe never trains."""
+        apply_freeze(self.classifier, widest_plan(self.recipe))
+        return frozen_digest(self.classifier)
+
+    # the loop -----------------------------------------------------------------------------------------------------
+
+    def run_to_end(self) -> Fitted:
+        state = self.state
+        try:
+            while not state.finished:
+                self._advance()
+        except Interrupted:
+            self._save()
+            message = f"stopped at step {state.step} of {self.recipe.n_steps}; the same command goes on from there"
+            self.run.event("interrupted", message, step=state.step)
+            raise
+        self.classifier.load_state_dict(state.best_weights)
+        self.classifier.eval()
+        frozen_after = self._frozen_digest()
+        if frozen_after != state.frozen_before:
+            raise TrainingError("frozen weights changed while training. This is a defect of finetune: please report it.")
+        return Fitted(
+            chosen=state.chosen,
+            best=state.best,
+            best_step=state.best_step,
+            n_steps=state.step,
+            stopped_early=state.stopped_early,
+            settings=self.settings,
+            frozen_before=state.frozen_before,
+            frozen_after=frozen_after,
+            resumed_at_step=self.resumed_at_step,
+            history=tuple(state.history),
+        )
+
+    def _advance(self) -> None:
+        """The next thing that the state calls for. An evaluation or a finish that is interrupted is done again from its start."""
+        state = self.state
+        if state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
+            self._end_epoch()
+        elif state.step < self.recipe.n_steps and not state.stopped_early:
+            self._train_epoch()
+        else:
+            self._finish()
+
+    def _train_epoch(self) -> None:
+        """From the present step to the end of its epoch."""
+        epoch, start_step = divmod(self.state.step, self.recipe.steps_per_epoch)
+        phase, _ = self.recipe.phase_at(self.state.step)
+        self.classifier.train()
+        apply_freeze(self.classifier, freeze_plan(self.recipe, phase))
+        parameters = {owner(group): list(group.parameters.values()) for group in parameter_groups(self.classifier)}
+        self.epoch_began_at, self.epoch_images = time.perf_counter(), 0
+        with closed_after(self.train(epoch, start_step)) as batches:
+            for batch in batches:
+                self._take_step(batch, parameters)
+                self.stop.check()
+                if self._checkpoint_is_due():
+                    self._save()
+        if (ended_at := self.state.step) != (epoch + 1) * self.recipe.steps_per_epoch:
+            raise ValueError(f"epoch {epoch} ended at step {ended_at}: an epoch has {self.recipe.steps_per_epoch} steps")
+
+    def _take_step(self, batch: Batch, parameters: Parameters) -> None:
+        recipe, step = self.recipe, self.state.step
+        seed = step_seed(recipe.seed, step)
+        torch.manual_seed(seed)
+        rates = set_learning_rates(self.optimizer, recipe, step)
+        targets = to_device(batch.labels, self.settings)  # (B,) int64
+        inputs = self.prepare(self.classifier, to_device(batch.images, self.settings), self.settings)  # (B, 3, h, w) float32
+        inputs, other_targets, share = mix(inputs, targets, recipe.mixup, seed)
+        with autocast(self.settings):
+            logits, aux_logits = self._training_logits(inputs)  # each (B, C)
+        loss = mixed_cross_entropy(logits, targets, other_targets, share, recipe.label_smoothing)
+        objective = loss
+        if aux_logits is not None:
+            aux_loss = mixed_cross_entropy(aux_logits, targets, other_targets, share, recipe.label_smoothing)
+            objective = loss + AUX_LOSS_WEIGHT * aux_loss
+        objective.backward()
+        self._update_weights(parameters)
+        self._count(batch, logits.detach(), targets, loss.detach())
+        if self.settings.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss makes a GPU wait
+            self._check_finite(float(loss.detach()), rates[HEAD])
+        if step % REPORT_EVERY_STEPS == 0:
+            self._report(rates[HEAD])
+
+    def _training_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.classifier.aux is not None:
+            return self.classifier.forward_with_aux(inputs)
+        return self.forward(self.classifier, inputs), None
+
+    def _update_weights(self, parameters: Parameters) -> None:
+        meter = StepMeter(parameters) if self.state.step % SIGNAL_EVERY_STEPS == 0 else None
+        nn.utils.clip_grad_norm_([p for members in parameters.values() for p in members], self.recipe.clip_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.classifier)
+        if meter is not None:
+            self._log({f"train/{name}": value for name, value in meter.measure().items()})
+
+    def _count(self, batch: Batch, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        correct = (logits.argmax(dim=1) == targets).sum()
+        count = torch.full_like(loss, len(batch.labels), dtype=torch.float64)
+        self.totals += torch.stack([loss * count, correct.double(), count])
+        self.state.step += 1
+        self.session_steps += 1
+        self.epoch_images += len(batch.labels)
+
+    def _end_epoch(self) -> None:
+        """Evaluate, log, keep what is best, decide whether to go on, and write a checkpoint."""
+        state, recipe = self.state, self.recipe
+        with self._shipping_weights():
+            values = self._evaluate()
+            if improves(values, state.best):
+                state.best, state.best_step, state.best_weights = values, state.step, copy_state(self.classifier)
+                state.chosen = self._describe(state.step)
+        self._log({**self._epoch_values(), **values})
+        state.evaluated_step = state.step
+        if state.step > 0 and recipe.phase_at(state.step - 1)[0] == recipe.phases[-1]:
+            state.epochs_without_gain = 0 if state.best_step == state.step else state.epochs_without_gain + 1
+            patience = recipe.early_stopping_epochs
+            state.stopped_early = patience is not None and state.epochs_without_gain >= patience and state.step < recipe.n_steps
+        self.totals.zero_()
+        self._save()
+
+    def _finish(self) -> None:
+        """Where training moved the weights, try what lies between start and end, then fresh statistics; keep the best."""
+        state = self.state
+        kept = _Weights(state.chosen, state.best, state.best_weights)
+        if state.best_step > 0:
+            for share in INTERPOLATION_SHARES if state.start_weights else ():
+                between = interpolate(state.start_weights, state.best_weights, share)
+                kept = self._better(kept, f"{state.chosen}, pulled {1 - share:.0%} of the way back to the start", between)
+            if self.recipe.bn == "recalibrate":
+                kept = self._better(kept, f"{kept.name}, running statistics recalibrated", self._recalibrated(kept.tensors))
+        state.chosen, state.best, state.best_weights = kept.name, kept.values, kept.tensors
+        state.start_weights = {}
+        state.finished = True
+        message = f"keeps {kept.name}: val top1 {kept.values['val/top1']:.4f}, loss {kept.values['val/loss']:.4f}"
+        self.run.event("trained", message, **kept.values)
+        self._save()
+
+    def _better(self, kept: _Weights, name: str, tensors: dict[str, Tensor]) -> _Weights:
+        with holding(self.classifier, tensors):
+            values = self._evaluate()
+        return _Weights(name, values, tensors) if improves(values, kept.values) else kept
+
+    def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` with the running statistics of what trains estimated anew, over one more epoch of training images."""
+        with holding(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
+            self.classifier.train()
+            apply_freeze(self.classifier, FreezePlan(frozenset(self.recipe.trainable), bn="train"))
+            recalibrate(self.classifier, (self._inputs(batch) for batch in batches), self.forward)
+            return copy_state(self.classifier)
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        self.stop.check()
+        return self.prepare(self.classifier, to_device(batch.images, self.settings), self.settings)
+
+    # evaluation ---------------------------------------------------------------------------------------------------
+
+    def _shipping_weights(self) -> AbstractContextManager[None]:
+        """What would ship now: the moving average, where there is one."""
+        return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Loss (not smoothed) and accuracy over the validation images, in float32 as the exported model computes."""
+        self.classifier.eval()
+        loss, correct, count = 0.0, 0, 0
+        with closed_after(self.val) as batches:
+            for batch in batches:
+                logits = self.forward(self.classifier, self._inputs(batch))
+                targets = to_device(batch.labels, self.settings)
+                loss += float(F.cross_entropy(logits.double(), targets, reduction="sum"))
+                correct += int((logits.argmax(dim=1) == targets).sum())
+                count += len(batch.labels)
+        return {"val/loss": loss / count, "val/top1": correct / count}
+
+    def _describe(self, step: int) -> str:
+        if step == 0:
+            return "the solved head on the pretrained backbone"
+        averaged = " (moving average)" if self.average is not None else ""
+        return f"the weights after epoch {step // self.recipe.steps_per_epoch}{averaged}"
+
+    # what others see ----------------------------------------------------------------------------------------------
+
+    def _epoch_values(self) -> dict[str, float]:
+        loss, correct, count = self.totals.tolist()
+        if not count:
+            return {}
+        lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
+        values = {"train/loss": loss / count, "train/top1": correct / count, "train/lr": lr}
+        return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
+
+    def _rate(self) -> float:
+        """Images per second since the epoch began in this session."""
+        return self.epoch_images / (time.perf_counter() - self.epoch_began_at)
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        step = self.state.step
+        record = {"at": time.time(), "step": step, "epoch": step / self.recipe.steps_per_epoch, "values": dict(values)}
+        append_line(self.run.metrics, record)
+        self.state.history.append(record)
+
+    def _report(self, lr: float) -> None:
+        loss, correct, count = self.totals.tolist()
+        step, total = self.state.step, self.recipe.n_steps
+        eta = (time.perf_counter() - self.began_at) / self.session_steps * (total - step)
+        values = {"loss": loss / count, "top1": correct / count, "lr": lr, "images/s": self._rate(), "eta_seconds": eta}
+        if self.state.best:
+            values["val/top1"] = self.state.best["val/top1"]
+        self.progress(Progress("training", step, total, "steps", values))
+
+    def _check_finite(self, loss: float, lr: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} at step {self.state.step} of {self.recipe.n_steps}, with learning rate {lr:.2g}. "
+                "Try hyperparameters.learning_rate_multiplier: 0.1, or compute.precision: float32."
+            )
+
+    # checkpoints --------------------------------------------------------------------------------------------------
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.saving.every_steps
+        by_steps = every is not None and self.state.step % every == 0
+        return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
+
+    def _save(self) -> None:
+        self.state.epoch_totals = tuple(self.totals.tolist())
+        content = {
+            "state": dict(vars(self.state)),
+            "model": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state if self.average is not None else None,
+            "settings": self.settings.to_dict(),
+            "identity": dict(self.saving.identity),
+            "torch": str(torch.__version__),
+        }
+        checkpoint.save(self.run.checkpoints, self.state.step, content)
+        self.saved_at = time.perf_counter()
+
+
+def improves(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Higher val top1, or the same with a lower loss.
+
+    Accuracy decides because it is what ships: a loss that rises while accuracy still grows is overconfidence, which a temperature
+    fitted afterwards takes away (Guo et al. 2017, arXiv:1706.04599).
+    """
+    return not best or (values["val/top1"], -values["val/loss"]) > (best["val/top1"], -best["val/loss"])
+
+
+@contextmanager
+def closed_after(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """The batches, and when the block ends, however it ends, the threads that load them stop."""
+    iterator = iter(batches)
+    try:
+        yield iterator
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
+
+
+@contextmanager
+def _memory_errors_named(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(batch_size) from error
+    except RuntimeError as error:  # PyTorch's CPU allocator has no exception of its own
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            raise _out_of_memory(batch_size) from error
+        raise
+
+
+def _out_of_memory(batch_size: int) -> TrainingError:
+    return TrainingError(
+        f"out of memory at batch size {batch_size}. Try hyperparameters.batch_size: {max(1, batch_size // 2)}, a smaller "
+        "model.input_size_px, or a method that trains fewer stages."
+    )

@@ -1,0 +1,182 @@
+"""How to compute on this machine: device, precision, memory layout and threads, chosen once and then kept with the run.
+
+Lower precision is offered only where the processor has instructions for it: without them bfloat16 is emulated, hundreds of times
+slower. Where a run is long enough to pay for it, the choice is measured: a few training steps of each candidate, in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.errors import InvalidInput
+from finetune.model.classifier import Classifier
+from finetune.model.freeze import apply_freeze
+from finetune.train.recipe import Recipe, freeze_plan
+
+WORTH_MEASURING_STEPS = 200  # shorter runs cost less than the measurement
+MEASURED_IMAGES = 16  # at most, per step
+ROUNDS = 3  # the first warms up and does not count
+
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: Device = "cpu"
+    precision: Precision = "float32"
+    channels_last: bool = True
+    threads: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        layout = "channels last" if self.channels_last else "channels first"
+        return f"{self.precision}, {layout}, {self.threads} thread{'s' if self.threads != 1 else ''} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one candidate did: images per second, the median of the rounds."""
+
+    settings: Settings
+    images_per_second: float
+
+
+def resolve_device(asked: Device | Literal["auto"]) -> Device:
+    """
+    Raises:
+        InvalidInput: a GPU is asked for and PyTorch sees none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("compute.device: cuda is asked for, but PyTorch sees no CUDA device here. Use device: cpu, or auto.")
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return asked
+
+
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def computes_bfloat16(device: Device) -> bool:
+    """Whether the hardware itself multiplies bfloat16; emulation does not count."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def candidate_settings(
+    device: Device, precision: Precision | Literal["auto"], threads: int, *, bfloat16: bool
+) -> tuple[Settings, ...]:
+    """The settings to choose among, the plainest first."""
+    precisions: tuple[Precision, ...] = (
+        (precision,) if precision != "auto" else ("float32", "bfloat16") if bfloat16 else ("float32",)
+    )
+    return tuple(Settings(device, chosen, channels_last, threads) for chosen in precisions for channels_last in (False, True))
+
+
+def choose_settings(
+    classifier: Classifier,
+    recipe: Recipe,
+    *,
+    device: Device,
+    precision: Precision | Literal["auto"] = "auto",
+    threads: int,
+) -> tuple[Settings, tuple[Timing, ...]]:
+    """The fastest candidate for `recipe`'s last phase, and the evidence; short runs get float32, channels last, unmeasured.
+
+    The classifier is left as it was: the measured steps are taken by a copy.
+    """
+    candidates = candidate_settings(device, precision, threads, bfloat16=computes_bfloat16(device))
+    if recipe.n_steps < WORTH_MEASURING_STEPS:
+        return next(settings for settings in candidates if settings.channels_last), ()
+    timings = measure(classifier, recipe, candidates)
+    return max(timings, key=lambda timing: timing.images_per_second).settings, timings
+
+
+def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Settings]) -> tuple[Timing, ...]:
+    """Training steps of each candidate in turn, so that what else the machine does hits all of them alike."""
+    trial = copy.deepcopy(classifier).to(candidates[0].device)
+    trial.train()
+    apply_freeze(trial, freeze_plan(recipe, recipe.phases[-1]))
+    height, width = trial.backbone.preprocess.input_size_px
+    n_images = min(recipe.batch_size, MEASURED_IMAGES)
+    images = torch.full((n_images, height, width, 3), 127, dtype=torch.uint8, device=candidates[0].device)
+    seconds: dict[Settings, list[float]] = {settings: [] for settings in candidates}
+    for _ in range(ROUNDS):
+        for settings in candidates:
+            with computing_with(settings):
+                seconds[settings].append(_seconds_of_a_step(place(trial, settings), images, settings))
+    return tuple(Timing(settings, n_images / statistics.median(taken[1:])) for settings, taken in seconds.items())
+
+
+def _seconds_of_a_step(trial: Classifier, images: Tensor, settings: Settings) -> float:
+    """Forward and backward; the optimiser's part does not depend on the settings."""
+    started = time.perf_counter()
+    with autocast(settings):
+        logits = trial(prepare_images(trial, images, settings))
+    logits.float().square().mean().backward()
+    trial.zero_grad()
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def place(classifier: Classifier, settings: Settings) -> Classifier:
+    """Move the classifier to the device and lay out its weights; in place, as `Module.to` does."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    classifier.to(device=settings.device)
+    classifier.to(memory_format=layout)
+    return classifier
+
+
+def prepare_images(classifier: Classifier, images: Tensor, settings: Settings) -> Tensor:
+    """(B, h, w, 3) u8 -> (B, 3, h, w) float32, normalised, laid out as the weights are."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return classifier.normalise(images).contiguous(memory_format=layout)
+
+
+def to_device(array: np.ndarray, settings: Settings) -> Tensor:
+    """The array as a tensor on the device; a copy to a GPU runs beside the computation."""
+    tensor = torch.from_numpy(array)
+    if settings.device == "cpu":
+        return tensor
+    return tensor.pin_memory().to(settings.device, non_blocking=True)
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    return torch.autocast(settings.device, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
+@contextmanager
+def computing_with(settings: Settings) -> Iterator[None]:
+    """Inside the block PyTorch uses the settings' threads and, on CPU, only algorithms that give the same bits each time."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_num_threads(settings.threads)
+    torch.use_deterministic_algorithms(settings.device == "cpu")
+    # a guard against reading what was never written, at the cost of writing it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]

@@ -1,0 +1,337 @@
+"""The recipe: what was asked, every ``auto`` resolved, as phases counted in optimiser steps.
+
+Pure functions of the request, of facts about data, backbone and machine, and of the backbone's stages. Beside each resolved
+value the recipe keeps where it came from, in words. Knows no tensors and no files: `finetune.train.fit` carries a recipe out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from finetune.data.loader import steps_per_epoch
+from finetune.model.freeze import FreezePlan, plan_freeze
+from finetune.spec import Full, Gradual, Hyperparameters, JobSpec, LinearProbe, Method, Partial
+
+if TYPE_CHECKING:
+    from finetune.model.stages import Stage
+
+T = TypeVar("T")
+Decay = Literal["cosine", "linear", "none"]
+BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
+Stepped = Partial | Full | Gradual  # the methods that take optimiser steps
+
+GIVEN = "given"
+HEAD = "head"
+REFERENCE_BATCH = 32  # images; the default learning rates are for this batch and scale with its square root (AdamW)
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the resolution of ``auto`` may depend on; equal facts give equal recipes."""
+
+    n_train: int
+    n_val: int
+    n_classes: int
+    n_parameters: int
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    has_batch_norm: bool = True
+    pretrained: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of training with one trainable set and one schedule. The head always trains."""
+
+    name: str
+    solved: bool  # the head is solved on frozen features: no steps
+    n_steps: int
+    n_epochs: int
+    trainable: tuple[int, ...]  # stage indices, ascending
+    head_lr: float = 0.0
+    stage_lr: Mapping[int, float] = field(default_factory=dict)  # stage index -> peak learning rate
+    warmup_fraction: float = 0.0
+    decay: Decay = "cosine"
+
+
+PROBE = Phase(name="probe", solved=True, n_steps=0, n_epochs=0, trainable=())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that training does, resolved. `sources` maps a field path of the spec to where its value came from."""
+
+    method: str
+    phases: tuple[Phase, ...]
+    seed: int
+    batch_size: int
+    steps_per_epoch: int
+    bn: BatchNormPolicy
+    weight_decay: float
+    label_smoothing: float
+    mixup: float
+    dropout: float
+    clip_norm: float
+    early_stopping_epochs: int | None
+    ema_half_life_steps: float | None
+    views: int
+    l2: float | None  # None: chosen by validation
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_steps(self) -> int:
+        return sum(phase.n_steps for phase in self.phases)
+
+    @property
+    def n_epochs(self) -> int:
+        return sum(phase.n_epochs for phase in self.phases)
+
+    @property
+    def solves_head_first(self) -> bool:
+        return self.phases[0].solved
+
+    @property
+    def trainable(self) -> tuple[int, ...]:
+        """Every stage that trains in some phase, ascending."""
+        return tuple(sorted({index for phase in self.phases for index in phase.trainable}))
+
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase that optimiser step `step` (from 0) belongs to, and the step's number within it."""
+        first = 0
+        for phase in self.phases:
+            if first <= step < first + phase.n_steps:
+                return phase, step - first
+            first += phase.n_steps
+        raise IndexError(f"step {step} is outside this recipe's {self.n_steps} steps")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def schedule_factor(step: int, n_steps: int, warmup_fraction: float, decay: Decay) -> float:
+    """The share of the peak learning rate at step `step` (from 0) of a phase: linear warm-up, then `decay` towards zero."""
+    warmup = round(n_steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if decay == "none":
+        return 1.0
+    done = (step - warmup) / max(n_steps - warmup, 1)
+    return 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def stage_key(index: int) -> str:
+    """What a stage is called among learning rates and in logs."""
+    return f"stage{index}"
+
+
+def learning_rates(recipe: Recipe, step: int) -> dict[str, float]:
+    """The learning rates at `step` of what trains then: ``head``, and ``stage0``, ``stage1`` …"""
+    phase, within = recipe.phase_at(step)
+    factor = schedule_factor(within, phase.n_steps, phase.warmup_fraction, phase.decay)
+    return {HEAD: phase.head_lr * factor, **{stage_key(index): peak * factor for index, peak in phase.stage_lr.items()}}
+
+
+def freeze_plan(recipe: Recipe, phase: Phase) -> FreezePlan:
+    """What trains in `phase`. Nothing but the recipe decides, so a resumed run rebuilds it instead of remembering it."""
+    return FreezePlan(frozenset(phase.trainable), bn="train" if recipe.bn == "train" else "frozen")
+
+
+def widest_plan(recipe: Recipe) -> FreezePlan:
+    """Every stage that trains in some phase."""
+    return FreezePlan(frozenset(recipe.trainable))
+
+
+def candidates(spec: JobSpec, stages: Sequence[Stage]) -> tuple[JobSpec, ...]:
+    """For method ``auto`` the requests to try, from the cheapest up; any other request is its own only candidate."""
+    if spec.method.type != "auto":
+        return (spec,)
+    methods: list[Method] = [LinearProbe(), *([Partial(stages=1)] if len(stages) > 1 else []), Full()]
+    return tuple(spec.model_copy(update={"method": method}) for method in methods)
+
+
+def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[Stage]) -> Recipe:
+    """The recipe of one method; for method ``auto`` resolve each of `candidates` instead.
+
+    Raises:
+        SpecError: the method names a stage that this backbone does not have.
+    """
+    if spec.method.type == "auto":
+        raise ValueError("method auto has several recipes: resolve each of candidates(spec, stages)")
+    method, hyper = spec.method, spec.hyperparameters
+    batch_size = _batch_size(hyper, facts)
+    epoch_steps = steps_per_epoch(facts.n_train, batch_size.value)
+    chosen: dict[str, _Choice[Any]] = {
+        "hyperparameters.batch_size": batch_size,
+        "hyperparameters.weight_decay": _pick(hyper.weight_decay, _default_weight_decay(method)),
+        "hyperparameters.label_smoothing": _pick(hyper.label_smoothing, _default_label_smoothing(method, facts)),
+        "hyperparameters.views": _pick(hyper.views, _default_views(facts)),
+        "hyperparameters.l2": _pick(hyper.l2, _Choice(None, "chosen by validation")),
+        "model.head.dropout": _pick(
+            spec.model.head.dropout, _Choice(0.0, "default: none, weight decay and smoothing regularise")
+        ),
+    }
+    phases: tuple[Phase, ...] = (PROBE,)
+    if isinstance(method, Stepped):
+        stepped, choices = _stepped_phases(method, hyper, facts, stages, batch_size.value, epoch_steps)
+        phases = (PROBE, *stepped) if method.warm_head else stepped
+        chosen |= choices
+    n_steps, n_epochs = sum(phase.n_steps for phase in phases), sum(phase.n_epochs for phase in phases)
+    chosen["hyperparameters.early_stopping_epochs"] = _pick(hyper.early_stopping_epochs, _default_patience(n_epochs))
+    chosen["hyperparameters.ema"] = _pick(hyper.ema, _default_ema(n_steps))
+    return Recipe(
+        method=method.type,
+        phases=phases,
+        seed=spec.seed,
+        batch_size=batch_size.value,
+        steps_per_epoch=epoch_steps,
+        bn=method.bn if isinstance(method, Stepped) else "frozen",
+        weight_decay=chosen["hyperparameters.weight_decay"].value,
+        label_smoothing=chosen["hyperparameters.label_smoothing"].value,
+        mixup=hyper.mixup,
+        dropout=chosen["model.head.dropout"].value,
+        clip_norm=CLIP_NORM,
+        early_stopping_epochs=chosen["hyperparameters.early_stopping_epochs"].value,
+        ema_half_life_steps=max(1.0, 0.05 * n_steps) if chosen["hyperparameters.ema"].value and n_steps else None,
+        views=chosen["hyperparameters.views"].value,
+        l2=chosen["hyperparameters.l2"].value,
+        sources={path: choice.source for path, choice in chosen.items()},
+    )
+
+
+def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:
+    """Stages thaw from the top, one phase each, several at once where there are fewer epochs than stages.
+
+    Returns (trainable stages, epochs) of each phase; the last phase trains every stage and takes the epochs that are left.
+    """
+    n_phases = min(n_stages, max(1, n_epochs // (epochs_per_stage or 1)))
+    each = epochs_per_stage or n_epochs // n_phases
+    lowest = [n_stages - math.ceil(n_stages * phase / n_phases) for phase in range(1, n_phases + 1)]
+    epochs = [each] * (n_phases - 1) + [n_epochs - each * (n_phases - 1)]
+    return [(tuple(range(first, n_stages)), count) for first, count in zip(lowest, epochs, strict=True)]
+
+
+def default_layer_decay(n_stages: int) -> float:
+    """0.6 for the default backbone's 8 stages; the same ratio from top to bottom for others, within 0.5 to 0.85."""
+    ratio: float = 0.6 ** (7 / max(n_stages - 1, 1))
+    return round(min(max(ratio, 0.5), 0.85), 2)
+
+
+@dataclass(frozen=True)
+class _Choice(Generic[T]):
+    value: T
+    source: str
+
+
+def _pick(given: Any, default: _Choice[Any]) -> _Choice[Any]:
+    return default if given == "auto" else _Choice(given, GIVEN)
+
+
+def _stepped_phases(
+    method: Stepped, hyper: Hyperparameters, facts: Facts, stages: Sequence[Stage], batch_size: int, epoch_steps: int
+) -> tuple[tuple[Phase, ...], dict[str, _Choice[Any]]]:
+    """The phases that take steps, and the choices they rest on."""
+    n_epochs = _pick(hyper.n_epochs, _default_epochs(method, facts, epoch_steps, len(stages)))
+    multiplier = _pick(hyper.learning_rate_multiplier, _Choice(1.0, "default: 1"))
+    lr = _pick(hyper.learning_rate, _default_learning_rate(facts, batch_size))
+    warmup = _pick(hyper.warmup_fraction, _Choice(0.1, "default: the first tenth of each phase"))
+    asked_decay = "auto" if isinstance(method, Partial) else method.layer_decay
+    layer_decay = _pick(asked_decay, _default_layer_decay(facts, len(stages)))
+    peak = lr.value * multiplier.value
+    spans = _spans(method, n_epochs.value, stages)
+    phases = tuple(
+        Phase(
+            name=method.type if len(spans) == 1 else f"{method.type}_{position}",
+            solved=False,
+            n_steps=epochs * epoch_steps,
+            n_epochs=epochs,
+            trainable=trainable,
+            head_lr=peak if method.warm_head else 3 * peak,
+            stage_lr={index: peak * layer_decay.value**rank for rank, index in enumerate(reversed(trainable))},
+            warmup_fraction=warmup.value,
+            decay="cosine" if position == len(spans) else "none",
+        )
+        for position, (trainable, epochs) in enumerate(spans, start=1)
+    )
+    return phases, {
+        "hyperparameters.n_epochs": n_epochs,
+        "hyperparameters.learning_rate_multiplier": multiplier,
+        "hyperparameters.learning_rate": lr,
+        "hyperparameters.warmup_fraction": warmup,
+        "method.layer_decay": layer_decay,
+    }
+
+
+def _spans(method: Stepped, n_epochs: int, stages: Sequence[Stage]) -> list[tuple[tuple[int, ...], int]]:
+    if isinstance(method, Gradual):
+        each = method.epochs_per_stage
+        return thaw_schedule(len(stages), n_epochs, None if each == "auto" else each)
+    return [(tuple(sorted(plan_freeze(stages, method).trainable)), n_epochs)]
+
+
+def _batch_size(hyper: Hyperparameters, facts: Facts) -> _Choice[int]:
+    default = 32 if facts.n_train >= 256 else 16 if facts.n_train >= 64 else 8
+    if facts.device == "cuda" and facts.n_train >= 2000:
+        default = 64
+    asked: _Choice[int] = _pick(hyper.batch_size, _Choice(default, f"default for {facts.n_train} images on {facts.device}"))
+    if asked.value > facts.n_train:
+        return _Choice(facts.n_train, f"{asked.source}, lowered from {asked.value} to the number of training images")
+    return asked
+
+
+def _default_epochs(method: Stepped, facts: Facts, epoch_steps: int, n_stages: int) -> _Choice[int]:
+    if isinstance(method, Gradual) and method.epochs_per_stage != "auto":
+        return _Choice(method.epochs_per_stage * n_stages, "method.epochs_per_stage times the number of stages")
+    target_steps, most = (600, 30) if facts.device == "cpu" else (2000, 50)
+    n_epochs = min(max(round(target_steps / epoch_steps), 4), most)
+    return _Choice(n_epochs, f"default on {facts.device}: about {target_steps} steps, in 4 to {most} epochs")
+
+
+def _default_learning_rate(facts: Facts, batch_size: int) -> _Choice[float]:
+    if not facts.pretrained:
+        base, kind = 1e-3, "an untrained backbone"
+    elif facts.has_batch_norm:
+        base, kind = 3e-4, "a backbone with batch normalisation"
+    else:
+        base, kind = 1e-4, "a backbone without batch normalisation"
+    why = f"default with AdamW for {kind}: {base:g} at batch {REFERENCE_BATCH}, times the square root of the batch's ratio to it"
+    return _Choice(base * math.sqrt(batch_size / REFERENCE_BATCH), why)
+
+
+def _default_layer_decay(facts: Facts, n_stages: int) -> _Choice[float]:
+    if not facts.pretrained:
+        return _Choice(1.0, "default for an untrained backbone: every stage has as much to learn")
+    return _Choice(default_layer_decay(n_stages), f"default for {n_stages} stages: lower ones are more general and move less")
+
+
+def _default_weight_decay(method: Method) -> _Choice[float]:
+    return _Choice(
+        0.02 if isinstance(method, Partial) else 0.05, f"default for {method.type} with AdamW; biases and norms have none"
+    )
+
+
+def _default_label_smoothing(method: Method, facts: Facts) -> _Choice[float]:
+    if isinstance(method, LinearProbe):
+        return _Choice(0.0, "none: the head is solved with L2")
+    if facts.n_train < 1000 or facts.n_classes < 5:
+        return _Choice(0.0, "none below 1,000 images or 5 classes")
+    return _Choice(0.05 if isinstance(method, Partial) else 0.1, f"default for {method.type} from 1,000 images and 5 classes up")
+
+
+def _default_patience(n_epochs: int) -> _Choice[int | None]:
+    if n_epochs <= 8:
+        return _Choice(None, "none: the schedule is short and the best epoch is kept anyway")
+    return _Choice(max(3, n_epochs // 3), "default: a third of the epochs")
+
+
+def _default_ema(n_steps: int) -> _Choice[bool]:
+    if n_steps < 100:
+        return _Choice(False, "off: under 100 steps there is little to average")
+    return _Choice(True, "default from 100 steps up: half-life 5 % of the steps")
+
+
+def _default_views(facts: Facts) -> _Choice[int]:
+    return _Choice(8 if facts.n_train < 500 else 4 if facts.n_train < 5000 else 2, f"default for {facts.n_train} training images")

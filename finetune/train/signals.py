@@ -1,0 +1,41 @@
+"""What the gradients look like, stage by stage: the raw material for diagnosis, sampled every few steps.
+
+For each owner (``stage0`` … ``head``) that trains: the norm of its gradient (before clipping), the norm of its weights, and its
+update ratio, which is the norm of the step just taken over the norm of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Parameters = Mapping[str, Sequence[nn.Parameter]]  # by owner
+
+
+class StepMeter:
+    """Made between backward pass and step; `measure` after the step."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.before = {owner: [p.detach().clone() for p in members] for owner, members in parameters.items()}
+        self.gradient_norms = {
+            owner: _norm([p.grad for p in members if p.grad is not None]) for owner, members in parameters.items()
+        }
+
+    def measure(self) -> dict[str, float]:
+        """``grad_norm/OWNER``, ``weight_norm/OWNER`` and ``update_ratio/OWNER``."""
+        values = {}
+        for owner, members in self.parameters.items():
+            weight_norm = _norm(self.before[owner])
+            moved = torch._foreach_sub([p.detach() for p in members], self.before[owner])
+            values[f"grad_norm/{owner}"] = self.gradient_norms[owner]
+            values[f"weight_norm/{owner}"] = weight_norm
+            values[f"update_ratio/{owner}"] = _norm(moved) / max(weight_norm, 1e-12)
+        return values
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all elements together."""
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))) if tensors else 0.0

@@ -1,0 +1,111 @@
+"""A real training run that is small enough to repeat: generated photographs on disk, a timm test architecture, the real loaders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from finetune.data.augment import build_augment
+from finetune.data.index import Sample
+from finetune.data.loader import EvalLoader, TrainLoader
+from finetune.model.backbone import build_backbone
+from finetune.model.classifier import Classifier
+from finetune.progress import ProgressCallback, silent
+from finetune.rundir import RunDir
+from finetune.spec import parse_spec
+from finetune.train.fit import Fitted, Saving, TrainBatches, fit
+from finetune.train.machine import Settings
+from finetune.train.recipe import Facts, Recipe, resolve_recipe
+
+CLASSES = 3
+WALL_CLOCK = ("train/images_per_second",)
+
+
+def write_images(folder: Path, count: int) -> list[Sample]:
+    """`count` small pictures, a colour and a stripe direction for each class, with noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        label = number % CLASSES
+        pixels = generator.integers(0, 120, (72, 80, 3), dtype=np.uint8)
+        pixels[:, :: label + 2, label] += 100
+        path = folder / f"{number:03d}.png"
+        Image.fromarray(pixels).save(path)
+        samples.append(Sample(path=path, label=label, split="train"))
+    return samples
+
+
+def tiny_classifier(architecture: str = "test_efficientnet", dropout: float = 0.2, seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(build_backbone(architecture, weights="none", input_size_px=64), CLASSES, dropout=dropout)
+
+
+def tiny_recipe(classifier: Classifier, n_train: int, **given: Any) -> Recipe:
+    spec = parse_spec({"training_file": "unused", **given})
+    facts = Facts(n_train=n_train, n_val=6, n_classes=CLASSES, n_parameters=classifier.backbone.n_parameters)
+    return resolve_recipe(spec, facts, classifier.backbone.stages)
+
+
+def epochs_of(samples: list[Sample], classifier: Classifier, recipe: Recipe, threads: int = 1) -> TrainBatches:
+    augment = build_augment("default", None, classifier.backbone.preprocess)
+    loader = TrainLoader(samples, augment, recipe.batch_size, recipe.seed, threads=threads)
+    return lambda epoch, start_step: replace(loader, epoch=epoch, start_step=start_step)
+
+
+def class_means(classifier: Classifier, samples: list[Sample]) -> None:
+    """A head solved in closed form, as good as any to begin with: each class's mean embedding."""
+    classifier.eval()
+    with torch.no_grad():
+        for batch in EvalLoader(samples, classifier.backbone.preprocess):
+            embeddings = classifier.embed(classifier.normalise(torch.from_numpy(batch.images)))
+            for label in range(CLASSES):
+                classifier.head.weight[label] = embeddings[torch.from_numpy(batch.labels) == label].mean(0)
+        classifier.head.bias.zero_()
+
+
+def train_tiny(
+    run: RunDir,
+    samples: list[Sample],
+    given: dict[str, Any],
+    *,
+    loader_threads: int = 1,
+    every_steps: int | None = 2,
+    progress: ProgressCallback = silent,
+    identity: dict[str, str] | None = None,
+    wrap: Callable[[TrainBatches], TrainBatches] = lambda train: train,
+) -> tuple[Fitted, Classifier]:
+    train, val = samples[:-6], samples[-6:]
+    classifier = tiny_classifier()
+    recipe = tiny_recipe(classifier, len(train), **given)
+    fitted = fit(
+        classifier,
+        recipe,
+        wrap(epochs_of(train, classifier, recipe, loader_threads)),
+        EvalLoader(val, classifier.backbone.preprocess, threads=loader_threads),
+        run.create(),
+        Saving(identity or {"spec": "a", "dataset": "b"}, every_steps=every_steps),
+        settings=lambda: Settings(threads=1),
+        solve_head=lambda fresh: class_means(fresh, train),
+        progress=progress,
+    )
+    return fitted, classifier
+
+
+def fingerprint(fitted: Fitted, classifier: Classifier) -> dict[str, Any]:
+    """What two equal runs have in common to the last bit: weights, metrics, and the journal without wall-clock times."""
+    digest = hashlib.sha256()
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    history = [
+        [line["step"], {key: value for key, value in line["values"].items() if key not in WALL_CLOCK}] for line in fitted.history
+    ]
+    return {"weights": digest.hexdigest(), "chosen": fitted.chosen, "best": dict(fitted.best), "history": json.dumps(history)}
