@@ -1,0 +1,114 @@
+"""The export tried before training, on the weights of the moment, so that what ONNX cannot express fails in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+import finetune.export.graph as graph_code
+import finetune.model.backbone as backbone_code
+import finetune.model.classifier as classifier_code
+from finetune.errors import ExportError
+from finetune.export.graph import (
+    INPUT_NAME,
+    ORT_ERRORS,
+    DeployModule,
+    Graph,
+    evaluating,
+    fill,
+    named_weights,
+    open_session,
+    trace,
+)
+from finetune.model.classifier import Classifier
+from finetune.rundir import write_atomic
+
+_BATCH_SIZES = (1, 3)  # neither is the batch that was traced
+_TOLERANCE = 1e-3  # of the largest value of an output; noise images through untrained weights are no measure of accuracy
+
+
+def dry_run_export(classifier: Classifier, cache: Path | None = None) -> Graph:
+    """Trace `classifier`, run the graph on noise and compare it with torch. The graph is what `export_bundle` fills later.
+
+    Args:
+        cache: a folder that keeps graphs; one of the same architecture is used again, which saves most of the time.
+
+    Raises:
+        ExportError: ONNX or ONNX Runtime cannot run this backbone, or computes something else; one sentence says which.
+    """
+    module = DeployModule(classifier)
+    kept = cache / f"{fingerprint(module)}.onnx" if cache else None
+    if kept and kept.is_file():
+        graph = Graph(kept.read_bytes(), module.outputs)
+        with contextlib.suppress(ExportError):  # the fingerprint missed a difference: trace it after all
+            _check(graph, module)
+            return graph
+    graph = trace(module)
+    _check(graph, module)
+    if kept:
+        write_atomic(kept, lambda stream: stream.write(graph.proto))
+    return graph
+
+
+def fingerprint(module: DeployModule) -> str:
+    """sha256 of what the graph depends on, weights left out: the layers, their sizes, and the code that traces them."""
+    classifier, backbone = module.classifier, module.classifier.backbone
+    layers = (repr(module), [(name, tuple(weight.shape), weight.dtype) for name, weight in named_weights(module).items()])
+    around = (backbone.name, backbone.preprocess.input_size_px, backbone.feature_format, backbone.readout, classifier.pooling)
+    libraries = [importlib.metadata.version(name) for name in ("torch", "timm", "onnx", "onnxscript")]
+    code = [inspect.getsource(source) for source in (graph_code, classifier_code, backbone_code)]
+    return hashlib.sha256(repr([layers, around, libraries, code]).encode()).hexdigest()
+
+
+def _check(graph: Graph, module: DeployModule) -> None:
+    name = module.classifier.backbone.name
+    model = fill(graph, module)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        session = open_session(model)
+        for batch in _BATCH_SIZES:
+            images = noise(batch, module.classifier.backbone.preprocess.input_size_px)
+            computed = session.run(list(graph.outputs), {INPUT_NAME: images})
+            _compare(name, graph.outputs, _torch_outputs(module, images), computed)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, *ORT_ERRORS) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"{name} cannot be served: ONNX Runtime refuses its graph ({reason}); choose another backbone"
+        ) from error
+
+
+def noise(batch: int, size_px: tuple[int, int]) -> np.ndarray:
+    """(batch, h, w, 3) uint8, the same every time."""
+    return np.random.default_rng(batch).integers(0, 256, (batch, *size_px, 3), dtype=np.uint8)
+
+
+def _torch_outputs(module: DeployModule, images: np.ndarray) -> list[np.ndarray]:
+    with evaluating(module), torch.no_grad():
+        outputs = module(torch.from_numpy(images).to(module.temperature.device))
+    return [output.cpu().numpy() for output in outputs]
+
+
+def _compare(name: str, outputs: Sequence[str], expected: list[np.ndarray], computed: list[np.ndarray]) -> None:
+    same_class = expected[outputs.index("logits")].argmax(1) == computed[outputs.index("logits")].argmax(1)
+    for output, wanted, given in zip(outputs, expected, computed, strict=True):
+        if wanted.shape != given.shape:
+            raise ExportError(
+                f"{name} cannot be exported: at a batch of {len(wanted)} its {output} has the shape {given.shape} in ONNX "
+                f"Runtime and {wanted.shape} in torch, so a size was traced as a constant; choose another backbone"
+            )
+        if output == "cam":  # the map of another class is another map, and noise makes ties likely
+            wanted, given = wanted[same_class], given[same_class]
+        difference = np.abs(wanted - given).max(initial=0.0)
+        if not difference <= _TOLERANCE * max(1.0, np.abs(wanted).max(initial=0.0)):
+            raise ExportError(
+                f"{name} cannot be exported: its {output} differs by {difference:.2g} between ONNX Runtime and torch; "
+                "choose another backbone"
+            )

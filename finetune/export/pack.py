@@ -1,0 +1,157 @@
+"""The bundle written: model, manifest and probe into a folder that is complete or absent, and that was asked before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
+from finetune.bundle.predictor import Predictor, write_probe
+from finetune.data.index import Sample
+from finetune.errors import ExportError
+from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, open_session, trace, with_metadata
+from finetune.export.parity import N_IMAGES, parity
+from finetune.model.classifier import Classifier
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.rundir import write_atomic
+
+_LIBRARIES = ("finetune", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
+_N_PROBES = 3
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What the manifest says and the classifier does not know."""
+
+    name: str
+    classes: tuple[str, ...]  # in the order of the logits
+    method: Mapping[str, Any]
+    spec_digest: str
+    metrics: Mapping[str, float] = field(default_factory=dict)  # val/top1 …
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # its temperature, if any, divides the logits in the graph
+    frozen: Mapping[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
+    created_at: float = field(default_factory=time.time)
+
+    @property
+    def temperature(self) -> float:
+        return float(self.calibration.get("temperature", 1.0))
+
+
+def export_bundle(
+    classifier: Classifier,
+    facts: BundleFacts,
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    graph: Graph | None = None,
+    progress: ProgressCallback = silent,
+) -> Manifest:
+    """Export `classifier` with its present weights as the bundle folder `out`, replacing one that is there.
+
+    Args:
+        samples: real images, best those of validation; parity is measured on them and the probe is made of them.
+        graph: what `dry_run_export` gave for this classifier; saves tracing it again.
+
+    Raises:
+        ExportError: ONNX cannot express the classifier, or what was exported answers otherwise than torch.
+    """
+    if not samples:
+        raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
+    files = [sample.path for sample in _spread(samples, N_IMAGES)]
+    module = DeployModule(classifier, facts.temperature)
+    progress(Progress("exporting", 0, 3, "steps", message="writing the ONNX graph"))
+    model = fill(graph or trace(module), module)
+    manifest = _manifest(module, facts)
+    predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
+    progress(Progress("exporting", 1, 3, "steps", message="comparing torch, ONNX and image files"))
+    report = parity(module, predictor, files)
+    if problems := report.problems():
+        raise ExportError(f"{classifier.backbone.name}: the exported model does not answer as the trained one does", problems)
+    progress(Progress("exporting", 2, 3, "steps", message="writing the bundle and loading it back"))
+    with _complete_folder(out) as folder:
+        manifest = _write(folder, model, dataclasses.replace(manifest, parity=report.to_dict()), predictor, files[:_N_PROBES])
+        Predictor.load(folder)
+    progress(Progress("exporting", 3, 3, "steps", message=f"bundle written to {out}"))
+    return manifest
+
+
+def _write(folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, probe_files: Sequence[Path]) -> Manifest:
+    """The three files, the manifest last."""
+    described = with_metadata(model, manifest.model_metadata())
+    write_atomic(folder / MODEL, lambda stream: stream.write(described))
+    encoded = [path.read_bytes() for path in probe_files]
+    images = np.stack([manifest.preprocess.load(data) for data in encoded])  # (N, h, w, 3) uint8
+    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits)
+    return write_manifest(folder, manifest)
+
+
+def _manifest(module: DeployModule, facts: BundleFacts) -> Manifest:
+    classifier = module.classifier
+    return Manifest(
+        name=facts.name,
+        version=None,
+        created_at=facts.created_at,
+        classes=facts.classes,
+        preprocess=classifier.backbone.preprocess,
+        backbone={
+            "name": classifier.backbone.name,
+            "weights": classifier.backbone.weights.to_dict(),
+            "n_parameters": classifier.backbone.n_parameters,
+        },
+        method=dict(facts.method),
+        spec_digest=facts.spec_digest,
+        outputs=module.outputs,
+        cam={"available": classifier.cam_kind is not None, "kind": classifier.cam_kind, "reason": classifier.cam_reason},
+        metrics=dict(facts.metrics),
+        calibration=dict(facts.calibration),
+        frozen=dict(facts.frozen),
+        versions=_versions(),
+        model={"input_name": INPUT_NAME, "opset": OPSET, "exporter": EXPORTER},
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _spread(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
+    """At most `n` of them, evenly over their order, and so over the classes."""
+    chosen = np.linspace(0, len(samples) - 1, min(n, len(samples))).round().astype(int)
+    return [samples[index] for index in chosen]
+
+
+@contextlib.contextmanager
+def _complete_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, and put it in its place at the end; on an error nothing is left of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield folder
+        _let_others_read(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Temporary files and folders are for their owner only; a bundle may be served by somebody else."""
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)

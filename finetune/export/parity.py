@@ -1,0 +1,153 @@
+"""Does the exported model say what the trained one says? Measured on real files: torch, ONNX and raw bytes side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.bundle.predictor import Outputs, Predictor
+from finetune.errors import Problem
+from finetune.export.graph import DeployModule, evaluating
+
+BATCH_SIZES = (1, 2, 7, 32)
+N_IMAGES = 32
+_TORCH_BATCH = 32
+
+PROB_TOLERANCE = 1e-4
+TIE_LOGITS = 1e-4  # two classes whose torch logits are closer than this are tied; which of them comes first is not a flip
+CAM_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest differences found. `n_flips` counts other top-1 answers, `n_ties` those of them where torch itself was tied."""
+
+    n_images: int
+    batch_sizes: tuple[int, ...]
+    max_prob_difference: float
+    max_logit_difference: float
+    n_flips: int
+    n_ties: int
+    min_embedding_cosine: float
+    max_cam_error: float | None  # |mean(cam) + bias - logit| of the top class, as CAM_TOLERANCE counts; None without a cam
+    n_from_bytes: int
+    max_prob_difference_from_bytes: float
+    n_flips_from_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, with the tolerances that were applied."""
+        tolerances = {"prob": PROB_TOLERANCE, "tie_logits": TIE_LOGITS, "cam": CAM_TOLERANCE}
+        return {**dataclasses.asdict(self), "batch_sizes": list(self.batch_sizes), "tolerances": tolerances}
+
+    def problems(self) -> list[Problem]:
+        """What is over its tolerance; a NaN is over every one."""
+        found = []
+        for where, difference, n_flips in (
+            ("torch against ONNX", self.max_prob_difference, self.n_flips),
+            ("torch against bytes", self.max_prob_difference_from_bytes, self.n_flips_from_bytes),
+        ):
+            if not difference <= PROB_TOLERANCE:
+                found.append(Problem(where, f"probabilities differ by {difference:.2g}, allowed is {PROB_TOLERANCE:g}"))
+            if n_flips:
+                found.append(Problem(where, f"{n_flips} images get another top-1 label"))
+        if self.max_cam_error is not None and not self.max_cam_error <= CAM_TOLERANCE:
+            found.append(Problem("cam", f"mean(cam) + bias misses the logit by {self.max_cam_error:.2g} of the largest logit"))
+        return found
+
+
+def parity(module: DeployModule, predictor: Predictor, files: Sequence[Path], *, n_from_bytes: int = 8) -> Parity:
+    """Compare `module` (torch) with `predictor` on all `files` in batches of each size, and on the first of them file by file.
+
+    The torch side reads its images with the classifier's own preprocessing, so a bundle that carries another one is found out.
+    """
+    preprocess = module.classifier.backbone.preprocess
+    images = np.stack([preprocess.load_file(path) for path in files])  # (N, h, w, 3) uint8
+    expected = torch_outputs(module, images)
+    batch_sizes = (*BATCH_SIZES, *[BATCH_SIZES[-1]] * ((len(images) - 1) // BATCH_SIZES[-1]))
+    taken = np.arange(sum(batch_sizes)) % len(images)  # where images run out, they start over
+    given = _onnx_outputs(predictor, images[taken], batch_sizes)
+    from_bytes = _probs_from_bytes(predictor, files[:n_from_bytes])
+
+    n_flips, n_ties = _flips(expected.logits[taken], given.logits.argmax(axis=1))
+    n_flips_from_bytes, _ = _flips(expected.logits[: len(from_bytes)], from_bytes.argmax(axis=1))
+    return Parity(
+        n_images=len(images),
+        batch_sizes=BATCH_SIZES,
+        max_prob_difference=_furthest(expected.probs[taken], given.probs),
+        max_logit_difference=_furthest(expected.logits[taken], given.logits),
+        n_flips=n_flips,
+        n_ties=n_ties,
+        min_embedding_cosine=_least_cosine(expected.embedding[taken], given.embedding),
+        max_cam_error=_cam_error(given, module.classifier.head.bias.detach().cpu().numpy()),
+        n_from_bytes=len(from_bytes),
+        max_prob_difference_from_bytes=_furthest(expected.probs[: len(from_bytes)], from_bytes),
+        n_flips_from_bytes=n_flips_from_bytes,
+    )
+
+
+def torch_outputs(module: DeployModule, images: np.ndarray) -> Outputs:
+    """(N, h, w, 3) uint8 through torch in eval mode: the reference that everything else is compared with."""
+    parts = []
+    with evaluating(module), torch.no_grad():
+        for start in range(0, len(images), _TORCH_BATCH):
+            batch = torch.from_numpy(images[start : start + _TORCH_BATCH]).to(module.temperature.device)
+            values = (output.cpu().numpy() for output in module(batch))
+            parts.append(Outputs(**{"cam": None, **dict(zip(module.outputs, values, strict=True))}))
+    return _joined(parts)
+
+
+def _onnx_outputs(predictor: Predictor, images: np.ndarray, batch_sizes: Sequence[int]) -> Outputs:
+    """(N, h, w, 3) uint8, N the sum of `batch_sizes`, through ONNX Runtime in batches of just these sizes."""
+    ends = np.cumsum(batch_sizes)
+    return _joined([predictor.run(images[end - size : end]) for end, size in zip(ends, batch_sizes, strict=True)])
+
+
+def _probs_from_bytes(predictor: Predictor, files: Sequence[Path]) -> np.ndarray:
+    """(N, C) float32: what a client that sends the files gets, in the order of the classes."""
+    classes = predictor.manifest.classes
+    answers = [dict(predictor.predict(path.read_bytes(), top_k=len(classes)).labels) for path in files]
+    return np.array([[answer[name] for name in classes] for answer in answers], np.float32)
+
+
+def _joined(parts: Sequence[Outputs]) -> Outputs:
+    cams = [part.cam for part in parts if part.cam is not None]
+    return Outputs(
+        probs=np.concatenate([part.probs for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        embedding=np.concatenate([part.embedding for part in parts]),
+        cam=np.concatenate(cams) if cams else None,
+    )
+
+
+def _furthest(expected: np.ndarray, given: np.ndarray) -> float:
+    return float(np.abs(expected - given).max())
+
+
+def _least_cosine(expected: np.ndarray, given: np.ndarray) -> float:
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(given, axis=1)
+    return float(((expected * given).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
+
+
+def _flips(logits: np.ndarray, top: np.ndarray) -> tuple[int, int]:
+    """How many of `top` (B,) are not the top class of `logits` (B, C): real flips, and ties."""
+    rows = np.arange(len(logits))
+    behind = logits.max(axis=1) - logits[rows, top]  # how far torch puts the given class behind its own
+    other = top != logits.argmax(axis=1)
+    tied = other & (behind <= TIE_LOGITS)
+    return int((other & ~tied).sum()), int(tied.sum())
+
+
+def _cam_error(given: Outputs, bias: np.ndarray) -> float | None:
+    """How far mean(cam) + bias is from the top logit, in units of the largest logit."""
+    if given.cam is None:
+        return None
+    top = given.logits.argmax(axis=1)
+    rebuilt = given.cam.astype(np.float64).mean(axis=(1, 2)) + bias[top]
+    error = np.abs(rebuilt - given.logits[np.arange(len(top)), top]).max()
+    return float(error / max(1.0, float(np.abs(given.logits).max())))
