@@ -107,7 +107,7 @@ class Preprocess:
     def from_dict(cls, given: Mapping[str, Any]) -> Preprocess:
         """The inverse of `to_dict`; raises `BundleError` with every field that is off."""
         try:
-            return TypeAdapter(cls).validate_python(dict(given))
+            return _ADAPTER.validate_python(dict(given))
         except ValidationError as error:
             raise BundleError("the preprocessing cannot be read", problems_of(error)) from None
 
@@ -127,6 +127,9 @@ class Preprocess:
         top, left = framing.corner_px
         pixels[top : top + h_inner, left : left + w_inner] = np.asarray(inner)
         return pixels
+
+
+_ADAPTER = TypeAdapter(Preprocess)
 
 
 def _centred(side: int, target: int, scale: float) -> tuple[float, float, int]:

@@ -52,7 +52,7 @@ class Registry:
     root: Path
 
     def register(self, bundle: Path, name: str) -> ModelVersion:
-        """Copy a bundle in as the next version of `name` and point ``latest`` at it.
+        """Copy a bundle in as the next version of `name` and point ``latest`` at it; a bundle that is a version already stays it.
 
         Raises:
             InvalidInput: a name that cannot be one.
@@ -66,6 +66,9 @@ class Registry:
         manifest = read_manifest(bundle)
         folder = self.root / name
         with _locked(folder):
+            for known in self._versions_of(name):  # a run that died between registering and saying so registers again
+                if read_manifest(known.path).files == manifest.files:
+                    return known
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))
@@ -110,6 +113,22 @@ class Registry:
                 f"no model is registered in {self.root}: train one with finetune train, or see it all with finetune demo"
             )
         return self.resolve(newest.name)
+
+    def locate(self, reference: str | None = None) -> Path:
+        """The bundle folder that a person means: a path, ``name``, ``name@version``, ``name@alias``; None is the newest model.
+
+        Raises:
+            NotFound: no such folder, model, version or alias.
+        """
+        if reference is None:
+            return self.newest().path
+        folder = Path(reference)
+        if (folder / MANIFEST).is_file():
+            return folder
+        if "/" in reference:
+            raise NotFound(f"{reference}: no bundle there (a bundle is a folder with {MANIFEST} in it)")
+        name, _, key = reference.partition("@")
+        return self.resolve(name, key or None).path
 
     def set_alias(self, name: str, alias: str, version: str) -> ModelVersion:
         """Point an alias at a version (or at what another alias means) in one step that readers see whole or not at all."""

@@ -1,0 +1,347 @@
+"""Versions count up, appear whole, and aliases flip in one step, whoever else is writing or dying meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_bundle import write_tiny_bundle
+
+from finetune.bundle import registry as registry_module
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import Registry
+from finetune.errors import BundleError, Conflict, DiskFull, InvalidInput, NotFound
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    write_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "models")
+
+
+def versions(registry: Registry, name: str = "trees") -> list[str]:
+    return [version.version for version in registry.list() if version.name == name]
+
+
+def test_versions_count_up_and_latest_follows(registry: Registry, bundle: Path) -> None:
+    registered = [registry.register(bundle, "trees") for _ in range(11)]
+    assert [version.version for version in registered] == [str(number) for number in range(1, 12)]
+    assert versions(registry) == [str(number) for number in range(1, 12)]  # 10 after 9, not after 1
+    assert registry.resolve("trees").version == "11"
+    assert registry.resolve("trees", "latest") == registered[-1]
+    assert registry.resolve("trees", "3").aliases == ()
+
+
+def test_a_registered_bundle_loads_under_its_name_and_version(registry: Registry, bundle: Path) -> None:
+    version = registry.register(bundle, "oaks")
+    manifest = Predictor.load(version.path).manifest
+    assert (manifest.name, manifest.version) == ("oaks", "1")
+    assert sorted(entry.name for entry in version.path.iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
+
+
+def test_names_are_separate_and_listed_in_order(registry: Registry, bundle: Path) -> None:
+    for name in ("oaks", "elms", "oaks"):
+        registry.register(bundle, name)
+    assert [(version.name, version.version) for version in registry.list()] == [("elms", "1"), ("oaks", "1"), ("oaks", "2")]
+
+
+def test_a_registry_that_does_not_exist_is_empty(registry: Registry) -> None:
+    assert registry.list() == ()
+    with pytest.raises(NotFound, match=r"no model is registered in .*models: train one"):
+        registry.newest()
+    with pytest.raises(NotFound, match=r"no model 'trees'\. None is registered"):
+        registry.resolve("trees")
+    assert not registry.root.exists()
+
+
+@pytest.mark.parametrize("name", ["", "Trees", "../trees", "trees/1", ".trees", "a" * 64, "trees\n"])
+def test_a_name_that_cannot_be_a_folder_is_refused(registry: Registry, bundle: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="cannot be a model name"):
+        registry.register(bundle, name)
+    assert not registry.root.exists()
+
+
+@pytest.mark.parametrize("name", ["../models/trees", "..", "trees/../trees", "/etc"])
+def test_a_name_never_leads_out_of_the_folder(registry: Registry, bundle: Path, name: str) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(NotFound, match="no model"):
+        registry.resolve(name)
+
+
+def test_an_unknown_model_version_or_alias_names_what_exists(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(NotFound, match=r"no model 'tree'\. Did you mean 'trees'\? Registered are: trees"):
+        registry.resolve("tree")
+    with pytest.raises(NotFound, match=r"no version or alias '2'.* It has: 1, latest"):
+        registry.resolve("trees", "2")
+    with pytest.raises(NotFound, match=r"Did you mean 'latest'\?"):
+        registry.resolve("trees", "lates")
+
+
+# ---- aliases -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_champion_is_served_once_there_is_one(registry: Registry, bundle: Path) -> None:
+    for _ in range(3):
+        registry.register(bundle, "trees")
+    assert registry.set_alias("trees", "champion", "2").aliases == ("champion",)
+    assert registry.resolve("trees").version == "2"
+    registry.register(bundle, "trees")
+    assert registry.resolve("trees").version == "2"
+    assert registry.resolve("trees", "latest").version == "4"
+
+
+def test_an_alias_may_be_pointed_at_what_another_alias_means(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    assert registry.set_alias("trees", "champion", "latest").aliases == ("champion", "latest")
+    registry.register(bundle, "trees")
+    assert registry.resolve("trees", "champion").version == "1"
+
+
+def test_aliases_json_is_a_plain_mapping(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    registry.set_alias("trees", "champion", "1")
+    assert json.loads((registry.root / "trees" / "aliases.json").read_text()) == {"latest": "1", "champion": "1"}
+
+
+@pytest.mark.parametrize("alias", ["1", "", "Best", "../x", "a b"])
+def test_an_alias_cannot_be_mistaken_for_a_version_or_a_path(registry: Registry, bundle: Path, alias: str) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(InvalidInput, match="cannot be an alias"):
+        registry.set_alias("trees", alias, "1")
+
+
+def test_an_alias_to_nothing_is_refused(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(NotFound, match="no version or alias '9'"):
+        registry.set_alias("trees", "champion", "9")
+    with pytest.raises(NotFound, match="no model 'ferns'"):
+        registry.set_alias("ferns", "champion", "1")
+    assert not (registry.root / "ferns").exists()
+
+
+def test_rollback_goes_to_the_version_before_and_twice_comes_back(registry: Registry, bundle: Path) -> None:
+    for _ in range(3):
+        registry.register(bundle, "trees")
+    for version in ("1", "3", "3"):
+        registry.set_alias("trees", "champion", version)
+    assert registry.rollback("trees").version == "1"
+    assert registry.resolve("trees").version == "1"
+    assert registry.rollback("trees").version == "3"
+
+
+def test_rollback_skips_versions_that_are_gone(registry: Registry, bundle: Path) -> None:
+    for version in ("1", "2", "3"):
+        registry.register(bundle, "trees")
+        registry.set_alias("trees", "champion", version)
+    registry.delete("trees", "2")
+    assert registry.rollback("trees", "champion").version == "1"
+
+
+def test_rollback_without_a_past_says_so(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(NotFound, match="no version or alias 'champion'"):
+        registry.rollback("trees")
+    registry.set_alias("trees", "champion", "1")
+    with pytest.raises(Conflict, match="has only ever meant version 1"):
+        registry.rollback("trees")
+
+
+def test_a_folder_filled_by_hand_works_without_aliases(registry: Registry, bundle: Path) -> None:
+    write_tiny_bundle(registry.root / "trees" / "2")
+    write_tiny_bundle(registry.root / "trees" / "10")
+    assert registry.resolve("trees").version == "10"
+    assert registry.newest().version == "10"
+    assert registry.register(bundle, "trees").version == "11"
+
+
+def test_newest_is_what_is_served_of_the_model_registered_last(registry: Registry, bundle: Path) -> None:
+    for second, (name, version) in enumerate([("oaks", "1"), ("elms", "1"), ("oaks", "2")]):
+        path = registry.register(bundle, name).path
+        assert path.name == version
+        os.utime(path / "bundle.json", (1_000 + second, 1_000 + second))
+    assert (registry.newest().name, registry.newest().version) == ("oaks", "2")
+    registry.set_alias("oaks", "champion", "1")
+    assert (registry.newest().name, registry.newest().version) == ("oaks", "1")
+
+
+# ---- deleting ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_without_alias_is_deleted_and_its_number_not_given_again(registry: Registry, bundle: Path) -> None:
+    for _ in range(3):
+        registry.register(bundle, "trees")
+    registry.delete("trees", "1")
+    assert versions(registry) == ["2", "3"]
+    registry.delete("trees", "3", force=True)
+    assert registry.register(bundle, "trees").version == "4"
+
+
+def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle: Path) -> None:
+    for _ in range(2):
+        registry.register(bundle, "trees")
+    registry.set_alias("trees", "champion", "2")
+    with pytest.raises(Conflict, match="version 2 of trees is what champion, latest means"):
+        registry.delete("trees", "2")
+    assert versions(registry) == ["1", "2"]
+    registry.delete("trees", "2", force=True)
+    assert registry.resolve("trees").version == "1"
+    assert registry.resolve("trees").aliases == ("latest",)
+
+
+def test_a_whole_model_is_deleted_by_force_and_starts_behind_its_old_numbers(registry: Registry, bundle: Path) -> None:
+    for _ in range(2):
+        registry.register(bundle, "trees")
+    with pytest.raises(Conflict, match="trees is what latest means"):
+        registry.delete("trees")
+    registry.delete("trees", force=True)
+    assert registry.list() == ()
+    with pytest.raises(NotFound, match="no model 'trees'"):
+        registry.resolve("trees")
+    with pytest.raises(NotFound, match="no model 'trees'"):
+        registry.delete("trees")
+    assert registry.register(bundle, "trees").version == "3"
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "probe.npz"])
+def test_a_damaged_bundle_is_not_registered(registry: Registry, tmp_path: Path, name: str) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / name).write_bytes(b"other")
+    with pytest.raises(BundleError, match=f"{name} is not what bundle.json says"):
+        registry.register(tmp_path / "bundle", "trees")
+    (tmp_path / "bundle" / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        registry.register(tmp_path / "bundle", "trees")
+    assert registry.list() == ()
+
+
+def test_a_full_disk_registers_nothing(registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(registry_module.shutil, "copyfile", full)
+    with pytest.raises(DiskFull, match="the disk is full"):
+        registry.register(bundle, "trees")
+    assert registry.list() == ()
+    monkeypatch.undo()
+    assert registry.register(bundle, "trees").version == "1"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("at", ["copyfile", "sha256_file", "write_json", "_move_alias", "append_line"])
+def test_a_writer_killed_at_any_step_leaves_what_readers_and_writers_can_use(
+    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    registry.register(bundle, "trees")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    owner = registry_module.shutil if at == "copyfile" else registry_module
+    monkeypatch.setattr(owner, at, die)
+    with pytest.raises(Killed):
+        registry.register(bundle, "trees")
+    monkeypatch.undo()
+
+    for version in registry.list():
+        Predictor.load(version.path)
+    registry.resolve("trees")
+    after = registry.register(bundle, "trees")
+    assert int(after.version) == 1 + int(versions(registry)[-2])
+    assert registry.resolve("trees") == after
+    assert not [entry for entry in (registry.root / "trees").iterdir() if entry.name.startswith((".arriving", ".leaving"))]
+
+
+def test_a_deletion_that_was_killed_is_finished_by_the_next_writer(
+    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(bundle, "trees")
+    registry.register(bundle, "trees")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(registry_module.shutil, "rmtree", die)
+    with pytest.raises(Killed):
+        registry.delete("trees", "1")
+    monkeypatch.undo()
+    assert versions(registry) == ["2"]
+    registry.register(bundle, "trees")
+    assert not list((registry.root / "trees").glob(".leaving*"))
+
+
+# ---- at the same time --------------------------------------------------------------------------------------------------------
+
+
+REGISTER_FOUR = """
+import sys
+from pathlib import Path
+from finetune.bundle.registry import Registry
+for _ in range(4):
+    print(Registry(Path(sys.argv[1])).register(Path(sys.argv[2]), "trees").version)
+"""
+
+
+def test_processes_and_threads_that_register_at_once_each_get_their_own_version(registry: Registry, bundle: Path) -> None:
+    command = [sys.executable, "-c", REGISTER_FOUR, str(registry.root), str(bundle)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    in_threads: list[str] = []
+
+    def register() -> None:
+        in_threads.extend(registry.register(bundle, "trees").version for _ in range(4))
+
+    threads = [threading.Thread(target=register) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    in_processes = [version for process in processes for version in process.communicate(timeout=60)[0].split()]
+    for thread in threads:
+        thread.join()
+    everything = sorted((*in_processes, *in_threads), key=int)
+    assert everything == [str(number) for number in range(1, 21)]
+    assert versions(registry) == everything
+    assert registry.resolve("trees", "latest").version == "20"
+    moves = [json.loads(line)["version"] for line in (registry.root / "trees" / "aliases.jsonl").read_text().splitlines()]
+    assert moves == everything  # one at a time, in order
+
+
+def test_a_reader_never_sees_half_a_version_while_others_register_and_delete(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    done = threading.Event()
+
+    def churn() -> None:
+        for _ in range(12):
+            registry.register(bundle, "trees")
+            registry.delete("trees", versions(registry)[0])
+        done.set()
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    seen = 0
+    while not done.is_set():
+        for version in registry.list():
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                names = sorted(entry.name for entry in version.path.iterdir())
+                assert names == ["bundle.json", "model.onnx", "probe.npz"] or not version.path.exists()
+                seen += 1
+        assert int(registry.resolve("trees").version) >= 1
+    writer.join()
+    assert seen >= 12
+    assert len(versions(registry)) == 1
