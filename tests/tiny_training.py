@@ -1,4 +1,4 @@
-"""A real training run that is small enough to repeat: generated photographs on disk, a timm test architecture, the real loaders."""
+"""A real training run, small enough to repeat: generated pictures on disk, a timm test architecture, the real loaders."""
 
 from __future__ import annotations
 

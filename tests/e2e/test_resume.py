@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -44,11 +44,11 @@ def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Co
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ForkServerContext]:
+def processes() -> ForkServerContext:
     """Starts processes from one that has imported everything and computed nothing, which is quick and safe to fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune.train.fit", "finetune.data.augment", "finetune.model.backbone"])
-    yield context
+    return context
 
 
 def _attempt(
