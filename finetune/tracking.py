@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import importlib.util
 import json
 import logging
 import os
@@ -24,10 +25,10 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 from urllib.parse import quote
 
-from finetune.errors import DiskFull, InvalidInput
+from finetune.errors import DiskFull, InvalidInput, MissingExtra
 from finetune.rundir import RunDir, read_json, sha256_file, write_json
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -583,7 +584,20 @@ class UiCommand:
     url: str
 
 
-def open_ui(workspace: Path, host: str = "127.0.0.1", port: int = 5000) -> UiCommand:
+def open_ui(workspace: Path, host: str = "127.0.0.1", port: int = 5000) -> NoReturn:
+    """Become MLflow's server: this process is replaced, so that Ctrl-C and signals go straight to it.
+
+    Raises:
+        MissingExtra: MLflow is not installed.
+        InvalidInput: as `ui_command`.
+    """
+    command = ui_command(workspace, host, port)
+    if importlib.util.find_spec("mlflow") is None:
+        raise MissingExtra("MLflow is not installed here. Install it with the training extra: pip install 'finetune[train]'")
+    os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
+
+
+def ui_command(workspace: Path, host: str, port: int) -> UiCommand:
     """How to start MLflow's pages on the embedded database: one worker, no job executor, this machine only.
 
     Raises:

@@ -17,7 +17,7 @@ import pytest
 
 from finetune.errors import InvalidInput
 from finetune.rundir import RunDir, read_lines
-from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, open_ui, read_record, replay, run_url
+from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, read_record, replay, run_url, ui_command
 
 SECONDS = 60  # a bound for a hang, never a wait
 
@@ -322,7 +322,7 @@ def test_importing_the_module_does_not_import_mlflow() -> None:
 
 def test_the_pages_are_for_this_machine_with_one_worker_and_no_job_runner(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    command = open_ui(tmp_path, port=5123)
+    command = ui_command(tmp_path, "127.0.0.1", 5123)
     words = " ".join(command.arguments)
     assert f"--backend-store-uri sqlite:///{tmp_path}/mlflow.db" in words
     assert "--host 127.0.0.1 --port 5123 --workers 1" in words
@@ -332,10 +332,10 @@ def test_the_pages_are_for_this_machine_with_one_worker_and_no_job_runner(tmp_pa
     assert command.url == "http://127.0.0.1:5123"
     assert run_url(command.url, "1", "abc") == "http://127.0.0.1:5123/#/experiments/1/runs/abc"
     with pytest.raises(InvalidInput, match="this machine only"):
-        open_ui(tmp_path, host="0.0.0.0")
+        ui_command(tmp_path, "0.0.0.0", 5000)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
     with pytest.raises(InvalidInput, match=r"https://\*\*\*@mlflow.example is a server already"):
-        open_ui(tmp_path)
+        ui_command(tmp_path, "127.0.0.1", 5000)
 
 
 def test_the_environment_decides_where_mlflow_is(tmp_path: Path, monkeypatch) -> None:

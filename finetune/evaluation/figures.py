@@ -1,0 +1,320 @@
+"""The pictures of a run, as matplotlib figures: curves, gradients, confusion, classes, calibration, the path of the solved head.
+
+Takes journal lines and an `Evaluation`; knows nothing of run folders or of pages. Figures are built on `Figure` itself, without
+pyplot, so there is no global state and no display. They have a transparent ground and one ink, so that a page can invert them for
+dark readers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from finetune.evaluation.metrics import Evaluation
+from finetune.rundir import write_atomic
+
+INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
+TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
+WIDTH_INCHES = 9.3
+MAX_BARS = 40
+MAX_LABELLED_CLASSES = 100
+
+_STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$5 note$"
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text: small, selectable, and in any script that the reader's machine has a font for
+    "svg.hashsalt": "finetune",  # equal data, equal bytes
+}
+
+Record = Mapping[str, Any]  # one line of metrics.jsonl
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # matplotlib measures text with its own font; a script that it lacks is still drawn by the reader's browser.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        yield
+
+
+def _styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    @wraps(draw)
+    def drawn(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    with _style():
+        write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=144, facecolor="white"))
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as a bare ``<svg>`` element, without prolog, dates or references to other files."""
+    stream = io.StringIO()
+    with _style():
+        figure.savefig(
+            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def series(records: Sequence[Record], key: str, by: str = "epoch") -> list[tuple[float, float]]:
+    """(epoch or step, value) for each line that has both, in order; of a step that a resumed run computed again, the last."""
+    points = {
+        float(line[by]): float(line["values"][key]) for line in records if key in line["values"] and line.get(by) is not None
+    }
+    return sorted(points.items())
+
+
+def best_epoch(records: Sequence[Record]) -> float | None:
+    """The epoch with the highest val top1, by lower val loss among equals."""
+    loss = dict(series(records, "val/loss"))
+    top1 = series(records, "val/top1")
+    return max(top1, key=lambda point: (point[1], -loss.get(point[0], math.inf)))[0] if top1 else None
+
+
+@_styled
+def learning_curves(records: Sequence[Record], phases: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
+    """Loss and top1 of train and val by epoch, phases shaded, the best epoch marked. None when nothing was trained by epochs."""
+    if len(series(records, "val/loss")) < 2:
+        return None
+    figure = Figure(figsize=(WIDTH_INCHES, 3.4))
+    best = best_epoch(records)
+    for axes, name, title in zip(figure.subplots(1, 2), ("top1", "loss"), ("Top-1", "Loss"), strict=True):
+        curves = {split: series(records, f"{split}/{name}") for split in ("train", "val")}
+        _shade_phases(axes, phases)
+        for split, colour, marker in (("train", TRAIN, "s"), ("val", VAL, "o")):
+            if curves[split]:
+                axes.plot(*zip(*curves[split], strict=True), color=colour, marker=marker, markersize=3, label=split)
+        value = None if best is None else dict(curves["val"]).get(best)
+        if best is not None and value is not None:
+            axes.plot([best], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=BEST, markeredgewidth=1.8)
+            title += f" · val {value:.1%} at epoch {best:g}" if name == "top1" else f" · val {value:.3f} there"
+        axes.set(title=title, xlabel="epoch")
+        axes.margins(y=0.18)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name == "top1":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _shade_phases(axes: Axes, phases: Sequence[Mapping[str, Any]]) -> None:
+    stepped = [phase for phase in phases if phase["n_epochs"]]
+    if len(stepped) < 2:
+        return
+    start = 0.0
+    for number, phase in enumerate(stepped):
+        end = start + phase["n_epochs"]
+        axes.axvspan(start, end, color=FAINT, alpha=0.14 if number % 2 else 0.04, linewidth=0)
+        axes.text(
+            (start + end) / 2,
+            1.0,
+            phase["name"],
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=7,
+            color=FAINT,
+        )
+        start = end
+
+
+@_styled
+def learning_rate(records: Sequence[Record]) -> Figure | None:
+    points = series(records, "train/lr", by="step")
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=(WIDTH_INCHES, 2.0))
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True), color=VAL, marker="o", markersize=2.5)
+    axes.set(title="Learning rate of the head", xlabel="step", ylim=(0, None))
+    axes.yaxis.set_major_formatter(_plain)
+    return figure
+
+
+@_styled
+def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | None = None) -> Figure | None:
+    """Gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
+    found = {match[1] for line in records for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))}
+    if not found:
+        return None
+    owners = sorted(found, key=lambda owner: (owner == "head", [int(part) for part in re.findall(r"\d+", owner)], owner))
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.82, len(owners)))
+    figure = Figure(figsize=(WIDTH_INCHES, 3.6))
+    panels = figure.subplots(1, 2)
+    for axes, name, title in zip(panels, ("grad_norm", "update_ratio"), ("Gradient norm", "Step ÷ weight norm"), strict=True):
+        for owner, colour in zip(owners, colours, strict=True):
+            points = [(step, value) for step, value in series(records, f"train/{name}/{owner}", by="step") if value > 0]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+                axes.plot(steps, _smooth(values), color=colour, label=(stage_names or {}).get(owner, owner))
+        axes.set(title=title, xlabel="step", yscale="log")
+        _label_log_axis(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The running median over a tenth of the points: single steps are noisy, what counts is where they lie."""
+    half = len(values) // 20
+    return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+
+
+@FuncFormatter
+def _plain(value: float, _position: int | None) -> str:
+    """Tick labels as 0.001 and 1e-05; matplotlib's own need the markup that is off here."""
+    return f"{value:g}"
+
+
+def _label_log_axis(axis: Axis) -> None:
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if math.log10(high / low) < 2.5:  # powers of ten alone would leave it almost without labels
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+
+
+@_styled
+def confusion_matrix(evaluation: Evaluation) -> Figure:
+    """Counts shaded by their share of the true class: right answers blue, mistakes orange."""
+    matrix = np.array(evaluation.confusion, dtype=np.float64)  # (C, C) true, predicted
+    n_classes = len(matrix)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    cells = np.empty((n_classes, n_classes, 4))  # RGBA in 0..1
+    cells[..., :3] = to_rgb(TRAIN)
+    cells[np.arange(n_classes), np.arange(n_classes), :3] = to_rgb(VAL)
+    cells[..., 3] = np.where(matrix > 0, 0.12 + 0.88 * share, 0.0)  # one image in a hundred still shows
+    size = float(np.clip(2.6 + 0.26 * n_classes, 3.6, 13.0))
+    figure = Figure(figsize=(size + 0.6, size))
+    axes = figure.subplots()
+    axes.imshow(cells, interpolation="none", extent=(-0.5, n_classes - 0.5, n_classes - 0.5, -0.5))
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    axes.set(xlabel="predicted", ylabel="true")
+    if n_classes <= MAX_LABELLED_CLASSES:
+        font_size = float(np.interp(n_classes, [10, 30, 60, 100], [9, 8, 6.5, 5.5]))
+        labels = [_short(name) for name in evaluation.classes]
+        axes.set_xticks(range(n_classes), labels, fontsize=font_size, rotation=90 if n_classes > 3 else 0)
+        axes.set_yticks(range(n_classes), labels, fontsize=font_size)
+        axes.tick_params(length=0)
+    if n_classes <= 25:
+        for true, predicted in np.argwhere(matrix > 0):
+            # White reads better than ink on the deepest blue only; on the orange it never does.
+            colour = "white" if true == predicted and share[true, predicted] > 0.77 else INK
+            axes.text(
+                predicted, true, f"{matrix[true, predicted]:.0f}", ha="center", va="center", color=colour,
+                fontsize=9 if n_classes <= 12 else 7,
+            )  # fmt: skip
+    return figure
+
+
+@_styled
+def per_class_bars(evaluation: Evaluation) -> Figure:
+    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `MAX_BARS`."""
+    rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
+    shown = rows[:MAX_BARS]
+    figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.2 * len(shown)))
+    axes = figure.subplots()
+    places = range(len(shown))
+    axes.barh(places, [row.recall or 0.0 for row in shown], color=VAL, alpha=0.75, height=0.7, label="recall")
+    dots = [(row.precision, place) for place, row in enumerate(shown) if row.precision is not None]
+    axes.plot(*zip(*dots, strict=True), "D", color=TRAIN, markersize=4.5, label="precision", zorder=3, clip_on=False)
+    axes.set_yticks(places, [f"{_short(row.name)}  ({row.n})" for row in shown], fontsize=8)
+    axes.set(xlim=(0, 1.02), ylim=(len(shown) - 0.4, -0.6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+@_styled
+def reliability_diagram(evaluation: Evaluation) -> Figure:
+    """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below."""
+    figure = Figure(figsize=(5.2, 4.8))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]
+    centres = [(b.lower + b.upper) / 2 for b, _, _ in filled]
+    width = 0.92 / len(evaluation.bins)
+    top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
+    top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
+    top.plot([c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence")
+    top.set(title=f"ECE {evaluation.ece:.3f} on {evaluation.n} images", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
+    top.legend(loc="upper left")
+    bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
+    bottom.set(xlabel="confidence in the given label", ylabel="images")
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+@_styled
+def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | None:
+    """Held-out loss and accuracy of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_top1``."""
+    if len(points) < 2:
+        return None
+    ordered = sorted(points, key=lambda point: point["l2"])
+    figure = Figure(figsize=(WIDTH_INCHES, 2.7))
+    for axes, name, title in zip(
+        figure.subplots(1, 2), ("val_nll", "val_top1"), ("Held-out loss", "Held-out top-1"), strict=True
+    ):
+        axes.plot([p["l2"] for p in ordered], [p[name] for p in ordered], color=VAL, marker="o", markersize=3.5)
+        axes.axvline(chosen, color=BEST, linewidth=1.2, linestyle="--")
+        axes.set(title=title, xlabel="L2 strength", xscale="log")
+        _label_log_axis(axes.xaxis)
+        axes.margins(y=0.15)
+        axes.annotate(
+            f"chosen {chosen:.2g}", (chosen, 1), xycoords=axes.get_xaxis_transform(), xytext=(5, -4), textcoords="offset points",
+            ha="left", va="top", color=BEST,
+        )  # fmt: skip
+        if name == "val_top1":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def _short(name: str, limit: int = 24) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
