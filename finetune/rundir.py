@@ -26,6 +26,12 @@ def workspace() -> Path:
     return Path(os.environ.get("FINETUNE_HOME", ".finetune")).absolute()
 
 
+def as_model_name(text: str) -> str:
+    """A folder's name as a model's name: lower case, anything but letters and digits a dash."""
+    kept = "".join(character if character.isascii() and character.isalnum() else "-" for character in text.lower())
+    return kept.strip("-")[:63] or "model"
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success flush it to disk and rename it over `target`.

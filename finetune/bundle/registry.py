@@ -51,8 +51,11 @@ class Registry:
 
     root: Path
 
-    def register(self, bundle: Path, name: str) -> ModelVersion:
-        """Copy a bundle in as the next version of `name` and point ``latest`` at it; a bundle that is a version already stays it.
+    def register(self, bundle: Path, name: str, *, once: bool = False) -> ModelVersion:
+        """Copy a bundle in as the next version of `name` and point ``latest`` at it.
+
+        With `once`, a bundle that is a version of `name` already stays that version: a job that died between registering and
+        saying so registers again.
 
         Raises:
             InvalidInput: a name that cannot be one.
@@ -66,7 +69,7 @@ class Registry:
         manifest = read_manifest(bundle)
         folder = self.root / name
         with _locked(folder):
-            for known in self._versions_of(name):  # a run that died between registering and saying so registers again
+            for known in self._versions_of(name) if once else ():
                 if read_manifest(known.path).files == manifest.files:
                     return known
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))

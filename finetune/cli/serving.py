@@ -26,9 +26,8 @@ def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Pa
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import console, print_json
     from finetune.errors import ImageError, NotFound
-    from finetune.pipeline import find_bundle
 
-    predictor = Predictor.load(find_bundle(model))
+    predictor = Predictor.load(_registry().locate(model))
     documents: list[dict[str, Any]] = []
     failed = False
     for path in images:
@@ -97,9 +96,8 @@ def show_model(model: str, as_json: bool) -> None:
     from finetune.bundle.manifest import read_manifest
     from finetune.cli.show import show_manifest
     from finetune.cli.terminal import print_json
-    from finetune.pipeline import find_bundle
 
-    manifest = read_manifest(find_bundle(model))
+    manifest = read_manifest(_registry().locate(model))
     print_json(manifest.to_json()) if as_json else show_manifest(manifest)
 
 

@@ -68,7 +68,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def check(spec: JobSpec, as_json: bool) -> None:
     """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
     from finetune.cli.terminal import print_json, progress_bars
-    from finetune.pipeline import make_plan
+    from finetune.plan import make_plan
 
     with progress_bars(shown=not as_json) as progress:
         plan = make_plan(spec, progress)
@@ -92,7 +92,8 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
     The same command after a crash or Ctrl-C goes on where the run stopped.
     """
     from finetune.cli.terminal import print_json, progress_bars
-    from finetune.pipeline import choose_run_dir, run_job
+    from finetune.outcome import choose_run_dir
+    from finetune.pipeline import run_job
 
     run = choose_run_dir(spec, run_dir)
     with progress_bars(shown=not as_json) as progress:
@@ -116,11 +117,13 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
 @json_option
 def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
     """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
+    from finetune.bundle.registry import Registry
     from finetune.cli.terminal import print_json, progress_bars
-    from finetune.pipeline import evaluate_bundle, find_bundle
+    from finetune.evaluate import evaluate_bundle
+    from finetune.rundir import workspace
 
     with progress_bars(shown=not as_json) as progress:
-        evaluation = evaluate_bundle(find_bundle(model), data, split, progress)
+        evaluation = evaluate_bundle(Registry(workspace() / "models").locate(model), data, split, progress)
     if as_json:
         print_json(evaluation.to_json())
     else:
@@ -140,8 +143,7 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """
     from finetune.cli.show import show_backbone, show_backbone_names
     from finetune.cli.terminal import print_json
-    from finetune.model.backbone import list_backbones
-    from finetune.pipeline import describe_backbone
+    from finetune.model.catalog import describe_backbone, list_backbones
 
     if name is None or any(sign in name for sign in "*?["):
         names = list_backbones(name)

@@ -1,0 +1,267 @@
+"""The whole story of a fine-tuning job, from a request to a registered model: read `run_job` first.
+
+Each step hands one named value to the next. How a step is done is in the package of its name; this module knows only the request,
+the run folder and the order of things.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.bundle.manifest import Manifest, read_manifest
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import ModelVersion, Registry
+from finetune.data.index import Sample
+from finetune.errors import FinetuneError
+from finetune.evaluate import labels_of, score
+from finetune.evaluation.metrics import Evaluation, Temperature, evaluate_logits, fit_temperature, write_evaluations
+from finetune.evaluation.report import write_report
+from finetune.export import BundleFacts, DeployModule, Graph, dry_run_export, export_bundle, fill, open_session
+from finetune.outcome import Outcome
+from finetune.plan import Plan, make_plan
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.rundir import RunDir, workspace, write_atomic, write_json
+from finetune.spec import JobSpec
+from finetune.tracking import NoTracker, Tracker, open_run
+from finetune.train.methods import Trained, train_classifier
+
+_LATENCY_ROUNDS = 20
+_MIN_IMAGES_TO_CALIBRATE = 100
+
+
+def run_job(
+    spec: JobSpec,
+    run: RunDir,
+    progress: ProgressCallback = silent,
+    *,
+    experiment: str | None = None,
+    parent: str | None = None,
+    tracked: bool = True,
+) -> Outcome:
+    """Fine-tune, judge, export and register a model; where `run` was interrupted before, go on from there.
+
+    Args:
+        parent: id of the MLflow run that this one is nested in.
+
+    Raises:
+        FinetuneError: whatever went wrong, also written to ``error.json`` in the run folder.
+        KeyboardInterrupt: the run was asked to stop, and has written a checkpoint.
+    """
+    with run.held(), _failures_recorded(run):
+        if run.outcome.exists():
+            return Outcome.read(run)
+        began = _Stopwatch()
+        progress = _recorded(progress, run)
+        write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
+        with _tracked(spec, run, experiment, parent, tracked) as tracker:
+            plan = make_plan(spec, progress, run)
+            graph = dry_run_export(plan.classifier)
+            _announce(plan, run, tracker)
+            trained = train_classifier(plan.classifier, plan.recipe, plan.dataset, plan.augment, run, plan.compute, progress)
+            verdict = judge(plan, graph, progress)
+            write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
+            manifest = export(plan, trained, verdict, graph, run, progress)
+            cost = measure_cost(plan, trained, run, began)
+            write_report(run, plan.to_dict(), verdict, manifest, cost)
+            version = Registry(workspace() / "models").register(run.bundle, plan.model_name, once=True)
+            return finish(plan, trained, verdict, cost, version, run, tracker)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How good the trained model is, on each split that it did not train on; `logits` as the exported graph computes them."""
+
+    evaluations: Mapping[str, Evaluation]
+    temperature: Temperature | None
+    logits: Mapping[str, np.ndarray]  # split -> (N, C) float32
+    samples: Mapping[str, tuple[Sample, ...]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {key: value for split, evaluation in self.evaluations.items() for key, value in evaluation.metrics(split).items()}
+
+
+def judge(plan: Plan, graph: Graph, progress: ProgressCallback) -> Verdict:
+    """Evaluate what will be exported, through ONNX Runtime; fit the temperature on val."""
+    session = open_session(fill(graph, DeployModule(plan.classifier)), threads=plan.compute.threads)
+
+    def scorer(images: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = session.run(["logits"], {"images": images})[0]
+        return logits
+
+    samples = {split: plan.dataset.of(split) for split in ("val", "test") if plan.dataset.of(split)}
+    logits = {
+        split: score(scorer, chosen, plan.backbone.preprocess, what=split, progress=progress) for split, chosen in samples.items()
+    }
+    labels = {split: labels_of(chosen) for split, chosen in samples.items()}
+    evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
+    temperature = fit_temperature(logits["val"], labels["val"]) if len(labels["val"]) >= _MIN_IMAGES_TO_CALIBRATE else None
+    return Verdict(evaluations, temperature, logits, samples)
+
+
+def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: RunDir, progress: ProgressCallback) -> Manifest:
+    """Write the bundle; one that an interrupted run has already written is complete and stays."""
+    if run.bundle.exists():
+        return read_manifest(run.bundle)
+    facts = BundleFacts(
+        name=plan.model_name,
+        classes=plan.dataset.classes,
+        method=plan.spec.method.model_dump(mode="json"),
+        spec_digest=plan.spec.digest(),
+        metrics=verdict.metrics,
+        calibration=asdict(verdict.temperature) if verdict.temperature else {},
+        frozen=trained.frozen,
+    )
+    return export_bundle(plan.classifier, facts, plan.dataset.of("val"), run.bundle, graph=graph, progress=progress)
+
+
+def measure_cost(plan: Plan, trained: Trained, run: RunDir, began: _Stopwatch) -> dict[str, float]:
+    """What the run took and what the model takes. Times in seconds, memory and size in bytes, latency of one image in seconds."""
+    predictor = Predictor.load(run.bundle)
+    image = np.zeros((1, *plan.backbone.preprocess.input_size_px, 3), np.uint8)
+    rounds = []
+    for _ in range(_LATENCY_ROUNDS):
+        started = time.perf_counter()
+        predictor.run(image)
+        rounds.append(time.perf_counter() - started)
+    return {
+        "cost/wall_seconds": began.wall_seconds(),
+        "cost/cpu_seconds": began.cpu_seconds(),
+        "cost/train_seconds": trained.seconds,
+        "cost/peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        "cost/trainable_parameters": float(trained.n_trainable),
+        "cost/total_parameters": float(sum(parameter.numel() for parameter in plan.classifier.parameters())),
+        "cost/bundle_bytes": float(sum(path.stat().st_size for path in run.bundle.iterdir())),
+        "cost/latency_seconds": statistics.median(rounds),
+    }
+
+
+def finish(
+    plan: Plan,
+    trained: Trained,
+    verdict: Verdict,
+    cost: Mapping[str, float],
+    version: ModelVersion,
+    run: RunDir,
+    tracker: Tracker,
+) -> Outcome:
+    """Write ``outcome.json``, the file that says the run is complete, and tell MLflow."""
+    metrics = {**verdict.metrics, **cost}
+    run.metric(trained.n_steps, metrics)
+    tracker.bundle(plan.model_name, aliases=["latest"], tags={"version": version.version, "method": plan.spec.method.type})
+    tracker.params({"trainable_parameters": trained.n_trainable, **trained.frozen})
+    run_id = tracker.wait_for_run_id(0)
+    outcome = Outcome(
+        run=run.root,
+        method=plan.spec.method.type,
+        model=version.name,
+        version=version.version,
+        bundle=version.path,
+        metrics=metrics,
+        summary=trained.summary,
+        classes=plan.dataset.classes,
+        warnings=plan.dataset.warnings,
+        quarantined=len(plan.dataset.bad),
+        mlflow_run_id=run_id,
+    )
+    write_json(run.outcome, outcome.to_dict())
+    run.event("succeeded", f"{version.name} version {version.version} is registered", metrics=verdict.metrics)
+    return outcome
+
+
+def _announce(plan: Plan, run: RunDir, tracker: Tracker) -> None:
+    """Write down what was resolved, for people, for MLflow and for a resumed run."""
+    resolved = plan.to_dict()
+    write_json(run.resolved, resolved)
+    counts = {split: sum(classes.values()) for split, classes in plan.dataset.counts().items()}
+    run.event("planned", f"{len(plan.dataset.classes)} classes, {counts}", bad=len(plan.dataset.bad))
+    for warning in plan.dataset.warnings:
+        run.event("warning", warning, level="warning")
+    tracker.params(
+        _flat(
+            {"spec": resolved["spec"], "recipe": {k: v for k, v in resolved["recipe"].items() if k not in ("phases", "sources")}}
+        )
+    )
+    tracker.dataset(
+        plan.dataset.root.name, plan.dataset.digest, str(plan.dataset.root), {"classes": list(plan.dataset.classes), **counts}
+    )
+    tracker.tags({"method": plan.spec.method.type, "backbone": plan.backbone.name, "model": plan.model_name})
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            pairs |= _flat(value, f"{prefix}{key}.")
+        else:
+            pairs[f"{prefix}{key}"] = value
+    return pairs
+
+
+class _Stopwatch:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu
+
+
+def _recorded(progress: ProgressCallback, run: RunDir, every_seconds: float = 1.0) -> ProgressCallback:
+    """Also keep the latest progress in ``progress.json``, for whoever watches from outside."""
+    written_at = 0.0
+
+    def record(update: Progress) -> None:
+        nonlocal written_at
+        progress(update)
+        now = time.monotonic()
+        if now - written_at >= every_seconds or update.done == update.total:
+            written_at = now
+            write_json(run.progress, {**asdict(update), "values": dict(update.values)})
+
+    return record
+
+
+@contextmanager
+def _failures_recorded(run: RunDir) -> Iterator[None]:
+    try:
+        run.error.unlink(missing_ok=True)
+        yield
+    except FinetuneError as error:
+        problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
+        run.event("failed", error.message, level="error", code=error.code)
+        write_json(run.error, {"code": error.code, "message": error.message, "problems": problems})
+        raise
+
+
+@contextmanager
+def _tracked(spec: JobSpec, run: RunDir, experiment: str | None, parent: str | None, wanted: bool) -> Iterator[Tracker]:
+    """An open MLflow run that is closed as what the block came to."""
+    if not wanted:
+        yield NoTracker()
+        return
+    name = f"{spec.method.type} {spec.model.backbone} seed {spec.seed}"
+    dataset = experiment or Path(spec.training_file).absolute().name
+    tracker = open_run(run, workspace=workspace(), experiment=dataset, name=name, parent_run_id=parent)
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.end("KILLED")
+        raise
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    tracker.end("FINISHED")

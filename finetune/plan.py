@@ -1,0 +1,170 @@
+"""The plan: a request with everything that can be known before training. `finetune check` shows it, `run_job` carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from finetune.data.augment import Augment, build_augment
+from finetune.data.check import ResizeAdvice, advise_resize, check_images, image_facts
+from finetune.data.index import Dataset, index_dataset
+from finetune.data.split import read_split, split_dataset, write_split
+from finetune.errors import InvalidInput, Problem
+from finetune.model.backbone import Backbone, build_backbone
+from finetune.model.classifier import Classifier
+from finetune.progress import ProgressCallback, silent
+from finetune.rundir import RunDir, as_model_name
+from finetune.spec import JobSpec
+from finetune.train.machine import available_threads, resolve_device
+from finetune.train.recipe import Facts, Recipe, resolve_recipe
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where it is computed, resolved."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["auto", "float32", "bfloat16"]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with everything that can be known before training: data checked and split, network built, recipe resolved."""
+
+    spec: JobSpec
+    dataset: Dataset
+    advice: ResizeAdvice
+    backbone: Backbone
+    classifier: Classifier
+    augment: Augment
+    recipe: Recipe
+    compute: Compute
+
+    @property
+    def model_name(self) -> str:
+        return self.spec.suffix or as_model_name(self.dataset.root.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved values and where each came from, as ``resolved.json`` holds them."""
+        trainable = set(self.recipe.trainable)
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "spec_digest": self.spec.digest(),
+            "model_name": self.model_name,
+            "dataset": {
+                "root": str(self.dataset.root),
+                "digest": self.dataset.digest,
+                "classes": list(self.dataset.classes),
+                "counts": self.dataset.counts(),
+                "quarantined": [{"file": str(bad.path), "reason": bad.reason} for bad in self.dataset.bad],
+                "warnings": list(self.dataset.warnings),
+            },
+            "preprocess": self.backbone.preprocess.to_dict(),
+            "backbone": {
+                "name": self.backbone.name,
+                "weights": self.backbone.weights.to_dict(),
+                "n_parameters": self.backbone.n_parameters,
+                "stages": [
+                    {"name": stage.name, "n_parameters": stage.n_parameters, "trains": stage.index in trainable}
+                    for stage in self.backbone.stages
+                ],
+                "class_activation_map": self.classifier.cam_kind,
+            },
+            "augmentation": self.augment.to_dict(),
+            "recipe": self.recipe.to_dict(),
+            "compute": asdict(self.compute),
+            "sources": {**self.recipe.sources, "data.resize": self.advice.reason},
+        }
+
+
+def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | None = None) -> Plan:
+    """Everything before training. With `run`, the split of a run that was interrupted is read back instead of drawn again.
+
+    Raises:
+        InvalidInput: what is wrong with the data and what is wrong with the model, in one error.
+    """
+    compute = Compute(resolve_device(spec.compute.device), spec.compute.precision, _threads(spec))
+    dataset, backbone = _both(lambda: read_dataset(spec, progress, run), lambda: _build_backbone(spec))
+    advice = _advice(spec, dataset, backbone)
+    backbone.preprocess = replace(backbone.preprocess, resize=advice.resize)
+    augment = build_augment(spec.augmentation.policy, spec.augmentation.transforms, backbone.preprocess)
+    recipe = resolve_recipe(spec, facts_of(dataset, backbone, compute), backbone.stages)
+    torch.manual_seed(spec.seed)  # the new head's first values
+    head = spec.model.head
+    classifier = Classifier(backbone, len(dataset.classes), head.pooling, recipe.dropout, head.aux)
+    return Plan(spec, dataset, advice, backbone, classifier, augment, recipe, compute)
+
+
+def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) -> Dataset:
+    """Found, checked and split; the split of an interrupted run is kept."""
+    data = spec.data
+    indexed = index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+    checked = check_images(indexed, on_bad=data.on_bad_image, max_bad_fraction=data.max_bad_fraction, progress=progress)
+    if run is not None and run.split.exists():
+        return read_split(run.split, checked)
+    dataset = split_dataset(checked, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=spec.seed)
+    if run is not None:
+        write_split(run.split, dataset)
+    return dataset
+
+
+def facts_of(dataset: Dataset, backbone: Backbone, compute: Compute) -> Facts:
+    """What ``auto`` may depend on."""
+    return Facts(
+        n_train=len(dataset.of("train")),
+        n_val=len(dataset.of("val")),
+        n_classes=len(dataset.classes),
+        n_parameters=backbone.n_parameters,
+        device=compute.device,
+        threads=compute.threads,
+        has_batch_norm=any(isinstance(getattr(module, "running_var", None), torch.Tensor) for module in backbone.modules()),
+        pretrained=backbone.weights.source != "none",
+    )
+
+
+def _build_backbone(spec: JobSpec) -> Backbone:
+    torch.manual_seed(spec.seed)  # the first values of a backbone without pretrained weights
+    return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+
+
+def _advice(spec: JobSpec, dataset: Dataset, backbone: Backbone) -> ResizeAdvice:
+    """How images are framed: as given; else as the weights were trained, unless that would hide much of these images."""
+    if spec.data.resize != "auto":
+        return ResizeAdvice(spec.data.resize, "given")
+    advice = advise_resize(image_facts(dataset.samples))
+    if advice.resize == "crop":
+        return ResizeAdvice(backbone.preprocess.resize, f"as the weights were trained; {advice.reason}")
+    return advice
+
+
+def _threads(spec: JobSpec) -> int:
+    return available_threads() if spec.compute.threads == "auto" else spec.compute.threads
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _both(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """The results of two independent steps, or in one error all that either finds wrong."""
+    errors: list[InvalidInput] = []
+    results: list[Any] = []
+    for step in (first, second):
+        try:
+            results.append(step())
+        except InvalidInput as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [found for error in errors for found in (Problem("", error.message), *error.problems)]
+        raise InvalidInput("two things are wrong with this request", problems)
+    return results[0], results[1]
