@@ -28,12 +28,21 @@ from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, BodyPace, H
 from service.metrics import Metrics
 from service.models import LiveModels
 from service.predictions import PredictionAnswer, PredictOptions, Upload, predict
-from service.problems import add_handlers
+from service.problems import add_handlers, component_schemas
 from service.routes import STATIC, Parts, models_router, predict_router, server_router
 from service.settings import Settings
 
 BENTOML_PATHS = ("/schema.json",)
 WAITING_PER_THREAD = 16
+
+
+class Api(FastAPI):
+    """A FastAPI app whose OpenAPI document shows errors as they are."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        document["components"]["schemas"] |= component_schemas()
+        return document
 
 
 def create_api(settings: Settings) -> FastAPI:
@@ -54,7 +63,7 @@ def create_api(settings: Settings) -> FastAPI:
         yield
         models.stop()
 
-    api = FastAPI(
+    api = Api(
         title="finetune",
         version=version("finetune"),
         description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",

@@ -92,7 +92,7 @@ class _Answer:
     async def _send_as_problem(self, start: Message) -> None:
         headers = Headers(raw=start["headers"])
         kept = {name: headers[name] for name in ("allow", "retry-after", "www-authenticate") if name in headers}
-        detail = detail_of(self.status, headers.get("content-type", ""), bytes(self._held_body))
+        detail = detail_of(self._scope, self.status, headers.get("content-type", ""), bytes(self._held_body))
         self._held = None
         await problem(self._scope, self.status, detail, headers=kept)(self._scope, self._receive, self.send)
 

@@ -83,7 +83,8 @@ class BodyPace:
             if finished:  # waiting for a disconnect is allowed to take as long as the answer takes
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), deadline - clock())
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "The body came in too slowly") from None
             deadline += len(message.get("body", b"")) / self.min_bytes_per_second

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -78,16 +80,18 @@ class ProblemDocument(BaseModel):
     error: ErrorObject
 
 
+_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {
-        "description": "The request cannot be answered as it is",
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
-    },
-    "5XX": {
-        "description": "The server cannot answer now",
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
-    },
+    "4XX": {"description": "The request cannot be answered as it is", "content": _CONTENT},
+    "5XX": {"description": "The server cannot answer now", "content": _CONTENT},
 }
+
+
+def component_schemas() -> dict[str, Any]:
+    """What `RESPONSES` refers to, for the components of the OpenAPI document."""
+    _, schema = models_json_schema([(ProblemDocument, "serialization")], ref_template="#/components/schemas/{model}")
+    definitions: dict[str, Any] = schema["$defs"]
+    return definitions
 
 
 def problem(
@@ -173,6 +177,8 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     detail = str(error.detail)
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"There is nothing at {request.url.path}. What exists is listed in /docs.json"
+    elif error.status_code == 413:
+        detail = _too_large(request.scope)
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         detail = f"{request.method} does not work on {request.url.path}. Allowed: {allowed}"
@@ -183,10 +189,16 @@ async def _on_disconnect(request: Request, _: Exception) -> JSONResponse:
     return problem(request.scope, CLIENT_CLOSED_REQUEST, "The client went away before its request was complete")
 
 
-def detail_of(status: int, content_type: str, body: bytes) -> str:
+def _too_large(scope: Mapping[str, Any]) -> str:
+    return f"The body is larger than the {scope[MAX_BODY_SIZE_SCOPE_KEY]:,} bytes that are taken here"
+
+
+def detail_of(scope: Mapping[str, Any], status: int, content_type: str, body: bytes) -> str:
     """The sentence in an error answer of somebody else's making: JSON with ``error`` or ``detail``, a list of such, or text."""
     if status >= 500:
         return INTERNAL_DETAIL if status == 500 else _title(status)
+    if status == 413 and MAX_BODY_SIZE_SCOPE_KEY in scope:
+        return _too_large(scope)
     text = body.decode("utf-8", "replace").strip()
     if content_type.startswith("application/json"):
         try:

@@ -158,7 +158,7 @@ def get_model(server: Server, name: str) -> ModelDocument:
 def _documents(models: LiveModels, versions: Sequence[ModelVersion]) -> list[ModelDocument]:
     live, refused = set(models.loaded()), models.refused()
     by_name: dict[str, list[ModelVersion]] = {}
-    for version in sorted(versions, key=lambda one: one.created_at, reverse=True):
+    for version in reversed(versions):
         by_name.setdefault(version.name, []).append(version)
     return [
         ModelDocument(

@@ -1,0 +1,305 @@
+"""What every answer carries, and how everything that goes wrong is said: one form for every error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import in_process, registered
+from standin import picture, write_bundle
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from finetune.bundle.image import ImageLimits
+from service.envelope import SECURITY_HEADERS, Envelope
+from service.limits import BodyPace, Slots
+from service.metrics import Metrics
+from service.predictions import PredictionAnswer
+from service.problems import ProblemDocument
+
+LIMITS = ImageLimits(max_bytes=100_000)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    home = tmp_path_factory.mktemp("home")
+    registered(home, write_bundle(home / "bundle"))
+    with in_process(home, image_limits=LIMITS) as client:
+        yield client
+
+
+ERRORS: list[tuple[str, str, dict[str, Any], int, str]] = [
+    ("GET", "/nothing/here", {}, 404, "not_found"),
+    ("GET", "/static/nothing.js", {}, 404, "not_found"),
+    ("GET", "/static/../app.py", {}, 404, "not_found"),
+    ("GET", "/static/%2e%2e/app.py", {}, 404, "not_found"),
+    ("GET", "/predict", {}, 405, "method_not_allowed"),
+    ("DELETE", "/", {}, 405, "method_not_allowed"),
+    ("GET", "/v1/models/unknown", {}, 404, "not_found"),
+    ("GET", "/v1/models?limit=0", {}, 422, "invalid_input"),
+    ("POST", "/predict", {"content": b"x"}, 415, "unsupported_image"),
+    ("POST", "/predict", {"json": {}}, 415, "unsupported_media_type"),
+    ("POST", "/predict", {"content": b"x" * 200_000}, 413, "request_too_large"),
+    ("POST", "/schema.json", {}, 405, "method_not_allowed"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "sent", "status", "code"), ERRORS)
+def test_every_error_is_a_problem_document_that_the_stock_client_can_read_too(
+    client: TestClient, method: str, path: str, sent: dict[str, Any], status: int, code: str
+) -> None:
+    answer = client.request(method, path, **sent)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = ProblemDocument.model_validate(answer.json())
+    assert (problem.status, problem.code, problem.type) == (status, code, f"urn:finetune:problem:{code}")
+    assert problem.request_id == answer.headers["x-request-id"]
+    assert problem.error.message == problem.detail
+    assert problem.error.code == code
+    assert problem.instance == answer.request.url.path
+
+
+def test_a_wrong_method_says_which_one_is_allowed(client: TestClient) -> None:
+    answer = client.get("/predict")
+    assert answer.headers["allow"] == "POST"
+    assert "Allowed: POST" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/", "/static/page.js", "/v1/models", "/metrics", "/docs.json", "/schema.json", "/nothing"]
+)
+def test_every_answer_has_security_headers_and_a_request_id_of_its_own(client: TestClient, path: str) -> None:
+    first, second = client.get(path), client.get(path)
+    for name, value in SECURITY_HEADERS.items():
+        assert first.headers[name] == value
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+    assert "server" not in first.headers
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("my-trace.7", True), ("x" * 128, True), ("x" * 129, False), ("two words", False), ("", False)]
+)
+def test_a_plain_request_id_is_kept_and_any_other_replaced(client: TestClient, given: str, kept: bool) -> None:
+    answer = client.get("/livez", headers={"X-Request-Id": given})
+    assert (answer.headers["x-request-id"] == given) is kept
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    for _ in range(size // 1000):
+        yield b"x" * 1000
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/models/colours/predict"])
+def test_a_body_over_the_limit_is_413_with_and_without_a_content_length(client: TestClient, path: str) -> None:
+    for content in (b"x" * 200_000, chunks(200_000)):
+        answer = client.post(path, content=content)
+        assert answer.status_code == 413
+        assert answer.json()["code"] == "request_too_large"
+        assert "165,536 bytes" in answer.json()["detail"]
+
+
+def test_an_image_over_the_limit_inside_a_body_within_it_is_413(client: TestClient) -> None:
+    answer = client.post("/predict", content=b"x" * (LIMITS.max_bytes + 1))
+    assert (answer.status_code, answer.json()["code"]) == (413, "image_too_large")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:3000", "[::1]:3000", "LOCALHOST"])
+def test_its_own_names_are_answered(client: TestClient, host: str) -> None:
+    assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:3000", "localhost.evil.example", "", "127.0.0.1.evil.example", "[::1", "::1"]
+)
+def test_another_host_name_is_400(client: TestClient, host: str) -> None:
+    answer = client.get("/v1/models", headers={"Host": host})
+    assert (answer.status_code, answer.json()["code"]) == (400, "host_not_allowed")
+    assert client.get("/livez", headers={"Host": host}).status_code == 200
+
+
+def test_names_can_be_allowed(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False, allowed_hosts=("photos.example",)) as client:
+        assert client.get("/v1/models", headers={"Host": "photos.example:8080"}).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "localhost"}).status_code == 400
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost.evil.example"])
+def test_a_page_from_elsewhere_may_not_post_and_gets_no_cors_headers(client: TestClient, origin: str) -> None:
+    posted = client.post("/predict", content=picture(), headers={"Origin": origin})
+    assert (posted.status_code, posted.json()["code"]) == (403, "origin_not_allowed")
+    read = client.get("/v1/models", headers={"Origin": origin})
+    preflight = client.options("/predict", headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+    for answer in (posted, read, preflight):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_the_servers_own_page_may_post(client: TestClient) -> None:
+    assert client.post("/predict", content=picture(), headers={"Origin": "http://127.0.0.1"}).status_code == 200
+
+
+def test_a_body_that_comes_too_slowly_is_408() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def read_body(request: Request) -> Response:
+        return PlainTextResponse(await request.body())
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    app = BodyPace(Starlette(routes=[Route("/", read_body, methods=["POST"])]), grace_seconds=0.01)
+    asyncio.run(app({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, never, send))
+    assert sent[0]["status"] == 408
+
+
+def test_a_body_that_keeps_its_pace_may_take_longer_than_the_grace() -> None:
+    received: list[bytes] = []
+
+    async def read_body(request: Request) -> Response:
+        received.append(await request.body())
+        return PlainTextResponse("")
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        rest = [b"y" * 1000] * 5
+
+        async def receive() -> Any:
+            while loop.time() < begun + 0.02 * (6 - len(rest)):  # later than the grace of 0.05 s in the end
+                await asyncio.sleep(0.005)
+            return {"type": "http.request", "body": rest.pop(), "more_body": bool(rest)}
+
+        async def send(message: Any) -> None:
+            pass
+
+        app = BodyPace(Starlette(routes=[Route("/", read_body, methods=["POST"])]), grace_seconds=5, min_bytes_per_second=10)
+        await app({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, receive, send)
+
+    asyncio.run(scenario())
+    assert received == [b"y" * 5000]
+
+
+def test_when_every_slot_is_taken_the_next_is_refused_and_the_others_finish() -> None:
+    async def scenario() -> tuple[list[int], str]:
+        slots = Slots(threads=1, waiting=1)
+        gate, started = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def work(number: int) -> int:
+            loop.call_soon_threadsafe(started.set)
+            asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
+            return number
+
+        running = asyncio.create_task(slots.run(work, 1))
+        await started.wait()
+        waiting = asyncio.create_task(slots.run(work, 2))
+        await asyncio.sleep(0)
+        with pytest.raises(Exception, match="already running or waiting") as refused:
+            await slots.run(work, 3)
+        gate.set()
+        return [await running, await waiting], refused.value.code
+
+    assert asyncio.run(scenario()) == ([1, 2], "overloaded")
+
+
+# --- answers of somebody else's making --------------------------------------------------------------
+
+
+def answering(endpoint: Any) -> TestClient:
+    return TestClient(Envelope(Starlette(routes=[Route("/", endpoint)]), Metrics()), raise_server_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("response", "detail"),
+    [
+        (JSONResponse([{"error": "Not an image"}], 400), "Not an image"),  # BentoML's own list
+        (JSONResponse({"error": "Too many requests"}, 429), "Too many requests"),
+        (JSONResponse({"detail": "Nope"}, 400), "Nope"),
+        (JSONResponse("bare", 400), "Bad Request"),
+        (PlainTextResponse("Not Found", 404), "Not Found"),
+        (Response(status_code=404), "Not Found"),
+        (PlainTextResponse("Traceback: secret", 500), "Something went wrong"),
+    ],
+)
+def test_an_error_in_any_other_form_is_rewritten_as_a_problem(response: Response, detail: str) -> None:
+    async def endpoint(_: Request) -> Response:
+        return response
+
+    answer = answering(endpoint).get("/")
+    assert answer.status_code == response.status_code
+    assert ProblemDocument.model_validate(answer.json()).detail.startswith(detail)
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_an_unexpected_exception_is_a_500_that_gives_nothing_away(caplog: pytest.LogCaptureFixture) -> None:
+    async def endpoint(_: Request) -> Response:
+        raise RuntimeError("the password is hunter2")
+
+    answer = answering(endpoint).get("/", headers={"X-Request-Id": "trace-1"})
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "hunter2" not in answer.text
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    logged = next(record for record in caplog.records if record.levelname == "ERROR")
+    assert "trace-1" in logged.getMessage()
+    assert logged.exc_info is not None
+
+
+def test_retry_after_survives_the_rewriting() -> None:
+    async def endpoint(_: Request) -> Response:
+        raise HTTPException(429, "Slow down", headers={"Retry-After": "7"})
+
+    assert answering(endpoint).get("/").headers["retry-after"] == "7"
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(client: TestClient) -> None:
+    document = client.get("/docs.json").json()
+    assert set(document["paths"]) >= {
+        "/predict",
+        "/v1/models/{name}/predict",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/livez",
+        "/readyz",
+        "/metrics",
+    }
+    predict = document["paths"]["/predict"]["post"]
+    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
+    assert {one["name"] for one in predict["parameters"]} == {"top_k", "explain"}
+    assert predict["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/PredictionAnswer")
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            declared = operation["responses"]["5XX"]["content"]
+            assert declared == {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}, path
+    for name, model in (("ProblemDocument", ProblemDocument), ("PredictionAnswer", PredictionAnswer)):
+        assert set(document["components"]["schemas"][name]["properties"]) == set(model.model_fields)
+    references = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
+    assert references <= set(document["components"]["schemas"])
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_runs_no_inline_code(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    script, style = client.get("/static/page.js").text, client.get("/static/page.css").text
+    for text in (page.text, script, style):
+        assert "http:" not in text
+        assert "https:" not in text
+    assert "<script>" not in page.text
+    assert "style=" not in page.text
+    assert "onclick" not in page.text
+    assert "innerHTML" not in script

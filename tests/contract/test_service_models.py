@@ -1,0 +1,260 @@
+"""Live bundles: what is served, when it is ready, and how a new version takes over without a failed or a mixed answer."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from serving import in_process, registered, until
+from standin import picture, write_bundle
+from starlette.testclient import TestClient
+
+from finetune.bundle.manifest import MODEL
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import Registry
+from finetune.errors import BundleError, NotFound, NotReady
+from service.models import LiveModels
+
+
+def bundle_of(folder: Path, version: int) -> Path:
+    """A bundle whose every label begins with its version, so that an answer shows which bundle gave it."""
+    return write_bundle(folder / f"bundle-{version}", [f"v{version}-{colour}" for colour in ("red", "green", "blue")])
+
+
+def damage(version_folder: Path) -> None:
+    """Change the model in place, as a failing disk would."""
+    model = version_folder / MODEL
+    model.write_bytes(model.read_bytes()[:-1])
+
+
+# --- readiness ------------------------------------------------------------------------------------
+
+
+def test_a_server_without_a_model_is_alive_but_not_ready_and_says_how_to_make_one(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        assert client.get("/livez").status_code == 200
+        until(lambda: "No model is registered" in client.get("/readyz").json()["detail"])
+        for answer in (client.get("/readyz"), client.post("/predict", content=picture())):
+            assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+            assert "finetune train --data" in answer.json()["detail"]
+            assert answer.headers["retry-after"] == "1"
+        assert client.get("/v1/models").json() == {
+            "object": "list",
+            "data": [],
+            "has_more": False,
+            "first_id": None,
+            "last_id": None,
+        }
+
+
+def test_the_first_model_is_served_without_a_restart(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        assert client.get("/readyz").status_code == 503
+        registered(tmp_path, bundle_of(tmp_path, 1))
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/predict", content=picture()).json()["predictions"][0]["label"] == "v1-red"
+
+
+def test_a_damaged_model_is_never_ready_and_the_reason_is_given(tmp_path: Path) -> None:
+    registered(tmp_path, bundle_of(tmp_path, 1))
+    damage(tmp_path / "models" / "colours" / "1")
+    with in_process(tmp_path, wait=False) as client:
+        until(lambda: "colours@1 is not served" in client.get("/readyz").json()["detail"])
+        assert "sha256" in client.get("/readyz").json()["detail"]
+        named = client.post("/v1/models/colours/predict", content=picture())
+        assert (named.status_code, named.json()["code"]) == (409, "invalid_bundle")
+
+
+def test_a_bundle_folder_can_be_served_from_where_it_lies(tmp_path: Path) -> None:
+    folder = bundle_of(tmp_path, 7)
+    with in_process(tmp_path, model=str(folder)) as client:
+        answer = client.post("/predict", content=picture("blue")).json()
+    assert (answer["model"], answer["version"], answer["predictions"][0]["label"]) == ("colours", "0", "v7-blue")
+
+
+def test_when_nobody_watches_any_more_the_server_is_not_ready(tmp_path: Path) -> None:
+    registered(tmp_path, bundle_of(tmp_path, 1))
+    models = LiveModels(Registry(tmp_path / "models"))
+    models.refresh()
+    models.default()
+    with pytest.raises(NotReady, match="has stopped"):
+        models.check_ready()
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_by_page_with_versions_aliases_and_what_is_live(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "colours")
+    registry.register(bundle_of(tmp_path, 2), "colours")
+    registry.set_alias("colours", "champion", "1")
+    for name in ("birds", "cats"):
+        registry.register(tmp_path / "bundle-1", name)
+    with in_process(tmp_path, model="colours") as client:
+        first = client.get("/v1/models?limit=2").json()
+        assert [model["id"] for model in first["data"]] == ["birds", "cats"]
+        assert (first["has_more"], first["first_id"], first["last_id"]) == (True, "birds", "cats")
+        second = client.get(f"/v1/models?limit=2&after={first['last_id']}").json()
+        assert ([model["id"] for model in second["data"]], second["has_more"]) == (["colours"], False)
+        shown = client.get("/v1/models/colours").json()
+        assert shown == second["data"][0]
+        assert (shown["id"], shown["object"], shown["owned_by"]) == ("colours", "model", "finetune")
+        versions = [(one["version"], one["aliases"], one["live"], one["refused"]) for one in shown["versions"]]
+        assert versions == [("2", ["latest"], False, None), ("1", ["champion"], True, None)]
+
+
+# --- swapping -------------------------------------------------------------------------------------
+
+
+def test_ten_swaps_under_load_fail_no_request_and_mix_no_answer(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    answers: Counter[tuple[int, bool, str]] = Counter()
+    done = threading.Event()
+
+    def ask(client: TestClient, path: str) -> None:
+        while not done.is_set():
+            answer = client.post(path, content=picture())
+            body = answer.json()
+            version = body.get("version", "")
+            same = all(row["label"].startswith(f"v{version}-") for row in body.get("predictions", []))
+            answers[answer.status_code, same, version] += 1
+
+    with in_process(tmp_path) as client:
+        paths = ["/predict", "/v1/models/colours/predict"] * 2
+        threads = [threading.Thread(target=ask, args=(client, path)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for version in range(2, 12):
+            registry.register(bundle_of(tmp_path, version), "colours")
+            until(lambda: answers[200, True, str(version)] >= 20)  # noqa: B023 - called before the loop goes on
+        done.set()
+        for thread in threads:
+            thread.join()
+        metrics = client.get("/metrics").text
+    assert {(status, same) for status, same, _ in answers} == {(200, True)}
+    assert {version for *_, version in answers} == {str(version) for version in range(1, 12)}
+    assert answers.total() >= 200
+    assert 'finetune_model_loaded{model="colours",version="11"} 1.0' in metrics
+    assert 'version="10"' not in metrics
+
+
+def test_a_new_version_that_fails_its_checks_is_refused_and_the_old_one_goes_on(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    with in_process(tmp_path) as client:
+        registry.register(bundle_of(tmp_path, 2), "colours")
+        until(lambda: client.post("/predict", content=picture()).json()["version"] == "2")
+        client.post("/v1/models/colours/predict", content=picture())
+        damaged = tmp_path / "models" / "colours" / "3"
+        shutil.copytree(tmp_path / "models" / "colours" / "2", damaged)
+        damage(damaged)
+        registry.set_alias("colours", "latest", "3")
+        until(lambda: client.get("/v1/models/colours").json()["versions"][0]["refused"] is not None)
+        refused = client.get("/v1/models/colours").json()["versions"]
+        assert next(one for one in refused if one["version"] == "3")["live"] is False
+        for path in ("/predict", "/v1/models/colours/predict"):
+            answer = client.post(path, content=picture())
+            assert (answer.status_code, answer.json()["version"]) == (200, "2")
+        assert client.get("/readyz").status_code == 200
+        assert "finetune_model_refused 1.0" in client.get("/metrics").text
+        registry.register(bundle_of(tmp_path, 4), "colours")
+        until(lambda: client.post("/predict", content=picture()).json()["version"] == "4")
+
+
+def test_promoting_and_rolling_back_changes_what_is_served(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    registry.register(bundle_of(tmp_path, 2), "colours")
+    models = LiveModels(registry)
+    seen = []
+    for move in (
+        lambda: None,
+        lambda: registry.set_alias("colours", "champion", "1"),
+        lambda: registry.set_alias("colours", "champion", "2"),
+    ):
+        move()
+        models.refresh()
+        seen.append((models.default().version, models.named("colours@champion").version if len(seen) else None))
+    registry.rollback("colours")
+    models.refresh()
+    assert seen == [("2", None), ("1", "1"), ("2", "2")]
+    assert models.default().version == "1"
+
+
+def test_a_request_keeps_the_bundle_it_started_with(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    models = LiveModels(registry)
+    models.refresh()
+    held = models.default()
+    registry.delete("colours", force=True)
+    models.refresh()
+    assert held.predictor.predict(picture()).labels[0][0] == "v1-red"
+    with pytest.raises(NotReady):
+        models.default()
+
+
+def test_a_deleted_model_is_404_and_its_neighbours_stay(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "first")
+    registry.register(bundle_of(tmp_path, 2), "second")
+    models = LiveModels(registry)
+    assert (models.named("first").version, models.named("second").version) == ("1", "1")
+    registry.delete("first", force=True)
+    models.refresh()
+    with pytest.raises(NotFound, match="first"):
+        models.named("first")
+    assert models.named("second").name == "second"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def counting(load: Callable[[Path], Predictor], loaded: list[str]) -> Callable[[Path], Predictor]:
+    def counted(path: Path) -> Predictor:
+        loaded.append(f"{path.parent.name}@{path.name}")
+        return load(path)
+
+    return counted
+
+
+def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "models")
+    for name in ("a", "b", "c"):
+        registry.register(bundle_of(tmp_path / name, 1), name)
+    models = LiveModels(registry, capacity=2)
+    for name in ("a", "b", "a", "c"):
+        models.named(name)
+    assert sorted(models.loaded()) == [("a", "1"), ("c", "1")]
+
+
+def test_one_bundle_asked_for_under_many_names_is_loaded_once(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    loaded: list[str] = []
+    models = LiveModels(registry, load=counting(Predictor.load, loaded))
+    models.refresh()
+    for reference in ("colours", "colours@1", "colours@latest", "colours"):
+        models.named(reference)
+    models.refresh()
+    assert loaded == ["colours@1"]
+
+
+def test_a_refused_bundle_is_not_tried_again_until_it_is_written_again(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    folder = tmp_path / "models" / "colours" / "1"
+    whole = (folder / MODEL).read_bytes()
+    damage(folder)
+    loaded: list[str] = []
+    models = LiveModels(registry, load=counting(Predictor.load, loaded))
+    for _ in range(3):
+        models.refresh()
+        with pytest.raises(BundleError, match="sha256"):
+            models.named("colours")
+    assert loaded == ["colours@1"]
+    assert models.refused().keys() == {("colours", "1")}
+    (folder / MODEL).write_bytes(whole)
+    shutil.copy(folder / "bundle.json", folder / "again")
+    (folder / "again").rename(folder / "bundle.json")
+    models.refresh()
+    assert models.default().version == "1"
+    assert models.refused() == {}

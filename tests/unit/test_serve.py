@@ -1,0 +1,91 @@
+"""The command, the address and the environment that the server is started with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.bundle.image import ImageLimits
+from finetune.errors import InvalidInput
+from service.serve import listen_address, server_command, server_environment
+from service.settings import LOOPBACK_HOSTS, Settings, available_cores
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "::1"), ("127.0.0.5", "127.0.0.5")]
+)
+def test_loopback_addresses_are_listened_on(host: str, address: str) -> None:
+    assert listen_address(host, has_api_key=False) == address
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "8.8.8.8"])
+def test_an_address_that_others_reach_needs_an_api_key(host: str) -> None:
+    with pytest.raises(InvalidInput, match="no API key"):
+        listen_address(host, has_api_key=False)
+    assert listen_address(host, has_api_key=True) == host
+
+
+def test_a_name_is_not_an_address() -> None:
+    with pytest.raises(InvalidInput, match="IP address"):
+        listen_address("photos.example", has_api_key=True)
+
+
+def test_the_command_line_refuses_in_one_sentence() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "service", "--host", "0.0.0.0"], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: --host 0.0.0.0: others could reach this address")
+    assert "Traceback" not in ran.stderr
+
+
+def test_the_command_ends_open_requests_after_ten_seconds() -> None:
+    command = server_command("127.0.0.1", 3000)
+    assert command[command.index("--timeout-graceful-shutdown") + 1] == "10"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
+def test_the_environment_stops_tracking_and_keeps_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    environment = server_environment({"PATH": "/bin", "OMP_NUM_THREADS": "2"}, model="flowers@3")
+    assert environment["BENTOML_DO_NOT_TRACK"] == "True"
+    assert (environment["PATH"], environment["OMP_NUM_THREADS"]) == ("/bin", "2")
+    assert (environment["FINETUNE_HOME"], environment["FINETUNE_MODEL"]) == (str(tmp_path), "flowers@3")
+    (tmp_path / "bundle").mkdir()
+    assert server_environment({}, model="bundle")["FINETUNE_MODEL"] == str(tmp_path / "bundle")
+
+
+def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:
+    default = Settings.from_environment({"FINETUNE_HOME": "/data"})
+    assert default == Settings(Path("/data"), threads=available_cores())
+    assert (default.allowed_hosts, default.image_limits) == (LOOPBACK_HOSTS, ImageLimits())
+    given = Settings.from_environment(
+        {
+            "FINETUNE_HOME": "/data",
+            "FINETUNE_MODEL": "a@1",
+            "FINETUNE_THREADS": "3",
+            "FINETUNE_ALLOWED_HOSTS": "a.example, b.example",
+        }
+    )
+    assert (given.model, given.threads) == ("a@1", 3)
+    assert given.allowed_hosts == (*LOOPBACK_HOSTS, "a.example", "b.example")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_setting_that_is_no_number_is_named(value: str) -> None:
+    with pytest.raises(InvalidInput, match="FINETUNE_THREADS"):
+        Settings.from_environment({"FINETUNE_THREADS": value})
+
+
+@pytest.mark.parametrize(
+    ("quota", "most"), [("max 100000", 10**6), ("100000 100000", 1), ("50000 100000", 1), ("400000 100000", 4)]
+)
+def test_a_containers_cpu_quota_bounds_the_cores(tmp_path: Path, quota: str, most: int) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(quota + "\n")
+    assert 1 <= available_cores(file) <= most
+    assert available_cores(file) <= available_cores(tmp_path / "none")
