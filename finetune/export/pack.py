@@ -20,8 +20,8 @@ from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
 from finetune.bundle.predictor import Predictor, write_probe
 from finetune.data.index import Sample
 from finetune.errors import ExportError
+from finetune.export.agreement import N_IMAGES, parity
 from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, open_session, trace, with_metadata
-from finetune.export.parity import N_IMAGES, parity
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import write_atomic

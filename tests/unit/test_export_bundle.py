@@ -1,0 +1,203 @@
+"""The bundle that an export writes, what it says about itself, and the comparisons that it must pass before it counts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exporting import CLASSES, FACTS, classifier_of, pictures, scatter
+
+from finetune.bundle.manifest import MODEL, read_manifest
+from finetune.bundle.predictor import Predictor, read_probe
+from finetune.data.index import Sample
+from finetune.errors import ExportError
+from finetune.export import DeployModule, Graph, Parity, agreement, export_bundle, parity
+from finetune.export.graph import fill, open_session, trace
+from finetune.export.pack import _manifest
+from finetune.model.classifier import Classifier
+from finetune.rundir import sha256_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return classifier_of("test_resnet")
+
+
+@pytest.fixture(scope="module")
+def graph(classifier: Classifier) -> Graph:
+    return trace(DeployModule(classifier))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def bundle(classifier: Classifier, graph: Graph, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "bundle"
+    facts = dataclasses.replace(FACTS, metrics={"val/top1": 0.5}, calibration={"temperature": 1.5}, frozen={"stages": ["stem"]})
+    export_bundle(classifier, facts, samples, out, graph=graph)
+    return out
+
+
+def test_an_exported_bundle_answers_what_the_classifier_answers(
+    bundle: Path, classifier: Classifier, samples: list[Sample]
+) -> None:
+    predictor = Predictor.load(bundle)
+    images = np.stack([classifier.backbone.preprocess.load_file(sample.path) for sample in samples])
+    classifier.eval()
+    with torch.no_grad():
+        logits = classifier(classifier.normalise(torch.from_numpy(images)))
+    np.testing.assert_allclose(predictor.run(images).logits, logits.numpy(), atol=1e-5)
+    for sample, row in zip(samples, torch.softmax(logits / 1.5, dim=1).numpy(), strict=True):
+        prediction = predictor.predict(sample.path.read_bytes(), top_k=len(CLASSES))
+        assert prediction.labels[0][0] == CLASSES[row.argmax()]
+        assert dict(prediction.labels) == pytest.approx(dict(zip(CLASSES, row.tolist(), strict=True)), abs=1e-5)
+
+
+def test_a_bundle_is_three_files_with_checksums_that_anybody_may_read(bundle: Path) -> None:
+    assert sorted(path.name for path in bundle.iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
+    assert read_manifest(bundle).files == {name: sha256_file(bundle / name) for name in ("model.onnx", "probe.npz")}
+    assert {path.stat().st_mode & 0o777 for path in bundle.iterdir()} == {0o644}
+    assert bundle.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_the_manifest_says_what_was_exported_and_how_well_it_matches(bundle: Path, samples: list[Sample]) -> None:
+    manifest = read_manifest(bundle)
+    assert (manifest.name, manifest.classes, manifest.spec_digest) == ("trees", CLASSES, "d" * 64)
+    assert manifest.backbone["name"] == "test_resnet"
+    assert manifest.backbone["weights"]["source"] == "none"
+    assert manifest.outputs == ("probs", "logits", "cam", "embedding")
+    assert (manifest.cam["available"], manifest.cam["kind"]) == (True, "linear")
+    assert (manifest.metrics, manifest.calibration, manifest.frozen) == (
+        {"val/top1": 0.5},
+        {"temperature": 1.5},
+        {"stages": ["stem"]},
+    )
+    assert manifest.model["opset"] == 20
+    assert manifest.versions["torch"] == torch.__version__.partition("+")[0]
+    assert manifest.parity["n_images"] == len(samples)
+    assert manifest.parity["batch_sizes"] == [1, 2, 7, 32]
+    assert manifest.parity["n_flips"] == 0
+    assert 0 < manifest.parity["max_logit_difference"] < 1e-4
+
+
+def test_a_lone_model_file_explains_itself(bundle: Path) -> None:
+    said = {entry.key: json.loads(entry.value) for entry in onnx.load(bundle / MODEL).metadata_props}
+    manifest = read_manifest(bundle).to_dict()
+    assert said == {f"finetune.{key}": manifest[key] for key in manifest if key not in ("name", "version", "files")}
+    assert said["finetune.classes"] == list(CLASSES)
+
+
+def test_the_probe_holds_real_files(bundle: Path, samples: list[Sample]) -> None:
+    encoded = {sample.path.read_bytes() for sample in samples}
+    probe = read_probe(bundle / "probe.npz")
+    assert len(probe.encoded) == 3
+    assert set(probe.encoded) <= encoded
+
+
+def test_the_same_classifier_exports_to_the_same_model(
+    bundle: Path, classifier: Classifier, samples: list[Sample], tmp_path: Path
+) -> None:
+    facts = dataclasses.replace(FACTS, metrics={"val/top1": 0.5}, calibration={"temperature": 1.5}, frozen={"stages": ["stem"]})
+    again = export_bundle(classifier, facts, samples, tmp_path / "bundle")  # traced anew
+    assert again == read_manifest(bundle)
+
+
+def test_an_export_that_differs_from_torch_leaves_what_was_there(
+    bundle: Path, classifier: Classifier, graph: Graph, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_manifest(bundle)
+    monkeypatch.setattr(agreement, "PROB_TOLERANCE", 0.0)
+    with pytest.raises(ExportError, match="test_resnet: the exported model does not answer as the trained one does") as raised:
+        export_bundle(classifier, FACTS, samples, bundle, graph=graph)
+    assert [problem.where for problem in raised.value.problems] == ["torch against ONNX", "torch against bytes"]
+    assert read_manifest(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_a_new_export_replaces_the_old_bundle(
+    classifier: Classifier, graph: Graph, samples: list[Sample], tmp_path: Path
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "left_over").write_text("half an export")
+    export_bundle(classifier, FACTS, samples[:1], tmp_path / "bundle", graph=graph)
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
+
+
+def test_an_export_without_images_to_check_it_on_is_refused(classifier: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="pass validation samples"):
+        export_bundle(classifier, FACTS, [], tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def compared(classifier: Classifier, graph: Graph) -> tuple[DeployModule, Predictor]:
+    module = DeployModule(classifier)
+    return module, Predictor(_manifest(module, FACTS), open_session(fill(graph, module)))
+
+
+def report_of(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> Parity:
+    return parity(*compared, [sample.path for sample in samples])
+
+
+def test_a_faithful_model_has_no_problems(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
+    report = report_of(compared, samples)
+    assert report.problems() == []
+    assert report.min_embedding_cosine == pytest.approx(1)
+
+
+def test_other_weights_are_found_out(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
+    module, predictor = compared
+    other = copy.deepcopy(module)
+    scatter(other.classifier, seed=3)
+    report = report_of((other, predictor), samples)
+    assert report.n_flips > 0
+    assert {problem.where for problem in report.problems()} == {"torch against ONNX", "torch against bytes", "cam"}
+
+
+def test_another_preprocessing_is_found_out_by_sending_files(
+    compared: tuple[DeployModule, Predictor], samples: list[Sample]
+) -> None:
+    module, predictor = compared
+    otherwise = dataclasses.replace(predictor.manifest.preprocess, interpolation="nearest")
+    drifted = Predictor(dataclasses.replace(predictor.manifest, preprocess=otherwise), predictor._session)
+    report = report_of((module, drifted), samples)
+    assert {problem.where for problem in report.problems()} == {"torch against bytes"}
+
+
+def test_nan_is_over_every_tolerance(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
+    module, predictor = compared
+    broken = copy.deepcopy(module)
+    with torch.no_grad():
+        broken.classifier.head.weight[0, 0] = torch.nan
+    assert len(report_of((broken, predictor), samples).problems()) >= 2
+
+
+def test_a_tie_in_torch_is_not_a_flip() -> None:
+    logits = np.array([[1.0, 1.00005, 0.0], [1.0, 2.0, 0.0], [3.0, 2.0, 0.0]])
+    assert agreement._flips(logits, np.array([0, 0, 0])) == (1, 1)
+
+
+def test_more_images_than_the_batches_hold_are_all_compared(
+    compared: tuple[DeployModule, Predictor], samples: list[Sample]
+) -> None:
+    many = parity(*compared, [sample.path for sample in samples] * 8, n_from_bytes=2)
+    assert many.n_images == 72
+    assert many.n_from_bytes == 2
