@@ -23,9 +23,17 @@ from finetune.bundle.registry import ModelVersion, Registry
 from finetune.data.index import Sample
 from finetune.errors import FinetuneError
 from finetune.evaluate import labels_of, score
-from finetune.evaluation.metrics import Evaluation, Temperature, evaluate_logits, fit_temperature, write_evaluations
-from finetune.evaluation.report import write_report
-from finetune.export import BundleFacts, DeployModule, Graph, dry_run_export, export_bundle, fill, open_session
+from finetune.evaluation.metrics import (
+    Evaluation,
+    Temperature,
+    confident_mistakes,
+    evaluate_logits,
+    fit_temperature,
+    write_evaluations,
+)
+from finetune.evaluation.report import ReportInputs, ShownMistake, write_report
+from finetune.export import BundleFacts, DeployModule, Graph, dry_run_export, export_bundle
+from finetune.export.graph import fill, open_session
 from finetune.outcome import Outcome
 from finetune.plan import Plan, make_plan
 from finetune.progress import Progress, ProgressCallback, silent
@@ -66,14 +74,29 @@ def run_job(
             plan = make_plan(spec, progress, run)
             graph = dry_run_export(plan.classifier)
             _announce(plan, run, tracker)
-            trained = train_classifier(plan.classifier, plan.recipe, plan.dataset, plan.augment, run, plan.compute, progress)
+            trained = train(plan, graph, run, progress)
             verdict = judge(plan, graph, progress)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             manifest = export(plan, trained, verdict, graph, run, progress)
             cost = measure_cost(plan, trained, run, began)
-            write_report(run, plan.to_dict(), verdict, manifest, cost)
+            write_report(run, report_inputs(plan, trained, verdict, manifest, cost))
             version = Registry(workspace() / "models").register(run.bundle, plan.model_name, once=True)
             return finish(plan, trained, verdict, cost, version, run, tracker)
+
+
+def train(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> Trained:
+    """Carry the recipe out on the plan's classifier."""
+    return train_classifier(
+        plan.classifier,
+        plan.recipe,
+        plan.dataset,
+        plan.augment,
+        run,
+        plan.compute,
+        identity={"spec": plan.spec.digest(), "dataset": plan.dataset.digest},
+        graph=fill(graph, DeployModule(plan.classifier)),
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,49 @@ def measure_cost(plan: Plan, trained: Trained, run: RunDir, began: _Stopwatch) -
         "cost/bundle_bytes": float(sum(path.stat().st_size for path in run.bundle.iterdir())),
         "cost/latency_seconds": statistics.median(rounds),
     }
+
+
+def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Manifest, cost: Mapping[str, float]) -> ReportInputs:
+    """What the report shows beyond the run's own journal."""
+    resolved = plan.to_dict()
+    probe = trained.probe
+    return ReportInputs(
+        title=f"{plan.model_name}: {plan.spec.method.type} on {plan.backbone.name}",
+        evaluations=dict(sorted(verdict.evaluations.items(), reverse=True)),  # val, on which weights were chosen, before test
+        summary=trained.summary,
+        warnings=plan.dataset.warnings,
+        spec=resolved["spec"],
+        sources=resolved["sources"],
+        phases=resolved["recipe"]["phases"],
+        stage_names={f"stage{stage.index}": stage.name for stage in plan.backbone.stages},
+        images=plan.dataset.counts(),
+        cost={name.removeprefix("cost/"): value for name, value in cost.items()},
+        frozen=trained.frozen,
+        parity=manifest.parity,
+        weights=plan.backbone.weights.to_dict(),
+        versions=manifest.versions,
+        temperature=verdict.temperature,
+        l2_path=[asdict(point) for point in probe.path] if probe else (),
+        l2=probe.l2 if probe else None,
+        mistakes=shown_mistakes(plan, verdict),
+    )
+
+
+def shown_mistakes(plan: Plan, verdict: Verdict, split: str = "val", limit: int = 12) -> list[ShownMistake]:
+    """The mistakes that the model is surest of, with what it saw."""
+    samples, logits = verdict.samples[split], verdict.logits[split]
+    classes, preprocess = plan.dataset.classes, plan.backbone.preprocess
+    return [
+        ShownMistake(
+            image=preprocess.load_file(samples[mistake.index].path),
+            file=plan.dataset.relative(samples[mistake.index].path),
+            true=classes[mistake.true],
+            predicted=classes[mistake.predicted],
+            confidence=mistake.confidence,
+            true_probability=mistake.true_probability,
+        )
+        for mistake in confident_mistakes(logits, labels_of(samples), limit)
+    ]
 
 
 def finish(
@@ -245,6 +311,18 @@ def _failures_recorded(run: RunDir) -> Iterator[None]:
         run.event("failed", error.message, level="error", code=error.code)
         write_json(run.error, {"code": error.code, "message": error.message, "problems": problems})
         raise
+
+
+@contextmanager
+def comparison(experiment: str, name: str) -> Iterator[str | None]:
+    """An MLflow run for others to be nested in; yields its id, or None where MLflow does not answer."""
+    tracker = open_run(RunDir(workspace() / "runs" / name).create(), workspace=workspace(), experiment=experiment, name=name)
+    try:
+        yield tracker.wait_for_run_id(60)
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    tracker.end("FINISHED")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,19 +20,11 @@ from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir, as_model_name
 from finetune.spec import JobSpec
 from finetune.train.machine import available_threads, resolve_device
+from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, resolve_recipe
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where it is computed, resolved."""
-
-    device: Literal["cpu", "cuda"]
-    precision: Literal["auto", "float32", "bfloat16"]
-    threads: int
 
 
 @dataclass(frozen=True)

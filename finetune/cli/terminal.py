@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -41,15 +43,16 @@ def show_error(error: FinetuneError, *, as_json: bool) -> None:
     console.print(str(error), markup=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stderr; columns whose cells are all numbers are aligned to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))] if isinstance(rows, list) else []
-    drawn = Table(title=title or None, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if numeric and numeric[i] else "left", overflow="fold")
-    for row in cells:
-        drawn.add_row(*row)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A titled table on stderr; a column without a text in it is aligned to the right."""
+    drawn = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for position, column in enumerate(columns):
+        numeric = not any(isinstance(row[position], str) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(_cell(value)) for value in row))
+    if title:
+        console.print(escape(title), style="bold cyan")
     console.print(drawn)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         spec = load_spec(given.pop("spec_file"), overrides, given.pop("settings"))
         return ctx.invoke(command, spec=spec, **given)
 
-    build.__name__, build.__doc__ = command.__name__, command.__doc__
+    functools.update_wrapper(build, command)  # with the options that `command` has already
     decorated: Callable[..., Any] = click.pass_context(build)
     for decorate in reversed(
         [
@@ -77,7 +78,7 @@ def check(spec: JobSpec, as_json: bool) -> None:
     else:
         from finetune.cli.show import show_plan
 
-        show_plan(plan)
+        show_plan(plan.to_dict())
 
 
 @click.command()
@@ -143,10 +144,11 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """
     from finetune.cli.show import show_backbone, show_backbone_names
     from finetune.cli.terminal import print_json
-    from finetune.model.catalog import describe_backbone, list_backbones
+    from finetune.model.catalog import list_backbones
+    from finetune.model.describe import describe_backbone
 
     if name is None or any(sign in name for sign in "*?["):
-        names = list_backbones(name)
+        names = list_backbones(name or "*")
         print_json({"backbones": names}) if as_json else show_backbone_names(names, limit)
     else:
         description = describe_backbone(name)

@@ -1,0 +1,38 @@
+"""What a person wants to know of a backbone before choosing it: its stages, and what each method would train."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from finetune.model.backbone import build_backbone
+from finetune.model.freeze import describe
+
+_MAP = {
+    "linear": "exact activation map",
+    "layernorm": "exact activation map (through the final LayerNorm)",
+    "own": "no activation map",
+}
+
+
+def describe_backbone(name: str) -> dict[str, Any]:
+    """Stages from the input up and the choices they give, as JSON values; the network is built without its weights.
+
+    Raises:
+        UnknownBackbone: no such architecture; the message holds near misses.
+    """
+    backbone = build_backbone(name, weights="none")
+    stages = [
+        {"index": stage.index, "name": stage.name, "n_parameters": stage.n_parameters, "output_shape": list(stage.output_shape)}
+        for stage in backbone.stages
+    ]
+    return {
+        "name": backbone.name,
+        "n_parameters": backbone.n_parameters,
+        "num_features": backbone.num_features,
+        "input_size_px": list(backbone.preprocess.input_size_px),
+        "map": _MAP[backbone.readout.kind],
+        "note": backbone.readout.note,
+        "stages": stages,
+        "choices": [asdict(choice) for choice in describe(backbone.stages)],
+    }

@@ -1,0 +1,188 @@
+"""One recipe, carried out: the head solved on frozen features, steps taken, or the one and then the other.
+
+Brings together the solved head (`probe`), the frozen prefix (`features`) and the training loop (`fit`), which do not know each
+other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from finetune.data.augment import Augment
+from finetune.data.index import Dataset, Sample
+from finetune.data.loader import Batch, EvalLoader, TrainLoader
+from finetune.model.classifier import Classifier
+from finetune.model.freeze import apply_freeze, frozen_digest
+from finetune.progress import ProgressCallback, silent
+from finetune.rundir import RunDir
+from finetune.train.features import Resources, Views, pooled_features
+from finetune.train.fit import Fitted, Saving, fit
+from finetune.train.machine import Settings, choose_settings
+from finetune.train.probe import Probe, solve_probe
+from finetune.train.recipe import Recipe, widest_plan
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where it is computed, resolved from the request and the machine."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["auto", "float32", "bfloat16"]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training came to; the classifier holds the chosen weights and is in eval mode."""
+
+    summary: str  # one sentence
+    seconds: float
+    n_steps: int
+    n_trainable: int  # parameters, the head's included
+    frozen: Mapping[str, Any]  # which stages never trained, and the sha256 of their parameters and buffers before and after
+    probe: Probe | None
+    fitted: Fitted | None
+
+
+def train_classifier(
+    classifier: Classifier,
+    recipe: Recipe,
+    dataset: Dataset,
+    augment: Augment,
+    run: RunDir,
+    compute: Compute,
+    *,
+    identity: Mapping[str, str],
+    graph: bytes | None = None,
+    progress: ProgressCallback = silent,
+) -> Trained:
+    """Train `classifier` in place on the train split of `dataset`, choosing on its val split.
+
+    Args:
+        identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
+        graph: the classifier exported as it is now, as one ONNX file; spares the prefix engine an export of its own.
+    """
+    began = time.perf_counter()
+    apply_freeze(classifier, widest_plan(recipe))
+    before = frozen_digest(classifier)
+    solver = _HeadSolver(recipe, dataset, augment, run, compute, graph, progress)
+    fitted: Fitted | None = None
+    if recipe.n_steps:
+        fitted = _take_steps(classifier, recipe, dataset, augment, run, compute, identity, solver, progress)
+    else:
+        solver(classifier)
+    classifier.eval()
+    apply_freeze(classifier, widest_plan(recipe))
+    n_trainable = sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
+    frozen_stages = [stage.name for stage in classifier.backbone.stages if stage.index not in recipe.trainable]
+    return Trained(
+        summary=_summary(recipe, solver.probe, fitted),
+        seconds=time.perf_counter() - began,
+        n_steps=fitted.n_steps if fitted else 0,
+        n_trainable=n_trainable,
+        frozen={"stages": frozen_stages, "digest_before": before, "digest_after": frozen_digest(classifier)},
+        probe=solver.probe,
+        fitted=fitted,
+    )
+
+
+@dataclass
+class _HeadSolver:
+    """Puts the solved head into a classifier, and remembers how it was found."""
+
+    recipe: Recipe
+    dataset: Dataset
+    augment: Augment
+    run: RunDir
+    compute: Compute
+    graph: bytes | None
+    progress: ProgressCallback
+    probe: Probe | None = None
+
+    def __call__(self, classifier: Classifier) -> None:
+        train, val = self.dataset.of("train"), self.dataset.of("val")
+        seen = Views(classifier.backbone.preprocess)
+        views = replace(seen, augment=self.augment, count=self.recipe.views) if self.recipe.views > 1 else seen
+        probe = solve_probe(
+            self._features(classifier, train, views, "training"),
+            _labels(train),
+            classifier.num_classes,
+            val_features=self._features(classifier, val, seen, "validation"),
+            val_labels=_labels(val),
+            l2=self.recipe.l2,
+            label_smoothing=self.recipe.label_smoothing if not self.recipe.n_steps else 0.0,
+            seed=self.recipe.seed,
+        )
+        with torch.no_grad():
+            classifier.head.weight.copy_(torch.from_numpy(probe.weight))
+            classifier.head.bias.copy_(torch.from_numpy(probe.bias))
+        self._record(probe, _labels(val))
+        self.probe = probe
+
+    def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> np.ndarray:
+        def progress(update: Any) -> None:
+            self.progress(replace(update, message=f"frozen features, {what}"))
+
+        resources = Resources(
+            self.compute.device, self.compute.threads, graph=self.graph, progress=progress, event=self.run.event
+        )
+        return pooled_features(classifier, samples, views, resources)
+
+    def _record(self, probe: Probe, labels: np.ndarray) -> None:
+        values = {"probe/l2": probe.l2, "probe/seconds": probe.seconds, "probe/iterations": float(probe.iterations)}
+        for point in probe.path:
+            if point.l2 == probe.l2:
+                values |= {"val/loss": point.val_nll, "val/top1": point.val_top1}
+        self.run.metric(0, values, epoch=0.0)
+        path = [{"l2": point.l2, "val_nll": point.val_nll, "val_top1": point.val_top1} for point in probe.path]
+        message = f"the head is solved: L2 {probe.l2:g} ({probe.chosen_by}), {probe.iterations} passes, {probe.seconds:.1f} s"
+        self.run.event("head_solved", message, path=path, converged=probe.converged)
+
+
+def _take_steps(
+    classifier: Classifier,
+    recipe: Recipe,
+    dataset: Dataset,
+    augment: Augment,
+    run: RunDir,
+    compute: Compute,
+    identity: Mapping[str, str],
+    solver: _HeadSolver,
+    progress: ProgressCallback,
+) -> Fitted:
+    train, val = dataset.of("train"), dataset.of("val")
+
+    def batches(epoch: int, start_step: int) -> Iterable[Batch]:
+        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads)
+
+    def settings() -> Settings:
+        chosen, timings = choose_settings(
+            classifier, recipe, device=compute.device, precision=compute.precision, threads=compute.threads
+        )
+        if timings:
+            rates = [{**timing.settings.to_dict(), "images_per_second": timing.images_per_second} for timing in timings]
+            run.event("settings_measured", f"fastest on this machine: {chosen}", timings=rates)
+        return chosen
+
+    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads)
+    return fit(
+        classifier, recipe, batches, evaluated, run, Saving(identity), settings=settings, solve_head=solver, progress=progress
+    )
+
+
+def _labels(samples: tuple[Sample, ...]) -> np.ndarray:
+    return np.array([sample.label for sample in samples], dtype=np.int64)
+
+
+def _summary(recipe: Recipe, probe: Probe | None, fitted: Fitted | None) -> str:
+    if fitted is not None:
+        stopped = ", stopped early" if fitted.stopped_early else ""
+        return f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}"
+    assert probe is not None
+    return f"{recipe.method}: the head is solved on frozen features, L2 {probe.l2:g} ({probe.chosen_by})"
