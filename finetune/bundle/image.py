@@ -56,16 +56,28 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, 
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How to turn a stored picture upright: Pillow's name for it, and the same as a swap of the axes followed by mirrorings."""
+
+    method: Image.Transpose
+    swaps: bool
+    mirrors_x: bool
+    mirrors_y: bool
+
+
+_TURNS = {  # by EXIF orientation
+    2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, swaps=False, mirrors_x=True, mirrors_y=False),
+    3: Turn(Image.Transpose.ROTATE_180, swaps=False, mirrors_x=True, mirrors_y=True),
+    4: Turn(Image.Transpose.FLIP_TOP_BOTTOM, swaps=False, mirrors_x=False, mirrors_y=True),
+    5: Turn(Image.Transpose.TRANSPOSE, swaps=True, mirrors_x=False, mirrors_y=False),
+    6: Turn(Image.Transpose.ROTATE_270, swaps=True, mirrors_x=True, mirrors_y=False),
+    7: Turn(Image.Transpose.TRANSVERSE, swaps=True, mirrors_x=True, mirrors_y=True),
+    8: Turn(Image.Transpose.ROTATE_90, swaps=True, mirrors_x=False, mirrors_y=True),
 }
-_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 
 def decode_image(data: bytes, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
@@ -83,7 +95,8 @@ def decode_image(data: bytes, *, short_side_px: int | None = None, limits: Image
         ImageTooLarge: over `limits`.
         ImageError: empty, truncated or damaged.
     """
-    return np.array(open_upright(data, short_side_px=short_side_px, limits=limits))
+    image, _ = open_upright(data, short_side_px=short_side_px, limits=limits)
+    return np.array(image)
 
 
 def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
@@ -115,14 +128,20 @@ def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[in
     """
     image = _opened(data, limits)
     width, height = image.size
-    _, turn = _decoded(image, short_side_px=1)
-    return (height, width) if turn in _SIDEWAYS else (width, height)
+    _, _, turn = _decoded(image, short_side_px=1)
+    return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
-def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> Image.Image:
-    """`decode_image` as a Pillow image of mode RGB, for callers that go on with Pillow and can spare the copy."""
-    rgb, turn = _decoded(_opened(data, limits), short_side_px)
-    return rgb if turn is None else rgb.transpose(turn)
+def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> tuple[Image.Image, Box]:
+    """`decode_image` as a Pillow image of mode RGB, and the part of it that holds the picture.
+
+    That part is all of it, but for a JPEG decoded at a reduced scale that does not divide its sides: 533 pixels at a half
+    become 267, the last one half beyond the edge. Whoever resamples must know, or the picture moves by a fraction of a pixel.
+    """
+    rgb, box, turn = _decoded(_opened(data, limits), short_side_px)
+    if turn is None:
+        return rgb, box
+    return rgb.transpose(turn.method), _turned(box, rgb.size, turn)
 
 
 def _opened(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
@@ -141,14 +160,16 @@ def _opened(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     return image
 
 
-def _decoded(image: ImageFile.ImageFile, short_side_px: int | None) -> tuple[Image.Image, Image.Transpose | None]:
-    """RGB as stored, and the turn that makes it upright."""
+def _decoded(image: ImageFile.ImageFile, short_side_px: int | None) -> tuple[Image.Image, Box, Turn | None]:
+    """RGB as stored, the part of it that holds the picture, and the turn that makes it upright."""
     name = image.format
+    box: Box = (0.0, 0.0, *image.size)
     try:
         if short_side_px is not None:
-            image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it; never below either side
+            reduced = image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it; never below either side
+            box = reduced[1] if reduced else box
         image.load()
-        return _to_rgb(image), _upright_turn(image)
+        return _to_rgb(image), box, _upright_turn(image)
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"the {name} image has far more pixels inside than its header says") from None
     except _DAMAGED as error:
@@ -251,11 +272,24 @@ def _on_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def _upright_turn(image: Image.Image) -> Image.Transpose | None:
+def _upright_turn(image: Image.Image) -> Turn | None:
     """How to turn a loaded image upright by its EXIF orientation; not at all where that is damaged: the pixels are still good."""
     if image.format == "TIFF":  # Pillow turns these itself while loading
         return None
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTag.Orientation, 1))
+        return _TURNS.get(image.getexif().get(ExifTag.Orientation, 1))
     except _DAMAGED:
         return None
+
+
+def _turned(box: Box, size: tuple[int, int], turn: Turn) -> Box:
+    """Where a box of an image of this (width, height) is after the image has been turned."""
+    left, top, right, bottom = box
+    width, height = size
+    if turn.swaps:
+        left, top, right, bottom, width, height = top, left, bottom, right, height, width
+    if turn.mirrors_x:
+        left, right = width - right, width - left
+    if turn.mirrors_y:
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, open_upright, read_bytes
+from finetune.bundle.image import DEFAULT_LIMITS, Box, ImageLimits, naming, open_upright, read_bytes
 from finetune.errors import BundleError, ImageError, Problem
 
 Resize = Literal["crop", "squash", "letterbox"]
@@ -43,7 +43,7 @@ _Std = Annotated[float, Field(gt=0.0)]
 class Framing:
     """Which part of an image becomes which part of the input."""
 
-    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
+    box: Box  # in pixels of the image
     size_px: tuple[int, int]  # (h, w) of that box after resampling
     corner_px: tuple[int, int]  # (top, left) where it lands; around it, `fill`
 
@@ -74,11 +74,12 @@ class Preprocess:
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 of any size to (h, w, 3) uint8."""
-        return self._resample(Image.fromarray(rgb))
+        height, width = rgb.shape[:2]
+        return self._resample(Image.fromarray(rgb), (0.0, 0.0, width, height))
 
     def load(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
         """An image file's bytes to (h, w, 3) uint8; raises as `decode_image` does."""
-        return self._resample(open_upright(data, short_side_px=self.decode_short_side_px, limits=limits))
+        return self._resample(*open_upright(data, short_side_px=self.decode_short_side_px, limits=limits))
 
     def load_file(self, path: Path, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
         """`load` of a file; errors name it."""
@@ -87,8 +88,8 @@ class Preprocess:
         except ImageError as error:
             raise naming(path, error) from None
 
-    def framing(self, height: int, width: int) -> Framing:
-        """How an image of this many pixels is framed. The only place that decides between crop, squash and letterbox."""
+    def framing(self, height: float, width: float) -> Framing:
+        """How a picture of this many pixels is framed. The only place that decides between crop, squash and letterbox."""
         h, w = self.input_size_px
         scale_y, scale_x = h / height, w / width  # input pixels per image pixel, if the image filled the input
         if self.resize == "crop":
@@ -116,10 +117,14 @@ class Preprocess:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _resample(self, image: Image.Image) -> np.ndarray:
-        framing = self.framing(image.height, image.width)
+    def _resample(self, image: Image.Image, picture: Box) -> np.ndarray:
+        """(h, w, 3) uint8 of the part of an RGB image that holds the picture."""
+        x, y = picture[:2]
+        framing = self.framing(picture[3] - y, picture[2] - x)
+        left, top, right, bottom = framing.box
         h_inner, w_inner = framing.size_px
-        inner = image.resize((w_inner, h_inner), _FILTERS[self.interpolation], box=framing.box, reducing_gap=None)
+        box = (x + left, y + top, x + right, y + bottom)
+        inner = image.resize((w_inner, h_inner), _FILTERS[self.interpolation], box=box, reducing_gap=None)
         if framing.size_px == self.input_size_px:
             return np.array(inner)
         pixels = np.empty((*self.input_size_px, 3), np.uint8)
@@ -132,11 +137,11 @@ class Preprocess:
 _ADAPTER = TypeAdapter(Preprocess)
 
 
-def _centred(side: int, target: int, scale: float) -> tuple[float, float, int]:
+def _centred(side: float, target: int, scale: float) -> tuple[float, float, int]:
     """Along one axis: which of the `side` image pixels `target` input pixels show at `scale`, and how many of these they fill."""
-    shown = min(float(side), target / scale)
+    shown = min(side, target / scale)
     start = (side - shown) / 2
-    return start, min(float(side), start + shown), min(target, max(1, round(shown * scale)))
+    return start, min(side, start + shown), min(target, max(1, round(shown * scale)))
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
