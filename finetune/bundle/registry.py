@@ -71,7 +71,9 @@ class Registry:
         with _locked(folder):
             for known in self._versions_of(name) if once else ():
                 if read_manifest(known.path).files == manifest.files:
-                    return known
+                    if int(known.version) > int(_aliases(folder).get(LATEST, "0")):  # it died before the alias moved
+                        _move_alias(folder, LATEST, known.version)
+                    return self.resolve(name, known.version)
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))

@@ -31,6 +31,14 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "models")
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the product catches it."""
+
+
+def die(*_: object) -> None:
+    raise Killed
+
+
 def versions(registry: Registry, name: str = "trees") -> list[str]:
     return [version.version for version in registry.list() if version.name == name]
 
@@ -177,6 +185,43 @@ def test_newest_is_what_is_served_of_the_model_registered_last(registry: Registr
     assert (registry.newest().name, registry.newest().version) == ("oaks", "1")
 
 
+def test_registering_once_keeps_the_version_that_a_bundle_already_is(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    first = registry.register(bundle, "trees", once=True)
+    assert registry.register(bundle, "trees", once=True) == first
+    write_tiny_bundle(tmp_path / "other", seed=1)
+    registry.register(tmp_path / "other", "trees", once=True)
+    assert registry.register(bundle, "trees", once=True).version == "1"
+    assert registry.resolve("trees", "latest").version == "2"
+
+
+def test_registering_once_finishes_what_a_killed_writer_left_undone(
+    registry: Registry, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_bundle(tmp_path / "other", seed=1)
+    registry.register(tmp_path / "other", "trees")
+    monkeypatch.setattr(registry_module, "_move_alias", die)
+    with pytest.raises(Killed):
+        registry.register(bundle, "trees", once=True)
+    monkeypatch.undo()
+    assert registry.resolve("trees", "latest").version == "1"
+    assert registry.register(bundle, "trees", once=True).aliases == ("latest",)
+    assert versions(registry) == ["1", "2"]
+
+
+def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(registry: Registry, bundle: Path) -> None:
+    for _ in range(2):
+        registry.register(bundle, "trees")
+    registry.set_alias("trees", "champion", "1")
+    folder = registry.root / "trees"
+    assert registry.locate(str(bundle)) == bundle
+    assert registry.locate() == registry.locate("trees") == registry.locate("trees@champion") == folder / "1"
+    assert registry.locate("trees@2") == registry.locate("trees@latest") == folder / "2"
+    with pytest.raises(NotFound, match=r"no bundle there \(a bundle is a folder with bundle\.json in it\)"):
+        registry.locate("./nowhere")
+    with pytest.raises(NotFound, match="no version or alias '7'"):
+        registry.locate("trees@7")
+
+
 # ---- deleting ----------------------------------------------------------------------------------------------------------------
 
 
@@ -242,19 +287,11 @@ def test_a_full_disk_registers_nothing(registry: Registry, bundle: Path, monkeyp
     assert registry.register(bundle, "trees").version == "1"
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the product catches it."""
-
-
 @pytest.mark.parametrize("at", ["copyfile", "sha256_file", "write_json", "_move_alias", "append_line"])
 def test_a_writer_killed_at_any_step_leaves_what_readers_and_writers_can_use(
     registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     registry.register(bundle, "trees")
-
-    def die(*_: object) -> None:
-        raise Killed
-
     owner = registry_module.shutil if at == "copyfile" else registry_module
     monkeypatch.setattr(owner, at, die)
     with pytest.raises(Killed):
@@ -275,10 +312,6 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next_writer(
 ) -> None:
     registry.register(bundle, "trees")
     registry.register(bundle, "trees")
-
-    def die(*_: object) -> None:
-        raise Killed
-
     monkeypatch.setattr(registry_module.shutil, "rmtree", die)
     with pytest.raises(Killed):
         registry.delete("trees", "1")
