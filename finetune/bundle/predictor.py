@@ -24,7 +24,7 @@ from finetune.errors import BundleError, ImageError, InvalidInput, Problem
 from finetune.rundir import write_atomic
 
 # Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order is
-# off by far more: see tests/unit/test_predictor.py for what each of those does to the probes.
+# off by far more: see tests/unit/test_bundle_predictor.py for what each of those does to the probes.
 LOGITS_TOLERANCE = 1e-3  # of the largest logit, or absolute where that is under 1
 PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
 
