@@ -1,0 +1,256 @@
+"""Rows of numbers on disk, found again by key: computed once, read through memory maps by every later run.
+
+A cache is a folder of spaces; the rows of one space have one shape and were computed in one way. Rows are written in shards,
+each under a temporary name, flushed and renamed, with checksums, so a process that is killed leaves no half shard, and any
+number of processes may read and write at once: what two of them compute twice is stored twice and read once. The folder is
+bounded: the least recently used files go first. Knows keys and arrays; does not know images or networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.rundir import write_atomic
+
+KEY_BYTES = 32
+SHARD_BYTES = 64 * 1024**2  # what a writer holds in memory before it becomes a file
+SHARD_SECONDS = 30.0  # … or this much work, so that a killed process loses no more
+LARGEST_BUDGET_BYTES = 20 * 1024**3
+ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
+
+_MAGIC = b"ftrows01"
+_TAIL_BYTES = len(_MAGIC) + 8  # length of the description, then the magic
+
+
+class DamagedShard(ValueError):
+    """A shard whose checksums or sizes do not add up."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the row of each key is. Reading goes through memory maps: only what is taken is in memory."""
+
+    shards: tuple[NDArray[Any], ...]  # each (n, *row_shape), memory-mapped
+    shard_of: NDArray[np.int32]  # (N,), -1 where no row is stored
+    row_of: NDArray[np.int32]  # (N,)
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        return len(self.shard_of)
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """Positions of the keys without a row."""
+        return np.flatnonzero(self.shard_of < 0)
+
+    def take(self, positions: NDArray[np.integer]) -> NDArray[Any]:
+        """A copy of the rows at `positions`, (len(positions), *row_shape)."""
+        taken = np.empty((len(positions), *self.row_shape), self.dtype)
+        shard_of, row_of = self.shard_of[positions], self.row_of[positions]
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            if shard < 0:
+                raise KeyError(f"{len(here)} of {len(positions)} rows are not stored")
+            taken[here] = self.shards[shard][row_of[here]]
+        return taken
+
+
+class RowCache:
+    """One space of a cache folder."""
+
+    def __init__(self, root: Path, space: str, row_shape: tuple[int, ...], dtype: str, budget_bytes: int | None = None) -> None:
+        self.root = root
+        self.folder = root / space
+        self.row_shape = row_shape
+        self.dtype = np.dtype(dtype)
+        self.budget_bytes = default_budget_bytes(root) if budget_bytes is None else budget_bytes
+        self._read: dict[Path, NDArray[Any]] = {}  # verified shards
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.row_shape)) + KEY_BYTES
+
+    def find(self, keys: NDArray[np.uint8]) -> Rows:
+        """Look up `keys`, (N, 32). A shard that fails its checksums is deleted, and its rows are missing."""
+        shard_of, row_of = np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32)
+        shards: list[NDArray[Any]] = []
+        wanted = _as_strings(keys)
+        for path in sorted(self.folder.glob("*.shard")):
+            missing = np.flatnonzero(shard_of < 0)
+            if not len(missing):
+                break
+            try:
+                stored = _as_strings(_read_keys(path, self.row_shape, self.dtype))
+                order = np.argsort(stored)
+                at = order[np.minimum(np.searchsorted(stored, wanted[missing], sorter=order), len(stored) - 1)]
+                hit = stored[at] == wanted[missing]
+                if hit.any():
+                    rows = self._open(path)
+                    shard_of[missing[hit]], row_of[missing[hit]] = len(shards), at[hit]
+                    shards.append(rows)
+            except FileNotFoundError:
+                continue  # another process made room
+            except DamagedShard:
+                path.unlink(missing_ok=True)
+        return Rows(tuple(shards), shard_of, row_of, self.row_shape, self.dtype)
+
+    def writer(self) -> ShardWriter:
+        """Its last rows are stored when it is flushed."""
+        return ShardWriter(self.folder, self.row_shape, self.dtype)
+
+    def make_room(self, n_rows: int) -> bool:
+        """Delete least recently used files until `n_rows` more fit the budget; False if they cannot."""
+        needed = n_rows * self.row_bytes
+        if needed > self.budget_bytes:
+            return False
+        files = sorted(_files(self.root), key=lambda entry: entry[0])
+        used = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if used + needed <= self.budget_bytes:
+                break
+            if path not in self._read:
+                path.unlink(missing_ok=True)
+                used -= size
+        return used + needed <= self.budget_bytes
+
+    def _open(self, path: Path) -> NDArray[Any]:
+        """The shard's rows, memory-mapped, their checksum verified at first use."""
+        if path not in self._read:
+            self._read[path] = _map_rows(path, self.row_shape, self.dtype)
+        os.utime(path)
+        return self._read[path]
+
+
+class ShardWriter:
+    """Collects rows and turns them into shards; raises `DiskFull`, which leaves earlier shards as they are."""
+
+    def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._folder, self._row_shape, self._dtype = folder, row_shape, dtype
+        self._keys: list[NDArray[np.uint8]] = []
+        self._rows: list[NDArray[Any]] = []
+        self._bytes = 0
+        self._began_at = 0.0
+
+    def append(self, keys: NDArray[np.uint8], rows: NDArray[Any]) -> None:
+        """Add rows, (n, *row_shape), under their keys, (n, 32)."""
+        if rows.shape != (len(keys), *self._row_shape):
+            raise ValueError(f"rows of shape {rows.shape} do not fit {len(keys)} keys and row shape {self._row_shape}")
+        if not self._rows:
+            self._began_at = time.monotonic()
+        self._keys.append(keys)
+        self._rows.append(np.ascontiguousarray(rows, dtype=self._dtype))
+        self._bytes += self._rows[-1].nbytes
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._began_at >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store what has been collected."""
+        keys, rows = self._keys, self._rows
+        self._keys, self._rows, self._bytes = [], [], 0
+        if rows:
+            shard = self._folder / f"{uuid.uuid4().hex}.shard"
+            write_atomic(shard, lambda stream: _write_shard(stream, keys, rows))
+
+
+def default_budget_bytes(root: Path) -> int:
+    """Half of what the disk could give the cache, at most 20 GiB."""
+    root.mkdir(parents=True, exist_ok=True)
+    return min(LARGEST_BUDGET_BYTES, (shutil.disk_usage(root).free + sum(size for _, size, _ in _files(root))) // 2)
+
+
+def _files(root: Path) -> list[tuple[float, int, Path]]:
+    """(last used, bytes, path) of every file of the cache; temporary files of dead processes are deleted on the way."""
+    entries = []
+    for path in root.rglob("*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if path.suffix == ".tmp" and time.time() - status.st_mtime > ABANDONED_SECONDS:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            entries.append((status.st_mtime, status.st_size, path))
+    return entries
+
+
+# A shard is the rows, then their keys, then a JSON description with the checksums of both, its length, and the magic.
+
+
+def _write_shard(stream: IO[bytes], keys: list[NDArray[np.uint8]], rows: list[NDArray[Any]]) -> None:
+    checksum = 0
+    for block in rows:
+        stream.write(block.data)
+        checksum = zlib.crc32(block.data, checksum)
+    all_keys = np.ascontiguousarray(np.concatenate(keys))
+    stream.write(all_keys.data)
+    description = {
+        "rows": len(all_keys),
+        "shape": list(rows[0].shape[1:]),
+        "dtype": rows[0].dtype.str,
+        "rows_crc32": checksum,
+        "keys_crc32": zlib.crc32(all_keys.data),
+    }
+    text = json.dumps(description).encode()
+    stream.write(text + len(text).to_bytes(8, "little") + _MAGIC)
+
+
+def _describe(stream: IO[bytes], path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
+    """The shard's description and the bytes of its rows; its file has exactly the size that they say."""
+    size = stream.seek(0, os.SEEK_END)
+    if size < _TAIL_BYTES:
+        raise DamagedShard(f"{path}: too short")
+    stream.seek(size - _TAIL_BYTES)
+    tail = stream.read(_TAIL_BYTES)
+    length = int.from_bytes(tail[:8], "little")
+    if tail[8:] != _MAGIC or length > size - _TAIL_BYTES:
+        raise DamagedShard(f"{path}: no description at its end")
+    stream.seek(size - _TAIL_BYTES - length)
+    try:
+        description: dict[str, Any] = json.loads(stream.read(length))
+    except ValueError as error:
+        raise DamagedShard(f"{path}: unreadable description") from error
+    rows_bytes = description["rows"] * dtype.itemsize * int(np.prod(row_shape))
+    whole = rows_bytes + description["rows"] * KEY_BYTES + length + _TAIL_BYTES
+    if description["shape"] != list(row_shape) or description["dtype"] != dtype.str or whole != size:
+        raise DamagedShard(f"{path}: not rows of {dtype.str} {row_shape}")
+    return description, rows_bytes
+
+
+def _read_keys(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+    with open(path, "rb") as stream:
+        description, rows_bytes = _describe(stream, path, row_shape, dtype)
+        stream.seek(rows_bytes)
+        data = stream.read(description["rows"] * KEY_BYTES)
+    if zlib.crc32(data) != description["keys_crc32"]:
+        raise DamagedShard(f"{path}: keys differ from their checksum")
+    return np.frombuffer(data, np.uint8).reshape(-1, KEY_BYTES)
+
+
+def _map_rows(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    with open(path, "rb") as stream:
+        description, rows_bytes = _describe(stream, path, row_shape, dtype)
+        rows = np.memmap(stream, dtype, mode="r", shape=(description["rows"], *row_shape))
+        stream.seek(0)
+        checksum = 0
+        for start in range(0, rows_bytes, 2**20):
+            checksum = zlib.crc32(stream.read(min(2**20, rows_bytes - start)), checksum)
+    if checksum != description["rows_crc32"]:
+        raise DamagedShard(f"{path}: rows differ from their checksum")
+    return rows
+
+
+def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """(N, 32) bytes as (N,) strings that sort and compare; zeros at the end are dropped from both sides alike."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
