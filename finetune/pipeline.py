@@ -223,7 +223,7 @@ def finish(
     """Write ``outcome.json``, the file that says the run is complete, and tell MLflow."""
     metrics = {**verdict.metrics, **cost}
     run.metric(trained.n_steps, metrics)
-    tracker.bundle(plan.model_name, aliases=["latest"], tags={"version": version.version, "method": plan.spec.method.type})
+    tracker.bundle(plan.model_name, tags={"version": version.version, "method": plan.spec.method.type})
     tracker.params({"trainable_parameters": trained.n_trainable, **trained.frozen})
     run_id = tracker.wait_for_run_id(0)
     outcome = Outcome(

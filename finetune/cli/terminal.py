@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -28,6 +28,8 @@ PHASES = {
     "exporting": "exporting",
     "registering": "registering",
 }
+SHORT = {"images_per_second": "img/s", "train/loss": "loss", "loss": "loss", "val/top1": "val top1", "val_top1": "val top1"}
+_DESCRIPTION_CHARACTERS = 28
 
 
 def print_json(document: Any) -> None:
@@ -91,24 +93,22 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
         yield silent
         return
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TextColumn("[cyan]{task.fields[values]}"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[values]}", style="cyan"),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(compact=True),
     )
     with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
-        tasks: dict[tuple[str, str], Any] = {}
+        tasks: dict[tuple[str, int, str], TaskID] = {}
 
         def update(progress: Progress) -> None:
-            key = (progress.phase, progress.message)
+            key = (progress.phase, progress.total, progress.unit)
+            description = f"{progress.message or PHASES[progress.phase]:<{_DESCRIPTION_CHARACTERS}.{_DESCRIPTION_CHARACTERS}}"
             if key not in tasks:
-                label = PHASES.get(progress.phase, progress.phase)
-                tasks[key] = bars.add_task(progress.message or label, total=progress.total, unit=progress.unit, values="")
-            values = "  ".join(f"{name} {_cell(float(value))}" for name, value in progress.values.items())
-            bars.update(tasks[key], completed=progress.done, total=progress.total, values=values)
+                tasks[key] = bars.add_task(description, total=progress.total, values="")
+            values = " ".join(f"{SHORT.get(name, name)} {_cell(float(value))}" for name, value in progress.values.items())
+            bars.update(tasks[key], completed=progress.done, description=description, values=values)
 
         yield update
