@@ -211,9 +211,17 @@ class LiveModels:
         return self.registry.resolve(name, version or None)
 
     def _watch(self) -> None:
-        self.refresh()
-        while not self._stopping.wait(self._watch_seconds):
-            self.refresh()
+        trouble = ""
+        while True:
+            try:
+                self.refresh()
+                trouble = ""
+            except (OSError, ValueError) as error:  # a folder that cannot be read, an aliases.json that is not JSON
+                if str(error) != trouble:
+                    log.exception("The models folder cannot be read; what is live stays live")
+                trouble = str(error)
+            if self._stopping.wait(self._watch_seconds):
+                return
 
 
 def _source(version: ModelVersion) -> Source:

@@ -36,7 +36,7 @@ class Parts:
     image_limits: ImageLimits
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # async: a plain function would cost every request a hop to a thread
     parts: Parts = request.app.state.parts
     return parts
 

@@ -48,7 +48,8 @@ def overlay_png(image: np.ndarray, cam: np.ndarray) -> bytes:
     cover = (_FAINTEST + (_STRONGEST - _FAINTEST) * heat)[..., None]
     mixed = np.rint(grey * (1.0 - cover) + colours * cover).astype(np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(mixed).quantize(_PNG_COLOURS).save(stream, "PNG", optimize=True)
+    # The octree costs 0.6 ms where the default, a median cut, costs 28 ms: more than the prediction. They look alike.
+    Image.fromarray(mixed).quantize(_PNG_COLOURS, Image.Quantize.FASTOCTREE).save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 

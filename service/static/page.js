@@ -24,7 +24,8 @@ function quoted(text) {
 }
 
 function curlCommand(name) {
-  const parts = ["curl", "-F", quoted(`image=@"${name.replaceAll(/["\\]/g, "\\$&")}"`)];
+  const file = /^[\w. -]+$/.test(name) ? name : `"${name.replaceAll(/["\\]/g, "\\$&")}"`; // curl splits at , and ;
+  const parts = ["curl", "-F", quoted(`image=@${file}`)];
   for (const [key, value] of Object.entries(fields())) parts.push("-F", `${key}=${value}`);
   return [...parts, quoted(predictPath())].join(" ");
 }
@@ -109,6 +110,7 @@ const drop = find("drop");
 for (const kind of ["dragenter", "dragover"])
   drop.addEventListener(kind, (event) => { event.preventDefault(); drop.classList.add("over"); });
 for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
+find("preview").addEventListener("error", () => { find("preview").hidden = true; find("invitation").hidden = false; });
 drop.addEventListener("drop", (event) => { event.preventDefault(); choose(event.dataTransfer.files[0]); });
 document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
 find("file").addEventListener("change", (event) => choose(event.target.files[0]));

@@ -164,6 +164,20 @@ def test_a_new_version_that_fails_its_checks_is_refused_and_the_old_one_goes_on(
         until(lambda: client.post("/predict", content=picture()).json()["version"] == "4")
 
 
+def test_a_broken_alias_file_leaves_what_is_live_alone_and_once_mended_counts_again(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+    aliases = tmp_path / "models" / "colours" / "aliases.json"
+    with in_process(tmp_path) as client:
+        aliases.write_text("{")
+        registered(tmp_path / "other", bundle_of(tmp_path, 2))
+        shutil.copytree(tmp_path / "other" / "models" / "colours" / "1", tmp_path / "models" / "colours" / "2")
+        for _ in range(20):
+            assert client.post("/predict", content=picture()).json()["version"] == "1"
+        aliases.write_text('{"latest": "2"}')
+        until(lambda: client.post("/predict", content=picture()).json()["version"] == "2")
+        assert registry.resolve("colours").version == "2"
+
+
 def test_promoting_and_rolling_back_changes_what_is_served(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1))
     registry.register(bundle_of(tmp_path, 2), "colours")

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from awkward import AWKWARD, READABLE, REFUSED
 from PIL import Image
-from serving import in_process, registered
+from serving import URL, in_process, registered, until
 from standin import NO_CAM_REASON, picture, write_bundle
 from starlette.testclient import TestClient
 
 from finetune.bundle.predictor import Predictor
+from service.app import build_service
+from service.predictions import PredictionAnswer
+from service.settings import Settings
 
 PATHS = ("/predict", "/v1/models/colours/predict")
 
@@ -94,6 +97,17 @@ def test_options_come_from_the_query_or_the_form_and_the_form_wins(client: TestC
 def test_every_version_and_alias_can_be_asked_for_by_name(client: TestClient) -> None:
     for reference in ("colours", "colours@1", "colours@latest"):
         assert client.post(f"/v1/models/{reference}/predict", content=picture()).json()["version"] == "1"
+
+
+def test_the_bentoml_method_gives_the_same_answer_without_http(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "blue.png"
+    file.write_bytes(picture("blue"))
+    service = build_service(Settings(home, model="colours"))
+    with TestClient(service.to_asgi(), base_url=URL) as client:
+        until(lambda: client.get("/readyz").status_code == 200)
+        called = service().predict(image=file, top_k=2, explain=True)
+        posted = PredictionAnswer.model_validate(client.post("/predict?top_k=2&explain=1", content=picture("blue")).json())
+    assert called.model_copy(update={"timings": None}) == posted.model_copy(update={"timings": None})
 
 
 # --- explain --------------------------------------------------------------------------------------
