@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ CLASSES = ("ash", "beech", "cedar", "elm")
 FACTS = BundleFacts(name="trees", classes=CLASSES, method={"type": "linear_probe"}, spec_digest="d" * 64, created_at=1.0)
 
 
-def classifier_of(architecture: str, *, input_size_px: int = 64, num_classes: int = len(CLASSES), seed: int = 0) -> Classifier:
-    """In train mode, as a training loop would hand it over."""
+def classifier_of(
+    architecture: str, *, input_size_px: int | Literal["auto"] = 64, num_classes: int = len(CLASSES), seed: int = 0
+) -> Classifier:
+    """Random weights in train mode, as a training loop would hand them over."""
     torch.manual_seed(seed)
     classifier = Classifier(build_backbone(architecture, weights="none", input_size_px=input_size_px), num_classes)
     scatter(classifier, seed)
@@ -27,32 +30,55 @@ def classifier_of(architecture: str, *, input_size_px: int = 64, num_classes: in
 
 
 def scatter(classifier: Classifier, seed: int) -> None:
-    """Move every weight and every running statistic, as training does, and give the head logits of order 1."""
+    """Move every weight a little, as training does, and let batch norms and head fit what then comes out."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in [*classifier.named_parameters(), *classifier.named_buffers()]:
-            if tensor.is_floating_point() and not name.startswith("_"):
-                tensor.add_(0.02 * torch.rand(tensor.shape, generator=generator))
-        height, width = classifier.backbone.preprocess.input_size_px
-        images = torch.rand((4, 3, height, width), generator=generator) * 4 - 2
-        with evaluating(classifier):
-            embedding = classifier.embed(images)
-        torch.nn.init.normal_(classifier.head.weight, std=float(2 / embedding.norm(dim=1).mean()), generator=generator)
-        torch.nn.init.normal_(classifier.head.bias, std=0.5, generator=generator)
+        for parameter in classifier.parameters():
+            parameter.add_(0.02 * torch.rand(parameter.shape, generator=generator))
+    _estimate_statistics(classifier)
+    give_opinions(classifier, seed)
+
+
+def give_opinions(classifier: Classifier, seed: int) -> None:
+    """A random head whose logits are of order 1 and differ from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), evaluating(classifier):
+        embedding = classifier.embed(_some_pictures(classifier))
+        centre, spread = embedding.mean(0), (embedding - embedding.mean(0)).norm(dim=1).median()
+        torch.nn.init.normal_(classifier.head.weight, std=2 / float(spread), generator=generator)
+        classifier.head.bias.copy_(-classifier.head.weight @ centre)
+
+
+def _estimate_statistics(classifier: Classifier) -> None:
+    """Random layers under running statistics that do not fit them make activations of any size."""
+    norms = [part for part in classifier.modules() if getattr(part, "running_var", None) is not None]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), evaluating(classifier):
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.training = True
+        classifier.embed(_some_pictures(classifier))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def picture(number: int) -> Image.Image:
+    """Noise, of a size of grain that goes with the number."""
+    grain = np.random.default_rng(number).integers(0, 256, (2 + 3 * (number % 8), 2 + 2 * (number % 8), 3), dtype=np.uint8)
+    return Image.fromarray(grain).resize((112, 96), Image.Resampling.NEAREST)
 
 
 def pictures(folder: Path, count: int = 9) -> list[Sample]:
-    """PNG files of coarse noise, each class with a tint of its own."""
-    samples = []
+    """The first pictures as PNG files, labelled in turn."""
     for number in range(count):
-        rng = np.random.default_rng(number)
-        label = number * len(CLASSES) // count
-        coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        coarse[..., label % 3] //= 3
-        path = folder / f"{number}.png"
-        Image.fromarray(coarse).resize((112, 96), Image.Resampling.BICUBIC).save(path)
-        samples.append(Sample(path, label, "val"))
-    return samples
+        picture(number).save(folder / f"{number}.png")
+    return [Sample(folder / f"{number}.png", number % len(CLASSES), "val") for number in range(count)]
+
+
+def _some_pictures(classifier: Classifier) -> torch.Tensor:
+    """(16, 3, h, w) float32, normalised."""
+    preprocess = classifier.backbone.preprocess
+    return classifier.normalise(torch.from_numpy(np.stack([preprocess(np.asarray(picture(number))) for number in range(16)])))
 
 
 def torch_answers(module: DeployModule, images: np.ndarray) -> dict[str, np.ndarray]:
