@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -37,6 +37,7 @@ ARTIFACTS = ("spec.yaml", "resolved.json", "split.csv", "evaluation.json", "repo
 """What is sent of a run folder, each when it appears and again when it changes. The bundle goes when it is registered."""
 
 _FLUSH_SECONDS = 2.0
+_END_SECONDS = {"RUNNING": 30.0, "FINISHED": 30.0, "FAILED": 15.0, "KILLED": 5.0}  # who is being killed has little time
 _RETRY_SECONDS = 60.0  # the longest pause between two attempts while MLflow does not answer
 _SYSTEM_SECONDS = 10.0
 _JOURNAL_BYTES = 4_000_000  # read at a time
@@ -69,7 +70,7 @@ class Tracker(Protocol):
     def bundle(self, name: str, *, aliases: Sequence[str] = (), tags: Mapping[str, str] | None = None) -> None: ...
     def flush_metrics(self) -> None: ...
     def wait_for_run_id(self, timeout_seconds: float) -> str | None: ...
-    def end(self, status: Status, timeout_seconds: float = 60.0) -> Delivery: ...
+    def end(self, status: Status, timeout_seconds: float | None = None) -> Delivery: ...
 
 
 class NoTracker:
@@ -84,7 +85,7 @@ class NoTracker:
     def wait_for_run_id(self, timeout_seconds: float) -> str | None:
         return None
 
-    def end(self, status: Status, timeout_seconds: float = 60.0) -> Delivery:
+    def end(self, status: Status, timeout_seconds: float | None = None) -> Delivery:
         return Delivery(complete=True)
 
 
@@ -253,7 +254,9 @@ class MlflowTracker:
 
     def bundle(self, name: str, *, aliases: Sequence[str] = (), tags: Mapping[str, str] | None = None) -> None:
         """Register the run's ``bundle/`` as a version of the model `name`; ``models:/name@alias`` then downloads all of it."""
-        self._want(model={"name": name, "aliases": list(aliases), "tags": dict(tags or {})})
+        # MLflow keeps these names for itself, and resolves models:/name/latest without any alias.
+        allowed = [alias for alias in aliases if alias != "latest" and not re.fullmatch(r"[vV]\d+", alias)]
+        self._want(model={"name": name, "aliases": allowed, "tags": dict(tags or {})})
 
     def flush_metrics(self) -> None:
         """Ask for the journal to be sent now instead of within two seconds."""
@@ -264,8 +267,9 @@ class MlflowTracker:
         self._tried.wait(timeout_seconds)
         return self.record.run_id
 
-    def end(self, status: Status, timeout_seconds: float = 60.0) -> Delivery:
+    def end(self, status: Status, timeout_seconds: float | None = None) -> Delivery:
         """Close the MLflow run after everything is sent. What was not sent in time stays in the run folder for `replay`."""
+        timeout_seconds = _END_SECONDS[status] if timeout_seconds is None else timeout_seconds
         self._state.change(status=status, ended_at=time.time())
         self._ending.set()
         self._wake.set()
@@ -279,17 +283,20 @@ class MlflowTracker:
         return Delivery(complete=False, reason=reason)
 
     def deliver(self, *, last: bool = False) -> str:
-        """Send what is missing; the reason for failure, or the empty string."""
-        try:
-            self._link = self._link or _Link(destination(self._workspace), self._run, self._state)
-            self._tried.set()
-            self._link.push(last=last)
-        # The one broad catch of the project. Whatever MLflow, its database driver, its HTTP stack or its import raises, the run
-        # must go on: everything it would have sent is in the run folder and is sent later. The reason goes to the run's events.
-        except Exception as error:  # noqa: BLE001
-            self._tried.set()
-            return _without_credentials(f"{type(error).__name__}: {str(error).strip()[:300]}")
-        return ""
+        """Send what is missing, each part for itself; the reason for the first failure, or the empty string."""
+        reason = _attempt(self._connect)
+        self._tried.set()
+        if self._link is None:
+            return reason
+        for part in self._link.parts(last=last):
+            failure = _attempt(part)
+            reason = reason or failure
+        if last and not reason:
+            self._state.change(complete=True)
+        return reason
+
+    def _connect(self) -> None:
+        self._link = self._link or _Link(destination(self._workspace), self._run, self._state)
 
     def _want(self, **changes: Any) -> None:
         self._state.change(complete=False, **changes)
@@ -326,6 +333,19 @@ class MlflowTracker:
             self._run.event(kind, message)
 
 
+def _attempt(part: Callable[[], None]) -> str:
+    """Run `part`; why it failed, or the empty string.
+
+    The one broad catch of the project. Whatever MLflow, its database driver, its HTTP stack or its import raises, the run must go
+    on: everything that would have been sent is in the run folder and is sent later. The reason goes to the run's events.
+    """
+    try:
+        part()
+    except Exception as error:  # noqa: BLE001
+        return _without_credentials(f"{type(error).__name__}: {str(error).strip()[:300]}")
+    return ""
+
+
 class _Link:
     """A connection to MLflow and to one run in it. Everything here may raise anything, and may be slow."""
 
@@ -356,24 +376,20 @@ class _Link:
     def _run_id(self) -> str:
         return str(self._state.record.run_id)
 
-    def push(self, *, last: bool) -> None:
-        record = self._state.record
-        if self._status != "RUNNING" and record.status == "RUNNING":
+    def parts(self, *, last: bool) -> list[Callable[[], None]]:
+        """What to send, in order. A part that fails does not keep the others back, nor the run from being closed."""
+        parts = [self._reopen, self._push_params, self._push_tags, self._push_dataset, self._push_metrics, self._push_results]
+        return [*parts, self._push_bundle, self._close] if last else [*parts, self._push_system_metrics, self._push_bundle]
+
+    def _reopen(self) -> None:
+        if self._status != "RUNNING" and self._state.record.status == "RUNNING":
             self._client.update_run(self._run_id, status="RUNNING")
             self._status = "RUNNING"
-        self._push_params_and_tags(record)
-        self._push_dataset(record)
-        self._push_metrics()
-        if not last:
-            self._push_system_metrics()
-        self._push_files([self._run.root / name for name in ARTIFACTS])
-        if record.model and record.model_version is None and self._run.bundle.is_dir():
-            self._push_files([self._run.bundle])
-            self._register(record.model)
-        if last and record.status != "RUNNING":
+
+    def _close(self) -> None:
+        record = self._state.record
+        if record.status != "RUNNING":
             self._client.set_terminated(self._run_id, record.status, int((record.ended_at or time.time()) * 1000))
-        if last:
-            self._state.change(complete=True)
 
     # -- the run
 
@@ -429,22 +445,28 @@ class _Link:
 
     # -- what it holds
 
-    def _push_params_and_tags(self, record: RunRecord) -> None:
-        from mlflow.entities import Param, RunTag
+    def _push_params(self) -> None:
+        from mlflow.entities import Param
 
-        params = [Param(key, value) for key, value in record.params.items() if key not in self._params]
-        tags = [RunTag(key, value) for key, value in record.tags.items() if self._tags.get(key) != value]
+        new = {key: value for key, value in self._state.record.params.items() if key not in self._params}
+        params = [Param(key, value) for key, value in new.items()]
         for start in range(0, len(params), _MAX_PARAMS):
             self._client.log_batch(self._run_id, params=params[start : start + _MAX_PARAMS])
+        self._params |= new
+
+    def _push_tags(self) -> None:
+        from mlflow.entities import RunTag
+
+        new = {key: value for key, value in self._state.record.tags.items() if self._tags.get(key) != value}
+        tags = [RunTag(key, value) for key, value in new.items()]
         for start in range(0, len(tags), _MAX_PARAMS):
             self._client.log_batch(self._run_id, tags=tags[start : start + _MAX_PARAMS])
-        self._params.update({param.key: param.value for param in params})
-        self._tags.update({tag.key: tag.value for tag in tags})
+        self._tags |= new
 
-    def _push_dataset(self, record: RunRecord) -> None:
+    def _push_dataset(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        new = [data for data in record.datasets if (data["name"], data["digest"]) not in self._sent_datasets]
+        new = [data for data in self._state.record.datasets if (data["name"], data["digest"]) not in self._sent_datasets]
         if not new:
             return
         context = [InputTag("mlflow.data.context", "training")]
@@ -482,6 +504,15 @@ class _Link:
             step = int(now - self._state.record.started_at)
             metrics = [Metric(f"system/{key}", value, int(now * 1000), step) for key, value in values.items()]
             self._client.log_batch(self._run_id, metrics=metrics)
+
+    def _push_results(self) -> None:
+        self._push_files([self._run.root / name for name in ARTIFACTS])
+
+    def _push_bundle(self) -> None:
+        model = self._state.record.model
+        if model and self._state.record.model_version is None and self._run.bundle.is_dir():
+            self._push_files([self._run.bundle])
+            self._register(model)
 
     def _push_files(self, paths: Sequence[Path]) -> None:
         files = [
@@ -629,8 +660,8 @@ def ui_command(workspace: Path, host: str, port: int) -> UiCommand:
 
 
 def run_url(ui: str, experiment_id: str, run_id: str) -> str:
-    """The page of one run under the MLflow pages at `ui`."""
-    return f"{ui.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
+    """The page of one run under the MLflow pages at `ui`, in their mode for training rather than for language models."""
+    return f"{ui.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}?workflowType=machine_learning"
 
 
 def _create_database(path: Path, client: Any) -> None:

@@ -31,7 +31,7 @@ _FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, t
 _CAPTIONS = {
     "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
     "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
-    "stage_signals": "Per stage, running medians: gradient norm before clipping, and the norm of a step over that of the weights.",
+    "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from tiny_bundle import probe_files, write_tiny_bundle
 
+from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
 from finetune.rundir import RunDir, read_lines
 from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, read_record, replay, run_url, ui_command
@@ -78,17 +80,31 @@ def test_everything_that_the_run_folder_holds_is_in_mlflow_at_the_end(mlflow_wor
     assert run.events.exists() is False
 
 
-def test_the_registered_model_downloads_as_the_whole_bundle(mlflow_workspace: Path, client, monkeypatch) -> None:
-    run = run_folder(mlflow_workspace)
+def test_the_registered_model_downloads_as_a_bundle_that_predicts(mlflow_workspace: Path, client, monkeypatch) -> None:
+    run = RunDir(mlflow_workspace / "runs" / "a").create()
+    write_tiny_bundle(run.bundle)
     tracker = start(run, mlflow_workspace)
-    tracker.bundle("flower-model", aliases=["champion"])
+    tracker.bundle("flower-model", aliases=["champion", "latest", "v1"])  # the last two are MLflow's own
     assert tracker.end("FINISHED", SECONDS).complete
     assert tracker.record.model_version == "1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", destination(mlflow_workspace).uri)
     (mlflow_workspace / "files").mkdir()
-    folder = Path(mlflow.artifacts.download_artifacts("models:/flower-model@champion", dst_path=str(mlflow_workspace / "files")))
-    assert sorted(p.name for p in folder.iterdir()) == ["bundle.json", "model.onnx"]
-    assert (folder / "model.onnx").read_bytes() == (run.bundle / "model.onnx").read_bytes()
+    folder = mlflow.artifacts.download_artifacts("models:/flower-model@champion", dst_path=str(mlflow_workspace / "files"))
+    image = probe_files()[0]
+    assert Predictor.load(Path(folder)).predict(image).labels == Predictor.load(run.bundle).predict(image).labels
+    assert mlflow.artifacts.download_artifacts("models:/flower-model/latest")
+
+
+def test_a_part_that_fails_keeps_neither_the_others_back_nor_the_run_open(mlflow_workspace: Path, client, monkeypatch) -> None:
+    run = run_folder(mlflow_workspace)
+    run.metric(1, {"train/loss": 2.0})
+    tracker = start(run, mlflow_workspace)
+    tracker.bundle("a name: with what MLflow refuses / 🦆", aliases=["not allowed!"])
+    ended = tracker.end("FAILED", SECONDS)
+    assert not ended.complete
+    assert ended.reason
+    assert client.get_run(tracker.record.run_id).info.status == "FAILED"
+    assert history(client, run, "train/loss") == [(1, 2.0)]
 
 
 def test_a_run_killed_with_kill_9_goes_on_in_the_same_mlflow_run_without_duplicates(mlflow_workspace: Path, client) -> None:
@@ -330,7 +346,8 @@ def test_the_pages_are_for_this_machine_with_one_worker_and_no_job_runner(tmp_pa
     assert command.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert command.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert command.url == "http://127.0.0.1:5123"
-    assert run_url(command.url, "1", "abc") == "http://127.0.0.1:5123/#/experiments/1/runs/abc"
+    page = "http://127.0.0.1:5123/#/experiments/1/runs/abc?workflowType=machine_learning"
+    assert run_url(command.url, "1", "abc") == page
     with pytest.raises(InvalidInput, match="this machine only"):
         ui_command(tmp_path, "0.0.0.0", 5000)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
