@@ -21,7 +21,7 @@ from starlette.requests import Request
 from finetune.bundle.image import ImageLimits
 from finetune.bundle.overlay import overlay_png
 from finetune.bundle.predictor import Prediction
-from finetune.errors import InvalidInput, Problem, did_you_mean
+from finetune.errors import InvalidInput, Problem
 from service.models import Live
 
 DEFAULT_TOP_K = 5
@@ -117,16 +117,21 @@ async def _read_form(request: Request) -> FormData:
 
 
 async def _image_of(form: FormData) -> bytes:
-    given = form.getlist(IMAGE_FIELD)
-    if not given:
-        near = did_you_mean(IMAGE_FIELD, [name for name in form if isinstance(name, str)])
-        raise InvalidInput(f"There is no field 'image'. {HOW_TO_SEND}{near}", [Problem(IMAGE_FIELD, "is missing")])
-    if len(given) > 1:
-        raise InvalidInput("The field 'image' is given more than once", [Problem(IMAGE_FIELD, "is given more than once")])
-    if not isinstance(given[0], UploadFile):
+    twice = sorted({name for name in form if len(form.getlist(name)) > 1})
+    if twice:
+        raise InvalidInput(
+            f"Given more than once: {', '.join(twice)}", [Problem(name, "is given more than once") for name in twice]
+        )
+    given = form.get(IMAGE_FIELD)
+    if given is None:
+        sent = ", ".join(form) or "nothing"
+        raise InvalidInput(
+            f"There is no field 'image' (given: {sent[:100]}). {HOW_TO_SEND}", [Problem(IMAGE_FIELD, "is missing")]
+        )
+    if not isinstance(given, UploadFile):
         message = "must be an uploaded file, not text. The server fetches nothing: download the image and send its bytes"
         raise InvalidInput(f"The field 'image' {message}", [Problem(IMAGE_FIELD, message)])
-    return await given[0].read()
+    return await given.read()
 
 
 def _merged(query: PredictOptions, form: FormData) -> PredictOptions:

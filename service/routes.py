@@ -60,8 +60,8 @@ PREDICT_BODY: dict[str, Any] = {
                     "additionalProperties": False,
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
-                        "top_k": {"type": "integer", "minimum": 1},
-                        "explain": {"type": "boolean"},
+                        "top_k": {"type": ["integer", "null"], "minimum": 1},
+                        "explain": {"type": ["boolean", "null"]},
                     },
                 }
             },

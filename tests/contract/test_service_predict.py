@@ -241,6 +241,8 @@ def test_a_body_of_another_type_is_415_and_never_unpickled(client: TestClient, c
         ({"files": {"picture": ("a.png", picture())}}, 422, "no field 'image'"),
         ({"files": [("image", ("a.png", picture())), ("image", ("b.png", picture()))]}, 400, "Too many files"),
         ({"files": {"image": ("a.png", picture())}, "data": {"topk": "3"}}, 422, "topk"),
+        ({"files": {"image": ("a.png", picture())}, "data": {"top_k": ["1", "2"]}}, 422, "more than once: top_k"),
+        ({"files": [("image", ("a.png", picture())), ("image", (None, "b"))]}, 422, "more than once: image"),
         ({"files": {"image": ("a.png", picture())}, "data": {"top_k": "three"}}, 422, "top_k"),
         ({"files": {"image": ("a.png", picture())}, "data": {"top_k": "x" * 5000}}, 400, "maximum size"),
         ({"content": b"no boundary here", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400, "multipart"),
