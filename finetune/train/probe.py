@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,7 @@ FINAL_TOLERANCE = 1e-6
 SMALLEST_GRADIENT = 1e-6  # below this, float32 sums cannot tell the gradient from zero
 MAX_ITERATIONS = 1000
 CHUNK_ROWS = 4096
+ONE_THREAD_ELEMENTS = 2**25  # 128 MiB of features; up to there, threads wait for each other for longer than they help
 
 
 @dataclass(frozen=True)
@@ -97,29 +99,29 @@ def solve_probe(
     """
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
-    n_images, n_val = len(labels), 0 if val_features is None else len(val_features)
-    matrix = _standardise(features.reshape(n_images * views, -1), val_features)
-    row_labels = torch.from_numpy(
-        np.concatenate([np.repeat(labels, views), [] if val_labels is None else val_labels]).astype(np.int64)
-    )
-    row_weights = _row_weights(row_labels, views, n_images, n_val, num_classes, class_weights)
-    problem = _Problem(matrix.rows, row_labels, num_classes, label_smoothing)
-    trained = torch.arange(len(row_labels)) < n_images * views
+    n_train, n_val = len(labels) * views, 0 if val_features is None else len(val_features)
+    with _threads_for(features.size):
+        matrix = _standardise(features.reshape(n_train, -1), val_features)
+        row_labels = torch.from_numpy(np.repeat(labels, views).astype(np.int64))
+        if val_labels is not None:
+            row_labels = torch.cat([row_labels, torch.from_numpy(val_labels.astype(np.int64))])
+        problem = _Problem(matrix.rows, row_labels, num_classes, label_smoothing)
+        all_weights = _row_weights(row_labels, views, n_train, class_weights)
+        weights = all_weights * (torch.arange(n_train + n_val) < n_train)
 
-    splits: list[_Split] = []
-    if l2 is None and n_val:
-        splits = [_Split(row_weights * trained, torch.arange(n_images * views, n_images * views + n_val))]
-    elif l2 is None:
-        splits = _fold_splits(labels, row_weights, views, folds, seed)
+        splits: list[_Split] = []
+        if l2 is None and n_val:
+            splits = [_Split(weights, torch.arange(n_train, n_train + n_val))]
+        elif l2 is None:
+            splits = _fold_splits(labels, weights, views, folds, seed)
+        path, held_out_logits, start = _walk_path(problem, splits)
+        best = min(path, key=lambda point: point.val_nll, default=None)
+        chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
 
-    path, held_out_logits, start = _walk_path(problem, splits)
-    best = min(path, key=lambda point: point.val_nll, default=None)
-    chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
-    final_weights = row_weights if refit_with_val else row_weights * trained
-    start = problem.start(final_weights) if start is None else start
-    solution = minimise(problem.objective(final_weights, chosen), start, FINAL_TOLERANCE)
-    weight, bias = matrix.fold(problem.complete(solution.parameters, final_weights))
-    held_out_images = np.arange(n_val) if n_val else _held_out_images(splits, views)
+        weights = all_weights if refit_with_val else weights
+        start = problem.start(weights) if start is None else start
+        solution = minimise(problem.objective(weights, chosen), start, FINAL_TOLERANCE)
+        weight, bias = matrix.fold(problem.complete(solution.parameters, weights))
     return Probe(
         weight=weight,
         bias=bias,
@@ -127,12 +129,23 @@ def solve_probe(
         chosen_by="given" if l2 is not None else "default" if best is None else "validation" if n_val else "cross-validation",
         path=tuple(path),
         held_out_logits=held_out_logits,
-        held_out_images=held_out_images,
+        held_out_images=np.arange(n_val) if n_val else _held_out_images(splits, views),
         iterations=problem.passes,
         gradient_norm=solution.gradient_norm,
         converged=solution.converged,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _threads_for(n_elements: int) -> Iterator[None]:
+    """One thread for what takes one thread a second or two: on a busy machine, several stall each other many times over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if n_elements <= ONE_THREAD_ELEMENTS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def balanced_class_weights(labels: NDArray[np.integer], num_classes: int) -> NDArray[np.float64]:
@@ -150,12 +163,10 @@ class _Split:
     held_out: Tensor  # indices of rows
 
 
-def _row_weights(
-    row_labels: Tensor, views: int, n_images: int, n_val: int, num_classes: int, class_weights: NDArray[np.floating] | None
-) -> Tensor:
+def _row_weights(row_labels: Tensor, views: int, n_train: int, class_weights: NDArray[np.floating] | None) -> Tensor:
     """An image weighs one, whatever the number of its views, times its class's weight."""
-    weights = torch.ones(n_images * views + n_val, dtype=torch.float64)
-    weights[: n_images * views] /= views
+    weights = torch.ones(len(row_labels), dtype=torch.float64)
+    weights[:n_train] /= views
     if class_weights is not None:
         weights *= torch.from_numpy(np.asarray(class_weights, dtype=np.float64))[row_labels]
     return weights

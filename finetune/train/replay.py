@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.data.index import Sample
-from finetune.data.loader import epoch_order
+from finetune.data.loader import Batch, epoch_order, steps_per_epoch
 from finetune.errors import DiskFull
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
@@ -26,51 +26,42 @@ from finetune.train.machine import Settings
 
 @dataclass(frozen=True)
 class Activations:
-    """What enters the first trainable stage, for every image and view, memory-mapped. Feeds `finetune.train.fit`."""
+    """What enters the first trainable stage, for every image and view; memory-mapped, so only batches are in memory."""
 
     stage: int  # the cut is before this stage
     rows: Rows  # view k of image i is row i * views + k
     views: int
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64]  # (N,)
 
-    def train_batches(self, batch_size: int, seed: int) -> CachedTrainBatches:
-        return CachedTrainBatches(self, batch_size, seed)
+    def train_batches(self, batch_size: int, seed: int) -> Callable[[int, int], Iterator[Batch]]:
+        """The training batches for `fit`. Order and steps are those of `TrainLoader`; image i shows view (i + epoch) mod K."""
 
-    def eval_batches(self, batch_size: int) -> CachedEvalBatches:
-        return CachedEvalBatches(self, batch_size)
+        def batches(epoch: int, start_step: int) -> Iterator[Batch]:
+            order = epoch_order(len(self.labels), seed, epoch)
+            for step in range(start_step, steps_per_epoch(len(self.labels), batch_size)):
+                images = order[step * batch_size : (step + 1) * batch_size]
+                yield self._batch(images, (images + epoch) % self.views)
 
-    def batch(self, images: NDArray[np.integer], view: NDArray[np.integer]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
-        """Activations (B, *row_shape) and labels (B,) of one view of each of these images."""
-        return self.rows.take(images * self.views + view), self.labels[images]
+        return batches
 
+    def eval_batches(self, batch_size: int) -> EvalBatches:
+        """Every image once, in order, as evaluation sees it."""
+        return EvalBatches(self, batch_size)
 
-@dataclass(frozen=True)
-class CachedTrainBatches:
-    """The batches of an epoch, in the order that a loader of images would have. Image i shows view (i + epoch) mod K in it."""
-
-    activations: Activations
-    batch_size: int
-    seed: int
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[NDArray[np.floating], NDArray[np.int64]]]:
-        n_images = len(self.activations.labels)
-        order = epoch_order(n_images, self.seed, epoch)
-        for step in range(start_step, max(1, n_images // self.batch_size)):
-            images = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.activations.batch(images, (images + epoch) % self.activations.views)
+    def _batch(self, images: NDArray[np.int64], view: NDArray[np.int64]) -> Batch:
+        return Batch(self.rows.take(images * self.views + view), self.labels[images], images)
 
 
 @dataclass(frozen=True)
-class CachedEvalBatches:
-    """Every image once, in order, as evaluation sees it."""
+class EvalBatches:
+    """May be iterated any number of times."""
 
     activations: Activations
     batch_size: int
 
-    def __iter__(self) -> Iterator[tuple[NDArray[np.floating], NDArray[np.int64]]]:
-        for start in range(0, len(self.activations.labels), self.batch_size):
-            images = np.arange(start, min(start + self.batch_size, len(self.activations.labels)))
-            yield self.activations.batch(images, np.zeros_like(images))
+    def __iter__(self) -> Iterator[Batch]:
+        for images in np.split(indices := np.arange(len(self.activations.labels)), indices[self.batch_size :: self.batch_size]):
+            yield self.activations._batch(images, np.zeros_like(images))
 
 
 def prepare_activation(classifier: Classifier, activation: Tensor, settings: Settings) -> Tensor:
