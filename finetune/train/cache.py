@@ -30,7 +30,7 @@ LARGEST_BUDGET_BYTES = 20 * 1024**3
 ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
 
 _MAGIC = b"ftrows01"
-_TAIL_BYTES = len(_MAGIC) + 8  # length of the description, then the magic
+_TAIL_BYTES = 4 + 4 + len(_MAGIC)  # checksum and length of the description, then the magic
 
 
 class DamagedShard(ValueError):
@@ -185,7 +185,7 @@ def _files(root: Path) -> list[tuple[float, int, Path]]:
     return entries
 
 
-# A shard is the rows, then their keys, then a JSON description with the checksums of both, its length, and the magic.
+# A shard is the rows, then their keys, then a JSON description with the checksums of both, then the tail.
 
 
 def _write_shard(stream: IO[bytes], keys: list[NDArray[np.uint8]], rows: list[NDArray[Any]]) -> None:
@@ -203,24 +203,22 @@ def _write_shard(stream: IO[bytes], keys: list[NDArray[np.uint8]], rows: list[ND
         "keys_crc32": zlib.crc32(all_keys.data),
     }
     text = json.dumps(description).encode()
-    stream.write(text + len(text).to_bytes(8, "little") + _MAGIC)
+    stream.write(text + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + _MAGIC)
 
 
 def _describe(stream: IO[bytes], path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
     """The shard's description and the bytes of its rows; its file has exactly the size that they say."""
     size = stream.seek(0, os.SEEK_END)
-    if size < _TAIL_BYTES:
-        raise DamagedShard(f"{path}: too short")
-    stream.seek(size - _TAIL_BYTES)
+    stream.seek(max(0, size - _TAIL_BYTES))
     tail = stream.read(_TAIL_BYTES)
-    length = int.from_bytes(tail[:8], "little")
+    length = int.from_bytes(tail[4:8], "little")
     if tail[8:] != _MAGIC or length > size - _TAIL_BYTES:
         raise DamagedShard(f"{path}: no description at its end")
     stream.seek(size - _TAIL_BYTES - length)
-    try:
-        description: dict[str, Any] = json.loads(stream.read(length))
-    except ValueError as error:
-        raise DamagedShard(f"{path}: unreadable description") from error
+    text = stream.read(length)
+    if zlib.crc32(text) != int.from_bytes(tail[:4], "little"):
+        raise DamagedShard(f"{path}: its description differs from its checksum")
+    description: dict[str, Any] = json.loads(text)
     rows_bytes = description["rows"] * dtype.itemsize * int(np.prod(row_shape))
     whole = rows_bytes + description["rows"] * KEY_BYTES + length + _TAIL_BYTES
     if description["shape"] != list(row_shape) or description["dtype"] != dtype.str or whole != size:

@@ -32,7 +32,7 @@ from finetune.train.machine import Device
 
 EventCallback = Callable[[str, str], object]  # kind, message: what `RunDir.event` takes
 
-LEAST_COSINE = 0.9999
+LEAST_AGREEMENT = 0.9999
 OPSET = 20
 INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
@@ -219,9 +219,9 @@ def _open_onnx(
         return OnnxEngine(_session(file.read_bytes()))
     model = export_prefix(module) if graph is None else _only_embedding(graph)
     engine = OnnxEngine(_session(model))
-    cosine = least_cosine(engine.run(images), plain.run(images))
-    if not cosine > LEAST_COSINE:
-        raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, and {LEAST_COSINE} is asked for")
+    cosine = agreement(engine.run(images), plain.run(images))
+    if not cosine > LEAST_AGREEMENT:
+        raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is asked for")
     write_atomic(file, lambda stream: stream.write(model))
     write_json(verdict, {"sha256": hashlib.sha256(model).hexdigest(), "cosine": cosine, "images": len(images)})
     return engine
@@ -230,8 +230,8 @@ def _open_onnx(
 def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallback) -> TorchEngine:
     on_device = module.to("cuda")
     plain, fast = TorchEngine(on_device, "cuda", autocast=False), TorchEngine(on_device, "cuda", autocast=True)
-    cosine = least_cosine(fast.run(images), plain.run(images))
-    if cosine > LEAST_COSINE:
+    cosine = agreement(fast.run(images), plain.run(images))
+    if cosine > LEAST_AGREEMENT:
         return fast
     event(
         "prefix_engine",
@@ -240,12 +240,14 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
     return plain
 
 
-def least_cosine(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """The smallest cosine between matching rows; NaN if anything is not finite."""
+def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+    """The least of 2ab / (a² + b²) over matching rows: their cosine where they are equally long, less where they are not.
+
+    NaN if anything is not finite.
+    """
     a, b = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (first, second))
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    both_zero = ~(a.any(axis=1) | b.any(axis=1))
-    return float(np.where(both_zero, 1.0, (a * b).sum(axis=1) / np.where(norms == 0, 1.0, norms)).min())
+    squares = (a * a).sum(axis=1) + (b * b).sum(axis=1)
+    return float(np.where(squares == 0, 1.0, 2 * (a * b).sum(axis=1) / np.where(squares == 0, 1.0, squares)).min())
 
 
 def export_prefix(module: PixelPrefix) -> bytes:
