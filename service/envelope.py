@@ -8,10 +8,12 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.limits import PROBES
 from service.metrics import UNMATCHED, Metrics
 from service.problems import INTERNAL_DETAIL, MEDIA_TYPE, REQUEST_ID_HEADER, detail_of, problem
 
@@ -46,13 +48,16 @@ class Envelope:
         try:
             await self.app(scope, receive, answer.send)
         except Exception:
-            log.exception("%s %s %s failed", request_id, scope["method"], scope["path"])
+            log.exception("%s %s %s failed", request_id, scope["method"], quote(scope["path"]))
             await answer.fail()
         finally:
             seconds = time.perf_counter() - started
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
-            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], answer.status, seconds * 1000)
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            log.log(
+                level, "%s %s %s %d %.1f ms", request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000
+            )
         return None
 
 

@@ -127,9 +127,7 @@ class LiveModels:
 
     def loaded(self) -> list[tuple[str, str]]:
         """(name, version) of everything in memory."""
-        with self._maps:
-            lives = [*self._named.values(), *([self._default] if self._default else [])]
-        return [(live.name, live.version) for live in lives]
+        return [(live.name, live.version) for live in self._lives()]
 
     def refused(self) -> dict[tuple[str, str], str]:
         """(name, version) → why this bundle is not served although it was asked for."""
@@ -143,8 +141,9 @@ class LiveModels:
                 self._refused = {
                     source: why for source, why in self._refused.items() if source.written_ns == _written_ns(source.path)
                 }
+                named = list(self._named.items())
             self._refresh_default()
-            for reference, live in list(self._named.items()):
+            for reference, live in named:
                 try:
                     newer = self._follow(live, _source(self.find(reference)))
                 except NotFound:
@@ -157,8 +156,11 @@ class LiveModels:
     def _refresh_default(self) -> None:
         try:
             source = self._default_source()
-        except (NotFound, BundleError) as error:
+        except NotFound as error:
             self._default, self._reason = None, f"{error.message}. {MAKE_ONE}"
+            return
+        except BundleError as error:  # a folder that is no bundle, or not now: somebody may be writing it
+            self._reason = f"{error.message}. {MAKE_ONE}"
             return
         live = self._follow(self._default, source)
         if live is None:
@@ -171,7 +173,7 @@ class LiveModels:
             return live
         if wanted in self._refused:
             return live
-        same = next((other for other in [self._default, *self._named.values()] if other and other.source == wanted), None)
+        same = next((other for other in self._lives() if other.source == wanted), None)
         if same is not None:
             return same
         try:
@@ -184,6 +186,10 @@ class LiveModels:
         self.swaps += live is not None
         log.info("%s@%s is live", wanted.name, wanted.version)
         return newer
+
+    def _lives(self) -> list[Live]:
+        with self._maps:
+            return [*self._named.values(), *([self._default] if self._default else [])]
 
     def _keep(self, reference: str, live: Live) -> None:
         with self._maps:

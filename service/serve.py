@@ -27,7 +27,7 @@ def serve(host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, *, model: str | No
         InvalidInput: `host` is not an address, or one that others can reach while there is no API key.
     """
     address = listen_address(host, has_api_key=has_api_key)
-    environment = server_environment(os.environ, model=model)
+    environment = server_environment(os.environ, address, model=model)
     os.execve(sys.executable, server_command(address, port), environment)
 
 
@@ -54,15 +54,16 @@ def server_command(address: str, port: int) -> list[str]:
     ]
 
 
-def server_environment(inherited: Mapping[str, str], *, model: str | None) -> dict[str, str]:
+def server_environment(inherited: Mapping[str, str], address: str, *, model: str | None) -> dict[str, str]:
     """`inherited` with what the server needs; what is set already stays, except the model that was asked for."""
     home = workspace()
+    names = [*inherited.get("FINETUNE_ALLOWED_HOSTS", "").split(","), f"[{address}]" if ":" in address else address]
     defaults = {
         "BENTOML_DO_NOT_TRACK": "True",
         "BENTOML_HOME": str(home / "bentoml"),
         "OMP_NUM_THREADS": "1",
     }
-    asked = {"FINETUNE_HOME": str(home)}
+    asked = {"FINETUNE_HOME": str(home), "FINETUNE_ALLOWED_HOSTS": ",".join(filter(None, names))}
     if model is not None:
         asked["FINETUNE_MODEL"] = str(Path(model).absolute()) if Path(model).is_dir() else model
     return {**defaults, **inherited, **asked}

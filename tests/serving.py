@@ -66,7 +66,8 @@ def live_server(home: Path, *arguments: str) -> Iterator[LiveServer]:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         url = f"{URL}:{port}"
-        until(lambda: _is_ready(url, process))
+        with httpx.Client(base_url=url) as client:
+            until(lambda: _is_ready(client, process))
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -77,10 +78,10 @@ def live_server(home: Path, *arguments: str) -> Iterator[LiveServer]:
             raise
 
 
-def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
+def _is_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, "the server ended before it was ready"
     try:
-        return httpx.get(f"{url}/readyz").status_code == 200
+        return client.get("/readyz").status_code == 200
     except httpx.TransportError:
         return False
 

@@ -117,7 +117,7 @@ find("file").addEventListener("change", (event) => choose(event.target.files[0])
 for (const id of ["model", "top-k", "explain"]) find(id).addEventListener("change", ask);
 find("copy").addEventListener("click", async () => {
   getSelection().selectAllChildren(find("curl"));
-  if (!navigator.clipboard) return; // browsers give pages of other machines no clipboard without https: selected is all we can do
+  if (!navigator.clipboard) return; // no clipboard for pages over plain HTTP: selected is all we can do
   await navigator.clipboard.writeText(find("curl").textContent);
   find("copy").textContent = "Copied";
 });

@@ -92,6 +92,11 @@ def test_a_plain_request_id_is_kept_and_any_other_replaced(client: TestClient, g
     assert (answer.headers["x-request-id"] == given) is kept
 
 
+def test_a_path_cannot_write_a_line_of_its_own_into_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    client.get("/a%0aGET%20/faked%20200")
+    assert "GET /a%0AGET%20/faked%20200 404" in caplog.text
+
+
 # --- limits ---------------------------------------------------------------------------------------
 
 

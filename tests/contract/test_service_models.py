@@ -76,6 +76,20 @@ def test_a_bundle_folder_can_be_served_from_where_it_lies(tmp_path: Path) -> Non
     assert (answer["model"], answer["version"], answer["predictions"][0]["label"]) == ("colours", "0", "v7-blue")
 
 
+def test_a_folder_that_is_written_anew_is_swapped_and_one_that_is_damaged_is_not(tmp_path: Path) -> None:
+    folder = bundle_of(tmp_path / "a", 1)
+    models = LiveModels(Registry(tmp_path / "models"), default=str(folder))
+    models.refresh()
+    first = models.default()
+    shutil.rmtree(folder)
+    models.refresh()
+    assert models.default() is first
+    bundle_of(tmp_path / "b", 2).rename(folder)
+    models.refresh()
+    assert models.default().predictor.predict(picture()).labels[0][0] == "v2-red"
+    assert models.swaps == 1
+
+
 def test_when_nobody_watches_any_more_the_server_is_not_ready(tmp_path: Path) -> None:
     registered(tmp_path, bundle_of(tmp_path, 1))
     models = LiveModels(Registry(tmp_path / "models"))

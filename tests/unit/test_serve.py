@@ -51,12 +51,13 @@ def test_the_command_ends_open_requests_after_ten_seconds() -> None:
 def test_the_environment_stops_tracking_and_keeps_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    environment = server_environment({"PATH": "/bin", "OMP_NUM_THREADS": "2"}, model="flowers@3")
+    environment = server_environment({"PATH": "/bin", "OMP_NUM_THREADS": "2"}, "127.0.0.5", model="flowers@3")
     assert environment["BENTOML_DO_NOT_TRACK"] == "True"
     assert (environment["PATH"], environment["OMP_NUM_THREADS"]) == ("/bin", "2")
     assert (environment["FINETUNE_HOME"], environment["FINETUNE_MODEL"]) == (str(tmp_path), "flowers@3")
+    assert environment["FINETUNE_ALLOWED_HOSTS"] == "127.0.0.5"
     (tmp_path / "bundle").mkdir()
-    assert server_environment({}, model="bundle")["FINETUNE_MODEL"] == str(tmp_path / "bundle")
+    assert server_environment({}, "::1", model="bundle")["FINETUNE_MODEL"] == str(tmp_path / "bundle")
 
 
 def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:
