@@ -124,3 +124,9 @@ def test_a_missing_file_and_a_malformed_setting_say_what_to_give():
 def test_the_json_schema_names_every_field():
     schema = JobSpec.model_json_schema()
     assert set(schema["properties"]) == set(JobSpec.model_fields)
+
+
+def test_the_documented_defaults_are_the_defaults():
+    text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
+    documented = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert documented == parse_spec({"training_file": "photos"}).model_dump(mode="json")
