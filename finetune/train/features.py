@@ -83,12 +83,13 @@ class Views:
         augmented = [number for number in numbers if number > 0]
         if augmented and self.augment is not None:
             rgb = decode_image(data, short_side_px=self.augment.decode_short_side_px)
-            views += [self.augment(rgb, _view_seed(data, number)) for number in augmented]
+            image_sha256 = hashlib.sha256(data).digest()
+            views += [self.augment(rgb, _view_seed(image_sha256, number)) for number in augmented]
         return views
 
 
-def _view_seed(data: bytes, number: int) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, salt=number.to_bytes(8, "little")).digest(), "little")
+def _view_seed(image_sha256: bytes, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(image_sha256 + number.to_bytes(8, "little")).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
