@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from finetune.errors import Problem, SpecError, did_you_mean
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would otherwise ask the package index for news
 import albumentations as A
+from albumentations.augmentations.crops.transforms import CropSizeError
 
 cv2.setNumThreads(0)  # the loader's threads share out the cores; OpenCV's own would fight them
 
@@ -45,6 +47,8 @@ Policy = Literal["none", "light", "default", "strong"]
 COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
 # Left out: abstract classes, volumes, and what needs Python functions or files of its own.
 _NOT_OFFERED = {"DualTransform", "ImageOnlyTransform", "Transform3D", "Lambda", "TextImage"}
+# What the library raises on an image that a transform cannot take; of its own errors there is just this one.
+_REFUSALS = (CropSizeError, ValueError, TypeError, LookupError, NotImplementedError, ArithmeticError, cv2.error)
 _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 
 
@@ -69,11 +73,24 @@ class Augment:
     def __call__(self, rgb: np.ndarray, seed: int) -> np.ndarray:
         if not self._pipeline.transforms:
             return self.preprocess(rgb)
-        pipeline = self._pipeline_of_this_thread()
-        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        view: np.ndarray = pipeline(image=_padded(rgb, self.preprocess) if self._pads else rgb)["image"]
+        view = self.transformed(_padded(rgb, self.preprocess) if self._pads else rgb, seed)
         # Explicit transforms may leave any size; they are then framed as in evaluation.
         return view if view.shape[:2] == self.preprocess.input_size_px else self.preprocess(view)
+
+    def transformed(self, rgb: np.ndarray, seed: int) -> np.ndarray:
+        """What the transforms make of an image, not yet framed.
+
+        Raises:
+            SpecError: explicit transforms that cannot take an image of this size.
+        """
+        pipeline = self._pipeline_of_this_thread()
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        try:
+            view: np.ndarray = pipeline(image=rgb)["image"]
+        except _REFUSALS as error:
+            size = f"{rgb.shape[1]}×{rgb.shape[0]}"
+            raise SpecError(f"augmentation.transforms: fails on an image of {size} pixels: {_in_one_line(error)}") from error
+        return view
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: everything that decides what a view looks like."""
@@ -208,20 +225,26 @@ def _build(entry: Mapping[str, Mapping[str, Any]], where: str, problems: list[Pr
     if not isinstance(entry, Mapping) or len(entry) != 1:
         problems.append(Problem(where, "expected one transform with its parameters, for example {HorizontalFlip: {p: 0.5}}"))
         return None
-    ((name, parameters),) = entry.items()
+    ((name, given),) = entry.items()
     offered = [*offered_transforms(), *COMPOSITES]
     if name not in offered:
         problems.append(Problem(where, f"unknown transform {name!r}.{did_you_mean(name, offered)}"))
         return None
-    parameters = dict(parameters or {})
+    transform = getattr(A, name)
+    parameters = dict(given or {})
+    known = [parameter for parameter in inspect.signature(transform).parameters if parameter != "strict"]
+    if unknown := [parameter for parameter in parameters if parameter not in known]:
+        hints = "".join(did_you_mean(parameter, known) for parameter in unknown)
+        problems.append(Problem(f"{where}.{name}", f"has no {', '.join(unknown)}; its parameters are {', '.join(known)}.{hints}"))
+        return None
     if name in COMPOSITES:
         parameters["transforms"] = _build_all(parameters.get("transforms", ()), f"{where}.{name}.transforms", problems)
-    else:
-        parameters["strict"] = True  # unknown parameters would be a warning, and defaults would be used instead
+    elif "InitSchema" in vars(transform):
+        parameters["strict"] = True  # otherwise some refusals are warnings, and defaults are taken instead
     try:
-        return getattr(A, name)(**parameters)
+        return transform(**parameters)
     except (ValueError, TypeError) as error:
-        problems.append(Problem(f"{where}.{name}", _first_lines(error)))
+        problems.append(Problem(f"{where}.{name}", _in_one_line(error)))
         return None
 
 
@@ -231,8 +254,8 @@ def _rehearse(augment: Augment) -> list[Problem]:
     where = "augmentation.transforms"
     try:
         for seed in range(8):
-            view, again = augment(rgb, seed), augment(rgb, seed)
-            if view.dtype != np.uint8 or view.shape != (*augment.preprocess.input_size_px, 3):
+            view, again = augment.transformed(rgb, seed), augment.transformed(rgb, seed)
+            if view.dtype != np.uint8 or view.ndim != 3 or view.shape[2] != 3:
                 return [
                     Problem(where, f"must leave 8-bit RGB, not {view.dtype} {view.shape}; normalising is the model's own work")
                 ]
@@ -240,12 +263,12 @@ def _rehearse(augment: Augment) -> list[Problem]:
                 return [
                     Problem(where, "gives different views for one seed, so a run could not be repeated; leave that transform out")
                 ]
-    except (ValueError, TypeError, LookupError, NotImplementedError, ArithmeticError, cv2.error) as error:
-        return [Problem(where, f"fails on an ordinary photograph of 400×300 pixels: {_first_lines(error)}")]
+    except SpecError as error:
+        return [Problem(where, error.message.removeprefix(f"{where}: "))]
     return []
 
 
-def _first_lines(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """The library's sentence on one line, without the addresses that pydantic adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
     return "; ".join(lines) or type(error).__name__
