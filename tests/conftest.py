@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,14 @@ def mlflow_workspace(mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.
     workspace.mkdir()
     shutil.copy(mlflow_database, workspace / "mlflow.db")
     return workspace
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Small networks are quicker on one thread, and tests that share a machine do not slow each other down."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

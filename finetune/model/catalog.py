@@ -58,10 +58,11 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _suggest(name: str) -> str:
-    """Near misses by spelling, else architectures whose name contains what was given (``mobilenetv3``)."""
+    """Architectures whose name contains what was given (``mobilenetv3``), else near misses by spelling."""
     names = timm.list_models()
-    near = did_you_mean(name.lower(), names)
-    containing = [known for known in names if name and name.lower() in known][:_SHOWN]
-    if near or not containing:
-        return near
-    return f" Names with {name!r} in them: {', '.join(containing)}, …"
+    given = name.lower().replace("-", "_")
+    containing = [known for known in names if given and given in known]
+    if not containing or given in containing:
+        return did_you_mean(given, names)
+    more = ", …" if len(containing) > _SHOWN else ""
+    return f" Names like it: {', '.join(containing[:_SHOWN])}{more}."

@@ -6,7 +6,8 @@ map plus the bias is the logit. Knows nothing of losses, optimisers or files.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ class Classifier(nn.Module):
         aux: bool | str | None = None,
     ) -> None:
         super().__init__()
+        if pooling not in _POOLS:
+            near = did_you_mean(pooling, list(_POOLS))
+            raise InvalidInput(f"model.head.pooling: {pooling!r} is not one of {', '.join(_POOLS)}.{near}")
         if pooling != "avg" and backbone.readout.kind == "own":
             raise InvalidInput(f"model.head.pooling: only avg fits {backbone.name}, given {pooling!r}: {backbone.readout.note}.")
         self.backbone = backbone
@@ -132,19 +136,29 @@ def _linear(num_features: int, num_classes: int) -> nn.Linear:
     return linear
 
 
+def _avg(maps: Tensor) -> Tensor:
+    return maps.mean((2, 3))
+
+
+def _max(maps: Tensor) -> Tensor:
+    return maps.amax((2, 3))
+
+
+def _avgmax(maps: Tensor) -> Tensor:
+    """Half of both, as timm means the word."""
+    return 0.5 * (_avg(maps) + _max(maps))
+
+
+def _gem(maps: Tensor) -> Tensor:
+    return _avg(maps.clamp(min=_GEM_FLOOR).pow(_GEM_POWER)).pow(1 / _GEM_POWER)
+
+
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {"avg": _avg, "max": _max, "avgmax": _avgmax, "gem": _gem}
+
+
 def pool(maps: Tensor, pooling: Pooling) -> Tensor:
-    """(B, D, h, w) to (B, D). ``avgmax`` is the mean of both, as in timm."""
-    if pooling == "avg":
-        return maps.mean((2, 3))
-    if pooling == "max":
-        return maps.amax((2, 3))
-    if pooling == "avgmax":
-        return 0.5 * (maps.mean((2, 3)) + maps.amax((2, 3)))
-    if pooling == "gem":
-        return maps.clamp(min=_GEM_FLOOR).pow(_GEM_POWER).mean((2, 3)).pow(1 / _GEM_POWER)
-    raise InvalidInput(
-        f"model.head.pooling: {pooling!r} is not one of {', '.join(get_args(Pooling))}.{did_you_mean(pooling, get_args(Pooling))}"
-    )
+    """(B, D, h, w) to (B, D)."""
+    return _POOLS[pooling](maps)
 
 
 def _cam(backbone: Backbone, pooling: Pooling) -> tuple[CamKind | None, str]:

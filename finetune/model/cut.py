@@ -51,7 +51,7 @@ def cut_at(classifier: Classifier, stage: int) -> Cut:
         return classifier.head_logits(classifier.read(activation))
 
     prefix = _Prefix(_without(backbone.module, frozenset(link.name for link in links)))
-    return Cut(stage, prefix, suffix, backbone.stages[stage - 1].output_shape)
+    return Cut(stage, prefix, suffix, links[0].input_shape)
 
 
 def why_not_cut(backbone: Backbone, stage: int) -> str:

@@ -28,6 +28,12 @@ _NAMED_BLOCKS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("inception_b", r"features\.1[0-7]$"),
         ("inception_c", r"features\.(1[89]|2[01])$"),
     ),
+    "InceptionResnetV2": (
+        (STEM, r"conv2d_[1-4]|maxpool"),
+        ("inception_a", r"mixed_5b|repeat\."),
+        ("inception_b", r"mixed_6a|repeat_1\."),
+        ("inception_c", r"mixed_7a|repeat_2\.|block8|conv2d_7b"),
+    ),
 }
 _SPLIT_AT_POOLS = ("VGG",)
 
@@ -62,7 +68,8 @@ class Link:
 
     name: str
     options: Mapping[str, Any]
-    output_shape: tuple[int, ...]  # of one image
+    input_shape: tuple[int, ...]  # of one image
+    output_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def lay_out(module: nn.Module, trace: Trace) -> Layout:
     groups = _parameter_groups(module)
     chain = list(_chain(trace, groups))
     runs = _runs(module, [call.name for call in chain], groups)
-    links = tuple(Link(call.name, call.options, _shape_of_one(call.returned[0])) for call in chain)
+    links = tuple(Link(call.name, call.options, _shape_of_one(call.given), _shape_of_one(call.returned[0])) for call in chain)
     link_stages = tuple(index for index, run in enumerate(runs) for _ in run)
     owner = _module_owners(module, [call.name for call in chain], link_stages)
     tensor_stage = _tensor_stages(module, owner, groups, _group_stages(links, link_stages, groups))
@@ -231,13 +238,15 @@ def _names(module: nn.Module, runs: Sequence[Sequence[str]]) -> list[str]:
         return [name for name, _ in _NAMED_BLOCKS[family]]
     if family in _SPLIT_AT_POOLS:
         return [STEM, *(f"block{number}" for number in range(2, len(runs) + 1))]
-    return [STEM, *(_name(module, run[0]) for run in runs[1:])]
+    firsts = [run[0] for run in runs[1:]]
+    shorts = [_short(first) for first in firsts]
+    return [STEM, *(short if shorts.count(short) == 1 else first for short, first in zip(shorts, firsts, strict=True))]
 
 
-def _name(module: nn.Module, first: str) -> str:
+def _short(name: str) -> str:
     """``features.denseblock1`` is called denseblock1; a number keeps the container that counts it (``blocks.3``)."""
-    tail = first.rsplit(".", 1)[-1]
-    return first if tail.isdigit() else tail
+    tail = name.rsplit(".", 1)[-1]
+    return name if tail.isdigit() else tail
 
 
 def _replay_from(trace: Trace, chain: Sequence[Call]) -> int:
@@ -260,8 +269,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _shape_of_one(returned: Any) -> tuple[int, ...]:
-    return tuple(returned.shape[1:]) if isinstance(returned, Tensor) else ()
+def _shape_of_one(activation: Any) -> tuple[int, ...]:
+    return tuple(activation.shape[1:]) if isinstance(activation, Tensor) else ()
 
 
 def _module_owners(module: nn.Module, links: Sequence[str], link_stages: Sequence[int]) -> dict[str, int]:

@@ -61,7 +61,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class WeightsPackage:
-    """An installed distribution that carries a checkpoint: the tensors of one architecture, in timm's order, under other names."""
+    """An installed distribution that carries a checkpoint: one architecture's tensors, in timm's order, under other names."""
 
     distribution: str
     module: str
