@@ -21,11 +21,12 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir
-from finetune.train.features import Resources, Views, pooled_features
-from finetune.train.fit import Fitted, Saving, fit
-from finetune.train.machine import Settings, choose_settings
+from finetune.train.features import Resources, Views, plan_prefix, pooled_features
+from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.train.machine import Settings, choose_settings, prepare_images
 from finetune.train.probe import Probe, solve_probe
 from finetune.train.recipe import Recipe, widest_plan
+from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,7 @@ def _take_steps(
     solver: _HeadSolver,
     progress: ProgressCallback,
 ) -> Fitted:
-    train, val = dataset.of("train"), dataset.of("val")
-
-    def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads)
+    """Run the training loop on cached activations, where a frozen prefix stands before the first stage that trains, else on images."""
 
     def settings() -> Settings:
         chosen, timings = choose_settings(
@@ -170,10 +168,70 @@ def _take_steps(
             run.event("settings_measured", f"fastest on this machine: {chosen}", timings=rates)
         return chosen
 
-    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads)
+    source = _cached_source(classifier, recipe, dataset, augment, run, compute, progress)
+    if source is None:
+        source = _image_source(classifier, recipe, dataset, augment, compute)
     return fit(
-        classifier, recipe, batches, evaluated, run, Saving(identity), settings=settings, solve_head=solver, progress=progress
+        classifier,
+        recipe,
+        source.train,
+        source.val,
+        run,
+        Saving(identity),
+        settings=settings,
+        solve_head=solver,
+        prepare=source.prepare,
+        forward=source.forward,
+        progress=progress,
     )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where batches come from, and how one of them becomes logits."""
+
+    train: TrainBatches
+    val: Iterable[Batch]
+    prepare: Prepare
+    forward: Forward
+
+
+def _image_source(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute) -> _Source:
+    train, val = dataset.of("train"), dataset.of("val")
+
+    def batches(epoch: int, start_step: int) -> Iterable[Batch]:
+        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads)
+
+    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads)
+    return _Source(batches, evaluated, prepare_images, forward_images)
+
+
+def _cached_source(
+    classifier: Classifier,
+    recipe: Recipe,
+    dataset: Dataset,
+    augment: Augment,
+    run: RunDir,
+    compute: Compute,
+    progress: ProgressCallback,
+) -> _Source | None:
+    """Batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
+    if recipe.mixup or classifier.aux is not None:  # both need the images themselves
+        return None
+    train, val = dataset.of("train"), dataset.of("val")
+    resources = Resources(compute.device, compute.threads, progress=progress, event=run.event)
+    seen = Views(classifier.backbone.preprocess)
+    views = replace(seen, augment=augment, count=recipe.views)
+    plan = plan_prefix(classifier, min(recipe.trainable), train, val, views, resources, measure=False)
+    run.event("prefix", str(plan))
+    if plan.stage is None:
+        return None
+    trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), resources)
+    judged_on = cached_activations(classifier, plan.stage, val, seen, resources)
+    if trained_on is None or judged_on is None:
+        return None
+    batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
+    return _Source(batches, evaluated, prepare_activation, ForwardFrom(plan.stage))
 
 
 def _labels(samples: tuple[Sample, ...]) -> np.ndarray:
