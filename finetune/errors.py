@@ -13,7 +13,8 @@
     ├── Conflict                     conflict              1   409   an action that the present state does not allow
     ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its probes
     ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
-    ├── TrainingError                training_failed       1   500   training that cannot go on (diverged, out of memory)
+    ├── TrainingError                training_failed       1   500   training that cannot go on (diverged)
+    │   └── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
@@ -107,6 +108,10 @@ class ExportError(FinetuneError):
 
 class TrainingError(FinetuneError):
     code = "training_failed"
+
+
+class OutOfMemory(TrainingError):
+    code = "out_of_memory"
 
 
 class CheckpointError(FinetuneError):

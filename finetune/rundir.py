@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ class RunDir:
                 raise RunBusy(
                     f"{self.root}: another process is working on this run; wait for it, or give another --run-dir"
                 ) from None
+            for leftover in self.root.rglob(".*.tmp"):  # of writers that were killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
 
     def event(self, kind: str, message: str, **data: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,10 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
 
     The same command after a crash or Ctrl-C goes on where the run stopped.
     """
+    from finetune.jobs.lease import watch_lease_from_environment
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the run is
+    watch_lease_from_environment()
     from finetune.cli.terminal import print_json, progress_bars
     from finetune.outcome import choose_run_dir
     from finetune.pipeline import run_job

@@ -1,16 +1,19 @@
 """The clock that leases are read on: one that nobody sets.
 
-On one machine that is the time since boot, so a step of the wall clock (NTP, a person) expires no lease; the boot's id is part of
-a lease, and a lease from another boot has ended with it. On PostgreSQL the server's clock is the one that all workers share.
+On one machine that is the time since boot (suspension included), so a step of the wall clock (NTP, a person) ends no lease; the
+boot's id is part of a lease, and a lease of another boot has ended with it. On PostgreSQL the server's clock is the one that all
+workers share.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import Connection, text
+if TYPE_CHECKING:  # training processes read this clock too, and have no database
+    from sqlalchemy import Connection
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -22,11 +25,21 @@ class LeaseTime(NamedTuple):
     epoch: str
 
 
-def lease_time(connection: Connection) -> LeaseTime:
-    """The present, on the lease clock of this database."""
-    if connection.dialect.name == "postgresql":
-        seconds = connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
-        return LeaseTime(float(seconds), "postgresql")
+def machine_time() -> LeaseTime:
+    """The present on this machine's own clock, which all its processes share."""
     if hasattr(time, "CLOCK_BOOTTIME") and _BOOT_ID.exists():
-        return LeaseTime(time.clock_gettime(time.CLOCK_BOOTTIME), _BOOT_ID.read_text().strip())
+        return LeaseTime(time.clock_gettime(time.CLOCK_BOOTTIME), _boot_id())
     return LeaseTime(time.time(), "wall")
+
+
+def lease_time(connection: Connection) -> LeaseTime:
+    """The present on the lease clock of this database."""
+    if connection.dialect.name == "postgresql":
+        seconds = connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one()
+        return LeaseTime(float(seconds), "postgresql")
+    return machine_time()
+
+
+@functools.cache
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()

@@ -2,11 +2,14 @@
 
 SQLite runs with a rollback journal and full synchronisation: below 3.51.3 a race in the write-ahead log can lose commits when two
 connections are open. A writing transaction begins with BEGIN IMMEDIATE, so that two claims cannot both read before either writes.
+What the database cannot do (damaged, full, out of reach) leaves here as an error of our own family.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,48 +20,107 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, exc
+from sqlalchemy import Connection, Engine, create_engine, event, exc, text
 
-from finetune.errors import StoreError
+from finetune.errors import DiskFull, FinetuneError, InvalidInput, MissingExtra, StoreError
 
+DATABASE_VARIABLE = "FINETUNE_DATABASE"
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
 _WAL_IS_SAFE = sqlite3.sqlite_version_info >= (3, 51, 3)
 _BUSY_SECONDS = 30
+_CONNECTIONS = 40  # as many as a server has threads, so that none waits for another's
+_UPGRADE_LOCK = 0x66696E65  # any number that everyone who upgrades the same PostgreSQL database agrees on
+_NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "beegfs", "sshfs")
+
+_one_upgrade = threading.Lock()  # Alembic keeps its present context in a module
 
 
-def open_database(where: str | Path) -> Engine:
+def open_jobs(home: Path) -> Engine:
+    """The job database of a workspace: ``FINETUNE_DATABASE`` (a URL or a path), else ``jobs.db`` in the workspace."""
+    return open_database(os.environ.get(DATABASE_VARIABLE) or home / "jobs.db")
+
+
+def open_database(where: str | Path, migrations: Path = _MIGRATIONS) -> Engine:
     """Open (and where needed create or upgrade) the job database at a file path or a SQLAlchemy URL.
 
     Raises:
         StoreError: the database is damaged, of a newer release, or cannot be reached.
+        DiskFull: no space to create or upgrade it.
+        InvalidInput: not a URL of a database that jobs can be kept in.
     """
-    url = where if isinstance(where, str) and "://" in where else _sqlite_url(Path(where))
-    if url.startswith("postgresql://"):
-        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
-        _prepare_sqlite(engine)
+    engine = _engine(where)
     try:
-        _upgrade(engine)
-    except (exc.DatabaseError, CommandError) as error:
+        with _one_upgrade:
+            _upgrade(engine, migrations)
+    except FinetuneError:
         engine.dispose()
-        place = engine.url.render_as_string(hide_password=True)
-        raise StoreError(
-            f"{place}: the job database cannot be used ({_cause(error)}). If a newer release wrote it, install that release;"
-            " if it is damaged, move the file away (keep it: it can often be recovered) and restore your last copy."
-        ) from error
+        raise
     return engine
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A transaction that only reads: one consistent view."""
+    with _failures_named(engine), engine.connect() as connection:
+        yield connection
 
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first statement (SQLite) and commits at the end of the block."""
-    with engine.connect().execution_options(begin_immediate=True) as connection, connection.begin():
+    with (
+        _failures_named(engine),
+        engine.connect().execution_options(begin_immediate=True) as connection,
+        connection.begin(),
+    ):
         yield connection
 
 
+def _engine(where: str | Path) -> Engine:
+    url = where if isinstance(where, str) and "://" in where else _sqlite_url(Path(where))
+    if url.startswith(("postgresql://", "postgres://")):
+        url = f"postgresql+psycopg://{url.partition('://')[2]}"
+    try:
+        engine = create_engine(url, pool_size=_CONNECTIONS, max_overflow=0, pool_pre_ping=not url.startswith("sqlite"))
+    except exc.ArgumentError:
+        raise InvalidInput(
+            f"{DATABASE_VARIABLE}={url!r} is not a database URL. Give a file path or postgresql://user:password@host/database"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"a PostgreSQL job database needs {error.name}: pip install 'finetune[postgres]'") from None
+    if engine.dialect.name not in ("sqlite", "postgresql"):
+        raise InvalidInput(f"{_place(engine)}: jobs are kept in SQLite or PostgreSQL, not in {engine.dialect.name}")
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine)
+    return engine
+
+
 def _sqlite_url(path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path.absolute()}"
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: the folder of the job database cannot be made: {error.strerror}") from error
+    if kind := _network_file_system(path.parent):
+        raise StoreError(
+            f"{path}: this folder is on {kind}, and SQLite's locks are not safe over a network. Choose a local folder"
+            f" (FINETUNE_HOME), or keep the jobs in PostgreSQL ({DATABASE_VARIABLE}=postgresql://…)."
+        )
+    return f"sqlite:///{path}"
+
+
+def _network_file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """The kind of network file system that `folder` is on, if it is on one."""
+    if not mounts.exists():
+        return None
+    best, kind = "", ""
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, point, found, *_ = line.split(" ")
+        point = point.encode().decode("unicode_escape")  # a space in a mount point is written \040
+        if folder.resolve().is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, found
+    return kind if any(name in kind for name in _NETWORK_FILE_SYSTEMS) else None
 
 
 def _prepare_sqlite(engine: Engine) -> None:
@@ -78,17 +140,57 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
-def _upgrade(engine: Engine) -> None:
+def _upgrade(engine: Engine, migrations: Path) -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    newest = ScriptDirectory.from_config(config).get_current_head()
+    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+    scripts = ScriptDirectory.from_config(config)
     with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _UPGRADE_LOCK})
         present = MigrationContext.configure(connection).get_current_revision()
-        if present == newest:
+        if present == scripts.get_current_head():
             return
+        if present is not None and present not in {script.revision for script in scripts.walk_revisions()}:
+            raise StoreError(
+                f"{_place(engine)}: a newer release of finetune wrote this job database (schema {present}). Install that release,"
+                " or give this one a database of its own: another FINETUNE_HOME."
+            )
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise StoreError(f"{_place(engine)}: the job database cannot be upgraded: {error}") from error
 
 
-def _cause(error: Exception) -> str:
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
+@contextmanager
+def _failures_named(engine: Engine) -> Iterator[None]:
+    """Turn what the database itself cannot do into our own errors; errors in how we use it stay what they are."""
+    try:
+        yield
+    except exc.TimeoutError as error:
+        raise StoreError(f"{_place(engine)}: every connection to the job database is in use; try again") from error
+    except exc.DatabaseError as error:
+        if isinstance(error, exc.IntegrityError | exc.ProgrammingError | exc.DataError | exc.NotSupportedError):
+            raise
+        raise _named(_place(engine), str(error.orig).partition("\n")[0]) from error
+
+
+def _named(place: str, cause: str) -> FinetuneError:
+    lowered = cause.lower()
+    if "disk is full" in lowered or "no space left" in lowered:
+        return DiskFull(f"{place}: the disk is full; the job database is as it was before. Free some space and try again.")
+    if any(sign in lowered for sign in ("malformed", "not a database", "file is encrypted")):
+        return StoreError(
+            f"{place}: the job database is damaged ({cause}). Move the file away, but keep it (sqlite3 FILE .recover often saves"
+            " most of it), and put your last copy in its place (sqlite3 FILE '.backup COPY' makes one)."
+        )
+    if "locked" in lowered:
+        return StoreError(f"{place}: another process has held the job database for {_BUSY_SECONDS} seconds; try again")
+    return StoreError(f"{place}: the job database cannot be used: {cause}")
+
+
+def _place(engine: Engine) -> str:
+    """The file, or the URL without its password."""
+    if engine.dialect.name == "sqlite":
+        return str(engine.url.database)
+    return engine.url.render_as_string(hide_password=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ class Resources:
 
     threads: int = 1
     gpus: tuple[int, ...] = ()
+
+    def environment(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
 
 
 @dataclass(frozen=True)
@@ -39,55 +43,61 @@ class Executor(Protocol):
         """Start `command` in a fresh process group, its output appended to `log`."""
 
     def poll(self, handle: Handle) -> int | None:
-        """None while it runs, then the exit code (negative: the signal that ended it)."""
+        """None while it runs, then, once, its exit code (negative: the signal that ended it)."""
 
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
-        """Ask it to stop (SIGTERM) and return; a `poll` after `grace_seconds` ends it for good."""
+        """Ask it to stop (SIGTERM) and return; a `poll` after `grace_seconds` ends it for good. The shortest grace counts."""
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen[bytes]
+    kill_at: float | None = None  # monotonic seconds
 
 
 class LocalExecutor:
     """Attempts as child processes of this one, which die with it."""
 
     def __init__(self) -> None:
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._kill_at: dict[str, float] = {}  # job id -> monotonic seconds
+        self._children: dict[str, _Child] = {}  # by `Handle.reference`, the process id
 
     def start(
         self, job_id: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path, resources: Resources
     ) -> Handle:
-        leashed = [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid()), *command]
-        limits = {"OMP_NUM_THREADS": str(resources.threads), "CUDA_VISIBLE_DEVICES": ",".join(map(str, resources.gpus))}
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("start attempts from the main thread: a child dies with the thread that started it")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                leashed,
+                [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **limits, **environment},
+                env={**os.environ, **resources.environment(), **environment},
             )
-        self._processes[job_id] = process
+        self._children[str(process.pid)] = _Child(process)
         return Handle(job_id, str(process.pid))
 
     def poll(self, handle: Handle) -> int | None:
-        process = self._processes[handle.job_id]
-        if time.monotonic() > self._kill_at.get(handle.job_id, math.inf):
-            _signal_group(process, signal.SIGKILL)
-        code = process.poll()
+        child = self._children[handle.reference]
+        if child.kill_at is not None and time.monotonic() >= child.kill_at:
+            _signal_group(child.process, signal.SIGKILL)
+        code = child.process.poll()
         if code is not None:
-            _signal_group(process, signal.SIGKILL)  # whatever the attempt itself started
-            self._kill_at.pop(handle.job_id, None)
+            _signal_group(child.process, signal.SIGKILL)  # whatever the attempt itself started
+            del self._children[handle.reference]
         return code
 
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
-        if handle.job_id not in self._kill_at:
-            self._kill_at[handle.job_id] = time.monotonic() + grace_seconds
-            _signal_group(self._processes[handle.job_id], signal.SIGTERM)
+        child = self._children[handle.reference]
+        kill_at = time.monotonic() + grace_seconds
+        if child.kill_at is None:
+            child.kill_at = kill_at
+            _signal_group(child.process, signal.SIGTERM)
+        child.kill_at = min(child.kill_at, kill_at)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, RowMapping, func, insert, or_, select, update
 
 from finetune.errors import InvalidInput, NotFound, did_you_mean
-from finetune.jobs.database import writing
+from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import api_keys
 
 SCOPES = ("predict", "jobs", "admin")
@@ -70,7 +70,7 @@ class KeyStore:
         """The key that this text is, or None when there is no such key, or it has expired or was revoked."""
         prefix, _, rest = secret.partition("_")
         key_id, _, _ = rest.partition("_")
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             row = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).mappings().one_or_none()
         now = time.time()
         stored = row["secret_sha256"] if row is not None else bytes(32)
@@ -85,7 +85,7 @@ class KeyStore:
 
     def list(self) -> Sequence[ApiKey]:
         """Every key ever made, oldest first."""
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.execute(select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)).mappings().all()
         return [_key(row) for row in rows]
 
@@ -103,7 +103,7 @@ class KeyStore:
     def any_usable(self) -> bool:
         """Whether at least one key would be accepted now."""
         alive = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > time.time())
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             return bool(connection.execute(select(func.count()).where(api_keys.c.revoked_at.is_(None), alive)).scalar_one())
 
 

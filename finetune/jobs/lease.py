@@ -1,8 +1,8 @@
 """How a training process knows that the job is still its worker's: a file that the worker renews and the process watches.
 
-The worker holds the lease in the database; the process has no database. So the worker writes beside the run when the lease ends,
-and a process whose lease has run out (its worker was stopped, killed, or cut off) stops itself: first with SIGTERM, on which
-training writes a checkpoint and ends, then for good.
+The worker holds the lease in the database; the process has no database. So the worker writes beside the run how long the process
+may go on. A process whose lease is running out (its worker was stopped, killed, or cut off) stops itself: first with SIGTERM, on
+which training writes a checkpoint and ends, and at the latest with the lease itself, before anybody else can have the job.
 """
 
 from __future__ import annotations
@@ -13,23 +13,37 @@ import threading
 import time
 from pathlib import Path
 
-from finetune.rundir import read_json, write_json
+from finetune.jobs.clock import machine_time
 
 LEASE_VARIABLE = "FINETUNE_LEASE"
-GRACE_SECONDS = 20.0
+WARNING_FRACTION = 2 / 3  # of the lease: when a process that heard nothing begins to stop
+EXIT_LEASE_ENDED = 130  # as an interrupted run: the job goes on elsewhere
+
+_LINE = "{:020.3f} {:020.3f}\n"
 
 
-def write_lease(path: Path, seconds: float) -> None:
-    """Allow the run to go on for `seconds` from now, on the clock that nobody sets."""
-    write_json(path, {"until": time.clock_gettime(time.CLOCK_MONOTONIC) + seconds})
+def write_lease(path: Path, asked_at: float, seconds: float) -> None:
+    """Allow the process to go on until `seconds` after `asked_at`.
 
-
-def lease_ended(path: Path) -> bool:
-    """Whether the lease has run out, or was withdrawn (the file is gone)."""
+    `asked_at` is when the worker asked the database for the lease, read beforehand on this machine's clock: a worker that was
+    stopped since then allows nothing that has passed. The file keeps its size and is overwritten in place, which also works when
+    the disk is full, and needs no flush: a lease does not outlive the machine.
+    """
+    line = _LINE.format(asked_at + WARNING_FRACTION * seconds, asked_at + seconds).encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        return bool(time.clock_gettime(time.CLOCK_MONOTONIC) > read_json(path)["until"])
+        os.pwrite(descriptor, line, 0)
+    finally:
+        os.close(descriptor)
+
+
+def read_lease(path: Path) -> tuple[float, float]:
+    """When the process is to begin to stop, and when it must have ended; both long ago where the lease was withdrawn."""
+    try:
+        stop_at, end_at = map(float, path.read_text().split())
     except FileNotFoundError:
-        return True
+        return 0.0, 0.0
+    return stop_at, end_at
 
 
 def watch_lease_from_environment() -> None:
@@ -38,9 +52,14 @@ def watch_lease_from_environment() -> None:
         threading.Thread(target=_watch, args=(Path(path),), name="lease", daemon=True).start()
 
 
-def _watch(path: Path, every_seconds: float = 1.0) -> None:
-    while not lease_ended(path):
+def _watch(path: Path, every_seconds: float = 0.5) -> None:
+    warned = False
+    while True:
+        stop_at, end_at = read_lease(path)
+        now = machine_time().seconds
+        if now > end_at:
+            os._exit(EXIT_LEASE_ENDED)
+        if now > stop_at and not warned:
+            warned = True
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(every_seconds)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
-    os._exit(os.EX_TEMPFAIL)

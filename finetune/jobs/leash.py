@@ -1,7 +1,8 @@
 """``python -m finetune.jobs.leash PARENT_PID COMMAND…``: become COMMAND, and die when the parent dies.
 
-A separate step before exec, because code between fork and exec in a process with threads may deadlock. Linux only: elsewhere the
-lease file alone ends a process whose worker is gone.
+A separate step before exec, because code between fork and exec in a process with threads may deadlock. The kernel sends the
+signal when the *thread* that forked ends, so parents start children from their main thread. Linux only: elsewhere the lease file
+alone ends a process whose worker is gone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # the parent died before the call above: nobody would send the signal
         sys.exit(os.EX_TEMPFAIL)
     os.execvp(command[0], command)

@@ -1,8 +1,9 @@
-"""The tables of the job database. Times are Unix seconds; lease times are seconds of the lease clock (`clock`). Torch-free."""
+"""The tables of the job database. Times are Unix seconds, but for those that say they are on the lease clock (`clock`)."""
 
 from __future__ import annotations
 
 from sqlalchemy import (
+    Boolean,
     CheckConstraint,
     Column,
     Float,
@@ -15,11 +16,13 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "cancelling")  # a worker holds a lease on the job
+UNFINISHED = ("queued", *HELD)
 
 metadata = MetaData()
 
@@ -36,15 +39,16 @@ jobs = Table(
     Column("request", Text),  # the body as the client sent it, where the client speaks another dialect than JobSpec
     Column("suffix", String(64)),
     Column("created_at", Float, nullable=False),
-    Column("not_before", Float, nullable=False, default=0.0),
+    Column("not_before", Float, nullable=False, default=0.0),  # on the lease clock, like `lease_until`
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("attempts", Integer, nullable=False, default=0),  # every start
-    Column("stalled_attempts", Integer, nullable=False, default=0),  # starts in a row that ended without a new checkpoint
+    Column("progressed", Boolean, nullable=False, default=False),  # the present attempt has written a new checkpoint
+    Column("stalled_attempts", Integer, nullable=False, default=0),  # earlier ones in a row that died without a new checkpoint
     Column("fence", Integer, nullable=False, default=0),  # raised by every claim; a writer with an older one has lost the job
     Column("lease_owner", String(80)),
-    Column("lease_until", Float),
-    Column("lease_epoch", String(64)),  # which lease clock `lease_until` is read on
+    Column("lease_until", Float),  # on the lease clock
+    Column("clock_epoch", String(64)),  # which lease clock `lease_until` and `not_before` are read on
     Column("cancel_requested_at", Float),
     Column("progress", Text),
     Column("progress_at", Float),
@@ -53,7 +57,7 @@ jobs = Table(
     Column("error_message", Text),
     CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
     CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
-    Index("jobs_claim", "state", "priority", "created_at"),
+    Index("jobs_claim", "state", text("priority DESC"), "id"),  # the order in which jobs are claimed
     Index("jobs_owner", "owner", "id"),
 )
 

@@ -7,26 +7,29 @@
           reap
 
 A claim is a lease with a fencing token (`fence`): every later write of the holder names the token, and a write that changes no
-row means that the job belongs to somebody else now. Knows nothing of processes, run folders or HTTP.
+row means that the job belongs to somebody else now. Every change of a job locks its row first, so its events are numbered in the
+order in which they happened. Knows nothing of processes, run folders or HTTP.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, RowMapping, Select, and_, delete, func, insert, or_, select, update
 
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs.clock import LeaseTime, lease_time
-from finetune.jobs.database import writing
-from finetune.jobs.schema import HELD, TERMINAL, idempotency, job_events, jobs
+from finetune.jobs.database import reading, writing
+from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
+MAX_LOST_WORKERS = 10  # in a row without a new checkpoint, after which the job is taken to be what kills them
 IDEMPOTENCY_SECONDS = 24 * 3600.0
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 
@@ -55,6 +58,7 @@ class Job:
     error_code: str | None
     error_message: str | None
     cancel_requested_at: float | None
+    worker: str | None  # who holds it now
 
     @property
     def finished(self) -> bool:
@@ -84,8 +88,8 @@ class Event:
 
 
 def new_id(prefix: str) -> str:
-    """``ftjob-01jx…``: sorts by creation time to the millisecond, then at random (80 bits)."""
-    number = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+    """``ftjob-0c3t…``: 130 bits in 26 characters, sorted by creation time to the microsecond, then at random (72 bits)."""
+    number = (time.time_ns() // 1_000 << 72) | secrets.randbits(72)
     return f"{prefix}-" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
@@ -119,6 +123,7 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
+            _one_creation_at_a_time(connection, owner)
             if idempotency_key is not None:
                 earlier = _earlier_answer(connection, owner, idempotency_key, body_sha256, now)
                 if earlier is not None:
@@ -129,25 +134,18 @@ class JobStore:
             connection.execute(
                 insert(jobs).values(
                     id=job_id, owner=owner, state="queued", priority=priority, spec=_dumps(spec), spec_digest=spec_digest,
-                    request=None if request is None else _dumps(request), suffix=suffix, created_at=now, not_before=0.0,
-                    attempts=0, stalled_attempts=0, fence=0,
+                    request=None if request is None else _dumps(request), suffix=suffix, created_at=now,
                 )
             )  # fmt: skip
             if idempotency_key is not None:
-                answer = {
-                    "owner": owner,
-                    "key": idempotency_key,
-                    "body_sha256": body_sha256,
-                    "object_id": job_id,
-                    "created_at": now,
-                }
-                connection.execute(insert(idempotency).values(answer))
-            _record(connection, job_id, now, "info", "queued", "The job is queued.")
+                answer = {"owner": owner, "key": idempotency_key, "body_sha256": body_sha256, "object_id": job_id}
+                connection.execute(insert(idempotency).values({**answer, "created_at": now}))
+            _record(connection, job_id, now, "queued", "The job is queued.")
             return _job(_row(connection, job_id, owner)), True
 
     def get(self, job_id: str, owner: str | None = None) -> Job:
         """One job; another owner's job does not exist (NotFound). `owner` None sees every job."""
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             return _job(_row(connection, job_id, owner))
 
     def list(
@@ -161,7 +159,7 @@ class JobStore:
             query = query.where(jobs.c.id < after)
         if state is not None:
             query = query.where(jobs.c.state == state)
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.execute(query).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
@@ -169,7 +167,7 @@ class JobStore:
         """How many queued jobs will be claimed before this one; None when it is not queued."""
         if job.state != "queued":
             return None
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             mine = connection.execute(select(jobs.c.priority).where(jobs.c.id == job.id)).scalar_one()
             before = or_(jobs.c.priority > mine, and_(jobs.c.priority == mine, jobs.c.id < job.id))
             return connection.execute(select(func.count()).where(jobs.c.state == "queued", before)).scalar_one()
@@ -182,95 +180,98 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            row = _row(connection, job_id, owner)
+            row = _row(connection, job_id, owner, lock=True)
             if row["state"] in ("succeeded", "failed"):
                 raise Conflict(f"{job_id} has already {row['state']}; a finished job cannot be cancelled")
             if row["state"] == "queued":
-                cancelled = {"state": "cancelled", "cancel_requested_at": now, "finished_at": now}
+                cancelled = {"state": "cancelled", "cancel_requested_at": now, "finished_at": _after(row, now)}
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancelled))
-                _record(connection, job_id, now, "info", "cancelled", "The job was cancelled before it started.")
+                _record(connection, job_id, now, "cancelled", "The job was cancelled while it was queued.")
             elif row["state"] == "running":
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(state="cancelling", cancel_requested_at=now))
-                _record(connection, job_id, now, "info", "cancelling", "Cancelling was asked for.")
+                _record(connection, job_id, now, "cancelling", "Cancelling was asked for.")
             return _job(_row(connection, job_id, owner))
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Sequence[Event]:
         """The job's events with ``seq > after``, oldest first."""
         query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.execute(query.order_by(job_events.c.seq).limit(limit)).mappings().all()
         return [_event(row) for row in rows]
 
-    def counts(self) -> dict[str, int]:
+    def counts(self, owner: str | None = None) -> dict[str, int]:
         """How many jobs are in each state (states without a job are left out)."""
-        with self.engine.connect() as connection:
-            rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        with reading(self.engine) as connection:
+            rows = connection.execute(query if owner is None else query.where(jobs.c.owner == owner))
             return {str(state): int(count) for state, count in rows}
 
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
 
     def claim(self, worker: str) -> Claim | None:
         """Take the next queued job under a fresh lease, or None when there is none to take now."""
+        with reading(self.engine) as connection:  # most often there is none: then nobody's write is held up
+            if connection.execute(_claimable(lease_time(connection))).first() is None:
+                return None
         now = time.time()
         with writing(self.engine) as connection:
-            next_id = connection.execute(
-                select(jobs.c.id)
-                .where(jobs.c.state == "queued", jobs.c.not_before <= now)
-                .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            ).scalar_one_or_none()
-            if next_id is None:
+            clock = lease_time(connection)
+            job_id = connection.execute(_claimable(clock).with_for_update(skip_locked=True)).scalar_one_or_none()
+            if job_id is None:
                 return None
             taken = {
-                **self._lease(lease_time(connection)), "state": "running", "lease_owner": worker, "fence": jobs.c.fence + 1,
+                **self._lease(clock), "state": "running", "lease_owner": worker, "fence": jobs.c.fence + 1, "progressed": False,
                 "attempts": jobs.c.attempts + 1, "started_at": func.coalesce(jobs.c.started_at, now), "phase": "preparing",
             }  # fmt: skip
-            connection.execute(update(jobs).where(jobs.c.id == next_id).values(taken))
-            row = _row(connection, next_id, None)
-            _record(connection, next_id, now, "info", "running", f"Attempt {row['attempts']} started.", {"worker": worker})
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(taken))
+            row = _row(connection, job_id, None)
+            _record(connection, job_id, now, "running", f"Attempt {row['attempts']} started.", data={"worker": worker})
             return Claim(_job(row), worker, row["fence"])
 
-    def heartbeat(self, claim: Claim, *, phase: str | None = None, progress: Mapping[str, Any] | None = None) -> bool:
+    def heartbeat(
+        self,
+        claim: Claim,
+        *,
+        phase: str | None = None,
+        progress: Mapping[str, Any] | None = None,
+        progressed: bool = False,
+        records: Sequence[Mapping[str, Any]] = (),
+    ) -> bool:
         """Renew the lease and publish where the run is; returns whether cancelling was asked for.
+
+        Args:
+            progressed: this attempt has written a new checkpoint; once said, it holds for the attempt.
+            records: all of the run's own event lines, in order; those that the job's history does not have yet are added, and
+                counted in the same transaction, so that repeating them after a crash adds nothing twice. A record has ``at``,
+                ``kind`` and ``message``, perhaps ``level``; the rest becomes the event's data.
 
         Raises:
             LeaseLost: the job is held by somebody else, or has ended.
         """
         with writing(self.engine) as connection:
+            row = _held(connection, claim)
             values: dict[str, Any] = self._lease(lease_time(connection))
             if phase is not None:
                 values["phase"] = phase
             if progress is not None:
                 values |= {"progress": _dumps(progress), "progress_at": time.time()}
-            self._write_held(connection, claim, values)
-            return bool(_row(connection, claim.job.id, None)["state"] == "cancelling")
+            if progressed:
+                values["progressed"] = True
+            _write(connection, claim, values)
+            _add_run_events(connection, claim.job.id, records)
+            return bool(row["state"] == "cancelling")
 
     def cancel_requested(self, claim: Claim) -> bool:
-        """Whether cancelling was asked for; cheaper than a heartbeat, for polling each second."""
-        with self.engine.connect() as connection:
+        """Whether cancelling was asked for; cheaper than a heartbeat, for polling."""
+        with reading(self.engine) as connection:
             return connection.execute(select(jobs.c.state).where(jobs.c.id == claim.job.id)).scalar_one_or_none() == "cancelling"
-
-    def forward_events(self, claim: Claim, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add to the job's history those of the run's own event lines (all of them, in order) that it does not have yet.
-
-        A record has ``at``, ``kind`` and ``message``, perhaps ``level``; the rest becomes the event's data. Safe to repeat after
-        a crash at any point: what was added is counted in the same transaction. LeaseLost as in `heartbeat`.
-        """
-        with writing(self.engine) as connection:
-            self._write_held(connection, claim, self._lease(lease_time(connection)))
-            have = connection.execute(select(func.max(job_events.c.line)).where(job_events.c.job_id == claim.job.id)).scalar_one()
-            for line, record in enumerate(records):
-                if have is None or line > have:
-                    data = {key: value for key, value in record.items() if key not in ("at", "level", "kind", "message")}
-                    level, kind, message = str(record.get("level", "info")), str(record["kind"]), str(record["message"])
-                    _record(connection, claim.job.id, float(record["at"]), level, kind, message, data, line)
 
     def finish(
         self,
         claim: Claim,
         state: str,
         *,
+        message: str | None = None,
         result: Mapping[str, Any] | None = None,
         error_code: str | None = None,
         error_message: str | None = None,
@@ -279,68 +280,64 @@ class JobStore:
         if state not in TERMINAL:
             raise ValueError(f"{state!r} is not one of {TERMINAL}")
         now = time.time()
-        ended = {
-            "state": state, "finished_at": now, "lease_owner": None, "lease_until": None, "phase": None,
-            "result": None if result is None else _dumps(result), "error_code": error_code, "error_message": error_message,
-        }  # fmt: skip
         with writing(self.engine) as connection:
-            self._write_held(connection, claim, ended)
+            row = _held(connection, claim)
+            values = {
+                "result": None if result is None else _dumps(result),
+                "error_code": error_code,
+                "error_message": error_message,
+            }
+            _write(connection, claim, {**_released(), **values, "state": state, "finished_at": _after(row, now)})
+            said = error_message or message or f"The job {_ENDED[state]}."
             level = "error" if state == "failed" else "info"
-            _record(
-                connection, claim.job.id, now, level, state, error_message or f"The job {_ENDED[state]}.", {"code": error_code}
-            )
+            _record(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
 
-    def hand_back(self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, progressed: bool = True) -> None:
+    def hand_back(self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: bool = True) -> None:
         """Put the job back in the queue (a dying worker, a failure that another attempt may cure); LeaseLost as in `heartbeat`.
 
-        `progressed` says that this attempt left a newer checkpoint; attempts without one in a row are counted (see `stalled`).
+        An attempt that wrote no new checkpoint is `counted` towards a crash loop, unless its end says nothing about the job.
         A job whose cancelling was asked for is cancelled instead.
         """
         now = time.time()
         with writing(self.engine) as connection:
-            stalled = 0 if progressed else jobs.c.stalled_attempts + 1
-            released = {"lease_owner": None, "lease_until": None, "stalled_attempts": stalled, "phase": None}
-            if _row(connection, claim.job.id, None)["state"] == "cancelling":
-                self._write_held(connection, claim, {**released, "state": "cancelled", "finished_at": now})
-                _record(connection, claim.job.id, now, "info", "cancelled", "The job was cancelled.")
+            row = _held(connection, claim)
+            if row["state"] == "cancelling":
+                _write(connection, claim, {**_released(), "state": "cancelled", "finished_at": _after(row, now)})
+                _record(connection, claim.job.id, now, "cancelled", "The job was cancelled.")
                 return
-            self._write_held(connection, claim, {**released, "state": "queued", "not_before": now + delay_seconds})
-            _record(connection, claim.job.id, now, "warning", "requeued", reason, {"delay_seconds": delay_seconds})
+            clock = lease_time(connection)
+            waiting = {"state": "queued", "not_before": clock.seconds + delay_seconds, "clock_epoch": clock.epoch}
+            stalled = _stalled(row) if counted or row["progressed"] else row["stalled_attempts"]
+            _write(connection, claim, {**_released(), **waiting, "stalled_attempts": stalled})
+            _record(
+                connection,
+                claim.job.id,
+                now,
+                "requeued",
+                reason,
+                level="warning",
+                data={"delay_seconds": round(delay_seconds, 1)},
+            )
 
     def stalled_attempts(self, claim: Claim) -> int:
-        """How many attempts in a row ended without a new checkpoint before this one."""
-        with self.engine.connect() as connection:
-            return int(connection.execute(select(jobs.c.stalled_attempts).where(jobs.c.id == claim.job.id)).scalar_one())
+        """How many attempts in a row, this one included, have written no new checkpoint."""
+        with reading(self.engine) as connection:
+            return _stalled(_row(connection, claim.job.id, None))
 
     def reap(self) -> Sequence[str]:
         """Put jobs whose lease has run out back in the queue (or cancel them, if that was asked for); returns their ids."""
+        with reading(self.engine) as connection:
+            if connection.execute(_expired(lease_time(connection))).first() is None:
+                return []
         now = time.time()
         with writing(self.engine) as connection:
-            clock = lease_time(connection)
-            expired = or_(jobs.c.lease_epoch != clock.epoch, jobs.c.lease_until < clock.seconds)
-            query = select(jobs.c.id, jobs.c.state, jobs.c.lease_owner).where(jobs.c.state.in_(HELD), expired)
-            rows = connection.execute(query.with_for_update(skip_locked=True)).all()
-            for job_id, state, owner in rows:
-                released: dict[str, Any] = {"lease_owner": None, "lease_until": None, "phase": None}
-                if state == "cancelling":
-                    connection.execute(
-                        update(jobs).where(jobs.c.id == job_id).values(released, state="cancelled", finished_at=now)
-                    )
-                    _record(connection, job_id, now, "info", "cancelled", "The job was cancelled.")
-                else:
-                    connection.execute(update(jobs).where(jobs.c.id == job_id).values(**released, state="queued"))
-                    lost = f"Worker {owner} stopped renewing its lease; the job is queued again and resumes."
-                    _record(connection, job_id, now, "warning", "worker_lost", lost)
-        return [row[0] for row in rows]
+            rows = connection.execute(_expired(lease_time(connection)).with_for_update(skip_locked=True)).mappings().all()
+            for row in rows:
+                _release_lost(connection, row, now)
+        return [row["id"] for row in rows]
 
     def _lease(self, clock: LeaseTime) -> dict[str, Any]:
-        return {"lease_until": clock.seconds + self.lease_seconds, "lease_epoch": clock.epoch}
-
-    @staticmethod
-    def _write_held(connection: Connection, claim: Claim, values: Mapping[str, Any]) -> None:
-        held = and_(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
-        if connection.execute(update(jobs).where(held).values(values)).rowcount != 1:
-            raise LeaseLost(f"{claim.job.id} is no longer held under fence {claim.fence}")
+        return {"lease_until": clock.seconds + self.lease_seconds, "clock_epoch": clock.epoch}
 
 
 class QueueFull(Conflict):
@@ -350,8 +347,86 @@ class QueueFull(Conflict):
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
+def _claimable(clock: LeaseTime) -> Select[str]:
+    """The id of the job whose turn it is. A waiting time that was set before the machine started anew is over."""
+    due = or_(jobs.c.not_before <= clock.seconds, jobs.c.clock_epoch != clock.epoch)
+    return select(jobs.c.id).where(jobs.c.state == "queued", due).order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
+
+
+def _expired(clock: LeaseTime) -> Select[Any]:
+    ended = or_(jobs.c.clock_epoch != clock.epoch, jobs.c.lease_until < clock.seconds)
+    return select(jobs).where(jobs.c.state.in_(HELD), ended)
+
+
+def _held(connection: Connection, claim: Claim) -> RowMapping:
+    """The job's row, locked; LeaseLost where it is not held under this claim any more."""
+    query = select(jobs).where(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
+    row = connection.execute(query.with_for_update()).mappings().one_or_none()
+    if row is None:
+        raise LeaseLost(f"{claim.job.id} is no longer held under fence {claim.fence}")
+    return row
+
+
+def _write(connection: Connection, claim: Claim, values: Mapping[str, Any]) -> None:
+    held = and_(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
+    if connection.execute(update(jobs).where(held).values(values)).rowcount != 1:
+        raise LeaseLost(f"{claim.job.id} is no longer held under fence {claim.fence}")
+
+
+def _released() -> dict[str, Any]:
+    return {"lease_owner": None, "lease_until": None, "phase": None}
+
+
+def _stalled(row: RowMapping) -> int:
+    return 0 if row["progressed"] else row["stalled_attempts"] + 1
+
+
+def _after(row: RowMapping, now: float) -> float:
+    """`now`, but never before the job started: the wall clock may have been set back."""
+    return max(now, float(row["started_at"] or row["created_at"]))
+
+
+def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
+    """Take a job from a worker that no longer renews its lease."""
+    lost = f"Worker {row['lease_owner']} stopped renewing its lease"
+    ended = {"finished_at": _after(row, now)}
+    if row["state"] == "cancelling":
+        values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
+    elif _stalled(row) >= MAX_LOST_WORKERS:
+        said = (
+            f"{lost}, as {MAX_LOST_WORKERS - 1} did before it; the job itself seems to end them, most often for want of memory."
+        )
+        values, kind, level = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": said}, "failed", "error"
+    else:
+        values, kind, level = {"state": "queued", "not_before": 0.0}, "worker_lost", "warning"
+        said = f"{lost}; the job is queued again and resumes."
+    stalled = {"stalled_attempts": _stalled(row)}
+    connection.execute(update(jobs).where(jobs.c.id == row["id"]).values({**_released(), **stalled, **values}))
+    _record(connection, row["id"], now, kind, said, level=level)
+
+
+def _add_run_events(connection: Connection, job_id: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Those that are not there yet. What the run says of its own end is left to the event that ends the job."""
+    if not records:
+        return
+    newest = connection.execute(select(func.max(job_events.c.line)).where(job_events.c.job_id == job_id)).scalar_one()
+    for line, record in enumerate(records):
+        if (newest is None or line > newest) and record["kind"] not in STATES:
+            data = {key: _finite(value) for key, value in record.items() if key not in ("at", "level", "kind", "message")}
+            _record(
+                connection, job_id, float(record["at"]), str(record["kind"]), str(record["message"]),
+                level=str(record.get("level", "info")), data=data, line=line,
+            )  # fmt: skip
+
+
+def _one_creation_at_a_time(connection: Connection, owner: str) -> None:
+    """One owner's jobs are created one after the other, so that quota and idempotency hold; SQLite's write lock does that."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))
+
+
 def _check_quota(connection: Connection, owner: str, max_queued: int) -> None:
-    unfinished = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.not_in(TERMINAL))
+    unfinished = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(UNFINISHED))
     if connection.execute(unfinished).scalar_one() >= max_queued:
         raise QueueFull(f"{max_queued} jobs of yours have not finished yet, and that is the limit; wait for one or cancel one")
 
@@ -366,17 +441,18 @@ def _earlier_answer(connection: Connection, owner: str, key: str, body_sha256: s
     if found is None:
         return None
     if found.created_at < now - IDEMPOTENCY_SECONDS:
-        connection.execute(idempotency.delete().where(idempotency.c.owner == owner, idempotency.c.key == key))
+        connection.execute(delete(idempotency).where(idempotency.c.owner == owner, idempotency.c.key == key))
         return None
     if found.body_sha256 != body_sha256:
         raise InvalidInput(f"the Idempotency-Key {key!r} was used before with another body; send a new key with a new request")
     return str(found.object_id)
 
 
-def _row(connection: Connection, job_id: str, owner: str | None) -> RowMapping:
-    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one_or_none()
+def _row(connection: Connection, job_id: str, owner: str | None, *, lock: bool = False) -> RowMapping:
+    query = select(jobs).where(jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
     if row is None or (owner is not None and row["owner"] != owner):
-        raise NotFound(f"no fine-tuning job {job_id!r}; list yours with GET /v1/fine_tuning/jobs")
+        raise NotFound(f"no fine-tuning job {job_id!r}; finetune jobs list shows yours, and so does GET /v1/fine_tuning/jobs")
     return row
 
 
@@ -384,22 +460,23 @@ def _record(
     connection: Connection,
     job_id: str,
     at: float,
-    level: str,
     kind: str,
     message: str,
+    *,
+    level: str = "info",
     data: Mapping[str, Any] | None = None,
     line: int | None = None,
 ) -> None:
-    values = {
+    event = {
         "job_id": job_id,
         "at": at,
         "level": level,
         "kind": kind,
-        "message": message,
+        "message": _plain(message),
         "data": _dumps(data or {}),
         "line": line,
     }
-    connection.execute(insert(job_events).values(values))
+    connection.execute(insert(job_events).values(event))
 
 
 def _job(row: RowMapping) -> Job:
@@ -408,6 +485,7 @@ def _job(row: RowMapping) -> Job:
         request=_loads(row["request"]), suffix=row["suffix"], created_at=row["created_at"], started_at=row["started_at"],
         finished_at=row["finished_at"], attempts=row["attempts"], progress=_loads(row["progress"]), result=_loads(row["result"]),
         error_code=row["error_code"], error_message=row["error_message"], cancel_requested_at=row["cancel_requested_at"],
+        worker=row["lease_owner"],
     )  # fmt: skip
 
 
@@ -416,7 +494,22 @@ def _event(row: RowMapping) -> Event:
 
 
 def _dumps(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON in ASCII: a lone surrogate or a NUL, which databases refuse as text, stays an escape."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _plain(text: str) -> str:
+    """`text` without the characters that databases refuse."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    """A run's journal may say NaN; JSON, and so the database, has only null for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _loads(text: str | None) -> Any:

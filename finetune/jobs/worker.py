@@ -7,18 +7,23 @@ leases run out, and whichever worker reaps them resumes the runs from their newe
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.errors import DiskFull, InvalidInput, StoreError
+from finetune.jobs.clock import machine_time
+from finetune.jobs.endings import Ending, Finish, what_follows
 from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.store import Claim, JobStore, LeaseLost
@@ -26,16 +31,37 @@ from finetune.rundir import RunDir, read_json, read_lines, write_atomic
 
 log = logging.getLogger(__name__)
 
-EXIT_OK, EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED = 0, 2, os.EX_TEMPFAIL, 130
-MAX_STALLED_ATTEMPTS = 3  # attempts in a row without a new checkpoint, after which the job is a crash loop
-_RETRY_LATER_SECONDS = {"disk_full": 60.0, "out_of_memory": 10.0}
+LOG_NAME = "log.txt"
+_LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
+_CANCEL_POLL_SECONDS = 0.5
+_CLAIM_POLL_SECONDS = 0.5
+_TICK_SECONDS = 0.1
+_GPU_DEVICES = "nvidia[0-9]*"
+
+
+def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
+    """The CUDA devices that this process may use: ``CUDA_VISIBLE_DEVICES`` where it lists numbers, else all of the machine's."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(int(number) for number in chosen.split(",") if number.strip().isdecimal())
+    return tuple(sorted(int(device.name.removeprefix("nvidia")) for device in devices.glob(_GPU_DEVICES)))
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """`slots` attempts run at once, each with `threads` CPU threads; intervals are seconds."""
+    """How a worker works.
 
-    name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    Args:
+        slots: attempts that run at once; with GPUs at most one on each.
+        threads: CPU threads, divided among the slots.
+        beat_seconds: how often a lease is renewed; a fraction of the lease.
+        cancel_grace_seconds: how long a run may take to write a checkpoint when it is asked to stop.
+        stall_seconds: a run that writes nothing for so long hangs.
+        retry_base_seconds: the first pause after a death; it doubles with each one without progress.
+        min_free_bytes: with less left on the workspace's disk it counts as full, and nothing new is started.
+    """
+
+    name: str = field(default_factory=lambda: f"{socket.gethostname()[:60]}-{os.getpid()}")
     slots: int = 1
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     gpus: tuple[int, ...] = ()
@@ -43,6 +69,13 @@ class WorkerSettings:
     cancel_grace_seconds: float = 20.0
     stall_seconds: float = 1800.0
     retry_base_seconds: float = 2.0
+    min_free_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise InvalidInput(f"slots {self.slots}: a worker runs at least one job at a time")
+        if self.gpus and self.slots > len(self.gpus):
+            raise InvalidInput(f"slots {self.slots}: there are {len(self.gpus)} GPUs, and each job takes one of its own")
 
 
 @dataclass
@@ -53,191 +86,251 @@ class _Attempt:
     lease_file: Path  # one for each claim: a worker that lost the job must not touch its successor's
     gpus: tuple[int, ...]
     checkpoints_before: frozenset[str]
-    beat_at: float = 0.0
-    moved_at: float = field(default_factory=time.monotonic)  # when the run last showed progress
-    progress: Mapping[str, Any] | None = None
+    memory_kills_before: int
+    exit_code: int | None = None
+    beat_at: float = -math.inf  # monotonic seconds, as all times here
+    looked_at: float = -math.inf
+    moved_at: float = field(default_factory=time.monotonic)  # when the run last wrote something
+    pulse: tuple[int, ...] = ()
+    n_records: int = 0
     cancelling: bool = False
-    stalled: bool = False
-
-    @property
-    def progressed(self) -> bool:
-        return bool(_checkpoints(self.run) - self.checkpoints_before)
+    hung: bool = False
 
 
 class Worker:
     """Call `run` from the main thread: children are bound to the thread that starts them."""
 
-    def __init__(
-        self,
-        store: JobStore,
-        executor: Executor,
-        home: Path,
-        settings: WorkerSettings,
-        *,
-        on_success: Callable[[Claim, Mapping[str, Any]], Mapping[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, store: JobStore, executor: Executor, home: Path, settings: WorkerSettings) -> None:
         self.store = store
         self.executor = executor
         self.home = home
         self.settings = settings
-        self.on_success = on_success
-        self._attempts: dict[str, _Attempt] = {}
-        self._stopping = False
+        self._attempts: dict[str, _Attempt] = {}  # by job id
+        self._stop_signals = 0
+        self._reaped_at = self._claimed_at = -math.inf
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until SIGTERM or SIGINT (then hand every job back at once), or `until_idle`: until there is nothing left to do."""
+        """Work until SIGTERM or SIGINT, then hand every job back; with `until_idle`, until there is nothing left to do."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        while not self._stopping:
-            worked = self.step()
-            if until_idle and not worked and not self.store.counts().keys() & {"queued", "running", "cancelling"}:
+        log.info("worker %s waits for jobs in %s", self.settings.name, self.home)
+        while not self._stop_signals:
+            self.step()
+            if until_idle and not self._attempts and self._nothing_left():
                 return
-            time.sleep(0.05 if worked else 0.5)
+            time.sleep(_TICK_SECONDS)
         self._hand_everything_back()
 
-    def step(self) -> bool:
-        """Look at every attempt once and start what there is a slot for; whether anything was running or was started."""
-        self.store.reap()
+    def step(self) -> None:
+        """Look at every attempt once, take back what other workers lost, and start what there is a slot for."""
         for attempt in list(self._attempts.values()):
-            try:
-                self._attend(attempt)
-            except LeaseLost:
-                self._abandon(attempt)
-        while len(self._attempts) < self.settings.slots and (claim := self.store.claim(self.settings.name)) is not None:
-            self._begin(claim)
-        return bool(self._attempts)
+            self._attend_safely(attempt)
+        now = time.monotonic()
+        try:
+            if now - self._reaped_at >= self.settings.beat_seconds:
+                self._reaped_at = now
+                for job_id in self.store.reap():
+                    log.warning("%s: its worker is gone", job_id)
+            if now - self._claimed_at >= _CLAIM_POLL_SECONDS:
+                self._claimed_at = now
+                self._fill_slots()
+        except (StoreError, DiskFull) as error:
+            log.warning("%s", error)
 
     def _stop(self, _number: int, _frame: Any) -> None:
-        self._stopping = True
+        self._stop_signals += 1
 
-    def _begin(self, claim: Claim) -> None:
+    def _nothing_left(self) -> bool:
+        return not self.store.counts().keys() & {"queued", "running", "cancelling"}
+
+    # starting -----------------------------------------------------------------------------------------------------
+
+    def _fill_slots(self) -> None:
+        while len(self._attempts) < self.settings.slots:
+            if self._disk_is_full():
+                log.warning("%s: the disk is full; nothing new is started", self.home)
+                return
+            asked_at = machine_time().seconds
+            claim = self.store.claim(self.settings.name)
+            if claim is None:
+                return
+            try:
+                self._attempts[claim.job.id] = self._begin(claim, asked_at)
+            except (DiskFull, OSError) as error:
+                self.store.hand_back(claim, f"The run could not be started: {error}", delay_seconds=60.0, counted=False)
+
+    def _begin(self, claim: Claim, asked_at: float) -> _Attempt:
         run = RunDir(self.home / "runs" / claim.job.id).create()
-        spec_file, lease_file = run.root / "request.yaml", run.root / f"lease-{claim.fence}.json"
+        spec_file, lease_file = run.root / "request.yaml", run.root / f"lease-{claim.fence}"
+        for leftover in (*_leases_before(claim, run), run.error, run.progress):
+            leftover.unlink(missing_ok=True)
         write_atomic(spec_file, lambda stream: stream.write(yaml.safe_dump(dict(claim.job.spec), allow_unicode=True).encode()))
-        write_lease(lease_file, self.store.lease_seconds)
-        run.error.unlink(missing_ok=True)
+        write_lease(lease_file, asked_at, self.store.lease_seconds)
         gpus = self._free_gpu()
         handle = self.executor.start(
             claim.job.id,
             [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"],
             environment={"FINETUNE_HOME": str(self.home), LEASE_VARIABLE: str(lease_file)},
-            log=run.root / "log.txt",
+            log=run.root / LOG_NAME,
             resources=Resources(max(1, self.settings.threads // self.settings.slots), gpus),
         )
-        self._attempts[claim.job.id] = _Attempt(claim, run, handle, lease_file, gpus, _checkpoints(run))
+        log.info("%s: attempt %d started, process %s", claim.job.id, claim.job.attempts, handle.reference)
+        return _Attempt(claim, run, handle, lease_file, gpus, _checkpoints(run), _memory_kills())
+
+    def _disk_is_full(self) -> bool:
+        return shutil.disk_usage(self.home).free < self.settings.min_free_bytes
 
     def _free_gpu(self) -> tuple[int, ...]:
         taken = {gpu for attempt in self._attempts.values() for gpu in attempt.gpus}
         return tuple(gpu for gpu in self.settings.gpus if gpu not in taken)[:1]
 
+    # watching -----------------------------------------------------------------------------------------------------
+
+    def _attend_safely(self, attempt: _Attempt) -> None:
+        """A job that is somebody else's is let go of; a database or a disk that fails for a while is asked again later."""
+        try:
+            self._attend(attempt)
+        except LeaseLost:
+            self._abandon(attempt)
+        except (StoreError, DiskFull, OSError) as error:
+            log.warning("%s: %s", attempt.claim.job.id, error)
+            attempt.beat_at = time.monotonic() - self.settings.beat_seconds + _CANCEL_POLL_SECONDS
+
     def _attend(self, attempt: _Attempt) -> None:
-        code = self.executor.poll(attempt.handle)
         now = time.monotonic()
-        if code is not None:
-            self._forward(attempt)
-            self._settle(attempt, code)
-            attempt.lease_file.unlink(missing_ok=True)
-            del self._attempts[attempt.claim.job.id]
-        elif now - attempt.beat_at >= self.settings.beat_seconds:
-            attempt.beat_at = now
-            self._forward(attempt)
-            write_lease(attempt.lease_file, self.store.lease_seconds)
-            if now - attempt.moved_at > self.settings.stall_seconds:
-                attempt.stalled = True
-                self.executor.cancel(attempt.handle, grace_seconds=0)
-        elif not attempt.cancelling and self.store.cancel_requested(attempt.claim):
-            attempt.cancelling = True
+        if attempt.exit_code is None:
+            attempt.exit_code = self.executor.poll(attempt.handle)
+            if attempt.exit_code is not None:
+                attempt.beat_at = -math.inf  # settle at once
+        if now - attempt.beat_at >= self.settings.beat_seconds:
+            self._beat(attempt)
+            if attempt.exit_code is not None:
+                self._settle(attempt, attempt.exit_code)
+        elif attempt.exit_code is None and not attempt.cancelling and now - attempt.looked_at >= _CANCEL_POLL_SECONDS:
+            attempt.looked_at = now
+            if self.store.cancel_requested(attempt.claim):
+                self._cancel(attempt)
+
+    def _beat(self, attempt: _Attempt) -> None:
+        """Renew the lease, publish what the run wrote since the last look, and see whether it still moves."""
+        attempt.beat_at = time.monotonic()
+        asked_at = machine_time().seconds
+        self._take_pulse(attempt)
+        progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
+        records = read_lines(attempt.run.events)
+        cancelling = self.store.heartbeat(
+            attempt.claim,
+            phase=None if progress is None else str(progress["phase"]),
+            progress=progress,
+            progressed=bool(_checkpoints(attempt.run) - attempt.checkpoints_before),
+            records=records if len(records) != attempt.n_records else (),
+        )
+        attempt.n_records = len(records)
+        write_lease(attempt.lease_file, asked_at, self.store.lease_seconds)
+        if cancelling and not attempt.cancelling:
+            self._cancel(attempt)
+
+    def _take_pulse(self, attempt: _Attempt) -> None:
+        run = attempt.run
+        watched = (run.progress, run.metrics, run.events, run.checkpoints, run.root / LOG_NAME)
+        pulse = tuple(path.stat().st_mtime_ns for path in watched if path.exists())
+        if pulse != attempt.pulse:
+            attempt.pulse, attempt.moved_at = pulse, time.monotonic()
+        elif attempt.exit_code is None and time.monotonic() - attempt.moved_at > self.settings.stall_seconds:
+            attempt.hung = True
+            self.executor.cancel(attempt.handle, grace_seconds=0)
+
+    def _cancel(self, attempt: _Attempt) -> None:
+        attempt.cancelling = True
+        if attempt.exit_code is None:
             self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
 
-    def _forward(self, attempt: _Attempt) -> None:
-        """Publish what the run wrote since the last look."""
-        progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
-        if progress != attempt.progress:
-            attempt.progress, attempt.moved_at = progress, time.monotonic()
-        phase = None if progress is None else str(progress["phase"])
-        self.store.heartbeat(attempt.claim, phase=phase, progress=progress)
-        self.store.forward_events(attempt.claim, read_lines(attempt.run.events))
+    # ending -------------------------------------------------------------------------------------------------------
 
-    def _settle(self, attempt: _Attempt, code: int) -> None:
-        """The attempt has ended with `code`: end the job, or queue it again."""
-        store, claim = self.store, attempt.claim
-        if code == EXIT_OK and attempt.run.outcome.exists():
-            result = read_json(attempt.run.outcome)
-            store.finish(claim, "succeeded", result=self.on_success(claim, result) if self.on_success else result)
-            return
-        if attempt.cancelling or store.cancel_requested(claim):
-            store.finish(claim, "cancelled")
-            return
-        error = _read_error(attempt.run)
-        if error is not None and code == EXIT_BAD_INPUT:
-            store.finish(claim, "failed", error_code=error["code"], error_message=error["message"])
-        elif code == EXIT_BUSY:
-            store.hand_back(claim, "Another process still holds the run's folder; trying again shortly.", delay_seconds=5.0)
-        elif code == EXIT_INTERRUPTED:
-            store.hand_back(claim, "The run was interrupted after it wrote a checkpoint.", progressed=attempt.progressed)
-        elif error is not None and error["code"] not in _RETRY_LATER_SECONDS:
-            store.finish(claim, "failed", error_code=error["code"], error_message=error["message"])
+    def _settle(self, attempt: _Attempt, exit_code: int) -> None:
+        """The attempt has ended: end the job, or queue it again."""
+        run, claim = attempt.run, attempt.claim
+        ending = Ending(
+            exit_code=exit_code,
+            error=read_json(run.error) if run.error.exists() else None,
+            complete=run.outcome.exists(),
+            stalled_attempts=self.store.stalled_attempts(claim),
+            cancelling=attempt.cancelling,
+            handing_back=bool(self._stop_signals),
+            hung=attempt.hung,
+            disk_full=self._disk_is_full(),
+            memory_kills=_memory_kills() - attempt.memory_kills_before,
+            log_tail=_tail(run.root / LOG_NAME),
+        )
+        follows = what_follows(ending, self.settings.retry_base_seconds)
+        log.info("%s: exit code %d; %s", claim.job.id, exit_code, follows)
+        if isinstance(follows, Finish):
+            result: Mapping[str, Any] | None = read_json(run.outcome) if ending.complete else None
+            self.store.finish(
+                claim,
+                follows.state,
+                message=None if result is None else f"{result['model']} version {result['version']} is registered.",
+                result=result,
+                error_code=follows.error_code,
+                error_message=follows.error_message,
+            )
         else:
-            self._retry(attempt, code, error)
-
-    def _retry(self, attempt: _Attempt, code: int, error: Mapping[str, Any] | None) -> None:
-        """A death that another attempt may cure: try again later, but not for ever when no attempt gets anywhere."""
-        stalled = 0 if attempt.progressed else self.store.stalled_attempts(attempt.claim) + 1
-        what = _what_happened(attempt, code, error)
-        if stalled >= MAX_STALLED_ATTEMPTS or (stalled >= 2 and error is not None and error["code"] == "out_of_memory"):
-            times = f"It happened {stalled} times in a row without a new checkpoint."
-            message = f"{what} {times} Last lines of the log:\n{_tail(attempt.run)}"
-            error_code = error["code"] if error is not None else ("stalled" if attempt.stalled else "crash_loop")
-            self.store.finish(attempt.claim, "failed", error_code=error_code, error_message=message)
-            return
-        delay = _RETRY_LATER_SECONDS.get(error["code"], 0.0) if error is not None else 0.0
-        delay = max(delay, self.settings.retry_base_seconds * 2 ** max(stalled - 1, 0))
-        self.store.hand_back(attempt.claim, f"{what} Trying again.", delay_seconds=delay, progressed=attempt.progressed)
+            self.store.hand_back(claim, follows.reason, delay_seconds=follows.delay_seconds, counted=follows.counted)
+        self._forget(attempt)
 
     def _abandon(self, attempt: _Attempt) -> None:
         """The job belongs to somebody else: end the process and write nothing."""
-        log.warning("%s: the lease is lost; stopping its process", attempt.claim.job.id)
+        log.warning("%s: the lease is lost; its process is ended", attempt.claim.job.id)
+        if attempt.exit_code is None:
+            self.executor.cancel(attempt.handle, grace_seconds=0)
+            while self.executor.poll(attempt.handle) is None:
+                time.sleep(_TICK_SECONDS)
+        self._forget(attempt)
+
+    def _forget(self, attempt: _Attempt) -> None:
         attempt.lease_file.unlink(missing_ok=True)
-        self.executor.cancel(attempt.handle, grace_seconds=0)
-        while self.executor.poll(attempt.handle) is None:
-            time.sleep(0.02)
         del self._attempts[attempt.claim.job.id]
 
     def _hand_everything_back(self) -> None:
-        """A graceful stop: every run writes a checkpoint and its job is free for another worker at once."""
+        """A graceful stop: every run writes a checkpoint, and its job is free for another worker. A second signal hurries."""
+        log.info("worker %s stops; %d jobs are handed back", self.settings.name, len(self._attempts))
+        hurried = False
         for attempt in self._attempts.values():
-            self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
+            if attempt.exit_code is None:
+                self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
         while self._attempts:
+            if self._stop_signals > 1 and not hurried:
+                hurried = True
+                for attempt in self._attempts.values():
+                    if attempt.exit_code is None:
+                        self.executor.cancel(attempt.handle, grace_seconds=0)
             for attempt in list(self._attempts.values()):
-                try:
-                    self._attend(attempt)
-                except LeaseLost:
-                    self._abandon(attempt)
-            time.sleep(0.05)
+                self._attend_safely(attempt)
+            time.sleep(_TICK_SECONDS)
+
+
+def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
+    """Lease files of earlier claims. Not of later ones: if there is one, this claim has been lost already."""
+    return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
 def _checkpoints(run: RunDir) -> frozenset[str]:
-    return frozenset(path.name for path in run.checkpoints.glob("*")) if run.checkpoints.exists() else frozenset()
+    """Names of the whole checkpoints: their checksums are written last."""
+    return frozenset(path.name for path in run.checkpoints.glob("step-*.sha256"))
 
 
-def _read_error(run: RunDir) -> Mapping[str, Any] | None:
-    error: Mapping[str, Any] | None = read_json(run.error) if run.error.exists() else None
-    return error
+def _memory_kills(counters: Path = Path("/proc/vmstat")) -> int:
+    """How many processes the kernel has killed for want of memory since it started."""
+    if not counters.exists():
+        return 0
+    lines = (line.split() for line in counters.read_text().splitlines())
+    return sum(int(value) for name, value in lines if name == "oom_kill")
 
 
-def _what_happened(attempt: _Attempt, code: int, error: Mapping[str, Any] | None) -> str:
-    if error is not None:
-        return f"The run failed: {error['message']}"
-    if attempt.stalled:
-        return "The run showed no progress for too long and was stopped."
-    if code == -signal.SIGKILL:
-        return "The run was killed (signal 9), most often because memory ran out."
-    if code < 0:
-        return f"The run died of signal {-code} ({signal.Signals(-code).name})."
-    return f"The run ended with exit code {code}."
-
-
-def _tail(run: RunDir, lines: int = 8) -> str:
-    path = run.root / "log.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return "\n".join(text.splitlines()[-lines:]) or "(empty)"
+def _tail(path: Path) -> str:
+    if not path.exists():
+        return "(nothing)"
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        text = stream.read().decode("utf-8", "replace")
+    return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:]) or "(nothing)"

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data.loader import Batch
-from finetune.errors import TrainingError
+from finetune.errors import OutOfMemory, TrainingError
 from finetune.model.auxiliary import AUX_LOSS_WEIGHT
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import FreezePlan, apply_freeze, frozen_digest, parameter_groups
@@ -124,7 +124,8 @@ def fit(
 
     Raises:
         CheckpointError: the checkpoints in `run` are another run's.
-        TrainingError: the loss is no longer finite, or memory ran out.
+        TrainingError: the loss is no longer finite.
+        OutOfMemory: PyTorch got no memory for a step.
         DiskFull: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM arrived; the checkpoint is written.
     """
@@ -490,8 +491,8 @@ def _memory_errors_named(batch_size: int) -> Iterator[None]:
         raise
 
 
-def _out_of_memory(batch_size: int) -> TrainingError:
-    return TrainingError(
+def _out_of_memory(batch_size: int) -> OutOfMemory:
+    return OutOfMemory(
         f"out of memory at batch size {batch_size}. Try hyperparameters.batch_size: {max(1, batch_size // 2)}, a smaller "
         "model.input_size_px, or a method that trains fewer stages."
     )

@@ -26,11 +26,12 @@ def upgrade() -> None:
         sa.Column("started_at", sa.Float),
         sa.Column("finished_at", sa.Float),
         sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("progressed", sa.Boolean, nullable=False),
         sa.Column("stalled_attempts", sa.Integer, nullable=False),
         sa.Column("fence", sa.Integer, nullable=False),
         sa.Column("lease_owner", sa.String(80)),
         sa.Column("lease_until", sa.Float),
-        sa.Column("lease_epoch", sa.String(64)),
+        sa.Column("clock_epoch", sa.String(64)),
         sa.Column("cancel_requested_at", sa.Float),
         sa.Column("progress", sa.Text),
         sa.Column("progress_at", sa.Float),
@@ -40,7 +41,7 @@ def upgrade() -> None:
         sa.CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
         sa.CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
     )
-    op.create_index("jobs_claim", "jobs", ["state", "priority", "created_at"])
+    op.create_index("jobs_claim", "jobs", ["state", sa.text("priority DESC"), "id"])
     op.create_index("jobs_owner", "jobs", ["owner", "id"])
     op.create_table(
         "job_events",

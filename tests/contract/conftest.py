@@ -1,0 +1,36 @@
+"""The databases that the job store promises to work on. Each test of a `database` runs on every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from postgres import PostgresMissing, running_postgres
+from sqlalchemy import text
+
+from finetune.jobs.database import open_database
+from finetune.jobs.schema import metadata
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of an empty PostgreSQL database."""
+    try:
+        with running_postgres() as url:
+            yield url
+    except PostgresMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    """Where an empty job database is: a path or a URL, for as many engines and processes as a test wants."""
+    if request.param == "sqlite":
+        return tmp_path / "jobs.db"
+    url: str = request.getfixturevalue("postgres")
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.execute(text(f"TRUNCATE {', '.join(table.name for table in metadata.sorted_tables)} RESTART IDENTITY CASCADE"))
+    engine.dispose()
+    return url

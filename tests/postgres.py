@@ -1,0 +1,73 @@
+"""A PostgreSQL server of the tests' own: a fresh cluster in a temporary folder, on a free port, gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class PostgresMissing(Exception):
+    """Why no server can be started here."""
+
+
+@contextmanager
+def running_postgres() -> Iterator[str]:
+    """Yield the URL of an empty database.
+
+    Raises:
+        PostgresMissing: PostgreSQL is not installed, or there is no user that it may run as.
+    """
+    binaries = _binaries()
+    account = _account()
+    folder = Path(tempfile.mkdtemp(prefix="finetune-postgres-"))
+    try:
+        if account:
+            os.chown(folder, pwd.getpwnam(account).pw_uid, -1)
+        run = {"user": account, "check": True, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        cluster, port = folder / "cluster", _free_port()
+        _call([binaries / "initdb", "-D", cluster, "-U", "tests", "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"], run)
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+        _call([binaries / "pg_ctl", "start", "-w", "-D", cluster, "-l", folder / "log", "-o", options], run)
+        try:
+            yield f"postgresql://tests@127.0.0.1:{port}/postgres"
+        finally:
+            _call([binaries / "pg_ctl", "stop", "-w", "-m", "immediate", "-D", cluster], run)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _call(command: list[str | Path], run: dict[str, Any]) -> None:
+    subprocess.run([str(part) for part in command], **run)
+
+
+def _binaries() -> Path:
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    found = installed[-1] if installed else shutil.which("initdb")
+    if not found:
+        raise PostgresMissing("needs PostgreSQL: apt-get install postgresql")
+    return Path(found).parent
+
+
+def _account() -> str | None:
+    """The user to run as: PostgreSQL refuses to run as root."""
+    if os.geteuid() != 0:
+        return None
+    if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
+        raise PostgresMissing("needs a user named postgres, because PostgreSQL does not run as root")
+    return "postgres"
+
+
+def _free_port() -> int:
+    for port in range(20000, 30000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise PostgresMissing("needs a free port")
