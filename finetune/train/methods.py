@@ -157,7 +157,7 @@ def _take_steps(
     solver: _HeadSolver,
     progress: ProgressCallback,
 ) -> Fitted:
-    """Run the training loop on cached activations, where a frozen prefix stands before the first stage that trains, else on images."""
+    """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
 
     def settings() -> Settings:
         chosen, timings = choose_settings(
