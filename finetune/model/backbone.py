@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from finetune.bundle.preprocess import Preprocess, Resize
 from finetune.errors import InvalidInput, UnknownBackbone
-from finetune.model.stages import Layout, Stage, Trace, lay_out, watch
+from finetune.model.stages import Layout, Stage, Trace, lay_out, shares_tensors, watch
 from finetune.model.weights import Weights, load_weights, resolve_weights
 
 # timm's word for how an image of another shape is framed, and ours.
@@ -141,16 +141,19 @@ def build_backbone(
     found = resolve_weights(name, weights, cache)
     module = _create(name, found, input_size_px)
     preprocess = _preprocess(module, found, input_size_px, resize)
-    trace = _watch_noise(name, module, found, preprocess.input_size_px)
+    with torch.no_grad():
+        trace = _watch_noise(name, module, found, preprocess.input_size_px, seed=0)
     feature_format = _feature_format(module, trace)
     readout = _readout(module, trace, feature_format)
     _drop_unused(module, trace, readout)
     load_weights(module, found)
+    second = _watch_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
+    layout = lay_out(module, trace, second)
+    n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
     # LeViT and others keep what they computed in eval mode; entering train mode drops it.
     module.train().eval()
-    n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
     loaded = dataclasses.replace(found, state_dict=None)
-    return Backbone(name, module, lay_out(module, trace), loaded, preprocess, feature_format, readout, n_features)
+    return Backbone(name, module, layout, loaded, preprocess, feature_format, readout, n_features)
 
 
 def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -> nn.Module:
@@ -196,8 +199,8 @@ def _preprocess(
     )
 
 
-def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int]) -> Trace:
-    image = 2 * torch.rand(1, 3, *input_size_px, generator=torch.Generator().manual_seed(0)) - 1
+def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int], seed: int) -> Trace:
+    image = 2 * torch.rand(1, 3, *input_size_px, generator=torch.Generator().manual_seed(seed)) - 1
     try:
         trace = watch(module.eval(), image)
     except (RuntimeError, AssertionError, ValueError) as error:

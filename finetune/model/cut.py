@@ -47,11 +47,15 @@ def cut_at(classifier: Classifier, stage: int) -> Cut:
 
     def suffix(activation: Tensor) -> Tensor:
         for module, options in tail:
-            activation = module(activation, **options)
+            activation = module(activation, **{key: _beside(activation, value) for key, value in options.items()})
         return classifier.head_logits(classifier.read(activation))
 
     prefix = _Prefix(_without(backbone.module, frozenset(link.name for link in links)))
     return Cut(stage, prefix, suffix, links[0].input_shape)
+
+
+def _beside(activation: Tensor, option: Any) -> Any:
+    return option.to(activation.device) if isinstance(option, Tensor) else option
 
 
 def why_not_cut(backbone: Backbone, stage: int) -> str:

@@ -64,7 +64,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Link:
-    """A module of the chain. It is called as ``module(activation, **options)``."""
+    """A module of the chain. It is called as ``module(activation, **options)``; tensors among the options never change."""
 
     name: str
     options: Mapping[str, Any]
@@ -99,9 +99,11 @@ class Trace:
     pre_logits: Tensor  # (1, D) what the original classifier would get
 
 
-@torch.no_grad()
 def watch(module: nn.Module, image: Tensor) -> Trace:
-    """Run one image (1, 3, h, w) through a timm backbone in eval mode and write down every module call."""
+    """Run one image (1, 3, h, w) through a timm backbone in eval mode and write down every module call.
+
+    With gradients enabled, what was computed from parameters says so (`requires_grad`).
+    """
     calls: list[Call] = []
     open_calls: list[Call] = []
 
@@ -132,8 +134,11 @@ def watch(module: nn.Module, image: Tensor) -> Trace:
     return Trace(tuple(calls[:n_feature_calls]), head_calls, image, features, pre_logits)
 
 
-def lay_out(module: nn.Module, trace: Trace) -> Layout:
-    """Divide a backbone into stages."""
+def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Layout:
+    """Divide a backbone into stages.
+
+    `second`, of another image and with gradients, tells which of the tensors that blocks share are constants; without it, none is.
+    """
     groups = _parameter_groups(module)
     chain = list(_chain(trace, groups))
     runs = _runs(module, [call.name for call in chain], groups)
@@ -146,7 +151,7 @@ def lay_out(module: nn.Module, trace: Trace) -> Layout:
         _stage(module, index, name, run, owner, tensor_stage, links[link_stages.index(index) + len(run) - 1].output_shape)
         for index, (name, run) in enumerate(zip(_names(module, runs), runs, strict=True))
     )
-    return Layout(stages, links, link_stages, _replay_from(trace, chain), module_stages, tensor_stage)
+    return Layout(stages, links, link_stages, _replay_from(trace, chain, _changing(trace, second)), module_stages, tensor_stage)
 
 
 def _parameter_groups(module: nn.Module) -> dict[str, int]:
@@ -249,13 +254,33 @@ def _short(name: str) -> str:
     return name if tail.isdigit() else tail
 
 
-def _replay_from(trace: Trace, chain: Sequence[Call]) -> int:
-    """The first link from which the chain is unbroken: plain options, one call each, every output the next one's input."""
+def shares_tensors(trace: Trace) -> bool:
+    """Whether some module gets a tensor beside its activation (rotary position tables, relative positions)."""
+    return any(isinstance(value, Tensor) for call in trace.calls for value in call.options.values())
+
+
+def _changing(trace: Trace, second: Trace | None) -> frozenset[str]:
+    """Names of the modules that get something beside their activation which depends on the image or on parameters."""
+    others = second.calls if second is not None else trace.calls
+    return frozenset(
+        call.name
+        for call, other in zip(trace.calls, others, strict=True)
+        for key, value in call.options.items()
+        if not (_is_plain(value) or (second is not None and _is_constant(value, other.options[key])))
+    )
+
+
+def _is_constant(value: Any, again: Any) -> bool:
+    return isinstance(value, Tensor) and isinstance(again, Tensor) and not again.requires_grad and torch.equal(value, again)
+
+
+def _replay_from(trace: Trace, chain: Sequence[Call], changing: frozenset[str]) -> int:
+    """The first link from which the chain is unbroken: constant options, one call each, every output the next one's input."""
     position = len(chain)
     expected = trace.features
     later: set[str] = set()
     for call in reversed(chain):
-        if call.returned[0] is not expected or call.name in later or not all(_is_plain(value) for value in call.options.values()):
+        if call.returned[0] is not expected or call.name in later or call.name in changing:
             break
         if not isinstance(call.given, Tensor):
             break

@@ -18,15 +18,15 @@ from finetune.spec import Partial
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TINY = tuple(timm.list_models("test_*"))
-SMALL = (
-    "resnet18",
-    "tf_efficientnet_lite0",
-    "mobilenetv3_large_100",
-    "regnety_002",
-    "convnext_atto",
-    "densenet121",
-    "inception_v3",
-)
+SMALL = {
+    "resnet18": 64,
+    "tf_efficientnet_lite0": 64,
+    "mobilenetv3_large_100": 64,
+    "regnety_002": 64,
+    "convnext_atto": 64,
+    "densenet121": 64,
+    "inception_v3": 96,
+}
 EVERY = (
     "resnet18",
     "resnet50",
@@ -49,7 +49,7 @@ EVERY = (
 
 @pytest.mark.parametrize("name", [*TINY, *SMALL])
 def test_a_cut_network_is_bit_equal_to_the_whole(name: str) -> None:
-    check_cuts(name)
+    check_cuts(name, SMALL.get(name))
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_a_cut_network_is_bit_equal_to_the_whole_in_every_family(name: str) -> N
 
 @pytest.mark.parametrize("name", [*TINY, *SMALL])
 def test_every_tensor_belongs_to_exactly_one_stage(name: str) -> None:
-    check_stages(name)
+    check_stages(name, SMALL.get(name))
 
 
 @pytest.mark.slow
@@ -100,6 +100,10 @@ def test_the_prefix_follows_the_classifiers_weights() -> None:
         assert torch.equal(cut.suffix(cut.prefix(images)), classifier(images))
 
 
+def test_blocks_that_share_a_position_table_can_be_cut() -> None:
+    check_cuts("vit_small_patch16_dinov3", 64)
+
+
 def test_a_network_whose_blocks_share_a_tensor_says_why_it_cannot_be_cut() -> None:
     backbone = build_backbone("mvitv2_tiny", weights="none")
     assert why_not_cut(backbone, 1) == "from there on its modules exchange more than one activation"
@@ -109,8 +113,8 @@ def test_a_network_whose_blocks_share_a_tensor_says_why_it_cannot_be_cut() -> No
         cut_at(Classifier(backbone, 3), 1)
 
 
-def check_cuts(name: str) -> None:
-    classifier = built(name)
+def check_cuts(name: str, side: int | None = None) -> None:
+    classifier = built(name, side)
     images = noise(classifier, 2)
     n_stages = len(classifier.backbone.stages)
     assert n_stages >= 4
@@ -124,8 +128,8 @@ def check_cuts(name: str) -> None:
             assert torch.equal(cut.suffix(activation), whole)
 
 
-def check_stages(name: str) -> None:
-    backbone = built(name).backbone
+def check_stages(name: str, side: int | None = None) -> None:
+    backbone = built(name, side).backbone
     module, stages = backbone.module, backbone.stages
     assert [stage.index for stage in stages] == list(range(len(stages)))
     assert stages[0].name == "stem"
@@ -139,9 +143,9 @@ def check_stages(name: str) -> None:
 
 
 @cache
-def built(name: str) -> Classifier:
+def built(name: str, side: int | None) -> Classifier:
     torch.manual_seed(0)
-    classifier = Classifier(build_backbone(name, weights="none"), num_classes=5).eval()
+    classifier = Classifier(build_backbone(name, weights="none", input_size_px=side or "auto"), num_classes=5).eval()
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter += 0.02 * torch.randn_like(parameter)  # many a residual branch starts at zero and would hide mistakes
