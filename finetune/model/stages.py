@@ -137,7 +137,7 @@ def watch(module: nn.Module, image: Tensor) -> Trace:
 def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Layout:
     """Divide a backbone into stages.
 
-    `second`, of another image and with gradients, tells which of the tensors that blocks share are constants; without it, none is.
+    `second`, of another image and with gradients, tells which tensors that blocks share are constants; without it, none is.
     """
     groups = _parameter_groups(module)
     chain = list(_chain(trace, groups))
