@@ -20,6 +20,7 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment, sample_seed
 from finetune.data.index import Sample
 from finetune.data.parallel import ordered_map
+from finetune.data.pixels import PixelStore
 
 
 class Batch(NamedTuple):
@@ -36,15 +37,20 @@ class EvalLoader:
     preprocess: Preprocess
     batch_size: int = 32
     threads: int = 1
+    pixels: PixelStore | None = None  # where large photographs are kept decoded, if this will be iterated again
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.arange(len(self.samples), dtype=np.int64)
-        return load_batches(
-            self.samples, order, lambda index: self.preprocess.load_file(self.samples[index].path), self.batch_size, self.threads
-        )
+        return load_batches(self.samples, order, self._image, self.batch_size, self.threads)
+
+    def _image(self, index: int) -> np.ndarray:
+        sample = self.samples[index]
+        if self.pixels is None:
+            return self.preprocess.load_file(sample.path)
+        return self.preprocess(self.pixels.read(sample, self.preprocess.decode_short_side_px))
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class TrainLoader:
     epoch: int = 0
     start_step: int = 0
     threads: int = 1
-    decode_short_side_px: int | None = None  # None: what the augmentation asks for
+    pixels: PixelStore | None = None  # where large photographs are kept decoded for the next epoch
 
     def __len__(self) -> int:
         """Steps that are left of the epoch."""
@@ -70,8 +76,11 @@ class TrainLoader:
         return load_batches(self.samples, order, self._view, self.batch_size, self.threads)
 
     def _view(self, index: int) -> np.ndarray:
-        short_side_px = self.decode_short_side_px or self.augment.decode_short_side_px
-        rgb = read_image(self.samples[index].path, short_side_px=short_side_px)
+        sample, short_side_px = self.samples[index], self.augment.decode_short_side_px
+        if self.pixels is None:
+            rgb = read_image(sample.path, short_side_px=short_side_px)
+        else:
+            rgb = self.pixels.read(sample, short_side_px)
         return self.augment(rgb, sample_seed(self.seed, self.epoch, index))
 
 
