@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment
 from finetune.data.index import Sample
 from finetune.data.parallel import available_cores, ordered_map
-from finetune.errors import DataError, DiskFull, ImageError, Problem
+from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingError
 from finetune.model.classifier import Classifier
 from finetune.model.cut import why_not_cut
 from finetune.progress import Progress, ProgressCallback, silent
@@ -194,11 +195,11 @@ def plan_prefix(
     for count in _halvings(views.count):
         for stage in cuts:
             of_train = FrozenRows(classifier, stage, dtype, train, replace(views, count=count), resources)
+            if len(of_train.keys) * of_train.cache.row_bytes > of_train.cache.budget_bytes:
+                continue
+            rate = of_train.rows_per_second() if measure else None
             of_val = FrozenRows(classifier, stage, dtype, val, replace(views, count=1), resources)
             n_missing, n_rows = of_train.n_missing + of_val.n_missing, len(of_train.keys) + len(of_val.keys)
-            if n_rows * of_train.cache.row_bytes > of_train.cache.budget_bytes:
-                continue
-            rate = of_train.rows_per_second() if measure and of_train.n_missing else None
             return PrefixPlan(
                 stage=stage,
                 after=stages[stage - 1].name,
@@ -240,7 +241,8 @@ class FrozenRows:
         self.classifier, self.stage, self.dtype = classifier, stage, dtype
         self.samples, self.views, self.resources = samples, views, resources
         self.shape = activation_shape(classifier, stage)
-        self.keys = _row_keys(samples, views, resources.cores)  # (N * K, 32)
+        self._view_names = views.names()
+        self.keys = _row_keys(samples, self._view_names, resources.cores)  # (N * K, 32)
         self._prefix = prefix_digest(classifier, stage)
         self._graph_store = resources.cache_root / _digest("graph", self._prefix, onnx_engine_name())
         self._engine: Engine | None = None
@@ -280,6 +282,7 @@ class FrozenRows:
 
         Raises:
             DataError: images that cannot be decoded, each named; all others are computed and kept first.
+            TrainingError: the network gives values that are not finite.
             DoesNotFit: an activation is too large for this number format.
             DiskFull: without `out`, rows that cannot be kept are of no use; with it, an event tells.
         """
@@ -300,8 +303,7 @@ class FrozenRows:
                 problems += decoded.problems
                 if len(decoded.images):
                     rows = engine.run(decoded.images) if rows is None else rows
-                    if not np.abs(rows).max() <= np.finfo(self.dtype).max:
-                        raise DoesNotFit
+                    self._check_range(rows)
                     if out is not None:
                         out[decoded.positions] = rows
                     store(decoded.keys, rows)
@@ -309,11 +311,12 @@ class FrozenRows:
         if problems:
             raise DataError(f"{len(problems):,} of {len(self.samples):,} images cannot be decoded", problems)
 
-    def rows_per_second(self) -> float:
-        """How fast missing rows will be computed, from a few of them; decoding and network share all cores."""
+    def rows_per_second(self) -> float | None:
+        """How fast the missing rows will be computed, from a few of them; decoding and network share all cores."""
         self.settle_engine()
         engine = self._engine
-        assert engine is not None, "there is a rate only for missing rows"
+        if engine is None or not self.n_missing:
+            return None
         tasks = next(iter(self._tasks(TIMED_IMAGES)))
         started = time.perf_counter()
         images = self._decode(tasks).images
@@ -325,6 +328,13 @@ class FrozenRows:
         run_seconds = (time.perf_counter() - started) / max(len(images), 1)
         cores = self.resources.cores
         return cores / (decode_seconds + run_seconds) if engine.concurrent else 1 / max(decode_seconds / cores, run_seconds)
+
+    def _check_range(self, rows: NDArray[np.float32]) -> None:
+        largest = np.abs(rows).max()
+        if not np.isfinite(largest):
+            raise TrainingError(f"{self.classifier.backbone.name} gives values that are not finite: check its weights file")
+        if largest > np.finfo(self.dtype).max:
+            raise DoesNotFit
 
     def _use_space_of(self, engine_name: str) -> None:
         self.engine_name = engine_name
@@ -343,13 +353,11 @@ class FrozenRows:
     def _tasks(self, n_rows: int) -> Iterator[list[_Task]]:
         """The missing rows, about `n_rows` at a time, all views of an image together so that it is read once."""
         images, numbers = np.divmod(self.rows.missing, self.views.count)
-        starts = np.flatnonzero(np.diff(images, prepend=-1))
+        starts = np.append(np.flatnonzero(np.diff(images, prepend=-1)), len(images))  # of each image, and the end
         per_chunk = max(1, n_rows // self.views.count)
-        tasks = [
-            _Task(int(images[start]), tuple(view.tolist()))
-            for start, view in zip(starts, np.split(numbers, starts[1:]), strict=True)
-        ]
-        return (tasks[first : first + per_chunk] for first in range(0, len(tasks), per_chunk))
+        for first in range(0, len(starts) - 1, per_chunk):
+            bounds = starts[first : first + per_chunk + 1].tolist()
+            yield [_Task(int(images[a]), tuple(numbers[a:b].tolist())) for a, b in itertools.pairwise(bounds)]
 
     def _decode(self, tasks: Sequence[_Task]) -> _Decoded:
         """Runs in a background thread."""
@@ -367,7 +375,7 @@ class FrozenRows:
                 continue
             positions += [task.image * self.views.count + view for view in task.views]
             # Under the key of the bytes that were decoded, should the file have changed since it was looked up.
-            keys.append(_image_keys(hashlib.sha256(data).digest(), self.views.names())[list(task.views)])
+            keys.append(_image_keys(hashlib.sha256(data).digest(), self._view_names)[list(task.views)])
         if not images:
             return _Decoded(np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8), problems)
         return _Decoded(np.array(positions), np.concatenate(keys), np.stack(images), problems)
@@ -423,13 +431,12 @@ class _Meter:
         self._progress(Progress("features", self._done, self._total, self._unit, {"images_per_second": rate}))
 
 
-def _row_keys(samples: Sequence[Sample], views: Views, threads: int) -> NDArray[np.uint8]:
+def _row_keys(samples: Sequence[Sample], view_names: Sequence[bytes], threads: int) -> NDArray[np.uint8]:
     """(N * K, 32); files whose sha256 is not known yet are read for it.
 
     Raises:
         DataError: files that cannot be read, each named.
     """
-    names = views.names()
     problems: list[Problem] = []
 
     def digest(sample: Sample) -> bytes:
@@ -447,7 +454,7 @@ def _row_keys(samples: Sequence[Sample], views: Views, threads: int) -> NDArray[
         raise DataError(f"{len(problems):,} of {len(samples):,} files cannot be read", problems)
     if not samples:
         return np.empty((0, KEY_BYTES), np.uint8)
-    return np.concatenate([_image_keys(digest, names) for digest in digests])
+    return np.concatenate([_image_keys(digest, view_names) for digest in digests])
 
 
 def _image_keys(image_sha256: bytes, view_names: Sequence[bytes]) -> NDArray[np.uint8]:

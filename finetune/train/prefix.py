@@ -216,9 +216,9 @@ def _open_onnx(
 ) -> OnnxEngine:
     file, verdict = store / "prefix.onnx", store / "engine.json"
     if file.exists() and verdict.exists() and read_json(verdict).get("sha256") == sha256_file(file):
-        return OnnxEngine(_session(file.read_bytes()))
+        return OnnxEngine(open_session(file.read_bytes()))
     model = export_prefix(module) if graph is None else _only_embedding(graph)
-    engine = OnnxEngine(_session(model))
+    engine = OnnxEngine(open_session(model))
     cosine = agreement(engine.run(images), plain.run(images))
     if not cosine > LEAST_AGREEMENT:
         raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is asked for")
@@ -284,7 +284,7 @@ def _only_embedding(graph: bytes) -> bytes:
     return data
 
 
-def _session(model: bytes) -> onnxruntime.InferenceSession:
+def open_session(model: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

@@ -17,7 +17,7 @@ from tiny_training import tiny_classifier, write_images
 from finetune.data.augment import Augment, build_augment
 from finetune.data.index import Sample
 from finetune.data.loader import EvalLoader
-from finetune.errors import DataError, DiskFull
+from finetune.errors import DataError, DiskFull, TrainingError
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
 from finetune.train import prefix
@@ -259,7 +259,7 @@ def twice_as_long(self: prefix.OnnxEngine, images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("target", "replacement", "reason"),
-    [("_session", refuse, "no kernel for Fancy"), ("OnnxEngine.run", twice_as_long, "cosine of 0.8")],
+    [("open_session", refuse, "no kernel for Fancy"), ("OnnxEngine.run", twice_as_long, "cosine of 0.8")],
     ids=["cannot run", "differs"],
 )
 def test_an_engine_that_is_not_torch_is_replaced_by_torch_and_stays_so(
@@ -310,6 +310,14 @@ def test_runs_at_the_same_time_share_a_cache(
     watcher = Watcher()
     pooled_features(classifier, samples, views, watcher.resources(tmp_path))
     assert watcher.n_computed == 0
+
+
+def test_values_that_are_not_finite_stop_the_run(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "_open_onnx", lambda module, images, plain, *_: plain)
+    broken = tiny_classifier().eval()
+    next(broken.backbone.module.parameters()).data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite"):
+        pooled_features(broken, samples, Views(broken.backbone.preprocess), Watcher().resources(tmp_path))
 
 
 def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample], graph: bytes) -> None:

@@ -1,0 +1,31 @@
+"""The prefix engine on a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import tiny_classifier, write_images
+
+from finetune.train.features import Resources, Views, pooled_features
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_features_on_the_gpu_agree_with_the_cpu_s_and_are_found_again(tmp_path: Path) -> None:
+    samples = write_images(tmp_path / "images", 12)
+    classifier = tiny_classifier().eval()
+    views = Views(classifier.backbone.preprocess)
+    done: list[int] = []
+    on_gpu = Resources(device="cuda", cache=tmp_path / "cache", progress=lambda update: done.append(update.done))
+    features = pooled_features(classifier, samples, views, on_gpu)
+    with torch.no_grad():
+        pixels = np.stack([views.preprocess.load_file(sample.path) for sample in samples])
+        expected = classifier.embed(classifier.normalise(torch.from_numpy(pixels))).numpy()
+    np.testing.assert_allclose(features, expected, rtol=2e-2, atol=1e-3)
+    assert done[-1] == 12
+    done.clear()
+    np.testing.assert_array_equal(pooled_features(classifier, samples, views, on_gpu), features)
+    assert not done
