@@ -130,18 +130,37 @@ def test_names_that_users_may_give_are_shown_and_never_run(tmp_path: Path) -> No
 
 def test_the_numbers_on_the_page_are_those_of_the_evaluation() -> None:
     given = inputs(
-        cost={"wall_seconds": 65.0, "peak_memory_bytes": 2**21}, frozen={"unchanged": True}, weights={"license": "Apache-2.0"}
+        cost={"wall_seconds": 65.0, "latency_seconds": 0.0167, "peak_memory_bytes": 2**21, "trainable_parameters": 12810.0},
+        parity={"n_from_bytes": 8, "exact": True},
+        weights={"license": "Apache-2.0"},
     )
     page = Page(render_report(given, {}))
     evaluation = given.evaluations["val"]
     low, high = evaluation.top1_interval
     for shown in (
         f"{evaluation.top1:.1%}", f"{low:.1%} – {high:.1%}", f"{evaluation.nll:.3f}", f"{evaluation.ece:.3f}",
-        "1 min 5 s", "2.0 MiB", "yes", "Apache-2.0",
+        "1 min 5 s", "16.7 ms", "2.0 MiB", "12,810", "yes", "Apache-2.0",
     ):  # fmt: skip
         assert shown in page.text
+    assert "MiB" not in render_report(inputs(parity={"n_from_bytes": 8}), {})
     for row in evaluation.per_class:
         assert f"{row.recall:.3f}" in page.text
+
+
+def test_digests_of_frozen_weights_are_compared_for_the_reader() -> None:
+    same = render_report(inputs(frozen={"digest_before": "ab", "digest_after": "ab"}), {})
+    other = render_report(inputs(frozen={"digest_before": "ab", "digest_after": "cd"}), {})
+    assert "they are the same" in same
+    assert "the digests differ" not in same
+    assert "the digests differ" in other
+
+
+def test_phases_are_listed_with_what_trains_in_them() -> None:
+    probe = {"name": "probe", "n_epochs": 0, "n_steps": 0, "trainable": (), "head_lr": 0.0}
+    tune = {"name": "all", "n_epochs": 3, "n_steps": 1200, "trainable": (0, 1), "head_lr": 3e-4}
+    text = render_report(inputs(phases=[probe, tune], stage_names={"stage0": "stem", "stage1": "blocks.0"}), {})
+    assert "<td>probe</td><td>–</td><td class=n>solved</td>" in text
+    assert "<td>all</td><td>stem, blocks.0</td><td class=n>3</td><td class=n>1,200</td><td class=n>0.0003</td>" in text
 
 
 def test_values_stand_beside_where_they_came_from() -> None:

@@ -18,7 +18,7 @@ from tiny_bundle import probe_files, write_tiny_bundle
 
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
-from finetune.rundir import RunDir, read_lines
+from finetune.rundir import RunDir, read_json, read_lines, write_json
 from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, read_record, replay, run_url, ui_command
 
 SECONDS = 60  # a bound for a hang, never a wait
@@ -187,6 +187,27 @@ def test_a_run_that_was_deleted_in_mlflow_gets_a_new_one_with_everything(mlflow_
     assert record.run_id != first.record.run_id
     assert history(client, run, "train/loss") == [(1, 2.0)]
     assert "spec.yaml" in {entry.path for entry in client.list_artifacts(record.run_id)}
+
+
+def test_a_run_of_an_experiment_that_was_deleted_in_mlflow_brings_it_back(mlflow_workspace: Path, client) -> None:
+    first = start(run_folder(mlflow_workspace, "a"), mlflow_workspace)
+    assert first.end("FINISHED", SECONDS).complete
+    client.delete_experiment(client.get_run(first.record.run_id).info.experiment_id)
+    second = start(run_folder(mlflow_workspace, "b"), mlflow_workspace)
+    assert second.end("FINISHED", SECONDS).complete
+    assert client.get_run(second.record.run_id).info.status == "FINISHED"
+
+
+def test_a_run_whose_id_was_not_noted_before_a_kill_is_found_again(mlflow_workspace: Path, client) -> None:
+    run = run_folder(mlflow_workspace)
+    run.metric(1, {"train/loss": 2.0})
+    first = start(run, mlflow_workspace)
+    assert first.end("KILLED", SECONDS).complete
+    write_json(run.root / "mlflow.json", {**read_json(run.root / "mlflow.json"), "run_id": None})
+    second = start(run, mlflow_workspace)
+    assert second.end("FINISHED", SECONDS).complete
+    assert second.record.run_id == first.record.run_id
+    assert history(client, run, "train/loss") == [(1, 2.0)]
 
 
 def test_the_runs_of_a_comparison_are_children_of_one_run(mlflow_workspace: Path, client) -> None:
