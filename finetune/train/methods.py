@@ -17,10 +17,11 @@ import torch
 from finetune.data.augment import Augment
 from finetune.data.index import Dataset, Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader
+from finetune.data.pixels import PixelStore
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir
+from finetune.rundir import RunDir, workspace
 from finetune.train.features import Resources, Views, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
@@ -198,11 +199,12 @@ class _Source:
 
 def _image_source(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute) -> _Source:
     train, val = dataset.of("train"), dataset.of("val")
+    pixels = PixelStore(workspace() / "cache" / "pixels")
 
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads)
+        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads, pixels)
 
-    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads)
+    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads, pixels)
     return _Source(batches, evaluated, prepare_images, forward_images)
 
 
