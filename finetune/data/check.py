@@ -8,13 +8,17 @@ full decode finds, at a third of the time; the pass that uses the pixels raises 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL
 
 from finetune.bundle.image import image_size, read_bytes
 from finetune.data.index import BadImage, Dataset, Sample, natural_list, plural, printable
@@ -35,20 +39,27 @@ def check_images(
     max_bad_fraction: float = 0.05,
     progress: ProgressCallback = silent,
     threads: int | None = None,
+    memory: Path | None = None,
 ) -> Dataset:
     """The dataset with `sha256` and `size_px` of every sample, without the unreadable, which `bad` names with reasons.
 
     Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
 
+    Args:
+        memory: a folder where it is noted which bytes decoded. Files are still read and hashed in the next check, but only
+            new bytes are decoded.
+
     Raises:
         DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
     """
     threads = threads or available_cores()
+    known = _recall(memory)
     verdicts = []
-    for verdict in ordered_map(_inspect, dataset.samples, threads=threads, ahead=64 * threads):
+    for verdict in ordered_map(lambda sample: _inspect(sample, known), dataset.samples, threads=threads, ahead=64 * threads):
         verdicts.append(verdict)
         if len(verdicts) % 64 == 0 or len(verdicts) == len(dataset.samples):
             progress(Progress("preparing", len(verdicts), len(dataset.samples), "images", message="checking images"))
+    _remember(memory, {v.sha256: v.size_px for v in verdicts if isinstance(v, Sample) and v.size_px and v.sha256 not in known})
     good = tuple(verdict for verdict in verdicts if isinstance(verdict, Sample))
     bad = dataset.bad + tuple(verdict for verdict in verdicts if isinstance(verdict, BadImage))
     checked = replace(dataset, samples=good, bad=bad, warnings=dataset.warnings + _warnings(dataset, good))
@@ -113,14 +124,41 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 # ---------------------------------------------------------------------------------------------------------------- internals
 
 
-def _inspect(sample: Sample) -> Sample | BadImage:
+def _inspect(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:
     """One read of one file gives its digest, its size and the verdict."""
     try:
         data = read_bytes(sample.path)
-        size_px = image_size(data)  # decodes the whole file
+        sha256 = hashlib.sha256(data).hexdigest()
+        size_px = known.get(sha256) or image_size(data)  # which decodes the whole file
     except ImageError as error:
         return BadImage(sample.path, error.message)
-    return replace(sample, sha256=hashlib.sha256(data).hexdigest(), size_px=size_px)
+    return replace(sample, sha256=sha256, size_px=size_px)
+
+
+def _notes(memory: Path) -> Path:
+    return memory / f"readable-pillow-{PIL.__version__}.txt"
+
+
+def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
+    """sha256 → size of the images that were decoded before; a line that a killed process left torn is not one of them."""
+    if memory is None or not _notes(memory).exists():
+        return {}
+    lines = re.findall(r"^([0-9a-f]{64}) (\d+) (\d+);$", _notes(memory).read_text("ascii", "replace"), re.MULTILINE)
+    return {sha256: (int(width), int(height)) for sha256, width, height in lines}
+
+
+def _remember(memory: Path | None, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Append to the notes; without room on the disk they are just not kept."""
+    if memory is None or not sizes:
+        return
+    lines = "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items())
+    try:
+        memory.mkdir(parents=True, exist_ok=True)
+        with open(_notes(memory), "a", encoding="ascii") as stream:
+            stream.write(f"\n{lines}")  # a torn line of a killed process ends here
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _quantiles(values: np.ndarray, *percents: int) -> dict[str, float]:

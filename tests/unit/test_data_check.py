@@ -12,7 +12,8 @@ import pytest
 from awkward import AWKWARD, READABLE, REFUSED
 from folders import encoded, write_classes
 
-from finetune.bundle.image import decode_image
+from finetune.bundle.image import decode_image, image_size
+from finetune.data import check
 from finetune.data.check import ImageFacts, advise_resize, check_images, image_facts
 from finetune.data.index import Dataset, Sample, index_dataset
 from finetune.errors import DataError, ImageError
@@ -162,6 +163,35 @@ def test_the_checked_digest_is_of_contents_and_not_of_names(tmp_path: Path) -> N
     (root / "a" / "renamed.png").write_bytes(encoded("other"))
     assert first.digest == second.digest
     assert check_images(index_dataset(root)).digest != second.digest
+
+
+def test_bytes_that_decoded_before_are_not_decoded_again_but_are_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_classes(tmp_path / "data", {"a": 3, "b": 3})
+    first = check_images(index_dataset(root), memory=tmp_path / "memory")
+    decoded: list[bytes] = []
+    monkeypatch.setattr(check, "image_size", lambda data: decoded.append(data) or image_size(data))
+    assert check_images(index_dataset(root), memory=tmp_path / "memory") == first
+    assert decoded == []
+    (root / "a" / "new.png").write_bytes(encoded("new"))
+    (root / "a" / "0.png").write_bytes(encoded("torn")[:60])
+    again = check_images(index_dataset(root), memory=tmp_path / "memory", max_bad_fraction=0.5)
+    assert [bad.path.name for bad in again.bad] == ["0.png"]
+    assert sorted(decoded) == sorted([encoded("new"), encoded("torn")[:60]])
+    decoded.clear()
+    check_images(index_dataset(root), memory=tmp_path / "memory", max_bad_fraction=0.5)
+    assert decoded == [encoded("torn")[:60]]  # what is unreadable is judged anew each time
+
+
+def test_torn_notes_are_no_verdict(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", {"a": 3, "b": 3})
+    first = check_images(index_dataset(root), memory=tmp_path / "memory")
+    (notes,) = (tmp_path / "memory").iterdir()
+    notes.write_bytes(notes.read_bytes()[:-3] + b"\xff")
+    assert check_images(index_dataset(root), memory=tmp_path / "memory") == first
+    notes.write_bytes(b"".join(f"{sample.sha256} 1 1".encode() for sample in first.samples))
+    assert check_images(index_dataset(root), memory=tmp_path / "memory") == first
 
 
 # A JPEG is judged at an eighth of its size. That is honest only if damage shows there as it does at full size.
