@@ -28,8 +28,9 @@ PHASES = {
     "exporting": "exporting",
     "registering": "registering",
 }
-SHORT = {"images_per_second": "img/s", "train/loss": "loss", "loss": "loss", "val/top1": "val top1", "val_top1": "val top1"}
-_DESCRIPTION_CHARACTERS = 28
+SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val top1"}
+HIDDEN = {"eta_seconds", "lr"}  # the bar shows what time is left; the report shows the learning rate
+_DESCRIPTION_CHARACTERS = 26
 
 
 def print_json(document: Any) -> None:
@@ -94,7 +95,7 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=14),
         TaskProgressColumn(),
         TextColumn("{task.fields[values]}", style="cyan"),
         TimeElapsedColumn(),
@@ -108,7 +109,9 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
             description = f"{progress.message or PHASES[progress.phase]:<{_DESCRIPTION_CHARACTERS}.{_DESCRIPTION_CHARACTERS}}"
             if key not in tasks:
                 tasks[key] = bars.add_task(description, total=progress.total, values="")
-            values = " ".join(f"{SHORT.get(name, name)} {_cell(float(value))}" for name, value in progress.values.items())
+            values = " ".join(
+                f"{SHORT.get(name, name)} {_cell(float(value))}" for name, value in progress.values.items() if name not in HIDDEN
+            )
             bars.update(tasks[key], completed=progress.done, description=description, values=values)
 
         yield update
