@@ -179,6 +179,11 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
         warnings=plan.dataset.warnings,
         spec=resolved["spec"],
         sources=resolved["sources"],
+        resolved={
+            **{key: value for key, value in resolved["recipe"].items() if key not in ("phases", "sources")},
+            "augmentation": resolved["augmentation"]["name"],
+            **{key: resolved[key] for key in ("preprocess", "compute")},
+        },
         phases=resolved["recipe"]["phases"],
         stage_names={f"stage{stage.index}": stage.name for stage in plan.backbone.stages},
         images=plan.dataset.counts(),

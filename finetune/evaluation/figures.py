@@ -177,7 +177,7 @@ def learning_rate(records: Sequence[Record]) -> Figure | None:
 def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | None = None) -> Figure | None:
     """Gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
     found = {match[1] for line in records for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))}
-    if not found:
+    if max((len(series(records, f"train/grad_norm/{owner}", by="step")) for owner in found), default=0) < 2:
         return None
     owners = sorted(found, key=lambda owner: (owner == "head", [int(part) for part in re.findall(r"\d+", owner)], owner))
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.82, len(owners)))

@@ -217,3 +217,7 @@ def test_stage_signals_run_from_the_stem_to_the_head_in_numeric_order(tmp_path: 
     figure = figures.stage_signals(read_lines(trained_run(tmp_path).metrics), {"stage0": "stem"})
     assert figure is not None
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["head", "stage10", "stem"]
+
+
+def test_one_sample_of_stage_signals_is_no_curve() -> None:
+    assert figures.stage_signals([{"step": 0, "epoch": 0, "values": {"train/grad_norm/head": 1.0}}]) is None
