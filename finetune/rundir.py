@@ -148,6 +148,10 @@ class RunDir:
     def error(self) -> Path:
         return self.root / "error.json"
 
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
     def create(self) -> RunDir:
         self.root.mkdir(parents=True, exist_ok=True)
         return self

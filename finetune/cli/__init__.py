@@ -12,6 +12,7 @@ import click
 
 from finetune import __version__
 from finetune.cli.demo import demo
+from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
 from finetune.errors import FinetuneError
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (check, train, evaluate, predict, serve, backbones, models, mlflow, demo):
+for command in (check, train, evaluate, predict, serve, backbones, models, mlflow, demo, worker, jobs, keys):
     cli.add_command(command)
 
 

@@ -10,7 +10,8 @@ import hmac
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from sqlalchemy import Engine, RowMapping, func, insert, or_, select, update
 
@@ -36,6 +37,9 @@ class ApiKey:
 
     def allows(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "scopes": sorted(self.scopes)}
 
 
 class KeyStore:

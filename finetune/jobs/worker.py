@@ -31,7 +31,6 @@ from finetune.rundir import RunDir, read_json, read_lines, write_atomic
 
 log = logging.getLogger(__name__)
 
-LOG_NAME = "log.txt"
 _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
 _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
@@ -171,7 +170,7 @@ class Worker:
             claim.job.id,
             [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"],
             environment={"FINETUNE_HOME": str(self.home), LEASE_VARIABLE: str(lease_file)},
-            log=run.root / LOG_NAME,
+            log=run.log,
             resources=Resources(max(1, self.settings.threads // self.settings.slots), gpus),
         )
         log.info("%s: attempt %d started, process %s", claim.job.id, claim.job.attempts, handle.reference)
@@ -232,7 +231,7 @@ class Worker:
 
     def _take_pulse(self, attempt: _Attempt) -> None:
         run = attempt.run
-        watched = (run.progress, run.metrics, run.events, run.checkpoints, run.root / LOG_NAME)
+        watched = (run.progress, run.metrics, run.events, run.checkpoints, run.log)
         pulse = tuple(path.stat().st_mtime_ns for path in watched if path.exists())
         if pulse != attempt.pulse:
             attempt.pulse, attempt.moved_at = pulse, time.monotonic()
@@ -260,7 +259,7 @@ class Worker:
             hung=attempt.hung,
             disk_full=self._disk_is_full(),
             memory_kills=_memory_kills() - attempt.memory_kills_before,
-            log_tail=_tail(run.root / LOG_NAME),
+            log_tail=_tail(run.log),
         )
         follows = what_follows(ending, self.settings.retry_base_seconds)
         log.info("%s: exit code %d; %s", claim.job.id, exit_code, follows)

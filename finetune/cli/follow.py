@@ -1,0 +1,116 @@
+"""How jobs and keys look in a terminal: a live bar with the job's history above it, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from finetune.cli.terminal import PHASES, console, duration, progress_bars, table
+from finetune.progress import Progress
+
+if TYPE_CHECKING:
+    from finetune.jobs.client import EventView, JobsClient, JobView
+    from finetune.jobs.keys import ApiKey
+
+POLL_SECONDS = 1.0
+LONELY_SECONDS = 10.0  # queued for so long with nothing happening: perhaps there is no worker
+_COLOURS = {"error": "red", "warning": "yellow", "warn": "yellow"}
+
+
+def follow(client: JobsClient, job: JobView, *, shown: bool, poll_seconds: float = POLL_SECONDS) -> JobView:
+    """Show what happens to `job` until it ends; returns how it ended."""
+    seen, followed_since, hinted = 0, time.monotonic(), False
+    try:
+        with progress_bars(shown=shown) as bars:
+            while True:
+                job = client.get(job.id)
+                for event in client.events(job.id, after=seen):
+                    seen = event.seq
+                    if shown:
+                        show_event(event)
+                if job.finished:
+                    break
+                if job.progress is not None and job.progress["phase"] in PHASES:
+                    bars(Progress(**job.progress))
+                if shown and not hinted and job.state == "queued" and time.monotonic() - followed_since > LONELY_SECONDS:
+                    hinted = True
+                    console.print("still queued: is there a worker? finetune worker starts one", style="yellow")
+                time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        if shown:
+            console.print(
+                f"the job goes on: finetune jobs show {job.id} --follow, or finetune jobs cancel {job.id}", markup=False
+            )
+        raise
+    if shown:
+        show_job(job, ())
+    return job
+
+
+def show_event(event: EventView) -> None:
+    console.print(f"{_clock(event.at)}  {event.message}", style=_COLOURS.get(event.level), markup=False)
+
+
+def show_job(job: JobView, events: Sequence[EventView]) -> None:
+    """`finetune jobs show`: state, result or error, history."""
+    facts = [["state", job.state if job.phase is None else f"{job.state}, {job.phase}"], ["backbone", job.backbone]]
+    facts += [["method", job.method], ["created", _date(job.created_at)]]
+    if job.started_at is not None:
+        facts.append(["took" if job.finished_at else "runs since", _running_time(job)])
+    if job.attempts is not None and job.attempts > 1:
+        facts.append(["attempts", str(job.attempts)])
+    if job.progress is not None:
+        facts.append(["progress", f"{job.progress['done']} of {job.progress['total']} {job.progress['unit']}"])
+    if job.model is not None:
+        facts.append(["model", job.model])
+    facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name.endswith("/top1")]
+    if job.error_message is not None:
+        facts.append([f"error ({job.error_code})", job.error_message])
+    table(job.id, ["what", "value"], facts)
+    for event in events:
+        show_event(event)
+
+
+def show_jobs(jobs: Sequence[JobView]) -> None:
+    if not jobs:
+        console.print("no job yet: finetune jobs submit --data FOLDER queues one")
+        return
+    rows = [
+        [job.id, job.state, job.phase or "", job.backbone, job.method, _date(job.created_at), job.model or job.error_code or ""]
+        for job in jobs
+    ]
+    table("", ["job", "state", "phase", "backbone", "method", "created", "model or error"], rows)
+
+
+def show_keys(keys: Sequence[ApiKey]) -> None:
+    if not keys:
+        console.print("no key yet: finetune keys create OWNER makes one")
+        return
+    now = time.time()
+    rows = [
+        [key.id, key.owner, ", ".join(sorted(key.scopes)), _key_state(key, now), _date(key.created_at), _date(key.last_used_at)]
+        for key in keys
+    ]
+    table("", ["key", "owner", "scopes", "state", "created", "last used"], rows)
+
+
+def _key_state(key: ApiKey, now: float) -> str:
+    if key.revoked_at is not None:
+        return f"revoked {_date(key.revoked_at)}"
+    if key.expires_at is None:
+        return "valid"
+    return f"{'expired' if key.expires_at <= now else 'valid until'} {_date(key.expires_at)}"
+
+
+def _running_time(job: JobView) -> str:
+    return duration(max(0.0, (job.finished_at or time.time()) - (job.started_at or 0.0)))
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%H:%M:%S")
+
+
+def _date(at: float | None) -> str:
+    return "never" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,214 @@
+"""`worker`, `jobs`, `keys`: fine-tuning that outlives the shell it was asked for in. None of them needs torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from finetune.cli.training import json_option, spec_options
+
+if TYPE_CHECKING:
+    from finetune.jobs.client import JobsClient, JobView
+    from finetune.spec import JobSpec
+
+EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 130}
+SECONDS_PER_DAY = 86400.0
+
+
+@click.command()
+@click.option("--slots", type=click.IntRange(min=1), help="Jobs that run at once (default: one for each GPU, else 1).")
+@click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may).")
+@click.option("--stall-minutes", default=30.0, show_default=True, help="A job that writes nothing for so long is restarted.")
+@click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
+def worker(slots: int | None, gpus: str | None, stall_minutes: float, until_idle: bool) -> None:
+    """Run queued jobs, each in a process of its own, until SIGTERM or Ctrl-C hands the running ones back.
+
+    Any number of workers may share a workspace. A job whose worker dies resumes elsewhere from its newest checkpoint.
+    """
+    import logging
+
+    from finetune.jobs.database import open_jobs
+    from finetune.jobs.executor import LocalExecutor
+    from finetune.jobs.store import JobStore
+    from finetune.jobs.worker import Worker, WorkerSettings, visible_gpus
+    from finetune.rundir import workspace
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("finetune.jobs").setLevel(logging.INFO)
+    devices = visible_gpus() if gpus is None else _numbers(gpus)
+    settings = WorkerSettings(slots=slots or len(devices) or 1, gpus=devices, stall_seconds=60 * stall_minutes)
+    Worker(JobStore(open_jobs(workspace())), LocalExecutor(), workspace(), settings).run(until_idle=until_idle)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: give device numbers, as in 0,1", param_hint="--gpus") from None
+
+
+@click.group()
+def jobs() -> None:
+    """Queue fine-tuning jobs and watch them, in this workspace or on a server."""
+
+
+def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--server``; the command gets a `client` of that server, or of the workspace."""
+
+    def build(*, server: str | None, **given: Any) -> Any:
+        return command(client=_client(server), **given)
+
+    option = click.option(
+        "--server", metavar="URL", envvar="FINETUNE_SERVER", help="A server instead of this workspace; key in FINETUNE_API_KEY."
+    )
+    return option(functools.update_wrapper(build, command))
+
+
+def _client(server: str | None) -> JobsClient:
+    from finetune.jobs.client import LocalJobs
+    from finetune.jobs.remote import RemoteJobs
+    from finetune.rundir import workspace
+
+    return RemoteJobs(server, os.environ.get("FINETUNE_API_KEY")) if server else LocalJobs(workspace())
+
+
+@jobs.command()
+@spec_options
+@place_option
+@click.option("--detach", is_flag=True, help="Print the job's id and leave; do not wait for its end.")
+@click.option("--idempotency-key", metavar="KEY", help="The same key and spec give the same job, however often they are sent.")
+@json_option
+def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str | None, as_json: bool) -> None:
+    """Queue a job and follow it to its end. Exit code: 0 succeeded, 1 failed, 130 cancelled.
+
+    Ctrl-C stops following; the job goes on.
+    """
+    from finetune.cli.follow import follow
+    from finetune.cli.terminal import console, print_json, progress_bars
+
+    with progress_bars(shown=not as_json) as progress:
+        job = client.submit(spec, idempotency_key, progress)
+    if not as_json:
+        console.print(f"job {job.id}", markup=False)
+    if not detach:
+        job = follow(client, job, shown=not as_json)
+    print_json(job.to_dict()) if as_json else click.echo(job.id)
+    sys.exit(0 if detach else EXIT_CODES[job.state])
+
+
+@jobs.command("list")
+@place_option
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1))
+@json_option
+def list_jobs(client: JobsClient, limit: int, as_json: bool) -> None:
+    """The newest jobs."""
+    from finetune.cli.follow import show_jobs
+    from finetune.cli.terminal import print_json
+
+    found = client.list(limit)
+    print_json({"jobs": [job.to_dict() for job in found]}) if as_json else show_jobs(found)
+
+
+@jobs.command()
+@click.argument("job_id")
+@place_option
+@click.option("--follow", "following", is_flag=True, help="Stay until it ends; the exit code is its outcome.")
+@json_option
+def show(job_id: str, client: JobsClient, following: bool, as_json: bool) -> None:
+    """One job: its state, its history, its result."""
+    from finetune.cli.follow import follow, show_job
+    from finetune.cli.terminal import print_json
+
+    job = client.get(job_id)
+    if following:
+        job = follow(client, job, shown=not as_json)
+    if as_json:
+        print_json(job.to_dict())
+    else:
+        show_job(job, () if following else client.events(job_id))
+    sys.exit(EXIT_CODES[job.state] if following else 0)
+
+
+@jobs.command()
+@click.argument("job_id")
+@place_option
+@click.option("--follow", "following", is_flag=True, help="Go on printing until the job ends.")
+def logs(job_id: str, client: JobsClient, following: bool) -> None:
+    """What the job's processes printed."""
+    import time
+
+    offset = 0
+    while True:
+        finished = client.get(job_id).finished  # asked before reading, so that nothing is missed at the end
+        text = client.log(job_id, offset)
+        offset += len(text)
+        click.echo(text, nl=False)
+        if finished or not following:
+            return
+        time.sleep(1.0)
+
+
+@jobs.command()
+@click.argument("job_id")
+@place_option
+@json_option
+def cancel(job_id: str, client: JobsClient, as_json: bool) -> None:
+    """Stop a job: at once while it is queued, after it wrote a checkpoint while it runs."""
+    from finetune.cli.terminal import print_json
+
+    job: JobView = client.cancel(job_id)
+    print_json(job.to_dict()) if as_json else click.echo(f"{job.id} is {job.state}", err=True)
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke the API keys of this workspace's server."""
+
+
+def _keys() -> Any:
+    from finetune.jobs.database import open_jobs
+    from finetune.jobs.keys import KeyStore
+    from finetune.rundir import workspace
+
+    return KeyStore(open_jobs(workspace()))
+
+
+@keys.command("create")
+@click.argument("owner")
+@click.option("--scope", "scopes", multiple=True, default=("predict", "jobs"), show_default=True, help="predict | jobs | admin.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The key expires after so many days (default: never).")
+@json_option
+def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json: bool) -> None:
+    """Make a key for OWNER and print it: the only time that it is shown."""
+    from finetune.cli.terminal import print_json
+
+    secret, key = _keys().create(owner, scopes, lifetime_seconds=None if days is None else days * SECONDS_PER_DAY)
+    if as_json:
+        print_json({"key": secret, **key.to_dict()})
+    else:
+        click.echo(secret)
+        click.echo(f"key {key.id} of {key.owner}, for {', '.join(sorted(key.scopes))}: keep it, it is not shown again", err=True)
+
+
+@keys.command("list")
+@json_option
+def list_keys(as_json: bool) -> None:
+    """Every key: whose, for what, since when, until when. Never the key itself."""
+    from finetune.cli.follow import show_keys
+    from finetune.cli.terminal import print_json
+
+    found = _keys().list()
+    print_json({"keys": [key.to_dict() for key in found]}) if as_json else show_keys(found)
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+def revoke_key(key_id: str) -> None:
+    """Make a key useless, for good."""
+    _keys().revoke(key_id)
+    click.echo(f"key {key_id} is revoked", err=True)
