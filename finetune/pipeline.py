@@ -40,6 +40,7 @@ from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, workspace, write_atomic, write_json
 from finetune.spec import JobSpec
 from finetune.tracking import NoTracker, Tracker, open_run
+from finetune.train.auto import train_until_it_stops_paying
 from finetune.train.methods import Trained, train_classifier
 
 _LATENCY_ROUNDS = 20
@@ -85,18 +86,13 @@ def run_job(
 
 
 def train(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> Trained:
-    """Carry the recipe out on the plan's classifier."""
-    return train_classifier(
-        plan.classifier,
-        plan.recipe,
-        plan.dataset,
-        plan.augment,
-        run,
-        plan.compute,
-        identity={"spec": plan.spec.digest(), "dataset": plan.dataset.digest},
-        graph=fill(graph, DeployModule(plan.classifier)),
-        progress=progress,
-    )
+    """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
+    shared = (plan.dataset, plan.augment, run, plan.compute)
+    identity = {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
+    onnx = fill(graph, DeployModule(plan.classifier))
+    if len(plan.recipes) == 1:
+        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=onnx, progress=progress)
+    return train_until_it_stops_paying(plan.classifier, plan.recipes, *shared, identity=identity, graph=onnx, progress=progress)
 
 
 @dataclass(frozen=True)

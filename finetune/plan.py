@@ -21,7 +21,7 @@ from finetune.rundir import RunDir, as_model_name
 from finetune.spec import JobSpec
 from finetune.train.machine import available_threads, resolve_device
 from finetune.train.methods import Compute
-from finetune.train.recipe import Facts, Recipe, resolve_recipe
+from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -37,8 +37,13 @@ class Plan:
     backbone: Backbone
     classifier: Classifier
     augment: Augment
-    recipe: Recipe
+    recipes: tuple[Recipe, ...]  # what is tried, from the cheapest up; more than one only for method auto
     compute: Compute
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, and for method auto the deepest."""
+        return self.recipes[-1]
 
     @property
     def model_name(self) -> str:
@@ -72,6 +77,7 @@ class Plan:
             },
             "augmentation": self.augment.to_dict(),
             "recipe": self.recipe.to_dict(),
+            "candidates": [recipe.method for recipe in self.recipes],
             "compute": asdict(self.compute),
             "sources": {**self.recipe.sources, "data.resize": self.advice.reason},
         }
@@ -88,11 +94,12 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     advice = _advice(spec, dataset, backbone)
     backbone.preprocess = replace(backbone.preprocess, resize=advice.resize)
     augment = build_augment(spec.augmentation.policy, spec.augmentation.transforms, backbone.preprocess)
-    recipe = resolve_recipe(spec, facts_of(dataset, backbone, compute), backbone.stages)
+    facts = facts_of(dataset, backbone, compute)
+    recipes = tuple(resolve_recipe(candidate, facts, backbone.stages) for candidate in candidates(spec, backbone.stages))
     torch.manual_seed(spec.seed)  # the new head's first values
     head = spec.model.head
-    classifier = Classifier(backbone, len(dataset.classes), head.pooling, recipe.dropout, head.aux)
-    return Plan(spec, dataset, advice, backbone, classifier, augment, recipe, compute)
+    classifier = Classifier(backbone, len(dataset.classes), head.pooling, recipes[-1].dropout, head.aux)
+    return Plan(spec, dataset, advice, backbone, classifier, augment, recipes, compute)
 
 
 def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) -> Dataset:

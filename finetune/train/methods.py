@@ -38,6 +38,10 @@ class Compute:
     precision: Literal["auto", "float32", "bfloat16"]
     threads: int
 
+    def plain_settings(self) -> Settings:
+        """Float32, for what is computed once and compared."""
+        return Settings(self.device, "float32", threads=self.threads)
+
 
 @dataclass(frozen=True)
 class Trained:
