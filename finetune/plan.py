@@ -17,7 +17,7 @@ from finetune.errors import InvalidInput, Problem
 from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir, as_model_name
+from finetune.rundir import RunDir, as_model_name, workspace
 from finetune.spec import JobSpec
 from finetune.train.machine import available_threads, resolve_device
 from finetune.train.methods import Compute
@@ -106,7 +106,10 @@ def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) 
     """Found, checked and split; the split of an interrupted run is kept."""
     data = spec.data
     indexed = index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
-    checked = check_images(indexed, on_bad=data.on_bad_image, max_bad_fraction=data.max_bad_fraction, progress=progress)
+    memory = workspace() / "cache" / "images"
+    checked = check_images(
+        indexed, on_bad=data.on_bad_image, max_bad_fraction=data.max_bad_fraction, progress=progress, memory=memory
+    )
     if run is not None and run.split.exists():
         return read_split(run.split, checked)
     dataset = split_dataset(checked, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=spec.seed)
