@@ -32,6 +32,7 @@ from finetune.train.average import MovingAverage, copy_state, holding, interpola
 from finetune.train.interrupt import Interrupted, StopRequest, stop_requests
 from finetune.train.loss import mix, mixed_cross_entropy, step_seed
 from finetune.train.machine import Settings, autocast, computing_with, place, prepare_images, to_device
+from finetune.train.memory import retaining_memory
 from finetune.train.optim import build_optimizer, owner, set_learning_rates
 from finetune.train.recipe import HEAD, Recipe, freeze_plan, learning_rates, widest_plan
 from finetune.train.signals import Parameters, StepMeter
@@ -131,7 +132,7 @@ def fit(
     """
     found = _find_checkpoint(run, saving)
     decided = settings() if found is None else Settings(**found["settings"])
-    with computing_with(decided), stop_requests() as stop, _memory_errors_named(recipe.batch_size):
+    with computing_with(decided), retaining_memory(), stop_requests() as stop, _memory_errors_named(recipe.batch_size):
         place(classifier, decided)
         training = _Training(classifier, recipe, train, val, run, saving, decided, prepare, forward, progress, stop)
         if found is None:

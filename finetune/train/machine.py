@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
+from finetune.train.memory import retaining_memory
 from finetune.train.recipe import Recipe, freeze_plan
 
 WORTH_MEASURING_STEPS = 200  # shorter runs cost less than the measurement
@@ -129,10 +130,11 @@ def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Setting
     n_images = min(recipe.batch_size, MEASURED_IMAGES)
     images = torch.full((n_images, height, width, 3), 127, dtype=torch.uint8, device=candidates[0].device)
     seconds: dict[Settings, list[float]] = {settings: [] for settings in candidates}
-    for _ in range(ROUNDS):
-        for settings in candidates:
-            with computing_with(settings):
-                seconds[settings].append(_seconds_of_a_step(place(trial, settings), images, settings))
+    with retaining_memory():
+        for _ in range(ROUNDS):
+            for settings in candidates:
+                with computing_with(settings):
+                    seconds[settings].append(_seconds_of_a_step(place(trial, settings), images, settings))
     return tuple(Timing(settings, n_images / statistics.median(taken[1:])) for settings, taken in seconds.items())
 
 
@@ -149,10 +151,14 @@ def _seconds_of_a_step(trial: Classifier, images: Tensor, settings: Settings) ->
 
 
 def place(classifier: Classifier, settings: Settings) -> Classifier:
-    """Move the classifier to the device and lay out its weights; in place, as `Module.to` does."""
+    """Move the classifier to the device and lay out its weights for training; in place, as `Module.to` does."""
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     classifier.to(device=settings.device)
     classifier.to(memory_format=layout)
+    for module in classifier.modules():
+        if getattr(module, "inplace", False) and not isinstance(module, nn.ReLU):
+            # their gradients need the input, so in place autograd copies it first; ReLU's need only the output
+            module.inplace = False  # type: ignore[assignment]
     return classifier
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+import resource
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ from finetune.train.machine import (
     choose_settings,
     computing_with,
     fastest,
+    place,
     prepare_images,
     resolve_device,
 )
+from finetune.train.memory import retaining_memory
 from finetune.train.optim import build_optimizer, set_learning_rates
 from finetune.train.recipe import Recipe, freeze_plan
 from finetune.train.signals import StepMeter
@@ -256,3 +260,24 @@ def test_gradients_do_not_depend_on_the_memory_layout(architecture: str) -> None
     assert len(gradients[0]) == len(gradients[1]) > 10
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back after each step")
+def test_while_memory_is_retained_equal_blocks_soon_cost_no_page_faults() -> None:
+    def faults_of_a_block() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(9 * 1024 * 1024)  # 36 MiB, above what glibc reuses by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with retaining_memory():
+        assert min(faults_of_a_block() for _ in range(60)) < 100
+    assert min(faults_of_a_block() for _ in range(60)) > 1000, "afterwards memory goes back to the kernel as before"
+
+
+def test_activations_are_out_of_place_only_where_autograd_would_copy() -> None:
+    classifier = tiny_classifier()
+    classifier.backbone.module.extra = nn.Sequential(nn.ReLU6(inplace=True), nn.ReLU(inplace=True))
+    place(classifier, Settings())
+    relu6, relu = classifier.backbone.module.extra
+    assert not relu6.inplace
+    assert relu.inplace
