@@ -58,6 +58,10 @@ except ImportError as error:
         ("finetune.bundle", 7),
         ("finetune.jobs", 2),
         ("service", 2),
+        ("finetune.data.index", 1),
+        ("finetune.data.check", 1),
+        ("finetune.data.split", 1),
+        ("finetune.data.pixels", 1),
     ],
 )
 def test_every_module_of_the_ground_floor_imports_alone(package: str, at_least: int, tmp_path: Path) -> None:
