@@ -217,7 +217,8 @@ def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
         return [Problem("model probe (arrays → logits)", f"{MODEL} cannot run them: {error}")]
     if logits.shape != probe.logits.shape:
         return [Problem("model probe (arrays → logits)", f"logits have shape {logits.shape}, {PROBE} has {probe.logits.shape}")]
-    allowed = LOGITS_TOLERANCE * max(1.0, float(np.abs(probe.logits).max()))
+    share = predictor.manifest.model.get("logits_tolerance", LOGITS_TOLERANCE)  # an int8 model has a wider one
+    allowed = share * max(1.0, float(np.abs(probe.logits).max()))
     worst = float(np.abs(logits - probe.logits).max())
     if worst <= allowed:  # false for NaN as well
         return []

@@ -11,23 +11,26 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
 from finetune.bundle.predictor import Predictor, write_probe
+from finetune.bundle.preprocess import Preprocess
 from finetune.data.index import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import N_IMAGES, parity
 from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, open_session, trace, with_metadata
+from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import write_atomic
 
 _LIBRARIES = ("finetune", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
+_N_JUDGED = 1000  # images that int8 is judged on, where there are as many
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def export_bundle(
     out: Path,
     *,
     graph: Graph | None = None,
+    quantize: Literal["none", "int8"] = "none",
+    training: Sequence[Sample] = (),
     progress: ProgressCallback = silent,
 ) -> Manifest:
     """Export `classifier` with its present weights as the bundle folder `out`, replacing one that is there.
@@ -62,6 +67,8 @@ def export_bundle(
     Args:
         samples: real images, best those of validation; parity is measured on them and the probe is made of them.
         graph: what `dry_run_export` gave for this classifier; saves tracing it again.
+        quantize: int8 is kept only if it answers as well on `samples`; ``manifest.model["quantization"]`` says what became of it.
+        training: images that int8 is calibrated on; `samples` where there are none.
 
     Raises:
         ExportError: ONNX cannot express the classifier, or what was exported answers otherwise than torch.
@@ -78,12 +85,37 @@ def export_bundle(
     report = parity(module, predictor, files)
     if problems := report.problems():
         raise ExportError(f"{classifier.backbone.name}: the exported model does not answer as the trained one does", problems)
-    progress(Progress("exporting", 2, 3, "steps", message="writing the bundle and loading it back"))
+    manifest = dataclasses.replace(manifest, parity=report.to_dict())
+    if quantize == "int8":
+        progress(Progress("exporting", 2, 3, "steps", message="quantising to int8"))
+        model, outcome = _quantised(model, manifest.preprocess, samples, training or samples)
+        manifest = dataclasses.replace(manifest, model={**manifest.model, **_said_of(outcome)})
+        predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
+        progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with _complete_folder(out) as folder:
-        manifest = _write(folder, model, dataclasses.replace(manifest, parity=report.to_dict()), predictor, files[:_N_PROBES])
+        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES])
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message=f"bundle written to {out}"))
     return manifest
+
+
+def _quantised(
+    model: bytes, preprocess: Preprocess, samples: Sequence[Sample], training: Sequence[Sample]
+) -> tuple[bytes, Quantization]:
+    """int8 if it is as good on `samples`, else the model as it is."""
+    judged = _spread(samples, _N_JUDGED)
+    return quantize_if_as_good(
+        model,
+        calibration=np.stack([preprocess.load_file(sample.path) for sample in _spread(training, N_CALIBRATION)]),
+        images=np.stack([preprocess.load_file(sample.path) for sample in judged]),
+        labels=np.array([sample.label for sample in judged]),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _said_of(outcome: Quantization) -> dict[str, Any]:
+    tolerance = {"logits_tolerance": LOGITS_TOLERANCE} if outcome.kept else {}
+    return {"quantization": outcome.to_dict(), **tolerance}
 
 
 def _write(folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, probe_files: Sequence[Path]) -> Manifest:
