@@ -98,7 +98,7 @@ def show_model(model: str, as_json: bool) -> None:
     from finetune.cli.terminal import print_json
 
     manifest = read_manifest(_registry().locate(model))
-    print_json(manifest.to_json()) if as_json else show_manifest(manifest)
+    print_json(manifest.to_dict()) if as_json else show_manifest(manifest)
 
 
 @models.command()

@@ -1,0 +1,179 @@
+"""The commands of a person at a shell, on a real (tiny) job from a folder of pictures to a served answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from finetune.cli import cli
+from finetune.errors import InvalidInput, SpecError
+from finetune.rundir import RunDir, read_json, read_lines
+
+CLASSES = ("blue", "green", "red")
+TINY = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64"]
+
+
+def write_pictures(folder: Path, per_class: int) -> Path:
+    """Class folders of coloured noise that a solved head on random features can tell apart."""
+    for label, name in enumerate(CLASSES):
+        for number in range(per_class):
+            generator = np.random.default_rng([label, number])
+            pixels = generator.integers(0, 100, (72, 80, 3), dtype=np.uint8)
+            pixels[:, :, 2 - label] += 120
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
+    return folder
+
+
+def run(*arguments: str) -> Any:
+    """The command's JSON document; an error of the command is raised here."""
+    result = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False, standalone_mode=False)
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "colours", 14)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The outcome of one linear probe, and the workspace that it is in."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(home))
+        outcome = run("train", "--data", str(pictures), "--no-mlflow", *TINY)
+    return outcome, home
+
+
+@pytest.fixture
+def home(trained: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FINETUNE_HOME", str(trained[1]))
+    return Path(trained[1])
+
+
+def test_a_job_leaves_a_registered_model_and_everything_a_run_folder_promises(trained: Any):
+    outcome, home = trained
+    folder = RunDir(Path(outcome["run"]))
+    for path in (folder.spec, folder.resolved, folder.split, folder.evaluation, folder.report, folder.outcome, folder.bundle):
+        assert path.exists(), path
+    assert (outcome["model"], outcome["version"]) == ("colours", "1")
+    assert Path(outcome["bundle"]) == home / "models" / "colours" / "1"
+    assert outcome["metrics"]["test/top1"] > 0.6
+    assert outcome["metrics"]["cost/trainable_parameters"] < outcome["metrics"]["cost/total_parameters"]
+    resolved = read_json(folder.resolved)
+    assert resolved["sources"]["hyperparameters.l2"] == "chosen by validation"
+    frozen = read_json(folder.bundle / "bundle.json")["frozen"]
+    assert frozen["digest_before"] == frozen["digest_after"]
+    assert "stem" in frozen["stages"]
+    assert [line["kind"] for line in read_lines(folder.events)][-1] == "succeeded"
+
+
+def test_the_same_request_again_is_a_new_run_and_a_new_version(trained: Any, pictures: Path, home: Path):
+    again = run("train", "--data", str(pictures), "--no-mlflow", *TINY)
+    assert again["run"] != trained[0]["run"]
+    assert again["version"] == "2"
+    ours = {key: value for key, value in again["metrics"].items() if not key.startswith("cost/")}
+    assert ours == {key: trained[0]["metrics"][key] for key in ours}, "the same request gives the same model"
+
+
+def test_check_shows_the_plan_and_trains_nothing(pictures: Path, home: Path):
+    runs = sorted((home / "runs").iterdir())
+    plan = run("check", "--data", str(pictures), "--method", "partial", *TINY)
+    assert plan["dataset"]["counts"]["train"] == dict.fromkeys(CLASSES, 10)
+    assert [stage["trains"] for stage in plan["backbone"]["stages"]].count(True) == 1
+    assert plan["backbone"]["stages"][-1]["trains"]
+    assert sorted((home / "runs").iterdir()) == runs
+
+
+def test_evaluate_repeats_what_the_run_found(trained: Any, pictures: Path, home: Path, tmp_path: Path):
+    outcome = trained[0]
+    test = tmp_path / "test"
+    for line in Path(outcome["run"], "split.csv").read_text().splitlines()[1:]:
+        path, label, split, _ = line.split(",")
+        if split == "test":
+            (test / label).mkdir(parents=True, exist_ok=True)
+            (test / label / Path(path).name).write_bytes((pictures / path).read_bytes())
+    found = run("evaluate", "colours@1", "--data", str(test))
+    assert found["top1"] == outcome["metrics"]["test/top1"]
+    assert found["nll"] == pytest.approx(outcome["metrics"]["test/loss"], rel=1e-5)
+
+
+def test_evaluate_refuses_classes_that_the_model_does_not_know(home: Path, tmp_path: Path):
+    folder = write_pictures(tmp_path / "other", 2)
+    (folder / "red").rename(folder / "reds")
+    with pytest.raises(InvalidInput, match="the model knows blue, green, red") as caught:
+        run("evaluate", "colours", "--data", str(folder))
+    assert [problem.where for problem in caught.value.problems] == ["reds"]
+
+
+def test_predict_names_the_class_and_draws_where_it_looked(pictures: Path, home: Path, tmp_path: Path):
+    picture = pictures / "green" / "003.png"
+    (answer,) = run("predict", str(picture), "--model", "colours@1", "--top-k", "2", "--explain", str(tmp_path))
+    assert answer["predictions"][0]["label"] == "green"
+    assert len(answer["predictions"]) == 2
+    with Image.open(answer["explanation"]) as drawn:
+        assert drawn.size == (64, 64)
+
+
+def test_predict_answers_for_the_good_files_and_names_the_bad_one(pictures: Path, home: Path, tmp_path: Path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no picture")
+    result = CliRunner().invoke(cli, ["predict", str(bad), str(pictures / "red" / "000.png"), "--json"])
+    assert result.exit_code == 2
+    first, second = json.loads(result.stdout)
+    assert first["error"]["code"] in ("invalid_image", "unsupported_image")
+    assert second["predictions"][0]["label"] == "red"
+
+
+def test_models_are_listed_promoted_and_rolled_back(trained: Any, pictures: Path, home: Path):
+    run("train", "--data", str(pictures), "--no-mlflow", "--name", "shades", *TINY)
+    run("train", "--data", str(pictures), "--no-mlflow", "--name", "shades", "--seed", "1", *TINY)
+    for arguments in (["promote", "shades", "1"], ["promote", "shades", "2"], ["rollback", "shades"]):
+        assert CliRunner().invoke(cli, ["models", *arguments]).exit_code == 0
+    found = {row["version"]: row["aliases"] for row in run("models", "list")["models"] if row["name"] == "shades"}
+    assert found == {"1": ["champion"], "2": ["latest"]}
+    assert run("models", "show", "shades@champion")["version"] == "1"
+
+
+def test_everything_wrong_with_data_and_model_is_said_at_once(tmp_path: Path, home: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInput) as caught:
+        run("check", "--data", str(tmp_path / "empty"), "--model", "resnet19")
+    said = str(caught.value)
+    assert "class folders" in said
+    assert "Did you mean" in said
+
+
+def test_a_wrong_flag_value_never_starts_anything(pictures: Path, home: Path):
+    with pytest.raises(SpecError, match="a problem"):
+        run("train", "--data", str(pictures), "--method", "ful")
+
+
+def finetune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "finetune", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=120)
+
+
+def test_the_process_ends_with_2_and_one_json_document_on_bad_input(tmp_path: Path):
+    ended = finetune("predict", "x.jpg", "--json", FINETUNE_HOME=str(tmp_path))
+    assert ended.returncode == 2
+    error = json.loads(ended.stdout)["error"]
+    assert error["code"] == "not_found"
+    assert "finetune train" in error["message"]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv=['finetune', '--help']\nfrom finetune.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch','numpy','pydantic','rich','bentoml','sqlalchemy') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
