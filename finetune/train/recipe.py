@@ -168,7 +168,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[Stage]) -> Reci
         "hyperparameters.batch_size": batch_size,
         "hyperparameters.weight_decay": _pick(hyper.weight_decay, _default_weight_decay(method)),
         "hyperparameters.label_smoothing": _pick(hyper.label_smoothing, _default_label_smoothing(method, facts)),
-        "hyperparameters.views": _pick(hyper.views, _default_views(facts)),
+        "hyperparameters.views": _pick(hyper.views, _default_views(method, facts)),
         "hyperparameters.l2": _pick(hyper.l2, _Choice(None, "chosen by validation")),
         "model.head.dropout": _pick(
             spec.model.head.dropout, _Choice(0.0, "default: none, weight decay and smoothing regularise")
@@ -333,5 +333,7 @@ def _default_ema(n_steps: int) -> _Choice[bool]:
     return _Choice(True, "default from 100 steps up: half-life 5 % of the steps")
 
 
-def _default_views(facts: Facts) -> _Choice[int]:
+def _default_views(method: Method, facts: Facts) -> _Choice[int]:
+    if isinstance(method, Full | Gradual):
+        return _Choice(1, f"default for {method.type}: the solved head is only where training begins")
     return _Choice(8 if facts.n_train < 500 else 4 if facts.n_train < 5000 else 2, f"default for {facts.n_train} training images")
