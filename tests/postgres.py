@@ -31,7 +31,7 @@ def running_postgres() -> Iterator[str]:
     try:
         if account:
             os.chown(folder, pwd.getpwnam(account).pw_uid, -1)
-        run = {"user": account, "check": True, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        run = {"user": account, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         cluster, port = folder / "cluster", _free_port()
         _call([binaries / "initdb", "-D", cluster, "-U", "tests", "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"], run)
         options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
@@ -45,7 +45,7 @@ def running_postgres() -> Iterator[str]:
 
 
 def _call(command: list[str | Path], run: dict[str, Any]) -> None:
-    subprocess.run([str(part) for part in command], **run)
+    subprocess.run([str(part) for part in command], check=True, **run)
 
 
 def _binaries() -> Path:

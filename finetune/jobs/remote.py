@@ -69,9 +69,17 @@ class RemoteJobs:
         return _job_view(self._ask("POST", f"{_path(job_id)}/cancel").json())
 
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
-        page: dict[str, Any] = {"limit": _PAGE} | ({"after": f"ftevent-{after}"} if after else {})
-        answer = self._ask("GET", f"{_path(job_id)}/events", params=page).json()
-        return [_event_view(document) for document in answer["data"]]
+        """The server's pages begin with the newest event; read back to the last one that is known."""
+        found: list[EventView] = []
+        more = True
+        while more:
+            page: dict[str, Any] = {"limit": _PAGE} | ({"after": f"ftevent-{found[-1].seq}"} if found else {})
+            answer = self._ask("GET", f"{_path(job_id)}/events", params=page).json()
+            events = [_event_view(document) for document in answer["data"]]
+            fresh = [event for event in events if event.seq > after]
+            found += fresh
+            more = answer["has_more"] and len(fresh) == len(events) > 0
+        return found[::-1]
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         return self._ask("GET", f"{_path(job_id)}/logs").content[offset:]

@@ -280,6 +280,7 @@ class JobStore:
         if state not in TERMINAL:
             raise ValueError(f"{state!r} is not one of {TERMINAL}")
         now = time.time()
+        error_message = None if error_message is None else _plain(error_message)
         with writing(self.engine) as connection:
             row = _held(connection, claim)
             values = {

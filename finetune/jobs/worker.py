@@ -289,6 +289,7 @@ class Worker:
     def _forget(self, attempt: _Attempt) -> None:
         attempt.lease_file.unlink(missing_ok=True)
         del self._attempts[attempt.claim.job.id]
+        self._claimed_at = -math.inf  # there is a free slot: look at once
 
     def _hand_everything_back(self) -> None:
         """A graceful stop: every run writes a checkpoint, and its job is free for another worker. A second signal hurries."""

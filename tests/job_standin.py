@@ -1,0 +1,106 @@
+"""Jobs whose training is the stand-in (`training_standin`): submitting them, driving workers, reading what happened.
+
+``python job_standin.py WORKSPACE SETTINGS`` is a worker for such jobs, for tests that kill it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training_standin import next_state
+
+from finetune.jobs.database import open_database
+from finetune.jobs.executor import Handle, LocalExecutor, Resources
+from finetune.jobs.store import Job, JobStore
+from finetune.jobs.worker import Worker, WorkerSettings
+from finetune.rundir import RunDir, read_lines
+
+LEASE_SECONDS = 1.5
+DEADLINE_SECONDS = 60.0
+QUICK = {
+    "beat_seconds": 0.2, "retry_base_seconds": 0.05, "threads": 1, "cancel_grace_seconds": 5.0, "stall_seconds": 60.0,
+    "min_free_bytes": 0,
+}  # fmt: skip
+
+
+class StandinExecutor(LocalExecutor):
+    """Starts the stand-in wherever the worker asks for ``finetune train``."""
+
+    def start(
+        self, job_id: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path, resources: Resources
+    ) -> Handle:
+        assert list(command[1:4]) == ["-m", "finetune", "train"], command
+        standin = [command[0], str(Path(__file__).with_name("training_standin.py")), *command[4:]]
+        return super().start(job_id, standin, environment=environment, log=log, resources=resources)
+
+
+def submit(store: JobStore, *, steps: int = 3, owner: str = "ada", **behaviour: Any) -> Job:
+    """Queue a job of `steps` steps; for `behaviour` see `training_standin.train`."""
+    metadata = {key: json.dumps(value) for key, value in {"steps": steps, **behaviour}.items()}
+    spec = {"model": {"backbone": "standin"}, "method": {"type": "full"}, "training_file": "none", "metadata": metadata}
+    job, _ = store.create(owner, spec, spec_digest="0" * 64)
+    return job
+
+
+def worker(store: JobStore, home: Path, **settings: Any) -> Worker:
+    return Worker(store, StandinExecutor(), home, WorkerSettings(**{**QUICK, **settings}))
+
+
+def drive(*workers: Worker, until: Callable[[], Any]) -> None:
+    """Let the workers work in turn until the condition holds."""
+    wait(lambda: [one.step() for one in workers] and until())
+
+
+def wait(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} seconds"
+        time.sleep(0.01)
+
+
+def result_of(steps: int) -> str:
+    """What a run of so many steps comes to: every step depends on all before it, so a lost or a repeated one shows."""
+    state = ""
+    for step in range(steps):
+        state = next_state(state, step)
+    return state
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the stand-in's processes left of one job, read from ``trace.jsonl`` in its run folder."""
+
+    starts: list[int] = field(default_factory=list)  # the step that each attempt began at
+    overlaps: int = 0  # times that one process found another alive in the same run
+    completions: int = 0
+
+    @staticmethod
+    def of(run: RunDir) -> Trace:
+        lines = read_lines(run.root / "trace.jsonl")
+        return Trace(
+            [line["step"] for line in lines if line["what"] == "start"],
+            sum(line["what"] == "overlap" for line in lines),
+            sum(line["what"] == "complete" for line in lines),
+        )
+
+
+def work(home: Path, settings: Mapping[str, Any]) -> None:
+    """A worker for stand-in jobs, until it is told to stop. `settings` may also give ``lease_seconds`` and ``database``."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(message)s")
+    given = dict(settings)
+    store = JobStore(
+        open_database(given.pop("database", home / "jobs.db")), lease_seconds=given.pop("lease_seconds", LEASE_SECONDS)
+    )
+    worker(store, home, **given).run()
+
+
+if __name__ == "__main__":
+    workspace_folder, worker_settings = sys.argv[1:]
+    work(Path(workspace_folder), json.loads(worker_settings))

@@ -1,0 +1,132 @@
+"""A training command that takes milliseconds and keeps the contract of the real one: run folder, lock, lease, exit codes.
+
+``python training_standin.py REQUEST.yaml --run-dir FOLDER --json`` takes the steps that the request's ``metadata`` asks for, with
+a checkpoint after each, and behaves as badly as it says. What it did is left in ``trace.jsonl`` in the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.jobs.lease import watch_lease_from_environment
+from finetune.rundir import RunBusy, RunDir, append_line, read_json, write_json
+
+
+def next_state(state: str, step: int) -> str:
+    """Every step depends on all before it, so that a lost or a repeated one shows in the result."""
+    return hashlib.sha256(f"{state}{step}".encode()).hexdigest()
+
+
+def train(request: Path, run: RunDir) -> int:
+    """Take the steps that are left; returns the exit code.
+
+    The request's ``metadata`` (each value JSON) may say:
+        step_seconds: how long a step takes.
+        die_at: {step: signal or exit code} to end with before that step, each time it gets there.
+        die_once_at: the same, but only in the first attempt that gets there.
+        hang_at: the step before which it stops for good.
+        error: an error document to fail with, and its exit code under ``exit_code``.
+        deaf: ignore SIGTERM.
+        noisy: print so many lines.
+    """
+    asked = {key: json.loads(value) for key, value in yaml.safe_load(request.read_text())["metadata"].items()}
+    if asked.get("deaf"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    watch_lease_from_environment()
+    try:
+        with run.held(), _alone(run):
+            return _train(run, asked)
+    except RunBusy:
+        return RunBusy.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
+    if run.outcome.exists():
+        return 0
+    state, first = _newest_checkpoint(run)
+    _trace(run, "start", step=first)
+    run.event("planned", f"{asked['steps']} steps, from {first}", loss=float("nan"))
+    for number in range(asked.get("noisy", 0)):
+        sys.stdout.write(f"line {number}\n")
+    for step in range(first, asked["steps"]):
+        counts = {"phase": "training", "done": step, "total": asked["steps"], "unit": "steps"}
+        write_json(run.progress, {**counts, "values": {}, "message": ""})
+        if (code := _death(run, asked, step)) is not None:
+            return code
+        if asked.get("hang_at") == step:
+            while True:
+                signal.pause()
+        time.sleep(asked.get("step_seconds", 0.0))
+        state = next_state(state, step)
+        _save(run, step + 1, state)
+    if "error" in asked:
+        write_json(run.error, asked["error"])
+        return int(asked.get("exit_code", 1))
+    _trace(run, "complete")
+    write_json(run.outcome, {"model": "standin", "version": "1", "metrics": {"val/top1": 1.0}, "state": state})
+    run.event("succeeded", "the run's own word for it")
+    return 0
+
+
+def _death(run: RunDir, asked: Mapping[str, Any], step: int) -> int | None:
+    always, once = asked.get("die_at", {}).get(str(step)), asked.get("die_once_at", {}).get(str(step))
+    marker = run.root / f"died-at-{step}"
+    if once is not None and not marker.exists():
+        marker.touch()
+        always = once
+    if always is not None and always < 0:
+        os.kill(os.getpid(), -always)
+    return always
+
+
+def _save(run: RunDir, step: int, state: str) -> None:
+    """As a real checkpoint: the file, then its checksum."""
+    run.checkpoints.mkdir(exist_ok=True)
+    write_json(run.checkpoints / f"step-{step:08d}.pt", {"state": state})
+    write_json(run.checkpoints / f"step-{step:08d}.pt.sha256", "whole")
+
+
+def _newest_checkpoint(run: RunDir) -> tuple[str, int]:
+    whole = sorted(run.checkpoints.glob("step-*.sha256"))
+    if not whole:
+        return "", 0
+    return str(read_json(whole[-1].with_suffix(""))["state"]), int(whole[-1].name[5:13])
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Note when another process is in the same run at the same time. Knows nothing of the run folder's lock."""
+    for other in run.root.glob("alive-*"):
+        if Path(f"/proc/{other.name.removeprefix('alive-')}").exists():
+            _trace(run, "overlap")
+        else:
+            other.unlink(missing_ok=True)
+    mark = run.root / f"alive-{os.getpid()}"
+    mark.touch()
+    yield
+    mark.unlink()
+
+
+def _trace(run: RunDir, what: str, **data: Any) -> None:
+    append_line(run.root / "trace.jsonl", {"what": what, "at": time.time(), **data})
+
+
+if __name__ == "__main__":
+    request, flag, folder, as_json = sys.argv[1:]
+    assert (flag, as_json) == ("--run-dir", "--json")
+    sys.exit(train(Path(request), RunDir(Path(folder))))
