@@ -73,7 +73,7 @@ def run_job(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         with _tracked(spec, run, experiment, parent, tracked) as tracker:
             plan = make_plan(spec, progress, run)
-            graph = dry_run_export(plan.classifier)
+            graph = dry_run_export(plan.classifier, workspace() / "cache" / "graphs")
             _announce(plan, run, tracker)
             trained = train(plan, graph, run, progress)
             verdict = judge(plan, graph, progress)
@@ -140,7 +140,19 @@ def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: Ru
         calibration=asdict(verdict.temperature) if verdict.temperature else {},
         frozen=trained.frozen,
     )
-    return export_bundle(plan.classifier, facts, plan.dataset.of("val"), run.bundle, graph=graph, progress=progress)
+    manifest = export_bundle(
+        plan.classifier,
+        facts,
+        plan.dataset.of("val"),
+        run.bundle,
+        graph=graph,
+        quantize=plan.spec.export.quantize,
+        training=plan.dataset.of("train"),
+        progress=progress,
+    )
+    if quantization := manifest.model.get("quantization"):
+        run.event("quantised" if quantization["kept"] else "not_quantised", quantization["sentence"])
+    return manifest
 
 
 def measure_cost(plan: Plan, trained: Trained, run: RunDir, began: _Stopwatch) -> dict[str, float]:

@@ -34,7 +34,7 @@ def scatter(classifier: Classifier, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in classifier.parameters():
-            parameter.add_(0.02 * torch.rand(parameter.shape, generator=generator))
+            parameter.add_(0.02 * (torch.rand(parameter.shape, generator=generator) - 0.5))
     _estimate_statistics(classifier)
     give_opinions(classifier, seed)
 

@@ -64,7 +64,7 @@ def test_an_exported_bundle_answers_what_the_classifier_answers(
     classifier.eval()
     with torch.no_grad():
         logits = classifier(classifier.normalise(torch.from_numpy(images)))
-    np.testing.assert_allclose(predictor.run(images).logits, logits.numpy(), atol=1e-5)
+    np.testing.assert_allclose(predictor.run(images).logits, logits.numpy(), atol=5e-5)
     for sample, row in zip(samples, torch.softmax(logits / 1.5, dim=1).numpy(), strict=True):
         prediction = predictor.predict(sample.path.read_bytes(), top_k=len(CLASSES))
         assert prediction.labels[0][0] == CLASSES[row.argmax()]

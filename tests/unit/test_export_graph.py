@@ -52,7 +52,7 @@ def assert_answers_as_torch(graph: Graph, deployed: DeployModule) -> None:
         assert list(given) == list(expected) == list(graph.outputs)
         assert np.ptp(expected["probs"], axis=1).min() > 0.02  # a uniform answer would prove nothing
         for name, values in expected.items():
-            np.testing.assert_allclose(given[name], values, atol=2e-5, rtol=2e-5, err_msg=name)
+            np.testing.assert_allclose(given[name], values, atol=5e-5, rtol=5e-5, err_msg=name)
 
 
 def test_a_network_with_batch_norms_answers_as_torch_does_for_every_batch_size(module: DeployModule, graph: Graph) -> None:

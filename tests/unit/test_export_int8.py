@@ -84,7 +84,7 @@ def test_int8_answers_nearly_as_float32_and_is_a_third_of_its_size(model: bytes,
     assert (expected["logits"].argmax(1) == given["logits"].argmax(1)).mean() > 0.8
     cosine = (expected["embedding"] * given["embedding"]).sum(1)
     cosine /= np.linalg.norm(expected["embedding"], axis=1) * np.linalg.norm(given["embedding"], axis=1)
-    assert 0.99 < cosine.min() < 0.999999
+    assert 0.97 < cosine.min() < 0.9999
     assert len(int8) < len(model) / 2.5
 
 
