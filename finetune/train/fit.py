@@ -29,7 +29,7 @@ from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, append_line, read_lines, write_atomic
 from finetune.train import checkpoint
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
-from finetune.train.interrupt import Interrupted, StopRequest, stop_requests
+from finetune.train.interrupt import Interrupted, StopRequest
 from finetune.train.loss import mix, mixed_cross_entropy, step_seed
 from finetune.train.machine import Settings, autocast, computing_with, place, prepare_images, to_device
 from finetune.train.memory import retaining_memory
@@ -130,17 +130,19 @@ def fit(
         DiskFull: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM arrived; the checkpoint is written.
     """
-    found = _find_checkpoint(run, saving)
-    decided = settings() if found is None else Settings(**found["settings"])
-    with computing_with(decided), retaining_memory(), stop_requests() as stop, _memory_errors_named(recipe.batch_size):
-        place(classifier, decided)
-        training = _Training(classifier, recipe, train, val, run, saving, decided, prepare, forward, progress, stop)
-        if found is None:
-            training.begin(solve_head)
-        else:
-            training.resume(found)
-        del found  # a second copy of every weight
-        return training.run_to_end()
+    with _memory_errors_named(recipe.batch_size):
+        found = _find_checkpoint(run, saving)
+        decided = settings() if found is None else Settings(**found["settings"])
+        with computing_with(decided), retaining_memory():
+            place(classifier, decided)
+            training = _Training(classifier, recipe, train, val, run, saving, decided, prepare, forward, progress)
+            if found is None:
+                training.begin(solve_head)
+            else:
+                training.resume(found)
+            del found  # a second copy of every weight
+            with training.stop.listening():
+                return training.run_to_end()
 
 
 def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
@@ -169,9 +171,9 @@ class _Training:
     prepare: Prepare
     forward: Forward
     progress: ProgressCallback
-    stop: StopRequest
 
     def __post_init__(self) -> None:
+        self.stop = StopRequest()
         self.state = _State()
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.average: MovingAverage | None = None
@@ -200,6 +202,8 @@ class _Training:
 
     def resume(self, found: Mapping[str, Any]) -> None:
         state = self.state = _State(**found["state"])
+        state.best_weights = self._on_device(state.best_weights)
+        state.start_weights = self._on_device(state.start_weights)
         self.classifier.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         self._build_average()
@@ -212,6 +216,9 @@ class _Training:
         exact = self.settings.device == "cpu" and found["torch"] == torch.__version__
         message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
         self.run.event("resumed", message, step=state.step, exact=exact)
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.settings.device) for name, tensor in tensors.items()}
 
     def _build_average(self) -> None:
         if self.recipe.ema_half_life_steps is not None:

@@ -14,35 +14,33 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Set by the first signal; a second one interrupts at once, wherever the program is."""
+    """Set by the first signal while listening; a second one interrupts at once, wherever the program is."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.received: signal.Signals | None = None
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Outside the main thread Python delivers no signals: there the request is never set."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
         """
         Raises:
             Interrupted: a signal has arrived.
         """
-        if self.signal is not None:
-            raise Interrupted(f"stopped by {self.signal.name}")
+        if self.received is not None:
+            raise Interrupted(f"stopped by {self.received.name}")
 
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Catch the signals inside the block. Outside the main thread Python delivers none, and the request is never set."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -261,7 +261,7 @@ def _stepped_phases(
         "hyperparameters.learning_rate_multiplier": multiplier,
         "hyperparameters.learning_rate": lr,
         "hyperparameters.warmup_fraction": warmup,
-        "method.layer_decay": layer_decay,
+        **({} if isinstance(method, Partial) else {"method.layer_decay": layer_decay}),
     }
 
 
