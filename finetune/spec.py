@@ -11,15 +11,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finetune.errors import NotFound, Problem, SpecError, did_you_mean
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
+T = TypeVar("T")
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SUFFIX_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -29,6 +30,13 @@ class _Section(BaseModel):
     """Unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _refuse_unless(accepted: bool, value: T, why: str) -> T:
+    """For values that belong to the vocabulary and that this release cannot act on: better an error than to ignore them."""
+    if not accepted:
+        raise ValueError(why)
+    return value
 
 
 class HeadSpec(_Section):
@@ -64,6 +72,18 @@ class DataSpec(_Section):
     max_bad_fraction: Fraction = 0.05
     resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
     folds: Annotated[int, Field(ge=2, le=50)] | None = None
+
+    @field_validator("group_column")
+    @classmethod
+    def _has_columns(cls, group_column: str | None) -> str | None:
+        return _refuse_unless(
+            group_column is None, group_column, "a folder of class folders has no columns; tables are not read yet"
+        )
+
+    @field_validator("folds")
+    @classmethod
+    def _can_fold(cls, folds: int | None) -> int | None:
+        return _refuse_unless(folds is None, folds, "cross-validation is not built yet; leave it out")
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
@@ -154,6 +174,11 @@ class AugmentationSpec(_Section):
 
 class ExportSpec(_Section):
     quantize: Literal["none", "int8"] = "none"
+
+    @field_validator("quantize")
+    @classmethod
+    def _is_built(cls, quantize: str) -> str:
+        return _refuse_unless(quantize == "none", quantize, "int8 export is not built yet; use none")
 
 
 class ComputeSpec(_Section):

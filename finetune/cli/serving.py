@@ -59,9 +59,11 @@ def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Pa
 @click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the newest model.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=3000, show_default=True)
-def serve(model: str | None, host: str, port: int) -> None:
-    """Serve predictions over HTTP: POST /predict, and a page at /."""
+@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries jobs out.")
+def serve(model: str | None, host: str, port: int, worker: bool) -> None:
+    """Serve predictions and fine-tuning jobs over HTTP: POST /predict, /v1/fine_tuning/jobs, and a page at /."""
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
+    arguments += [] if worker else ["--no-worker"]
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)
 
 

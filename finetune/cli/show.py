@@ -38,11 +38,10 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     ]
     table(f"Recipe: {recipe['method']}, batch {recipe['batch_size']}", ["phase", "steps", "peak learning rate"], phases)
     table("Where each value came from", ["field", "value from"], sorted(plan["sources"].items()))
-    if estimate := plan.get("estimate"):
-        costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
-        if estimate.get("cache_bytes"):
-            costs.append(["cache on disk", byte_size(estimate["cache_bytes"])])
-        table("Estimate on this machine", ["what", "about"], costs)
+    estimate = plan["estimate"]
+    costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
+    costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
+    table("Training, estimated by measuring on this machine", ["what", "about"], costs)
     _show_warnings(data["warnings"], data["quarantined"])
 
 

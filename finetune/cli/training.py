@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +70,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @json_option
 def check(spec: JobSpec, as_json: bool) -> None:
     """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
+    from finetune.cli.show import show_plan
     from finetune.cli.terminal import print_json, progress_bars
     from finetune.plan import make_plan
+    from finetune.train.estimate import estimate
 
     with progress_bars(shown=not as_json) as progress:
         plan = make_plan(spec, progress)
-    if as_json:
-        print_json(plan.to_dict())
-    else:
-        from finetune.cli.show import show_plan
-
-        show_plan(plan.to_dict())
+        costs = estimate(plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute)
+    document = {**plan.to_dict(), "estimate": asdict(costs)}
+    print_json(document) if as_json else show_plan(document)
 
 
 @click.command()

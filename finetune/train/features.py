@@ -244,7 +244,8 @@ class FrozenRows:
         self._view_names = views.names()
         self.keys = _row_keys(samples, self._view_names, resources.cores)  # (N * K, 32)
         self._prefix = prefix_digest(classifier, stage)
-        self._graph_store = resources.cache_root / _digest("graph", self._prefix, onnx_engine_name())
+        size = str(views.preprocess.input_size_px)  # a graph takes images of one size
+        self._graph_store = resources.cache_root / _digest("graph", self._prefix, size, onnx_engine_name())
         self._engine: Engine | None = None
         usable = resources.device == "cpu" and refused(self._graph_store) is None
         self._use_space_of(onnx_engine_name() if usable else torch_engine_name(resources.device, autocast=True))

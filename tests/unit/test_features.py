@@ -375,3 +375,20 @@ def test_the_plan_cuts_as_deep_as_the_freeze_and_the_room_allow(
     assert plan(top, 2 * N_IMAGES * sizes[smallest]) == (smallest, 2, "4 views do not fit the cache")
     assert plan(top, 100) == (None, 4, "no cut fits into the cache")
     assert plan(0, 10**9) == (None, 4, "the first stage trains")
+
+
+def test_an_engine_for_one_input_size_is_not_taken_for_another(
+    cache: Path, classifier: Classifier, samples: list[Sample]
+) -> None:
+    """Only the graph knows the size: the same weights at 96 px must not find the one for 64 px in the cache."""
+    preprocess = replace(classifier.backbone.preprocess, input_size_px=(96, 96))
+    larger = tiny_classifier().eval()
+    larger.backbone.preprocess = preprocess
+    assert plan_prefix(
+        larger, len(larger.backbone.stages), samples, [], Views(preprocess), Resources(cache=cache, threads=1)
+    ).seconds
+    assert np.allclose(
+        pooled_features(larger, samples, Views(preprocess), Resources(cache=cache, threads=1)),
+        expected(larger, samples),
+        atol=1e-5,
+    )

@@ -130,3 +130,10 @@ def test_the_documented_defaults_are_the_defaults():
     text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
     documented = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert documented == parse_spec({"training_file": "photos"}).model_dump(mode="json")
+
+
+def test_what_is_not_built_yet_is_refused_and_not_ignored():
+    given = {"training_file": "x", "export": {"quantize": "int8"}, "data": {"folds": 5, "group_column": "patient"}}
+    found = problems_of(given)
+    assert set(found) == {"export.quantize", "data.folds", "data.group_column"}
+    assert all("not" in message for message in found.values())
