@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -15,7 +16,7 @@ from finetune.cli.demo import demo
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, MissingExtra
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,15 +36,31 @@ for command in (check, train, evaluate, predict, serve, backbones, models, mlflo
     cli.add_command(command)
 
 
+_OF_THE_TRAIN_EXTRA = {
+    "torch",
+    "torchvision",
+    "timm",
+    "albumentations",
+    "cv2",
+    "mlflow",
+    "onnx",
+    "onnxscript",
+    "sklearn",
+    "matplotlib",
+}
+
+
 def main() -> None:
     """Run a command; errors of the finetune family become a message on stderr and an exit code (1 failed, 2 bad input)."""
     try:
         cli.main(standalone_mode=False)
     except FinetuneError as error:
-        from finetune.cli.terminal import show_error
-
-        show_error(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+        _leave(error)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OF_THE_TRAIN_EXTRA:
+            raise
+        _leave(MissingExtra(f"this command needs {missing}, which only training needs: pip install 'finetune[train]'"))
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.ClickException as error:
@@ -55,3 +72,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _leave(error: FinetuneError) -> NoReturn:
+    from finetune.cli.terminal import show_error
+
+    show_error(error, as_json="--json" in sys.argv)
+    sys.exit(error.exit_code)

@@ -177,3 +177,10 @@ def test_help_imports_nothing_heavy():
     code += "print([name for name in ('torch','numpy','pydantic','rich','bentoml','sqlalchemy') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_the_train_extra_a_training_command_says_what_to_install():
+    code = "import sys; sys.modules['timm'] = None; sys.argv = ['finetune', 'backbones', 'resnet50']\nfrom finetune.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "pip install 'finetune[train]'" in ended.stderr
