@@ -175,11 +175,6 @@ class AugmentationSpec(_Section):
 class ExportSpec(_Section):
     quantize: Literal["none", "int8"] = "none"
 
-    @field_validator("quantize")
-    @classmethod
-    def _is_built(cls, quantize: str) -> str:
-        return _refuse_unless(quantize == "none", quantize, "int8 export is not built yet; use none")
-
 
 class ComputeSpec(_Section):
     """Where and how it is computed. A run resumes bit-equal only with the device and the number of threads that it began with."""

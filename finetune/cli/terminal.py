@@ -43,7 +43,7 @@ def show_error(error: FinetuneError, *, as_json: bool) -> None:
         problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
         print_json({"error": {"code": error.code, "message": error.message, "problems": problems}})
     console.print(f"[bold red]error[/] ({error.code}): ", end="")
-    console.print(str(error), markup=False)
+    console.print(str(error), markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -180,7 +180,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_without_the_train_extra_a_training_command_says_what_to_install():
-    code = "import sys; sys.modules['timm'] = None; sys.argv = ['finetune', 'backbones', 'resnet50']\nfrom finetune.cli import main; main()"
+    code = "import sys; sys.modules['timm'] = None; sys.argv = ['finetune', 'backbones', 'resnet50']\n"
+    code += "from finetune.cli import main; main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "pip install 'finetune[train]'" in ended.stderr

@@ -133,7 +133,7 @@ def test_the_documented_defaults_are_the_defaults():
 
 
 def test_what_is_not_built_yet_is_refused_and_not_ignored():
-    given = {"training_file": "x", "export": {"quantize": "int8"}, "data": {"folds": 5, "group_column": "patient"}}
+    given = {"training_file": "x", "data": {"folds": 5, "group_column": "patient"}}
     found = problems_of(given)
-    assert set(found) == {"export.quantize", "data.folds", "data.group_column"}
+    assert set(found) == {"data.folds", "data.group_column"}
     assert all("not" in message for message in found.values())
