@@ -137,31 +137,33 @@ class ShardWriter:
     """Collects rows and turns them into shards; raises `DiskFull`, which leaves earlier shards as they are."""
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._folder, self._row_shape, self._dtype = folder, row_shape, dtype
-        self._keys: list[NDArray[np.uint8]] = []
-        self._rows: list[NDArray[Any]] = []
-        self._bytes = 0
+        capacity = max(1, SHARD_BYTES // (dtype.itemsize * int(np.prod(row_shape)) + KEY_BYTES))
+        self._folder = folder
+        self._keys = np.empty((capacity, KEY_BYTES), np.uint8)
+        self._rows = np.empty((capacity, *row_shape), dtype)  # memory is taken as it fills
+        self._count = 0
         self._began_at = 0.0
 
     def append(self, keys: NDArray[np.uint8], rows: NDArray[Any]) -> None:
         """Add rows, (n, *row_shape), under their keys, (n, 32)."""
-        if rows.shape != (len(keys), *self._row_shape):
-            raise ValueError(f"rows of shape {rows.shape} do not fit {len(keys)} keys and row shape {self._row_shape}")
-        if not self._rows:
-            self._began_at = time.monotonic()
-        self._keys.append(keys)
-        self._rows.append(np.ascontiguousarray(rows, dtype=self._dtype))
-        self._bytes += self._rows[-1].nbytes
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._began_at >= SHARD_SECONDS:
-            self.flush()
+        if rows.shape != (len(keys), *self._rows.shape[1:]):
+            raise ValueError(f"rows of shape {rows.shape} do not fit {len(keys)} keys and row shape {self._rows.shape[1:]}")
+        while len(keys):
+            if self._count == 0:
+                self._began_at = time.monotonic()
+            end = min(self._count + len(keys), len(self._keys))
+            taken = end - self._count
+            self._keys[self._count : end], self._rows[self._count : end] = keys[:taken], rows[:taken]
+            self._count, keys, rows = end, keys[taken:], rows[taken:]
+            if self._count == len(self._keys) or time.monotonic() - self._began_at >= SHARD_SECONDS:
+                self.flush()
 
     def flush(self) -> None:
         """Store what has been collected."""
-        keys, rows = self._keys, self._rows
-        self._keys, self._rows, self._bytes = [], [], 0
-        if rows:
-            shard = self._folder / f"{uuid.uuid4().hex}.shard"
-            write_atomic(shard, lambda stream: _write_shard(stream, keys, rows))
+        keys, rows = self._keys[: self._count], self._rows[: self._count]
+        self._count = 0
+        if len(keys):
+            write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows))
 
 
 def default_budget_bytes(root: Path) -> int:
@@ -188,19 +190,15 @@ def _files(root: Path) -> list[tuple[float, int, Path]]:
 # A shard is the rows, then their keys, then a JSON description with the checksums of both, then the tail.
 
 
-def _write_shard(stream: IO[bytes], keys: list[NDArray[np.uint8]], rows: list[NDArray[Any]]) -> None:
-    checksum = 0
-    for block in rows:
-        stream.write(block.data)
-        checksum = zlib.crc32(block.data, checksum)
-    all_keys = np.ascontiguousarray(np.concatenate(keys))
-    stream.write(all_keys.data)
+def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any]) -> None:
+    stream.write(rows.data)
+    stream.write(keys.data)
     description = {
-        "rows": len(all_keys),
-        "shape": list(rows[0].shape[1:]),
-        "dtype": rows[0].dtype.str,
-        "rows_crc32": checksum,
-        "keys_crc32": zlib.crc32(all_keys.data),
+        "rows": len(keys),
+        "shape": list(rows.shape[1:]),
+        "dtype": rows.dtype.str,
+        "rows_crc32": zlib.crc32(rows.data),
+        "keys_crc32": zlib.crc32(keys.data),
     }
     text = json.dumps(description).encode()
     stream.write(text + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + _MAGIC)

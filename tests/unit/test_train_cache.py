@@ -75,10 +75,20 @@ def test_rows_of_two_writers_are_both_found(tmp_path: Path) -> None:
 
 
 def test_a_full_writer_stores_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 100)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 4 * (30 + 32))
     cache = open_cache(tmp_path)
-    cache.writer().append(*keys_and_rows(range(10)))  # never flushed
-    assert len(cache.find(keys_and_rows(range(10))[0]).missing) == 0
+    keys, rows = keys_and_rows(range(10))
+    cache.writer().append(keys, rows)  # never flushed
+    found = cache.find(keys)
+    np.testing.assert_array_equal(found.missing, [8, 9])
+    np.testing.assert_array_equal(found.take(np.arange(8)), rows[:8])
+
+
+def test_a_slow_writer_stores_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "SHARD_SECONDS", 0.0)
+    cache = open_cache(tmp_path)
+    cache.writer().append(*keys_and_rows(range(3)))  # never flushed
+    assert len(cache.find(keys_and_rows(range(3))[0]).missing) == 0
 
 
 @pytest.mark.parametrize("damage", ["rows", "keys", "description", "cut short", "empty"])
