@@ -22,7 +22,7 @@ from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir, read_lines
 
-LEASE_SECONDS = 1.5
+LEASE_SECONDS = 20.0
 DEADLINE_SECONDS = 60.0
 QUICK = {
     "beat_seconds": 0.2, "retry_base_seconds": 0.05, "threads": 1, "cancel_grace_seconds": 5.0, "stall_seconds": 60.0,
@@ -80,6 +80,7 @@ class Trace:
     starts: list[int] = field(default_factory=list)  # the step that each attempt began at
     overlaps: int = 0  # times that one process found another alive in the same run
     completions: int = 0
+    environments: list[dict[str, str | None]] = field(default_factory=list)  # of each attempt
 
     @staticmethod
     def of(run: RunDir) -> Trace:
@@ -88,6 +89,7 @@ class Trace:
             [line["step"] for line in lines if line["what"] == "start"],
             sum(line["what"] == "overlap" for line in lines),
             sum(line["what"] == "complete" for line in lines),
+            [line["environment"] for line in lines if line["what"] == "start"],
         )
 
 

@@ -22,6 +22,8 @@ import yaml
 from finetune.jobs.lease import watch_lease_from_environment
 from finetune.rundir import RunBusy, RunDir, append_line, read_json, write_json
 
+SEEN_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "FINETUNE_HOME")
+
 
 def next_state(state: str, step: int) -> str:
     """Every step depends on all before it, so that a lost or a repeated one shows in the result."""
@@ -59,7 +61,7 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
     if run.outcome.exists():
         return 0
     state, first = _newest_checkpoint(run)
-    _trace(run, "start", step=first)
+    _trace(run, "start", step=first, environment={name: os.environ.get(name) for name in SEEN_VARIABLES})
     run.event("planned", f"{asked['steps']} steps, from {first}", loss=float("nan"))
     for number in range(asked.get("noisy", 0)):
         sys.stdout.write(f"line {number}\n")
@@ -112,7 +114,8 @@ def _newest_checkpoint(run: RunDir) -> tuple[str, int]:
 def _alone(run: RunDir) -> Iterator[None]:
     """Note when another process is in the same run at the same time. Knows nothing of the run folder's lock."""
     for other in run.root.glob("alive-*"):
-        if Path(f"/proc/{other.name.removeprefix('alive-')}").exists():
+        status = Path(f"/proc/{other.name.removeprefix('alive-')}/status")
+        if status.exists() and "State:\tZ" not in status.read_text():
             _trace(run, "overlap")
         else:
             other.unlink(missing_ok=True)

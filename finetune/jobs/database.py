@@ -20,7 +20,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, exc, text
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from finetune.errors import DiskFull, FinetuneError, InvalidInput, MissingExtra, StoreError
 
@@ -82,15 +82,17 @@ def _engine(where: str | Path) -> Engine:
     if url.startswith(("postgresql://", "postgres://")):
         url = f"postgresql+psycopg://{url.partition('://')[2]}"
     try:
-        engine = create_engine(url, pool_size=_CONNECTIONS, max_overflow=0, pool_pre_ping=not url.startswith("sqlite"))
+        kind = make_url(url).get_backend_name()
     except exc.ArgumentError:
         raise InvalidInput(
             f"{DATABASE_VARIABLE}={url!r} is not a database URL. Give a file path or postgresql://user:password@host/database"
         ) from None
+    if kind not in ("sqlite", "postgresql"):
+        raise InvalidInput(f"{DATABASE_VARIABLE}: jobs are kept in SQLite (a file path) or PostgreSQL, not in {kind}")
+    try:
+        engine = create_engine(url, pool_size=_CONNECTIONS, max_overflow=0, pool_pre_ping=kind != "sqlite")
     except ModuleNotFoundError as error:
         raise MissingExtra(f"a PostgreSQL job database needs {error.name}: pip install 'finetune[postgres]'") from None
-    if engine.dialect.name not in ("sqlite", "postgresql"):
-        raise InvalidInput(f"{_place(engine)}: jobs are kept in SQLite or PostgreSQL, not in {engine.dialect.name}")
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine)
     return engine

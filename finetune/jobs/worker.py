@@ -225,7 +225,8 @@ class Worker:
             records=records if len(records) != attempt.n_records else (),
         )
         attempt.n_records = len(records)
-        write_lease(attempt.lease_file, asked_at, self.store.lease_seconds)
+        if attempt.exit_code is None:
+            write_lease(attempt.lease_file, asked_at, self.store.lease_seconds)
         if cancelling and not attempt.cancelling:
             self._cancel(attempt)
 
