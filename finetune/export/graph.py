@@ -2,7 +2,7 @@
 
 The graph is traced once, with every weight as a named input, and then filled with the weights of the moment. Training changes
 weights and nothing else, so the graph that proved exportable before training is the graph that ships after it, and filling it
-costs a tenth of tracing it. This module knows torch and ONNX; it does not know images, files or bundles.
+costs a fraction of tracing it. This module knows torch and ONNX; it does not know images, files or bundles.
 """
 
 from __future__ import annotations
