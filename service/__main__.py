@@ -12,10 +12,11 @@ from service.serve import DEFAULT_HOST, DEFAULT_PORT, serve
 @click.option("--host", default=DEFAULT_HOST, show_default=True)
 @click.option("--port", default=DEFAULT_PORT, show_default=True)
 @click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the newest model.")
-def main(host: str, port: int, model: str | None) -> None:
-    """Serve predictions over HTTP: POST /predict, and a page at /."""
+@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries jobs out.")
+def main(host: str, port: int, model: str | None, worker: bool) -> None:
+    """Serve predictions and fine-tuning jobs over HTTP: POST /predict, /v1/fine_tuning/jobs, and a page at /."""
     try:
-        serve(host, port, model=model)
+        serve(host, port, model=model, worker=worker)
     except FinetuneError as error:
         raise SystemExit(_say(error)) from None
 

@@ -8,12 +8,16 @@ request that BentoML's app gets to see is the one for its client's schema.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import bentoml
@@ -23,25 +27,42 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from finetune.bundle.registry import Registry
+from finetune.jobs.history import updates
+from finetune.jobs.store import Event
+from service.auth import Authentication
 from service.envelope import Envelope
-from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, BodyPace, HostAllowList, Slots
+from service.feed import Feed
+from service.files_routes import files_router
+from service.job_documents import event_document
+from service.job_schema import JOB_SCHEMAS
+from service.jobs_routes import jobs_router
+from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES, BodyPace, HostAllowList, Slots
 from service.metrics import Metrics
 from service.models import LiveModels
+from service.models_routes import models_router
+from service.parts import Database, Parts
 from service.predictions import PredictionAnswer, PredictOptions, Upload, predict
 from service.problems import add_handlers, component_schemas
-from service.routes import STATIC, Parts, models_router, predict_router, server_router
+from service.routes import STATIC, predict_router, server_router
 from service.settings import Settings
+from service.uploads import Uploads
+from service.worker import WorkerProcess
 
 BENTOML_PATHS = ("/schema.json",)
 WAITING_PER_THREAD = 16
+KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
 class Api(FastAPI):
-    """A FastAPI app whose OpenAPI document shows errors as they are."""
+    """A FastAPI app whose OpenAPI document shows errors, the job request and the keys as they are."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        document["components"]["schemas"] |= component_schemas()
+        document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS}
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
+        document["security"] = [{"key": []}]
+        for path in PROBES:
+            document["paths"][path]["get"]["security"] = []
         return document
 
 
@@ -55,12 +76,34 @@ def create_api(settings: Settings) -> FastAPI:
     )
     metrics = Metrics()
     metrics.watch_models(models)
+    database = Database(settings.home)
+    parts = Parts(
+        home=settings.home,
+        models=models,
+        metrics=metrics,
+        slots=Slots(settings.threads, waiting=WAITING_PER_THREAD * settings.threads),
+        image_limits=settings.image_limits,
+        database=database,
+        feed=Feed(lambda known: updates(database.engine, known), lambda event: _shown(parts, event)),
+        uploads=Uploads(settings.files_folder),
+        data_roots=settings.data_roots,
+        max_unfinished_jobs=settings.max_unfinished_jobs,
+        default_is_chosen=settings.model is not None,
+    )
+    worker = WorkerProcess(settings.home) if settings.worker else None
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         logging.getLogger("service").setLevel(logging.INFO)
+        parts.uploads.sweep(database.files.ids)
         models.start()
+        _end_streams_on_sigterm(parts.feed)
+        if worker is not None:
+            worker.start()
         yield
+        parts.feed.close()
+        if worker is not None:
+            await worker.stop()
         models.stop()
 
     api = Api(
@@ -74,14 +117,35 @@ def create_api(settings: Settings) -> FastAPI:
         max_body_size=MAX_JSON_BYTES,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    slots = Slots(settings.threads, waiting=WAITING_PER_THREAD * settings.threads)
-    api.state.parts = Parts(models, metrics, slots, settings.image_limits)
+    api.state.parts = parts
     add_handlers(api)
     api.include_router(predict_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(models_router)
+    api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(jobs_router)
     api.include_router(server_router)
     api.mount("/static", StaticFiles(directory=STATIC), name="static")
     return api
+
+
+def _shown(parts: Parts, event: Event) -> dict[str, Any]:
+    return event_document(event, parts.within).model_dump()
+
+
+def _end_streams_on_sigterm(feed: Feed) -> None:
+    """The server waits for open answers before it tells the app to stop, and a stream of events has no end of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # a test's server; nobody sends it signals
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stop = signal.getsignal(number)  # the server's own
+
+        def close_first(received: int, frame: FrameType | None, stop: Any = stop) -> None:
+            loop.call_soon_threadsafe(feed.close)
+            if callable(stop):
+                stop(received, frame)
+
+        signal.signal(number, close_first)
 
 
 class FrontDoor:
@@ -104,7 +168,8 @@ def build_service(settings: Settings) -> BentoService[Any]:
     class FrontedService(BentoService[Any]):
         def to_asgi(self, is_main: bool = True) -> ASGIApp:
             door = FrontDoor(super().to_asgi(is_main=is_main), api)
-            return Envelope(HostAllowList(BodyPace(door), settings.allowed_hosts), parts.metrics)
+            guarded = Authentication(BodyPace(door), lambda: parts.database.keys)
+            return Envelope(HostAllowList(guarded, settings.allowed_hosts), parts.metrics)
 
     @bentoml.service(
         name="finetune",

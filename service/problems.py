@@ -25,7 +25,7 @@ from finetune.errors import FinetuneError
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
-RETRY_AFTER_SECONDS = 1
+RETRY_AFTER = {429: 10, 503: 1}  # seconds; a full queue takes longer to move than an overloaded server
 CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it only keeps the log and the metrics true
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse
         error.message,
         code=error.code,
         errors=[FieldProblem(field=one.where, detail=one.message) for one in error.problems],
-        headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None,
+        headers={"Retry-After": str(RETRY_AFTER[error.http_status])} if error.http_status in RETRY_AFTER else None,
     )
 
 

@@ -1,49 +1,26 @@
-"""The HTTP surface, route by route: each translates a request to one call and the result to one answer.
-
-Knows paths and documents; everything it calls lives in `models`, `predictions`, `metrics`.
-"""
+"""Predicting, and what the server says of itself: each route translates a request to one call and the result to one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from finetune.bundle.image import ImageLimits
-from finetune.bundle.registry import ModelVersion
-from service.limits import Slots
-from service.metrics import CONTENT_TYPE, Metrics
-from service.models import Live, LiveModels
+from service.auth import Predicting
+from service.metrics import CONTENT_TYPE
+from service.models import Live
+from service.parts import Parts, Server
 from service.predictions import PredictionAnswer, PredictOptions, predict, read_upload
 from service.problems import RESPONSES
 
 STATIC = Path(__file__).parent / "static"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the routes work with; the app carries it in its state."""
-
-    models: LiveModels
-    metrics: Metrics
-    slots: Slots
-    image_limits: ImageLimits
-
-
-async def _parts(request: Request) -> Parts:  # async: a plain function would cost every request a hop to a thread
-    parts: Parts = request.app.state.parts
-    return parts
-
-
-Server = Annotated[Parts, Depends(_parts)]
 Options = Annotated[PredictOptions, Query()]
-
 
 # --- predict --------------------------------------------------------------------------------------
 
@@ -77,13 +54,22 @@ def predict_router(max_body_bytes: int) -> APIRouter:
     router = APIRouter(tags=["predict"], responses=RESPONSES)
 
     @router.post("/predict", openapi_extra=PREDICT_BODY, max_body_size=max_body_bytes)
-    async def predict_with_default_model(request: Request, options: Options, server: Server) -> PredictionAnswer:
+    async def predict_with_default_model(
+        request: Request, options: Options, caller: Predicting, server: Server
+    ) -> PredictionAnswer:
         """Classify one image with the model that this server was started with, or the newest one."""
-        return await _predict(request, options, server, server.models.default())
+        live = server.models.default()
+        if not server.default_is_chosen and not caller.is_admin:
+            await run_in_threadpool(server.check_may_use, caller, live.name)
+        return await _predict(request, options, server, live)
 
     @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_BODY, max_body_size=max_body_bytes)
-    async def predict_with_named_model(request: Request, name: str, options: Options, server: Server) -> PredictionAnswer:
+    async def predict_with_named_model(
+        request: Request, name: str, options: Options, caller: Predicting, server: Server
+    ) -> PredictionAnswer:
         """Classify one image with a registered model: `name`, `name@version` or `name@alias`."""
+        if not caller.is_admin:
+            await run_in_threadpool(server.check_may_use, caller, name.partition("@")[0])
         live = await run_in_threadpool(server.models.named, name)  # the first time, this loads the bundle
         return await _predict(request, options, server, live)
 
@@ -95,89 +81,6 @@ async def _predict(request: Request, options: PredictOptions, server: Parts, liv
     answer = await server.slots.run(predict, live, upload, server.image_limits)
     server.metrics.predictions.labels(live.name).inc()
     return answer
-
-
-# --- models ---------------------------------------------------------------------------------------
-
-
-class VersionDocument(BaseModel):
-    version: str
-    created: int = Field(description="Unix seconds.")
-    aliases: list[str]
-    live: bool = Field(description="In memory now.")
-    refused: str | None = Field(description="Why the server does not serve this version although it was asked to.")
-
-
-class ModelDocument(BaseModel):
-    """A registered model, in the words of the public fine-tuning API (`id`, `object`, `created`, `owned_by`) and our own."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(description="Unix seconds, of the newest version.")
-    owned_by: str
-    versions: list[VersionDocument] = Field(description="Newest first.")
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelDocument]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
-
-
-models_router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
-
-
-@models_router.get("")
-def list_models(
-    server: Server,
-    after: Annotated[str | None, Query(description="The `last_id` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> ModelList:
-    """Registered models by name."""
-    documents = _documents(server.models, server.models.registry.list())
-    rest = [document for document in documents if after is None or document.id > after]
-    page = rest[:limit]
-    return ModelList(
-        data=page,
-        has_more=len(rest) > len(page),
-        first_id=page[0].id if page else None,
-        last_id=page[-1].id if page else None,
-    )
-
-
-@models_router.get("/{name}")
-def get_model(server: Server, name: str) -> ModelDocument:
-    """One registered model with its versions."""
-    found = server.models.find(name)
-    versions = [version for version in server.models.registry.list() if version.name == found.name]
-    return _documents(server.models, versions)[0]
-
-
-def _documents(models: LiveModels, versions: Sequence[ModelVersion]) -> list[ModelDocument]:
-    live, refused = set(models.loaded()), models.refused()
-    by_name: dict[str, list[ModelVersion]] = {}
-    for version in reversed(versions):
-        by_name.setdefault(version.name, []).append(version)
-    return [
-        ModelDocument(
-            id=name,
-            created=int(of_name[0].created_at),
-            owned_by="finetune",
-            versions=[
-                VersionDocument(
-                    version=one.version,
-                    created=int(one.created_at),
-                    aliases=list(one.aliases),
-                    live=(one.name, one.version) in live,
-                    refused=refused.get((one.name, one.version)),
-                )
-                for one in of_name
-            ],
-        )
-        for name, of_name in sorted(by_name.items())
-    ]
 
 
 # --- the server itself ----------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.errors import InvalidInput
+from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
+from finetune.jobs.keys import KeyStore
 from finetune.rundir import workspace
 
 DEFAULT_HOST = "127.0.0.1"
@@ -20,15 +22,27 @@ DEFAULT_PORT = 3000
 GRACEFUL_SHUTDOWN_SECONDS = 10
 
 
-def serve(host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, *, model: str | None = None, has_api_key: bool = False) -> None:
-    """Become the server process; does not return.
+def serve(host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, *, model: str | None = None, worker: bool = True) -> None:
+    """Become the server process, which also runs a worker unless told otherwise; does not return.
 
     Raises:
         InvalidInput: `host` is not an address, or one that others can reach while there is no API key.
+        StoreError: the job database cannot be used.
     """
-    address = listen_address(host, has_api_key=has_api_key)
-    environment = server_environment(os.environ, address, model=model)
+    address = listen_address(host, has_api_key=has_api_key(workspace()))
+    environment = server_environment(os.environ, address, model=model, worker=worker)
     os.execve(sys.executable, server_command(address, port), environment)
+
+
+def has_api_key(home: Path) -> bool:
+    """Whether this workspace's job database has a key that works. A workspace without a database has none."""
+    if not os.environ.get(DATABASE_VARIABLE) and not (home / "jobs.db").exists():
+        return False
+    engine = open_jobs(home)
+    try:
+        return KeyStore(engine).any_usable()
+    finally:
+        engine.dispose()
 
 
 def listen_address(host: str, *, has_api_key: bool) -> str:
@@ -40,7 +54,7 @@ def listen_address(host: str, *, has_api_key: bool) -> str:
     if not address.is_loopback and not has_api_key:
         raise InvalidInput(
             f"--host {host}: others could reach this address, and there is no API key that would keep strangers out. "
-            "Listen on 127.0.0.1 (the default) and put a proxy that authenticates in front"
+            "Make one with finetune keys create, or listen on 127.0.0.1 (the default)"
         )
     return str(address)
 
@@ -54,7 +68,7 @@ def server_command(address: str, port: int) -> list[str]:
     ]
 
 
-def server_environment(inherited: Mapping[str, str], address: str, *, model: str | None) -> dict[str, str]:
+def server_environment(inherited: Mapping[str, str], address: str, *, model: str | None, worker: bool = False) -> dict[str, str]:
     """`inherited` with what the server needs; what is set already stays, except the model that was asked for."""
     home = workspace()
     names = [*inherited.get("FINETUNE_ALLOWED_HOSTS", "").split(","), f"[{address}]" if ":" in address else address]
@@ -64,6 +78,8 @@ def server_environment(inherited: Mapping[str, str], address: str, *, model: str
         "OMP_NUM_THREADS": "1",
     }
     asked = {"FINETUNE_HOME": str(home), "FINETUNE_ALLOWED_HOSTS": ",".join(filter(None, names))}
+    if worker:
+        asked["FINETUNE_WORKER"] = "1"
     if model is not None:
         asked["FINETUNE_MODEL"] = str(Path(model).absolute()) if Path(model).is_dir() else model
     return {**defaults, **inherited, **asked}

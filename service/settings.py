@@ -29,6 +29,10 @@ class Settings:
         image_limits: the largest image that is decoded, the same rule as in training.
         watch_seconds: how often the models folder is looked at for a new version.
         max_loaded_models: models held in memory besides the default one; the least recently used makes room.
+        data_roots: folders that jobs may name datasets and weights in by path; without any, datasets are uploaded.
+        max_upload_bytes: the largest archive that is taken.
+        max_unfinished_jobs: queued and running jobs that one owner may have.
+        worker: also run a worker, which carries the jobs out.
     """
 
     home: Path
@@ -38,10 +42,18 @@ class Settings:
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     watch_seconds: float = 1.0
     max_loaded_models: int = 8
+    data_roots: tuple[Path, ...] = ()
+    max_upload_bytes: int = 2 << 30
+    max_unfinished_jobs: int = 100
+    worker: bool = False
 
     @property
     def models_folder(self) -> Path:
         return self.home / "models"
+
+    @property
+    def files_folder(self) -> Path:
+        return self.home / "files"
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -52,6 +64,12 @@ class Settings:
             threads=_positive(environment, "FINETUNE_THREADS", default=available_cores()),
             allowed_hosts=(*LOOPBACK_HOSTS, *names),
             max_loaded_models=_positive(environment, "FINETUNE_MAX_LOADED_MODELS", default=8),
+            data_roots=tuple(
+                Path(root).absolute() for root in environment.get("FINETUNE_DATA_ROOTS", "").split(os.pathsep) if root
+            ),
+            max_upload_bytes=_positive(environment, "FINETUNE_MAX_UPLOAD_BYTES", default=2 << 30),
+            max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
+            worker=environment.get("FINETUNE_WORKER", "") == "1",
         )
 
 

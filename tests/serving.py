@@ -54,20 +54,20 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live_server(home: Path, *arguments: str) -> Iterator[LiveServer]:
-    """`python -m service` on a free port, ready; ended with SIGTERM."""
+def live_server(home: Path, *arguments: str, worker: bool = False, ready: bool = True) -> Iterator[LiveServer]:
+    """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = home / "server.log"
     environment = {**os.environ, "FINETUNE_HOME": str(home), "BENTOML_HOME": str(home / "bentoml")}
-    command = [sys.executable, "-m", "service", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         url = f"{URL}:{port}"
         with httpx.Client(base_url=url) as client:
-            until(lambda: _is_ready(client, process))
+            until(lambda: _answers(client, process, "/readyz" if ready else "/livez"))
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -78,10 +78,10 @@ def live_server(home: Path, *arguments: str) -> Iterator[LiveServer]:
             raise
 
 
-def _is_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
+def _answers(client: httpx.Client, process: subprocess.Popen[bytes], path: str) -> bool:
     assert process.poll() is None, "the server ended before it was ready"
     try:
-        return client.get("/readyz").status_code == 200
+        return client.get(path).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -1,8 +1,8 @@
 """A zip, tar or tar.gz from a stranger → a folder of regular files, or one sentence that says which member was refused and why.
 
 Members are read one by one and copied into files that this module creates; nothing is ever "extracted". The standard library's
-own extraction has written outside its target and hung on malformed archives, so no member decides more than a checked relative path:
-no links, no devices, no second spelling of a name. Every limit counts bytes that were really read. Torch-free.
+own extraction has written outside its target and hung on malformed archives, so no member decides more than a checked relative
+path: no links, no devices, no second spelling of a name. Every limit counts bytes that were really read. Torch-free.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""What watchers of jobs read: a job's newest events, what changed in many jobs at once, whose job made a model. Only reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, func, select
+
+from finetune.jobs.database import reading
+from finetune.jobs.schema import TERMINAL, job_events, jobs
+from finetune.jobs.store import Event, _event
+
+_IDS_A_QUERY = 500
+
+
+@dataclass(frozen=True)
+class Update:
+    """A job as it is now, and the events that were not known yet, oldest first."""
+
+    state: str
+    phase: str | None
+    progress: Mapping[str, Any] | None
+    events: Sequence[Event]
+
+    @property
+    def finished(self) -> bool:
+        return self.state in TERMINAL
+
+
+def newest_events(engine: Engine, job_id: str, *, before: int | None = None, limit: int = 20) -> tuple[Sequence[Event], bool]:
+    """The job's events with ``seq < before``, newest first, and whether there are older ones."""
+    query = select(job_events).where(job_events.c.job_id == job_id).order_by(job_events.c.seq.desc()).limit(limit + 1)
+    if before is not None:
+        query = query.where(job_events.c.seq < before)
+    with reading(engine) as connection:
+        rows = connection.execute(query).mappings().all()
+    return [_event(row) for row in rows[:limit]], len(rows) > limit
+
+
+def updates(engine: Engine, known: Mapping[str, int]) -> dict[str, Update]:
+    """What became of many jobs: job id → `Update` with the events after ``known[job id]``. A job that is gone is left out.
+
+    Two queries for every 500 jobs, and one more for each job that has new events. The states are read first: a job's last event
+    is committed together with its last state, so a finished job's events are complete.
+    """
+    ids = sorted(known)
+    found: dict[str, Update] = {}
+    with reading(engine) as connection:
+        for start in range(0, len(ids), _IDS_A_QUERY):
+            some = ids[start : start + _IDS_A_QUERY]
+            columns = (jobs.c.id, jobs.c.state, jobs.c.phase, jobs.c.progress)
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(some))).all()
+            newest = select(job_events.c.job_id, func.max(job_events.c.seq)).where(job_events.c.job_id.in_(some))
+            last = dict(connection.execute(newest.group_by(job_events.c.job_id)).tuples().all())
+            for row in rows:
+                fresh = _events(connection, row.id, known[row.id]) if last.get(row.id, 0) > known[row.id] else []
+                found[row.id] = Update(row.state, row.phase, json.loads(row.progress or "null"), fresh)
+    return found
+
+
+def _events(connection: Connection, job_id: str, after: int) -> list[Event]:
+    query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after).order_by(job_events.c.seq)
+    return [_event(row) for row in connection.execute(query).mappings()]
+
+
+def model_owner(engine: Engine, name: str) -> str | None:
+    """Whose model this is: the owner of the oldest job that makes, or made, a model of this name; None if no job did."""
+    makers = select(jobs.c.owner).where(jobs.c.suffix == name, jobs.c.state.not_in(("failed", "cancelled")))
+    with reading(engine) as connection:
+        return connection.execute(makers.order_by(jobs.c.id).limit(1)).scalar_one_or_none()

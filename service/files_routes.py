@@ -1,0 +1,154 @@
+"""``/v1/files``: datasets that clients bring. Each route translates one request to one call and its result to one answer."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from finetune.jobs.files import UploadedFile
+from service.auth import Submitting
+from service.pages import After, Limit, Listed, Page
+from service.parts import Parts, Server
+from service.problems import RESPONSES
+from service.uploads import PURPOSE, Received, examine, move_to, receive
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[!-~]+$",
+        description="Of your choosing: the same key and body, sent again within a day, give the object of the first time.",
+    ),
+]
+REPLAYED = "Idempotent-Replayed"
+
+UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), or of train/, val/ and test/ with them.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": PURPOSE}},
+                }
+            }
+        },
+    }
+}
+
+
+class SummaryDocument(BaseModel):
+    """What was found in an upload."""
+
+    kind: Literal["zip", "tar", "tar.gz"]
+    n_files: int
+    size_bytes: int = Field(description="Unpacked.")
+    classes: list[str]
+    counts: dict[str, dict[str, int]] = Field(description="Images by split (`all` where there is none yet) and class.")
+    warnings: list[str]
+
+
+class FileDocument(Listed):
+    """An uploaded dataset, in the words of the public API and our own (`sha256`, `summary`)."""
+
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int = Field(description="Unix seconds.")
+    filename: str
+    purpose: Literal["fine-tune"] = "fine-tune"
+    status: Literal["processed"] = "processed"
+    status_details: str | None = None
+    expires_at: int | None = None
+    sha256: str = Field(description="Of the archive as it came.")
+    summary: SummaryDocument
+
+
+FileList = Page[FileDocument]
+
+
+class FileDeleted(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+def files_router(max_body_bytes: int) -> APIRouter:
+    """The routes of uploads; the first takes a body of a dataset's size."""
+    router = APIRouter(prefix="/v1/files", tags=["files"], responses=RESPONSES)
+
+    @router.post("", status_code=201, openapi_extra=UPLOAD_BODY, max_body_size=max_body_bytes)
+    async def upload_file(
+        request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
+    ) -> FileDocument:
+        """Upload a dataset. It is unpacked and looked through at once; a member that cannot be taken is named in the refusal."""
+        announced = request.headers.get("content-length", "")
+        with server.uploads.arriving(int(announced) if announced.isdecimal() else 0) as folder:
+            filename = await receive(request, folder / "archive")
+            received = await run_in_threadpool(examine, folder / "archive", filename)
+            file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
+        response.headers["Location"] = f"/v1/files/{file.id}"
+        if not new:
+            response.headers[REPLAYED] = "true"
+        return _document(file)
+
+    @router.get("")
+    def list_files(
+        caller: Submitting,
+        server: Server,
+        after: After = None,
+        limit: Limit = 20,
+        purpose: Annotated[str | None, Query(max_length=100)] = None,
+    ) -> FileList:
+        """Your uploads, newest first."""
+        page, more = server.database.files.list(caller.sees, after=after, limit=limit)
+        documents = [_document(file) for file in page if purpose in (None, file.purpose)]
+        return FileList.of(documents, more)
+
+    @router.get("/{file_id}")
+    def get_file(caller: Submitting, server: Server, file_id: str) -> FileDocument:
+        """One upload with what was found in it."""
+        return _document(server.database.files.get(file_id, caller.sees))
+
+    @router.delete("/{file_id}")
+    def delete_file(caller: Submitting, server: Server, file_id: str) -> FileDeleted:
+        """Delete an upload that no unfinished job reads. Models made from it stay."""
+        server.database.files.delete(file_id, caller.sees)
+        server.uploads.discard(file_id)
+        return FileDeleted(id=file_id)
+
+    return router
+
+
+def _record(server: Parts, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
+    body = f"{received.filename}\0{PURPOSE}\0{received.sha256}"
+    return server.database.files.create(
+        owner,
+        filename=received.filename,
+        purpose=PURPOSE,
+        size_bytes=received.size_bytes,
+        sha256=received.sha256,
+        summary=received.summary(),
+        place=lambda file_id: move_to(received.contents, server.uploads.place_of(file_id)),
+        idempotency_key=idempotency_key,
+        body_sha256=hashlib.sha256(body.encode()).hexdigest(),
+    )
+
+
+def _document(file: UploadedFile) -> FileDocument:
+    return FileDocument(
+        id=file.id,
+        bytes=file.size_bytes,
+        created_at=int(file.created_at),
+        filename=file.filename,
+        sha256=file.sha256,
+        summary=SummaryDocument.model_validate(file.summary),
+    )

@@ -1,0 +1,195 @@
+"""Jobs, events and checkpoints as clients see them: the public fine-tuning API's shapes, with our own fields beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from finetune.jobs.store import Event, Job
+from finetune.rundir import RunDir, read_lines
+from service.feed import EVENT_PREFIX
+from service.pages import Listed, Page
+
+State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+_LEVELS: Mapping[str, Literal["info", "warn", "error"]] = {"warning": "warn", "error": "error"}
+_ABOUT_THE_DATA = ("invalid_data", "invalid_image", "dataset_changed")
+_ABOUT_THE_MODEL = ("unknown_backbone", "weights_unavailable")
+
+
+class JobError(BaseModel):
+    code: str = Field(description="Stable: branch on this.")
+    message: str
+    param: str | None = None
+
+
+class ProgressDocument(BaseModel):
+    """Where the run is: `done` of `total` `unit`s of the phase."""
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    values: dict[str, float | None] = {}
+    message: str = ""
+
+
+class JobDocument(Listed):
+    """A fine-tuning job. `status` is the job's state by its fixed name, `cancelling` included."""
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int = Field(description="Unix seconds, as all times.")
+    started_at: int | None
+    finished_at: int | None
+    estimated_finish: int | None
+    status: State
+    phase: str | None = Field(description="preparing, features, training, evaluating, exporting or registering.")
+    progress: ProgressDocument | None
+    attempts: int = Field(description="How often it was started; a job whose worker dies is started again and resumes.")
+    queue_position: int | None = Field(description="How many jobs are before it, while it is queued.")
+    model: str = Field(description="The backbone.")
+    fine_tuned_model: str | None = Field(description="The registered model's name, once there is one.")
+    fine_tuned_version: str | None
+    method: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    seed: int
+    suffix: str | None
+    training_file: str
+    validation_file: str | None
+    test_file: str | None
+    metadata: dict[str, str]
+    metrics: dict[str, float | None] = Field(description="Of the finished model, by `split/name`.")
+    error: JobError | None
+    organization_id: str = Field(description="Whose job it is.")
+    result_files: list[str] = Field(default=[])
+    integrations: list[dict[str, Any]] = Field(default=[])
+    trained_tokens: int | None = None
+
+
+JobList = Page[JobDocument]
+
+
+class EventDocument(Listed):
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"] = "message"
+    kind: str = Field(description="What happened, for programs: queued, running, warning, requeued, …")
+    data: dict[str, Any]
+
+
+EventList = Page[EventDocument]
+
+
+class CheckpointMetrics(BaseModel):
+    step: int
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    values: dict[str, float | None] = Field({}, description="All of that step, by `split/name`.")
+
+
+class CheckpointDocument(Listed):
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str = Field(description="Where a run would resume; not a model that is served.")
+    step_number: int
+    metrics: CheckpointMetrics
+
+
+CheckpointList = Page[CheckpointDocument]
+
+
+def job_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> JobDocument:
+    """`within` hides where on this machine things lie."""
+    spec, result = job.spec, job.result or {}
+    asked = job.request or spec
+    progress = ProgressDocument.model_validate(job.progress) if job.progress and not job.finished else None
+    return JobDocument(
+        id=job.id,
+        created_at=int(job.created_at),
+        started_at=_whole(job.started_at),
+        finished_at=_whole(job.finished_at),
+        estimated_finish=_estimated_finish(progress),
+        status=job.state,  # type: ignore[arg-type]
+        phase=job.phase,
+        progress=progress,
+        attempts=job.attempts,
+        queue_position=queue_position,
+        model=spec["model"]["backbone"],
+        fine_tuned_model=result.get("model"),
+        fine_tuned_version=result.get("version"),
+        method=dict(spec["method"]),
+        hyperparameters=dict(spec["hyperparameters"]),
+        seed=spec["seed"],
+        suffix=job.suffix,
+        training_file=asked["training_file"],
+        validation_file=asked.get("validation_file"),
+        test_file=asked.get("test_file"),
+        metadata=dict(spec["metadata"]),
+        metrics=dict(result.get("metrics", {})),
+        error=_error(job, within),
+        organization_id=job.owner,
+    )
+
+
+def _estimated_finish(progress: ProgressDocument | None) -> int | None:
+    """When the present phase ends, by the run's own estimate, a few seconds old at most; training takes nearly all of a run."""
+    seconds = None if progress is None else progress.values.get("eta_seconds")
+    return None if seconds is None else int(time.time() + seconds)
+
+
+def _error(job: Job, within: Callable[[str], str]) -> JobError | None:
+    if job.error_code is None:
+        return None
+    param = "training_file" if job.error_code in _ABOUT_THE_DATA else "model" if job.error_code in _ABOUT_THE_MODEL else None
+    return JobError(code=job.error_code, message=within(job.error_message or ""), param=param)
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)
+
+
+def event_document(event: Event, within: Callable[[str], str]) -> EventDocument:
+    return EventDocument(
+        id=f"{EVENT_PREFIX}{event.seq}",
+        created_at=int(event.at),
+        level=_LEVELS.get(event.level, "info"),
+        message=within(event.message),
+        kind=event.kind,
+        data=json.loads(within(json.dumps(dict(event.data), ensure_ascii=False))),
+    )
+
+
+def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
+    """The whole checkpoints of a run, newest first, each with the last metrics up to its step."""
+    rows = read_lines(run.metrics)
+    found = []
+    for checksum in run.checkpoints.glob("step-*.sha256"):  # written last: what has one is complete
+        matched = re.match(r"step-(\d+)", checksum.name)
+        if matched is None or not checksum.exists():
+            continue
+        step = int(matched[1])
+        values: dict[str, float | None] = {}
+        for row in rows:
+            if row["step"] <= step:
+                values |= row["values"]
+        metrics = CheckpointMetrics(
+            step=step, train_loss=values.get("train/loss"), valid_loss=values.get("val/loss"), values=values
+        )
+        found.append(
+            CheckpointDocument(
+                id=f"ftckpt-{job_id.removeprefix('ftjob-')}-{step}",
+                created_at=int(checksum.stat().st_mtime),
+                fine_tuning_job_id=job_id,
+                fine_tuned_model_checkpoint=f"{job_id}:step-{step}",
+                step_number=step,
+                metrics=metrics,
+            )
+        )
+    return sorted(found, key=lambda one: -one.step_number)

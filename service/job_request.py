@@ -1,0 +1,230 @@
+"""The body of a job's creation → a JobSpec that a worker can carry out.
+
+Two vocabularies meet in it: the JobSpec's own, and what the stock client of the public fine-tuning API sends (`method` of type
+``supervised``, ``"auto"``, nulls for what is not given). Whatever is wrong is reported at once, with field paths as the client
+wrote them. Knows specs and files; does not know HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.index import index_dataset
+from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
+from finetune.jobs.files import PREFIX
+from finetune.spec import JobSpec, parse_spec
+
+FILE_FIELDS = ("training_file", "validation_file", "test_file")
+NAMED_WEIGHTS = ("auto", "package", "hub", "none")
+STOCK_METHOD = "supervised"
+NO_SUCH_DATASET = f"is neither the id of a file of yours ({PREFIX}-…, from POST /v1/files) nor a dataset folder of this server"
+_MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a client asks for, resolved. `body` is as it came, `digest` the same for bodies that say the same."""
+
+    body: Mapping[str, Any]
+    spec: JobSpec
+    digest: str
+
+
+def read_body(raw: bytes) -> dict[str, Any]:
+    """A JSON object; no key twice, no NaN, no text that is not Unicode.
+
+    Raises:
+        InvalidInput: what is not JSON, or not an object.
+    """
+    try:
+        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_no_constant)
+        json.dumps(body, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InvalidInput("the body is nested too deeply") from None
+    except UnicodeError:
+        raise InvalidInput("the body holds text that is not valid Unicode") from None
+    except ValueError as error:
+        raise InvalidInput(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidInput(f'the body must be a JSON object, such as {{"training_file": "{PREFIX}-…"}}')
+    return body
+
+
+def read_request(body: Mapping[str, Any], *, locate: Callable[[str], Path], data_roots: Sequence[Path]) -> JobRequest:
+    """Understand a creation's body.
+
+    Args:
+        locate: an uploaded file's id → the folder with its contents; NotFound where the caller has no such file.
+        data_roots: folders of this server that datasets and weights may be read from.
+
+    Raises:
+        SpecError: with one problem for each field that is wrong.
+        DataError: the dataset cannot be trained on.
+    """
+    folders, problems = _folders(body, locate, data_roots)
+    try:
+        spec = _parse(body)
+        problems += _weights_problems(spec, data_roots)
+    except SpecError as error:
+        problems += [one for one in error.problems if one.where not in {known.where for known in problems}]
+    if problems:
+        raise SpecError(_count(problems), problems)
+    _check_dataset(spec, folders)
+    resolved = spec.model_copy(update={name: str(path) for name, path in folders.items()})
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return JobRequest(dict(body), resolved, digest)
+
+
+def _parse(body: Mapping[str, Any]) -> JobSpec:
+    """The spec, with the stock client's vocabulary put into our own."""
+    given = {key: value for key, value in body.items() if value is not None or key not in _MAY_BE_NULL}
+    problems = _stock_problems(given)
+    given.pop("integrations", None)
+    method = given.get("method")
+    nested: frozenset[str] = frozenset()
+    if method == STOCK_METHOD or (isinstance(method, Mapping) and method.get("type") == STOCK_METHOD):
+        inner = _supervised_hyperparameters(given.pop("method"))
+        outer = given.get("hyperparameters")
+        if inner and (outer is None or isinstance(outer, Mapping)):
+            given["hyperparameters"] = {**(outer or {}), **inner}
+            nested = frozenset(inner)
+    try:
+        spec = parse_spec(given)
+    except SpecError as error:
+        problems += [_as_written(one, nested) for one in error.problems]
+        raise SpecError(_count(problems), problems) from None
+    problems += [_as_written(one, nested) for one in _coerced(given, spec.model_dump(mode="json"))]
+    if problems:
+        raise SpecError(_count(problems), problems)
+    return spec
+
+
+def _stock_problems(given: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the parts that only the stock client's vocabulary has."""
+    problems = []
+    if given.get("integrations"):
+        problems.append(Problem("integrations", "not supported here: every job is logged to this server's MLflow"))
+    method = given.get("method")
+    if not isinstance(method, Mapping) or method.get("type") != STOCK_METHOD:
+        return problems
+    beside = sorted(method.keys() - {"type", STOCK_METHOD})
+    problems += [Problem(f"method.{key}", "unknown key beside type and supervised") for key in beside]
+    supervised = method.get(STOCK_METHOD)
+    if supervised is not None and not isinstance(supervised, Mapping):
+        return [*problems, Problem("method.supervised", "must be a section (a mapping of keys)")]
+    inside = supervised or {}
+    problems += [Problem(f"method.supervised.{key}", "unknown key") for key in sorted(inside.keys() - {"hyperparameters"})]
+    inner, outer = inside.get("hyperparameters"), given.get("hyperparameters")
+    if inner is not None and not isinstance(inner, Mapping):
+        problems.append(Problem("method.supervised.hyperparameters", "must be a section (a mapping of keys)"))
+    elif isinstance(outer, Mapping):
+        twice = [key for key in inner or {} if key in outer and outer[key] != (inner or {})[key]]
+        problems += [Problem(f"hyperparameters.{key}", "also given inside method, with another value") for key in twice]
+    return problems
+
+
+def _supervised_hyperparameters(method: Any) -> Mapping[str, Any]:
+    inside = method.get(STOCK_METHOD) if isinstance(method, Mapping) else None
+    inner = inside.get("hyperparameters") if isinstance(inside, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
+    """Where a text or a truth value was taken for a number: fine in a shell, a mistake in JSON."""
+    if isinstance(given, Mapping) and isinstance(parsed, Mapping):
+        inner = [_coerced(given[key], parsed.get(key), f"{path}.{key}" if path else key) for key in given]
+        return [problem for problems in inner for problem in problems]
+    if isinstance(given, list) and isinstance(parsed, list):
+        pairs = enumerate(zip(given, parsed, strict=False))
+        return [problem for index, (one, other) in pairs for problem in _coerced(one, other, f"{path}[{index}]")]
+    if isinstance(given, bool) != isinstance(parsed, bool) and not isinstance(parsed, Mapping):
+        return [
+            Problem(path, f"must be {'true or false' if isinstance(parsed, bool) else 'a number'}, given {json.dumps(given)}")
+        ]
+    if isinstance(given, str) and isinstance(parsed, int | float):
+        return [Problem(path, f"must be a number, given the text {given!r}")]
+    return []
+
+
+def _folders(
+    body: Mapping[str, Any], locate: Callable[[str], Path], roots: Sequence[Path]
+) -> tuple[dict[str, Path], list[Problem]]:
+    folders: dict[str, Path] = {}
+    problems: list[Problem] = []
+    for name in FILE_FIELDS:
+        given = body.get(name)
+        if not isinstance(given, str) or not given:
+            continue  # the spec says what is wrong with it
+        try:
+            found = locate(given) if given.startswith(f"{PREFIX}-") else _under_a_root(given, roots)
+        except NotFound:
+            found = None
+        if found is not None and found.is_dir():
+            folders[name] = found
+        else:  # one answer for missing and forbidden: it tells nothing about this server's disk
+            problems.append(Problem(name, f"{given[:200]!r} {NO_SUCH_DATASET}"))
+    return folders, problems
+
+
+def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
+    weights = spec.model.weights
+    if weights in NAMED_WEIGHTS or _under_a_root(weights, roots) is not None:
+        return []
+    allowed = f"{', '.join(NAMED_WEIGHTS)} or a file in this server's data folders"
+    return [Problem("model.weights", f"must be {allowed}, given {weights[:200]!r}")]
+
+
+def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
+    """The real path of what `given` names, if it exists and lies under one of the real `roots`, links followed."""
+    if not given.startswith("/") or "\0" in given:
+        return None
+    try:
+        real = Path(os.path.realpath(given, strict=True))
+    except OSError:
+        return None
+    return real if any(real.is_relative_to(os.path.realpath(root)) for root in roots) else None
+
+
+def _check_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> None:
+    """Everything that can be seen without opening an image, told before the job waits in a queue for it."""
+    try:
+        index_dataset(folders["training_file"], folders.get("validation_file"), folders.get("test_file"))
+    except DataError as error:
+        shown = {str(path): getattr(spec, name) for name, path in folders.items()}
+        problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
+        raise DataError(_shown(error.message, shown), [Problem("training_file", str(one)) for one in problems]) from None
+
+
+def _shown(text: str, names: Mapping[str, str]) -> str:
+    for path, name in names.items():
+        text = text.replace(path, name)
+    return text
+
+
+def _as_written(problem: Problem, nested: frozenset[str]) -> Problem:
+    section, _, key = problem.where.partition(".")
+    inside = section == "hyperparameters" and key.split(".")[0].split("[")[0] in nested
+    return Problem(f"method.supervised.{problem.where}", problem.message) if inside else problem
+
+
+def _count(problems: Sequence[Problem]) -> str:
+    first = f"{problems[0]}"
+    return first if len(problems) == 1 else f"{len(problems)} problems, the first: {first}"
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:100]!r} occurs twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,208 @@
+"""``/v1/fine_tuning/jobs``: each route translates one request to one call of the store and the result to one answer.
+
+HTTP reads the database; only logs and checkpoints are looked up in the run's folder, where the run writes them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from finetune.errors import Conflict, NotFound
+from finetune.jobs.history import newest_events
+from finetune.jobs.store import Job
+from finetune.rundir import as_model_name
+from service.auth import Caller, Submitting
+from service.feed import event_seq
+from service.files_routes import REPLAYED, IdempotencyKey
+from service.job_documents import (
+    CheckpointList,
+    EventDocument,
+    EventList,
+    JobDocument,
+    JobList,
+    State,
+    checkpoint_documents,
+    event_document,
+    job_document,
+)
+from service.job_request import JobRequest, read_body, read_request
+from service.job_schema import JOB_BODY
+from service.pages import After, Limit
+from service.parts import Parts, Server
+from service.problems import RESPONSES
+
+LARGEST_LOG_BYTES = 8 << 20  # an answer holds at most the end of a log that is longer
+EVENT_STREAM = "text/event-stream"
+
+jobs_router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=RESPONSES)
+
+
+@jobs_router.post("", status_code=201, openapi_extra=JOB_BODY)
+async def create_job(
+    request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
+) -> JobDocument:
+    """Queue a fine-tuning job. What is wrong with the request or its dataset is said now, all at once, with field paths."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not a job; send application/json")
+    job, new = await run_in_threadpool(_create, server, caller, await request.body(), idempotency_key)
+    response.headers["Location"] = f"/v1/fine_tuning/jobs/{job.id}"
+    if not new:
+        response.headers[REPLAYED] = "true"
+    return await run_in_threadpool(_document, server, job)
+
+
+def _create(server: Parts, caller: Caller, raw: bytes, idempotency_key: str | None) -> tuple[Job, bool]:
+    def locate(file_id: str) -> Path:
+        return server.uploads.place_of(server.database.files.get(file_id, caller.sees).id).resolve()
+
+    asked = read_request(read_body(raw), locate=locate, data_roots=server.data_roots)
+    name = _model_name(server, caller, asked)
+    spec = asked.spec.model_copy(update={"suffix": name})
+    return server.database.jobs.create(
+        caller.owner,
+        spec.model_dump(mode="json"),
+        spec_digest=spec.digest(),
+        request=asked.body,
+        suffix=name,
+        idempotency_key=idempotency_key,
+        body_sha256=asked.digest,
+        max_queued=server.max_unfinished_jobs,
+    )
+
+
+def _model_name(server: Parts, caller: Caller, asked: JobRequest) -> str:
+    """What the registered model is called: the suffix, else after the dataset. `Conflict`: it is not theirs."""
+    if asked.spec.suffix is not None:
+        if _is_taken(server, caller, asked.spec.suffix):
+            raise Conflict(f"the model name {asked.spec.suffix!r} is taken; choose another suffix")
+        return asked.spec.suffix
+    name = as_model_name(_dataset_name(server, Path(asked.spec.training_file)))
+    return f"{name[:50]}-{asked.digest[:8]}" if _is_taken(server, caller, name) else name
+
+
+def _dataset_name(server: Parts, folder: Path) -> str:
+    """What the client calls its dataset: the uploaded file's name without its ending, or the folder's."""
+    if folder.parent == server.uploads.folder.resolve():
+        return server.database.files.get(folder.name).filename.split(".")[0]
+    return folder.name
+
+
+def _is_taken(server: Parts, caller: Caller, name: str) -> bool:
+    """Whether a new model of this name would become a version of one that the caller may not change."""
+    try:
+        server.models.find(name)
+    except NotFound:
+        return server.database.model_owner(name) not in (None, caller.owner) and not caller.is_admin
+    return not server.may_change(caller, name)
+
+
+@jobs_router.get("")
+def list_jobs(
+    caller: Submitting,
+    server: Server,
+    after: After = None,
+    limit: Limit = 20,
+    status: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
+) -> JobList:
+    """Your jobs, newest first."""
+    page, more = server.database.jobs.list(caller.sees, after=after, limit=limit, state=status)
+    documents = [_document(server, job) for job in page]
+    return JobList.of(documents, more)
+
+
+@jobs_router.get("/{job_id}")
+def get_job(caller: Submitting, server: Server, job_id: str) -> JobDocument:
+    """One job as it is now."""
+    return _document(server, server.database.jobs.get(job_id, caller.sees))
+
+
+@jobs_router.post("/{job_id}/cancel")
+def cancel_job(caller: Submitting, server: Server, job_id: str) -> JobDocument:
+    """Cancel a job: at once where it is queued; a running one is `cancelling` until its process has ended."""
+    return _document(server, server.database.jobs.request_cancel(job_id, caller.sees))
+
+
+EVENTS_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page of events; or, with `Accept: text/event-stream`, a stream of them (each `id` is an event's), "
+        "`progress`, and `done` at the job's end.",
+        "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+    }
+}
+
+
+@jobs_router.get("/{job_id}/events", response_model=EventList, responses=EVENTS_ANSWER)
+async def job_events(
+    request: Request,
+    caller: Submitting,
+    server: Server,
+    job_id: str,
+    after: Annotated[str | None, Query(max_length=100, description="The id of the last event of the page before.")] = None,
+    limit: Limit = 20,
+    order: Annotated[Literal["desc", "asc"], Query(description="Newest first, or oldest first.")] = "desc",
+    last_event_id: Annotated[str | None, Header(max_length=100, description="Where a stream goes on.")] = None,
+) -> Any:
+    """What happened to a job."""
+    job = await run_in_threadpool(server.database.jobs.get, job_id, caller.sees)
+    if EVENT_STREAM in request.headers.get("accept", ""):
+        start = event_seq(last_event_id or after or "0")
+        return StreamingResponse(server.feed.follow(job.id, start), media_type=EVENT_STREAM, headers={"X-Accel-Buffering": "no"})
+    return await run_in_threadpool(_events, server, job.id, None if after is None else event_seq(after), limit, order)
+
+
+def _events(server: Parts, job_id: str, after: int | None, limit: int, order: str) -> EventList:
+    if order == "asc":
+        found = server.database.jobs.events(job_id, after=after or 0, limit=limit + 1)
+        page, more = found[:limit], len(found) > limit
+    else:
+        page, more = newest_events(server.database.engine, job_id, before=after, limit=limit)
+    documents: list[EventDocument] = [event_document(event, server.within) for event in page]
+    return EventList.of(documents, more)
+
+
+@jobs_router.get("/{job_id}/checkpoints")
+def job_checkpoints(caller: Submitting, server: Server, job_id: str, after: After = None, limit: Limit = 10) -> CheckpointList:
+    """The checkpoints that the job could resume from, newest first. A solved head needs none."""
+    job = server.database.jobs.get(job_id, caller.sees)
+    documents = checkpoint_documents(job.id, server.run_of(job.id))
+    if after is not None:
+        ids = [one.id for one in documents]
+        if after not in ids:
+            raise NotFound(f"no checkpoint {after!r} of {job_id}; runs keep only the newest few")
+        documents = documents[ids.index(after) + 1 :]
+    page = documents[:limit]
+    return CheckpointList.of(page, len(documents) > limit)
+
+
+@jobs_router.get("/{job_id}/logs", response_class=PlainTextResponse)
+def job_logs(
+    caller: Submitting,
+    server: Server,
+    job_id: str,
+    tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines.")] = None,
+) -> PlainTextResponse:
+    """What the job's processes have printed."""
+    job = server.database.jobs.get(job_id, caller.sees)
+    text = _end_of(server.run_of(job.id).log)
+    return PlainTextResponse(text if tail is None else "".join(text.splitlines(keepends=True)[-tail:]))
+
+
+def _end_of(log: Path) -> str:
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - LARGEST_LOG_BYTES))
+            return stream.read(LARGEST_LOG_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""  # it has not started yet
+
+
+def _document(server: Parts, job: Job) -> JobDocument:
+    return job_document(job, queue_position=server.database.jobs.queue_position(job), within=server.within)

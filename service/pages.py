@@ -1,0 +1,33 @@
+"""One page of a list, as the public API writes it: ``{object, data, has_more, first_id, last_id}``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Generic, Literal, TypeVar
+
+from fastapi import Query
+from pydantic import BaseModel
+
+After = Annotated[str | None, Query(max_length=100, description="The `last_id` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+class Listed(BaseModel):
+    """What a list holds; its id is the cursor."""
+
+    id: str
+
+
+T = TypeVar("T", bound=Listed)
+
+
+class Page(BaseModel, Generic[T]):
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+    @classmethod
+    def of(cls, data: list[T], has_more: bool) -> Page[T]:
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=data, has_more=has_more, first_id=first, last_id=last)

@@ -1,0 +1,110 @@
+"""What the routes work with, opened once for a server, and how they get at it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy import Engine
+
+from finetune.bundle.image import ImageLimits
+from finetune.errors import NotFound
+from finetune.jobs.database import open_jobs
+from finetune.jobs.files import FileStore
+from finetune.jobs.history import model_owner
+from finetune.jobs.keys import KeyStore
+from finetune.jobs.store import JobStore
+from finetune.rundir import RunDir
+from service.auth import Caller
+from service.feed import Feed
+from service.limits import Slots
+from service.metrics import Metrics
+from service.models import LiveModels
+from service.uploads import Uploads
+
+_OWNER_SECONDS = 1.0  # how long it is remembered whose a model is: predictions ask each time
+
+
+class Database:
+    """The job database and the stores on it, opened when first asked for: importing the service opens nothing."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._owners: dict[str, tuple[float, str | None]] = {}
+
+    @cached_property
+    def engine(self) -> Engine:
+        return open_jobs(self.home)
+
+    @cached_property
+    def jobs(self) -> JobStore:
+        return JobStore(self.engine)
+
+    @cached_property
+    def files(self) -> FileStore:
+        return FileStore(self.engine)
+
+    @cached_property
+    def keys(self) -> KeyStore:
+        return KeyStore(self.engine)
+
+    def model_owner(self, name: str) -> str | None:
+        """Whose job made this model; None for models that no job made, which are everybody's to use."""
+        now = time.monotonic()
+        until, owner = self._owners.get(name, (0.0, None))
+        if now >= until:
+            owner = model_owner(self.engine, name)
+            if len(self._owners) > 10_000:
+                self._owners.clear()
+            self._owners[name] = (now + _OWNER_SECONDS, owner)
+        return owner
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes work with; the app carries it in its state."""
+
+    home: Path
+    models: LiveModels
+    metrics: Metrics
+    slots: Slots
+    image_limits: ImageLimits
+    database: Database
+    feed: Feed
+    uploads: Uploads
+    data_roots: tuple[Path, ...] = ()
+    max_unfinished_jobs: int = 100
+    default_is_chosen: bool = False  # the operator named the model that /predict answers with, so it is everybody's
+
+    def run_of(self, job_id: str) -> RunDir:
+        return RunDir(self.home / "runs" / job_id)
+
+    def within(self, text: str) -> str:
+        """`text` without where on this machine the workspace lies, which is nobody's business."""
+        return text.replace(f"{self.home}{os.sep}", "")
+
+    def may_use(self, caller: Caller, model: str) -> bool:
+        """Whether a caller may know of a model: their own, and what no job made."""
+        return caller.is_admin or self.database.model_owner(model) in (None, caller.owner)
+
+    def check_may_use(self, caller: Caller, model: str) -> None:
+        """Raises `NotFound`: another owner's model does not exist."""
+        if not self.may_use(caller, model):
+            raise NotFound(f"no model {model[:100]!r}; GET /v1/models lists what there is for you")
+
+    def may_change(self, caller: Caller, model: str) -> bool:
+        """Whether a caller may move, delete or add to a model: their own; what no job made is the administrator's."""
+        return caller.is_admin or self.database.model_owner(model) == caller.owner
+
+
+async def _parts(request: Request) -> Parts:  # async: a plain function would cost every request a hop to a thread
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+Server = Annotated[Parts, Depends(_parts)]

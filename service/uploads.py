@@ -1,0 +1,188 @@
+"""A dataset's way from a request's body to the workspace: streamed to disk, unpacked, described, put in its place.
+
+Nothing of an upload is visible before all of it is good. What a killed server leaves behind is swept at the next start. Knows
+multipart bodies and folders; does not know routes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from finetune.data.intake import Intake, take_in
+from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
+from finetune.rundir import sha256_file
+
+PURPOSE = "fine-tune"
+FIELDS = ("file", "purpose")
+HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
+MAX_AT_ONCE = 8
+MIN_FREE_BYTES = 256 << 20
+MAX_NAME_CHARACTERS = 255
+_ARRIVING = ".arriving-"
+_ORPHAN_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Received:
+    """An upload on disk."""
+
+    filename: str
+    size_bytes: int
+    sha256: str
+    intake: Intake
+    contents: Path  # a folder that waits to be moved to its place
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self.intake)
+
+
+class Uploads:
+    """The folder of uploaded datasets, ``files/<id>`` of the workspace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._n_arriving = 0
+
+    def place_of(self, file_id: str) -> Path:
+        return self.folder / file_id
+
+    @contextlib.contextmanager
+    def arriving(self, announced_bytes: int = 0) -> Iterator[Path]:
+        """A folder of its own for one upload, gone at the end of the block with whatever is still in it.
+
+        Raises:
+            Overloaded: too many uploads at once.
+            DiskFull: no room for what the request announces and its contents.
+        """
+        if self._n_arriving >= MAX_AT_ONCE:
+            raise Overloaded(f"{self._n_arriving} uploads are arriving already. Try again in a moment")
+        arriving = self.folder / f"{_ARRIVING}{secrets.token_hex(8)}"
+        arriving.mkdir(parents=True)
+        self._n_arriving += 1
+        try:
+            with open(arriving / ".lock", "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if shutil.disk_usage(arriving).free < 2 * announced_bytes + MIN_FREE_BYTES:
+                    raise DiskFull(
+                        "The server's disk has no room for this upload and its contents. Free some space and try again"
+                    )
+                yield arriving
+        finally:
+            self._n_arriving -= 1
+            shutil.rmtree(arriving, ignore_errors=True)
+
+    def sweep(self, known: Callable[[], Collection[str]]) -> None:
+        """Remove what killed servers left: uploads that nobody is receiving, and old contents without a row."""
+        for leftover in self.folder.glob(f"{_ARRIVING}*"):
+            if _is_abandoned(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+        placed = {path.name: path for path in self.folder.glob("file-*") if time.time() - path.stat().st_mtime > _ORPHAN_SECONDS}
+        for name in placed.keys() - set(known()) if placed else ():
+            shutil.rmtree(placed[name], ignore_errors=True)
+
+    def discard(self, file_id: str) -> None:
+        """Remove contents whose row is gone. A reader that has begun may fail; a job that is not finished keeps its row."""
+        shutil.rmtree(self.place_of(file_id), ignore_errors=True)
+
+
+def _is_abandoned(arriving: Path) -> bool:
+    try:
+        with open(arriving / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return time.time() - arriving.stat().st_mtime > _ORPHAN_SECONDS  # it may have been made this very moment
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _ToDisk(MultiPartParser):
+    """Writes the file straight to where it is unpacked from, instead of a spool in the system's temporary folder."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: Path) -> None:
+        super().__init__(headers, stream, max_files=1, max_fields=8, max_part_size=1024)
+        self._target = target
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None:
+            upload.file.close()
+            upload.file = open(self._target, "wb")  # noqa: SIM115 (closed by `receive`, and below when parsing fails)
+            self._files_to_close_on_error.append(upload.file)  # type: ignore[arg-type]
+
+
+async def receive(request: Request, target: Path) -> str:
+    """Stream the form's file to `target`; returns the name that the client gave it.
+
+    Raises:
+        HTTPException: 415 for a body that is no form, 400 for a broken one.
+        InvalidInput: fields that are missing, unknown, given twice, or not what they should be.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not an upload. {HOW_TO_SEND}")
+    try:
+        form = await _ToDisk(request.headers, request.stream(), target).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"The multipart body cannot be read: {error.message}") from None
+    try:
+        return _checked_form(form)
+    finally:
+        await form.close()
+
+
+def _checked_form(form: FormData) -> str:
+    problems = [Problem(name, "unknown field") for name in sorted({*form} - set(FIELDS))]
+    problems += [Problem(name, "is given more than once") for name in FIELDS if len(form.getlist(name)) > 1]
+    problems += [Problem(name, "is missing") for name in FIELDS if name not in form]
+    purpose, file = form.get("purpose"), form.get("file")
+    if purpose is not None and purpose != PURPOSE:
+        problems.append(Problem("purpose", f"must be {PURPOSE!r}: files are datasets to train on"))
+    if file is not None and not isinstance(file, UploadFile):
+        problems.append(Problem("file", "must be an uploaded file, not text; the server fetches nothing"))
+    if problems:
+        raise InvalidInput(f"{'; '.join(map(str, problems))}. {HOW_TO_SEND}", problems)
+    assert isinstance(file, UploadFile)
+    return _plain(file.filename or "dataset")
+
+
+def _plain(filename: str) -> str:
+    """A name for showing, never a path: printable, without folders."""
+    name = "".join(character for character in filename.replace("\\", "/").rsplit("/", 1)[-1] if character.isprintable())
+    return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARACTERS] or "dataset"
+
+
+def examine(archive: Path, filename: str) -> Received:
+    """Unpack beside the archive and describe; see `take_in` for what is refused."""
+    contents = archive.with_name("contents")
+    size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
+    if size_bytes == 0:
+        raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
+    intake = take_in(archive, contents)
+    archive.unlink()
+    return Received(filename, size_bytes, sha256, intake, contents)
+
+
+def move_to(contents: Path, place: Path) -> None:
+    """On the same disk, so it is one step; flushed, so that a committed row never outlives it."""
+    os.rename(contents, place)
+    descriptor = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

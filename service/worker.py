@@ -1,0 +1,81 @@
+"""The worker beside the server: ``python -m finetune worker`` as a child, started anew when it dies, ended with the server.
+
+A process of its own, because training needs all that this one must not import, and because a run that takes the memory or the
+machine down must not take predictions with it. Knows processes; does not know jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+TRAINING_MODULES = ("torch", "timm")
+LOOK_SECONDS = 1.0
+RESTART_SECONDS = 5.0
+STOP_SECONDS = 25.0  # a running job writes a checkpoint first
+NO_TRAINING = (
+    "No worker is started: this installation only serves. Jobs wait until a worker runs on this workspace: "
+    "pip install 'finetune[train]', then finetune worker"
+)
+
+
+class WorkerProcess:
+    """One worker, kept running. `start` and `stop` on the main thread: a child dies with the thread that started it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start it, unless nothing here can train; then say so."""
+        if not can_train():
+            log.warning(NO_TRAINING)
+            return
+        self._process = self._spawn()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """Let it hand its jobs back, then end it."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        leash = [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid())]
+        return subprocess.Popen(
+            [*leash, sys.executable, "-m", "finetune", "worker"],
+            env={**os.environ, "FINETUNE_HOME": str(self.home)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C ends the server, which then ends the worker, once
+        )
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            code = None if self._process is None else self._process.poll()
+            if code is not None:
+                log.error("the worker ended with exit code %d; another starts in %.0f s", code, RESTART_SECONDS)
+                await asyncio.sleep(RESTART_SECONDS)
+                self._process = self._spawn()
+
+
+def can_train() -> bool:
+    """Whether what training needs is installed. Nothing of it is imported here."""
+    return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)
