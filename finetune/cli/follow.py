@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from finetune.cli.terminal import PHASES, console, duration, progress_bars, table
+from finetune.cli.terminal import console, duration, progress_bars, table
 from finetune.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def follow(client: JobsClient, job: JobView, *, shown: bool, poll_seconds: float
                         show_event(event)
                 if job.finished:
                     break
-                if job.progress is not None and job.progress["phase"] in PHASES:
-                    bars(Progress(**job.progress))
+                if job.progress is not None:
+                    bars(_progress(job.progress))
                 if shown and not hinted and job.state == "queued" and time.monotonic() - followed_since > LONELY_SECONDS:
                     hinted = True
                     console.print("still queued: is there a worker? finetune worker starts one", style="yellow")
@@ -49,17 +49,22 @@ def follow(client: JobsClient, job: JobView, *, shown: bool, poll_seconds: float
     return job
 
 
+def _progress(document: Mapping[str, Any]) -> Progress:
+    values = {name: value for name, value in document["values"].items() if value is not None}
+    return Progress(document["phase"], document["done"], document["total"], document["unit"], values, document["message"])
+
+
 def show_event(event: EventView) -> None:
     console.print(f"{_clock(event.at)}  {event.message}", style=_COLOURS.get(event.level), markup=False)
 
 
 def show_job(job: JobView, events: Sequence[EventView]) -> None:
     """`finetune jobs show`: state, result or error, history."""
-    facts = [["state", job.state if job.phase is None else f"{job.state}, {job.phase}"], ["backbone", job.backbone]]
+    facts = [["state", _state(job)], ["backbone", job.backbone]]
     facts += [["method", job.method], ["created", _date(job.created_at)]]
     if job.started_at is not None:
         facts.append(["took" if job.finished_at else "runs since", _running_time(job)])
-    if job.attempts is not None and job.attempts > 1:
+    if job.attempts > 1:
         facts.append(["attempts", str(job.attempts)])
     if job.progress is not None:
         facts.append(["progress", f"{job.progress['done']} of {job.progress['total']} {job.progress['unit']}"])
@@ -78,10 +83,14 @@ def show_jobs(jobs: Sequence[JobView]) -> None:
         console.print("no job yet: finetune jobs submit --data FOLDER queues one")
         return
     rows = [
-        [job.id, job.state, job.phase or "", job.backbone, job.method, _date(job.created_at), job.model or job.error_code or ""]
+        [job.id, _state(job), f"{job.backbone}, {job.method}", _date(job.created_at), job.model or job.error_code or ""]
         for job in jobs
     ]
-    table("", ["job", "state", "phase", "backbone", "method", "created", "model or error"], rows)
+    table("", ["job", "state", "what", "created", "model or error"], rows)
+
+
+def _state(job: JobView) -> str:
+    return job.state if job.phase is None else f"{job.state}, {job.phase}"
 
 
 def show_keys(keys: Sequence[ApiKey]) -> None:

@@ -12,7 +12,7 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import Event, Job, JobStore
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir
+from finetune.rundir import RunDir, as_model_name
 from finetune.spec import JobSpec
 
 LOCAL_OWNER = "local"  # of jobs that no key stands for
@@ -30,7 +30,7 @@ class JobView:
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
-    attempts: int | None = None
+    attempts: int = 0
     progress: Mapping[str, Any] | None = None
     model: str | None = None
     error_code: str | None = None
@@ -78,6 +78,7 @@ class LocalJobs:
     def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
         spec = with_absolute_paths(spec)
+        spec = spec.model_copy(update={"suffix": spec.suffix or as_model_name(Path(spec.training_file).name)})
         digest = spec.digest()
         job, _ = self.store.create(
             LOCAL_OWNER,

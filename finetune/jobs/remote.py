@@ -59,7 +59,7 @@ class RemoteJobs:
             page = {"limit": min(limit - len(found), _PAGE)} | ({"after": found[-1].id} if found else {})
             answer = self._ask("GET", "/v1/fine_tuning/jobs", params=page).json()
             found += [_job_view(document) for document in answer["data"]]
-            more = answer["has_more"] and answer["data"]
+            more = answer["has_more"]
         return found
 
     def get(self, job_id: str) -> JobView:
@@ -69,17 +69,14 @@ class RemoteJobs:
         return _job_view(self._ask("POST", f"{_path(job_id)}/cancel").json())
 
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
-        """The server's pages begin with the newest event; read back to the last one that is known."""
         found: list[EventView] = []
         more = True
         while more:
-            page: dict[str, Any] = {"limit": _PAGE} | ({"after": f"ftevent-{found[-1].seq}"} if found else {})
+            page = {"order": "asc", "limit": _PAGE, "after": f"ftevent-{found[-1].seq if found else after}"}
             answer = self._ask("GET", f"{_path(job_id)}/events", params=page).json()
-            events = [_event_view(document) for document in answer["data"]]
-            fresh = [event for event in events if event.seq > after]
-            found += fresh
-            more = answer["has_more"] and len(fresh) == len(events) > 0
-        return found[::-1]
+            found += [_event_view(document) for document in answer["data"]]
+            more = answer["has_more"]
+        return found
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         return self._ask("GET", f"{_path(job_id)}/logs").content[offset:]
@@ -164,23 +161,22 @@ def _refusal(answer: httpx.Response) -> FinetuneError:
 
 
 def _job_view(document: Mapping[str, Any]) -> JobView:
-    error = document.get("error") or {}
-    model, method = document["model"], document.get("method") or {}
+    error, name = document["error"] or {}, document["fine_tuned_model"]
     return JobView(
         id=document["id"],
-        state=document.get("state") or document["status"],
-        phase=document.get("phase"),
-        backbone=model if isinstance(model, str) else model["backbone"],
-        method=str(method.get("type", "")),
+        state=document["status"],
+        phase=document["phase"],
+        backbone=document["model"],
+        method=document["method"]["type"],
         created_at=document["created_at"],
-        started_at=document.get("started_at"),
-        finished_at=document.get("finished_at"),
-        attempts=document.get("attempts"),
-        progress=document.get("progress"),
-        model=document.get("fine_tuned_model"),
+        started_at=document["started_at"],
+        finished_at=document["finished_at"],
+        attempts=document["attempts"],
+        progress=document["progress"],
+        model=None if name is None else f"{name}@{document['fine_tuned_version']}",
         error_code=error.get("code"),
         error_message=error.get("message"),
-        metrics=document.get("metrics") or {},
+        metrics=document["metrics"],
     )
 
 

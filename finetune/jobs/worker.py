@@ -26,6 +26,7 @@ from finetune.jobs.clock import machine_time
 from finetune.jobs.endings import Ending, Finish, what_follows
 from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
+from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import Claim, JobStore, LeaseLost
 from finetune.rundir import RunDir, read_json, read_lines, write_atomic
 
@@ -110,15 +111,18 @@ class Worker:
 
     def run(self, *, until_idle: bool = False) -> None:
         """Work until SIGTERM or SIGINT, then hand every job back; with `until_idle`, until there is nothing left to do."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         log.info("worker %s waits for jobs in %s", self.settings.name, self.home)
-        while not self._stop_signals:
-            self.step()
-            if until_idle and not self._attempts and self._nothing_left():
-                return
-            time.sleep(_TICK_SECONDS)
-        self._hand_everything_back()
+        try:
+            while not self._stop_signals:
+                self.step()
+                if until_idle and not self._attempts and self._nothing_left():
+                    return
+                time.sleep(_TICK_SECONDS)
+            self._hand_everything_back()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def step(self) -> None:
         """Look at every attempt once, take back what other workers lost, and start what there is a slot for."""
@@ -140,7 +144,7 @@ class Worker:
         self._stop_signals += 1
 
     def _nothing_left(self) -> bool:
-        return not self.store.counts().keys() & {"queued", "running", "cancelling"}
+        return not self.store.counts().keys() & set(UNFINISHED)
 
     # starting -----------------------------------------------------------------------------------------------------
 
