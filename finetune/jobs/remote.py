@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import httpx
 
@@ -143,7 +144,7 @@ def _packed(path: Path, progress: ProgressCallback) -> IO[bytes]:
 
 
 def _path(job_id: str) -> str:
-    return f"/v1/fine_tuning/jobs/{httpx.URL(path=job_id).raw_path.decode()}"
+    return f"/v1/fine_tuning/jobs/{quote(job_id, safe='')}"
 
 
 def _refusal(answer: httpx.Response) -> FinetuneError:

@@ -1,0 +1,191 @@
+"""Jobs on a server, seen from the client's side: what is sent, what is made of the answers, what is tried again."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from finetune.errors import InvalidInput
+from finetune.jobs import remote
+from finetune.jobs.remote import RemoteJobs, RequestRefused, ServerUnreachable
+from finetune.progress import Progress
+from finetune.spec import parse_spec
+
+JOB = {
+    "id": "ftjob-1", "object": "fine_tuning.job", "created_at": 1000, "started_at": 1001, "finished_at": None,
+    "status": "running", "phase": "training", "progress": {"phase": "training", "done": 1, "total": 2, "unit": "steps", "values": {"loss": None}},
+    "attempts": 2, "model": "resnet18", "fine_tuned_model": None, "fine_tuned_version": None, "method": {"type": "full"},
+    "metrics": {}, "error": None,
+}  # fmt: skip
+DONE = {**JOB, "status": "succeeded", "finished_at": 1009, "fine_tuned_model": "flowers", "fine_tuned_version": "3"}
+PROBLEM = {
+    "code": "invalid_spec", "detail": "the job spec has 2 problems",
+    "errors": [{"field": "method.stages", "detail": "must be at least 1"}, {"field": "seed", "detail": "must be a number"}],
+}  # fmt: skip
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+class Server:
+    """Answers each request with the next of `answers`, and remembers what was asked."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = list(answers)
+        self.asked: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        self.asked.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def client(self, key: str | None = "ft_abc") -> RemoteJobs:
+        return RemoteJobs("http://server:1234/", key, httpx.MockTransport(self))
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    taken: list[float] = []
+    monkeypatch.setattr("finetune.jobs.remote.time.sleep", taken.append)
+    return taken
+
+
+def ok(document: Any) -> httpx.Response:
+    return httpx.Response(200, json=document)
+
+
+def test_a_job_document_becomes_a_view() -> None:
+    job = Server(ok(DONE)).client().get("ftjob-1")
+    assert (job.state, job.model, job.backbone, job.method, job.attempts) == ("succeeded", "flowers@3", "resnet18", "full", 2)
+    assert (job.created_at, job.finished_at, job.finished) == (1000, 1009, True)
+    running = Server(ok(JOB)).client().get("ftjob-1")
+    assert (running.phase, running.progress, running.model) == ("training", JOB["progress"], None)
+    failed = (
+        Server(ok({**JOB, "status": "failed", "error": {"code": "crash_loop", "message": "it died"}})).client().get("ftjob-1")
+    )
+    assert (failed.error_code, failed.error_message) == ("crash_loop", "it died")
+
+
+def test_the_key_goes_along_and_only_what_was_given_is_sent() -> None:
+    server = Server(ok(JOB))
+    spec = parse_spec({"training_file": "file-7", "method": "full", "hyperparameters": {"n_epochs": 3}})
+    server.client().submit(spec, "my-key")
+    (request,) = server.asked
+    assert (request.method, request.url.path) == ("POST", "/v1/fine_tuning/jobs")
+    assert request.headers["Authorization"] == "Bearer ft_abc"
+    assert request.headers["Idempotency-Key"] == "my-key"
+    assert json.loads(request.content) == {
+        "training_file": "file-7", "method": {"type": "full"}, "hyperparameters": {"n_epochs": 3},
+    }  # fmt: skip
+
+
+def test_a_submission_is_sent_again_with_the_same_key_until_it_is_answered(pauses: list[float]) -> None:
+    later = httpx.Response(503, headers={"Retry-After": "7"})
+    server = Server(httpx.ConnectError("refused"), later, httpx.ReadTimeout("nothing"), ok(JOB))
+    assert server.client(None).submit(parse_spec({"training_file": "file-7"})).id == "ftjob-1"
+    assert len({request.headers["Idempotency-Key"] for request in server.asked}) == 1
+    assert "Authorization" not in server.asked[0].headers
+    assert pauses == [0.5, 7.0, 14.0]
+
+
+def test_a_server_that_never_answers_is_named() -> None:
+    server = Server(*[httpx.ConnectError("refused")] * 4)
+    with pytest.raises(ServerUnreachable, match=r"http://server:1234: no answer \(refused\)\. Is the address right"):
+        server.client().get("ftjob-1")
+
+
+def test_what_the_server_refuses_is_said_in_its_words_with_every_field() -> None:
+    with pytest.raises(RequestRefused, match="422 invalid_spec: the job spec has 2 problems") as caught:
+        Server(httpx.Response(422, json=PROBLEM)).client().submit(parse_spec({"training_file": "file-7"}))
+    assert [str(problem) for problem in caught.value.problems] == ["method.stages: must be at least 1", "seed: must be a number"]
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (httpx.Response(500, text="<html>proxy</html>"), ServerUnreachable),
+        (httpx.Response(404, json=["not", "ours"]), RequestRefused),
+        (httpx.Response(401, json={"code": "unauthorized", "detail": "needs a key"}), RequestRefused),
+    ],
+)
+def test_an_answer_in_another_form_is_still_an_error(answer: httpx.Response, expected: type[Exception]) -> None:
+    with pytest.raises(expected, match=str(answer.status_code)):
+        Server(answer).client().get("ftjob-1")
+
+
+def test_a_folder_is_packed_and_uploaded_before_the_job_is_made(tmp_path: Path) -> None:
+    for name in ("train/daisy/1.jpg", "train/rose/2.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "train" / "link").symlink_to("/etc")
+    validation = tmp_path / "validation.zip"
+    validation.write_bytes(b"an archive already")
+    server = Server(ok({"id": "file-a"}), ok({"id": "file-b"}), ok(JOB))
+    seen: list[Progress] = []
+    spec = parse_spec({"training_file": str(tmp_path / "train"), "validation_file": str(validation)})
+    server.client().submit(spec, progress=seen.append)
+    packed, as_it_is, created = server.asked
+    assert (packed.url.path, as_it_is.url.path) == ("/v1/files", "/v1/files")
+    assert b'filename="train.tar"' in packed.content
+    assert b'name="purpose"\r\n\r\nfine-tune' in packed.content
+    start = packed.content.index(b"daisy/1.jpg")
+    with tarfile.open(fileobj=io.BytesIO(packed.content[start:])) as archive:
+        assert {member.name: archive.extractfile(member).read() for member in archive} == {  # type: ignore[union-attr]
+            "daisy/1.jpg": b"train/daisy/1.jpg", "rose/2.jpg": b"train/rose/2.jpg",
+        }  # fmt: skip
+    assert b"an archive already" in as_it_is.content
+    assert json.loads(created.content) == {"training_file": "file-a", "validation_file": "file-b"}
+    assert {progress.message for progress in seen} == {"packing", "uploading"}
+    assert all(progress.done <= progress.total for progress in seen)
+
+
+def test_an_empty_folder_is_not_sent(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="there is no file in this folder"):
+        Server().client().submit(parse_spec({"training_file": str(tmp_path)}))
+
+
+def test_lists_are_read_page_by_page_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_PAGE", 2)
+    pages = [{"data": [{**JOB, "id": f"ftjob-{n}"} for n in numbers], "has_more": True} for numbers in ([9, 8], [7])]
+    server = Server(*map(ok, pages))
+    assert [job.id for job in server.client().list(3)] == ["ftjob-9", "ftjob-8", "ftjob-7"]
+    assert [dict(request.url.params) for request in server.asked] == [{"limit": "2"}, {"limit": "1", "after": "ftjob-8"}]
+
+
+def test_events_are_read_from_the_last_one_that_is_known() -> None:
+    def event(seq: int) -> dict[str, Any]:
+        return {"id": f"ftevent-{seq}", "created_at": 1000 + seq, "level": "warn", "message": f"m{seq}"}
+
+    server = Server(ok({"data": [event(5), event(8)], "has_more": True}), ok({"data": [event(9)], "has_more": False}))
+    assert [(found.seq, found.message) for found in server.client().events("ftjob-1", 4)] == [(5, "m5"), (8, "m8"), (9, "m9")]
+    assert [request.url.params["after"] for request in server.asked] == ["ftevent-4", "ftevent-8"]
+    assert {request.url.params["order"] for request in server.asked} == {"asc"}
+
+
+def test_a_log_is_read_on_from_where_it_was_read_to() -> None:
+    server = Server(httpx.Response(200, content="zwölf".encode()))
+    assert server.client().log("ftjob-1", 2) == "ölf".encode()
+    assert server.asked[0].url.path == "/v1/fine_tuning/jobs/ftjob-1/logs"
+
+
+def test_cancelling_is_asked_for() -> None:
+    server = Server(ok({**JOB, "status": "cancelling"}))
+    assert server.client().cancel("ftjob-1").state == "cancelling"
+    assert (server.asked[0].method, server.asked[0].url.path) == ("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel")
+
+
+def test_an_id_cannot_lead_elsewhere() -> None:
+    server = Server(httpx.Response(404, json={}))
+    with pytest.raises(RequestRefused):
+        server.client().get("../../files?x=1#y")
+    assert server.asked[0].url.raw_path == b"/v1/fine_tuning/jobs/..%2F..%2Ffiles%3Fx%3D1%23y"
