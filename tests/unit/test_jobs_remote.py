@@ -20,7 +20,8 @@ from finetune.spec import parse_spec
 
 JOB = {
     "id": "ftjob-1", "object": "fine_tuning.job", "created_at": 1000, "started_at": 1001, "finished_at": None,
-    "status": "running", "phase": "training", "progress": {"phase": "training", "done": 1, "total": 2, "unit": "steps", "values": {"loss": None}},
+    "status": "running", "phase": "training",
+    "progress": {"phase": "training", "done": 1, "total": 2, "unit": "steps", "values": {"loss": None}},
     "attempts": 2, "model": "resnet18", "fine_tuned_model": None, "fine_tuned_version": None, "method": {"type": "full"},
     "metrics": {}, "error": None,
 }  # fmt: skip
