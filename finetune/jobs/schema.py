@@ -45,6 +45,7 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),  # every start
     Column("progressed", Boolean, nullable=False, default=False),  # the present attempt has written a new checkpoint
     Column("stalled_attempts", Integer, nullable=False, default=0),  # earlier ones in a row that died without a new checkpoint
+    Column("lost_attempts", Integer, nullable=False, default=0),  # the same, of those whose worker was lost
     Column("fence", Integer, nullable=False, default=0),  # raised by every claim; a writer with an older one has lost the job
     Column("lease_owner", String(80)),
     Column("lease_until", Float),  # on the lease clock

@@ -308,8 +308,7 @@ class JobStore:
                 return
             clock = lease_time(connection)
             waiting = {"state": "queued", "not_before": clock.seconds + delay_seconds, "clock_epoch": clock.epoch}
-            stalled = _stalled(row) if counted or row["progressed"] else row["stalled_attempts"]
-            _write(connection, claim, {**_released(), **waiting, "stalled_attempts": stalled})
+            _write(connection, claim, {**_released(), **waiting, **_counts(row, "stalled_attempts" if counted else None)})
             _record(
                 connection,
                 claim.job.id,
@@ -323,7 +322,7 @@ class JobStore:
     def stalled_attempts(self, claim: Claim) -> int:
         """How many attempts in a row, this one included, have written no new checkpoint."""
         with reading(self.engine) as connection:
-            return _stalled(_row(connection, claim.job.id, None))
+            return int(_counts(_row(connection, claim.job.id, None), "stalled_attempts")["stalled_attempts"])
 
     def reap(self) -> Sequence[str]:
         """Put jobs whose lease has run out back in the queue (or cancel them, if that was asked for); returns their ids."""
@@ -378,8 +377,10 @@ def _released() -> dict[str, Any]:
     return {"lease_owner": None, "lease_until": None, "phase": None}
 
 
-def _stalled(row: RowMapping) -> int:
-    return 0 if row["progressed"] else row["stalled_attempts"] + 1
+def _counts(row: RowMapping, more: str | None) -> dict[str, int]:
+    """What to count of attempts in a row without a new checkpoint, now that the present one ends as one of the kind `more`."""
+    kinds = ("stalled_attempts", "lost_attempts")
+    return {kind: 0 if row["progressed"] else row[kind] + (kind == more) for kind in kinds}
 
 
 def _after(row: RowMapping, now: float) -> float:
@@ -389,11 +390,11 @@ def _after(row: RowMapping, now: float) -> float:
 
 def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
     """Take a job from a worker that no longer renews its lease."""
-    lost = f"Worker {row['lease_owner']} stopped renewing its lease"
+    lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", _counts(row, "lost_attempts")
     ended = {"finished_at": _after(row, now)}
     if row["state"] == "cancelling":
         values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
-    elif _stalled(row) >= MAX_LOST_WORKERS:
+    elif counts["lost_attempts"] >= MAX_LOST_WORKERS:
         said = (
             f"{lost}, as {MAX_LOST_WORKERS - 1} did before it; the job itself seems to end them, most often for want of memory."
         )
@@ -401,8 +402,7 @@ def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
     else:
         values, kind, level = {"state": "queued", "not_before": 0.0}, "worker_lost", "warning"
         said = f"{lost}; the job is queued again and resumes."
-    stalled = {"stalled_attempts": _stalled(row)}
-    connection.execute(update(jobs).where(jobs.c.id == row["id"]).values({**_released(), **stalled, **values}))
+    connection.execute(update(jobs).where(jobs.c.id == row["id"]).values({**_released(), **counts, **values}))
     _record(connection, row["id"], now, kind, said, level=level)
 
 

@@ -277,7 +277,9 @@ def test_a_job_that_seems_to_end_its_workers_is_given_up(store: JobStore, clock:
         claimed(store)
         clock.advance(31)
         store.reap()
-    store.heartbeat(claimed(store), progressed=True)
+    claim = claimed(store)
+    assert store.stalled_attempts(claim) == 1, "a worker's loss is not counted as the run's failure"
+    store.heartbeat(claim, progressed=True)
     clock.advance(31)
     store.reap()
     for _ in range(MAX_LOST_WORKERS):

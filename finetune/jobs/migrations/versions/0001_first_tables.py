@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("progressed", sa.Boolean, nullable=False),
         sa.Column("stalled_attempts", sa.Integer, nullable=False),
+        sa.Column("lost_attempts", sa.Integer, nullable=False),
         sa.Column("fence", sa.Integer, nullable=False),
         sa.Column("lease_owner", sa.String(80)),
         sa.Column("lease_until", sa.Float),
