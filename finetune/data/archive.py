@@ -149,6 +149,8 @@ class _Unpacking:
                     self._count_member(member.name)
                     if member.isdir():
                         self._checked_path(member.name)
+                    elif member.size < 0:
+                        raise _refused(member.name, "has a negative size; the archive is malformed")
                     elif not member.isreg() or member.issparse():
                         raise _refused(member.name, "is a link or a special file; only regular files are read")
                     else:
@@ -165,9 +167,10 @@ class _Unpacking:
 
     def _check_read(self, n_bytes: int) -> None:
         """What came out of a compressed stream so far, headers included."""
-        allowed = min(self.limits.ratio * self.archive_bytes + _RATIO_ABOVE_BYTES, 2.0 * self.limits.total_bytes)
-        if n_bytes > allowed:
+        if n_bytes > self.limits.ratio * self.archive_bytes + _RATIO_ABOVE_BYTES:
             raise ArchiveError(f"it unpacks to more than {self.limits.ratio:.0f} times its size, as decompression bombs do")
+        if n_bytes > 2 * self.limits.total_bytes + _RATIO_ABOVE_BYTES:  # headers that describe nothing
+            raise ArchiveError(f"it unpacks to far more than {self.limits.total_bytes >> 20:,} MiB, the limit for one archive")
 
     def _copy(self, name: str, contents: IO[bytes]) -> None:
         path = self._checked_path(name)
@@ -248,7 +251,7 @@ def _reading_errors_named() -> Iterator[None]:
         raise ArchiveError(f"the archive is malformed ({error}); pack it again with zip or tar") from error
     except OSError as error:
         if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
-            raise ArchiveError(f"the archive has a file and a folder of one name ({error.filename})") from error
+            raise ArchiveError(f"the archive has a file and a folder of one name: {Path(error.filename).name!r}") from error
         if error.errno in (28, 122):
             raise DiskFull("the disk is full; free some space and upload the archive again") from error
         raise
