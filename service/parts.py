@@ -59,9 +59,8 @@ class Database:
         until, owner = self._owners.get(name, (0.0, None))
         if now >= until:
             owner = model_owner(self.engine, name)
-            if len(self._owners) > 10_000:
-                self._owners.clear()
-            self._owners[name] = (now + _OWNER_SECONDS, owner)
+            if owner is not None:  # a model that is nobody's may become somebody's this very moment
+                self._owners[name] = (now + _OWNER_SECONDS, owner)
         return owner
 
 

@@ -75,7 +75,7 @@ class FileStore:
             connection.execute(insert(files).values(values))
             if idempotency_key is not None:
                 answer = {"owner": owner, "key": idempotency_key, "body_sha256": body_sha256, "object_id": file_id}
-                connection.execute(insert(idempotency).values(answer, created_at=now))
+                connection.execute(insert(idempotency).values({**answer, "created_at": now}))
             place(file_id)
             return _file(_row(connection, file_id, owner)), True
 

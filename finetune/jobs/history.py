@@ -54,7 +54,7 @@ def updates(engine: Engine, known: Mapping[str, int]) -> dict[str, Update]:
             columns = (jobs.c.id, jobs.c.state, jobs.c.phase, jobs.c.progress)
             rows = connection.execute(select(*columns).where(jobs.c.id.in_(some))).all()
             newest = select(job_events.c.job_id, func.max(job_events.c.seq)).where(job_events.c.job_id.in_(some))
-            last = dict(connection.execute(newest.group_by(job_events.c.job_id)).tuples().all())
+            last = {row[0]: row[1] for row in connection.execute(newest.group_by(job_events.c.job_id))}
             for row in rows:
                 fresh = _events(connection, row.id, known[row.id]) if last.get(row.id, 0) > known[row.id] else []
                 found[row.id] = Update(row.state, row.phase, json.loads(row.progress or "null"), fresh)

@@ -1,0 +1,264 @@
+"""API keys over HTTP: what is closed, to whom, and that a key is never told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from archives import photographs, zip_of
+from serving import in_process, live_server, registered, until
+from standin import picture, write_bundle
+from starlette.testclient import TestClient
+
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+from finetune.jobs.store import JobStore
+
+OPEN = ("/livez", "/readyz")
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    return tmp_path
+
+
+@pytest.fixture
+def client(home: Path) -> Iterator[TestClient]:
+    with in_process(home) as client:
+        yield client
+
+
+def new_key(home: Path, owner: str, *scopes: str, **options: float) -> dict[str, str]:
+    secret, _ = KeyStore(open_jobs(home)).create(owner, scopes, **options)
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def routes(client: TestClient, **headers: dict[str, str]) -> list[tuple[str, str]]:
+    """(method, path) of everything in the OpenAPI document, and of what is not in it, with names that do not exist."""
+    document = client.get("/docs.json", **headers).json()  # type: ignore[arg-type]
+    documented = [(method.upper(), path) for path, item in document["paths"].items() for method in item]
+    hidden = [("GET", "/docs.json"), ("GET", "/schema.json"), ("GET", "/nothing"), ("POST", "/v1/nothing"), ("GET", "/metrics/x")]
+    return [(method, re.sub(r"\{\w+\}", "nothing", path)) for method, path in documented] + hidden
+
+
+def upload(client: TestClient, key: dict[str, str]) -> str:
+    file = ("Flowers.zip", zip_of(photographs()))
+    answer = client.post("/v1/files", files={"file": file}, data={"purpose": "fine-tune"}, headers=key)
+    return str(answer.json()["id"])
+
+
+# --- with and without keys ------------------------------------------------------------------------
+
+
+def test_without_any_key_this_machine_may_do_everything_as_local(client: TestClient) -> None:
+    job = client.post(JOBS, json={"training_file": upload(client, {})}).json()
+    assert job["organization_id"] == "local"
+    stock = client.get(JOBS, headers={"Authorization": "Bearer anything"})  # the stock client always sends something
+    assert stock.status_code == 200
+
+
+def test_without_any_key_other_machines_may_do_nothing(home: Path) -> None:
+    with in_process(home, allowed_hosts=("192.168.1.7", "127.0.0.1")) as client:
+        client.base_url = "http://192.168.1.7"  # type: ignore[assignment]
+        answer = client.get(JOBS)
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+        assert "has no API key yet" in answer.json()["detail"]
+        assert client.get("/livez").status_code == 200
+
+
+def test_from_the_first_key_on_every_route_needs_one(client: TestClient, home: Path) -> None:
+    every = routes(client)
+    key = new_key(home, "ann", "admin")
+    closed = [route for route in every if route[1] not in OPEN]
+    assert len(closed) >= 22
+    for method, path in closed:
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), path
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert answer.headers["x-request-id"]
+        assert client.request(method, path, headers=key).status_code != 401, path
+    for path in OPEN:
+        assert client.get(path).status_code == 200
+
+
+def test_the_pages_shell_stays_open_and_holds_no_data(client: TestClient, home: Path) -> None:
+    new_key(home, "ann", "admin")
+    for path in ("/", "/static/page.js", "/static/page.css"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "colours" not in answer.text
+    assert client.get("/static/../v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("text", ["", "Bearer", "Bearer ", "Basic YTpi", "Bearer ft_x", "Bearer ft_0_", "ft_x", "Bearer \u00e9"])
+def test_what_is_no_key_is_refused(text: str, client: TestClient, home: Path) -> None:
+    new_key(home, "ann", "admin")
+    answer = client.get(JOBS, headers={"Authorization": text.encode("latin-1")})  # type: ignore[dict-item]
+    assert answer.status_code == 401
+
+
+def test_a_key_that_is_cut_changed_expired_or_revoked_is_refused(client: TestClient, home: Path) -> None:
+    key = new_key(home, "ann", "admin")["Authorization"]
+    changed = key[:-1] + ("a" if key[-1] != "a" else "b")
+    keys = KeyStore(open_jobs(home))
+    expired = new_key(home, "ann", "admin", lifetime_seconds=-1.0)["Authorization"]
+    _, revoked_key = keys.create("ann", ["admin"])
+    for text in (key[:-1], changed, expired, f"{key}x", key.replace("Bearer ft_", "Bearer xx_")):
+        assert client.get(JOBS, headers={"Authorization": text}).status_code == 401
+    assert client.get(JOBS, headers={"Authorization": key}).status_code == 200
+    keys.revoke(revoked_key.id)
+    keys.revoke(key.split("_")[1])
+    assert client.get(JOBS, headers={"Authorization": key}).status_code == 401
+    assert client.get(JOBS).status_code == 401  # the last key is gone, and the door stays closed
+
+
+def test_a_key_in_the_query_is_no_key(client: TestClient, home: Path) -> None:
+    secret = new_key(home, "ann", "admin")["Authorization"].removeprefix("Bearer ")
+    for name in ("api_key", "key", "token", "Authorization"):
+        assert client.get(JOBS, params={name: secret}).status_code == 401
+
+
+def test_two_authorizations_are_refused(client: TestClient, home: Path) -> None:
+    key = new_key(home, "ann", "admin")["Authorization"]
+    answer = client.get(JOBS, headers=[("Authorization", key), ("Authorization", "Bearer other")])
+    assert answer.status_code == 401
+
+
+def test_a_key_is_never_told_again(client: TestClient, home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    keys = [new_key(home, "ann", "admin"), {"Authorization": "Bearer ft_0123456789ab_qxz7notakey"}]
+    told = ""
+    for key in keys:
+        secret = key["Authorization"].rsplit("_", 1)[-1]
+        for path in (JOBS, "/v1/nothing", "/metrics", "/docs.json", f"{JOBS}?key=x"):
+            told += client.get(path, headers=key).text
+        assert secret not in told + caplog.text
+    assert b"qxz7notakey" not in (home / "jobs.db").read_bytes()
+    assert keys[0]["Authorization"].encode() not in (home / "jobs.db").read_bytes()
+
+
+# --- scopes ---------------------------------------------------------------------------------------
+
+
+def test_a_key_may_do_what_its_scopes_say(client: TestClient, home: Path) -> None:
+    predict, jobs, admin = (new_key(home, "ann", scope) for scope in ("predict", "jobs", "admin"))
+    allowed = {
+        ("POST", "/predict"): (200, 403, 200),
+        ("POST", "/v1/models/colours/predict"): (200, 403, 200),
+        ("GET", "/v1/models"): (200, 200, 200),
+        ("GET", "/v1/files"): (403, 200, 200),
+        ("GET", JOBS): (403, 200, 200),
+        ("GET", f"{JOBS}/ftjob-x/events"): (403, 404, 404),
+        ("DELETE", "/v1/models/colours"): (403, 403, 200),  # no job made it, so it is the administrator's
+    }
+    for (method, path), statuses in allowed.items():
+        body = picture() if path.endswith("predict") else None
+        found = tuple(client.request(method, path, content=body, headers=key).status_code for key in (predict, jobs, admin))
+        assert found == statuses, path
+    refused = client.get(JOBS, headers=predict)
+    assert 'error="insufficient_scope"' in refused.headers["www-authenticate"]
+    assert refused.json()["code"] == "forbidden"
+
+
+# --- owners ---------------------------------------------------------------------------------------
+
+
+def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]:
+    """One of everything, made by this key's owner: a file, a job that has ended, and its model."""
+    file_id = upload(client, key)
+    job_id = client.post(JOBS, json={"training_file": file_id, "suffix": "mine"}, headers=key).json()["id"]
+    store = JobStore(open_jobs(home))
+    claim = store.claim("worker")
+    assert claim is not None
+    registered(home, write_bundle(home / "second"), "mine")
+    store.finish(claim, "succeeded", result={"model": "mine", "version": "1"})
+    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion"}
+
+
+def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -> None:
+    ann, bob, admin = (
+        new_key(home, "ann", "jobs", "predict"),
+        new_key(home, "bob", "jobs", "predict"),
+        new_key(home, "root", "admin"),
+    )
+    hers = owned(client, home, ann)
+    document = client.get("/docs.json", headers=ann).json()
+    addressed = [(method.upper(), path) for path, item in document["paths"].items() for method in item if "{" in path]
+    assert len(addressed) >= 11
+    bodies: dict[str, dict[str, Any]] = {"PUT": {"json": {"version": "1"}}, "POST": {"content": picture()}}
+    for method, template in addressed:
+        path = template.format(**hers)
+        missing = template.format(file_id="file-x", job_id="ftjob-x", name="other", alias="champion")
+        strange = client.request(method, path, headers=bob, **bodies.get(method, {}))
+        nothing = client.request(method, missing, headers=bob, **bodies.get(method, {}))
+        assert (
+            (strange.status_code, strange.json()["code"]) == (nothing.status_code, nothing.json()["code"]) == (404, "not_found")
+        ), path
+    for path in ("/v1/files", JOBS):
+        assert client.get(path, headers=bob).json()["data"] == []
+        assert len(client.get(path, headers=ann).json()["data"]) == len(client.get(path, headers=admin).json()["data"]) == 1
+    names = [[one["id"] for one in client.get("/v1/models", headers=key).json()["data"]] for key in (bob, ann, admin)]
+    assert names == [["colours"], ["colours", "mine"], ["colours", "mine"]]
+    assert client.post("/v1/models/mine/predict", content=picture(), headers=ann).status_code == 200
+
+
+def test_the_newest_model_is_not_shown_to_another_owner_by_the_back_door(client: TestClient, home: Path) -> None:
+    ann, bob = new_key(home, "ann", "jobs", "predict"), new_key(home, "bob", "predict")
+    owned(client, home, ann)
+    until(lambda: client.post("/predict", content=picture(), headers=ann).json().get("model") == "mine")
+    assert client.post("/predict", content=picture(), headers=bob).status_code == 404
+
+
+def test_another_owners_file_and_name_cannot_be_used(client: TestClient, home: Path) -> None:
+    ann, bob = new_key(home, "ann", "jobs"), new_key(home, "bob", "jobs")
+    hers = owned(client, home, ann)
+    with_her_file = client.post(JOBS, json={"training_file": hers["file_id"]}, headers=bob)
+    with_no_file = client.post(JOBS, json={"training_file": "file-x"}, headers=bob)
+    told = [answer.json()["errors"][0]["detail"] for answer in (with_her_file, with_no_file)]
+    assert told[0].replace(hers["file_id"], "file-x") == told[1]
+    his = upload(client, bob)
+    for name in ("mine", "colours"):
+        taken = client.post(JOBS, json={"training_file": his, "suffix": name}, headers=bob)
+        assert (taken.status_code, taken.json()["code"]) == (409, "conflict")
+    assert client.post(JOBS, json={"training_file": his, "suffix": "his"}, headers=bob).status_code == 201
+    again = client.post(JOBS, json={"training_file": hers["file_id"], "suffix": "mine"}, headers=ann)
+    assert again.status_code == 201
+
+
+def test_an_idempotency_key_belongs_to_its_owner(client: TestClient, home: Path) -> None:
+    ann, bob = new_key(home, "ann", "jobs"), new_key(home, "bob", "jobs")
+    made = [
+        client.post(JOBS, json={"training_file": upload(client, key), "suffix": name}, headers={**key, "Idempotency-Key": "1"})
+        for key, name in ((ann, "a"), (bob, "b"))
+    ]
+    assert [answer.status_code for answer in made] == [201, 201]
+    assert made[0].json()["id"] != made[1].json()["id"]
+
+
+# --- the real server ------------------------------------------------------------------------------
+
+
+def test_a_server_with_a_key_may_listen_for_others_and_without_one_may_not(home: Path) -> None:
+    key = new_key(home, "ann", "predict")
+    with live_server(home, "--host", "0.0.0.0") as server:
+        assert httpx.post(f"{server.url}/predict", content=picture()).status_code == 401
+        assert httpx.post(f"{server.url}/predict", content=picture(), headers=key).status_code == 200
+        log = server.log.read_text()
+    assert key["Authorization"].rsplit("_", 1)[-1] not in log
+    KeyStore(open_jobs(home)).revoke(key["Authorization"].split("_")[1])
+    ran = subprocess.run(
+        [sys.executable, "-m", "service", "--host", "0.0.0.0"],
+        check=False, capture_output=True, text=True, timeout=60, env={**os.environ, "FINETUNE_HOME": str(home)},
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "no API key" in ran.stderr
