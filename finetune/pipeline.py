@@ -123,8 +123,15 @@ def judge(plan: Plan, graph: Graph, progress: ProgressCallback) -> Verdict:
     }
     labels = {split: labels_of(chosen) for split, chosen in samples.items()}
     evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
-    temperature = fit_temperature(logits["val"], labels["val"]) if len(labels["val"]) >= _MIN_IMAGES_TO_CALIBRATE else None
-    return Verdict(evaluations, temperature, logits, samples)
+    return Verdict(evaluations, _calibrate(logits["val"], labels["val"]), logits, samples)
+
+
+def _calibrate(logits: np.ndarray, labels: np.ndarray) -> Temperature | None:
+    """The temperature of val; None where too few images speak for one, or where they speak for none that makes sense."""
+    if len(labels) < _MIN_IMAGES_TO_CALIBRATE:
+        return None
+    temperature = fit_temperature(logits, labels)
+    return None if temperature.at_limit else temperature
 
 
 def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: RunDir, progress: ProgressCallback) -> Manifest:
