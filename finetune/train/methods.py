@@ -114,7 +114,10 @@ class _HeadSolver:
     def __call__(self, classifier: Classifier) -> None:
         train, val = self.dataset.of("train"), self.dataset.of("val")
         seen = Views(classifier.backbone.preprocess)
-        views = replace(seen, augment=self.augment, count=self.recipe.views) if self.recipe.views > 1 else seen
+        n_views = (
+            1 if self.recipe.n_steps else self.recipe.views
+        )  # the steps bring the augmentation; the head before them needs none
+        views = replace(seen, augment=self.augment, count=n_views) if n_views > 1 else seen
         probe = solve_probe(
             self._features(classifier, train, views, "training"),
             _labels(train),

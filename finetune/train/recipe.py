@@ -336,4 +336,8 @@ def _default_ema(n_steps: int) -> _Choice[bool]:
 def _default_views(method: Method, facts: Facts) -> _Choice[int]:
     if isinstance(method, Full | Gradual):
         return _Choice(1, f"default for {method.type}: the solved head is only where training begins")
-    return _Choice(8 if facts.n_train < 500 else 4 if facts.n_train < 5000 else 2, f"default for {facts.n_train} training images")
+    if isinstance(method, Partial):
+        return _Choice(4 if facts.n_train < 5000 else 2, f"default for {facts.n_train} training images")
+    if facts.n_train < 500:
+        return _Choice(4, "default below 500 training images")
+    return _Choice(1, "default from 500 training images up: more views cost a pass each and gained nothing when measured")
