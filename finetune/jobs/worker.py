@@ -297,21 +297,26 @@ class Worker:
         self._claimed_at = -math.inf  # there is a free slot: look at once
 
     def _hand_everything_back(self) -> None:
-        """A graceful stop: every run writes a checkpoint, and its job is free for another worker. A second signal hurries."""
+        """A graceful stop: every run writes a checkpoint, and its job is free for another worker. A second signal hurries.
+
+        Where the database does not take them back for as long as a lease lasts, they are left to the ends of their leases.
+        """
         log.info("worker %s stops; %d jobs are handed back", self.settings.name, len(self._attempts))
-        hurried = False
-        for attempt in self._attempts.values():
-            if attempt.exit_code is None:
-                self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
-        while self._attempts:
-            if self._stop_signals > 1 and not hurried:
-                hurried = True
-                for attempt in self._attempts.values():
-                    if attempt.exit_code is None:
-                        self.executor.cancel(attempt.handle, grace_seconds=0)
+        until = time.monotonic() + self.settings.cancel_grace_seconds + self.store.lease_seconds
+        self._ask_all_to_stop(self.settings.cancel_grace_seconds)
+        while self._attempts and time.monotonic() < until:
+            if self._stop_signals > 1:
+                self._ask_all_to_stop(0)
             for attempt in list(self._attempts.values()):
                 self._attend_safely(attempt)
             time.sleep(_TICK_SECONDS)
+        for job_id in self._attempts:
+            log.warning("%s could not be handed back; its lease will end", job_id)
+
+    def _ask_all_to_stop(self, grace_seconds: float) -> None:
+        for attempt in self._attempts.values():
+            if attempt.exit_code is None:
+                self.executor.cancel(attempt.handle, grace_seconds=grace_seconds)
 
 
 def _leases_before(claim: Claim, run: RunDir) -> list[Path]:

@@ -356,6 +356,17 @@ def test_a_second_signal_hurries_a_worker_that_waits_for_its_run(store: JobStore
     assert store.get(job.id).state == "queued"
 
 
+def test_a_worker_that_cannot_hand_its_jobs_back_stops_all_the_same(home: Path) -> None:
+    store = JobStore(open_database(home / "jobs.db"), lease_seconds=SHORT_LEASE_SECONDS)
+    job = submit(store, **FOR_EVER)
+    with worker_process(home, lease_seconds=SHORT_LEASE_SECONDS, cancel_grace_seconds=0.5) as process:
+        wait(started(home, job))
+        (home / "jobs.db").unlink()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert f"{job.id} could not be handed back" in (home / "worker.log").read_text()
+
+
 def test_the_kernels_count_of_memory_kills_is_read(tmp_path: Path) -> None:
     (tmp_path / "vmstat").write_text("pgfault 12\noom_kill 3\nnr_free 1\n")
     assert worker_module._memory_kills(tmp_path / "vmstat") == 3
