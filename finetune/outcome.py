@@ -48,5 +48,3 @@ def choose_run_dir(spec: JobSpec, given: Path | None = None) -> RunDir:
     while (run := RunDir(runs / (stem if number == 1 else f"{stem}-{number}"))).outcome.exists():
         number += 1
     return run
-
-
