@@ -14,7 +14,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -54,13 +54,17 @@ KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key
 
 
 class Api(FastAPI):
-    """A FastAPI app whose OpenAPI document shows errors, the job request and the keys as they are."""
+    """A FastAPI app whose OpenAPI document shows errors, the job request and whether a key is needed as they are."""
+
+    def __init__(self, needs_key: Callable[[], bool], **options: Any) -> None:
+        super().__init__(**options)
+        self._needs_key = needs_key
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
         document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS}
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
-        document["security"] = [{"key": []}]
+        document["security"] = [{"key": []}] if self._needs_key() else [{"key": []}, {}]
         for path in PROBES:
             document["paths"][path]["get"]["security"] = []
         return document
@@ -107,6 +111,7 @@ def create_api(settings: Settings) -> FastAPI:
         models.stop()
 
     api = Api(
+        lambda: bool(database.keys.list()),
         title="finetune",
         version=version("finetune"),
         description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
@@ -174,15 +175,22 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    detail = str(error.detail)
+    detail, headers = str(error.detail), error.headers
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"There is nothing at {request.url.path}. What exists is listed in /docs.json"
     elif error.status_code == 413:
         detail = _too_large(request.scope)
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        detail = f"{request.method} does not work on {request.url.path}. Allowed: {allowed}"
-    return problem(request.scope, error.status_code, detail, headers=error.headers)
+        allowed = _allowed(request) or (error.headers or {}).get("Allow", "")
+        detail, headers = f"{request.method} does not work on {request.url.path}. Allowed: {allowed}", {"Allow": allowed}
+    return problem(request.scope, error.status_code, detail, headers=headers)
+
+
+def _allowed(request: Request) -> str:
+    """Every method of a path that has several routes; the router itself names those of the first."""
+    documented = request.app.openapi()["paths"].items()
+    matching = [item for template, item in documented if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.url.path)]
+    return ", ".join(sorted({method.upper() for item in matching[:1] for method in item}))
 
 
 async def _on_disconnect(request: Request, _: Exception) -> JSONResponse:

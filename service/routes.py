@@ -38,7 +38,7 @@ PREDICT_BODY: dict[str, Any] = {
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
                         "top_k": {"type": ["integer", "null"], "minimum": 1},
-                        "explain": {"type": ["boolean", "null"]},
+                        "explain": {"enum": [True, False, 1, 0, None]},
                     },
                 }
             },
@@ -107,7 +107,9 @@ async def ready(server: Server) -> Status:
 
 
 @server_router.get(
-    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, "4XX": RESPONSES["4XX"]},
 )
 def metrics(server: Server) -> Response:
     """Counters for Prometheus."""

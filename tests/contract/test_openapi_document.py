@@ -1,0 +1,101 @@
+"""The OpenAPI document is complete and true: what it says is what happens, also for requests that nobody sends on purpose."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from archives import photographs, zip_of
+from serving import in_process, live_server, registered
+from standin import write_bundle
+
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+
+SURFACE = {
+    "/v1/files": {"get", "post"},
+    "/v1/files/{file_id}": {"get", "delete"},
+    "/v1/fine_tuning/jobs": {"get", "post"},
+    "/v1/fine_tuning/jobs/{job_id}": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/cancel": {"post"},
+    "/v1/fine_tuning/jobs/{job_id}/events": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/checkpoints": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/logs": {"get"},
+    "/v1/models": {"get"},
+    "/v1/models/{name}": {"get", "delete"},
+    "/v1/models/{name}/aliases/{alias}": {"put"},
+    "/v1/models/{name}/predict": {"post"},
+    "/predict": {"post"},
+    "/livez": {"get"},
+    "/readyz": {"get"},
+    "/metrics": {"get"},
+}
+# A schema cannot say which bytes are an archive, an image, or the id of a file that exists; what it says of the rest is checked.
+NOT_SAYABLE = "positive_data_acceptance"
+# Ids that exist, so that more than "not found" is seen. 503 is an answer: without a model left, a server is not ready.
+CONFIG = """
+[parameters]
+"path.file_id" = "{file_id}"
+"path.job_id" = "{job_id}"
+"path.name" = "colours"
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", "503"]
+"""
+
+
+def test_the_whole_surface_is_documented_and_says_what_is_open(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        document = client.get("/docs.json").json()
+    found = {path: set(item) for path, item in document["paths"].items()}
+    assert found.items() >= SURFACE.items()
+    assert document["security"] == [{"key": []}, {}]
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            assert (operation.get("security") == []) == (path in ("/livez", "/readyz"))
+            assert "4XX" in operation["responses"] or path in ("/livez", "/readyz")
+    for reference in re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', str(document).replace("'", '"')):
+        assert reference in document["components"]["schemas"]
+
+
+def test_a_method_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        answer = client.patch("/v1/files/file-x")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
+        assert client.patch("/v1/fine_tuning/jobs").headers["allow"] == "GET, POST"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "with a key"])
+def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: Path) -> None:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    headers: dict[str, str] = {}
+    if closed:
+        secret, _ = KeyStore(open_jobs(tmp_path)).create("ann", ["predict", "jobs"])
+        headers = {"Authorization": f"Bearer {secret}"}
+    unchecked = [NOT_SAYABLE] if closed else [NOT_SAYABLE, "ignored_auth"]
+    with live_server(tmp_path) as server, httpx.Client(base_url=server.url, headers=headers) as client:
+        files = {"file": ("flowers.zip", zip_of(photographs()))}
+        file_id = client.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
+        job_id = client.post("/v1/fine_tuning/jobs", json={"training_file": file_id}).json()["id"]
+        config = tmp_path / "schemathesis.toml"
+        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id))
+        ran = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{server.url}/docs.json"),
+                *(argument for name, value in headers.items() for argument in ("-H", f"{name}: {value}")),
+                *("--exclude-checks", ",".join(unchecked), "--max-examples", "60", "--seed", "1", "--no-color"),
+                *("--continue-on-failure", "--request-timeout", "20"),
+            ],
+            check=False, capture_output=True, text=True, cwd=tmp_path, timeout=850,
+        )  # fmt: skip
+        log = server.log.read_text()
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    generated = re.search(r"(\d+) generated", ran.stdout)
+    assert generated is not None
+    assert int(generated[1]) >= 2000
+    assert not re.search(r" 500 [\d.]+ ms", log)
