@@ -84,6 +84,19 @@ def _patched_zip(data: bytes, local: int, central: int, value: int, form: str = 
     return bytes(patched)
 
 
+def _nameless_zip() -> bytes:
+    """A directory entry with an empty name, on which the library's own reader raises IndexError."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x", b"1")
+    data = stream.getvalue()
+    start = data.index(b"PK\x01\x02")
+    local = data[:26] + bytes(2) + data[28:30] + data[31:start]
+    entry = data[start : start + 28] + bytes(2) + data[start + 30 : start + 46]
+    end = data[data.index(b"PK\x05\x06") :]
+    return local + entry + end[:12] + struct.pack("<II", len(entry), len(local)) + end[20:]
+
+
 def _overlapping_zip() -> bytes:
     """Two entries of the directory that share one member's bytes."""
     stream = io.BytesIO()
@@ -161,6 +174,7 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "zip: file and folder": (zip_of({"daisy": image, "daisy/1.png": image}), "a file and a folder of one name"),
         "zip: bomb": (zip_of({"daisy/0.png": bytes(32 << 20)}, zipfile.ZIP_DEFLATED), "200 times its size"),
         "tar.gz: bomb": (gzip.compress(tar_of({"daisy/0.png": bytes(32 << 20)})), "200 times its size"),
+        "zip: member without a name": (_nameless_zip(), "malformed|damaged"),
         "zip: overlap": (_overlapping_zip(), "shares its bytes"),
         "zip: encrypted": (_patched_zip(zip_of({"daisy/0.png": image}), 6, 8, 0x1), "'daisy/0.png' is encrypted"),
         "zip: unknown method": (_patched_zip(zip_of({"daisy/0.png": image}), 8, 10, 99), "'daisy/0.png' is compressed with"),

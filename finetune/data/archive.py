@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import time
 import unicodedata
@@ -246,7 +247,7 @@ def _reading_errors_named() -> Iterator[None]:
         raise
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, UnicodeError) as error:
         raise ArchiveError(f"the archive is damaged or incomplete ({error}); pack and upload it again") from error
-    except (TypeError, ValueError, OverflowError, NotImplementedError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error) as error:
         # what the standard library's readers let through on malformed headers
         raise ArchiveError(f"the archive is malformed ({error}); pack it again with zip or tar") from error
     except OSError as error:
