@@ -108,7 +108,7 @@ def serving(bundle: Path, *, ready_seconds: float = 60) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port), "--model", str(bundle)]
+    command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port), "--model", str(bundle), "--no-worker"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         _wait_until_ready(url, server, ready_seconds)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -28,9 +28,9 @@ PHASES = {
     "exporting": "exporting",
     "registering": "registering",
 }
-SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val top1"}
-HIDDEN = {"eta_seconds", "lr"}  # the bar shows what time is left; the report shows the learning rate
-_DESCRIPTION_CHARACTERS = 26
+SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val"}
+HIDDEN = {"eta_seconds", "lr", "top1"}  # a line has 80 characters; the report shows everything
+_DESCRIPTION_CHARACTERS = 20
 
 
 def print_json(document: Any) -> None:
@@ -95,11 +95,10 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=14),
+        BarColumn(bar_width=10),
         TaskProgressColumn(),
         TextColumn("{task.fields[values]}", style="cyan"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
         tasks: dict[tuple[str, int, str], TaskID] = {}
@@ -110,7 +109,7 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
             if key not in tasks:
                 tasks[key] = bars.add_task(description, total=progress.total, values="")
             values = " ".join(
-                f"{SHORT.get(name, name)} {_cell(float(value))}" for name, value in progress.values.items() if name not in HIDDEN
+                f"{SHORT.get(name, name)} {value:.3g}" for name, value in progress.values.items() if name not in HIDDEN
             )
             bars.update(tasks[key], completed=progress.done, description=description, values=values)
 

@@ -136,7 +136,7 @@ class _HeadSolver:
 
     def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> np.ndarray:
         def progress(update: Any) -> None:
-            self.progress(replace(update, message=f"frozen features, {what}"))
+            self.progress(replace(update, message=f"features, {what}"))
 
         resources = Resources(
             self.compute.device, self.compute.threads, graph=self.graph, progress=progress, event=self.run.event
