@@ -81,7 +81,9 @@ def test_convolutions_are_int8_and_the_head_is_not(int8: bytes) -> None:
 
 def test_int8_answers_nearly_as_float32_and_is_a_third_of_its_size(model: bytes, int8: bytes, images: np.ndarray) -> None:
     expected, given = onnx_answers(model, images), onnx_answers(int8, images)
-    assert (expected["logits"].argmax(1) == given["logits"].argmax(1)).mean() > 0.8
+    best, second = np.sort(expected["logits"], axis=1)[:, :-3:-1].T
+    clear = best - second > np.median(best - second)  # a random network is undecided about the others
+    assert (expected["logits"].argmax(1) == given["logits"].argmax(1))[clear].all()
     cosine = (expected["embedding"] * given["embedding"]).sum(1)
     cosine /= np.linalg.norm(expected["embedding"], axis=1) * np.linalg.norm(given["embedding"], axis=1)
     assert 0.97 < cosine.min() < 0.9999

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import platform
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -27,7 +29,6 @@ from finetune.train.machine import (
     prepare_images,
     resolve_device,
 )
-from finetune.train.memory import retaining_memory
 from finetune.train.optim import build_optimizer, set_learning_rates
 from finetune.train.recipe import Recipe, freeze_plan
 from finetune.train.signals import StepMeter
@@ -264,28 +265,34 @@ def test_gradients_do_not_depend_on_the_memory_layout(architecture: str) -> None
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back after each step")
 def test_while_memory_is_retained_large_blocks_come_from_the_heap_instead_of_fresh_mappings() -> None:
-    def newly_mapped_bytes() -> int:
-        before = _mapped_bytes()
-        block = torch.ones(9 * 1024 * 1024)  # 36 MiB: by itself glibc maps everything above 32
-        return _mapped_bytes() - before if block.numel() else 0
+    """In a process of its own: a heap that other tests have grown has room for large blocks anyway."""
+    program = textwrap.dedent("""
+        import ctypes
+        import torch
+        from finetune.train.memory import retaining_memory
 
-    assert newly_mapped_bytes() >= 36 * 2**20
-    with retaining_memory():
-        assert newly_mapped_bytes() == 0
-    assert newly_mapped_bytes() >= 36 * 2**20
+        class Mallinfo2(ctypes.Structure):
+            names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "u", "f", "uo", "fo", "k")
+            _fields_ = [(name, ctypes.c_size_t) for name in names]
 
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = Mallinfo2
 
-def _mapped_bytes() -> int:
-    """``hblkhd`` of glibc's mallinfo2(3): what the allocator has mapped in separate blocks."""
+        def newly_mapped_bytes():
+            before = libc.mallinfo2().hblkhd  # what the allocator has mapped in separate blocks
+            block = torch.ones(9 * 1024 * 1024)  # 36 MiB: by itself glibc maps everything above 32
+            return libc.mallinfo2().hblkhd - before if block.numel() else 0
 
-    class Mallinfo2(ctypes.Structure):
-        _fields_ = [
-            (name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "u", "f", "uo", "fo", "k")
-        ]
-
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = Mallinfo2
-    return int(libc.mallinfo2().hblkhd)
+        print(newly_mapped_bytes())
+        with retaining_memory():
+            print(newly_mapped_bytes())
+        print(newly_mapped_bytes())
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, during, after = (int(line) for line in ended.stdout.split())
+    assert before >= 36 * 2**20
+    assert during == 0
+    assert after >= 36 * 2**20
 
 
 def test_activations_are_out_of_place_only_where_autograd_would_copy() -> None:
