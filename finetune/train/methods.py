@@ -145,9 +145,10 @@ class _HeadSolver:
 
     def _record(self, probe: Probe, labels: np.ndarray) -> None:
         values = {"probe/l2": probe.l2, "probe/seconds": probe.seconds, "probe/iterations": float(probe.iterations)}
-        for point in probe.path:
-            if point.l2 == probe.l2:
-                values |= {"val/loss": point.val_nll, "val/top1": point.val_top1}
+        if not self.recipe.n_steps:  # before steps the training loop evaluates the head itself
+            for point in probe.path:
+                if point.l2 == probe.l2:
+                    values |= {"val/loss": point.val_nll, "val/top1": point.val_top1}
         self.run.metric(0, values, epoch=0.0)
         path = [{"l2": point.l2, "val_nll": point.val_nll, "val_top1": point.val_top1} for point in probe.path]
         message = f"the head is solved: L2 {probe.l2:g} ({probe.chosen_by}), {probe.iterations} passes, {probe.seconds:.1f} s"
