@@ -37,6 +37,10 @@ lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(READY)  ## The quick benchmarks; benchmarks/README.md has figures and the longer ones
+	$(BIN)/python benchmarks/training_step.py --out training_step.json
+	$(BIN)/python benchmarks/jobs.py --out jobs.json
+
 format: $(READY)  ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
