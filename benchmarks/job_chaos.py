@@ -36,6 +36,7 @@ from sqlalchemy import select
 from finetune.bundle.registry import Registry
 from finetune.jobs.database import open_database, reading
 from finetune.jobs.executor import LocalExecutor
+from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.schema import jobs as jobs_table
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
@@ -239,18 +240,25 @@ def run_chaos(home: Path, n_jobs: int, n_kills: int, workers: int, epochs: int, 
     assert len(set(reference.values())) == SPECS, "the fingerprint tells specs apart"
     store = JobStore(open_database(home / "jobs.db"), lease_seconds=LEASE_SECONDS)
     made: dict[str, int] = {}
-    for number in range(n_jobs):
+
+    def queue_one() -> None:
+        number = len(made)
         spec = spec_of(pictures, number % SPECS, epochs, f"chaos-{number}")
         job, _ = store.create("chaos", spec.model_dump(mode="json"), spec_digest=spec.digest(), suffix=spec.suffix)
         made[job.id] = number % SPECS
+
+    for _ in range(n_jobs):
+        queue_one()
     chance = random.Random(seed)
     kills, overlaps = [], set[str]()
     began = time.monotonic()
-    pause = 2 * float(np.median(alone)) / workers  # so that most attempts live for about half of a run
+    pause = 1.1 * float(np.median(alone)) / workers  # so that many attempts die about half way
     next_kill = began + chance.uniform(0, pause)
     with watching_for_overlaps(home, overlaps), Fleet(home, workers) as fleet:
-        while store.counts().get("succeeded", 0) + store.counts().get("failed", 0) < n_jobs:
+        while len(kills) < n_kills or store.counts().keys() & set(UNFINISHED):
             fleet.keep()
+            if len(kills) < n_kills and store.counts().get("queued", 0) < workers:
+                queue_one()  # "at least" so many jobs: there is something to kill until the last kill
             time.sleep(0.05)
             if time.monotonic() >= next_kill and len(kills) < n_kills and (kill := kill_one(fleet, store, chance)):
                 kills.append({"at": round(time.monotonic() - began, 2), **kill})
