@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from finetune.bundle.registry import Registry
 from finetune.jobs.history import updates
+from finetune.jobs.leash import signal_when_parent_dies
 from finetune.jobs.store import Event
 from service.auth import Authentication
 from service.envelope import Envelope
@@ -101,7 +102,9 @@ def create_api(settings: Settings) -> FastAPI:
         logging.getLogger("service").setLevel(logging.INFO)
         parts.uploads.sweep(database.files.ids)
         models.start()
-        _end_streams_on_sigterm(parts.feed)
+        if threading.current_thread() is threading.main_thread():  # a test's server is in a thread, and nobody sends it signals
+            signal_when_parent_dies(signal.SIGTERM)  # else a killed supervisor would leave this process on its port
+            _end_streams_on_sigterm(parts.feed)
         if worker is not None:
             worker.start()
         yield
@@ -139,8 +142,6 @@ def _shown(parts: Parts, event: Event) -> dict[str, Any]:
 
 def _end_streams_on_sigterm(feed: Feed) -> None:
     """The server waits for open answers before it tells the app to stop, and a stream of events has no end of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # a test's server; nobody sends it signals
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own

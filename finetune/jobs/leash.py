@@ -15,10 +15,15 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have the kernel send this process `number` when its parent ends, however that ends."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above: nobody would send the signal
         sys.exit(os.EX_TEMPFAIL)
     os.execvp(command[0], command)
