@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,13 @@ from finetune.rundir import RunDir, workspace, write_atomic, write_json
 from finetune.spec import JobSpec
 from finetune.tracking import NoTracker, Tracker, open_run
 from finetune.train.auto import train_until_it_stops_paying
-from finetune.train.methods import Trained, train_classifier
+from finetune.train.average import copy_state
+from finetune.train.methods import Trained, refit, train_classifier
+
+REFIT_NOTE = (
+    "The weights were fitted once more on train + val with what val had chosen. The val figures and the temperature are those of "
+    "the model before that; test figures are those of these weights."
+)
 
 _LATENCY_ROUNDS = 20
 _MIN_IMAGES_TO_CALIBRATE = 100
@@ -75,8 +81,7 @@ def run_job(
             plan = make_plan(spec, progress, run)
             graph = dry_run_export(plan.classifier, workspace() / "cache" / "graphs")
             _announce(plan, run, tracker)
-            trained = train(plan, graph, run, progress)
-            verdict = judge(plan, graph, progress)
+            trained, verdict = train_and_judge(plan, graph, run, progress)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             manifest = export(plan, trained, verdict, graph, run, progress)
             cost = measure_cost(plan, trained, run, began)
@@ -85,10 +90,31 @@ def run_job(
             return finish(plan, trained, verdict, cost, version, run, tracker)
 
 
+def train_and_judge(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> tuple[Trained, Verdict]:
+    """Train with val to choose on, and measure. Where the model is fitted once more on train and val, val speaks before that
+    (of images that a model was trained on it could only flatter it), and test after it."""
+    if not plan.spec.refits:
+        return train(plan, graph, run, progress), judge(plan, graph, progress)
+    start = copy_state(plan.classifier)
+    onnx = fill(graph, DeployModule(plan.classifier))
+    trained = train(plan, graph, run, progress)
+    before = judge(plan, graph, progress, ("val",))
+    plan.classifier.load_state_dict(start)
+    shared = (plan.dataset, plan.augment, run, plan.compute)
+    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=onnx, progress=progress)
+    after = judge(plan, graph, progress, ("test",))
+    return trained, before.with_test_of(after)
+
+
+def _identity(plan: Plan) -> dict[str, str]:
+    """What makes a run this run, for its checkpoints."""
+    return {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
+
+
 def train(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> Trained:
     """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
     shared = (plan.dataset, plan.augment, run, plan.compute)
-    identity = {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
+    identity = _identity(plan)
     onnx = fill(graph, DeployModule(plan.classifier))
     if len(plan.recipes) == 1:
         return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=onnx, progress=progress)
@@ -104,12 +130,21 @@ class Verdict:
     logits: Mapping[str, np.ndarray]  # split -> (N, C) float32
     samples: Mapping[str, tuple[Sample, ...]]
 
+    def with_test_of(self, later: Verdict) -> Verdict:
+        """This one, with what `later` adds from splits that this one did not judge."""
+        return Verdict(
+            {**self.evaluations, **later.evaluations},
+            self.temperature,
+            {**self.logits, **later.logits},
+            {**self.samples, **later.samples},
+        )
+
     @property
     def metrics(self) -> dict[str, float]:
         return {key: value for split, evaluation in self.evaluations.items() for key, value in evaluation.metrics(split).items()}
 
 
-def judge(plan: Plan, graph: Graph, progress: ProgressCallback) -> Verdict:
+def judge(plan: Plan, graph: Graph, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")) -> Verdict:
     """Evaluate what will be exported, through ONNX Runtime; fit the temperature on val."""
     session = open_session(fill(graph, DeployModule(plan.classifier)), threads=plan.compute.threads)
 
@@ -117,13 +152,14 @@ def judge(plan: Plan, graph: Graph, progress: ProgressCallback) -> Verdict:
         logits: np.ndarray = session.run(["logits"], {"images": images})[0]
         return logits
 
-    samples = {split: plan.dataset.of(split) for split in ("val", "test") if plan.dataset.of(split)}
+    samples = {split: plan.dataset.of(split) for split in splits if plan.dataset.of(split)}
     logits = {
         split: score(scorer, chosen, plan.backbone.preprocess, what=split, progress=progress) for split, chosen in samples.items()
     }
     labels = {split: labels_of(chosen) for split, chosen in samples.items()}
     evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
-    return Verdict(evaluations, _calibrate(logits["val"], labels["val"]), logits, samples)
+    temperature = _calibrate(logits["val"], labels["val"]) if "val" in samples else None
+    return Verdict(evaluations, temperature, logits, samples)
 
 
 def _calibrate(logits: np.ndarray, labels: np.ndarray) -> Temperature | None:
@@ -141,7 +177,7 @@ def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: Ru
     facts = BundleFacts(
         name=plan.model_name,
         classes=plan.dataset.classes,
-        method=plan.spec.method.model_dump(mode="json"),
+        method={**plan.spec.method.model_dump(mode="json"), **({"refit": REFIT_NOTE} if plan.spec.refits else {})},
         spec_digest=plan.spec.digest(),
         metrics=verdict.metrics,
         calibration=asdict(verdict.temperature) if verdict.temperature else {},
@@ -191,6 +227,7 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
         title=f"{plan.model_name}: {plan.spec.method.type} on {plan.backbone.name}",
         evaluations=dict(sorted(verdict.evaluations.items(), reverse=True)),  # val, on which weights were chosen, before test
         summary=trained.summary,
+        note=REFIT_NOTE if plan.spec.refits else "",
         warnings=plan.dataset.warnings,
         spec=resolved["spec"],
         sources=resolved["sources"],

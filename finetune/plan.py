@@ -112,7 +112,7 @@ def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) 
     )
     if run is not None and run.split.exists():
         return read_split(run.split, checked)
-    dataset = split_dataset(checked, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=spec.seed)
+    dataset = split_dataset(checked, val_fraction=data.val_fraction, test_fraction=data.held_out_fraction, seed=spec.seed)
     if run is not None:
         write_split(run.split, dataset)
     return dataset

@@ -66,12 +66,17 @@ class DataSpec(_Section):
     """How the labelled images are read and divided."""
 
     val_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.15
-    test_fraction: Fraction = 0.15
+    test_fraction: Annotated[Auto | Fraction, Field(description="auto: 0.15, and nothing with folds, which test every image")] = (
+        "auto"
+    )
     group_column: str | None = None
     on_bad_image: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: Fraction = 0.05
     resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
-    folds: Annotated[int, Field(ge=2, le=50)] | None = None
+    folds: Annotated[
+        Annotated[int, Field(ge=2, le=50)] | None,
+        Field(description="cross-validation: the whole job is done so many times, each time tested on other images"),
+    ] = None
 
     @field_validator("group_column")
     @classmethod
@@ -87,11 +92,18 @@ class DataSpec(_Section):
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
-        if self.val_fraction + self.test_fraction >= 0.9:
+        if self.val_fraction + self.held_out_fraction >= 0.9:
             raise ValueError(
-                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction} leaves under a tenth to train on"
+                f"val_fraction {self.val_fraction} + test_fraction {self.held_out_fraction} leaves under a tenth to train on"
             )
         return self
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The share that is cut off for testing where no test images are given."""
+        if self.test_fraction != "auto":
+            return self.test_fraction
+        return 0.15 if self.folds is None else 0.0
 
 
 BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
@@ -163,6 +175,10 @@ class Hyperparameters(_Section):
     ema: Auto | bool = "auto"
     l2: Auto | Annotated[float, Field(ge=0.0, description="L2 strength of the solved head; auto: by validation")] = "auto"
     views: Auto | Annotated[int, Field(ge=1, le=64, description="cached augmented views per image, for frozen prefixes")] = "auto"
+    refit: Annotated[
+        Auto | bool,
+        Field(description="at the end train on train + val, with what val has chosen; auto: with data.folds only"),
+    ] = "auto"
 
 
 class AugmentationSpec(_Section):
@@ -205,6 +221,11 @@ class JobSpec(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     suffix: str | None = Field(None, pattern=SUFFIX_PATTERN)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+    @property
+    def refits(self) -> bool:
+        """Whether the final model is trained on the validation images too, after they have chosen and measured."""
+        return self.data.folds is not None if self.hyperparameters.refit == "auto" else self.hyperparameters.refit
 
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal specs have equal digests."""

@@ -21,7 +21,7 @@ from finetune.model.classifier import Classifier
 from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir
 from finetune.spec import parse_spec
-from finetune.train.fit import Fitted, Saving, TrainBatches, fit
+from finetune.train.fit import Decided, Fitted, Saving, TrainBatches, fit
 from finetune.train.machine import Settings
 from finetune.train.recipe import Facts, Recipe, resolve_recipe
 
@@ -82,6 +82,7 @@ def train_tiny(
     progress: ProgressCallback = silent,
     identity: dict[str, str] | None = None,
     wrap: Callable[[TrainBatches], TrainBatches] = lambda train: train,
+    decided: Decided | None = None,
 ) -> tuple[Fitted, Classifier]:
     train, val = samples[:-6], samples[-6:]
     classifier = tiny_classifier()
@@ -90,7 +91,7 @@ def train_tiny(
         classifier,
         recipe,
         wrap(epochs_of(train, classifier, recipe, loader_threads)),
-        EvalLoader(val, classifier.backbone.preprocess, threads=loader_threads),
+        decided or EvalLoader(val, classifier.backbone.preprocess, threads=loader_threads),
         run.create(),
         Saving(identity or {"spec": "a", "dataset": "b"}, every_steps=every_steps),
         settings=lambda: Settings(threads=1),

@@ -58,6 +58,7 @@ class ReportInputs:
     title: str
     evaluations: Mapping[str, Evaluation]  # by split, the one to judge by first
     summary: str = ""  # one or two sentences under the title
+    note: str = ""  # on what the figures are of, below them
     warnings: Sequence[str] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)  # as asked, nested
     sources: Mapping[str, str] = field(default_factory=dict)  # field path -> where its value came from
@@ -108,7 +109,13 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, Figure]) -> str:
         for name, figure in drawn.items()
     }
     sections = [
-        section("Result", _cards(split, judged), _splits_table(inputs.evaluations), _temperature(inputs.temperature)),
+        section(
+            "Result",
+            _cards(split, judged),
+            _splits_table(inputs.evaluations),
+            _note(inputs.note),
+            _temperature(inputs.temperature),
+        ),
         section("Training", *(shown.get(name, "") for name in _TRAINING_FIGURES)),
         section(f"Classes ({split})", shown.get("per_class", ""), details("All classes as a table", _class_table(judged))),
         section(f"Confusion ({split})", shown.get("confusion", ""), _pairs_table(judged)),
@@ -173,6 +180,10 @@ def _split_row(e: Evaluation) -> list[str]:
     shares = [f"{e.macro_f1:.3f}", f"{e.mean_per_class_accuracy:.1%}", f"{e.nll:.3f}", f"{e.ece:.3f}", f"{e.brier:.3f}"]
     top_k = f"{e.top5:.1%}" if e.top5_k < len(e.classes) else "–"  # every class is among the first k
     return [str(e.n), f"{e.top1:.1%}", interval, top_k, *shares]
+
+
+def _note(text: str) -> str:
+    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def _temperature(fitted: Temperature | None) -> str:

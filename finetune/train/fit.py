@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What a run has chosen on validation images, for one that trains on those too and so can choose nothing."""
+
+    n_epochs: int  # after which its weights were kept; its schedule is that of all epochs
+    share: float = 1.0  # of the fine-tuned weights in those that were kept; the rest is the start's
+    recalibrated: bool = False  # whether running statistics were estimated anew
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What training came to. The classifier that was trained holds the chosen weights and is in eval mode."""
 
@@ -61,6 +70,7 @@ class Fitted:
     n_steps: int  # taken, of the recipe's
     stopped_early: bool
     settings: Settings
+    decided: Decided
     frozen_before: str  # sha256 over what never trains
     frozen_after: str
     resumed_at_step: int | None
@@ -89,6 +99,8 @@ class _State:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     start_weights: dict[str, Tensor] = field(default_factory=dict)  # where the fine-tuned weights may be pulled back to
     chosen: str = ""
+    share: float = 1.0  # see Decided
+    recalibrated: bool = False
     stopped_early: bool = False
     finished: bool = False
     frozen_before: str = ""
@@ -100,13 +112,15 @@ class _Weights:
     name: str
     values: dict[str, float]  # val/loss and val/top1
     tensors: dict[str, Tensor]
+    share: float = 1.0  # see Decided
+    recalibrated: bool = False
 
 
 def fit(
     classifier: Classifier,
     recipe: Recipe,
     train: TrainBatches,
-    val: Iterable[Batch],
+    val: Iterable[Batch] | Decided,
     run: RunDir,
     saving: Saving,
     *,
@@ -119,6 +133,7 @@ def fit(
     """Train `classifier` as `recipe` says, from the newest whole checkpoint in `run` where there is one.
 
     Args:
+        val: the images that choose; or what they have chosen before, then nothing is evaluated and training ends where they said.
         settings: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
         prepare, forward: how a batch becomes logits; by default its arrays are images.
@@ -164,7 +179,7 @@ class _Training:
     classifier: Classifier
     recipe: Recipe
     train: TrainBatches
-    val: Iterable[Batch]
+    val: Iterable[Batch] | Decided
     run: RunDir
     saving: Saving
     settings: Settings
@@ -253,6 +268,7 @@ class _Training:
             n_steps=state.step,
             stopped_early=state.stopped_early,
             settings=self.settings,
+            decided=Decided(state.best_step // self.recipe.steps_per_epoch, state.share, state.recalibrated),
             frozen_before=state.frozen_before,
             frozen_after=frozen_after,
             resumed_at_step=self.resumed_at_step,
@@ -264,10 +280,14 @@ class _Training:
         state = self.state
         if state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
             self._end_epoch()
-        elif state.step < self.recipe.n_steps and not state.stopped_early:
+        elif state.step < self._last_step and not state.stopped_early:
             self._train_epoch()
         else:
             self._finish()
+
+    @property
+    def _last_step(self) -> int:
+        return self.val.n_epochs * self.recipe.steps_per_epoch if isinstance(self.val, Decided) else self.recipe.n_steps
 
     def _train_epoch(self) -> None:
         """From the present step to the end of its epoch."""
@@ -336,13 +356,14 @@ class _Training:
         """Evaluate, log, keep what is best, decide whether to go on, and write a checkpoint."""
         state, recipe = self.state, self.recipe
         with self._shipping_weights():
-            values = self._evaluate()
-            if improves(values, state.best):
+            choosing = not isinstance(self.val, Decided)
+            values = {} if isinstance(self.val, Decided) else self._evaluate(self.val)
+            if improves(values, state.best) if choosing else state.step == self._last_step:
                 state.best, state.best_step, state.best_weights = values, state.step, copy_state(self.classifier)
                 state.chosen = self._describe(state.step)
         self._log({**self._epoch_values(), **values})
         state.evaluated_step = state.step
-        if state.step > 0 and recipe.phase_at(state.step - 1)[0] == recipe.phases[-1]:
+        if choosing and state.step > 0 and recipe.phase_at(state.step - 1)[0] == recipe.phases[-1]:
             state.epochs_without_gain = 0 if state.best_step == state.step else state.epochs_without_gain + 1
             patience = recipe.early_stopping_epochs
             state.stopped_early = patience is not None and state.epochs_without_gain >= patience and state.step < recipe.n_steps
@@ -353,23 +374,40 @@ class _Training:
         """Where training moved the weights, try what lies between start and end, then fresh statistics; keep the best."""
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
-        if state.best_step > 0:
+        if isinstance(self.val, Decided):
+            kept = self._as_decided(kept, self.val)
+        elif state.best_step > 0:
             for share in INTERPOLATION_SHARES if state.start_weights else ():
-                between = interpolate(state.start_weights, state.best_weights, share)
-                kept = self._better(kept, f"{state.chosen}, pulled {1 - share:.0%} of the way back to the start", between)
+                kept = self._better(kept, self._pulled_back(kept, share), self.val)
             if self.recipe.bn == "recalibrate":
-                kept = self._better(kept, f"{kept.name}, running statistics recalibrated", self._recalibrated(kept.tensors))
+                kept = self._better(kept, self._with_fresh_statistics(kept), self.val)
         state.chosen, state.best, state.best_weights = kept.name, kept.values, kept.tensors
+        state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
         state.finished = True
-        message = f"keeps {kept.name}: val top1 {kept.values['val/top1']:.4f}, loss {kept.values['val/loss']:.4f}"
-        self.run.event("trained", message, **kept.values)
+        judged = f": val top1 {kept.values['val/top1']:.4f}, loss {kept.values['val/loss']:.4f}" if kept.values else ""
+        self.run.event("trained", f"keeps {kept.name}{judged}", **kept.values)
         self._save()
 
-    def _better(self, kept: _Weights, name: str, tensors: dict[str, Tensor]) -> _Weights:
-        with holding(self.classifier, tensors):
-            values = self._evaluate()
-        return _Weights(name, values, tensors) if improves(values, kept.values) else kept
+    def _as_decided(self, kept: _Weights, decided: Decided) -> _Weights:
+        if decided.share < 1.0:
+            kept = self._pulled_back(kept, decided.share)
+        return self._with_fresh_statistics(kept) if decided.recalibrated else kept
+
+    def _pulled_back(self, kept: _Weights, share: float) -> _Weights:
+        """`share` of what training ended with, the rest of where it began."""
+        name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
+        tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
+        return replace(kept, name=name, tensors=tensors, share=share)
+
+    def _with_fresh_statistics(self, kept: _Weights) -> _Weights:
+        name = f"{kept.name}, running statistics recalibrated"
+        return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
+
+    def _better(self, kept: _Weights, other: _Weights, val: Iterable[Batch]) -> _Weights:
+        with holding(self.classifier, other.tensors):
+            values = self._evaluate(val)
+        return replace(other, values=values) if improves(values, kept.values) else kept
 
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` with the running statistics of what trains estimated anew, over one more epoch of training images."""
@@ -390,11 +428,11 @@ class _Training:
         return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
         """Loss (not smoothed) and accuracy over the validation images, in float32 as the exported model computes."""
         self.classifier.eval()
         loss, correct, count = 0.0, 0, 0
-        with closed_after(self.val) as batches:
+        with closed_after(val) as batches:
             for batch in batches:
                 logits = self.forward(self.classifier, self._inputs(batch))
                 targets = to_device(batch.labels, self.settings)
@@ -431,7 +469,7 @@ class _Training:
 
     def _report(self, lr: float) -> None:
         loss, correct, count = self.totals.tolist()
-        step, total = self.state.step, self.recipe.n_steps
+        step, total = self.state.step, self._last_step
         eta = (time.perf_counter() - self.began_at) / self.session_steps * (total - step)
         values = {"loss": loss / count, "top1": correct / count, "lr": lr, "images/s": self._rate(), "eta_seconds": eta}
         if self.state.best:

@@ -22,11 +22,12 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir, workspace
-from finetune.train.features import Resources, Views, plan_prefix, pooled_features
+from finetune.train.features import Resources, Views, no_event, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
+from finetune.train.prefix import EventCallback
 from finetune.train.probe import Probe, solve_probe
-from finetune.train.recipe import Recipe, widest_plan
+from finetune.train.recipe import Recipe, refit_recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
 
 
@@ -54,6 +55,15 @@ class Trained:
     frozen: Mapping[str, Any]  # which stages never trained, and the sha256 of their parameters and buffers before and after
     probe: Probe | None
     fitted: Fitted | None
+    recipe: Recipe  # that was carried out; of several that were tried the kept one's
+
+    @property
+    def l2(self) -> float | None:
+        """The strength that the head was solved with, also where an earlier session of this run solved it."""
+        if self.probe is not None:
+            return self.probe.l2
+        journal = self.fitted.history if self.fitted else ()
+        return next((line["values"]["probe/l2"] for line in journal if "probe/l2" in line["values"]), None)
 
 
 def train_classifier(
@@ -65,12 +75,14 @@ def train_classifier(
     compute: Compute,
     *,
     identity: Mapping[str, str],
+    decided: Fitted | None = None,
     graph: bytes | None = None,
     progress: ProgressCallback = silent,
 ) -> Trained:
     """Train `classifier` in place on the train split of `dataset`, choosing on its val split.
 
     Args:
+        decided: where `dataset` has no val split, what the steps come to is not chosen but as in this earlier run.
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
         graph: the classifier exported as it is now, as one ONNX file; spares the prefix engine an export of its own.
     """
@@ -80,7 +92,7 @@ def train_classifier(
     solver = _HeadSolver(recipe, dataset, augment, run, compute, graph, progress)
     fitted: Fitted | None = None
     if recipe.n_steps:
-        fitted = _take_steps(classifier, recipe, dataset, augment, run, compute, identity, solver, progress)
+        fitted = _take_steps(classifier, recipe, dataset, augment, run, compute, identity, decided, solver, progress)
     else:
         solver(classifier)
     classifier.eval()
@@ -95,7 +107,61 @@ def train_classifier(
         frozen={"stages": frozen_stages, "digest_before": before, "digest_after": frozen_digest(classifier)},
         probe=solver.probe,
         fitted=fitted,
+        recipe=recipe,
     )
+
+
+def refit(
+    classifier: Classifier,
+    trained: Trained,
+    dataset: Dataset,
+    augment: Augment,
+    run: RunDir,
+    compute: Compute,
+    *,
+    identity: Mapping[str, str],
+    graph: bytes | None = None,
+    progress: ProgressCallback = silent,
+) -> Trained:
+    """Train `classifier`, which has the weights that `trained` began with, on train and val together; nothing is chosen any more.
+
+    The head is solved with the L2 strength, and steps are taken for the epochs, that val has chosen; where val has chosen weights
+    between start and end, or fresh running statistics, these are taken again. What `trained` tells of the choice stays told.
+    """
+    both = replace(dataset, samples=tuple(replace(sample, split="train") for sample in dataset.samples if sample.split != "test"))
+    recipe = refit_recipe(trained.recipe, len(both.samples), trained.l2)
+    refitted = train_classifier(
+        classifier,
+        recipe,
+        both,
+        augment,
+        RunDir(run.root / "refit").create(),
+        compute,
+        identity={**identity, "refit": both.digest},
+        decided=trained.fitted,
+        graph=graph,
+        progress=progress,
+    )
+    summary = f"{trained.summary}; then fitted once more on train + val with what val chose"
+    run.event("refitted", f"fitted once more on the {len(both.samples):,} images of train and val, as val has chosen")
+    return replace(trained, summary=summary, seconds=trained.seconds + refitted.seconds, frozen=refitted.frozen)
+
+
+def solved_logits(
+    classifier: Classifier,
+    samples: tuple[Sample, ...],
+    compute: Compute,
+    *,
+    graph: bytes | None = None,
+    event: EventCallback = no_event,
+    progress: ProgressCallback = silent,
+) -> np.ndarray:
+    """(N, C) float32 logits of a classifier whose backbone never trained: its head on features that are cached, or will be."""
+    resources = Resources(compute.device, compute.threads, graph=graph, progress=progress, event=event)
+    features = pooled_features(classifier, samples, Views(classifier.backbone.preprocess), resources)
+    with torch.no_grad():
+        logits: np.ndarray = classifier.head(torch.from_numpy(features)).numpy()
+    return logits
 
 
 @dataclass
@@ -122,8 +188,8 @@ class _HeadSolver:
             self._features(classifier, train, views, "training"),
             _labels(train),
             classifier.num_classes,
-            val_features=self._features(classifier, val, seen, "validation"),
-            val_labels=_labels(val),
+            val_features=self._features(classifier, val, seen, "validation") if val else None,
+            val_labels=_labels(val) if val else None,
             l2=self.recipe.l2,
             label_smoothing=self.recipe.label_smoothing if not self.recipe.n_steps else 0.0,
             seed=self.recipe.seed,
@@ -131,7 +197,7 @@ class _HeadSolver:
         with torch.no_grad():
             classifier.head.weight.copy_(torch.from_numpy(probe.weight))
             classifier.head.bias.copy_(torch.from_numpy(probe.bias))
-        self._record(probe, _labels(val))
+        self._record(probe)
         self.probe = probe
 
     def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> np.ndarray:
@@ -143,7 +209,7 @@ class _HeadSolver:
         )
         return pooled_features(classifier, samples, views, resources)
 
-    def _record(self, probe: Probe, labels: np.ndarray) -> None:
+    def _record(self, probe: Probe) -> None:
         values = {"probe/l2": probe.l2, "probe/seconds": probe.seconds, "probe/iterations": float(probe.iterations)}
         if not self.recipe.n_steps:  # before steps the training loop evaluates the head itself
             for point in probe.path:
@@ -163,12 +229,15 @@ def _take_steps(
     run: RunDir,
     compute: Compute,
     identity: Mapping[str, str],
+    decided: Fitted | None,
     solver: _HeadSolver,
     progress: ProgressCallback,
 ) -> Fitted:
     """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
 
     def settings() -> Settings:
+        if decided is not None:
+            return decided.settings
         chosen, timings = choose_settings(
             classifier, recipe, device=compute.device, precision=compute.precision, threads=compute.threads
         )
@@ -184,7 +253,7 @@ def _take_steps(
         classifier,
         recipe,
         source.train,
-        source.val,
+        source.val if decided is None else decided.decided,
         run,
         Saving(identity),
         settings=settings,
@@ -237,7 +306,7 @@ def _cached_source(
     if plan.stage is None:
         return None
     trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), resources)
-    judged_on = cached_activations(classifier, plan.stage, val, seen, resources)
+    judged_on = cached_activations(classifier, plan.stage, val, seen, resources)  # a refit has none
     if trained_on is None or judged_on is None:
         return None
     batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)

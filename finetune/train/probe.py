@@ -5,8 +5,8 @@ towards: L-BFGS on standardised features, warm-started along a path of L2 streng
 returned weights, which makes them an ordinary linear layer on raw features: the class activation map of the exported head
 stays exact.
 
-Training, validation, cross-validation folds and a refit on everything are one matrix with different row weights; a held-out
-row is a row of weight zero. Knows matrices and labels; does not know where the features come from.
+Training, validation and cross-validation folds are one matrix with different row weights; a held-out row is a row of weight zero.
+Knows matrices and labels; does not know where the features come from.
 """
 
 from __future__ import annotations
@@ -79,7 +79,6 @@ def solve_probe(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating] | None = None,
-    refit_with_val: bool = False,
     folds: int = 5,
     seed: int = 0,
 ) -> Probe:
@@ -92,7 +91,6 @@ def solve_probe(
         val_features: (M, D). Without them the L2 strength is chosen by `folds`-fold cross-validation over `features`.
         l2: strength of (l2 / 2) * |W|² on standardised features beside the mean loss; None chooses it.
         class_weights: (C,) multiplies the weight of each row by its class's; see `balanced_class_weights`.
-        refit_with_val: fit once more on train and val together with the chosen strength.
 
     Raises:
         TrainingError: features that are not finite.
@@ -118,7 +116,6 @@ def solve_probe(
         best = min(path, key=lambda point: point.val_nll, default=None)
         chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
 
-        weights = all_weights if refit_with_val else weights
         start = problem.start(weights) if start is None else start
         solution = minimise(problem.objective(weights, chosen), start, FINAL_TOLERANCE)
         weight, bias = matrix.fold(problem.complete(solution.parameters, weights))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from finetune.data.loader import steps_per_epoch
@@ -200,6 +200,19 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[Stage]) -> Reci
         l2=chosen["hyperparameters.l2"].value,
         sources={path: choice.source for path, choice in chosen.items()},
     )
+
+
+def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
+    """`recipe` for the `n_train` images of train and val together: the same in epochs, with the L2 strength that was chosen.
+
+    An epoch of more images has more steps, and what is counted in steps grows with them.
+    """
+    epoch_steps = steps_per_epoch(n_train, recipe.batch_size)
+    phases = tuple(replace(phase, n_steps=phase.n_epochs * epoch_steps) for phase in recipe.phases)
+    half_life = recipe.ema_half_life_steps
+    if half_life is not None:
+        half_life *= epoch_steps / recipe.steps_per_epoch
+    return replace(recipe, phases=phases, steps_per_epoch=epoch_steps, ema_half_life_steps=half_life, l2=l2)
 
 
 def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:

@@ -89,16 +89,6 @@ def test_validation_rows_do_not_influence_the_fit() -> None:
     np.testing.assert_allclose(alone.logits(features), judged.logits(features), atol=1e-3)
 
 
-def test_refitting_on_train_and_val_is_the_fit_on_both() -> None:
-    features, labels = blobs(300, 10, 3)
-    refitted = solve_probe(
-        features[:200], labels[:200], 3, l2=1e-3, val_features=features[200:], val_labels=labels[200:], refit_with_val=True
-    )
-    both = solve_probe(features, labels, 3, l2=1e-3)
-    np.testing.assert_allclose(refitted.logits(features), both.logits(features), atol=0.05)
-    assert np.abs(refitted.logits(features) - solve_probe(features[:200], labels[:200], 3, l2=1e-3).logits(features)).max() > 0.1
-
-
 def test_without_validation_every_image_is_judged_by_a_fit_that_did_not_see_it() -> None:
     generator = np.random.default_rng(0)
     features = generator.normal(size=(60, 200)).astype(np.float32)  # noise, which any fit can learn by heart

@@ -60,7 +60,7 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
             model.bias.fill_(counts[recipe.method])
         run.metric(1, {"val/top1": counts[recipe.method] / N})
         done.append(recipe.method)
-        return Trained(f"did {recipe.method}", 1.0, 0, 0, {}, None, None)
+        return Trained(f"did {recipe.method}", 1.0, 0, 0, {}, None, None, recipe)
 
     monkeypatch.setattr(auto, "train_classifier", train)
     monkeypatch.setattr(auto, "_correct", lambda model, *_: right(int(model.bias.item())))
