@@ -39,23 +39,49 @@ def dry_run_export(classifier: Classifier, cache: Path | None = None) -> Graph:
     """Trace `classifier`, run the graph on noise and compare it with torch. The graph is what `export_bundle` fills later.
 
     Args:
-        cache: a folder that keeps graphs; one of the same architecture is used again, which saves most of the time.
+        cache: a folder that keeps graphs; one of the same architecture is used again, which saves most of the time, and one that
+            was compared with the same backbone's weights before is not compared again.
 
     Raises:
         ExportError: ONNX or ONNX Runtime cannot run this backbone, or computes something else; one sentence says which.
     """
     module = DeployModule(classifier)
-    kept = cache / f"{fingerprint(module)}.onnx" if cache else None
-    if kept and kept.is_file():
-        graph = Graph(kept.read_bytes(), module.outputs)
+    if cache is None:
+        return _traced(module)
+    of_layers = fingerprint(module)
+    file, compared = cache / f"{of_layers}.onnx", cache / f"{of_layers}-{_weights_digest(classifier)}.compared"
+    if file.is_file():
+        graph = Graph(file.read_bytes(), module.outputs)
+        if compared.is_file() and compared.read_text() == hashlib.sha256(graph.proto).hexdigest():
+            return graph
         with contextlib.suppress(ExportError):  # the fingerprint missed a difference: trace it after all
             _check(graph, module)
+            _note(compared, graph)
             return graph
+    graph = _traced(module)
+    write_atomic(file, lambda stream: stream.write(graph.proto))
+    _note(compared, graph)
+    return graph
+
+
+def _traced(module: DeployModule) -> Graph:
     graph = trace(module)
     _check(graph, module)
-    if kept:
-        write_atomic(kept, lambda stream: stream.write(graph.proto))
     return graph
+
+
+def _note(compared: Path, graph: Graph) -> None:
+    digest = hashlib.sha256(graph.proto).hexdigest()
+    write_atomic(compared, lambda stream: stream.write(digest.encode()))
+
+
+def _weights_digest(classifier: Classifier) -> str:
+    """sha256 of the backbone's weights. The head's are drawn anew by each run, and a linear layer holds no surprises."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(named_weights(classifier.backbone).items()):
+        digest.update(f"{name}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fingerprint(module: DeployModule) -> str:

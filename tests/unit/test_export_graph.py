@@ -228,6 +228,22 @@ def test_a_kept_graph_saves_tracing_the_same_architecture_again(
     assert len(traced) == 1
 
 
+def test_a_kept_graph_is_compared_with_torch_once_for_each_backbones_weights(
+    tmp_path: Path, graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    check = dry_run_module._check
+    monkeypatch.setattr(dry_run_module, "trace", lambda module: graph)
+    monkeypatch.setattr(dry_run_module, "_check", lambda graph, module: compared.append(module) or check(graph, module))
+    for seed in (1, 1, 2, 1, 2):
+        dry_run_export(classifier_of("test_resnet", seed=seed), tmp_path)
+    assert len(compared) == 2
+    (kept,) = tmp_path.glob("*.onnx")
+    kept.write_bytes(other_normalisation(graph))  # the note is of another graph, so it counts for nothing
+    assert dry_run_export(classifier_of("test_resnet", seed=1), tmp_path) == graph
+    assert len(compared) == 4
+
+
 def test_a_kept_graph_that_computes_something_else_is_traced_again(
     tmp_path: Path, module: DeployModule, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
