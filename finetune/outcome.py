@@ -26,6 +26,7 @@ class Outcome:
     warnings: tuple[str, ...]
     quarantined: int
     mlflow_run_id: str | None
+    cross_validation: Mapping[str, Any] | None = None  # as folds.json holds it
 
     def to_dict(self) -> dict[str, Any]:
         lists = {"classes": list(self.classes), "warnings": list(self.warnings), "metrics": dict(self.metrics)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from finetune.data.augment import Augment, build_augment
 from finetune.data.check import ResizeAdvice, advise_resize, check_images, image_facts
 from finetune.data.index import Dataset, index_dataset
-from finetune.data.split import read_split, split_dataset, write_split
+from finetune.data.split import fold_datasets, read_split, split_dataset, write_split
 from finetune.errors import InvalidInput, Problem
 from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
@@ -39,6 +40,12 @@ class Plan:
     augment: Augment
     recipes: tuple[Recipe, ...]  # what is tried, from the cheapest up; more than one only for method auto
     compute: Compute
+    folds: tuple[Dataset, ...] = ()  # for cross-validation: what each fold trains, chooses and is tested on
+
+    @property
+    def rounds(self) -> int:
+        """How often the recipe is carried out: in the job itself and in each fold, and in each of these again for a refit."""
+        return (1 + len(self.folds)) * (2 if self.spec.refits else 1)
 
     @property
     def recipe(self) -> Recipe:
@@ -77,6 +84,7 @@ class Plan:
             },
             "augmentation": self.augment.to_dict(),
             "recipe": self.recipe.to_dict(),
+            "folds": [dataset.counts() for dataset in self.folds],
             "candidates": [recipe.method for recipe in self.recipes],
             "compute": asdict(self.compute),
             "sources": {**self.recipe.sources, "data.resize": self.advice.reason},
@@ -91,15 +99,29 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     """
     compute = Compute(resolve_device(spec.compute.device), spec.compute.precision, _threads(spec))
     dataset, backbone = _both(lambda: read_dataset(spec, progress, run), lambda: _build_backbone(spec))
+    folds: tuple[Dataset, ...] = ()
+    if spec.data.folds is not None:
+        folds = fold_datasets(dataset, spec.data.folds, val_fraction=spec.data.val_fraction, seed=spec.seed)
     advice = _advice(spec, dataset, backbone)
     backbone.preprocess = replace(backbone.preprocess, resize=advice.resize)
     augment = build_augment(spec.augmentation.policy, spec.augmentation.transforms, backbone.preprocess)
-    facts = facts_of(dataset, backbone, compute)
-    recipes = tuple(resolve_recipe(candidate, facts, backbone.stages) for candidate in candidates(spec, backbone.stages))
+    recipes = _recipes(spec, dataset, backbone, compute)
     torch.manual_seed(spec.seed)  # the new head's first values
     head = spec.model.head
     classifier = Classifier(backbone, len(dataset.classes), head.pooling, recipes[-1].dropout, head.aux)
-    return Plan(spec, dataset, advice, backbone, classifier, augment, recipes, compute)
+    return Plan(spec, dataset, advice, backbone, classifier, augment, recipes, compute, folds)
+
+
+def replan(plan: Plan, dataset: Dataset) -> Plan:
+    """The same plan for other images, with a network of its own that is as the plan's is now."""
+    classifier = copy.deepcopy(plan.classifier)
+    recipes = _recipes(plan.spec, dataset, classifier.backbone, plan.compute)
+    return replace(plan, dataset=dataset, backbone=classifier.backbone, classifier=classifier, recipes=recipes, folds=())
+
+
+def _recipes(spec: JobSpec, dataset: Dataset, backbone: Backbone, compute: Compute) -> tuple[Recipe, ...]:
+    facts = facts_of(dataset, backbone, compute)
+    return tuple(resolve_recipe(candidate, facts, backbone.stages) for candidate in candidates(spec, backbone.stages))
 
 
 def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) -> Dataset:

@@ -125,6 +125,18 @@ class RunDir:
         return self.root / "figures"
 
     @property
+    def folds(self) -> Path:
+        return self.root / "folds.json"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / "held_out.npy"
+
+    def fold(self, number: int) -> RunDir:
+        """The run folder of a fold of this run, from 1."""
+        return RunDir(self.root / "folds" / str(number))
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 

@@ -85,11 +85,6 @@ class DataSpec(_Section):
             group_column is None, group_column, "a folder of class folders has no columns; tables are not read yet"
         )
 
-    @field_validator("folds")
-    @classmethod
-    def _can_fold(cls, folds: int | None) -> int | None:
-        return _refuse_unless(folds is None, folds, "cross-validation is not built yet; leave it out")
-
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
         if self.val_fraction + self.held_out_fraction >= 0.9:

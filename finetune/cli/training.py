@@ -35,6 +35,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             overrides["model"] = {"backbone": model}
         if (method := given.pop("method")) is not None:
             overrides["method"] = method
+        if (folds := given.pop("folds")) is not None:
+            overrides["data"] = {"folds": folds}
         if (epochs := given.pop("epochs")) is not None:
             overrides["hyperparameters"] = {"n_epochs": epochs}
         spec = load_spec(given.pop("spec_file"), overrides, given.pop("settings"))
@@ -52,6 +54,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--model", metavar="BACKBONE", help="A timm name; see finetune backbones."),
             click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
             click.option("--epochs", type=int, help="Epochs of training (hyperparameters.n_epochs)."),
+            click.option("--folds", type=int, help="Cross-validate with so many folds, then train on all images (data.folds)."),
             click.option("--seed", type=int),
             click.option(
                 "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Any other field of the spec; repeatable."
@@ -77,7 +80,7 @@ def check(spec: JobSpec, as_json: bool) -> None:
 
     with progress_bars(shown=not as_json) as progress:
         plan = make_plan(spec, progress)
-        costs = estimate(plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute)
+        costs = estimate(plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute, rounds=plan.rounds)
     document = {**plan.to_dict(), "estimate": asdict(costs)}
     print_json(document) if as_json else show_plan(document)
 

@@ -1,4 +1,4 @@
-"""Which images train, which choose, which judge: a stratified split that is a pure function of (contents, fractions, seed).
+"""Which images train, which choose, which judge: stratified splits and folds, pure functions of (contents, numbers, seed).
 
 Where the folder lies, what files are called and in which order they were found have no influence: images are drawn by a hash of
 the seed and their bytes. Files with the same bytes are one draw, so no photograph is on two sides. Knows nothing about pixels;
@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,52 @@ def split_dataset(dataset: Dataset, *, val_fraction: float = 0.15, test_fraction
         for draw, split in zip(draws, cut(sizes, val_fraction, 0.0 if "test" in given else test_fraction), strict=True):
             kept += [replace(sample, split=split) for sample in draw]
     return _sorted(dataset, kept)
+
+
+def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
+    """One dataset a fold, over the train and val images of a split dataset: a part held out as ``test``, the rest train and val.
+
+    Every image of the pool is held out in exactly one fold. What was ``test`` before is in none of them: it stays untouched.
+
+    Raises:
+        DataError: a class has too few distinct images to be in every fold's train, val and test.
+    """
+    pool = [sample for sample in dataset.samples if sample.split != "test"]
+    by_class = _draws_by_class(dataset, pool, seed)
+    _refuse_too_many_folds(dataset, by_class, n_folds)
+    fold_of_draw = deal({label: [len(draw) for draw in draws] for label, draws in by_class.items()}, n_folds)
+    folds = []
+    for fold in range(n_folds):
+        samples = [
+            replace(sample, split="test" if dealt_to == fold else None)
+            for label, draws in by_class.items()
+            for draw, dealt_to in zip(draws, fold_of_draw[label], strict=True)
+            for sample in draw
+        ]
+        # The seed of another fold would choose with much the same images again.
+        divided = replace(dataset, samples=tuple(samples))
+        folds.append(split_dataset(divided, val_fraction=val_fraction, seed=seed + ((fold + 1) << 32)))
+    return tuple(folds)
+
+
+def deal(sizes: Mapping[int, Sequence[int]], n_folds: int) -> dict[int, list[int]]:
+    """The fold of each draw of each class, given how many images each holds; draws come in random order.
+
+    Of each class all folds get the same number of draws, or one more. The largest draws go first, each to the fold with the
+    fewest images so far, of its class and then of all: so sizes stay close, and the odd ones do not all land in the first folds.
+    """
+    images = [0] * n_folds
+    folds: dict[int, list[int]] = {}
+    for label in sorted(sizes):
+        draws_of_class, images_of_class = [0] * n_folds, [0] * n_folds
+        folds[label] = [0] * len(sizes[label])
+        for position in sorted(range(len(sizes[label])), key=lambda position: -sizes[label][position]):
+            fold = min(range(n_folds), key=lambda fold: (draws_of_class[fold], images_of_class[fold], images[fold]))
+            draws_of_class[fold] += 1
+            images_of_class[fold] += sizes[label][position]
+            images[fold] += sizes[label][position]
+            folds[label][position] = fold
+    return folds
 
 
 def cut(sizes: Sequence[int], val_fraction: float, test_fraction: float) -> list[str]:
@@ -158,6 +205,35 @@ def _refuse_single_images(dataset: Dataset, by_class: dict[int, list[list[Sample
             "or give a validation folder of your own (validation_file).",
             problems,
         )
+
+
+def _refuse_too_many_folds(dataset: Dataset, by_class: Mapping[int, Sequence[object]], n_folds: int) -> None:
+    counts = {label: len(by_class.get(label, ())) for label in range(len(dataset.classes))}
+    problems = [
+        Problem(dataset.classes[label], f"{plural(count, 'distinct image')}; {_foldable(count)}")
+        for label, count in counts.items()
+        if not _folds_fit(count, n_folds)
+    ]
+    if problems:
+        smallest = min(counts, key=lambda label: counts[label])
+        raise DataError(
+            f"data.folds: {n_folds} does not fit {printable(dataset.root)}: class {dataset.classes[smallest]!r} has "
+            f"{plural(counts[smallest], 'distinct image')} to train, choose and test on, and {_foldable(counts[smallest])}. "
+            "Give another number of folds, or add images.",
+            problems,
+        )
+
+
+def _folds_fit(count: int, n_folds: int) -> bool:
+    """Whether each fold can test on one of a class's `count` images, and train on another and choose on a third."""
+    return n_folds <= count and count - math.ceil(count / n_folds) >= 2
+
+
+def _foldable(count: int) -> str:
+    """The numbers of folds that a class with `count` distinct images allows, in words."""
+    if count < 3:
+        return "folds need at least 3"
+    return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
 
 
 def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:

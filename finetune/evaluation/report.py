@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.evaluation import figures
+from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.markup import cost_text, details, drawing, facts, flat, page, section, table, value_text, warning
 from finetune.evaluation.metrics import Evaluation, Temperature
 from finetune.rundir import RunDir, read_lines, write_atomic
@@ -58,6 +59,7 @@ class ReportInputs:
     title: str
     evaluations: Mapping[str, Evaluation]  # by split, the one to judge by first
     summary: str = ""  # one or two sentences under the title
+    folds: CrossValidation | None = None
     note: str = ""  # on what the figures are of, below them
     warnings: Sequence[str] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)  # as asked, nested

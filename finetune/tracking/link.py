@@ -16,7 +16,7 @@ from finetune.tracking.journal import Identity, Journal, identity, points_of
 from finetune.tracking.record import State
 from finetune.tracking.server import ENVIRONMENT, Destination
 
-ARTIFACTS = ("spec.yaml", "resolved.json", "split.csv", "evaluation.json", "report.html", "figures")
+ARTIFACTS = ("spec.yaml", "resolved.json", "split.csv", "evaluation.json", "folds.json", "report.html", "figures")
 """What is sent of a run folder, each when it appears and again when it changes. The bundle goes when it is registered."""
 
 _SYSTEM_SECONDS = 10.0

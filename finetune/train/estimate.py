@@ -28,9 +28,15 @@ class Estimate:
     prefix: str
 
 
-def estimate(classifier: Classifier, recipes: Sequence[Recipe], dataset: Dataset, augment: Augment, compute: Compute) -> Estimate:
-    """The sum over `recipes`. Export, evaluation on test and the report come on top, a matter of seconds."""
-    parts = [_of_one(classifier, recipe, dataset, augment, compute) for recipe in recipes]
+def estimate(
+    classifier: Classifier, recipes: Sequence[Recipe], dataset: Dataset, augment: Augment, compute: Compute, *, rounds: int = 1
+) -> Estimate:
+    """The sum over `recipes`. Export, evaluation on test and the report come on top, a matter of seconds.
+
+    Args:
+        rounds: how often each is carried out, as for folds; what is computed once is computed once for all of them.
+    """
+    parts = [_of_one(classifier, recipe, dataset, augment, compute, rounds) for recipe in recipes]
     return Estimate(
         seconds=math.fsum(part.seconds for part in parts),
         memory_bytes=max(part.memory_bytes for part in parts),
@@ -39,7 +45,9 @@ def estimate(classifier: Classifier, recipes: Sequence[Recipe], dataset: Dataset
     )
 
 
-def _of_one(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute) -> Estimate:
+def _of_one(
+    classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute, rounds: int
+) -> Estimate:
     train, val = dataset.of("train"), dataset.of("val")
     views = Views(classifier.backbone.preprocess, augment, recipe.views)
     resources = Resources(compute.device, compute.threads)
@@ -53,7 +61,7 @@ def _of_one(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: A
     if recipe.n_steps:
         (timing,) = measure(classifier, recipe, [compute.plain_settings()])
         n_steps_images = recipe.n_steps * recipe.batch_size
-        seconds += (n_steps_images + recipe.n_epochs * len(val) * _FORWARD_SHARE) / timing.images_per_second
+        seconds += rounds * (n_steps_images + recipe.n_epochs * len(val) * _FORWARD_SHARE) / timing.images_per_second
         of_a_step = max(_peak_memory_bytes() - memory_bytes, 0.0)
         memory_bytes += of_a_step * max(recipe.batch_size / min(recipe.batch_size, MEASURED_IMAGES), 1.0)
     said = "; ".join(str(plan) for plan in plans) or "nothing is computed once: every stage trains from the first step"

@@ -133,7 +133,28 @@ def test_the_documented_defaults_are_the_defaults():
 
 
 def test_what_is_not_built_yet_is_refused_and_not_ignored():
-    given = {"training_file": "x", "data": {"folds": 5, "group_column": "patient"}}
-    found = problems_of(given)
-    assert set(found) == {"data.folds", "data.group_column"}
-    assert all("not" in message for message in found.values())
+    found = problems_of({"training_file": "x", "data": {"group_column": "patient"}})
+    assert set(found) == {"data.group_column"}
+    assert "not read yet" in found["data.group_column"]
+
+
+@pytest.mark.parametrize(("folds", "allowed"), [(1, "greater than or equal to 2"), (51, "less than or equal to 50")])
+def test_folds_are_two_to_fifty(folds: int, allowed: str):
+    assert problems_of({"training_file": "x", "data": {"folds": folds}}) == {"data.folds": f"must be {allowed}, given {folds}"}
+
+
+@pytest.mark.parametrize(
+    ("given", "held_out", "refits"),
+    [
+        ({}, 0.15, False),
+        ({"data": {"folds": 5}}, 0.0, True),
+        ({"data": {"folds": 5, "test_fraction": 0.2}}, 0.2, True),
+        ({"data": {"folds": 5}, "hyperparameters": {"refit": False}}, 0.0, False),
+        ({"hyperparameters": {"refit": True}}, 0.15, True),
+    ],
+)
+def test_with_folds_nothing_is_cut_off_for_testing_and_the_final_model_is_trained_on_everything(
+    given: dict, held_out: float, refits: bool
+):
+    spec = parse_spec({"training_file": "photos", **given})
+    assert (spec.data.held_out_fraction, spec.refits) == (held_out, refits)
