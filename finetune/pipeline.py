@@ -9,9 +9,10 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import numpy as np
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import ModelVersion, Registry
+from finetune.crossval import FoldAnswer, OutOfFold, RunFold, cross_validate
 from finetune.data.index import Sample
 from finetune.errors import FinetuneError
 from finetune.evaluate import labels_of, score
+from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.metrics import (
     Evaluation,
     Temperature,
@@ -42,11 +45,16 @@ from finetune.spec import JobSpec
 from finetune.tracking import NoTracker, Tracker, open_run
 from finetune.train.auto import train_until_it_stops_paying
 from finetune.train.average import copy_state
-from finetune.train.methods import Trained, refit, train_classifier
+from finetune.train.methods import Trained, refit, solved_logits, train_classifier
 
 REFIT_NOTE = (
-    "The weights were fitted once more on train + val with what val had chosen. The val figures and the temperature are those of "
-    "the model before that; test figures are those of these weights."
+    "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
+    "test figures are those of these weights."
+)
+TEMPERATURE_NOTE = "The temperature, too, was fitted on what the model before that answers on val."
+FOLDS_NOTE = (
+    "The cv figures are what to expect of this model: each image was labelled by a fold's model, made in the same way, that had "
+    "not seen it; the temperature was fitted on these answers."
 )
 
 _LATENCY_ROUNDS = 20
@@ -81,7 +89,10 @@ def run_job(
             plan = make_plan(spec, progress, run)
             graph = dry_run_export(plan.classifier, workspace() / "cache" / "graphs")
             _announce(plan, run, tracker)
+            folds = cross_validate(plan, run, _run_fold(graph, experiment, tracker, tracked), progress) if plan.folds else None
             trained, verdict = train_and_judge(plan, graph, run, progress)
+            if folds:
+                verdict = verdict.with_folds(folds)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             manifest = export(plan, trained, verdict, graph, run, progress)
             cost = measure_cost(plan, trained, run, began)
@@ -94,16 +105,32 @@ def train_and_judge(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCal
     """Train with val to choose on, and measure. Where the model is fitted once more on train and val, val speaks before that
     (of images that a model was trained on it could only flatter it), and test after it."""
     if not plan.spec.refits:
-        return train(plan, graph, run, progress), judge(plan, graph, progress)
+        trained = train(plan, graph, run, progress)
+        return trained, judge(plan, trained, graph, progress)
     start = copy_state(plan.classifier)
-    onnx = fill(graph, DeployModule(plan.classifier))
     trained = train(plan, graph, run, progress)
-    before = judge(plan, graph, progress, ("val",))
+    before = judge(plan, trained, graph, progress, ("val",))
     plan.classifier.load_state_dict(start)
     shared = (plan.dataset, plan.augment, run, plan.compute)
-    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=onnx, progress=progress)
-    after = judge(plan, graph, progress, ("test",))
+    exported = partial(_filled, plan, graph)
+    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=exported, progress=progress)
+    after = judge(plan, trained, graph, progress, ("test",))
     return trained, before.with_test_of(after)
+
+
+def _run_fold(graph: Graph, experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
+    """How a fold is carried out: as a run of its own, nested in `parent`, that ends with being judged."""
+
+    def run_fold(plan: Plan, run: RunDir, name: str, progress: ProgressCallback) -> FoldAnswer:
+        nested_in = parent.wait_for_run_id(60)
+        with _tracked(plan.spec, run, experiment, nested_in, tracked, name=name) as tracker:
+            _announce(plan, run, tracker)
+            trained, verdict = train_and_judge(plan, graph, run, progress)
+            write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
+            run.metric(trained.n_steps, verdict.metrics)
+            return FoldAnswer(verdict.metrics, verdict.logits["test"], trained.summary, tracker.wait_for_run_id(0))
+
+    return run_fold
 
 
 def _identity(plan: Plan) -> dict[str, str]:
@@ -114,11 +141,17 @@ def _identity(plan: Plan) -> dict[str, str]:
 def train(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> Trained:
     """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
     shared = (plan.dataset, plan.augment, run, plan.compute)
-    identity = _identity(plan)
-    onnx = fill(graph, DeployModule(plan.classifier))
+    identity, exported = _identity(plan), partial(_filled, plan, graph)
     if len(plan.recipes) == 1:
-        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=onnx, progress=progress)
-    return train_until_it_stops_paying(plan.classifier, plan.recipes, *shared, identity=identity, graph=onnx, progress=progress)
+        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=exported, progress=progress)
+    return train_until_it_stops_paying(
+        plan.classifier, plan.recipes, *shared, identity=identity, graph=exported, progress=progress
+    )
+
+
+def _filled(plan: Plan, graph: Graph) -> bytes:
+    """The plan's classifier as it is now, as one ONNX file."""
+    return fill(graph, DeployModule(plan.classifier))
 
 
 @dataclass(frozen=True)
@@ -129,6 +162,15 @@ class Verdict:
     temperature: Temperature | None
     logits: Mapping[str, np.ndarray]  # split -> (N, C) float32
     samples: Mapping[str, tuple[Sample, ...]]
+    folds: CrossValidation | None = None  # their answers are the split cv
+
+    def with_folds(self, found: OutOfFold) -> Verdict:
+        """This one, with the folds' answers as the split ``cv``, on which the temperature is fitted again: they are more."""
+        evaluations = {POOLED: found.result.pooled, **self.evaluations}
+        temperature = _calibrate(found.logits, labels_of(found.samples))
+        return Verdict(
+            evaluations, temperature, {POOLED: found.logits, **self.logits}, {POOLED: found.samples, **self.samples}, found.result
+        )
 
     def with_test_of(self, later: Verdict) -> Verdict:
         """This one, with what `later` adds from splits that this one did not judge."""
@@ -141,25 +183,38 @@ class Verdict:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {key: value for split, evaluation in self.evaluations.items() for key, value in evaluation.metrics(split).items()}
+        figures = {key: value for split, found in self.evaluations.items() for key, value in found.metrics(split).items()}
+        return {**figures, **(self.folds.metrics if self.folds else {})}
 
 
-def judge(plan: Plan, graph: Graph, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")) -> Verdict:
-    """Evaluate what will be exported, through ONNX Runtime; fit the temperature on val."""
-    session = open_session(fill(graph, DeployModule(plan.classifier)), threads=plan.compute.threads)
-
-    def scorer(images: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = session.run(["logits"], {"images": images})[0]
-        return logits
-
+def judge(
+    plan: Plan, trained: Trained, graph: Graph, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")
+) -> Verdict:
+    """Evaluate what will be exported, as ONNX Runtime computes it; fit the temperature on val."""
     samples = {split: plan.dataset.of(split) for split in splits if plan.dataset.of(split)}
-    logits = {
-        split: score(scorer, chosen, plan.backbone.preprocess, what=split, progress=progress) for split, chosen in samples.items()
-    }
+    score_split = _scorer(plan, trained, graph, progress)
+    logits = {split: score_split(split, chosen) for split, chosen in samples.items()}
     labels = {split: labels_of(chosen) for split, chosen in samples.items()}
     evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
     temperature = _calibrate(logits["val"], labels["val"]) if "val" in samples else None
     return Verdict(evaluations, temperature, logits, samples)
+
+
+def _scorer(
+    plan: Plan, trained: Trained, graph: Graph, progress: ProgressCallback
+) -> Callable[[str, tuple[Sample, ...]], np.ndarray]:
+    """What gives the logits of a split. Where only the head is new, the images need not be run through the backbone again."""
+    classifier, compute = plan.classifier, plan.compute
+    exported = partial(_filled, plan, graph)
+    if trained.fitted is None and compute.device == "cpu":  # a GPU's features are rounded otherwise than the exported graph's
+        return lambda split, samples: solved_logits(classifier, samples, compute, graph=exported, progress=progress)
+    session = open_session(exported(), threads=compute.threads)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = session.run(["logits"], {"images": images})[0]
+        return logits
+
+    return lambda split, samples: score(run, samples, plan.backbone.preprocess, what=split, progress=progress)
 
 
 def _calibrate(logits: np.ndarray, labels: np.ndarray) -> Temperature | None:
@@ -177,7 +232,7 @@ def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: Ru
     facts = BundleFacts(
         name=plan.model_name,
         classes=plan.dataset.classes,
-        method={**plan.spec.method.model_dump(mode="json"), **({"refit": REFIT_NOTE} if plan.spec.refits else {})},
+        method={**plan.spec.method.model_dump(mode="json"), **({"notes": notes(plan)} if notes(plan) else {})},
         spec_digest=plan.spec.digest(),
         metrics=verdict.metrics,
         calibration=asdict(verdict.temperature) if verdict.temperature else {},
@@ -225,9 +280,10 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
     probe = trained.probe
     return ReportInputs(
         title=f"{plan.model_name}: {plan.spec.method.type} on {plan.backbone.name}",
-        evaluations=dict(sorted(verdict.evaluations.items(), reverse=True)),  # val, on which weights were chosen, before test
+        evaluations={split: verdict.evaluations[split] for split in (POOLED, "val", "test") if split in verdict.evaluations},
+        folds=verdict.folds,
         summary=trained.summary,
-        note=REFIT_NOTE if plan.spec.refits else "",
+        note=" ".join(notes(plan)),
         warnings=plan.dataset.warnings,
         spec=resolved["spec"],
         sources=resolved["sources"],
@@ -247,11 +303,18 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
         temperature=verdict.temperature,
         l2_path=[asdict(point) for point in probe.path] if probe else (),
         l2=probe.l2 if probe else None,
-        mistakes=shown_mistakes(plan, verdict),
+        mistakes=shown_mistakes(plan, verdict, POOLED if verdict.folds else "val"),
     )
 
 
-def shown_mistakes(plan: Plan, verdict: Verdict, split: str = "val", limit: int = 12) -> list[ShownMistake]:
+def notes(plan: Plan) -> list[str]:
+    """What must be said beside the figures: which weights they are of."""
+    if plan.folds:
+        return [FOLDS_NOTE, REFIT_NOTE] if plan.spec.refits else [FOLDS_NOTE]
+    return [REFIT_NOTE, TEMPERATURE_NOTE] if plan.spec.refits else []
+
+
+def shown_mistakes(plan: Plan, verdict: Verdict, split: str, limit: int = 12) -> list[ShownMistake]:
     """The mistakes that the model is surest of, with what it saw."""
     samples, logits = verdict.samples[split], verdict.logits[split]
     classes, preprocess = plan.dataset.classes, plan.backbone.preprocess
@@ -295,6 +358,7 @@ def finish(
         warnings=plan.dataset.warnings,
         quarantined=len(plan.dataset.bad),
         mlflow_run_id=run_id,
+        cross_validation=verdict.folds.to_dict() if verdict.folds else None,
     )
     write_json(run.outcome, outcome.to_dict())
     run.event("succeeded", f"{version.name} version {version.version} is registered", metrics=verdict.metrics)
@@ -383,12 +447,14 @@ def comparison(experiment: str, name: str) -> Iterator[str | None]:
 
 
 @contextmanager
-def _tracked(spec: JobSpec, run: RunDir, experiment: str | None, parent: str | None, wanted: bool) -> Iterator[Tracker]:
+def _tracked(
+    spec: JobSpec, run: RunDir, experiment: str | None, parent: str | None, wanted: bool, name: str = ""
+) -> Iterator[Tracker]:
     """An open MLflow run that is closed as what the block came to."""
     if not wanted:
         yield NoTracker()
         return
-    name = f"{spec.method.type} {spec.model.backbone} seed {spec.seed}"
+    name = name or f"{spec.method.type} {spec.model.backbone} seed {spec.seed}"
     dataset = experiment or Path(spec.training_file).absolute().name
     tracker = open_run(run, workspace=workspace(), experiment=dataset, name=name, parent_run_id=parent)
     try:

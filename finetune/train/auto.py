@@ -22,7 +22,8 @@ from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir, write_atomic
 from finetune.train.average import StateDict, copy_state
 from finetune.train.machine import computing_with, prepare_images, to_device
-from finetune.train.methods import Compute, Trained, train_classifier
+from finetune.train.methods import Compute, Trained, solved_logits, train_classifier
+from finetune.train.prefix import GraphSource
 from finetune.train.recipe import Recipe
 
 
@@ -57,7 +58,7 @@ def train_until_it_stops_paying(
     compute: Compute,
     *,
     identity: Mapping[str, str],
-    graph: bytes | None = None,
+    graph: GraphSource | None = None,
     progress: ProgressCallback = silent,
 ) -> Trained:
     """Carry out `recipes` from the cheapest up, as `train_classifier` does each; the classifier ends with the best one's weights.
@@ -83,7 +84,7 @@ def train_until_it_stops_paying(
             progress=progress,
         )
         seconds += trained.seconds
-        candidate = _Candidate(trained, folder, copy_state(classifier), _correct(classifier, dataset, compute))
+        candidate = _Candidate(trained, folder, copy_state(classifier), _correct(classifier, trained, dataset, compute, graph))
         gain = None if best is None else paired_gain(candidate.correct, best.correct)
         if gain is not None:
             reasons.append(f"{recipe.method} gained {gain}")
@@ -110,12 +111,19 @@ class _Candidate:
 
 
 @torch.no_grad()
-def _correct(classifier: Classifier, dataset: Dataset, compute: Compute) -> np.ndarray:
+def _correct(
+    classifier: Classifier, trained: Trained, dataset: Dataset, compute: Compute, graph: GraphSource | None
+) -> np.ndarray:
+    val = dataset.of("val")
+    if trained.fitted is None:  # its features are in the cache
+        logits = solved_logits(classifier, val, compute, graph=graph)
+        right: np.ndarray = logits.argmax(axis=1) == np.array([sample.label for sample in val])
+        return right
     settings = compute.plain_settings()
     classifier.eval()
     parts = []
     with computing_with(settings):
-        for batch in EvalLoader(dataset.of("val"), classifier.backbone.preprocess, threads=compute.threads):
+        for batch in EvalLoader(val, classifier.backbone.preprocess, threads=compute.threads):
             images = prepare_images(classifier, to_device(batch.images, settings), settings)
             parts.append(classifier(images).argmax(dim=1).cpu().numpy() == batch.labels)
     return np.concatenate(parts)

@@ -38,6 +38,7 @@ from finetune.train.machine import Device
 from finetune.train.prefix import (
     Engine,
     EventCallback,
+    GraphSource,
     PixelPrefix,
     activation_shape,
     onnx_engine_name,
@@ -101,7 +102,7 @@ class Resources:
     threads: int | None = None
     cache: Path | None = None
     budget_bytes: int | None = None
-    graph: bytes | None = None  # an ONNX file with an output `embedding`, where the classifier has been exported already
+    graph: GraphSource | None = None  # where the classifier has been exported already
     progress: ProgressCallback = silent
     event: EventCallback = no_event
 

@@ -25,7 +25,7 @@ from finetune.rundir import RunDir, workspace
 from finetune.train.features import Resources, Views, no_event, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
-from finetune.train.prefix import EventCallback
+from finetune.train.prefix import EventCallback, GraphSource
 from finetune.train.probe import Probe, solve_probe
 from finetune.train.recipe import Recipe, refit_recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
@@ -76,7 +76,7 @@ def train_classifier(
     *,
     identity: Mapping[str, str],
     decided: Fitted | None = None,
-    graph: bytes | None = None,
+    graph: GraphSource | None = None,
     progress: ProgressCallback = silent,
 ) -> Trained:
     """Train `classifier` in place on the train split of `dataset`, choosing on its val split.
@@ -84,7 +84,7 @@ def train_classifier(
     Args:
         decided: where `dataset` has no val split, what the steps come to is not chosen but as in this earlier run.
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
-        graph: the classifier exported as it is now, as one ONNX file; spares the prefix engine an export of its own.
+        graph: gives the classifier, as it is then, as one ONNX file; spares the prefix engine an export of its own.
     """
     began = time.perf_counter()
     apply_freeze(classifier, widest_plan(recipe))
@@ -120,7 +120,7 @@ def refit(
     compute: Compute,
     *,
     identity: Mapping[str, str],
-    graph: bytes | None = None,
+    graph: GraphSource | None = None,
     progress: ProgressCallback = silent,
 ) -> Trained:
     """Train `classifier`, which has the weights that `trained` began with, on train and val together; nothing is chosen any more.
@@ -152,7 +152,7 @@ def solved_logits(
     samples: tuple[Sample, ...],
     compute: Compute,
     *,
-    graph: bytes | None = None,
+    graph: GraphSource | None = None,
     event: EventCallback = no_event,
     progress: ProgressCallback = silent,
 ) -> np.ndarray:
@@ -173,7 +173,7 @@ class _HeadSolver:
     augment: Augment
     run: RunDir
     compute: Compute
-    graph: bytes | None
+    graph: GraphSource | None
     progress: ProgressCallback
     probe: Probe | None = None
 

@@ -31,6 +31,7 @@ from finetune.rundir import read_json, sha256_file, write_atomic, write_json
 from finetune.train.machine import Device
 
 EventCallback = Callable[[str, str], object]  # kind, message: what `RunDir.event` takes
+GraphSource = Callable[[], bytes]  # an ONNX file with an output `embedding`, made when it is asked for
 
 LEAST_AGREEMENT = 0.9999
 OPSET = 20
@@ -176,14 +177,15 @@ def open_engine(
     images: NDArray[np.uint8],
     device: Device,
     store: Path,
-    graph: bytes | None,
+    graph: GraphSource | None,
     event: EventCallback,
 ) -> Engine:
     """The fastest engine that agrees with torch on `images`, a few real ones.
 
     Args:
         store: folder in which the exported graph and the verdict on it are kept for later runs.
-        graph: an ONNX file that computes the embedding among its outputs, if there is one already; exporting takes seconds.
+        graph: where an ONNX file comes from that computes the embedding, if the classifier was exported already; exporting takes
+            seconds.
     """
     if device == "cuda":
         return _open_cuda(module, images, event)
@@ -212,12 +214,12 @@ class _Disagreement(Exception):
 
 
 def _open_onnx(
-    module: PixelPrefix, images: NDArray[np.uint8], plain: TorchEngine, store: Path, graph: bytes | None
+    module: PixelPrefix, images: NDArray[np.uint8], plain: TorchEngine, store: Path, graph: GraphSource | None
 ) -> OnnxEngine:
     file, verdict = store / "prefix.onnx", store / "engine.json"
     if file.exists() and verdict.exists() and read_json(verdict).get("sha256") == sha256_file(file):
         return OnnxEngine(open_session(file.read_bytes()))
-    model = export_prefix(module) if graph is None else _only_embedding(graph)
+    model = export_prefix(module) if graph is None else _only_embedding(graph())
     engine = OnnxEngine(open_session(model))
     cosine = agreement(engine.run(images), plain.run(images))
     if not cosine > LEAST_AGREEMENT:

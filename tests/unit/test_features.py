@@ -81,7 +81,7 @@ def filled(
 ) -> Path:
     """A cache that holds the features of all samples."""
     cache = tmp_path_factory.mktemp("cache")
-    pooled_features(classifier, samples, views, Watcher().resources(cache, graph=graph))
+    pooled_features(classifier, samples, views, Watcher().resources(cache, graph=lambda: graph))
     return cache
 
 
@@ -109,7 +109,7 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=graph))
+    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph))
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert watcher.n_computed == N_IMAGES
@@ -121,7 +121,7 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
 def test_what_was_computed_is_read_back_bit_for_bit_without_decoding_or_running_anything(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pooled_features(classifier, samples, views, Watcher().resources(tmp_path, graph=graph))
+    first = pooled_features(classifier, samples, views, Watcher().resources(tmp_path, graph=lambda: graph))
     monkeypatch.setattr("finetune.train.features.open_engine", must_not_run)
     monkeypatch.setattr(Views, "pixels", must_not_run)
     again = pooled_features(classifier, samples, views, Watcher().resources(tmp_path))
@@ -228,7 +228,7 @@ def test_where_the_cache_has_no_room_features_are_computed_and_an_event_says_so(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=graph, budget_bytes=1000))
+    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph, budget_bytes=1000))
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert [kind for kind, _ in watcher.events] == ["cache_full"]
     assert "may hold 0.00 GB" in watcher.events[0][1]
@@ -243,7 +243,7 @@ def test_a_disk_that_fills_up_costs_the_cache_and_not_the_run(
 
     monkeypatch.setattr(ShardWriter, "flush", fills_up)
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=graph))
+    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert watcher.events == [("cache_full", "the features are not kept for later runs: the disk is full")]
 
@@ -276,12 +276,12 @@ def test_an_engine_that_is_not_torch_is_replaced_by_torch_and_stays_so(
     with monkeypatch.context() as patched:
         patched.setattr(f"finetune.train.prefix.{target}", replacement)
         watcher = Watcher()
-        features = pooled_features(classifier, samples[:8], views, watcher.resources(tmp_path, graph=graph))
+        features = pooled_features(classifier, samples[:8], views, watcher.resources(tmp_path, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, samples[:8]), rtol=1e-6, atol=1e-6)
     assert [kind for kind, _ in watcher.events] == ["prefix_engine"]
     assert reason in watcher.events[0][1]
     watcher = Watcher()
-    pooled_features(classifier, samples[:10], views, watcher.resources(tmp_path, graph=graph))
+    pooled_features(classifier, samples[:10], views, watcher.resources(tmp_path, graph=lambda: graph))
     assert watcher.n_computed == 2  # found under torch's name, and ONNX Runtime was not tried again
     assert reason in watcher.events[0][1]
 
@@ -292,7 +292,7 @@ def test_a_damaged_graph_on_disk_is_exported_again(
     (stored,) = cache.rglob("prefix.onnx")
     stored.write_bytes(stored.read_bytes()[:-100])
     more = write_images(tmp_path / "more", N_IMAGES + 2)
-    features = pooled_features(classifier, more, views, Watcher().resources(cache, graph=graph))
+    features = pooled_features(classifier, more, views, Watcher().resources(cache, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, more), rtol=1e-3, atol=1e-5)
 
 
@@ -300,7 +300,7 @@ def test_runs_at_the_same_time_share_a_cache(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     def run(part: list[Sample]) -> np.ndarray:
-        return pooled_features(classifier, part, views, Watcher().resources(tmp_path, graph=graph))
+        return pooled_features(classifier, part, views, Watcher().resources(tmp_path, graph=lambda: graph))
 
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(run, [samples[:16], samples[8:], samples]))
@@ -325,7 +325,8 @@ def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample],
     classifier.train()
     modes = [module.training for module in classifier.modules()]
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    pooled_features(classifier, samples[:8], Views(classifier.backbone.preprocess), Watcher().resources(tmp_path, graph=graph))
+    seen = Views(classifier.backbone.preprocess)
+    pooled_features(classifier, samples[:8], seen, Watcher().resources(tmp_path, graph=lambda: graph))
     assert [module.training for module in classifier.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
     assert all(parameter.requires_grad for parameter in classifier.parameters())
