@@ -1,0 +1,72 @@
+"""The results as Markdown tables: medians over the repeats, and our probe's time by step against the floor."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Run = Mapping[str, Any]
+
+REFERENCE = "ours-probe-cold"
+FLOOR, STEPS = "floor", "ours-probe-steps"
+
+
+def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
+    """One row an entry, in the order of `what`; the ratio is to our cold probe."""
+    reference = _median(_good(runs, REFERENCE), "seconds")
+    lines = [
+        f"| entry | what | seconds | of {REFERENCE} | val top1 | val NLL | CPU s | peak GB | load before | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, description in what.items():
+        chosen = _good(runs, name)
+        failed = [run for run in runs if run["entry"] == name and "failed" in run]
+        if chosen:
+            seconds = _median(chosen, "seconds")
+            ratio = f"{seconds / reference:.2f}" if seconds and reference else "–"
+            memory = _median(chosen, "peak_bytes")
+            cells = [
+                _text(seconds, ".1f"),
+                ratio,
+                _text(_median(chosen, "top1"), ".3f"),
+                _text(_median(chosen, "nll"), ".3f"),
+                _text(_median(chosen, "cpu_seconds"), ".0f"),
+                _text(memory and memory / 1e9, ".2f"),
+                _text(max(run["load_average"] for run in chosen), ".1f"),
+                str(len(chosen)) + (f", {len(failed)} failed" if failed else ""),
+            ]
+            lines.append(f"| `{name}` | {description} | {' | '.join(cells)} |")
+        elif failed:
+            last_words = failed[-1]["failed"].strip().splitlines()[-1]
+            lines.append(f"| `{name}` | {description} | failed: {last_words} |||||||||")
+    return lines
+
+
+def breakdown(runs: Sequence[Run]) -> list[str]:
+    """Our cold probe, step by step, in seconds and in floors."""
+    floors = [run["steps"]["floor"] for run in _good(runs, FLOOR)]
+    measured = [run["steps"] for run in _good(runs, STEPS)]
+    if not measured:
+        return []
+    floor = statistics.median(floors) if floors else None
+    lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
+    for name in dict.fromkeys(step for steps in measured for step in steps):
+        seconds = statistics.median(steps.get(name, 0.0) for steps in measured)
+        lines.append(f"| {name} | {seconds:.2f} | {_text(floor and seconds / floor, '.3f')} |")
+    if floor is not None:
+        lines.append(f"| *the floor* | {floor:.2f} | 1 |")
+    return lines
+
+
+def _good(runs: Sequence[Run], name: str) -> list[Run]:
+    return [run for run in runs if run["entry"] == name and "failed" not in run]
+
+
+def _median(runs: Sequence[Run], key: str) -> float | None:
+    values = [run[key] for run in runs if key in run]
+    return statistics.median(values) if values else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
