@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from finetune.evaluation.metrics import (
     write_evaluations,
 )
 from finetune.evaluation.report import ReportInputs, ShownMistake, write_report
-from finetune.export import BundleFacts, DeployModule, Graph, dry_run_export, export_bundle
-from finetune.export.graph import fill, open_session
+from finetune.export import BundleFacts, export_bundle
+from finetune.export.graph import open_session
 from finetune.outcome import Outcome
 from finetune.plan import Plan, make_plan
 from finetune.progress import Progress, ProgressCallback, silent
@@ -87,45 +86,43 @@ def run_job(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         with _tracked(spec, run, experiment, parent, tracked) as tracker:
             plan = make_plan(spec, progress, run)
-            graph = dry_run_export(plan.classifier, workspace() / "cache" / "graphs")
             _announce(plan, run, tracker)
-            folds = cross_validate(plan, run, _run_fold(graph, experiment, tracker, tracked), progress) if plan.folds else None
-            trained, verdict = train_and_judge(plan, graph, run, progress)
+            folds = cross_validate(plan, run, _run_fold(experiment, tracker, tracked), progress) if plan.folds else None
+            trained, verdict = train_and_judge(plan, run, progress)
             if folds:
                 verdict = verdict.with_folds(folds)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
-            manifest = export(plan, trained, verdict, graph, run, progress)
+            manifest = export(plan, trained, verdict, run, progress)
             cost = measure_cost(plan, trained, run, began)
             write_report(run, report_inputs(plan, trained, verdict, manifest, cost))
             version = Registry(workspace() / "models").register(run.bundle, plan.model_name, once=True)
             return finish(plan, trained, verdict, cost, version, run, tracker)
 
 
-def train_and_judge(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> tuple[Trained, Verdict]:
+def train_and_judge(plan: Plan, run: RunDir, progress: ProgressCallback) -> tuple[Trained, Verdict]:
     """Train with val to choose on, and measure. Where the model is fitted once more on train and val, val speaks before that
     (of images that a model was trained on it could only flatter it), and test after it."""
     if not plan.spec.refits:
-        trained = train(plan, graph, run, progress)
-        return trained, judge(plan, trained, graph, progress)
+        trained = train(plan, run, progress)
+        return trained, judge(plan, trained, progress)
     start = copy_state(plan.classifier)
-    trained = train(plan, graph, run, progress)
-    before = judge(plan, trained, graph, progress, ("val",))
+    trained = train(plan, run, progress)
+    before = judge(plan, trained, progress, ("val",))
     plan.classifier.load_state_dict(start)
     shared = (plan.dataset, plan.augment, run, plan.compute)
-    exported = partial(_filled, plan, graph)
-    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=exported, progress=progress)
-    after = judge(plan, trained, graph, progress, ("test",))
+    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=plan.exported, progress=progress)
+    after = judge(plan, trained, progress, ("test",))
     return trained, before.with_test_of(after)
 
 
-def _run_fold(graph: Graph, experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
+def _run_fold(experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
     """How a fold is carried out: as a run of its own, nested in `parent`, that ends with being judged."""
 
     def run_fold(plan: Plan, run: RunDir, name: str, progress: ProgressCallback) -> FoldAnswer:
         nested_in = parent.wait_for_run_id(60)
         with _tracked(plan.spec, run, experiment, nested_in, tracked, name=name) as tracker:
             _announce(plan, run, tracker)
-            trained, verdict = train_and_judge(plan, graph, run, progress)
+            trained, verdict = train_and_judge(plan, run, progress)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             run.metric(trained.n_steps, verdict.metrics)
             return FoldAnswer(verdict.metrics, verdict.logits["test"], trained.summary, tracker.wait_for_run_id(0))
@@ -138,20 +135,15 @@ def _identity(plan: Plan) -> dict[str, str]:
     return {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
 
 
-def train(plan: Plan, graph: Graph, run: RunDir, progress: ProgressCallback) -> Trained:
+def train(plan: Plan, run: RunDir, progress: ProgressCallback) -> Trained:
     """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
     shared = (plan.dataset, plan.augment, run, plan.compute)
-    identity, exported = _identity(plan), partial(_filled, plan, graph)
+    identity = _identity(plan)
     if len(plan.recipes) == 1:
-        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=exported, progress=progress)
+        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=plan.exported, progress=progress)
     return train_until_it_stops_paying(
-        plan.classifier, plan.recipes, *shared, identity=identity, graph=exported, progress=progress
+        plan.classifier, plan.recipes, *shared, identity=identity, graph=plan.exported, progress=progress
     )
-
-
-def _filled(plan: Plan, graph: Graph) -> bytes:
-    """The plan's classifier as it is now, as one ONNX file."""
-    return fill(graph, DeployModule(plan.classifier))
 
 
 @dataclass(frozen=True)
@@ -187,12 +179,10 @@ class Verdict:
         return {**figures, **(self.folds.metrics if self.folds else {})}
 
 
-def judge(
-    plan: Plan, trained: Trained, graph: Graph, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")
-) -> Verdict:
+def judge(plan: Plan, trained: Trained, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")) -> Verdict:
     """Evaluate what will be exported, as ONNX Runtime computes it; fit the temperature on val."""
     samples = {split: plan.dataset.of(split) for split in splits if plan.dataset.of(split)}
-    score_split = _scorer(plan, trained, graph, progress)
+    score_split = _scorer(plan, trained, progress)
     logits = {split: score_split(split, chosen) for split, chosen in samples.items()}
     labels = {split: labels_of(chosen) for split, chosen in samples.items()}
     evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
@@ -200,15 +190,12 @@ def judge(
     return Verdict(evaluations, temperature, logits, samples)
 
 
-def _scorer(
-    plan: Plan, trained: Trained, graph: Graph, progress: ProgressCallback
-) -> Callable[[str, tuple[Sample, ...]], np.ndarray]:
+def _scorer(plan: Plan, trained: Trained, progress: ProgressCallback) -> Callable[[str, tuple[Sample, ...]], np.ndarray]:
     """What gives the logits of a split. Where only the head is new, the images need not be run through the backbone again."""
     classifier, compute = plan.classifier, plan.compute
-    exported = partial(_filled, plan, graph)
     if trained.fitted is None and compute.device == "cpu":  # a GPU's features are rounded otherwise than the exported graph's
-        return lambda split, samples: solved_logits(classifier, samples, compute, graph=exported, progress=progress)
-    session = open_session(exported(), threads=compute.threads)
+        return lambda split, samples: solved_logits(classifier, samples, compute, graph=plan.exported, progress=progress)
+    session = open_session(plan.exported(), threads=compute.threads)
 
     def run(images: np.ndarray) -> np.ndarray:
         logits: np.ndarray = session.run(["logits"], {"images": images})[0]
@@ -225,7 +212,7 @@ def _calibrate(logits: np.ndarray, labels: np.ndarray) -> Temperature | None:
     return None if temperature.at_limit else temperature
 
 
-def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: RunDir, progress: ProgressCallback) -> Manifest:
+def export(plan: Plan, trained: Trained, verdict: Verdict, run: RunDir, progress: ProgressCallback) -> Manifest:
     """Write the bundle; one that an interrupted run has already written is complete and stays."""
     if run.bundle.exists():
         return read_manifest(run.bundle)
@@ -243,7 +230,7 @@ def export(plan: Plan, trained: Trained, verdict: Verdict, graph: Graph, run: Ru
         facts,
         plan.dataset.of("val"),
         run.bundle,
-        graph=graph,
+        graph=plan.graph,
         quantize=plan.spec.export.quantize,
         training=plan.dataset.of("train"),
         progress=progress,

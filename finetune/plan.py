@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -15,17 +18,18 @@ from finetune.data.check import ResizeAdvice, advise_resize, check_images, image
 from finetune.data.index import Dataset, index_dataset
 from finetune.data.split import fold_datasets, read_split, split_dataset, write_split
 from finetune.errors import InvalidInput, Problem
+from finetune.export import DeployModule, Graph, dry_run_export
+from finetune.export.graph import fill
 from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
-from finetune.progress import ProgressCallback, silent
+from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, as_model_name, workspace
 from finetune.spec import JobSpec
 from finetune.train.machine import available_threads, resolve_device
 from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
 
-A = TypeVar("A")
-B = TypeVar("B")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,15 @@ class Plan:
     advice: ResizeAdvice
     backbone: Backbone
     classifier: Classifier
+    graph: Graph  # the classifier's export, tried; its weights are put in when it is asked for
     augment: Augment
     recipes: tuple[Recipe, ...]  # what is tried, from the cheapest up; more than one only for method auto
     compute: Compute
     folds: tuple[Dataset, ...] = ()  # for cross-validation: what each fold trains, chooses and is tested on
+
+    def exported(self) -> bytes:
+        """The classifier as it is now, as one ONNX file."""
+        return fill(self.graph, DeployModule(self.classifier))
 
     @property
     def rounds(self) -> int:
@@ -94,11 +103,22 @@ class Plan:
 def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | None = None) -> Plan:
     """Everything before training. With `run`, the split of a run that was interrupted is read back instead of drawn again.
 
+    The files are read in a thread of their own, while the network is built and its export tried.
+
     Raises:
         InvalidInput: what is wrong with the data and what is wrong with the model, in one error.
+        ExportError: the backbone could be trained, but not served.
     """
     compute = Compute(resolve_device(spec.compute.device), spec.compute.precision, _threads(spec))
-    dataset, backbone = _both(lambda: read_dataset(spec, progress, run), lambda: _build_backbone(spec))
+    attempts = _Attempts()
+    indexed = attempts.make(lambda: _index(spec))
+    with _reading(spec, indexed, progress, run) as reading:
+        network = attempts.make(lambda: _build_network(spec, 2 if indexed is None else len(indexed.classes)))
+        dataset = attempts.make(reading.result)
+    if dataset is None or network is None:
+        raise attempts.error()
+    classifier, graph = network
+    backbone = classifier.backbone
     folds: tuple[Dataset, ...] = ()
     if spec.data.folds is not None:
         folds = fold_datasets(dataset, spec.data.folds, val_fraction=spec.data.val_fraction, seed=spec.seed)
@@ -106,10 +126,8 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     backbone.preprocess = replace(backbone.preprocess, resize=advice.resize)
     augment = build_augment(spec.augmentation.policy, spec.augmentation.transforms, backbone.preprocess)
     recipes = _recipes(spec, dataset, backbone, compute)
-    torch.manual_seed(spec.seed)  # the new head's first values
-    head = spec.model.head
-    classifier = Classifier(backbone, len(dataset.classes), head.pooling, recipes[-1].dropout, head.aux)
-    return Plan(spec, dataset, advice, backbone, classifier, augment, recipes, compute, folds)
+    classifier.dropout.p = recipes[-1].dropout
+    return Plan(spec, dataset, advice, backbone, classifier, graph, augment, recipes, compute, folds)
 
 
 def replan(plan: Plan, dataset: Dataset) -> Plan:
@@ -124,10 +142,33 @@ def _recipes(spec: JobSpec, dataset: Dataset, backbone: Backbone, compute: Compu
     return tuple(resolve_recipe(candidate, facts, backbone.stages) for candidate in candidates(spec, backbone.stages))
 
 
-def read_dataset(spec: JobSpec, progress: ProgressCallback, run: RunDir | None) -> Dataset:
-    """Found, checked and split; the split of an interrupted run is kept."""
+def _index(spec: JobSpec) -> Dataset:
+    return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+
+
+@contextmanager
+def _reading(
+    spec: JobSpec, indexed: Dataset | None, progress: ProgressCallback, run: RunDir | None
+) -> Iterator[Future[Dataset | None]]:
+    """`read_dataset` in a thread of its own; where the block ends by an exception, it is given up soon."""
+    given_up = Event()
+
+    def report(update: Progress) -> None:
+        if given_up.is_set():
+            raise CancelledError
+        progress(update)
+
+    with ThreadPoolExecutor(1, "reading") as pool:
+        try:
+            yield pool.submit(lambda: None if indexed is None else read_dataset(spec, indexed, report, run))
+        except BaseException:
+            given_up.set()
+            raise
+
+
+def read_dataset(spec: JobSpec, indexed: Dataset, progress: ProgressCallback, run: RunDir | None) -> Dataset:
+    """Checked and split; the split of an interrupted run is kept."""
     data = spec.data
-    indexed = index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
     memory = workspace() / "cache" / "images"
     checked = check_images(
         indexed, on_bad=data.on_bad_image, max_bad_fraction=data.max_bad_fraction, progress=progress, memory=memory
@@ -154,9 +195,12 @@ def facts_of(dataset: Dataset, backbone: Backbone, compute: Compute) -> Facts:
     )
 
 
-def _build_backbone(spec: JobSpec) -> Backbone:
+def _build_network(spec: JobSpec, n_classes: int) -> tuple[Classifier, Graph]:
     torch.manual_seed(spec.seed)  # the first values of a backbone without pretrained weights
-    return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+    backbone = build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+    torch.manual_seed(spec.seed)  # the new head's first values
+    classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
+    return classifier, dry_run_export(classifier, workspace() / "cache" / "graphs")
 
 
 def _advice(spec: JobSpec, dataset: Dataset, backbone: Backbone) -> ResizeAdvice:
@@ -177,18 +221,23 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def _both(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
-    """The results of two independent steps, or in one error all that either finds wrong."""
-    errors: list[InvalidInput] = []
-    results: list[Any] = []
-    for step in (first, second):
+class _Attempts:
+    """Independent steps, of which one error tells all that any of them finds wrong."""
+
+    def __init__(self) -> None:
+        self._errors: list[InvalidInput] = []
+
+    def make(self, step: Callable[[], T]) -> T | None:
+        """What the step gives; None where it failed, as `error` will say."""
         try:
-            results.append(step())
+            return step()
         except InvalidInput as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        problems = [found for error in errors for found in (Problem("", error.message), *error.problems)]
-        raise InvalidInput("two things are wrong with this request", problems)
-    return results[0], results[1]
+            self._errors.append(error)
+            return None
+
+    def error(self) -> InvalidInput:
+        """Of at least one step that failed."""
+        if len(self._errors) == 1:
+            return self._errors[0]
+        problems = [found for error in self._errors for found in (Problem("", error.message), *error.problems)]
+        return InvalidInput("two things are wrong with this request", problems)
