@@ -167,8 +167,8 @@ def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
         run.event("checkpoint_damaged", f"passed over: {', '.join(damaged)}")
     if found is not None:
         checkpoint.check_belongs(found["identity"], saving.identity, run.checkpoints)
-    elif damaged:
-        write_atomic(run.metrics, lambda stream: stream.write(b""))  # what it says will be said again
+    else:
+        write_atomic(run.metrics, lambda stream: stream.write(b""))  # what an attempt without a checkpoint said is said again
     return found
 
 

@@ -21,7 +21,7 @@ from finetune.data.pixels import PixelStore
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir, workspace
+from finetune.rundir import RunDir, workspace, write_atomic
 from finetune.train.features import Resources, Views, no_event, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
@@ -94,6 +94,7 @@ def train_classifier(
     if recipe.n_steps:
         fitted = _take_steps(classifier, recipe, dataset, augment, run, compute, identity, decided, solver, progress)
     else:
+        write_atomic(run.metrics, lambda stream: stream.write(b""))  # an attempt that was killed may have solved it before
         solver(classifier)
     classifier.eval()
     apply_freeze(classifier, widest_plan(recipe))
@@ -276,10 +277,11 @@ class _Source:
 
 def _image_source(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute) -> _Source:
     train, val = dataset.of("train"), dataset.of("val")
+    train_augment = augment.at_size(recipe.train_size_px)
     pixels = PixelStore(workspace() / "cache" / "pixels")
 
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads, pixels)
+        return TrainLoader(train, train_augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads, pixels)
 
     evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads, pixels)
     return _Source(batches, evaluated, prepare_images, forward_images)

@@ -143,6 +143,14 @@ def test_with_every_checkpoint_damaged_the_run_begins_anew(tmp_path: Path, sampl
     assert fingerprint(again, classifier) == first
 
 
+def test_what_an_attempt_said_before_its_first_checkpoint_is_not_said_twice(tmp_path: Path, samples: list[Sample]) -> None:
+    reference, _ = train_tiny(RunDir(tmp_path / "alone"), samples, TWO_EPOCHS)
+    run = RunDir(tmp_path / "killed").create()
+    run.metric(0, {"probe/l2": 0.1}, epoch=0.0)
+    again, _ = train_tiny(run, samples, TWO_EPOCHS)
+    assert [line["step"] for line in again.history] == [line["step"] for line in reference.history]
+
+
 def test_checkpoints_of_another_dataset_are_refused(tmp_path: Path, samples: list[Sample]) -> None:
     train_tiny(RunDir(tmp_path), samples, {"method": "linear_probe"})
     with pytest.raises(CheckpointError, match="dataset changed"):
