@@ -27,6 +27,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table(f"Data: {data['root']}", ["class", *splits], [*rows, totals])
     if len(data["classes"]) > SHOWN_CLASSES:
         console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more classes")
+    if folds := plan["folds"]:
+        sizes = sorted(sum(fold["test"].values()) for fold in folds)
+        console.print(
+            f"  {len(folds)} folds hold out {sizes[0]:,} to {sizes[-1]:,} images each, every image once\n", markup=False
+        )
     weights = backbone["weights"]
     table(
         f"Backbone: {backbone['name']}, weights: {weights['identifier']}, licence {weights['license'] or 'unknown'}",
@@ -48,9 +53,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 def show_outcome(outcome: Outcome) -> None:
     """`finetune train`: what came out, and where to look next."""
     metrics = outcome.metrics
-    splits = [split for split in ("val", "test") if f"{split}/top1" in metrics]
+    splits = [split for split in ("cv", "val", "test") if f"{split}/top1" in metrics]
     names = ("top1", "top5", "macro_f1", "mean_per_class_accuracy", "loss", "ece")
     table(outcome.summary, ["metric", *splits], [[name, *(metrics[f"{split}/{name}"] for split in splits)] for name in names])
+    if outcome.cross_validation:
+        _show_folds(outcome.cross_validation)
     cost = [
         ["wall time", duration(metrics["cost/wall_seconds"])],
         ["of which training", duration(metrics["cost/train_seconds"])],
@@ -68,6 +75,32 @@ def show_outcome(outcome: Outcome) -> None:
         serve    finetune serve --model {outcome.model}@{outcome.version}
         compare  finetune mlflow
         """),
+        markup=False,
+    )
+
+
+def _show_folds(found: Mapping[str, Any]) -> None:
+    """Each fold on what it held out, and what to expect of the model."""
+    names = ("top1", "macro_f1", "loss")
+    rows = [
+        [
+            f"fold {fold['fold']}",
+            fold["n_test"],
+            *(f"{fold['metrics'][f'test/{name}']:.4f}" for name in names),
+            duration(fold["seconds"]),
+        ]
+        for fold in found["folds"]
+    ]
+    over, pooled = found["over_folds"], found["pooled"]
+    rows.append(
+        ["mean ± sd", None, *(f"{over[name]['mean']:.4f} ± {over[name]['standard_deviation']:.4f}" for name in names), None]
+    )
+    rows.append(["pooled (cv)", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None])
+    table("Cross-validation", ["", "held out", *names, "took"], rows)
+    low, high = over["top1"]["interval"]
+    console.print(
+        f"Expect top1 {over['top1']['mean']:.4f} of this model, 95 % interval {low:.4f} to {high:.4f} (t over folds): it was "
+        "made as the folds were, on all images.\n",
         markup=False,
     )
 

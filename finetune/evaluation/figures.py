@@ -25,6 +25,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.metrics import Evaluation
 from finetune.rundir import write_atomic
 
@@ -313,6 +314,28 @@ def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | No
         )  # fmt: skip
         if name == "val_top1":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+@_styled
+def fold_scores(found: CrossValidation) -> Figure:
+    """Each fold's accuracy, F1 and loss on what it held out; their mean and its interval, and the pooled figure."""
+    figure = Figure(figsize=(WIDTH_INCHES, 2.9))
+    pooled = found.pooled.metrics("cv")
+    numbers = [fold.fold for fold in found.folds]
+    panels = (("top1", "Top-1"), ("macro_f1", "Macro F1"), ("loss", "Loss"))
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        spread = found.spreads[name]
+        axes.axhspan(*spread.interval, color=VAL, alpha=0.13, linewidth=0, label="95 % interval of the mean")
+        axes.axhline(spread.mean, color=VAL, linewidth=1.2, label="mean over folds")
+        axes.axhline(pooled[f"cv/{name}"], color=BEST, linewidth=1.2, linestyle="--", label="all answers pooled")
+        axes.plot(numbers, [fold.metrics[f"test/{name}"] for fold in found.folds], "o", color=TRAIN, markersize=5, label="a fold")
+        axes.set(title=title, xlabel="fold", xlim=(0.5, len(numbers) + 0.5))
+        axes.margins(y=0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name == "top1":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

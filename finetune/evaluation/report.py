@@ -35,6 +35,7 @@ _CAPTIONS = {
     "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
+    "fold_scores": "Each fold, on the images that it held out. The band is where the mean of another cross-validation may lie.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
 }
@@ -96,6 +97,7 @@ def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dic
         "learning_rate": figures.learning_rate(records),
         "stage_signals": figures.stage_signals(records, inputs.stage_names),
         "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
+        "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
         "confusion": figures.confusion_matrix(judged),
         "per_class": figures.per_class_bars(judged),
         "reliability": figures.reliability_diagram(judged),
@@ -116,8 +118,9 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, Figure]) -> str:
             _cards(split, judged),
             _splits_table(inputs.evaluations),
             _note(inputs.note),
-            _temperature(inputs.temperature),
+            _temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
         ),
+        section("Cross-validation", *_folds(inputs.folds, shown.get("fold_scores", ""))),
         section("Training", *(shown.get(name, "") for name in _TRAINING_FIGURES)),
         section(f"Classes ({split})", shown.get("per_class", ""), details("All classes as a table", _class_table(judged))),
         section(f"Confusion ({split})", shown.get("confusion", ""), _pairs_table(judged)),
@@ -184,19 +187,60 @@ def _split_row(e: Evaluation) -> list[str]:
     return [str(e.n), f"{e.top1:.1%}", interval, top_k, *shares]
 
 
+def _folds(found: CrossValidation | None, picture: str) -> list[str]:
+    if found is None:
+        return []
+    top1, pooled = found.spreads["top1"], found.pooled
+    said = (
+        f"Expect a top-1 of {top1.mean:.1%}, 95 % interval {_percents(top1.interval)} (Student's t over the folds, widened as "
+        "they share training images; Nadeau & Bengio 2003): how far another cross-validation may come out. Pooled, "
+        f"{pooled.top1:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % interval "
+        f"{_percents(pooled.top1_interval)} (Wilson): how exactly so many images measure that."
+    )
+    return [f"<p>{escape(said)}</p>", picture, _folds_table(found)]
+
+
+def _percents(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} – {interval[1]:.1%}"
+
+
+def _folds_table(found: CrossValidation) -> str:
+    names = ("top1", "macro_f1", "mean_per_class_accuracy", "loss", "ece")
+    rows = [
+        [
+            f"fold {fold.fold}",
+            f"{fold.n_train:,}",
+            f"{fold.n_test:,}",
+            *(f"{fold.metrics[f'test/{name}']:.4f}" for name in names),
+            cost_text("fold_seconds", fold.seconds),
+            fold.summary,
+        ]
+        for fold in found.folds
+    ]
+    spreads, pooled = found.spreads, found.pooled.metrics("cv")
+    over = {
+        "mean": [f"{spreads[name].mean:.4f}" for name in names],
+        "standard deviation": [f"{spreads[name].standard_deviation:.4f}" for name in names],
+        "95 % interval": [f"{spreads[name].interval[0]:.3f} – {spreads[name].interval[1]:.3f}" for name in names],
+    }
+    rows += [[title, "", "", *figures_of, "", ""] for title, figures_of in over.items()]
+    rows.append(["pooled", "", f"{found.pooled.n:,}", *(f"{pooled[f'cv/{name}']:.4f}" for name in names), "", ""])
+    head = ["", "trained on", "held out", "top-1", "macro F1", "per-class accuracy", "NLL", "ECE", "took", "what it kept"]
+    return table(head, rows)
+
+
 def _note(text: str) -> str:
     return f"<p>{escape(text)}</p>" if text else ""
 
 
-def _temperature(fitted: Temperature | None) -> str:
+def _temperature(fitted: Temperature | None, which: str) -> str:
     if fitted is None:
         return ""
     if fitted.at_limit:
-        return (
-            "<p>No temperature was fitted: the best one lies outside 0.01 … 100, as when every val image is labelled rightly.</p>"
-        )
+        why = f"the best one lies outside 0.01 … 100, as when every {which} image is labelled rightly"
+        return f"<p>No temperature was fitted: {why}.</p>"
     return (
-        f"<p>Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} val images: NLL {fitted.nll_before:.3f} → "
+        f"<p>Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} {which} images: NLL {fitted.nll_before:.3f} → "
         f"{fitted.nll_after:.3f}, ECE {fitted.ece_before:.3f} → {fitted.ece_after:.3f} on those same images (so optimistic).</p>"
     )
 

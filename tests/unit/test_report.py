@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from finetune.evaluation import figures
+from finetune.evaluation.folds import CrossValidation, FoldScore
 from finetune.evaluation.metrics import Evaluation, confident_mistakes, evaluate_logits, fit_temperature
 from finetune.evaluation.report import ReportInputs, ShownMistake, draw_figures, render_report, write_report
 from finetune.rundir import RunDir, read_lines
@@ -221,3 +222,20 @@ def test_stage_signals_run_from_the_stem_to_the_head_in_numeric_order(tmp_path: 
 
 def test_one_sample_of_stage_signals_is_no_curve() -> None:
     assert figures.stage_signals([{"step": 0, "epoch": 0, "values": {"train/grad_norm/head": 1.0}}]) is None
+
+
+def test_a_cross_validation_is_shown_fold_by_fold_with_what_to_expect(tmp_path: Path) -> None:
+    scores = tuple(
+        FoldScore(number, 160, 40, judged(("cat", "dog"), n=40, seed=number)[2].metrics("test"), f"kept {number}", 2.0)
+        for number in (1, 2, 3)
+    )
+    found = CrossValidation(scores, judged(("cat", "dog"))[2])
+    run = RunDir(tmp_path).create()
+    write_report(run, inputs(evaluations={"cv": found.pooled}, folds=found, note="what these figures are of"))
+    page = Page(run.report.read_text(encoding="utf-8"))
+    assert "what these figures are of" in page.text
+    assert f"Expect a top-1 of {found.spreads['top1'].mean:.1%}" in page.text
+    assert all(f"fold {number}" in page.text and f"kept {number}" in page.text for number in (1, 2, 3))
+    assert "fitted on the 120 held-out images" in page.text
+    assert (run.figures / "fold_scores.png").stat().st_size > 1000
+    assert any("95 % interval of the mean" in svg for svg in embedded_svgs(page))

@@ -1,0 +1,186 @@
+"""A job with folds, from a folder of pictures to a registered model: every image tested once, and no fold done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from tiny_training import write_images
+
+from finetune.bundle.manifest import read_manifest
+from finetune.evaluation.folds import POOLED
+from finetune.evaluation.metrics import evaluate_logits, read_evaluations
+from finetune.outcome import Outcome
+from finetune.pipeline import run_job
+from finetune.progress import Progress, silent
+from finetune.rundir import RunDir, read_json, read_lines
+from finetune.spec import JobSpec, parse_spec
+from finetune.train import checkpoint
+
+CRASHING = Path(__file__).parents[1] / "crashing"
+TINY = {
+    "model": {"backbone": "test_efficientnet", "weights": "none", "input_size_px": 64},
+    "compute": {"device": "cpu", "precision": "float32", "threads": 1},
+}
+STEPPED = {
+    "method": {"type": "full", "warm_head": False, "bn": "train"},
+    "hyperparameters": {"n_epochs": 1, "batch_size": 4, "mixup": 0.2},
+    "data": {"folds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace that the tests share: what does not depend on a run is computed once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for sample in write_images(folder / "all", 30):
+        (folder / "stripes" / f"class{sample.label}").mkdir(parents=True, exist_ok=True)
+        shutil.move(sample.path, folder / "stripes" / f"class{sample.label}")
+    return folder / "stripes"
+
+
+def spec_of(pictures: Path, **given: Any) -> JobSpec:
+    return parse_spec({"training_file": str(pictures), **TINY, **given})
+
+
+def weights_of(run: RunDir) -> str:
+    """sha256 of the exported weights."""
+    digest = hashlib.sha256()
+    for tensor in sorted(onnx.load(str(run.bundle / "model.onnx")).graph.initializer, key=lambda one: one.name):
+        digest.update(tensor.name.encode() + numpy_helper.to_array(tensor).tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def cross_validated(pictures: Path, home: Path) -> tuple[Outcome, RunDir, list[Progress]]:
+    run, seen = RunDir(home / "runs" / "probe"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(home))
+        outcome = run_job(spec_of(pictures, data={"folds": 3}), run, seen.append, tracked=False)
+    return outcome, run, seen
+
+
+def read_split(path: Path) -> dict[str, str]:
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return {name: split for name, _, split, _ in rows}
+
+
+def test_every_image_is_tested_by_the_one_fold_that_did_not_train_on_it(cross_validated: Any) -> None:
+    outcome, run, _ = cross_validated
+    splits = [read_split(run.fold(number).split) for number in (1, 2, 3)]
+    tested = Counter(name for split in splits for name, side in split.items() if side == "test")
+    assert set(tested.values()) == {1}
+    assert len(tested) == 30
+    assert all({"train", "val", "test"} == set(split.values()) for split in splits)
+    assert set(read_split(run.split).values()) == {"train", "val"}, "the final model is not tested by images kept back"
+    assert "test/top1" not in outcome.metrics
+
+
+def test_the_pooled_figures_are_those_of_all_held_out_answers(cross_validated: Any, pictures: Path) -> None:
+    outcome, run, _ = cross_validated
+    logits, labels = [], []
+    for number in (1, 2, 3):
+        split = read_split(run.fold(number).split)
+        labels += [int(name[5]) for name, side in split.items() if side == "test"]
+        logits.append(np.load(run.fold(number).held_out))
+        own = read_json(run.fold(number).outcome)
+        assert own["metrics"]["test/top1"] == read_evaluations(run.fold(number).evaluation)["test"].top1
+    pooled = evaluate_logits(np.concatenate(logits), np.array(labels), ("class0", "class1", "class2"))
+    assert read_evaluations(run.evaluation)[POOLED] == pooled
+    assert outcome.metrics["cv/top1"] == pooled.top1
+    assert outcome.cross_validation == read_json(run.folds)
+    assert Outcome.read(run) == outcome
+    assert [fold["n_train"] + fold["n_test"] for fold in outcome.cross_validation["folds"]] == [30, 30, 30]
+
+
+def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_of(cross_validated: Any, pictures: Path) -> None:
+    outcome, run, seen = cross_validated
+    assert "once more on train + val" in outcome.summary
+    manifest = read_manifest(outcome.bundle)
+    assert manifest.metrics["cv/top1"] == outcome.metrics["cv/top1"]
+    assert any("had not seen it" in note for note in manifest.method["notes"])
+    report = run.report.read_text(encoding="utf-8")
+    assert "Cross-validation" in report
+    assert "Expect a top-1 of" in report
+    assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
+    (event,) = [line for line in read_lines(run.events) if line["kind"] == "refitted"]
+    assert "the 30 images" in event["message"]
+    assert not any(run.fold(number).bundle.exists() for number in (1, 2, 3)), "folds export nothing"
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing catches it."""
+
+
+def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_same_bits(
+    pictures: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(pictures, **STEPPED)
+    whole, killed = RunDir(home / "runs" / "whole"), RunDir(home / "runs" / "killed")
+    expected = run_job(spec, whole, silent, tracked=False)
+    save = checkpoint.save
+
+    def dying(folder: Path, step: int, content: Any) -> None:
+        save(folder, step, content)
+        if folder == killed.fold(2).root / "refit" / "checkpoints" and step > 0:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(Killed):
+        run_job(spec, killed, silent, tracked=False)
+    monkeypatch.undo()
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    assert killed.fold(1).outcome.exists()
+    assert not killed.fold(2).outcome.exists()
+    first_fold = killed.fold(1).outcome.stat().st_mtime_ns
+    outcome = run_job(spec, killed, silent, tracked=False)
+    assert killed.fold(1).outcome.stat().st_mtime_ns == first_fold, "a finished fold is not done again"
+    assert [line["kind"] for line in read_lines(killed.fold(2).root / "refit" / "events.jsonl")].count("resumed") == 1
+    assert weights_of(killed) == weights_of(whole)
+    figures = {key: value for key, value in outcome.metrics.items() if not key.startswith("cost/")}
+    assert figures == {key: expected.metrics[key] for key in figures}
+    assert all(np.array_equal(np.load(killed.fold(n).held_out), np.load(whole.fold(n).held_out)) for n in (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point", ["after replace held_out.npy 2", "before replace step-00000003.pt 5", "after replace folds.json"]
+)
+def test_a_killed_process_with_folds_resumes_to_the_same_bits(
+    point: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {}
+    for name in ("whole", "killed"):
+        home = tmp_path / name
+        request = home / "request.yaml"
+        request.parent.mkdir()
+        request.write_text(spec_of(pictures, **STEPPED).to_yaml())
+        environment = {**os.environ, "FINETUNE_HOME": str(home), "CRASH_MARK": str(home / "crashed")}
+        command = [sys.executable, "-m", "finetune", "train", str(request), "--run-dir", str(home / "run"), "--no-mlflow"]
+        if name == "killed":
+            crashing = {**environment, "PYTHONPATH": str(CRASHING), "CRASH_AT": point}
+            died = subprocess.run(command, env=crashing, capture_output=True, text=True, check=False)
+            assert died.returncode == -9, died.stderr
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        runs[name] = RunDir(home / "run")
+    assert weights_of(runs["killed"]) == weights_of(runs["whole"])
