@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 1.0  # a sample of a process of 2 GB takes some 50 ms of one core
 
 
 class CommandFailed(Exception):
@@ -23,10 +23,15 @@ class CommandFailed(Exception):
 
 @dataclass(frozen=True)
 class Cost:
-    """`peak_bytes` is of the whole tree at one moment: what is shared between its processes (PSS) counts once."""
+    """What a command took.
+
+    `peak_bytes` is of the whole tree at one moment: what is shared between its processes (PSS) counts once. `others_cpu_seconds`
+    is what everything else on the machine computed meanwhile, this watcher included: near 0 on an idle machine.
+    """
 
     seconds: float
     cpu_seconds: float
+    others_cpu_seconds: float
     peak_bytes: int
 
 
@@ -38,17 +43,26 @@ def run_measured(arguments: Sequence[str], environment: dict[str, str], log: Pat
     """
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
-        began = time.perf_counter()
-        process = subprocess.Popen(arguments, env=environment, stdout=stdout, stderr=stderr, start_new_session=True)
+        began, busy_before = time.perf_counter(), _busy_seconds()
+        # A group of its own, to be killed as one. Not a session: Linux may share the processor between sessions
+        # evenly, whatever the niceness of the processes inside.
+        process = subprocess.Popen(arguments, env=environment, stdout=stdout, stderr=stderr, process_group=0)
         with _stopped_with_us(process), _killed_after(process, timeout_seconds), _peak_memory(process.pid) as peak:
             _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - began
+            seconds, busy = time.perf_counter() - began, _busy_seconds() - busy_before
             process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         last_words = "\n".join((err.read_text(errors="replace") or out.read_text(errors="replace")).splitlines()[-15:])
         late = f"ended after {timeout_seconds:g} s; " if seconds >= timeout_seconds else ""
         raise CommandFailed(f"{late}exit code {process.returncode}\n{last_words}")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, max(peak))
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Cost(seconds, cpu_seconds, max(0.0, busy - cpu_seconds), max(peak))
+
+
+def _busy_seconds() -> float:
+    """Of all cores since the machine started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)  # guests are in user and nice already
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ def main() -> None:
     if given.data is None:
         parser.error("--data: give a folder with train and validation inside, or set FINETUNE_BENCH_DATA")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whoever stops us stops what we have started
     data = find_data(given.data)
     prepare_peers()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])  # all children inherit it
@@ -98,6 +100,7 @@ def run_entry(entry: Entry, data: Data, threads: int, repeat: int, timeout_secon
             "seconds": sum(cost.seconds for cost in costs.values()),
             "commands": {name: cost.seconds for name, cost in costs.items()},
             "cpu_seconds": sum(cost.cpu_seconds for cost in costs.values()),
+            "others_cpu_seconds": sum(cost.others_cpu_seconds for cost in costs.values()),
             "peak_bytes": max(cost.peak_bytes for cost in costs.values()),
         }
         if (steps := out / "steps.json").exists():

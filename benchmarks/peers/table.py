@@ -16,8 +16,8 @@ def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
     """One row an entry, in the order of `what`; the ratio is to our cold probe."""
     reference = _median(_good(runs, REFERENCE), "seconds")
     lines = [
-        f"| entry | what | seconds | of {REFERENCE} | val top1 | val NLL | CPU s | peak GB | load before | runs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| entry | what | seconds | of {REFERENCE} | top1 | NLL | CPU s | CPU s of others | peak GB | load before | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, description in what.items():
         chosen = _good(runs, name)
@@ -32,6 +32,7 @@ def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
                 _text(_median(chosen, "top1"), ".3f"),
                 _text(_median(chosen, "nll"), ".3f"),
                 _text(_median(chosen, "cpu_seconds"), ".0f"),
+                _text(_median(chosen, "others_cpu_seconds"), ".0f"),
                 _text(memory and memory / 1e9, ".2f"),
                 _text(max(run["load_average"] for run in chosen), ".1f"),
                 str(len(chosen)) + (f", {len(failed)} failed" if failed else ""),
@@ -39,7 +40,7 @@ def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
             lines.append(f"| `{name}` | {description} | {' | '.join(cells)} |")
         elif failed:
             last_words = failed[-1]["failed"].strip().splitlines()[-1]
-            lines.append(f"| `{name}` | {description} | failed: {last_words} |||||||||")
+            lines.append(f"| `{name}` | {description} | failed: {last_words} ||||||||||")
     return lines
 
 
