@@ -7,11 +7,11 @@ READY := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all lint format bench serve mlflow lock clean
+.PHONY: help install demo test test-all lint format bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=…"; exit 1; }
@@ -40,6 +40,9 @@ lint: $(READY)  ## Style, types and import contracts
 bench: $(READY)  ## The quick benchmarks; benchmarks/README.md has figures and the longer ones
 	$(BIN)/python benchmarks/training_step.py --out training_step.json
 	$(BIN)/python benchmarks/jobs.py --out jobs.json
+
+bench-peers: $(READY)  ## Ours beside fastai, scikit-learn, a plain loop (DATA=folder; takes hours)
+	$(BIN)/python benchmarks/peers/run.py $(addprefix --data ,$(DATA)) --repeats $(or $(REPEATS),3) --out peers.json
 
 format: $(READY)  ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
