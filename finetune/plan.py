@@ -192,6 +192,8 @@ def facts_of(dataset: Dataset, backbone: Backbone, compute: Compute) -> Facts:
         threads=compute.threads,
         has_batch_norm=any(isinstance(getattr(module, "running_var", None), torch.Tensor) for module in backbone.modules()),
         pretrained=backbone.weights.source != "none",
+        input_size_px=backbone.preprocess.input_size_px,
+        resizable=backbone.resizable,
     )
 
 

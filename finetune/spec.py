@@ -160,6 +160,10 @@ class Hyperparameters(_Section):
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    train_size_px: Annotated[
+        Auto | Annotated[int, Field(ge=32, le=1024)],
+        Field(description="side of the images that steps are taken on, for full and gradual; evaluation sees input_size_px"),
+    ] = "auto"
     learning_rate: Auto | Annotated[float, Field(gt=0.0, le=10.0)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=100.0)] = "auto"
     weight_decay: Auto | Annotated[float, Field(ge=0.0, le=10.0)] = "auto"

@@ -51,7 +51,9 @@ def tiny_classifier(architecture: str = "test_efficientnet", dropout: float = 0.
 
 def tiny_recipe(classifier: Classifier, n_train: int, **given: Any) -> Recipe:
     spec = parse_spec({"training_file": "unused", **given})
-    facts = Facts(n_train=n_train, n_val=6, n_classes=CLASSES, n_parameters=classifier.backbone.n_parameters)
+    backbone = classifier.backbone
+    size_px = backbone.preprocess.input_size_px
+    facts = Facts(n_train=n_train, n_val=6, n_classes=CLASSES, n_parameters=backbone.n_parameters, input_size_px=size_px)
     return resolve_recipe(spec, facts, classifier.backbone.stages)
 
 

@@ -27,7 +27,8 @@ import math
 import os
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import cv2
@@ -55,8 +56,16 @@ _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 class Augment:
     """``augment(rgb, seed)``: (H, W, 3) uint8 → (h, w, 3) uint8. Threads may share it: each has its own transforms."""
 
-    def __init__(self, name: str, transforms: Sequence[Any], preprocess: Preprocess, smallest_crop: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        transforms: Sequence[Any],
+        preprocess: Preprocess,
+        smallest_crop: float,
+        rebuilt: Callable[[Preprocess], Augment],
+    ) -> None:
         self.name = name
+        self._rebuilt = rebuilt
         self.preprocess = preprocess
         self._pipeline = A.Compose(list(transforms), p=1.0)
         self._pads = preprocess.resize == "letterbox" and name in _SMALLEST_CROP
@@ -69,6 +78,11 @@ class Augment:
         return max(
             self.preprocess.decode_short_side_px, math.ceil(max(self.preprocess.input_size_px) / math.sqrt(self._smallest_crop))
         )
+
+    def at_size(self, size_px: tuple[int, int]) -> Augment:
+        """The same augmentation for views of another size (h, w)."""
+        same = size_px == self.preprocess.input_size_px
+        return self if same else self._rebuilt(replace(self.preprocess, input_size_px=size_px))
 
     def __call__(self, rgb: np.ndarray, seed: int) -> np.ndarray:
         if not self._pipeline.transforms:
@@ -116,11 +130,15 @@ def build_augment(
     Raises:
         SpecError: unknown transforms (with near misses), parameters they refuse, or a result that is not repeatable 8-bit RGB.
     """
+
+    def rebuilt(preprocess: Preprocess) -> Augment:
+        return build_augment(policy, transforms, preprocess)
+
     if transforms is None:
-        return Augment(policy, _of_policy(policy, preprocess), preprocess, _SMALLEST_CROP[policy])
+        return Augment(policy, _of_policy(policy, preprocess), preprocess, _SMALLEST_CROP[policy], rebuilt)
     problems: list[Problem] = []
     built = _build_all(transforms, "augmentation.transforms", problems)
-    augment = Augment("transforms", built, preprocess, smallest_crop=0.25)
+    augment = Augment("transforms", built, preprocess, smallest_crop=0.25, rebuilt=rebuilt)
     if not problems:
         problems += _rehearse(augment)
     if problems:

@@ -97,6 +97,11 @@ class Backbone(nn.Module):
     def n_parameters(self) -> int:
         return sum(stage.n_parameters for stage in self.stages)
 
+    @property
+    def resizable(self) -> bool:
+        """Whether the network as it is takes images of other sizes too: not if it has learnt positions."""
+        return not self.weights.pretrained_cfg.get("fixed_input_size", False)
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w)."""
         features: Tensor = self.module.forward_features(images)  # type: ignore[operator]

@@ -126,7 +126,7 @@ def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Setting
     trial = copy.deepcopy(classifier).to(candidates[0].device)
     trial.train()
     apply_freeze(trial, freeze_plan(recipe, recipe.phases[-1]))
-    height, width = trial.backbone.preprocess.input_size_px
+    height, width = recipe.train_size_px
     n_images = min(recipe.batch_size, MEASURED_IMAGES)
     images = torch.full((n_images, height, width, 3), 127, dtype=torch.uint8, device=candidates[0].device)
     seconds: dict[Settings, list[float]] = {settings: [] for settings in candidates}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -50,6 +50,25 @@ def test_full_begins_with_the_solved_head_and_then_trains_every_stage_slower_tow
     assert [full.stage_lr[index + 1] * 0.6 for index in range(7)] == pytest.approx([full.stage_lr[index] for index in range(7)])
     assert (recipe.batch_size, recipe.n_epochs, recipe.label_smoothing) == (32, 6, 0.1)
     assert recipe.n_steps == full.n_steps == 6 * 96
+
+
+def test_steps_are_taken_on_smaller_images_where_the_backbone_is_free_to_and_nothing_is_cached() -> None:
+    assert recipe_for("full").train_size_px == (176, 176)
+    assert recipe_for("gradual", replace(CLOTHING, input_size_px=(299, 299))).train_size_px == (240, 240)
+    assert recipe_for("full", replace(CLOTHING, input_size_px=(256, 128))).train_size_px == (256, 128)  # 96 would show too little
+    assert recipe_for("full", replace(CLOTHING, resizable=False)).train_size_px == (224, 224)
+    assert recipe_for("full", replace(CLOTHING, pretrained=False)).train_size_px == (224, 224)
+    assert recipe_for("partial").train_size_px == (224, 224)
+    assert recipe_for("full", train_size_px=160).train_size_px == (160, 160)
+    assert recipe_for("full", replace(CLOTHING, input_size_px=(384, 192)), train_size_px=160).train_size_px == (320, 160)
+
+
+def test_a_size_that_cannot_be_trained_on_is_refused_with_the_reason() -> None:
+    assert recipe_for("partial", train_size_px=224).train_size_px == (224, 224)
+    with pytest.raises(SpecError, match="train_size_px: 160 is given and the input size is 224×224, but method partial"):
+        recipe_for("partial", train_size_px=160)
+    with pytest.raises(SpecError, match="takes images of one size only"):
+        recipe_for("full", replace(CLOTHING, resizable=False), train_size_px=160)
 
 
 def test_a_cold_head_is_no_phase_and_learns_faster_than_the_backbone() -> None:
@@ -108,7 +127,7 @@ def test_every_resolved_value_says_where_it_came_from() -> None:
     assert autos == {
         f"hyperparameters.{name}"
         for name in (
-            "n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier", "weight_decay", "label_smoothing",
+            "n_epochs", "batch_size", "train_size_px", "learning_rate", "learning_rate_multiplier", "weight_decay", "label_smoothing",
             "warmup_fraction", "early_stopping_epochs", "ema", "l2", "views",
         )
     }  # fmt: skip
