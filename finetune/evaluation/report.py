@@ -14,7 +14,6 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -35,7 +34,7 @@ _CAPTIONS = {
     "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
-    "fold_scores": "Each fold, on the images that it held out. The band is where the mean of another cross-validation may lie.",
+    "fold_scores": "Each fold on the images that it held out, the mean over folds with its 95 % interval, and all answers pooled.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
 }
@@ -81,16 +80,16 @@ class ReportInputs:
 
 
 def write_report(run: RunDir, inputs: ReportInputs) -> None:
-    """Write ``report.html``, and each of its figures as a PNG into ``figures/``."""
+    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides."""
     drawn = draw_figures(read_lines(run.metrics), inputs)
-    for name, figure in drawn.items():
-        figures.save_png(figure, run.figures / f"{name}.png")
+    for name, svg in drawn.items():
+        figures.save_svg(svg, run.figures / f"{name}.svg")
     page = render_report(inputs, drawn)
     write_atomic(run.report, lambda stream: stream.write(page.encode()))
 
 
-def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, Figure]:
-    """The figures that this run has data for, by name, those that judge it drawn from its first evaluation."""
+def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
+    """The figures that this run has data for, by name and as SVG, those that judge it drawn from its first evaluation."""
     judged = next(iter(inputs.evaluations.values()))
     candidates = {
         "learning_curves": figures.learning_curves(records, inputs.phases),
@@ -102,16 +101,13 @@ def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dic
         "per_class": figures.per_class_bars(judged),
         "reliability": figures.reliability_diagram(judged),
     }
-    return {name: figure for name, figure in candidates.items() if figure is not None}
+    return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
 
 
-def render_report(inputs: ReportInputs, drawn: Mapping[str, Figure]) -> str:
-    """The page."""
+def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
+    """The page, with what `draw_figures` gave."""
     split, judged = next(iter(inputs.evaluations.items()))
-    shown = {
-        name: drawing(figures.to_svg(figure), _caption(name, judged), wide=_is_wide(name, judged))
-        for name, figure in drawn.items()
-    }
+    shown = {name: drawing(svg, _caption(name, judged), wide=_is_wide(name, judged)) for name, svg in drawn.items()}
     sections = [
         section(
             "Result",
@@ -193,11 +189,12 @@ def _folds(found: CrossValidation | None, picture: str) -> list[str]:
     top1, pooled = found.spreads["top1"], found.pooled
     said = (
         f"Expect a top-1 of {top1.mean:.1%}, 95 % interval {_percents(top1.interval)} (Student's t over the folds, widened as "
-        "they share training images; Nadeau & Bengio 2003): how far another cross-validation may come out. Pooled, "
+        "they share training images; Nadeau & Bengio 2003), which is for what training in this way comes to on average. Pooled, "
         f"{pooled.top1:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % interval "
-        f"{_percents(pooled.top1_interval)} (Wilson): how exactly so many images measure that."
+        f"{_percents(pooled.top1_interval)} (Wilson), which is for these models on more such images."
     )
-    return [f"<p>{escape(said)}</p>", picture, _folds_table(found)]
+    kept = table(["fold", "what it kept"], [[str(fold.fold), fold.summary] for fold in found.folds], text_columns=2)
+    return [f"<p>{escape(said)}</p>", picture, _folds_table(found), details("What each fold kept", kept)]
 
 
 def _percents(interval: tuple[float, float]) -> str:
@@ -205,7 +202,7 @@ def _percents(interval: tuple[float, float]) -> str:
 
 
 def _folds_table(found: CrossValidation) -> str:
-    names = ("top1", "macro_f1", "mean_per_class_accuracy", "loss", "ece")
+    names = ("top1", "macro_f1", "mean_per_class_accuracy", "loss")  # an ECE of few images is biased upwards: only pooled
     rows = [
         [
             f"fold {fold.fold}",
@@ -213,7 +210,6 @@ def _folds_table(found: CrossValidation) -> str:
             f"{fold.n_test:,}",
             *(f"{fold.metrics[f'test/{name}']:.4f}" for name in names),
             cost_text("fold_seconds", fold.seconds),
-            fold.summary,
         ]
         for fold in found.folds
     ]
@@ -223,9 +219,9 @@ def _folds_table(found: CrossValidation) -> str:
         "standard deviation": [f"{spreads[name].standard_deviation:.4f}" for name in names],
         "95 % interval": [f"{spreads[name].interval[0]:.3f} – {spreads[name].interval[1]:.3f}" for name in names],
     }
-    rows += [[title, "", "", *figures_of, "", ""] for title, figures_of in over.items()]
-    rows.append(["pooled", "", f"{found.pooled.n:,}", *(f"{pooled[f'cv/{name}']:.4f}" for name in names), "", ""])
-    head = ["", "trained on", "held out", "top-1", "macro F1", "per-class accuracy", "NLL", "ECE", "took", "what it kept"]
+    rows += [[title, "", "", *figures_of, ""] for title, figures_of in over.items()]
+    rows.append(["pooled", "", f"{found.pooled.n:,}", *(f"{pooled[f'cv/{name}']:.4f}" for name in names), ""])
+    head = ["", "trained on", "held out", "top-1", "macro F1", "per-class accuracy", "NLL", "took"]
     return table(head, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 from tiny_training import write_images
 
 from finetune.bundle.manifest import read_manifest
+from finetune.cli import cli
+from finetune.errors import DataError
 from finetune.evaluation.folds import POOLED
 from finetune.evaluation.metrics import evaluate_logits, read_evaluations
 from finetune.outcome import Outcome
@@ -184,3 +188,13 @@ def test_a_killed_process_with_folds_resumes_to_the_same_bits(
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         runs[name] = RunDir(home / "run")
     assert weights_of(runs["killed"]) == weights_of(runs["whole"])
+
+
+def test_check_refuses_more_folds_than_a_class_has_images_and_shows_the_folds_otherwise(pictures: Path) -> None:
+    tiny = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64", "--json"]
+    command = ["check", "--data", str(pictures), *tiny, "--folds"]
+    with pytest.raises(DataError, match=r"data\.folds: 11 does not fit .*class 'class0' has 10 distinct images.* 2 to 10 folds"):
+        CliRunner().invoke(cli, [*command, "11"], catch_exceptions=False, standalone_mode=False)
+    shown = CliRunner().invoke(cli, [*command, "10"], catch_exceptions=False, standalone_mode=False)
+    folds = json.loads(shown.stdout)["folds"]
+    assert [fold["test"] for fold in folds] == [{"class0": 1, "class1": 1, "class2": 1}] * 10
