@@ -83,13 +83,14 @@ def _styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result
     return drawn
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    with _style():
-        write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=144, facecolor="white"))
+def save_svg(svg: str, path: Path) -> None:
+    """Write what `to_svg` gave as a file of its own, on white."""
+    on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
+    write_atomic(path, lambda stream: stream.write(on_white.encode()))
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as a bare ``<svg>`` element, without prolog, dates or references to other files."""
+    """The figure as a bare ``<svg>`` element on nothing, without prolog, dates or references to other files."""
     stream = io.StringIO()
     with _style():
         figure.savefig(

@@ -20,7 +20,7 @@ from finetune.data.loader import Batch, EvalLoader, TrainLoader
 from finetune.data.pixels import PixelStore
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
-from finetune.progress import ProgressCallback, silent
+from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, workspace, write_atomic
 from finetune.train.features import Resources, Views, no_event, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
@@ -237,6 +237,7 @@ def _take_steps(
     """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
 
     def settings() -> Settings:
+        progress(Progress("preparing", 0, 1, "measurements", message="measuring how this machine trains fastest"))
         if decided is not None:
             return decided.settings
         chosen, timings = choose_settings(
