@@ -105,6 +105,7 @@ def _train(setting: Setting, home: Path, seed: int, *options: str) -> Command:
 
 def _train_and_predict(setting: Setting, home: Path, seed: int, *options: str) -> list[Command]:
     files = [str(setting.data.val / name) for name in setting.data.val_files]
+    options = (*options, "--set", "hyperparameters.refit=false")  # the files that judge are never trained on
     predict = (*OURS, "predict", *files, "--model", "peer", "--top-k", str(len(setting.data.classes)), "--json")
     return [_train(setting, home, seed, *options), Command("predict", predict, {"FINETUNE_HOME": str(home)})]
 

@@ -119,10 +119,12 @@ REPORTED = ("cost/wall_seconds", "cost/train_seconds", "val/top1", "val/nll")
 
 
 def find_data(root: Path) -> Data:
+    if not root.is_dir():
+        raise SystemExit(f"{root}: no such folder")
     folders = {folder.name: folder for folder in root.resolve().iterdir() if folder.is_dir()}
     val = next((folders[name] for name in ("validation", "val", "valid") if name in folders), None)
     if "train" not in folders or val is None:
-        raise SystemExit(f"{root}: needs the folders train and validation (or val, valid) inside, found {sorted(folders)}")
+        raise SystemExit(f"{root}: needs the folders train and validation (or val, valid) inside, found {sorted(folders)[:8]}")
     train = folders["train"]
     classes = tuple(sorted(folder.name for folder in train.iterdir() if folder.is_dir()))
     return Data(train, val, classes, files_in(train), files_in(val))
