@@ -7,6 +7,7 @@ are asked for too. The peers are the scripts beside this file.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -151,3 +152,14 @@ def probabilities_of(out: Path, data: Data) -> tuple[Sequence[str], Sequence[str
     files = [Path(answer["file"]).relative_to(data.val).as_posix() for answer in answers]
     rows = [{row["label"]: row["probability"] for row in answer["predictions"]} for answer in answers]
     return files, data.classes, np.array([[row[name] for name in data.classes] for row in rows])
+
+
+def images_per_second(out: Path, entry: str) -> dict[str, float]:
+    """How fast a run trained, by what trained; empty where it took no steps."""
+    if (handed_in := out / "images_per_second.json").exists():
+        speeds: dict[str, float] = json.loads(handed_in.read_text())
+        return speeds
+    lines = [line for journal in out.glob("home/runs/*/metrics.jsonl") for line in journal.read_text().splitlines()]
+    values = [json.loads(line)["values"] for line in lines]
+    epochs = [value["train/images_per_second"] for value in values if "train/images_per_second" in value]
+    return {"all" if entry == "ours-full" else "what the method trains": statistics.median(epochs)} if epochs else {}

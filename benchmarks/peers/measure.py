@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_SECONDS = 1.0  # a sample of a process of 2 GB takes some 50 ms of one core
+SAMPLE_SECONDS = 2.0  # one sample of a process of 2 GB takes some 50 ms of one core
 
 
 class CommandFailed(Exception):

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-from entries import HERE, PEERS_PYTHON, Data, Entry, Setting, all_entries, probabilities_of
+from entries import HERE, PEERS_PYTHON, Data, Entry, Setting, all_entries, images_per_second, probabilities_of
 from measure import CommandFailed, Cost, run_measured
 from score import NotAnswered, score
-from table import breakdown, comparison
+from table import breakdown, comparison, training_speed
 
 WORK = HERE / ".work"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -105,6 +105,8 @@ def run_entry(entry: Entry, data: Data, threads: int, repeat: int, timeout_secon
         }
         if (steps := out / "steps.json").exists():
             row["steps"] = json.loads(steps.read_text())
+        if speeds := images_per_second(out, entry.name):
+            row["images_per_second"] = speeds
         if (outcome := out / "train.out").exists() and outcome.stat().st_size:
             metrics = json.loads(outcome.read_text())["metrics"]
             row["reported"] = {key: value for key, value in metrics.items() if key in REPORTED}
@@ -219,8 +221,9 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def show(results: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
-    what = {name: entry.what for name, entry in entries.items()}
-    print("\n".join(("", *comparison(results["runs"], what), "", *breakdown(results["runs"]))))
+    runs, what = results["runs"], {name: entry.what for name, entry in entries.items()}
+    for table in (comparison(runs, what), training_speed(runs, what), breakdown(runs)):
+        print("", *table, sep="\n")
 
 
 if __name__ == "__main__":

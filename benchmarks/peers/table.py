@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Run = Mapping[str, Any]
@@ -42,6 +42,17 @@ def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
             last_words = failed[-1]["failed"].strip().splitlines()[-1]
             lines.append(f"| `{name}` | {description} | failed: {last_words} ||||||||||")
     return lines
+
+
+def training_speed(runs: Sequence[Run], names: Iterable[str]) -> list[str]:
+    """Images per second of a training epoch, validation left out."""
+    lines = ["| entry | what trains | images/s |", "|---|---|---|"]
+    for name in names:
+        speeds = [run["images_per_second"] for run in _good(runs, name) if "images_per_second" in run]
+        for trained in dict.fromkeys(trained for speed in speeds for trained in speed):
+            median = statistics.median(speed[trained] for speed in speeds if trained in speed)
+            lines.append(f"| `{name}` | {trained} | {median:.1f} |")
+    return lines if len(lines) > 2 else []
 
 
 def breakdown(runs: Sequence[Run]) -> list[str]:

@@ -35,11 +35,19 @@ class Task:
         """What makes timm, and whoever calls timm, load these weights as its own pretrained ones."""
         return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(self.weights), "mean": (0.5,) * 3, "std": (0.5,) * 3}}
 
-    def hand_in(self, files: Sequence[Path], classes: Sequence[str], probs: np.ndarray, steps: dict[str, float]) -> None:
-        """`probs` is (N, C), a row for each file and a column for each class."""
+    def hand_in(
+        self,
+        files: Sequence[Path],
+        classes: Sequence[str],
+        probs: np.ndarray,
+        steps: dict[str, float],
+        images_per_second: dict[str, float] | None = None,
+    ) -> None:
+        """`probs` is (N, C), a row for each file and a column for each class; the speed is of training, by what trained."""
         names = [Path(file).resolve().relative_to(self.val.resolve()).as_posix() for file in files]
         np.savez(self.out / "probabilities.npz", files=names, classes=list(classes), probs=np.asarray(probs, np.float32))
         (self.out / "steps.json").write_text(json.dumps(steps, indent=2) + "\n")
+        (self.out / "images_per_second.json").write_text(json.dumps(images_per_second or {}, indent=2) + "\n")
 
 
 def read_task(parser: argparse.ArgumentParser | None = None) -> tuple[Task, argparse.Namespace]:
