@@ -70,7 +70,7 @@ def test_a_family_trains_and_exports_faithfully(
     assert manifest.cam["kind"] == cam_kind
     assert manifest.parity["max_prob_difference"] <= 1e-4
     assert manifest.parity["n_flips"] == manifest.parity["n_flips_from_bytes"] == 0
-    assert from_onnx <= 4 * from_torch + 1e-5  # as exact as torch is: a wrong graph would be far off, rounding is not
+    assert from_onnx <= 10 * from_torch + 1e-5  # about as exact as torch: a wrong graph would be off by 1e-2 and more
     for figure in ("max_prob_difference", "max_logit_difference", "max_cam_error", "min_embedding_cosine"):
         record_property(figure, manifest.parity[figure])
     record_property("logit_error_of_onnx", from_onnx)
