@@ -34,7 +34,7 @@ _CAPTIONS = {
     "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
-    "fold_scores": "Each fold on the images that it held out, the mean over folds with its 95 % interval, and all answers pooled.",
+    "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
 }
