@@ -130,32 +130,46 @@ class Fleet:
             process.wait(60)
 
 
-def training_processes(home: Path) -> dict[int, str]:
-    """Living ``finetune train`` processes of this workspace: pid → job id."""
-    found = {}
+@dataclass(frozen=True)
+class Training:
+    """A living ``finetune train`` process of this workspace."""
+
+    pid: int
+    parent: int
+    job_id: str
+
+
+def training_processes(home: Path) -> list[Training]:
+    """Those that a worker started. What one of them forks looks like it until it becomes another program, and is left out."""
+    found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            zombie = b"State:\tZ" in (folder / "status").read_bytes()
+            status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"train" in arguments and b"finetune.jobs.leash" not in arguments and not zombie:
+        if b"train" in arguments and b"finetune.jobs.leash" not in arguments and not status["State"].startswith("Z"):
             run = next((Path(part.decode()) for part in arguments if part.startswith(os.fsencode(home / "runs"))), None)
             if run is not None:
-                found[int(folder.name)] = run.parent.name if run.suffix else run.name
-    return found
+                job_id = run.parent.name if run.suffix else run.name
+                found.append(Training(int(folder.name), int(status["PPid"]), job_id))
+    own = {(process.pid, process.job_id) for process in found}
+    return [process for process in found if (process.parent, process.job_id) not in own]
 
 
 @contextmanager
-def watching_for_overlaps(home: Path, overlaps: set[str]) -> Iterator[None]:
-    """Look at /proc all the time; two living processes of one job are an overlap."""
+def watching_for_overlaps(home: Path, overlaps: dict[str, str]) -> Iterator[None]:
+    """Look at /proc all the time; two living processes of one job are an overlap, noted by job with what was seen."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
-            overlaps.update(job for job, count in Counter(training_processes(home).values()).items() if count > 1)
+            seen = training_processes(home)
+            for job_id, count in Counter(process.job_id for process in seen).items():
+                if count > 1:
+                    overlaps.setdefault(job_id, str([process for process in seen if process.job_id == job_id]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -168,7 +182,7 @@ def watching_for_overlaps(home: Path, overlaps: set[str]) -> Iterator[None]:
 
 def kill_one(fleet: Fleet, store: JobStore, chance: random.Random) -> dict[str, Any] | None:
     """SIGKILL a worker or a training process; None where there is none to kill."""
-    training = training_processes(fleet.home)
+    training = {process.pid: process.job_id for process in training_processes(fleet.home)}
     if chance.random() < 0.5:
         busy = [process for process in fleet.processes if process.poll() is None]
         if not training or not busy:
@@ -179,16 +193,21 @@ def kill_one(fleet: Fleet, store: JobStore, chance: random.Random) -> dict[str, 
     with reading(store.engine) as connection:
         rows = connection.execute(select(jobs_table.c.id, jobs_table.c.stalled_attempts))
         stalled = {str(job_id): int(count) for job_id, count in rows}
-    killable = [pid for pid, job_id in training.items() if stalled[job_id] < MOST_STALLED]
+    killable = sorted(pid for pid, job_id in training.items() if stalled[job_id] < MOST_STALLED)
     if not killable:
         return None
-    pid = chance.choice(sorted(killable))
-    steps = sorted(path.name for path in (fleet.home / "runs" / training[pid] / "checkpoints").glob("step-*.sha256"))
+    midway = [pid for pid in killable if _checkpoints(fleet.home, training[pid])]  # they are the interesting ones
+    pid = chance.choice(midway or killable)
+    steps = _checkpoints(fleet.home, training[pid])
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return None
     return {"what": "training", "job": training[pid], "newest_checkpoint": steps[-1] if steps else None}
+
+
+def _checkpoints(home: Path, job_id: str) -> list[str]:
+    return sorted(path.name for path in (home / "runs" / job_id / "checkpoints").glob("step-*.sha256"))
 
 
 def judge(home: Path, store: JobStore, made: Mapping[str, int], reference: Mapping[int, str]) -> dict[str, Any]:
@@ -250,7 +269,7 @@ def run_chaos(home: Path, n_jobs: int, n_kills: int, workers: int, epochs: int, 
     for _ in range(n_jobs):
         queue_one()
     chance = random.Random(seed)
-    kills, overlaps = [], set[str]()
+    kills, overlaps = [], dict[str, str]()
     began = time.monotonic()
     pause = 1.1 * float(np.median(alone)) / workers  # so that many attempts die about half way
     next_kill = began + chance.uniform(0, pause)
@@ -274,6 +293,7 @@ def run_chaos(home: Path, n_jobs: int, n_kills: int, workers: int, epochs: int, 
         "seconds_alone": [round(seconds, 1) for seconds in alone],
         "worker_exit_codes": [process.returncode for process in fleet.processes],
         "settings": {"workers": workers, "lease_seconds": LEASE_SECONDS, "epochs": epochs, "seed": seed},
+        "overlap_log": overlaps,
         "kill_log": kills,
     }
 
@@ -283,7 +303,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=40)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40, help="so many that most of a job is training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, help="an empty folder to keep (default: a temporary one)")
     parser.add_argument("--out", type=Path)
@@ -299,7 +319,7 @@ def main() -> None:
     if given.out:
         given.out.write_text(json.dumps(report, indent=2) + "\n")
     for name, value in report.items():
-        if name != "kill_log":
+        if not name.endswith("_log"):
             print(f"{name:28} {value}")
     wrong = report["lost"] or report["ended_twice"] or report["registered_twice"] or report["overlapping"] or report["different"]
     sys.exit(1 if wrong else 0)

@@ -17,6 +17,7 @@
     │   └── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
+    ├── ExecutorError                executor_unavailable  1   503   what runs attempts (a Ray cluster) does not answer or refuses
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
     └── MissingExtra                 missing_extra         2   501   a command whose optional dependencies are not installed
 
@@ -120,6 +121,10 @@ class CheckpointError(FinetuneError):
 
 class StoreError(FinetuneError):
     code, http_status = "store_unusable", 503
+
+
+class ExecutorError(FinetuneError):
+    code, http_status = "executor_unavailable", 503
 
 
 class DiskFull(FinetuneError):

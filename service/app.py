@@ -92,6 +92,7 @@ def create_api(settings: Settings) -> FastAPI:
         feed=Feed(lambda known: updates(database.engine, known), lambda event: _shown(parts, event)),
         uploads=Uploads(settings.files_folder),
         data_roots=settings.data_roots,
+        max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
         default_is_chosen=settings.model is not None,
     )

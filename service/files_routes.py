@@ -9,8 +9,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from finetune.jobs.files import UploadedFile
+from finetune.jobs.files import UploadedFile, check_quota
 from service.auth import Submitting
+from service.limits import MULTIPART_OVERHEAD_BYTES
 from service.pages import After, Limit, Listed, Page
 from service.parts import Parts, Server
 from service.problems import RESPONSES
@@ -90,8 +91,13 @@ def files_router(max_body_bytes: int) -> APIRouter:
         request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
     ) -> FileDocument:
         """Upload a dataset. It is unpacked and looked through at once; a member that cannot be taken is named in the refusal."""
-        announced = request.headers.get("content-length", "")
-        with server.uploads.arriving(int(announced) if announced.isdecimal() else 0) as folder:
+        given = request.headers.get("content-length", "")
+        announced = int(given) if given.isdecimal() else 0
+        if idempotency_key is None:  # else this may be a repetition, which adds nothing
+            least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
+            stored = await run_in_threadpool(server.database.files.stored_bytes, caller.owner)
+            check_quota(stored, least, server.max_files_bytes)
+        with server.uploads.arriving(announced) as folder:
             filename = await receive(request, folder / "archive")
             received = await run_in_threadpool(examine, folder / "archive", filename)
             file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
@@ -140,6 +146,7 @@ def _record(server: Parts, owner: str, received: Received, idempotency_key: str 
         place=lambda file_id: move_to(received.contents, server.uploads.place_of(file_id)),
         idempotency_key=idempotency_key,
         body_sha256=hashlib.sha256(body.encode()).hexdigest(),
+        max_owner_bytes=server.max_files_bytes,
     )
 
 

@@ -14,9 +14,9 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from finetune.errors import Conflict, NotFound
+from finetune.errors import NotFound
 from finetune.jobs.history import newest_events
-from finetune.jobs.store import Job
+from finetune.jobs.store import Job, NameTaken
 from finetune.rundir import as_model_name
 from service.auth import Caller, Submitting
 from service.feed import event_seq
@@ -32,13 +32,14 @@ from service.job_documents import (
     event_document,
     job_document,
 )
-from service.job_request import JobRequest, read_body, read_request
+from service.job_request import read_body, read_request
 from service.job_schema import JOB_BODY
 from service.pages import After, Limit
 from service.parts import Parts, Server
 from service.problems import RESPONSES
 
-LARGEST_LOG_BYTES = 8 << 20  # an answer holds at most the end of a log that is longer
+LARGEST_LOG_BYTES = 8 << 20  # of a longer log, what one answer holds
+MAX_OFFSET = (1 << 63) - 1  # what a file can be asked for
 EVENT_STREAM = "text/event-stream"
 
 jobs_router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=RESPONSES)
@@ -63,29 +64,30 @@ def _create(server: Parts, caller: Caller, raw: bytes, idempotency_key: str | No
     def locate(file_id: str) -> Path:
         return server.uploads.place_of(server.database.files.get(file_id, caller.sees).id).resolve()
 
+    def create(name: str) -> tuple[Job, bool]:
+        if _is_reserved(server, caller, name):
+            raise NameTaken(name)
+        spec = asked.spec.model_copy(update={"suffix": name})
+        return server.database.jobs.create(
+            caller.owner,
+            spec.model_dump(mode="json"),
+            spec_digest=spec.digest(),
+            request=asked.body,
+            suffix=name,
+            idempotency_key=idempotency_key,
+            body_sha256=asked.digest,
+            max_queued=server.max_unfinished_jobs,
+            any_suffix=caller.is_admin,
+        )
+
     asked = read_request(read_body(raw), locate=locate, data_roots=server.data_roots)
-    name = _model_name(server, caller, asked)
-    spec = asked.spec.model_copy(update={"suffix": name})
-    return server.database.jobs.create(
-        caller.owner,
-        spec.model_dump(mode="json"),
-        spec_digest=spec.digest(),
-        request=asked.body,
-        suffix=name,
-        idempotency_key=idempotency_key,
-        body_sha256=asked.digest,
-        max_queued=server.max_unfinished_jobs,
-    )
-
-
-def _model_name(server: Parts, caller: Caller, asked: JobRequest) -> str:
-    """What the registered model is called: the suffix, else after the dataset. `Conflict`: it is not theirs."""
     if asked.spec.suffix is not None:
-        if _is_taken(server, caller, asked.spec.suffix):
-            raise Conflict(f"the model name {asked.spec.suffix!r} is taken; choose another suffix")
-        return asked.spec.suffix
+        return create(asked.spec.suffix)
     name = as_model_name(_dataset_name(server, Path(asked.spec.training_file)))
-    return f"{name[:50]}-{asked.digest[:8]}" if _is_taken(server, caller, name) else name
+    try:
+        return create(name)
+    except NameTaken:
+        return create(f"{name[:50]}-{asked.digest[:8]}")
 
 
 def _dataset_name(server: Parts, folder: Path) -> str:
@@ -95,12 +97,12 @@ def _dataset_name(server: Parts, folder: Path) -> str:
     return folder.name
 
 
-def _is_taken(server: Parts, caller: Caller, name: str) -> bool:
-    """Whether a new model of this name would become a version of one that the caller may not change."""
+def _is_reserved(server: Parts, caller: Caller, name: str) -> bool:
+    """Whether a model of this name is there that no job made, so that only an administrator may add versions to it."""
     try:
         server.models.find(name)
     except NotFound:
-        return server.database.model_owner(name) not in (None, caller.owner) and not caller.is_admin
+        return False
     return not server.may_change(caller, name)
 
 
@@ -188,20 +190,22 @@ def job_logs(
     server: Server,
     job_id: str,
     tail: Annotated[int | None, Query(ge=1, le=100_000, description="Only the last lines.")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=MAX_OFFSET, description="From this byte on: the next 8 MiB of it.")] = None,
 ) -> PlainTextResponse:
-    """What the job's processes have printed."""
+    """What the job's processes have printed: the last 8 MiB, or those from `offset` on; nothing where there is no more yet."""
     job = server.database.jobs.get(job_id, caller.sees)
-    text = _end_of(server.run_of(job.id).log)
-    return PlainTextResponse(text if tail is None else "".join(text.splitlines(keepends=True)[-tail:]))
+    printed = _part_of(server.run_of(job.id).log, offset)
+    return PlainTextResponse(printed if tail is None else b"".join(printed.splitlines(keepends=True)[-tail:]))
 
 
-def _end_of(log: Path) -> str:
+def _part_of(log: Path, offset: int | None) -> bytes:
+    """Bytes as they are in the file, so that an offset means the same on both sides."""
     try:
         with open(log, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - LARGEST_LOG_BYTES))
-            return stream.read(LARGEST_LOG_BYTES).decode("utf-8", "replace")
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - LARGEST_LOG_BYTES) if offset is None else offset)
+            return stream.read(LARGEST_LOG_BYTES)
     except FileNotFoundError:
-        return ""  # it has not started yet
+        return b""  # it has not started yet
 
 
 def _document(server: Parts, job: Job) -> JobDocument:

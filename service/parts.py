@@ -77,6 +77,7 @@ class Parts:
     feed: Feed
     uploads: Uploads
     data_roots: tuple[Path, ...] = ()
+    max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
     default_is_chosen: bool = False  # the operator named the model that /predict answers with, so it is everybody's
 

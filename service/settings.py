@@ -31,6 +31,7 @@ class Settings:
         max_loaded_models: models held in memory besides the default one; the least recently used makes room.
         data_roots: folders that jobs may name datasets and weights in by path; without any, datasets are uploaded.
         max_upload_bytes: the largest archive that is taken.
+        max_files_bytes: what the uploads of one owner may come to.
         max_unfinished_jobs: queued and running jobs that one owner may have.
         worker: also run a worker, which carries the jobs out.
     """
@@ -44,6 +45,7 @@ class Settings:
     max_loaded_models: int = 8
     data_roots: tuple[Path, ...] = ()
     max_upload_bytes: int = 2 << 30
+    max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
     worker: bool = False
 
@@ -68,6 +70,7 @@ class Settings:
                 Path(root).absolute() for root in environment.get("FINETUNE_DATA_ROOTS", "").split(os.pathsep) if root
             ),
             max_upload_bytes=_positive(environment, "FINETUNE_MAX_UPLOAD_BYTES", default=2 << 30),
+            max_files_bytes=_positive(environment, "FINETUNE_MAX_FILES_BYTES", default=20 << 30),
             max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
             worker=environment.get("FINETUNE_WORKER", "") == "1",
         )

@@ -17,7 +17,7 @@ from typing import Any
 from training_standin import next_state
 
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import Handle, LocalExecutor, Resources
+from finetune.jobs.executor import Handle, LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir, read_lines
@@ -33,12 +33,13 @@ QUICK = {
 class StandinExecutor(LocalExecutor):
     """Starts the stand-in wherever the worker asks for ``finetune train``."""
 
-    def start(
-        self, job_id: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path, resources: Resources
-    ) -> Handle:
-        assert list(command[1:4]) == ["-m", "finetune", "train"], command
-        standin = [command[0], str(Path(__file__).with_name("training_standin.py")), *command[4:]]
-        return super().start(job_id, standin, environment=environment, log=log, resources=resources)
+    def start(self, job_id: str, command: Sequence[str], **given: Any) -> Handle:
+        return super().start(job_id, standin_for(command), **given)
+
+
+def standin_for(command: Sequence[str]) -> list[str]:
+    assert list(command[1:4]) == ["-m", "finetune", "train"], command
+    return [command[0], str(Path(__file__).with_name("training_standin.py")), *command[4:]]
 
 
 def submit(store: JobStore, *, steps: int = 3, owner: str = "ada", **behaviour: Any) -> Job:

@@ -22,27 +22,53 @@ SECONDS_PER_DAY = 86400.0
 
 @click.command()
 @click.option("--slots", type=click.IntRange(min=1), help="Jobs that run at once (default: one for each GPU, else 1).")
-@click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may).")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for all of them (default: this machine's cores).")
+@click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may; with Ray, none).")
 @click.option("--stall-minutes", default=30.0, show_default=True, help="A job that writes nothing for so long is restarted.")
 @click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
-def worker(slots: int | None, gpus: str | None, stall_minutes: float, until_idle: bool) -> None:
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where jobs run.")
+@click.option(
+    "--ray-address",
+    metavar="URL",
+    envvar="RAY_API_SERVER_ADDRESS",
+    help="The cluster's dashboard (default: http://127.0.0.1:8265). Its machines share the workspace.",
+)
+def worker(
+    slots: int | None,
+    threads: int | None,
+    gpus: str | None,
+    stall_minutes: float,
+    until_idle: bool,
+    executor: str,
+    ray_address: str | None,
+) -> None:
     """Run queued jobs, each in a process of its own, until SIGTERM or Ctrl-C hands the running ones back.
 
-    Any number of workers may share a workspace. A job whose worker dies resumes elsewhere from its newest checkpoint.
+    Any number of workers may share a workspace. A job whose worker dies resumes elsewhere from its newest checkpoint. With
+    --executor ray, each job is a job of a Ray cluster that takes --threads / --slots cores and, if --gpus names as many as there
+    are slots, one GPU of Ray's choice.
     """
     import logging
 
     from finetune.jobs.database import open_jobs
     from finetune.jobs.executor import LocalExecutor
+    from finetune.jobs.ray_executor import DEFAULT_ADDRESS, RayExecutor
     from finetune.jobs.store import JobStore
-    from finetune.jobs.worker import Worker, WorkerSettings, visible_gpus
+    from finetune.jobs.worker import Worker, WorkerSettings, available_threads, visible_gpus
     from finetune.rundir import workspace
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("finetune.jobs").setLevel(logging.INFO)
-    devices = visible_gpus() if gpus is None else _numbers(gpus)
-    settings = WorkerSettings(slots=slots or len(devices) or 1, gpus=devices, stall_seconds=60 * stall_minutes)
-    Worker(JobStore(open_jobs(workspace())), LocalExecutor(), workspace(), settings).run(until_idle=until_idle)
+    on_ray = executor == "ray"
+    devices = _numbers(gpus) if gpus is not None else () if on_ray else visible_gpus()
+    settings = WorkerSettings(
+        slots=slots or len(devices) or 1,
+        threads=threads or available_threads(),
+        gpus=devices,
+        stall_seconds=60 * stall_minutes,
+    )
+    runs = RayExecutor(ray_address or DEFAULT_ADDRESS, settings.cancel_grace_seconds) if on_ray else LocalExecutor()
+    Worker(JobStore(open_jobs(workspace())), runs, workspace(), settings).run(until_idle=until_idle)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED = 2, os.EX_TEMPFAIL, 130
 MAX_STALLED_ATTEMPTS = 3  # in a row without a new checkpoint, after which the job is a crash loop
+MAX_LOST_ATTEMPTS = 10  # the same, of those that ended with their worker or for want of a lease, which is rarely the job's fault
 MAX_OUT_OF_MEMORY = 2  # memory that was short once may have been somebody else's; twice, the job wants too much
 DISK_FULL_SECONDS = 60.0
 BUSY_SECONDS = 5.0
@@ -27,6 +28,7 @@ class Ending:
         error: the run's ``error.json``, if it wrote one.
         complete: the run's ``outcome.json`` is there, so the model is registered.
         stalled_attempts: attempts in a row, this one included, that wrote no new checkpoint.
+        lost_attempts: the same, if this one counts as lost.
         cancelling: the job's owner asked for the end.
         handing_back: the worker asked for the end, because it stops itself.
         hung: the worker ended it, because it showed no progress for too long.
@@ -39,6 +41,7 @@ class Ending:
     error: Mapping[str, Any] | None = None
     complete: bool = False
     stalled_attempts: int = 1
+    lost_attempts: int = 1
     cancelling: bool = False
     handing_back: bool = False
     hung: bool = False
@@ -58,11 +61,11 @@ class Finish:
 
 @dataclass(frozen=True)
 class TryAgain:
-    """The job goes back to the queue. `counted`: towards a crash loop, if the attempt wrote no new checkpoint."""
+    """The job goes back to the queue. `counted`: as what, towards a crash loop, if the attempt wrote no new checkpoint."""
 
     reason: str
     delay_seconds: float = 0.0
-    counted: bool = True
+    counted: Literal["stalled", "lost"] | None = "stalled"
 
 
 def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | TryAgain:
@@ -75,11 +78,12 @@ def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Tr
     if ending.exit_code == EXIT_BAD_INPUT:
         return _failed(ending, code or "invalid_input")
     if ending.handing_back:
-        return TryAgain("The worker was stopped; the run goes on from its newest checkpoint.", counted=False)
+        return TryAgain("The worker was stopped; the run goes on from its newest checkpoint.", counted=None)
     if ending.exit_code == EXIT_BUSY:
-        return TryAgain("Another process still holds the run's folder.", BUSY_SECONDS, counted=False)
+        reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."
+        return TryAgain(reason, BUSY_SECONDS, counted=None)
     if code == "disk_full" or (code is None and ending.disk_full):  # a run on a full disk may be unable to say so
-        return TryAgain(_what_happened(ending), DISK_FULL_SECONDS, counted=False)
+        return TryAgain(_what_happened(ending), DISK_FULL_SECONDS, counted=None)
     if code is not None and code != "out_of_memory":
         return _failed(ending, code)
     return _after_a_death(ending, code, retry_base_seconds)
@@ -87,6 +91,8 @@ def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Tr
 
 def _after_a_death(ending: Ending, code: str | None, retry_base_seconds: float) -> Finish | TryAgain:
     """Another attempt may cure it, but not for ever when no attempt gets anywhere."""
+    if ending.exit_code == EXIT_INTERRUPTED and ending.lost_attempts < MAX_LOST_ATTEMPTS and not ending.hung:
+        return TryAgain(_what_happened(ending), retry_base_seconds, counted="lost")
     starved = code == "out_of_memory" or _killed_for_memory(ending)
     if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if starved else MAX_STALLED_ATTEMPTS):
         times = f"It ended so {ending.stalled_attempts} times in a row without a new checkpoint."
@@ -117,7 +123,7 @@ def _what_happened(ending: Ending) -> str:
     if ending.exit_code < 0:
         return f"The run died of signal {-ending.exit_code} ({_signal_name(-ending.exit_code)})."
     if ending.exit_code == EXIT_INTERRUPTED:
-        return "The run was interrupted."
+        return "The run was interrupted, most likely because its worker could not renew its lease in time."
     return f"The run ended with exit code {ending.exit_code}, and without a result."
 
 

@@ -35,12 +35,19 @@ class Handle:
 
 
 class Executor(Protocol):
-    """Starts, watches and ends attempts."""
+    """Starts, watches and ends attempts. Each method may raise `ExecutorError`: it cannot say or do that now."""
 
     def start(
-        self, job_id: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path, resources: Resources
+        self,
+        job_id: str,
+        command: Sequence[str],
+        *,
+        fence: int,
+        environment: Mapping[str, str],
+        log: Path,
+        resources: Resources,
     ) -> Handle:
-        """Start `command` in a fresh process group, its output appended to `log`."""
+        """Start `command` in a fresh process group, its output appended to `log`. A job's claims have different fences."""
 
     def poll(self, handle: Handle) -> int | None:
         """None while it runs, then, once, its exit code (negative: the signal that ended it)."""
@@ -62,7 +69,14 @@ class LocalExecutor:
         self._children: dict[str, _Child] = {}  # by `Handle.reference`, the process id
 
     def start(
-        self, job_id: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path, resources: Resources
+        self,
+        job_id: str,
+        command: Sequence[str],
+        *,
+        fence: int,
+        environment: Mapping[str, str],
+        log: Path,
+        resources: Resources,
     ) -> Handle:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("start attempts from the main thread: a child dies with the thread that started it")

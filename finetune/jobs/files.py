@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, delete, insert, select
+from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select
 
 from finetune.errors import Conflict, NotFound
+from finetune.jobs.creation import earlier_object, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import UNFINISHED, files, idempotency, jobs
-from finetune.jobs.store import _earlier_answer, _one_creation_at_a_time, new_id
 
 PREFIX = "file"
 
@@ -50,6 +50,7 @@ class FileStore:
         place: Callable[[str], object],
         idempotency_key: str | None = None,
         body_sha256: str = "",
+        max_owner_bytes: int | None = None,
     ) -> tuple[UploadedFile, bool]:
         """Record an upload; returns it and whether it is new. The same key and body give the upload of the first time.
 
@@ -59,23 +60,23 @@ class FileStore:
 
         Raises:
             InvalidInput: the key was used with another body.
+            FilesFull: with it, the owner's uploads would be more than `max_owner_bytes`.
         """
         now = time.time()
         with writing(self.engine) as connection:
-            _one_creation_at_a_time(connection, owner)
-            if idempotency_key is not None:
-                earlier = _earlier_answer(connection, owner, idempotency_key, body_sha256, now)
-                if earlier is not None:
-                    return _file(_row(connection, earlier, owner)), False
+            one_creation_at_a_time(connection, owner)
+            earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
+            if earlier is not None:
+                return _file(_row(connection, earlier, owner)), False
+            if max_owner_bytes is not None:
+                check_quota(_stored(connection, owner), size_bytes, max_owner_bytes)
             file_id = new_id(PREFIX)
             values = {
                 "id": file_id, "owner": owner, "filename": filename, "purpose": purpose, "size_bytes": size_bytes,
                 "sha256": sha256, "created_at": now, "summary": json.dumps(summary, allow_nan=False),
             }  # fmt: skip
             connection.execute(insert(files).values(values))
-            if idempotency_key is not None:
-                answer = {"owner": owner, "key": idempotency_key, "body_sha256": body_sha256, "object_id": file_id}
-                connection.execute(insert(idempotency).values({**answer, "created_at": now}))
+            remember_object(connection, owner, idempotency_key, body_sha256, file_id)
             place(file_id)
             return _file(_row(connection, file_id, owner)), True
 
@@ -111,10 +112,33 @@ class FileStore:
             connection.execute(delete(idempotency).where(idempotency.c.object_id == file_id))
             connection.execute(delete(files).where(files.c.id == file_id))
 
+    def stored_bytes(self, owner: str) -> int:
+        """What the owner's uploads come to, as they came."""
+        with reading(self.engine) as connection:
+            return _stored(connection, owner)
+
     def ids(self) -> frozenset[str]:
         """The ids of all uploads, of every owner."""
         with reading(self.engine) as connection:
             return frozenset(connection.execute(select(files.c.id)).scalars())
+
+
+class FilesFull(Conflict):
+    code, http_status = "files_full", 413
+
+
+def check_quota(stored_bytes: int, more_bytes: int, max_bytes: int) -> None:
+    """Raises `FilesFull` where `more_bytes` do not fit."""
+    if stored_bytes + more_bytes > max_bytes:
+        raise FilesFull(
+            f"this upload has {more_bytes:,} bytes, your other uploads have {stored_bytes:,}, and {max_bytes:,} are allowed"
+            " in all. Delete one that no job needs any more (DELETE /v1/files/{id}; models made from it stay)"
+        )
+
+
+def _stored(connection: Connection, owner: str) -> int:
+    total = select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(files.c.owner == owner)
+    return int(connection.execute(total).scalar_one())
 
 
 def _row(connection: Connection, file_id: str, owner: str | None) -> RowMapping:

@@ -9,9 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, func, select
 
+from finetune.jobs import creation
 from finetune.jobs.database import reading
 from finetune.jobs.schema import TERMINAL, job_events, jobs
-from finetune.jobs.store import Event, _event
+from finetune.jobs.store import Event
 
 _IDS_A_QUERY = 500
 
@@ -37,7 +38,7 @@ def newest_events(engine: Engine, job_id: str, *, before: int | None = None, lim
         query = query.where(job_events.c.seq < before)
     with reading(engine) as connection:
         rows = connection.execute(query).mappings().all()
-    return [_event(row) for row in rows[:limit]], len(rows) > limit
+    return [Event.of(row) for row in rows[:limit]], len(rows) > limit
 
 
 def updates(engine: Engine, known: Mapping[str, int]) -> dict[str, Update]:
@@ -63,11 +64,10 @@ def updates(engine: Engine, known: Mapping[str, int]) -> dict[str, Update]:
 
 def _events(connection: Connection, job_id: str, after: int) -> list[Event]:
     query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after).order_by(job_events.c.seq)
-    return [_event(row) for row in connection.execute(query).mappings()]
+    return [Event.of(row) for row in connection.execute(query).mappings()]
 
 
 def model_owner(engine: Engine, name: str) -> str | None:
-    """Whose model this is: the owner of the oldest job that makes, or made, a model of this name; None if no job did."""
-    makers = select(jobs.c.owner).where(jobs.c.suffix == name, jobs.c.state.not_in(("failed", "cancelled")))
+    """Whose model this is; None if no job made it."""
     with reading(engine) as connection:
-        return connection.execute(makers.order_by(jobs.c.id).limit(1)).scalar_one_or_none()
+        return creation.model_owner(connection, name)

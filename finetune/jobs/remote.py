@@ -80,7 +80,10 @@ class RemoteJobs:
         return found
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
-        return self._ask("GET", f"{_path(job_id)}/logs").content[offset:]
+        found = b""
+        while more := self._ask("GET", f"{_path(job_id)}/logs", params={"offset": offset + len(found)}).content:
+            found += more
+        return found
 
     def _upload(self, path: Path, progress: ProgressCallback) -> str:
         """The id of the uploaded file; a folder is packed first, an archive goes as it is."""

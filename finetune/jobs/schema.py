@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -60,6 +61,7 @@ jobs = Table(
     CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
     Index("jobs_claim", "state", text("priority DESC"), "id"),  # the order in which jobs are claimed
     Index("jobs_owner", "owner", "id"),
+    Index("jobs_suffix", "suffix", "id"),
 )
 
 job_events = Table(
@@ -84,7 +86,7 @@ files = Table(
     Column("owner", String(80), nullable=False),
     Column("filename", Text, nullable=False),
     Column("purpose", String(32), nullable=False),
-    Column("size_bytes", Integer, nullable=False),
+    Column("size_bytes", Integer().with_variant(BigInteger, "postgresql"), nullable=False),  # SQLite's integers are large enough
     Column("sha256", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("summary", Text, nullable=False),  # JSON: classes with counts

@@ -15,23 +15,21 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, RowMapping, Select, and_, func, insert, or_, select, update
 
-from finetune.errors import Conflict, InvalidInput, NotFound
+from finetune.errors import Conflict, NotFound
 from finetune.jobs.clock import LeaseTime, lease_time
+from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
-from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
+from finetune.jobs.endings import MAX_LOST_ATTEMPTS
+from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, job_events, jobs
 
 LEASE_SECONDS = 30.0
-MAX_LOST_WORKERS = 10  # in a row without a new checkpoint, after which the job is taken to be what kills them
-IDEMPOTENCY_SECONDS = 24 * 3600.0
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 
 
 class LeaseLost(Exception):
@@ -86,11 +84,10 @@ class Event:
     message: str
     data: Mapping[str, Any]
 
-
-def new_id(prefix: str) -> str:
-    """``ftjob-0c3t…``: 130 bits in 26 characters, sorted by creation time to the microsecond, then at random (72 bits)."""
-    number = (time.time_ns() // 1_000 << 72) | secrets.randbits(72)
-    return f"{prefix}-" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+    @staticmethod
+    def of(row: RowMapping) -> Event:
+        data = json.loads(row["data"] or "{}")
+        return Event(row["seq"], row["job_id"], row["at"], row["level"], row["kind"], row["message"], data)
 
 
 class JobStore:
@@ -114,20 +111,26 @@ class JobStore:
         idempotency_key: str | None = None,
         body_sha256: str = "",
         max_queued: int | None = None,
+        any_suffix: bool = False,
     ) -> tuple[Job, bool]:
         """Queue a job; returns it and whether it is new. The same key and body give the job that was made the first time.
+
+        Args:
+            any_suffix: the model may become a version of one that another owner's job makes or made.
 
         Raises:
             InvalidInput: the key was used with another body.
             QueueFull: the owner already has `max_queued` jobs that have not finished.
+            NameTaken: the suffix is another owner's.
         """
         now = time.time()
         with writing(self.engine) as connection:
-            _one_creation_at_a_time(connection, owner)
-            if idempotency_key is not None:
-                earlier = _earlier_answer(connection, owner, idempotency_key, body_sha256, now)
-                if earlier is not None:
-                    return _job(_row(connection, earlier, owner)), False
+            one_creation_at_a_time(connection, owner, suffix)
+            earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
+            if earlier is not None:
+                return _job(_row(connection, earlier, owner)), False
+            if suffix is not None and not any_suffix and model_owner(connection, suffix) not in (None, owner):
+                raise NameTaken(suffix)
             if max_queued is not None:
                 _check_quota(connection, owner, max_queued)
             job_id = new_id("ftjob")
@@ -137,9 +140,7 @@ class JobStore:
                     request=None if request is None else _dumps(request), suffix=suffix, created_at=now,
                 )
             )  # fmt: skip
-            if idempotency_key is not None:
-                answer = {"owner": owner, "key": idempotency_key, "body_sha256": body_sha256, "object_id": job_id}
-                connection.execute(insert(idempotency).values({**answer, "created_at": now}))
+            remember_object(connection, owner, idempotency_key, body_sha256, job_id)
             _record(connection, job_id, now, "queued", "The job is queued.")
             return _job(_row(connection, job_id, owner)), True
 
@@ -197,7 +198,7 @@ class JobStore:
         query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
         with reading(self.engine) as connection:
             rows = connection.execute(query.order_by(job_events.c.seq).limit(limit)).mappings().all()
-        return [_event(row) for row in rows]
+        return [Event.of(row) for row in rows]
 
     def counts(self, owner: str | None = None) -> dict[str, int]:
         """How many jobs are in each state (states without a job are left out)."""
@@ -293,10 +294,12 @@ class JobStore:
             level = "error" if state == "failed" else "info"
             _record(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
 
-    def hand_back(self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: bool = True) -> None:
+    def hand_back(
+        self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"
+    ) -> None:
         """Put the job back in the queue (a dying worker, a failure that another attempt may cure); LeaseLost as in `heartbeat`.
 
-        An attempt that wrote no new checkpoint is `counted` towards a crash loop, unless its end says nothing about the job.
+        An attempt that wrote no new checkpoint is `counted` towards a crash loop; None: its end says nothing about the job.
         A job whose cancelling was asked for is cancelled instead.
         """
         now = time.time()
@@ -308,7 +311,7 @@ class JobStore:
                 return
             clock = lease_time(connection)
             waiting = {"state": "queued", "not_before": clock.seconds + delay_seconds, "clock_epoch": clock.epoch}
-            _write(connection, claim, {**_released(), **waiting, **_counts(row, "stalled_attempts" if counted else None)})
+            _write(connection, claim, {**_released(), **waiting, **_counts(row, counted)})
             _record(
                 connection,
                 claim.job.id,
@@ -319,10 +322,11 @@ class JobStore:
                 data={"delay_seconds": round(delay_seconds, 1)},
             )
 
-    def stalled_attempts(self, claim: Claim) -> int:
-        """How many attempts in a row, this one included, have written no new checkpoint."""
+    def fruitless_attempts(self, claim: Claim) -> tuple[int, int]:
+        """How many attempts in a row, this one included, have written no new checkpoint: if it stalled, and if it was lost."""
         with reading(self.engine) as connection:
-            return int(_counts(_row(connection, claim.job.id, None), "stalled_attempts")["stalled_attempts"])
+            row = _row(connection, claim.job.id, None)
+            return _counts(row, "stalled")["stalled_attempts"], _counts(row, "lost")["lost_attempts"]
 
     def reap(self) -> Sequence[str]:
         """Put jobs whose lease has run out back in the queue (or cancel them, if that was asked for); returns their ids."""
@@ -342,6 +346,13 @@ class JobStore:
 
 class QueueFull(Conflict):
     code, http_status = "queue_full", 429
+
+
+class NameTaken(Conflict):
+    """A new job's model would become a version of a model that its owner may not change."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model name {name!r} is taken; choose another suffix")
 
 
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
@@ -379,8 +390,9 @@ def _released() -> dict[str, Any]:
 
 def _counts(row: RowMapping, more: str | None) -> dict[str, int]:
     """What to count of attempts in a row without a new checkpoint, now that the present one ends as one of the kind `more`."""
-    kinds = ("stalled_attempts", "lost_attempts")
-    return {kind: 0 if row["progressed"] else row[kind] + (kind == more) for kind in kinds}
+    return {
+        f"{kind}_attempts": 0 if row["progressed"] else row[f"{kind}_attempts"] + (kind == more) for kind in ("stalled", "lost")
+    }
 
 
 def _after(row: RowMapping, now: float) -> float:
@@ -390,13 +402,13 @@ def _after(row: RowMapping, now: float) -> float:
 
 def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
     """Take a job from a worker that no longer renews its lease."""
-    lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", _counts(row, "lost_attempts")
+    lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", _counts(row, "lost")
     ended = {"finished_at": _after(row, now)}
     if row["state"] == "cancelling":
         values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
-    elif counts["lost_attempts"] >= MAX_LOST_WORKERS:
+    elif counts["lost_attempts"] >= MAX_LOST_ATTEMPTS:
         said = (
-            f"{lost}, as {MAX_LOST_WORKERS - 1} did before it; the job itself seems to end them, most often for want of memory."
+            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for want of memory."
         )
         values, kind, level = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": said}, "failed", "error"
     else:
@@ -420,33 +432,10 @@ def _add_run_events(connection: Connection, job_id: str, records: Sequence[Mappi
             )  # fmt: skip
 
 
-def _one_creation_at_a_time(connection: Connection, owner: str) -> None:
-    """One owner's jobs are created one after the other, so that quota and idempotency hold; SQLite's write lock does that."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(owner))))
-
-
 def _check_quota(connection: Connection, owner: str, max_queued: int) -> None:
     unfinished = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(UNFINISHED))
     if connection.execute(unfinished).scalar_one() >= max_queued:
         raise QueueFull(f"{max_queued} jobs of yours have not finished yet, and that is the limit; wait for one or cancel one")
-
-
-def _earlier_answer(connection: Connection, owner: str, key: str, body_sha256: str, now: float) -> str | None:
-    """The job made for this key before, if its answer is still kept."""
-    found = connection.execute(
-        select(idempotency.c.body_sha256, idempotency.c.object_id, idempotency.c.created_at).where(
-            idempotency.c.owner == owner, idempotency.c.key == key
-        )
-    ).one_or_none()
-    if found is None:
-        return None
-    if found.created_at < now - IDEMPOTENCY_SECONDS:
-        connection.execute(delete(idempotency).where(idempotency.c.owner == owner, idempotency.c.key == key))
-        return None
-    if found.body_sha256 != body_sha256:
-        raise InvalidInput(f"the Idempotency-Key {key!r} was used before with another body; send a new key with a new request")
-    return str(found.object_id)
 
 
 def _row(connection: Connection, job_id: str, owner: str | None, *, lock: bool = False) -> RowMapping:
@@ -488,10 +477,6 @@ def _job(row: RowMapping) -> Job:
         error_code=row["error_code"], error_message=row["error_message"], cancel_requested_at=row["cancel_requested_at"],
         worker=row["lease_owner"],
     )  # fmt: skip
-
-
-def _event(row: RowMapping) -> Event:
-    return Event(row["seq"], row["job_id"], row["at"], row["level"], row["kind"], row["message"], json.loads(row["data"] or "{}"))
 
 
 def _dumps(value: Mapping[str, Any]) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from finetune.errors import DiskFull, InvalidInput, StoreError
-from finetune.jobs.clock import machine_time
+from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
+from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.endings import Ending, Finish, what_follows
 from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
@@ -47,6 +47,11 @@ def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
     return tuple(sorted(int(device.name.removeprefix("nvidia")) for device in devices.glob(_GPU_DEVICES)))
 
 
+def available_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """How a worker works.
@@ -63,7 +68,7 @@ class WorkerSettings:
 
     name: str = field(default_factory=lambda: f"{socket.gethostname()[:60]}-{os.getpid()}")
     slots: int = 1
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=available_threads)
     gpus: tuple[int, ...] = ()
     beat_seconds: float = 5.0
     cancel_grace_seconds: float = 20.0
@@ -153,16 +158,16 @@ class Worker:
             if self._disk_is_full():
                 log.warning("%s: the disk is full; nothing new is started", self.home)
                 return
-            asked_at = machine_time().seconds
+            asked_at = machine_time()
             claim = self.store.claim(self.settings.name)
             if claim is None:
                 return
             try:
                 self._attempts[claim.job.id] = self._begin(claim, asked_at)
-            except (DiskFull, OSError) as error:
-                self.store.hand_back(claim, f"The run could not be started: {error}", delay_seconds=60.0, counted=False)
+            except (DiskFull, ExecutorError, OSError) as error:
+                self.store.hand_back(claim, f"The run could not be started: {error}", delay_seconds=60.0, counted=None)
 
-    def _begin(self, claim: Claim, asked_at: float) -> _Attempt:
+    def _begin(self, claim: Claim, asked_at: LeaseTime) -> _Attempt:
         run = RunDir(self.home / "runs" / claim.job.id).create()
         spec_file, lease_file = run.root / "request.yaml", run.root / f"lease-{claim.fence}"
         for leftover in (*_leases_before(claim, run), run.error, run.progress):
@@ -173,6 +178,7 @@ class Worker:
         handle = self.executor.start(
             claim.job.id,
             [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"],
+            fence=claim.fence,
             environment={"FINETUNE_HOME": str(self.home), LEASE_VARIABLE: str(lease_file)},
             log=run.log,
             resources=Resources(max(1, self.settings.threads // self.settings.slots), gpus),
@@ -190,12 +196,12 @@ class Worker:
     # watching -----------------------------------------------------------------------------------------------------
 
     def _attend_safely(self, attempt: _Attempt) -> None:
-        """A job that is somebody else's is let go of; a database or a disk that fails for a while is asked again later."""
+        """A job that is somebody else's is let go of; what fails for a while (database, disk, cluster) is asked again later."""
         try:
             self._attend(attempt)
         except LeaseLost:
             self._abandon(attempt)
-        except (StoreError, DiskFull, OSError) as error:
+        except (StoreError, DiskFull, ExecutorError, OSError) as error:
             log.warning("%s: %s", attempt.claim.job.id, error)
             attempt.beat_at = time.monotonic() - self.settings.beat_seconds + _CANCEL_POLL_SECONDS
 
@@ -217,7 +223,7 @@ class Worker:
     def _beat(self, attempt: _Attempt) -> None:
         """Renew the lease, publish what the run wrote since the last look, and see whether it still moves."""
         attempt.beat_at = time.monotonic()
-        asked_at = machine_time().seconds
+        asked_at = machine_time()
         self._take_pulse(attempt)
         progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
         records = read_lines(attempt.run.events)
@@ -245,20 +251,22 @@ class Worker:
             self.executor.cancel(attempt.handle, grace_seconds=0)
 
     def _cancel(self, attempt: _Attempt) -> None:
-        attempt.cancelling = True
         if attempt.exit_code is None:
             self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
+        attempt.cancelling = True
 
     # ending -------------------------------------------------------------------------------------------------------
 
     def _settle(self, attempt: _Attempt, exit_code: int) -> None:
         """The attempt has ended: end the job, or queue it again."""
         run, claim = attempt.run, attempt.claim
+        stalled_attempts, lost_attempts = self.store.fruitless_attempts(claim)
         ending = Ending(
             exit_code=exit_code,
             error=read_json(run.error) if run.error.exists() else None,
             complete=run.outcome.exists(),
-            stalled_attempts=self.store.stalled_attempts(claim),
+            stalled_attempts=stalled_attempts,
+            lost_attempts=lost_attempts,
             cancelling=attempt.cancelling,
             handing_back=bool(self._stop_signals),
             hung=attempt.hung,
@@ -285,10 +293,14 @@ class Worker:
     def _abandon(self, attempt: _Attempt) -> None:
         """The job belongs to somebody else: end the process and write nothing."""
         log.warning("%s: the lease is lost; its process is ended", attempt.claim.job.id)
-        if attempt.exit_code is None:
-            self.executor.cancel(attempt.handle, grace_seconds=0)
-            while self.executor.poll(attempt.handle) is None:
-                time.sleep(_TICK_SECONDS)
+        attempt.lease_file.unlink(missing_ok=True)  # an executor that does not answer cannot keep the process alive
+        try:
+            if attempt.exit_code is None:
+                self.executor.cancel(attempt.handle, grace_seconds=0)
+                while self.executor.poll(attempt.handle) is None:
+                    time.sleep(_TICK_SECONDS)
+        except ExecutorError as error:
+            log.warning("%s: %s", attempt.claim.job.id, error)
         self._forget(attempt)
 
     def _forget(self, attempt: _Attempt) -> None:
@@ -315,8 +327,11 @@ class Worker:
 
     def _ask_all_to_stop(self, grace_seconds: float) -> None:
         for attempt in self._attempts.values():
-            if attempt.exit_code is None:
-                self.executor.cancel(attempt.handle, grace_seconds=grace_seconds)
+            try:
+                if attempt.exit_code is None:
+                    self.executor.cancel(attempt.handle, grace_seconds=grace_seconds)
+            except ExecutorError as error:
+                log.warning("%s: %s", attempt.claim.job.id, error)
 
 
 def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
@@ -325,8 +340,8 @@ def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
 
 
 def _checkpoints(run: RunDir) -> frozenset[str]:
-    """Names of the whole checkpoints: their checksums are written last."""
-    return frozenset(path.name for path in run.checkpoints.glob("step-*.sha256"))
+    """The whole checkpoints, of folds, candidates and refits too: their checksums are written last."""
+    return frozenset(str(path.relative_to(run.root)) for path in run.root.glob("**/checkpoints/step-*.sha256"))
 
 
 def _memory_kills(counters: Path = Path("/proc/vmstat")) -> int:

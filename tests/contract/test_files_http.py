@@ -136,6 +136,20 @@ def test_the_same_key_and_file_give_the_same_upload_and_another_file_is_refused(
     assert left_in(tmp_path) == [first.json()["id"]]
 
 
+def test_uploads_beyond_the_quota_are_refused_with_what_is_used_and_allowed(tmp_path: Path) -> None:
+    size = len(GOOD["zip"])
+    with in_process(tmp_path, wait=False, max_files_bytes=2 * size + 100) as client:
+        first = upload(client, GOOD["zip"], **{"Idempotency-Key": "k1"}).json()
+        assert upload(client, GOOD["zip"]).status_code == 201
+        refused = upload(client, GOOD["zip"])
+        assert (refused.status_code, refused.json()["code"]) == (413, "files_full")
+        assert f"{2 * size:,}, and {2 * size + 100:,} are allowed in all" in refused.json()["detail"]
+        assert upload(client, GOOD["zip"], **{"Idempotency-Key": "k1"}).json() == first, "a repetition adds nothing"
+        client.delete(f"/v1/files/{first['id']}")
+        assert upload(client, GOOD["zip"], **{"Idempotency-Key": "k2"}).status_code == 201
+        assert len(left_in(tmp_path)) == 2
+
+
 def test_pages_turn_with_after_and_limit_newest_first(client: TestClient) -> None:
     made = [upload(client, GOOD["zip"], f"{number}.zip").json()["id"] for number in range(3)]
     first = client.get("/v1/files?limit=2").json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import threading
@@ -17,7 +18,7 @@ from sqlalchemy import Engine
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs.clock import LeaseTime
 from finetune.jobs.database import open_database
-from finetune.jobs.store import MAX_LOST_WORKERS, Claim, Job, JobStore, LeaseLost, QueueFull, new_id
+from finetune.jobs.store import MAX_LOST_ATTEMPTS, Claim, Job, JobStore, LeaseLost, NameTaken, QueueFull, new_id
 
 SPEC: dict[str, Any] = {"training_file": "flowers", "metadata": {"note": "a\0b \ud800 ü"}}
 
@@ -193,7 +194,7 @@ def test_the_same_key_and_body_give_the_job_of_the_first_time(store: JobStore) -
 def test_an_idempotency_key_is_forgotten_after_a_day(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = store.create("ada", SPEC, spec_digest="0" * 64, idempotency_key="k", body_sha256="b")
     later = SimpleNamespace(time=lambda: first.created_at + 25 * 3600, time_ns=lambda: int((first.created_at + 25 * 3600) * 1e9))
-    monkeypatch.setattr("finetune.jobs.store.time", later)
+    monkeypatch.setattr("finetune.jobs.creation.time", later)
     second, new = store.create("ada", SPEC, spec_digest="0" * 64, idempotency_key="k", body_sha256="c")
     assert new
     assert second.id != first.id
@@ -273,16 +274,16 @@ def test_the_leases_of_another_boot_have_ended(store: JobStore, clock: LeaseCloc
 
 def test_a_job_that_seems_to_end_its_workers_is_given_up(store: JobStore, clock: LeaseClock) -> None:
     job = queue(store)
-    for _ in range(MAX_LOST_WORKERS - 2):
+    for _ in range(MAX_LOST_ATTEMPTS - 2):
         claimed(store)
         clock.advance(31)
         store.reap()
     claim = claimed(store)
-    assert store.stalled_attempts(claim) == 1, "a worker's loss is not counted as the run's failure"
+    assert store.fruitless_attempts(claim) == (1, MAX_LOST_ATTEMPTS - 1), "a worker's loss is not counted as the run's failure"
     store.heartbeat(claim, progressed=True)
     clock.advance(31)
     store.reap()
-    for _ in range(MAX_LOST_WORKERS):
+    for _ in range(MAX_LOST_ATTEMPTS):
         assert store.get(job.id).state == "queued", "a new checkpoint begins the count anew"
         claimed(store)
         clock.advance(31)
@@ -314,14 +315,15 @@ def test_waiting_does_not_outlive_the_machines_boot_nor_depend_on_the_wall_clock
 def test_attempts_without_a_new_checkpoint_are_counted_until_one_makes_one(store: JobStore) -> None:
     queue(store)
     counts = []
-    for progressed, counted in [(False, True), (False, True), (False, False), (False, True), (True, True), (False, True)]:
+    ends: list[Any] = ["stalled", "lost", "stalled", None, "stalled", "progressed", "lost"]
+    for end in ends:
         claim = claimed(store)
-        if progressed:
+        if end == "progressed":
             store.heartbeat(claim, progressed=True)
             store.heartbeat(claim)
-        counts.append(store.stalled_attempts(claim))
-        store.hand_back(claim, "it died", counted=counted)
-    assert counts == [1, 2, 3, 3, 0, 1]
+        counts.append(store.fruitless_attempts(claim))
+        store.hand_back(claim, "it died", counted="stalled" if end == "progressed" else end)
+    assert counts == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 2), (0, 0), (1, 1)]
 
 
 # ── cancelling ────────────────────────────────────────────────────────────────────────────────────
@@ -480,6 +482,27 @@ def _at_once(actions: list[Callable[[], None]]) -> None:
     for thread in threads:
         thread.join()
     assert not failures, failures
+
+
+def test_owners_that_race_for_a_models_name_get_it_once(store: JobStore) -> None:
+    def create(owner: str) -> None:
+        try:
+            queue(store, owner, suffix="flowers")
+        except NameTaken as error:
+            refused.append(error.message)
+
+    refused: list[str] = []
+    _at_once([functools.partial(create, f"owner{number}") for number in range(6)])
+    assert refused == ["the model name 'flowers' is taken; choose another suffix"] * 5
+
+
+def test_a_models_name_is_free_again_when_its_only_job_has_failed(store: JobStore) -> None:
+    queue(store, "ada", suffix="flowers")
+    store.finish(claimed(store), "failed", error_code="x", error_message="y")
+    queue(store, "bob", suffix="flowers")
+    with pytest.raises(NameTaken):
+        queue(store, "ada", suffix="flowers")
+    queue(store, "ada", suffix="flowers", any_suffix=True)
 
 
 def _claim_everything(database: str | Path, name: str, results: Any) -> None:

@@ -288,6 +288,23 @@ def test_the_log_is_answered_as_text(client: TestClient, file_id: str, tmp_path:
     assert client.get(f"{JOBS}/{job_id}/logs").text.count("\n") == 501
 
 
+def test_a_log_longer_than_an_answer_is_read_in_parts_to_the_byte(
+    client: TestClient, file_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs_routes.LARGEST_LOG_BYTES", 1000)
+    job_id = create(client, file_id)["id"]
+    log = tmp_path / "runs" / job_id / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(("zwölf\xff " * 350).encode("latin-1"))
+    whole = b""
+    while part := client.get(f"{JOBS}/{job_id}/logs", params={"offset": len(whole)}).content:
+        assert len(part) <= 1000
+        whole += part
+    assert whole == log.read_bytes()
+    assert client.get(f"{JOBS}/{job_id}/logs").content == whole[-1000:]
+    assert client.get(f"{JOBS}/{job_id}/logs?offset=-1").status_code == 422
+
+
 def test_checkpoints_are_those_that_are_whole(client: TestClient, file_id: str, tmp_path: Path) -> None:
     job_id = create(client, file_id)["id"]
     assert client.get(f"{JOBS}/{job_id}/checkpoints").json()["data"] == []

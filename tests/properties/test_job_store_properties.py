@@ -13,7 +13,7 @@ from finetune.jobs import store as store_module
 from finetune.jobs.clock import LeaseTime
 from finetune.jobs.database import open_database
 from finetune.jobs.schema import HELD, TERMINAL
-from finetune.jobs.store import MAX_LOST_WORKERS, Claim, Job, JobStore, LeaseLost
+from finetune.jobs.store import MAX_LOST_ATTEMPTS, Claim, Job, JobStore, LeaseLost
 
 LEASE_SECONDS = 30.0
 MOST_AT_ONCE = 2  # few jobs, so that much happens to each
@@ -92,7 +92,7 @@ class JobsModel:
         self.expected[claim.job.id] = state
 
     def hand_back(self) -> None:
-        delay, counted = self.chance.choice([0.0, 20.0]), self.chance.random() < 0.5
+        delay, counted = self.chance.choice([0.0, 20.0]), self.chance.choice(["stalled", "lost", None])
         if (claim := self.chosen()) is None:
             return
         if not self.holds(claim):
@@ -102,7 +102,8 @@ class JobsModel:
         job = claim.job.id
         self.store.hand_back(claim, "a reason", delay_seconds=delay, counted=counted)
         self.expected[job] = "cancelled" if self.expected[job] == "cancelling" else "queued"
-        self.not_before[job], self.lost[job] = self.now + delay, max(self.lost[job], 0)
+        progressed = self.lost[job] == -1
+        self.not_before[job], self.lost[job] = self.now + delay, 0 if progressed else self.lost[job] + (counted == "lost")
 
     def cancel(self) -> None:
         which = self.chance.choice(["running", "running", "cancelling", "queued", *TERMINAL])
@@ -128,7 +129,7 @@ class JobsModel:
             self.done[f"reaped {self.expected[job]}"] += 1
             self.lost[job] += 1
             self.not_before[job] = 0.0
-            given_up = self.lost[job] >= MAX_LOST_WORKERS
+            given_up = self.lost[job] >= MAX_LOST_ATTEMPTS
             self.expected[job] = "cancelled" if self.expected[job] == "cancelling" else "failed" if given_up else "queued"
 
     def agree(self) -> None:

@@ -33,7 +33,7 @@ def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path) ->
     expected = create_engine(f"sqlite:///{tmp_path / 'expected.db'}")
     metadata.create_all(expected)
     made = [_schema(engine) for engine in (expected, open_database(tmp_path / "jobs.db"))]
-    assert len(made[0]) == 9, "5 tables and 4 indexes"
+    assert len(made[0]) == 10, "5 tables and 5 indexes"
     assert made[1] == made[0]
 
 
@@ -76,11 +76,11 @@ def test_an_older_database_is_upgraded_and_keeps_its_jobs(tmp_path: Path) -> Non
     claim = store.claim("worker of the older release")
     assert claim is not None
     migrations = shutil.copytree(module._MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "0002_next.py").write_text(
+    (migrations / "versions" / "0003_next.py").write_text(
         textwrap.dedent("""
         import sqlalchemy as sa
         from alembic import op
-        revision, down_revision = "0002", "0001"
+        revision, down_revision = "0003", "0002"
         def upgrade():
             with op.batch_alter_table("jobs") as batch:
                 batch.add_column(sa.Column("colour", sa.String(8), nullable=False, server_default="green"))

@@ -50,13 +50,13 @@ def test_a_failure_that_would_repeat_itself_is_not_tried_again() -> None:
 def test_a_run_that_a_stopping_worker_ended_goes_back_at_once_and_uncounted(exit_code: int) -> None:
     again = follows(exit_code, handing_back=True, stalled_attempts=99)
     assert isinstance(again, TryAgain)
-    assert (again.delay_seconds, again.counted) == (0.0, False)
+    assert (again.delay_seconds, again.counted) == (0.0, None)
 
 
 def test_a_run_folder_that_is_held_is_tried_again_without_counting() -> None:
     again = follows(75, stalled_attempts=99)
     assert isinstance(again, TryAgain)
-    assert (again.delay_seconds, again.counted) == (5.0, False)
+    assert (again.delay_seconds, again.counted) == (5.0, None)
 
 
 @pytest.mark.parametrize(("exit_code", "error", "disk_full"), [(1, NO_SPACE, False), (1, None, True), (KILLED, None, True)])
@@ -64,11 +64,21 @@ def test_a_full_disk_is_waited_out_however_long_it_takes(exit_code: int, error: 
     again = follows(exit_code, error=error, disk_full=disk_full, stalled_attempts=99)
     assert isinstance(again, TryAgain)
     assert "disk is full" in again.reason
-    assert (again.delay_seconds, again.counted) == (60.0, False)
+    assert (again.delay_seconds, again.counted) == (60.0, None)
 
 
 def test_an_error_of_the_run_itself_is_not_blamed_on_a_disk_that_is_full_too() -> None:
     assert follows(1, error=DIVERGED, disk_full=True) == Finish("failed", "training_failed", DIVERGED["message"])
+
+
+def test_a_run_that_stopped_for_want_of_a_lease_counts_as_lost_and_has_more_tries() -> None:
+    again = follows(130, stalled_attempts=3, lost_attempts=9)
+    assert isinstance(again, TryAgain)
+    assert (again.delay_seconds, again.counted) == (2.0, "lost")
+    assert "its worker could not renew its lease" in again.reason
+    given_up = follows(130, stalled_attempts=3, lost_attempts=10)
+    assert isinstance(given_up, Finish)
+    assert given_up.error_code == "crash_loop"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +88,13 @@ def test_an_error_of_the_run_itself_is_not_blamed_on_a_disk_that_is_full_too() -
         (-signal.SIGSEGV, "signal 11 (SIGSEGV)"),
         (3, "exit code 3"),
         (0, "exit code 0"),
-        (130, "interrupted"),
     ],
 )
 def test_a_death_is_tried_again_twice_and_the_third_is_a_crash_loop(exit_code: int, what: str) -> None:
     for stalled, delay in [(0, 2.0), (1, 2.0), (2, 4.0)]:
         again = follows(exit_code, stalled_attempts=stalled)
         assert isinstance(again, TryAgain)
-        assert (again.delay_seconds, again.counted) == (delay, True)
+        assert (again.delay_seconds, again.counted) == (delay, "stalled")
         assert what in again.reason
     given_up = follows(exit_code, stalled_attempts=3, log_tail="the last words")
     assert isinstance(given_up, Finish)

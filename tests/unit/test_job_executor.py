@@ -31,7 +31,7 @@ def executor() -> Iterator[LocalExecutor]:
 
 def start(executor: LocalExecutor, log: Path, script: str, resources: Resources | None = None) -> Handle:
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    return executor.start("job", command, environment={"COLOUR": "green"}, log=log, resources=resources or Resources())
+    return executor.start("job", command, fence=1, environment={"COLOUR": "green"}, log=log, resources=resources or Resources())
 
 
 def end(executor: LocalExecutor, handle: Handle) -> int:
@@ -118,7 +118,7 @@ def test_an_attempt_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
         from finetune.jobs.executor import LocalExecutor, Resources
         command = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
         log = Path({str(tmp_path / "log")!r})
-        handle = LocalExecutor().start("job", command, environment={{}}, log=log, resources=Resources())
+        handle = LocalExecutor().start("job", command, fence=1, environment={{}}, log=log, resources=Resources())
         sys.stdout.write(handle.reference); sys.stdout.flush()
         time.sleep(600)
     """

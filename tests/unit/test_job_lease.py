@@ -10,15 +10,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-from finetune.jobs.clock import machine_time
+from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.lease import LEASE_VARIABLE, read_lease, write_lease
 
 WATCHER = """
     import signal, sys, time
     from finetune.jobs.lease import watch_lease_from_environment
     {before}
-    watch_lease_from_environment()
     try:
+        watch_lease_from_environment()
         time.sleep(60)
     except KeyboardInterrupt:
         sys.stdout.write("writes its checkpoint")
@@ -26,7 +26,12 @@ WATCHER = """
     sys.exit("nobody stopped it")
 """
 ASKS_NICELY = "signal.signal(signal.SIGTERM, signal.default_int_handler)"
+BOOT = "0b3b1c5e-3a5e-4c39-9a39-6f9b3c1d2e4f"  # of another machine
 IS_DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+def ago(seconds: float) -> LeaseTime:
+    return LeaseTime(machine_time().seconds - seconds, machine_time().epoch)
 
 
 def watch(lease: Path | None, before: str = ASKS_NICELY, seconds: float = 60) -> subprocess.CompletedProcess[str]:
@@ -37,41 +42,49 @@ def watch(lease: Path | None, before: str = ASKS_NICELY, seconds: float = 60) ->
     )
 
 
-def test_a_lease_counts_from_when_it_was_asked_for_and_warns_before_it_ends(tmp_path: Path) -> None:
-    write_lease(tmp_path / "lease", 1000.0, 30.0)
-    assert read_lease(tmp_path / "lease") == (1020.0, 1030.0)
-    write_lease(tmp_path / "lease", 1_000_005.25, 30.0)
-    assert read_lease(tmp_path / "lease") == (1_000_025.25, 1_000_035.25)
+def test_a_lease_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_lease(tmp_path / "lease", LeaseTime(1000.0, BOOT), 30.0)
+    assert read_lease(tmp_path / "lease") == (1000.0, 30.0, BOOT)
+    write_lease(tmp_path / "lease", LeaseTime(1_000_005.25, BOOT), 30.0)
+    assert read_lease(tmp_path / "lease") == (1_000_005.25, 30.0, BOOT)
 
 
-def test_a_lease_that_was_withdrawn_has_ended_long_ago(tmp_path: Path) -> None:
-    assert read_lease(tmp_path / "lease") == (0.0, 0.0)
+def test_a_process_whose_lease_was_withdrawn_ends(tmp_path: Path) -> None:
+    assert watch(tmp_path / "lease", before=IS_DEAF).returncode == 130
+
+
+def test_on_another_machine_a_lease_counts_from_when_it_was_seen(tmp_path: Path) -> None:
+    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds - 10_000, BOOT), 3.0)
+    stopped = watch(tmp_path / "lease")
+    assert (stopped.returncode, stopped.stdout) == (7, "writes its checkpoint")
+    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds + 10_000, BOOT), 0.9)
+    assert watch(tmp_path / "lease", before=IS_DEAF).returncode == 130
 
 
 def test_a_lease_is_renewed_in_place_also_on_a_full_disk(tmp_path: Path) -> None:
     lease = tmp_path / "lease"
-    write_lease(lease, 1000.0, 30.0)
+    write_lease(lease, LeaseTime(1000.0, BOOT), 30.0)
     inode, size = lease.stat().st_ino, lease.stat().st_size
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        write_lease(lease, 2_000_000.0, 30.0)
+        write_lease(lease, LeaseTime(2_000_000.0, BOOT), 30.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert (lease.stat().st_ino, lease.stat().st_size) == (inode, size)
-    assert read_lease(lease)[1] == 2_000_030.0
+    assert read_lease(lease) == (2_000_000.0, 30.0, BOOT)
 
 
 def test_a_process_whose_lease_is_running_out_is_asked_to_stop(tmp_path: Path) -> None:
-    write_lease(tmp_path / "lease", machine_time().seconds - 25.0, 30.0)
+    write_lease(tmp_path / "lease", ago(25.0), 30.0)
     stopped = watch(tmp_path / "lease")
     assert (stopped.returncode, stopped.stdout) == (7, "writes its checkpoint")
 
 
 def test_a_process_that_does_not_stop_ends_with_its_lease(tmp_path: Path) -> None:
-    write_lease(tmp_path / "lease", machine_time().seconds - 29.0, 30.0)
+    write_lease(tmp_path / "lease", ago(29.0), 30.0)
     assert watch(tmp_path / "lease", before=IS_DEAF).returncode == 130
 
 

@@ -173,10 +173,11 @@ def test_events_are_read_from_the_last_one_that_is_known() -> None:
     assert {request.url.params["order"] for request in server.asked} == {"asc"}
 
 
-def test_a_log_is_read_on_from_where_it_was_read_to() -> None:
-    server = Server(httpx.Response(200, content="zwölf".encode()))
+def test_a_log_is_read_on_from_where_it_was_read_to_until_there_is_no_more() -> None:
+    server = Server(*(httpx.Response(200, content=part) for part in (b"\xc3", b"\xb6lf", b"")))
     assert server.client().log("ftjob-1", 2) == "ölf".encode()
-    assert server.asked[0].url.path == "/v1/fine_tuning/jobs/ftjob-1/logs"
+    assert {request.url.path for request in server.asked} == {"/v1/fine_tuning/jobs/ftjob-1/logs"}
+    assert [request.url.params["offset"] for request in server.asked] == ["2", "3", "6"]
 
 
 def test_cancelling_is_asked_for() -> None:
