@@ -56,19 +56,23 @@ def training_speed(runs: Sequence[Run], names: Iterable[str]) -> list[str]:
 
 
 def breakdown(runs: Sequence[Run]) -> list[str]:
-    """Our cold probe, step by step, in seconds and in floors."""
-    floors = [run["steps"]["floor"] for run in _good(runs, FLOOR)]
-    measured = [run["steps"] for run in _good(runs, STEPS)]
+    """Our cold probe, step by step, in seconds and in floors: from image files to an evaluated bundle."""
+    measured = _good(runs, STEPS)
     if not measured:
         return []
+    floors = [run["steps"]["floor"] for run in _good(runs, FLOOR)]
     floor = statistics.median(floors) if floors else None
-    lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
-    for name in dict.fromkeys(step for steps in measured for step in steps):
-        seconds = statistics.median(steps.get(name, 0.0) for steps in measured)
-        lines.append(f"| {name} | {seconds:.2f} | {_text(floor and seconds / floor, '.3f')} |")
+    rows = {
+        name: statistics.median(run["steps"].get(name, 0.0) for run in measured)
+        for name in dict.fromkeys(name for run in measured for name in run["steps"])
+    }
+    rows["leaving the process"] = statistics.median(run["seconds"] - run["steps"]["whole command"] for run in measured)
+    if plain := [run["commands"]["train"] for run in _good(runs, REFERENCE)]:
+        rows[f"*`finetune train` of {REFERENCE}, without a stopwatch*"] = statistics.median(plain)
     if floor is not None:
-        lines.append(f"| *the floor* | {floor:.2f} | 1 |")
-    return lines
+        rows["*the floor*"] = floor
+    lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
+    return lines + [f"| {name} | {taken:.2f} | {_text(floor and taken / floor, '.3f')} |" for name, taken in rows.items()]
 
 
 def _good(runs: Sequence[Run], name: str) -> list[Run]:
