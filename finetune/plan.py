@@ -25,7 +25,7 @@ from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, as_model_name, workspace
 from finetune.spec import JobSpec
-from finetune.train.machine import available_threads, resolve_device
+from finetune.train.machine import available_threads, on_threads, resolve_device
 from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
 
@@ -113,7 +113,8 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     attempts = _Attempts()
     indexed = attempts.make(lambda: _index(spec))
     with _reading(spec, indexed, progress, run) as reading:
-        network = attempts.make(lambda: _build_network(spec, 2 if indexed is None else len(indexed.classes)))
+        with on_threads(1):
+            network = attempts.make(lambda: _build_network(spec, 2 if indexed is None else len(indexed.classes)))
         dataset = attempts.make(reading.result)
     if dataset is None or network is None:
         raise attempts.error()

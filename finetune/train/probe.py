@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import TrainingError
+from finetune.train.machine import on_threads
 
 # Strong to weak, two a decade, in units of the mean loss: scikit-learn's C is 1 / (l2 * N).
 L2_PATH = tuple(float(10.0**exponent) for exponent in np.arange(1.0, -5.1, -0.5))
@@ -98,7 +98,7 @@ def solve_probe(
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(labels) * views, 0 if val_features is None else len(val_features)
-    with _threads_for(features.size):
+    with on_threads(1 if features.size <= ONE_THREAD_ELEMENTS else torch.get_num_threads()):
         matrix = _standardise(features.reshape(n_train, -1), val_features)
         row_labels = torch.from_numpy(np.repeat(labels, views).astype(np.int64))
         if val_labels is not None:
@@ -132,17 +132,6 @@ def solve_probe(
         converged=solution.converged,
         seconds=time.perf_counter() - started,
     )
-
-
-@contextmanager
-def _threads_for(n_elements: int) -> Iterator[None]:
-    """One thread for what takes one thread a second or two: on a busy machine, several stall each other many times over."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if n_elements <= ONE_THREAD_ELEMENTS else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def balanced_class_weights(labels: NDArray[np.integer], num_classes: int) -> NDArray[np.float64]:
