@@ -105,11 +105,14 @@ def test_whatever_was_chosen_can_be_done_again(decided: Decided, samples: list[S
     assert not classifier.training
 
 
-def test_a_refit_takes_the_chosen_epochs_of_more_images(dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["partial", "full"])  # steps on cached activations, and on images
+def test_a_refit_takes_the_chosen_epochs_of_more_images(method: str, dataset: Dataset, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    _, trained, refitted = train_and_refit(dataset, run, method="full", hyperparameters={"n_epochs": 2, "batch_size": 5})
+    given = {"method": {"type": method, "warm_head": False}, "hyperparameters": {"n_epochs": 2, "batch_size": 5}}
+    _, trained, refitted = train_and_refit(dataset, run, **given)
     assert trained.fitted is not None
     chosen = trained.fitted.decided
+    assert chosen.n_epochs >= 1
     pool = len(dataset.of("train")) + len(dataset.of("val"))
     (event,) = [line for line in read_lines(run.events) if line["kind"] == "refitted"]
     assert f"the {pool} images of train and val" in event["message"]
