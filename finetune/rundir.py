@@ -113,6 +113,10 @@ class RunDir:
         return self.root / "events.jsonl"
 
     @property
+    def tracking(self) -> Path:
+        return self.root / "mlflow.json"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 

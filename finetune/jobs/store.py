@@ -200,6 +200,12 @@ class JobStore:
             rows = connection.execute(query.order_by(job_events.c.seq).limit(limit)).mappings().all()
         return [Event.of(row) for row in rows]
 
+    def ended_since(self, at: float) -> Sequence[tuple[str, str]]:
+        """(id, state) of the jobs that had begun and have ended after `at`."""
+        ended = select(jobs.c.id, jobs.c.state).where(jobs.c.state.in_(TERMINAL), jobs.c.attempts > 0, jobs.c.finished_at > at)
+        with reading(self.engine) as connection:
+            return [(str(job_id), str(state)) for job_id, state in connection.execute(ended)]
+
     def counts(self, owner: str | None = None) -> dict[str, int]:
         """How many jobs are in each state (states without a job are left out)."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)

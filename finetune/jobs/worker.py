@@ -23,6 +23,7 @@ import yaml
 
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.jobs.clock import LeaseTime, machine_time
+from finetune.jobs.closing import Closing
 from finetune.jobs.endings import Ending, Finish, what_follows
 from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
@@ -36,6 +37,7 @@ _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
 _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
+_CLOSING_SECONDS = 60.0
 _GPU_DEVICES = "nvidia[0-9]*"
 
 
@@ -111,6 +113,7 @@ class Worker:
         self.home = home
         self.settings = settings
         self._attempts: dict[str, _Attempt] = {}  # by job id
+        self._closing = Closing(store, home)
         self._stop_signals = 0
         self._reaped_at = self._claimed_at = -math.inf
 
@@ -122,10 +125,12 @@ class Worker:
             while not self._stop_signals:
                 self.step()
                 if until_idle and not self._attempts and self._nothing_left():
+                    self._closing.finish(_CLOSING_SECONDS)
                     return
                 time.sleep(_TICK_SECONDS)
             self._hand_everything_back()
         finally:
+            self._closing.stop()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -142,6 +147,7 @@ class Worker:
             if now - self._claimed_at >= _CLAIM_POLL_SECONDS:
                 self._claimed_at = now
                 self._fill_slots()
+            self._closing.step()
         except (StoreError, DiskFull) as error:
             log.warning("%s", error)
 

@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import DiskFull
@@ -43,13 +42,9 @@ class RunRecord:
     complete: bool = False
 
 
-def _record_path(run: RunDir) -> Path:
-    return run.root / "mlflow.json"
-
-
 def read_record(run: RunDir) -> RunRecord | None:
     """The record of a run, None if it was never tracked."""
-    path = _record_path(run)
+    path = run.tracking
     if not path.exists():
         return None
     known = {field.name for field in fields(RunRecord)}  # another version of finetune may have written more
@@ -60,7 +55,7 @@ class State:
     """The record, shared by the caller's thread and the sending one, and kept on disk."""
 
     def __init__(self, run: RunDir, record: RunRecord) -> None:
-        self._path, self._lock, self._record = _record_path(run), threading.Lock(), record
+        self._path, self._lock, self._record = run.tracking, threading.Lock(), record
 
     @property
     def record(self) -> RunRecord:

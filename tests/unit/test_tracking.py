@@ -18,6 +18,10 @@ from tiny_bundle import probe_files, write_tiny_bundle
 
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
+from finetune.jobs.database import open_database
+from finetune.jobs.executor import LocalExecutor
+from finetune.jobs.store import JobStore
+from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir, read_json, read_lines, write_json
 from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, read_record, replay, run_url, ui_command
 
@@ -173,6 +177,23 @@ def test_a_run_whose_process_died_is_closed_by_a_replay_that_says_how_it_ended(m
     assert tracker.wait_for_run_id(SECONDS)
     assert replay(run, mlflow_workspace, "FAILED").complete
     assert client.get_run(tracker.record.run_id).info.status == "FAILED"
+
+
+def test_the_runs_of_jobs_that_ended_without_telling_are_closed_by_a_worker(mlflow_workspace: Path, client) -> None:
+    store = JobStore(open_database(mlflow_workspace / "jobs.db"))
+    trackers = {}
+    for state in ("failed", "cancelled"):
+        job, _ = store.create("ada", {}, spec_digest="0" * 64)
+        claim = store.claim("a worker that is gone")
+        trackers[state] = start(run_folder(mlflow_workspace, job.id), mlflow_workspace)
+        assert client.get_run(trackers[state].wait_for_run_id(60)).info.status == "RUNNING"
+        store.finish(claim, state)
+    store.create("ada", {}, spec_digest="0" * 64)
+    store.request_cancel(store.list()[0][0].id)  # it never began
+    Worker(store, LocalExecutor(), mlflow_workspace, WorkerSettings()).run(until_idle=True)
+    ended = {state: client.get_run(tracker.record.run_id).info for state, tracker in trackers.items()}
+    assert {state: info.status for state, info in ended.items()} == {"failed": "FAILED", "cancelled": "KILLED"}
+    assert all(info.end_time for info in ended.values())
 
 
 def test_a_run_that_was_deleted_in_mlflow_gets_a_new_one_with_everything(mlflow_workspace: Path, client) -> None:
