@@ -339,7 +339,7 @@ def _scaled(size_px: tuple[int, int], short_side_px: int) -> tuple[int, int]:
 def _default_epochs(method: Stepped, facts: Facts, epoch_steps: int, n_stages: int) -> _Choice[int]:
     if isinstance(method, Gradual) and method.epochs_per_stage != "auto":
         return _Choice(method.epochs_per_stage * n_stages, "method.epochs_per_stage times the number of stages")
-    target_steps, most = (600, 30) if facts.device == "cpu" else (2000, 50)
+    target_steps, most = (800, 30) if facts.device == "cpu" else (2000, 50)
     n_epochs = min(max(round(target_steps / epoch_steps), 4), most)
     return _Choice(n_epochs, f"default on {facts.device}: about {target_steps} steps, in 4 to {most} epochs")
 

@@ -48,8 +48,8 @@ def test_full_begins_with_the_solved_head_and_then_trains_every_stage_slower_tow
     assert full.trainable == tuple(range(8))
     assert full.stage_lr[7] == full.head_lr == pytest.approx(3e-4)
     assert [full.stage_lr[index + 1] * 0.6 for index in range(7)] == pytest.approx([full.stage_lr[index] for index in range(7)])
-    assert (recipe.batch_size, recipe.n_epochs, recipe.label_smoothing) == (32, 6, 0.1)
-    assert recipe.n_steps == full.n_steps == 6 * 96
+    assert (recipe.batch_size, recipe.n_epochs, recipe.label_smoothing) == (32, 8, 0.1)
+    assert recipe.n_steps == full.n_steps == 8 * 96
 
 
 def test_steps_are_taken_on_smaller_images_where_the_backbone_is_free_to_and_nothing_is_cached() -> None:
