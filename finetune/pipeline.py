@@ -86,6 +86,7 @@ def run_job(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         with _tracked(spec, run, experiment, parent, tracked) as tracker:
             plan = make_plan(spec, progress, run)
+            tracker.connect()  # not before: importing MLflow would hold up the tracing of the network
             _announce(plan, run, tracker)
             folds = cross_validate(plan, run, _run_fold(experiment, tracker, tracked), progress) if plan.folds else None
             trained, verdict = train_and_judge(plan, run, progress)
@@ -121,6 +122,7 @@ def _run_fold(experiment: str | None, parent: Tracker, tracked: bool) -> RunFold
     def run_fold(plan: Plan, run: RunDir, name: str, progress: ProgressCallback) -> FoldAnswer:
         nested_in = parent.wait_for_run_id(60)
         with _tracked(plan.spec, run, experiment, nested_in, tracked, name=name) as tracker:
+            tracker.connect()
             _announce(plan, run, tracker)
             trained, verdict = train_and_judge(plan, run, progress)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
@@ -443,7 +445,7 @@ def _tracked(
         return
     name = name or f"{spec.method.type} {spec.model.backbone} seed {spec.seed}"
     dataset = experiment or Path(spec.training_file).absolute().name
-    tracker = open_run(run, workspace=workspace(), experiment=dataset, name=name, parent_run_id=parent)
+    tracker = open_run(run, workspace=workspace(), experiment=dataset, name=name, parent_run_id=parent, connect=False)
     try:
         yield tracker
     except KeyboardInterrupt:

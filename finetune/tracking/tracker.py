@@ -36,6 +36,7 @@ class Delivery:
 class Tracker(Protocol):
     """What the pipeline tells about a run. No method waits for a server except `wait_for_run_id` and `end`, which are bounded."""
 
+    def connect(self) -> None: ...
     def params(self, values: Mapping[str, object]) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None: ...
@@ -48,6 +49,7 @@ class Tracker(Protocol):
 class NoTracker:
     """Tells nobody."""
 
+    def connect(self) -> None: ...
     def params(self, values: Mapping[str, object]) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None: ...
@@ -71,11 +73,13 @@ def open_run(
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, object] | None = None,
+    connect: bool = True,
 ) -> MlflowTracker:
     """Start mirroring `run`; returns at once, the connection is made in the background.
 
-    A folder that was tracked before goes on with the MLflow run it had, also after a kill left that run RUNNING. Call it early:
-    the first use of a new database takes seconds, which pass while the data is prepared.
+    A folder that was tracked before goes on with the MLflow run it had, also after a kill left that run RUNNING. The first use of
+    a new database takes three seconds of Python: where much else of that is to be done, say ``connect=False``, and have it wait
+    for `MlflowTracker.connect`.
     """
     record = read_record(run) or RunRecord(experiment, name, time.time(), uuid.uuid4().hex)
     record = replace(
@@ -90,7 +94,8 @@ def open_run(
     tracker = MlflowTracker(run, State(run, record), workspace)
     tracker.tags({"finetune.attempts": str(record.attempts), **(tags or {})})
     tracker.params(params or {})
-    tracker.start()
+    if connect:
+        tracker.connect()
     return tracker
 
 
@@ -120,8 +125,10 @@ class MlflowTracker:
     def record(self) -> RunRecord:
         return self._state.record
 
-    def start(self) -> None:
-        self._thread.start()
+    def connect(self) -> None:
+        """Begin to send what is told; until then it is noted. Waiting for MLflow begins it too."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def params(self, values: Mapping[str, object]) -> None:
         """Add to the params; a key that was given before keeps its first value, as MLflow demands."""
@@ -152,6 +159,7 @@ class MlflowTracker:
 
     def wait_for_run_id(self, timeout_seconds: float) -> str | None:
         """The id that MLflow gave to this run, which its children need; None if MLflow does not answer."""
+        self.connect()
         self._tried.wait(timeout_seconds)
         return self.record.run_id
 
@@ -161,6 +169,7 @@ class MlflowTracker:
         self._state.change(status=status, ended_at=time.time())
         self._ending.set()
         self._wake.set()
+        self.connect()
         self._thread.join(timeout_seconds)
         if self.record.complete:
             return Delivery(complete=True)

@@ -58,6 +58,18 @@ def kinds(run: RunDir) -> list[str]:
     return [event["kind"] for event in read_lines(run.events)]
 
 
+def test_a_run_that_is_to_wait_is_told_to_mlflow_when_it_connects_or_ends(mlflow_workspace: Path, client) -> None:
+    for number, begin in enumerate((lambda tracker: tracker.connect(), lambda tracker: tracker.end("FAILED", SECONDS))):
+        tracker = start(run_folder(mlflow_workspace, f"waiting-{number}"), mlflow_workspace, connect=False)
+        tracker.params({"method.type": "full"})
+        assert tracker.record.run_id is None
+        begin(tracker)
+        run_id = tracker.wait_for_run_id(SECONDS)
+        tracker.end("FAILED", SECONDS)
+        assert run_id is not None
+        assert client.get_run(run_id).data.params == {"method.type": "full"}
+
+
 def test_everything_that_the_run_folder_holds_is_in_mlflow_at_the_end(mlflow_workspace: Path, client) -> None:
     run = run_folder(mlflow_workspace)
     tracker = start(run, mlflow_workspace, params={"method.type": "linear_probe", "stages": ["stem", "head"]}, tags={"job": "7"})
