@@ -1,10 +1,27 @@
-// The page at /: one image to POST /predict, and its answer as bars, an overlay and a curl command.
-// Everything that comes from the server is set as text, never as HTML.
+// The page at /: one image to POST /predict, its answer as bars, an overlay and a curl command; below, the newest jobs.
+// Everything that comes from the server is set as text, never as HTML. An API key stays in this tab (sessionStorage) and goes
+// nowhere but into the Authorization header.
 "use strict";
+
+const KEY = "finetune-api-key";
+const JOBS_SHOWN = 8;
+const JOBS_MS = 5000; // between two looks at them
 
 const find = (id) => document.getElementById(id);
 let chosen = null; // the File that is shown
 let asked = 0; // counts questions, so that a late answer to an old one is dropped
+
+function send(path, request = {}) {
+  const key = sessionStorage.getItem(KEY);
+  return fetch(path, key ? { ...request, headers: { Authorization: `Bearer ${key}` } } : request);
+}
+
+function useKey(text) {
+  if (text) sessionStorage.setItem(KEY, text);
+  else sessionStorage.removeItem(KEY);
+  find("key").value = "";
+  find("key").placeholder = text ? "in use for this tab" : "ft_…";
+}
 
 function predictPath() {
   const model = find("model").value;
@@ -27,6 +44,7 @@ function curlCommand(name) {
   const file = /^[\w. -]+$/.test(name) ? name : `"${name.replaceAll(/["\\]/g, "\\$&")}"`; // curl splits at , and ;
   const parts = ["curl", "-F", quoted(`image=@${file}`)];
   for (const [key, value] of Object.entries(fields())) parts.push("-F", `${key}=${value}`);
+  if (sessionStorage.getItem(KEY)) parts.push("-H", '"Authorization: Bearer $FINETUNE_API_KEY"'); // never the key itself
   return [...parts, quoted(predictPath())].join(" ");
 }
 
@@ -39,7 +57,7 @@ async function ask() {
   find("drop").classList.add("busy");
   const started = performance.now();
   try {
-    const response = await fetch(predictPath(), { method: "POST", body });
+    const response = await send(predictPath(), { method: "POST", body });
     const answer = await response.json();
     if (question !== asked) return;
     if (response.ok) showAnswer(answer, performance.now() - started);
@@ -102,8 +120,42 @@ async function showServing() {
   const ready = await fetch("readyz");
   const state = await ready.json();
   find("serving").textContent = ready.ok ? "ready" : state.detail;
-  const models = await (await fetch("v1/models?limit=100")).json();
-  for (const { id } of models.data) find("model").append(new Option(id, id));
+  const answer = await send("v1/models?limit=100");
+  if (answer.status === 401) {
+    find("serving").textContent = sessionStorage.getItem(KEY) ? "this API key is not accepted" : "this server wants an API key";
+    find("key").focus();
+  }
+  const models = answer.ok ? (await answer.json()).data : [];
+  find("model").replaceChildren(new Option("default", ""), ...models.map(({ id }) => new Option(id, id)));
+}
+
+async function showJobs() {
+  const answer = await send(`v1/fine_tuning/jobs?limit=${JOBS_SHOWN}`);
+  const told = await answer.json();
+  const jobs = answer.ok ? told.data : [];
+  find("jobs").replaceChildren(...jobs.map(row));
+  find("jobs").parentElement.hidden = jobs.length === 0;
+  find("no-jobs").hidden = jobs.length > 0;
+  find("no-jobs").textContent = answer.ok ? "There are none yet." : told.detail;
+}
+
+function row(job) {
+  const { done, total } = job.progress ?? {};
+  const doing = job.phase ? `${job.phase}${total ? ` ${Math.round((100 * done) / total)} %` : ""}` : (job.error?.message ?? "");
+  const made = job.fine_tuned_model ? `${job.fine_tuned_model}@${job.fine_tuned_version}` : "";
+  const line = document.createElement("tr");
+  for (const text of [job.id, `${job.model} · ${job.method.type}`, job.status, doing, made]) {
+    const cell = document.createElement("td");
+    cell.textContent = text;
+    line.append(cell);
+  }
+  line.children[2].className = job.status;
+  return line;
+}
+
+async function watchJobs() {
+  if (!document.hidden) await showJobs().catch((error) => { find("no-jobs").textContent = error.message; });
+  setTimeout(watchJobs, JOBS_MS);
 }
 
 const drop = find("drop");
@@ -121,4 +173,13 @@ find("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(find("curl").textContent);
   find("copy").textContent = "Copied";
 });
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(find("key").value.trim());
+  showServing();
+  showJobs();
+  ask();
+});
+useKey(sessionStorage.getItem(KEY) ?? "");
 showServing();
+watchJobs();

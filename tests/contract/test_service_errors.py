@@ -308,3 +308,6 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_no_inline_code(client: T
     assert "style=" not in page.text
     assert "onclick" not in page.text
     assert "innerHTML" not in script
+    assert "sessionStorage" in script, "a key that is typed in stays in its tab"
+    assert "localStorage" not in script
+    assert "document.cookie" not in script
