@@ -66,8 +66,8 @@ def main() -> None:
     data = find_data(given.data)
     prepare_peers()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])  # all children inherit it
-    results = read_results(given.out, {"machine": machine(given.threads), "data": describe(data)})
-    results["versions"] = versions()
+    setting = {"machine": machine(given.threads), "data": describe(data)}
+    results = read_results(given.out, setting)  # so that a mismatch is said at once
     warm_up(data)
     for repeat in range(given.repeats):
         # Another order in each repeat, so that nobody always runs after the same neighbour.
@@ -75,6 +75,7 @@ def main() -> None:
             print(f"{time.strftime('%H:%M:%S')} {name}, repeat {repeat} …", flush=True)
             measured = run_entry(entries[name], data, given.threads, repeat, given.timeout)
             print(f"         {json.dumps(measured)[:300]}", flush=True)
+            results = read_results(given.out, setting) | {"versions": versions()}
             others = [run for run in results["runs"] if (run["entry"], run["repeat"]) != (name, repeat)]
             results["runs"] = [*others, measured]
             write_results(given.out, results)
