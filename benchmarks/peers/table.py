@@ -13,34 +13,31 @@ FLOOR, STEPS = "floor", "ours-probe-steps"
 
 
 def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
-    """One row an entry, in the order of `what`; the ratio is to our cold probe."""
-    reference = _median(_good(runs, REFERENCE), "seconds")
-    lines = [
-        f"| entry | what | seconds | of {REFERENCE} | top1 | NLL | CPU s | CPU s of others | peak GB | load before | runs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """One row an entry, in the order of `what`. Columns ``×`` are in our cold probes, of wall and of CPU seconds."""
+    reference = _good(runs, REFERENCE)
+    columns = ("entry", "what", "seconds", "×", "top1", "NLL", "CPU s", "×", "CPU s of others", "peak GB", "load before", "runs")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, description in what.items():
         chosen = _good(runs, name)
         failed = [run for run in runs if run["entry"] == name and "failed" in run]
         if chosen:
-            seconds = _median(chosen, "seconds")
-            ratio = f"{seconds / reference:.2f}" if seconds and reference else "–"
-            memory = _median(chosen, "peak_bytes")
+            seconds, cpu_seconds, memory = (_median(chosen, key) for key in ("seconds", "cpu_seconds", "peak_bytes"))
             cells = [
                 _text(seconds, ".1f"),
-                ratio,
+                _text(_ratio(seconds, _median(reference, "seconds")), ".2f"),
                 _text(_median(chosen, "top1"), ".3f"),
                 _text(_median(chosen, "nll"), ".3f"),
-                _text(_median(chosen, "cpu_seconds"), ".0f"),
+                _text(cpu_seconds, ".0f"),
+                _text(_ratio(cpu_seconds, _median(reference, "cpu_seconds")), ".2f"),
                 _text(_median(chosen, "others_cpu_seconds"), ".0f"),
-                _text(memory and memory / 1e9, ".2f"),
+                _text(_ratio(memory, 1e9), ".2f"),
                 _text(max(run["load_average"] for run in chosen), ".1f"),
                 str(len(chosen)) + (f", {len(failed)} failed" if failed else ""),
             ]
             lines.append(f"| `{name}` | {description} | {' | '.join(cells)} |")
         elif failed:
             last_words = failed[-1]["failed"].strip().splitlines()[-1]
-            lines.append(f"| `{name}` | {description} | failed: {last_words} ||||||||||")
+            lines.append(f"| `{name}` | {description} | failed: {last_words} |")
     return lines
 
 
@@ -72,7 +69,7 @@ def breakdown(runs: Sequence[Run]) -> list[str]:
     if floor is not None:
         rows["*the floor*"] = floor
     lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
-    return lines + [f"| {name} | {taken:.2f} | {_text(floor and taken / floor, '.3f')} |" for name, taken in rows.items()]
+    return lines + [f"| {name} | {taken:.2f} | {_text(_ratio(taken, floor), '.3f')} |" for name, taken in rows.items()]
 
 
 def _good(runs: Sequence[Run], name: str) -> list[Run]:
@@ -82,6 +79,10 @@ def _good(runs: Sequence[Run], name: str) -> list[Run]:
 def _median(runs: Sequence[Run], key: str) -> float | None:
     values = [run[key] for run in runs if key in run]
     return statistics.median(values) if values else None
+
+
+def _ratio(value: float | None, unit: float | None) -> float | None:
+    return None if value is None or unit is None else value / unit
 
 
 def _text(value: float | None, form: str) -> str:
