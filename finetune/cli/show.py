@@ -92,9 +92,8 @@ def _show_folds(found: Mapping[str, Any]) -> None:
         for fold in found["folds"]
     ]
     over, pooled = found["over_folds"], found["pooled"]
-    rows.append(
-        ["mean ± sd", None, *(f"{over[name]['mean']:.4f} ± {over[name]['standard_deviation']:.4f}" for name in names), None]
-    )
+    for title, key in (("mean", "mean"), ("± sd", "standard_deviation")):
+        rows.append([title, None, *(f"{over[name][key]:.4f}" for name in names), None])
     rows.append(["pooled (cv)", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None])
     table("Cross-validation", ["", "held out", *names, "took"], rows)
     low, high = over["top1"]["interval"]
