@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import insert
 
 from finetune.jobs.database import open_database, writing
+from finetune.jobs.history import model_owner
 from finetune.jobs.schema import jobs
 from finetune.jobs.store import JobStore, new_id
 from finetune.spec import parse_spec
@@ -33,7 +34,7 @@ def fill(store: JobStore, count: int) -> list[str]:
     spec = json.dumps(parse_spec({"training_file": "/data/flowers"}).model_dump(mode="json"))
     rows = [
         {"id": new_id("ftjob"), "owner": f"owner{n % OWNERS}", "state": "queued", "spec": spec, "spec_digest": "0" * 64,
-         "created_at": time.time()}
+         "suffix": f"model{n}", "created_at": time.time()}
         for n in range(count)
     ]  # fmt: skip
     with writing(store.engine) as connection:
@@ -77,6 +78,8 @@ def measure(where: str | Path, queued: int, rounds: int) -> dict[str, dict[str, 
         "get": timed(lambda: store.get(middle), rounds),
         "create with quota": timed(lambda: store.create("new", spec, spec_digest="0" * 64, max_queued=10**9), rounds),
         "queue position, last": timed(lambda: store.queue_position(last), rounds),
+        "whose a model is": timed(lambda: model_owner(store.engine, f"model{queued // 2}"), rounds),
+        "ended lately": timed(lambda: store.ended_since(time.time() - 60), rounds),
         "counts": timed(store.counts, rounds),
         "heartbeat": timed(lambda: store.heartbeat(claims[0], phase="training", progress={"done": 1}), rounds),
         "reap, nothing lost": timed(store.reap, rounds),
