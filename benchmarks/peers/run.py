@@ -13,6 +13,8 @@ The peers' environment is made on first use, in ``benchmarks/peers/.venv`` from 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ PEER_PACKAGES = ("torch", "torchvision", "timm", "fastai", "scikit-learn", "nump
 # A setting of the calling shell must not decide who gets how many threads, or which BLAS kernels.
 CLEARED = ("OMP_", "MKL_", "OPENBLAS_", "KMP_", "NUMEXPR_", "MALLOC_", "FINETUNE_", "MLFLOW_", "PYTHON")
 TOUCHED_BYTES = 4 * 2**30
+REPORTED = ("cost/wall_seconds", "cost/train_seconds", "val/top1", "val/nll")
 
 
 def main() -> None:
@@ -63,6 +66,11 @@ def main() -> None:
         parser.error("--data: give a folder with train and validation inside, or set FINETUNE_BENCH_DATA")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whoever stops us stops what we have started
+    with alone():
+        compare(given, entries)
+
+
+def compare(given: argparse.Namespace, entries: Mapping[str, Entry]) -> None:
     data = find_data(given.data)
     prepare_peers()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])  # all children inherit it
@@ -113,12 +121,18 @@ def run_entry(entry: Entry, data: Data, threads: int, repeat: int, timeout_secon
             row["reported"] = {key: value for key, value in metrics.items() if key in REPORTED}
         if entry.scored:
             row |= asdict(score(data.val_files, *probabilities_of(out, data)))
-    except (CommandFailed, NotAnswered) as failure:
-        row["failed"] = str(failure)
+    except (CommandFailed, NotAnswered, OSError, ValueError, KeyError) as failure:  # the last three: of what it handed in
+        row["failed"] = f"{type(failure).__name__}: {failure}"
     return row
 
 
-REPORTED = ("cost/wall_seconds", "cost/train_seconds", "val/top1", "val/nll")
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait for any other comparison in this folder: two at once would measure each other."""
+    WORK.mkdir(exist_ok=True)
+    with open(WORK / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_data(root: Path) -> Data:
@@ -185,7 +199,6 @@ def prepare_peers() -> None:
             subprocess.run([sys.executable, "-m", "venv", HERE / ".venv"], check=True)
         subprocess.run([PEERS_PYTHON, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True)
         done.write_bytes(requirements.read_bytes())
-    WORK.mkdir(exist_ok=True)
     if not (weights := WORK / "backbone.safetensors").exists():
         subprocess.run([PEERS_PYTHON, HERE / "convert_weights.py", weights], check=True, env=clean_environment())
 
