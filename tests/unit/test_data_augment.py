@@ -56,6 +56,23 @@ def test_a_view_has_the_models_size_whatever_the_image(policy: Policy, resize: R
         assert view.flags.c_contiguous
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash", "letterbox"])
+def test_at_another_size_the_same_parts_of_an_image_are_seen(resize: Resize) -> None:
+    augment = build_augment("default", None, preprocess_of((64, 64), resize))
+    smaller = augment.at_size((32, 32))
+    assert augment.at_size((64, 64)) is augment
+    for seed in range(4):
+        large, small = augment(picture(seed=seed), seed), smaller(picture(seed=seed), seed)
+        assert small.shape == (32, 32, 3)
+        halved = np.array(Image.fromarray(large).resize((32, 32), Image.Resampling.BOX), np.float64)
+        assert np.abs(halved - small).mean() < 6
+
+
+def test_explicit_transforms_are_framed_at_the_other_size() -> None:
+    augment = build_augment("none", [{"HorizontalFlip": {"p": 1.0}}], preprocess_of((64, 64)))
+    assert augment.at_size((48, 48))(picture(), 0).shape == (48, 48, 3)
+
+
 @pytest.mark.parametrize("policy", ["light", "default", "strong"])
 def test_a_view_is_a_function_of_image_and_seed(policy: Policy) -> None:
     augment, twin = (build_augment(policy, None, preprocess_of()) for _ in range(2))
