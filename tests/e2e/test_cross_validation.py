@@ -166,28 +166,37 @@ def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_sa
     assert all(np.array_equal(np.load(killed.fold(n).held_out), np.load(whole.fold(n).held_out)) for n in (1, 2))
 
 
+def train_in_a_process(spec: JobSpec, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    request = home / "request.yaml"
+    home.mkdir(exist_ok=True)
+    request.write_text(spec.to_yaml())
+    command = [sys.executable, "-m", "finetune", "train", str(request), "--run-dir", str(home / "run"), "--no-mlflow"]
+    variables = {**os.environ, "FINETUNE_HOME": str(home), **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    home = tmp_path_factory.mktemp("uninterrupted")
+    ended = train_in_a_process(spec_of(pictures, **STEPPED), home)
+    assert ended.returncode == 0, ended.stderr
+    return weights_of(RunDir(home / "run"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "point", ["after replace held_out.npy 2", "before replace step-00000003.pt 5", "after replace folds.json"]
+    "point", ["before replace step-00000003.pt 3", "after replace held_out.npy 2", "after replace folds.json"]
 )
 def test_a_killed_process_with_folds_resumes_to_the_same_bits(
-    point: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: str, pictures: Path, uninterrupted: str, tmp_path: Path
 ) -> None:
-    runs = {}
-    for name in ("whole", "killed"):
-        home = tmp_path / name
-        request = home / "request.yaml"
-        request.parent.mkdir()
-        request.write_text(spec_of(pictures, **STEPPED).to_yaml())
-        environment = {**os.environ, "FINETUNE_HOME": str(home), "CRASH_MARK": str(home / "crashed")}
-        command = [sys.executable, "-m", "finetune", "train", str(request), "--run-dir", str(home / "run"), "--no-mlflow"]
-        if name == "killed":
-            crashing = {**environment, "PYTHONPATH": str(CRASHING), "CRASH_AT": point}
-            died = subprocess.run(command, env=crashing, capture_output=True, text=True, check=False)
-            assert died.returncode == -9, died.stderr
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        runs[name] = RunDir(home / "run")
-    assert weights_of(runs["killed"]) == weights_of(runs["whole"])
+    spec, home = spec_of(pictures, **STEPPED), tmp_path / "killed"
+    crash = {"PYTHONPATH": str(CRASHING), "CRASH_AT": point, "CRASH_MARK": str(tmp_path / "crashed")}
+    died = train_in_a_process(spec, home, **crash)
+    assert died.returncode == -9, died.stderr
+    resumed = train_in_a_process(spec, home)
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights_of(RunDir(home / "run")) == uninterrupted
 
 
 def test_check_refuses_more_folds_than_a_class_has_images_and_shows_the_folds_otherwise(pictures: Path) -> None:
