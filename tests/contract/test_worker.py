@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -155,9 +156,10 @@ def test_a_run_that_cannot_be_started_is_put_back(store: JobStore, home: Path) -
 @pytest.mark.parametrize("stopped_from_outside", [False, True])
 def test_a_run_that_hangs_is_ended_and_tried_again(store: JobStore, home: Path, stopped_from_outside: bool) -> None:
     job = submit(store, **(FOR_EVER if stopped_from_outside else {"steps": 3, "hang_at": 2}))
-    one = worker(store, home, stall_seconds=0.4, beat_seconds=0.1)
+    one = worker(store, home, beat_seconds=0.1)
+    drive(one, until=started(home, job))
+    one.settings = dataclasses.replace(one.settings, stall_seconds=0.4)  # not before: a busy machine is slow to start it
     if stopped_from_outside:
-        drive(one, until=started(home, job))
         (attempt,) = one._attempts.values()
         os.kill(int(attempt.handle.reference), signal.SIGSTOP)
     drive(one, until=lambda: "requeued" in kinds(store, job))
