@@ -163,7 +163,8 @@ def test_a_run_that_hangs_is_ended_and_tried_again(store: JobStore, home: Path, 
         (attempt,) = one._attempts.values()
         os.kill(int(attempt.handle.reference), signal.SIGSTOP)
     drive(one, until=lambda: "requeued" in kinds(store, job))
-    assert "no progress" in store.events(job.id)[-1].message
+    (requeued,) = (event for event in store.events(job.id) if event.kind == "requeued")
+    assert "no progress" in requeued.message
     store.request_cancel(job.id)
     drive(one, until=finished(store, job))
 
