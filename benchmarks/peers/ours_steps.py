@@ -2,7 +2,7 @@
 
     python ours_steps.py steps.json train --data photos
 
-Wraps the functions named below and counts each step's own time, without that of steps inside it. Steps in several threads at once
+Wraps the functions named below, where they are called from, and counts each step's own time, without that of steps inside it. Steps in several threads at once
 are each counted in full; "the rest" is wall time in which none of them ran.
 """
 
@@ -24,8 +24,8 @@ STARTED = psutil.Process().create_time()
 STEPS = (
     ("reading and checking images", "finetune.plan", "read_dataset"),
     ("building the network", "finetune.plan", "build_backbone"),
-    ("tracing and exporting the graph", "finetune.pipeline", "dry_run_export"),
-    ("filling the graph with weights", "finetune.pipeline", "fill"),
+    ("tracing and exporting the graph", "finetune.plan", "dry_run_export"),
+    ("filling the graph with weights", "finetune.plan", "fill"),
     ("feature pass", "finetune.train.methods", "pooled_features"),
     ("solving the head", "finetune.train.methods", "solve_probe"),
     ("hashing what is frozen", "finetune.train.methods", "frozen_digest"),
