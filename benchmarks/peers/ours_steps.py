@@ -2,8 +2,8 @@
 
     python ours_steps.py steps.json train --data photos
 
-Wraps the functions named below, where they are called from, and counts each step's own time, without that of steps inside it. Steps in several threads at once
-are each counted in full; "the rest" is wall time in which none of them ran.
+Wraps the functions named below, where they are called from, and counts each step's own time, without that of steps inside it.
+Steps in several threads at once are each counted in full; "the rest" is wall time in which none of them ran.
 """
 
 from __future__ import annotations
