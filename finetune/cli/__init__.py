@@ -17,6 +17,7 @@ from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
 from finetune.errors import FinetuneError, MissingExtra
+from finetune.garbage import leave_it_all
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -72,6 +73,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    finally:
+        leave_it_all()
 
 
 def _leave(error: FinetuneError) -> NoReturn:

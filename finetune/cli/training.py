@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.garbage import all_of_it_stays
+
 if TYPE_CHECKING:
     from finetune.spec import JobSpec
 
@@ -73,10 +75,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @json_option
 def check(spec: JobSpec, as_json: bool) -> None:
     """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
-    from finetune.cli.show import show_plan
-    from finetune.cli.terminal import print_json, progress_bars
-    from finetune.plan import make_plan
-    from finetune.train.estimate import estimate
+    with all_of_it_stays():
+        from finetune.cli.show import show_plan
+        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.plan import make_plan
+        from finetune.train.estimate import estimate
 
     with progress_bars(shown=not as_json) as progress:
         plan = make_plan(spec, progress)
@@ -100,9 +103,10 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the run is
     watch_lease_from_environment()
-    from finetune.cli.terminal import print_json, progress_bars
-    from finetune.outcome import choose_run_dir
-    from finetune.pipeline import run_job
+    with all_of_it_stays():
+        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.outcome import choose_run_dir
+        from finetune.pipeline import run_job
 
     run = choose_run_dir(spec, run_dir)
     with progress_bars(shown=not as_json) as progress:

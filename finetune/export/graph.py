@@ -24,6 +24,7 @@ from torch import nn
 
 from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
+from finetune.garbage import not_now
 from finetune.model.classifier import Classifier
 
 OPSET = 20  # the first with Gelu; every onnxruntime since 1.17 runs it
@@ -88,7 +89,7 @@ def trace(module: DeployModule) -> Graph:
     images = torch.zeros((_TRACE_BATCH, height, width, 3), dtype=torch.uint8, device=module.temperature.device)
     copied = copy.deepcopy(module)
     _work_out_of_place(copied)
-    with evaluating(copied), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(copied), torch.no_grad(), not_now(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own insides
         try:
             program = torch.onnx.export(
