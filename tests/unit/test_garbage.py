@@ -28,8 +28,14 @@ class Knot:
 @pytest.mark.parametrize("paused", [all_of_it_stays, not_now])
 def test_the_collector_rests_inside_and_works_afterwards(paused: Callable[[], AbstractContextManager[None]]) -> None:
     assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), paused():
+    with paused():
         assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("paused", [all_of_it_stays, not_now])
+def test_the_collector_works_after_a_failure_too(paused: Callable[[], AbstractContextManager[None]]) -> None:
+    with pytest.raises(ZeroDivisionError), paused():
         raise ZeroDivisionError
     assert gc.isenabled()
 
