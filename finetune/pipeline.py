@@ -278,7 +278,9 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
         sources=resolved["sources"],
         resolved={
             **{key: value for key, value in resolved["recipe"].items() if key not in ("phases", "sources")},
-            "augmentation": resolved["augmentation"]["name"],
+            "augmentation": resolved["augmentation"]["name"]
+            if plan.augments
+            else "none: the head is solved on images as evaluated",
             **{key: resolved[key] for key in ("preprocess", "compute")},
         },
         phases=resolved["recipe"]["phases"],

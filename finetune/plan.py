@@ -52,6 +52,11 @@ class Plan:
         return fill(self.graph, DeployModule(self.classifier))
 
     @property
+    def augments(self) -> bool:
+        """Whether anything is trained on augmented views; a head that is solved on the images as evaluated is not."""
+        return any(recipe.n_steps or recipe.views > 1 for recipe in self.recipes)
+
+    @property
     def rounds(self) -> int:
         """How often the recipe is carried out: in the job itself and in each fold, and in each of these again for a refit."""
         return (1 + len(self.folds)) * (2 if self.spec.refits else 1)
@@ -91,7 +96,7 @@ class Plan:
                 ],
                 "class_activation_map": self.classifier.cam_kind,
             },
-            "augmentation": self.augment.to_dict(),
+            "augmentation": self.augment.to_dict() if self.augments else None,
             "recipe": self.recipe.to_dict(),
             "folds": [dataset.counts() for dataset in self.folds],
             "candidates": [recipe.method for recipe in self.recipes],

@@ -21,35 +21,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import math
-import os
-import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 
 from finetune.bundle.preprocess import Preprocess
-from finetune.errors import Problem, SpecError, did_you_mean
+from finetune.errors import Problem, SpecError
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would otherwise ask the package index for news
-import albumentations as A
-from albumentations.augmentations.crops.transforms import CropSizeError
+if TYPE_CHECKING:
+    from finetune.data.transforms import Policy
 
-cv2.setNumThreads(0)  # the loader's threads share out the cores; OpenCV's own would fight them
-
-Policy = Literal["none", "light", "default", "strong"]
-
-COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
-# Left out: abstract classes, volumes, and what needs Python functions or files of its own.
-_NOT_OFFERED = {"DualTransform", "ImageOnlyTransform", "Transform3D", "Lambda", "TextImage"}
-# What the library raises on an image that a transform cannot take; of its own errors there is just this one.
-_REFUSALS = (CropSizeError, ValueError, TypeError, LookupError, NotImplementedError, ArithmeticError, cv2.error)
 _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 
 
@@ -59,7 +46,7 @@ class Augment:
     def __init__(
         self,
         name: str,
-        transforms: Sequence[Any],
+        make_transforms: Callable[[], Sequence[Any]],
         preprocess: Preprocess,
         smallest_crop: float,
         rebuilt: Callable[[Preprocess], Augment],
@@ -67,7 +54,7 @@ class Augment:
         self.name = name
         self._rebuilt = rebuilt
         self.preprocess = preprocess
-        self._pipeline = A.Compose(list(transforms), p=1.0)
+        self._make_transforms = make_transforms
         self._pads = preprocess.resize == "letterbox" and name in _SMALLEST_CROP
         self._smallest_crop = smallest_crop
         self._of_thread = threading.local()
@@ -87,7 +74,7 @@ class Augment:
     def __call__(self, rgb: np.ndarray, seed: int) -> np.ndarray:
         if not self._pipeline.transforms:
             return self.preprocess(rgb)
-        view = self.transformed(_padded(rgb, self.preprocess) if self._pads else rgb, seed)
+        view = self.transformed(_transforms().padded(rgb, self.preprocess) if self._pads else rgb, seed)
         # Explicit transforms may leave any size; they are then framed as in evaluation.
         return view if view.shape[:2] == self.preprocess.input_size_px else self.preprocess(view)
 
@@ -97,23 +84,21 @@ class Augment:
         Raises:
             SpecError: explicit transforms that cannot take an image of this size.
         """
-        pipeline = self._pipeline_of_this_thread()
-        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        try:
-            view: np.ndarray = pipeline(image=rgb)["image"]
-        except _REFUSALS as error:
-            size = f"{rgb.shape[1]}×{rgb.shape[0]}"
-            raise SpecError(f"augmentation.transforms: fails on an image of {size} pixels: {_in_one_line(error)}") from error
+        view: np.ndarray = _transforms().transformed(self._pipeline_of_this_thread(), rgb, seed)
         return view
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: everything that decides what a view looks like."""
-        return {"name": self.name, "preprocess": self.preprocess.to_dict(), "pipeline": A.to_dict(self._pipeline)}
+        return {"name": self.name, "preprocess": self.preprocess.to_dict(), "pipeline": _transforms().described(self._pipeline)}
 
     def digest(self) -> str:
         """sha256 of `to_dict`: equal digests mean equal views of the same image and seed."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        return _transforms().compose(self._make_transforms())
 
     def _pipeline_of_this_thread(self) -> Any:
         """Transforms keep the state of a call in themselves, so threads cannot share them."""
@@ -135,10 +120,11 @@ def build_augment(
         return build_augment(policy, transforms, preprocess)
 
     if transforms is None:
-        return Augment(policy, _of_policy(policy, preprocess), preprocess, _SMALLEST_CROP[policy], rebuilt)
+        smallest = _SMALLEST_CROP[policy]
+        return Augment(policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, rebuilt)
     problems: list[Problem] = []
-    built = _build_all(transforms, "augmentation.transforms", problems)
-    augment = Augment("transforms", built, preprocess, smallest_crop=0.25, rebuilt=rebuilt)
+    built = _transforms().build_all(transforms, "augmentation.transforms", problems)
+    augment = Augment("transforms", lambda: built, preprocess, smallest_crop=0.25, rebuilt=rebuilt)
     if not problems:
         problems += _rehearse(augment)
     if problems:
@@ -161,111 +147,6 @@ def preview_grid(images: Sequence[np.ndarray], augment: Augment, *, seed: int = 
     return np.concatenate(rows, axis=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- policies
-
-
-def _of_policy(policy: Policy, preprocess: Preprocess) -> list[Any]:
-    if policy == "none":
-        return []
-    crop = _crop(preprocess, _SMALLEST_CROP[policy])
-    if policy == "light":
-        return [crop, A.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.0, p=0.5)]
-    if policy == "default":
-        return [crop, A.HorizontalFlip(p=0.5), A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.0, p=0.8)]
-    return [
-        crop,
-        A.HorizontalFlip(p=0.5),
-        A.Affine(rotate=(-15, 15), shear=(-8, 8), fill=preprocess.fill, p=0.5),
-        A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05, p=0.8),
-        A.ToGray(p=0.1),
-        A.GaussianBlur(sigma_limit=(0.3, 1.5), p=0.1),
-        A.CoarseDropout(
-            num_holes_range=(1, 2), hole_height_range=(0.1, 0.3), hole_width_range=(0.1, 0.3), fill="random_uniform", p=0.25
-        ),
-    ]
-
-
-class _RandomResizedWindow(A.RandomResizedCrop):
-    """A random crop of the picture as squashing shows it: `ratio` is the window's shape once the image has taken the input's."""
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, tuple[int, int, int, int]]:
-        height, width = params["shape"][:2]
-        area = self.py_random.uniform(*self.scale)
-        ratio = math.exp(self.py_random.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-        crop_w = max(1, round(width * min(1.0, math.sqrt(area * ratio))))
-        crop_h = max(1, round(height * min(1.0, math.sqrt(area / ratio))))
-        left = self.py_random.randint(0, width - crop_w)
-        top = self.py_random.randint(0, height - crop_h)
-        return {"crop_coords": (left, top, left + crop_w, top + crop_h)}
-
-
-def _crop(preprocess: Preprocess, smallest: float) -> Any:
-    kind = _RandomResizedWindow if preprocess.resize == "squash" else A.RandomResizedCrop
-    return kind(
-        size=preprocess.input_size_px,
-        scale=(smallest, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        interpolation=cv2.INTER_CUBIC,
-        area_for_downscale="image",
-        p=1.0,
-    )
-
-
-def _padded(rgb: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """The image on a canvas of the input's shape, as a letterbox shows it, at full resolution."""
-    height, width = rgb.shape[:2]
-    h, w = preprocess.input_size_px
-    extra_h, extra_w = max(0, round(width * h / w) - height), max(0, round(height * w / h) - width)
-    top, left = extra_h // 2, extra_w // 2
-    canvas: np.ndarray = cv2.copyMakeBorder(
-        rgb, top, extra_h - top, left, extra_w - left, cv2.BORDER_CONSTANT, value=preprocess.fill
-    )
-    return canvas
-
-
-# ----------------------------------------------------------------------------------------------------- explicit transforms
-
-
-def offered_transforms() -> list[str]:
-    """The names that explicit transforms may use."""
-    kinds = (A.ImageOnlyTransform, A.DualTransform)
-    classes = {name: value for name, value in vars(A).items() if isinstance(value, type) and issubclass(value, kinds)}
-    return sorted(name for name, value in classes.items() if name not in _NOT_OFFERED and not issubclass(value, A.Transform3D))
-
-
-def _build_all(given: Sequence[Mapping[str, Mapping[str, Any]]], where: str, problems: list[Problem]) -> list[Any]:
-    built = [_build(entry, f"{where}[{position}]", problems) for position, entry in enumerate(given)]
-    return [transform for transform in built if transform is not None]
-
-
-def _build(entry: Mapping[str, Mapping[str, Any]], where: str, problems: list[Problem]) -> Any:
-    """One transform, or None and a problem."""
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        problems.append(Problem(where, "expected one transform with its parameters, for example {HorizontalFlip: {p: 0.5}}"))
-        return None
-    ((name, given),) = entry.items()
-    offered = [*offered_transforms(), *COMPOSITES]
-    if name not in offered:
-        problems.append(Problem(where, f"unknown transform {name!r}.{did_you_mean(name, offered)}"))
-        return None
-    transform = getattr(A, name)
-    parameters = dict(given or {})
-    known = [parameter for parameter in inspect.signature(transform).parameters if parameter != "strict"]
-    if unknown := [parameter for parameter in parameters if parameter not in known]:
-        hints = "".join(did_you_mean(parameter, known) for parameter in unknown)
-        problems.append(Problem(f"{where}.{name}", f"has no {', '.join(unknown)}; its parameters are {', '.join(known)}.{hints}"))
-        return None
-    if name in COMPOSITES:
-        parameters["transforms"] = _build_all(parameters.get("transforms", ()), f"{where}.{name}.transforms", problems)
-    elif "InitSchema" in vars(transform):
-        parameters["strict"] = True  # otherwise some refusals are warnings, and defaults are taken instead
-    try:
-        return transform(**parameters)
-    except (ValueError, TypeError) as error:
-        problems.append(Problem(f"{where}.{name}", _in_one_line(error)))
-        return None
-
-
 def _rehearse(augment: Augment) -> list[Problem]:
     """Try the transforms on a made-up image: what needs masks, yields floats or ignores the seed is found before training."""
     rgb = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
@@ -286,7 +167,8 @@ def _rehearse(augment: Augment) -> list[Problem]:
     return []
 
 
-def _in_one_line(error: Exception) -> str:
-    """The library's sentence on one line, without the addresses that pydantic adds."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
-    return "; ".join(lines) or type(error).__name__
+def _transforms() -> Any:
+    """The module that imports albumentations, when it is needed."""
+    from finetune.data import transforms
+
+    return transforms

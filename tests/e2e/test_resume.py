@@ -47,7 +47,7 @@ def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Co
 def processes() -> ForkServerContext:
     """Starts processes from one that has imported everything and computed nothing, which is quick and safe to fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.train.fit", "finetune.data.augment", "finetune.model.backbone"])
+    context.set_forkserver_preload(["finetune.train.fit", "finetune.data.transforms", "finetune.model.backbone"])
     return context
 
 

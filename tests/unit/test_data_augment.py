@@ -17,7 +17,8 @@ from PIL import Image
 
 from finetune.bundle.image import read_image
 from finetune.bundle.preprocess import Preprocess
-from finetune.data.augment import Policy, build_augment, offered_transforms, preview_grid, sample_seed
+from finetune.data.augment import build_augment, preview_grid, sample_seed
+from finetune.data.transforms import Policy, offered_transforms
 from finetune.errors import SpecError
 
 Resize = Literal["crop", "squash", "letterbox"]
@@ -299,12 +300,25 @@ def test_the_preview_shows_each_image_as_evaluated_and_then_as_trained_on(photos
     np.testing.assert_array_equal(grid[64:, 128:192], augment(images[1], sample_seed(5, 1, 1)))
 
 
+def test_an_augmentation_that_makes_no_view_costs_no_import_of_its_libraries() -> None:
+    code = (
+        "import sys\n"
+        "from finetune.bundle.preprocess import Preprocess\n"
+        "from finetune.data.augment import build_augment\n"
+        f"augment = build_augment('default', None, {preprocess_of()!r})\n"
+        "assert augment.decode_short_side_px > 32\n"
+        "assert not {'albumentations', 'cv2', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_it_asks_no_package_index(tmp_path: Path) -> None:
     code = (
         "import urllib.request\n"
         "def refuse(*_, **__): raise SystemExit('went to the network')\n"
         "urllib.request.OpenerDirector.open = refuse\n"
-        "import finetune.data.augment\n"
+        "import finetune.data.transforms\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
     done = subprocess.run(
