@@ -240,8 +240,9 @@ def _standardise(train: NDArray[np.floating], val: NDArray[np.floating] | None) 
         for chunk in _chunks(part):
             rows[filled : filled + len(chunk)] = (chunk - mean) * inverse_std
             filled += len(chunk)
-    if not bool(torch.isfinite(rows).all()):
-        broken = torch.nonzero(~torch.isfinite(rows).all(dim=1)).flatten()
+    finite = torch.cat([torch.isfinite(chunk).all(dim=1) for chunk in rows.split(CHUNK_ROWS)])  # at once it would copy the matrix
+    if not bool(finite.all()):
+        broken = torch.nonzero(~finite).flatten()
         raise TrainingError(
             f"{len(broken)} of {len(rows)} feature rows are not finite (first: {broken[:5].tolist()}). "
             "Check the weights file, or try compute.precision=float32"
