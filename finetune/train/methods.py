@@ -237,15 +237,17 @@ def _take_steps(
     """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
 
     def settings() -> Settings:
-        progress(Progress("preparing", 0, 1, "measurements", message="measuring how this machine trains fastest"))
         if decided is not None:
             return decided.settings
+        measuring = Progress("preparing", 0, 1, "measurements", message="timing this machine")
+        progress(measuring)
         chosen, timings = choose_settings(
             classifier, recipe, device=compute.device, precision=compute.precision, threads=compute.threads
         )
         if timings:
             rates = [{**timing.settings.to_dict(), "images_per_second": timing.images_per_second} for timing in timings]
             run.event("settings_measured", f"fastest on this machine: {chosen}", timings=rates)
+        progress(replace(measuring, done=1))
         return chosen
 
     source = _cached_source(classifier, recipe, dataset, augment, run, compute, progress)
