@@ -348,7 +348,9 @@ def _check_classes(found: Mapping[str | None, _ByClass], folders: Mapping[str | 
     _check_number_of_classes(train, folder, notes)
     for name, paths in train.items():
         if not paths:
-            notes.problem(folder / name, f"class {name!r} has no images. Add some, or remove the folder")
+            notes.problem(
+                folder / name, f"class {name!r} has no images{_unusable(folder / name, notes)}. Add some, or remove the folder"
+            )
         elif len(paths) == 1 and "val" not in found:
             notes.problem(
                 folder / name, f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on"
@@ -356,6 +358,15 @@ def _check_classes(found: Mapping[str | None, _ByClass], folders: Mapping[str | 
     for split in ("val", "test"):
         if split in found:
             _compare_classes(split, found[split], train, folders[split], notes)
+
+
+def _unusable(folder: Path, notes: _Notes) -> str:
+    """What is in a folder instead of images, in brackets."""
+    bad = [image for image in notes.bad if image.path.is_relative_to(folder)]
+    if not bad:
+        return ""
+    others = f"; and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+    return f" ({printable(bad[0].path.name)}: {bad[0].reason}{others})"
 
 
 def _check_number_of_classes(train: _ByClass, folder: Path, notes: _Notes) -> None:

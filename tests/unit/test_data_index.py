@@ -250,6 +250,21 @@ def test_links_to_files_inside_are_followed_and_links_that_lead_out_are_quaranti
     assert reasons == {"out.png": f"a link that leads out of {root}; copy the file there", "broken.png": "not a regular file"}
 
 
+def test_a_class_of_nothing_but_links_that_lead_out_says_so(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", {"a": 2, "b": 2})
+    elsewhere = write_classes(tmp_path / "elsewhere", {"c": 2})
+    (root / "c").mkdir()
+    for number in range(2):
+        (root / "c" / f"{number}.png").symlink_to(elsewhere / "c" / f"{number}.png")
+    with pytest.raises(DataError) as caught:
+        index_dataset(root)
+    (problem,) = caught.value.problems
+    assert problem.message == (
+        f"class 'c' has no images (0.png: a link that leads out of {root}; copy the file there; and 1 more). "
+        "Add some, or remove the folder"
+    )
+
+
 def test_links_to_folders_are_refused_so_that_nothing_outside_is_read_and_no_walk_is_endless(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "data", {"a": 2, "b": 2})
     write_classes(tmp_path / "elsewhere", {"c": 2})
