@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
+from finetune.train import machine
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.train.loss import mix, mixed_cross_entropy, step_seed
 from finetune.train.machine import (
@@ -222,6 +224,22 @@ def test_a_plainer_setting_is_kept_unless_another_is_clearly_faster() -> None:
     plain, other = Settings(channels_last=False), Settings(channels_last=True)
     assert fastest((Timing(plain, 100.0), Timing(other, 104.0))) == plain
     assert fastest((Timing(plain, 100.0), Timing(other, 106.0))) == other
+
+
+def test_half_of_the_threads_are_taken_where_that_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = tiny_classifier()
+    recipe = tiny_recipe(classifier, 400, method="full", hyperparameters={"n_epochs": 30})
+    rates = {8: 100.0, 4: 120.0}
+
+    def pretend(classifier: Classifier, recipe: Recipe, candidates: Sequence[Settings]) -> tuple[Timing, ...]:
+        return tuple(Timing(settings, rates[settings.threads] + 50 * settings.channels_last) for settings in candidates)
+
+    monkeypatch.setattr(machine, "measure", pretend)
+    settings, timings = choose_settings(classifier, recipe, device="cpu", precision="float32", threads=8)
+    assert settings == Settings("cpu", "float32", True, 4)
+    assert [timing.settings.threads for timing in timings] == [8, 8, 8, 4]
+    rates[4] = 104.0
+    assert choose_settings(classifier, recipe, device="cpu", precision="float32", threads=8)[0].threads == 8
 
 
 def test_a_short_run_is_not_measured() -> None:
