@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from finetune.cores import available_cores
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
-from finetune.train.machine import Settings, autocast, available_threads, computes_bfloat16, computing_with, place, prepare_images
+from finetune.train.machine import Settings, autocast, computes_bfloat16, computing_with, place, prepare_images
 from finetune.train.memory import retaining_memory
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="the first does not count")
-    parser.add_argument("--threads", type=int, default=available_threads())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--out", type=Path, default=Path("training_step.json"))
     given = parser.parse_args()
 

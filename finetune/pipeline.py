@@ -9,9 +9,9 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,13 @@ import numpy as np
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import ModelVersion, Registry
-from finetune.crossval import FoldAnswer, OutOfFold, RunFold, cross_validate
-from finetune.data.index import Sample
+from finetune.crossval import FoldAnswer, RunFold, cross_validate
 from finetune.errors import FinetuneError
-from finetune.evaluate import labels_of, score
-from finetune.evaluation.folds import POOLED, CrossValidation
-from finetune.evaluation.metrics import (
-    Evaluation,
-    Temperature,
-    confident_mistakes,
-    evaluate_logits,
-    fit_temperature,
-    write_evaluations,
-)
+from finetune.evaluate import labels_of
+from finetune.evaluation.folds import POOLED
+from finetune.evaluation.metrics import confident_mistakes, write_evaluations
 from finetune.evaluation.report import ReportInputs, ShownMistake, write_report
 from finetune.export import BundleFacts, export_bundle
-from finetune.export.graph import open_session
 from finetune.outcome import Outcome
 from finetune.plan import Plan, make_plan
 from finetune.progress import Progress, ProgressCallback, silent
@@ -44,7 +35,8 @@ from finetune.spec import JobSpec
 from finetune.tracking import NoTracker, Tracker, open_run
 from finetune.train.auto import train_until_it_stops_paying
 from finetune.train.average import copy_state
-from finetune.train.methods import Trained, refit, solved_logits, train_classifier
+from finetune.train.methods import Context, Trained, refit, train_classifier
+from finetune.verdict import Verdict, judge
 
 REFIT_NOTE = (
     "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
@@ -57,7 +49,6 @@ FOLDS_NOTE = (
 )
 
 _LATENCY_ROUNDS = 20
-_MIN_IMAGES_TO_CALIBRATE = 100
 
 
 def run_job(
@@ -103,17 +94,24 @@ def run_job(
 def train_and_judge(plan: Plan, run: RunDir, progress: ProgressCallback) -> tuple[Trained, Verdict]:
     """Train with val to choose on, and measure. Where the model is fitted once more on train and val, val speaks before that
     (of images that a model was trained on it could only flatter it), and test after it."""
+    identity = {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
+    context = Context(plan.dataset, plan.augment, run, plan.compute, identity, plan.exported, progress)
     if not plan.spec.refits:
-        trained = train(plan, run, progress)
-        return trained, judge(plan, trained, progress)
+        trained = train(plan, context)
+        return trained, judge(plan, trained, context)
     start = copy_state(plan.classifier)
-    trained = train(plan, run, progress)
-    before = judge(plan, trained, progress, ("val",))
+    trained = train(plan, context)
+    before = judge(plan, trained, context, ("val",))
     plan.classifier.load_state_dict(start)
-    shared = (plan.dataset, plan.augment, run, plan.compute)
-    trained = refit(plan.classifier, trained, *shared, identity=_identity(plan), graph=plan.exported, progress=progress)
-    after = judge(plan, trained, progress, ("test",))
-    return trained, before.with_test_of(after)
+    trained = refit(plan.classifier, trained, context)
+    return trained, before.with_test_of(judge(plan, trained, context, ("test",)))
+
+
+def train(plan: Plan, context: Context) -> Trained:
+    """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
+    if len(plan.recipes) == 1:
+        return train_classifier(plan.classifier, plan.recipe, context)
+    return train_until_it_stops_paying(plan.classifier, plan.recipes, context)
 
 
 def _run_fold(experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
@@ -130,88 +128,6 @@ def _run_fold(experiment: str | None, parent: Tracker, tracked: bool) -> RunFold
             return FoldAnswer(verdict.metrics, verdict.logits["test"], trained.summary, tracker.wait_for_run_id(0))
 
     return run_fold
-
-
-def _identity(plan: Plan) -> dict[str, str]:
-    """What makes a run this run, for its checkpoints."""
-    return {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
-
-
-def train(plan: Plan, run: RunDir, progress: ProgressCallback) -> Trained:
-    """Carry the recipe out on the plan's classifier; for method auto, recipe after recipe while that pays."""
-    shared = (plan.dataset, plan.augment, run, plan.compute)
-    identity = _identity(plan)
-    if len(plan.recipes) == 1:
-        return train_classifier(plan.classifier, plan.recipe, *shared, identity=identity, graph=plan.exported, progress=progress)
-    return train_until_it_stops_paying(
-        plan.classifier, plan.recipes, *shared, identity=identity, graph=plan.exported, progress=progress
-    )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How good the trained model is, on each split that it did not train on; `logits` as the exported graph computes them."""
-
-    evaluations: Mapping[str, Evaluation]
-    temperature: Temperature | None
-    logits: Mapping[str, np.ndarray]  # split -> (N, C) float32
-    samples: Mapping[str, tuple[Sample, ...]]
-    folds: CrossValidation | None = None  # their answers are the split cv
-
-    def with_folds(self, found: OutOfFold) -> Verdict:
-        """This one, with the folds' answers as the split ``cv``, on which the temperature is fitted again: they are more."""
-        evaluations = {POOLED: found.result.pooled, **self.evaluations}
-        temperature = _calibrate(found.logits, labels_of(found.samples))
-        return Verdict(
-            evaluations, temperature, {POOLED: found.logits, **self.logits}, {POOLED: found.samples, **self.samples}, found.result
-        )
-
-    def with_test_of(self, later: Verdict) -> Verdict:
-        """This one, with what `later` adds from splits that this one did not judge."""
-        return Verdict(
-            {**self.evaluations, **later.evaluations},
-            self.temperature,
-            {**self.logits, **later.logits},
-            {**self.samples, **later.samples},
-        )
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        figures = {key: value for split, found in self.evaluations.items() for key, value in found.metrics(split).items()}
-        return {**figures, **(self.folds.metrics if self.folds else {})}
-
-
-def judge(plan: Plan, trained: Trained, progress: ProgressCallback, splits: Sequence[str] = ("val", "test")) -> Verdict:
-    """Evaluate what will be exported, as ONNX Runtime computes it; fit the temperature on val."""
-    samples = {split: plan.dataset.of(split) for split in splits if plan.dataset.of(split)}
-    score_split = _scorer(plan, trained, progress)
-    logits = {split: score_split(split, chosen) for split, chosen in samples.items()}
-    labels = {split: labels_of(chosen) for split, chosen in samples.items()}
-    evaluations = {split: evaluate_logits(logits[split], labels[split], plan.dataset.classes) for split in samples}
-    temperature = _calibrate(logits["val"], labels["val"]) if "val" in samples else None
-    return Verdict(evaluations, temperature, logits, samples)
-
-
-def _scorer(plan: Plan, trained: Trained, progress: ProgressCallback) -> Callable[[str, tuple[Sample, ...]], np.ndarray]:
-    """What gives the logits of a split. Where only the head is new, the images need not be run through the backbone again."""
-    classifier, compute = plan.classifier, plan.compute
-    if trained.fitted is None and compute.device == "cpu":  # a GPU's features are rounded otherwise than the exported graph's
-        return lambda split, samples: solved_logits(classifier, samples, compute, graph=plan.exported, progress=progress)
-    session = open_session(plan.exported(), threads=compute.threads)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = session.run(["logits"], {"images": images})[0]
-        return logits
-
-    return lambda split, samples: score(run, samples, plan.backbone.preprocess, what=split, progress=progress)
-
-
-def _calibrate(logits: np.ndarray, labels: np.ndarray) -> Temperature | None:
-    """The temperature of val; None where too few images speak for one, or where they speak for none that makes sense."""
-    if len(labels) < _MIN_IMAGES_TO_CALIBRATE:
-        return None
-    temperature = fit_temperature(logits, labels)
-    return None if temperature.at_limit else temperature
 
 
 def export(plan: Plan, trained: Trained, verdict: Verdict, run: RunDir, progress: ProgressCallback) -> Manifest:
@@ -278,9 +194,7 @@ def report_inputs(plan: Plan, trained: Trained, verdict: Verdict, manifest: Mani
         sources=resolved["sources"],
         resolved={
             **{key: value for key, value in resolved["recipe"].items() if key not in ("phases", "sources")},
-            "augmentation": resolved["augmentation"]["name"]
-            if plan.augments
-            else "none: the head is solved on images as evaluated",
+            "augmentation": plan.augment.name if plan.augments else "none: the head is solved on images as evaluated",
             **{key: resolved[key] for key in ("preprocess", "compute")},
         },
         phases=resolved["recipe"]["phases"],

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from finetune.cores import available_cores
 from finetune.data.augment import Augment, build_augment
 from finetune.data.check import ResizeAdvice, advise_resize, check_images, image_facts
 from finetune.data.index import Dataset, index_dataset
@@ -25,7 +26,7 @@ from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, as_model_name, workspace
 from finetune.spec import JobSpec
-from finetune.train.machine import available_threads, on_threads, resolve_device
+from finetune.train.machine import on_threads, resolve_device
 from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
 
@@ -222,7 +223,7 @@ def _advice(spec: JobSpec, dataset: Dataset, backbone: Backbone) -> ResizeAdvice
 
 
 def _threads(spec: JobSpec) -> int:
-    return available_threads() if spec.compute.threads == "auto" else spec.compute.threads
+    return available_cores() if spec.compute.threads == "auto" else spec.compute.threads
 
 
 def _path(text: str | None) -> Path | None:

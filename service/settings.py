@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.bundle.image import ImageLimits
+from finetune.cores import available_cores
 from finetune.errors import InvalidInput
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,3 @@ def _positive(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InvalidInput(f"{name}={text!r}: a whole number of at least 1 is needed")
     return int(text)
-
-
-def available_cores(quota: Path = CPU_QUOTA) -> int:
-    """The cores this process may use: its CPU affinity, and a container's quota, which `os.cpu_count` does not know."""
-    cores = len(os.sched_getaffinity(0))
-    if not quota.exists():
-        return cores
-    limit, period = quota.read_text().split()
-    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))

@@ -17,7 +17,7 @@ from typing import Any
 from training_standin import next_state
 
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import Handle, LocalExecutor
+from finetune.jobs.executor import Executor, Handle, LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir, read_lines
@@ -64,6 +64,19 @@ def wait(condition: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Non
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} seconds"
         time.sleep(0.01)
+
+
+def end_of(executor: Executor, handle: Handle) -> int:
+    """Wait for an attempt; how it ended."""
+    codes: list[int | None] = []
+    wait(lambda: codes.append(executor.poll(handle)) or codes[-1] is not None)
+    assert codes[-1] is not None
+    return codes[-1]
+
+
+def is_gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
 
 
 def result_of(steps: int) -> str:

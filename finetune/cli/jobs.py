@@ -50,11 +50,12 @@ def worker(
     """
     import logging
 
+    from finetune.cores import available_cores
     from finetune.jobs.database import open_jobs
     from finetune.jobs.executor import LocalExecutor
     from finetune.jobs.ray_executor import DEFAULT_ADDRESS, RayExecutor
     from finetune.jobs.store import JobStore
-    from finetune.jobs.worker import Worker, WorkerSettings, available_threads, visible_gpus
+    from finetune.jobs.worker import Worker, WorkerSettings, visible_gpus
     from finetune.rundir import workspace
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
@@ -63,7 +64,7 @@ def worker(
     devices = _numbers(gpus) if gpus is not None else () if on_ray else visible_gpus()
     settings = WorkerSettings(
         slots=slots or len(devices) or 1,
-        threads=threads or available_threads(),
+        threads=threads or available_cores(),
         gpus=devices,
         stall_seconds=60 * stall_minutes,
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from finetune.cores import available_cores
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.closing import Closing
@@ -49,11 +50,6 @@ def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
     return tuple(sorted(int(device.name.removeprefix("nvidia")) for device in devices.glob(_GPU_DEVICES)))
 
 
-def available_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass(frozen=True)
 class WorkerSettings:
     """How a worker works.
@@ -70,7 +66,7 @@ class WorkerSettings:
 
     name: str = field(default_factory=lambda: f"{socket.gethostname()[:60]}-{os.getpid()}")
     slots: int = 1
-    threads: int = field(default_factory=available_threads)
+    threads: int = field(default_factory=available_cores)
     gpus: tuple[int, ...] = ()
     beat_seconds: float = 5.0
     cancel_grace_seconds: float = 20.0

@@ -8,22 +8,18 @@ error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from finetune.data.augment import Augment
-from finetune.data.index import Dataset
 from finetune.data.loader import EvalLoader
 from finetune.model.classifier import Classifier
-from finetune.progress import ProgressCallback, silent
 from finetune.rundir import RunDir, write_atomic
 from finetune.train.average import StateDict, copy_state
 from finetune.train.machine import computing_with, prepare_images, to_device
-from finetune.train.methods import Compute, Trained, solved_logits, train_classifier
-from finetune.train.prefix import GraphSource
+from finetune.train.methods import Context, Trained, solved_logits, train_classifier
 from finetune.train.recipe import Recipe
 
 
@@ -49,22 +45,12 @@ def paired_gain(correct: np.ndarray, than: np.ndarray) -> Gain:
     return Gain(gain, math.sqrt(max(won + lost - n * gain**2, 1.0)) / n)  # at least as if one image had differed
 
 
-def train_until_it_stops_paying(
-    classifier: Classifier,
-    recipes: Sequence[Recipe],
-    dataset: Dataset,
-    augment: Augment,
-    run: RunDir,
-    compute: Compute,
-    *,
-    identity: Mapping[str, str],
-    graph: GraphSource | None = None,
-    progress: ProgressCallback = silent,
-) -> Trained:
+def train_until_it_stops_paying(classifier: Classifier, recipes: Sequence[Recipe], context: Context) -> Trained:
     """Carry out `recipes` from the cheapest up, as `train_classifier` does each; the classifier ends with the best one's weights.
 
     A candidate's checkpoints and journal are in ``candidates/<method>`` of the run folder; the best one's journal is the run's.
     """
+    run = context.run
     start = copy_state(classifier)
     best: _Candidate | None = None
     reasons: list[str] = []
@@ -72,19 +58,10 @@ def train_until_it_stops_paying(
     for recipe in recipes:
         classifier.load_state_dict(start)
         folder = RunDir(run.root / "candidates" / recipe.method).create()
-        trained = train_classifier(
-            classifier,
-            recipe,
-            dataset,
-            augment,
-            folder,
-            compute,
-            identity={**identity, "candidate": recipe.method},
-            graph=graph,
-            progress=progress,
-        )
+        identity = {**context.identity, "candidate": recipe.method}
+        trained = train_classifier(classifier, recipe, replace(context, run=folder, identity=identity))
         seconds += trained.seconds
-        candidate = _Candidate(trained, folder, copy_state(classifier), _correct(classifier, trained, dataset, compute, graph))
+        candidate = _Candidate(trained, folder, copy_state(classifier), _correct(classifier, trained, context))
         gain = None if best is None else paired_gain(candidate.correct, best.correct)
         if gain is not None:
             reasons.append(f"{recipe.method} gained {gain}")
@@ -111,12 +88,10 @@ class _Candidate:
 
 
 @torch.no_grad()
-def _correct(
-    classifier: Classifier, trained: Trained, dataset: Dataset, compute: Compute, graph: GraphSource | None
-) -> np.ndarray:
-    val = dataset.of("val")
+def _correct(classifier: Classifier, trained: Trained, context: Context) -> np.ndarray:
+    val, compute = context.dataset.of("val"), context.compute
     if trained.fitted is None:  # its features are in the cache
-        logits = solved_logits(classifier, val, compute, graph=graph)
+        logits = solved_logits(classifier, val, context)
         right: np.ndarray = logits.argmax(axis=1) == np.array([sample.label for sample in val])
         return right
     settings = compute.plain_settings()

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from finetune.bundle.image import decode_image, read_bytes
 from finetune.bundle.preprocess import Preprocess
+from finetune.cores import available_cores
 from finetune.data.augment import Augment
 from finetune.data.index import Sample
-from finetune.data.parallel import available_cores, ordered_map
+from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingError
 from finetune.model.classifier import Classifier
 from finetune.model.cut import why_not_cut

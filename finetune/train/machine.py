@@ -7,7 +7,6 @@ slower. Where a run is long enough to pay for it, the choice is measured: a few 
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -68,11 +67,6 @@ def resolve_device(asked: Device | Literal["auto"]) -> Device:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return asked
-
-
-def available_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def computes_bfloat16(device: Device) -> bool:

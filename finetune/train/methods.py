@@ -22,10 +22,10 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import RunDir, workspace, write_atomic
-from finetune.train.features import Resources, Views, no_event, plan_prefix, pooled_features
+from finetune.train.features import Resources, Views, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
-from finetune.train.prefix import EventCallback, GraphSource
+from finetune.train.prefix import GraphSource
 from finetune.train.probe import Probe, solve_probe
 from finetune.train.recipe import Recipe, refit_recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
@@ -42,6 +42,32 @@ class Compute:
     def plain_settings(self) -> Settings:
         """Float32, for what is computed once and compared."""
         return Settings(self.device, "float32", threads=self.threads)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all training of one run shares: on what, where, and who is told.
+
+    Args:
+        dataset: the train split is learnt from, the val split chooses.
+        identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
+        graph: gives the classifier, as it is then, as one ONNX file; spares the prefix engine an export of its own.
+    """
+
+    dataset: Dataset
+    augment: Augment
+    run: RunDir
+    compute: Compute
+    identity: Mapping[str, str]
+    graph: GraphSource | None = None
+    progress: ProgressCallback = silent
+
+    def resources(self, progress: ProgressCallback | None = None) -> Resources:
+        """What the frozen prefix is computed with."""
+        compute = self.compute
+        return Resources(
+            compute.device, compute.threads, graph=self.graph, progress=progress or self.progress, event=self.run.event
+        )
 
 
 @dataclass(frozen=True)
@@ -66,35 +92,22 @@ class Trained:
         return next((line["values"]["probe/l2"] for line in journal if "probe/l2" in line["values"]), None)
 
 
-def train_classifier(
-    classifier: Classifier,
-    recipe: Recipe,
-    dataset: Dataset,
-    augment: Augment,
-    run: RunDir,
-    compute: Compute,
-    *,
-    identity: Mapping[str, str],
-    decided: Fitted | None = None,
-    graph: GraphSource | None = None,
-    progress: ProgressCallback = silent,
-) -> Trained:
-    """Train `classifier` in place on the train split of `dataset`, choosing on its val split.
+def train_classifier(classifier: Classifier, recipe: Recipe, context: Context, decided: Fitted | None = None) -> Trained:
+    """Train `classifier` in place, as `recipe` says.
 
     Args:
-        decided: where `dataset` has no val split, what the steps come to is not chosen but as in this earlier run.
-        identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
-        graph: gives the classifier, as it is then, as one ONNX file; spares the prefix engine an export of its own.
+        decided: where the dataset has no val split, what the steps come to is not chosen but as in this earlier run.
     """
     began = time.perf_counter()
     apply_freeze(classifier, widest_plan(recipe))
     before = frozen_digest(classifier)
-    solver = _HeadSolver(recipe, dataset, augment, run, compute, graph, progress)
+    solver = _HeadSolver(recipe, context)
     fitted: Fitted | None = None
     if recipe.n_steps:
-        fitted = _take_steps(classifier, recipe, dataset, augment, run, compute, identity, decided, solver, progress)
+        fitted = _take_steps(classifier, recipe, context, decided, solver)
     else:
-        write_atomic(run.metrics, lambda stream: stream.write(b""))  # an attempt that was killed may have solved it before
+        # an attempt that was killed may have solved it before
+        write_atomic(context.run.metrics, lambda stream: stream.write(b""))
         solver(classifier)
     classifier.eval()
     apply_freeze(classifier, widest_plan(recipe))
@@ -112,54 +125,31 @@ def train_classifier(
     )
 
 
-def refit(
-    classifier: Classifier,
-    trained: Trained,
-    dataset: Dataset,
-    augment: Augment,
-    run: RunDir,
-    compute: Compute,
-    *,
-    identity: Mapping[str, str],
-    graph: GraphSource | None = None,
-    progress: ProgressCallback = silent,
-) -> Trained:
+def refit(classifier: Classifier, trained: Trained, context: Context) -> Trained:
     """Train `classifier`, which has the weights that `trained` began with, on train and val together; nothing is chosen any more.
 
     The head is solved with the L2 strength, and steps are taken for the epochs, that val has chosen; where val has chosen weights
     between start and end, or fresh running statistics, these are taken again. What `trained` tells of the choice stays told.
     """
+    dataset, run = context.dataset, context.run
     both = replace(dataset, samples=tuple(replace(sample, split="train") for sample in dataset.samples if sample.split != "test"))
-    recipe = refit_recipe(trained.recipe, len(both.samples), trained.l2)
+    again = replace(
+        context,
+        dataset=both,
+        run=RunDir(run.root / "refit").create(),
+        identity={**context.identity, "refit": both.digest},
+    )
     refitted = train_classifier(
-        classifier,
-        recipe,
-        both,
-        augment,
-        RunDir(run.root / "refit").create(),
-        compute,
-        identity={**identity, "refit": both.digest},
-        decided=trained.fitted,
-        graph=graph,
-        progress=progress,
+        classifier, refit_recipe(trained.recipe, len(both.samples), trained.l2), again, decided=trained.fitted
     )
     summary = f"{trained.summary}; then fitted once more on train + val with what val chose"
     run.event("refitted", f"fitted once more on the {len(both.samples):,} images of train and val, as val has chosen")
     return replace(trained, summary=summary, seconds=trained.seconds + refitted.seconds, frozen=refitted.frozen)
 
 
-def solved_logits(
-    classifier: Classifier,
-    samples: tuple[Sample, ...],
-    compute: Compute,
-    *,
-    graph: GraphSource | None = None,
-    event: EventCallback = no_event,
-    progress: ProgressCallback = silent,
-) -> np.ndarray:
+def solved_logits(classifier: Classifier, samples: tuple[Sample, ...], context: Context) -> np.ndarray:
     """(N, C) float32 logits of a classifier whose backbone never trained: its head on features that are cached, or will be."""
-    resources = Resources(compute.device, compute.threads, graph=graph, progress=progress, event=event)
-    features = pooled_features(classifier, samples, Views(classifier.backbone.preprocess), resources)
+    features = pooled_features(classifier, samples, Views(classifier.backbone.preprocess), context.resources())
     with torch.no_grad():
         logits: np.ndarray = classifier.head(torch.from_numpy(features)).numpy()
     return logits
@@ -170,21 +160,15 @@ class _HeadSolver:
     """Puts the solved head into a classifier, and remembers how it was found."""
 
     recipe: Recipe
-    dataset: Dataset
-    augment: Augment
-    run: RunDir
-    compute: Compute
-    graph: GraphSource | None
-    progress: ProgressCallback
+    context: Context
     probe: Probe | None = None
 
     def __call__(self, classifier: Classifier) -> None:
-        train, val = self.dataset.of("train"), self.dataset.of("val")
+        train, val = self.context.dataset.of("train"), self.context.dataset.of("val")
         seen = Views(classifier.backbone.preprocess)
-        n_views = (
-            1 if self.recipe.n_steps else self.recipe.views
-        )  # the steps bring the augmentation; the head before them needs none
-        views = replace(seen, augment=self.augment, count=n_views) if n_views > 1 else seen
+        # steps bring the augmentation; the head before them needs none
+        n_views = 1 if self.recipe.n_steps else self.recipe.views
+        views = replace(seen, augment=self.context.augment, count=n_views) if n_views > 1 else seen
         probe = solve_probe(
             self._features(classifier, train, views, "training"),
             _labels(train),
@@ -202,13 +186,10 @@ class _HeadSolver:
         self.probe = probe
 
     def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> np.ndarray:
-        def progress(update: Any) -> None:
-            self.progress(replace(update, message=f"features, {what}"))
+        def progress(update: Progress) -> None:
+            self.context.progress(replace(update, message=f"features, {what}"))
 
-        resources = Resources(
-            self.compute.device, self.compute.threads, graph=self.graph, progress=progress, event=self.run.event
-        )
-        return pooled_features(classifier, samples, views, resources)
+        return pooled_features(classifier, samples, views, self.context.resources(progress))
 
     def _record(self, probe: Probe) -> None:
         values = {"probe/l2": probe.l2, "probe/seconds": probe.seconds, "probe/iterations": float(probe.iterations)}
@@ -216,25 +197,15 @@ class _HeadSolver:
             for point in probe.path:
                 if point.l2 == probe.l2:
                     values |= {"val/loss": point.val_nll, "val/top1": point.val_top1}
-        self.run.metric(0, values, epoch=0.0)
+        self.context.run.metric(0, values, epoch=0.0)
         path = [{"l2": point.l2, "val_nll": point.val_nll, "val_top1": point.val_top1} for point in probe.path]
         message = f"the head is solved: L2 {probe.l2:g} ({probe.chosen_by}), {probe.iterations} passes, {probe.seconds:.1f} s"
-        self.run.event("head_solved", message, path=path, converged=probe.converged)
+        self.context.run.event("head_solved", message, path=path, converged=probe.converged)
 
 
-def _take_steps(
-    classifier: Classifier,
-    recipe: Recipe,
-    dataset: Dataset,
-    augment: Augment,
-    run: RunDir,
-    compute: Compute,
-    identity: Mapping[str, str],
-    decided: Fitted | None,
-    solver: _HeadSolver,
-    progress: ProgressCallback,
-) -> Fitted:
+def _take_steps(classifier: Classifier, recipe: Recipe, context: Context, decided: Fitted | None, solver: _HeadSolver) -> Fitted:
     """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
+    compute, run, progress = context.compute, context.run, context.progress
 
     def settings() -> Settings:
         if decided is not None:
@@ -250,16 +221,14 @@ def _take_steps(
         progress(replace(measuring, done=1))
         return chosen
 
-    source = _cached_source(classifier, recipe, dataset, augment, run, compute, progress)
-    if source is None:
-        source = _image_source(classifier, recipe, dataset, augment, compute)
+    source = _cached_source(classifier, recipe, context) or _image_source(classifier, recipe, context)
     return fit(
         classifier,
         recipe,
         source.train,
         source.val if decided is None else decided.decided,
         run,
-        Saving(identity),
+        Saving(context.identity),
         settings=settings,
         solve_head=solver,
         prepare=source.prepare,
@@ -278,36 +247,27 @@ class _Source:
     forward: Forward
 
 
-def _image_source(classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute) -> _Source:
-    train, val = dataset.of("train"), dataset.of("val")
-    train_augment = augment.at_size(recipe.train_size_px)
+def _image_source(classifier: Classifier, recipe: Recipe, context: Context) -> _Source:
+    train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
+    augment = context.augment.at_size(recipe.train_size_px)
     pixels = PixelStore(workspace() / "cache" / "pixels")
 
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(train, train_augment, recipe.batch_size, recipe.seed, epoch, start_step, compute.threads, pixels)
+        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)
 
-    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, compute.threads, pixels)
+    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
     return _Source(batches, evaluated, prepare_images, forward_images)
 
 
-def _cached_source(
-    classifier: Classifier,
-    recipe: Recipe,
-    dataset: Dataset,
-    augment: Augment,
-    run: RunDir,
-    compute: Compute,
-    progress: ProgressCallback,
-) -> _Source | None:
+def _cached_source(classifier: Classifier, recipe: Recipe, context: Context) -> _Source | None:
     """Batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
     if recipe.mixup or classifier.aux is not None:  # both need the images themselves
         return None
-    train, val = dataset.of("train"), dataset.of("val")
-    resources = Resources(compute.device, compute.threads, progress=progress, event=run.event)
+    train, val, resources = context.dataset.of("train"), context.dataset.of("val"), context.resources()
     seen = Views(classifier.backbone.preprocess)
-    views = replace(seen, augment=augment, count=recipe.views)
+    views = replace(seen, augment=context.augment, count=recipe.views)
     plan = plan_prefix(classifier, min(recipe.trainable), train, val, views, resources, measure=False)
-    run.event("prefix", str(plan))
+    context.run.event("prefix", str(plan))
     if plan.stage is None:
         return None
     trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), resources)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from postgres import PostgresMissing, running_postgres
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
 from finetune.jobs.database import open_database
 from finetune.jobs.schema import metadata
@@ -34,3 +34,10 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
         connection.execute(text(f"TRUNCATE {', '.join(table.name for table in metadata.sorted_tables)} RESTART IDENTITY CASCADE"))
     engine.dispose()
     return url
+
+
+@pytest.fixture
+def engine(database: str | Path) -> Iterator[Engine]:
+    engine = open_database(database)
+    yield engine
+    engine.dispose()

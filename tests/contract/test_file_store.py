@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +10,10 @@ from sqlalchemy import Engine
 
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs import creation
-from finetune.jobs.database import open_database
 from finetune.jobs.files import FilesFull, FileStore, UploadedFile
 from finetune.jobs.store import JobStore
 
 LARGE = 5 << 30  # more than 32 bits can count
-
-
-@pytest.fixture
-def engine(database: str | Path) -> Iterator[Engine]:
-    engine = open_database(database)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

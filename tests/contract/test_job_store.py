@@ -7,7 +7,7 @@ import functools
 import itertools
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +39,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> LeaseClock:
     clock = LeaseClock()
     monkeypatch.setattr("finetune.jobs.store.lease_time", clock)
     return clock
-
-
-@pytest.fixture
-def engine(database: str | Path) -> Iterator[Engine]:
-    engine = open_database(database)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_standin import QUICK, Trace, drive, result_of, standin_for, submit, wait
+from job_standin import QUICK, Trace, drive, end_of, is_gone, result_of, standin_for, submit, wait
 
 from finetune.errors import ExecutorError, MissingExtra
 from finetune.jobs.database import open_database
@@ -71,18 +71,6 @@ def start(executor: RayExecutor, log: Path, script: str, fence: int = 1, threads
         f"ftjob-{log.parent}".replace("/", "-"), command, fence=fence, environment={"COLOUR": "green"}, log=log,
         resources=Resources(threads),
     )  # fmt: skip
-
-
-def end(executor: RayExecutor, handle: Handle) -> int:
-    codes: list[int | None] = []
-    wait(lambda: codes.append(executor.poll(handle)) or codes[-1] is not None)
-    assert codes[-1] is not None
-    return codes[-1]
-
-
-def is_gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "State:\tZ" in status.read_text()
 
 
 def pid_in(path: Path) -> Callable[[], int]:
@@ -145,9 +133,9 @@ def test_an_address_where_no_cluster_answers_is_named() -> None:
 def test_an_attempt_sees_its_resources_and_its_environment_and_its_end_is_told(executor: RayExecutor, tmp_path: Path) -> None:
     log = tmp_path / "run" / "log.txt"
     script = "import os; print(os.environ['COLOUR'], os.environ['OMP_NUM_THREADS']); {}"
-    assert end(executor, start(executor, log, script.format("raise SystemExit(3)"))) == 3
-    assert end(executor, start(executor, log, script.format("os.kill(os.getpid(), 9)"), fence=2, threads=2)) == -9
-    assert end(executor, start(executor, log, script.format("pass"), fence=3)) == 0
+    assert end_of(executor, start(executor, log, script.format("raise SystemExit(3)"))) == 3
+    assert end_of(executor, start(executor, log, script.format("os.kill(os.getpid(), 9)"), fence=2, threads=2)) == -9
+    assert end_of(executor, start(executor, log, script.format("pass"), fence=3)) == 0
     assert [line for line in log.read_text().splitlines() if line.startswith("green")] == ["green 1", "green 2", "green 1"]
 
 
@@ -157,7 +145,7 @@ def test_the_same_claim_submitted_twice_runs_once(executor: RayExecutor, tmp_pat
     first = start(executor, log, "print('started')")
     again = start(executor, log, "print('started')")
     assert again == first
-    assert end(executor, first) == 0
+    assert end_of(executor, first) == 0
     assert log.read_text().count("started") == 1
 
 
@@ -180,7 +168,7 @@ def test_an_attempt_that_is_told_to_stop_ends_by_itself_and_so_does_what_it_star
     handle = start(executor, log, script)
     wait(pid_in(child))
     executor.cancel(handle, grace_seconds=STOP_SECONDS)
-    assert end(executor, handle) == -signal.SIGTERM
+    assert end_of(executor, handle) == -signal.SIGTERM
     assert said.read_text() == "checkpoint"
     wait(lambda: is_gone(pid_in(child)()))
 
@@ -197,7 +185,7 @@ def test_an_attempt_that_does_not_stop_is_killed(executor: RayExecutor, tmp_path
     handle = start(executor, log, script)
     wait(pid_in(own))
     executor.cancel(handle, grace_seconds=0)
-    assert end(executor, handle) == -signal.SIGTERM
+    assert end_of(executor, handle) == -signal.SIGTERM
     wait(lambda: is_gone(pid_in(own)()))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job_standin import wait
+from job_standin import end_of, is_gone, wait
 
 from finetune.jobs.executor import Handle, LocalExecutor, Resources
 
@@ -34,24 +34,12 @@ def start(executor: LocalExecutor, log: Path, script: str, resources: Resources 
     return executor.start("job", command, fence=1, environment={"COLOUR": "green"}, log=log, resources=resources or Resources())
 
 
-def end(executor: LocalExecutor, handle: Handle) -> int:
-    codes: list[int | None] = []
-    wait(lambda: codes.append(executor.poll(handle)) or codes[-1] is not None)
-    assert codes[-1] is not None
-    return codes[-1]
-
-
-def is_gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "State:\tZ" in status.read_text()
-
-
 @pytest.mark.parametrize(
     ("script", "code"),
     [("", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9), ("import os; os.abort()", -signal.SIGABRT)],
 )
 def test_the_exit_code_or_the_signal_is_told(executor: LocalExecutor, tmp_path: Path, script: str, code: int) -> None:
-    assert end(executor, start(executor, tmp_path / "log", script)) == code
+    assert end_of(executor, start(executor, tmp_path / "log", script)) == code
 
 
 def test_an_attempt_sees_its_resources_and_its_environment_and_appends_to_its_log(
@@ -66,7 +54,7 @@ def test_an_attempt_sees_its_resources_and_its_environment_and_appends_to_its_lo
         sys.stdout.flush()
         sys.stderr.write(f" {os.getsid(0) == os.getpid()} {sys.stdin.read()!r}")
     """
-    assert end(executor, start(executor, log, script, Resources(3, (1, 0)))) == 0
+    assert end_of(executor, start(executor, log, script, Resources(3, (1, 0)))) == 0
     assert log.read_text() == "an earlier attempt\ngreen 3 1,0 True ''"
 
 
@@ -81,7 +69,7 @@ def test_an_attempt_that_is_told_to_stop_may_end_by_itself(executor: LocalExecut
     wait(lambda: (tmp_path / "log").read_text() == "ready")
     executor.cancel(handle, grace_seconds=600)
     executor.cancel(handle, grace_seconds=600)
-    assert end(executor, handle) == 130
+    assert end_of(executor, handle) == 130
 
 
 def test_an_attempt_that_does_not_stop_is_killed_after_the_shortest_grace(executor: LocalExecutor, tmp_path: Path) -> None:
@@ -96,7 +84,7 @@ def test_an_attempt_that_does_not_stop_is_killed_after_the_shortest_grace(execut
     executor.cancel(handle, grace_seconds=600)
     assert executor.poll(handle) is None
     executor.cancel(handle, grace_seconds=0)
-    assert end(executor, handle) == -signal.SIGKILL
+    assert end_of(executor, handle) == -signal.SIGKILL
 
 
 def test_what_an_attempt_started_ends_with_it(executor: LocalExecutor, tmp_path: Path) -> None:
@@ -106,7 +94,7 @@ def test_what_an_attempt_started_ends_with_it(executor: LocalExecutor, tmp_path:
         sys.stdout.write(str(grandchild.pid))
     """
     handle = start(executor, tmp_path / "log", script)
-    assert end(executor, handle) == 0
+    assert end_of(executor, handle) == 0
     grandchild = int((tmp_path / "log").read_text())
     wait(lambda: is_gone(grandchild))
 

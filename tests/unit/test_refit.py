@@ -14,15 +14,15 @@ from tiny_training import CLASSES, tiny_classifier, tiny_recipe, train_tiny, wri
 from finetune.data.augment import build_augment
 from finetune.data.index import Dataset, Sample
 from finetune.data.split import split_dataset
+from finetune.model.classifier import Classifier
 from finetune.rundir import RunDir, read_lines
 from finetune.train.average import copy_state
 from finetune.train.features import Views, pooled_features
 from finetune.train.fit import Decided
-from finetune.train.methods import Compute, Trained, refit, solved_logits, train_classifier
+from finetune.train.methods import Compute, Context, Trained, refit, solved_logits, train_classifier
 from finetune.train.probe import solve_probe
 from finetune.train.recipe import refit_recipe
 
-COMPUTE = Compute("cpu", "float32", 1)
 EVERYTHING = {"n_epochs": 3, "batch_size": 6, "learning_rate": 0.01, "ema": True}
 
 
@@ -49,14 +49,19 @@ def dataset(samples: list[Sample]) -> Dataset:
     return split_dataset(loose, val_fraction=0.25, test_fraction=0.2)
 
 
+def context_of(dataset: Dataset, classifier: Classifier, run: RunDir) -> Context:
+    augment = build_augment("none", None, classifier.backbone.preprocess)
+    return Context(dataset, augment, run.create(), Compute("cpu", "float32", 1), {"spec": "a"})
+
+
 def train_and_refit(dataset: Dataset, run: RunDir, **given: Any) -> tuple[Any, Trained, Trained]:
     classifier = tiny_classifier()
     start = copy_state(classifier)
     recipe = tiny_recipe(classifier, len(dataset.of("train")), **given)
-    shared = (dataset, build_augment("none", None, classifier.backbone.preprocess), run.create(), COMPUTE)
-    trained = train_classifier(classifier, recipe, *shared, identity={"spec": "a"})
+    context = context_of(dataset, classifier, run)
+    trained = train_classifier(classifier, recipe, context)
     classifier.load_state_dict(start)
-    return classifier, trained, refit(classifier, trained, *shared, identity={"spec": "a"})
+    return classifier, trained, refit(classifier, trained, context)
 
 
 def test_a_refitted_probe_is_the_probe_solved_on_all_images_with_the_chosen_strength(dataset: Dataset, tmp_path: Path) -> None:
@@ -78,7 +83,8 @@ def test_the_cached_answer_of_a_solved_head_is_that_of_the_whole_network(dataset
     images = np.stack([classifier.backbone.preprocess.load_file(sample.path) for sample in dataset.of("test")])
     with torch.no_grad():
         trusted = classifier.eval()(classifier.normalise(torch.from_numpy(images))).numpy()
-    np.testing.assert_allclose(solved_logits(classifier, dataset.of("test"), COMPUTE), trusted, atol=1e-4)
+    context = context_of(dataset, classifier, RunDir(tmp_path / "run"))
+    np.testing.assert_allclose(solved_logits(classifier, dataset.of("test"), context), trusted, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from finetune.bundle.image import ImageLimits
+from finetune.cores import available_cores
 from finetune.errors import InvalidInput
 from service.serve import listen_address, server_command, server_environment
-from service.settings import LOOPBACK_HOSTS, Settings, available_cores
+from service.settings import LOOPBACK_HOSTS, Settings
 
 
 @pytest.mark.parametrize(

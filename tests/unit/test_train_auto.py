@@ -14,7 +14,7 @@ from torch import nn
 from finetune.rundir import RunDir, read_lines
 from finetune.train import auto
 from finetune.train.auto import paired_gain, train_until_it_stops_paying
-from finetune.train.methods import Compute, Trained
+from finetune.train.methods import Compute, Context, Trained
 
 N = 200  # validation images
 
@@ -54,11 +54,11 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
     begun_with: list[float] = []
     done: list[str] = []
 
-    def train(model: nn.Linear, recipe: Any, dataset: Any, augment: Any, run: RunDir, *_: Any, **__: Any) -> Trained:
+    def train(model: nn.Linear, recipe: Any, context: Context) -> Trained:
         begun_with.append(model.bias.item())
         with torch.no_grad():
             model.bias.fill_(counts[recipe.method])
-        run.metric(1, {"val/top1": counts[recipe.method] / N})
+        context.run.metric(1, {"val/top1": counts[recipe.method] / N})
         done.append(recipe.method)
         return Trained(f"did {recipe.method}", 1.0, 0, 0, {}, None, None, recipe)
 
@@ -66,8 +66,8 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
     monkeypatch.setattr(auto, "_correct", lambda model, *_: right(int(model.bias.item())))
     run = RunDir(tmp_path / "run").create()
     recipes = [SimpleNamespace(method=method) for method in counts]
-    compute = Compute("cpu", "float32", 1)
-    trained = train_until_it_stops_paying(classifier, recipes, None, None, run, compute, identity={})  # type: ignore[arg-type]
+    context = Context(None, None, run, Compute("cpu", "float32", 1), identity={})  # type: ignore[arg-type]
+    trained = train_until_it_stops_paying(classifier, recipes, context)  # type: ignore[arg-type]
 
     assert done == tried
     assert len(set(begun_with)) == 1, "each candidate starts from the same weights"

@@ -13,7 +13,7 @@ from finetune.data.augment import build_augment
 from finetune.data.index import Dataset
 from finetune.data.split import split_dataset
 from finetune.rundir import RunDir
-from finetune.train.methods import Compute, train_classifier
+from finetune.train.methods import Compute, Context, train_classifier
 
 
 @pytest.mark.usefixtures("one_torch_thread")
@@ -31,9 +31,8 @@ def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path
     seen: Counter[tuple[bool, int]] = Counter()
     classifier.backbone.register_forward_pre_hook(lambda module, inputs: seen.update([(module.training, inputs[0].shape[-1])]))
     augment = build_augment("default", None, classifier.backbone.preprocess)
-    train_classifier(
-        classifier, recipe, dataset, augment, RunDir(tmp_path / "run").create(), Compute("cpu", "float32", 1), identity={}
-    )
+    run = RunDir(tmp_path / "run").create()
+    train_classifier(classifier, recipe, Context(dataset, augment, run, Compute("cpu", "float32", 1), identity={}))
     assert seen[True, 48] == recipe.n_steps == 3
     assert seen[False, 64] > 0
     assert set(seen) == {(True, 48), (False, 64)}
