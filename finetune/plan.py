@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -29,8 +29,6 @@ from finetune.spec import JobSpec
 from finetune.train.machine import on_threads, resolve_device
 from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,19 +110,15 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     The files are read in a thread of their own, while the network is built and its export tried.
 
     Raises:
-        InvalidInput: what is wrong with the data and what is wrong with the model, in one error.
+        InvalidInput: what is wrong with the folders and what with the model, in one error; else what is wrong with the files.
         ExportError: the backbone could be trained, but not served.
     """
     compute = Compute(resolve_device(spec.compute.device), spec.compute.precision, _threads(spec))
-    attempts = _Attempts()
-    indexed = attempts.make(lambda: _index(spec))
+    indexed = _index_for(spec)
     with _reading(spec, indexed, progress, run) as reading:
         with on_threads(1):
-            network = attempts.make(lambda: _build_network(spec, 2 if indexed is None else len(indexed.classes)))
-        dataset = attempts.make(reading.result)
-    if dataset is None or network is None:
-        raise attempts.error()
-    classifier, graph = network
+            classifier, graph = _build_network(spec, len(indexed.classes))
+        dataset = reading.result()
     backbone = classifier.backbone
     folds: tuple[Dataset, ...] = ()
     if spec.data.folds is not None:
@@ -149,14 +143,21 @@ def _recipes(spec: JobSpec, dataset: Dataset, backbone: Backbone, compute: Compu
     return tuple(resolve_recipe(candidate, facts, backbone.stages) for candidate in candidates(spec, backbone.stages))
 
 
-def _index(spec: JobSpec) -> Dataset:
-    return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+def _index_for(spec: JobSpec) -> Dataset:
+    """The files by class; where that fails, the error also tells what is wrong with the model."""
+    try:
+        return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+    except InvalidInput as of_data:
+        try:
+            _build_backbone(spec)
+        except InvalidInput as of_model:
+            problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
+            raise InvalidInput("two things are wrong with this request", problems) from of_data
+        raise
 
 
 @contextmanager
-def _reading(
-    spec: JobSpec, indexed: Dataset | None, progress: ProgressCallback, run: RunDir | None
-) -> Iterator[Future[Dataset | None]]:
+def _reading(spec: JobSpec, indexed: Dataset, progress: ProgressCallback, run: RunDir | None) -> Iterator[Future[Dataset]]:
     """`read_dataset` in a thread of its own; where the block ends by an exception, it is given up soon."""
     given_up = Event()
 
@@ -167,7 +168,7 @@ def _reading(
 
     with ThreadPoolExecutor(1, "reading") as pool:
         try:
-            yield pool.submit(lambda: None if indexed is None else read_dataset(spec, indexed, report, run))
+            yield pool.submit(read_dataset, spec, indexed, report, run)
         except BaseException:
             given_up.set()
             raise
@@ -204,9 +205,13 @@ def facts_of(dataset: Dataset, backbone: Backbone, compute: Compute) -> Facts:
     )
 
 
-def _build_network(spec: JobSpec, n_classes: int) -> tuple[Classifier, Graph]:
+def _build_backbone(spec: JobSpec) -> Backbone:
     torch.manual_seed(spec.seed)  # the first values of a backbone without pretrained weights
-    backbone = build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+    return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+
+
+def _build_network(spec: JobSpec, n_classes: int) -> tuple[Classifier, Graph]:
+    backbone = _build_backbone(spec)
     torch.manual_seed(spec.seed)  # the new head's first values
     classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
     return classifier, dry_run_export(classifier, workspace() / "cache" / "graphs")
@@ -228,25 +233,3 @@ def _threads(spec: JobSpec) -> int:
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
-
-
-class _Attempts:
-    """Independent steps, of which one error tells all that any of them finds wrong."""
-
-    def __init__(self) -> None:
-        self._errors: list[InvalidInput] = []
-
-    def make(self, step: Callable[[], T]) -> T | None:
-        """What the step gives; None where it failed, as `error` will say."""
-        try:
-            return step()
-        except InvalidInput as error:
-            self._errors.append(error)
-            return None
-
-    def error(self) -> InvalidInput:
-        """Of at least one step that failed."""
-        if len(self._errors) == 1:
-            return self._errors[0]
-        problems = [found for error in self._errors for found in (Problem("", error.message), *error.problems)]
-        return InvalidInput("two things are wrong with this request", problems)

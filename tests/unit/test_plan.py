@@ -1,0 +1,50 @@
+"""What is told before training, and how soon."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import write_classes
+
+from finetune import plan
+from finetune.data.index import Dataset
+from finetune.errors import InvalidInput, UnknownBackbone
+from finetune.plan import make_plan
+from finetune.progress import Progress
+from finetune.spec import parse_spec
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+
+
+def test_a_wrong_folder_and_a_wrong_model_are_told_in_one_error(tmp_path: Path) -> None:
+    spec = parse_spec({"training_file": str(tmp_path / "nowhere"), "model": "resnet5"})
+    with pytest.raises(InvalidInput) as caught:
+        make_plan(spec)
+    told = " ".join(problem.message for problem in caught.value.problems)
+    assert "no such folder" in told
+    assert "timm has no architecture 'resnet5'" in told
+
+
+def test_a_wrong_model_is_told_without_waiting_for_every_file_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = []
+
+    def read_for_ever(dataset: Dataset, *, progress: Any, **_: Any) -> Dataset:
+        for number in itertools.count():
+            try:
+                progress(Progress("preparing", number, 0, "images"))
+            except BaseException as asked_to_stop:
+                given_up.append(asked_to_stop)
+                raise
+        raise AssertionError
+
+    monkeypatch.setattr(plan, "check_images", read_for_ever)
+    root = write_classes(tmp_path / "photos", {"a": 2, "b": 2})
+    with pytest.raises(UnknownBackbone):
+        make_plan(parse_spec({"training_file": str(root), "model": "resnet5"}))
+    assert len(given_up) == 1
