@@ -151,7 +151,7 @@ def training_processes(home: Path) -> list[Training]:
             status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"train" in arguments and b"finetune.jobs.leash" not in arguments and not status["State"].startswith("Z"):
+        if b"train" in arguments and b"finetune.jobs.process_parent" not in arguments and not status["State"].startswith("Z"):
             run = next((Path(part.decode()) for part in arguments if part.startswith(os.fsencode(home / "runs"))), None)
             if run is not None:
                 job_id = run.parent.name if run.suffix else run.name

@@ -151,14 +151,9 @@ def follows(client: Client, stop: threading.Event) -> None:
 
 
 def processes_of(server: int) -> dict[str, int]:
-    """The lasting processes by what they are: supervisor, server, worker. Training processes come and go, and are left out."""
-    found = {"supervisor": server}
-    for child in _children(server):
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"_bentoml_impl.worker" in command:
-            found["server"] = child
-            (found["worker"],) = _children(child)
-    return found
+    """The lasting processes by what they are: server and worker. Training processes come and go, and are left out."""
+    (worker,) = _children(server)
+    return {"server": server, "worker": worker}
 
 
 def _children(pid: int) -> list[int]:

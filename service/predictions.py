@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -23,6 +23,7 @@ from finetune.bundle.overlay import overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import InvalidInput, Problem
 from service.models import Live
+from service.schemas.predictions import Explanation, LabelProbability, PredictionAnswer, PredictOptions, Timings
 
 DEFAULT_TOP_K = 5
 IMAGE_FIELD = "image"
@@ -31,45 +32,6 @@ CURL_DEFAULT_TYPE = "application/x-www-form-urlencoded"
 HOW_TO_SEND = (
     "Send the image as multipart field 'image' (curl -F image=@cat.jpg) or as the raw body (curl --data-binary @cat.jpg)"
 )
-
-
-class PredictOptions(BaseModel):
-    """What may be asked besides the image, in the query or as form fields (a form field wins)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    top_k: int | None = Field(
-        None, ge=1, description="How many classes to answer, at most as many as there are. Default: 5, or all if fewer."
-    )
-    explain: bool = Field(False, description="Also answer where the model looked: the class activation map of the top class.")
-
-
-class LabelProbability(BaseModel):
-    label: str
-    probability: float
-
-
-class Explanation(BaseModel):
-    """Where the model looked. Both are null, with a reason, for a model whose head does not allow an exact map."""
-
-    label: str = Field(description="The class that is explained: the most probable one.")
-    cam: list[list[float]] | None = Field(description="h' × w' contributions to the class's logit, over the preprocessed image.")
-    overlay_png_base64: str | None = Field(description="The preprocessed image with the map drawn over it, as PNG.")
-    reason: str | None = Field(description="Why there is no map.")
-
-
-class Timings(BaseModel):
-    predict_ms: float = Field(description="Decoding, preprocessing and the model.")
-    explain_ms: float
-    total_ms: float = Field(description="From the complete body to the answer, waiting for a free core included.")
-
-
-class PredictionAnswer(BaseModel):
-    model: str
-    version: str
-    predictions: list[LabelProbability] = Field(description="Most probable first.")
-    explanation: Explanation | None
-    timings: Timings
 
 
 @dataclass(frozen=True)

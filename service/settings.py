@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.bundle.image import ImageLimits
@@ -25,7 +25,8 @@ class Settings:
         home: the workspace; models are read from ``home/models``.
         model: what ``POST /predict`` answers with: a registered ``name`` or ``name@version``, a bundle folder, or None (newest).
         threads: predictions that run at the same time, each on one core.
-        allowed_hosts: names this server answers to in ``Host`` and ``Origin``; a browser lured here under another is refused.
+        allowed_hosts: names this server answers to in ``Host``; a browser that was led here under another name is refused.
+        cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; none by default.
         image_limits: the largest image that is decoded, the same rule as in training.
         watch_seconds: how often the models folder is looked at for a new version.
         max_loaded_models: models held in memory besides the default one; the least recently used makes room.
@@ -40,6 +41,7 @@ class Settings:
     model: str | None = None
     threads: int = 1
     allowed_hosts: tuple[str, ...] = LOOPBACK_HOSTS
+    cors_origins: tuple[str, ...] = ()
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     watch_seconds: float = 1.0
     max_loaded_models: int = 8
@@ -57,14 +59,20 @@ class Settings:
     def files_folder(self) -> Path:
         return self.home / "files"
 
+    def answering_to(self, address: str) -> Settings:
+        """Return these settings with an IP address among the names that the server answers to."""
+        name = f"[{address}]" if ":" in address else address
+        return self if name in self.allowed_hosts else replace(self, allowed_hosts=(*self.allowed_hosts, name))
+
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-        names = tuple(name.strip() for name in environment.get("FINETUNE_ALLOWED_HOSTS", "").split(",") if name.strip())
+        names = _names(environment, "FINETUNE_ALLOWED_HOSTS")
         return Settings(
             home=Path(environment.get("FINETUNE_HOME", ".finetune")).absolute(),
             model=environment.get("FINETUNE_MODEL") or None,
             threads=_positive(environment, "FINETUNE_THREADS", default=available_cores()),
             allowed_hosts=(*LOOPBACK_HOSTS, *names),
+            cors_origins=_names(environment, "FINETUNE_CORS_ORIGINS"),
             max_loaded_models=_positive(environment, "FINETUNE_MAX_LOADED_MODELS", default=8),
             data_roots=tuple(
                 Path(root).absolute() for root in environment.get("FINETUNE_DATA_ROOTS", "").split(os.pathsep) if root
@@ -74,6 +82,10 @@ class Settings:
             max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
             worker=environment.get("FINETUNE_WORKER", "") == "1",
         )
+
+
+def _names(environment: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
 
 
 def _positive(environment: Mapping[str, str], name: str, default: int) -> int:

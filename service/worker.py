@@ -58,9 +58,9 @@ class WorkerProcess:
                 self._process.wait()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        leash = [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid())]
+        die_with_parent = [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid())]
         return subprocess.Popen(
-            [*leash, sys.executable, "-m", "finetune", "worker"],
+            [*die_with_parent, sys.executable, "-m", "finetune", "worker"],
             env={**os.environ, "FINETUNE_HOME": str(self.home)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C ends the server, which then ends the worker, once

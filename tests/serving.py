@@ -17,7 +17,7 @@ import httpx
 from starlette.testclient import TestClient
 
 from finetune.bundle.registry import Registry
-from service.app import build_service
+from service.asgi import create_app
 from service.settings import Settings
 
 URL = "http://127.0.0.1"
@@ -25,9 +25,9 @@ URL = "http://127.0.0.1"
 
 @contextlib.contextmanager
 def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator[TestClient]:
-    """A client of the whole service, BentoML's part included, without a port. Waits until the default model is live."""
-    service = build_service(Settings(home, watch_seconds=0.02, threads=2, **settings))  # type: ignore[arg-type]
-    with TestClient(service.to_asgi(), base_url=URL) as client:
+    """A client of the whole application without a port. Waits until the default model is loaded."""
+    app = create_app(Settings(home, watch_seconds=0.02, threads=2, **settings))  # type: ignore[arg-type]
+    with TestClient(app, base_url=URL) as client:
         if wait:
             until(lambda: client.get("/readyz").status_code == 200)
         yield client
@@ -47,20 +47,25 @@ class LiveServer:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def serving_pid(self) -> int:
-        """The process that answers: the supervisor's only child that runs the service."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    def process_tree(self) -> list[int]:
+        """The ids of the server process and of everything that it started, directly or not."""
+        found = [self.process.pid]
+        for pid in found:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        return found
 
 
 @contextlib.contextmanager
-def live_server(home: Path, *arguments: str, worker: bool = False, ready: bool = True) -> Iterator[LiveServer]:
+def live_server(
+    home: Path, *arguments: str, worker: bool = False, ready: bool = True, environment: dict[str, str] | None = None
+) -> Iterator[LiveServer]:
     """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = home / "server.log"
-    environment = {**os.environ, "FINETUNE_HOME": str(home), "BENTOML_HOME": str(home / "bentoml")}
+    environment = {**os.environ, "FINETUNE_HOME": str(home), **(environment or {})}
     command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)

@@ -72,9 +72,9 @@ class Closing:
 
     def _tell(self) -> None:
         self._telling = dict(self._open)
-        leash = [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid())]
+        die_with_parent = [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid())]
         self._process = subprocess.Popen(
-            [*leash, sys.executable, "-m", "finetune.tracking.closing"],
+            [*die_with_parent, sys.executable, "-m", "finetune.tracking.closing"],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is the worker's to handle
             env={**os.environ, "FINETUNE_HOME": str(self.home)},

@@ -83,7 +83,7 @@ class LocalExecutor:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "finetune.jobs.leash", str(os.getpid()), *command],
+                [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

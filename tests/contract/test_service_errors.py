@@ -19,11 +19,12 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from finetune.bundle.image import ImageLimits
-from service.envelope import SECURITY_HEADERS, Envelope
-from service.limits import BodyPace, Slots
+from service.admission import PredictionQueue
 from service.metrics import Metrics
-from service.predictions import PredictionAnswer
+from service.middleware.bodies import BodyLimits, BufferedBodies
+from service.middleware.responses import SECURITY_HEADERS, ResponseMiddleware
 from service.problems import ProblemDocument
+from service.schemas.predictions import PredictionAnswer
 
 LIMITS = ImageLimits(max_bytes=100_000)
 
@@ -165,7 +166,7 @@ def test_a_body_that_comes_too_slowly_is_408() -> None:
     async def never() -> Any:
         await asyncio.Event().wait()
 
-    app = BodyPace(Starlette(routes=[Route("/", read_body, methods=["POST"])]), grace_seconds=0.01)
+    app = BodyLimits(Starlette(routes=[Route("/", read_body, methods=["POST"])]), BufferedBodies(), silence_seconds=0.01)
     asyncio.run(app({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, never, send))
     assert sent[0]["status"] == 408
 
@@ -190,7 +191,12 @@ def test_a_body_that_keeps_its_pace_may_take_longer_than_the_grace() -> None:
         async def send(message: Any) -> None:
             pass
 
-        app = BodyPace(Starlette(routes=[Route("/", read_body, methods=["POST"])]), grace_seconds=5, min_bytes_per_second=10)
+        app = BodyLimits(
+            Starlette(routes=[Route("/", read_body, methods=["POST"])]),
+            BufferedBodies(),
+            silence_seconds=5,
+            min_bytes_per_second=10,
+        )
         await app({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, receive, send)
 
     asyncio.run(scenario())
@@ -199,7 +205,7 @@ def test_a_body_that_keeps_its_pace_may_take_longer_than_the_grace() -> None:
 
 def test_when_every_slot_is_taken_the_next_is_refused_and_the_others_finish() -> None:
     async def scenario() -> tuple[list[int], str]:
-        slots = Slots(threads=1, waiting=1)
+        queue = PredictionQueue(threads=1, waiting=1)
         gate, started = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -208,12 +214,12 @@ def test_when_every_slot_is_taken_the_next_is_refused_and_the_others_finish() ->
             asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
             return number
 
-        running = asyncio.create_task(slots.run(work, 1))
+        running = asyncio.create_task(queue.run(work, 1))
         await started.wait()
-        waiting = asyncio.create_task(slots.run(work, 2))
+        waiting = asyncio.create_task(queue.run(work, 2))
         await asyncio.sleep(0)
         with pytest.raises(Exception, match="already running or waiting") as refused:
-            await slots.run(work, 3)
+            await queue.run(work, 3)
         gate.set()
         return [await running, await waiting], refused.value.code
 
@@ -224,7 +230,7 @@ def test_when_every_slot_is_taken_the_next_is_refused_and_the_others_finish() ->
 
 
 def answering(endpoint: Any) -> TestClient:
-    return TestClient(Envelope(Starlette(routes=[Route("/", endpoint)]), Metrics()), raise_server_exceptions=True)
+    return TestClient(ResponseMiddleware(Starlette(routes=[Route("/", endpoint)]), Metrics()), raise_server_exceptions=True)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_bentomls_own_client_predicts_explains_and_reads_errors(server: LiveServ
 
 
 def test_the_serving_process_holds_nothing_that_trains(server: LiveServer) -> None:
-    maps = Path(f"/proc/{server.serving_pid()}/maps").read_text()
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "onnxruntime" in maps
     assert [name for name in ("libtorch", "/torch/", "/cv2/", "/scipy/", "/pyarrow/") if name in maps] == []
 
@@ -126,7 +126,7 @@ def test_metrics_count_by_route_template_and_unknown_paths_add_one_series_only(s
         for number in range(50):
             client.get(f"/scan/{number}")
             client.post(f"/v1/models/unknown-{number}/predict", content=b"x")
-        assert client.request("BREW", "/pot").status_code == 404
+        assert client.request("PROPFIND", "/pot").status_code == 404
         text = client.get("/metrics").text
     series = [line for line in text.splitlines() if line.startswith("finetune_requests_total")]
     assert 'finetune_requests_total{method="GET",route="unmatched",status="404"} 50.0' in series

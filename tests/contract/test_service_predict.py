@@ -20,8 +20,9 @@ from standin import NO_CAM_REASON, picture, write_bundle
 from starlette.testclient import TestClient
 
 from finetune.bundle.predictor import Predictor
-from service.app import build_service
-from service.predictions import PredictionAnswer
+from service.asgi import create_api, with_middleware
+from service.bento import build_service
+from service.schemas.predictions import PredictionAnswer
 from service.settings import Settings
 
 PATHS = ("/predict", "/v1/models/colours/predict")
@@ -102,7 +103,9 @@ def test_every_version_and_alias_can_be_asked_for_by_name(client: TestClient) ->
 def test_the_bentoml_method_gives_the_same_answer_without_http(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "blue.png"
     file.write_bytes(picture("blue"))
-    service = build_service(Settings(home, model="colours"))
+    settings = Settings(home, model="colours")
+    api = create_api(settings)
+    service = build_service(with_middleware(api, settings), api)
     with TestClient(service.to_asgi(), base_url=URL) as client:
         until(lambda: client.get("/readyz").status_code == 200)
         called = service().predict(image=file, top_k=2, explain=True)

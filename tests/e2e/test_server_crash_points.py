@@ -110,7 +110,7 @@ def test_an_upload_whose_server_was_killed_while_it_arrived_leaves_nothing(tmp_p
         client = threading.Thread(target=send, args=(server.url,))
         client.start()
         until(lambda: arrived() > 0)
-        os.kill(server.serving_pid(), signal.SIGKILL)
+        os.kill(server.process.pid, signal.SIGKILL)
         kill(server)
         killed.set()
         client.join(60)

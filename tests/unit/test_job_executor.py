@@ -122,9 +122,9 @@ def test_an_attempt_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
     wait(lambda: is_gone(child))
 
 
-def test_a_leash_whose_parent_is_gone_already_starts_nothing() -> None:
+def test_a_process_whose_parent_is_gone_already_starts_nothing() -> None:
     started = subprocess.run(
-        [sys.executable, "-m", "finetune.jobs.leash", "1", sys.executable, "-c", "import sys; sys.stdout.write('started')"],
+        [*(sys.executable, "-m", "finetune.jobs.process_parent", "1"), sys.executable, "-c", "print('started')"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (started.returncode, started.stdout) == (os.EX_TEMPFAIL, "")

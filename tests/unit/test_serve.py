@@ -1,4 +1,4 @@
-"""The command, the address and the environment that the server is started with."""
+"""The address and the settings that the server is started with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from finetune.bundle.image import ImageLimits
 from finetune.cores import available_cores
 from finetune.errors import InvalidInput
-from service.serve import listen_address, server_command, server_environment
+from service.server import listen_address
 from service.settings import LOOPBACK_HOSTS, Settings
 
 
@@ -43,22 +43,11 @@ def test_the_command_line_refuses_in_one_sentence() -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_the_command_ends_open_requests_after_ten_seconds() -> None:
-    command = server_command("127.0.0.1", 3000)
-    assert command[command.index("--timeout-graceful-shutdown") + 1] == "10"
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-
-
-def test_the_environment_stops_tracking_and_keeps_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    environment = server_environment({"PATH": "/bin", "OMP_NUM_THREADS": "2"}, "127.0.0.5", model="flowers@3")
-    assert environment["BENTOML_DO_NOT_TRACK"] == "True"
-    assert (environment["PATH"], environment["OMP_NUM_THREADS"]) == ("/bin", "2")
-    assert (environment["FINETUNE_HOME"], environment["FINETUNE_MODEL"]) == (str(tmp_path), "flowers@3")
-    assert environment["FINETUNE_ALLOWED_HOSTS"] == "127.0.0.5"
-    (tmp_path / "bundle").mkdir()
-    assert server_environment({}, "::1", model="bundle")["FINETUNE_MODEL"] == str(tmp_path / "bundle")
+def test_a_server_answers_to_the_address_that_it_listens_on() -> None:
+    settings = Settings(Path("/data"))
+    assert settings.answering_to("192.168.1.7").allowed_hosts == (*LOOPBACK_HOSTS, "192.168.1.7")
+    assert settings.answering_to("::1").allowed_hosts == LOOPBACK_HOSTS
+    assert settings.answering_to("fd00::7").allowed_hosts == (*LOOPBACK_HOSTS, "[fd00::7]")
 
 
 def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:

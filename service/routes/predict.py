@@ -1,28 +1,20 @@
-"""Predicting, and what the server says of itself: each route translates a request to one call and the result to one answer."""
+"""``/predict`` and ``/v1/models/{name}/predict``."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, Response
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from service.auth import Predicting
-from service.metrics import CONTENT_TYPE
+from service.middleware.auth import Predicting
 from service.models import Live
-from service.parts import Parts, Server
-from service.predictions import PredictionAnswer, PredictOptions, predict, read_upload
+from service.predictions import predict, read_upload
 from service.problems import RESPONSES
-
-STATIC = Path(__file__).parent / "static"
-
+from service.schemas.predictions import PredictionAnswer, PredictOptions
+from service.state import Server, ServerState
 
 Options = Annotated[PredictOptions, Query()]
-
-# --- predict --------------------------------------------------------------------------------------
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 PREDICT_BODY: dict[str, Any] = {
@@ -76,46 +68,8 @@ def predict_router(max_body_bytes: int) -> APIRouter:
     return router
 
 
-async def _predict(request: Request, options: PredictOptions, server: Parts, live: Live) -> PredictionAnswer:
+async def _predict(request: Request, options: PredictOptions, server: ServerState, live: Live) -> PredictionAnswer:
     upload = await read_upload(request, options)
-    answer = await server.slots.run(predict, live, upload, server.image_limits)
+    answer = await server.queue.run(predict, live, upload, server.image_limits)
     server.metrics.predictions.labels(live.name).inc()
     return answer
-
-
-# --- the server itself ----------------------------------------------------------------------------
-
-
-class Status(BaseModel):
-    status: Literal["ok"] = "ok"
-
-
-server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
-
-
-@server_router.get("/livez")
-async def alive() -> Status:
-    """The process answers."""
-    return Status()
-
-
-@server_router.get("/readyz")
-async def ready(server: Server) -> Status:
-    """The default model has passed its probes; until then 503, with what is missing."""
-    server.models.check_ready()
-    return Status()
-
-
-@server_router.get(
-    "/metrics",
-    response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, "4XX": RESPONSES["4XX"]},
-)
-def metrics(server: Server) -> Response:
-    """Counters for Prometheus."""
-    return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-
-@server_router.get("/", include_in_schema=False)
-async def page() -> FileResponse:
-    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})

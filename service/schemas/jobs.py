@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from finetune.jobs.store import Event, Job
 from finetune.rundir import RunDir, read_lines
-from service.feed import EVENT_PREFIX
-from service.pages import Listed, Page
+from service.event_streams import EVENT_PREFIX
+from service.schemas.lists import ListItem, Page
 
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 _LEVELS: Mapping[str, Literal["info", "warn", "error"]] = {"warning": "warn", "error": "error"}
@@ -38,7 +38,7 @@ class ProgressDocument(BaseModel):
     message: str = ""
 
 
-class JobDocument(Listed):
+class JobDocument(ListItem):
     """A fine-tuning job. `status` is the job's state by its fixed name, `cancelling` included."""
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -73,7 +73,7 @@ class JobDocument(Listed):
 JobList = Page[JobDocument]
 
 
-class EventDocument(Listed):
+class EventDocument(ListItem):
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
     level: Literal["info", "warn", "error"]
@@ -93,7 +93,7 @@ class CheckpointMetrics(BaseModel):
     values: dict[str, float | None] = Field({}, description="All of that step, by `split/name`.")
 
 
-class CheckpointDocument(Listed):
+class CheckpointDocument(ListItem):
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuning_job_id: str

@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from finetune.jobs.files import UploadedFile, check_quota
-from service.auth import Submitting
 from service.limits import MULTIPART_OVERHEAD_BYTES
-from service.pages import After, Limit, Listed, Page
-from service.parts import Parts, Server
+from service.middleware.auth import Submitting
 from service.problems import RESPONSES
+from service.schemas.lists import After, Limit, ListItem, Page
+from service.state import Server, ServerState
 from service.uploads import PURPOSE, Received, examine, move_to, receive
 
 IdempotencyKey = Annotated[
@@ -58,7 +58,7 @@ class SummaryDocument(BaseModel):
     warnings: list[str]
 
 
-class FileDocument(Listed):
+class FileDocument(ListItem):
     """An uploaded dataset, in the words of the public API and our own (`sha256`, `summary`)."""
 
     object: Literal["file"] = "file"
@@ -134,7 +134,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
     return router
 
 
-def _record(server: Parts, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
+def _record(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
     body = f"{received.filename}\0{PURPOSE}\0{received.sha256}"
     return server.database.files.create(
         owner,

@@ -11,13 +11,13 @@ After = Annotated[str | None, Query(max_length=100, description="The `last_id` o
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-class Listed(BaseModel):
+class ListItem(BaseModel):
     """What a list holds; its id is the cursor."""
 
     id: str
 
 
-T = TypeVar("T", bound=Listed)
+T = TypeVar("T", bound=ListItem)
 
 
 class Page(BaseModel, Generic[T]):

@@ -32,7 +32,7 @@ SECURITY_HEADERS = {
 }
 
 
-class Envelope:
+class ResponseMiddleware:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics

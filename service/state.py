@@ -1,4 +1,4 @@
-"""What the routes work with, opened once for a server, and how they get at it."""
+"""What all routes of one server share: models, the job database, queues and limits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from finetune.jobs.history import model_owner
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.rundir import RunDir
-from service.auth import Caller
-from service.feed import Feed
-from service.limits import Slots
+from service.admission import PredictionQueue
+from service.event_streams import EventStreams
 from service.metrics import Metrics
+from service.middleware.auth import Caller
 from service.models import LiveModels
 from service.uploads import Uploads
 
@@ -65,16 +65,16 @@ class Database:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the routes work with; the app carries it in its state."""
+class ServerState:
+    """What all routes of one server share; the app carries it as ``app.state.server``."""
 
     home: Path
     models: LiveModels
     metrics: Metrics
-    slots: Slots
+    queue: PredictionQueue
     image_limits: ImageLimits
     database: Database
-    feed: Feed
+    event_streams: EventStreams
     uploads: Uploads
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30
@@ -84,8 +84,8 @@ class Parts:
     def run_of(self, job_id: str) -> RunDir:
         return RunDir(self.home / "runs" / job_id)
 
-    def within(self, text: str) -> str:
-        """`text` without where on this machine the workspace lies, which is nobody's business."""
+    def without_home(self, text: str) -> str:
+        """Return `text` without the path of the workspace on this machine."""
         return text.replace(f"{self.home}{os.sep}", "")
 
     def may_use(self, caller: Caller, model: str) -> bool:
@@ -102,9 +102,9 @@ class Parts:
         return caller.is_admin or self.database.model_owner(model) == caller.owner
 
 
-async def _parts(request: Request) -> Parts:  # async: a plain function would cost every request a hop to a thread
-    parts: Parts = request.app.state.parts
-    return parts
+async def _state(request: Request) -> ServerState:  # async: a plain function would run in a thread of its own
+    state: ServerState = request.app.state.server
+    return state
 
 
-Server = Annotated[Parts, Depends(_parts)]
+Server = Annotated[ServerState, Depends(_state)]

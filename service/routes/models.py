@@ -11,11 +11,11 @@ from starlette.exceptions import HTTPException
 
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import BundleError, Conflict, NotFound
-from service.auth import Caller, Reading, Submitting
+from service.middleware.auth import Caller, Reading, Submitting
 from service.models import LiveModels
-from service.pages import Listed, Page
-from service.parts import Parts, Server
 from service.problems import RESPONSES
+from service.schemas.lists import ListItem, Page
+from service.state import Server, ServerState
 
 
 class VersionDocument(BaseModel):
@@ -26,7 +26,7 @@ class VersionDocument(BaseModel):
     refused: str | None = Field(description="Why the server does not serve this version although it was asked to.")
 
 
-class ModelDocument(Listed):
+class ModelDocument(ListItem):
     """A registered model, in the words of the public fine-tuning API (`id`, `object`, `created`, `owned_by`) and our own."""
 
     object: Literal["model"] = "model"
@@ -105,7 +105,7 @@ def put_alias(caller: Submitting, server: Server, name: str, alias: str, target:
     return _model(server, found.name)
 
 
-def _find(server: Parts, caller: Caller, reference: str, *, to_change: bool = False) -> ModelVersion:
+def _find(server: ServerState, caller: Caller, reference: str, *, to_change: bool = False) -> ModelVersion:
     """What a reference means to this caller.
 
     Raises:
@@ -120,7 +120,7 @@ def _find(server: Parts, caller: Caller, reference: str, *, to_change: bool = Fa
     return found
 
 
-def _model(server: Parts, name: str) -> ModelDocument:
+def _model(server: ServerState, name: str) -> ModelDocument:
     versions = [version for version in server.models.registry.list() if version.name == name]
     if not versions:
         raise NotFound(f"no model {name!r}")

@@ -45,8 +45,8 @@ class _Channel:
         self.changed = asyncio.Event()
 
 
-class Feed:
-    """The live readers of one server.
+class EventStreams:
+    """The event streams of one server.
 
     Args:
         look: job id → last known seq, to job id → what is new (see `finetune.jobs.history.updates`).

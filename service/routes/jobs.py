@@ -18,10 +18,13 @@ from finetune.errors import NotFound
 from finetune.jobs.history import newest_events
 from finetune.jobs.store import Job, NameTaken
 from finetune.rundir import as_model_name
-from service.auth import Caller, Submitting
-from service.feed import event_seq
-from service.files_routes import REPLAYED, IdempotencyKey
-from service.job_documents import (
+from service.event_streams import event_seq
+from service.job_request import read_body, read_request
+from service.middleware.auth import Caller, Submitting
+from service.problems import RESPONSES
+from service.routes.files import REPLAYED, IdempotencyKey
+from service.schemas.job_create import JOB_BODY
+from service.schemas.jobs import (
     CheckpointList,
     EventDocument,
     EventList,
@@ -32,11 +35,8 @@ from service.job_documents import (
     event_document,
     job_document,
 )
-from service.job_request import read_body, read_request
-from service.job_schema import JOB_BODY
-from service.pages import After, Limit
-from service.parts import Parts, Server
-from service.problems import RESPONSES
+from service.schemas.lists import After, Limit
+from service.state import Server, ServerState
 
 LARGEST_LOG_BYTES = 8 << 20  # of a longer log, what one answer holds
 MAX_OFFSET = (1 << 63) - 1  # what a file can be asked for
@@ -60,7 +60,7 @@ async def create_job(
     return await run_in_threadpool(_document, server, job)
 
 
-def _create(server: Parts, caller: Caller, raw: bytes, idempotency_key: str | None) -> tuple[Job, bool]:
+def _create(server: ServerState, caller: Caller, raw: bytes, idempotency_key: str | None) -> tuple[Job, bool]:
     def locate(file_id: str) -> Path:
         return server.uploads.place_of(server.database.files.get(file_id, caller.sees).id).resolve()
 
@@ -90,14 +90,14 @@ def _create(server: Parts, caller: Caller, raw: bytes, idempotency_key: str | No
         return create(f"{name[:50]}-{asked.digest[:8]}")
 
 
-def _dataset_name(server: Parts, folder: Path) -> str:
+def _dataset_name(server: ServerState, folder: Path) -> str:
     """What the client calls its dataset: the uploaded file's name without its ending, or the folder's."""
     if folder.parent == server.uploads.folder.resolve():
         return server.database.files.get(folder.name).filename.split(".")[0]
     return folder.name
 
 
-def _is_reserved(server: Parts, caller: Caller, name: str) -> bool:
+def _is_reserved(server: ServerState, caller: Caller, name: str) -> bool:
     """Whether a model of this name is there that no job made, so that only an administrator may add versions to it."""
     try:
         server.models.find(name)
@@ -156,17 +156,19 @@ async def job_events(
     job = await run_in_threadpool(server.database.jobs.get, job_id, caller.sees)
     if EVENT_STREAM in request.headers.get("accept", ""):
         start = event_seq(last_event_id or after or "0")
-        return StreamingResponse(server.feed.follow(job.id, start), media_type=EVENT_STREAM, headers={"X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            server.event_streams.follow(job.id, start), media_type=EVENT_STREAM, headers={"X-Accel-Buffering": "no"}
+        )
     return await run_in_threadpool(_events, server, job.id, None if after is None else event_seq(after), limit, order)
 
 
-def _events(server: Parts, job_id: str, after: int | None, limit: int, order: str) -> EventList:
+def _events(server: ServerState, job_id: str, after: int | None, limit: int, order: str) -> EventList:
     if order == "asc":
         found = server.database.jobs.events(job_id, after=after or 0, limit=limit + 1)
         page, more = found[:limit], len(found) > limit
     else:
         page, more = newest_events(server.database.engine, job_id, before=after, limit=limit)
-    documents: list[EventDocument] = [event_document(event, server.within) for event in page]
+    documents: list[EventDocument] = [event_document(event, server.without_home) for event in page]
     return EventList.of(documents, more)
 
 
@@ -208,5 +210,5 @@ def _part_of(log: Path, offset: int | None) -> bytes:
         return b""  # it has not started yet
 
 
-def _document(server: Parts, job: Job) -> JobDocument:
-    return job_document(job, queue_position=server.database.jobs.queue_position(job), within=server.within)
+def _document(server: ServerState, job: Job) -> JobDocument:
+    return job_document(job, queue_position=server.database.jobs.queue_position(job), within=server.without_home)

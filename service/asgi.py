@@ -1,0 +1,179 @@
+"""The ASGI application: the FastAPI app with its routes, wrapped in the middleware that every request goes through.
+
+`python -m service` serves it with uvicorn in one process; `service.app` wraps it in a BentoML service for `bentoml serve` and
+`bentoml build`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from finetune.bundle.registry import Registry
+from finetune.jobs.history import updates
+from finetune.jobs.process_parent import signal_when_parent_dies
+from finetune.jobs.store import Event
+from service.admission import PredictionQueue
+from service.event_streams import EventStreams
+from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
+from service.metrics import Metrics
+from service.middleware.auth import Authentication
+from service.middleware.bodies import BodyLimits, BufferedBodies
+from service.middleware.hosts import HostAndOriginCheck
+from service.middleware.responses import ResponseMiddleware
+from service.models import LiveModels
+from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
+from service.routes.files import files_router
+from service.routes.jobs import jobs_router
+from service.routes.models import models_router
+from service.routes.predict import predict_router
+from service.routes.server import server_router
+from service.schemas.job_create import JOB_SCHEMAS
+from service.schemas.jobs import event_document
+from service.settings import Settings
+from service.state import Database, ServerState
+from service.uploads import Uploads
+from service.web import STATIC
+from service.worker import WorkerProcess
+
+WAITING_PER_THREAD = 16
+KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
+
+
+class Api(FastAPI):
+    """A FastAPI app whose OpenAPI document shows errors, the job request and whether a key is needed as they are."""
+
+    def __init__(self, needs_key: Callable[[], bool], **options: Any) -> None:
+        super().__init__(**options)
+        self._needs_key = needs_key
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS}
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
+        document["security"] = [{"key": []}] if self._needs_key() else [{"key": []}, {}]
+        for path in PROBES:
+            document["paths"][path]["get"]["security"] = []
+        return document
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """Return the whole application; models and worker start and stop with its lifespan."""
+    return with_middleware(create_api(settings), settings)
+
+
+def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
+    """Return the app behind everything that each request goes through first, outermost last."""
+    state: ServerState = api.state.server
+    app: ASGIApp = BodyLimits(api, BufferedBodies(), _streams_to_disk)
+    app = Authentication(app, lambda: state.database.keys)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
+            allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", REQUEST_ID_HEADER),
+            expose_headers=("Location", "Retry-After", REQUEST_ID_HEADER),
+        )
+    app = HostAndOriginCheck(app, settings.allowed_hosts, settings.cors_origins)
+    return ResponseMiddleware(app, state.metrics)
+
+
+def create_api(settings: Settings) -> FastAPI:
+    """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with."""
+    models = LiveModels(
+        Registry(settings.models_folder),
+        default=settings.model,
+        capacity=settings.max_loaded_models,
+        watch_seconds=settings.watch_seconds,
+    )
+    metrics = Metrics()
+    metrics.watch_models(models)
+    database = Database(settings.home)
+    state = ServerState(
+        home=settings.home,
+        models=models,
+        metrics=metrics,
+        queue=PredictionQueue(settings.threads, waiting=WAITING_PER_THREAD * settings.threads),
+        image_limits=settings.image_limits,
+        database=database,
+        event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
+        uploads=Uploads(settings.files_folder),
+        data_roots=settings.data_roots,
+        max_files_bytes=settings.max_files_bytes,
+        max_unfinished_jobs=settings.max_unfinished_jobs,
+        default_is_chosen=settings.model is not None,
+    )
+    worker = WorkerProcess(settings.home) if settings.worker else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        logging.getLogger("service").setLevel(logging.INFO)
+        state.uploads.sweep(database.files.ids)
+        models.start()
+        if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
+            signal_when_parent_dies(signal.SIGTERM)
+            _end_streams_on_sigterm(state.event_streams)
+        if worker is not None:
+            worker.start()
+        yield
+        state.event_streams.close()
+        if worker is not None:
+            await worker.stop()
+        models.stop()
+
+    api = Api(
+        lambda: bool(database.keys.list()),
+        title="finetune",
+        version=version("finetune"),
+        description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",
+        openapi_url="/docs.json",
+        docs_url=None,  # FastAPI's interactive page would load its scripts from a foreign host
+        redoc_url=None,
+        lifespan=lifespan,
+        max_body_size=MAX_JSON_BYTES,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    api.state.server = state
+    add_handlers(api)
+    api.include_router(predict_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(models_router)
+    api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(jobs_router)
+    api.include_router(server_router)
+    api.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return api
+
+
+def _streams_to_disk(method: str, path: str) -> bool:
+    return method == "POST" and path == "/v1/files"
+
+
+def _shown(state: ServerState, event: Event) -> dict[str, Any]:
+    return event_document(event, state.without_home).model_dump()
+
+
+def _end_streams_on_sigterm(streams: EventStreams) -> None:
+    """End event streams before the server stops: it waits for open answers, and a stream never ends by itself."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stop = signal.getsignal(number)  # the server's own handler
+
+        def close_first(received: int, frame: FrameType | None, stop: Any = stop) -> None:
+            loop.call_soon_threadsafe(streams.close)
+            if callable(stop):
+                stop(received, frame)
+
+        signal.signal(number, close_first)

@@ -1,0 +1,92 @@
+"""HTTP/1.1 connections that cannot be held by silence: limits that uvicorn itself does not have.
+
+uvicorn closes a connection that stays idle after an answer, but not one on which no request, or half of one, has ever arrived,
+and it keeps request headers of any length. Every connection costs a file descriptor, so both would let one client stop the
+server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.limits import HEAD_SECONDS, MAX_CONNECTIONS, MAX_HEAD_BYTES
+
+log = logging.getLogger(__name__)
+
+
+class LimitedConnection(HttpToolsProtocol):
+    """A connection on which a request's head must be complete within `head_seconds` and `max_head_bytes`."""
+
+    head_seconds: float = HEAD_SECONDS
+    max_head_bytes: int = MAX_HEAD_BYTES
+    max_connections: int = MAX_CONNECTIONS
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = False
+        if len(self.connections) > self.max_connections:
+            self._end(503, "Too many connections are open. Try again in a moment")
+            return
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._head_timer is None and self._waits_for_a_request():
+            self._start_head_timer()
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_head_bytes:
+                self._end(431, f"The request's head is larger than {self.max_head_bytes:,} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_head_timer()
+        names = [name for name, _ in self.headers]
+        if b"transfer-encoding" in names and b"content-length" in names:  # two lengths: a proxy may believe the other one
+            raise ValueError("a request has either a Content-Length or a Transfer-Encoding, not both")  # uvicorn answers 400
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_head:  # the next request's head had begun before this answer was sent
+            self._start_head_timer()
+
+    def _waits_for_a_request(self) -> bool:
+        return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
+
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.head_seconds, self._head_took_too_long)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_took_too_long(self) -> None:
+        self._head_timer = None
+        self._end(408, "No complete request arrived in time")
+
+    def _end(self, status: int, sentence: str) -> None:
+        """Answer in plain text and close: there is no request that a problem document could belong to."""
+        if self.transport.is_closing():
+            return
+        body = f"{sentence}\n".encode()
+        head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()

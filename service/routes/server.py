@@ -1,0 +1,62 @@
+"""What the server says about itself: health, readiness, metrics, and its page at ``/``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from service.metrics import CONTENT_TYPE
+from service.problems import RESPONSES
+from service.state import Server
+from service.web import render
+
+
+class Status(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
+
+
+@server_router.get("/livez")
+async def alive() -> Status:
+    """Whether the process answers."""
+    return Status()
+
+
+@server_router.get("/readyz")
+async def ready(server: Server) -> Status:
+    """The default model has passed its probes; until then 503, with what is missing."""
+    server.models.check_ready()
+    return Status()
+
+
+@server_router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, "4XX": RESPONSES["4XX"]},
+)
+def metrics(server: Server) -> Response:
+    """Counters for Prometheus."""
+    return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@server_router.get("/schema.json", include_in_schema=False)
+async def bento_schema() -> JSONResponse:
+    """What BentoML's own Python client reads before its first call."""
+    return JSONResponse(await run_in_threadpool(_client_schema))
+
+
+def _client_schema() -> dict[str, Any]:
+    from service.bento import client_schema  # BentoML takes a second to import, and only its own client asks for this
+
+    return client_schema()
+
+
+@server_router.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    return HTMLResponse(render("index.html"), headers={"Cache-Control": "no-cache"})

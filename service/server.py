@@ -1,0 +1,126 @@
+"""Listen on one address and serve the application with uvicorn, in this process and on this one socket."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from finetune.errors import Conflict, InvalidInput
+from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
+from finetune.jobs.keys import KeyStore
+from service.asgi import create_app
+from service.connections import LimitedConnection
+from service.limits import KEEP_ALIVE_SECONDS
+from service.settings import Settings
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 3000
+GRACEFUL_SHUTDOWN_SECONDS = 10  # how long requests in flight may take to finish after SIGTERM
+_BACKLOG = 2048
+
+
+class PortTaken(Conflict):
+    code = "port_taken"
+
+
+def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.
+
+    Raises:
+        InvalidInput: `host` is not an address, or one that others can reach while there is no API key.
+        PortTaken: another program listens there.
+        StoreError: the job database cannot be used.
+    """
+    address = listen_address(host, has_api_key=has_api_key(settings.home))
+    listener = listen(address, port)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("service").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        create_app(settings.answering_to(address)),
+        http=LimitedConnection,
+        ws="none",
+        lifespan="on",
+        interface="asgi3",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+        backlog=_BACKLOG,
+    )
+    shown = f"[{address}]" if ":" in address else address
+    sys.stderr.write(f"finetune serves on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops it)\n")
+    server = _Server(config)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(1)  # what went wrong is in the log
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends with exit code 0 when it was asked to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def has_api_key(home: Path) -> bool:
+    """Return whether this workspace's job database has a valid key. A workspace without a database has none."""
+    if not os.environ.get(DATABASE_VARIABLE) and not (home / "jobs.db").exists():
+        return False
+    engine = open_jobs(home)
+    try:
+        return KeyStore(engine).any_usable()
+    finally:
+        engine.dispose()
+
+
+def listen_address(host: str, *, has_api_key: bool) -> str:
+    """Return `host` as an IP address that may be listened on."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise InvalidInput(f"--host {host}: an IP address to listen on is needed, such as 127.0.0.1") from None
+    if not address.is_loopback and not has_api_key:
+        raise InvalidInput(
+            f"--host {host}: others could reach this address, and there is no API key that would keep strangers out. "
+            "Make one with finetune keys create, or listen on 127.0.0.1 (the default)"
+        )
+    return str(address)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Return a bound socket; connections are accepted once the application has started."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"--port {port}: another program already listens on {address} port {port}. Stop it, or give another --port"
+            ) from None
+        raise InvalidInput(f"--host {address} --port {port}: cannot be listened on: {error.strerror}") from None
+    listener.set_inheritable(False)
+    return listener
