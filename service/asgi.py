@@ -12,7 +12,6 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -21,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from finetune import __version__
 from finetune.bundle.registry import Registry
 from finetune.jobs.history import updates
 from finetune.jobs.process_parent import signal_when_parent_dies
@@ -137,7 +137,7 @@ def create_api(settings: Settings) -> FastAPI:
     api = Api(
         lambda: bool(database.keys.list()),
         title="finetune",
-        version=version("finetune"),
+        version=__version__,
         description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",
         openapi_url="/docs.json",
         docs_url=None,  # FastAPI's interactive page would load its scripts from a foreign host

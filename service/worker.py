@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from finetune.distribution import install_command
+
 log = logging.getLogger(__name__)
 
 TRAINING_MODULES = ("torch", "timm")
@@ -23,7 +25,7 @@ RESTART_SECONDS = 5.0
 STOP_SECONDS = 25.0  # a running job writes a checkpoint first
 NO_TRAINING = (
     "No worker is started: this installation only serves. Jobs wait until a worker runs on this workspace: "
-    "pip install 'finetune[train]', then finetune worker"
+    f"{install_command('train')}, then finetune worker"
 )
 
 

@@ -16,6 +16,7 @@ from finetune.cli.demo import demo
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
+from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
 from finetune.garbage import leave_it_all
 
@@ -37,18 +38,26 @@ for command in (check, train, evaluate, predict, serve, backbones, models, mlflo
     cli.add_command(command)
 
 
-_OF_THE_TRAIN_EXTRA = {
-    "torch",
-    "torchvision",
-    "timm",
-    "albumentations",
-    "cv2",
-    "mlflow",
-    "onnx",
-    "onnxscript",
-    "sklearn",
-    "matplotlib",
-}
+_TRAIN_MODULES = frozenset(
+    {
+        "albumentations",
+        "cv2",
+        "huggingface_hub",
+        "matplotlib",
+        "mlflow",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "psutil",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "timm",
+        "torch",
+        "torchvision",
+    }
+)
+"""Modules that only the extra "train" installs: where one is missing, the message names the extra."""
 
 
 def main() -> None:
@@ -59,9 +68,9 @@ def main() -> None:
         _leave(error)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _OF_THE_TRAIN_EXTRA:
+        if missing not in _TRAIN_MODULES:
             raise
-        _leave(MissingExtra(f"this command needs {missing}, which only training needs: pip install 'finetune[train]'"))
+        _leave(MissingExtra(f"this command needs {missing}, which only training needs: {install_command('train')}"))
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.ClickException as error:

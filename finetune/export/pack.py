@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from finetune import __version__
 from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
 from finetune.bundle.predictor import Predictor, write_probe
 from finetune.bundle.preprocess import Preprocess
@@ -28,7 +29,7 @@ from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.rundir import write_atomic
 
-_LIBRARIES = ("finetune", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
 _N_JUDGED = 1000  # images that int8 is judged on, where there are as many
 
@@ -154,7 +155,7 @@ def _manifest(module: DeployModule, facts: BundleFacts) -> Manifest:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"finetune": __version__}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -22,6 +22,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
+from finetune.distribution import install_command
 from finetune.errors import DiskFull, FinetuneError, InvalidInput, MissingExtra, StoreError
 
 DATABASE_VARIABLE = "FINETUNE_DATABASE"
@@ -92,7 +93,7 @@ def _engine(where: str | Path) -> Engine:
     try:
         engine = create_engine(url, pool_size=_CONNECTIONS, max_overflow=0, pool_pre_ping=kind != "sqlite")
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"a PostgreSQL job database needs {error.name}: pip install 'finetune[postgres]'") from None
+        raise MissingExtra(f"a PostgreSQL job database needs {error.name}: {install_command('postgres')}") from None
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine)
     return engine

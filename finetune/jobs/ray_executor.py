@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.distribution import install_command
 from finetune.errors import ExecutorError, MissingExtra
 from finetune.jobs.endings import EXIT_BUSY
 from finetune.jobs.executor import Handle, Resources
@@ -151,5 +152,5 @@ def _ray_errors() -> tuple[type[Exception], ...]:
     try:
         from ray.exceptions import RayError
     except ModuleNotFoundError:
-        raise MissingExtra("Ray is not installed here. Install it with its extra: pip install 'finetune[ray]'") from None
+        raise MissingExtra(f"Ray is not installed here. Install it with its extra: {install_command('ray')}") from None
     return (RayError, RuntimeError, OSError)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
+from finetune.distribution import install_command
 from finetune.errors import InvalidInput, MissingExtra
 
 # A request to a server that does not answer ends in about 20 s instead of minutes. MLflow reads these at each call.
@@ -76,7 +77,7 @@ def open_ui(workspace: Path, host: str = "127.0.0.1", port: int = 5000) -> NoRet
     """
     command = ui_command(workspace, host, port)
     if importlib.util.find_spec("mlflow") is None:
-        raise MissingExtra("MLflow is not installed here. Install it with the training extra: pip install 'finetune[train]'")
+        raise MissingExtra(f"MLflow is not installed here. Install it with the training extra: {install_command('train')}")
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
 
 

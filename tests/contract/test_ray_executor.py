@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from job_standin import QUICK, Trace, drive, end_of, is_gone, result_of, standin_for, submit, wait
 
+from finetune.distribution import install_command
 from finetune.errors import ExecutorError, MissingExtra
 from finetune.jobs.database import open_database
 from finetune.jobs.executor import Handle, Resources
@@ -24,7 +26,7 @@ from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir
 
 RAY_IS_HERE = importlib.util.find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not RAY_IS_HERE, reason="needs Ray: pip install 'finetune[ray]'")
+needs_ray = pytest.mark.skipif(not RAY_IS_HERE, reason=f"needs Ray: {install_command('ray')}")
 STOP_SECONDS = 4.0
 CLUSTER = """
     import sys, ray
@@ -116,7 +118,7 @@ def test_a_machine_without_the_workspace_says_so_and_is_not_the_jobs_fault(tmp_p
 
 @pytest.mark.skipif(RAY_IS_HERE, reason="Ray is installed")
 def test_ray_that_is_not_installed_is_named_with_its_extra() -> None:
-    with pytest.raises(MissingExtra, match=r"finetune\[ray\]"):
+    with pytest.raises(MissingExtra, match=re.escape(install_command("ray"))):
         RayExecutor("http://127.0.0.1:1", STOP_SECONDS)
 
 

@@ -1,0 +1,13 @@
+"""The name under which the package index knows this project, and the command that installs one of its extras.
+
+The import name and the command are ``finetune``; the distribution of that name on the package index is another project.
+"""
+
+from __future__ import annotations
+
+DISTRIBUTION = "finetune-images"
+
+
+def install_command(extra: str) -> str:
+    """Return the shell command that installs the optional dependencies called `extra`, for use in error messages."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
