@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["leftover_processes"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

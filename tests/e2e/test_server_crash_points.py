@@ -44,16 +44,15 @@ def is_alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-# The first commit opens the database, the second is the upload's, the third the job's.
 @pytest.mark.parametrize(
     ("send", "point", "committed"),
     [
         pytest.param(upload, "before rename file-*", False, marks=pytest.mark.slow),
         pytest.param(upload, "after rename file-*", False, marks=pytest.mark.slow),
-        pytest.param(upload, "before commit jobs.db 2", False, marks=pytest.mark.slow),
-        pytest.param(upload, "after commit jobs.db 2", True, marks=pytest.mark.slow),
-        pytest.param(submit, "before commit jobs.db 3", False, marks=pytest.mark.slow),
-        pytest.param(submit, "after commit jobs.db 3", True),
+        pytest.param(upload, "before commit jobs.db in FileStore.create", False, marks=pytest.mark.slow),
+        pytest.param(upload, "after commit jobs.db in FileStore.create", True, marks=pytest.mark.slow),
+        pytest.param(submit, "before commit jobs.db in JobStore.create", False, marks=pytest.mark.slow),
+        pytest.param(submit, "after commit jobs.db in JobStore.create", True),
     ],
 )
 def test_a_request_whose_server_was_killed_at(
