@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -44,11 +45,13 @@ def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Co
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Starts processes from one that has imported everything and computed nothing, which is quick and safe to fork."""
+def processes() -> Iterator[ForkServerContext]:
+    """Start processes from one that has imported everything and computed nothing, which is quick and safe to fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune.train.fit", "finetune.data.transforms", "finetune.model.backbone"])
-    return context
+    forkserver.ensure_running()
+    yield context
+    forkserver._forkserver._stop()
 
 
 def _attempt(
