@@ -58,8 +58,11 @@ async def read_upload(request: Request, options: PredictOptions) -> Upload:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         form = await _read_form(request)
-        image = await _image_of(form)
-        options = _merged(options, form)
+        try:
+            image = await _image_of(form)
+            options = _merged(options, form)
+        finally:
+            await form.close()
     elif media_type.startswith("image/") or media_type in ("", "application/octet-stream", CURL_DEFAULT_TYPE):
         image = await request.body()
     else:
