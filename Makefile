@@ -3,11 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+SERVICES := .venv-services
+SERVICES_READY := $(SERVICES)/.installed
 # One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-all lint format bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-all check-wheel lint format bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -20,16 +22,29 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	@touch $@
 
+# Ray brings twenty packages that nothing else needs, and these tests need nothing that trains: an environment of their own.
+$(SERVICES_READY): pyproject.toml constraints.txt
+	test -d $(SERVICES) || $(PYTHON) -m venv $(SERVICES)
+	$(SERVICES)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(SERVICES)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,postgres]' pytest pytest-timeout
+	@touch $@
+
 install: $(READY)  ## Make .venv with everything in it
 
 demo: $(READY)  ## Fine-tune, compare, serve and ask over HTTP, on real data (DATA=folder uses your own)
 	$(BIN)/finetune demo $(if $(DATA),--data $(DATA))
 
-test: $(READY)  ## The default tests, under ten minutes on two cores
+test: $(READY)  ## The default tests, under five minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, against real ones; a skip is a failure
+	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services
 
 test-all: $(READY)  ## The default tests and the slow ones
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m ''
+
+check-wheel: $(READY)  ## Build the distributions and use the wheel alone in an environment of its own
+	$(BIN)/python .ci/check_wheel.py
 
 lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/ruff check .
@@ -59,4 +74,4 @@ lock: $(READY)  ## Write constraints.txt from what is installed
 	@mv constraints.tmp constraints.txt
 
 clean:  ## Remove the environment and everything that tools leave behind
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(SERVICES) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

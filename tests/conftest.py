@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,39 @@ import pytest
 pytest_plugins = ["leftover_processes"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+SERVICE_MARKERS = ("postgresql", "ray")
+SERVICE_TESTS = frozenset({"test_file_store.py", "test_job_keys.py", "test_job_store.py", "test_ray_executor.py"})
+"""The files with tests of those markers. They import nothing that only training needs, so their environment is small."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--services", action="store_true", help="run the tests of PostgreSQL and Ray alone; one that is skipped fails"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    other = collection_path.name.startswith("test_") and collection_path.name not in SERVICE_TESTS
+    return True if config.getoption("services") and other else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if any(item.get_closest_marker(name) for name in SERVICE_MARKERS)]
+    if unlisted := {item.path.name for item in marked} - SERVICE_TESTS:
+        raise pytest.UsageError(f"tests of {' or '.join(SERVICE_MARKERS)} in a file that conftest.py does not list: {unlisted}")
+    if config.getoption("services"):
+        config.hook.pytest_deselected(items=[item for item in items if item not in marked])
+        items[:] = marked
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("services"):
+        report.outcome, report.longrepr = "failed", f"skipped where a skip is a failure: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

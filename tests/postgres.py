@@ -1,11 +1,10 @@
-"""A PostgreSQL server of the tests' own: a fresh cluster in a temporary folder, on a free port, gone afterwards."""
+"""A PostgreSQL server of the tests' own: a fresh cluster in a temporary folder, on a socket in that folder, gone afterwards."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -32,12 +31,12 @@ def running_postgres() -> Iterator[str]:
         if account:
             os.chown(folder, pwd.getpwnam(account).pw_uid, -1)
         run = {"user": account, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        cluster, port = folder / "cluster", _free_port()
+        cluster = folder / "cluster"
         _call([binaries / "initdb", "-D", cluster, "-U", "tests", "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"], run)
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+        options = f"-k {folder} -c listen_addresses='' -c fsync=off -c max_connections=200"
         _call([binaries / "pg_ctl", "start", "-w", "-D", cluster, "-l", folder / "log", "-o", options], run)
         try:
-            yield f"postgresql://tests@127.0.0.1:{port}/postgres"
+            yield f"postgresql://tests@/postgres?host={folder}"
         finally:
             _call([binaries / "pg_ctl", "stop", "-w", "-m", "immediate", "-D", cluster], run)
     finally:
@@ -63,11 +62,3 @@ def _account() -> str | None:
     if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
         raise PostgresMissing("needs a user named postgres, because PostgreSQL does not run as root")
     return "postgres"
-
-
-def _free_port() -> int:
-    for port in range(20000, 30000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise PostgresMissing("needs a free port")

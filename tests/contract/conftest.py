@@ -23,7 +23,7 @@ def postgres() -> Iterator[str]:
         pytest.skip(str(missing))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
     """Where an empty job database is: a path or a URL, for as many engines and processes as a test wants."""
     if request.param == "sqlite":

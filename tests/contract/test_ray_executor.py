@@ -26,7 +26,12 @@ from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.rundir import RunDir
 
 RAY_IS_HERE = importlib.util.find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not RAY_IS_HERE, reason=f"needs Ray: {install_command('ray')}")
+
+
+def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.ray(pytest.mark.skipif(not RAY_IS_HERE, reason=f"needs Ray: {install_command('ray')}")(test))
+
+
 STOP_SECONDS = 4.0
 CLUSTER = """
     import sys, ray
@@ -40,25 +45,22 @@ CLUSTER = """
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard of a cluster of this machine alone."""
     log = tmp_path_factory.mktemp("ray") / "log"
-    with open(log, "wb") as stream:
-        cluster = subprocess.Popen(
+    with (
+        open(log, "wb") as stream,
+        subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(CLUSTER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
             text=True,
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},  # it listens on this machine alone, and not for long
-        )
-    assert cluster.stdin is not None
-    assert cluster.stdout is not None
-    try:
+        ) as cluster,  # it ends when its stdin is closed, at the end of the block
+    ):
+        assert cluster.stdout is not None
         lines = (line.strip() for line in cluster.stdout)
         url = next((line for line in lines if line.startswith("http://")), None)
         assert url, log.read_text()
         yield url
-    finally:
-        cluster.stdin.close()
-        cluster.wait(60)
 
 
 @pytest.fixture
