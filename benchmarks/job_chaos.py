@@ -40,8 +40,9 @@ from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.schema import jobs as jobs_table
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import RunDir, read_lines
 from finetune.spec import JobSpec, parse_spec
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 LEASE_SECONDS, BEAT_SECONDS = 10.0, 2.0
 CLASSES, IMAGES_A_CLASS = 3, 14

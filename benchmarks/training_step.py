@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.cores import available_cores
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
+from finetune.runtime.cores import available_cores
 from finetune.train.machine import Settings, autocast, computes_bfloat16, computing_with, place, prepare_images
 from finetune.train.memory import retaining_memory
 

@@ -20,7 +20,8 @@ from finetune.evaluate import labels_of
 from finetune.evaluation.folds import CrossValidation, FoldScore, pool, read_fold, write_fold
 from finetune.plan import Plan, replan
 from finetune.progress import Progress, ProgressCallback
-from finetune.rundir import RunDir, write_atomic, write_json
+from finetune.storage.files import write_atomic, write_json
+from finetune.storage.rundir import RunDir
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from finetune.errors import FinetuneError
 from finetune.outcome import Outcome, choose_run_dir
 from finetune.pipeline import comparison, run_job
 from finetune.progress import ProgressCallback
-from finetune.rundir import RunDir, atomic_path, read_json, workspace
 from finetune.spec import JobSpec, parse_spec
+from finetune.storage.files import atomic_path, read_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
 
 DIGIT_SIZE_PX = 64
 
@@ -45,15 +47,15 @@ class DemoResult:
         return {**asdict(self), "runs": runs, "asked": str(self.asked)}
 
 
-def run_demo(data: Path | None, progress: ProgressCallback) -> DemoResult:
+def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback) -> DemoResult:
     """Fine-tune with a frozen backbone and in full, serve the better model, ask it for one image of the test split."""
     began = time.monotonic()
-    folder = data or write_digits(workspace() / "demo" / "digits")
+    folder = data or write_digits(workspace.root / "demo" / "digits")
     runs: dict[str, Outcome] = {}
-    with comparison(folder.name, f"demo-{folder.name}") as parent:
+    with comparison(folder.name, f"demo-{folder.name}", workspace) as parent:
         for method in ("linear_probe", "full"):
             spec = demo_spec(folder, method, own_data=data is not None)
-            runs[method] = run_job(spec, choose_run_dir(spec), progress, parent=parent)
+            runs[method] = run_job(spec, choose_run_dir(spec, workspace), workspace, progress, parent=parent)
     served = better_run(runs)
     asked, truth = held_out_image(runs[served])
     with serving(runs[served].bundle) as url:

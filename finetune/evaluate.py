@@ -9,13 +9,13 @@ import numpy as np
 
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.preprocess import Preprocess
-from finetune.cores import available_cores
 from finetune.data.check import check_images
 from finetune.data.index import Dataset, Sample, index_dataset
 from finetune.data.loader import EvalLoader
 from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
 from finetune.evaluation.metrics import Evaluation, evaluate_logits
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.cores import available_cores
 
 BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 

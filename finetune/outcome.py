@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.rundir import RunDir, as_model_name, read_json, workspace
+from finetune.naming import as_model_name
 from finetune.spec import JobSpec
+from finetune.storage.files import read_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,11 @@ class Outcome:
         return cls(**{**given, **paths, "classes": tuple(given["classes"]), "warnings": tuple(given["warnings"])})
 
 
-def choose_run_dir(spec: JobSpec, given: Path | None = None) -> RunDir:
+def choose_run_dir(spec: JobSpec, workspace: Workspace, given: Path | None = None) -> RunDir:
     """Where a run of `spec` writes: the folder that was given, an unfinished run of the same request, or a new folder."""
     if given is not None:
         return RunDir(given.absolute())
-    runs = workspace() / "runs"
+    runs = workspace.runs
     stem = f"{spec.suffix or as_model_name(Path(spec.training_file).absolute().name)}-{spec.method.type}-{spec.digest()[:8]}"
     number = 1
     while (run := RunDir(runs / (stem if number == 1 else f"{stem}-{number}"))).outcome.exists():

@@ -30,8 +30,11 @@ from finetune.export import BundleFacts, export_bundle
 from finetune.outcome import Outcome
 from finetune.plan import Plan, make_plan
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import RunDir, workspace, write_atomic, write_json
 from finetune.spec import JobSpec
+from finetune.storage.files import write_atomic, write_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
+from finetune.storage.workspace import Workspace
 from finetune.tracking import NoTracker, Tracker, open_run
 from finetune.train.auto import train_until_it_stops_paying
 from finetune.train.average import copy_state
@@ -54,6 +57,7 @@ _LATENCY_ROUNDS = 20
 def run_job(
     spec: JobSpec,
     run: RunDir,
+    workspace: Workspace,
     progress: ProgressCallback = silent,
     *,
     experiment: str | None = None,
@@ -75,27 +79,29 @@ def run_job(
         began = _Stopwatch()
         progress = _recorded(progress, run)
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
-        with _tracked(spec, run, experiment, parent, tracked) as tracker:
-            plan = make_plan(spec, progress, run)
+        with _tracked(spec, run, workspace, experiment, parent, tracked) as tracker:
+            plan = make_plan(spec, workspace, progress, run)
             tracker.connect()  # not before: importing MLflow would hold up the tracing of the network
             _announce(plan, run, tracker)
-            folds = cross_validate(plan, run, _run_fold(experiment, tracker, tracked), progress) if plan.folds else None
-            trained, verdict = train_and_judge(plan, run, progress)
+            folds = (
+                cross_validate(plan, run, _run_fold(workspace, experiment, tracker, tracked), progress) if plan.folds else None
+            )
+            trained, verdict = train_and_judge(plan, run, workspace, progress)
             if folds:
                 verdict = verdict.with_folds(folds)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             manifest = export(plan, trained, verdict, run, progress)
             cost = measure_cost(plan, trained, run, began)
             write_report(run, report_inputs(plan, trained, verdict, manifest, cost))
-            version = Registry(workspace() / "models").register(run.bundle, plan.model_name, once=True)
+            version = Registry(workspace.models).register(run.bundle, plan.model_name, once=True)
             return finish(plan, trained, verdict, cost, version, run, tracker)
 
 
-def train_and_judge(plan: Plan, run: RunDir, progress: ProgressCallback) -> tuple[Trained, Verdict]:
+def train_and_judge(plan: Plan, run: RunDir, workspace: Workspace, progress: ProgressCallback) -> tuple[Trained, Verdict]:
     """Train with val to choose on, and measure. Where the model is fitted once more on train and val, val speaks before that
     (of images that a model was trained on it could only flatter it), and test after it."""
     identity = {"spec": plan.spec.digest(), "dataset": plan.dataset.digest}
-    context = Context(plan.dataset, plan.augment, run, plan.compute, identity, plan.exported, progress)
+    context = Context(plan.dataset, plan.augment, run, plan.compute, identity, Store(workspace.cache), plan.exported, progress)
     if not plan.spec.refits:
         trained = train(plan, context)
         return trained, judge(plan, trained, context)
@@ -114,15 +120,15 @@ def train(plan: Plan, context: Context) -> Trained:
     return train_until_it_stops_paying(plan.classifier, plan.recipes, context)
 
 
-def _run_fold(experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
+def _run_fold(workspace: Workspace, experiment: str | None, parent: Tracker, tracked: bool) -> RunFold:
     """How a fold is carried out: as a run of its own, nested in `parent`, that ends with being judged."""
 
     def run_fold(plan: Plan, run: RunDir, name: str, progress: ProgressCallback) -> FoldAnswer:
         nested_in = parent.wait_for_run_id(60)
-        with _tracked(plan.spec, run, experiment, nested_in, tracked, name=name) as tracker:
+        with _tracked(plan.spec, run, workspace, experiment, nested_in, tracked, name=name) as tracker:
             tracker.connect()
             _announce(plan, run, tracker)
-            trained, verdict = train_and_judge(plan, run, progress)
+            trained, verdict = train_and_judge(plan, run, workspace, progress)
             write_evaluations(run.evaluation, verdict.evaluations, verdict.temperature)
             run.metric(trained.n_steps, verdict.metrics)
             return FoldAnswer(verdict.metrics, verdict.logits["test"], trained.summary, tracker.wait_for_run_id(0))
@@ -340,9 +346,9 @@ def _failures_recorded(run: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def comparison(experiment: str, name: str) -> Iterator[str | None]:
+def comparison(experiment: str, name: str, workspace: Workspace) -> Iterator[str | None]:
     """An MLflow run for others to be nested in; yields its id, or None where MLflow does not answer."""
-    tracker = open_run(RunDir(workspace() / "runs" / name).create(), workspace=workspace(), experiment=experiment, name=name)
+    tracker = open_run(RunDir(workspace.runs / name).create(), workspace=workspace.root, experiment=experiment, name=name)
     try:
         yield tracker.wait_for_run_id(60)
     except BaseException:
@@ -353,7 +359,7 @@ def comparison(experiment: str, name: str) -> Iterator[str | None]:
 
 @contextmanager
 def _tracked(
-    spec: JobSpec, run: RunDir, experiment: str | None, parent: str | None, wanted: bool, name: str = ""
+    spec: JobSpec, run: RunDir, workspace: Workspace, experiment: str | None, parent: str | None, wanted: bool, name: str = ""
 ) -> Iterator[Tracker]:
     """An open MLflow run that is closed as what the block came to."""
     if not wanted:
@@ -361,7 +367,7 @@ def _tracked(
         return
     name = name or f"{spec.method.type} {spec.model.backbone} seed {spec.seed}"
     dataset = experiment or Path(spec.training_file).absolute().name
-    tracker = open_run(run, workspace=workspace(), experiment=dataset, name=name, parent_run_id=parent, connect=False)
+    tracker = open_run(run, workspace=workspace.root, experiment=dataset, name=name, parent_run_id=parent, connect=False)
     try:
         yield tracker
     except KeyboardInterrupt:

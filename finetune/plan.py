@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from finetune.cores import available_cores
 from finetune.data.augment import Augment, build_augment
 from finetune.data.check import ResizeAdvice, advise_resize, check_images, image_facts
 from finetune.data.index import Dataset, index_dataset
@@ -23,9 +22,13 @@ from finetune.export import DeployModule, Graph, dry_run_export
 from finetune.export.graph import fill
 from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
+from finetune.naming import as_model_name
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import RunDir, as_model_name, workspace
+from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
+from finetune.storage.workspace import Workspace
 from finetune.train.machine import on_threads, resolve_device
 from finetune.train.methods import Compute
 from finetune.train.recipe import Facts, Recipe, candidates, resolve_recipe
@@ -104,7 +107,7 @@ class Plan:
         }
 
 
-def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | None = None) -> Plan:
+def make_plan(spec: JobSpec, workspace: Workspace, progress: ProgressCallback = silent, run: RunDir | None = None) -> Plan:
     """Everything before training. With `run`, the split of a run that was interrupted is read back instead of drawn again.
 
     The files are read in a thread of their own, while the network is built and its export tried.
@@ -115,9 +118,9 @@ def make_plan(spec: JobSpec, progress: ProgressCallback = silent, run: RunDir | 
     """
     compute = Compute(resolve_device(spec.compute.device), spec.compute.precision, _threads(spec))
     indexed = _index_for(spec)
-    with _reading(spec, indexed, progress, run) as reading:
+    with _reading(spec, indexed, workspace, progress, run) as reading:
         with on_threads(1):
-            classifier, graph = _build_network(spec, len(indexed.classes))
+            classifier, graph = _build_network(spec, len(indexed.classes), workspace)
         dataset = reading.result()
     backbone = classifier.backbone
     folds: tuple[Dataset, ...] = ()
@@ -157,7 +160,9 @@ def _index_for(spec: JobSpec) -> Dataset:
 
 
 @contextmanager
-def _reading(spec: JobSpec, indexed: Dataset, progress: ProgressCallback, run: RunDir | None) -> Iterator[Future[Dataset]]:
+def _reading(
+    spec: JobSpec, indexed: Dataset, workspace: Workspace, progress: ProgressCallback, run: RunDir | None
+) -> Iterator[Future[Dataset]]:
     """`read_dataset` in a thread of its own; where the block ends by an exception, it is given up soon."""
     given_up = Event()
 
@@ -168,16 +173,18 @@ def _reading(spec: JobSpec, indexed: Dataset, progress: ProgressCallback, run: R
 
     with ThreadPoolExecutor(1, "reading") as pool:
         try:
-            yield pool.submit(read_dataset, spec, indexed, report, run)
+            yield pool.submit(read_dataset, spec, indexed, workspace, report, run)
         except BaseException:
             given_up.set()
             raise
 
 
-def read_dataset(spec: JobSpec, indexed: Dataset, progress: ProgressCallback, run: RunDir | None) -> Dataset:
+def read_dataset(
+    spec: JobSpec, indexed: Dataset, workspace: Workspace, progress: ProgressCallback, run: RunDir | None
+) -> Dataset:
     """Checked and split; the split of an interrupted run is kept."""
     data = spec.data
-    memory = workspace() / "cache" / "images"
+    memory = Store(workspace.cache).folder("notes")
     checked = check_images(
         indexed, on_bad=data.on_bad_image, max_bad_fraction=data.max_bad_fraction, progress=progress, memory=memory
     )
@@ -210,11 +217,11 @@ def _build_backbone(spec: JobSpec) -> Backbone:
     return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
 
 
-def _build_network(spec: JobSpec, n_classes: int) -> tuple[Classifier, Graph]:
+def _build_network(spec: JobSpec, n_classes: int, workspace: Workspace) -> tuple[Classifier, Graph]:
     backbone = _build_backbone(spec)
     torch.manual_seed(spec.seed)  # the new head's first values
     classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
-    return classifier, dry_run_export(classifier, workspace() / "cache" / "graphs")
+    return classifier, dry_run_export(classifier, workspace.networks)
 
 
 def _advice(spec: JobSpec, dataset: Dataset, backbone: Backbone) -> ResizeAdvice:

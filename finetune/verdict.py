@@ -12,8 +12,8 @@ from finetune.data.index import Sample
 from finetune.evaluate import labels_of, score
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.metrics import Evaluation, Temperature, evaluate_logits, fit_temperature
-from finetune.export.graph import open_session
 from finetune.plan import Plan
+from finetune.runtime.session import open_session
 from finetune.train.methods import Context, Trained, solved_logits
 
 _MIN_IMAGES_TO_CALIBRATE = 100

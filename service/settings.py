@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.bundle.image import ImageLimits
-from finetune.cores import available_cores
 from finetune.errors import InvalidInput
+from finetune.runtime.cores import available_cores
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 

@@ -19,7 +19,7 @@ from finetune.jobs.files import FileStore
 from finetune.jobs.history import model_owner
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 from service.admission import PredictionQueue
 from service.event_streams import EventStreams
 from service.metrics import Metrics

@@ -24,7 +24,7 @@ from starlette.requests import Request
 
 from finetune.data.intake import Intake, take_in
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
-from finetune.rundir import sha256_file
+from finetune.storage.files import sha256_file
 
 PURPOSE = "fine-tune"
 FIELDS = ("file", "purpose")

@@ -47,6 +47,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_network_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep traced networks of the tests, and of the processes that they start, out of the user's cache folder."""
+    before = os.environ.get("FINETUNE_CACHE")
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["FINETUNE_CACHE"]
+    else:
+        os.environ["FINETUNE_CACHE"] = before
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """A folder of real labelled photographs with ``train/`` and ``validation/`` inside; not part of the repository."""

@@ -12,9 +12,10 @@ from PIL import Image
 
 from finetune.data.index import Sample
 from finetune.export import BundleFacts
-from finetune.export.graph import INPUT_NAME, DeployModule, evaluating, open_session
+from finetune.export.graph import INPUT_NAME, DeployModule, evaluating
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
+from finetune.runtime.session import open_session
 
 CLASSES = ("ash", "beech", "cedar", "elm")
 FACTS = BundleFacts(name="trees", classes=CLASSES, method={"type": "linear_probe"}, spec_digest="d" * 64, created_at=1.0)

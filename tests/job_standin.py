@@ -20,7 +20,8 @@ from finetune.jobs.database import open_database
 from finetune.jobs.executor import Executor, Handle, LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 LEASE_SECONDS = 20.0
 DEADLINE_SECONDS = 60.0

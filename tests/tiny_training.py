@@ -19,8 +19,8 @@ from finetune.data.loader import EvalLoader, TrainLoader
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir
 from finetune.spec import parse_spec
+from finetune.storage.rundir import RunDir
 from finetune.train.fit import Decided, Fitted, Saving, TrainBatches, fit
 from finetune.train.machine import Settings
 from finetune.train.recipe import Facts, Recipe, resolve_recipe

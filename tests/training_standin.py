@@ -20,7 +20,9 @@ from typing import Any
 import yaml
 
 from finetune.jobs.lease import watch_lease_from_environment
-from finetune.rundir import RunBusy, RunDir, append_line, read_json, write_json
+from finetune.storage.files import read_json, write_json
+from finetune.storage.journal import append_line
+from finetune.storage.rundir import RunBusy, RunDir
 
 SEEN_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "FINETUNE_HOME")
 

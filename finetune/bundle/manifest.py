@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 
 from finetune.bundle.preprocess import Preprocess, problems_of
 from finetune.errors import BundleError, Problem
-from finetune.rundir import sha256_file, write_json
+from finetune.storage.files import sha256_file, write_json
 
 SCHEMA_VERSION = 1
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.rundir import write_atomic
+from finetune.storage.files import write_atomic
 
 # Anchors of the colour map in OKLab (Ottosson 2020): lightness rises in even steps while the hue goes from blue over magenta to
 # yellow, so that more evidence is lighter to every eye, and in a grey print as well. (lightness, chroma, hue in degrees)

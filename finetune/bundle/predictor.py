@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.manifest import MANIFEST, MODEL, PROBE, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
-from finetune.rundir import write_atomic
+from finetune.runtime.session import ORT_ERRORS, open_session
+from finetune.storage.files import write_atomic
 
 # Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order is
 # off by far more: see tests/unit/test_bundle_predictor.py for what each of those does to the probes.
@@ -30,16 +30,6 @@ PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
 
 # The key of external data inside a serialised tensor: tag 1, length 8. What is named there would be read from outside the bundle.
 _EXTERNAL_DATA = b"\x0a\x08location"
-
-_ORT_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 
 
 @dataclass(frozen=True)
@@ -175,15 +165,9 @@ def _open_session(folder: Path, model: bytes, threads: int) -> onnxruntime.Infer
         raise BundleError(
             f"{folder}: {MODEL} keeps weights in other files; a bundle's model is one file. Export it with external_data=False"
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except _ORT_ERRORS as error:
+        return open_session(model, threads=threads)
+    except ORT_ERRORS as error:
         raise BundleError(f"{folder}: ONNX Runtime {onnxruntime.__version__} cannot open {MODEL}: {error}") from None
 
 
@@ -213,7 +197,7 @@ def _check_probes(folder: Path, predictor: Predictor, probe: Probe) -> None:
 def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
     try:
         logits = predictor.run(probe.images).logits
-    except (InvalidInput, *_ORT_ERRORS) as error:
+    except (InvalidInput, *ORT_ERRORS) as error:
         return [Problem("model probe (arrays → logits)", f"{MODEL} cannot run them: {error}")]
     if logits.shape != probe.logits.shape:
         return [Problem("model probe (arrays → logits)", f"logits have shape {logits.shape}, {PROBE} has {probe.logits.shape}")]

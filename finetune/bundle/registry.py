@@ -18,8 +18,9 @@ from typing import Any
 
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
-from finetune.rundir import append_line, atomic_path, read_json, read_lines, sha256_file, write_json
 from finetune.spec import SUFFIX_PATTERN
+from finetune.storage.files import atomic_path, read_json, sha256_file, write_json
+from finetune.storage.journal import append_line, read_lines
 
 LATEST = "latest"  # moves to every new version
 CHAMPION = "champion"  # moves only when somebody promotes; served instead of the latest where it is set

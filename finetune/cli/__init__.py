@@ -18,7 +18,7 @@ from finetune.cli.serving import models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
 from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
-from finetune.garbage import leave_it_all
+from finetune.runtime.collector import skip_final_collection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -83,7 +83,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     finally:
-        leave_it_all()
+        skip_final_collection()
 
 
 def _leave(error: FinetuneError) -> NoReturn:

@@ -19,7 +19,8 @@ def demo(data: Path | None, as_json: bool) -> None:
     from finetune.cli.show import show_demo
     from finetune.cli.terminal import print_json, progress_bars
     from finetune.demo import run_demo
+    from finetune.storage.workspace import Workspace
 
     with progress_bars(shown=not as_json) as progress:
-        result = run_demo(data, progress)
+        result = run_demo(data, Workspace.from_environment(), progress)
     print_json(result.to_dict()) if as_json else show_demo(result)

@@ -50,14 +50,15 @@ def worker(
     """
     import logging
 
-    from finetune.cores import available_cores
     from finetune.jobs.database import open_jobs
     from finetune.jobs.executor import LocalExecutor
     from finetune.jobs.ray_executor import DEFAULT_ADDRESS, RayExecutor
     from finetune.jobs.store import JobStore
     from finetune.jobs.worker import Worker, WorkerSettings, visible_gpus
-    from finetune.rundir import workspace
+    from finetune.runtime.cores import available_cores
+    from finetune.storage.workspace import Workspace
 
+    workspace = Workspace.from_environment()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("finetune.jobs").setLevel(logging.INFO)
     on_ray = executor == "ray"
@@ -69,7 +70,7 @@ def worker(
         stall_seconds=60 * stall_minutes,
     )
     runs = RayExecutor(ray_address or DEFAULT_ADDRESS, settings.cancel_grace_seconds) if on_ray else LocalExecutor()
-    Worker(JobStore(open_jobs(workspace())), runs, workspace(), settings).run(until_idle=until_idle)
+    Worker(JobStore(open_jobs(workspace.root)), runs, workspace.root, settings).run(until_idle=until_idle)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -99,9 +100,9 @@ def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def _client(server: str | None) -> JobsClient:
     from finetune.jobs.client import LocalJobs
     from finetune.jobs.remote import RemoteJobs
-    from finetune.rundir import workspace
+    from finetune.storage.workspace import Workspace
 
-    return RemoteJobs(server, os.environ.get("FINETUNE_API_KEY")) if server else LocalJobs(workspace())
+    return RemoteJobs(server, os.environ.get("FINETUNE_API_KEY")) if server else LocalJobs(Workspace.from_environment().root)
 
 
 @jobs.command()
@@ -200,9 +201,9 @@ def keys() -> None:
 def _keys() -> Any:
     from finetune.jobs.database import open_jobs
     from finetune.jobs.keys import KeyStore
-    from finetune.rundir import workspace
+    from finetune.storage.workspace import Workspace
 
-    return KeyStore(open_jobs(workspace()))
+    return KeyStore(open_jobs(Workspace.from_environment().root))
 
 
 @keys.command("create")

@@ -74,9 +74,9 @@ def models() -> None:
 
 def _registry() -> Any:
     from finetune.bundle.registry import Registry
-    from finetune.rundir import workspace
+    from finetune.storage.workspace import Workspace
 
-    return Registry(workspace() / "models")
+    return Registry(Workspace.from_environment().models)
 
 
 @models.command("list")

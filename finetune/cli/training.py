@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.garbage import all_of_it_stays
+from finetune.runtime.collector import objects_exempt
 
 if TYPE_CHECKING:
     from finetune.spec import JobSpec
@@ -75,15 +75,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @json_option
 def check(spec: JobSpec, as_json: bool) -> None:
     """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
-    with all_of_it_stays():
+    with objects_exempt():
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json, progress_bars
         from finetune.plan import make_plan
+        from finetune.storage.store import Store
+        from finetune.storage.workspace import Workspace
         from finetune.train.estimate import estimate
 
+    workspace = Workspace.from_environment()
     with progress_bars(shown=not as_json) as progress:
-        plan = make_plan(spec, progress)
-        costs = estimate(plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute, rounds=plan.rounds)
+        plan = make_plan(spec, workspace, progress)
+        costs = estimate(
+            plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute, Store(workspace.cache), rounds=plan.rounds
+        )
     document = {**plan.to_dict(), "estimate": asdict(costs)}
     print_json(document) if as_json else show_plan(document)
 
@@ -103,14 +108,16 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the run is
     watch_lease_from_environment()
-    with all_of_it_stays():
+    with objects_exempt():
         from finetune.cli.terminal import print_json, progress_bars
         from finetune.outcome import choose_run_dir
         from finetune.pipeline import run_job
+        from finetune.storage.workspace import Workspace
 
-    run = choose_run_dir(spec, run_dir)
+    workspace = Workspace.from_environment()
+    run = choose_run_dir(spec, workspace, run_dir)
     with progress_bars(shown=not as_json) as progress:
-        outcome = run_job(spec, run, progress, experiment=experiment, tracked=not no_mlflow)
+        outcome = run_job(spec, run, workspace, progress, experiment=experiment, tracked=not no_mlflow)
     if as_json:
         print_json(outcome.to_dict())
     else:
@@ -133,10 +140,10 @@ def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
     from finetune.bundle.registry import Registry
     from finetune.cli.terminal import print_json, progress_bars
     from finetune.evaluate import evaluate_bundle
-    from finetune.rundir import workspace
+    from finetune.storage.workspace import Workspace
 
     with progress_bars(shown=not as_json) as progress:
-        evaluation = evaluate_bundle(Registry(workspace() / "models").locate(model), data, split, progress)
+        evaluation = evaluate_bundle(Registry(Workspace.from_environment().models).locate(model), data, split, progress)
     if as_json:
         print_json(evaluation.to_json())
     else:
@@ -172,7 +179,7 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
 @click.option("--port", default=5000, show_default=True)
 def mlflow(host: str, port: int) -> None:
     """Open the MLflow pages on this workspace's runs."""
-    from finetune.rundir import workspace
+    from finetune.storage.workspace import Workspace
     from finetune.tracking import open_ui
 
-    open_ui(workspace(), host, port)
+    open_ui(Workspace.from_environment().root, host, port)

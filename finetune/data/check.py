@@ -21,11 +21,11 @@ import numpy as np
 import PIL
 
 from finetune.bundle.image import image_size, read_bytes
-from finetune.cores import available_cores
 from finetune.data.index import BadImage, Dataset, Sample, natural_list, plural, printable
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, ImageError, Problem
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.cores import available_cores
 
 OnBadImage = Literal["quarantine", "fail"]
 Resize = Literal["crop", "squash", "letterbox"]

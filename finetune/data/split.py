@@ -18,7 +18,7 @@ from pathlib import Path
 
 from finetune.data.index import SPLITS, Dataset, Sample, natural_list, plural, printable
 from finetune.errors import DataError, Problem
-from finetune.rundir import write_atomic
+from finetune.storage.files import write_atomic
 
 COLUMNS = ("path", "label", "split", "sha256")
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.metrics import Evaluation
-from finetune.rundir import write_atomic
+from finetune.storage.files import write_atomic
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from finetune.evaluation.metrics import Evaluation, evaluate_logits
-from finetune.rundir import read_json, write_json
+from finetune.storage.files import read_json, write_json
 
 POOLED = "cv"
 """The split name of the pooled evaluation: ``cv/top1`` is the share of all images labelled rightly by a model that had not seen

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import InvalidInput, TrainingError
-from finetune.rundir import read_json, write_atomic
+from finetune.storage.files import read_json, write_atomic
 
 ECE_BINS = 15
 """Equal-width bins of the top label's probability, each open below and closed above: ``(i/15, (i+1)/15]`` (Guo et al. 2017)."""

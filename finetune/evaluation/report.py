@@ -21,7 +21,9 @@ from finetune.evaluation import figures
 from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.markup import cost_text, details, drawing, facts, flat, page, section, table, value_text, warning
 from finetune.evaluation.metrics import Evaluation, Temperature
-from finetune.rundir import RunDir, read_lines, write_atomic
+from finetune.storage.files import write_atomic
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 _THUMBNAIL_PX = 176
 _MAX_PAIRS = 12

@@ -19,17 +19,16 @@ import finetune.model.classifier as classifier_code
 from finetune.errors import ExportError
 from finetune.export.graph import (
     INPUT_NAME,
-    ORT_ERRORS,
     DeployModule,
     Graph,
     evaluating,
     fill,
     named_weights,
-    open_session,
     trace,
 )
 from finetune.model.classifier import Classifier
-from finetune.rundir import write_atomic
+from finetune.runtime.session import ORT_ERRORS, open_session
+from finetune.storage.files import write_atomic
 
 _BATCH_SIZES = (1, 3)  # neither is the batch that was traced
 _TOLERANCE = 1e-3  # of the largest value of an output; noise images through untrained weights are no measure of accuracy

@@ -16,16 +16,14 @@ from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from onnxscript import optimizer
 from torch import nn
 
 from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
-from finetune.garbage import not_now
 from finetune.model.classifier import Classifier
+from finetune.runtime.collector import collection_paused
 
 OPSET = 20  # the first with Gelu; every onnxruntime since 1.17 runs it
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
@@ -33,15 +31,6 @@ INPUT_NAME = "images"
 
 _TRACE_BATCH = 2  # with 1 the exporter takes the batch for a constant
 _LARGEST_FILE_BYTES = 2**31 - 1  # what one protobuf message, and so one ONNX file without external data, can hold
-
-ORT_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 
 
 class DeployModule(nn.Module):
@@ -89,7 +78,7 @@ def trace(module: DeployModule) -> Graph:
     images = torch.zeros((_TRACE_BATCH, height, width, 3), dtype=torch.uint8, device=module.temperature.device)
     copied = copy.deepcopy(module)
     _work_out_of_place(copied)
-    with evaluating(copied), torch.no_grad(), not_now(), warnings.catch_warnings():
+    with evaluating(copied), torch.no_grad(), collection_paused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own insides
         try:
             program = torch.onnx.export(
@@ -126,16 +115,6 @@ def with_metadata(model: bytes, metadata: Mapping[str, str]) -> bytes:
     proto = onnx.load_model_from_string(model)
     onnx.helper.set_model_props(proto, dict(metadata))
     return _serialized(proto)
-
-
-def open_session(model: bytes, *, threads: int = 1) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on `model` with the settings that serve."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +21,12 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.index import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import N_IMAGES, parity
-from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, open_session, trace, with_metadata
+from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, trace, with_metadata
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import write_atomic
+from finetune.runtime.session import open_session
+from finetune.storage.files import atomic_folder, write_atomic
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
@@ -93,7 +92,7 @@ def export_bundle(
         manifest = dataclasses.replace(manifest, model={**manifest.model, **_said_of(outcome)})
         predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
-    with _complete_folder(out) as folder:
+    with atomic_folder(out) as folder:
         manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES])
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message=f"bundle written to {out}"))
@@ -166,25 +165,3 @@ def _spread(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
     """At most `n` of them, evenly over their order, and so over the classes."""
     chosen = np.linspace(0, len(samples) - 1, min(n, len(samples))).round().astype(int)
     return [samples[index] for index in chosen]
-
-
-@contextlib.contextmanager
-def _complete_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, and put it in its place at the end; on an error nothing is left of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        yield folder
-        _let_others_read(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _let_others_read(folder: Path) -> None:
-    """Temporary files and folders are for their owner only; a bundle may be served by somebody else."""
-    folder.chmod(0o755)
-    for file in folder.iterdir():
-        file.chmod(0o644)

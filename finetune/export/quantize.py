@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from finetune.export.graph import INPUT_NAME, open_session
+from finetune.export.graph import INPUT_NAME
+from finetune.runtime.session import open_session
 
 N_CALIBRATION = 64  # images; with 256 the answers agree with float32 no better
 MAX_TOP1_LOSS = 0.01

@@ -11,9 +11,10 @@ from finetune.errors import InvalidInput
 from finetune.jobs.database import open_jobs
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import Event, Job, JobStore
+from finetune.naming import as_model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.rundir import RunDir, as_model_name
 from finetune.spec import JobSpec
+from finetune.storage.rundir import RunDir
 
 LOCAL_OWNER = "local"  # of jobs that no key stands for
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from finetune.jobs.store import JobStore
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 _LOOK_SECONDS = 10.0

@@ -21,7 +21,6 @@ from typing import Any
 
 import yaml
 
-from finetune.cores import available_cores
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.closing import Closing
@@ -30,7 +29,10 @@ from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import Claim, JobStore, LeaseLost
-from finetune.rundir import RunDir, read_json, read_lines, write_atomic
+from finetune.runtime.cores import available_cores
+from finetune.storage.files import read_json, write_atomic
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem, WeightsError, did_you_mean
 from finetune.model.catalog import pretrained_cfg, split_name
-from finetune.rundir import sha256_file
+from finetune.storage.files import sha256_file
 
 StateDict = dict[str, Tensor]
 

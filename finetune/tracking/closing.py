@@ -11,7 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from finetune.rundir import RunBusy, RunDir, workspace
+from finetune.storage.rundir import RunBusy, RunDir
+from finetune.storage.workspace import Workspace
 from finetune.tracking.record import Status, read_record
 from finetune.tracking.tracker import replay
 
@@ -35,8 +36,9 @@ def close(run: RunDir, home: Path, status: Status) -> bool:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    home = Workspace.from_environment().root
     statuses: dict[str, Status] = json.load(sys.stdin)
-    done = [close(RunDir(Path(folder)), workspace(), status) for folder, status in statuses.items()]
+    done = [close(RunDir(Path(folder)), home, status) for folder, status in statuses.items()]
     sys.exit(0 if all(done) else 1)
 
 

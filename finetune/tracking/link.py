@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.rundir import RunDir, sha256_file
+from finetune.storage.files import sha256_file
+from finetune.storage.rundir import RunDir
 from finetune.tracking.journal import Identity, Journal, identity, points_of
 from finetune.tracking.record import State
 from finetune.tracking.server import ENVIRONMENT, Destination

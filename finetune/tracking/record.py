@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from finetune.errors import DiskFull
-from finetune.rundir import RunDir, read_json, write_json
+from finetune.storage.files import read_json, write_json
+from finetune.storage.rundir import RunDir
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

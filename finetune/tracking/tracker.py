@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 from finetune.tracking.link import Link
 from finetune.tracking.record import RunRecord, State, Status, key_text, read_record, value_text
 from finetune.tracking.server import destination, without_credentials

@@ -16,7 +16,8 @@ import torch
 
 from finetune.data.loader import EvalLoader
 from finetune.model.classifier import Classifier
-from finetune.rundir import RunDir, write_atomic
+from finetune.storage.files import write_atomic
+from finetune.storage.rundir import RunDir
 from finetune.train.average import StateDict, copy_state
 from finetune.train.machine import computing_with, prepare_images, to_device
 from finetune.train.methods import Context, Trained, solved_logits, train_classifier

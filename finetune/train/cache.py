@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import uuid
 import zlib
@@ -21,13 +20,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.rundir import write_atomic
+from finetune.storage.files import write_atomic
+from finetune.storage.store import Store, mark_used
 
 KEY_BYTES = 32
 SHARD_BYTES = 64 * 1024**2  # what a writer holds in memory before it becomes a file
 SHARD_SECONDS = 30.0  # … or this much work, so that a killed process loses no more
-LARGEST_BUDGET_BYTES = 20 * 1024**3
-ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
 
 _MAGIC = b"ftrows01"
 _TAIL_BYTES = 4 + 4 + len(_MAGIC)  # checksum and length of the description, then the magic
@@ -70,12 +68,10 @@ class Rows:
 class RowCache:
     """One space of a cache folder."""
 
-    def __init__(self, root: Path, space: str, row_shape: tuple[int, ...], dtype: str, budget_bytes: int | None = None) -> None:
-        self.root = root
-        self.folder = root / space
+    def __init__(self, store: Store, space: str, row_shape: tuple[int, ...], dtype: str) -> None:
+        self.folder = store.folder("features") / space
         self.row_shape = row_shape
         self.dtype = np.dtype(dtype)
-        self.budget_bytes = default_budget_bytes(root) if budget_bytes is None else budget_bytes
         self._read: dict[Path, NDArray[Any]] = {}  # verified shards
 
     @property
@@ -110,26 +106,11 @@ class RowCache:
         """Its last rows are stored when it is flushed."""
         return ShardWriter(self.folder, self.row_shape, self.dtype)
 
-    def make_room(self, n_rows: int) -> bool:
-        """Delete least recently used files until `n_rows` more fit the budget; False if they cannot."""
-        needed = n_rows * self.row_bytes
-        if needed > self.budget_bytes:
-            return False
-        files = sorted(_files(self.root), key=lambda entry: entry[0])
-        used = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if used + needed <= self.budget_bytes:
-                break
-            if path not in self._read:
-                path.unlink(missing_ok=True)
-                used -= size
-        return used + needed <= self.budget_bytes
-
     def _open(self, path: Path) -> NDArray[Any]:
         """The shard's rows, memory-mapped, their checksum verified at first use."""
         if path not in self._read:
             self._read[path] = _map_rows(path, self.row_shape, self.dtype)
-        os.utime(path)
+        mark_used(path)
         return self._read[path]
 
 
@@ -164,27 +145,6 @@ class ShardWriter:
         self._count = 0
         if len(keys):
             write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows))
-
-
-def default_budget_bytes(root: Path) -> int:
-    """Half of what the disk could give the cache, at most 20 GiB."""
-    root.mkdir(parents=True, exist_ok=True)
-    return min(LARGEST_BUDGET_BYTES, (shutil.disk_usage(root).free + sum(size for _, size, _ in _files(root))) // 2)
-
-
-def _files(root: Path) -> list[tuple[float, int, Path]]:
-    """(last used, bytes, path) of every file of the cache; temporary files of dead processes are deleted on the way."""
-    entries = []
-    for path in root.rglob("*"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.suffix == ".tmp" and time.time() - status.st_mtime > ABANDONED_SECONDS:
-            path.unlink(missing_ok=True)
-        elif path.is_file():
-            entries.append((status.st_mtime, status.st_size, path))
-    return entries
 
 
 # A shard is the rows, then their keys, then a JSON description with the checksums of both, then the tail.

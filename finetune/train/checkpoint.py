@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import torch
 
 from finetune.errors import CheckpointError
-from finetune.rundir import atomic_path, sha256_file, write_atomic
+from finetune.storage.files import atomic_path, sha256_file, write_atomic
 
 KEEP = 2
 

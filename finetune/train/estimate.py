@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from finetune.data.augment import Augment
 from finetune.data.index import Dataset
 from finetune.model.classifier import Classifier
+from finetune.storage.store import Store
 from finetune.train.features import PrefixPlan, Resources, Views, plan_prefix
 from finetune.train.machine import MEASURED_IMAGES, measure
 from finetune.train.methods import Compute
@@ -29,14 +30,21 @@ class Estimate:
 
 
 def estimate(
-    classifier: Classifier, recipes: Sequence[Recipe], dataset: Dataset, augment: Augment, compute: Compute, *, rounds: int = 1
+    classifier: Classifier,
+    recipes: Sequence[Recipe],
+    dataset: Dataset,
+    augment: Augment,
+    compute: Compute,
+    store: Store,
+    *,
+    rounds: int = 1,
 ) -> Estimate:
     """The sum over `recipes`. Export, evaluation on test and the report come on top, a matter of seconds.
 
     Args:
         rounds: how often each is carried out, as for folds; what is computed once is computed once for all of them.
     """
-    parts = [_of_one(classifier, recipe, dataset, augment, compute, rounds) for recipe in recipes]
+    parts = [_of_one(classifier, recipe, dataset, augment, compute, store, rounds) for recipe in recipes]
     return Estimate(
         seconds=math.fsum(part.seconds for part in parts),
         memory_bytes=max(part.memory_bytes for part in parts),
@@ -46,11 +54,11 @@ def estimate(
 
 
 def _of_one(
-    classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute, rounds: int
+    classifier: Classifier, recipe: Recipe, dataset: Dataset, augment: Augment, compute: Compute, store: Store, rounds: int
 ) -> Estimate:
     train, val = dataset.of("train"), dataset.of("val")
     views = Views(classifier.backbone.preprocess, augment, recipe.views)
-    resources = Resources(compute.device, compute.threads)
+    resources = Resources(store, compute.device, compute.threads)
     n_stages = len(classifier.backbone.stages)
     cuts = [n_stages] if recipe.solves_head_first else []
     if recipe.n_steps and recipe.trainable and recipe.trainable[0] > 0:

@@ -17,7 +17,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,7 +24,6 @@ from numpy.typing import NDArray
 
 from finetune.bundle.image import decode_image, read_bytes
 from finetune.bundle.preprocess import Preprocess
-from finetune.cores import available_cores
 from finetune.data.augment import Augment
 from finetune.data.index import Sample
 from finetune.data.parallel import ordered_map
@@ -33,7 +31,8 @@ from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingEr
 from finetune.model.classifier import Classifier
 from finetune.model.cut import why_not_cut
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import workspace
+from finetune.runtime.cores import available_cores
+from finetune.storage.store import Store
 from finetune.train.cache import KEY_BYTES, RowCache, ShardWriter
 from finetune.train.machine import Device
 from finetune.train.prefix import (
@@ -97,31 +96,21 @@ def _view_seed(image_sha256: bytes, number: int) -> int:
 
 @dataclass(frozen=True)
 class Resources:
-    """Where and with what features are computed; by default in this process's workspace, on all its cores, in silence."""
+    """Where and with what features are computed; by default on all cores of this process, without telling anybody."""
 
+    store: Store
     device: Device = "cpu"
     threads: int | None = None
-    cache: Path | None = None
-    budget_bytes: int | None = None
     graph: GraphSource | None = None  # where the classifier has been exported already
     progress: ProgressCallback = silent
     event: EventCallback = no_event
-
-    @property
-    def cache_root(self) -> Path:
-        return workspace() / "cache" if self.cache is None else self.cache
 
     @property
     def cores(self) -> int:
         return self.threads or available_cores()
 
 
-DEFAULT_RESOURCES = Resources()
-
-
-def pooled_features(
-    classifier: Classifier, samples: Sequence[Sample], views: Views, resources: Resources = DEFAULT_RESOURCES
-) -> NDArray[np.float32]:
+def pooled_features(classifier: Classifier, samples: Sequence[Sample], views: Views, resources: Resources) -> NDArray[np.float32]:
     """The embeddings that the head gets: (N, D), or (N, K, D) for K > 1 views.
 
     Raises:
@@ -177,7 +166,7 @@ def plan_prefix(
     train: Sequence[Sample],
     val: Sequence[Sample],
     views: Views,
-    resources: Resources = DEFAULT_RESOURCES,
+    resources: Resources,
     *,
     measure: bool = True,
 ) -> PrefixPlan:
@@ -197,7 +186,7 @@ def plan_prefix(
     for count in _halvings(views.count):
         for stage in cuts:
             of_train = FrozenRows(classifier, stage, dtype, train, replace(views, count=count), resources)
-            if len(of_train.keys) * of_train.cache.row_bytes > of_train.cache.budget_bytes:
+            if len(of_train.keys) * of_train.cache.row_bytes > resources.store.budget_bytes:
                 continue
             rate = of_train.rows_per_second() if measure else None
             of_val = FrozenRows(classifier, stage, dtype, val, replace(views, count=1), resources)
@@ -247,7 +236,7 @@ class FrozenRows:
         self.keys = _row_keys(samples, self._view_names, resources.cores)  # (N * K, 32)
         self._prefix = prefix_digest(classifier, stage)
         size = str(views.preprocess.input_size_px)  # a graph takes images of one size
-        self._graph_store = resources.cache_root / _digest("graph", self._prefix, size, onnx_engine_name())
+        self._graph_store = resources.store.folder("engines") / _digest("graph", self._prefix, size, onnx_engine_name())
         self._engine: Engine | None = None
         usable = resources.device == "cpu" and refused(self._graph_store) is None
         self._use_space_of(onnx_engine_name() if usable else torch_engine_name(resources.device, autocast=True))
@@ -274,11 +263,11 @@ class FrozenRows:
 
     def make_room(self) -> bool:
         """Whether the missing rows fit the cache; what was used least recently is deleted for them."""
-        return self.cache.make_room(self.n_missing)
+        return self.resources.store.reserve(self.n_missing * self.cache.row_bytes)
 
     def why_no_room(self) -> str:
-        needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.cache.budget_bytes / 1e9
-        return f"{needed:,.2f} GB are needed, and the cache in {self.cache.root} may hold {allowed:,.2f} GB"
+        needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.resources.store.budget_bytes / 1e9
+        return f"{needed:,.2f} GB are needed, and the cache in {self.resources.store.root} may hold {allowed:,.2f} GB"
 
     def compute(self, out: NDArray[np.float32] | None, keep: bool) -> None:
         """Compute the missing rows, in the order of images, into `out` (N * K, *shape) and, with `keep`, into the cache.
@@ -342,7 +331,7 @@ class FrozenRows:
     def _use_space_of(self, engine_name: str) -> None:
         self.engine_name = engine_name
         space = _digest("rows", self._prefix, self.views.preprocess.digest(), self.dtype, engine_name)
-        self.cache = RowCache(self.resources.cache_root, space, self.shape, self.dtype, self.resources.budget_bytes)
+        self.cache = RowCache(self.resources.store, space, self.shape, self.dtype)
         self.look_up()
 
     def _images_to_check(self) -> NDArray[np.uint8]:

@@ -26,7 +26,9 @@ from finetune.model.auxiliary import AUX_LOSS_WEIGHT
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import FreezePlan, apply_freeze, frozen_digest, parameter_groups
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import RunDir, append_line, read_lines, write_atomic
+from finetune.storage.files import write_atomic
+from finetune.storage.journal import append_line, read_lines
+from finetune.storage.rundir import RunDir
 from finetune.train import checkpoint
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.train.interrupt import Interrupted, StopRequest

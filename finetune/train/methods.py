@@ -21,7 +21,9 @@ from finetune.data.pixels import PixelStore
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.rundir import RunDir, workspace, write_atomic
+from finetune.storage.files import write_atomic
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train.features import Resources, Views, plan_prefix, pooled_features
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Settings, choose_settings, prepare_images
@@ -59,6 +61,7 @@ class Context:
     run: RunDir
     compute: Compute
     identity: Mapping[str, str]
+    store: Store
     graph: GraphSource | None = None
     progress: ProgressCallback = silent
 
@@ -66,7 +69,12 @@ class Context:
         """What the frozen prefix is computed with."""
         compute = self.compute
         return Resources(
-            compute.device, compute.threads, graph=self.graph, progress=progress or self.progress, event=self.run.event
+            self.store,
+            compute.device,
+            compute.threads,
+            graph=self.graph,
+            progress=progress or self.progress,
+            event=self.run.event,
         )
 
 
@@ -250,7 +258,7 @@ class _Source:
 def _image_source(classifier: Classifier, recipe: Recipe, context: Context) -> _Source:
     train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
     augment = context.augment.at_size(recipe.train_size_px)
-    pixels = PixelStore(workspace() / "cache" / "pixels")
+    pixels = PixelStore(context.store)
 
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
         return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)

@@ -22,12 +22,12 @@ import onnxruntime
 import timm
 import torch
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch import Tensor, nn
 
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
-from finetune.rundir import read_json, sha256_file, write_atomic, write_json
+from finetune.runtime.session import ORT_ERRORS, open_session
+from finetune.storage.files import read_json, sha256_file, write_atomic, write_json
 from finetune.train.machine import Device
 
 EventCallback = Callable[[str, str], object]  # kind, message: what `RunDir.event` takes
@@ -37,15 +37,7 @@ LEAST_AGREEMENT = 0.9999
 OPSET = 20
 INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
-_ORT_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
-_GRAPH_ERRORS = (torch.onnx.errors.OnnxExporterError, *_ORT_ERRORS)
+_GRAPH_ERRORS = (torch.onnx.errors.OnnxExporterError, *ORT_ERRORS)
 
 
 class Engine(Protocol):
@@ -284,15 +276,6 @@ def _only_embedding(graph: bytes) -> bytes:
     model.graph.output.extend(kept)
     data: bytes = model.SerializeToString()
     return data
-
-
-def open_session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL  # the blocked NCHWc layout needs ALL
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _first_line(error: Exception) -> str:

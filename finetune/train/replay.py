@@ -20,7 +20,7 @@ from finetune.errors import DiskFull
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
 from finetune.train.cache import Rows
-from finetune.train.features import DEFAULT_RESOURCES, DoesNotFit, FrozenRows, Resources, RowType, Views
+from finetune.train.features import DoesNotFit, FrozenRows, Resources, RowType, Views
 from finetune.train.machine import Settings
 
 
@@ -84,7 +84,7 @@ class ForwardFrom:
 
 
 def cached_activations(
-    classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, resources: Resources = DEFAULT_RESOURCES
+    classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, resources: Resources
 ) -> Activations | None:
     """The activation before `stage` for every image and view; None, with an event that says why, where the disk has no room.
 

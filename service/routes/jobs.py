@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from finetune.errors import NotFound
 from finetune.jobs.history import newest_events
 from finetune.jobs.store import Job, NameTaken
-from finetune.rundir import as_model_name
+from finetune.naming import as_model_name
 from service.event_streams import event_seq
 from service.job_request import read_body, read_request
 from service.middleware.auth import Caller, Submitting

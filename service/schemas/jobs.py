@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from finetune.jobs.store import Event, Job
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 from service.event_streams import EVENT_PREFIX
 from service.schemas.lists import ListItem, Page
 

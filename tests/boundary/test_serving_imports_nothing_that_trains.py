@@ -53,7 +53,8 @@ except ImportError as error:
     [
         ("finetune.errors", 1),
         ("finetune.spec", 1),
-        ("finetune.rundir", 1),
+        ("finetune.storage", 5),
+        ("finetune.runtime", 2),
         ("finetune.progress", 1),
         ("finetune.bundle", 7),
         ("finetune.jobs", 2),

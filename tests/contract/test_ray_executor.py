@@ -23,7 +23,7 @@ from finetune.jobs.executor import Handle, Resources
 from finetune.jobs.ray_executor import RayExecutor, exit_code, shell_line
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 
 RAY_IS_HERE = importlib.util.find_spec("ray") is not None
 

@@ -22,7 +22,8 @@ from finetune.jobs import worker as worker_module
 from finetune.jobs.database import open_database
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import WorkerSettings, visible_gpus
-from finetune.rundir import RunDir, write_json
+from finetune.storage.files import write_json
+from finetune.storage.rundir import RunDir
 
 SHORT_LEASE_SECONDS = 1.5
 FOR_EVER = {"steps": 100_000, "step_seconds": 0.02}

@@ -17,7 +17,9 @@ from PIL import Image
 from finetune.cli import cli
 from finetune.distribution import install_command
 from finetune.errors import InvalidInput, SpecError
-from finetune.rundir import RunDir, read_json, read_lines
+from finetune.storage.files import read_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 CLASSES = ("blue", "green", "red")
 TINY = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64"]

@@ -27,8 +27,11 @@ from finetune.evaluation.metrics import evaluate_logits, read_evaluations
 from finetune.outcome import Outcome
 from finetune.pipeline import run_job
 from finetune.progress import Progress, silent
-from finetune.rundir import RunDir, read_json, read_lines
 from finetune.spec import JobSpec, parse_spec
+from finetune.storage.files import read_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
 from finetune.train import checkpoint
 
 CRASHING = Path(__file__).parents[1] / "crashing"
@@ -80,7 +83,7 @@ def cross_validated(pictures: Path, home: Path) -> tuple[Outcome, RunDir, list[P
     run, seen = RunDir(home / "runs" / "probe"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(home))
-        outcome = run_job(spec_of(pictures, data={"folds": 3}), run, seen.append, tracked=False)
+        outcome = run_job(spec_of(pictures, data={"folds": 3}), run, Workspace.at(home), seen.append, tracked=False)
     return outcome, run, seen
 
 
@@ -141,7 +144,7 @@ def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_sa
 ) -> None:
     spec = spec_of(pictures, **STEPPED)
     whole, killed = RunDir(home / "runs" / "whole"), RunDir(home / "runs" / "killed")
-    expected = run_job(spec, whole, silent, tracked=False)
+    expected = run_job(spec, whole, Workspace.at(home), silent, tracked=False)
     save = checkpoint.save
 
     def dying(folder: Path, step: int, content: Any) -> None:
@@ -151,13 +154,13 @@ def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_sa
 
     monkeypatch.setattr(checkpoint, "save", dying)
     with pytest.raises(Killed):
-        run_job(spec, killed, silent, tracked=False)
+        run_job(spec, killed, Workspace.at(home), silent, tracked=False)
     monkeypatch.undo()
     monkeypatch.setenv("FINETUNE_HOME", str(home))
     assert killed.fold(1).outcome.exists()
     assert not killed.fold(2).outcome.exists()
     first_fold = killed.fold(1).outcome.stat().st_mtime_ns
-    outcome = run_job(spec, killed, silent, tracked=False)
+    outcome = run_job(spec, killed, Workspace.at(home), silent, tracked=False)
     assert killed.fold(1).outcome.stat().st_mtime_ns == first_fold, "a finished fold is not done again"
     assert [line["kind"] for line in read_lines(killed.fold(2).root / "refit" / "events.jsonl")].count("resumed") == 1
     assert weights_of(killed) == weights_of(whole)

@@ -26,8 +26,9 @@ from finetune.jobs.database import open_database, reading
 from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import RunDir, read_lines
 from finetune.spec import JobSpec, parse_spec
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 CRASHING = Path(__file__).parents[1] / "crashing"
 WALL_CLOCK = ("train/images_per_second", "probe/seconds")

@@ -17,8 +17,8 @@ from finetune.jobs.database import open_database
 from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import read_lines
 from finetune.spec import parse_spec
+from finetune.storage.journal import read_lines
 
 SMALL, LARGE = "6m", "400m"
 

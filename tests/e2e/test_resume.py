@@ -17,7 +17,8 @@ from tiny_training import fingerprint, train_tiny, write_images
 
 from finetune.data.index import Sample
 from finetune.data.loader import Batch
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 from finetune.train.fit import TrainBatches
 
 N_IMAGES = 38

@@ -10,7 +10,7 @@ import torch
 from tiny_training import CLASSES, epochs_of, tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.loader import EvalLoader
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 from finetune.train.fit import Fitted, Saving, fit
 from finetune.train.interrupt import Interrupted
 from finetune.train.machine import Settings, choose_settings, computes_bfloat16

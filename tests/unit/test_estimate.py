@@ -9,23 +9,21 @@ from tiny_training import tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
 from finetune.data.index import Dataset
+from finetune.storage.store import Store
 from finetune.train.estimate import estimate
 from finetune.train.methods import Compute
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(tmp_path: Path) -> None:
     dataset = Dataset(tmp_path, ("a", "b", "c"), tuple(write_images(tmp_path / "images", 12)))
     classifier = tiny_classifier()
     augment = build_augment("light", None, classifier.backbone.preprocess)
     compute = Compute("cpu", "float32", 1)
 
     def of(**given: object):
-        return estimate(classifier, [tiny_recipe(classifier, 12, **given)], dataset, augment, compute)
+        return estimate(classifier, [tiny_recipe(classifier, 12, **given)], dataset, augment, compute, Store(tmp_path / "cache"))
 
     probe = of(hyperparameters={"views": 1})
     short = of(method={"type": "full", "warm_head": False}, hyperparameters={"n_epochs": 100})

@@ -19,10 +19,11 @@ from finetune.bundle.predictor import Predictor, read_probe
 from finetune.data.index import Sample
 from finetune.errors import ExportError
 from finetune.export import DeployModule, Graph, Parity, agreement, export_bundle, parity
-from finetune.export.graph import fill, open_session, trace
+from finetune.export.graph import fill, trace
 from finetune.export.pack import _manifest
 from finetune.model.classifier import Classifier
-from finetune.rundir import sha256_file
+from finetune.runtime.session import open_session
+from finetune.storage.files import sha256_file
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,6 +20,7 @@ from finetune.data.loader import EvalLoader
 from finetune.errors import DataError, DiskFull, TrainingError
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
+from finetune.storage.store import Store
 from finetune.train import prefix
 from finetune.train.cache import ShardWriter
 from finetune.train.features import Resources, Views, plan_prefix, pooled_features
@@ -36,9 +37,9 @@ class Watcher:
         self.updates: list[Progress] = []
         self.events: list[tuple[str, str]] = []
 
-    def resources(self, cache: Path, **given: object) -> Resources:
+    def resources(self, cache: Path, budget_bytes: int | None = None, **given: object) -> Resources:
         return Resources(
-            cache=cache,
+            Store(cache, budget_bytes),
             threads=2,
             progress=self.updates.append,
             event=lambda kind, message: self.events.append((kind, message)),
@@ -386,10 +387,10 @@ def test_an_engine_for_one_input_size_is_not_taken_for_another(
     larger = tiny_classifier().eval()
     larger.backbone.preprocess = preprocess
     assert plan_prefix(
-        larger, len(larger.backbone.stages), samples, [], Views(preprocess), Resources(cache=cache, threads=1)
+        larger, len(larger.backbone.stages), samples, [], Views(preprocess), Resources(Store(cache), threads=1)
     ).seconds
     assert np.allclose(
-        pooled_features(larger, samples, Views(preprocess), Resources(cache=cache, threads=1)),
+        pooled_features(larger, samples, Views(preprocess), Resources(Store(cache), threads=1)),
         expected(larger, samples),
         atol=1e-5,
     )

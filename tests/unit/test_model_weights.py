@@ -16,7 +16,7 @@ from finetune.errors import WeightsError
 from finetune.model import weights as module_under_test
 from finetune.model.backbone import build_backbone
 from finetune.model.weights import load_weights, resolve_weights
-from finetune.rundir import sha256_file
+from finetune.storage.files import sha256_file
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -15,17 +15,13 @@ from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.plan import make_plan
 from finetune.progress import Progress
 from finetune.spec import parse_spec
-
-
-@pytest.fixture(autouse=True)
-def _in_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+from finetune.storage.workspace import Workspace
 
 
 def test_a_wrong_folder_and_a_wrong_model_are_told_in_one_error(tmp_path: Path) -> None:
     spec = parse_spec({"training_file": str(tmp_path / "nowhere"), "model": "resnet5"})
     with pytest.raises(InvalidInput) as caught:
-        make_plan(spec)
+        make_plan(spec, Workspace.at(tmp_path / "home"))
     told = " ".join(problem.message for problem in caught.value.problems)
     assert "no such folder" in told
     assert "timm has no architecture 'resnet5'" in told
@@ -46,5 +42,5 @@ def test_a_wrong_model_is_told_without_waiting_for_every_file_to_be_read(tmp_pat
     monkeypatch.setattr(plan, "check_images", read_for_ever)
     root = write_classes(tmp_path / "photos", {"a": 2, "b": 2})
     with pytest.raises(UnknownBackbone):
-        make_plan(parse_spec({"training_file": str(root), "model": "resnet5"}))
+        make_plan(parse_spec({"training_file": str(root), "model": "resnet5"}), Workspace.at(tmp_path / "home"))
     assert len(given_up) == 1

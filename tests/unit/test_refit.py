@@ -15,7 +15,9 @@ from finetune.data.augment import build_augment
 from finetune.data.index import Dataset, Sample
 from finetune.data.split import split_dataset
 from finetune.model.classifier import Classifier
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train.average import copy_state
 from finetune.train.features import Views, pooled_features
 from finetune.train.fit import Decided
@@ -51,7 +53,7 @@ def dataset(samples: list[Sample]) -> Dataset:
 
 def context_of(dataset: Dataset, classifier: Classifier, run: RunDir) -> Context:
     augment = build_augment("none", None, classifier.backbone.preprocess)
-    return Context(dataset, augment, run.create(), Compute("cpu", "float32", 1), {"spec": "a"})
+    return Context(dataset, augment, run.create(), Compute("cpu", "float32", 1), {"spec": "a"}, Store(run.root.parent / "cache"))
 
 
 def train_and_refit(dataset: Dataset, run: RunDir, **given: Any) -> tuple[Any, Trained, Trained]:

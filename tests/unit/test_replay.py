@@ -14,7 +14,8 @@ from finetune.data.augment import build_augment
 from finetune.data.index import Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
 from finetune.model.classifier import Classifier
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train import prefix
 from finetune.train.features import Resources, Views
 from finetune.train.fit import Fitted, Saving, fit
@@ -43,7 +44,7 @@ def views_of(classifier: Classifier, count: int) -> Views:
 
 
 def activations_of(classifier: Classifier, stage: int, samples: list[Sample], cache: Path, count: int = 1) -> Activations:
-    found = cached_activations(classifier, stage, samples, views_of(classifier, count), Resources(cache=cache, threads=1))
+    found = cached_activations(classifier, stage, samples, views_of(classifier, count), Resources(Store(cache), threads=1))
     assert found is not None
     return found
 
@@ -169,7 +170,7 @@ def test_activations_beyond_float16_are_kept_as_float32(tmp_path: Path, samples:
     scaled = [name for name in last.parameters if name.endswith("weight")][-1]  # of its last batch norm
     dict(classifier.backbone.module.named_parameters())[scaled].data.mul_(1e7)
     events: list[tuple[str, str]] = []
-    resources = Resources(cache=tmp_path, threads=1, event=lambda kind, message: events.append((kind, message)))
+    resources = Resources(Store(tmp_path), threads=1, event=lambda kind, message: events.append((kind, message)))
     activations = cached_activations(classifier, 2, samples, views_of(classifier, 1), resources)
     assert activations is not None
     assert activations.rows.dtype == np.float32
@@ -180,9 +181,7 @@ def test_activations_beyond_float16_are_kept_as_float32(tmp_path: Path, samples:
 def test_without_room_there_are_no_activations_and_an_event_says_so(tmp_path: Path, samples: list[Sample]) -> None:
     classifier = tiny_classifier()
     events: list[tuple[str, str]] = []
-    resources = Resources(
-        cache=tmp_path, threads=1, budget_bytes=1000, event=lambda kind, message: events.append((kind, message))
-    )
+    resources = Resources(Store(tmp_path, 1000), threads=1, event=lambda kind, message: events.append((kind, message)))
     assert cached_activations(classifier, 2, samples, views_of(classifier, 1), resources) is None
     (kind, message), *_ = events
     assert kind == "cache_full"

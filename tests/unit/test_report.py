@@ -15,7 +15,8 @@ from finetune.evaluation import figures
 from finetune.evaluation.folds import CrossValidation, FoldScore
 from finetune.evaluation.metrics import Evaluation, confident_mistakes, evaluate_logits, fit_temperature
 from finetune.evaluation.report import ReportInputs, ShownMistake, draw_figures, render_report, write_report
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 pytestmark = pytest.mark.filterwarnings("error")
 

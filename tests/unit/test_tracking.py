@@ -22,7 +22,9 @@ from finetune.jobs.database import open_database
 from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
-from finetune.rundir import RunDir, read_json, read_lines, write_json
+from finetune.storage.files import read_json, write_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 from finetune.tracking import MlflowTracker, NoTracker, destination, open_run, read_record, replay, run_url, ui_command
 
 SECONDS = 60  # a bound for a hang, never a wait
@@ -128,7 +130,7 @@ def test_a_run_killed_with_kill_9_goes_on_in_the_same_mlflow_run_without_duplica
     program = f"""
 import os, signal
 from pathlib import Path
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
 from finetune.tracking import open_run
 run = RunDir(Path({str(run.root)!r}))
 for step in range(5):

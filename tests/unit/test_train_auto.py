@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train import auto
 from finetune.train.auto import paired_gain, train_until_it_stops_paying
 from finetune.train.methods import Compute, Context, Trained
@@ -66,7 +68,7 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
     monkeypatch.setattr(auto, "_correct", lambda model, *_: right(int(model.bias.item())))
     run = RunDir(tmp_path / "run").create()
     recipes = [SimpleNamespace(method=method) for method in counts]
-    context = Context(None, None, run, Compute("cpu", "float32", 1), identity={})  # type: ignore[arg-type]
+    context = Context(None, None, run, Compute("cpu", "float32", 1), identity={}, store=Store(tmp_path))  # type: ignore[arg-type]
     trained = train_until_it_stops_paying(classifier, recipes, context)  # type: ignore[arg-type]
 
     assert done == tried

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from finetune.rundir import write_atomic
+from finetune.storage.store import Store
 from finetune.train import cache as cache_module
 from finetune.train.cache import RowCache
 
@@ -20,7 +18,7 @@ SHAPE = (3, 5)
 
 
 def open_cache(root: Path, budget_bytes: int = 10**9, space: str = "space") -> RowCache:
-    return RowCache(root, space, SHAPE, "float16", budget_bytes)
+    return RowCache(Store(root, budget_bytes), space, SHAPE, "float16")
 
 
 def keys_and_rows(numbers: range) -> tuple[np.ndarray, np.ndarray]:
@@ -146,39 +144,6 @@ def test_a_killed_process_leaves_only_whole_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.take(there), rows[there])
 
 
-def age(path: Path, seconds: float) -> None:
-    os.utime(path, (time.time() - seconds, time.time() - seconds))
-
-
-def test_room_is_made_by_deleting_what_was_used_least_recently(tmp_path: Path) -> None:
-    for space, seconds in (("old", 300.0), ("older", 600.0), ("new", 10.0)):
-        fill(open_cache(tmp_path, space=space), range(100))
-        for shard in (tmp_path / space).glob("*.shard"):
-            age(shard, seconds)
-    size = sum(path.stat().st_size for path in tmp_path.rglob("*.shard"))
-    assert open_cache(tmp_path, budget_bytes=size).make_room(90)
-    left = {path.parent.name for path in tmp_path.rglob("*.shard")}
-    assert left == {"old", "new"}
-
-
-def test_what_this_run_uses_is_not_deleted_and_looking_counts_as_use(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path)
-    fill(cache, range(100))
-    (shard,) = tmp_path.rglob("*.shard")
-    age(shard, 1000.0)
-    cache.find(keys_and_rows(range(1))[0])
-    assert time.time() - shard.stat().st_mtime < 500
-    cache.budget_bytes = shard.stat().st_size + 10 * cache.row_bytes
-    assert not cache.make_room(50)
-    assert shard.exists()
-
-
-def test_more_than_the_budget_is_refused_without_deleting_anything(tmp_path: Path) -> None:
-    fill(open_cache(tmp_path), range(10))
-    assert not open_cache(tmp_path, budget_bytes=1000).make_room(1000)
-    assert len(open_cache(tmp_path).find(keys_and_rows(range(10))[0]).missing) == 0
-
-
 def test_rows_stay_readable_after_another_process_made_room(tmp_path: Path) -> None:
     fill(open_cache(tmp_path), range(10))
     keys, rows = keys_and_rows(range(10))
@@ -186,16 +151,6 @@ def test_rows_stay_readable_after_another_process_made_room(tmp_path: Path) -> N
     for shard in tmp_path.rglob("*.shard"):
         shard.unlink()
     np.testing.assert_array_equal(found.take(np.arange(10)), rows)
-
-
-def test_leftovers_of_dead_processes_are_cleared_away(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path)
-    fill(cache, range(1))
-    for name, seconds in ((".a.shard.1.tmp", 7200.0), (".b.shard.2.tmp", 60.0)):
-        write_atomic(cache.folder / name, lambda stream: stream.write(b"half"))
-        age(cache.folder / name, seconds)
-    assert cache.make_room(1)
-    assert [path.name for path in cache.folder.glob("*.tmp")] == [".b.shard.2.tmp"]
 
 
 def test_rows_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from finetune.data.index import Sample
 from finetune.data.loader import Batch, EvalLoader
 from finetune.errors import CheckpointError, TrainingError
 from finetune.progress import Progress
-from finetune.rundir import RunDir, read_lines
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 from finetune.train import checkpoint, fit
 from finetune.train.fit import TrainBatches, improves
 from finetune.train.interrupt import Interrupted

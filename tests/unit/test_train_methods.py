@@ -12,7 +12,8 @@ from tiny_training import tiny_classifier, tiny_recipe, write_images
 from finetune.data.augment import build_augment
 from finetune.data.index import Dataset
 from finetune.data.split import split_dataset
-from finetune.rundir import RunDir
+from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train.methods import Compute, Context, train_classifier
 
 
@@ -32,7 +33,8 @@ def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path
     classifier.backbone.register_forward_pre_hook(lambda module, inputs: seen.update([(module.training, inputs[0].shape[-1])]))
     augment = build_augment("default", None, classifier.backbone.preprocess)
     run = RunDir(tmp_path / "run").create()
-    train_classifier(classifier, recipe, Context(dataset, augment, run, Compute("cpu", "float32", 1), identity={}))
+    context = Context(dataset, augment, run, Compute("cpu", "float32", 1), identity={}, store=Store(tmp_path / "cache"))
+    train_classifier(classifier, recipe, context)
     assert seen[True, 48] == recipe.n_steps == 3
     assert seen[False, 64] > 0
     assert set(seen) == {(True, 48), (False, 64)}

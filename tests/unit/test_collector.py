@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from finetune.garbage import all_of_it_stays, not_now
+from finetune.runtime.collector import collection_paused, objects_exempt
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ class Knot:
         self.itself = self
 
 
-@pytest.mark.parametrize("paused", [all_of_it_stays, not_now])
+@pytest.mark.parametrize("paused", [objects_exempt, collection_paused])
 def test_the_collector_rests_inside_and_works_afterwards(paused: Callable[[], AbstractContextManager[None]]) -> None:
     assert gc.isenabled()
     with paused():
@@ -33,14 +33,14 @@ def test_the_collector_rests_inside_and_works_afterwards(paused: Callable[[], Ab
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("paused", [all_of_it_stays, not_now])
+@pytest.mark.parametrize("paused", [objects_exempt, collection_paused])
 def test_the_collector_works_after_a_failure_too(paused: Callable[[], AbstractContextManager[None]]) -> None:
     with pytest.raises(ZeroDivisionError), paused():
         raise ZeroDivisionError
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("paused", [all_of_it_stays, not_now])
+@pytest.mark.parametrize("paused", [objects_exempt, collection_paused])
 def test_a_collector_that_was_off_stays_off(paused: Callable[[], AbstractContextManager[None]]) -> None:
     gc.disable()
     try:
@@ -52,7 +52,7 @@ def test_a_collector_that_was_off_stays_off(paused: Callable[[], AbstractContext
 
 
 def test_what_is_put_off_is_found_later() -> None:
-    with not_now():
+    with collection_paused():
         knot = weakref.ref(Knot())
     assert knot() is not None
     gc.collect()
@@ -60,7 +60,7 @@ def test_what_is_put_off_is_found_later() -> None:
 
 
 def test_what_is_said_to_stay_is_not_looked_at_again() -> None:
-    with all_of_it_stays():
+    with objects_exempt():
         knot = weakref.ref(Knot())
     gc.collect()
     assert knot() is not None

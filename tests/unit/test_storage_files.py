@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DiskFull
-from finetune.rundir import RunDir, atomic_path, read_json, read_lines, write_atomic, write_json
+from finetune.storage.files import atomic_path, read_json, write_atomic, write_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path):

@@ -1,0 +1,149 @@
+"""Write whole files and whole folders: everything goes to a temporary name first and is renamed when it is complete.
+
+A file or folder under its final name is therefore always whole, whatever happened to the process that wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.errors import DiskFull
+
+TEMPORARY_SUFFIX = ".tmp"
+"""What the names of unfinished files and folders end in; they also begin with a dot."""
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success flush it to disk and rename it over `target`.
+
+    Raises:
+        DiskFull: the disk filled up while writing; `target` is as it was before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_beside(target)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as the umask allows
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"{target}: the disk is full. Free some space and run the same command again; it resumes.") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on success rename it to `target`, replacing what is there; on an error delete it.
+
+    Raises:
+        DiskFull: the disk filled up while writing; `target` is as it was before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _temporary_beside(target)
+    folder.mkdir()
+    try:
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"{target}: the disk is full. Free some space and run the same command again; it resumes.") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write `target` whole or not at all; `write` gets the open binary file."""
+    with atomic_path(target) as temporary, open(temporary, "wb") as stream:
+        write(stream)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    data = json_text(value, indent=2).encode()
+    write_atomic(target, lambda stream: stream.write(data + b"\n"))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON text that UTF-8 can encode.
+
+    A file name that is not UTF-8 reaches Python with lone surrogates, which only ASCII JSON can hold (as ``\\udcXX`` escapes).
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
+
+
+def read_json(path: Path) -> Any:
+    """Return the decoded content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's content as hexadecimal text."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def delete_temporary(folder: Path) -> None:
+    """Delete what writers that were killed left unfinished under `folder`. Nobody may be writing there."""
+    for leftover in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on the file `path` while the block runs; yield whether the lock was had.
+
+    The kernel releases the lock when the process dies. The file itself stays. Without `wait`, a lock that another process holds
+    gives False at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_beside(target: Path) -> Path:
+    # File systems take names of 255 bytes: a long name is cut, the random part keeps it unique.
+    stem = os.fsencode(target.name)[:180].decode("utf-8", "ignore")
+    return target.with_name(f".{stem}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")

@@ -1,0 +1,37 @@
+"""Append-only journals: one JSON object a line, each written with a single call."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.storage.files import json_text
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line. A line that a killed process left unfinished is closed first, so that it spoils no other."""
+    line = json_text(record) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (("\n" if torn else "") + line).encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return all whole lines of a journal, none if there is no file. An unfinished line is left out."""
+    if not path.exists():
+        return []
+    records = []
+    # Not splitlines(): a message may hold other characters that Python takes for line ends, such as U+2028.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

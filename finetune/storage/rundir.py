@@ -1,0 +1,123 @@
+"""The run folder: where one execution of a job writes everything it produces. A file that exists there is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Conflict
+from finetune.storage.files import delete_temporary, file_lock
+from finetune.storage.journal import append_line
+
+
+class RunBusy(Conflict):
+    code, exit_code = "run_busy", os.EX_TEMPFAIL
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run folder, and its two journals (JSON Lines, append-only, each line carries ``at`` in Unix seconds)."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "spec.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.root / "resolved.json"
+
+    @property
+    def split(self) -> Path:
+        return self.root / "split.csv"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        return self.root / "mlflow.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def folds(self) -> Path:
+        return self.root / "folds.json"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / "held_out.npy"
+
+    def fold(self, number: int) -> RunDir:
+        """The run folder of a fold of this run, from 1."""
+        return RunDir(self.root / "folds" / str(number))
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def progress(self) -> Path:
+        return self.root / "progress.json"
+
+    @property
+    def error(self) -> Path:
+        return self.root / "error.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    def create(self) -> RunDir:
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out of this run while the block runs; the kernel lets go when this process dies.
+
+        Raises:
+            RunBusy: another process is in the run.
+        """
+        with file_lock(self.create().root / ".lock", wait=False) as had:
+            if not had:
+                raise RunBusy(f"{self.root}: another process is working on this run; wait for it, or give another --run-dir")
+            delete_temporary(self.root)
+            yield
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Append one line to ``events.jsonl``: what happened, for a person (`message`) and for a program (`kind`, `data`)."""
+        append_line(self.events, {"at": time.time(), "kind": kind, "message": message, **data})
+
+    def metric(self, step: int, values: Mapping[str, float], *, epoch: float | None = None) -> None:
+        """Append one line of metrics (keys are ``split/name``) to ``metrics.jsonl``; `step` counts optimiser steps."""
+        append_line(self.metrics, {"at": time.time(), "step": step, "epoch": epoch, "values": dict(values)})

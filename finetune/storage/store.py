@@ -1,0 +1,124 @@
+"""The store of what can be computed again: features, decoded pixels, exported prefixes. One folder, one byte budget.
+
+Each kind of content has a namespace, a folder inside the store. When room is needed, the least recently used files of all
+namespaces are deleted together, but never what was used since this `Store` was made: a run does not delete what it works on.
+Small notes that save much work (which bytes decode) are kept outside the budget. Any number of processes may use one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.storage.files import TEMPORARY_SUFFIX
+
+Namespace = Literal["features", "pixels", "engines", "notes"]
+BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines")
+
+LARGEST_BUDGET_BYTES = 20 * 1024**3
+ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    used_at: float  # Unix seconds
+    path: Path
+    n_bytes: int
+
+
+class Store:
+    """The cache folder of a workspace. Safe between threads; other processes may read, write and delete at the same time."""
+
+    def __init__(self, root: Path, budget_bytes: int | None = None) -> None:
+        """Open the store in `root`.
+
+        Args:
+            budget_bytes: the most that the budgeted namespaces may hold; by default half of what the disk could give them, at
+                most 20 GiB.
+        """
+        self.root = root
+        self.opened_at = time.time()
+        self._lock = threading.Lock()
+        self._given_budget = budget_bytes
+        self._room_bytes: int | None = None  # counted when room is first asked for
+        self._deletable: list[_Entry] = []  # the least recently used one last
+
+    def folder(self, namespace: Namespace) -> Path:
+        """Return the folder of a namespace, which may not exist yet."""
+        return self.root / namespace
+
+    @property
+    def budget_bytes(self) -> int:
+        """The most bytes that the budgeted namespaces may hold together."""
+        if self._given_budget is not None:
+            return self._given_budget
+        self.root.mkdir(parents=True, exist_ok=True)
+        used = sum(entry.n_bytes for entry in self._entries())
+        return min(LARGEST_BUDGET_BYTES, (shutil.disk_usage(self.root).free + used) // 2)
+
+    def reserve(self, n_bytes: int) -> bool:
+        """Make room for `n_bytes` and count them as used; return False if they cannot fit.
+
+        Files that were not used since this store was opened are deleted for it, the least recently used ones first.
+        """
+        with self._lock:
+            if self._room_bytes is None:
+                self._take_stock()
+            assert self._room_bytes is not None
+            if self._room_bytes + sum(entry.n_bytes for entry in self._deletable) < n_bytes:
+                return False
+            while self._room_bytes < n_bytes and self._deletable:
+                entry = self._deletable.pop()
+                if _used_at(entry.path) < self.opened_at:
+                    entry.path.unlink(missing_ok=True)
+                    self._room_bytes += entry.n_bytes
+            if self._room_bytes < n_bytes:
+                return False
+            self._room_bytes -= n_bytes
+            return True
+
+    def forget_room(self) -> None:
+        """Count the room anew when it is next asked for: the disk was fuller than it seemed."""
+        with self._lock:
+            self._room_bytes = None
+
+    def _take_stock(self) -> None:
+        entries = sorted(self._entries(), reverse=True)
+        self._deletable = [entry for entry in entries if entry.used_at < self.opened_at]
+        budget = self.budget_bytes
+        self._room_bytes = max(0, budget - sum(entry.n_bytes for entry in entries))
+
+    def _entries(self) -> Iterator[_Entry]:
+        """Every file of the budgeted namespaces. Temporary files of processes that died are deleted on the way."""
+        for namespace in BUDGETED:
+            for path in self.folder(namespace).rglob("*"):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue  # another process made room
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if path.suffix == TEMPORARY_SUFFIX and time.time() - status.st_mtime > ABANDONED_SECONDS:
+                    path.unlink(missing_ok=True)
+                    continue
+                yield _Entry(status.st_mtime, path, status.st_size)
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file of a store was used now."""
+    os.utime(path)
+
+
+def _used_at(path: Path) -> float:
+    """Return when a file was last used; infinity if another process has just deleted it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
