@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.split import write_split
 from finetune.evaluate import labels_of
 from finetune.evaluation.folds import CrossValidation, FoldScore, pool, read_fold, write_fold

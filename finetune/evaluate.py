@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import check_images
-from finetune.data.index import Dataset, Sample, index_dataset
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.index import index_dataset
 from finetune.data.loader import EvalLoader
 from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
 from finetune.evaluation.metrics import Evaluation, evaluate_logits
@@ -36,7 +38,7 @@ def score(
 
 def labels_of(samples: Sequence[Sample]) -> np.ndarray:
     """(N,) int64"""
-    return np.array([sample.label for sample in samples], dtype=np.int64)
+    return np.array([sample.target for sample in samples], dtype=np.int64)
 
 
 def evaluate_bundle(folder: Path, data: Path, split: str | None = None, progress: ProgressCallback = silent) -> Evaluation:
@@ -69,13 +71,10 @@ def _chosen(dataset: Dataset, split: str | None) -> Sequence[Sample]:
 def _relabelled(dataset: Dataset, samples: Sequence[Sample], classes: Sequence[str]) -> Sequence[Sample]:
     """`samples` with labels counted in the bundle's classes."""
     position = {name: label for label, name in enumerate(classes)}
-    unknown = [
-        dataset.classes[label] for label in sorted({sample.label for sample in samples}) if dataset.classes[label] not in position
-    ]
+    named = sorted({name for sample in samples for name in dataset.label_names(sample)})
+    unknown = [name for name in named if name not in position]
     if unknown:
         problems = [Problem(name, f"not a class of this model.{did_you_mean(name, classes)}") for name in unknown]
         raise DataError(f"{dataset.root}: the model knows {', '.join(classes)}", problems)
-    return [
-        Sample(sample.path, position[dataset.classes[sample.label]], sample.split, sample.sha256, sample.size_px)
-        for sample in samples
-    ]
+    of_bundle = [position.get(name, -1) for name in dataset.classes]
+    return [replace(sample, target=of_bundle[sample.labels[0]]) for sample in samples]

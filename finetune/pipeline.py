@@ -231,8 +231,8 @@ def shown_mistakes(plan: Plan, verdict: Verdict, split: str, limit: int = 12) ->
     classes, preprocess = plan.dataset.classes, plan.backbone.preprocess
     return [
         ShownMistake(
-            image=preprocess.load_file(samples[mistake.index].path),
-            file=plan.dataset.relative(samples[mistake.index].path),
+            image=samples[mistake.index].decode(preprocess.load),
+            file=samples[mistake.index].id,
             true=classes[mistake.true],
             predicted=classes[mistake.predicted],
             confidence=mistake.confidence,
@@ -289,9 +289,7 @@ def _announce(plan: Plan, run: RunDir, tracker: Tracker) -> None:
             {"spec": resolved["spec"], "recipe": {k: v for k, v in resolved["recipe"].items() if k not in ("phases", "sources")}}
         )
     )
-    tracker.dataset(
-        plan.dataset.root.name, plan.dataset.digest, str(plan.dataset.root), {"classes": list(plan.dataset.classes), **counts}
-    )
+    tracker.dataset(plan.dataset.name, plan.dataset.digest, plan.dataset.root, {"classes": list(plan.dataset.classes), **counts})
     tracker.tags({"method": plan.spec.method.type, "backbone": plan.backbone.name, "model": plan.model_name})
 
 

@@ -15,7 +15,8 @@ import torch
 
 from finetune.data.augment import Augment, build_augment
 from finetune.data.check import ResizeAdvice, advise_resize, check_images, image_facts
-from finetune.data.index import Dataset, index_dataset
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
 from finetune.data.split import fold_datasets, read_split, split_dataset, write_split
 from finetune.errors import InvalidInput, Problem
 from finetune.export import DeployModule, Graph, dry_run_export
@@ -70,7 +71,7 @@ class Plan:
 
     @property
     def model_name(self) -> str:
-        return self.spec.suffix or as_model_name(self.dataset.root.name)
+        return self.spec.suffix or as_model_name(self.dataset.name)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved values and where each came from, as ``resolved.json`` holds them."""
@@ -80,11 +81,11 @@ class Plan:
             "spec_digest": self.spec.digest(),
             "model_name": self.model_name,
             "dataset": {
-                "root": str(self.dataset.root),
+                "root": self.dataset.root,
                 "digest": self.dataset.digest,
                 "classes": list(self.dataset.classes),
                 "counts": self.dataset.counts(),
-                "quarantined": [{"file": str(bad.path), "reason": bad.reason} for bad in self.dataset.bad],
+                "quarantined": [{"file": bad.where, "reason": bad.reason} for bad in self.dataset.bad],
                 "warnings": list(self.dataset.warnings),
             },
             "preprocess": self.backbone.preprocess.to_dict(),

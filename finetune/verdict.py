@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.crossval import OutOfFold
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.evaluate import labels_of, score
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.metrics import Evaluation, Temperature, evaluate_logits, fit_temperature

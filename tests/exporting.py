@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from folders import local_sample
 from PIL import Image
 
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.export import BundleFacts
 from finetune.export.graph import INPUT_NAME, DeployModule, evaluating
 from finetune.model.backbone import build_backbone
@@ -77,7 +78,7 @@ def pictures(folder: Path, count: int = 9) -> list[Sample]:
     """The first pictures as PNG files, labelled in turn."""
     for number in range(count):
         picture(number).save(folder / f"{number}.png")
-    return [Sample(folder / f"{number}.png", number % len(CLASSES), "val") for number in range(count)]
+    return [local_sample(folder / f"{number}.png", number % len(CLASSES), "val") for number in range(count)]
 
 
 def _some_pictures(classifier: Classifier) -> torch.Tensor:

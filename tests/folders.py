@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from finetune.data.dataset import LocalFile, Sample
+
 
 def encoded(content: str, size_px: tuple[int, int] = (20, 16), format: str = "PNG", **options: int) -> bytes:
     """An image file (width, height) whose pixels are a function of `content`."""
@@ -30,3 +32,16 @@ def write_classes(root: Path, counts: Mapping[str, int], size_px: tuple[int, int
         for number in range(count):
             (folder / f"{number}.png").write_bytes(encoded(f"{root.name}/{name}/{number}", size_px))
     return root
+
+
+def local_sample(
+    path: Path, target: int, split: str | None = None, sha256: str = "", size_px: tuple[int, int] | None = None
+) -> Sample:
+    """A sample on disk whose id is its path."""
+    return Sample(str(path), LocalFile(path), target, split, sha256=sha256, size_px=size_px)
+
+
+def path_of(sample: Sample) -> Path:
+    """Where a sample on disk lies."""
+    assert isinstance(sample.file, LocalFile)
+    return sample.file.path

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from folders import local_sample
 from PIL import Image
 
 from finetune.data.augment import build_augment
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.loader import EvalLoader, TrainLoader
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
@@ -40,7 +41,7 @@ def write_images(folder: Path, count: int) -> list[Sample]:
         pixels[:, :: label + 2, label] += 100
         path = folder / f"{number:03d}.png"
         Image.fromarray(pixels).save(path)
-        samples.append(Sample(path=path, label=label, split="train"))
+        samples.append(local_sample(path, label, "train"))
     return samples
 
 

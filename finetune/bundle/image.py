@@ -116,7 +116,7 @@ def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         raise ImageError(f"the file cannot be read: {error.strerror or error}") from None
 
 
-def naming(path: Path, error: ImageError) -> ImageError:
+def naming(path: Path | str, error: ImageError) -> ImageError:
     """The same error with the file in front of its message."""
     return type(error)(f"{path}: {error.message}")
 

@@ -20,10 +20,11 @@ from typing import Literal
 import numpy as np
 import PIL
 
-from finetune.bundle.image import image_size, read_bytes
-from finetune.data.index import BadImage, Dataset, Sample, natural_list, plural, printable
+from finetune.bundle.image import image_size
+from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, ImageError, Problem
+from finetune.messages import natural_list, plural, printable
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.cores import available_cores
 
@@ -128,11 +129,11 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 def _inspect(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:
     """One read of one file gives its digest, its size and the verdict."""
     try:
-        data = read_bytes(sample.path)
+        data = sample.file.read()
         sha256 = hashlib.sha256(data).hexdigest()
         size_px = known.get(sha256) or image_size(data)  # which decodes the whole file
     except ImageError as error:
-        return BadImage(sample.path, error.message)
+        return BadImage(str(sample.file), error.message)
     return replace(sample, sha256=sha256, size_px=size_px)
 
 
@@ -170,7 +171,7 @@ def _judge_bad(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) ->
     n_bad, n_files = len(dataset.bad), len(dataset.bad) + len(dataset.samples)
     if n_bad == 0 or (on_bad == "quarantine" and n_bad <= max_bad_fraction * n_files):
         return
-    problems = [Problem(printable(image.path), image.reason) for image in dataset.bad[:LISTED]]
+    problems = [Problem(printable(image.where), image.reason) for image in dataset.bad[:LISTED]]
     if n_bad > LISTED:
         problems.append(Problem("", f"and {n_bad - LISTED:,} more"))
     count = f"{printable(dataset.root)}: {n_bad:,} of {plural(n_files, 'image')} cannot be read"
@@ -203,11 +204,11 @@ def _warnings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def _conflicts(dataset: Dataset, repeated: Sequence[Sequence[Sample]]) -> list[str]:
-    conflicting = [group for group in repeated if len({sample.label for sample in group}) > 1]
+    conflicting = [group for group in repeated if len({sample.target for sample in group}) > 1]
     if not conflicting:
         return []
     n_files = sum(len(group) for group in conflicting)
-    pairs = Counter(" and ".join(sorted({dataset.classes[sample.label] for sample in group})) for group in conflicting)
+    pairs = Counter(" and ".join(sorted({" + ".join(dataset.label_names(sample)) for sample in group})) for group in conflicting)
     kinds = natural_list(f"{names} ({count:,})" for names, count in pairs.most_common())
     return [
         f"{plural(len(conflicting), 'photograph')} in more than one class ({n_files:,} files with the same bytes): {kinds}; "
@@ -229,4 +230,4 @@ def _leaks(dataset: Dataset, repeated: Sequence[Sequence[Sample]]) -> list[str]:
 
 
 def _example(dataset: Dataset, group: Sequence[Sample]) -> str:
-    return " = ".join(printable(dataset.relative(sample.path)) for sample in group[:3])
+    return " = ".join(printable(sample.id) for sample in group[:3])

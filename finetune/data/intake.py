@@ -12,12 +12,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.data.archive import DEFAULT_LIMITS, ArchiveError, ArchiveLimits, unpack_archive
-from finetune.data.index import Dataset, index_dataset
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
 from finetune.errors import DataError, DiskFull, FinetuneError, Problem
 
 MEMORY_BYTES = 1 << 30
@@ -74,7 +75,7 @@ def _look(archive: Path, target: Path, limits: ArchiveLimits) -> dict[str, Any]:
         return _refusal(ArchiveError("reading the archive takes too much memory; its table of contents is not plausible"), target)
     except (ArchiveError, DataError, DiskFull) as error:
         return _refusal(error, target)
-    left_out = [f"{dataset.relative(bad.path)}: {bad.reason}" for bad in dataset.bad]
+    left_out = [f"{bad.where}: {bad.reason}" for bad in dataset.bad]
     warnings = tuple(_without(target, warning) for warning in (*dataset.warnings, *left_out))
     return asdict(Intake(unpacked.kind, unpacked.n_files, unpacked.size_bytes, dataset.classes, dataset.counts(), warnings[:100]))
 
@@ -88,7 +89,7 @@ def describe(folder: Path) -> Dataset:
             dataset = index_dataset(folder, validation=folder)
         except DataError:
             raise original from None
-        return Dataset(dataset.root, dataset.classes, dataset.of("val"), dataset.bad, dataset.warnings)
+        return replace(dataset, samples=dataset.of("val"))
 
 
 def _refusal(error: FinetuneError, target: Path) -> dict[str, Any]:

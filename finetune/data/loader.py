@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.bundle.image import read_image
+from finetune.bundle.image import decode_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment, sample_seed
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.parallel import ordered_map
 from finetune.data.pixels import PixelStore
 
@@ -49,7 +49,7 @@ class EvalLoader:
     def _image(self, index: int) -> np.ndarray:
         sample = self.samples[index]
         if self.pixels is None:
-            return self.preprocess.load_file(sample.path)
+            return sample.decode(self.preprocess.load)
         return self.preprocess(self.pixels.read(sample, self.preprocess.decode_short_side_px))
 
 
@@ -78,7 +78,7 @@ class TrainLoader:
     def _view(self, index: int) -> np.ndarray:
         sample, short_side_px = self.samples[index], self.augment.decode_short_side_px
         if self.pixels is None:
-            rgb = read_image(sample.path, short_side_px=short_side_px)
+            rgb = sample.decode(lambda data: decode_image(data, short_side_px=short_side_px))
         else:
             rgb = self.pixels.read(sample, short_side_px)
         return self.augment(rgb, sample_seed(self.seed, self.epoch, index))
@@ -100,7 +100,7 @@ def load_batches(
     samples: Sequence[Sample], order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int
 ) -> Iterator[Batch]:
     """Batches of ``load(index)`` for the indices in `order`, with about two batches of images in memory ahead of the reader."""
-    labels = np.array([sample.label for sample in samples], dtype=np.int64)
+    labels = np.array([sample.target for sample in samples], dtype=np.int64)
     ahead = max(2 * threads, min(2 * batch_size, 256))
     with closing(ordered_map(load, order.tolist(), threads=threads, ahead=ahead)) as images:
         for start in range(0, len(order), batch_size):

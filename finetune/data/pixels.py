@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from finetune.bundle.image import decode_image, naming, read_bytes
-from finetune.data.index import Sample
+from finetune.bundle.image import decode_image, naming
+from finetune.data.dataset import Sample
 from finetune.errors import DiskFull, ImageError
 from finetune.storage.files import write_atomic
 from finetune.storage.store import Store, mark_used
@@ -40,10 +40,10 @@ class PixelStore:
         if path is not None and (stored := _load(path)) is not None:
             return stored
         try:
-            data = read_bytes(sample.path)
+            data = sample.file.read()
             rgb = decode_image(data, short_side_px=short_side_px)
         except ImageError as error:
-            raise naming(sample.path, error) from None
+            raise naming(str(sample.file), error) from None
         unchanged = path is not None and hashlib.sha256(data).hexdigest() == sample.sha256  # since it was checked
         if path is not None and unchanged:
             self._store(path, rgb)

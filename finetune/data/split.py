@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.data.index import SPLITS, Dataset, Sample, natural_list, plural, printable
+from finetune.data.dataset import SPLITS, Dataset, Sample
 from finetune.errors import DataError, Problem
+from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 
 COLUMNS = ("path", "label", "split", "sha256")
@@ -120,7 +121,7 @@ def write_split(path: Path, dataset: Dataset) -> None:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for sample in dataset.samples:
-        rows.writerow((dataset.relative(sample.path), dataset.classes[sample.label], sample.split or "", sample.sha256))
+        rows.writerow((sample.id, dataset.label_text(sample), sample.split or "", sample.sha256))
     # File names may be any bytes: surrogateescape writes back the very bytes that the file system gave.
     write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
@@ -135,12 +136,12 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
     problems = []
     samples = []
     for sample in dataset.samples:
-        name = dataset.relative(sample.path)
+        name = sample.id
         label, split, sha256 = recorded.pop(name, ("", "", ""))
         if not split:
             problems.append(Problem(printable(name), "is in the dataset, but not in the recorded split"))
-        elif label != dataset.classes[sample.label]:
-            problems.append(Problem(printable(name), f"was {label!r}, now {dataset.classes[sample.label]!r}"))
+        elif label != dataset.label_text(sample):
+            problems.append(Problem(printable(name), f"was {label!r}, now {dataset.label_text(sample)!r}"))
         elif sha256 and sample.sha256 and sha256 != sample.sha256:
             problems.append(Problem(printable(name), "has other bytes than when the split was recorded"))
         samples.append(replace(sample, split=split or None))
@@ -155,7 +156,7 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
 
 def _identity(dataset: Dataset, sample: Sample) -> str:
     """What is drawn: the image's bytes; its relative path for datasets that nobody has checked."""
-    return sample.sha256 or dataset.relative(sample.path)
+    return sample.sha256 or sample.id
 
 
 def _draws_by_class(dataset: Dataset, samples: Iterable[Sample], seed: int) -> dict[int, list[list[Sample]]]:
@@ -173,8 +174,13 @@ def _lot(seed: int, identity: str) -> bytes:
     return hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16, key=seed.to_bytes(8, "little")).digest()
 
 
+def _stratum(sample: Sample) -> int:
+    """Return the class that a sample is drawn with: its first label, -1 for a sample without labels."""
+    return sample.labels[0] if sample.labels else -1
+
+
 def _main_label(draw: Sequence[Sample]) -> int:
-    counts = Counter(sample.label for sample in draw)
+    counts = Counter(_stratum(sample) for sample in draw)
     return min(counts, key=lambda label: (-counts[label], label))
 
 
@@ -237,8 +243,8 @@ def _foldable(count: int) -> str:
 
 
 def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:
-    def key(sample: Sample) -> tuple[int, int, str]:
-        return SPLITS.index(sample.split or "train"), sample.label, dataset.relative(sample.path)
+    def key(sample: Sample) -> tuple[int, tuple[int, ...], str]:
+        return SPLITS.index(sample.split or "train"), sample.labels, sample.id
 
     return replace(dataset, samples=tuple(sorted(samples, key=key)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,13 +60,13 @@ class Parity:
         return found
 
 
-def parity(module: DeployModule, predictor: Predictor, files: Sequence[Path], *, n_from_bytes: int = 8) -> Parity:
+def parity(module: DeployModule, predictor: Predictor, files: Sequence[bytes], *, n_from_bytes: int = 8) -> Parity:
     """Compare `module` (torch) with `predictor` on all `files` in batches of each size, and on the first of them file by file.
 
     The torch side reads its images with the classifier's own preprocessing, so a bundle that carries another one is found out.
     """
     preprocess = module.classifier.backbone.preprocess
-    images = np.stack([preprocess.load_file(path) for path in files])  # (N, h, w, 3) uint8
+    images = np.stack([preprocess.load(data) for data in files])  # (N, h, w, 3) uint8
     expected = torch_outputs(module, images)
     batch_sizes = (*BATCH_SIZES, *[BATCH_SIZES[-1]] * ((len(images) - 1) // BATCH_SIZES[-1]))
     taken = np.arange(sum(batch_sizes)) % len(images)  # where images run out, they start over
@@ -108,10 +107,10 @@ def _onnx_outputs(predictor: Predictor, images: np.ndarray, batch_sizes: Sequenc
     return _joined([predictor.run(images[end - size : end]) for end, size in zip(ends, batch_sizes, strict=True)])
 
 
-def _probs_from_bytes(predictor: Predictor, files: Sequence[Path]) -> np.ndarray:
+def _probs_from_bytes(predictor: Predictor, files: Sequence[bytes]) -> np.ndarray:
     """(N, C) float32: what a client that sends the files gets, in the order of the classes."""
     classes = predictor.manifest.classes
-    answers = [dict(predictor.predict(path.read_bytes(), top_k=len(classes)).labels) for path in files]
+    answers = [dict(predictor.predict(data, top_k=len(classes)).labels) for data in files]
     return np.array([[answer[name] for name in classes] for answer in answers], np.float32)
 
 

@@ -18,7 +18,7 @@ from finetune import __version__
 from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
 from finetune.bundle.predictor import Predictor, write_probe
 from finetune.bundle.preprocess import Preprocess
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import N_IMAGES, parity
 from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, trace, with_metadata
@@ -75,7 +75,7 @@ def export_bundle(
     """
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
-    files = [sample.path for sample in _spread(samples, N_IMAGES)]
+    files = [sample.read() for sample in _spread(samples, N_IMAGES)]
     module = DeployModule(classifier, facts.temperature)
     progress(Progress("exporting", 0, 3, "steps", message="writing the ONNX graph"))
     model = fill(graph or trace(module), module)
@@ -106,9 +106,9 @@ def _quantised(
     judged = _spread(samples, _N_JUDGED)
     return quantize_if_as_good(
         model,
-        calibration=np.stack([preprocess.load_file(sample.path) for sample in _spread(training, N_CALIBRATION)]),
-        images=np.stack([preprocess.load_file(sample.path) for sample in judged]),
-        labels=np.array([sample.label for sample in judged]),
+        calibration=np.stack([sample.decode(preprocess.load) for sample in _spread(training, N_CALIBRATION)]),
+        images=np.stack([sample.decode(preprocess.load) for sample in judged]),
+        labels=np.array([sample.target for sample in judged]),
         threads=torch.get_num_threads(),
     )
 
@@ -118,11 +118,10 @@ def _said_of(outcome: Quantization) -> dict[str, Any]:
     return {"quantization": outcome.to_dict(), **tolerance}
 
 
-def _write(folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, probe_files: Sequence[Path]) -> Manifest:
+def _write(folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, encoded: Sequence[bytes]) -> Manifest:
     """The three files, the manifest last."""
     described = with_metadata(model, manifest.model_metadata())
     write_atomic(folder / MODEL, lambda stream: stream.write(described))
-    encoded = [path.read_bytes() for path in probe_files]
     images = np.stack([manifest.preprocess.load(data) for data in encoded])  # (N, h, w, 3) uint8
     write_probe(folder / PROBE, encoded, images, predictor.run(images).logits)
     return write_manifest(folder, manifest)

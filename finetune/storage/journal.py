@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,14 @@ from finetune.storage.files import json_text
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line. A line that a killed process left unfinished is closed first, so that it spoils no other."""
-    line = json_text(record) + "\n"
+    """Append one JSON line. A line that a killed process left unfinished is closed first, so that it spoils no other.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
+    try:
+        line = json_text(record) + "\n"
+    except ValueError:
+        line = json_text(_finite(record)) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -21,6 +28,15 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         os.write(descriptor, (("\n" if torn else "") + line).encode())
     finally:
         os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

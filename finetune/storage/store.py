@@ -23,6 +23,7 @@ Namespace = Literal["features", "pixels", "engines", "notes"]
 BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines")
 
 LARGEST_BUDGET_BYTES = 20 * 1024**3
+_CLOCK_STEP_SECONDS = 0.1  # file systems stamp files with a clock that may be this much behind
 ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
 
 
@@ -44,7 +45,7 @@ class Store:
                 most 20 GiB.
         """
         self.root = root
-        self.opened_at = time.time()
+        self.opened_at = time.time() - _CLOCK_STEP_SECONDS
         self._lock = threading.Lock()
         self._given_budget = budget_bytes
         self._room_bytes: int | None = None  # counted when room is first asked for
@@ -113,7 +114,8 @@ class Store:
 
 def mark_used(path: Path) -> None:
     """Note that a file of a store was used now."""
-    os.utime(path)
+    now = time.time()
+    os.utime(path, (now, now))
 
 
 def _used_at(path: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def points_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]
     if record.get("epoch") is not None:
         values["epoch"] = record["epoch"]
     for key, value in values.items():
-        if isinstance(value, int | float):
-            yield key_text(key), float(value), at_ms, step
+        if value is None or isinstance(value, int | float):  # the journal writes NaN as null
+            yield key_text(key), math.nan if value is None else float(value), at_ms, step
 
 
 def identity(key: str, step: int, value: float) -> Identity:

@@ -93,7 +93,7 @@ def _correct(classifier: Classifier, trained: Trained, context: Context) -> np.n
     val, compute = context.dataset.of("val"), context.compute
     if trained.fitted is None:  # its features are in the cache
         logits = solved_logits(classifier, val, context)
-        right: np.ndarray = logits.argmax(axis=1) == np.array([sample.label for sample in val])
+        right: np.ndarray = logits.argmax(axis=1) == np.array([sample.target for sample in val])
         return right
     settings = compute.plain_settings()
     classifier.eval()

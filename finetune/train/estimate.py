@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.data.augment import Augment
-from finetune.data.index import Dataset
+from finetune.data.dataset import Dataset
 from finetune.model.classifier import Classifier
 from finetune.storage.store import Store
 from finetune.train.features import PrefixPlan, Resources, Views, plan_prefix

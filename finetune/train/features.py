@@ -22,10 +22,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.image import decode_image, read_bytes
+from finetune.bundle.image import decode_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingError
 from finetune.model.classifier import Classifier
@@ -339,7 +339,7 @@ class FrozenRows:
         images = []
         for index in np.unique(np.linspace(0, len(self.samples) - 1, CHECKED_IMAGES).astype(int)):
             with contextlib.suppress(ImageError):
-                images.append(self.views.preprocess.load_file(self.samples[index].path))
+                images.append(self.views.preprocess.load(self.samples[index].file.read()))
         return np.stack(images) if images else np.zeros((1, *self.views.preprocess.input_size_px, 3), np.uint8)
 
     def _tasks(self, n_rows: int) -> Iterator[list[_Task]]:
@@ -358,12 +358,12 @@ class FrozenRows:
         images: list[NDArray[np.uint8]] = []
         problems: list[Problem] = []
         for task in tasks:
-            path = self.samples[task.image].path
+            sample = self.samples[task.image]
             try:
-                data = read_bytes(path)
+                data = sample.file.read()
                 images += self.views.pixels(data, task.views)
             except ImageError as error:
-                problems.append(Problem(str(path), error.message))
+                problems.append(Problem(str(sample.file), error.message))
                 continue
             positions += [task.image * self.views.count + view for view in task.views]
             # Under the key of the bytes that were decoded, should the file have changed since it was looked up.
@@ -433,9 +433,9 @@ def _row_keys(samples: Sequence[Sample], view_names: Sequence[bytes], threads: i
 
     def digest(sample: Sample) -> bytes:
         try:
-            return bytes.fromhex(sample.sha256) if sample.sha256 else hashlib.sha256(read_bytes(sample.path)).digest()
+            return bytes.fromhex(sample.sha256) if sample.sha256 else hashlib.sha256(sample.file.read()).digest()
         except ImageError as error:
-            problems.append(Problem(str(sample.path), error.message))
+            problems.append(Problem(str(sample.file), error.message))
             return b""
 
     if all(sample.sha256 for sample in samples):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from finetune.data.augment import Augment
-from finetune.data.index import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader
 from finetune.data.pixels import PixelStore
 from finetune.model.classifier import Classifier
@@ -287,7 +287,7 @@ def _cached_source(classifier: Classifier, recipe: Recipe, context: Context) -> 
 
 
 def _labels(samples: tuple[Sample, ...]) -> np.ndarray:
-    return np.array([sample.label for sample in samples], dtype=np.int64)
+    return np.array([sample.target for sample in samples], dtype=np.int64)
 
 
 def _summary(recipe: Recipe, probe: Probe | None, fitted: Fitted | None) -> str:

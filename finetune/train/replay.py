@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, epoch_order, steps_per_epoch
 from finetune.errors import DiskFull
 from finetune.model.classifier import Classifier
@@ -120,5 +120,5 @@ def _activations(
         wanted.look_up()
     if wanted.n_missing:
         raise _NoRoom("other processes took the room in the cache")
-    labels = np.array([sample.label for sample in samples], dtype=np.int64)
+    labels = np.array([sample.target for sample in samples], dtype=np.int64)
     return Activations(stage, wanted.rows, views.count, labels)

@@ -59,6 +59,7 @@ except ImportError as error:
         ("finetune.bundle", 7),
         ("finetune.jobs", 2),
         ("service", 2),
+        ("finetune.data.sources", 3),
         ("finetune.data.index", 1),
         ("finetune.data.check", 1),
         ("finetune.data.split", 1),

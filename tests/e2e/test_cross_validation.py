@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from folders import path_of
 from onnx import numpy_helper
 from tiny_training import write_images
 
@@ -61,8 +62,8 @@ def _in_workspace(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for sample in write_images(folder / "all", 30):
-        (folder / "stripes" / f"class{sample.label}").mkdir(parents=True, exist_ok=True)
-        shutil.move(sample.path, folder / "stripes" / f"class{sample.label}")
+        (folder / "stripes" / f"class{sample.target}").mkdir(parents=True, exist_ok=True)
+        shutil.move(path_of(sample), folder / "stripes" / f"class{sample.target}")
     return folder / "stripes"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from folders import path_of
 from job_standin import Trace, drive, result_of, submit, wait, worker
 from onnx import numpy_helper
 from sqlalchemy import text
@@ -73,8 +74,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pictures in it, where each point gets a workspace."""
     folder = tmp_path_factory.mktemp("crashes")
     for sample in write_images(folder / "all", 36):
-        (folder / "pictures" / f"class{sample.label}").mkdir(parents=True, exist_ok=True)
-        shutil.move(sample.path, folder / "pictures" / f"class{sample.label}")
+        (folder / "pictures" / f"class{sample.target}").mkdir(parents=True, exist_ok=True)
+        shutil.move(path_of(sample), folder / "pictures" / f"class{sample.target}")
     return folder
 
 

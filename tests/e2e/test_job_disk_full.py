@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from folders import path_of
 from job_standin import wait
 from tiny_training import write_images
 
@@ -42,8 +43,8 @@ def test_a_job_whose_disk_fills_up_ends_when_there_is_space(
 ) -> None:
     monkeypatch.setattr(endings, "DISK_FULL_SECONDS", 0.5)
     for sample in write_images(tmp_path / "all", 36):
-        (tmp_path / "pictures" / f"class{sample.label}").mkdir(parents=True, exist_ok=True)
-        sample.path.rename(tmp_path / "pictures" / f"class{sample.label}" / sample.path.name)
+        (tmp_path / "pictures" / f"class{sample.target}").mkdir(parents=True, exist_ok=True)
+        path_of(sample).rename(tmp_path / "pictures" / f"class{sample.target}" / path_of(sample).name)
     spec = parse_spec(
         {
             "training_file": str(tmp_path / "pictures"),

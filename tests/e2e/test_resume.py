@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import local_sample
 from tiny_training import fingerprint, train_tiny, write_images
 
-from finetune.data.index import Sample
 from finetune.data.loader import Batch
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -31,7 +31,7 @@ DEADLINE_SECONDS = 120
 
 def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Connection) -> None:
     """In a process of its own: reports each batch as it is asked for, and at last the fingerprint of the result."""
-    samples = [Sample(path=path, label=int(path.stem) % 3, split="train") for path in sorted((folder / "images").glob("*.png"))]
+    samples = [local_sample(path, int(path.stem) % 3, "train") for path in sorted((folder / "images").glob("*.png"))]
 
     def reporting(train: TrainBatches) -> TrainBatches:
         def batches(epoch: int, start_step: int) -> Iterable[Batch]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import path_of
 from tiny_training import tiny_classifier, write_images
 
 from finetune.storage.store import Store
@@ -23,7 +24,7 @@ def test_features_on_the_gpu_agree_with_the_cpu_s_and_are_found_again(tmp_path: 
     on_gpu = Resources(Store(tmp_path / "cache"), "cuda", progress=lambda update: done.append(update.done))
     features = pooled_features(classifier, samples, views, on_gpu)
     with torch.no_grad():
-        pixels = np.stack([views.preprocess.load_file(sample.path) for sample in samples])
+        pixels = np.stack([views.preprocess.load_file(path_of(sample)) for sample in samples])
         expected = classifier.embed(classifier.normalise(torch.from_numpy(pixels))).numpy()
     np.testing.assert_allclose(features, expected, rtol=2e-2, atol=1e-3)
     assert done[-1] == 12

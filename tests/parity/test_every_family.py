@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from exporting import FACTS, classifier_of, exact_logits, pictures, torch_answers
+from folders import path_of
 from torch.nn import functional
 
 from finetune.bundle.predictor import Predictor
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.export import DeployModule, dry_run_export, export_bundle
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups, plan_freeze
@@ -105,7 +106,7 @@ def take_a_step(classifier: Classifier) -> int:
 def errors_against_float64(classifier: Classifier, predictor: Predictor, samples: list[Sample]) -> tuple[float, float]:
     """The largest logit error of ONNX, and of torch in float32, measured against the same network in float64."""
     module = DeployModule(classifier)
-    images = np.stack([classifier.backbone.preprocess.load_file(sample.path) for sample in samples])
+    images = np.stack([classifier.backbone.preprocess.load_file(path_of(sample)) for sample in samples])
     exact = exact_logits(module, images)
     answers = (predictor.run(images).logits, torch_answers(module, images)["logits"])
     from_onnx, from_torch = (float(np.abs(answer - exact).max()) for answer in answers)

@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from folders import local_sample, path_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.index import Dataset, Sample
+from finetune.data.dataset import Dataset
 from finetune.data.split import cut, deal, fold_datasets, split_dataset
 from finetune.errors import DataError
 
@@ -25,8 +26,10 @@ def datasets(draw: st.DrawFn) -> Dataset:
     samples = []
     for label in range(n_classes):
         for number, copies in enumerate(draw(st.lists(st.integers(1, 4), min_size=2, max_size=25))):
-            samples += [Sample(ROOT / f"{label}/{number}-{copy}.png", label, None, f"{label}-{number}") for copy in range(copies)]
-    return Dataset(ROOT, tuple("abcd"[:n_classes]), tuple(draw(st.permutations(samples))))
+            samples += [
+                local_sample(ROOT / f"{label}/{number}-{copy}.png", label, None, f"{label}-{number}") for copy in range(copies)
+            ]
+    return Dataset("pictures", str(ROOT), tuple("abcd"[:n_classes]), tuple(draw(st.permutations(samples))))
 
 
 @given(datasets(), FRACTIONS, st.integers(0, 2**32 - 1))
@@ -35,7 +38,7 @@ def test_a_split_keeps_every_image_once_on_one_side_and_every_class_in_train_and
 ) -> None:
     val_fraction, test_fraction = fractions
     split = split_dataset(dataset, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
-    assert Counter(sample.path for sample in split.samples) == Counter(sample.path for sample in dataset.samples)
+    assert Counter(path_of(sample) for sample in split.samples) == Counter(path_of(sample) for sample in dataset.samples)
     sides = defaultdict(set)
     for sample in split.samples:
         sides[sample.sha256].add(sample.split)
@@ -45,7 +48,7 @@ def test_a_split_keeps_every_image_once_on_one_side_and_every_class_in_train_and
     assert all(count for count in counts["val"].values())
     if test_fraction > 0:
         for label, name in enumerate(dataset.classes):
-            distinct = len({sample.sha256 for sample in dataset.samples if sample.label == label})
+            distinct = len({sample.sha256 for sample in dataset.samples if sample.target == label})
             assert distinct < 3 or counts["test"][name] > 0
     else:
         assert "test" not in counts
@@ -64,7 +67,7 @@ def test_distinct_images_are_cut_to_within_one_of_the_fractions(sizes: list[int]
 def test_the_order_of_files_has_no_influence(dataset: Dataset, seed: int, random: object) -> None:
     shuffled = list(dataset.samples)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = Dataset(dataset.root, dataset.classes, tuple(shuffled))
+    again = Dataset("pictures", str(dataset.root), dataset.classes, tuple(shuffled))
     assert split_dataset(again, seed=seed) == split_dataset(dataset, seed=seed)
 
 
@@ -77,9 +80,13 @@ def foldable(draw: st.DrawFn) -> tuple[Dataset, int]:
     for label in range(n_classes):
         sizes = draw(st.lists(st.integers(1, 3), min_size=max(n_folds, 4), max_size=20))
         for number, copies in enumerate(sizes):
-            samples += [Sample(ROOT / f"{label}/{number}-{copy}.png", label, None, f"{label}-{number}") for copy in range(copies)]
-    samples += [Sample(ROOT / f"test/{number}.png", 0, "test", f"test-{number}") for number in range(draw(st.integers(0, 3)))]
-    dataset = Dataset(ROOT, tuple("abcd"[:n_classes]), tuple(draw(st.permutations(samples))))
+            samples += [
+                local_sample(ROOT / f"{label}/{number}-{copy}.png", label, None, f"{label}-{number}") for copy in range(copies)
+            ]
+    samples += [
+        local_sample(ROOT / f"test/{number}.png", 0, "test", f"test-{number}") for number in range(draw(st.integers(0, 3)))
+    ]
+    dataset = Dataset("pictures", str(ROOT), tuple("abcd"[:n_classes]), tuple(draw(st.permutations(samples))))
     return split_dataset(dataset, val_fraction=0.2, test_fraction=0.0), n_folds
 
 
@@ -88,12 +95,12 @@ def test_every_image_of_the_pool_is_held_out_once_and_no_copy_is_on_two_sides(
     given_folds: tuple[Dataset, int], val_fraction: float, seed: int
 ) -> None:
     dataset, n_folds = given_folds
-    pool = Counter(sample.path for sample in dataset.samples if sample.split != "test")
+    pool = Counter(path_of(sample) for sample in dataset.samples if sample.split != "test")
     folds = fold_datasets(dataset, n_folds, val_fraction=val_fraction, seed=seed)
     assert len(folds) == n_folds
-    assert Counter(sample.path for fold in folds for sample in fold.of("test")) == pool
+    assert Counter(path_of(sample) for fold in folds for sample in fold.of("test")) == pool
     for fold in folds:
-        assert Counter(sample.path for sample in fold.samples) == pool, "the dataset's own test images are in no fold"
+        assert Counter(path_of(sample) for sample in fold.samples) == pool, "the dataset's own test images are in no fold"
         sides = defaultdict(set)
         for sample in fold.samples:
             sides[sample.sha256].add(sample.split)
@@ -120,18 +127,18 @@ def test_the_order_of_files_has_no_influence_on_folds(given_folds: tuple[Dataset
     dataset, n_folds = given_folds
     shuffled = list(dataset.samples)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = Dataset(dataset.root, dataset.classes, tuple(shuffled))
+    again = Dataset("pictures", str(dataset.root), dataset.classes, tuple(shuffled))
     assert fold_datasets(again, n_folds, seed=seed) == fold_datasets(dataset, n_folds, seed=seed)
 
 
 @given(st.integers(1, 12), st.integers(2, 14))
 def test_folds_are_refused_exactly_where_a_class_has_too_few_images(count: int, n_folds: int) -> None:
     samples = [
-        Sample(ROOT / f"{label}/{n}.png", label, "train", f"{label}-{n}")
+        local_sample(ROOT / f"{label}/{n}.png", label, "train", f"{label}-{n}")
         for label in (0, 1)
         for n in (range(30), range(count))[label]
     ]
-    dataset = Dataset(ROOT, ("many", "few"), tuple(samples))
+    dataset = Dataset("pictures", str(ROOT), ("many", "few"), tuple(samples))
     enough = n_folds <= count and count - -(-count // n_folds) >= 2  # one to test on, one to choose on, one to train on
     if enough:
         assert len(fold_datasets(dataset, n_folds)) == n_folds

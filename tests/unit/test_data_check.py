@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from awkward import AWKWARD, READABLE, REFUSED
-from folders import encoded, write_classes
+from folders import encoded, local_sample, path_of, write_classes
 
 from finetune.bundle.image import decode_image, image_size
 from finetune.data import check
 from finetune.data.check import ImageFacts, advise_resize, check_images, image_facts
-from finetune.data.index import Dataset, Sample, index_dataset
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
 from finetune.errors import DataError, ImageError
 from finetune.progress import Progress
 
@@ -33,7 +34,7 @@ def test_a_sound_dataset_gets_digests_and_sizes_and_nothing_else_changes(tmp_pat
     assert [replace(sample, sha256="", size_px=None) for sample in checked.samples] == list(indexed.samples)
     assert {sample.size_px for sample in checked.samples} == {(20, 16)}
     assert [sample.sha256 for sample in checked.samples] == [
-        hashlib.sha256(s.path.read_bytes()).hexdigest() for s in indexed.samples
+        hashlib.sha256(path_of(s).read_bytes()).hexdigest() for s in indexed.samples
     ]
     assert (checked.bad, checked.warnings) == ((), ())
 
@@ -44,7 +45,7 @@ def test_an_unreadable_file_is_left_out_and_named_with_its_reason(tmp_path: Path
     checked = check_images(index_dataset(tmp_path))
     assert checked.counts() == {"all": {"a": 20, "b": 20}}
     (bad,) = checked.bad
-    assert bad.path == tmp_path / "a" / "cut.jpg"
+    assert Path(bad.where) == tmp_path / "a" / "cut.jpg"
     assert "damaged" in bad.reason
 
 
@@ -53,11 +54,11 @@ def test_the_verdict_is_the_decoders_for_every_awkward_kind_of_file(tmp_path: Pa
     for name in AWKWARD:
         (tmp_path / "a" / f"{name}.png").write_bytes(AWKWARD[name][0])
     checked = check_images(index_dataset(tmp_path), max_bad_fraction=0.99)
-    good = {sample.path.stem for sample in checked.samples if sample.path.stem in AWKWARD}
+    good = {path_of(sample).stem for sample in checked.samples if path_of(sample).stem in AWKWARD}
     assert good == set(READABLE)
-    assert {bad.path.stem for bad in checked.bad} == set(REFUSED)
+    assert {Path(bad.where).stem for bad in checked.bad} == set(REFUSED)
     for sample in checked.samples:
-        height, width = decode_image(sample.path.read_bytes()).shape[:2]
+        height, width = decode_image(path_of(sample).read_bytes()).shape[:2]
         assert sample.size_px == (width, height)
 
 
@@ -177,7 +178,7 @@ def test_bytes_that_decoded_before_are_not_decoded_again_but_are_still_read(
     (root / "a" / "new.png").write_bytes(encoded("new"))
     (root / "a" / "0.png").write_bytes(encoded("torn")[:60])
     again = check_images(index_dataset(root), memory=tmp_path / "memory", max_bad_fraction=0.5)
-    assert [bad.path.name for bad in again.bad] == ["0.png"]
+    assert [Path(bad.where).name for bad in again.bad] == ["0.png"]
     assert sorted(decoded) == sorted([encoded("new"), encoded("torn")[:60]])
     decoded.clear()
     check_images(index_dataset(root), memory=tmp_path / "memory", max_bad_fraction=0.5)
@@ -223,7 +224,7 @@ def decodes(data: bytes, short_side_px: int | None) -> bool:
 
 
 def facts_of(sizes: list[tuple[int, int]]) -> ImageFacts:
-    return image_facts([Sample(Path(f"{number}.jpg"), 0, None, "", size) for number, size in enumerate(sizes)])
+    return image_facts([local_sample(Path(f"{number}.jpg"), 0, None, "", size) for number, size in enumerate(sizes)])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_nothing_known_about_sizes_leaves_the_crop() -> None:
 
 def test_the_clothing_photographs_are_all_readable_and_cropped(photos: Path) -> None:
     dataset = index_dataset(photos)
-    some = Dataset(dataset.root, dataset.classes, dataset.samples[::10])
+    some = Dataset("pictures", str(dataset.root), dataset.classes, dataset.samples[::10])
     checked = check_images(some)
     assert len(checked.samples) == len(some.samples) == 341
     assert advise_resize(image_facts(checked.samples)).resize == "crop"

@@ -7,10 +7,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from folders import encoded, write_classes
+from folders import encoded, path_of, write_classes
 
-from finetune.data.index import Dataset, index_dataset, natural_list, plural, printable
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
 from finetune.errors import DataError
+from finetune.messages import natural_list, plural, printable
 
 
 def refusal(training: Path, validation: Path | None = None, test: Path | None = None) -> DataError:
@@ -25,7 +27,7 @@ def problems(error: DataError) -> dict[str, str]:
 
 
 def names(dataset: Dataset) -> list[tuple[str, str, str | None]]:
-    return [(dataset.relative(sample.path), dataset.classes[sample.label], sample.split) for sample in dataset.samples]
+    return [(sample.id, dataset.classes[sample.target], sample.split) for sample in dataset.samples]
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -55,7 +57,7 @@ def test_split_folders_inside_are_found_in_any_case(tmp_path: Path, train: str, 
     dataset = index_dataset(tmp_path)
     assert dataset.counts() == {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}}
     assert len(dataset.of("val")) == 4
-    assert dataset.of("val")[0].path == tmp_path / val / "a" / "0.png"
+    assert path_of(dataset.of("val")[0]) == tmp_path / val / "a" / "0.png"
 
 
 def test_a_validation_folder_of_its_own_makes_the_rest_training_images(tmp_path: Path) -> None:
@@ -77,7 +79,10 @@ def test_labels_are_aligned_by_name_when_a_split_lacks_a_class(tmp_path: Path) -
     write_classes(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
     write_classes(tmp_path / "val", {"c": 1, "b": 1})
     dataset = index_dataset(tmp_path)
-    assert [(dataset.classes[sample.label], sample.path.parent.name) for sample in dataset.of("val")] == [("b", "b"), ("c", "c")]
+    assert [(dataset.classes[sample.target], path_of(sample).parent.name) for sample in dataset.of("val")] == [
+        ("b", "b"),
+        ("c", "c"),
+    ]
     assert dataset.warnings == ("val: no images of 1 class, which it cannot measure: a",)
 
 
@@ -109,7 +114,7 @@ def test_images_in_formats_that_are_not_read_are_quarantined_with_what_to_do(tmp
     write_classes(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "a" / "IMG_1.HEIC").write_bytes(b"heic")
     (bad,) = index_dataset(tmp_path).bad
-    assert (bad.path.name, bad.reason) == ("IMG_1.HEIC", "HEIC files are not read; convert it to JPEG or PNG")
+    assert (Path(bad.where).name, bad.reason) == ("IMG_1.HEIC", "HEIC files are not read; convert it to JPEG or PNG")
 
 
 def test_accents_stored_in_two_ways_are_one_class(tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
 def test_a_validation_folder_inside_and_another_given_are_refused(tmp_path: Path) -> None:
     for split in ("data/train", "data/val", "other"):
         write_classes(tmp_path / split, {"a": 2, "b": 2})
-    assert "two val folders: val/ inside and" in problems(refusal(tmp_path / "data", tmp_path / "other"))["data"]
+    assert "two sets for val: " in problems(refusal(tmp_path / "data", tmp_path / "other"))["data"]
 
 
 def test_a_folder_with_images_beside_the_splits_is_refused_and_one_without_is_named(tmp_path: Path) -> None:
@@ -246,7 +251,7 @@ def test_links_to_files_inside_are_followed_and_links_that_lead_out_are_quaranti
     (root / "b" / "broken.png").symlink_to(root / "nowhere.png")
     dataset = index_dataset(root)
     assert dataset.counts() == {"all": {"a": 3, "b": 2}}
-    reasons = {bad.path.name: bad.reason for bad in dataset.bad}
+    reasons = {Path(bad.where).name: bad.reason for bad in dataset.bad}
     assert reasons == {"out.png": f"a link that leads out of {root}; copy the file there", "broken.png": "not a regular file"}
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import encoded, write_classes
+from folders import encoded, path_of, write_classes
 
 from finetune.bundle.image import read_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import build_augment, sample_seed
-from finetune.data.index import Sample, index_dataset
+from finetune.data.dataset import Sample
+from finetune.data.index import index_dataset
 from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, steps_per_epoch
 from finetune.data.parallel import ordered_map
 from finetune.errors import ImageError
@@ -47,10 +48,10 @@ def test_evaluation_sees_every_image_once_in_order_as_it_will_be_served(samples:
     assert len(loader) == 3
     images, labels, indices = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     np.testing.assert_array_equal(indices, np.arange(23))
-    assert labels.tolist() == [sample.label for sample in samples]
+    assert labels.tolist() == [sample.target for sample in samples]
     assert (images.dtype, labels.dtype, indices.dtype) == (np.uint8, np.int64, np.int64)
     for image, sample in zip(images, samples, strict=True):
-        np.testing.assert_array_equal(image, PREPROCESS.load_file(sample.path))
+        np.testing.assert_array_equal(image, PREPROCESS.load_file(path_of(sample)))
 
 
 def test_evaluation_may_be_repeated_with_any_number_of_threads(samples: tuple[Sample, ...]) -> None:
@@ -73,9 +74,9 @@ def test_a_training_batch_holds_the_views_that_its_position_says(samples: tuple[
     np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), order)
     for position, index in enumerate(order.tolist()):
         batch, row = batches[position // 8], position % 8
-        rgb = read_image(samples[index].path, short_side_px=AUGMENT.decode_short_side_px)
+        rgb = read_image(path_of(samples[index]), short_side_px=AUGMENT.decode_short_side_px)
         np.testing.assert_array_equal(batch.images[row], AUGMENT(rgb, sample_seed(3, 2, index)))
-        assert batch.labels[row] == samples[index].label
+        assert batch.labels[row] == samples[index].target
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -132,7 +133,7 @@ def test_the_image_that_one_epoch_leaves_out_is_another_in_the_next(samples: tup
 @pytest.mark.parametrize("kind", ["eval", "train"])
 def test_an_image_that_no_longer_decodes_stops_the_loop_and_is_named(tmp_path: Path, kind: str, threads: int) -> None:
     samples = index_dataset(write_classes(tmp_path, {"a": 6, "b": 6})).samples
-    samples[7].path.write_bytes(encoded("torn")[:60])
+    path_of(samples[7]).write_bytes(encoded("torn")[:60])
     eval_loader = EvalLoader(samples, PREPROCESS, 3, threads)
     loader = eval_loader if kind == "eval" else TrainLoader(samples, AUGMENT, 3, seed=0, threads=threads)
     with pytest.raises(ImageError, match=r"b/1\.png: the PNG file is .*damaged"):

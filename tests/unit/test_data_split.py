@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folders import write_classes
+from folders import local_sample, path_of, write_classes
 
 from finetune.data.check import check_images
-from finetune.data.index import Dataset, Sample, index_dataset
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
 from finetune.data.split import read_split, split_dataset, write_split
 from finetune.errors import DataError
 
@@ -90,7 +91,7 @@ def test_a_validation_set_of_ones_own_is_left_alone_and_nothing_else_is_cut(tmp_
     dataset = check_images(index_dataset(training, validation))
     split = split_dataset(dataset, val_fraction=0.4, test_fraction=0.4)
     assert split.counts() == {"train": {"a": 10, "b": 10}, "val": {"a": 1, "b": 1}}
-    assert [sample.path for sample in split.of("val")] == [validation / "a" / "0.png", validation / "b" / "0.png"]
+    assert [path_of(sample) for sample in split.of("val")] == [validation / "a" / "0.png", validation / "b" / "0.png"]
 
 
 @pytest.mark.parametrize("layout", ["inside", "given"])
@@ -103,7 +104,7 @@ def test_with_only_a_test_set_of_ones_own_the_validation_set_is_cut(tmp_path: Pa
         dataset = index_dataset(tmp_path / "data" / "train", test=write_classes(tmp_path / "mine", {"a": 3, "b": 3}))
     split = split_dataset(check_images(dataset), val_fraction=0.2, test_fraction=0.4)
     assert split.counts() == {"train": {"a": 8, "b": 8}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}}
-    assert {sample.path.parts[-3] for sample in split.of("test")} == {"test" if layout == "inside" else "mine"}
+    assert {path_of(sample).parts[-3] for sample in split.of("test")} == {"test" if layout == "inside" else "mine"}
 
 
 def test_a_written_split_is_read_back_the_same(tmp_path: Path) -> None:
@@ -138,4 +139,4 @@ def test_a_changed_dataset_does_not_fit_a_recorded_split(tmp_path: Path) -> None
 def test_what_is_no_recorded_split_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "split.csv").write_text(text)
     with pytest.raises(DataError, match="not a recorded split; expected the columns path,label,split,sha256"):
-        read_split(tmp_path / "split.csv", Dataset(tmp_path, ("a",), (Sample(tmp_path / "a", 0, None),)))
+        read_split(tmp_path / "split.csv", Dataset("pictures", str(tmp_path), ("a",), (local_sample(tmp_path / "a", 0, None),)))

@@ -8,7 +8,7 @@ import pytest
 from tiny_training import tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
-from finetune.data.index import Dataset
+from finetune.data.dataset import Dataset
 from finetune.storage.store import Store
 from finetune.train.estimate import estimate
 from finetune.train.methods import Compute
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(tmp_path: Path) -> None:
-    dataset = Dataset(tmp_path, ("a", "b", "c"), tuple(write_images(tmp_path / "images", 12)))
+    dataset = Dataset("pictures", str(tmp_path), ("a", "b", "c"), tuple(write_images(tmp_path / "images", 12)))
     classifier = tiny_classifier()
     augment = build_augment("light", None, classifier.backbone.preprocess)
     compute = Compute("cpu", "float32", 1)

@@ -13,10 +13,11 @@ import onnx
 import pytest
 import torch
 from exporting import CLASSES, FACTS, classifier_of, pictures, scatter
+from folders import path_of
 
 from finetune.bundle.manifest import MODEL, read_manifest
 from finetune.bundle.predictor import Predictor, read_probe
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export import DeployModule, Graph, Parity, agreement, export_bundle, parity
 from finetune.export.graph import fill, trace
@@ -61,13 +62,13 @@ def test_an_exported_bundle_answers_what_the_classifier_answers(
     bundle: Path, classifier: Classifier, samples: list[Sample]
 ) -> None:
     predictor = Predictor.load(bundle)
-    images = np.stack([classifier.backbone.preprocess.load_file(sample.path) for sample in samples])
+    images = np.stack([classifier.backbone.preprocess.load_file(path_of(sample)) for sample in samples])
     classifier.eval()
     with torch.no_grad():
         logits = classifier(classifier.normalise(torch.from_numpy(images)))
     np.testing.assert_allclose(predictor.run(images).logits, logits.numpy(), atol=5e-5)
     for sample, row in zip(samples, torch.softmax(logits / 1.5, dim=1).numpy(), strict=True):
-        prediction = predictor.predict(sample.path.read_bytes(), top_k=len(CLASSES))
+        prediction = predictor.predict(path_of(sample).read_bytes(), top_k=len(CLASSES))
         assert prediction.labels[0][0] == CLASSES[row.argmax()]
         assert dict(prediction.labels) == pytest.approx(dict(zip(CLASSES, row.tolist(), strict=True)), abs=1e-5)
 
@@ -108,7 +109,7 @@ def test_a_lone_model_file_explains_itself(bundle: Path) -> None:
 
 
 def test_the_probe_holds_real_files(bundle: Path, samples: list[Sample]) -> None:
-    encoded = {sample.path.read_bytes() for sample in samples}
+    encoded = {path_of(sample).read_bytes() for sample in samples}
     probe = read_probe(bundle / "probe.npz")
     assert len(probe.encoded) == 3
     assert set(probe.encoded) <= encoded
@@ -155,7 +156,7 @@ def compared(classifier: Classifier, graph: Graph) -> tuple[DeployModule, Predic
 
 
 def report_of(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> Parity:
-    return parity(*compared, [sample.path for sample in samples])
+    return parity(*compared, [sample.read() for sample in samples])
 
 
 def test_a_faithful_model_has_no_problems(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
@@ -199,6 +200,6 @@ def test_a_tie_in_torch_is_not_a_flip() -> None:
 def test_more_images_than_the_batches_hold_are_all_compared(
     compared: tuple[DeployModule, Predictor], samples: list[Sample]
 ) -> None:
-    many = parity(*compared, [sample.path for sample in samples] * 8, n_from_bytes=2)
+    many = parity(*compared, [sample.read() for sample in samples] * 8, n_from_bytes=2)
     assert many.n_images == 72
     assert many.n_from_bytes == 2

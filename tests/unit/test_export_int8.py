@@ -11,10 +11,11 @@ import onnx
 import pytest
 import torch
 from exporting import FACTS, classifier_of, onnx_answers, picture
+from folders import local_sample, path_of
 
 from finetune.bundle.manifest import MODEL
 from finetune.bundle.predictor import Predictor
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.export import DeployModule, Graph, export_bundle
 from finetune.export import quantize as quantize_module
 from finetune.export.graph import fill, trace
@@ -66,7 +67,7 @@ def sure(model: bytes, images: np.ndarray, tmp_path_factory: pytest.TempPathFact
     samples = []
     for number in np.argsort(-margins)[:12]:
         picture(int(number)).save(folder / f"{number}.png")
-        samples.append(Sample(folder / f"{number}.png", int(logits[number].argmax()), "val"))
+        samples.append(local_sample(folder / f"{number}.png", int(logits[number].argmax()), "val"))
     return samples
 
 
@@ -112,7 +113,7 @@ def test_a_bundle_is_int8_where_that_answers_as_well(
     assert said["sentence"].startswith("quantised to int8: top1 on 12 images is 1.0000, in float32 1.0000; ")
     assert (tmp_path / "bundle" / MODEL).stat().st_size < len(model) / 2.5
     predictor = Predictor.load(tmp_path / "bundle")
-    assert {predictor.predict(sample.path.read_bytes()).labels[0][0] for sample in sure} <= set(FACTS.classes)
+    assert {predictor.predict(path_of(sample).read_bytes()).labels[0][0] for sample in sure} <= set(FACTS.classes)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 

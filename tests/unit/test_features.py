@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import local_sample, path_of
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from tiny_training import tiny_classifier, write_images
 
 from finetune.data.augment import Augment, build_augment
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.loader import EvalLoader
 from finetune.errors import DataError, DiskFull, TrainingError
 from finetune.model.classifier import Classifier
@@ -133,7 +134,7 @@ def test_another_split_order_head_or_labels_find_the_same_rows(
     cache: Path, classifier: Classifier, samples: list[Sample], views: Views
 ) -> None:
     watcher = Watcher()
-    chosen = [replace(sample, label=0, split="val") for sample in samples[::-2]]
+    chosen = [replace(sample, target=0, split="val") for sample in samples[::-2]]
     other_head = tiny_classifier()
     other_head.head.weight.data.normal_()
     features = pooled_features(other_head, chosen, views, watcher.resources(cache))
@@ -207,10 +208,10 @@ def test_undecodable_images_are_all_named_and_the_others_are_kept(
 ) -> None:
     samples = write_images(tmp_path / "images", N_IMAGES + 6)
     for sample in samples[-2:]:
-        sample.path.write_bytes(b"not an image, but the right length of text")
+        path_of(sample).write_bytes(b"not an image, but the right length of text")
     with pytest.raises(DataError, match="2 of 30 images") as caught:
         pooled_features(classifier, samples, views, Watcher().resources(cache))
-    assert {problem.where for problem in caught.value.problems} == {str(sample.path) for sample in samples[-2:]}
+    assert {problem.where for problem in caught.value.problems} == {str(path_of(sample)) for sample in samples[-2:]}
     watcher = Watcher()
     pooled_features(classifier, samples[:-2], views, watcher.resources(cache))
     assert watcher.n_computed == 0
@@ -219,7 +220,7 @@ def test_undecodable_images_are_all_named_and_the_others_are_kept(
 def test_a_missing_file_is_named_before_anything_is_computed(
     cache: Path, classifier: Classifier, samples: list[Sample], views: Views
 ) -> None:
-    gone = Sample(Path("/nowhere/shirt.jpg"), 0, None)
+    gone = local_sample(Path("/nowhere/shirt.jpg"), 0, None)
     with pytest.raises(DataError, match="1 of 25 files") as caught:
         pooled_features(classifier, [*samples, gone], views, Watcher().resources(cache))
     assert "/nowhere/shirt.jpg" in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from folders import write_classes
 
 from finetune import plan
-from finetune.data.index import Dataset
+from finetune.data.dataset import Dataset
 from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.plan import make_plan
 from finetune.progress import Progress

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import path_of
 from tiny_training import CLASSES, tiny_classifier, tiny_recipe, train_tiny, write_images
 
 from finetune.data.augment import build_augment
-from finetune.data.index import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.split import split_dataset
 from finetune.model.classifier import Classifier
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.train.average import copy_state
-from finetune.train.features import Views, pooled_features
+from finetune.train.features import Resources, Views, pooled_features
 from finetune.train.fit import Decided
 from finetune.train.methods import Compute, Context, Trained, refit, solved_logits, train_classifier
 from finetune.train.probe import solve_probe
@@ -46,8 +47,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def dataset(samples: list[Sample]) -> Dataset:
-    root = samples[0].path.parent
-    loose = Dataset(root, ("a", "b", "c"), tuple(replace(sample, split=None) for sample in samples))
+    root = path_of(samples[0]).parent
+    loose = Dataset("pictures", str(root), ("a", "b", "c"), tuple(replace(sample, split=None) for sample in samples))
     return split_dataset(loose, val_fraction=0.25, test_fraction=0.2)
 
 
@@ -70,8 +71,8 @@ def test_a_refitted_probe_is_the_probe_solved_on_all_images_with_the_chosen_stre
     classifier, trained, refitted = train_and_refit(dataset, RunDir(tmp_path / "run"), hyperparameters={"views": 1})
     pool = tuple(sample for sample in dataset.samples if sample.split != "test")
     assert len(pool) > len(dataset.of("train"))
-    features = pooled_features(classifier, pool, Views(classifier.backbone.preprocess))
-    trusted = solve_probe(features, np.array([sample.label for sample in pool]), CLASSES, l2=trained.l2)
+    features = pooled_features(classifier, pool, Views(classifier.backbone.preprocess), Resources(Store(tmp_path / "cache")))
+    trusted = solve_probe(features, np.array([sample.target for sample in pool]), CLASSES, l2=trained.l2)
     np.testing.assert_allclose(classifier.head.weight.detach().numpy(), trusted.weight, rtol=0, atol=1e-6)
     np.testing.assert_allclose(classifier.head.bias.detach().numpy(), trusted.bias, rtol=0, atol=1e-6)
     assert trained.probe is not None
@@ -82,7 +83,7 @@ def test_a_refitted_probe_is_the_probe_solved_on_all_images_with_the_chosen_stre
 
 def test_the_cached_answer_of_a_solved_head_is_that_of_the_whole_network(dataset: Dataset, tmp_path: Path) -> None:
     classifier, _, _ = train_and_refit(dataset, RunDir(tmp_path / "run"))
-    images = np.stack([classifier.backbone.preprocess.load_file(sample.path) for sample in dataset.of("test")])
+    images = np.stack([classifier.backbone.preprocess.load_file(path_of(sample)) for sample in dataset.of("test")])
     with torch.no_grad():
         trusted = classifier.eval()(classifier.normalise(torch.from_numpy(images))).numpy()
     context = context_of(dataset, classifier, RunDir(tmp_path / "run"))

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import path_of
 from tiny_training import class_means, tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
@@ -82,8 +83,8 @@ def train_partial(
     def batches(epoch: int, start_step: int) -> Iterator[Batch]:
         order = epoch_order(N_TRAIN, SEED, epoch)[start_step * BATCH_SIZE :]
         for indices in np.split(order, range(BATCH_SIZE, len(order), BATCH_SIZE)):
-            pixels = [views.pixels(train[i].path.read_bytes(), [(int(i) + epoch) % 3])[0] for i in indices]
-            yield Batch(np.stack(pixels), np.array([train[i].label for i in indices]), indices)
+            pixels = [views.pixels(path_of(train[i]).read_bytes(), [(int(i) + epoch) % 3])[0] for i in indices]
+            yield Batch(np.stack(pixels), np.array([train[i].target for i in indices]), indices)
 
     val_loader = EvalLoader(val, classifier.backbone.preprocess)
     return fit(classifier, recipe, batches, val_loader, run, saving, settings=lambda: settings), classifier

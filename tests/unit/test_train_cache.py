@@ -93,7 +93,7 @@ def test_a_slow_writer_stores_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_shard_is_deleted_and_its_rows_are_missing(tmp_path: Path, damage: str) -> None:
     fill(open_cache(tmp_path), range(10))
     fill(open_cache(tmp_path), range(10, 20))
-    shard = next(iter((tmp_path / "space").glob("*.shard")))
+    shard = next(iter((tmp_path / "features" / "space").glob("*.shard")))
     data = bytearray(shard.read_bytes())
     place = {"rows": 100, "keys": 10 * 30 + 40, "description": 10 * 30 + 10 * 32 + 5}.get(damage)
     if place is not None:
@@ -109,7 +109,7 @@ def test_a_damaged_shard_is_deleted_and_its_rows_are_missing(tmp_path: Path, dam
 
 def test_every_way_to_cut_a_shard_short_is_noticed(tmp_path: Path) -> None:
     fill(open_cache(tmp_path), range(4))
-    (shard,) = (tmp_path / "space").glob("*.shard")
+    (shard,) = (tmp_path / "features" / "space").glob("*.shard")
     whole = shard.read_bytes()
     for length in range(len(whole)):
         shard.write_bytes(whole[:length])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_training import class_means, fingerprint, tiny_classifier, tiny_recipe, train_tiny, write_images
 
-from finetune.data.index import Sample
+from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader
 from finetune.errors import CheckpointError, TrainingError
 from finetune.progress import Progress

@@ -10,7 +10,7 @@ import pytest
 from tiny_training import tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
-from finetune.data.index import Dataset
+from finetune.data.dataset import Dataset
 from finetune.data.split import split_dataset
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
@@ -21,7 +21,9 @@ from finetune.train.methods import Compute, Context, train_classifier
 def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
     samples = tuple(replace(sample, split=None) for sample in write_images(tmp_path / "images", 24))
-    dataset = split_dataset(Dataset(tmp_path / "images", ("a", "b", "c"), samples), val_fraction=0.25, test_fraction=0.0)
+    dataset = split_dataset(
+        Dataset("pictures", str(tmp_path / "images"), ("a", "b", "c"), samples), val_fraction=0.25, test_fraction=0.0
+    )
     classifier = tiny_classifier()  # with an input of 64 pixels
     recipe = tiny_recipe(
         classifier,

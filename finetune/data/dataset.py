@@ -1,0 +1,138 @@
+"""Samples, classes and what was left out: what every source becomes, and what everything after it works on. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, read_bytes
+from finetune.errors import ImageError
+
+T = TypeVar("T")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+Target = int | tuple[int, ...]
+"""The label of a sample: the index of its class; where a sample may have several labels, the sorted indices of all."""
+
+
+class ImageFile(Protocol):
+    """The encoded bytes of one image, wherever they are kept. ``str()`` says where, for messages."""
+
+    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+        """Return the file's bytes.
+
+        Raises:
+            ImageError: it cannot be read, or is larger than `limits` allow.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """An image file on a local disk."""
+
+    path: Path
+
+    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+        return read_bytes(self.path, limits)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One labelled image.
+
+    `sha256` (of the file's bytes) and `size_px` (width, height, upright) are filled in by `check_images`.
+    """
+
+    id: str  # names the sample within its dataset: a path relative to the root, with forward slashes, or a row of a table
+    file: ImageFile
+    target: Target
+    split: str | None = None  # train, val or test; None until the dataset is split
+    group: str | None = None  # samples of one group are never on two sides of a split
+    sha256: str = ""
+    size_px: tuple[int, int] | None = None
+
+    def decode(self, decode: Callable[[bytes], T]) -> T:
+        """Return what `decode` makes of the image file's bytes; an `ImageError` names the file."""
+        try:
+            return decode(self.file.read())
+        except ImageError as error:
+            raise naming(str(self.file), error) from None
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file; an `ImageError` names the file."""
+        return self.decode(lambda data: data)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target as class indices, one or several."""
+        return (self.target,) if isinstance(self.target, int) else self.target
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that looks like an image and is left out, with the reason."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples in a fixed order (split, class, id), the ordered class names, and what was left out or looks odd."""
+
+    name: str
+    root: str  # the folder, file or address that was given
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...] = field(repr=False)
+    bad: tuple[BadImage, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def of(self, split: str) -> tuple[Sample, ...]:
+        """Return the samples of one split, in their order."""
+        return tuple(sample for sample in self.samples if sample.split == split)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Count images by split and class, zeros included; the key is ``all`` for images that are in no split yet."""
+        found = Counter((sample.split or "all", label) for sample in self.samples for label in sample.labels)
+        present = {sample.split or "all" for sample in self.samples}
+        splits = [split for split in (*SPLITS, "all") if split in present]
+        return {split: {name: found[split, label] for label, name in enumerate(self.classes)} for split in splits}
+
+    def sizes(self) -> dict[str, int]:
+        """Count images by split; the key is ``all`` for images that are in no split yet."""
+        found = Counter(sample.split or "all" for sample in self.samples)
+        return {split: found[split] for split in (*SPLITS, "all") if found[split]}
+
+    def label_names(self, sample: Sample) -> tuple[str, ...]:
+        """Return the names of a sample's classes."""
+        return tuple(self.classes[label] for label in sample.labels)
+
+    def label_text(self, sample: Sample) -> str:
+        """Return a sample's label as one text: the class name, or a JSON list of names where several are possible."""
+        names = self.label_names(sample)
+        return names[0] if isinstance(sample.target, int) else json.dumps(names, ensure_ascii=False)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over classes, labels, splits and contents. Where the data lies and the order of files do not matter.
+
+        Before `check_images` has read the files, their ids stand in for their contents.
+        """
+        rows = sorted((self.label_text(sample), sample.split or "", sample.sha256 or sample.id) for sample in self.samples)
+        canonical = json.dumps([self.classes, rows], separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def targets_of(samples: Sequence[Sample]) -> list[Target]:
+    """Return the targets of samples, in their order."""
+    return [sample.target for sample in samples]

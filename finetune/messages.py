@@ -1,0 +1,28 @@
+"""Wording that messages share: counts with their noun, short lists of names, file names that are safe to print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+LISTED_NAMES = 5  # how many names a sentence spells out before it says "and N more"
+
+
+def natural_list(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
+    """Return ``a, b, c and 4 more``."""
+    shown = [str(name) for name in names]
+    more = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``1 image``, ``3 images``, ``2 classes``."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" + ("" if count == 1 else ending)
+
+
+def printable(path: Path | str) -> str:
+    """Return a file name that is safe to print and log: undecodable bytes and control characters become escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
