@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from finetune.bundle.image import ImageLimits
-from finetune.runtime.cores import available_cores
 from finetune.errors import InvalidInput
+from finetune.runtime.cores import available_cores
 from service.server import listen_address
 from service.settings import LOOPBACK_HOSTS, Settings
 
