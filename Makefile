@@ -9,7 +9,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-all check-wheel lint format bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-all check-wheel golden lint format bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -45,6 +45,10 @@ test-all: $(READY)  ## The default tests and the slow ones
 
 check-wheel: $(READY)  ## Build the distributions and use the wheel alone in an environment of its own
 	$(BIN)/python .ci/check_wheel.py
+
+golden: $(READY)  ## Write anew what tests expect people to see; read the difference before committing it
+	rm -f tests/golden/screens/*.txt
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests --renew-golden -m '' -k 'golden or screen'
 
 lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/ruff check .

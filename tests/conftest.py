@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["leftover_processes"]
+pytest_plugins = ["leftover_processes", "screens"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

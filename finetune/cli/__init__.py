@@ -27,10 +27,10 @@ def cli() -> None:
     """Fine-tune a pretrained image classifier on your photographs, compare, export, serve.
 
     \b
-    finetune check --data photos              what would be done, and what it would cost
-    finetune train --data photos              fit a head on frozen features (fast)
-    finetune train --data photos --method full
-    finetune serve                            serve the newest model over HTTP
+    finetune check --data photos                show the plan and its cost
+    finetune train --data photos                fit a head on frozen features
+    finetune train --data photos --method full  then train every stage too
+    finetune serve                              serve the newest model over HTTP
     """
 
 
@@ -63,7 +63,7 @@ _TRAIN_MODULES = frozenset(
 def main() -> None:
     """Run a command; errors of the finetune family become a message on stderr and an exit code (1 failed, 2 bad input)."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
         _leave(error)
     except ModuleNotFoundError as error:

@@ -42,11 +42,11 @@ def worker(
     executor: str,
     ray_address: str | None,
 ) -> None:
-    """Run queued jobs, each in a process of its own, until SIGTERM or Ctrl-C hands the running ones back.
+    """Run queued jobs, each in a process of its own.
 
-    Any number of workers may share a workspace. A job whose worker dies resumes elsewhere from its newest checkpoint. With
-    --executor ray, each job is a job of a Ray cluster that takes --threads / --slots cores and, if --gpus names as many as there
-    are slots, one GPU of Ray's choice.
+    SIGTERM or Ctrl-C stops it and hands the running jobs back. Any number of workers may share a workspace. A job whose worker
+    dies resumes elsewhere from its newest checkpoint. With --executor ray, each job is a job of a Ray cluster that takes
+    --threads / --slots cores and, if --gpus names as many as there are slots, one GPU of Ray's choice.
     """
     import logging
 
@@ -82,7 +82,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @click.group()
 def jobs() -> None:
-    """Queue fine-tuning jobs and watch them, in this workspace or on a server."""
+    """Queue and watch fine-tuning jobs, here or on a server."""
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +134,7 @@ def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1))
 @json_option
 def list_jobs(client: JobsClient, limit: int, as_json: bool) -> None:
-    """The newest jobs."""
+    """List the newest jobs."""
     from finetune.cli.follow import show_jobs
     from finetune.cli.terminal import print_json
 
@@ -148,7 +148,7 @@ def list_jobs(client: JobsClient, limit: int, as_json: bool) -> None:
 @click.option("--follow", "following", is_flag=True, help="Stay until it ends; the exit code is its outcome.")
 @json_option
 def show(job_id: str, client: JobsClient, following: bool, as_json: bool) -> None:
-    """One job: its state, its history, its result."""
+    """Show one job: its state, its history, its result."""
     from finetune.cli.follow import follow, show_job
     from finetune.cli.terminal import print_json
 
@@ -167,7 +167,7 @@ def show(job_id: str, client: JobsClient, following: bool, as_json: bool) -> Non
 @place_option
 @click.option("--follow", "following", is_flag=True, help="Go on printing until the job ends.")
 def logs(job_id: str, client: JobsClient, following: bool) -> None:
-    """What the job's processes printed."""
+    """Print what the job's processes printed."""
     import time
 
     offset = 0
@@ -186,7 +186,7 @@ def logs(job_id: str, client: JobsClient, following: bool) -> None:
 @place_option
 @json_option
 def cancel(job_id: str, client: JobsClient, as_json: bool) -> None:
-    """Stop a job: at once while it is queued, after it wrote a checkpoint while it runs."""
+    """Stop a queued job at once, or a running one at a checkpoint."""
     from finetune.cli.terminal import print_json
 
     job: JobView = client.cancel(job_id)
@@ -226,7 +226,7 @@ def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json:
 @keys.command("list")
 @json_option
 def list_keys(as_json: bool) -> None:
-    """Every key: whose, for what, since when, until when. Never the key itself."""
+    """List every key: whose, for what, since and until when. The key itself is never shown."""
     from finetune.cli.follow import show_keys
     from finetune.cli.terminal import print_json
 

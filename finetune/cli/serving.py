@@ -21,7 +21,7 @@ from finetune.cli.training import json_option
 )
 @json_option
 def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Path | None, as_json: bool) -> None:
-    """Classify image files with a bundle, exactly as the server would. Exit code 2 if any image cannot be read."""
+    """Classify image files with a bundle, exactly as the server does. The exit code is 2 if any image cannot be read."""
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import console, print_json
@@ -61,7 +61,7 @@ def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Pa
 @click.option("--port", default=3000, show_default=True)
 @click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries jobs out.")
 def serve(model: str | None, host: str, port: int, worker: bool) -> None:
-    """Serve predictions and fine-tuning jobs over HTTP: POST /predict, /v1/fine_tuning/jobs, and a page at /."""
+    """Serve predictions and fine-tuning jobs over HTTP. Routes: /predict, /v1/fine_tuning/jobs, and a page at /."""
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
     arguments += [] if worker else ["--no-worker"]
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)
@@ -82,7 +82,7 @@ def _registry() -> Any:
 @models.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """Every registered model with its versions and aliases."""
+    """List every registered model with its versions and aliases."""
     from finetune.cli.show import show_models
     from finetune.cli.terminal import print_json
 
@@ -94,7 +94,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def show_model(model: str, as_json: bool) -> None:
-    """The manifest of one model: classes, preprocessing, weights and licence, metrics, parity."""
+    """Show one model: classes, weights and licence, metrics."""
     from finetune.bundle.manifest import read_manifest
     from finetune.cli.show import show_manifest
     from finetune.cli.terminal import print_json
@@ -108,7 +108,7 @@ def show_model(model: str, as_json: bool) -> None:
 @click.argument("version")
 @click.option("--alias", default="champion", show_default=True)
 def promote(name: str, version: str, alias: str) -> None:
-    """Point an alias of model NAME at VERSION; a running server swaps to it between requests."""
+    """Point an alias of model NAME at VERSION. A running server swaps to it between requests."""
     _registry().set_alias(name, alias, version)
     click.echo(f"{name}@{alias} is now version {version}", err=True)
 
@@ -119,4 +119,4 @@ def promote(name: str, version: str, alias: str) -> None:
 def rollback(name: str, alias: str) -> None:
     """Point an alias back at the version that it named before."""
     version = _registry().rollback(name, alias)
-    click.echo(f"{name}@{alias} is back at version {version}", err=True)
+    click.echo(f"{name}@{alias} is back at version {version.version}", err=True)

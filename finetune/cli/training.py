@@ -74,7 +74,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @spec_options
 @json_option
 def check(spec: JobSpec, as_json: bool) -> None:
-    """Show the plan: data found, stages, what trains, memory and time. Nothing is trained."""
+    """Show the plan: data, what trains, memory and time. Nothing is trained."""
     with objects_exempt():
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json, progress_bars
@@ -136,7 +136,7 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
 )
 @json_option
 def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
-    """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
+    """Measure MODEL on labelled images. MODEL is a registered name, name@version, or a bundle folder."""
     from finetune.bundle.registry import Registry
     from finetune.cli.terminal import print_json, progress_bars
     from finetune.evaluate import evaluate_bundle
@@ -157,7 +157,7 @@ def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
 @click.option("--limit", default=40, show_default=True, help="How many names to list.")
 @json_option
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
-    """List backbones, or show the stages of one and what each method would train.
+    """List backbones, or show the stages of one. With one name, also what each method would train.
 
     NAME is a timm name (resnet50) or a pattern (resnet*).
     """
