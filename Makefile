@@ -67,7 +67,7 @@ format: $(READY)  ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-serve: $(READY)  ## Serve the newest model on 127.0.0.1:3000
+serve: $(READY)  ## Serve the promoted model on 127.0.0.1:3000
 	$(BIN)/finetune serve
 
 mlflow: $(READY)  ## Open the MLflow pages on the workspace's runs

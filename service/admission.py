@@ -23,7 +23,13 @@ class PredictionQueue:
     def __init__(self, threads: int, waiting: int) -> None:
         self.capacity = threads + waiting
         self.taken = 0
+        self._threads = threads
         self._limiter = anyio.CapacityLimiter(threads)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether every thread is taken."""
+        return self.taken >= self._threads
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """Return what `work` returns; raise `Overloaded` when the queue is full."""

@@ -33,8 +33,9 @@ from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
 from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.responses import ResponseMiddleware
-from service.models import LiveModels
+from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
+from service.routes.deployment import deployment_router
 from service.routes.files import files_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
@@ -43,7 +44,8 @@ from service.routes.server import server_router
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
 from service.settings import Settings
-from service.state import Database, ServerState
+from service.shadows import Shadows
+from service.state import Database, ModelAccess, ServerState
 from service.uploads import Uploads
 from service.web import STATIC
 from service.worker import WorkerProcess
@@ -93,20 +95,25 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
 
 def create_api(settings: Settings) -> FastAPI:
     """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with."""
-    models = LiveModels(
-        Registry(settings.models_folder),
+    registry = Registry(settings.models_folder)
+    models = LoadedModels(
+        registry,
         default=settings.model,
         capacity=settings.max_loaded_models,
+        max_bytes=settings.max_loaded_bytes,
         watch_seconds=settings.watch_seconds,
     )
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
+    queue = PredictionQueue(settings.threads, waiting=WAITING_PER_THREAD * settings.threads)
     state = ServerState(
         home=settings.home,
         models=models,
+        access=ModelAccess(registry),
         metrics=metrics,
-        queue=PredictionQueue(settings.threads, waiting=WAITING_PER_THREAD * settings.threads),
+        queue=queue,
+        shadows=Shadows(queue, metrics, settings.image_limits),
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -114,7 +121,6 @@ def create_api(settings: Settings) -> FastAPI:
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
-        default_is_chosen=settings.model is not None,
     )
     worker = WorkerProcess(settings.home) if settings.worker else None
 
@@ -150,6 +156,7 @@ def create_api(settings: Settings) -> FastAPI:
     add_handlers(api)
     api.include_router(predict_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(models_router)
+    api.include_router(deployment_router)
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(jobs_router)
     api.include_router(server_router)

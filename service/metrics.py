@@ -6,6 +6,7 @@ The `route` label is the template (``/v1/models/{name}/predict``), never the pat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sized
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from finetune.errors import NotReady
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNMATCHED = "unmatched"
@@ -40,7 +43,19 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("finetune_requests_in_flight", "Requests being answered", registry=self.registry)
-        self.predictions = Counter("finetune_predictions", "Images classified", ["model"], registry=self.registry)
+        self.predictions = Counter(
+            "finetune_predictions",
+            "Images classified, by what the model was: the default, its canary, or named",
+            ["model", "version", "role"],
+            registry=self.registry,
+        )
+
+        self.shadow_answers = Counter(
+            "finetune_shadow_answers",
+            "Answers computed a second time by a shadow model: whether both top labels agree, or why there is none",
+            ["model", "version", "outcome"],
+            registry=self.registry,
+        )
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         known_method = method if method in METHODS else "other"
@@ -58,9 +73,19 @@ class Metrics:
 class WatchedModels(Protocol):
     swaps: int
 
+    def default(self) -> _Named: ...
+
     def loaded(self) -> Iterable[tuple[str, str]]: ...
 
     def refused(self) -> Sized: ...
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
 
 class _ModelsCollector(Collector):
@@ -68,11 +93,18 @@ class _ModelsCollector(Collector):
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
+        default = GaugeMetricFamily(
+            "finetune_default_model", "What answers requests that name no model", labels=["model", "version"]
+        )
+        with contextlib.suppress(NotReady):
+            model = self._models.default()
+            default.add_metric([model.name, model.version], 1)
+        yield default
         loaded = GaugeMetricFamily("finetune_model_loaded", "Models in memory", labels=["model", "version"])
         for name, version in sorted(set(self._models.loaded())):
             loaded.add_metric([name, version], 1)
         yield loaded
-        yield CounterMetricFamily("finetune_model_swaps", "Live bundles replaced by another version", value=self._models.swaps)
+        yield CounterMetricFamily("finetune_model_swaps", "Loaded models replaced by another version", value=self._models.swaps)
         yield GaugeMetricFamily(
             "finetune_model_refused", "Bundles that failed their checks and are not served", value=len(self._models.refused())
         )

@@ -1,34 +1,40 @@
-"""The bundles that answer now: loaded from the registry, watched, and swapped between requests.
+"""The models in memory: loaded from the registry when they are first asked for, watched, and replaced between requests.
 
-A request takes the `Live` bundle once and keeps it to its end, so a swap neither fails a request nor mixes two models in one
-answer; the old bundle is freed with its last request. A new bundle that fails its checks is refused and the old one goes on.
-Knows folders and predictors; does not know HTTP. Torch-free.
+A request takes one `LoadedModel` and keeps it to its end, so a replacement neither fails a request nor mixes two models in one
+answer; the old one is freed with its last request. A bundle that fails its checks is refused, and the old one goes on answering.
+Bundles are loaded one at a time in a thread of their own: loading never holds up the event loop or the threads of other routes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import random
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from finetune.bundle.deployment import Deployment, Share, default_reference, read_deployment
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import ModelVersion, Registry
-from finetune.errors import BundleError, NotFound, NotReady
+from finetune.bundle.registry import REFERENCE, ModelVersion, Registry
+from finetune.errors import BundleError, NotFound, NotReady, Overloaded
 
 log = logging.getLogger(__name__)
 
-REFERENCE = r"[a-z0-9][a-z0-9._-]{0,62}(@[a-z0-9][a-z0-9._-]{0,62})?"  # checked before it becomes part of a path
 MAKE_ONE = "Make one with `finetune train --data FOLDER --name NAME`; it is served without a restart"
+MAX_PENDING_LOADS = 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """A bundle folder as it was when looked at; written again, it is another source."""
+    """A bundle folder at one moment; written anew, it is another source."""
 
     name: str
     version: str
@@ -37,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Live:
+class LoadedModel:
     """A bundle in memory, both of its probes passed."""
 
     source: Source
@@ -51,14 +57,27 @@ class Live:
     def version(self) -> str:
         return self.source.version
 
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
 
-class LiveModels:
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model answers a request for the default, and as what."""
+
+    model: LoadedModel
+    role: Literal["default", "canary"]
+    shadow: LoadedModel | None
+
+
+class LoadedModels:
     """The default model and those asked for by name, kept up to date by a thread of its own.
 
     Args:
-        default: what `default()` gives: ``name``, ``name@version``, a bundle folder, or None for the newest model.
-        capacity: named models held in memory; the least recently used makes room.
-        load: bundle folder → Predictor.
+        default: what `default()` returns: a ``name``, ``name@version``, ``name@alias`` or bundle folder; None for what is
+        deployed in the registry (see `finetune.bundle.deployment`). capacity: how many models asked for by name are held in
+        memory; the least recently used one makes room. max_bytes: the same bound in bytes of ``model.onnx``; the model that was
+        asked for last always stays. load: bundle folder → Predictor.
     """
 
     def __init__(
@@ -67,21 +86,27 @@ class LiveModels:
         *,
         default: str | None = None,
         capacity: int = 8,
+        max_bytes: int = 2 << 30,
         watch_seconds: float = 1.0,
         load: Callable[[Path], Predictor] = Predictor.load,
     ) -> None:
         self.registry = registry
         self.swaps = 0
-        self._reference = default
+        self.pinned = default
         self._capacity = capacity
+        self._max_bytes = max_bytes
         self._watch_seconds = watch_seconds
         self._load = load
-        self._default: Live | None = None
+        self._deployment: Deployment | None = None
+        self._default: LoadedModel | None = None
+        self._beside: dict[str, LoadedModel] = {}  # canary and shadow, by reference
         self._reason = "The models have not been looked at yet"
-        self._named: OrderedDict[str, Live] = OrderedDict()
+        self._named: OrderedDict[str, LoadedModel] = OrderedDict()
         self._refused: dict[Source, str] = {}
-        self._maps = threading.Lock()  # held for moments: the maps above
+        self._maps = threading.Lock()  # held only to read or change the maps above
         self._loading = threading.Lock()  # held while a bundle loads: one at a time
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-loading")
+        self._pending: dict[str, Future[LoadedModel]] = {}
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="models", daemon=True)
 
@@ -92,50 +117,103 @@ class LiveModels:
     def stop(self) -> None:
         self._stopping.set()
         self._watcher.join()
+        self._loader.shutdown(cancel_futures=True)
 
-    def default(self) -> Live:
-        """Raises `NotReady`, with what to do about it, while there is none."""
-        live = self._default
-        if live is None:
+    def default(self) -> LoadedModel:
+        """Return the default model; raise `NotReady`, with what to do about it, while there is none."""
+        default = self._default
+        if default is None:
             raise NotReady(self._reason)
-        return live
+        return default
 
-    def named(self, reference: str) -> Live:
-        """The live bundle of ``name`` or ``name@version``, loaded now if it is asked for the first time.
+    @property
+    def serves_a_folder(self) -> bool:
+        """Whether the default is a bundle folder outside the registry."""
+        return self.pinned is not None and "/" in self.pinned
+
+    def deployment(self) -> Deployment | None:
+        """Return what is deployed as the default, as it was last read; None while nothing is."""
+        return self._deployment
+
+    def choose(self) -> Choice:
+        """Return which model answers the next request for the default, and which one computes the answer in the shadow.
+
+        Raises `NotReady` while there is no default model.
+        """
+        model = self.default()
+        deployed = self._deployment
+        if deployed is None:
+            return Choice(model, "default", None)
+        shadow = self._drawn(deployed.shadow)
+        canary = self._drawn(deployed.canary)
+        return Choice(model, "default", shadow) if canary is None else Choice(canary, "canary", shadow)
+
+    def _drawn(self, share: Share | None) -> LoadedModel | None:
+        if share is None or random.random() * 100.0 >= share.percent:
+            return None
+        return self._beside.get(share.reference)
+
+    async def get(self, reference: str) -> LoadedModel:
+        """Return the model of ``name``, ``name@version`` or ``name@alias``; the first time, load it without holding up others.
 
         Raises:
             NotFound: no such model or version.
-            BundleError: it failed its checks, and no earlier version of it is live.
+            BundleError: it failed its checks, and no earlier version of it is loaded.
+            Overloaded: too many models are waiting to be loaded.
         """
-        with self._maps:
-            if reference in self._named:
-                self._named.move_to_end(reference)
-                return self._named[reference]
+        loaded = self._loaded_as(reference)
+        if loaded is not None:
+            return loaded
+        if not re.fullmatch(REFERENCE, reference):
+            self.find(reference)
+        pending = self._pending.get(reference)
+        if pending is None:
+            if len(self._pending) >= MAX_PENDING_LOADS:
+                raise Overloaded(f"{len(self._pending)} other models are waiting to be loaded into memory. Try again in a moment")
+            pending = self._pending[reference] = self._loader.submit(self.named, reference)
+            loop = asyncio.get_running_loop()
+            pending.add_done_callback(lambda _: loop.call_soon_threadsafe(self._pending.pop, reference, None))
+        return await asyncio.shield(asyncio.wrap_future(pending))
+
+    def named(self, reference: str) -> LoadedModel:
+        """Return what `get` returns, and load it in the calling thread if that is needed."""
+        loaded = self._loaded_as(reference)
+        if loaded is not None:
+            return loaded
         with self._loading:
             source = _source(self.find(reference))
-            live = self._follow(self._named.get(reference), source)
-            if live is None:
+            loaded = self._follow(self._named.get(reference), source)
+            if loaded is None:
                 raise BundleError(f"{source.name}@{source.version} is not served: {self._refused[source]}")
-            self._keep(reference, live)
-            return live
+            self._keep(reference, loaded)
+            return loaded
+
+    def find(self, reference: str) -> ModelVersion:
+        """Return the registered version that a reference means; raise `NotFound`, without the names of other models."""
+        try:
+            return self.registry.lookup(reference)
+        except NotFound:
+            if self.registry.has(reference.partition("@")[0]):
+                raise
+            raise NotFound(f"no model {reference[:100]!r}; GET /v1/models lists those that you may use") from None
 
     def check_ready(self) -> None:
-        """Raises `NotReady` until the default model has passed its probes, and when nobody watches for changes any more."""
+        """Raise `NotReady` until the default model has passed its probes, and when nobody watches for changes any more."""
         self.default()
         if not self._watcher.is_alive():
             raise NotReady("The thread that watches the models folder has stopped. Restart the server; its log has the cause")
 
     def loaded(self) -> list[tuple[str, str]]:
-        """(name, version) of everything in memory."""
-        return [(live.name, live.version) for live in self._lives()]
+        """Return (name, version) of everything in memory."""
+        return [(model.name, model.version) for model in self._all()]
 
     def refused(self) -> dict[tuple[str, str], str]:
-        """(name, version) → why this bundle is not served although it was asked for."""
+        """Return (name, version) → why this bundle is not served although it was asked for."""
         with self._maps:
             return {(source.name, source.version): reason for source, reason in self._refused.items()}
 
     def refresh(self) -> None:
-        """Look at the disk once and make every live bundle the one that its reference names now."""
+        """Look at the disk once and load what each reference means now."""
         with self._loading:
             with self._maps:
                 self._refused = {
@@ -143,78 +221,101 @@ class LiveModels:
                 }
                 named = list(self._named.items())
             self._refresh_default()
-            for reference, live in named:
+            for reference, loaded in named:
                 try:
-                    newer = self._follow(live, _source(self.find(reference)))
+                    newer = self._follow(loaded, _source(self.registry.lookup(reference)))
                 except NotFound:
                     with self._maps:
                         self._named.pop(reference, None)
                 else:
-                    if newer is not None and newer is not live:
+                    if newer is not None and newer is not loaded:
                         self._keep(reference, newer)
+
+    def _loaded_as(self, reference: str) -> LoadedModel | None:
+        with self._maps:
+            if reference not in self._named:
+                return None
+            self._named.move_to_end(reference)
+            return self._named[reference]
 
     def _refresh_default(self) -> None:
         try:
             source = self._default_source()
-        except NotFound as error:
-            self._default, self._reason = None, f"{error.message}. {MAKE_ONE}"
+        except NotFound:
+            self._default, self._reason = None, self._why_there_is_none()
             return
         except BundleError as error:  # a folder that is no bundle, or not now: somebody may be writing it
             self._reason = f"{error.message}. {MAKE_ONE}"
             return
-        live = self._follow(self._default, source)
-        if live is None:
+        finally:
+            self._refresh_beside()
+        loaded = self._follow(self._default, source)
+        if loaded is None:
             self._reason = f"{source.name}@{source.version} is not served: {self._refused[source]}"
-        self._default = live
+        self._default = loaded
 
-    def _follow(self, live: Live | None, wanted: Source) -> Live | None:
-        """What is live after looking at `wanted`: itself, or still `live` if it fails its checks (None if there was nothing)."""
-        if live is not None and live.source == wanted:
-            return live
+    def _refresh_beside(self) -> None:
+        """Load the canary and the shadow of the present deployment. One that cannot be loaded gets no requests."""
+        beside = {}
+        deployed = self._deployment
+        for share in (deployed.canary, deployed.shadow) if deployed is not None else ():
+            if share is not None:
+                with contextlib.suppress(NotFound):
+                    loaded = self._follow(self._beside.get(share.reference), _source(self.registry.lookup(share.reference)))
+                    if loaded is not None:
+                        beside[share.reference] = loaded
+        self._beside = beside
+
+    def _why_there_is_none(self) -> str:
+        """Say why there is no default model. Everybody can read this, so it names no model."""
+        if not self.registry.names():
+            return f"No model is registered yet. {MAKE_ONE}"
+        if self.pinned is not None or self._deployment is not None:
+            return "The model that this server answers with is not registered any more. An administrator must promote another one"
+        return "No default model is chosen. An administrator chooses one: finetune models promote NAME --default"
+
+    def _follow(self, present: LoadedModel | None, wanted: Source) -> LoadedModel | None:
+        """Return the model of `wanted`; `present` if that fails its checks (None if there was nothing)."""
+        if present is not None and present.source == wanted:
+            return present
         if wanted in self._refused:
-            return live
-        same = next((other for other in self._lives() if other.source == wanted), None)
+            return present
+        same = next((other for other in self._all() if other.source == wanted), None)
         if same is not None:
             return same
         try:
-            newer = Live(wanted, self._load(wanted.path))
+            newer = LoadedModel(wanted, self._load(wanted.path))
         except BundleError as error:
             with self._maps:
                 self._refused[wanted] = str(error).removeprefix(f"{wanted.path}: ")
             log.error("%s@%s refused: %s", wanted.name, wanted.version, error)
-            return live
-        self.swaps += live is not None
-        log.info("%s@%s is live", wanted.name, wanted.version)
+            return present
+        self.swaps += present is not None
+        log.info("%s is loaded", newer)
         return newer
 
-    def _lives(self) -> list[Live]:
+    def _all(self) -> list[LoadedModel]:
         with self._maps:
-            return [*self._named.values(), *([self._default] if self._default else [])]
+            return [*self._named.values(), *self._beside.values(), *([self._default] if self._default else [])]
 
-    def _keep(self, reference: str, live: Live) -> None:
+    def _keep(self, reference: str, model: LoadedModel) -> None:
         with self._maps:
-            self._named[reference] = live
+            self._named[reference] = model
             self._named.move_to_end(reference)
-            while len(self._named) > self._capacity:
+            while len(self._named) > 1 and (len(self._named) > self._capacity or self._named_bytes() > self._max_bytes):
                 self._named.popitem(last=False)
 
-    def _default_source(self) -> Source:
-        if self._reference is None:
-            if not self.registry.list():
-                raise NotFound("No model is registered yet")
-            return _source(self.registry.newest())
-        if "/" in self._reference:
-            return _folder_source(Path(self._reference))
-        return _source(self.find(self._reference))
+    def _named_bytes(self) -> int:
+        sizes = {model.source: model.predictor.model_bytes for model in self._named.values()}
+        return sum(sizes.values())
 
-    def find(self, reference: str) -> ModelVersion:
-        """The registered version that ``name``, ``name@version`` or ``name@alias`` means; raises `NotFound`."""
-        if not re.fullmatch(REFERENCE, reference):
-            raise NotFound(
-                f"no model {reference[:100]!r}: a reference is a name, name@version or name@alias, as in 'flowers@champion'"
-            )
-        name, _, version = reference.partition("@")
-        return self.registry.resolve(name, version or None)
+    def _default_source(self) -> Source:
+        if self.pinned is None:
+            self._deployment = read_deployment(self.registry)
+            return _source(self.registry.lookup(default_reference(self.registry)))
+        if self.serves_a_folder:
+            return _folder_source(Path(self.pinned))
+        return _source(self.registry.lookup(self.pinned))
 
     def _watch(self) -> None:
         trouble = ""
@@ -222,9 +323,9 @@ class LiveModels:
             try:
                 self.refresh()
                 trouble = ""
-            except (OSError, ValueError) as error:  # a folder that cannot be read, an aliases.json that is not JSON
+            except (OSError, ValueError) as error:  # a folder that cannot be read
                 if str(error) != trouble:
-                    log.exception("The models folder cannot be read; what is live stays live")
+                    log.exception("The models folder cannot be read; the loaded models go on answering")
                 trouble = str(error)
             if self._stopping.wait(self._watch_seconds):
                 return
@@ -235,7 +336,7 @@ def _source(version: ModelVersion) -> Source:
 
 
 def _folder_source(folder: Path) -> Source:
-    """A bundle that is served from where it lies, under the name its manifest gives."""
+    """Return a bundle that is served from where it lies, under the name in its manifest."""
     manifest = read_manifest(folder)
     return Source(manifest.name, manifest.version or "0", folder, _written_ns(folder))
 

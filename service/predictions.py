@@ -22,7 +22,7 @@ from finetune.bundle.image import ImageLimits
 from finetune.bundle.overlay import overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import InvalidInput, Problem
-from service.models import Live
+from service.models import LoadedModel
 from service.schemas.predictions import Explanation, LabelProbability, PredictionAnswer, PredictOptions, Timings
 
 DEFAULT_TOP_K = 5
@@ -108,26 +108,26 @@ def _merged(query: PredictOptions, form: FormData) -> PredictOptions:
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
-def predict(live: Live, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
-    """Classify one image with one live bundle.
+def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
+    """Classify one image with one model.
 
     Raises:
         ImageError: the image cannot be decoded, is too large, or is of no known format.
         InvalidInput: `top_k` is more than the model has classes.
     """
     started = time.perf_counter()
-    n_classes = len(live.predictor.manifest.classes)
+    n_classes = len(model.predictor.manifest.classes)
     top_k = upload.options.top_k
     if top_k is not None and top_k > n_classes:
-        message = f"must be at most {n_classes}, the number of classes of {live.name}@{live.version} (given: {top_k})"
+        message = f"must be at most {n_classes}, the number of classes of {model.name}@{model.version} (given: {top_k})"
         raise InvalidInput(f"top_k {message}", [Problem("top_k", message)])
-    prediction = live.predictor.predict(upload.image, top_k=top_k or DEFAULT_TOP_K, limits=limits)
+    prediction = model.predictor.predict(upload.image, top_k=top_k or DEFAULT_TOP_K, limits=limits)
     predicted = time.perf_counter()
-    explanation = _explanation(live, prediction) if upload.options.explain else None
+    explanation = _explanation(model, prediction) if upload.options.explain else None
     done = time.perf_counter()
     return PredictionAnswer(
-        model=live.name,
-        version=live.version,
+        model=model.name,
+        version=model.version,
         predictions=[LabelProbability(label=label, probability=probability) for label, probability in prediction.labels],
         explanation=explanation,
         timings=Timings(
@@ -138,10 +138,10 @@ def predict(live: Live, upload: Upload, limits: ImageLimits) -> PredictionAnswer
     )
 
 
-def _explanation(live: Live, prediction: Prediction) -> Explanation:
+def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:
     label = prediction.labels[0][0]
     if prediction.cam is None:
-        reason = live.predictor.manifest.cam.get("reason") or "this bundle has no class activation map"
+        reason = model.predictor.manifest.cam.get("reason") or "this bundle has no class activation map"
         return Explanation(label=label, cam=None, overlay_png_base64=None, reason=reason)
     png = overlay_png(prediction.image, prediction.cam)
     return Explanation(

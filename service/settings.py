@@ -23,13 +23,15 @@ class Settings:
 
     Args:
         home: the workspace; models are read from ``home/models``.
-        model: what ``POST /predict`` answers with: a registered ``name`` or ``name@version``, a bundle folder, or None (newest).
+        model: what ``POST /predict`` answers with: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
+            None: the default of the registry, which promotions change.
         threads: predictions that run at the same time, each on one core.
         allowed_hosts: names this server answers to in ``Host``; a browser that was led here under another name is refused.
         cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; none by default.
         image_limits: the largest image that is decoded, the same rule as in training.
         watch_seconds: how often the models folder is looked at for a new version.
         max_loaded_models: models held in memory besides the default one; the least recently used makes room.
+        max_loaded_bytes: the same bound, in bytes of their ``model.onnx``.
         data_roots: folders that jobs may name datasets and weights in by path; without any, datasets are uploaded.
         max_upload_bytes: the largest archive that is taken.
         max_files_bytes: what the uploads of one owner may come to.
@@ -45,6 +47,7 @@ class Settings:
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     watch_seconds: float = 1.0
     max_loaded_models: int = 8
+    max_loaded_bytes: int = 2 << 30
     data_roots: tuple[Path, ...] = ()
     max_upload_bytes: int = 2 << 30
     max_files_bytes: int = 20 << 30
@@ -74,6 +77,7 @@ class Settings:
             allowed_hosts=(*LOOPBACK_HOSTS, *names),
             cors_origins=_names(environment, "FINETUNE_CORS_ORIGINS"),
             max_loaded_models=_positive(environment, "FINETUNE_MAX_LOADED_MODELS", default=8),
+            max_loaded_bytes=_positive(environment, "FINETUNE_MAX_LOADED_BYTES", default=2 << 30),
             data_roots=tuple(
                 Path(root).absolute() for root in environment.get("FINETUNE_DATA_ROOTS", "").split(os.pathsep) if root
             ),

@@ -13,10 +13,10 @@ from fastapi import Depends, Request
 from sqlalchemy import Engine
 
 from finetune.bundle.image import ImageLimits
+from finetune.bundle.registry import Access, Registry
 from finetune.errors import NotFound
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
-from finetune.jobs.history import model_owner
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.storage.rundir import RunDir
@@ -24,10 +24,11 @@ from service.admission import PredictionQueue
 from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
-from service.models import LiveModels
+from service.models import LoadedModel, LoadedModels
+from service.shadows import Shadows
 from service.uploads import Uploads
 
-_OWNER_SECONDS = 1.0  # how long it is remembered whose a model is: predictions ask each time
+_MAX_REMEMBERED = 10_000
 
 
 class Database:
@@ -35,7 +36,6 @@ class Database:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self._owners: dict[str, tuple[float, str | None]] = {}
 
     @cached_property
     def engine(self) -> Engine:
@@ -53,15 +53,28 @@ class Database:
     def keys(self) -> KeyStore:
         return KeyStore(self.engine)
 
-    def model_owner(self, name: str) -> str | None:
-        """Whose job made this model; None for models that no job made, which are everybody's to use."""
+
+class ModelAccess:
+    """Who may use which model, remembered for a second: predictions ask each time."""
+
+    def __init__(self, registry: Registry, remember_seconds: float = 1.0) -> None:
+        self._registry = registry
+        self._remember_seconds = remember_seconds
+        self._known: dict[str, tuple[float, Access]] = {}
+
+    def forget(self, model: str) -> None:
+        """Read the access of a model anew the next time."""
+        self._known.pop(model, None)
+
+    def of(self, model: str) -> Access:
         now = time.monotonic()
-        until, owner = self._owners.get(name, (0.0, None))
+        until, access = self._known.get(model, (0.0, Access()))
         if now >= until:
-            owner = model_owner(self.engine, name)
-            if owner is not None:  # a model that is nobody's may become somebody's this very moment
-                self._owners[name] = (now + _OWNER_SECONDS, owner)
-        return owner
+            access = self._registry.access(model)
+            if len(self._known) >= _MAX_REMEMBERED:
+                self._known.clear()
+            self._known[model] = (now + self._remember_seconds, access)
+        return access
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,11 @@ class ServerState:
     """What all routes of one server share; the app carries it as ``app.state.server``."""
 
     home: Path
-    models: LiveModels
+    models: LoadedModels
+    access: ModelAccess
     metrics: Metrics
     queue: PredictionQueue
+    shadows: Shadows
     image_limits: ImageLimits
     database: Database
     event_streams: EventStreams
@@ -79,7 +94,6 @@ class ServerState:
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
-    default_is_chosen: bool = False  # the operator named the model that /predict answers with, so it is everybody's
 
     def run_of(self, job_id: str) -> RunDir:
         return RunDir(self.home / "runs" / job_id)
@@ -89,17 +103,21 @@ class ServerState:
         return text.replace(f"{self.home}{os.sep}", "")
 
     def may_use(self, caller: Caller, model: str) -> bool:
-        """Whether a caller may know of a model: their own, and what no job made."""
-        return caller.is_admin or self.database.model_owner(model) in (None, caller.owner)
+        """Return whether a model exists for a caller: it is shared, or their own."""
+        return caller.is_admin or self.access.of(model).allows(caller.owner)
 
     def check_may_use(self, caller: Caller, model: str) -> None:
-        """Raises `NotFound`: another owner's model does not exist."""
+        """Raise `NotFound` for another owner's private model, as for one that does not exist."""
         if not self.may_use(caller, model):
-            raise NotFound(f"no model {model[:100]!r}; GET /v1/models lists what there is for you")
+            raise NotFound(f"no model {model[:100]!r}; GET /v1/models lists those that you may use")
+
+    def may_use_default(self, caller: Caller, model: LoadedModel) -> bool:
+        """Return whether a caller may be answered by the default model. A served bundle folder is everybody's."""
+        return self.models.serves_a_folder or self.may_use(caller, model.name)
 
     def may_change(self, caller: Caller, model: str) -> bool:
-        """Whether a caller may move, delete or add to a model: their own; what no job made is the administrator's."""
-        return caller.is_admin or self.database.model_owner(model) == caller.owner
+        """Return whether a caller may promote, delete or add to a model. What no job made is the administrator's."""
+        return caller.is_admin or self.models.registry.access(model).owner == caller.owner
 
 
 async def _state(request: Request) -> ServerState:  # async: a plain function would run in a thread of its own

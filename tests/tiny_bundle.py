@@ -123,10 +123,12 @@ def write_tiny_bundle(
     classes: tuple[str, ...] = CLASSES,
     name: str = "trees",
     preprocess: Preprocess = PREPROCESS,
+    **changes: object,
 ) -> Manifest:
     """Write a bundle that loads; give its manifest back."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = tiny_manifest(cam=cam, classes=classes, name=name, preprocess=preprocess)
+    manifest = dataclasses.replace(manifest, **changes)  # type: ignore[arg-type]
     model = tiny_model(preprocess, weights(len(classes), seed), cam=cam)
     helper.set_model_props(model, manifest.model_metadata())
     (folder / "model.onnx").write_bytes(model.SerializeToString())

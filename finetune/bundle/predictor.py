@@ -65,8 +65,9 @@ class Probe:
 class Predictor:
     """A verified bundle, ready to answer. Safe to share between threads: `run` holds no state."""
 
-    def __init__(self, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    def __init__(self, manifest: Manifest, session: onnxruntime.InferenceSession, *, model_bytes: int = 0) -> None:
         self.manifest = manifest
+        self.model_bytes = model_bytes  # the size of model.onnx, about what the session holds in memory
         self._session = session
 
     @classmethod
@@ -81,7 +82,7 @@ class Predictor:
         contents = _verified_contents(folder, manifest)
         session = _open_session(folder, contents[MODEL], threads)
         _check_signature(folder, manifest, session)
-        predictor = cls(manifest, session)
+        predictor = cls(manifest, session, model_bytes=len(contents[MODEL]))
         _check_probes(folder, predictor, _parse_probe(folder, contents[PROBE]))
         return predictor
 

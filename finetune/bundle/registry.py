@@ -1,7 +1,11 @@
 """The models folder: ``<name>/<version>/`` holds a bundle, ``<name>/aliases.json`` says which version an alias means.
 
-Readers need no lock: a version appears by one rename and an alias moves by another, so what can be seen is complete. Writers of
-one name take turns. Knows files and checksums; runs no model. Torch-free.
+Registering never deploys: a new version moves only the alias ``latest``. What a bare model name means (``champion``) and what the
+server answers with (``default.json``, see `finetune.bundle.deployment`) change by promotion alone; only the first version of a
+model, and the first model of an empty folder, are promoted by registering, because there is nothing else that could answer.
+
+Readers need no lock: a version appears by one rename and an alias moves by another, so whatever is visible is complete. Writers
+of one name take turns. Torch-free.
 """
 
 from __future__ import annotations
@@ -9,26 +13,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
+import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
+from pydantic import TypeAdapter, ValidationError
+
+from finetune.bundle import deployment
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
-from finetune.storage.files import atomic_path, read_json, sha256_file, write_json
+from finetune.storage.files import atomic_path, sha256_file, write_json
 from finetune.storage.journal import append_line, read_lines
 
 LATEST = "latest"  # moves to every new version
-CHAMPION = "champion"  # moves only when somebody promotes; served instead of the latest where it is set
+CHAMPION = "champion"  # what the bare name means; moves only by promotion
+PRIVATE, SHARED = "private", "shared"
+Visibility = Literal["private", "shared"]
 
 _ALIASES = "aliases.json"
 _JOURNAL = "aliases.jsonl"  # every move of every alias, append-only: rollback reads it, and no version number is given twice
+_ACCESS = "access.json"
 _ARRIVING, _LEAVING = ".arriving-", ".leaving-"
 _ALIAS_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
+REFERENCE = r"[a-z0-9][a-z0-9._-]{0,62}(@[a-z0-9][a-z0-9._-]{0,62})?"  # checked before it becomes part of a path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,26 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
+class Access:
+    """Who may use a model.
+
+    Args:
+        owner: whose model it is; None for a model that no job made, which only administrators may change.
+        visibility: ``shared`` with everyone who may use the server, or ``private`` to its owner and administrators.
+    """
+
+    owner: str | None = None
+    visibility: Visibility = "shared"
+
+    def allows(self, owner: str) -> bool:
+        """Return whether the model exists for this owner."""
+        return self.visibility == SHARED or self.owner == owner
+
+
+_ACCESS_ADAPTER = TypeAdapter(Access)
+
+
+@dataclass(frozen=True)
 class Registry:
     """All models under `root`, usually ``models`` of the workspace; the folder need not exist yet."""
 
@@ -55,8 +91,11 @@ class Registry:
     def register(self, bundle: Path, name: str, *, once: bool = False) -> ModelVersion:
         """Copy a bundle in as the next version of `name` and point ``latest`` at it.
 
-        With `once`, a bundle that is a version of `name` already stays that version: a job that died between registering and
-        saying so registers again.
+        The first version of a model also becomes its champion, and the first model of an empty folder the server's default.
+
+        Args:
+            once: a bundle that is a version of `name` already stays that version: a job that died between registering and
+                reporting it registers again.
 
         Raises:
             InvalidInput: a name that cannot be one.
@@ -72,23 +111,47 @@ class Registry:
         with _locked(folder):
             for known in self._versions_of(name) if once else ():
                 if read_manifest(known.path).files == manifest.files:
-                    if int(known.version) > int(_aliases(folder).get(LATEST, "0")):  # it died before the alias moved
-                        _move_alias(folder, LATEST, known.version)
+                    self._announce(name, known.version)  # in case it died before the aliases moved
                     return self.resolve(name, known.version)
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))
             arriving.rename(folder / version)
-            _move_alias(folder, LATEST, version)
+            self._announce(name, version)
         return self._describe(name, version, _aliases(folder))
+
+    def _announce(self, name: str, version: str) -> None:
+        """Point ``latest`` at a new version, and promote it where nothing was promoted before."""
+        folder = self.root / name
+        aliases = _aliases(folder)
+        if CHAMPION not in aliases:  # what the bare name has meant so far goes on being its meaning
+            earlier = [known for known in _versions(folder) if int(known) < int(version)]
+            _move_alias(folder, CHAMPION, aliases.get(LATEST, earlier[-1] if earlier else version), by="first registration")
+        if int(version) > int(aliases.get(LATEST, "0")):
+            _move_alias(folder, LATEST, version, by="registration")
+        deployment.deploy_first(self, name)
 
     def list(self) -> tuple[ModelVersion, ...]:
         """Every version of every model, by name, then in the order of registration."""
         names = sorted(folder.name for folder in self.root.iterdir() if folder.is_dir()) if self.root.is_dir() else []
         return tuple(version for name in names for version in self._versions_of(name))
 
+    def versions(self, name: str) -> tuple[ModelVersion, ...]:
+        """Return every version of one model, in the order of registration; none where there is no such model."""
+        return self._versions_of(name)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the models that have a version."""
+        folders = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
+        found = (folder.name for folder in folders if re.fullmatch(SUFFIX_PATTERN, folder.name) and _versions(folder))
+        return tuple(sorted(found))
+
+    def has(self, name: str) -> bool:
+        """Return whether a model of this name has a version."""
+        return re.fullmatch(SUFFIX_PATTERN, name) is not None and bool(_versions(self.root / name))
+
     def resolve(self, name: str, version_or_alias: str | None = None) -> ModelVersion:
-        """The version that a number or an alias means; by default what is served: the champion if there is one, else the latest.
+        """Return the version that a number or an alias means; by default the champion, or the latest where nothing was promoted.
 
         Raises:
             NotFound: no such model, version or alias; the message names those that exist.
@@ -100,55 +163,63 @@ class Registry:
             raise NotFound(f"no model {name!r}.{did_you_mean(name, names)} {known}")
         by_key = {key: version for version in found for key in (version.version, *version.aliases)}
         by_key.setdefault(LATEST, found[-1])  # a folder that was filled by hand needs no aliases.json
-        key = version_or_alias or (CHAMPION if CHAMPION in by_key else LATEST)
+        by_key.setdefault(CHAMPION, by_key[LATEST])
+        key = version_or_alias or CHAMPION
         if key not in by_key:
             raise NotFound(
                 f"model {name!r} has no version or alias {key!r}.{did_you_mean(key, list(by_key))} It has: {', '.join(by_key)}"
             )
         return by_key[key]
 
-    def newest(self) -> ModelVersion:
-        """What is served of the model that was registered last.
+    def default(self) -> ModelVersion:
+        """Return what the server's default reference means now (see `finetune.bundle.deployment`).
 
         Raises:
-            NotFound: nothing is registered.
+            NotFound: nothing is registered, no default is chosen, or it names something that is gone.
         """
-        newest = max(self.list(), key=lambda version: (version.created_at, int(version.version)), default=None)
-        if newest is None:
+        return self.lookup(deployment.default_reference(self))
+
+    def lookup(self, reference: str) -> ModelVersion:
+        """Return the version that ``name``, ``name@version`` or ``name@alias`` means; raise `NotFound`."""
+        if not re.fullmatch(REFERENCE, reference):
             raise NotFound(
-                f"no model is registered in {self.root}: train one with finetune train, or see it all with finetune demo"
+                f"no model {reference[:100]!r}: a reference is a name, name@version or name@alias, as in 'flowers@champion'"
             )
-        return self.resolve(newest.name)
+        name, _, key = reference.partition("@")
+        return self.resolve(name, key or None)
 
     def locate(self, reference: str | None = None) -> Path:
-        """The bundle folder that a person means: a path, ``name``, ``name@version``, ``name@alias``; None is the newest model.
+        """Return the bundle folder that a person means: a path, ``name``, ``name@version``, ``name@alias``; None: the default.
 
         Raises:
             NotFound: no such folder, model, version or alias.
         """
         if reference is None:
-            return self.newest().path
+            return self.default().path
         folder = Path(reference)
         if (folder / MANIFEST).is_file():
             return folder
         if "/" in reference:
             raise NotFound(f"{reference}: no bundle there (a bundle is a folder with {MANIFEST} in it)")
-        name, _, key = reference.partition("@")
-        return self.resolve(name, key or None).path
+        return self.lookup(reference).path
 
-    def set_alias(self, name: str, alias: str, version: str) -> ModelVersion:
-        """Point an alias at a version (or at what another alias means) in one step that readers see whole or not at all."""
+    def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
+        """Point an alias at a version (or at what another alias means) in one step that readers see whole or not at all.
+
+        Args:
+            audit: who moved it and why, for the journal.
+        """
         if not re.fullmatch(_ALIAS_PATTERN, alias):
             raise InvalidInput(f"{alias!r} cannot be an alias: start with a letter a-z, as in 'champion'; numbers are versions")
         self.resolve(name, version)
         folder = self.root / name
         with _locked(folder):
             target = self.resolve(name, version).version
-            _move_alias(folder, alias, target)
+            _move_alias(folder, alias, target, **audit)
         return self._describe(name, target, _aliases(folder))
 
-    def rollback(self, name: str, alias: str = CHAMPION) -> ModelVersion:
-        """Point an alias back at the version that it named before; twice brings it forth again.
+    def rollback(self, name: str, alias: str = CHAMPION, **audit: Any) -> ModelVersion:
+        """Point an alias back at the version that it meant before. A second rollback undoes the first.
 
         Raises:
             NotFound: no such model or alias.
@@ -156,11 +227,11 @@ class Registry:
         """
         current = self.resolve(name, alias).version
         folder = self.root / name
-        moves = [line["version"] for line in read_lines(folder / _JOURNAL) if line["alias"] == alias]
+        moves = [version for moved, version in _moves(folder) if moved == alias]
         previous = next((version for version in reversed(moves) if version != current and (folder / version).is_dir()), None)
         if previous is None:
             raise Conflict(f"{name}@{alias} has only ever meant version {current}: there is nothing to go back to")
-        return self.set_alias(name, alias, previous)
+        return self.set_alias(name, alias, previous, **audit)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
         """Delete one version, or all of them; their numbers are not given again.
@@ -186,6 +257,29 @@ class Registry:
                 found.path.rename(gone)
                 shutil.rmtree(gone)
 
+    def access(self, name: str) -> Access:
+        """Return who may use a model. Where the record is damaged, only administrators may."""
+        if not re.fullmatch(SUFFIX_PATTERN, name):
+            return Access()
+        try:
+            return _ACCESS_ADAPTER.validate_json((self.root / name / _ACCESS).read_bytes())
+        except FileNotFoundError:
+            return Access()
+        except ValidationError:
+            return Access(owner=None, visibility="private")
+
+    def set_access(self, name: str, access: Access) -> None:
+        """Record who may use a model; it need not have a version yet."""
+        with _locked(self.root / name):
+            write_json(self.root / name / _ACCESS, dataclasses.asdict(access))
+
+    def reserve(self, name: str, access: Access) -> None:
+        """Record who will own the model of a job that begins, unless the model exists already."""
+        folder = self.root / name
+        with _locked(folder):
+            if not _versions(folder):
+                write_json(folder / _ACCESS, dataclasses.asdict(access))
+
     def _versions_of(self, name: str) -> tuple[ModelVersion, ...]:
         if not re.fullmatch(SUFFIX_PATTERN, name):  # could lead out of the folder
             return ()
@@ -207,7 +301,7 @@ class Registry:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer of one model at a time, over threads and processes; a killed one lets go by dying, and is cleaned up after."""
+    """Let one writer of one model in at a time, over threads and processes, and clean up after one that was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -223,18 +317,39 @@ def _versions(folder: Path) -> list[str]:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """Versions that the journal knows, also those deleted since."""
-    return {line["version"] for line in read_lines(folder / _JOURNAL)}
+    """Return the versions in the journal, those deleted since included."""
+    return {version for _, version in _moves(folder)}
+
+
+def _moves(folder: Path) -> list[tuple[str, str]]:
+    """Return (alias, version) of every move in the journal that can be read, oldest first."""
+    lines = [line for line in read_lines(folder / _JOURNAL) if isinstance(line, dict)]
+    moves = [(line.get("alias"), line.get("version")) for line in lines]
+    return [(alias, version) for alias, version in moves if isinstance(alias, str) and _is_version(version)]
 
 
 def _aliases(folder: Path) -> dict[str, str]:
-    path = folder / _ALIASES
-    return dict(read_json(path)) if path.exists() else {}
+    """Return which version each alias means. A damaged ``aliases.json`` is replaced by what the journal says."""
+    try:
+        found = json.loads((folder / _ALIASES).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and all(_is_version(version) for version in found.values()):
+        return found
+    log.warning("%s is damaged; the aliases are read from %s. The next promotion writes it anew", folder / _ALIASES, _JOURNAL)
+    existing = set(_versions(folder))
+    return {alias: version for alias, version in _moves(folder) if version in existing}
 
 
-def _move_alias(folder: Path, alias: str, version: str) -> None:
+def _is_version(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch(r"[1-9][0-9]*", value) is not None
+
+
+def _move_alias(folder: Path, alias: str, version: str, **audit: Any) -> None:
     write_json(folder / _ALIASES, {**_aliases(folder), alias: version})
-    append_line(folder / _JOURNAL, {"alias": alias, "version": version})
+    append_line(folder / _JOURNAL, {"alias": alias, "version": version, "at": time.time(), **audit})
 
 
 def _copy_bundle(bundle: Path, target: Path, manifest: Manifest) -> None:

@@ -26,12 +26,12 @@ from finetune.runtime.collector import skip_final_collection
 def cli() -> None:
     """Fine-tune a pretrained image classifier on your photographs, compare, export, serve.
 
-    \b
-    finetune check --data photos                show the plan and its cost
-    finetune train --data photos                fit a head on frozen features
-    finetune train --data photos --method full  then train every stage too
-    finetune serve                              serve the newest model over HTTP
-    """
+        \b
+            finetune check --data photos              what would be done, and what it would cost
+        finetune train --data photos              fit a head on frozen features (fast)
+        finetune train --data photos --method full
+        finetune serve                            serve the promoted model over HTTP
+        """
 
 
 for command in (check, train, evaluate, predict, serve, backbones, models, mlflow, demo, worker, jobs, keys):

@@ -208,7 +208,9 @@ def _keys() -> Any:
 
 @keys.command("create")
 @click.argument("owner")
-@click.option("--scope", "scopes", multiple=True, default=("predict", "jobs"), show_default=True, help="predict | jobs | admin.")
+@click.option(
+    "--scope", "scopes", multiple=True, default=("predict", "jobs"), show_default=True, help="predict | jobs | metrics | admin."
+)
 @click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The key expires after so many days (default: never).")
 @json_option
 def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json: bool) -> None:

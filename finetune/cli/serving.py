@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from finetune.cli.training import json_option
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the newest model.")
+@click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the workspace's default model.")
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write each image's activation map there as PNG."
@@ -28,6 +30,9 @@ def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Pa
     from finetune.errors import ImageError, NotFound
 
     predictor = Predictor.load(_registry().locate(model))
+    if model is None and not as_json:
+        name = f"{predictor.manifest.name}@{predictor.manifest.version}"
+        console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
     documents: list[dict[str, Any]] = []
     failed = False
     for path in images:
@@ -56,7 +61,9 @@ def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Pa
 
 
 @click.command()
-@click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the newest model.")
+@click.option(
+    "--model", help="What /predict answers with: a registered name, name@version, or a bundle folder. Default: what was promoted."
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=3000, show_default=True)
 @click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries jobs out.")
@@ -82,12 +89,28 @@ def _registry() -> Any:
 @models.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List every registered model with its versions and aliases."""
+    """Every registered model with its versions and aliases, and which one is the default."""
+    from finetune.bundle.deployment import read_deployment
     from finetune.cli.show import show_models
     from finetune.cli.terminal import print_json
+    from finetune.errors import NotFound
 
-    versions = _registry().list()
-    print_json({"models": [version.to_dict() for version in versions]}) if as_json else show_models(versions)
+    registry = _registry()
+    versions, deployed = registry.list(), read_deployment(registry)
+    try:
+        default = registry.default()
+    except NotFound:
+        default = None
+    if as_json:
+        shown = None if default is None else f"{default.name}@{default.version}"
+        print_json(
+            {
+                "models": [{**version.to_dict(), **asdict(registry.access(version.name))} for version in versions],
+                "default": None if deployed is None else {**deployed.to_dict(), "means": shown},
+            }
+        )
+    else:
+        show_models(versions, {name: registry.access(name) for name in registry.names()}, default, deployed)
 
 
 @models.command("show")
@@ -103,20 +126,149 @@ def show_model(model: str, as_json: bool) -> None:
     print_json(manifest.to_dict()) if as_json else show_manifest(manifest)
 
 
-@models.command()
-@click.argument("name")
-@click.argument("version")
-@click.option("--alias", default="champion", show_default=True)
-def promote(name: str, version: str, alias: str) -> None:
-    """Point an alias of model NAME at VERSION. A running server swaps to it between requests."""
-    _registry().set_alias(name, alias, version)
-    click.echo(f"{name}@{alias} is now version {version}", err=True)
+def _by() -> str:
+    """Who promotes, for the journal."""
+    import getpass
+
+    try:
+        return f"{getpass.getuser()} at a shell"
+    except (KeyError, OSError):  # no such user, as in some containers
+        return "a shell"
+
+
+def _minimum(given: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        metric, _, value = text.partition("=")
+        try:
+            found[metric] = float(value)
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r}: give a metric and its least value, as in test/top1=0.9", param_hint="--min"
+            ) from None
+    return found
+
+
+_condition_options = (
+    click.option("--min", "minimum", multiple=True, metavar="METRIC=VALUE", help="Refuse below this, as in test/top1=0.9."),
+    click.option("--force", is_flag=True, help="Promote although a check fails. What cannot be loaded is refused anyway."),
+)
+
+
+def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--min`` and ``--force``, for commands that promote."""
+    for option in reversed(_condition_options):
+        command = option(command)
+    return command
 
 
 @models.command()
 @click.argument("name")
+@click.argument("version", required=False)
+@click.option("--alias", default="champion", show_default=True, help="What the bare name answers with is its champion.")
+@click.option("--default", "as_default", is_flag=True, help="Also make the model what the server and `predict` answer with.")
+@condition_options
+def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
+    """Point an alias of model NAME at VERSION; a running server switches to it between requests.
+
+    Registering a model never changes what answers: only this command does, or PUT on the server. A version is checked first: it
+    loads and gives its known answers, its export was exact, it knows the same classes, and it reaches every --min.
+    """
+    from finetune.bundle.deployment import Deployment
+    from finetune.bundle.promotion import promote as promote_version
+    from finetune.bundle.promotion import promote_to_default
+
+    registry = _registry()
+    name, _, inside = name.partition("@")
+    version = version or inside or None
+    if version is None and not as_default:
+        raise click.UsageError(f"Give the version to promote: finetune models promote {name} 2 (finetune models list shows them)")
+    if version is not None:
+        promoted, _ = promote_version(registry, name, version, alias, minimum=_minimum(minimum), force=force, by=_by())
+        click.echo(f"{name}@{alias} is now version {promoted.version}", err=True)
+    if as_default:
+        reference = f"{name}@{alias}"
+        promote_to_default(registry, Deployment(reference), minimum=_minimum(minimum), force=force, by=_by())
+    _say_default(registry)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
+@click.option("--canary", metavar="MODEL=PERCENT", help="A model that answers this share of the requests instead.")
+@click.option("--shadow", metavar="MODEL=PERCENT", help="A model that computes this share a second time; disagreement is logged.")
+@condition_options
+def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tuple[str, ...], force: bool) -> None:
+    """Make MODEL (a name, name@version or name@alias) what answers requests that name no model."""
+    from finetune.bundle.deployment import Deployment
+    from finetune.bundle.promotion import promote_to_default
+
+    registry = _registry()
+    wanted = Deployment(reference, canary=_share(canary, "--canary"), shadow=_share(shadow, "--shadow"))
+    promote_to_default(registry, wanted, minimum=_minimum(minimum), force=force, by=_by())
+    _say_default(registry)
+
+
+def _share(text: str | None, option: str) -> Any:
+    from finetune.bundle.deployment import Share
+
+    if text is None:
+        return None
+    reference, _, percent = text.rpartition("=")
+    try:
+        value = float(percent)
+    except ValueError:
+        value = -1.0
+    if not reference or not 0.0 <= value <= 100.0:
+        raise click.BadParameter(f"{text!r}: give a model and a percentage, as in flowers@4=10", param_hint=option)
+    return Share(reference, value)
+
+
+def _say_default(registry: Any) -> None:
+    from finetune.bundle.deployment import read_deployment
+    from finetune.errors import NotFound
+
+    try:
+        default = registry.default()
+    except NotFound as error:
+        click.echo(f"Requests that name no model are not answered: {error.message}", err=True)
+        return
+    deployed = read_deployment(registry)
+    beside = (
+        [(kind, share) for kind, share in (("canary", deployed.canary), ("shadow", deployed.shadow)) if share] if deployed else []
+    )
+    also = "".join(f", {kind} {share.reference} {share.percent:g} %" for kind, share in beside)
+    reference = deployed.reference if deployed else default.name
+    click.echo(f"Requests that name no model are answered by {reference}, version {default.version}{also}", err=True)
+
+
+@models.command()
+@click.argument("name", required=False)
 @click.option("--alias", default="champion", show_default=True)
-def rollback(name: str, alias: str) -> None:
-    """Point an alias back at the version that it named before."""
-    version = _registry().rollback(name, alias)
-    click.echo(f"{name}@{alias} is back at version {version.version}", err=True)
+@click.option("--default", "of_default", is_flag=True, help="Undo the last change of the server's default instead.")
+def rollback(name: str | None, alias: str, of_default: bool) -> None:
+    """Point an alias of model NAME back at the version that it meant before."""
+    from finetune.bundle.deployment import roll_back
+
+    registry = _registry()
+    if of_default == (name is not None):
+        raise click.UsageError("Give either the NAME of a model or --default")
+    if name is not None:
+        before = registry.resolve(name, alias).version
+        version = registry.rollback(name, alias, by=_by())
+        click.echo(f"{name}@{alias} is version {version.version} again (it was version {before})", err=True)
+    else:
+        roll_back(registry, by=_by())
+    _say_default(registry)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--private", is_flag=True, help="Take it back: only its owner and administrators may use it.")
+def share(name: str, private: bool) -> None:
+    """Let everyone who may use the server use model NAME, which a job with an API key made for its owner alone."""
+    registry = _registry()
+    registry.resolve(name)
+    access = registry.access(name)
+    registry.set_access(name, replace(access, visibility="private" if private else "shared"))
+    whose = f"its owner {access.owner}" if access.owner else "administrators"
+    click.echo(f"{name} is for {whose} alone" if private else f"{name} is for everyone who may use the server", err=True)

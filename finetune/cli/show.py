@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.cli.terminal import byte_size, console, duration, table
 
 if TYPE_CHECKING:
+    from finetune.bundle.deployment import Deployment
     from finetune.bundle.manifest import Manifest
-    from finetune.bundle.registry import ModelVersion
+    from finetune.bundle.registry import Access, ModelVersion
     from finetune.demo import DemoResult
     from finetune.evaluation.metrics import Evaluation
     from finetune.outcome import Outcome
@@ -73,6 +74,7 @@ def show_outcome(outcome: Outcome) -> None:
         model    {outcome.model} version {outcome.version}
         report   {outcome.run / "report.html"}
         serve    finetune serve --model {outcome.model}@{outcome.version}
+        promote  finetune models promote {outcome.model} {outcome.version} --default
         compare  finetune mlflow
         """),
         markup=False,
@@ -150,13 +152,33 @@ def show_backbone(description: Mapping[str, Any]) -> None:
         console.print(description["note"], markup=False)
 
 
-def show_models(versions: Sequence[ModelVersion]) -> None:
+def show_models(
+    versions: Sequence[ModelVersion],
+    access: Mapping[str, Access],
+    default: ModelVersion | None,
+    deployed: Deployment | None,
+) -> None:
+    """`finetune models list`: versions, what their aliases are, who may use them, and what answers by default."""
     if not versions:
         console.print("no model yet: finetune train --data FOLDER makes one, finetune demo shows the whole way")
         return
-    table(
-        "", ["model", "version", "aliases", "folder"], [[v.name, v.version, ", ".join(v.aliases), str(v.path)] for v in versions]
-    )
+    rows = []
+    for version in versions:
+        aliases = [*version.aliases, *(["default"] if default is not None and default.path == version.path else [])]
+        who = access[version.name]
+        rows.append(
+            [version.name, version.version, ", ".join(aliases), "all" if who.visibility == "shared" else who.owner or "admins"]
+        )
+    table("", ["model", "version", "aliases", "for"], rows)
+    if default is not None:
+        reference = deployed.reference if deployed is not None else default.name
+        console.print(f"default: {reference}, version {default.version}", markup=False)
+    else:
+        console.print("no default: finetune models promote NAME --default chooses what the server answers with")
+    for kind in ("canary", "shadow"):
+        share = getattr(deployed, kind, None)
+        if share is not None:
+            console.print(f"{kind}: {share.reference}, {share.percent:g} %", markup=False)
 
 
 def show_manifest(manifest: Manifest) -> None:

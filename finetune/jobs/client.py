@@ -10,13 +10,11 @@ from typing import Any, Protocol
 from finetune.errors import InvalidInput
 from finetune.jobs.database import open_jobs
 from finetune.jobs.schema import TERMINAL
-from finetune.jobs.store import Event, Job, JobStore
+from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
 from finetune.naming import as_model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
-
-LOCAL_OWNER = "local"  # of jobs that no key stands for
 
 
 @dataclass(frozen=True)

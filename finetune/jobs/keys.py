@@ -19,13 +19,13 @@ from finetune.errors import InvalidInput, NotFound, did_you_mean
 from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import api_keys
 
-SCOPES = ("predict", "jobs", "admin")
+SCOPES = ("predict", "jobs", "metrics", "admin")
 _REMEMBER_USE_SECONDS = 60.0  # `last_used_at` is written at most this often for a key
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key. `scopes`: predict, jobs (files, jobs, models) or admin (everything, of every owner)."""
+    """What is known of a key. `scopes`: predict, jobs (files, jobs, models), metrics or admin (everything, of every owner)."""
 
     id: str
     owner: str

@@ -30,6 +30,7 @@ from finetune.jobs.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, job_events, jobs
 
 LEASE_SECONDS = 30.0
+LOCAL_OWNER = "local"  # of jobs that were submitted without an API key
 
 
 class LeaseLost(Exception):

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from finetune.bundle.registry import Access, Registry, Visibility
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.closing import Closing
@@ -28,7 +29,7 @@ from finetune.jobs.endings import Ending, Finish, what_follows
 from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
-from finetune.jobs.store import Claim, JobStore, LeaseLost
+from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
 from finetune.runtime.cores import available_cores
 from finetune.storage.files import read_json, write_atomic
 from finetune.storage.journal import read_lines
@@ -178,6 +179,7 @@ class Worker:
             leftover.unlink(missing_ok=True)
         write_atomic(spec_file, lambda stream: stream.write(yaml.safe_dump(dict(claim.job.spec), allow_unicode=True).encode()))
         write_lease(lease_file, asked_at, self.store.lease_seconds)
+        self._reserve_name(claim.job)
         gpus = self._free_gpu()
         handle = self.executor.start(
             claim.job.id,
@@ -189,6 +191,12 @@ class Worker:
         )
         log.info("%s: attempt %d started, process %s", claim.job.id, claim.job.attempts, handle.reference)
         return _Attempt(claim, run, handle, lease_file, gpus, _checkpoints(run), _memory_kills())
+
+    def _reserve_name(self, job: Job) -> None:
+        """Record whose model the run will register, so that it is that owner's even if the job dies right after registering."""
+        if job.suffix is not None:
+            visibility: Visibility = "shared" if job.owner == LOCAL_OWNER else "private"
+            Registry(self.home / "models").reserve(job.suffix, Access(job.owner, visibility))
 
     def _disk_is_full(self) -> bool:
         return shutil.disk_usage(self.home).free < self.settings.min_free_bytes

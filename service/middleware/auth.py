@@ -21,14 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from finetune.errors import FinetuneError
 from finetune.jobs.keys import KeyStore
+from finetune.jobs.store import LOCAL_OWNER
 from service.limits import PROBES
 from service.problems import problem
 
 log = logging.getLogger(__name__)
 
-LOCAL_OWNER = "local"  # of whatever is made while there is no key
 SHELL = ("/", "/static/")  # what a browser loads before anybody can type a key into it
-KeyScope = Literal["predict", "jobs", "admin"]
+KeyScope = Literal["predict", "jobs", "metrics", "admin"]
 CHALLENGE = 'Bearer realm="finetune"'
 
 
@@ -51,7 +51,7 @@ class Caller:
         return self.is_admin or scope in self.scopes
 
 
-LOCAL = Caller(LOCAL_OWNER, frozenset({"predict", "jobs", "admin"}))
+LOCAL = Caller(LOCAL_OWNER, frozenset({"predict", "jobs", "metrics", "admin"}))
 
 
 class Authentication:
@@ -145,3 +145,5 @@ def needs(*scopes: KeyScope) -> Callable[[Caller], Awaitable[Caller]]:
 Predicting = Annotated[Caller, Depends(needs("predict"))]
 Submitting = Annotated[Caller, Depends(needs("jobs"))]
 Reading = Annotated[Caller, Depends(needs("predict", "jobs"))]
+Administering = Annotated[Caller, Depends(needs("admin"))]
+Measuring = Annotated[Caller, Depends(needs("metrics"))]

@@ -98,12 +98,8 @@ def _dataset_name(server: ServerState, folder: Path) -> str:
 
 
 def _is_reserved(server: ServerState, caller: Caller, name: str) -> bool:
-    """Whether a model of this name is there that no job made, so that only an administrator may add versions to it."""
-    try:
-        server.models.find(name)
-    except NotFound:
-        return False
-    return not server.may_change(caller, name)
+    """Return whether there is a model of this name that the caller may not add versions to."""
+    return server.models.registry.has(name) and not server.may_change(caller, name)
 
 
 @jobs_router.get("")

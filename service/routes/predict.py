@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 
+from finetune.errors import NotFound
 from service.middleware.auth import Predicting
-from service.models import Live
+from service.models import LoadedModel
 from service.predictions import predict, read_upload
 from service.problems import RESPONSES
 from service.schemas.predictions import PredictionAnswer, PredictOptions
@@ -49,27 +49,35 @@ def predict_router(max_body_bytes: int) -> APIRouter:
     async def predict_with_default_model(
         request: Request, options: Options, caller: Predicting, server: Server
     ) -> PredictionAnswer:
-        """Classify one image with the model that this server was started with, or the newest one."""
-        live = server.models.default()
-        if not server.default_is_chosen and not caller.is_admin:
-            await run_in_threadpool(server.check_may_use, caller, live.name)
-        return await _predict(request, options, server, live)
+        """Classify one image with the server's default model, or with the one that the server was started with."""
+        choice = server.models.choose()
+        for model in (server.models.default(), choice.model):
+            if not server.may_use_default(caller, model):
+                raise NotFound("This server has no default model that you may use. GET /v1/models lists those that you may use")
+        return await _predict(request, options, server, choice.model, choice.role, choice.shadow)
 
     @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_BODY, max_body_size=max_body_bytes)
     async def predict_with_named_model(
         request: Request, name: str, options: Options, caller: Predicting, server: Server
     ) -> PredictionAnswer:
         """Classify one image with a registered model: `name`, `name@version` or `name@alias`."""
-        if not caller.is_admin:
-            await run_in_threadpool(server.check_may_use, caller, name.partition("@")[0])
-        live = await run_in_threadpool(server.models.named, name)  # the first time, this loads the bundle
-        return await _predict(request, options, server, live)
+        server.check_may_use(caller, name.partition("@")[0])
+        return await _predict(request, options, server, await server.models.get(name))
 
     return router
 
 
-async def _predict(request: Request, options: PredictOptions, server: ServerState, live: Live) -> PredictionAnswer:
+async def _predict(
+    request: Request,
+    options: PredictOptions,
+    server: ServerState,
+    model: LoadedModel,
+    role: str = "named",
+    shadow: LoadedModel | None = None,
+) -> PredictionAnswer:
     upload = await read_upload(request, options)
-    answer = await server.queue.run(predict, live, upload, server.image_limits)
-    server.metrics.predictions.labels(live.name).inc()
+    answer = await server.queue.run(predict, model, upload, server.image_limits)
+    server.metrics.predictions.labels(model.name, model.version, role).inc()
+    if shadow is not None:
+        server.shadows.compare(shadow, upload, answer)
     return answer

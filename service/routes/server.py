@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.metrics import CONTENT_TYPE
+from service.middleware.auth import Measuring
 from service.problems import RESPONSES
 from service.state import Server
 from service.web import render
@@ -17,6 +18,14 @@ from service.web import render
 
 class Status(BaseModel):
     status: Literal["ok"] = "ok"
+
+
+class ReadyStatus(Status):
+    """What the server answers with. A private model is not named: this route needs no key."""
+
+    reference: str | None = Field(description="What was promoted, as in `flowers@champion`.")
+    model: str | None
+    version: str | None
 
 
 server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
@@ -29,10 +38,16 @@ async def alive() -> Status:
 
 
 @server_router.get("/readyz")
-async def ready(server: Server) -> Status:
-    """The default model has passed its probes; until then 503, with what is missing."""
+async def ready(server: Server) -> ReadyStatus:
+    """Whether the default model has passed its probes, and which it is; until then 503, with what is missing."""
     server.models.check_ready()
-    return Status()
+    model = server.models.default()
+    if not server.models.serves_a_folder and server.access.of(model.name).visibility == "private":
+        return ReadyStatus(reference=None, model=None, version=None)
+    deployed = server.models.deployment()
+    reference = server.models.pinned or (deployed.reference if deployed is not None else model.name)
+    shown = str(model) if server.models.serves_a_folder else reference
+    return ReadyStatus(reference=shown, model=model.name, version=model.version)
 
 
 @server_router.get(
@@ -40,8 +55,8 @@ async def ready(server: Server) -> Status:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, "4XX": RESPONSES["4XX"]},
 )
-def metrics(server: Server) -> Response:
-    """Counters for Prometheus."""
+def metrics(_: Measuring, server: Server) -> Response:
+    """Counters for Prometheus. They name every model, so a key needs the scope `metrics` (or admin)."""
     return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 

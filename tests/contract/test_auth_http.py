@@ -18,6 +18,7 @@ from serving import in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.registry import Access, Registry
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
@@ -159,7 +160,10 @@ def test_a_key_may_do_what_its_scopes_say(client: TestClient, home: Path) -> Non
         ("GET", "/v1/files"): (403, 200, 200),
         ("GET", JOBS): (403, 200, 200),
         ("GET", f"{JOBS}/ftjob-x/events"): (403, 404, 404),
-        ("DELETE", "/v1/models/colours"): (403, 403, 200),  # no job made it, so it is the administrator's
+        ("GET", "/v1/deployments/default"): (200, 200, 200),
+        ("POST", "/v1/deployments/default/rollback"): (403, 403, 409),
+        ("GET", "/metrics"): (403, 403, 200),
+        ("DELETE", "/v1/models/colours?force=true"): (403, 403, 200),  # no job made it, so it is the administrator's
     }
     for (method, path), statuses in allowed.items():
         body = picture() if path.endswith("predict") else None
@@ -180,6 +184,7 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     store = JobStore(open_jobs(home))
     claim = store.claim("worker")
     assert claim is not None
+    Registry(home / "models").reserve("mine", Access(claim.job.owner, "private"))  # as the worker does
     registered(home, write_bundle(home / "second"), "mine")
     store.finish(claim, "succeeded", result={"model": "mine", "version": "1"})
     return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion"}
@@ -195,7 +200,11 @@ def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -
     document = client.get("/docs.json", headers=ann).json()
     addressed = [(method.upper(), path) for path, item in document["paths"].items() for method in item if "{" in path]
     assert len(addressed) >= 11
-    bodies: dict[str, dict[str, Any]] = {"PUT": {"json": {"version": "1"}}, "POST": {"content": picture()}}
+    bodies: dict[str, dict[str, Any]] = {
+        "PUT": {"json": {"version": "1"}},
+        "PATCH": {"json": {"visibility": "shared"}},
+        "POST": {"content": picture()},
+    }
     for method, template in addressed:
         path = template.format(**hers)
         missing = template.format(file_id="file-x", job_id="ftjob-x", name="other", alias="champion")
@@ -212,11 +221,44 @@ def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -
     assert client.post("/v1/models/mine/predict", content=picture(), headers=ann).status_code == 200
 
 
-def test_the_newest_model_is_not_shown_to_another_owner_by_the_back_door(client: TestClient, home: Path) -> None:
+def test_a_job_that_ends_takes_over_nothing(client: TestClient, home: Path) -> None:
     ann, bob = new_key(home, "ann", "jobs", "predict"), new_key(home, "bob", "predict")
     owned(client, home, ann)
-    until(lambda: client.post("/predict", content=picture(), headers=ann).json().get("model") == "mine")
-    assert client.post("/predict", content=picture(), headers=bob).status_code == 404
+    until(lambda: client.post("/v1/models/mine/predict", content=picture(), headers=ann).status_code == 200)
+    for key in (ann, bob):
+        answer = client.post("/predict", content=picture(), headers=key)
+        assert (answer.status_code, answer.json()["model"]) == (200, "colours")
+
+
+def test_a_private_model_answers_and_is_named_to_nobody_else(tmp_path: Path) -> None:
+    ann, bob, root = (
+        new_key(tmp_path, "ann", "jobs", "predict"),
+        new_key(tmp_path, "bob", "jobs", "predict"),
+        new_key(tmp_path, "root", "admin"),
+    )
+    with in_process(tmp_path, wait=False) as client:
+        owned(client, tmp_path, ann)  # the first model of an empty server: its default
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/predict", content=picture(), headers=ann).json()["model"] == "mine"
+        told = [
+            client.post("/predict", content=picture(), headers=bob),
+            client.post("/v1/models/mine/predict", content=picture(), headers=bob),
+            client.post("/v1/models/mines/predict", content=picture(), headers=bob),
+            client.get("/v1/deployments/default", headers=bob),
+            client.get("/v1/models", headers=bob),
+            client.get("/metrics", headers=bob),
+            client.get("/readyz"),
+        ]
+        assert [answer.status_code for answer in told] == [404, 404, 404, 200, 200, 403, 200]
+        assert told[0].json()["detail"].startswith("This server has no default model that you may use")
+        for position in (0, 2, 3, 4, 5, 6):
+            assert '"mine"' not in told[position].text.replace("'", '"')
+        shared = client.patch("/v1/models/mine", json={"visibility": "shared"}, headers=ann)
+        assert (shared.status_code, shared.json()["visibility"]) == (200, "shared")
+        assert client.post("/predict", content=picture(), headers=bob).json()["model"] == "mine"
+        assert client.get("/readyz").json()["model"] == "mine"
+        assert client.patch("/v1/models/mine", json={"visibility": "private"}, headers=bob).status_code == 403
+        assert client.patch("/v1/models/mine", json={"visibility": "private"}, headers=root).status_code == 409  # the default
 
 
 def test_another_owners_file_and_name_cannot_be_used(client: TestClient, home: Path) -> None:

@@ -83,7 +83,9 @@ def test_a_scope_is_what_is_granted_and_admin_is_every_scope(keys: KeyStore) -> 
 
 
 def test_an_unknown_scope_and_no_scope_are_refused(keys: KeyStore) -> None:
-    with pytest.raises(InvalidInput, match=r"unknown scope 'job'; allowed are predict, jobs, admin\. Did you mean 'jobs'"):
+    with pytest.raises(
+        InvalidInput, match=r"unknown scope 'job'; allowed are predict, jobs, metrics, admin\. Did you mean 'jobs'"
+    ):
         keys.create("ada", ["job"])
     with pytest.raises(InvalidInput, match="at least one scope"):
         keys.create("ada", [])

@@ -463,10 +463,10 @@ def test_an_alias_moves_what_a_name_means_between_two_requests(tmp_path: Path) -
             answer = client.post(f"/v1/models/{reference}/predict", content=picture())
             return str(answer.json()["predictions"][0]["label"])
 
-        assert label("colours") == "v2-r"
-        moved = client.put("/v1/models/colours/aliases/champion", json={"version": "1"})
-        assert {one["version"]: one["aliases"] for one in moved.json()["versions"]} == {"1": ["champion"], "2": ["latest"]}
         assert (label("colours"), label("colours@latest"), label("colours@2")) == ("v1-r", "v2-r", "v2-r")
+        moved = client.put("/v1/models/colours/aliases/champion", json={"version": "latest", "force": True})
+        assert {one["version"]: one["aliases"] for one in moved.json()["versions"]} == {"1": [], "2": ["champion", "latest"]}
+        assert (label("colours"), label("colours@1")) == ("v2-r", "v1-r")
         assert client.put("/v1/models/colours/aliases/champion", json={"version": "9"}).status_code == 404
         assert client.put("/v1/models/colours/aliases/7", json={"version": "1"}).status_code == 422
         assert client.put("/v1/models/colours/aliases/champion", json={"version": "1", "x": 1}).status_code == 422
@@ -476,11 +476,10 @@ def test_an_alias_does_not_move_to_a_version_that_fails_its_checks(tmp_path: Pat
     for version in (1, 2):
         registered(tmp_path, write_bundle(tmp_path / f"bundle-{version}"))
     with in_process(tmp_path) as client:
-        client.put("/v1/models/colours/aliases/champion", json={"version": "1"})
         model = tmp_path / "models" / "colours" / "2" / "model.onnx"
         model.write_bytes(model.read_bytes()[:-1])
         refused = client.put("/v1/models/colours/aliases/champion", json={"version": "2"})
-        assert (refused.status_code, refused.json()["code"]) == (409, "invalid_bundle")
+        assert (refused.status_code, refused.json()["code"]) == (409, "promotion_refused")
         assert client.post("/v1/models/colours/predict", content=picture()).json()["version"] == "1"
 
 
@@ -490,9 +489,11 @@ def test_a_model_is_deleted_whole_or_by_version(tmp_path: Path) -> None:
     with in_process(tmp_path) as client:
         assert client.delete("/v1/models/colours@3").json() == {"id": "colours@3", "object": "model", "deleted": True}
         assert [one["version"] for one in client.get("/v1/models/colours").json()["versions"]] == ["2", "1"]
-        client.put("/v1/models/colours/aliases/champion", json={"version": "1"})
-        refused = client.delete("/v1/models/colours")
-        assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+        for promoted in ("colours@1", "colours"):  # the champion, and the server's default
+            refused = client.delete(f"/v1/models/{promoted}")
+            assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+        registered(tmp_path, tmp_path / "bundle-1", "others")
+        assert client.delete("/v1/models/others").status_code == 200
         assert client.delete("/v1/models/colours?force=true").status_code == 200
         for answer in (client.get("/v1/models/colours"), client.delete("/v1/models/colours")):
             assert answer.status_code == 404

@@ -17,7 +17,7 @@ from finetune.bundle.manifest import MODEL
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Registry
 from finetune.errors import BundleError, NotFound, NotReady
-from service.models import LiveModels
+from service.models import LoadedModels
 
 
 def bundle_of(folder: Path, version: int) -> Path:
@@ -78,7 +78,7 @@ def test_a_bundle_folder_can_be_served_from_where_it_lies(tmp_path: Path) -> Non
 
 def test_a_folder_that_is_written_anew_is_swapped_and_one_that_is_damaged_is_not(tmp_path: Path) -> None:
     folder = bundle_of(tmp_path / "a", 1)
-    models = LiveModels(Registry(tmp_path / "models"), default=str(folder))
+    models = LoadedModels(Registry(tmp_path / "models"), default=str(folder))
     models.refresh()
     first = models.default()
     shutil.rmtree(folder)
@@ -92,7 +92,7 @@ def test_a_folder_that_is_written_anew_is_swapped_and_one_that_is_damaged_is_not
 
 def test_when_nobody_watches_any_more_the_server_is_not_ready(tmp_path: Path) -> None:
     registered(tmp_path, bundle_of(tmp_path, 1))
-    models = LiveModels(Registry(tmp_path / "models"))
+    models = LoadedModels(Registry(tmp_path / "models"))
     models.refresh()
     models.default()
     with pytest.raises(NotReady, match="has stopped"):
@@ -119,6 +119,7 @@ def test_models_are_listed_by_page_with_versions_aliases_and_what_is_live(tmp_pa
         assert (shown["id"], shown["object"], shown["owned_by"]) == ("colours", "model", "finetune")
         versions = [(one["version"], one["aliases"], one["live"], one["refused"]) for one in shown["versions"]]
         assert versions == [("2", ["latest"], False, None), ("1", ["champion"], True, None)]
+        assert shown["visibility"] == "shared"
 
 
 # --- swapping -------------------------------------------------------------------------------------
@@ -144,6 +145,7 @@ def test_ten_swaps_under_load_fail_no_request_and_mix_no_answer(tmp_path: Path) 
             thread.start()
         for version in range(2, 12):
             registry.register(bundle_of(tmp_path, version), "colours")
+            registry.set_alias("colours", "champion", str(version))
             until(lambda: answers[200, True, str(version)] >= 20)  # noqa: B023 - called before the loop goes on
         done.set()
         for thread in threads:
@@ -153,19 +155,20 @@ def test_ten_swaps_under_load_fail_no_request_and_mix_no_answer(tmp_path: Path) 
     assert {version for *_, version in answers} == {str(version) for version in range(1, 12)}
     assert answers.total() >= 200
     assert 'finetune_model_loaded{model="colours",version="11"} 1.0' in metrics
-    assert 'version="10"' not in metrics
+    assert 'finetune_model_loaded{model="colours",version="10"}' not in metrics
 
 
 def test_a_new_version_that_fails_its_checks_is_refused_and_the_old_one_goes_on(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1))
     with in_process(tmp_path) as client:
         registry.register(bundle_of(tmp_path, 2), "colours")
+        registry.set_alias("colours", "champion", "2")
         until(lambda: client.post("/predict", content=picture()).json()["version"] == "2")
         client.post("/v1/models/colours/predict", content=picture())
         damaged = tmp_path / "models" / "colours" / "3"
         shutil.copytree(tmp_path / "models" / "colours" / "2", damaged)
         damage(damaged)
-        registry.set_alias("colours", "latest", "3")
+        registry.set_alias("colours", "champion", "3")
         until(lambda: client.get("/v1/models/colours").json()["versions"][0]["refused"] is not None)
         refused = client.get("/v1/models/colours").json()["versions"]
         assert next(one for one in refused if one["version"] == "3")["live"] is False
@@ -175,45 +178,40 @@ def test_a_new_version_that_fails_its_checks_is_refused_and_the_old_one_goes_on(
         assert client.get("/readyz").status_code == 200
         assert "finetune_model_refused 1.0" in client.get("/metrics").text
         registry.register(bundle_of(tmp_path, 4), "colours")
+        registry.set_alias("colours", "champion", "4")
         until(lambda: client.post("/predict", content=picture()).json()["version"] == "4")
 
 
-def test_a_broken_alias_file_leaves_what_is_live_alone_and_once_mended_counts_again(tmp_path: Path) -> None:
-    registry = registered(tmp_path, bundle_of(tmp_path, 1))
+@pytest.mark.parametrize("damage", ["{", "[1]"])
+def test_a_damaged_alias_file_changes_nothing_and_a_restart_still_becomes_ready(tmp_path: Path, damage: str) -> None:
+    registered(tmp_path, bundle_of(tmp_path, 1))
     aliases = tmp_path / "models" / "colours" / "aliases.json"
     with in_process(tmp_path) as client:
-        aliases.write_text("{")
-        registered(tmp_path / "other", bundle_of(tmp_path, 2))
-        shutil.copytree(tmp_path / "other" / "models" / "colours" / "1", tmp_path / "models" / "colours" / "2")
-        for _ in range(20):
-            assert client.post("/predict", content=picture()).json()["version"] == "1"
-        aliases.write_text('{"latest": "2"}')
-        until(lambda: client.post("/predict", content=picture()).json()["version"] == "2")
-        assert registry.resolve("colours").version == "2"
+        aliases.write_text(damage)
+        assert client.get("/v1/models").json()["data"][0]["versions"][0]["aliases"] == ["champion", "latest"]
+        assert client.post("/predict", content=picture()).json()["version"] == "1"
+    with in_process(tmp_path) as client:
+        assert client.get("/readyz").json()["version"] == "1"
 
 
 def test_promoting_and_rolling_back_changes_what_is_served(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1))
     registry.register(bundle_of(tmp_path, 2), "colours")
-    models = LiveModels(registry)
+    models = LoadedModels(registry)
     seen = []
-    for move in (
-        lambda: None,
-        lambda: registry.set_alias("colours", "champion", "1"),
-        lambda: registry.set_alias("colours", "champion", "2"),
-    ):
+    for move in (lambda: None, lambda: registry.set_alias("colours", "champion", "2")):
         move()
         models.refresh()
-        seen.append((models.default().version, models.named("colours@champion").version if len(seen) else None))
+        seen.append((models.default().version, models.named("colours@champion").version))
     registry.rollback("colours")
     models.refresh()
-    assert seen == [("2", None), ("1", "1"), ("2", "2")]
+    assert seen == [("1", "1"), ("2", "2")]
     assert models.default().version == "1"
 
 
 def test_a_request_keeps_the_bundle_it_started_with(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1))
-    models = LiveModels(registry)
+    models = LoadedModels(registry)
     models.refresh()
     held = models.default()
     registry.delete("colours", force=True)
@@ -226,13 +224,68 @@ def test_a_request_keeps_the_bundle_it_started_with(tmp_path: Path) -> None:
 def test_a_deleted_model_is_404_and_its_neighbours_stay(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1), "first")
     registry.register(bundle_of(tmp_path, 2), "second")
-    models = LiveModels(registry)
+    models = LoadedModels(registry)
     assert (models.named("first").version, models.named("second").version) == ("1", "1")
     registry.delete("first", force=True)
     models.refresh()
     with pytest.raises(NotFound, match="first"):
         models.named("first")
     assert models.named("second").name == "second"
+
+
+def test_a_job_that_ends_never_takes_over_and_a_promotion_does(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "hats")
+    with in_process(tmp_path) as client:
+        registry.register(bundle_of(tmp_path, 2), "insects")
+        registry.register(bundle_of(tmp_path, 3), "hats")
+        until(lambda: len(client.get("/v1/models").json()["data"]) == 2)
+        assert client.get("/readyz").json() == {"status": "ok", "reference": "hats@champion", "model": "hats", "version": "1"}
+        answer = client.post("/predict", content=picture()).json()
+        assert (answer["model"], answer["version"]) == ("hats", "1")
+        assert 'finetune_default_model{model="hats",version="1"} 1.0' in client.get("/metrics").text
+        promoted = client.put("/v1/models/hats/aliases/champion", json={"version": "2"})
+        assert (promoted.status_code, promoted.json()["code"]) == (409, "promotion_refused")  # other classes
+        promoted = client.put("/v1/models/hats/aliases/champion", json={"version": "2", "force": True})
+        assert promoted.status_code == 200
+        assert client.post("/predict", content=picture()).json()["version"] == "2"
+        deployed = client.put("/v1/deployments/default", json={"reference": "insects"}).json()
+        assert (deployed["reference"], deployed["model"], deployed["version"]) == ("insects", "insects", "1")
+        assert client.post("/predict", content=picture()).json()["model"] == "insects"
+        assert client.post("/v1/deployments/default/rollback").json()["reference"] == "hats@champion"
+        assert client.post("/predict", content=picture()).json()["model"] == "hats"
+        assert client.post("/v1/models/hats/aliases/champion/rollback").status_code == 200
+        assert client.post("/predict", content=picture()).json()["version"] == "1"
+        assert client.get("/readyz").json()["version"] == "1"
+
+
+def test_a_server_that_was_given_a_model_refuses_to_be_promoted(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "hats")
+    registry.register(bundle_of(tmp_path, 2), "insects")
+    with in_process(tmp_path, model="hats@1") as client:
+        refused = client.put("/v1/deployments/default", json={"reference": "insects"})
+        assert refused.status_code == 409
+        assert "--model" in refused.json()["detail"]
+        assert client.get("/v1/deployments/default").json()["pinned"] is True
+        assert client.post("/predict", content=picture()).json()["model"] == "hats"
+
+
+def test_a_canary_answers_its_share_and_a_shadow_is_compared(tmp_path: Path) -> None:
+    registry = registered(tmp_path, bundle_of(tmp_path, 1), "hats")
+    registry.register(bundle_of(tmp_path, 2), "hats")
+    with in_process(tmp_path) as client:
+        every = {"reference": "hats@1", "canary": {"reference": "hats@2", "percent": 100}}
+        assert client.put("/v1/deployments/default", json=every).status_code == 200
+        assert {client.post("/predict", content=picture()).json()["version"] for _ in range(5)} == {"2"}
+        some = {**every, "canary": {"reference": "hats@2", "percent": 50}}
+        client.put("/v1/deployments/default", json=some)
+        seen: set[str] = set()
+        until(lambda: bool(seen.add(client.post("/predict", content=picture()).json()["version"]) or len(seen) == 2))
+        shadow = {"reference": "hats@1", "shadow": {"reference": "hats@2", "percent": 100}}
+        client.put("/v1/deployments/default", json=shadow)
+        assert client.post("/predict", content=picture()).json()["version"] == "1"
+        counted = 'finetune_shadow_answers_total{model="hats",outcome="differs",version="2"}'
+        until(lambda: counted in client.get("/metrics").text)
+        assert 'role="canary",version="2"' in client.get("/metrics").text
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -250,7 +303,7 @@ def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "models")
     for name in ("a", "b", "c"):
         registry.register(bundle_of(tmp_path / name, 1), name)
-    models = LiveModels(registry, capacity=2)
+    models = LoadedModels(registry, capacity=2)
     for name in ("a", "b", "a", "c"):
         models.named(name)
     assert sorted(models.loaded()) == [("a", "1"), ("c", "1")]
@@ -259,7 +312,7 @@ def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
 def test_one_bundle_asked_for_under_many_names_is_loaded_once(tmp_path: Path) -> None:
     registry = registered(tmp_path, bundle_of(tmp_path, 1))
     loaded: list[str] = []
-    models = LiveModels(registry, load=counting(Predictor.load, loaded))
+    models = LoadedModels(registry, load=counting(Predictor.load, loaded))
     models.refresh()
     for reference in ("colours", "colours@1", "colours@latest", "colours"):
         models.named(reference)
@@ -273,7 +326,7 @@ def test_a_refused_bundle_is_not_tried_again_until_it_is_written_again(tmp_path:
     whole = (folder / MODEL).read_bytes()
     damage(folder)
     loaded: list[str] = []
-    models = LiveModels(registry, load=counting(Predictor.load, loaded))
+    models = LoadedModels(registry, load=counting(Predictor.load, loaded))
     for _ in range(3):
         models.refresh()
         with pytest.raises(BundleError, match="sha256"):

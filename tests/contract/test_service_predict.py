@@ -274,7 +274,7 @@ def test_an_option_out_of_range_is_422_with_its_path(client: TestClient, query: 
 
 @pytest.mark.parametrize(
     "reference",
-    ["nothing", "colours@7", "colours@champion", "..", "%2e%2e", "a" * 300, "Colours", "colours@../1", "%00", "colours%0a"],
+    ["nothing", "colours@7", "colours@challenger", "..", "%2e%2e", "a" * 300, "Colours", "colours@../1", "%00", "colours%0a"],
 )
 def test_an_unknown_model_is_404(client: TestClient, reference: str) -> None:
     answer = client.post(f"/v1/models/{reference}/predict", content=picture())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -35,7 +34,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the product catches it."""
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     raise Killed
 
 
@@ -47,7 +46,6 @@ def test_versions_count_up_and_latest_follows(registry: Registry, bundle: Path) 
     registered = [registry.register(bundle, "trees") for _ in range(11)]
     assert [version.version for version in registered] == [str(number) for number in range(1, 12)]
     assert versions(registry) == [str(number) for number in range(1, 12)]  # 10 after 9, not after 1
-    assert registry.resolve("trees").version == "11"
     assert registry.resolve("trees", "latest") == registered[-1]
     assert registry.resolve("trees", "3").aliases == ()
 
@@ -68,7 +66,7 @@ def test_names_are_separate_and_listed_in_order(registry: Registry, bundle: Path
 def test_a_registry_that_does_not_exist_is_empty(registry: Registry) -> None:
     assert registry.list() == ()
     with pytest.raises(NotFound, match=r"no model is registered in .*models: train one"):
-        registry.newest()
+        registry.default()
     with pytest.raises(NotFound, match=r"no model 'trees'\. None is registered"):
         registry.resolve("trees")
     assert not registry.root.exists()
@@ -92,7 +90,7 @@ def test_an_unknown_model_version_or_alias_names_what_exists(registry: Registry,
     registry.register(bundle, "trees")
     with pytest.raises(NotFound, match=r"no model 'tree'\. Did you mean 'trees'\? Registered are: trees"):
         registry.resolve("tree")
-    with pytest.raises(NotFound, match=r"no version or alias '2'.* It has: 1, latest"):
+    with pytest.raises(NotFound, match=r"no version or alias '2'.* It has: 1, champion, latest"):
         registry.resolve("trees", "2")
     with pytest.raises(NotFound, match=r"Did you mean 'latest'\?"):
         registry.resolve("trees", "lates")
@@ -101,9 +99,10 @@ def test_an_unknown_model_version_or_alias_names_what_exists(registry: Registry,
 # ---- aliases -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_champion_is_served_once_there_is_one(registry: Registry, bundle: Path) -> None:
+def test_registering_never_changes_what_a_bare_name_means(registry: Registry, bundle: Path) -> None:
     for _ in range(3):
         registry.register(bundle, "trees")
+        assert registry.resolve("trees").version == "1"
     assert registry.set_alias("trees", "champion", "2").aliases == ("champion",)
     assert registry.resolve("trees").version == "2"
     registry.register(bundle, "trees")
@@ -121,7 +120,7 @@ def test_an_alias_may_be_pointed_at_what_another_alias_means(registry: Registry,
 def test_aliases_json_is_a_plain_mapping(registry: Registry, bundle: Path) -> None:
     registry.register(bundle, "trees")
     registry.set_alias("trees", "champion", "1")
-    assert json.loads((registry.root / "trees" / "aliases.json").read_text()) == {"latest": "1", "champion": "1"}
+    assert json.loads((registry.root / "trees" / "aliases.json").read_text()) == {"champion": "1", "latest": "1"}
 
 
 @pytest.mark.parametrize("alias", ["1", "", "Best", "../x", "a b"])
@@ -143,7 +142,7 @@ def test_an_alias_to_nothing_is_refused(registry: Registry, bundle: Path) -> Non
 def test_rollback_goes_to_the_version_before_and_twice_comes_back(registry: Registry, bundle: Path) -> None:
     for _ in range(3):
         registry.register(bundle, "trees")
-    for version in ("1", "3", "3"):
+    for version in ("3", "1", "3", "3"):
         registry.set_alias("trees", "champion", version)
     assert registry.rollback("trees").version == "1"
     assert registry.resolve("trees").version == "1"
@@ -160,8 +159,8 @@ def test_rollback_skips_versions_that_are_gone(registry: Registry, bundle: Path)
 
 def test_rollback_without_a_past_says_so(registry: Registry, bundle: Path) -> None:
     registry.register(bundle, "trees")
-    with pytest.raises(NotFound, match="no version or alias 'champion'"):
-        registry.rollback("trees")
+    with pytest.raises(NotFound, match="no version or alias 'challenger'"):
+        registry.rollback("trees", "challenger")
     registry.set_alias("trees", "champion", "1")
     with pytest.raises(Conflict, match="has only ever meant version 1"):
         registry.rollback("trees")
@@ -171,18 +170,25 @@ def test_a_folder_filled_by_hand_works_without_aliases(registry: Registry, bundl
     write_tiny_bundle(registry.root / "trees" / "2")
     write_tiny_bundle(registry.root / "trees" / "10")
     assert registry.resolve("trees").version == "10"
-    assert registry.newest().version == "10"
+    assert registry.default().version == "10"
     assert registry.register(bundle, "trees").version == "11"
+    assert registry.resolve("trees").version == registry.default().version == "10"
 
 
-def test_newest_is_what_is_served_of_the_model_registered_last(registry: Registry, bundle: Path) -> None:
-    for second, (name, version) in enumerate([("oaks", "1"), ("elms", "1"), ("oaks", "2")]):
-        path = registry.register(bundle, name).path
-        assert path.name == version
-        os.utime(path / "bundle.json", (1_000 + second, 1_000 + second))
-    assert (registry.newest().name, registry.newest().version) == ("oaks", "2")
-    registry.set_alias("oaks", "champion", "1")
-    assert (registry.newest().name, registry.newest().version) == ("oaks", "1")
+@pytest.mark.parametrize("damage", ["{", "[1]", '"x"', '{"latest": 7}', '{"latest": "../1"}', ""])
+def test_damaged_aliases_are_read_from_the_journal_and_mended_by_the_next_promotion(
+    registry: Registry, bundle: Path, damage: str
+) -> None:
+    for _ in range(3):
+        registry.register(bundle, "trees")
+    registry.set_alias("trees", "champion", "2")
+    aliases = registry.root / "trees" / "aliases.json"
+    aliases.write_text(damage)
+    assert registry.resolve("trees").version == "2"
+    assert registry.resolve("trees", "latest").version == "3"
+    assert len(registry.list()) == 3
+    registry.set_alias("trees", "champion", "3")
+    assert json.loads(aliases.read_text()) == {"champion": "3", "latest": "3"}
 
 
 def test_registering_once_keeps_the_version_that_a_bundle_already_is(registry: Registry, bundle: Path, tmp_path: Path) -> None:
@@ -205,6 +211,7 @@ def test_registering_once_finishes_what_a_killed_writer_left_undone(
     monkeypatch.undo()
     assert registry.resolve("trees", "latest").version == "1"
     assert registry.register(bundle, "trees", once=True).aliases == ("latest",)
+    assert registry.resolve("trees").version == "1"
     assert versions(registry) == ["1", "2"]
 
 
@@ -228,8 +235,8 @@ def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(regist
 def test_a_version_without_alias_is_deleted_and_its_number_not_given_again(registry: Registry, bundle: Path) -> None:
     for _ in range(3):
         registry.register(bundle, "trees")
-    registry.delete("trees", "1")
-    assert versions(registry) == ["2", "3"]
+    registry.delete("trees", "2")
+    assert versions(registry) == ["1", "3"]
     registry.delete("trees", "3", force=True)
     assert registry.register(bundle, "trees").version == "4"
 
@@ -249,7 +256,7 @@ def test_what_an_alias_means_is_only_deleted_by_force(registry: Registry, bundle
 def test_a_whole_model_is_deleted_by_force_and_starts_behind_its_old_numbers(registry: Registry, bundle: Path) -> None:
     for _ in range(2):
         registry.register(bundle, "trees")
-    with pytest.raises(Conflict, match="trees is what latest means"):
+    with pytest.raises(Conflict, match="trees is what champion, latest means"):
         registry.delete("trees")
     registry.delete("trees", force=True)
     assert registry.list() == ()
@@ -303,20 +310,21 @@ def test_a_writer_killed_at_any_step_leaves_what_readers_and_writers_can_use(
     registry.resolve("trees")
     after = registry.register(bundle, "trees")
     assert int(after.version) == 1 + int(versions(registry)[-2])
-    assert registry.resolve("trees") == after
+    assert registry.resolve("trees", "latest") == after
+    assert registry.resolve("trees").version == "1"
     assert not [entry for entry in (registry.root / "trees").iterdir() if entry.name.startswith((".arriving", ".leaving"))]
 
 
 def test_a_deletion_that_was_killed_is_finished_by_the_next_writer(
     registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry.register(bundle, "trees")
-    registry.register(bundle, "trees")
+    for _ in range(3):
+        registry.register(bundle, "trees")
     monkeypatch.setattr(registry_module.shutil, "rmtree", die)
     with pytest.raises(Killed):
-        registry.delete("trees", "1")
+        registry.delete("trees", "2")
     monkeypatch.undo()
-    assert versions(registry) == ["2"]
+    assert versions(registry) == ["1", "3"]
     registry.register(bundle, "trees")
     assert not list((registry.root / "trees").glob(".leaving*"))
 
@@ -351,8 +359,9 @@ def test_processes_and_threads_that_register_at_once_each_get_their_own_version(
     assert everything == [str(number) for number in range(1, 21)]
     assert versions(registry) == everything
     assert registry.resolve("trees", "latest").version == "20"
-    moves = [json.loads(line)["version"] for line in (registry.root / "trees" / "aliases.jsonl").read_text().splitlines()]
-    assert moves == everything  # one at a time, in order
+    moves = [json.loads(line) for line in (registry.root / "trees" / "aliases.jsonl").read_text().splitlines()]
+    assert [move["version"] for move in moves if move["alias"] == "latest"] == everything  # one at a time, in order
+    assert [move["version"] for move in moves if move["alias"] == "champion"] == ["1"]
 
 
 def test_a_reader_never_sees_half_a_version_while_others_register_and_delete(registry: Registry, bundle: Path) -> None:
@@ -362,7 +371,7 @@ def test_a_reader_never_sees_half_a_version_while_others_register_and_delete(reg
     def churn() -> None:
         for _ in range(12):
             registry.register(bundle, "trees")
-            registry.delete("trees", versions(registry)[0])
+            registry.delete("trees", versions(registry)[0], force=True)
         done.set()
 
     writer = threading.Thread(target=churn)

@@ -1,0 +1,156 @@
+"""What the server answers with: one reference in ``models/default.json``, and what is tried beside it.
+
+``POST /predict`` without a model name answers with the default reference. It changes only when somebody deploys another one;
+every change is a line in ``default.jsonl``. A canary answers a share of the requests instead; a shadow computes a share of the
+answers a second time, for comparison, and its answers reach nobody. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from finetune.errors import Conflict, NotFound
+from finetune.rundir import append_line, read_lines, write_json
+
+if TYPE_CHECKING:
+    from finetune.bundle.registry import Registry
+
+_DEFAULT = "default.json"
+_JOURNAL = "default.jsonl"
+
+_Reference = Annotated[str, Field(min_length=1, max_length=127)]
+_Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A model that gets a share of the requests for the default."""
+
+    reference: _Reference
+    percent: _Percent
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What answers requests that name no model."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    reference: _Reference
+    canary: Share | None = None
+    shadow: Share | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_ADAPTER = TypeAdapter(Deployment)
+
+
+def read_deployment(registry: Registry) -> Deployment | None:
+    """Return what is deployed, or None where nothing was. A damaged ``default.json`` is replaced by what the journal says."""
+    try:
+        return _ADAPTER.validate_json((registry.root / _DEFAULT).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        past = _history(registry)
+        return past[-1] if past else None
+
+
+def default_reference(registry: Registry) -> str:
+    """Return the default reference: what was deployed, or the only model there is.
+
+    Raises:
+        NotFound: nothing is registered, or there are several models and none was chosen.
+    """
+    deployed = read_deployment(registry)
+    if deployed is not None:
+        return deployed.reference
+    names = registry.names()
+    if not names:
+        raise NotFound(
+            f"no model is registered in {registry.root}: train one with finetune train, or see it all with finetune demo"
+        )
+    if len(names) > 1:
+        raise NotFound(
+            f"no default is chosen, and there are several models ({', '.join(names)}). "
+            "Choose one: finetune models promote NAME --default"
+        )
+    return names[0]
+
+
+def deploy(registry: Registry, deployment: Deployment, **audit: Any) -> Deployment:
+    """Make `deployment` what the server answers with, from the next request on; each reference must mean a registered version.
+
+    Args:
+        audit: who deployed it and why, for the journal.
+
+    Raises:
+        NotFound: a reference means nothing.
+    """
+    shares = [share.reference for share in (deployment.canary, deployment.shadow) if share is not None]
+    for reference in (deployment.reference, *shares):
+        registry.lookup(reference)
+    with _locked(registry.root):
+        _write(registry, deployment, **audit)
+    return deployment
+
+
+def deploy_first(registry: Registry, name: str) -> None:
+    """Make the first model of an empty folder the default; where there was one model without a choice, that one stays it."""
+    with _locked(registry.root):
+        deployed = read_deployment(registry)
+        others = [known for known in registry.names() if known != name]
+        if deployed is not None and (others or deployed.reference.partition("@")[0] == name):
+            return
+        if len(others) <= 1:
+            reference = others[0] if others else f"{name}@champion"
+            _write(registry, Deployment(reference), by="first registration")
+
+
+def roll_back(registry: Registry, **audit: Any) -> Deployment:
+    """Deploy again what was deployed before. A second rollback undoes the first.
+
+    Raises:
+        Conflict: nothing else that still exists was ever deployed.
+    """
+    with _locked(registry.root):
+        present = read_deployment(registry)
+        for earlier in reversed(_history(registry)):
+            if earlier != present:
+                with contextlib.suppress(NotFound):
+                    registry.lookup(earlier.reference)
+                    _write(registry, earlier, **audit)
+                    return earlier
+    raise Conflict("nothing else has been the default before, so there is nothing to go back to")
+
+
+def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:
+    write_json(registry.root / _DEFAULT, deployment.to_dict())
+    append_line(registry.root / _JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
+
+
+def _history(registry: Registry) -> list[Deployment]:
+    found = []
+    for line in read_lines(registry.root / _JOURNAL):
+        with contextlib.suppress(ValidationError):
+            found.append(_ADAPTER.validate_python(line.get("deployment") if isinstance(line, dict) else None))
+    return found
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,164 @@
+"""Promote a version: check it first, then move the alias or the server's default, and write who did it and what was checked.
+
+What is checked: the bundle's checksums and both of its probes (by loading it), the parity that was measured when it was exported,
+metrics that must reach a minimum, and that it knows the classes of the version that it replaces. Torch-free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.bundle.deployment import Deployment, deploy, read_deployment
+from finetune.bundle.manifest import Manifest, read_manifest
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import CHAMPION, ModelVersion, Registry
+from finetune.errors import BundleError, Conflict, NotFound, Problem
+
+_SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of a promotion."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class PromotionRefused(Conflict):
+    """A version did not pass; `problems` names each failed check."""
+
+    code = "promotion_refused"
+
+
+def check_version(candidate: ModelVersion, present: ModelVersion | None, minimum: Mapping[str, float]) -> list[Check]:
+    """Return all checks of `candidate`, which would replace `present`.
+
+    Args:
+        minimum: the least value of each metric, by its key (``test/top1``).
+    """
+    try:
+        manifest = Predictor.load(candidate.path).manifest
+    except BundleError as error:
+        return [Check("loads", False, str(error).removeprefix(f"{candidate.path}: "))]
+    checks = [Check("loads", True, "checksums and both probes hold"), _parity(manifest)]
+    checks += [_reaches(manifest, metric, least) for metric, least in sorted(minimum.items())]
+    if present is not None and present.path != candidate.path:
+        checks.append(_same_classes(manifest, present))
+    return checks
+
+
+def promote(
+    registry: Registry,
+    name: str,
+    version: str,
+    alias: str = CHAMPION,
+    *,
+    minimum: Mapping[str, float] | None = None,
+    force: bool = False,
+    by: str,
+) -> tuple[ModelVersion, Sequence[Check]]:
+    """Point an alias of `name` at `version` if it passes every check, or in any case with `force`; return both.
+
+    A version that cannot be loaded is refused even with `force`: nothing could answer with it.
+
+    Raises:
+        NotFound: no such model or version.
+        PromotionRefused: a check failed; the alias means what it meant before.
+    """
+    candidate = registry.resolve(name, version)
+    checks = check_version(candidate, _present(registry, name, alias), minimum or {})
+    _refuse_if_failed(f"{name}@{candidate.version}", checks, force)
+    audit = {"by": by, "forced": force, "checks": [dataclasses.asdict(check) for check in checks]}
+    return registry.set_alias(name, alias, candidate.version, **audit), checks
+
+
+def promote_to_default(
+    registry: Registry,
+    deployment: Deployment,
+    *,
+    minimum: Mapping[str, float] | None = None,
+    force: bool = False,
+    by: str,
+) -> Sequence[Check]:
+    """Make `deployment` what the server answers with if its model passes every check; return the checks.
+
+    Raises:
+        NotFound: a reference means nothing.
+        PromotionRefused: a check failed, or the model is private; the default is what it was before.
+    """
+    candidate = registry.lookup(deployment.reference)
+    try:
+        present: ModelVersion | None = registry.default()
+    except NotFound:
+        present = None
+    same_model = present is not None and present.name == candidate.name
+    checks = check_version(candidate, present if same_model else None, minimum or {})
+    shares = [share.reference for share in (deployment.canary, deployment.shadow) if share is not None]
+    private = [name for name in _names([deployment.reference, *shares]) if registry.access(name).visibility == "private"]
+    if private and read_deployment(registry) != deployment:
+        raise PromotionRefused(
+            f"{private[0]} is private to its owner, and the server's default answers everybody. "
+            f"Share it first: finetune models share {private[0]}"
+        )
+    for reference in shares:
+        checks += [check for check in check_version(registry.lookup(reference), None, {}) if check.name == "loads"]
+    _refuse_if_failed(deployment.reference, checks, force)
+    deploy(registry, deployment, by=by, forced=force, checks=[dataclasses.asdict(check) for check in checks])
+    return checks
+
+
+def _names(references: Sequence[str]) -> list[str]:
+    return [reference.partition("@")[0] for reference in references]
+
+
+def _present(registry: Registry, name: str, alias: str) -> ModelVersion | None:
+    try:
+        return registry.resolve(name, alias)
+    except NotFound:
+        return None
+
+
+def _refuse_if_failed(what: str, checks: Sequence[Check], force: bool) -> None:
+    failed = [check for check in checks if not check.passed]
+    if not failed or (force and all(check.name != "loads" for check in failed)):
+        return
+    problems = [Problem(check.name, check.detail) for check in failed]
+    way_out = "" if any(check.name == "loads" for check in failed) else ". To promote it all the same, force it"
+    raise PromotionRefused(
+        f"{what} is not promoted, because it failed: {', '.join(one.name for one in failed)}{way_out}", problems
+    )
+
+
+def _parity(manifest: Manifest) -> Check:
+    parity = manifest.parity
+    tolerance = parity.get("tolerances", {}).get("prob")
+    measured = [parity.get(key) for key in ("max_prob_difference", "max_prob_difference_from_bytes")]
+    numbers = [value for value in (*measured, tolerance) if isinstance(value, int | float)]
+    if len(numbers) < 3:
+        return Check("parity", True, "not recorded in this bundle")
+    worst = max(numbers[:2])
+    return Check(
+        "parity", worst <= numbers[2], f"probabilities of ONNX and torch differ by {worst:.2g}, allowed is {numbers[2]:g}"
+    )
+
+
+def _reaches(manifest: Manifest, metric: str, least: float) -> Check:
+    value: Any = manifest.metrics.get(metric)
+    if value is None:
+        known = ", ".join(sorted(manifest.metrics)) or "none"
+        return Check(metric, False, f"this version has no such metric; it has {known}")
+    return Check(metric, value >= least, f"is {value:.4f}, at least {least:g} is wanted")
+
+
+def _same_classes(manifest: Manifest, present: ModelVersion) -> Check:
+    before, now = set(read_manifest(present.path).classes), set(manifest.classes)
+    gone, new = sorted(before - now), sorted(now - before)
+    if not gone and not new:
+        return Check("classes", True, f"the same {len(now)} as version {present.version}")
+    parts = [f"{word} {', '.join(names[:_SHOWN_CLASSES])}" for word, names in (("without", gone), ("with the new", new)) if names]
+    return Check("classes", False, f"other classes than version {present.version}: {' and '.join(parts)}")

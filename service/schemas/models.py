@@ -1,0 +1,86 @@
+"""Documents of registered models and of what the server answers with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.schemas.lists import ListItem, Page
+
+Visibility = Literal["private", "shared"]
+
+
+class VersionSummary(BaseModel):
+    version: str
+    created: int = Field(description="Unix seconds.")
+    aliases: list[str]
+    live: bool = Field(description="In memory now.")
+    refused: str | None = Field(description="Why the server does not serve this version although it was asked to.")
+
+
+class ModelDocument(ListItem):
+    """A registered model, in the words of the public fine-tuning API (`id`, `object`, `created`, `owned_by`) and our own."""
+
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix seconds, of the newest version.")
+    owned_by: str = Field(description="The owner of the job that made it; `finetune` where no job did.")
+    visibility: Visibility = Field(
+        description="`shared`: everyone with a key may use it. `private`: its owner and administrators."
+    )
+    versions: list[VersionSummary] = Field(description="Newest first.")
+
+
+ModelList = Page[ModelDocument]
+
+
+class ModelChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    visibility: Visibility
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
+class PromotionConditions(BaseModel):
+    """What a version must fulfil to be promoted, besides loading, parity and the same classes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    minimum: dict[str, float] = Field(default={}, max_length=32, description="The least value of each metric, as in `test/top1`.")
+    force: bool = Field(default=False, description="Promote although a condition fails. What cannot be loaded is refused anyway.")
+
+
+class AliasTarget(PromotionConditions):
+    version: str = Field(min_length=1, max_length=63, description="A version's number, or an alias that means it.")
+
+
+class ShareDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]
+    percent: Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+class DeploymentChange(PromotionConditions):
+    """What answers requests that name no model. What is left out is switched off."""
+
+    reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]
+    canary: ShareDocument | None = Field(default=None, description="Answers this share of the requests instead.")
+    shadow: ShareDocument | None = Field(default=None, description="Computes this share of the answers a second time; logged.")
+
+
+class DeploymentDocument(BaseModel):
+    """What answers requests that name no model. The names are null while there is no default that the caller may see."""
+
+    object: Literal["deployment"] = "deployment"
+    reference: str | None
+    model: str | None
+    version: str | None
+    pinned: bool = Field(description="Chosen when the server was started (--model), so promotions do not change it.")
+    canary: ShareDocument | None
+    shadow: ShareDocument | None

@@ -1,0 +1,55 @@
+"""Compute answers a second time with a shadow model, in spare time, and count and log where it disagrees."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from finetune.bundle.image import ImageLimits
+from finetune.errors import FinetuneError
+from service.admission import PredictionQueue
+from service.metrics import Metrics
+from service.models import LoadedModel
+from service.predictions import Upload, predict
+from service.schemas.predictions import PredictionAnswer
+
+log = logging.getLogger(__name__)
+
+
+class Shadows:
+    """The comparisons of one server. They never delay an answer: while predictions wait, they are skipped."""
+
+    def __init__(self, queue: PredictionQueue, metrics: Metrics, limits: ImageLimits) -> None:
+        self._queue = queue
+        self._metrics = metrics
+        self._limits = limits
+        self._running: set[asyncio.Task[None]] = set()
+
+    def compare(self, shadow: LoadedModel, upload: Upload, answer: PredictionAnswer) -> None:
+        """Start to compare in the background, if a thread is free."""
+        if self._queue.is_busy:
+            self._count(shadow, "skipped")
+            return
+        task = asyncio.create_task(self._compare(shadow, upload, answer))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _compare(self, shadow: LoadedModel, upload: Upload, answer: PredictionAnswer) -> None:
+        try:
+            second = await self._queue.run(predict, shadow, upload, self._limits)
+        except FinetuneError as error:
+            log.warning("the shadow %s failed: %s", shadow, error)
+            self._count(shadow, "failed")
+            return
+        first_label, second_label = answer.predictions[0], second.predictions[0]
+        agrees = first_label.label == second_label.label
+        self._count(shadow, "agrees" if agrees else "differs")
+        if not agrees:
+            log.info(
+                "%s@%s answered %r (%.3f), the shadow %s %r (%.3f)",
+                *(answer.model, answer.version, first_label.label, first_label.probability),
+                *(shadow, second_label.label, second_label.probability),
+            )
+
+    def _count(self, shadow: LoadedModel, outcome: str) -> None:
+        self._metrics.shadow_answers.labels(shadow.name, shadow.version, outcome).inc()

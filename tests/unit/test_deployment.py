@@ -1,0 +1,173 @@
+"""What the server answers with changes by promotion alone, and a promotion is checked first and written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_bundle import CLASSES, write_tiny_bundle
+
+from finetune.bundle.deployment import Deployment, Share, deploy, read_deployment, roll_back
+from finetune.bundle.promotion import PromotionRefused, promote, promote_to_default
+from finetune.bundle.registry import Access, Registry
+from finetune.errors import Conflict, NotFound
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_tiny_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "models")
+
+
+def means(registry: Registry) -> str:
+    default = registry.default()
+    return f"{default.name}@{default.version}"
+
+
+def test_the_first_model_becomes_the_default_and_nothing_that_is_registered_later_does(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    assert read_deployment(registry) == Deployment("trees@champion")
+    for name in ("trees", "insects", "insects", "ants"):
+        registry.register(bundle, name)
+        assert means(registry) == "trees@1"
+
+
+def test_a_default_changes_by_promotion_and_goes_back(registry: Registry, bundle: Path) -> None:
+    for name in ("trees", "trees", "insects"):
+        registry.register(bundle, name)
+    registry.set_alias("trees", "champion", "2")
+    assert means(registry) == "trees@2"
+    deploy(registry, Deployment("insects@1"), by="ann")
+    assert means(registry) == "insects@1"
+    assert roll_back(registry, by="ann") == Deployment("trees@champion")
+    assert roll_back(registry, by="ann") == Deployment("insects@1")
+    lines = [json.loads(line) for line in (registry.root / "default.jsonl").read_text().splitlines()]
+    assert [(line["by"], line["deployment"]["reference"]) for line in lines] == [
+        ("first registration", "trees@champion"),
+        *[("ann", reference) for reference in ("insects@1", "trees@champion", "insects@1")],
+    ]
+
+
+def test_there_is_nothing_to_go_back_to_before_a_second_deployment(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    with pytest.raises(Conflict, match="nothing else has been the default"):
+        roll_back(registry)
+
+
+def test_what_does_not_exist_is_not_deployed(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    for deployment in (Deployment("trees@9"), Deployment("ferns"), Deployment("trees", canary=Share("ferns", 5.0))):
+        with pytest.raises(NotFound):
+            deploy(registry, deployment)
+    assert means(registry) == "trees@1"
+
+
+def test_models_of_a_folder_filled_by_hand_need_a_choice_when_there_are_several(registry: Registry, bundle: Path) -> None:
+    write_tiny_bundle(registry.root / "trees" / "1")
+    assert means(registry) == "trees@1"
+    registry.register(bundle, "insects")  # there was one model without a choice, and it goes on answering
+    assert means(registry) == "trees@1"
+    (registry.root / "default.json").unlink()
+    with pytest.raises(NotFound, match=r"several models \(insects, trees\).* --default"):
+        registry.default()
+
+
+def test_when_the_default_is_gone_and_nothing_else_is_left_the_next_first_model_becomes_it(
+    registry: Registry, bundle: Path
+) -> None:
+    registry.register(bundle, "trees")
+    registry.delete("trees", force=True)
+    with pytest.raises(NotFound):
+        registry.default()
+    registry.register(bundle, "insects")
+    assert means(registry) == "insects@1"
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "{}", '{"reference": 3}'])
+def test_a_damaged_default_is_read_from_the_journal(registry: Registry, bundle: Path, damage: str) -> None:
+    registry.register(bundle, "trees")
+    registry.register(bundle, "insects")
+    (registry.root / "default.json").write_text(damage)
+    assert means(registry) == "trees@1"
+
+
+# ---- conditions --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_that_does_not_reach_a_minimum_is_refused_unless_forced(registry: Registry, bundle: Path) -> None:
+    for _ in range(2):
+        registry.register(bundle, "trees")
+    with pytest.raises(PromotionRefused, match=r"val/top1: is 0.7500, at least 0.9 is wanted"):
+        promote(registry, "trees", "2", minimum={"val/top1": 0.9}, by="ann")
+    with pytest.raises(PromotionRefused, match=r"test/top1: this version has no such metric; it has val/top1"):
+        promote(registry, "trees", "2", minimum={"test/top1": 0.1}, by="ann")
+    assert registry.resolve("trees").version == "1"
+    promote(registry, "trees", "2", minimum={"val/top1": 0.9}, force=True, by="ann")
+    assert registry.resolve("trees").version == "2"
+    last = json.loads((registry.root / "trees" / "aliases.jsonl").read_text().splitlines()[-1])
+    assert (last["by"], last["forced"], last["version"]) == ("ann", True, "2")
+    assert {check["name"]: check["passed"] for check in last["checks"]} == {
+        "loads": True, "parity": True, "val/top1": False, "classes": True,
+    }  # fmt: skip
+
+
+def test_a_version_with_other_classes_is_refused_unless_forced(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    registry.register(bundle, "trees")
+    write_tiny_bundle(tmp_path / "other", classes=(*CLASSES[:-1], "oak"))
+    registry.register(tmp_path / "other", "trees")
+    with pytest.raises(PromotionRefused, match="other classes than version 1: without elm and with the new oak"):
+        promote(registry, "trees", "2", by="ann")
+    with pytest.raises(PromotionRefused, match="other classes"):
+        promote_to_default(registry, Deployment("trees@2"), by="ann")
+    promote_to_default(registry, Deployment("trees@2"), force=True, by="ann")
+    assert means(registry) == "trees@2"
+
+
+def test_a_version_whose_export_was_not_exact_is_refused_unless_forced(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    registry.register(bundle, "trees")
+    measured = {"max_prob_difference": 0.1, "max_prob_difference_from_bytes": 0.0, "tolerances": {"prob": 1e-3}}
+    write_tiny_bundle(tmp_path / "inexact", parity=measured)
+    registry.register(tmp_path / "inexact", "trees")
+    with pytest.raises(PromotionRefused, match="parity: probabilities of ONNX and torch differ by 0.1"):
+        promote(registry, "trees", "2", by="ann")
+
+
+def test_a_version_that_cannot_be_loaded_is_refused_even_by_force(registry: Registry, bundle: Path) -> None:
+    for _ in range(2):
+        registry.register(bundle, "trees")
+    (registry.root / "trees" / "2" / "model.onnx").write_bytes(b"")
+    with pytest.raises(PromotionRefused, match="loads: .*the bundle is not what was exported"):
+        promote(registry, "trees", "2", force=True, by="ann")
+
+
+def test_a_private_model_answers_nobody_else_so_it_is_not_deployed(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    registry.reserve("insects", Access("ann", "private"))
+    registry.register(bundle, "insects")
+    assert registry.access("insects") == Access("ann", "private")
+    with pytest.raises(PromotionRefused, match="insects is private to its owner"):
+        promote_to_default(registry, Deployment("insects"), force=True, by="root")
+    registry.set_access("insects", Access("ann", "shared"))
+    promote_to_default(registry, Deployment("insects"), by="root")
+    assert means(registry) == "insects@1"
+
+
+def test_a_reservation_does_not_change_whose_an_existing_model_is(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    registry.reserve("trees", Access("bob", "private"))
+    assert registry.access("trees") == Access()
+
+
+def test_a_damaged_record_of_access_is_for_administrators_alone(registry: Registry, bundle: Path) -> None:
+    registry.reserve("trees", Access("ann", "private"))
+    registry.register(bundle, "trees")
+    (registry.root / "trees" / "access.json").write_text("{")
+    access = registry.access("trees")
+    assert not access.allows("ann")
+    assert not access.allows("bob")
