@@ -50,6 +50,9 @@ golden: $(READY)  ## Write anew what tests expect people to see; read the differ
 	rm -f tests/golden/screens/*.txt
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests --renew-golden -m '' -k 'golden or screen'
 
+check-bento: $(READY)  ## Build bentos and the serving image's contents, install each without torch, and ask them
+	$(BIN)/python .ci/check_bento.py
+
 lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,9 +76,11 @@ serve: $(READY)  ## Serve the promoted model on 127.0.0.1:3000
 mlflow: $(READY)  ## Open the MLflow pages on the workspace's runs
 	$(BIN)/finetune mlflow
 
-lock: $(READY)  ## Write constraints.txt from what is installed
+lock: $(READY)  ## Write constraints.txt and docker/requirements-serve.txt from what is installed
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(setuptools|wheel)=='; } > constraints.tmp
 	@mv constraints.tmp constraints.txt
+	@{ sed -n '/^#/p' docker/requirements-serve.txt; $(BIN)/python -c 'from finetune.bento import core_requirements; print(*core_requirements(), sep="\n")'; } > constraints.tmp
+	@mv constraints.tmp docker/requirements-serve.txt
 
 clean:  ## Remove the environment and everything that tools leave behind
 	rm -rf $(VENV) $(SERVICES) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -3,11 +3,11 @@
 #   docker build -f docker/serve.Dockerfile -t finetune-serve .
 FROM python:3.11-slim AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY finetune finetune
 COPY service service
 RUN python -m venv /opt/finetune \
- && /opt/finetune/bin/pip install --no-cache-dir --constraint constraints.txt .
+ && /opt/finetune/bin/pip install --no-cache-dir --constraint constraints.txt '.[postgres]'
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home finetune && mkdir /data && chown finetune /data

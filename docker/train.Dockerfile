@@ -4,7 +4,7 @@
 #   docker run --rm -v "$PWD/photos:/photos:ro" -v finetune:/data finetune-train train --data /photos
 FROM python:3.11-slim
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY finetune finetune
 COPY service service
 RUN pip install --no-cache-dir --constraint constraints.txt '.[train,postgres]' \

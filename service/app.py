@@ -1,4 +1,5 @@
-"""The BentoML service, for `bentoml serve` and `bentoml build`. Settings come from the environment, as a container's do.
+"""The BentoML service, for `bentoml serve` and `bentoml build`. Settings come from the environment, as a container's do; a bento
+answers with the model that it was built with.
 
 Every request is answered by the ASGI application of `service.asgi`. BentoML's own routes would parse bodies themselves
 (fetching a URL that stands where a file should be), answer errors in three other forms, and cut off an upload after a minute.
@@ -7,11 +8,17 @@ So BentoML's app gets only start-up and shut-down, and describes `Service.predic
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.bento import models_in_bento
 from service.asgi import create_api, with_middleware
 from service.bento import build_service
 from service.settings import Settings
 
 _settings = Settings.from_environment()
+if _settings.model is None:
+    _settings = replace(_settings, models=models_in_bento(Path(__file__).resolve().parents[1]))
 
 _api = create_api(_settings)
 

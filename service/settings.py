@@ -22,7 +22,8 @@ class Settings:
     """One server's settings.
 
     Args:
-        home: the workspace; models are read from ``home/models``.
+        home: the workspace.
+        models: the registry's folder, if it is not ``home/models``; in a bento, the one that it was built with.
         model: what ``POST /predict`` answers with: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
             None: the default of the registry, which promotions change.
         threads: predictions that run at the same time, each on one core.
@@ -40,6 +41,7 @@ class Settings:
     """
 
     home: Path
+    models: Path | None = None
     model: str | None = None
     threads: int = 1
     allowed_hosts: tuple[str, ...] = LOOPBACK_HOSTS
@@ -56,7 +58,7 @@ class Settings:
 
     @property
     def models_folder(self) -> Path:
-        return self.home / "models"
+        return self.models or self.home / "models"
 
     @property
     def files_folder(self) -> Path:

@@ -14,7 +14,7 @@ import click
 from finetune import __version__
 from finetune.cli.demo import demo
 from finetune.cli.jobs import jobs, keys, worker
-from finetune.cli.serving import models, predict, serve
+from finetune.cli.serving import build, models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
 from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
@@ -34,7 +34,7 @@ def cli() -> None:
         """
 
 
-for command in (check, train, evaluate, predict, serve, backbones, models, mlflow, demo, worker, jobs, keys):
+for command in (check, train, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):
     cli.add_command(command)
 
 

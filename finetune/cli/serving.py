@@ -74,6 +74,18 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)
 
 
+@click.command()
+@click.argument("model", required=False)
+def build(model: str | None) -> None:
+    """Build a bento of the service with MODEL inside (a name, name@version or name@alias; default: the workspace's default).
+
+    Prints the bento's tag. `bentoml serve TAG` serves it, `bentoml containerize TAG` makes an image of it.
+    """
+    from finetune.bento import build_bento
+
+    click.echo(build_bento(_registry(), model))
+
+
 @click.group()
 def models() -> None:
     """List, show, promote and roll back registered models."""

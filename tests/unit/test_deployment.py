@@ -134,7 +134,7 @@ def test_a_version_whose_export_was_not_exact_is_refused_unless_forced(registry:
     measured = {"max_prob_difference": 0.1, "max_prob_difference_from_bytes": 0.0, "tolerances": {"prob": 1e-3}}
     write_tiny_bundle(tmp_path / "inexact", parity=measured)
     registry.register(tmp_path / "inexact", "trees")
-    with pytest.raises(PromotionRefused, match="parity: probabilities of ONNX and torch differ by 0.1"):
+    with pytest.raises(PromotionRefused, match=r"parity: probabilities of ONNX and torch differ by 0.1"):
         promote(registry, "trees", "2", by="ann")
 
 
@@ -142,7 +142,7 @@ def test_a_version_that_cannot_be_loaded_is_refused_even_by_force(registry: Regi
     for _ in range(2):
         registry.register(bundle, "trees")
     (registry.root / "trees" / "2" / "model.onnx").write_bytes(b"")
-    with pytest.raises(PromotionRefused, match="loads: .*the bundle is not what was exported"):
+    with pytest.raises(PromotionRefused, match=r"loads: .*the bundle is not what was exported"):
         promote(registry, "trees", "2", force=True, by="ann")
 
 

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Build bentos and the serving image's contents, each installed in an environment of its own without torch, and ask them.
+
+Images cannot be built everywhere, so the steps of docker/serve.Dockerfile are carried out here as they stand there: its COPY and
+RUN lines in a clean folder, its entry point as a user without rights, its health check. Run it with a Python that has the core
+dependencies and `uv`, from anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+READY_SECONDS = 120
+UNPRIVILEGED = 10001  # the user id in docker/serve.Dockerfile
+REGISTER = (
+    "import sys; from pathlib import Path; from finetune.bundle.registry import Registry; "
+    "Registry(Path(sys.argv[1])).register(Path(sys.argv[2]), 'trees')"
+)
+NO_TRAINING = "import importlib.util as u; print([n for n in ('torch', 'timm', 'mlflow', 'onnx', 'cv2') if u.find_spec(n)])"
+
+
+def main() -> None:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="finetune-bento-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        home = folder / "home"
+        bundle, image = make_bundle(folder / "material")
+        home_with(bundle, home)
+        store = {"BENTOML_HOME": str(folder / "bentoml"), "FINETUNE_HOME": str(home)}
+        tag = finetune("build", "trees@champion", environment=store).strip().splitlines()[-1]
+        step(began, f"finetune build made {tag}")
+        plain = build_in_a_checkout(folder / "checkout", home, store)
+        step(began, f"bentoml build made {plain}")
+        python = environment_of(path_of(tag, store), folder / "environment")
+        step(began, "installed what the bento asks for")
+        expected = json.loads(finetune("predict", str(image), "--json", environment=store))[0]
+        for one in (tag, plain):
+            with serving([str(python), "-m", "bentoml", "serve", str(path_of(one, store))], folder / "served") as url:
+                check_answer(url, image, expected)
+            step(began, f"{one} answers as the model does")
+        check_image(folder / "image", image, bundle, expected)
+        step(began, "the serving image's steps work, without rights and with a key")
+    print("bento: all checks passed", flush=True)
+
+
+def step(began: float, what: str) -> None:
+    print(f"bento: {time.monotonic() - began:5.0f} s  {what}", flush=True)
+
+
+def make_bundle(folder: Path) -> tuple[Path, Path]:
+    """Write a small true bundle and an image, with the checkout's test helpers."""
+    script = (
+        "import sys; from pathlib import Path; from PIL import Image; from tiny_bundle import write_tiny_bundle; "
+        "folder = Path(sys.argv[1]); folder.mkdir(); write_tiny_bundle(folder / 'bundle'); "
+        "Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 50).convert('RGB').save(folder / 'image.png')"
+    )
+    run([sys.executable, "-c", script, str(folder)], environment={"PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY}"})
+    return folder / "bundle", folder / "image.png"
+
+
+def home_with(bundle: Path, home: Path) -> None:
+    """Make a workspace with two versions of a model, of which the first is promoted."""
+    script = (
+        "import sys; from pathlib import Path; from finetune.bundle.registry import Registry; "
+        "registry = Registry(Path(sys.argv[2]) / 'models'); [registry.register(Path(sys.argv[1]), 'trees') for _ in range(2)]"
+    )
+    run([sys.executable, "-c", script, str(bundle), str(home)], environment={"PYTHONPATH": str(REPOSITORY)})
+
+
+PROGRAMS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # uv among them
+
+
+def finetune(*arguments: str, environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "finetune", *arguments]
+    return run(command, environment={**environment, "PYTHONPATH": str(REPOSITORY), "PATH": PROGRAMS})
+
+
+def build_in_a_checkout(checkout: Path, home: Path, store: dict[str, str]) -> str:
+    """Run plain `bentoml build` where a user would: in a checkout whose workspace has models."""
+    checkout.mkdir()
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY).splitlines()
+    for name in listed:
+        source = REPOSITORY / name
+        if source.is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, checkout / name)
+    shutil.copytree(home / "models", checkout / ".finetune" / "models")
+    environment = {**store, "FINETUNE_HOME": str(checkout / ".finetune"), "PATH": PROGRAMS}
+    said = run([sys.executable, "-m", "bentoml", "build", "--output", "tag"], cwd=checkout, environment=environment)
+    found = re.search(r"__tag__:(\S+)", said)
+    assert found is not None, said
+    return found[1]
+
+
+def path_of(tag: str, store: dict[str, str]) -> Path:
+    name, _, version = tag.partition(":")
+    return Path(store["BENTOML_HOME"]) / "bentos" / name / version
+
+
+def environment_of(bento: Path, folder: Path) -> Path:
+    """Install what a bento asks for, and nothing else."""
+    requirements = bento / "env" / "python" / "requirements.txt"
+    run([sys.executable, "-m", "venv", str(folder)])
+    python = folder / "bin" / "python"
+    run([str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--requirement", str(requirements)])
+    assert run([str(python), "-c", NO_TRAINING]).strip() == "[]", "something that trains was installed"
+    return python
+
+
+def check_image(folder: Path, image: Path, bundle: Path, expected: dict) -> None:
+    """Carry out docker/serve.Dockerfile in `folder` instead of an image, and use the result as compose.yaml does."""
+    dockerfile = (REPOSITORY / "docker" / "serve.Dockerfile").read_text().replace("\\\n", " ")
+    source, installed, data = folder / "src", folder / "opt", folder / "data"
+    source.mkdir(parents=True)
+    instructions = [line.split(None, 1) for line in dockerfile.splitlines() if line and not line.startswith("#")]
+    build = instructions[: [number for number, (word, _) in enumerate(instructions) if word == "FROM"][1]]
+    for word, rest in build:
+        if word == "COPY":
+            *names, target = rest.split()
+            for name in names:
+                copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy2
+                copy(REPOSITORY / name, source / (target if (REPOSITORY / name).is_dir() else name))
+        elif word == "RUN":
+            run(
+                [
+                    "sh",
+                    "-ec",
+                    rest.replace("/opt/finetune", str(installed)).replace("python -m venv", f"{sys.executable} -m venv"),
+                ],
+                cwd=source,
+            )
+    data.mkdir()
+    os.chown(data, UNPRIVILEGED, UNPRIVILEGED) if os.geteuid() == 0 else None
+    python = str(installed / "bin" / "python")
+    assert run([python, "-c", NO_TRAINING]).strip() == "[]", "something that trains is in the serving image"
+    environment = {"PATH": f"{installed / 'bin'}:/usr/bin:/bin", "FINETUNE_HOME": str(data), "HOME": "/tmp"}
+    as_user: dict = {"environment": environment, "unprivileged": True, "cwd": data}
+    key = run(["finetune", "keys", "create", "admin", "--scope", "admin"], **as_user).strip()
+    run([python, "-c", REGISTER, str(data / "models"), str(bundle)], **as_user)
+    entry = json.loads(next(rest for word, rest in instructions if word == "ENTRYPOINT"))
+    command = json.loads(next(rest for word, rest in instructions if word == "CMD"))
+    health = json.loads(re.search(r"HEALTHCHECK.*?CMD (\[.*\])", dockerfile)[1])
+    with serving([*entry, *command], data, environment=environment, unprivileged=True) as url:
+        run([word.replace("http://127.0.0.1:3000", url) for word in health], **as_user)
+        check_answer(url, image, expected, key=key)
+        assert status_without_key(url, image) == 401, "a server on a network address answered without a key"
+
+
+def status_without_key(url: str, image: Path) -> int:
+    try:
+        ask(url, image)
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    return 200
+
+
+def check_answer(url: str, image: Path, expected: dict, key: str | None = None) -> None:
+    answer = ask(url, image, key)
+    assert (answer["model"], answer["version"]) == ("trees", "1"), answer
+    assert [row["label"] for row in answer["predictions"]] == [row["label"] for row in expected["predictions"]], (
+        answer,
+        expected,
+    )
+
+
+def ask(url: str, image: Path, key: str | None = None) -> dict:
+    headers = {"Content-Type": "image/png", **({"Authorization": f"Bearer {key}"} if key else {})}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/predict", image.read_bytes(), headers), timeout=30) as response:
+        return json.load(response)
+
+
+@contextlib.contextmanager
+def serving(
+    command: list[str], cwd: Path, environment: dict[str, str] | None = None, *, unprivileged: bool = False
+) -> Iterator[str]:
+    """Run a server on a free port of this machine until the block ends; yield its address."""
+    cwd.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    words = [word if word != "3000" else str(port) for word in command]
+    words += [] if "--port" in words else ["--port", str(port), "--host", "127.0.0.1"]
+    log = cwd / "server.log"
+    with open(log, "wb") as stream:
+        server = subprocess.Popen(
+            words, cwd=cwd, env=clean_environment({"FINETUNE_HOME": str(cwd), **(environment or {})}),
+            stdout=stream, stderr=stream, start_new_session=True, **rights(unprivileged),
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not answers(f"{url}/readyz"):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def run(
+    command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None, unprivileged: bool = False
+) -> str:
+    """Run a command to its end and return its stdout; show all of its output where it fails."""
+    ended = subprocess.run(
+        command, cwd=cwd, env=clean_environment(environment or {}), capture_output=True, text=True, check=False,
+        **rights(unprivileged),
+    )  # fmt: skip
+    if ended.returncode != 0:
+        sys.exit(f"bento: exit code {ended.returncode} of {shlex.join(command)}\n{ended.stdout}\n{ended.stderr}")
+    return ended.stdout
+
+
+def rights(unprivileged: bool) -> dict:
+    """Arguments that start a process as the image's user does, where this process may choose."""
+    if not unprivileged or os.geteuid() != 0:
+        return {}
+    return {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
+
+
+def clean_environment(more: dict[str, str]) -> dict[str, str]:
+    """This process's environment without what would point back into the checkout."""
+    dropped = ("PYTHONPATH", "FINETUNE_", "MLFLOW_", "BENTOML_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    return {**kept, "BENTOML_DO_NOT_TRACK": "True", **more}
+
+
+if __name__ == "__main__":
+    main()
