@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from finetune.errors import Conflict, NotFound
-from finetune.rundir import append_line, read_lines, write_json
+from finetune.storage.files import write_json
+from finetune.storage.journal import append_line, read_lines
 
 if TYPE_CHECKING:
     from finetune.bundle.registry import Registry
