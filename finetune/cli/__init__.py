@@ -27,11 +27,11 @@ def cli() -> None:
     """Fine-tune a pretrained image classifier on your photographs, compare, export, serve.
 
         \b
-            finetune check --data photos              what would be done, and what it would cost
-        finetune train --data photos              fit a head on frozen features (fast)
-        finetune train --data photos --method full
-        finetune serve                            serve the promoted model over HTTP
-        """
+    finetune check --data photos                show the plan and its cost
+    finetune train --data photos                fit a head on frozen features
+    finetune train --data photos --method full  then train every stage too
+    finetune serve                              serve the promoted model
+    """
 
 
 for command in (check, train, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):

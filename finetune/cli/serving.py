@@ -77,9 +77,10 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
 @click.command()
 @click.argument("model", required=False)
 def build(model: str | None) -> None:
-    """Build a bento of the service with MODEL inside (a name, name@version or name@alias; default: the workspace's default).
+    """Build a bento of the service with a model inside.
 
-    Prints the bento's tag. `bentoml serve TAG` serves it, `bentoml containerize TAG` makes an image of it.
+    MODEL is a name, name@version or name@alias; without it, the workspace's default is taken. Prints the bento's tag. `bentoml
+    serve TAG` serves it, `bentoml containerize TAG` makes an image of it.
     """
     from finetune.bento import build_bento
 
@@ -88,7 +89,7 @@ def build(model: str | None) -> None:
 
 @click.group()
 def models() -> None:
-    """List, show, promote and roll back registered models."""
+    """List, show and promote registered models."""
 
 
 def _registry() -> Any:
@@ -101,7 +102,7 @@ def _registry() -> Any:
 @models.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """Every registered model with its versions and aliases, and which one is the default."""
+    """List registered models, aliases and the default."""
     from finetune.bundle.deployment import read_deployment
     from finetune.cli.show import show_models
     from finetune.cli.terminal import print_json
@@ -181,10 +182,10 @@ def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--default", "as_default", is_flag=True, help="Also make the model what the server and `predict` answer with.")
 @condition_options
 def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
-    """Point an alias of model NAME at VERSION; a running server switches to it between requests.
+    """Check a version and point an alias at it.
 
-    Registering a model never changes what answers: only this command does, or PUT on the server. A version is checked first: it
-    loads and gives its known answers, its export was exact, it knows the same classes, and it reaches every --min.
+    The version must load and give its known answers, have been exported exactly, know the same classes, and reach every --min.
+    A running server switches to it between requests. Registering a model never changes what answers; promoting it does.
     """
     from finetune.bundle.deployment import Deployment
     from finetune.bundle.promotion import promote as promote_version
@@ -210,7 +211,10 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
 @click.option("--shadow", metavar="MODEL=PERCENT", help="A model that computes this share a second time; disagreement is logged.")
 @condition_options
 def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tuple[str, ...], force: bool) -> None:
-    """Make MODEL (a name, name@version or name@alias) what answers requests that name no model."""
+    """Choose what answers requests without a model name.
+
+    MODEL is a name, name@version or name@alias. A canary or a shadow that is not given is switched off.
+    """
     from finetune.bundle.deployment import Deployment
     from finetune.bundle.promotion import promote_to_default
 
@@ -258,7 +262,7 @@ def _say_default(registry: Any) -> None:
 @click.option("--alias", default="champion", show_default=True)
 @click.option("--default", "of_default", is_flag=True, help="Undo the last change of the server's default instead.")
 def rollback(name: str | None, alias: str, of_default: bool) -> None:
-    """Point an alias of model NAME back at the version that it meant before."""
+    """Point an alias back at what it meant before."""
     from finetune.bundle.deployment import roll_back
 
     registry = _registry()
@@ -277,7 +281,10 @@ def rollback(name: str | None, alias: str, of_default: bool) -> None:
 @click.argument("name")
 @click.option("--private", is_flag=True, help="Take it back: only its owner and administrators may use it.")
 def share(name: str, private: bool) -> None:
-    """Let everyone who may use the server use model NAME, which a job with an API key made for its owner alone."""
+    """Let everyone use a private model.
+
+    A model that a job with an API key made is its owner's alone until it is shared.
+    """
     registry = _registry()
     registry.resolve(name)
     access = registry.access(name)
