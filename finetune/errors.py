@@ -4,6 +4,7 @@
     ├── InvalidInput                 invalid_input         2   422   the user gave something that cannot work
     │   ├── SpecError                invalid_spec          2   422   the job request: carries every problem with its field path
     │   ├── DataError                invalid_data          2   422   a dataset that cannot be trained on
+    │   │   └── DataChangedError     data_changed          2   422   data that is not what it was when the run began
     │   ├── ImageError               invalid_image         2   422   one image that cannot be decoded under the limits
     │   │   ├── ImageTooLarge        image_too_large       2   413   more bytes or pixels than allowed
     │   │   └── UnsupportedImage     unsupported_image     2   415   not one of the image formats that are read
@@ -14,7 +15,8 @@
     ├── BundleError                  invalid_bundle        1   409   a bundle that fails its checksums or its probes
     ├── ExportError                  export_failed         1   500   a model that ONNX cannot express or that differs there
     ├── TrainingError                training_failed       1   500   training that cannot go on (diverged)
-    │   └── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is
+    │   ├── OutOfMemory              out_of_memory         1   500   training that needs more memory than there is
+    │   └── NoBetterThanChance       no_better_than_chance 1   500   a model that is not registered, for it learnt nothing
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
     ├── ExecutorError                executor_unavailable  1   503   what runs attempts (a Ray cluster) does not answer or refuses
@@ -71,6 +73,10 @@ class DataError(InvalidInput):
     code = "invalid_data"
 
 
+class DataChangedError(DataError):
+    code = "data_changed"
+
+
 class ImageError(InvalidInput):
     code = "invalid_image"
 
@@ -109,6 +115,10 @@ class ExportError(FinetuneError):
 
 class TrainingError(FinetuneError):
     code = "training_failed"
+
+
+class NoBetterThanChance(TrainingError):
+    code = "no_better_than_chance"
 
 
 class OutOfMemory(TrainingError):

@@ -1,9 +1,29 @@
-"""Names of models: one place makes them from folders and files."""
+"""Names of models: the one place that makes them."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
+
+LONGEST_NAME = 63
+
+
+def model_name(suffix: str | None, dataset: str) -> str:
+    """Return the name that a run's model is registered under: as asked, else after its dataset."""
+    return suffix or as_model_name(dataset)
+
 
 def as_model_name(text: str) -> str:
-    """Return a folder's name as a model's name: lower case, anything but letters and digits a dash."""
-    kept = "".join(character if character.isascii() and character.isalnum() else "-" for character in text.lower())
-    return kept.strip("-")[:63] or "model"
+    """Return a folder's or file's name as a model's name: lower case a-z and 0-9, anything else a dash.
+
+    Accents are dropped. Where letters of another script are lost, a short digest of the name is added, so that
+    two such names differ.
+    """
+    decomposed = unicodedata.normalize("NFKD", text)
+    kept = re.sub(r"[^a-z0-9]+", "-", decomposed.lower()).strip("-")
+    lost_letters = any(character.isalnum() and not character.isascii() for character in decomposed)
+    if kept and not lost_letters:
+        return kept[:LONGEST_NAME].strip("-")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept[: LONGEST_NAME - len(digest) - 1] or 'model'}-{digest}"

@@ -69,6 +69,9 @@ class DataSpec(_Section):
     test_fraction: Annotated[Auto | Fraction, Field(description="auto: 0.15, and nothing with folds, which test every image")] = (
         "auto"
     )
+    split_seed: Annotated[
+        int, Field(ge=0, lt=2**32, description="of the split alone: runs with another seed are compared on the same images")
+    ] = 0
     group_column: str | None = None
     on_bad_image: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: Fraction = 0.05
@@ -188,6 +191,12 @@ class AugmentationSpec(_Section):
 
 
 class ExportSpec(_Section):
+    """What is done with the trained model."""
+
+    register_model: Annotated[
+        Literal["auto", "always"],
+        Field(description="auto: as a new version, unless the model is no better than always giving the same answer"),
+    ] = "auto"
     quantize: Literal["none", "int8"] = "none"
 
 
@@ -211,13 +220,14 @@ class JobSpec(_Section):
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
     test_file: str | None = None
+    task: Annotated[Literal["auto", "multiclass"], Field(description="what a label means; auto: found from the labels")] = "auto"
     data: DataSpec = DataSpec()
     method: Annotated[Method, _name_means("type")] = LinearProbe()
     hyperparameters: Hyperparameters = Hyperparameters()
     augmentation: Annotated[AugmentationSpec, _name_means("policy")] = AugmentationSpec()
     export: ExportSpec = ExportSpec()
     compute: ComputeSpec = ComputeSpec()
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of training; the split has data.split_seed")
     suffix: str | None = Field(None, pattern=SUFFIX_PATTERN)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
 

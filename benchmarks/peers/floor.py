@@ -19,7 +19,7 @@ import numpy as np
 from finetune.data.index import index_dataset
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
-from finetune.train.prefix import OnnxEngine, PixelPrefix, export_prefix, open_session
+from finetune.features.prefix import OnnxEngine, PixelPrefix, export_prefix, open_session
 
 BACKBONE = "tf_efficientnet_lite0"
 HELD_IMAGES = 512

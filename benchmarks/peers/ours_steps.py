@@ -27,7 +27,7 @@ STEPS = (
     ("tracing and exporting the graph", "finetune.plan", "dry_run_export"),
     ("filling the graph with weights", "finetune.plan", "fill"),
     ("feature pass", "finetune.train.methods", "pooled_features"),
-    ("solving the head", "finetune.train.methods", "solve_probe"),
+    ("solving the head", "finetune.train.methods", "solve_softmax_head"),
     ("hashing what is frozen", "finetune.train.methods", "frozen_digest"),
     ("evaluating", "finetune.pipeline", "judge"),
     ("bundle and parity", "finetune.pipeline", "export"),

@@ -58,6 +58,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
     model: dict[str, Any] = field(default_factory=lambda: {"input_name": "images"})  # opset, exporter, input_name
     files: dict[_FileName, _Sha256] = field(default_factory=dict)
+    task: str = "multiclass"  # what a label means; bundles of earlier versions do not say it
     schema_version: int = SCHEMA_VERSION
 
     @model_validator(mode="after")

@@ -25,7 +25,6 @@ from finetune.data.pixels import PixelStore
 
 class Batch(NamedTuple):
     images: np.ndarray  # (B, h, w, 3) uint8
-    labels: np.ndarray  # (B,) int64
     indices: np.ndarray  # (B,) int64, positions in the samples that the loader was given
 
 
@@ -44,7 +43,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.arange(len(self.samples), dtype=np.int64)
-        return load_batches(self.samples, order, self._image, self.batch_size, self.threads)
+        return load_batches(order, self._image, self.batch_size, self.threads)
 
     def _image(self, index: int) -> np.ndarray:
         sample = self.samples[index]
@@ -73,7 +72,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         steps = steps_per_epoch(len(self.samples), self.batch_size)
         order = epoch_order(len(self.samples), self.seed, self.epoch)[self.start_step * self.batch_size : steps * self.batch_size]
-        return load_batches(self.samples, order, self._view, self.batch_size, self.threads)
+        return load_batches(order, self._view, self.batch_size, self.threads)
 
     def _view(self, index: int) -> np.ndarray:
         sample, short_side_px = self.samples[index], self.augment.decode_short_side_px
@@ -96,13 +95,10 @@ def epoch_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_samples)
 
 
-def load_batches(
-    samples: Sequence[Sample], order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int
-) -> Iterator[Batch]:
+def load_batches(order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int) -> Iterator[Batch]:
     """Batches of ``load(index)`` for the indices in `order`, with about two batches of images in memory ahead of the reader."""
-    labels = np.array([sample.target for sample in samples], dtype=np.int64)
     ahead = max(2 * threads, min(2 * batch_size, 256))
     with closing(ordered_map(load, order.tolist(), threads=threads, ahead=ahead)) as images:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            yield Batch(np.stack([next(images) for _ in indices]), labels[indices], indices)
+            yield Batch(np.stack([next(images) for _ in indices]), indices)

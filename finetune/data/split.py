@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, Dataset, Sample
-from finetune.errors import DataError, Problem
+from finetune.errors import DataChangedError, DataError, Problem
 from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 
@@ -115,13 +115,19 @@ def cut(sizes: Sequence[int], val_fraction: float, test_fraction: float) -> list
     return splits
 
 
-def write_split(path: Path, dataset: Dataset) -> None:
-    """CSV with a header: path (relative to the dataset's root), label (the class name), split, sha256 (of the file's bytes)."""
+def write_split(path: Path, dataset: Dataset, left_out: Sequence[Sample] = ()) -> None:
+    """Write CSV with a header: path (the sample's id), label (the class name), split, sha256 (of the file's bytes).
+
+    Args:
+        left_out: samples of the same data that the split does not use; their column ``split`` is empty.
+    """
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for sample in dataset.samples:
         rows.writerow((sample.id, dataset.label_text(sample), sample.split or "", sample.sha256))
+    for sample in left_out:
+        rows.writerow((sample.id, dataset.label_text(sample), "", sample.sha256))
     # File names may be any bytes: surrogateescape writes back the very bytes that the file system gave.
     write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
@@ -130,7 +136,8 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
     """The dataset with the split that a CSV file of `write_split` records.
 
     Raises:
-        DataError: the file is not such a CSV, or its rows and the dataset's files are not the same.
+        DataChangedError: its rows and the dataset's files are not the same.
+        DataError: the file is not such a CSV.
     """
     recorded = _read_rows(path)
     problems = []
@@ -138,16 +145,21 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
     for sample in dataset.samples:
         name = sample.id
         label, split, sha256 = recorded.pop(name, ("", "", ""))
-        if not split:
+        if not label:
             problems.append(Problem(printable(name), "is in the dataset, but not in the recorded split"))
         elif label != dataset.label_text(sample):
             problems.append(Problem(printable(name), f"was {label!r}, now {dataset.label_text(sample)!r}"))
         elif sha256 and sample.sha256 and sha256 != sample.sha256:
             problems.append(Problem(printable(name), "has other bytes than when the split was recorded"))
-        samples.append(replace(sample, split=split or None))
+        if split:
+            samples.append(replace(sample, split=split))
     problems += [Problem(printable(name), "is in the recorded split, but no longer in the dataset") for name in recorded]
     if problems:
-        raise DataError(f"{printable(path)}: the dataset changed since the split was recorded. Make a new split", problems)
+        raise DataChangedError(
+            f"{printable(path)}: the data changed since this run began. Give another --run-dir (or delete this one) to begin "
+            "anew with the data as it is now, or undo the change",
+            problems,
+        )
     return _sorted(dataset, samples)
 
 
@@ -256,6 +268,6 @@ def _read_rows(path: Path) -> dict[str, tuple[str, str, str]]:
     except OSError as error:
         raise DataError(f"{printable(path)}: the split cannot be read: {error.strerror}") from None
     rows = list(csv.reader(io.StringIO(text, newline="")))
-    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) or row[2] not in SPLITS for row in rows[1:]):
+    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) or row[2] not in (*SPLITS, "") for row in rows[1:]):
         raise DataError(f"{printable(path)}: not a recorded split; expected the columns {','.join(COLUMNS)}")
     return {name: (label, split, sha256) for name, label, split, sha256 in rows[1:]}

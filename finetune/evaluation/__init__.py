@@ -1,1 +1,4 @@
-"""From logits to judgement: metrics, figures, the report. NumPy only; knows neither torch nor ONNX."""
+"""Pure functions of predictions: metrics, intervals, calibration, mistakes. Torch-free.
+
+`predictions` is the table that every run writes for every split that it judges; all else is computed from such tables.
+"""

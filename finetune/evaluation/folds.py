@@ -2,7 +2,7 @@
 
 Two intervals are given, and they answer different questions.
 
-- `Evaluation.top1_interval` of the pooled evaluation is Wilson's (1927): every image was labelled once, by a model that had not
+- The headline interval of the pooled evaluation is Wilson's (1927): every image was labelled once, by a model that had not
   seen it, and the share of right answers has the sampling error of that many images. It takes the models as given.
 - `Spread.interval` is Student's t over the folds: what another round of training and testing would give. Folds share most of
   their training images, so their scores are not independent and the plain standard error is too small (Bengio & Grandvalet 2004,
@@ -17,21 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from finetune.evaluation.metrics import Evaluation, evaluate_logits
-from finetune.storage.files import read_json, write_json
+from finetune.evaluation.evaluate import Evaluation
+from finetune.tasks import task_named
 
 POOLED = "cv"
 """The split name of the pooled evaluation: ``cv/top1`` is the share of all images labelled rightly by a model that had not seen
 them."""
-
-_LARGEST = {"loss": math.inf, "brier": 2.0}  # all other metrics are shares, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,11 @@ class CrossValidation:
     def spreads(self) -> dict[str, Spread]:
         """Metric name, without its split -> its spread over the folds' held-out images."""
         ratio = sum(fold.n_test for fold in self.folds) / sum(fold.n_train for fold in self.folds)
-        names = [key.removeprefix("test/") for key in self.folds[0].metrics if key.startswith("test/")]
         return {
-            name: spread(
-                [fold.metrics[f"test/{name}"] for fold in self.folds], test_to_train=ratio, largest=_LARGEST.get(name, 1.0)
+            metric.key: spread(
+                [fold.metrics[f"test/{metric.key}"] for fold in self.folds], test_to_train=ratio, largest=metric.largest
             )
-            for name in names
+            for metric in task_named(self.pooled.task).metrics
         }
 
     @property
@@ -90,7 +84,7 @@ class CrossValidation:
             "pooled": {
                 **self.pooled.metrics(POOLED),
                 "n": self.pooled.n,
-                f"{POOLED}/top1_interval": list(self.pooled.top1_interval),
+                "intervals": {f"{POOLED}/{key}": list(interval) for key, interval in self.pooled.intervals.items()},
             },
             "over_folds": {name: {**asdict(found), "interval": list(found.interval)} for name, found in self.spreads.items()},
         }
@@ -107,18 +101,3 @@ def spread(values: Sequence[float], *, test_to_train: float, largest: float = ma
     variance = math.fsum((value - mean) ** 2 for value in values) / (k - 1)
     half = float(stdtrit(k - 1, 0.975)) * math.sqrt(variance * (1 / k + test_to_train))
     return Spread(mean, math.sqrt(variance), (max(0.0, mean - half), min(largest, mean + half)))
-
-
-def pool(
-    logits: Sequence[NDArray[np.floating[Any]]], labels: Sequence[NDArray[np.integer[Any]]], classes: Sequence[str]
-) -> Evaluation:
-    """Judge the held-out logits (n, C) of all folds as one set of answers."""
-    return evaluate_logits(np.concatenate(logits), np.concatenate(labels), classes)
-
-
-def write_fold(path: Path, score: FoldScore) -> None:
-    write_json(path, asdict(score))
-
-
-def read_fold(path: Path) -> FoldScore:
-    return FoldScore(**read_json(path))

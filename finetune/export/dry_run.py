@@ -34,7 +34,7 @@ _BATCH_SIZES = (1, 3)  # neither is the batch that was traced
 _TOLERANCE = 1e-3  # of the largest value of an output; noise images through untrained weights are no measure of accuracy
 
 
-def dry_run_export(classifier: Classifier, cache: Path | None = None) -> Graph:
+def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path | None = None) -> Graph:
     """Trace `classifier`, run the graph on noise and compare it with torch. The graph is what `export_bundle` fills later.
 
     Args:
@@ -44,7 +44,7 @@ def dry_run_export(classifier: Classifier, cache: Path | None = None) -> Graph:
     Raises:
         ExportError: ONNX or ONNX Runtime cannot run this backbone, or computes something else; one sentence says which.
     """
-    module = DeployModule(classifier)
+    module = DeployModule(classifier, task=task)
     if cache is None:
         return _traced(module)
     of_layers = fingerprint(module)
@@ -87,7 +87,14 @@ def fingerprint(module: DeployModule) -> str:
     """sha256 of what the graph depends on, weights left out: the layers, their sizes, and the code that traces them."""
     classifier, backbone = module.classifier, module.classifier.backbone
     layers = (repr(module), [(name, tuple(weight.shape), weight.dtype) for name, weight in named_weights(module).items()])
-    around = (backbone.name, backbone.preprocess.input_size_px, backbone.feature_format, backbone.readout, classifier.pooling)
+    around = (
+        module.objective.task,
+        backbone.name,
+        backbone.preprocess.input_size_px,
+        backbone.feature_format,
+        backbone.readout,
+        classifier.pooling,
+    )
     libraries = [importlib.metadata.version(name) for name in ("torch", "timm", "onnx", "onnxscript")]
     code = [inspect.getsource(source) for source in (graph_code, classifier_code, backbone_code)]
     return hashlib.sha256(repr([layers, around, libraries, code]).encode()).hexdigest()

@@ -24,6 +24,7 @@ from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
 from finetune.model.classifier import Classifier
 from finetune.runtime.collector import collection_paused
+from finetune.train.objectives import objective_of
 
 OPSET = 20  # the first with Gelu; every onnxruntime since 1.17 runs it
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
@@ -34,15 +35,16 @@ _LARGEST_FILE_BYTES = 2**31 - 1  # what one protobuf message, and so one ONNX fi
 
 
 class DeployModule(nn.Module):
-    """What the ONNX graph computes, as a module: a classifier from uint8 pixels to probabilities.
+    """What the ONNX graph computes, as a module: a classifier from uint8 pixels to the probabilities of its task.
 
     `temperature` divides the logits before the softmax (calibration); it moves probabilities, never the order of classes.
     """
 
     temperature: torch.Tensor
 
-    def __init__(self, classifier: Classifier, temperature: float = 1.0) -> None:
+    def __init__(self, classifier: Classifier, temperature: float = 1.0, task: str = "multiclass") -> None:
         super().__init__()
+        self.objective = objective_of(task)
         self.classifier = classifier
         device = next(classifier.parameters()).device
         self.register_buffer("temperature", torch.tensor(temperature, dtype=torch.float32, device=device), persistent=False)
@@ -54,7 +56,7 @@ class DeployModule(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, h, w, 3) uint8 → probs (B, C), logits (B, C), cam (B, h', w') of the top class, if any, and embedding (B, D)."""
         logits, embedding, cam = self.classifier.explain(self.classifier.normalise(images))
-        probs = torch.softmax(logits / self.temperature, dim=1)
+        probs = self.objective.probabilities(logits / self.temperature)
         return (probs, logits, embedding) if cam is None else (probs, logits, cam, embedding)
 
 

@@ -27,6 +27,7 @@ from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.session import open_session
 from finetune.storage.files import atomic_folder, write_atomic
+from finetune.tasks import task_named
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
@@ -38,6 +39,7 @@ class BundleFacts:
     """What the manifest says and the classifier does not know."""
 
     name: str
+    task: str  # multiclass, multilabel
     classes: tuple[str, ...]  # in the order of the logits
     method: Mapping[str, Any]
     spec_digest: str
@@ -76,7 +78,7 @@ def export_bundle(
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
     files = [sample.read() for sample in _spread(samples, N_IMAGES)]
-    module = DeployModule(classifier, facts.temperature)
+    module = DeployModule(classifier, facts.temperature, facts.task)
     progress(Progress("exporting", 0, 3, "steps", message="writing the ONNX graph"))
     model = fill(graph or trace(module), module)
     manifest = _manifest(module, facts)
@@ -88,7 +90,7 @@ def export_bundle(
     manifest = dataclasses.replace(manifest, parity=report.to_dict())
     if quantize == "int8":
         progress(Progress("exporting", 2, 3, "steps", message="quantising to int8"))
-        model, outcome = _quantised(model, manifest.preprocess, samples, training or samples)
+        model, outcome = _quantised(model, facts, manifest.preprocess, samples, training or samples)
         manifest = dataclasses.replace(manifest, model={**manifest.model, **_said_of(outcome)})
         predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
@@ -100,7 +102,7 @@ def export_bundle(
 
 
 def _quantised(
-    model: bytes, preprocess: Preprocess, samples: Sequence[Sample], training: Sequence[Sample]
+    model: bytes, facts: BundleFacts, preprocess: Preprocess, samples: Sequence[Sample], training: Sequence[Sample]
 ) -> tuple[bytes, Quantization]:
     """int8 if it is as good on `samples`, else the model as it is."""
     judged = _spread(samples, _N_JUDGED)
@@ -108,7 +110,8 @@ def _quantised(
         model,
         calibration=np.stack([sample.decode(preprocess.load) for sample in _spread(training, N_CALIBRATION)]),
         images=np.stack([sample.decode(preprocess.load) for sample in judged]),
-        labels=np.array([sample.target for sample in judged]),
+        targets=task_named(facts.task).encode([sample.target for sample in judged], len(facts.classes)),
+        task=task_named(facts.task),
         threads=torch.get_num_threads(),
     )
 
@@ -133,6 +136,7 @@ def _manifest(module: DeployModule, facts: BundleFacts) -> Manifest:
         name=facts.name,
         version=None,
         created_at=facts.created_at,
+        task=facts.task,
         classes=facts.classes,
         preprocess=classifier.backbone.preprocess,
         backbone={

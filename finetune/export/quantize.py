@@ -20,9 +20,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from finetune.export.graph import INPUT_NAME
 from finetune.runtime.session import open_session
+from finetune.tasks import Task
 
 N_CALIBRATION = 64  # images; with 256 the answers agree with float32 no better
-MAX_TOP1_LOSS = 0.01
+MAX_LOSS = 0.01  # of the task's headline metric
 LOGITS_TOLERANCE = 0.05  # of the largest logit: how far rounding in other processors' int8 kernels may move a logit
 
 _CALIBRATION_BATCH = 8
@@ -37,41 +38,41 @@ class Quantization:
 
     kept: bool
     n_images: int
-    top1_float32: float
-    top1_int8: float
-    same_top1_fraction: float
+    metric: str  # the task's headline
+    float32: float
+    int8: float
     bytes_float32: int
     bytes_int8: int
 
     @property
     def sentence(self) -> str:
-        change = f"top1 on {self.n_images} images is {self.top1_int8:.4f}, in float32 {self.top1_float32:.4f}"
+        change = f"{self.metric} on {self.n_images} images is {self.int8:.4f}, in float32 {self.float32:.4f}"
         if self.kept:
             return f"quantised to int8: {change}; {self.bytes_float32 / self.bytes_int8:.1f} times smaller"
-        return f"not quantised, the model stays float32: in int8 {change}, and more than {MAX_TOP1_LOSS:.0%} is not given up"
+        return f"not quantised, the model stays float32: in int8 {change}, and more than {MAX_LOSS:.0%} is not given up"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sentence": self.sentence}
 
 
 def quantize_if_as_good(
-    model: bytes, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray, *, threads: int
+    model: bytes, calibration: np.ndarray, images: np.ndarray, targets: np.ndarray, *, task: Task, threads: int
 ) -> tuple[bytes, Quantization]:
-    """The int8 model, or `model` itself where int8 loses more than a hundredth of top1.
+    """Return the int8 model, or `model` itself where int8 loses more than a hundredth of the task's headline metric.
 
     Args:
         calibration: (N, h, w, 3) uint8, training images; they set the range of every activation.
-        images, labels: (M, h, w, 3) uint8 and (M,): what top1 is measured on.
+        images, targets: (M, h, w, 3) uint8 and what they show: what the task's headline metric is measured on.
     """
     quantised = quantize(model, calibration)
-    answers = [_top1(candidate, images, threads) for candidate in (model, quantised)]
-    top1_float32, top1_int8 = (float((answer == labels).mean()) for answer in answers)
+    answers = [_logits(candidate, images, threads) for candidate in (model, quantised)]
+    float32, int8 = (task.headline.compute(task.judge(logits, targets)) for logits in answers)
     outcome = Quantization(
-        kept=top1_int8 >= top1_float32 - MAX_TOP1_LOSS,
+        kept=int8 >= float32 - MAX_LOSS,
         n_images=len(images),
-        top1_float32=top1_float32,
-        top1_int8=top1_int8,
-        same_top1_fraction=float((answers[0] == answers[1]).mean()),
+        metric=task.headline.key,
+        float32=float32,
+        int8=int8,
         bytes_float32=len(model),
         bytes_int8=len(quantised),
     )
@@ -127,10 +128,10 @@ def _nodes_to_quantize(model: onnx.ModelProto) -> list[str]:
     return chosen
 
 
-def _top1(model: bytes, images: np.ndarray, threads: int) -> np.ndarray:
-    """(N,) the most probable class of each image."""
+def _logits(model: bytes, images: np.ndarray, threads: int) -> np.ndarray:
+    """(N, C) the logits of each image."""
     session = open_session(model, threads=threads)
-    return np.concatenate([session.run(["logits"], {INPUT_NAME: image[None]})[0].argmax(axis=1) for image in images])
+    return np.concatenate([session.run(["logits"], {INPUT_NAME: image[None]})[0] for image in images])
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch.nn import functional
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.model.auxiliary import AuxiliaryHead, auxiliary_stage
 from finetune.model.backbone import Backbone
-from finetune.model.freeze import FreezePlan, hold_frozen
+from finetune.model.freeze import hold_frozen
+from finetune.model.selection import FreezePlan
 
 Pooling = Literal["avg", "max", "avgmax", "gem"]
 CamKind = Literal["linear", "layernorm"]

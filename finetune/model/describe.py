@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetune.model.backbone import build_backbone
-from finetune.model.freeze import describe
+from finetune.model.selection import describe_methods
 
 _MAP = {
     "linear": "exact activation map",
@@ -34,5 +34,5 @@ def describe_backbone(name: str) -> dict[str, Any]:
         "map": _MAP[backbone.readout.kind],
         "note": backbone.readout.note,
         "stages": stages,
-        "choices": [asdict(choice) for choice in describe(backbone.stages)],
+        "choices": [asdict(choice) for choice in describe_methods(backbone.stages)],
     }

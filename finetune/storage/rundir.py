@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import Conflict
+from finetune.events import Event
 from finetune.storage.files import delete_temporary, file_lock
 from finetune.storage.journal import append_line
 
@@ -42,10 +42,6 @@ class RunDir:
         return self.root / "events.jsonl"
 
     @property
-    def tracking(self) -> Path:
-        return self.root / "mlflow.json"
-
-    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -58,16 +54,30 @@ class RunDir:
         return self.root / "figures"
 
     @property
-    def folds(self) -> Path:
-        return self.root / "folds.json"
+    def predictions(self) -> Path:
+        """The folder of the tables of answers, one ``<split>.npz`` each."""
+        return self.root / "predictions"
+
+    def predictions_of(self, split: str) -> Path:
+        return self.predictions / f"{split}.npz"
 
     @property
-    def held_out(self) -> Path:
-        return self.root / "held_out.npy"
+    def study(self) -> Path:
+        return self.root / "study.json"
 
-    def fold(self, number: int) -> RunDir:
-        """The run folder of a fold of this run, from 1."""
-        return RunDir(self.root / "folds" / str(number))
+    def child(self, name: str) -> RunDir:
+        """The run folder of a child of this study."""
+        return RunDir(self.root / "runs" / name)
+
+    @property
+    def parent(self) -> RunDir | None:
+        """The study that this run is a child of."""
+        above = self.root.parent.parent
+        return RunDir(above) if self.root.parent.name == "runs" and RunDir(above).study.exists() else None
+
+    @property
+    def options(self) -> Path:
+        return self.root / "options.json"
 
     @property
     def evaluation(self) -> Path:
@@ -114,9 +124,9 @@ class RunDir:
             delete_temporary(self.root)
             yield
 
-    def event(self, kind: str, message: str, **data: Any) -> None:
-        """Append one line to ``events.jsonl``: what happened, for a person (`message`) and for a program (`kind`, `data`)."""
-        append_line(self.events, {"at": time.time(), "kind": kind, "message": message, **data})
+    def record(self, event: Event) -> None:
+        """Append one line to ``events.jsonl``."""
+        append_line(self.events, {"at": time.time(), **event.to_record()})
 
     def metric(self, step: int, values: Mapping[str, float], *, epoch: float | None = None) -> None:
         """Append one line of metrics (keys are ``split/name``) to ``metrics.jsonl``; `step` counts optimiser steps."""

@@ -16,27 +16,34 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune.data.loader import Batch
 from finetune.errors import OutOfMemory, TrainingError
+from finetune.events import CheckpointDamaged, Resumed, Trained, TrainingStarted
+from finetune.events import Interrupted as InterruptedEvent
 from finetune.model.auxiliary import AUX_LOSS_WEIGHT
 from finetune.model.classifier import Classifier
-from finetune.model.freeze import FreezePlan, apply_freeze, frozen_digest, parameter_groups
+from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
+from finetune.model.selection import HEAD, FreezePlan
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
+from finetune.tasks import Task
 from finetune.train import checkpoint
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.train.choices import Choices
 from finetune.train.interrupt import Interrupted, StopRequest
-from finetune.train.loss import mix, mixed_cross_entropy, step_seed
-from finetune.train.machine import Settings, autocast, computing_with, place, prepare_images, to_device
+from finetune.train.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
 from finetune.train.memory import retaining_memory
-from finetune.train.optim import build_optimizer, owner, set_learning_rates
-from finetune.train.recipe import HEAD, Recipe, freeze_plan, learning_rates, widest_plan
+from finetune.train.mixing import mix, step_seed
+from finetune.train.objectives import Objective
+from finetune.train.optim import build_optimizer, group_key, set_learning_rates
+from finetune.train.recipe import Recipe, freeze_plan, learning_rates, widest_plan
 from finetune.train.signals import Parameters, StepMeter
 
 SIGNAL_EVERY_STEPS = 20
@@ -44,22 +51,13 @@ REPORT_EVERY_STEPS = 5
 INTERPOLATION_SHARES = (0.25, 0.5, 0.75)  # of the fine-tuned weights; the rest is the start's
 
 TrainBatches = Callable[[int, int], Iterable[Batch]]  # (epoch, step within it) -> the batches from there to the epoch's end
-Prepare = Callable[[Classifier, Tensor, Settings], Tensor]  # a batch's array, on the device -> what the forward pass takes
+Prepare = Callable[[Classifier, Tensor, Numerics], Tensor]  # a batch's array, on the device -> what the forward pass takes
 Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
 
 
 def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
     logits: Tensor = classifier(images)
     return logits
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What a run has chosen on validation images, for one that trains on those too and so can choose nothing."""
-
-    n_epochs: int  # after which its weights were kept; its schedule is that of all epochs
-    share: float = 1.0  # of the fine-tuned weights in those that were kept; the rest is the start's
-    recalibrated: bool = False  # whether running statistics were estimated anew
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,9 @@ class Fitted:
     best_step: int
     n_steps: int  # taken, of the recipe's
     stopped_early: bool
-    settings: Settings
-    decided: Decided
+    numerics: Numerics
+    choices: Choices
+    seconds: float  # of all sessions together
     frozen_before: str  # sha256 over what never trains
     frozen_after: str
     resumed_at_step: int | None
@@ -101,12 +100,13 @@ class _State:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     start_weights: dict[str, Tensor] = field(default_factory=dict)  # where the fine-tuned weights may be pulled back to
     chosen: str = ""
-    share: float = 1.0  # see Decided
+    share: float = 1.0  # see Choices
     recalibrated: bool = False
     stopped_early: bool = False
     finished: bool = False
     frozen_before: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # of the sessions before this one
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Weights:
     name: str
     values: dict[str, float]  # val/loss and val/top1
     tensors: dict[str, Tensor]
-    share: float = 1.0  # see Decided
+    share: float = 1.0  # see Choices
     recalibrated: bool = False
 
 
@@ -122,11 +122,15 @@ def fit(
     classifier: Classifier,
     recipe: Recipe,
     train: TrainBatches,
-    val: Iterable[Batch] | Decided,
+    val: Iterable[Batch] | Choices,
     run: RunDir,
     saving: Saving,
     *,
-    settings: Callable[[], Settings] = Settings,
+    task: Task,
+    objective: Objective,
+    train_targets: NDArray[Any],
+    val_targets: NDArray[Any],
+    numerics: Callable[[], Numerics] = Numerics,
     solve_head: Callable[[Classifier], object] | None = None,
     prepare: Prepare = prepare_images,
     forward: Forward = forward_images,
@@ -136,7 +140,8 @@ def fit(
 
     Args:
         val: the images that choose; or what they have chosen before, then nothing is evaluated and training ends where they said.
-        settings: asked once, when the run begins; a resumed run computes as it began.
+        train_targets, val_targets: encoded by `task`; a batch's ``indices`` are rows of these.
+        numerics: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
         prepare, forward: how a batch becomes logits; by default its arrays are images.
 
@@ -149,10 +154,11 @@ def fit(
     """
     with _memory_errors_named(recipe.batch_size):
         found = _find_checkpoint(run, saving)
-        decided = settings() if found is None else Settings(**found["settings"])
-        with computing_with(decided), retaining_memory():
-            place(classifier, decided)
-            training = _Training(classifier, recipe, train, val, run, saving, decided, prepare, forward, progress)
+        chosen = numerics() if found is None else Numerics(**found["numerics"])
+        targets = _Targets(task, objective, train_targets, val_targets)
+        with computing_with(chosen), retaining_memory():
+            place(classifier, chosen)
+            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, prepare, forward, progress)
             if found is None:
                 training.begin(solve_head)
             else:
@@ -166,12 +172,24 @@ def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
     damaged: list[str] = []
     found = checkpoint.load_newest(run.checkpoints, lambda path, why: damaged.append(f"{path.name} ({why})"))
     if damaged:
-        run.event("checkpoint_damaged", f"passed over: {', '.join(damaged)}")
+        run.record(CheckpointDamaged(f"checkpoints that cannot be read are left out: {', '.join(damaged)}"))
     if found is not None:
         checkpoint.check_belongs(found["identity"], saving.identity, run.checkpoints)
     else:
-        write_atomic(run.metrics, lambda stream: stream.write(b""))  # what an attempt without a checkpoint said is said again
+        write_atomic(
+            run.metrics, lambda stream: stream.write(b"")
+        )  # an attempt without a checkpoint begins anew, and so does its journal
     return found
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the labels of the images are, and how answers are judged against them."""
+
+    task: Task
+    objective: Objective
+    train: NDArray[Any]
+    val: NDArray[Any]
 
 
 @dataclass
@@ -181,10 +199,11 @@ class _Training:
     classifier: Classifier
     recipe: Recipe
     train: TrainBatches
-    val: Iterable[Batch] | Decided
+    val: Iterable[Batch] | Choices
     run: RunDir
     saving: Saving
-    settings: Settings
+    numerics: Numerics
+    targets: _Targets
     prepare: Prepare
     forward: Forward
     progress: ProgressCallback
@@ -194,9 +213,10 @@ class _Training:
         self.state = _State()
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.average: MovingAverage | None = None
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.settings.device)  # see _State.epoch_totals
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.numerics.device)  # see _State.epoch_totals
         self.resumed_at_step: int | None = None
         self.began_at = self.saved_at = self.epoch_began_at = time.perf_counter()
+        self.seconds_before = 0.0
         self.session_steps = self.epoch_images = 0  # of this session, of the epoch within this session
 
     # beginning and resuming ---------------------------------------------------------------------------------------
@@ -214,11 +234,12 @@ class _Training:
             state.start_weights = copy_state(self.classifier)
         state.history = read_lines(self.run.metrics)
         self._build_average()
-        self.run.event("training", f"computing with {self.settings}", settings=self.settings.to_dict())
+        self.run.record(TrainingStarted(f"computing with {self.numerics}", self.numerics.to_dict()))
         self._save()
 
     def resume(self, found: Mapping[str, Any]) -> None:
         state = self.state = _State(**found["state"])
+        self.seconds_before = state.seconds
         state.best_weights = self._on_device(state.best_weights)
         state.start_weights = self._on_device(state.start_weights)
         self.classifier.load_state_dict(found["model"])
@@ -230,12 +251,12 @@ class _Training:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in state.history)
         write_atomic(self.run.metrics, lambda stream: stream.write(lines.encode()))
         self.resumed_at_step = state.step
-        exact = self.settings.device == "cpu" and found["torch"] == torch.__version__
+        exact = self.numerics.device == "cpu" and found["torch"] == torch.__version__
         message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
-        self.run.event("resumed", message, step=state.step, exact=exact)
+        self.run.record(Resumed(message, state.step, exact))
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.settings.device) for name, tensor in tensors.items()}
+        return {name: tensor.to(self.numerics.device) for name, tensor in tensors.items()}
 
     def _build_average(self) -> None:
         if self.recipe.ema_half_life_steps is not None:
@@ -256,7 +277,7 @@ class _Training:
         except Interrupted:
             self._save()
             message = f"stopped at step {state.step} of {self.recipe.n_steps}; the same command goes on from there"
-            self.run.event("interrupted", message, step=state.step)
+            self.run.record(InterruptedEvent(message, state.step))
             raise
         self.classifier.load_state_dict(state.best_weights)
         self.classifier.eval()
@@ -269,8 +290,15 @@ class _Training:
             best_step=state.best_step,
             n_steps=state.step,
             stopped_early=state.stopped_early,
-            settings=self.settings,
-            decided=Decided(state.best_step // self.recipe.steps_per_epoch, state.share, state.recalibrated),
+            numerics=self.numerics,
+            choices=Choices(
+                l2=next((line["values"]["head/l2"] for line in state.history if "head/l2" in line["values"]), None),
+                n_epochs=state.best_step // self.recipe.steps_per_epoch,
+                share=state.share,
+                recalibrated=state.recalibrated,
+                numerics=self.numerics.to_dict(),
+            ),
+            seconds=self._seconds(),
             frozen_before=state.frozen_before,
             frozen_after=frozen_after,
             resumed_at_step=self.resumed_at_step,
@@ -289,7 +317,7 @@ class _Training:
 
     @property
     def _last_step(self) -> int:
-        return self.val.n_epochs * self.recipe.steps_per_epoch if isinstance(self.val, Decided) else self.recipe.n_steps
+        return self.val.n_epochs * self.recipe.steps_per_epoch if isinstance(self.val, Choices) else self.recipe.n_steps
 
     def _train_epoch(self) -> None:
         """From the present step to the end of its epoch."""
@@ -297,7 +325,7 @@ class _Training:
         phase, _ = self.recipe.phase_at(self.state.step)
         self.classifier.train()
         apply_freeze(self.classifier, freeze_plan(self.recipe, phase))
-        parameters = {owner(group): list(group.parameters.values()) for group in parameter_groups(self.classifier)}
+        parameters = {group_key(group): list(group.parameters.values()) for group in parameter_groups(self.classifier)}
         self.epoch_began_at, self.epoch_images = time.perf_counter(), 0
         with closed_after(self.train(epoch, start_step)) as batches:
             for batch in batches:
@@ -313,20 +341,20 @@ class _Training:
         seed = step_seed(recipe.seed, step)
         torch.manual_seed(seed)
         rates = set_learning_rates(self.optimizer, recipe, step)
-        targets = to_device(batch.labels, self.settings)  # (B,) int64
-        inputs = self.prepare(self.classifier, to_device(batch.images, self.settings), self.settings)  # (B, 3, h, w) float32
+        targets = to_device(self.targets.train[batch.indices], self.numerics)
+        inputs = self.prepare(self.classifier, to_device(batch.images, self.numerics), self.numerics)  # (B, 3, h, w) float32
         inputs, other_targets, share = mix(inputs, targets, recipe.mixup, seed)
-        with autocast(self.settings):
+        with autocast(self.numerics):
             logits, aux_logits = self._training_logits(inputs)  # each (B, C)
-        loss = mixed_cross_entropy(logits, targets, other_targets, share, recipe.label_smoothing)
+        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing)
         objective = loss
         if aux_logits is not None:
-            aux_loss = mixed_cross_entropy(aux_logits, targets, other_targets, share, recipe.label_smoothing)
+            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing)
             objective = loss + AUX_LOSS_WEIGHT * aux_loss
         objective.backward()
         self._update_weights(parameters)
         self._count(batch, logits.detach(), targets, loss.detach())
-        if self.settings.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss makes a GPU wait
+        if self.numerics.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss makes a GPU wait
             self._check_finite(float(loss.detach()), rates[HEAD])
         if step % REPORT_EVERY_STEPS == 0:
             self._report(rates[HEAD])
@@ -347,20 +375,20 @@ class _Training:
             self._log({f"train/{name}": value for name, value in meter.measure().items()})
 
     def _count(self, batch: Batch, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-        correct = (logits.argmax(dim=1) == targets).sum()
-        count = torch.full_like(loss, len(batch.labels), dtype=torch.float64)
+        correct = self.targets.objective.n_correct(logits, targets)
+        count = torch.full_like(loss, len(batch.indices), dtype=torch.float64)
         self.totals += torch.stack([loss * count, correct.double(), count])
         self.state.step += 1
         self.session_steps += 1
-        self.epoch_images += len(batch.labels)
+        self.epoch_images += len(batch.indices)
 
     def _end_epoch(self) -> None:
         """Evaluate, log, keep what is best, decide whether to go on, and write a checkpoint."""
         state, recipe = self.state, self.recipe
         with self._shipping_weights():
-            choosing = not isinstance(self.val, Decided)
-            values = {} if isinstance(self.val, Decided) else self._evaluate(self.val)
-            if improves(values, state.best) if choosing else state.step == self._last_step:
+            choosing = not isinstance(self.val, Choices)
+            values = {} if isinstance(self.val, Choices) else self._evaluate(self.val)
+            if self._improves(values, state.best) if choosing else state.step == self._last_step:
                 state.best, state.best_step, state.best_weights = values, state.step, copy_state(self.classifier)
                 state.chosen = self._describe(state.step)
         self._log({**self._epoch_values(), **values})
@@ -376,7 +404,7 @@ class _Training:
         """Where training moved the weights, try what lies between start and end, then fresh statistics; keep the best."""
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
-        if isinstance(self.val, Decided):
+        if isinstance(self.val, Choices):
             kept = self._as_decided(kept, self.val)
         elif state.best_step > 0:
             for share in INTERPOLATION_SHARES if state.start_weights else ():
@@ -387,11 +415,11 @@ class _Training:
         state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
         state.finished = True
-        judged = f": val top1 {kept.values['val/top1']:.4f}, loss {kept.values['val/loss']:.4f}" if kept.values else ""
-        self.run.event("trained", f"keeps {kept.name}{judged}", **kept.values)
+        judged = ": " + ", ".join(f"{key} {value:.4f}" for key, value in kept.values.items()) if kept.values else ""
+        self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
         self._save()
 
-    def _as_decided(self, kept: _Weights, decided: Decided) -> _Weights:
+    def _as_decided(self, kept: _Weights, decided: Choices) -> _Weights:
         if decided.share < 1.0:
             kept = self._pulled_back(kept, decided.share)
         return self._with_fresh_statistics(kept) if decided.recalibrated else kept
@@ -409,7 +437,7 @@ class _Training:
     def _better(self, kept: _Weights, other: _Weights, val: Iterable[Batch]) -> _Weights:
         with holding(self.classifier, other.tensors):
             values = self._evaluate(val)
-        return replace(other, values=values) if improves(values, kept.values) else kept
+        return replace(other, values=values) if self._improves(values, kept.values) else kept
 
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` with the running statistics of what trains estimated anew, over one more epoch of training images."""
@@ -421,7 +449,7 @@ class _Training:
 
     def _inputs(self, batch: Batch) -> Tensor:
         self.stop.check()
-        return self.prepare(self.classifier, to_device(batch.images, self.settings), self.settings)
+        return self.prepare(self.classifier, to_device(batch.images, self.numerics), self.numerics)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
@@ -431,17 +459,19 @@ class _Training:
 
     @torch.no_grad()
     def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
-        """Loss (not smoothed) and accuracy over the validation images, in float32 as the exported model computes."""
+        """Return loss (not smoothed) and headline metric on the validation images, in float32 as the exported model computes."""
         self.classifier.eval()
-        loss, correct, count = 0.0, 0, 0
+        logits, indices = [], []
         with closed_after(val) as batches:
             for batch in batches:
-                logits = self.forward(self.classifier, self._inputs(batch))
-                targets = to_device(batch.labels, self.settings)
-                loss += float(F.cross_entropy(logits.double(), targets, reduction="sum"))
-                correct += int((logits.argmax(dim=1) == targets).sum())
-                count += len(batch.labels)
-        return {"val/loss": loss / count, "val/top1": correct / count}
+                logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
+                indices.append(batch.indices)
+        task = self.targets.task
+        rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
+        return {"val/loss": float(rows.nll.mean()), f"val/{task.headline.key}": task.headline.compute(rows)}
+
+    def _improves(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        return improves(values, best, self.targets.task.headline.key)
 
     def _describe(self, step: int) -> str:
         if step == 0:
@@ -456,7 +486,7 @@ class _Training:
         if not count:
             return {}
         lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
-        values = {"train/loss": loss / count, "train/top1": correct / count, "train/lr": lr}
+        values = {"train/loss": loss / count, f"train/{self.targets.task.headline.key}": correct / count, "train/lr": lr}
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
@@ -473,9 +503,16 @@ class _Training:
         loss, correct, count = self.totals.tolist()
         step, total = self.state.step, self._last_step
         eta = (time.perf_counter() - self.began_at) / self.session_steps * (total - step)
-        values = {"loss": loss / count, "top1": correct / count, "lr": lr, "images/s": self._rate(), "eta_seconds": eta}
-        if self.state.best:
-            values["val/top1"] = self.state.best["val/top1"]
+        values = {
+            "loss": loss / count,
+            self.targets.task.headline.key: correct / count,
+            "lr": lr,
+            "images/s": self._rate(),
+            "eta_seconds": eta,
+        }
+        key = f"val/{self.targets.task.headline.key}"
+        if key in self.state.best:
+            values[key] = self.state.best[key]
         self.progress(Progress("training", step, total, "steps", values))
 
     def _check_finite(self, loss: float, lr: float) -> None:
@@ -492,14 +529,19 @@ class _Training:
         by_steps = every is not None and self.state.step % every == 0
         return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
 
+    def _seconds(self) -> float:
+        """Seconds of this session and of those before it."""
+        return self.seconds_before + time.perf_counter() - self.began_at
+
     def _save(self) -> None:
         self.state.epoch_totals = tuple(self.totals.tolist())
+        self.state.seconds = self._seconds()
         content = {
             "state": dict(vars(self.state)),
             "model": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state if self.average is not None else None,
-            "settings": self.settings.to_dict(),
+            "numerics": self.numerics.to_dict(),
             "identity": dict(self.saving.identity),
             "torch": str(torch.__version__),
         }
@@ -507,13 +549,14 @@ class _Training:
         self.saved_at = time.perf_counter()
 
 
-def improves(values: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Higher val top1, or the same with a lower loss.
+def improves(values: Mapping[str, float], best: Mapping[str, float], headline: str) -> bool:
+    """Return whether `values` has a higher headline metric than `best`, or the same with a lower loss.
 
-    Accuracy decides because it is what ships: a loss that rises while accuracy still grows is overconfidence, which a temperature
-    fitted afterwards takes away (Guo et al. 2017, arXiv:1706.04599).
+    The headline decides because it is what ships: a loss that rises while accuracy still grows is overconfidence, which a
+    temperature fitted afterwards takes away (Guo et al. 2017, arXiv:1706.04599).
     """
-    return not best or (values["val/top1"], -values["val/loss"]) > (best["val/top1"], -best["val/loss"])
+    key = f"val/{headline}"
+    return not best or (values[key], -values["val/loss"]) > (best[key], -best["val/loss"])
 
 
 @contextmanager

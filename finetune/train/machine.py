@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
+from finetune.model.threads import on_threads
+from finetune.runtime.device import Device
+from finetune.train.compute import Compute
 from finetune.train.memory import retaining_memory
 from finetune.train.recipe import Recipe, freeze_plan
 
@@ -30,12 +33,13 @@ CLEARLY_FASTER = 1.05
 ROUNDS = 3  # the first warms up and does not count
 
 
-Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Numerics:
+    """How the numbers of training are computed: where, how precisely, in which memory layout, on how many threads."""
+
     device: Device = "cpu"
     precision: Precision = "float32"
     channels_last: bool = True
@@ -53,7 +57,7 @@ class Settings:
 class Timing:
     """What one candidate did: images per second, the median of the rounds."""
 
-    settings: Settings
+    numerics: Numerics
     images_per_second: float
 
 
@@ -77,14 +81,19 @@ def computes_bfloat16(device: Device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def plain_numerics(compute: Compute) -> Numerics:
+    """Return float32, for what is computed once and compared."""
+    return Numerics(compute.device, "float32", threads=compute.threads)
+
+
 def candidate_settings(
     device: Device, precision: Precision | Literal["auto"], threads: int, *, bfloat16: bool
-) -> tuple[Settings, ...]:
-    """The settings to choose among, the plainest first."""
+) -> tuple[Numerics, ...]:
+    """The numerics to choose among, the plainest first."""
     precisions: tuple[Precision, ...] = (
         (precision,) if precision != "auto" else ("float32", "bfloat16") if bfloat16 else ("float32",)
     )
-    return tuple(Settings(device, chosen, channels_last, threads) for chosen in precisions for channels_last in (False, True))
+    return tuple(Numerics(device, chosen, channels_last, threads) for chosen in precisions for channels_last in (False, True))
 
 
 def choose_settings(
@@ -94,7 +103,7 @@ def choose_settings(
     device: Device,
     precision: Precision | Literal["auto"] = "auto",
     threads: int,
-) -> tuple[Settings, tuple[Timing, ...]]:
+) -> tuple[Numerics, tuple[Timing, ...]]:
     """The fastest candidate for `recipe`'s last phase, and the evidence; short runs get float32, channels last, unmeasured.
 
     On a CPU the fastest is then measured beside itself with half of the threads: two on one core can be slower than one.
@@ -102,7 +111,7 @@ def choose_settings(
     """
     candidates = candidate_settings(device, precision, threads, bfloat16=computes_bfloat16(device))
     if recipe.n_steps < WORTH_MEASURING_STEPS:
-        return next(settings for settings in candidates if settings.channels_last), ()
+        return next(numerics for numerics in candidates if numerics.channels_last), ()
     timings = measure(classifier, recipe, candidates)
     best = fastest(timings)
     if device == "cuda" or threads == 1:
@@ -111,16 +120,16 @@ def choose_settings(
     return fastest(beside), (*timings, *beside)
 
 
-def fastest(timings: Sequence[Timing]) -> Settings:
+def fastest(timings: Sequence[Timing]) -> Numerics:
     """The fastest; of two within `CLEARLY_FASTER` the plainer, so that noise seldom makes equal runs compute differently."""
     best = timings[0]
     for timing in timings[1:]:
         if timing.images_per_second >= CLEARLY_FASTER * best.images_per_second:
             best = timing
-    return best.settings
+    return best.numerics
 
 
-def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Settings]) -> tuple[Timing, ...]:
+def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Numerics]) -> tuple[Timing, ...]:
     """Training steps of each candidate in turn, so that what else the machine does hits all of them alike."""
     trial = copy.deepcopy(classifier).to(candidates[0].device)
     trial.train()
@@ -128,31 +137,31 @@ def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Setting
     height, width = recipe.train_size_px
     n_images = min(recipe.batch_size, MEASURED_IMAGES)
     images = torch.full((n_images, height, width, 3), 127, dtype=torch.uint8, device=candidates[0].device)
-    seconds: dict[Settings, list[float]] = {settings: [] for settings in candidates}
+    seconds: dict[Numerics, list[float]] = {numerics: [] for numerics in candidates}
     with retaining_memory():
         for _ in range(ROUNDS):
-            for settings in candidates:
-                with computing_with(settings):
-                    seconds[settings].append(_seconds_of_a_step(place(trial, settings), images, settings))
-    return tuple(Timing(settings, n_images / statistics.median(taken[1:])) for settings, taken in seconds.items())
+            for numerics in candidates:
+                with computing_with(numerics):
+                    seconds[numerics].append(_seconds_of_a_step(place(trial, numerics), images, numerics))
+    return tuple(Timing(numerics, n_images / statistics.median(taken[1:])) for numerics, taken in seconds.items())
 
 
-def _seconds_of_a_step(trial: Classifier, images: Tensor, settings: Settings) -> float:
-    """Forward and backward; the optimiser's part does not depend on the settings."""
+def _seconds_of_a_step(trial: Classifier, images: Tensor, numerics: Numerics) -> float:
+    """Forward and backward; the optimiser's part does not depend on the numerics."""
     started = time.perf_counter()
-    with autocast(settings):
-        logits = trial(prepare_images(trial, images, settings))
+    with autocast(numerics):
+        logits = trial(prepare_images(trial, images, numerics))
     logits.float().square().mean().backward()
     trial.zero_grad()
-    if settings.device == "cuda":
+    if numerics.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def place(classifier: Classifier, settings: Settings) -> Classifier:
+def place(classifier: Classifier, numerics: Numerics) -> Classifier:
     """Move the classifier to the device and lay out its weights for training; in place, as `Module.to` does."""
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    classifier.to(device=settings.device)
+    layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
+    classifier.to(device=numerics.device)
     classifier.to(memory_format=layout)
     for module in classifier.modules():
         if getattr(module, "inplace", False) and not isinstance(module, nn.ReLU):
@@ -161,49 +170,34 @@ def place(classifier: Classifier, settings: Settings) -> Classifier:
     return classifier
 
 
-def prepare_images(classifier: Classifier, images: Tensor, settings: Settings) -> Tensor:
+def prepare_images(classifier: Classifier, images: Tensor, numerics: Numerics) -> Tensor:
     """(B, h, w, 3) u8 -> (B, 3, h, w) float32, normalised, laid out as the weights are."""
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
     return classifier.normalise(images).contiguous(memory_format=layout)
 
 
-def to_device(array: np.ndarray, settings: Settings) -> Tensor:
+def to_device(array: np.ndarray, numerics: Numerics) -> Tensor:
     """The array as a tensor on the device; a copy to a GPU runs beside the computation."""
     tensor = torch.from_numpy(array)
-    if settings.device == "cpu":
+    if numerics.device == "cpu":
         return tensor
-    return tensor.pin_memory().to(settings.device, non_blocking=True)
+    return tensor.pin_memory().to(numerics.device, non_blocking=True)
 
 
-def autocast(settings: Settings) -> torch.autocast:
-    return torch.autocast(settings.device, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16")
-
-
-@contextmanager
-def on_threads(threads: int) -> Iterator[None]:
-    """Inside the block PyTorch uses so many threads.
-
-    One is right for many small operations: several wait for each other in loops, and on a busy machine at great length (building
-    the default backbone took 1.8 s of CPU on two threads, beside other processes, and 0.24 s on one).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def autocast(numerics: Numerics) -> torch.autocast:
+    return torch.autocast(numerics.device, dtype=torch.bfloat16, enabled=numerics.precision == "bfloat16")
 
 
 @contextmanager
-def computing_with(settings: Settings) -> Iterator[None]:
-    """Inside the block PyTorch uses the settings' threads and, on CPU, only algorithms that give the same bits each time."""
+def computing_with(numerics: Numerics) -> Iterator[None]:
+    """Inside the block PyTorch uses the numerics' threads and, on CPU, only algorithms that give the same bits each time."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(settings.device == "cpu")
+    torch.use_deterministic_algorithms(numerics.device == "cpu")
     # a guard against reading what was never written, at the cost of writing it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        with on_threads(settings.threads):
+        with on_threads(numerics.threads):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)

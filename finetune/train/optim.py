@@ -14,10 +14,11 @@ from torch import nn
 
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import ParameterGroup, apply_freeze, parameter_groups
-from finetune.train.recipe import HEAD, Recipe, learning_rates, stage_key, widest_plan
+from finetune.model.selection import HEAD
+from finetune.train.recipe import Recipe, learning_rates, stage_key, widest_plan
 
 
-def owner(group: ParameterGroup) -> str:
+def group_key(group: ParameterGroup) -> str:
     """The key of the group's learning rate, and of what is logged about it: ``stage0``, ``stage1`` …, ``head``."""
     return HEAD if group.stage is None else stage_key(group.stage)
 
@@ -31,15 +32,15 @@ def build_optimizer(classifier: Classifier, recipe: Recipe) -> torch.optim.AdamW
         for weight_decay, decayed in ((recipe.weight_decay, True), (0.0, False)):
             members = [p for name, p in group.parameters.items() if (p.ndim > 1 and name not in exempt) == decayed]
             if members:
-                groups.append({"params": members, "owner": owner(group), "weight_decay": weight_decay})
+                groups.append({"params": members, "key": group_key(group), "weight_decay": weight_decay})
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> Mapping[str, float]:
-    """Give each group its learning rate at `step`, 0 where the stage is frozen then; returns the rates by owner."""
+    """Give each group its learning rate at `step`, 0 where the stage is frozen then; returns the rates by group key."""
     rates = learning_rates(recipe, step)
     for group in optimizer.param_groups:
-        group["lr"] = rates.get(group["owner"], 0.0)
+        group["lr"] = rates.get(group["key"], 0.0)
     return rates
 
 

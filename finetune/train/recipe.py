@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.loader import steps_per_epoch
 from finetune.errors import SpecError
-from finetune.model.freeze import FreezePlan, plan_freeze
+from finetune.model.selection import HEAD, FreezePlan, StageLike, plan_freeze
 from finetune.spec import Full, Gradual, Hyperparameters, JobSpec, LinearProbe, Method, Partial
-
-if TYPE_CHECKING:
-    from finetune.model.stages import Stage
 
 T = TypeVar("T")
 Decay = Literal["cosine", "linear", "none"]
@@ -25,7 +22,6 @@ BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
 Stepped = Partial | Full | Gradual  # the methods that take optimiser steps
 
 GIVEN = "given"
-HEAD = "head"
 REFERENCE_BATCH = 32  # images; the default learning rates are for this batch and scale with its square root (AdamW)
 CLIP_NORM = 1.0
 SMALLER_IMAGES = 0.8  # of the input size, for steps
@@ -62,8 +58,14 @@ class Phase:
     warmup_fraction: float = 0.0
     decay: Decay = "cosine"
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Phase:
+        """Return a phase from its JSON values."""
+        rates = {int(index): rate for index, rate in given["stage_lr"].items()}
+        return cls(**{**given, "trainable": tuple(given["trainable"]), "stage_lr": rates})
 
-PROBE = Phase(name="probe", solved=True, n_steps=0, n_epochs=0, trainable=())
+
+HEAD_PHASE = Phase(name="head", solved=True, n_steps=0, n_epochs=0, trainable=())
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Recipe:
         return sum(phase.n_epochs for phase in self.phases)
 
     @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate of the head in any phase."""
+        return max(phase.head_lr for phase in self.phases)
+
+    @property
     def solves_head_first(self) -> bool:
         return self.phases[0].solved
 
@@ -116,6 +123,17 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Recipe:
+        """Return the inverse of `to_dict`, also after a trip through JSON, where tuples became lists and keys texts."""
+        return cls(
+            **{
+                **given,
+                "phases": tuple(Phase.from_dict(phase) for phase in given["phases"]),
+                "train_size_px": tuple(given["train_size_px"]),
+            }
+        )
 
 
 def schedule_factor(step: int, n_steps: int, warmup_fraction: float, decay: Decay) -> float:
@@ -151,7 +169,7 @@ def widest_plan(recipe: Recipe) -> FreezePlan:
     return FreezePlan(frozenset(recipe.trainable))
 
 
-def candidates(spec: JobSpec, stages: Sequence[Stage]) -> tuple[JobSpec, ...]:
+def candidates(spec: JobSpec, stages: Sequence[StageLike]) -> tuple[JobSpec, ...]:
     """For method ``auto`` the requests to try, from the cheapest up; any other request is its own only candidate."""
     if spec.method.type != "auto":
         return (spec,)
@@ -159,7 +177,7 @@ def candidates(spec: JobSpec, stages: Sequence[Stage]) -> tuple[JobSpec, ...]:
     return tuple(spec.model_copy(update={"method": method}) for method in methods)
 
 
-def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[Stage]) -> Recipe:
+def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> Recipe:
     """The recipe of one method; for method ``auto`` resolve each of `candidates` instead.
 
     Raises:
@@ -181,10 +199,10 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[Stage]) -> Reci
             spec.model.head.dropout, _Choice(0.0, "default: none, weight decay and smoothing regularise")
         ),
     }
-    phases: tuple[Phase, ...] = (PROBE,)
+    phases: tuple[Phase, ...] = (HEAD_PHASE,)
     if isinstance(method, Stepped):
         stepped, choices = _stepped_phases(method, hyper, facts, stages, batch_size.value, epoch_steps)
-        phases = (PROBE, *stepped) if method.warm_head else stepped
+        phases = (HEAD_PHASE, *stepped) if method.warm_head else stepped
         chosen |= choices
     n_steps, n_epochs = sum(phase.n_steps for phase in phases), sum(phase.n_epochs for phase in phases)
     chosen["hyperparameters.early_stopping_epochs"] = _pick(hyper.early_stopping_epochs, _default_patience(n_epochs))
@@ -252,7 +270,7 @@ def _pick(given: Any, default: _Choice[Any]) -> _Choice[Any]:
 
 
 def _stepped_phases(
-    method: Stepped, hyper: Hyperparameters, facts: Facts, stages: Sequence[Stage], batch_size: int, epoch_steps: int
+    method: Stepped, hyper: Hyperparameters, facts: Facts, stages: Sequence[StageLike], batch_size: int, epoch_steps: int
 ) -> tuple[tuple[Phase, ...], dict[str, _Choice[Any]]]:
     """The phases that take steps, and the choices they rest on."""
     n_epochs = _pick(hyper.n_epochs, _default_epochs(method, facts, epoch_steps, len(stages)))
@@ -286,7 +304,7 @@ def _stepped_phases(
     }
 
 
-def _spans(method: Stepped, n_epochs: int, stages: Sequence[Stage]) -> list[tuple[tuple[int, ...], int]]:
+def _spans(method: Stepped, n_epochs: int, stages: Sequence[StageLike]) -> list[tuple[tuple[int, ...], int]]:
     if isinstance(method, Gradual):
         each = method.epochs_per_stage
         return thaw_schedule(len(stages), n_epochs, None if each == "auto" else each)

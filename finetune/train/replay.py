@@ -17,11 +17,12 @@ from torch import Tensor
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, epoch_order, steps_per_epoch
 from finetune.errors import DiskFull
+from finetune.events import CacheFormat, CacheFull
+from finetune.features.cache import Rows
+from finetune.features.rows import DoesNotFit, FeatureContext, FrozenRows, RowType, Views
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
-from finetune.train.cache import Rows
-from finetune.train.features import DoesNotFit, FrozenRows, Resources, RowType, Views
-from finetune.train.machine import Settings
+from finetune.train.machine import Numerics
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,17 @@ class Activations:
     stage: int  # the cut is before this stage
     rows: Rows  # view k of image i is row i * views + k
     views: int
-    labels: NDArray[np.int64]  # (N,)
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.rows) // self.views
 
     def train_batches(self, batch_size: int, seed: int) -> Callable[[int, int], Iterator[Batch]]:
         """The training batches for `fit`. Order and steps are those of `TrainLoader`; image i shows view (i + epoch) mod K."""
 
         def batches(epoch: int, start_step: int) -> Iterator[Batch]:
-            order = epoch_order(len(self.labels), seed, epoch)
-            for step in range(start_step, steps_per_epoch(len(self.labels), batch_size)):
+            order = epoch_order(len(self), seed, epoch)
+            for step in range(start_step, steps_per_epoch(len(self), batch_size)):
                 images = order[step * batch_size : (step + 1) * batch_size]
                 yield self._batch(images, (images + epoch) % self.views)
 
@@ -49,7 +53,7 @@ class Activations:
         return EvalBatches(self, batch_size)
 
     def _batch(self, images: NDArray[np.int64], view: NDArray[np.int64]) -> Batch:
-        return Batch(self.rows.take(images * self.views + view), self.labels[images], images)
+        return Batch(self.rows.take(images * self.views + view), images)
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ class EvalBatches:
     batch_size: int
 
     def __iter__(self) -> Iterator[Batch]:
-        for images in np.split(indices := np.arange(len(self.activations.labels)), indices[self.batch_size :: self.batch_size]):
+        for images in np.split(indices := np.arange(len(self.activations)), indices[self.batch_size :: self.batch_size]):
             yield self.activations._batch(images, np.zeros_like(images))
 
 
-def prepare_activation(classifier: Classifier, activation: Tensor, settings: Settings) -> Tensor:
+def prepare_activation(classifier: Classifier, activation: Tensor, numerics: Numerics) -> Tensor:
     """Cached activations on the device -> float32, laid out as the weights are; for `fit(prepare=…)`."""
-    layout = torch.channels_last if settings.channels_last and activation.ndim == 4 else torch.contiguous_format
+    layout = torch.channels_last if numerics.channels_last and activation.ndim == 4 else torch.contiguous_format
     return activation.float().contiguous(memory_format=layout)
 
 
@@ -84,7 +88,7 @@ class ForwardFrom:
 
 
 def cached_activations(
-    classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, resources: Resources
+    classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations | None:
     """The activation before `stage` for every image and view; None, with an event that says why, where the disk has no room.
 
@@ -93,14 +97,14 @@ def cached_activations(
     """
     try:
         try:
-            return _activations(classifier, stage, "float16", samples, views, resources)
+            return _activations(classifier, stage, "float16", samples, views, context)
         except DoesNotFit:
-            resources.event("cache_format", "some activations are too large for float16, so they are kept as float32")
-            return _activations(classifier, stage, "float32", samples, views, resources)
+            context.event(CacheFormat("some activations are too large for float16, so they are kept as float32"))
+            return _activations(classifier, stage, "float32", samples, views, context)
     except _NoRoom as error:
-        resources.event("cache_full", f"the frozen part runs again in every epoch: {error}")
+        context.event(CacheFull(f"the frozen part runs again in every epoch: {error}"))
     except DiskFull as error:
-        resources.event("cache_full", f"the frozen part runs again in every epoch: {error.message}")
+        context.event(CacheFull(f"the frozen part runs again in every epoch: {error.message}"))
     return None
 
 
@@ -109,9 +113,9 @@ class _NoRoom(Exception):
 
 
 def _activations(
-    classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, resources: Resources
+    classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations:
-    wanted = FrozenRows(classifier, stage, dtype, samples, views, resources)
+    wanted = FrozenRows(classifier, stage, dtype, samples, views, context)
     wanted.settle_engine()
     if wanted.n_missing:
         if not wanted.make_room():
@@ -120,5 +124,4 @@ def _activations(
         wanted.look_up()
     if wanted.n_missing:
         raise _NoRoom("other processes took the room in the cache")
-    labels = np.array([sample.target for sample in samples], dtype=np.int64)
-    return Activations(stage, wanted.rows, views.count, labels)
+    return Activations(stage, wanted.rows, views.count)

@@ -1,6 +1,6 @@
 """What the gradients look like, stage by stage: the raw material for diagnosis, sampled every few steps.
 
-For each owner (``stage0`` … ``head``) that trains: the norm of its gradient (before clipping), the norm of its weights, and its
+For each group (``stage0`` … ``head``) that trains: the norm of its gradient (before clipping), the norm of its weights, and its
 update ratio, which is the norm of the step just taken over the norm of the weights.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-Parameters = Mapping[str, Sequence[nn.Parameter]]  # by owner
+Parameters = Mapping[str, Sequence[nn.Parameter]]  # by key
 
 
 class StepMeter:
@@ -19,20 +19,18 @@ class StepMeter:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self.before = {owner: [p.detach().clone() for p in members] for owner, members in parameters.items()}
-        self.gradient_norms = {
-            owner: _norm([p.grad for p in members if p.grad is not None]) for owner, members in parameters.items()
-        }
+        self.before = {key: [p.detach().clone() for p in members] for key, members in parameters.items()}
+        self.gradient_norms = {key: _norm([p.grad for p in members if p.grad is not None]) for key, members in parameters.items()}
 
     def measure(self) -> dict[str, float]:
         """``grad_norm/OWNER``, ``weight_norm/OWNER`` and ``update_ratio/OWNER``."""
         values = {}
-        for owner, members in self.parameters.items():
-            weight_norm = _norm(self.before[owner])
-            moved = torch._foreach_sub([p.detach() for p in members], self.before[owner])
-            values[f"grad_norm/{owner}"] = self.gradient_norms[owner]
-            values[f"weight_norm/{owner}"] = weight_norm
-            values[f"update_ratio/{owner}"] = _norm(moved) / max(weight_norm, 1e-12)
+        for key, members in self.parameters.items():
+            weight_norm = _norm(self.before[key])
+            moved = torch._foreach_sub([p.detach() for p in members], self.before[key])
+            values[f"grad_norm/{key}"] = self.gradient_norms[key]
+            values[f"weight_norm/{key}"] = weight_norm
+            values[f"update_ratio/{key}"] = _norm(moved) / max(weight_norm, 1e-12)
         return values
 
 

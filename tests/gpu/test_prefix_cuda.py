@@ -11,7 +11,7 @@ from folders import path_of
 from tiny_training import tiny_classifier, write_images
 
 from finetune.storage.store import Store
-from finetune.train.features import Resources, Views, pooled_features
+from finetune.features.rows import Resources, Views, pooled_features
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -16,7 +16,8 @@ from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.export import DeployModule, dry_run_export, export_bundle
 from finetune.model.classifier import Classifier
-from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups, plan_freeze
+from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
+from finetune.model.selection import plan_freeze
 from finetune.spec import Full, LinearProbe, Method, Partial
 
 # Side of the input, small where the network takes any, and whether its class activation map is exact.

@@ -12,7 +12,8 @@ from torch import nn
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at, why_not_cut
-from finetune.model.freeze import apply_freeze, plan_freeze
+from finetune.model.freeze import apply_freeze
+from finetune.model.selection import plan_freeze
 from finetune.spec import Partial
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

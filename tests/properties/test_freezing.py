@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
-from finetune.model.freeze import FreezePlan, apply_freeze, frozen_digest, parameter_groups, plan_freeze
+from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
+from finetune.model.selection import FreezePlan, plan_freeze
 from finetune.spec import Full, LinearProbe, Method, Partial
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -21,7 +21,8 @@ from finetune.export import graph as graph_module
 from finetune.export.dry_run import fingerprint, noise
 from finetune.export.graph import fill, trace, with_metadata
 from finetune.model.classifier import Classifier
-from finetune.model.freeze import FreezePlan, apply_freeze
+from finetune.model.freeze import apply_freeze
+from finetune.model.selection import FreezePlan
 
 SIZE_PX = (64, 64)
 

@@ -22,9 +22,9 @@ from finetune.errors import DataError, DiskFull, TrainingError
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
 from finetune.storage.store import Store
-from finetune.train import prefix
-from finetune.train.cache import ShardWriter
-from finetune.train.features import Resources, Views, plan_prefix, pooled_features
+from finetune.features import prefix
+from finetune.features.cache import ShardWriter
+from finetune.features.rows import Resources, Views, plan_prefix, pooled_features
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -124,7 +124,7 @@ def test_what_was_computed_is_read_back_bit_for_bit_without_decoding_or_running_
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = pooled_features(classifier, samples, views, Watcher().resources(tmp_path, graph=lambda: graph))
-    monkeypatch.setattr("finetune.train.features.open_engine", must_not_run)
+    monkeypatch.setattr("finetune.features.rows.open_engine", must_not_run)
     monkeypatch.setattr(Views, "pixels", must_not_run)
     again = pooled_features(classifier, samples, views, Watcher().resources(tmp_path))
     assert again.tobytes() == first.tobytes()
@@ -276,7 +276,7 @@ def test_an_engine_that_is_not_torch_is_replaced_by_torch_and_stays_so(
     reason: str,
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(f"finetune.train.prefix.{target}", replacement)
+        patched.setattr(f"finetune.features.prefix.{target}", replacement)
         watcher = Watcher()
         features = pooled_features(classifier, samples[:8], views, watcher.resources(tmp_path, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, samples[:8]), rtol=1e-6, atol=1e-6)

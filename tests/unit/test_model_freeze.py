@@ -6,7 +6,7 @@ import pytest
 
 from finetune.errors import SpecError
 from finetune.model.backbone import build_backbone
-from finetune.model.freeze import FreezePlan, describe, plan_freeze
+from finetune.model.selection import FreezePlan, describe_methods, plan_freeze
 from finetune.model.stages import Stage
 from finetune.spec import AutoMethod, Full, Gradual, LinearProbe, Partial
 
@@ -46,7 +46,7 @@ def test_more_stages_than_there_are_is_an_error_that_names_them() -> None:
 
 
 def test_the_table_tells_what_each_method_would_train() -> None:
-    rows = [(choice.method, choice.trains, choice.n_parameters) for choice in describe(STAGES)]
+    rows = [(choice.method, choice.trains, choice.n_parameters) for choice in describe_methods(STAGES)]
     assert rows == [
         ("linear_probe", (), 0),
         ("partial {stages: 1}", ("layer3",), 10_000),
@@ -57,7 +57,7 @@ def test_the_table_tells_what_each_method_would_train() -> None:
 
 
 def test_the_table_of_a_known_network_has_its_published_size() -> None:
-    choices = describe(build_backbone("resnet50", weights="none", input_size_px=32).stages)
+    choices = describe_methods(build_backbone("resnet50", weights="none", input_size_px=32).stages)
     assert choices[-1].n_parameters == 23_508_032  # 25,557,032 with its 1000-class layer
     assert choices[1].n_parameters == 14_964_736
     assert choices[1].fraction == pytest.approx(0.6366, abs=1e-4)

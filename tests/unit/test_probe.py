@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import TrainingError
-from finetune.train.probe import L2_PATH, balanced_class_weights, minimise, solve_probe
+from finetune.features.solve import L2_PATH, balanced_class_weights, minimise, solve_softmax_head
 
 
 def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0
 
 def test_it_finds_the_same_optimum_as_scikit_learn() -> None:
     features, labels = blobs(300, 20, 4)
-    probe = solve_probe(features, labels, 4, l2=0.03)
+    probe = solve_softmax_head(features, labels, 4, l2=0.03)
     standardised = (features - features.mean(axis=0)) / features.std(axis=0)
     trusted = LogisticRegression(C=1 / (0.03 * 300), tol=1e-8, max_iter=5000).fit(standardised.astype(np.float64), labels)
     logits = probe.logits(features)
@@ -37,7 +37,7 @@ def test_it_finds_the_same_optimum_as_scikit_learn() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_gradient_of_the_stated_objective_vanishes_at_the_solution(smoothing: float) -> None:
     features, labels = blobs(200, 15, 3)
-    probe = solve_probe(features, labels, 3, l2=0.01, label_smoothing=smoothing)
+    probe = solve_softmax_head(features, labels, 3, l2=0.01, label_smoothing=smoothing)
     x = torch.from_numpy(features.astype(np.float64))
     std, mean = torch.std_mean(x, dim=0, correction=0)
     weight = (torch.from_numpy(probe.weight).double() * std).requires_grad_()  # for standardised features
@@ -56,15 +56,15 @@ def test_the_gradient_of_the_stated_objective_vanishes_at_the_solution(smoothing
 def test_rescaled_and_shifted_features_give_the_same_logits() -> None:
     features, labels = blobs(200, 10, 3)
     scale, shift = np.logspace(-3, 3, 10).astype(np.float32), np.linspace(-5, 5, 10).astype(np.float32)
-    plain = solve_probe(features, labels, 3).logits(features)
-    rescaled = solve_probe(features * scale + shift * scale, labels, 3).logits(features * scale + shift * scale)
+    plain = solve_softmax_head(features, labels, 3).logits(features)
+    rescaled = solve_softmax_head(features * scale + shift * scale, labels, 3).logits(features * scale + shift * scale)
     np.testing.assert_allclose(plain, rescaled, atol=2e-2)
     np.testing.assert_array_equal(plain.argmax(axis=1), rescaled.argmax(axis=1))
 
 
 def test_two_solutions_of_the_same_problem_are_bit_identical() -> None:
     features, labels = blobs(200, 10, 3)
-    first, second = solve_probe(features, labels, 3), solve_probe(features, labels, 3)
+    first, second = solve_softmax_head(features, labels, 3), solve_softmax_head(features, labels, 3)
     assert first.weight.tobytes() == second.weight.tobytes()
     assert first.bias.tobytes() == second.bias.tobytes()
 
@@ -72,20 +72,20 @@ def test_two_solutions_of_the_same_problem_are_bit_identical() -> None:
 def test_the_strength_is_the_one_with_the_least_validation_loss() -> None:
     features, labels = blobs(120, 60, 3, spread=4.0)
     val_features, val_labels = features[:60], labels[:60]
-    probe = solve_probe(features[60:], labels[60:], 3, val_features=val_features, val_labels=val_labels)
+    probe = solve_softmax_head(features[60:], labels[60:], 3, val_features=val_features, val_labels=val_labels)
     assert probe.chosen_by == "validation"
     assert 3 <= len(probe.path) <= len(L2_PATH)
     assert probe.l2 == min(probe.path, key=lambda point: point.val_nll).l2
     for point in probe.path:
-        alone = solve_probe(features[60:], labels[60:], 3, l2=point.l2)
+        alone = solve_softmax_head(features[60:], labels[60:], 3, l2=point.l2)
         nll = torch.nn.functional.cross_entropy(torch.from_numpy(alone.logits(val_features)), torch.from_numpy(val_labels))
         assert float(nll) == pytest.approx(point.val_nll, abs=0.02)
 
 
 def test_validation_rows_do_not_influence_the_fit() -> None:
     features, labels = blobs(150, 10, 3)
-    alone = solve_probe(features[:100], labels[:100], 3, l2=0.01)
-    judged = solve_probe(features[:100], labels[:100], 3, l2=0.01, val_features=features[100:], val_labels=labels[100:])
+    alone = solve_softmax_head(features[:100], labels[:100], 3, l2=0.01)
+    judged = solve_softmax_head(features[:100], labels[:100], 3, l2=0.01, val_features=features[100:], val_labels=labels[100:])
     np.testing.assert_allclose(alone.logits(features), judged.logits(features), atol=1e-3)
 
 
@@ -93,7 +93,7 @@ def test_without_validation_every_image_is_judged_by_a_fit_that_did_not_see_it()
     generator = np.random.default_rng(0)
     features = generator.normal(size=(60, 200)).astype(np.float32)  # noise, which any fit can learn by heart
     labels = np.arange(60) % 2
-    probe = solve_probe(features, labels, 2)
+    probe = solve_softmax_head(features, labels, 2)
     assert probe.chosen_by == "cross-validation"
     assert (probe.logits(features).argmax(axis=1) == labels).mean() > 0.9
     assert probe.held_out_logits is not None
@@ -103,8 +103,8 @@ def test_without_validation_every_image_is_judged_by_a_fit_that_did_not_see_it()
 
 def test_repeating_each_image_as_views_changes_nothing() -> None:
     features, labels = blobs(90, 10, 3)
-    once = solve_probe(features, labels, 3)
-    thrice = solve_probe(np.repeat(features[:, None], 3, axis=1), labels, 3)
+    once = solve_softmax_head(features, labels, 3)
+    thrice = solve_softmax_head(np.repeat(features[:, None], 3, axis=1), labels, 3)
     assert once.l2 == thrice.l2
     np.testing.assert_allclose(once.logits(features), thrice.logits(features), atol=0.02)
 
@@ -113,15 +113,15 @@ def test_views_of_a_held_out_image_are_held_out_with_it() -> None:
     generator = np.random.default_rng(0)
     images = generator.normal(size=(40, 1, 100))
     views = (images + 0.01 * generator.normal(size=(40, 4, 100))).astype(np.float32)
-    probe = solve_probe(views, np.arange(40) % 2, 2)  # labels are noise: only a leak between views could predict them
+    probe = solve_softmax_head(views, np.arange(40) % 2, 2)  # labels are noise: only a leak between views could predict them
     assert max(point.val_top1 for point in probe.path) < 0.8
 
 
 def test_class_weights_act_like_repeated_images() -> None:
     features, labels = blobs(60, 5, 2)
     twice = np.concatenate([features, features[labels == 1]])
-    weighted = solve_probe(features, labels, 2, l2=1e-4, class_weights=np.array([1.0, 2.0]))
-    repeated = solve_probe(twice, np.concatenate([labels, labels[labels == 1]]), 2, l2=1e-4)
+    weighted = solve_softmax_head(features, labels, 2, l2=1e-4, class_weights=np.array([1.0, 2.0]))
+    repeated = solve_softmax_head(twice, np.concatenate([labels, labels[labels == 1]]), 2, l2=1e-4)
     np.testing.assert_allclose(weighted.logits(features), repeated.logits(features), atol=0.1)
 
 
@@ -136,23 +136,23 @@ def test_balanced_weights_give_every_class_the_same_mass() -> None:
 def test_a_constant_feature_gets_no_weight() -> None:
     features, labels = blobs(100, 6, 2)
     features[:, 2], features[:, 4] = 1e4, 0.0
-    probe = solve_probe(features, labels, 2)
+    probe = solve_softmax_head(features, labels, 2)
     assert not probe.weight[:, [2, 4]].any()
     assert np.isfinite(probe.weight).all()
-    without = solve_probe(np.delete(features, [2, 4], axis=1), labels, 2)
+    without = solve_softmax_head(np.delete(features, [2, 4], axis=1), labels, 2)
     np.testing.assert_allclose(probe.logits(features), without.logits(np.delete(features, [2, 4], axis=1)), atol=1e-3)
 
 
 def test_separable_data_gives_finite_weights_and_no_errors() -> None:
     features, labels = blobs(100, 50, 2, spread=0.1)
-    probe = solve_probe(features, labels, 2)
+    probe = solve_softmax_head(features, labels, 2)
     assert (probe.logits(features).argmax(axis=1) == labels).all()
     assert np.isfinite(probe.weight).all()
 
 
 def test_one_image_per_class_is_enough() -> None:
     features, labels = blobs(3, 8, 3)
-    probe = solve_probe(features, labels, 3)
+    probe = solve_softmax_head(features, labels, 3)
     assert probe.chosen_by == "default"
     assert probe.held_out_logits is None
     np.testing.assert_array_equal(probe.logits(features).argmax(axis=1), labels)
@@ -160,7 +160,7 @@ def test_one_image_per_class_is_enough() -> None:
 
 def test_a_class_without_images_is_never_predicted() -> None:
     features, labels = blobs(60, 5, 2)
-    probe = solve_probe(features, labels * 2, 4)  # classes 1 and 3 are absent
+    probe = solve_softmax_head(features, labels * 2, 4)  # classes 1 and 3 are absent
     assert set(probe.logits(features).argmax(axis=1)) == {0, 2}
     assert np.isfinite(probe.bias).all()
 
@@ -169,7 +169,7 @@ def test_features_that_are_not_finite_are_refused_by_row() -> None:
     features, labels = blobs(20, 5, 2)
     features[7, 3] = np.nan
     with pytest.raises(TrainingError, match="not finite"):
-        solve_probe(features, labels, 2)
+        solve_softmax_head(features, labels, 2)
 
 
 def test_the_minimiser_reaches_a_known_minimum() -> None:

@@ -20,10 +20,10 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.train.average import copy_state
-from finetune.train.features import Resources, Views, pooled_features
+from finetune.features.rows import Resources, Views, pooled_features
 from finetune.train.fit import Decided
 from finetune.train.methods import Compute, Context, Trained, refit, solved_logits, train_classifier
-from finetune.train.probe import solve_probe
+from finetune.features.solve import solve_softmax_head
 from finetune.train.recipe import refit_recipe
 
 EVERYTHING = {"n_epochs": 3, "batch_size": 6, "learning_rate": 0.01, "ema": True}
@@ -72,7 +72,7 @@ def test_a_refitted_probe_is_the_probe_solved_on_all_images_with_the_chosen_stre
     pool = tuple(sample for sample in dataset.samples if sample.split != "test")
     assert len(pool) > len(dataset.of("train"))
     features = pooled_features(classifier, pool, Views(classifier.backbone.preprocess), Resources(Store(tmp_path / "cache")))
-    trusted = solve_probe(features, np.array([sample.target for sample in pool]), CLASSES, l2=trained.l2)
+    trusted = solve_softmax_head(features, np.array([sample.target for sample in pool]), CLASSES, l2=trained.l2)
     np.testing.assert_allclose(classifier.head.weight.detach().numpy(), trusted.weight, rtol=0, atol=1e-6)
     np.testing.assert_allclose(classifier.head.bias.detach().numpy(), trusted.bias, rtol=0, atol=1e-6)
     assert trained.probe is not None

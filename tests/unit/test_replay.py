@@ -17,8 +17,8 @@ from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.train import prefix
-from finetune.train.features import Resources, Views
+from finetune.features import prefix
+from finetune.features.rows import Resources, Views
 from finetune.train.fit import Fitted, Saving, fit
 from finetune.train.machine import Settings
 from finetune.train.replay import Activations, ForwardFrom, cached_activations, prepare_activation

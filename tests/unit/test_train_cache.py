@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from finetune.storage.store import Store
-from finetune.train import cache as cache_module
-from finetune.train.cache import RowCache
+from finetune.features import cache as cache_module
+from finetune.features.cache import RowCache
 
 SHAPE = (3, 5)
 

@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finetune.events import EventCallback, PrefixEngine
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
+from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import read_json, sha256_file, write_atomic, write_json
-from finetune.train.machine import Device
 
-EventCallback = Callable[[str, str], object]  # kind, message: what `RunDir.event` takes
 GraphSource = Callable[[], bytes]  # an ONNX file with an output `embedding`, made when it is asked for
 
 LEAST_AGREEMENT = 0.9999
@@ -190,7 +190,7 @@ def open_engine(
         except _Disagreement as error:
             refusal = str(error)
         write_json(store / "engine.json", {"refused": refusal})
-    event("prefix_engine", f"the frozen part of {module.backbone_name} runs in eager PyTorch, which is slower: {refusal}")
+    event(PrefixEngine(f"the frozen part of {module.backbone_name} runs in eager PyTorch, which is slower: {refusal}"))
     return plain
 
 
@@ -228,8 +228,7 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
     if cosine > LEAST_AGREEMENT:
         return fast
     event(
-        "prefix_engine",
-        f"the frozen part of {module.backbone_name} runs in float32: float16 has a cosine of {cosine:.6f} with it",
+        PrefixEngine(f"the frozen part of {module.backbone_name} runs in float32: float16 has a cosine of {cosine:.6f} with it")
     )
     return plain
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import TrainingError
-from finetune.train.machine import on_threads
+from finetune.model.threads import on_threads
 
 # Strong to weak, two a decade, in units of the mean loss: scikit-learn's C is 1 / (l2 * N).
 L2_PATH = tuple(float(10.0**exponent) for exponent in np.arange(1.0, -5.1, -0.5))
@@ -40,23 +40,23 @@ ONE_THREAD_ELEMENTS = 2**25  # 128 MiB of features; up to there, threads wait fo
 
 
 @dataclass(frozen=True)
-class ProbePoint:
+class PathPoint:
     """One L2 strength that was tried: its loss and accuracy on rows that it was not fitted on."""
 
     l2: float
     val_nll: float
-    val_top1: float
+    val_score: float  # of the headline metric of the task
 
 
 @dataclass(frozen=True)
-class Probe:
+class SolvedHead:
     """A solved head and the evidence for it."""
 
     weight: NDArray[np.float32]  # (C, D), for raw features
     bias: NDArray[np.float32]  # (C,)
     l2: float
     chosen_by: Literal["given", "validation", "cross-validation", "default"]
-    path: tuple[ProbePoint, ...]
+    path: tuple[PathPoint, ...]
     held_out_logits: NDArray[np.float32] | None  # (H, C), each row from a fit that did not see it
     held_out_images: NDArray[np.int64]  # (H,) indices into val, or into the training images under cross-validation
     iterations: int  # passes over the features, path and final fit together
@@ -69,7 +69,7 @@ class Probe:
         return np.asarray(features @ self.weight.T + self.bias, dtype=np.float32)
 
 
-def solve_probe(
+def solve_softmax_head(
     features: NDArray[np.floating],
     labels: NDArray[np.integer],
     num_classes: int,
@@ -81,7 +81,7 @@ def solve_probe(
     class_weights: NDArray[np.floating] | None = None,
     folds: int = 5,
     seed: int = 0,
-) -> Probe:
+) -> SolvedHead:
     """Fit softmax(W x + b) to `labels`.
 
     Args:
@@ -119,7 +119,7 @@ def solve_probe(
         start = problem.start(weights) if start is None else start
         solution = minimise(problem.objective(weights, chosen), start, FINAL_TOLERANCE)
         weight, bias = matrix.fold(problem.complete(solution.parameters, weights))
-    return Probe(
+    return SolvedHead(
         weight=weight,
         bias=bias,
         l2=chosen,
@@ -181,12 +181,12 @@ def _held_out_images(splits: Sequence[_Split], views: int) -> NDArray[np.int64]:
     return (torch.cat(rows).sort().values // views).numpy() if rows else np.empty(0, dtype=np.int64)
 
 
-def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[ProbePoint], NDArray[np.float32] | None, Tensor | None]:
+def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[PathPoint], NDArray[np.float32] | None, Tensor | None]:
     """Try the strengths from strong to weak on every split.
 
     Returns: the points; the best point's held-out logits in the order of rows, and its parameters on the first split.
     """
-    path: list[ProbePoint] = []
+    path: list[PathPoint] = []
     if not splits:
         return path, None, None
     trails: list[list[Tensor]] = [[problem.start(split.weights)] for split in splits]
@@ -199,7 +199,7 @@ def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[ProbeP
             trail[:] = [*trail[-1:], found.parameters]
         logits = torch.cat([problem.logits(trail[-1])[split.held_out] for split, trail in zip(splits, trails, strict=True)])
         nll = float(torch.nn.functional.cross_entropy(logits.double(), labels))
-        path.append(ProbePoint(l2, nll, float((logits.argmax(dim=1) == labels).double().mean())))
+        path.append(PathPoint(l2, nll, float((logits.argmax(dim=1) == labels).double().mean())))
         best = min(range(len(path)), key=lambda index: path[index].val_nll)
         if best == len(path) - 1:
             best_logits, best_start = logits[rows.argsort()].numpy(), trails[0][-1]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from finetune.data.augment import Augment
 from finetune.data.dataset import Dataset
+from finetune.features.rows import PrefixPlan, Resources, Views, plan_prefix
 from finetune.model.classifier import Classifier
 from finetune.storage.store import Store
-from finetune.train.features import PrefixPlan, Resources, Views, plan_prefix
 from finetune.train.machine import MEASURED_IMAGES, measure
 from finetune.train.methods import Compute
 from finetune.train.recipe import Recipe

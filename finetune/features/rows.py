@@ -1,8 +1,8 @@
 """The frozen prefix, computed once: its output for every image and view, read from the cache where it was computed before.
 
-A frozen stage's output for one view of an image never changes. `pooled_features` gives the embeddings that a linear probe is
-solved on; `FrozenRows` is the general case, any cut, which `finetune.train.replay` trains on; `plan_prefix` says beforehand what
-either will cost. Decoding runs beside the network, on all cores; rows stream to disk as they come.
+A frozen stage's output for one view of an image never changes. `pooled_features` gives the embeddings that a head is solved on;
+`FrozenRows` is the general case, any cut, which `finetune.train.replay` trains on; `plan_prefix` says beforehand what either will
+cost. Decoding runs beside the network, on all cores; rows stream to disk as they come.
 
 A row's key holds the image's bytes and the view; its space holds the prefix's weights, the preprocessing, the cut, the number
 format and the engine. So rows are found again when the dataset grows, is split otherwise or trains another head, and never when
@@ -28,16 +28,10 @@ from finetune.data.augment import Augment
 from finetune.data.dataset import Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingError
-from finetune.model.classifier import Classifier
-from finetune.model.cut import why_not_cut
-from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runtime.cores import available_cores
-from finetune.storage.store import Store
-from finetune.train.cache import KEY_BYTES, RowCache, ShardWriter
-from finetune.train.machine import Device
-from finetune.train.prefix import (
+from finetune.events import CacheFull, EventCallback, ignore_event
+from finetune.features.cache import KEY_BYTES, RowCache, ShardWriter
+from finetune.features.prefix import (
     Engine,
-    EventCallback,
     GraphSource,
     PixelPrefix,
     activation_shape,
@@ -47,16 +41,18 @@ from finetune.train.prefix import (
     refused,
     torch_engine_name,
 )
+from finetune.model.classifier import Classifier
+from finetune.model.cut import why_not_cut
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.cores import available_cores
+from finetune.runtime.device import Device
+from finetune.storage.store import Store
 
 RowType = Literal["float16", "float32"]
 
 CHECKED_IMAGES = 16  # on which an engine must agree with torch
 TIMED_IMAGES = 8  # from which `plan_prefix` estimates
 COPIED_ROWS = 1024  # at a time out of the cache
-
-
-def no_event(kind: str, message: str) -> None:
-    """The event callback that drops what it is told."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _view_seed(image_sha256: bytes, number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Resources:
+class FeatureContext:
     """Where and with what features are computed; by default on all cores of this process, without telling anybody."""
 
     store: Store
@@ -103,20 +99,22 @@ class Resources:
     threads: int | None = None
     graph: GraphSource | None = None  # where the classifier has been exported already
     progress: ProgressCallback = silent
-    event: EventCallback = no_event
+    event: EventCallback = ignore_event
 
     @property
     def cores(self) -> int:
         return self.threads or available_cores()
 
 
-def pooled_features(classifier: Classifier, samples: Sequence[Sample], views: Views, resources: Resources) -> NDArray[np.float32]:
+def pooled_features(
+    classifier: Classifier, samples: Sequence[Sample], views: Views, context: FeatureContext
+) -> NDArray[np.float32]:
     """The embeddings that the head gets: (N, D), or (N, K, D) for K > 1 views.
 
     Raises:
         DataError: images that cannot be decoded, each named.
     """
-    wanted = FrozenRows(classifier, len(classifier.backbone.stages), "float32", samples, views, resources)
+    wanted = FrozenRows(classifier, len(classifier.backbone.stages), "float32", samples, views, context)
     wanted.settle_engine()
     features = np.empty((len(wanted.keys), *wanted.shape), np.float32)
     stored = np.flatnonzero(wanted.rows.shard_of >= 0)
@@ -126,7 +124,7 @@ def pooled_features(classifier: Classifier, samples: Sequence[Sample], views: Vi
     if wanted.n_missing:
         keep = wanted.make_room()
         if not keep:
-            resources.event("cache_full", f"the features are not kept for later runs: {wanted.why_no_room()}")
+            context.event(CacheFull(f"the features are not kept for later runs: {wanted.why_no_room()}"))
         wanted.compute(features, keep)
     return features if views.count == 1 else features.reshape(len(samples), views.count, -1)
 
@@ -166,7 +164,7 @@ def plan_prefix(
     train: Sequence[Sample],
     val: Sequence[Sample],
     views: Views,
-    resources: Resources,
+    context: FeatureContext,
     *,
     measure: bool = True,
 ) -> PrefixPlan:
@@ -185,11 +183,11 @@ def plan_prefix(
     cuts = [stage for stage in at_or_below if not why_not_cut(classifier.backbone, stage)]
     for count in _halvings(views.count):
         for stage in cuts:
-            of_train = FrozenRows(classifier, stage, dtype, train, replace(views, count=count), resources)
-            if len(of_train.keys) * of_train.cache.row_bytes > resources.store.budget_bytes:
+            of_train = FrozenRows(classifier, stage, dtype, train, replace(views, count=count), context)
+            if len(of_train.keys) * of_train.cache.row_bytes > context.store.budget_bytes:
                 continue
             rate = of_train.rows_per_second() if measure else None
-            of_val = FrozenRows(classifier, stage, dtype, val, replace(views, count=1), resources)
+            of_val = FrozenRows(classifier, stage, dtype, val, replace(views, count=1), context)
             n_missing, n_rows = of_train.n_missing + of_val.n_missing, len(of_train.keys) + len(of_val.keys)
             return PrefixPlan(
                 stage=stage,
@@ -227,19 +225,19 @@ class FrozenRows:
     """
 
     def __init__(
-        self, classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, resources: Resources
+        self, classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext
     ) -> None:
         self.classifier, self.stage, self.dtype = classifier, stage, dtype
-        self.samples, self.views, self.resources = samples, views, resources
+        self.samples, self.views, self.context = samples, views, context
         self.shape = activation_shape(classifier, stage)
         self._view_names = views.names()
-        self.keys = _row_keys(samples, self._view_names, resources.cores)  # (N * K, 32)
+        self.keys = _row_keys(samples, self._view_names, context.cores)  # (N * K, 32)
         self._prefix = prefix_digest(classifier, stage)
         size = str(views.preprocess.input_size_px)  # a graph takes images of one size
-        self._graph_store = resources.store.folder("engines") / _digest("graph", self._prefix, size, onnx_engine_name())
+        self._graph_store = context.store.folder("engines") / _digest("graph", self._prefix, size, onnx_engine_name())
         self._engine: Engine | None = None
-        usable = resources.device == "cpu" and refused(self._graph_store) is None
-        self._use_space_of(onnx_engine_name() if usable else torch_engine_name(resources.device, autocast=True))
+        usable = context.device == "cpu" and refused(self._graph_store) is None
+        self._use_space_of(onnx_engine_name() if usable else torch_engine_name(context.device, autocast=True))
 
     @property
     def n_missing(self) -> int:
@@ -253,9 +251,9 @@ class FrozenRows:
         """If rows are missing, open the engine that will compute them; it may be another than expected, with other rows."""
         if self.n_missing and self._engine is None:
             module = PixelPrefix(self.classifier, self.stage)
-            graph = self.resources.graph if self.stage == len(self.classifier.backbone.stages) else None
+            graph = self.context.graph if self.stage == len(self.classifier.backbone.stages) else None
             engine = open_engine(
-                module, self._images_to_check(), self.resources.device, self._graph_store, graph, self.resources.event
+                module, self._images_to_check(), self.context.device, self._graph_store, graph, self.context.event
             )
             self._engine = engine
             if engine.name != self.engine_name:
@@ -263,11 +261,11 @@ class FrozenRows:
 
     def make_room(self) -> bool:
         """Whether the missing rows fit the cache; what was used least recently is deleted for them."""
-        return self.resources.store.reserve(self.n_missing * self.cache.row_bytes)
+        return self.context.store.reserve(self.n_missing * self.cache.row_bytes)
 
     def why_no_room(self) -> str:
-        needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.resources.store.budget_bytes / 1e9
-        return f"{needed:,.2f} GB are needed, and the cache in {self.resources.store.root} may hold {allowed:,.2f} GB"
+        needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.context.store.budget_bytes / 1e9
+        return f"{needed:,.2f} GB are needed, and the cache in {self.context.store.root} may hold {allowed:,.2f} GB"
 
     def compute(self, out: NDArray[np.float32] | None, keep: bool) -> None:
         """Compute the missing rows, in the order of images, into `out` (N * K, *shape) and, with `keep`, into the cache.
@@ -281,14 +279,14 @@ class FrozenRows:
         self.settle_engine()
         engine = self._engine
         assert engine is not None, "compute is for missing rows"
-        meter = _Meter(self.resources.progress, self.n_missing, "images" if self.views.count == 1 else "views")
+        meter = _Meter(self.context.progress, self.n_missing, "images" if self.views.count == 1 else "views")
         problems: list[Problem] = []
 
         def work(chunk: Sequence[_Task]) -> tuple[_Decoded, NDArray[np.float32] | None]:
             decoded = self._decode(chunk)
             return decoded, engine.run(decoded.images) if engine.concurrent and len(decoded.images) else None
 
-        cores = self.resources.cores
+        cores = self.context.cores
         results = ordered_map(work, self._tasks(engine.batch_size), threads=cores, ahead=2 * cores)
         with contextlib.closing(results), self._keeping(keep, required=out is None) as store:
             for decoded, rows in results:
@@ -318,7 +316,7 @@ class FrozenRows:
         started = time.perf_counter()
         engine.run(images)
         run_seconds = (time.perf_counter() - started) / max(len(images), 1)
-        cores = self.resources.cores
+        cores = self.context.cores
         return cores / (decode_seconds + run_seconds) if engine.concurrent else 1 / max(decode_seconds / cores, run_seconds)
 
     def _check_range(self, rows: NDArray[np.float32]) -> None:
@@ -331,7 +329,7 @@ class FrozenRows:
     def _use_space_of(self, engine_name: str) -> None:
         self.engine_name = engine_name
         space = _digest("rows", self._prefix, self.views.preprocess.digest(), self.dtype, engine_name)
-        self.cache = RowCache(self.resources.store, space, self.shape, self.dtype)
+        self.cache = RowCache(self.context.store, space, self.shape, self.dtype)
         self.look_up()
 
     def _images_to_check(self) -> NDArray[np.uint8]:
@@ -386,7 +384,7 @@ class FrozenRows:
                 writer = None
                 if required:
                     raise
-                self.resources.event("cache_full", f"the features are not kept for later runs: {error.message}")
+                self.context.event(CacheFull(f"the features are not kept for later runs: {error.message}"))
 
         try:
             yield lambda keys, rows: attempt(lambda open_writer: open_writer.append(keys, rows))

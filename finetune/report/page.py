@@ -17,19 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.evaluation import figures
+from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
-from finetune.evaluation.markup import cost_text, details, drawing, facts, flat, page, section, table, value_text, warning
-from finetune.evaluation.metrics import Evaluation, Temperature
+from finetune.metrics.temperature import Temperature
+from finetune.report import figures
+from finetune.report.markup import cost_text, details, drawing, facts, flat, page, section, table, value_text, warning
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
+from finetune.tasks import task_named
 
 _THUMBNAIL_PX = 176
 _MAX_PAIRS = 12
 _NAMED_ABSENT = 10
 _FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, to be scrolled
 
+_SPLIT_TITLES = {"cv": "cross-validation", "val": "val (which chose the weights)"}
+_CARD_METRICS = ("macro_f1", "mean_per_class_accuracy", "ece")
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
     "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
@@ -76,9 +80,10 @@ class ReportInputs:
     weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
     versions: Mapping[str, str] = field(default_factory=dict)
     temperature: Temperature | None = None
-    l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_top1
+    l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_score
     l2: float | None = None  # the chosen one
     mistakes: Sequence[ShownMistake] = ()
+    mistakes_of: str = ""  # the split that they are of
 
 
 def write_report(run: RunDir, inputs: ReportInputs) -> None:
@@ -123,7 +128,7 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         section(f"Classes ({split})", shown.get("per_class", ""), details("All classes as a table", _class_table(judged))),
         section(f"Confusion ({split})", shown.get("confusion", ""), _pairs_table(judged)),
         section(f"Calibration ({split})", shown.get("reliability", "")),
-        section(f"Most confident mistakes ({split})", _gallery(inputs.mistakes)),
+        section(f"Most confident mistakes ({inputs.mistakes_of})", _gallery(inputs.mistakes)),
         section(
             "What was run",
             _phases_table(inputs.phases, inputs.stage_names),
@@ -154,20 +159,34 @@ def _is_wide(name: str, judged: Evaluation) -> bool:
 
 
 def _cards(split: str, judged: Evaluation) -> str:
-    low, high = judged.top1_interval
+    task = task_named(judged.task)
+    low, high = judged.intervals[judged.headline]
+    headline = task.headline
+    of_classes = f"mean over {len(judged.classes) - len(judged.absent)} classes"
     cards = [
-        (f"{split} top-1", f"{judged.top1:.1%}", f"95 % interval {low:.1%} – {high:.1%}, {judged.n} images"),
-        ("macro F1", f"{judged.macro_f1:.3f}", f"mean over {len(judged.classes) - len(judged.absent)} classes"),
-        ("mean per-class accuracy", f"{judged.mean_per_class_accuracy:.1%}", "each class counts the same"),
-        ("ECE", f"{judged.ece:.3f}", f"{len(judged.bins)} equal bins"),
+        (
+            f"{_SPLIT_TITLES.get(split, split)}: {headline.label}",
+            headline.text(judged.values[headline.key]),
+            f"95 % interval {headline.text(low)} – {headline.text(high)}, {judged.n:,} images",
+        ),
+        *(
+            (
+                metric.label,
+                metric.text(judged.values[metric.key]),
+                of_classes if metric.over_classes else "",
+            )
+            for metric in task.metrics
+            if metric is not headline and metric.key in _CARD_METRICS
+        ),
     ]
     body = "".join(f"<div><h3>{escape(h)}</h3><strong>{escape(v)}</strong><p>{escape(n)}</p></div>" for h, v, n in cards)
     return f'<div class="cards">{body}</div>'
 
 
 def _splits_table(evaluations: Mapping[str, Evaluation]) -> str:
-    head = ["split", "images", "top-1", "95 % interval", "top-5", "macro F1", "per-class accuracy", "NLL", "ECE", "Brier"]
-    rows = [[split, *_split_row(evaluation)] for split, evaluation in evaluations.items()]
+    metrics = task_named(next(iter(evaluations.values())).task).metrics
+    head = ["split", "images", "95 % interval", *(metric.label for metric in metrics)]
+    rows = [[_SPLIT_TITLES.get(split, split), *_split_row(evaluation)] for split, evaluation in evaluations.items()]
     notes = [_absent_note(split, evaluation) for split, evaluation in evaluations.items() if evaluation.absent]
     return table(head, rows) + "".join(notes)
 
@@ -179,10 +198,9 @@ def _absent_note(split: str, evaluation: Evaluation) -> str:
 
 
 def _split_row(e: Evaluation) -> list[str]:
-    interval = f"{e.top1_interval[0]:.1%} – {e.top1_interval[1]:.1%}"
-    shares = [f"{e.macro_f1:.3f}", f"{e.mean_per_class_accuracy:.1%}", f"{e.nll:.3f}", f"{e.ece:.3f}", f"{e.brier:.3f}"]
-    top_k = f"{e.top5:.1%}" if e.top5_k < len(e.classes) else "–"  # every class is among the first k
-    return [str(e.n), f"{e.top1:.1%}", interval, top_k, *shares]
+    task = task_named(e.task)
+    low, high = (task.headline.text(bound) for bound in e.intervals[e.headline])
+    return [f"{e.n:,}", f"{low} – {high}", *(metric.text(e.values[metric.key]) for metric in task.metrics)]
 
 
 def _folds(found: CrossValidation | None, picture: str) -> list[str]:
@@ -192,8 +210,8 @@ def _folds(found: CrossValidation | None, picture: str) -> list[str]:
     said = (
         f"Expect a top-1 of {top1.mean:.1%}, 95 % interval {_percents(top1.interval)} (Student's t over the folds, widened as "
         "they share training images; Nadeau & Bengio 2003), which is for what training in this way comes to on average. Pooled, "
-        f"{pooled.top1:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % interval "
-        f"{_percents(pooled.top1_interval)} (Wilson), which is for these models on more such images."
+        f"{pooled.values['top1']:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % "
+        f"interval {_percents(pooled.intervals['top1'])} (Wilson), which is for these models on more such images."
     )
     kept = table(["fold", "what it kept"], [[str(fold.fold), fold.summary] for fold in found.folds], text_columns=2)
     return [f"<p>{escape(said)}</p>", picture, _folds_table(found), details("What each fold kept", kept)]

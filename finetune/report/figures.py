@@ -25,8 +25,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
-from finetune.evaluation.metrics import Evaluation
 from finetune.storage.files import write_atomic
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
@@ -286,7 +286,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
     top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
     top.plot([c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence")
-    top.set(title=f"ECE {evaluation.ece:.3f} on {evaluation.n} images", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
+    top.set(title=f"ECE {evaluation.values['ece']:.3f} on {evaluation.n} images", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
     top.legend(loc="upper left")
     bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
     bottom.set(xlabel="confidence in the given label", ylabel="images")
@@ -296,13 +296,13 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
 
 @_styled
 def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | None:
-    """Held-out loss and accuracy of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_top1``."""
+    """Held-out loss and accuracy of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
     if len(points) < 2:
         return None
     ordered = sorted(points, key=lambda point: point["l2"])
     figure = Figure(figsize=(WIDTH_INCHES, 2.7))
     for axes, name, title in zip(
-        figure.subplots(1, 2), ("val_nll", "val_top1"), ("Held-out loss", "Held-out top-1"), strict=True
+        figure.subplots(1, 2), ("val_nll", "val_score"), ("Held-out loss", "Held-out top-1"), strict=True
     ):
         axes.plot([p["l2"] for p in ordered], [p[name] for p in ordered], color=VAL, marker="o", markersize=3.5)
         axes.axvline(chosen, color=BEST, linewidth=1.2, linestyle="--")
@@ -313,7 +313,7 @@ def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | No
             f"chosen {chosen:.2g}", (chosen, 1), xycoords=axes.get_xaxis_transform(), xytext=(5, -4), textcoords="offset points",
             ha="left", va="top", color=BEST,
         )  # fmt: skip
-        if name == "val_top1":
+        if name == "val_score":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 

@@ -1,0 +1,155 @@
+"""From predictions to the judgement of a split: every metric of the task with its interval, and a table by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.evaluation.predictions import Predictions
+from finetune.metrics.calibration import ReliabilityBin
+from finetune.metrics.temperature import Temperature
+from finetune.storage.files import json_text, read_json, write_atomic
+from finetune.tasks import task_named
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One row of the table by class. A ratio whose denominator is zero is None, never 0 or 1."""
+
+    name: str
+    n: int  # images of this class
+    n_predicted: int  # images given this label
+    n_correct: int
+    precision: float | None  # None: this label was never given
+    recall: float | None  # None: no image of this class in the split
+    f1: float | None  # None: no image of this class in the split
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on one split."""
+
+    task: str
+    classes: tuple[str, ...]
+    n: int
+    headline: str  # the metric to judge by first
+    values: Mapping[str, float]  # metric key -> value
+    intervals: Mapping[str, tuple[float, float]]  # metric key -> 95 % interval, for metrics that have one
+    per_class: tuple[ClassMetrics, ...]
+    bins: tuple[ReliabilityBin, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes without an image in this split; the means over classes leave them out."""
+        return tuple(row.name for row in self.per_class if row.n == 0)
+
+    def metrics(self, split: str) -> dict[str, float]:
+        """Return the figures under their ``split/name`` keys, with the number of images and the headline's interval."""
+        figures = {f"{split}/{key}": value for key, value in self.values.items()}
+        low, high = self.intervals[self.headline]
+        bounds = {f"{split}/{self.headline}_low": low, f"{split}/{self.headline}_high": high}
+        return {**figures, **bounds, f"{split}/n": float(self.n)}
+
+    def confused_pairs(self, limit: int) -> list[tuple[str, str, int]]:
+        """Return the most frequent mistakes as (true, predicted, count), largest first, ties in class order."""
+        if self.confusion is None:
+            return []
+        matrix = np.array(self.confusion, dtype=np.int64)
+        np.fill_diagonal(matrix, 0)
+        order = np.argsort(-matrix, axis=None, kind="stable")[:limit]
+        cells = (divmod(int(cell), len(self.classes)) for cell in order)
+        found = [(self.classes[true], self.classes[given], int(matrix[true, given])) for true, given in cells]
+        return [pair for pair in found if pair[2]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the evaluation as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Return the inverse of `to_json`, also after a trip through a JSON file, where tuples became lists."""
+        confusion = data["confusion"]
+        return cls(
+            **{
+                **data,
+                "classes": tuple(data["classes"]),
+                "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
+                "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),
+                "per_class": tuple(ClassMetrics(**row) for row in data["per_class"]),
+                "bins": tuple(ReliabilityBin(**row) for row in data["bins"]),
+            }
+        )
+
+
+def evaluate(predictions: Predictions) -> Evaluation:
+    """Judge a table of predictions by the metrics of its task.
+
+    Raises:
+        InvalidInput: it holds no image.
+        TrainingError: a logit is NaN or infinite.
+    """
+    task = task_named(predictions.task)
+    rows = task.judge(predictions.logits, predictions.targets)
+    return Evaluation(
+        task=task.name,
+        classes=predictions.classes,
+        n=len(rows),
+        headline=task.headline.key,
+        values={metric.key: metric.compute(rows) for metric in task.metrics},
+        intervals={metric.key: metric.interval(rows) for metric in task.metrics if metric.interval},
+        per_class=tuple(
+            _class_metrics(name, *counts) for name, counts in zip(predictions.classes, task.class_counts(rows), strict=True)
+        ),
+        bins=task.reliability_bins(rows),
+        confusion=task.confusion(rows),
+    )
+
+
+def _class_metrics(name: str, n: int, n_predicted: int, n_correct: int) -> ClassMetrics:
+    return ClassMetrics(
+        name=name,
+        n=n,
+        n_predicted=n_predicted,
+        n_correct=n_correct,
+        precision=n_correct / n_predicted if n_predicted else None,
+        recall=n_correct / n if n else None,
+        f1=2 * n_correct / (n + n_predicted) if n else None,
+    )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The evaluations of a run by split, and the temperature that was fitted on held-out answers: ``evaluation.json``."""
+
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    temperature: Temperature | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All figures under their ``split/name`` keys."""
+        return {key: value for split, found in self.evaluations.items() for key, value in found.metrics(split).items()}
+
+
+def write_judgement(path: Path, judgement: Judgement) -> None:
+    """Write ``evaluation.json``, compactly: a confusion matrix may be large."""
+    document = {
+        "schema_version": 2,
+        "splits": {split: evaluation.to_json() for split, evaluation in judgement.evaluations.items()},
+        "temperature": asdict(judgement.temperature) if judgement.temperature else None,
+    }
+    write_atomic(path, lambda stream: stream.write((json_text(document) + "\n").encode()))
+
+
+def read_judgement(path: Path) -> Judgement:
+    """Read ``evaluation.json``."""
+    document = read_json(path)
+    temperature = document["temperature"]
+    return Judgement(
+        {split: Evaluation.from_json(data) for split, data in document["splits"].items()},
+        None if temperature is None else Temperature(**temperature),
+    )

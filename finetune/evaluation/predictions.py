@@ -1,0 +1,139 @@
+"""The table of a model's answers on one split: what every run writes, and what every figure is computed from.
+
+A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle):
+
+    logits      (N, C) float32   the model's outputs before softmax or sigmoid and before any temperature
+    targets     (N,) int64 class indices; with several labels per image (N, C) uint8, 1 where the label applies
+    sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
+    embedding   (N, D) float32   what the head was given; absent where it was not at hand
+    header      () uint8 text    JSON: schema_version, split, task, classes (in the order of the logits) and ids (one a row)
+
+The rows are in the order of the split's samples. ``finetune.evaluation.predictions.read(path)`` returns all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import InvalidInput
+from finetune.storage.files import json_text, write_atomic
+
+SCHEMA_VERSION = 1
+SHA256_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers on one split, one row an image."""
+
+    split: str
+    task: str  # multiclass, multilabel
+    classes: tuple[str, ...]  # in the order of the logits
+    ids: tuple[str, ...]  # of the samples: paths as given, relative to the dataset
+    sha256: NDArray[np.uint8]  # (N, 32)
+    targets: NDArray[Any]  # (N,) int64, or (N, C) uint8
+    logits: NDArray[np.float32]  # (N, C)
+    embedding: NDArray[np.float32] | None = None  # (N, D)
+
+    def __post_init__(self) -> None:
+        n, n_classes = len(self.ids), len(self.classes)
+        if self.logits.shape != (n, n_classes) or len(self.targets) != n or self.sha256.shape != (n, SHA256_BYTES):
+            raise InvalidInput(
+                f"predictions of {n} images and {n_classes} classes do not fit logits of shape {self.logits.shape}, targets of "
+                f"shape {self.targets.shape} and digests of shape {self.sha256.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: NDArray[np.integer] | Sequence[int]) -> Predictions:
+        """Return the table of these rows only, in the order given."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            ids=tuple(self.ids[row] for row in chosen),
+            sha256=self.sha256[chosen],
+            targets=self.targets[chosen],
+            logits=self.logits[chosen],
+            embedding=None if self.embedding is None else self.embedding[chosen],
+        )
+
+    def digests(self) -> list[str]:
+        """Return the sha256 of each image's bytes as hexadecimal text."""
+        return [row.tobytes().hex() for row in self.sha256]
+
+
+def digests_as_rows(digests: Sequence[str]) -> NDArray[np.uint8]:
+    """Return hexadecimal sha256 texts as (N, 32) bytes; an empty text becomes zeros."""
+    joined = b"".join(bytes.fromhex(digest) if digest else bytes(SHA256_BYTES) for digest in digests)
+    return np.frombuffer(joined, np.uint8).reshape(-1, SHA256_BYTES)
+
+
+def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
+    """Return the rows of all `parts` as one table, named `split`.
+
+    Raises:
+        InvalidInput: no part, or parts with other classes or another task.
+    """
+    if not parts or any(part.classes != parts[0].classes or part.task != parts[0].task for part in parts):
+        raise InvalidInput("only predictions of the same task and classes can be put together, and at least one table is needed")
+    with_embeddings = all(part.embedding is not None for part in parts)
+    return Predictions(
+        split=split,
+        task=parts[0].task,
+        classes=parts[0].classes,
+        ids=tuple(sample for part in parts for sample in part.ids),
+        sha256=np.concatenate([part.sha256 for part in parts]),
+        targets=np.concatenate([part.targets for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        embedding=np.concatenate([part.embedding for part in parts if part.embedding is not None]) if with_embeddings else None,
+    )
+
+
+def write(path: Path, predictions: Predictions) -> None:
+    """Write the table as one ``.npz`` file, whole or not at all."""
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "split": predictions.split,
+        "task": predictions.task,
+        "classes": list(predictions.classes),
+        "ids": list(predictions.ids),
+    }
+    arrays: dict[str, NDArray[Any]] = {
+        "header": np.frombuffer(json_text(header).encode(), np.uint8),
+        "logits": predictions.logits,
+        "targets": predictions.targets,
+        "sha256": predictions.sha256,
+    }
+    if predictions.embedding is not None:
+        arrays["embedding"] = predictions.embedding
+    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
+
+
+def read(path: Path) -> Predictions:
+    """Read a table that `write` wrote.
+
+    Raises:
+        InvalidInput: there is no such file, or it is not a table of predictions that this version reads.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            embedding = arrays.get("embedding")
+            columns = arrays["sha256"], arrays["targets"], arrays["logits"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{path}: not a table of predictions ({error})") from None
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{path}: predictions of schema version {header.get('schema_version')}, this version reads {SCHEMA_VERSION}"
+        )
+    classes, ids = tuple(header["classes"]), tuple(header["ids"])
+    return Predictions(header["split"], header["task"], classes, ids, *columns, embedding)

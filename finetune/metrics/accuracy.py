@@ -1,0 +1,57 @@
+"""Accuracy: how many images got the right label, over images and over classes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from finetune.metrics import Interval, Metric
+from finetune.metrics.intervals import wilson_interval
+from finetune.metrics.rows import Rows
+
+TOP_K = 5
+
+
+def top1(rows: Rows) -> float:
+    """Return the share of images whose most probable class is the true one."""
+    return _n_correct(rows) / len(rows)
+
+
+def top1_interval(rows: Rows) -> Interval:
+    return wilson_interval(_n_correct(rows), len(rows))
+
+
+def top5(rows: Rows) -> float:
+    """Return the share of images whose true class is among the five most probable ones."""
+    return float(np.count_nonzero(rows.rank < TOP_K)) / len(rows)
+
+
+def top5_interval(rows: Rows) -> Interval:
+    return wilson_interval(int(np.count_nonzero(rows.rank < TOP_K)), len(rows))
+
+
+def mean_per_class_accuracy(rows: Rows) -> float:
+    """Return the mean recall over the classes that have an image: each class counts the same."""
+    correct, counts = np.diagonal(rows.confusion), rows.confusion.sum(axis=1)
+    recalls = [int(c) / int(n) for c, n in zip(correct, counts, strict=True) if n]
+    return math.fsum(recalls) / len(recalls)
+
+
+def macro_f1(rows: Rows) -> float:
+    """Return the mean F1 over the classes that have an image."""
+    true, given, correct = rows.confusion.sum(axis=1), rows.confusion.sum(axis=0), np.diagonal(rows.confusion)
+    scores = [2 * int(c) / (int(t) + int(g)) for t, g, c in zip(true, given, correct, strict=True) if t]
+    return math.fsum(scores) / len(scores)
+
+
+def _n_correct(rows: Rows) -> int:
+    return int(np.trace(rows.confusion))
+
+
+TOP1 = Metric("top1", "top-1 accuracy", top1, top1_interval, percent=True)
+TOP5 = Metric("top5", "top-5 accuracy", top5, top5_interval, percent=True)
+MEAN_PER_CLASS_ACCURACY = Metric(
+    "mean_per_class_accuracy", "mean per-class accuracy", mean_per_class_accuracy, percent=True, over_classes=True
+)
+MACRO_F1 = Metric("macro_f1", "macro F1", macro_f1, over_classes=True)

@@ -1,0 +1,111 @@
+"""One value an image: what the metrics of a classifier with one label per image are computed from.
+
+Sums are taken in float64 in a fixed order, so equal logits give equal figures to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import InvalidInput, TrainingError
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+_BLOCK_ROWS = 4096  # bounds the float64 copy of the logits; fixed, so that sums do not depend on memory
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How each of N images was answered, out of `n_classes` classes."""
+
+    n_classes: int
+    targets: Integers  # (N,)
+    predicted: Integers  # (N,) the class with the largest logit
+    rank: Integers  # (N,) of the true class among the logits: 0 is best
+    confidence: Floats  # (N,) probability of the predicted class
+    nll: Floats  # (N,) negative log-likelihood of the true class, in nats
+    brier: Floats  # (N,) squared distance of the probabilities from the one-hot truth, 0 to 2
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def score(self) -> Floats:
+        """1 for each image whose top label is right, else 0: what the headline metric is the mean of."""
+        return np.asarray(self.predicted == self.targets, np.float64)
+
+    @cached_property
+    def confusion(self) -> Integers:
+        """(C, C) counts by true and predicted class."""
+        cells = self.targets * self.n_classes + self.predicted
+        return np.asarray(np.bincount(cells, minlength=self.n_classes**2).reshape(self.n_classes, self.n_classes), np.int64)
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """(C,) whether a class has an image; means over classes leave the others out."""
+        return np.asarray(self.confusion.sum(axis=1) > 0)
+
+
+def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]], beta: float = 1.0) -> Rows:
+    """Judge logits (N, C) against class indices (N,).
+
+    Args:
+        beta: factor on the logits, the inverse of a temperature; it changes probabilities, never which class is first.
+
+    Raises:
+        InvalidInput: no image, or shapes and targets that do not fit each other.
+        TrainingError: a logit is NaN or infinite.
+    """
+    checked = check(logits, targets)
+    starts = range(0, len(checked), _BLOCK_ROWS)
+    parts = [_judge_block(logits[i : i + _BLOCK_ROWS], checked[i : i + _BLOCK_ROWS], beta) for i in starts]
+    return Rows(logits.shape[1], checked, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def log_softmax(scores: Floats) -> Floats:
+    """(N, C) float64 to the logarithms of the softmax over classes."""
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
+
+
+def check(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) -> Integers:
+    """Return the targets as int64, after every check that makes the arithmetic on them safe; raises as `judge_rows` does."""
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise InvalidInput(
+            f"cannot evaluate logits of shape {logits.shape} against targets of shape {targets.shape}: "
+            "expected (images, classes) and (images,)"
+        )
+    n_classes = logits.shape[1]
+    if not len(targets):
+        raise InvalidInput("nothing to evaluate: the split holds no image. Give it some, or leave the split out")
+    if targets.min() < 0 or targets.max() >= n_classes:
+        raise InvalidInput(
+            f"labels run from {targets.min()} to {targets.max()}; {n_classes} classes are numbered 0 to {n_classes - 1}"
+        )
+    bad_rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad_rows):
+        raise TrainingError(
+            f"{len(bad_rows)} of {len(targets)} images have NaN or infinite logits (first: row {bad_rows[0]}): "
+            "the model diverged. Try a lower learning_rate, or float32 precision"
+        )
+    return targets.astype(np.int64)
+
+
+def _judge_block(
+    logits: NDArray[np.floating[Any]], targets: Integers, beta: float
+) -> tuple[Integers, Integers, Floats, Floats, Floats]:
+    log_probs = log_softmax(logits.astype(np.float64) * beta)  # (B, C)
+    every = np.arange(len(targets))
+    predicted = logits.argmax(axis=1)  # ties go to the first class, here and in `rank`
+    true_logit = logits[every, targets][:, None]
+    ahead = (logits > true_logit) | ((logits == true_logit) & (np.arange(logits.shape[1]) < targets[:, None]))
+    probs = np.exp(log_probs)
+    confidence = probs[every, predicted]
+    probs[every, targets] -= 1.0  # now the distance from the one-hot truth
+    return predicted, ahead.sum(axis=1), confidence, -log_probs[every, targets], np.square(probs).sum(axis=1)

@@ -1,0 +1,87 @@
+"""Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one number that makes probabilities honest and changes no answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.metrics.calibration import ece
+from finetune.metrics.likelihood import nll
+from finetune.metrics.rows import Integers, check, judge_rows, log_softmax
+
+_BLOCK_ROWS = 4096
+_BETA_LIMIT = 100.0  # inverse temperatures are looked for between 1/100 and 100
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """The fitted divisor of the logits. Both ECEs are measured on the images it was fitted on, so `ece_after` is optimistic."""
+
+    temperature: float
+    nll_before: float
+    nll_after: float
+    ece_before: float
+    ece_after: float
+    n: int
+    at_limit: bool  # the best value lies outside 1/100 .. 100, as when every image is labelled rightly: do not apply it
+
+
+def fit_softmax_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) -> Temperature:
+    """Find the T > 0 that minimises the negative log-likelihood of ``softmax(logits / T)``.
+
+    The likelihood is convex in 1/T, so Newton's method inside a shrinking bracket finds the one minimum. Fit it on held-out
+    images that are not the test split.
+
+    Raises:
+        InvalidInput, TrainingError: as `judge_rows` does.
+    """
+    checked = check(logits, targets)
+    beta = _best_beta(logits, checked)
+    before, after = judge_rows(logits, checked), judge_rows(logits, checked, beta)
+    return Temperature(
+        temperature=1.0 / beta,
+        nll_before=nll(before),
+        nll_after=nll(after),
+        ece_before=ece(before),
+        ece_after=ece(after),
+        n=len(checked),
+        at_limit=beta in (1.0 / _BETA_LIMIT, _BETA_LIMIT),
+    )
+
+
+def _best_beta(logits: NDArray[np.floating[Any]], targets: Integers) -> float:
+    """Return the inverse temperature of the lowest loss, between the limits; 1 when the loss does not depend on it."""
+    lower, upper, beta = 1.0 / _BETA_LIMIT, _BETA_LIMIT, 1.0
+    if _derivatives(logits, targets, upper)[0] < 0:
+        return upper
+    if _derivatives(logits, targets, lower)[0] > 0:
+        return lower
+    for _ in range(100):
+        slope, curvature = _derivatives(logits, targets, beta)
+        if slope == 0:
+            break
+        lower, upper = (lower, beta) if slope > 0 else (beta, upper)
+        newton = beta - slope / curvature if curvature > 0 else math.inf
+        candidate = newton if lower < newton < upper else math.sqrt(lower * upper)
+        if abs(candidate - beta) <= 1e-12 * beta:
+            break
+        beta = candidate
+    return beta
+
+
+def _derivatives(logits: NDArray[np.floating[Any]], targets: Integers, beta: float) -> tuple[float, float]:
+    """First and second derivative in beta of the summed loss of ``beta * logits``: E[z] - z_true and Var[z] under the softmax."""
+    slopes, curvatures = [], []
+    for start in range(0, len(targets), _BLOCK_ROWS):
+        block = logits[start : start + _BLOCK_ROWS].astype(np.float64)
+        block -= block.max(axis=1, keepdims=True)
+        probs = np.exp(log_softmax(block * beta))
+        mean = (probs * block).sum(axis=1)
+        true_logit = block[np.arange(len(block)), targets[start : start + _BLOCK_ROWS]]
+        slopes.append(float((mean - true_logit).sum()))
+        curvatures.append(float((probs * np.square(block - mean[:, None])).sum()))
+    return math.fsum(slopes), math.fsum(curvatures)

@@ -1,0 +1,1 @@
+"""Pages and pictures of what runs did: self-contained HTML, SVG figures."""

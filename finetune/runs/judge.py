@@ -1,0 +1,112 @@
+"""Judge a trained model: its answers on every split that it was not trained on, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Sample
+from finetune.data.loader import EvalLoader
+from finetune.errors import NoBetterThanChance
+from finetune.evaluation.evaluate import Judgement, evaluate
+from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.metrics.temperature import Temperature
+from finetune.progress import Progress
+from finetune.runs.build import Built
+from finetune.runtime.session import open_session
+from finetune.tasks import task_named
+from finetune.train.train import Trained, TrainingContext, solved_outputs
+
+BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
+MIN_IMAGES_TO_CALIBRATE = 100
+LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
+
+
+def predict_splits(built: Built, trained: Trained, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
+    """Answer every image of these splits, as the exported graph computes it."""
+    found = {}
+    for split in splits:
+        samples = built.dataset.of(split)
+        if samples:
+            logits, embedding = _outputs(built, trained, context, samples, split)
+            found[split] = table_of(built, split, samples, logits, embedding)
+    return found
+
+
+def table_of(
+    built: Built,
+    split: str,
+    samples: Sequence[Sample],
+    logits: NDArray[np.float32],
+    embedding: NDArray[np.float32] | None = None,
+) -> Predictions:
+    """Return the answers to `samples` as a table."""
+    return Predictions(
+        split=split,
+        task=built.task.name,
+        classes=built.dataset.classes,
+        ids=tuple(sample.id for sample in samples),
+        sha256=digests_as_rows([sample.sha256 for sample in samples]),
+        targets=built.task.encode([sample.target for sample in samples], len(built.dataset.classes)),
+        logits=logits,
+        embedding=embedding,
+    )
+
+
+def judge(predictions: Mapping[str, Predictions]) -> Judgement:
+    """Evaluate every table, and fit the temperature on val."""
+    evaluations = {split: evaluate(table) for split, table in predictions.items()}
+    return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None)
+
+
+def calibrate(predictions: Predictions) -> Temperature | None:
+    """Fit the temperature on these held-out answers; return None where they are too few, or where no value fits best."""
+    if len(predictions) < MIN_IMAGES_TO_CALIBRATE:
+        return None
+    temperature = task_named(predictions.task).fit_temperature(predictions.logits, predictions.targets)
+    return None if temperature.at_limit else temperature
+
+
+def refuse_nonsense(predictions: Predictions) -> None:
+    """Refuse a model that is no better than an answer which does not look at the image.
+
+    Raises:
+        NoBetterThanChance: with the figures that say so.
+    """
+    chance, evaluation = task_named(predictions.task).chance(predictions.targets), evaluate(predictions)
+    value, loss = evaluation.values[evaluation.headline], evaluation.values["loss"]
+    uniform = float(np.log(len(predictions.classes)))
+    split, n = predictions.split, len(predictions)
+    if value <= chance < 1.0:
+        found = (
+            f"its {evaluation.headline} on the {n:,} {split} images is {value:.3f}; one answer to all of them has {chance:.3f}"
+        )
+    elif loss > LOSS_OF_NONSENSE * uniform:
+        found = f"its loss on the {n:,} {split} images is {loss:.3g}; answering at random has {uniform:.3g}, so training diverged"
+    else:
+        return
+    raise NoBetterThanChance(
+        f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
+        "hyperparameters.learning_rate_multiplier: 0.1; to register it all the same: --set export.register_model=always"
+    )
+
+
+def _outputs(
+    built: Built, trained: Trained, context: TrainingContext, samples: tuple[Sample, ...], what: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return logits and embeddings. Where only the head is new, the images need not go through the backbone again."""
+    if trained.only_the_head and context.compute.device == "cpu":  # a GPU's features are rounded otherwise than the graph's
+        return solved_outputs(built.classifier, samples, context)
+    session = open_session(built.exported(), threads=context.compute.threads)
+    logits: list[NDArray[np.float32]] = []
+    embedding: list[NDArray[np.float32]] = []
+    done = 0
+    for batch in EvalLoader(samples, built.resolved.preprocess, BATCH_SIZE, context.compute.threads):
+        outputs = session.run(["logits", "embedding"], {"images": batch.images})
+        logits.append(outputs[0])
+        embedding.append(outputs[1])
+        done += len(batch.indices)
+        context.progress(Progress("evaluating", done, len(samples), "images", message=f"evaluating {what}"))
+    return np.concatenate(logits), np.concatenate(embedding)

@@ -1,0 +1,43 @@
+"""What a study asks of one of its runs beyond the job spec; written into the run folder, so that a resumed run knows it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from finetune.storage.files import read_json, write_json
+from finetune.storage.rundir import RunDir
+
+Goal = Literal["judged", "exported", "registered"]
+GOALS: tuple[Goal, ...] = ("judged", "exported", "registered")  # each includes those before it
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How far a run goes, and what is decided for it.
+
+    Args:
+        goal: ``judged``: trained and evaluated. ``exported``: also written as a bundle. ``registered``: also a model version.
+        decided_by: path, relative to the run folder, of a finished run of the same request whose choices are taken over:
+            then nothing is chosen on validation images, and all of them may be trained on.
+        judged: the splits that the model is judged on, of those that there are.
+    """
+
+    goal: Goal = "registered"
+    decided_by: str | None = None
+    judged: tuple[str, ...] = ("val", "test")
+
+    def reaches(self, goal: Goal) -> bool:
+        """Return whether a run with these options goes as far as `goal`."""
+        return GOALS.index(self.goal) >= GOALS.index(goal)
+
+    def write(self, run: RunDir) -> None:
+        write_json(run.options, asdict(self))
+
+    @classmethod
+    def read(cls, run: RunDir) -> RunOptions:
+        """Return the options in a run folder; the defaults where there are none."""
+        if not run.options.exists():
+            return cls()
+        given = read_json(run.options)
+        return cls(**{**given, "judged": tuple(given["judged"])})

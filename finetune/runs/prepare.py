@@ -1,0 +1,149 @@
+"""Everything before training: read the data, build the network, split, resolve. `finetune check` ends here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+from finetune.data.check import check_images
+from finetune.data.dataset import Dataset
+from finetune.data.index import index_dataset
+from finetune.data.split import read_split, split_dataset, write_split
+from finetune.errors import InvalidInput, Problem
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runs.build import Built, Network, Shared, build, build_network, seeded_backbone
+from finetune.runs.options import RunOptions
+from finetune.runs.resolve import Resolved, resolve, resolve_compute
+from finetune.runtime.cores import available_cores
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json
+from finetune.storage.rundir import RunDir
+from finetune.train.choices import Choices
+from finetune.train.machine import resolve_device
+
+
+def prepare(
+    spec: JobSpec,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    run: RunDir | None = None,
+    options: RunOptions | None = None,
+) -> Built:
+    """Read, split and resolve; build the network. The files are read in a thread of their own meanwhile.
+
+    Args:
+        run: where the split is written, or read back if the run was interrupted or its study has drawn the split.
+
+    Raises:
+        InvalidInput: what is wrong with the data and what with the model, in one error; else what is wrong with the files.
+        ExportError: the backbone could be trained, but not served.
+    """
+    compute = resolve_compute(spec, resolve_device(spec.compute.device), available_cores())
+    dataset, network = read_and_build(spec, shared, progress)
+    dataset = split_for(spec, dataset, run)
+    if options is not None and options.decided_by is not None:
+        dataset = with_val_as_train(dataset)
+    earlier, choices = _decisions(run, options or RunOptions())
+    resolved = resolve(spec, dataset, network.facts, compute, earlier, choices.l2 if choices else None)
+    return build(resolved, dataset, network.copy())
+
+
+def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:
+    """Return the checked dataset, not split yet, and the untrained network; each once in a process."""
+    data_key, network_key = _data_key(spec), _network_key(spec)
+    if data_key in shared.datasets and network_key in shared.networks:
+        return shared.datasets[data_key], shared.networks[network_key]
+    indexed = _index(spec)
+    with _reading(spec, indexed, shared, progress) as reading:
+        if network_key not in shared.networks:
+            shared.networks[network_key] = build_network(spec, len(indexed.classes), shared.workspace)
+        shared.datasets[data_key] = reading.result()
+    return shared.datasets[data_key], shared.networks[network_key]
+
+
+def decisions_of(run: RunDir) -> tuple[Resolved, Choices]:
+    """Return what a finished run resolved and chose."""
+    return Resolved.from_dict(read_json(run.resolved)), Choices.from_dict(read_json(run.outcome)["choices"])
+
+
+def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None, Choices | None]:
+    if run is None or options.decided_by is None:
+        return None, None
+    return decisions_of(RunDir((run.root / options.decided_by).resolve()))
+
+
+def _data_key(spec: JobSpec) -> str:
+    """Return what decides which files are read and which of them are left out."""
+    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.on_bad_image, spec.data.max_bad_fraction)
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _network_key(spec: JobSpec) -> str:
+    parts = (spec.model.model_dump_json(), spec.seed, _data_key(spec))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
+    """Return the dataset divided as `run` says that it was, else as `spec` asks, which is then written into `run`."""
+    if run is not None and run.split.exists():
+        return read_split(run.split, dataset)
+    data = spec.data
+    split = split_dataset(dataset, val_fraction=data.val_fraction, test_fraction=data.held_out_fraction, seed=data.split_seed)
+    if run is not None:
+        write_split(run.split, split)
+    return split
+
+
+def with_val_as_train(dataset: Dataset) -> Dataset:
+    """Return the dataset with its val images as training images, in the order that the samples have."""
+    samples = (replace(sample, split="test" if sample.split == "test" else "train") for sample in dataset.samples)
+    return replace(dataset, samples=tuple(samples))
+
+
+def _index(spec: JobSpec) -> Dataset:
+    """List the samples; where that fails, the error also tells what is wrong with the model."""
+    try:
+        return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+    except InvalidInput as of_data:
+        try:
+            seeded_backbone(spec)
+        except InvalidInput as of_model:
+            problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
+            raise InvalidInput("two things are wrong with this request", problems) from of_data
+        raise
+
+
+@contextmanager
+def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: ProgressCallback) -> Iterator[Future[Dataset]]:
+    """Check the images in a thread of its own; where the block ends by an exception, it is given up soon."""
+    given_up = Event()
+
+    def report(update: Progress) -> None:
+        if given_up.is_set():
+            raise CancelledError
+        progress(update)
+
+    def read() -> Dataset:
+        return check_images(
+            indexed,
+            on_bad=spec.data.on_bad_image,
+            max_bad_fraction=spec.data.max_bad_fraction,
+            progress=report,
+            memory=shared.store.folder("notes"),
+        )
+
+    with ThreadPoolExecutor(1, "reading") as pool:
+        try:
+            yield pool.submit(read)
+        except BaseException:
+            given_up.set()
+            raise
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -1,0 +1,82 @@
+"""Gather what the report page of a run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from finetune.bundle.manifest import Manifest
+from finetune.data.dataset import Dataset
+from finetune.evaluation.evaluate import Judgement
+from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.mistakes import confident_mistakes
+from finetune.evaluation.predictions import Predictions
+from finetune.report.page import ReportInputs, ShownMistake, write_report
+from finetune.runs.build import Built
+from finetune.runs.outcome import Outcome
+from finetune.storage.rundir import RunDir
+from finetune.train.train import Trained
+
+SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
+GALLERY_SIZE = 12
+
+
+def write_run_report(
+    built: Built,
+    trained: Trained,
+    judgement: Judgement,
+    predictions: Mapping[str, Predictions],
+    notes: Sequence[str],
+    manifest: Manifest,
+    outcome: Outcome,
+    run: RunDir,
+    folds: CrossValidation | None = None,
+) -> None:
+    """Write ``report.html`` and its figures into the run folder."""
+    resolved, head = built.resolved, trained.head
+    judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
+    pictured = next((split for split in judged if split in predictions), None)
+    inputs = ReportInputs(
+        title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
+        evaluations={split: judgement.evaluations[split] for split in judged},
+        folds=folds,
+        summary=outcome.summary,
+        note=" ".join(notes),
+        warnings=resolved.dataset.warnings,
+        spec=resolved.spec.model_dump(mode="json"),
+        sources=resolved.sources,
+        resolved=resolved.values(),
+        phases=[asdict(phase) for phase in resolved.recipe.phases],
+        stage_names={f"stage{stage.index}": stage.name for stage in resolved.backbone.stages},
+        images=resolved.dataset.counts,
+        cost=outcome.cost,
+        frozen=trained.frozen,
+        parity=manifest.parity,
+        weights=resolved.backbone.weights,
+        versions=manifest.versions,
+        temperature=judgement.temperature,
+        l2_path=[asdict(point) for point in head.path] if head else (),
+        l2=head.l2 if head else None,
+        mistakes=shown_mistakes(predictions[pictured], built.dataset, built) if pictured else (),
+        mistakes_of=pictured or "",
+    )
+    write_report(run, inputs)
+
+
+def shown_mistakes(predictions: Predictions, dataset: Dataset, built: Built) -> list[ShownMistake]:
+    """Return the mistakes that the model is surest of, with what it saw."""
+    sample_of = {sample.id: sample for sample in dataset.samples}
+    shown = []
+    for mistake in confident_mistakes(predictions, GALLERY_SIZE):
+        sample = sample_of[predictions.ids[mistake.index]]
+        shown.append(
+            ShownMistake(
+                image=sample.decode(built.resolved.preprocess.load),
+                file=sample.id,
+                true=predictions.classes[mistake.true],
+                predicted=predictions.classes[mistake.predicted],
+                confidence=mistake.confidence,
+                true_probability=mistake.true_probability,
+            )
+        )
+    return shown

@@ -1,0 +1,207 @@
+"""Resolve a request: every ``auto`` decided once, from facts, with the reason beside it. Pure functions; torch-free.
+
+What comes out is a value that can be written down. The network, the loaders and the sessions are built from it
+(`finetune.runs.build`) and never written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.check import ResizeAdvice, advise_resize, image_facts
+from finetune.data.dataset import Dataset
+from finetune.naming import model_name
+from finetune.runs.facts import BackboneFacts
+from finetune.runtime.device import Device
+from finetune.spec import JobSpec, parse_spec
+from finetune.train.compute import Compute
+from finetune.train.recipe import Facts, Recipe, refit_recipe, resolve_recipe
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """The data of a run, as it was read and split."""
+
+    name: str
+    root: str
+    digest: str
+    classes: tuple[str, ...]
+    counts: Mapping[str, Mapping[str, int]]  # images by split and class
+    sizes: Mapping[str, int]  # images by split
+    quarantined: tuple[Mapping[str, str], ...]  # file and reason
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> DatasetFacts:
+        """Return the facts from JSON values, where tuples became lists."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DatasetFacts:
+        """Return the facts of a dataset that is split."""
+        return cls(
+            name=dataset.name,
+            root=dataset.root,
+            digest=dataset.digest,
+            classes=dataset.classes,
+            counts=dataset.counts(),
+            sizes=dataset.sizes(),
+            quarantined=tuple({"file": bad.where, "reason": bad.reason} for bad in dataset.bad),
+            warnings=dataset.warnings,
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request with every choice made: ``resolved.json``. What a run reports is this, because this is what it carries out."""
+
+    spec: JobSpec
+    model_name: str
+    task: str
+    dataset: DatasetFacts
+    backbone: BackboneFacts
+    preprocess: Preprocess
+    augmentation: str | None  # the policy's name; None where nothing is trained on augmented views
+    recipe: Recipe
+    compute: Compute
+    sources: Mapping[str, str]  # field path of the spec -> where its value came from
+
+    @property
+    def augments(self) -> bool:
+        """Whether anything is trained on augmented views; a head that is solved on the images as evaluated is not."""
+        return self.augmentation is not None
+
+    def values(self) -> dict[str, Any]:
+        """Return the resolved value of every spec field that could be ``auto``, by field path."""
+        recipe = self.recipe
+        return {
+            "task": self.task,
+            "model.backbone": self.backbone.name,
+            "model.weights": self.backbone.weights["identifier"],
+            "model.input_size_px": self.preprocess.input_size_px[0],
+            "model.head.dropout": recipe.dropout,
+            "data.resize": self.preprocess.resize,
+            "hyperparameters.n_epochs": recipe.n_epochs,
+            "hyperparameters.batch_size": recipe.batch_size if recipe.n_steps else None,
+            "hyperparameters.train_size_px": recipe.train_size_px[0] if recipe.n_steps else None,
+            "hyperparameters.learning_rate": recipe.peak_learning_rate if recipe.n_steps else None,
+            "hyperparameters.weight_decay": recipe.weight_decay if recipe.n_steps else None,
+            "hyperparameters.label_smoothing": recipe.label_smoothing,
+            "hyperparameters.ema": recipe.ema_half_life_steps is not None,
+            "hyperparameters.early_stopping_epochs": recipe.early_stopping_epochs,
+            "hyperparameters.views": recipe.views,
+            "hyperparameters.l2": "chosen by validation" if recipe.l2 is None else recipe.l2,
+            "augmentation.policy": self.augmentation or "none",
+            "compute.device": self.compute.device,
+            "compute.threads": self.compute.threads,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as ``resolved.json`` holds them."""
+        trainable = set(self.recipe.trainable)
+        backbone = self.backbone.to_dict()
+        backbone["stages"] = [{**stage, "trains": stage["index"] in trainable} for stage in backbone["stages"]]
+        return {
+            "schema_version": 2,
+            "spec": self.spec.model_dump(mode="json"),
+            "spec_digest": self.spec.digest(),
+            "model_name": self.model_name,
+            "task": self.task,
+            "dataset": asdict(self.dataset),
+            "backbone": backbone,
+            "preprocess": self.preprocess.to_dict(),
+            "augmentation": self.augmentation,
+            "recipe": self.recipe.to_dict(),
+            "compute": asdict(self.compute),
+            "values": self.values(),
+            "sources": dict(self.sources),
+        }
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Resolved:
+        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        stages = [{key: value for key, value in stage.items() if key != "trains"} for stage in given["backbone"]["stages"]]
+        return cls(
+            spec=parse_spec(given["spec"]),
+            model_name=given["model_name"],
+            task=given["task"],
+            dataset=DatasetFacts.from_dict(given["dataset"]),
+            backbone=BackboneFacts.from_dict({**given["backbone"], "stages": stages}),
+            preprocess=Preprocess.from_dict(given["preprocess"]),
+            augmentation=given["augmentation"],
+            recipe=Recipe.from_dict(given["recipe"]),
+            compute=Compute(**given["compute"]),
+            sources=given["sources"],
+        )
+
+
+def resolve(
+    spec: JobSpec,
+    dataset: Dataset,
+    backbone: BackboneFacts,
+    compute: Compute,
+    decided_by: Resolved | None = None,
+    l2: float | None = None,
+) -> Resolved:
+    """Decide everything that a run of one method depends on.
+
+    Args:
+        dataset: read, checked and split.
+        decided_by: an earlier run of the same request whose recipe is taken over, for more images.
+        l2: the strength that the earlier run's head was solved with.
+
+    Raises:
+        SpecError: the request does not fit the backbone.
+    """
+    advice = resolve_resize(spec, dataset, backbone)
+    sizes = dataset.sizes()
+    facts = Facts(
+        n_train=sizes.get("train", 0),
+        n_val=sizes.get("val", 0),
+        n_classes=len(dataset.classes),
+        n_parameters=backbone.n_parameters,
+        device=compute.device,
+        threads=compute.threads,
+        has_batch_norm=backbone.has_batch_norm,
+        pretrained=backbone.is_pretrained,
+        input_size_px=backbone.preprocess.input_size_px,
+        resizable=backbone.resizable,
+    )
+    if decided_by is None:
+        recipe = resolve_recipe(spec, facts, backbone.stages)
+        preprocess, reason = replace(backbone.preprocess, resize=advice.resize), advice.reason
+    else:
+        recipe = refit_recipe(decided_by.recipe, facts.n_train, l2)
+        preprocess, reason = decided_by.preprocess, decided_by.sources["data.resize"]
+    augments = bool(recipe.n_steps) or recipe.views > 1
+    policy = "as listed" if spec.augmentation.transforms is not None else spec.augmentation.policy
+    return Resolved(
+        spec=spec,
+        model_name=model_name(spec.suffix, dataset.name),
+        task="multiclass" if spec.task == "auto" else spec.task,
+        dataset=DatasetFacts.of(dataset),
+        backbone=backbone,
+        preprocess=preprocess,
+        augmentation=policy if augments else None,
+        recipe=recipe,
+        compute=compute,
+        sources={**recipe.sources, "data.resize": reason},
+    )
+
+
+def resolve_compute(spec: JobSpec, device: Device, cores: int) -> Compute:
+    """Return where a request is computed: `device` is what ``auto`` means on this machine."""
+    return Compute(device, spec.compute.precision, cores if spec.compute.threads == "auto" else spec.compute.threads)
+
+
+def resolve_resize(spec: JobSpec, dataset: Dataset, backbone: BackboneFacts) -> ResizeAdvice:
+    """Return how images are framed: as given; else as the weights were trained, unless that would hide much of these images."""
+    if spec.data.resize != "auto":
+        return ResizeAdvice(spec.data.resize, "given")
+    advice = advise_resize(image_facts(dataset.samples))
+    if advice.resize == "crop":
+        return ResizeAdvice(backbone.preprocess.resize, f"as the weights were trained; {advice.reason}")
+    return advice

@@ -1,0 +1,267 @@
+"""The whole story of one run, from a request to a registered model: read `run_job`.
+
+Each line hands one named value to the next; how a step is done is in the module that it comes from. A run that was interrupted
+goes on where it was when it is called again with the same folder, and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from finetune.bundle.manifest import Manifest, read_manifest
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import ModelVersion, Registry
+from finetune.errors import InvalidInput
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.evaluate import Judgement, write_judgement
+from finetune.evaluation.folds import CrossValidation
+from finetune.evaluation.predictions import Predictions
+from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
+from finetune.export import BundleFacts, export_bundle
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.build import Built, Shared
+from finetune.runs.judge import judge, predict_splits, refuse_nonsense
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.runs.prepare import decisions_of, prepare
+from finetune.runs.report import SHOWN_FIRST, write_run_report
+from finetune.runs.resolve import Resolved
+from finetune.runs.watch import Stopwatch, failures_recorded, recorded
+from finetune.spec import JobSpec
+from finetune.storage.files import write_atomic, write_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+from finetune.train.choices import Choices
+from finetune.train.train import Trained, TrainingContext, train
+
+LATENCY_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a study knows about the run that it keeps, and that the run's bundle and report must say.
+
+    Args:
+        judgement: evaluations of all splits, and the temperature to export with; None: the run's own count.
+        predictions: the answers behind them.
+        notes: sentences that go beside the figures: which weights they are of.
+        summary: what the study came to, in place of what the run came to.
+        folds: the cross-validation.
+    """
+
+    judgement: Judgement | None = None
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    summary: str = ""
+    folds: CrossValidation | None = None
+
+
+def run_job(
+    spec: JobSpec,
+    run: RunDir,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    options: RunOptions | None = None,
+    carried: Carried | None = None,
+) -> Outcome:
+    """Fine-tune with one method, judge, export and register, as far as `options` say.
+
+    Args:
+        options: by default those in the run folder, which a study has written there.
+
+    Raises:
+        FinetuneError: whatever went wrong, also written to ``error.json`` in the run folder.
+        KeyboardInterrupt: the run was asked to stop, and has written a checkpoint.
+    """
+    if spec.method.type == "auto":
+        raise InvalidInput("method auto is a study of several runs: use finetune.studies.carry_out")
+    with run.held(), failures_recorded(run):
+        options = options or RunOptions.read(run)
+        if (done := finished_outcome(run, options)) is not None:
+            return done
+        stopwatch = Stopwatch(run)
+        progress = recorded(progress, run, stopwatch)
+        write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
+        options.write(run)
+
+        built = prepare(spec, shared, progress, run, options)
+        announce(built, run)
+        context = training_context(built, run, shared, progress)
+        trained = train(built.classifier, built.resolved.recipe, context, _decided(run, options))
+        predictions = predict_splits(built, trained, context, options.judged)
+        for split, table in predictions.items():
+            tables.write(run.predictions_of(split), table)
+        carried = carried or Carried()
+        judgement = carry_over(judge(predictions), carried.judgement)
+        write_judgement(run.evaluation, judgement)
+        outcome = outcome_of(built, trained, judgement, run, stopwatch, options)
+
+        if options.reaches("exported"):
+            manifest = export(built, trained, judgement, carried, run, progress)
+            cost = {**outcome.cost, **model_cost(built, run)}
+            outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
+            answers = {**carried.predictions, **predictions}
+            write_run_report(built, trained, judgement, answers, carried.notes, manifest, outcome, run, carried.folds)
+        if options.reaches("registered"):
+            version = register(built.resolved, run.bundle, predictions, shared.workspace)
+            outcome = replace(outcome, model=version.name, version=version.version)
+        finish(outcome, run)
+        return outcome
+
+
+def announce(built: Built, run: RunDir) -> None:
+    """Write down what was resolved, for people and for whatever follows the run."""
+    resolved = built.resolved
+    write_json(run.resolved, resolved.to_dict())
+    sizes = ", ".join(f"{count:,} {split}" for split, count in resolved.dataset.sizes.items())
+    message = f"{len(resolved.dataset.classes)} classes; images: {sizes}"
+    run.record(Planned(message, dict(resolved.dataset.sizes), len(resolved.dataset.quarantined)))
+    for warning in resolved.dataset.warnings:
+        run.record(DataWarning(warning))
+
+
+def training_context(built: Built, run: RunDir, shared: Shared, progress: ProgressCallback) -> TrainingContext:
+    """Return what all training of this run shares."""
+    resolved = built.resolved
+    return TrainingContext(
+        dataset=built.dataset,
+        task=built.task,
+        augment=built.augment,
+        run=run,
+        compute=resolved.compute,
+        identity={"spec": resolved.spec.digest(), "dataset": resolved.dataset.digest},
+        store=shared.store,
+        graph=built.exported,
+        progress=progress,
+    )
+
+
+def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
+    """Return a run's own judgement with what its study knows of other splits; the study's temperature counts."""
+    return own if carried is None else Judgement({**carried.evaluations, **own.evaluations}, carried.temperature)
+
+
+def export(
+    built: Built, trained: Trained, judgement: Judgement, carried: Carried, run: RunDir, progress: ProgressCallback
+) -> Manifest:
+    """Write the bundle. One that an interrupted run has already written is complete and stays."""
+    if run.bundle.exists():
+        return read_manifest(run.bundle)
+    spec, dataset = built.resolved.spec, built.dataset
+    facts = BundleFacts(
+        name=built.resolved.model_name,
+        task=built.task.name,
+        classes=dataset.classes,
+        method={**spec.method.model_dump(mode="json"), **({"notes": list(carried.notes)} if carried.notes else {})},
+        spec_digest=spec.digest(),
+        metrics={**judgement.metrics, **(carried.folds.metrics if carried.folds else {})},
+        calibration=asdict(judgement.temperature) if judgement.temperature else {},
+        frozen=trained.frozen,
+    )
+    manifest = export_bundle(
+        built.classifier,
+        facts,
+        dataset.of("val") or dataset.of("train"),
+        run.bundle,
+        graph=built.graph,
+        quantize=spec.export.quantize,
+        training=dataset.of("train"),
+        progress=progress,
+    )
+    if quantization := manifest.model.get("quantization"):
+        run.record(Quantised(quantization["sentence"], quantization["kept"]))
+    return manifest
+
+
+def register(resolved: Resolved, bundle: Path, predictions: Mapping[str, Predictions], workspace: Workspace) -> ModelVersion:
+    """Make a bundle a version in the registry.
+
+    Args:
+        predictions: its answers on images that it was not trained on; the most independent split decides.
+
+    Raises:
+        NoBetterThanChance: the model learnt nothing, and the request does not insist.
+    """
+    if resolved.spec.export.register_model == "auto":
+        split = next((split for split in SHOWN_FIRST if split in predictions), None)
+        if split is not None:
+            refuse_nonsense(predictions[split])
+    return Registry(workspace.models).register(bundle, resolved.model_name, once=True)
+
+
+def outcome_of(
+    built: Built, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
+) -> Outcome:
+    """Return what the run came to, before anything is exported."""
+    resolved = built.resolved
+    return Outcome(
+        run=run.root,
+        method=resolved.spec.method.type,
+        carried_out=resolved.recipe.method,
+        goal=options.goal,
+        metrics=judgement.metrics,
+        cost={
+            **stopwatch.read(),
+            "train_seconds": trained.seconds,
+            "trainable_parameters": float(trained.n_trainable),
+            "total_parameters": float(sum(parameter.numel() for parameter in built.classifier.parameters())),
+        },
+        summary=trained.summary,
+        classes=resolved.dataset.classes,
+        n_train=len(built.dataset.of("train")),
+        warnings=resolved.dataset.warnings,
+        quarantined=len(resolved.dataset.quarantined),
+        choices=trained.choices.to_dict(),
+        frozen=trained.frozen,
+    )
+
+
+def model_cost(built: Built, run: RunDir) -> dict[str, float]:
+    """Return what the exported model takes: bytes on disk, seconds for one image on one core (the median of some rounds)."""
+    predictor = Predictor.load(run.bundle)
+    image = np.zeros((1, *built.resolved.preprocess.input_size_px, 3), np.uint8)
+    rounds = []
+    for _ in range(LATENCY_ROUNDS):
+        started = time.perf_counter()
+        predictor.run(image)
+        rounds.append(time.perf_counter() - started)
+    return {
+        "bundle_bytes": float(sum(path.stat().st_size for path in run.bundle.iterdir())),
+        "latency_seconds": statistics.median(rounds),
+    }
+
+
+def finish(outcome: Outcome, run: RunDir) -> None:
+    """Write the last figures and ``outcome.json``, which says that the run is complete."""
+    run.metric(_last_step(run), {**outcome.metrics, **{f"cost/{name}": value for name, value in outcome.cost.items()}})
+    outcome.write(run)
+    if outcome.model is None:
+        run.record(Finished(outcome.summary, outcome.metrics))
+    else:
+        message = f"{outcome.model} version {outcome.version} is registered"
+        run.record(Registered(message, outcome.model, str(outcome.version), outcome.metrics))
+
+
+def finished_outcome(run: RunDir, options: RunOptions) -> Outcome | None:
+    """Return the outcome of an earlier call that went as far as is asked now."""
+    if not run.outcome.exists():
+        return None
+    done = Outcome.read(run)
+    return done if RunOptions(goal=done.goal).reaches(options.goal) else None  # type: ignore[arg-type]
+
+
+def _decided(run: RunDir, options: RunOptions) -> Choices | None:
+    if options.decided_by is None:
+        return None
+    return decisions_of(RunDir((run.root / options.decided_by).resolve()))[1]
+
+
+def _last_step(run: RunDir) -> int:
+    return max((int(line["step"]) for line in read_lines(run.metrics)), default=0)

@@ -1,0 +1,265 @@
+"""Do what a request asks for: one run, or a study of several.
+
+Cross-validation contains the refit, the refit contains method ``auto``, and that contains runs of one method. Whatever it is, its
+folder ends with the same files as a run's: predictions, ``evaluation.json``, ``outcome.json``; and the run whose weights are kept
+is exported at the very end, when all that its bundle should say is known.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.data.split import fold_datasets
+from finetune.errors import DataChangedError
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.evaluate import Judgement, evaluate, read_judgement, write_judgement
+from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.predictions import Predictions
+from finetune.events import Compared, DataChanged, Finished, Registered, StudyConcluded
+from finetune.naming import as_model_name
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.build import Shared
+from finetune.runs.judge import calibrate
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.runs.prepare import read_and_build, split_for
+from finetune.runs.resolve import Resolved, resolve_resize
+from finetune.runs.run import Carried, finished_outcome, register, run_job
+from finetune.runs.watch import Stopwatch, failures_recorded, recorded
+from finetune.spec import JobSpec, load_spec
+from finetune.storage.files import read_json, write_atomic, write_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+from finetune.studies.escalate import escalation
+from finetune.studies.folds import FINAL, Folds, cross_validation, pooled_predictions
+from finetune.studies.refit import CHOOSE, REFIT, Refit
+from finetune.studies.study import kept_run, note_kept, run_children
+
+REFIT_NOTE = (
+    "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
+    "test figures are those of these weights."
+)
+TEMPERATURE_NOTE = "The temperature, too, was fitted on the answers of the earlier model to val."
+FOLDS_NOTE = (
+    "The cv figures are what to expect of this model: each image was labelled by a fold's model, made in the same way, that had "
+    "not seen it; the temperature was fitted on these answers."
+)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the children of a study come to together."""
+
+    kept: str  # the child whose weights the study stands for
+    judgement: Judgement
+    predictions: Mapping[str, Predictions]
+    summary: str
+    folds: CrossValidation | None = None
+
+
+def fine_tune(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None) -> Outcome:
+    """Do what a request asks for, in `run_dir`, or in the folder of an unfinished run of the same request, or in a new one.
+
+    Where the data has changed since that unfinished run began, a new run begins.
+    """
+    if run_dir is not None:
+        return carry_out(spec, RunDir(run_dir.absolute()), shared, progress)
+    number = 1
+    changed: DataChangedError | None = None
+    while True:
+        run = _numbered(spec, shared.workspace, number)
+        number += 1
+        if run.outcome.exists():
+            continue
+        if changed is not None:
+            run.create().record(DataChanged(f"this is a new run: {changed.message}"))
+        try:
+            return carry_out(spec, run, shared, progress)
+        except DataChangedError as error:
+            changed = error
+
+
+def carry_out(
+    spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback = silent, options: RunOptions | None = None
+) -> Outcome:
+    """Do what a request asks for in the folder `run`; where an earlier call was interrupted, go on from there.
+
+    Raises:
+        FinetuneError: whatever went wrong, also written to ``error.json`` in the folder.
+        KeyboardInterrupt: asked to stop; the same call goes on where this one was.
+    """
+    options = options or RunOptions.read(run)
+    if spec.data.folds is not None:
+        return _study(spec, run, shared, progress, options, _cross_validate)
+    if spec.refits:
+        return _study(spec, run, shared, progress, options, _refit)
+    if spec.method.type == "auto":
+        return _study(spec, run, shared, progress, options, _escalate)
+    return run_job(spec, run, shared, progress, options)
+
+
+Conduct = Callable[[JobSpec, RunDir, Shared, ProgressCallback, RunOptions], Conclusion]
+
+
+def _study(
+    spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions, conduct: Conduct
+) -> Outcome:
+    """Run the children, judge them together, and go as far with the kept one as `options` ask."""
+    with run.held(), failures_recorded(run):
+        if (done := finished_outcome(run, options)) is not None:
+            return done
+        stopwatch = Stopwatch(run)
+        progress = recorded(progress, run, stopwatch)
+        write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
+        options.write(run)
+        conclusion = conduct(spec, run, shared, progress, options)
+        note_kept(run, conclusion.kept)
+        run.record(StudyConcluded(conclusion.summary, conclusion.kept))
+        for split, table in conclusion.predictions.items():
+            tables.write(run.predictions_of(split), table)
+        write_judgement(run.evaluation, conclusion.judgement)
+        _write_resolved(spec, run)
+        outcome = _outcome_of(spec, run, conclusion, stopwatch, options)
+        if options.reaches("exported"):
+            exported = _export_kept(spec, run, conclusion, shared, progress)
+            cost = {key: exported.cost[key] for key in ("bundle_bytes", "latency_seconds")}
+            outcome = replace(outcome, bundle=exported.bundle, cost={**outcome.cost, **stopwatch.read(), **cost})
+            _copy_report(kept_run(run), run)
+        if options.reaches("registered") and outcome.bundle is not None:
+            resolved = Resolved.from_dict(read_json(run.resolved))
+            version = register(resolved, outcome.bundle, conclusion.predictions, shared.workspace)
+            outcome = replace(outcome, model=version.name, version=version.version)
+        _finish(outcome, run)
+        return outcome
+
+
+def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    n_folds = spec.data.folds
+    assert n_folds is not None
+    dataset, network = read_and_build(spec, shared, progress)
+    whole = split_for(spec, dataset, run)
+    data = spec.data.model_copy(
+        # What is decided from all images is decided once for all folds.
+        update={"folds": None, "resize": resolve_resize(spec, whole, network.facts).resize}
+    )
+    hyperparameters = spec.hyperparameters.model_copy(update={"refit": spec.refits})
+    of_child = spec.model_copy(update={"data": data, "hyperparameters": hyperparameters})
+    datasets = fold_datasets(whole, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
+    outcomes = run_children(Folds(of_child, datasets, whole), run, shared, progress, carry_out)
+    pooled = pooled_predictions(run, n_folds)
+    found = cross_validation(outcomes, pooled, n_folds)
+    final = run.child(FINAL)
+    own = read_judgement(final.evaluation)
+    return Conclusion(
+        kept=FINAL,
+        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled)),
+        predictions={POOLED: pooled, **_tables_in(final)},
+        summary=outcomes[FINAL].summary,
+        folds=found,
+    )
+
+
+def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    dataset, _ = read_and_build(spec, shared, progress)
+    split_for(spec, dataset, run)
+    hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
+    study = Refit(spec.model_copy(update={"hyperparameters": hyperparameters}), run)
+    outcomes = run_children(study, run, shared, progress, carry_out)
+    chose, refitted = run.child(CHOOSE), run.child(REFIT)
+    before, after = read_judgement(chose.evaluation), read_judgement(refitted.evaluation)
+    return Conclusion(
+        kept=REFIT,
+        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature),
+        predictions={**_tables_in(chose), **_tables_in(refitted)},
+        summary=f"{outcomes[CHOOSE].summary}; then fitted once more on train + val with what val chose",
+    )
+
+
+def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    dataset, network = read_and_build(spec, shared, progress)
+    split_for(spec, dataset, run)
+    study = escalation(spec, len(network.facts.stages), options, run)
+    outcomes = run_children(study, run, shared, progress, carry_out)
+    n_done = len(outcomes)
+    for name, gain in study.gains(n_done):
+        run.record(Compared(f"{name} gained {gain}", name, gain.gain, gain.standard_error))
+    kept = study.kept(n_done)
+    return Conclusion(
+        kept=kept,
+        judgement=read_judgement(run.child(kept).evaluation),
+        predictions=_tables_in(run.child(kept)),
+        summary=f"auto: {outcomes[kept].summary} ({'; '.join(study.reasons(n_done))})",
+    )
+
+
+def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
+    """Export the run whose weights are kept, with everything that is known of it."""
+    leaf = kept_run(run)
+    carried = Carried(conclusion.judgement, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
+    options = replace(RunOptions.read(leaf), goal="exported")
+    return run_job(load_spec(leaf.spec), leaf, shared, progress, options, carried)
+
+
+def notes_of(spec: JobSpec) -> tuple[str, ...]:
+    """Return what must be said beside the figures of a request: which weights they are of."""
+    if spec.data.folds is not None:
+        return (FOLDS_NOTE, REFIT_NOTE) if spec.refits else (FOLDS_NOTE,)
+    return (REFIT_NOTE, TEMPERATURE_NOTE) if spec.refits else ()
+
+
+def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: Stopwatch, options: RunOptions) -> Outcome:
+    """Return what the study came to: the kept child's outcome, with the cost of all children."""
+    children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
+    kept = Outcome.read(run.child(conclusion.kept))
+    folds = conclusion.folds
+    train_seconds = sum(child.cost["train_seconds"] for child in children)
+    return replace(
+        kept,
+        run=run.root,
+        method=spec.method.type,
+        goal=options.goal,
+        metrics={**conclusion.judgement.metrics, **(folds.metrics if folds else {})},
+        cost={**kept.cost, **stopwatch.read(), "train_seconds": train_seconds},
+        summary=conclusion.summary,
+        bundle=None,
+        cross_validation=folds.to_dict() if folds else None,
+    )
+
+
+def _write_resolved(spec: JobSpec, run: RunDir) -> None:
+    """Write what was carried out: what the kept run resolved, under the request that was made."""
+    resolved = read_json(kept_run(run).resolved)
+    asked = {"spec": spec.model_dump(mode="json"), "spec_digest": spec.digest(), "study": read_json(run.study)}
+    write_json(run.resolved, {**resolved, **asked})
+
+
+def _copy_report(leaf: RunDir, run: RunDir) -> None:
+    """Give the study's folder the report and the journal of the run that it kept."""
+    for source, target in ((leaf.report, run.report), (leaf.metrics, run.metrics)):
+        data = source.read_bytes()
+        write_atomic(target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+    shutil.copytree(leaf.figures, run.figures, dirs_exist_ok=True)
+
+
+def _finish(outcome: Outcome, run: RunDir) -> None:
+    if outcome.goal != "judged":
+        run.metric(0, {**outcome.metrics, **{f"cost/{name}": value for name, value in outcome.cost.items()}})
+    outcome.write(run)
+    if outcome.model is None:
+        run.record(Finished(outcome.summary, outcome.metrics))
+    else:
+        message = f"{outcome.model} version {outcome.version} is registered"
+        run.record(Registered(message, outcome.model, str(outcome.version), outcome.metrics))
+
+
+def _tables_in(run: RunDir) -> dict[str, Predictions]:
+    return {path.stem: tables.read(path) for path in sorted(run.predictions.glob("*.npz"))}
+
+
+def _numbered(spec: JobSpec, workspace: Workspace, number: int) -> RunDir:
+    """Return the folder of run `number` (from 1) of a request."""
+    stem = f"{spec.suffix or as_model_name(Path(spec.training_file).absolute().name)}-{spec.method.type}-{spec.digest()[:8]}"
+    return RunDir(workspace.runs / (stem if number == 1 else f"{stem}-{number}"))

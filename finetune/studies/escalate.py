@@ -1,0 +1,75 @@
+"""Method ``auto``: begin with the solved head, train deeper only while that pays, keep the best so far.
+
+Each candidate starts from the pretrained weights and is judged on the same validation images, so two of them are compared image
+by image: what counts are the images that only one of them gets right. Going deeper has paid when the gain exceeds its standard
+error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.evaluation.paired import Gain, paired_gain
+from finetune.evaluation.predictions import read
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.spec import Full, JobSpec, LinearProbe, Method, Partial
+from finetune.storage.rundir import RunDir
+from finetune.studies.study import Child
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """Candidates from the cheapest up, each compared with the best one before it."""
+
+    candidates: tuple[Child, ...]
+    run: RunDir
+
+    kind = "auto"
+
+    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+        n_done = sum(child.name in finished for child in self.candidates)
+        gains = self.gains(n_done)
+        stopped = bool(gains) and not gains[-1][1].pays
+        return [] if stopped or n_done == len(self.candidates) else [self.candidates[n_done]]
+
+    def gains(self, n_done: int) -> list[tuple[str, Gain]]:
+        """Return for each candidate after the first that has finished: its name, and its gain over the best before it."""
+        best, found = 0, []
+        for index in range(1, n_done):
+            tables = [read(self.run.child(self.candidates[i].name).predictions_of("val")) for i in (index, best)]
+            gain = paired_gain(*tables)
+            found.append((self.candidates[index].name, gain))
+            best = index if gain.gain > 0 else best
+        return found
+
+    def kept(self, n_done: int) -> str:
+        """Return the name of the best candidate."""
+        better = [name for name, gain in self.gains(n_done) if gain.gain > 0]
+        return better[-1] if better else self.candidates[0].name
+
+    def reasons(self, n_done: int) -> list[str]:
+        """Return one sentence for each comparison."""
+        gains = self.gains(n_done)
+        said = [f"{name} gained {gain}" for name, gain in gains]
+        if gains and not gains[-1][1].pays:
+            said[-1] += ", so it goes no deeper"
+        return said
+
+
+def escalation(spec: JobSpec, n_stages: int, options: RunOptions, run: RunDir) -> Escalation:
+    """Return the study of method ``auto`` on a backbone with so many stages."""
+    methods: list[Method] = [LinearProbe(), *([Partial(stages=1)] if n_stages > 1 else []), Full()]
+    return Escalation(
+        tuple(
+            Child(
+                name=method.type,
+                title=method.type,
+                spec=spec.model_copy(update={"method": method}),
+                options=RunOptions(goal="judged", judged=options.judged),
+            )
+            for method in methods
+        ),
+        run,
+    )

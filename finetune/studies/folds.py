@@ -1,0 +1,80 @@
+"""Cross-validation: the whole job once a fold, each time tested on other images, then once more on all of them.
+
+A fold does what the final job does, from choosing on its own val images to the refit, so that what is measured is the procedure
+that makes the final model; nothing that a fold is tested on has chosen anything in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.data.dataset import Dataset
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.folds import POOLED, CrossValidation, FoldScore
+from finetune.evaluation.predictions import Predictions, concatenate, read
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec
+from finetune.storage.rundir import RunDir
+from finetune.studies.study import Child
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The folds in their order, then the final run on all images."""
+
+    spec: JobSpec  # of each fold and of the final run: without folds
+    datasets: tuple[Dataset, ...]  # one a fold: what it trains, chooses and is tested on
+    whole: Dataset
+
+    kind = "folds"
+
+    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+        folds = [self._fold(number) for number in range(1, len(self.datasets) + 1)]
+        if remaining := [child for child in folds if child.name not in finished]:
+            return remaining
+        return [] if FINAL in finished else [Child(FINAL, "final model", self.spec, RunOptions(goal="judged"), self.whole)]
+
+    def _fold(self, number: int) -> Child:
+        dataset = self.datasets[number - 1]
+        used = {sample.id for sample in dataset.samples}
+        return Child(
+            name=fold_name(number),
+            title=f"fold {number} of {len(self.datasets)}",
+            spec=self.spec,
+            options=RunOptions(goal="judged"),
+            split=dataset,
+            left_out=tuple(sample for sample in self.whole.samples if sample.id not in used),
+        )
+
+
+def fold_name(number: int) -> str:
+    """Return the name of a fold's run; folds count from 1."""
+    return f"fold-{number}"
+
+
+def pooled_predictions(run: RunDir, n_folds: int) -> Predictions:
+    """Return the answers to every image of the pool, each from the fold that had not seen it."""
+    tested = [run.child(fold_name(number)).predictions_of("test") for number in range(1, n_folds + 1)]
+    return concatenate([read(path) for path in tested], POOLED)
+
+
+def cross_validation(outcomes: Mapping[str, Outcome], pooled: Predictions, n_folds: int) -> CrossValidation:
+    """Return what the folds came to, one by one and pooled."""
+    scores = []
+    for number in range(1, n_folds + 1):
+        outcome = outcomes[fold_name(number)]
+        scores.append(
+            FoldScore(
+                fold=number,
+                n_train=outcome.n_train,
+                n_test=int(outcome.metrics["test/n"]),
+                metrics=outcome.metrics,
+                summary=outcome.summary,
+                seconds=outcome.cost["wall_seconds"],
+            )
+        )
+    return CrossValidation(tuple(scores), evaluate(pooled))

@@ -1,0 +1,132 @@
+"""What a study is, and how one is run: child runs, one folder scheme, one record of what has been done.
+
+A study's folder holds its children under ``runs/<name>``, each an ordinary run folder (or a study's), and ``study.json``. A child
+that has an outcome is not run again, so a study that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.split import write_split
+from finetune.events import ChildFinished
+from finetune.progress import Progress, ProgressCallback
+from finetune.runs.build import Shared
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json, write_atomic, write_json
+from finetune.storage.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Child:
+    """One run of a study, to be done.
+
+    Args:
+        name: of its folder.
+        title: for people, in progress and reports.
+        split: how the data is divided for it; None: as for the study.
+        left_out: samples of the data that `split` does not use.
+    """
+
+    name: str
+    title: str
+    spec: JobSpec
+    options: RunOptions
+    split: Dataset | None = None
+    left_out: tuple[Sample, ...] = ()
+
+
+class Study(Protocol):
+    """An order and a stopping rule over child runs."""
+
+    @property
+    def kind(self) -> str:
+        """As ``study.json`` says it: folds, auto, refit, comparison."""
+        ...
+
+    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+        """Return the children to run next, given those that have finished; none when the study is over.
+
+        A pure function: called again with the same outcomes, also by another process, it gives the same children. Those that
+        are returned together do not depend on each other.
+        """
+        ...
+
+
+class RunChild(Protocol):
+    """Carries one child out to its end, whether it is a run or a study itself."""
+
+    def __call__(
+        self, spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions
+    ) -> Outcome: ...
+
+
+def run_children(
+    study: Study, run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
+) -> dict[str, Outcome]:
+    """Run what `study` asks for, one after another, until it asks for nothing more; return the outcomes by name."""
+    _begin(study, run)
+    finished = _finished(run)
+    while children := study.following(finished):
+        for child in children:
+            folder = prepare_child(run, child)
+            outcome = run_child(child.spec, folder, shared, titled(progress, child.title), child.options)
+            finished[child.name] = outcome
+            _note_child(run, child.name)
+            run.record(ChildFinished(f"{child.title}: {outcome.summary}", child.name, outcome.metrics))
+    return finished
+
+
+def prepare_child(run: RunDir, child: Child) -> RunDir:
+    """Make the folder of a child, with everything in it that its study has decided."""
+    folder = run.child(child.name).create()
+    if not folder.split.exists():
+        if child.split is not None:
+            write_split(folder.split, child.split, child.left_out)
+        else:
+            data = run.split.read_bytes()
+            write_atomic(folder.split, lambda stream: stream.write(data))
+    child.options.write(folder)
+    return folder
+
+
+def note_kept(run: RunDir, name: str) -> None:
+    """Write down which child the study keeps."""
+    write_json(run.study, {**read_json(run.study), "kept": name})
+
+
+def kept_run(run: RunDir) -> RunDir:
+    """Return the run whose weights a run or study stands for: itself, or the kept child's."""
+    if not run.study.exists():
+        return run
+    return kept_run(run.child(read_json(run.study)["kept"]))
+
+
+def titled(progress: ProgressCallback, title: str) -> ProgressCallback:
+    """Return `progress` with the child's title before each message."""
+
+    def update(given: Progress) -> None:
+        progress(replace(given, message=f"{title}: {given.message or given.phase}"))
+
+    return update
+
+
+def _begin(study: Study, run: RunDir) -> None:
+    if not run.study.exists():
+        write_json(run.study, {"kind": study.kind, "children": [], "kept": None})
+
+
+def _note_child(run: RunDir, name: str) -> None:
+    """Add a child to ``study.json``, in the order in which children finish."""
+    record = read_json(run.study)
+    write_json(run.study, {**record, "children": [*record["children"], name]})
+
+
+def _finished(run: RunDir) -> dict[str, Outcome]:
+    """Return the outcomes of the children that an earlier attempt finished, in their order."""
+    return {name: Outcome.read(run.child(name)) for name in read_json(run.study)["children"]}

@@ -1,0 +1,25 @@
+"""Tasks: what a label means. One module for each; a new task is a new module and a line in `TASKS`. Torch-free."""
+
+from __future__ import annotations
+
+from finetune.errors import InvalidInput, did_you_mean
+from finetune.tasks.multiclass import Multiclass
+from finetune.tasks.task import Task
+
+TASKS: tuple[Task, ...] = (Multiclass(),)
+
+
+def task_named(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        InvalidInput: there is none; the message holds those that exist.
+    """
+    for task in TASKS:
+        if task.name == name:
+            return task
+    names = [task.name for task in TASKS]
+    raise InvalidInput(f"no task {name!r}; tasks are {', '.join(names)}.{did_you_mean(name, names)}")
+
+
+__all__ = ["TASKS", "Task", "task_named"]

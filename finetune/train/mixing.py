@@ -1,0 +1,28 @@
+"""What is random in a step: seeds and mixup, each a pure function of position: the same (seed, step) gives the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything that is random inside optimiser step `step`: dropout, drop path, mixup. Below 2**63."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def mix(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Mixup (Zhang et al. 2018, arXiv:1710.09412): each image blended with another of the batch.
+
+    Returns (images, the other images' targets, the share of the image's own target). `alpha` 0 changes nothing.
+    """
+    if alpha == 0.0:
+        return images, targets, 1.0
+    generator = np.random.default_rng(seed)
+    share = float(generator.beta(alpha, alpha))
+    other = torch.from_numpy(generator.permutation(len(targets))).to(targets.device)
+    return torch.lerp(images[other], images, share), targets[other], share

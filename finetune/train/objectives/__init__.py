@@ -1,0 +1,16 @@
+"""What training minimises, for each task: its loss in torch and its solved head. One module for each task, under its name."""
+
+from __future__ import annotations
+
+from finetune.train.objectives.multiclass import MulticlassObjective
+from finetune.train.objectives.objective import Objective
+
+OBJECTIVES: tuple[Objective, ...] = (MulticlassObjective(),)
+
+
+def objective_of(task: str) -> Objective:
+    """Return the objective of the task with this name; every task in `finetune.tasks` has one."""
+    return next(objective for objective in OBJECTIVES if objective.task == task)
+
+
+__all__ = ["OBJECTIVES", "Objective", "objective_of"]

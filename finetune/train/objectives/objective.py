@@ -1,0 +1,51 @@
+"""The protocol of a training objective: the side of a task that needs torch."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finetune.features.solve import SolvedHead
+
+
+class Objective(Protocol):
+    """Loss, link function and solved head of one task. Targets are encoded as the task encodes them."""
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        ...
+
+    def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
+        """Return the mean loss of logits (B, C), in float32.
+
+        Args:
+            other_targets, share: with mixup, the targets of the image that was blended in, and the share of the image's own.
+        """
+        ...
+
+    def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return how many of B images are answered rightly, as the task's headline metric counts; a scalar tensor."""
+        ...
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C) logits to probabilities: the link function, as it is exported."""
+        ...
+
+    def solve_head(
+        self,
+        features: NDArray[np.floating[Any]],
+        targets: NDArray[Any],
+        n_classes: int,
+        *,
+        val_features: NDArray[np.floating[Any]] | None,
+        val_targets: NDArray[Any] | None,
+        l2: float | None,
+        label_smoothing: float,
+        seed: int,
+    ) -> SolvedHead:
+        """Fit a linear head to features (N, D) or (N, K, D); see `finetune.features.solve`."""
+        ...
