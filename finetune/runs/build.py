@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from finetune.data.augment import Augment, build_augment
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, Sample
 from finetune.export import DeployModule, Graph, dry_run_export
 from finetune.export.graph import fill
 from finetune.model.backbone import Backbone, build_backbone
@@ -42,6 +42,7 @@ class Built:
 
     resolved: Resolved
     dataset: Dataset
+    checked_on: tuple[Sample, ...]  # what the export is compared on: the val images, also where they are trained on
     task: Task
     classifier: Classifier
     graph: Graph
@@ -108,7 +109,7 @@ def facts_of(classifier: Classifier) -> BackboneFacts:
     )
 
 
-def build(resolved: Resolved, dataset: Dataset, network: Network) -> Built:
+def build(resolved: Resolved, dataset: Dataset, network: Network, checked_on: tuple[Sample, ...]) -> Built:
     """Put together what the run computes with; `network` becomes the run's own."""
     classifier = network.classifier
     classifier.backbone.preprocess = resolved.preprocess
@@ -117,6 +118,7 @@ def build(resolved: Resolved, dataset: Dataset, network: Network) -> Built:
     return Built(
         resolved=resolved,
         dataset=dataset,
+        checked_on=checked_on,
         task=task_named(resolved.task),
         classifier=classifier,
         graph=network.graph,

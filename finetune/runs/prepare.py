@@ -46,11 +46,12 @@ def prepare(
     compute = resolve_compute(spec, resolve_device(spec.compute.device), available_cores())
     dataset, network = read_and_build(spec, shared, progress)
     dataset = split_for(spec, dataset, run)
+    checked_on = dataset.of("val") or dataset.of("train")
     if options is not None and options.decided_by is not None:
         dataset = with_val_as_train(dataset)
     earlier, choices = _decisions(run, options or RunOptions())
     resolved = resolve(spec, dataset, network.facts, compute, earlier, choices.l2 if choices else None)
-    return build(resolved, dataset, network.copy())
+    return build(resolved, dataset, network.copy(), checked_on)
 
 
 def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:

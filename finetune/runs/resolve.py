@@ -37,7 +37,8 @@ class DatasetFacts:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> DatasetFacts:
         """Return the facts from JSON values, where tuples became lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return cls(**values)
 
     @classmethod
     def of(cls, dataset: Dataset) -> DatasetFacts:

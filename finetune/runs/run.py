@@ -168,7 +168,7 @@ def export(
     manifest = export_bundle(
         built.classifier,
         facts,
-        dataset.of("val") or dataset.of("train"),
+        built.checked_on,
         run.bundle,
         graph=built.graph,
         quantize=spec.export.quantize,

@@ -18,13 +18,13 @@ EVERY_SECONDS = 1.0
 
 
 class Stopwatch:
-    """Wall and CPU seconds and peak memory of all attempts at a run together, kept in ``progress.json``.
+    """Wall and CPU seconds and peak memory of all attempts at a run together, kept in ``cost.json``.
 
-    What an attempt costs is written with its progress, so that the next attempt counts on even if this one is killed.
+    What an attempt costs is written beside its progress, so that the next attempt counts on even if this one is killed.
     """
 
     def __init__(self, run: RunDir) -> None:
-        earlier = read_json(run.progress).get("cost", {}) if run.progress.exists() else {}
+        earlier = read_json(run.cost) if run.cost.exists() else {}
         self._earlier_wall, self._earlier_cpu = earlier.get("wall_seconds", 0.0), earlier.get("cpu_seconds", 0.0)
         self._earlier_peak = earlier.get("peak_memory_bytes", 0.0)
         self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
@@ -39,7 +39,7 @@ class Stopwatch:
 
 
 def recorded(progress: ProgressCallback, run: RunDir, stopwatch: Stopwatch) -> ProgressCallback:
-    """Also keep the latest progress and the cost so far in ``progress.json``, for whoever watches from outside."""
+    """Also keep the latest progress in ``progress.json`` and the cost so far in ``cost.json``, for whoever watches."""
     written_at = 0.0
 
     def record(update: Progress) -> None:
@@ -48,7 +48,8 @@ def recorded(progress: ProgressCallback, run: RunDir, stopwatch: Stopwatch) -> P
         now = time.monotonic()
         if now - written_at >= EVERY_SECONDS or update.done == update.total:
             written_at = now
-            write_json(run.progress, {**asdict(update), "values": dict(update.values), "cost": stopwatch.read()})
+            write_json(run.progress, {**asdict(update), "values": dict(update.values)})
+            write_json(run.cost, stopwatch.read())
 
     return record
 

@@ -100,6 +100,10 @@ class RunDir:
         return self.root / "progress.json"
 
     @property
+    def cost(self) -> Path:
+        return self.root / "cost.json"
+
+    @property
     def error(self) -> Path:
         return self.root / "error.json"
 

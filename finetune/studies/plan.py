@@ -1,0 +1,69 @@
+"""What a request would do, without doing it: `finetune check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune.data.dataset import Dataset
+from finetune.data.split import fold_datasets
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.build import Built, Shared
+from finetune.runs.estimate import Estimate, estimate, together
+from finetune.runs.options import RunOptions
+from finetune.runs.prepare import prepare, read_and_build
+from finetune.spec import JobSpec
+from finetune.storage.rundir import RunDir
+from finetune.studies.escalate import escalation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs that a request would make, each resolved, and about what they take."""
+
+    spec: JobSpec
+    candidates: tuple[Built, ...]  # what is tried, from the cheapest up; more than one only for method auto
+    folds: tuple[Dataset, ...]  # for cross-validation: what each fold trains, chooses and is tested on
+    cost: Estimate
+
+    @property
+    def deepest(self) -> Built:
+        """The candidate that trains the most."""
+        return self.candidates[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values: that of the deepest candidate, and how many there are."""
+        return {
+            **self.deepest.resolved.to_dict(),
+            "spec": self.spec.model_dump(mode="json"),
+            "folds": [dataset.counts() for dataset in self.folds],
+            "candidates": [built.resolved.recipe.method for built in self.candidates],
+            "estimate": asdict(self.cost),
+        }
+
+
+def plan(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> Plan:
+    """Read the data, build the network and measure this machine; nothing is trained.
+
+    Raises:
+        InvalidInput: the data or the request cannot be trained on.
+        ExportError: the backbone could be trained, but not served.
+    """
+    candidates = tuple(prepare(candidate, shared, progress) for candidate in _methods(spec, shared, progress))
+    n_folds, data = spec.data.folds, spec.data
+    folds: tuple[Dataset, ...] = ()
+    if n_folds is not None:
+        folds = fold_datasets(candidates[0].dataset, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
+    rounds = (1 + len(folds)) * (2 if spec.refits else 1)
+    cost = together([estimate(built, shared.store, rounds=rounds) for built in candidates])
+    return Plan(spec, candidates, folds, cost)
+
+
+def _methods(spec: JobSpec, shared: Shared, progress: ProgressCallback) -> Sequence[JobSpec]:
+    """Return the requests that would be tried: for method auto one for each candidate."""
+    if spec.method.type != "auto":
+        return [spec]
+    _, network = read_and_build(spec, shared, progress)
+    nowhere = RunDir(shared.workspace.runs)
+    return [child.spec for child in escalation(spec, len(network.facts.stages), RunOptions(), nowhere).candidates]
