@@ -20,8 +20,9 @@ from typing import Any
 import httpx
 
 from finetune.errors import FinetuneError
-from finetune.outcome import Outcome, choose_run_dir
-from finetune.pipeline import comparison, run_job
+from finetune.runs.build import Shared
+from finetune.runs.outcome import Outcome
+from finetune.studies.carry_out import fine_tune
 from finetune.progress import ProgressCallback
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import atomic_path, read_json
@@ -52,10 +53,9 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
     began = time.monotonic()
     folder = data or write_digits(workspace.root / "demo" / "digits")
     runs: dict[str, Outcome] = {}
-    with comparison(folder.name, f"demo-{folder.name}", workspace) as parent:
-        for method in ("linear_probe", "full"):
-            spec = demo_spec(folder, method, own_data=data is not None)
-            runs[method] = run_job(spec, choose_run_dir(spec, workspace), workspace, progress, parent=parent)
+    shared = Shared.of(workspace)
+    for method in ("linear_probe", "full"):
+        runs[method] = fine_tune(demo_spec(folder, method, own_data=data is not None), shared, progress)
     served = better_run(runs)
     asked, truth = held_out_image(runs[served])
     with serving(runs[served].bundle) as url:

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,9 +23,11 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
+from finetune.tasks import task_named
 
 # Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order is
 # off by far more: see tests/unit/test_bundle_predictor.py for what each of those does to the probes.
+SEEN_BYTES = 8  # of a sha256: two of a million files share them with a probability of 1 in 37 million
 LOGITS_TOLERANCE = 1e-3  # of the largest logit, or absolute where that is under 1
 PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
 
@@ -106,17 +109,61 @@ class Predictor:
         image = self.manifest.preprocess.load(data, limits=limits)
         outputs = self.run(image[None])
         probs = outputs.probs[0]
-        order = np.argsort(-probs, kind="stable")[:top_k]
+        order = task_named(self.manifest.task).ranking(probs)[:top_k]
         labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
         cam = None if outputs.cam is None else outputs.cam[0]
         return Prediction(labels, cam, image, self.manifest.name, self.manifest.version)
 
 
-def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray) -> None:
-    """Write the known answers of a bundle as plain arrays, without pickle: N files, (N, h, w, 3) uint8, (N, C) float32."""
-    lengths = np.array([len(data) for data in encoded], np.int64)
-    joined = np.frombuffer(b"".join(encoded), np.uint8)
-    write_atomic(path, lambda stream: np.savez(stream, lengths=lengths, encoded=joined, images=images, logits=logits))
+@dataclass(frozen=True)
+class Seen:
+    """Which images a model was made with: the first bytes of the sha256 of each file, enough to recognise it again."""
+
+    train: frozenset[bytes] = frozenset()
+    val: frozenset[bytes] = frozenset()
+
+    @classmethod
+    def of(cls, train: Sequence[str], val: Sequence[str]) -> Seen:
+        """Return what is seen, given hexadecimal sha256 texts."""
+        return cls(*(frozenset(bytes.fromhex(digest)[:SEEN_BYTES] for digest in digests if digest) for digests in (train, val)))
+
+    def trained_on(self, sha256: str) -> bool:
+        """Return whether the weights were fitted on the file with this digest."""
+        return bytes.fromhex(sha256)[:SEEN_BYTES] in self.train
+
+    def chosen_on(self, sha256: str) -> bool:
+        """Return whether the file with this digest chose between weights."""
+        return bytes.fromhex(sha256)[:SEEN_BYTES] in self.val
+
+
+def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray, seen: Seen = Seen()) -> None:
+    """Write the known answers of a bundle, and which images it was made with, as plain arrays, without pickle.
+
+    Args:
+        encoded, images, logits: N files, (N, h, w, 3) uint8, (N, C) float32.
+    """
+    arrays: dict[str, Any] = {
+        "lengths": np.array([len(data) for data in encoded], np.int64),
+        "encoded": np.frombuffer(b"".join(encoded), np.uint8),
+        "images": images,
+        "logits": logits,
+        "seen_train": _as_rows(seen.train),
+        "seen_val": _as_rows(seen.val),
+    }
+    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
+
+
+def read_seen(folder: Path) -> Seen:
+    """Return which images the bundle in `folder` was made with; nothing for bundles that do not say it."""
+    with np.load(folder / PROBE, allow_pickle=False) as arrays:
+        if "seen_train" not in arrays:
+            return Seen()
+        return Seen(*(frozenset(row.tobytes() for row in arrays[name]) for name in ("seen_train", "seen_val")))
+
+
+def _as_rows(digests: frozenset[bytes]) -> np.ndarray:
+    """(N, SEEN_BYTES) uint8, sorted, so that equal sets give equal files."""
+    return np.frombuffer(b"".join(sorted(digests)), np.uint8).reshape(-1, SEEN_BYTES)
 
 
 def read_probe(path: Path) -> Probe:

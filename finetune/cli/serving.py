@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from finetune.cli.training import json_option
+
+if TYPE_CHECKING:
+    from finetune.errors import FinetuneError
+
+QUIET_IMAGES = 64  # so many take a second: no progress bar
 
 
 @click.command()
@@ -21,43 +26,74 @@ from finetune.cli.training import json_option
 @click.option(
     "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write each image's activation map there as PNG."
 )
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
 @json_option
-def predict(images: tuple[Path, ...], model: str | None, top_k: int, explain: Path | None, as_json: bool) -> None:
-    """Classify image files with a bundle, exactly as the server does. The exit code is 2 if any image cannot be read."""
+def predict(
+    images: tuple[Path, ...], model: str | None, top_k: int, explain: Path | None, out: Path | None, as_json: bool
+) -> None:
+    """Classify images with a bundle, exactly as the server does.
+
+    IMAGES are files, folders (with everything inside) and patterns such as 'holiday/*.jpg'. The exit code is 2 if any image
+    cannot be read.
+    """
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
-    from finetune.cli.terminal import console, print_json
-    from finetune.errors import ImageError, NotFound
+    from finetune.cli.terminal import console, print_json, progress_bars
+    from finetune.errors import NotFound
+    from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, predictions_of
+    from finetune.evaluation.tables import check_ending, write_table
+    from finetune.runtime.cores import available_cores
+    from finetune.tasks import task_named
 
-    predictor = Predictor.load(_registry().locate(model))
+    if out is not None:
+        check_ending(out)
+    predictor = Predictor.load(_registry().locate(model), threads=available_cores())
+    manifest = predictor.manifest
     if model is None and not as_json:
-        name = f"{predictor.manifest.name}@{predictor.manifest.version}"
+        name = f"{manifest.name}@{manifest.version}"
         console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
-    documents: list[dict[str, Any]] = []
-    failed = False
-    for path in images:
-        try:
-            if not path.is_file():
-                raise NotFound(f"{path}: no such image file")
-            prediction = predictor.predict(path.read_bytes(), top_k=top_k)
-        except (ImageError, NotFound) as error:
-            failed = True
-            documents.append({"file": str(path), "error": {"code": error.code, "message": error.message}})
-            continue
-        labels = [{"label": label, "probability": probability} for label, probability in prediction.labels]
-        documents.append({"file": str(path), "model": prediction.name, "version": prediction.version, "predictions": labels})
-        if explain is not None and prediction.cam is not None:
-            documents[-1]["explanation"] = str(write_overlay(explain / f"{path.stem}.cam.png", prediction.image, prediction.cam))
+    samples, missing = files_under(images)
+    documents: list[dict[str, Any]] = [_refused(str(path), NotFound(message)) for path, message in missing]
+    answers: list[Answer] = []
+    with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
+        for answer in ask(predictor, samples, what=f"{len(samples):,} images", progress=progress):
+            if isinstance(answer, Unreadable):
+                documents.append(_refused(answer.sample.id, answer.error))
+                continue
+            if out is not None:
+                answers.append(answer)
+            order = task_named(manifest.task).ranking(answer.probs)[:top_k]
+            labels = [{"label": manifest.classes[label], "probability": float(answer.probs[label])} for label in order]
+            document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+            if explain is not None and answer.cam is not None:
+                picture = explain / f"{Path(answer.sample.id).stem}.cam.png"
+                document["explanation"] = str(write_overlay(picture, answer.image, answer.cam))
+            documents.append(document)
+    if out is not None:
+        temperature = float(manifest.calibration.get("temperature", 1.0))
+        write_table(out, predictions_of(answers, predictor, "given", labelled=False), temperature)
     if as_json:
         print_json(documents)
+    elif out is None:
+        _show_predictions(documents)
     else:
-        for document in documents:
-            click.echo(document["file"])
-            if "error" in document:
-                console.print(f"  {document['error']['message']}", style="red", markup=False)
-            for row in document.get("predictions", ()):
-                click.echo(f"  {row['probability']:7.2%}  {row['label']}")
-    sys.exit(2 if failed else 0)
+        console.print(f"{len(answers):,} answers are in {out}", markup=False)
+    sys.exit(2 if any("error" in document for document in documents) else 0)
+
+
+def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
+    return {"file": file, "error": {"code": error.code, "message": error.message}}
+
+
+def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
+    from finetune.cli.terminal import console
+
+    for document in documents:
+        click.echo(document["file"])
+        if "error" in document:
+            console.print(f"  {document['error']['message']}", style="red", markup=False)
+        for row in document.get("predictions", ()):
+            click.echo(f"  {row['probability']:7.2%}  {row['label']}")
 
 
 @click.command()

@@ -6,17 +6,25 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.terminal import byte_size, console, duration, table
+from rich.markup import escape
+
+from finetune.cli.terminal import byte_size, console, duration, shortened, table
+from finetune.evaluation.evaluate import Evaluation, read_judgement
+from finetune.messages import natural_list
+from finetune.tasks import task_named
 
 if TYPE_CHECKING:
     from finetune.bundle.deployment import Deployment
     from finetune.bundle.manifest import Manifest
     from finetune.bundle.registry import Access, ModelVersion
     from finetune.demo import DemoResult
-    from finetune.evaluation.metrics import Evaluation
-    from finetune.outcome import Outcome
+    from finetune.evaluation.of_bundle import BundleEvaluation
+    from finetune.runs.outcome import Outcome
+    from finetune.storage.rundir import RunDir
 
 SHOWN_CLASSES = 40
+SHOWN_WORST = 5
+HONEST_FIRST = ("cv", "test", "val")  # val has chosen between weights
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -43,7 +51,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         [phase["name"], "solved" if phase["solved"] else phase["n_steps"], phase["head_lr"] or None] for phase in recipe["phases"]
     ]
     table(f"Recipe: {recipe['method']}, batch {recipe['batch_size']}", ["phase", "steps", "peak learning rate"], phases)
-    table("Where each value came from", ["field", "value from"], sorted(plan["sources"].items()))
+    values, sources = plan["values"], plan["sources"]
+    decided = [[path, _value(values[path]), sources.get(path, "")] for path in sorted(values) if values[path] is not None]
+    table("What was decided", ["field", "value", "why"], decided)
     estimate = plan["estimate"]
     costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
     costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
@@ -51,34 +61,78 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     _show_warnings(data["warnings"], data["quarantined"])
 
 
-def show_outcome(outcome: Outcome) -> None:
-    """`finetune train`: what came out, and where to look next."""
-    metrics = outcome.metrics
-    splits = [split for split in ("cv", "val", "test") if f"{split}/top1" in metrics]
-    names = ("top1", "top5", "macro_f1", "mean_per_class_accuracy", "loss", "ece")
-    table(outcome.summary, ["metric", *splits], [[name, *(metrics[f"{split}/{name}"] for split in splits)] for name in names])
+def show_outcome(outcome: Outcome, run: RunDir) -> None:
+    """`finetune train`: how good the model is, by the most independent images first; what it cost; where to look next."""
+    judgement = read_judgement(run.evaluation)
+    splits = [split for split in HONEST_FIRST if split in judgement.evaluations]
+    console.print(f"\n{outcome.summary}\n", markup=False)
+    for split in splits:
+        _show_headline(split, judgement.evaluations[split])
+    first = judgement.evaluations[splits[0]]
+    metrics = task_named(first.task).metrics
+    rows = [[metric.label, *(metric.text(judgement.evaluations[s].values[metric.key]) for s in splits)] for metric in metrics]
+    table("", ["", *splits], rows)
+    _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
-    cost = [
-        ["wall time", duration(metrics["cost/wall_seconds"])],
-        ["of which training", duration(metrics["cost/train_seconds"])],
-        ["peak memory", byte_size(metrics["cost/peak_memory_bytes"])],
-        ["trainable parameters", f"{metrics['cost/trainable_parameters']:,.0f} of {metrics['cost/total_parameters']:,.0f}"],
-        ["bundle", byte_size(metrics["cost/bundle_bytes"])],
-        ["one prediction", f"{metrics['cost/latency_seconds'] * 1000:.1f} ms on one core"],
-    ]
-    table("Cost", ["what", "measured"], cost)
+    _show_cost(outcome.cost)
     _show_warnings(outcome.warnings, [None] * outcome.quarantined)
+    lines = [f"report    {shortened(run.report)}"]
+    if outcome.model is not None:
+        reference = f"{outcome.model}@{outcome.version}"
+        lines = [
+            f"model     {reference}",
+            *lines,
+            f"predict   finetune predict some.jpg --model {reference}",
+            f"serve     finetune serve --model {reference}",
+            f"promote   finetune models promote {outcome.model} {outcome.version} --default",
+            "compare   finetune mlflow",
+        ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _show_headline(split: str, evaluation: Evaluation) -> None:
+    """The figure to judge by, with the number of images and what else it could be."""
+    metric = task_named(evaluation.task).headline
+    low, high = evaluation.intervals[metric.key]
+    what = {"val": "val images, which also chose the weights", "cv": "images, each by a model that had not seen it"}
+    images = what.get(split, f"{split} images")
+    value = metric.text(evaluation.values[metric.key])
     console.print(
-        textwrap.dedent(f"""
-        model    {outcome.model} version {outcome.version}
-        report   {outcome.run / "report.html"}
-        serve    finetune serve --model {outcome.model}@{outcome.version}
-        promote  finetune models promote {outcome.model} {outcome.version} --default
-        compare  finetune mlflow
-        """),
-        markup=False,
+        f"[bold]{metric.label} {value}[/] on {evaluation.n:,} {images}; 95 % interval {metric.text(low)} to {metric.text(high)}"
     )
+
+
+def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
+    """The classes that are recognised worst, and those that could not be measured."""
+    measured = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
+    if len(measured) > 1:
+        worst = [
+            [row.name, row.n, f"{row.recall:.0%}", "–" if row.precision is None else f"{row.precision:.0%}"]
+            for row in measured[:SHOWN_WORST]
+        ]
+        table(f"Classes that were recognised worst ({split})", ["class", "images", "found", "right when said"], worst)
+    if evaluation.absent:
+        console.print(
+            f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: "
+            "nothing is known of them, and means over classes leave them out"
+        )
+
+
+def _show_cost(cost: Mapping[str, float]) -> None:
+    rows = [
+        ["wall time", duration(cost["wall_seconds"])],
+        ["of which training", duration(cost["train_seconds"])],
+        ["peak memory", byte_size(cost["peak_memory_bytes"])],
+        ["trainable parameters", f"{cost['trainable_parameters']:,.0f} of {cost['total_parameters']:,.0f}"],
+    ]
+    if "bundle_bytes" in cost:
+        rows += [
+            ["bundle", byte_size(cost["bundle_bytes"])],
+            ["one prediction", f"{cost['latency_seconds'] * 1000:.1f} ms on one core"],
+        ]
+    table("Cost, all attempts together", ["what", "measured"], rows)
 
 
 def _show_folds(found: Mapping[str, Any]) -> None:
@@ -100,28 +154,36 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     table("Cross-validation", ["", "held out", *names, "took"], rows)
     low, high = over["top1"]["interval"]
     console.print(
-        f"Expect top1 {over['top1']['mean']:.4f} of this model, 95 % interval {low:.4f} to {high:.4f} (t over folds): it was "
-        "made as the folds were, on all images.\n",
+        f"Expect top-1 accuracy {over['top1']['mean']:.1%} of this model, 95 % interval {low:.1%} to {high:.1%} (Student's t "
+        "over the folds): it was made as they were, on all images.\n",
         markup=False,
     )
 
 
-def show_evaluation(evaluation: Evaluation) -> None:
-    """`finetune evaluate`: the figures, then the classes."""
-    low, high = evaluation.top1_interval
-    rows: list[list[Any]] = [
-        ["top1", f"{evaluation.top1:.4f}  (95 % interval {low:.4f} to {high:.4f})"],
-        [f"top{evaluation.top5_k}", f"{evaluation.top5:.4f}"],
-        ["macro F1", f"{evaluation.macro_f1:.4f}"],
-        ["mean per-class accuracy", f"{evaluation.mean_per_class_accuracy:.4f}"],
-        ["negative log-likelihood", f"{evaluation.nll:.4f}"],
-        ["expected calibration error", f"{evaluation.ece:.4f}"],
-    ]
-    table(f"{evaluation.n:,} images", ["metric", "value"], rows)
-    classes = [[row.name, row.n, row.n_correct, row.precision, row.recall, row.f1] for row in evaluation.per_class]
+def show_evaluation(found: BundleEvaluation) -> None:
+    """`finetune evaluate`: the figures, then the classes; first of all whether the model has seen these images before."""
+    evaluation = found.evaluation
+    seen = found.n_trained_on + found.n_chosen_on
+    if seen:
+        console.print(
+            f"[yellow]note[/] of these {evaluation.n:,} images the model was trained on {found.n_trained_on:,} and "
+            f"{found.n_chosen_on:,} chose its weights, so they flatter it"
+        )
+    if found.unseen is not None:
+        _show_headline("other", found.unseen)
+    _show_headline("given" if not seen else "given (seen ones included)", evaluation)
+    metrics = task_named(evaluation.task).metrics
+    columns = {"all": evaluation, **({"others": found.unseen} if found.unseen else {})}
+    rows = [[metric.label, *(metric.text(one.values[metric.key]) for one in columns.values())] for metric in metrics]
+    table("", ["", *columns], rows)
+    classes = [[row.name, row.n, row.n_correct, row.precision, row.recall, row.f1] for row in evaluation.per_class if row.n]
     table("By class", ["class", "images", "correct", "precision", "recall", "F1"], classes)
+    if evaluation.absent:
+        console.print(f"  no image of {escape(natural_list(evaluation.absent))}")
     for true, predicted, count in evaluation.confused_pairs(5):
         console.print(f"  {count} × {true} taken for {predicted}", markup=False)
+    for bad in found.unreadable[:5]:
+        console.print(f"[yellow]note[/] left out, {escape(bad.error.message)}")
 
 
 def show_backbone_names(names: Sequence[str], limit: int) -> None:
@@ -202,7 +264,7 @@ def show_manifest(manifest: Manifest) -> None:
 def show_demo(result: DemoResult) -> None:
     """Both runs side by side, the answer over HTTP, and where to look next."""
     rows = [
-        [method, outcome.metrics["val/top1"], outcome.metrics.get("test/top1"), duration(outcome.metrics["cost/wall_seconds"])]
+        [method, outcome.metrics["val/top1"], outcome.metrics.get("test/top1"), duration(outcome.cost["wall_seconds"])]
         for method, outcome in result.runs.items()
     ]
     table("Two ways to fine-tune", ["method", "val top1", "test top1", "wall time"], rows)
@@ -232,3 +294,9 @@ def _show_warnings(warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
     for bad in quarantined[:5]:
         if bad is not None:
             console.print(f"     {bad['file']}: {bad['reason']}", markup=False)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

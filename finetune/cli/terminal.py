@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -114,3 +115,8 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
             bars.update(tasks[key], completed=progress.done, description=description, values=values)
 
         yield update
+
+
+def shortened(path: Path) -> str:
+    """Return a path relative to the current folder where it lies inside, so that a line keeps within a terminal."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

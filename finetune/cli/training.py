@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,28 +77,20 @@ def check(spec: JobSpec, as_json: bool) -> None:
     with objects_exempt():
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json, progress_bars
-        from finetune.plan import make_plan
-        from finetune.storage.store import Store
+        from finetune.runs.build import Shared
         from finetune.storage.workspace import Workspace
-        from finetune.train.estimate import estimate
+        from finetune.studies.plan import plan
 
-    workspace = Workspace.from_environment()
     with progress_bars(shown=not as_json) as progress:
-        plan = make_plan(spec, workspace, progress)
-        costs = estimate(
-            plan.classifier, plan.recipes, plan.dataset, plan.augment, plan.compute, Store(workspace.cache), rounds=plan.rounds
-        )
-    document = {**plan.to_dict(), "estimate": asdict(costs)}
+        document = plan(spec, Shared.of(Workspace.from_environment()), progress).to_dict()
     print_json(document) if as_json else show_plan(document)
 
 
 @click.command()
 @spec_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run writes; an unfinished run there is resumed.")
-@click.option("--experiment", help="MLflow experiment; by default the name of the dataset's folder.")
-@click.option("--no-mlflow", is_flag=True, help="Do not log to MLflow.")
 @json_option
-def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow: bool, as_json: bool) -> None:
+def train(spec: JobSpec, run_dir: Path | None, as_json: bool) -> None:
     """Fine-tune, evaluate, export and register a model.
 
     The same command after a crash or Ctrl-C goes on where the run stopped.
@@ -109,47 +100,41 @@ def train(spec: JobSpec, run_dir: Path | None, experiment: str | None, no_mlflow
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the run is
     watch_lease_from_environment()
     with objects_exempt():
-        from finetune.cli.terminal import print_json, progress_bars
-        from finetune.outcome import choose_run_dir
-        from finetune.pipeline import run_job
-        from finetune.storage.workspace import Workspace
-
-    workspace = Workspace.from_environment()
-    run = choose_run_dir(spec, workspace, run_dir)
-    with progress_bars(shown=not as_json) as progress:
-        outcome = run_job(spec, run, workspace, progress, experiment=experiment, tracked=not no_mlflow)
-    if as_json:
-        print_json(outcome.to_dict())
-    else:
         from finetune.cli.show import show_outcome
+        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.runs.build import Shared
+        from finetune.storage.rundir import RunDir
+        from finetune.storage.workspace import Workspace
+        from finetune.studies.carry_out import fine_tune
 
-        show_outcome(outcome)
+    with progress_bars(shown=not as_json) as progress:
+        outcome = fine_tune(spec, Shared.of(Workspace.from_environment()), progress, run_dir)
+    print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--data", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Labelled images in class folders."
-)
-@click.option(
-    "--split", default=None, help="Which part, where the folder has train/val/test inside (default test, else val, else all)."
-)
+@click.option("--data", required=True, metavar="DATA", type=click.Path(path_type=Path), help="Labelled images.")
+@click.option("--split", help="Which part, where the data has train, val and test (default test, else val, else all).")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
 @json_option
-def evaluate(model: str, data: Path, split: str | None, as_json: bool) -> None:
-    """Measure MODEL on labelled images. MODEL is a registered name, name@version, or a bundle folder."""
+def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_json: bool) -> None:
+    """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
     from finetune.bundle.registry import Registry
+    from finetune.cli.show import show_evaluation
     from finetune.cli.terminal import print_json, progress_bars
-    from finetune.evaluate import evaluate_bundle
+    from finetune.evaluation.of_bundle import evaluate_bundle
+    from finetune.evaluation.tables import check_ending, write_table
     from finetune.storage.workspace import Workspace
 
+    if out is not None:
+        check_ending(out)
+    folder = Registry(Workspace.from_environment().models).locate(model)
     with progress_bars(shown=not as_json) as progress:
-        evaluation = evaluate_bundle(Registry(Workspace.from_environment().models).locate(model), data, split, progress)
-    if as_json:
-        print_json(evaluation.to_json())
-    else:
-        from finetune.cli.show import show_evaluation
-
-        show_evaluation(evaluation)
+        found = evaluate_bundle(folder, data, split, progress)
+    if out is not None:
+        write_table(out, found.predictions, found.temperature)
+    print_json(found.to_dict()) if as_json else show_evaluation(found)
 
 
 @click.command()

@@ -6,19 +6,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, read_bytes
 from finetune.errors import ImageError
+from finetune.tasks import Target
 
 T = TypeVar("T")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-Target = int | tuple[int, ...]
-"""The label of a sample: the index of its class; where a sample may have several labels, the sorted indices of all."""
 
 
 class ImageFile(Protocol):
@@ -71,6 +69,10 @@ class Sample:
     def read(self) -> bytes:
         """Return the bytes of the image file; an `ImageError` names the file."""
         return self.decode(lambda data: data)
+
+    def with_sha256(self, sha256: str) -> Sample:
+        """Return the sample with the digest of its bytes."""
+        return replace(self, sha256=sha256)
 
     @property
     def labels(self) -> tuple[int, ...]:

@@ -17,20 +17,30 @@ from finetune.messages import natural_list, plural, printable
 _ByClass = Mapping[str, tuple[Record, ...]]
 
 
-def index_dataset(training: Path, validation: Path | None = None, test: Path | None = None) -> Dataset:
+def index_dataset(
+    training: Path, validation: Path | None = None, test: Path | None = None, *, for_training: bool = True
+) -> Dataset:
     """Find the classes and samples of `training`, and of separate `validation` and `test` data when given.
 
     Samples of data without splits have no split yet, unless validation data is given beside it.
 
+    Args:
+        for_training: refuse what could be judged on, but not trained on: a single class, classes of a single image.
+
     Raises:
-        DataError: with one `Problem` for everything that keeps the data from being trained on.
+        DataError: with one `Problem` for everything that keeps the data from being used.
     """
     notes = Notes()
     source = source_of(training)
     base = (training if training.is_dir() else training.parent).resolve()
     found, places = _read_all(training, validation, test, base, notes)
-    classes = tuple(sorted(found.get("train") or found.get(None) or {}))
-    _check_classes(found, places, notes)
+    if for_training:
+        classes = tuple(sorted(found.get("train") or found.get(None) or {}))
+        _check_classes(found, places, notes)
+    else:
+        classes = tuple(sorted({name for by_class in found.values() for name, records in by_class.items() if records}))
+        if not classes:
+            notes.problem(training, "holds no labelled image")
     if notes.problems:
         raise DataError(_refusal(training, source, notes.problems), notes.problems)
     label_of = {name: label for label, name in enumerate(classes)}

@@ -94,7 +94,7 @@ def evaluate(predictions: Predictions) -> Evaluation:
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
-    rows = task.judge(predictions.logits, predictions.targets)
+    rows = task.judge(predictions.logits, predictions.labels)
     return Evaluation(
         task=task.name,
         classes=predictions.classes,

@@ -24,7 +24,7 @@ class Mistake:
 
 def confident_mistakes(predictions: Predictions, limit: int) -> tuple[Mistake, ...]:
     """Return the wrong answers given with the most confidence, most confident first, ties in row order."""
-    rows = judge_rows(predictions.logits, predictions.targets)
+    rows = judge_rows(predictions.logits, predictions.labels)
     wrong = rows.predicted != rows.targets
     confidence = np.where(wrong, rows.confidence, -1.0)
     order = np.argsort(-confidence, kind="stable")[: min(limit, int(np.count_nonzero(wrong)))]

@@ -38,7 +38,7 @@ def paired_gain(first: Predictions, than: Predictions) -> Gain:
     if first.ids != than.ids:
         raise InvalidInput("only answers to the same images can be compared one by one")
     task = task_named(first.task)
-    scores = [task.judge(table.logits, table.targets).score for table in (first, than)]
+    scores = [task.judge(table.logits, table.labels).score for table in (first, than)]
     differences = scores[0] - scores[1]
     n = len(differences)
     gain = math.fsum(differences) / n

@@ -3,7 +3,8 @@
 A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle):
 
     logits      (N, C) float32   the model's outputs before softmax or sigmoid and before any temperature
-    targets     (N,) int64 class indices; with several labels per image (N, C) uint8, 1 where the label applies
+    targets     (N,) int64 class indices; with several labels per image (N, C) uint8, 1 where the label applies;
+                absent where the images are not labelled
     sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
     embedding   (N, D) float32   what the head was given; absent where it was not at hand
     header      () uint8 text    JSON: schema_version, split, task, classes (in the order of the logits) and ids (one a row)
@@ -39,16 +40,17 @@ class Predictions:
     classes: tuple[str, ...]  # in the order of the logits
     ids: tuple[str, ...]  # of the samples: paths as given, relative to the dataset
     sha256: NDArray[np.uint8]  # (N, 32)
-    targets: NDArray[Any]  # (N,) int64, or (N, C) uint8
+    targets: NDArray[Any] | None  # (N,) int64, or (N, C) uint8; None where the images are not labelled
     logits: NDArray[np.float32]  # (N, C)
     embedding: NDArray[np.float32] | None = None  # (N, D)
 
     def __post_init__(self) -> None:
         n, n_classes = len(self.ids), len(self.classes)
-        if self.logits.shape != (n, n_classes) or len(self.targets) != n or self.sha256.shape != (n, SHA256_BYTES):
+        n_targets = n if self.targets is None else len(self.targets)
+        if self.logits.shape != (n, n_classes) or n_targets != n or self.sha256.shape != (n, SHA256_BYTES):
             raise InvalidInput(
-                f"predictions of {n} images and {n_classes} classes do not fit logits of shape {self.logits.shape}, targets of "
-                f"shape {self.targets.shape} and digests of shape {self.sha256.shape}"
+                f"predictions of {n} images and {n_classes} classes do not fit logits of shape {self.logits.shape}, "
+                f"{n_targets} targets and digests of shape {self.sha256.shape}"
             )
 
     def __len__(self) -> int:
@@ -61,10 +63,21 @@ class Predictions:
             self,
             ids=tuple(self.ids[row] for row in chosen),
             sha256=self.sha256[chosen],
-            targets=self.targets[chosen],
+            targets=None if self.targets is None else self.targets[chosen],
             logits=self.logits[chosen],
             embedding=None if self.embedding is None else self.embedding[chosen],
         )
+
+    @property
+    def labels(self) -> NDArray[Any]:
+        """The targets.
+
+        Raises:
+            InvalidInput: the images are not labelled.
+        """
+        if self.targets is None:
+            raise InvalidInput("these predictions have no labels to be judged against; use finetune evaluate on labelled images")
+        return self.targets
 
     def digests(self) -> list[str]:
         """Return the sha256 of each image's bytes as hexadecimal text."""
@@ -92,7 +105,7 @@ def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
         classes=parts[0].classes,
         ids=tuple(sample for part in parts for sample in part.ids),
         sha256=np.concatenate([part.sha256 for part in parts]),
-        targets=np.concatenate([part.targets for part in parts]),
+        targets=np.concatenate([part.labels for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
         embedding=np.concatenate([part.embedding for part in parts if part.embedding is not None]) if with_embeddings else None,
     )
@@ -110,9 +123,10 @@ def write(path: Path, predictions: Predictions) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "header": np.frombuffer(json_text(header).encode(), np.uint8),
         "logits": predictions.logits,
-        "targets": predictions.targets,
         "sha256": predictions.sha256,
     }
+    if predictions.targets is not None:
+        arrays["targets"] = predictions.targets
     if predictions.embedding is not None:
         arrays["embedding"] = predictions.embedding
     write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
@@ -128,7 +142,7 @@ def read(path: Path) -> Predictions:
         with np.load(path, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             embedding = arrays.get("embedding")
-            columns = arrays["sha256"], arrays["targets"], arrays["logits"]
+            columns = arrays["sha256"], arrays.get("targets"), arrays["logits"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InvalidInput(f"{path}: not a table of predictions ({error})") from None
     if header.get("schema_version") != SCHEMA_VERSION:

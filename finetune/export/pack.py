@@ -16,7 +16,7 @@ import torch
 
 from finetune import __version__
 from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
-from finetune.bundle.predictor import Predictor, write_probe
+from finetune.bundle.predictor import Predictor, Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
@@ -46,6 +46,7 @@ class BundleFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)  # val/top1 …
     calibration: Mapping[str, Any] = field(default_factory=dict)  # its temperature, if any, divides the logits in the graph
     frozen: Mapping[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
+    seen: Seen = field(default_factory=Seen)  # which images the weights were fitted and chosen on
     created_at: float = field(default_factory=time.time)
 
     @property
@@ -95,7 +96,7 @@ def export_bundle(
         predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with atomic_folder(out) as folder:
-        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES])
+        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], facts.seen)
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message=f"bundle written to {out}"))
     return manifest
@@ -121,12 +122,14 @@ def _said_of(outcome: Quantization) -> dict[str, Any]:
     return {"quantization": outcome.to_dict(), **tolerance}
 
 
-def _write(folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, encoded: Sequence[bytes]) -> Manifest:
+def _write(
+    folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, encoded: Sequence[bytes], seen: Seen
+) -> Manifest:
     """The three files, the manifest last."""
     described = with_metadata(model, manifest.model_metadata())
     write_atomic(folder / MODEL, lambda stream: stream.write(described))
     images = np.stack([manifest.preprocess.load(data) for data in encoded])  # (N, h, w, 3) uint8
-    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits)
+    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, seen)
     return write_manifest(folder, manifest)
 
 

@@ -65,7 +65,7 @@ def calibrate(predictions: Predictions) -> Temperature | None:
     """Fit the temperature on these held-out answers; return None where they are too few, or where no value fits best."""
     if len(predictions) < MIN_IMAGES_TO_CALIBRATE:
         return None
-    temperature = task_named(predictions.task).fit_temperature(predictions.logits, predictions.targets)
+    temperature = task_named(predictions.task).fit_temperature(predictions.logits, predictions.labels)
     return None if temperature.at_limit else temperature
 
 
@@ -75,7 +75,7 @@ def refuse_nonsense(predictions: Predictions) -> None:
     Raises:
         NoBetterThanChance: with the figures that say so.
     """
-    chance, evaluation = task_named(predictions.task).chance(predictions.targets), evaluate(predictions)
+    chance, evaluation = task_named(predictions.task).chance(predictions.labels), evaluate(predictions)
     value, loss = evaluation.values[evaluation.headline], evaluation.values["loss"]
     uniform = float(np.log(len(predictions.classes)))
     split, n = predictions.split, len(predictions)

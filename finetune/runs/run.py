@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.bundle.manifest import Manifest, read_manifest
-from finetune.bundle.predictor import Predictor
+from finetune.bundle.predictor import Predictor, Seen
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
@@ -164,6 +164,7 @@ def export(
         metrics={**judgement.metrics, **(carried.folds.metrics if carried.folds else {})},
         calibration=asdict(judgement.temperature) if judgement.temperature else {},
         frozen=trained.frozen,
+        seen=Seen.of([s.sha256 for s in dataset.of("train")], [s.sha256 for s in dataset.of("val")]),
     )
     manifest = export_bundle(
         built.classifier,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.tasks.multiclass import Multiclass
-from finetune.tasks.task import Task
+from finetune.tasks.task import Target, Task
 
 TASKS: tuple[Task, ...] = (Multiclass(),)
 
@@ -22,4 +22,4 @@ def task_named(name: str) -> Task:
     raise InvalidInput(f"no task {name!r}; tasks are {', '.join(names)}.{did_you_mean(name, names)}")
 
 
-__all__ = ["TASKS", "Task", "task_named"]
+__all__ = ["TASKS", "Target", "Task", "task_named"]

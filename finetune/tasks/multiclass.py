@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Target
 from finetune.errors import InvalidInput
 from finetune.metrics import Metric
 from finetune.metrics.accuracy import MACRO_F1, MEAN_PER_CLASS_ACCURACY, TOP1, TOP5
@@ -16,7 +15,7 @@ from finetune.metrics.calibration import ECE, ReliabilityBin, reliability_bins
 from finetune.metrics.likelihood import BRIER, NLL
 from finetune.metrics.rows import Rows, judge_rows, log_softmax
 from finetune.metrics.temperature import Temperature, fit_softmax_temperature
-from finetune.tasks.task import Logits, Targets
+from finetune.tasks.task import Logits, Target, Targets
 
 
 class Multiclass:
@@ -54,6 +53,9 @@ class Multiclass:
 
     def fit_temperature(self, logits: Logits, targets: Targets) -> Temperature:
         return fit_softmax_temperature(logits, targets)
+
+    def label_text(self, target: Any, classes: Sequence[str]) -> str:
+        return classes[int(target)]
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         return np.argsort(-probs, kind="stable")

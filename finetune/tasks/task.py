@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Target
 from finetune.metrics import Metric
 from finetune.metrics.calibration import ReliabilityBin
 from finetune.metrics.temperature import Temperature
+
+Target = int | tuple[int, ...]
+"""The label of a sample: the index of its class; where a sample may have several labels, the sorted indices of all."""
 
 Logits = NDArray[np.floating[Any]]
 Targets = NDArray[Any]  # as the task encodes them
@@ -91,6 +93,10 @@ class Task(Protocol):
 
     def fit_temperature(self, logits: Logits, targets: Targets) -> Temperature:
         """Return the divisor of the logits that makes probabilities fit these held-out images best."""
+        ...
+
+    def label_text(self, target: Any, classes: Sequence[str]) -> str:
+        """Return one encoded target as text: the class name, or the names of all its classes."""
         ...
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:

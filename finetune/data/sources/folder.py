@@ -71,6 +71,11 @@ class FolderSource:
         return Listing(found, {split: str(path) for split, path in folders.items()})
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Return every file under `folder` that is named like an image, nested folders included, in a fixed order."""
+    return [path for path in _walk(folder, Notes()) if _is_image_name(path)]
+
+
 def _is_folder(path: Path, notes: Notes) -> bool:
     if path.is_dir():
         return True

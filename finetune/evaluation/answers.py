@@ -1,0 +1,136 @@
+"""Ask a bundle about many images: labelled data to be judged on, or any files and folders. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.predictor import Predictor
+from finetune.data.dataset import LocalFile, Sample, targets_of
+from finetune.data.parallel import ordered_map
+from finetune.data.sources.folder import image_files
+from finetune.errors import ImageError
+from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.cores import available_cores
+from finetune.tasks import task_named
+
+BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle says about one image."""
+
+    sample: Sample  # with the sha256 of its bytes
+    image: NDArray[np.uint8]  # (h, w, 3) what the model saw
+    probs: NDArray[np.float32]  # (C,)
+    logits: NDArray[np.float32]  # (C,)
+    embedding: NDArray[np.float32]  # (D,)
+    cam: NDArray[np.float32] | None  # (h', w') of the most probable class
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, and why."""
+
+    sample: Sample
+    error: ImageError
+
+
+def ask(
+    predictor: Predictor, samples: Sequence[Sample], *, what: str = "", progress: ProgressCallback = silent
+) -> Iterator[Answer | Unreadable]:
+    """Yield an answer for every sample, in their order; decoding runs in background threads.
+
+    Args:
+        what: said beside the progress.
+    """
+    cores = available_cores()
+    waiting: list[tuple[Sample, NDArray[np.uint8]] | Unreadable] = []
+    done = 0
+    results = ordered_map(
+        lambda sample: _decoded(predictor, sample), samples, threads=cores, ahead=max(2 * cores, 2 * BATCH_SIZE)
+    )
+    with contextlib.closing(results):
+        for decoded in results:
+            waiting.append(decoded)
+            if len(waiting) == BATCH_SIZE:
+                yield from _answered(predictor, waiting)
+                done += len(waiting)
+                waiting = []
+                progress(Progress("evaluating", done, len(samples), "images", message=f"asking {what}".strip()))
+        yield from _answered(predictor, waiting)
+    progress(Progress("evaluating", len(samples), len(samples), "images", message=f"asking {what}".strip()))
+
+
+def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, *, labelled: bool) -> Predictions:
+    """Return answers as a table."""
+    manifest = predictor.manifest
+    n_classes = len(manifest.classes)
+    samples = [answer.sample for answer in answers]
+    task = task_named(manifest.task)
+    return Predictions(
+        split=split,
+        task=task.name,
+        classes=manifest.classes,
+        ids=tuple(sample.id for sample in samples),
+        sha256=digests_as_rows([sample.sha256 for sample in samples]),
+        targets=task.encode(targets_of(samples), n_classes) if labelled else None,
+        logits=np.stack([answer.logits for answer in answers]) if answers else np.empty((0, n_classes), np.float32),
+        embedding=np.stack([answer.embedding for answer in answers]) if answers else None,
+    )
+
+
+def files_under(paths: Sequence[Path]) -> tuple[list[Sample], list[tuple[Path, str]]]:
+    """Return a sample for each image file among `paths`, the images in folders and the matches of patterns (``*.jpg``).
+
+    What is nothing of these comes back as the second value: the path, and a sentence.
+    """
+    found: list[Path] = []
+    missing: list[tuple[Path, str]] = []
+    for path in paths:
+        if path.is_dir():
+            inside = image_files(path)
+            found += inside
+            if not inside:
+                missing.append((path, f"{path}: no image file in this folder"))
+        elif path.is_file():
+            found.append(path)
+        elif matches := sorted(match for match in Path().glob(str(path)) if match.is_file()) if not path.is_absolute() else []:
+            found += matches
+        else:
+            missing.append((path, f"{path}: no such image file"))
+    return [Sample(str(path), LocalFile(path), ()) for path in found], missing
+
+
+def _decoded(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | Unreadable:
+    """Runs in a background thread."""
+    try:
+        data = sample.file.read()
+        return sample.with_sha256(hashlib.sha256(data).hexdigest()), predictor.manifest.preprocess.load(data)
+    except ImageError as error:
+        return Unreadable(sample, error)
+
+
+def _answered(
+    predictor: Predictor, waiting: Sequence[tuple[Sample, NDArray[np.uint8]] | Unreadable]
+) -> Iterator[Answer | Unreadable]:
+    readable = [entry for entry in waiting if not isinstance(entry, Unreadable)]
+    if readable:
+        outputs = predictor.run(np.stack([image for _, image in readable]))
+    row = 0
+    for entry in waiting:
+        if isinstance(entry, Unreadable):
+            yield entry
+            continue
+        sample, image = entry
+        cam = None if outputs.cam is None else outputs.cam[row]
+        yield Answer(sample, image, outputs.probs[row], outputs.logits[row], outputs.embedding[row], cam)
+        row += 1

@@ -1,0 +1,110 @@
+"""Judge a finished bundle on labelled images, and say how many of them it was trained on. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.bundle.predictor import Predictor, read_seen
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.index import index_dataset
+from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
+from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.predictions import Predictions
+from finetune.messages import printable
+from finetune.progress import ProgressCallback, silent
+from finetune.runtime.cores import available_cores
+
+
+@dataclass(frozen=True)
+class BundleEvaluation:
+    """How good a bundle is on some images."""
+
+    evaluation: Evaluation
+    predictions: Predictions
+    n_trained_on: int  # of these images, by their bytes: those that the weights were fitted on
+    n_chosen_on: int  # and those that chose between weights
+    unseen: Evaluation | None  # on the other images alone; None where all are others, or none
+    unreadable: tuple[Unreadable, ...]
+    temperature: float  # that the bundle makes probabilities with
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as JSON values."""
+        return {
+            **self.evaluation.to_json(),
+            "n_trained_on": self.n_trained_on,
+            "n_chosen_on": self.n_chosen_on,
+            "unseen": self.unseen.to_json() if self.unseen else None,
+            "unreadable": [{"file": bad.sample.id, "reason": bad.error.message} for bad in self.unreadable],
+        }
+
+
+def evaluate_bundle(folder: Path, data: Path, split: str | None = None, progress: ProgressCallback = silent) -> BundleEvaluation:
+    """Measure the bundle in `folder` on the labelled images in `data`; classes are matched by name.
+
+    Args:
+        split: chooses among train, val and test inside `data`; by default test, else val, else everything.
+
+    Raises:
+        DataError: no such split, no readable image, or classes that the bundle does not know.
+    """
+    predictor = Predictor.load(folder, threads=available_cores())
+    dataset = index_dataset(data, for_training=False)
+    samples = _relabelled(dataset, _chosen(dataset, split), predictor.manifest.classes)
+    answers: list[Answer] = []
+    unreadable: list[Unreadable] = []
+    for answer in ask(predictor, samples, what=dataset.name, progress=progress):
+        answers.append(answer) if isinstance(answer, Answer) else unreadable.append(answer)
+    if not answers:
+        problems = [Problem(bad.sample.id, bad.error.message) for bad in unreadable[:10]]
+        raise DataError(f"{printable(data)}: holds no image that can be read", problems)
+    predictions = predictions_of(answers, predictor, split or "given", labelled=True)
+    seen = read_seen(folder)
+    digests = predictions.digests()
+    trained_on = np.array([seen.trained_on(digest) for digest in digests])
+    chosen_on = np.array([seen.chosen_on(digest) for digest in digests]) & ~trained_on
+    unseen_rows = np.flatnonzero(~(trained_on | chosen_on))
+    partly = 0 < len(unseen_rows) < len(predictions)
+    return BundleEvaluation(
+        evaluation=evaluate(predictions),
+        predictions=predictions,
+        n_trained_on=int(trained_on.sum()),
+        n_chosen_on=int(chosen_on.sum()),
+        unseen=evaluate(predictions.take(unseen_rows)) if partly else None,
+        unreadable=tuple(unreadable),
+        temperature=float(predictor.manifest.calibration.get("temperature", 1.0)),
+    )
+
+
+def _chosen(dataset: Dataset, split: str | None) -> Sequence[Sample]:
+    present = [name for name in ("test", "val", "train") if dataset.of(name)]
+    if split is None:
+        return dataset.of(present[0]) if present else dataset.samples
+    if split not in present:
+        found = f"it has {', '.join(present)}" if present else "it has no train, val or test folders inside; leave --split out"
+        raise InvalidInput(f"{dataset.root} has no split {split!r}: {found}")
+    return dataset.of(split)
+
+
+def _relabelled(dataset: Dataset, samples: Sequence[Sample], classes: Sequence[str]) -> Sequence[Sample]:
+    """Return the samples with labels counted in the bundle's classes."""
+    position = {name: label for label, name in enumerate(classes)}
+    named = sorted({name for sample in samples for name in dataset.label_names(sample)})
+    if unknown := [name for name in named if name not in position]:
+        problems = [Problem(name, f"not a class of this model.{did_you_mean(name, classes)}") for name in unknown]
+        raise DataError(f"{dataset.root}: the model knows {', '.join(classes)}", problems)
+    of_bundle = [position.get(name, -1) for name in dataset.classes]
+    return [
+        replace(
+            sample,
+            target=of_bundle[sample.target]
+            if isinstance(sample.target, int)
+            else tuple(sorted(of_bundle[label] for label in sample.target)),
+        )
+        for sample in samples
+    ]

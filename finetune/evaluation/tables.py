@@ -1,0 +1,91 @@
+"""Predictions as tables that people open: CSV and Parquet, one row an image."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.distribution import install_command
+from finetune.errors import InvalidInput, MissingExtra
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.predictions import write as write_npz
+from finetune.storage.files import write_atomic
+from finetune.tasks import task_named
+
+SUFFIXES = (".csv", ".parquet", ".npz")
+
+
+def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) -> None:
+    """Write predictions in the format that the file's ending names: ``.csv``, ``.parquet`` or ``.npz`` (all of the table).
+
+    The columns are file, sha256, label (where it is known), predicted, probability (of the predicted class), and one column
+    ``p(CLASS)`` for each class.
+
+    Args:
+        temperature: that the model's probabilities are made with.
+
+    Raises:
+        InvalidInput: another ending.
+        MissingExtra: Parquet is asked for and pyarrow is not installed.
+    """
+    suffix = check_ending(path)
+    if suffix == ".npz":
+        write_npz(path, predictions)
+    elif suffix == ".csv":
+        text = io.StringIO(newline="")
+        rows = rows_of(predictions, temperature)
+        writer = csv.DictWriter(text, fieldnames=columns_of(predictions), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    else:
+        _write_parquet(path, predictions, temperature)
+
+
+def check_ending(path: Path) -> str:
+    """Return the ending of a file that `write_table` can write.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InvalidInput(f"{path}: write to a file that ends in {', '.join(SUFFIXES)}")
+    return suffix
+
+
+def columns_of(predictions: Predictions) -> list[str]:
+    """Return the names of the columns."""
+    label = [] if predictions.targets is None else ["label"]
+    return ["file", "sha256", *label, "predicted", "probability", *(f"p({name})" for name in predictions.classes)]
+
+
+def rows_of(predictions: Predictions, temperature: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Yield one mapping of columns to values for each image."""
+    task = task_named(predictions.task)
+    probs = task.probabilities(predictions.logits, temperature)
+    classes = predictions.classes
+    for row, (file, digest) in enumerate(zip(predictions.ids, predictions.digests(), strict=True)):
+        best = int(task.ranking(probs[row])[0])
+        label = {} if predictions.targets is None else {"label": task.label_text(predictions.targets[row], classes)}
+        yield {
+            "file": file,
+            "sha256": digest,
+            **label,
+            "predicted": classes[best],
+            "probability": round(float(probs[row, best]), 6),
+            **{f"p({name})": round(float(value), 6) for name, value in zip(classes, probs[row], strict=True)},
+        }
+
+
+def _write_parquet(path: Path, predictions: Predictions, temperature: float) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise MissingExtra(f"Parquet needs pyarrow: {install_command('train')}, or write a .csv file") from None
+    table = pa.Table.from_pylist(list(rows_of(predictions, temperature)))
+    write_atomic(path, lambda stream: pq.write_table(table, stream))
