@@ -20,14 +20,14 @@ from typing import Any
 import httpx
 
 from finetune.errors import FinetuneError
+from finetune.progress import ProgressCallback
 from finetune.runs.build import Shared
 from finetune.runs.outcome import Outcome
-from finetune.studies.carry_out import fine_tune
-from finetune.progress import ProgressCallback
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import atomic_path, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
+from finetune.studies.carry_out import fine_tune
 
 DIGIT_SIZE_PX = 64
 

@@ -22,7 +22,7 @@ from finetune.data.pixels import PixelStore
 from finetune.events import HeadSolved, PrefixPlanned, SettingsMeasured
 from finetune.features.prefix import GraphSource
 from finetune.features.rows import FeatureContext, Views, plan_prefix, pooled_features
-from finetune.features.solve import SolvedHead
+from finetune.features.solve import SolvedHead, head_logits
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress, ProgressCallback, silent
@@ -137,9 +137,8 @@ def solved_outputs(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return logits (N, C) and embeddings (N, D) of a classifier whose backbone never trained, from cached features."""
     features = pooled_features(classifier, samples, Views(classifier.backbone.preprocess), context.features())
-    with torch.no_grad():
-        logits: NDArray[np.float32] = classifier.head(torch.from_numpy(features)).numpy()
-    return logits, features
+    weight, bias = (parameter.detach().numpy() for parameter in (classifier.head.weight, classifier.head.bias))
+    return head_logits(features, weight, bias), features
 
 
 @dataclass
