@@ -58,7 +58,9 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
         runs[method] = fine_tune(demo_spec(folder, method, own_data=data is not None), shared, progress)
     served = better_run(runs)
     asked, truth = held_out_image(runs[served])
-    with serving(runs[served].bundle) as url:
+    bundle = runs[served].bundle
+    assert bundle is not None, "the demo registers both models"
+    with serving(bundle) as url:
         answer = ask(url, asked)
     return DemoResult(runs, served, asked, truth, answer, time.monotonic() - began)
 

@@ -132,6 +132,22 @@ def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[in
     return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
+def header_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Return the upright (width, height) that an image file's header gives; no pixel is decoded, so the rest may be damaged.
+
+    Raises:
+        ImageError: the header cannot be read, or what it says is over `limits`.
+    """
+    image = _opened(data, limits)
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow turns these only while it loads them
+        swaps = image.getexif().get(ExifTag.Orientation, 1) in (5, 6, 7, 8)
+    else:
+        turn = _upright_turn(image)
+        swaps = turn is not None and turn.swaps
+    return (height, width) if swaps else (width, height)
+
+
 def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> tuple[Image.Image, Box]:
     """`decode_image` as a Pillow image of mode RGB, and the part of it that holds the picture.
 

@@ -1,9 +1,9 @@
 """Every file read once: its sha256, its size, and whether all of it decodes. What cannot be read is named and left out.
 
-The verdict is the project's own decoder run over the whole file, not a look at the header: a truncated photograph has a
-perfect header. JPEGs are decoded at an eighth of their size, which still walks through every coded byte and so finds what a
-full decode finds, at a third of the time; the pass that uses the pixels raises and names the file if it fails after all
-(the file changed meanwhile). No pixels are ever made up. Torch-free.
+`scan` reads the bytes and the header of each file; `verify` decodes those whose bytes have not been decoded before, to their
+end: a truncated photograph has a perfect header. Where the pixels are wanted anyway, the caller decodes instead (`Decode`), so
+that no file is decoded twice; else JPEGs are decoded at an eighth of their size, which still walks through every coded byte and
+so finds what a full decode finds, at a third of the time. No pixels are ever made up. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import errno
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import PIL
 
-from finetune.bundle.image import image_size
+from finetune.bundle.image import header_size, image_size
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, ImageError, Problem
@@ -34,6 +35,20 @@ Resize = Literal["crop", "squash", "letterbox"]
 LISTED = 50  # bad files that an error spells out one by one
 
 
+Decode = Callable[[Sequence[Sample]], Mapping[int, ImageError]]
+"""Decodes samples in its own way and returns those that cannot be decoded, by position."""
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A dataset whose files have been read, but not decoded."""
+
+    indexed: Dataset  # as it was listed
+    dataset: Dataset  # with sha256 and size of every sample; without files whose header cannot be read
+    undecoded: tuple[Sample, ...]  # samples whose bytes nobody has decoded yet
+    memory: Path | None
+
+
 def check_images(
     dataset: Dataset,
     *,
@@ -43,7 +58,7 @@ def check_images(
     threads: int | None = None,
     memory: Path | None = None,
 ) -> Dataset:
-    """The dataset with `sha256` and `size_px` of every sample, without the unreadable, which `bad` names with reasons.
+    """Return the dataset with `sha256` and `size_px` of every sample, without the unreadable, which `bad` names with reasons.
 
     Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
 
@@ -54,19 +69,57 @@ def check_images(
     Raises:
         DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
     """
+    scanned = scan(dataset, progress=progress, threads=threads, memory=memory)
+    return verify(scanned, on_bad=on_bad, max_bad_fraction=max_bad_fraction, progress=progress, threads=threads)
+
+
+def scan(
+    dataset: Dataset, *, progress: ProgressCallback = silent, threads: int | None = None, memory: Path | None = None
+) -> Scanned:
+    """Read every file: its digest, and the size that its header gives; see `check_images`."""
     threads = threads or available_cores()
     known = _recall(memory)
-    verdicts = []
-    for verdict in ordered_map(lambda sample: _inspect(sample, known), dataset.samples, threads=threads, ahead=64 * threads):
-        verdicts.append(verdict)
-        if len(verdicts) % 64 == 0 or len(verdicts) == len(dataset.samples):
-            progress(Progress("preparing", len(verdicts), len(dataset.samples), "images", message="checking images"))
-    _remember(memory, {v.sha256: v.size_px for v in verdicts if isinstance(v, Sample) and v.size_px and v.sha256 not in known})
-    good = tuple(verdict for verdict in verdicts if isinstance(verdict, Sample))
-    bad = dataset.bad + tuple(verdict for verdict in verdicts if isinstance(verdict, BadImage))
-    checked = replace(dataset, samples=good, bad=bad, warnings=dataset.warnings + _warnings(dataset, good))
+    good: list[Sample] = []
+    bad: list[BadImage] = []
+    total = len(dataset.samples)
+    results = ordered_map(lambda sample: _scan_one(sample, known), dataset.samples, threads=threads, ahead=64 * threads)
+    for done, found in enumerate(results, start=1):
+        good.append(found) if isinstance(found, Sample) else bad.append(found)
+        if done % 256 == 0 or done == total:
+            progress(Progress("preparing", done, total, "images", message="reading images"))
+    scanned = replace(dataset, samples=tuple(good), bad=dataset.bad + tuple(bad))
+    return Scanned(dataset, scanned, tuple(sample for sample in good if sample.sha256 not in known), memory)
+
+
+def verify(
+    scanned: Scanned,
+    *,
+    on_bad: OnBadImage = "quarantine",
+    max_bad_fraction: float = 0.05,
+    decode: Decode | None = None,
+    progress: ProgressCallback = silent,
+    threads: int | None = None,
+) -> Dataset:
+    """Decode what has not been decoded before, and leave out what cannot be; see `check_images`.
+
+    Args:
+        decode: decodes the samples in place of this function.
+    """
+    undecoded = scanned.undecoded
+    failed = (decode or partial(_decode_all, progress=progress, threads=threads))(undecoded) if undecoded else {}
+    broken = {undecoded[position].id for position in failed}
+    _remember(scanned.memory, [sample for sample in undecoded if sample.id not in broken])
+    good = tuple(sample for sample in scanned.dataset.samples if sample.id not in broken)
+    bad = tuple(BadImage(str(undecoded[position].file), error.message) for position, error in sorted(failed.items()))
+    indexed = scanned.indexed
+    checked = replace(
+        scanned.dataset,
+        samples=good,
+        bad=_in_order(indexed, scanned.dataset.bad + bad),
+        warnings=indexed.warnings + _warnings(indexed, good),
+    )
     _judge_bad(checked, on_bad, max_bad_fraction)
-    _refuse_emptied(dataset, checked)
+    _refuse_emptied(indexed, checked)
     return checked
 
 
@@ -126,15 +179,41 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 # ---------------------------------------------------------------------------------------------------------------- internals
 
 
-def _inspect(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:
-    """One read of one file gives its digest, its size and the verdict."""
+def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:
+    """Read one file; runs in a background thread."""
     try:
         data = sample.file.read()
         sha256 = hashlib.sha256(data).hexdigest()
-        size_px = known.get(sha256) or image_size(data)  # which decodes the whole file
+        size_px = known.get(sha256) or header_size(data)
     except ImageError as error:
         return BadImage(str(sample.file), error.message)
     return replace(sample, sha256=sha256, size_px=size_px)
+
+
+def _decode_all(samples: Sequence[Sample], *, progress: ProgressCallback, threads: int | None) -> dict[int, ImageError]:
+    """Decode every sample to its end, as cheaply as its format allows; return those that cannot be."""
+    threads = threads or available_cores()
+    failed = {}
+    for position, error in enumerate(ordered_map(_decode_one, samples, threads=threads, ahead=64 * threads)):
+        if error is not None:
+            failed[position] = error
+        if (position + 1) % 64 == 0 or position + 1 == len(samples):
+            progress(Progress("preparing", position + 1, len(samples), "images", message="checking images"))
+    return failed
+
+
+def _decode_one(sample: Sample) -> ImageError | None:
+    try:
+        image_size(sample.file.read())
+    except ImageError as error:
+        return error
+    return None
+
+
+def _in_order(indexed: Dataset, bad: Sequence[BadImage]) -> tuple[BadImage, ...]:
+    """Return bad images in the order in which they were listed; what listing itself refused comes first."""
+    position = {str(sample.file): number for number, sample in enumerate(indexed.samples)}
+    return tuple(sorted(bad, key=lambda image: position.get(image.where, -1)))
 
 
 def _notes(memory: Path) -> Path:
@@ -149,8 +228,9 @@ def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
     return {sha256: (int(width), int(height)) for sha256, width, height in lines}
 
 
-def _remember(memory: Path | None, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Append to the notes; without room on the disk they are just not kept."""
+def _remember(memory: Path | None, samples: Sequence[Sample]) -> None:
+    """Note that these samples were decoded; without room on the disk that is just not noted."""
+    sizes = {sample.sha256: sample.size_px for sample in samples if sample.size_px}
     if memory is None or not sizes:
         return
     lines = "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items())

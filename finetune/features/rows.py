@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -53,6 +53,8 @@ RowType = Literal["float16", "float32"]
 CHECKED_IMAGES = 16  # on which an engine must agree with torch
 TIMED_IMAGES = 8  # from which `plan_prefix` estimates
 COPIED_ROWS = 1024  # at a time out of the cache
+CPU_BATCH = 8  # rows a call of an engine on a CPU
+DECODED_AHEAD_BYTES = 128 * 1024**2  # of pixels that wait for the engine, which may still be under construction
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,22 @@ def pooled_features(
             context.event(CacheFull(f"the features are not kept for later runs: {wanted.why_no_room()}"))
         wanted.compute(features, keep)
     return features if views.count == 1 else features.reshape(len(samples), views.count, -1)
+
+
+def decode_into_features(
+    classifier: Classifier, views: Views, context: FeatureContext, samples: Sequence[Sample]
+) -> dict[int, ImageError]:
+    """Decode samples and keep their pooled features, so that whoever asks for these later decodes nothing.
+
+    Returns:
+        The samples that cannot be decoded, by position. Where the cache has no room, samples are only decoded.
+    """
+    wanted = FrozenRows(classifier, len(classifier.backbone.stages), "float32", samples, views, context)
+    if not wanted.n_missing:
+        return {}
+    if wanted.make_room():
+        return wanted.compute_readable(None, keep=True)
+    return wanted.decode_only()
 
 
 @dataclass(frozen=True)
@@ -276,30 +294,69 @@ class FrozenRows:
             DoesNotFit: an activation is too large for this number format.
             DiskFull: without `out`, rows that cannot be kept are of no use; with it, an event tells.
         """
-        self.settle_engine()
-        engine = self._engine
-        assert engine is not None, "compute is for missing rows"
+        failed = self.compute_readable(out, keep)
+        if failed:
+            problems = [Problem(str(self.samples[index].file), error.message) for index, error in failed.items()]
+            raise DataError(f"{len(problems):,} of {len(self.samples):,} images cannot be decoded", problems)
+
+    def compute_readable(self, out: NDArray[np.float32] | None, keep: bool) -> dict[int, ImageError]:
+        """Do what `compute` does, but return the images that cannot be decoded, by position, instead of raising."""
+        failed: dict[int, ImageError] = {}
         meter = _Meter(self.context.progress, self.n_missing, "images" if self.views.count == 1 else "views")
-        problems: list[Problem] = []
-
-        def work(chunk: Sequence[_Task]) -> tuple[_Decoded, NDArray[np.float32] | None]:
-            decoded = self._decode(chunk)
-            return decoded, engine.run(decoded.images) if engine.concurrent and len(decoded.images) else None
-
-        cores = self.context.cores
-        results = ordered_map(work, self._tasks(engine.batch_size), threads=cores, ahead=2 * cores)
-        with contextlib.closing(results), self._keeping(keep, required=out is None) as store:
-            for decoded, rows in results:
-                problems += decoded.problems
-                if len(decoded.images):
-                    rows = engine.run(decoded.images) if rows is None else rows
+        with contextlib.ExitStack() as stack:
+            decoded = self._decoded_chunks(stack)
+            store = stack.enter_context(self._keeping(keep, required=out is None))
+            for chunk, rows in self._run_chunks(decoded, stack):
+                failed |= chunk.failed
+                if rows is not None:
                     self._check_range(rows)
                     if out is not None:
-                        out[decoded.positions] = rows
-                    store(decoded.keys, rows)
-                meter.advance(len(decoded.images))
-        if problems:
-            raise DataError(f"{len(problems):,} of {len(self.samples):,} images cannot be decoded", problems)
+                        out[chunk.positions] = rows
+                    store(chunk.keys, rows)
+                meter.advance(len(chunk.images) + len(chunk.failed))
+        return failed
+
+    def decode_only(self) -> dict[int, ImageError]:
+        """Decode the images of the missing rows and compute nothing; return those that cannot be decoded."""
+        failed: dict[int, ImageError] = {}
+        meter = _Meter(self.context.progress, self.n_missing, "images")
+        with contextlib.ExitStack() as stack:
+            for chunk in self._start_decoding(stack):
+                failed |= chunk.failed
+                meter.advance(len(chunk.images) + len(chunk.failed))
+        return failed
+
+    def _decoded_chunks(self, stack: contextlib.ExitStack) -> Iterator[_Decoded]:
+        """Decode the missing rows in background threads, which work ahead while the engine is being opened."""
+        expected = self.engine_name
+        chunks = self._start_decoding(stack)
+        first = next(chunks, None)
+        self.settle_engine()
+        if self.engine_name != expected:  # its rows are kept elsewhere, where others may be missing
+            return self._start_decoding(stack)
+        return iter(()) if first is None else itertools.chain([first], chunks)
+
+    def _start_decoding(self, stack: contextlib.ExitStack) -> Iterator[_Decoded]:
+        height, width = self.views.preprocess.input_size_px
+        n_rows = CPU_BATCH if self._engine is None else self._engine.batch_size
+        ahead = max(2 * self.context.cores, DECODED_AHEAD_BYTES // (n_rows * height * width * 3))
+        tasks = list(self._tasks(n_rows))
+        chunks = ordered_map(self._decode, tasks, threads=self.context.cores, ahead=ahead)
+        return stack.enter_context(contextlib.closing(chunks))
+
+    def _run_chunks(
+        self, decoded: Iterator[_Decoded], stack: contextlib.ExitStack
+    ) -> Iterator[tuple[_Decoded, NDArray[np.float32] | None]]:
+        """Run the engine on decoded chunks, on several cores at once where it computes on one."""
+        engine, cores = self._engine, self.context.cores
+
+        def run(chunk: _Decoded) -> tuple[_Decoded, NDArray[np.float32] | None]:
+            assert engine is not None, "an engine is opened when rows are missing"
+            return chunk, engine.run(chunk.images) if len(chunk.images) else None
+
+        if engine is None or not engine.concurrent:
+            return map(run, decoded)
+        return stack.enter_context(contextlib.closing(ordered_map(run, decoded, threads=cores, ahead=2 * cores)))
 
     def rows_per_second(self) -> float | None:
         """How fast the missing rows will be computed, from a few of them; decoding and network share all cores."""
@@ -354,21 +411,20 @@ class FrozenRows:
         positions: list[int] = []
         keys: list[NDArray[np.uint8]] = []
         images: list[NDArray[np.uint8]] = []
-        problems: list[Problem] = []
+        failed: dict[int, ImageError] = {}
         for task in tasks:
-            sample = self.samples[task.image]
             try:
-                data = sample.file.read()
+                data = self.samples[task.image].file.read()
                 images += self.views.pixels(data, task.views)
             except ImageError as error:
-                problems.append(Problem(str(sample.file), error.message))
+                failed[task.image] = error
                 continue
             positions += [task.image * self.views.count + view for view in task.views]
             # Under the key of the bytes that were decoded, should the file have changed since it was looked up.
             keys.append(_image_keys(hashlib.sha256(data).digest(), self._view_names)[list(task.views)])
         if not images:
-            return _Decoded(np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8), problems)
-        return _Decoded(np.array(positions), np.concatenate(keys), np.stack(images), problems)
+            return _Decoded(np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8), failed)
+        return _Decoded(np.array(positions), np.concatenate(keys), np.stack(images), failed)
 
     @contextlib.contextmanager
     def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32]], None]]:
@@ -405,7 +461,7 @@ class _Decoded:
     positions: NDArray[np.int64]  # (B,) rows
     keys: NDArray[np.uint8]  # (B, 32)
     images: NDArray[np.uint8]  # (B, h, w, 3)
-    problems: list[Problem]
+    failed: Mapping[int, ImageError]  # positions of images that cannot be decoded
 
 
 class _Meter:

@@ -173,7 +173,7 @@ def _row_weights(
 
 
 def _fold_splits(labels: NDArray[np.integer[Any]], row_weights: Floats, views: int, folds: int, seed: int) -> list[_Split]:
-    """Return stratified folds over images. A class with one image is never held out: nothing could be learnt about it elsewhere."""
+    """Return stratified folds over images. A class with one image is never held out: no other image could teach it."""
     fold_of_image = np.full(len(labels), -1)
     generator = np.random.default_rng(seed)
     dealt = 0  # folds are dealt round robin across classes, so that small classes do not all land in the first folds
@@ -341,7 +341,7 @@ class _Problem:
 
     def _class_mass(self, weights: Floats) -> Floats:
         """(C,) the share of the total weight that each class's own rows carry."""
-        return np.bincount(self.labels, weights=weights, minlength=len(self._targets)) / weights.sum()
+        return np.asarray(np.bincount(self.labels, weights=weights, minlength=len(self._targets)) / weights.sum())
 
 
 def _log_softmax_columns(scores: Float32s) -> Float32s:

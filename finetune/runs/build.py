@@ -31,6 +31,10 @@ class Network:
     graph: Graph
     facts: BackboneFacts
 
+    def filled(self) -> bytes:
+        """Return the classifier as it is now as one ONNX file."""
+        return fill(self.graph, DeployModule(self.classifier))
+
     def copy(self) -> Network:
         """Return a network of its own with the same weights."""
         return replace(self, classifier=copy.deepcopy(self.classifier))
@@ -67,22 +71,26 @@ class Shared:
         return cls(workspace, Store(workspace.cache))
 
 
-def build_network(spec: JobSpec, n_classes: int, workspace: Workspace) -> Network:
-    """Build the network that `spec` asks for and try its export.
+def build_classifier(spec: JobSpec, n_classes: int) -> Classifier:
+    """Build the backbone that `spec` asks for, with a new head.
 
     Raises:
         InvalidInput: the backbone, its weights or the head cannot be had as asked.
-        ExportError: the backbone could be trained, but not served.
     """
     with on_threads(1):
         backbone = seeded_backbone(spec)
         torch.manual_seed(spec.seed)  # the new head's first values
-        classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
-        return Network(
-            classifier,
-            dry_run_export(classifier, "multiclass" if spec.task == "auto" else spec.task, workspace.networks),
-            facts_of(classifier),
-        )
+        return Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
+
+
+def trace_network(classifier: Classifier, task: str, workspace: Workspace) -> Network:
+    """Try the export of a classifier, before anything is trained.
+
+    Raises:
+        ExportError: the backbone could be trained, but not served.
+    """
+    with on_threads(1):
+        return Network(classifier, dry_run_export(classifier, task, workspace.networks), facts_of(classifier))
 
 
 def seeded_backbone(spec: JobSpec) -> Backbone:

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
-from finetune.data.check import check_images
+from finetune.data.check import scan, verify
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
 from finetune.data.split import read_split, split_dataset, write_split
 from finetune.errors import InvalidInput, Problem
+from finetune.features.rows import FeatureContext, Views, decode_into_features
+from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.build import Built, Network, Shared, build, build_network, seeded_backbone
+from finetune.runs.build import Built, Network, Shared, build, build_classifier, seeded_backbone, trace_network
 from finetune.runs.options import RunOptions
-from finetune.runs.resolve import Resolved, resolve, resolve_compute
+from finetune.runs.resolve import Resolved, resolve, resolve_compute, resolve_resize, resolve_task
 from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json
@@ -55,16 +58,42 @@ def prepare(
 
 
 def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:
-    """Return the checked dataset, not split yet, and the untrained network; each once in a process."""
+    """Return the checked dataset, not split yet, and the untrained network; each once in a process.
+
+    The files are read in a thread of their own, while the network is built and traced here. Where the method needs the pooled
+    features of all images, they are computed in the same pass that checks the files, so that each is decoded once.
+    """
     data_key, network_key = _data_key(spec), _network_key(spec)
     if data_key in shared.datasets and network_key in shared.networks:
         return shared.datasets[data_key], shared.networks[network_key]
     indexed = _index(spec)
-    with _reading(spec, indexed, shared, progress) as reading:
-        if network_key not in shared.networks:
-            shared.networks[network_key] = build_network(spec, len(indexed.classes), shared.workspace)
+    known = shared.networks.get(network_key)
+    network = _Awaited(known) if known else _Awaited()
+    with _reading(spec, indexed, shared, network, progress) as reading:
+        if known is None:
+            classifier = build_classifier(spec, len(indexed.classes))
+            network.built.set_result(classifier)
+            known = shared.networks[network_key] = trace_network(classifier, resolve_task(spec), shared.workspace)
+            network.traced.set_result(known)
         shared.datasets[data_key] = reading.result()
-    return shared.datasets[data_key], shared.networks[network_key]
+    return shared.datasets[data_key], known
+
+
+class _Awaited:
+    """A network that another thread builds and traces."""
+
+    def __init__(self, known: Network | None = None) -> None:
+        self.built: Future[Classifier] = Future()
+        self.traced: Future[Network] = Future()
+        if known is not None:
+            self.built.set_result(known.classifier)
+            self.traced.set_result(known)
+
+    def give_up(self) -> None:
+        """Let nobody wait for it any longer."""
+        for future in (self.built, self.traced):
+            if not future.done():
+                future.set_exception(CancelledError())
 
 
 def decisions_of(run: RunDir) -> tuple[Resolved, Choices]:
@@ -120,7 +149,9 @@ def _index(spec: JobSpec) -> Dataset:
 
 
 @contextmanager
-def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: ProgressCallback) -> Iterator[Future[Dataset]]:
+def _reading(
+    spec: JobSpec, indexed: Dataset, shared: Shared, network: _Awaited, progress: ProgressCallback
+) -> Iterator[Future[Dataset]]:
     """Check the images in a thread of its own; where the block ends by an exception, it is given up soon."""
     given_up = Event()
 
@@ -129,21 +160,39 @@ def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: Progress
             raise CancelledError
         progress(update)
 
-    def read() -> Dataset:
-        return check_images(
-            indexed,
-            on_bad=spec.data.on_bad_image,
-            max_bad_fraction=spec.data.max_bad_fraction,
-            progress=report,
-            memory=shared.store.folder("notes"),
-        )
-
     with ThreadPoolExecutor(1, "reading") as pool:
         try:
-            yield pool.submit(read)
+            yield pool.submit(_read, spec, indexed, shared, network, report)
         except BaseException:
             given_up.set()
+            network.give_up()
             raise
+
+
+def _read(spec: JobSpec, indexed: Dataset, shared: Shared, network: _Awaited, progress: ProgressCallback) -> Dataset:
+    """Read, decode and judge the files."""
+    scanned = scan(indexed, progress=progress, memory=shared.store.folder("notes"))
+    decode = None
+    if needs_features(spec) and resolve_device(spec.compute.device) == "cpu":
+        classifier = network.built.result()
+        preprocess = classifier.backbone.preprocess
+        resize = resolve_resize(spec, scanned.dataset, preprocess).resize
+        views = Views(replace(preprocess, resize=resize))
+        context = FeatureContext(
+            shared.store,
+            threads=resolve_compute(spec, "cpu", available_cores()).threads,
+            graph=lambda: network.traced.result().filled(),
+            progress=progress,
+        )
+        decode = partial(decode_into_features, classifier, views, context)
+    return verify(
+        scanned, on_bad=spec.data.on_bad_image, max_bad_fraction=spec.data.max_bad_fraction, decode=decode, progress=progress
+    )
+
+
+def needs_features(spec: JobSpec) -> bool:
+    """Return whether a request begins with the head solved on the frozen features of all images."""
+    return getattr(spec.method, "warm_head", True)
 
 
 def _path(text: str | None) -> Path | None:

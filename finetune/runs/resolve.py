@@ -157,7 +157,7 @@ def resolve(
     Raises:
         SpecError: the request does not fit the backbone.
     """
-    advice = resolve_resize(spec, dataset, backbone)
+    advice = resolve_resize(spec, dataset, backbone.preprocess)
     sizes = dataset.sizes()
     facts = Facts(
         n_train=sizes.get("train", 0),
@@ -182,7 +182,7 @@ def resolve(
     return Resolved(
         spec=spec,
         model_name=model_name(spec.suffix, dataset.name),
-        task="multiclass" if spec.task == "auto" else spec.task,
+        task=resolve_task(spec),
         dataset=DatasetFacts.of(dataset),
         backbone=backbone,
         preprocess=preprocess,
@@ -198,11 +198,16 @@ def resolve_compute(spec: JobSpec, device: Device, cores: int) -> Compute:
     return Compute(device, spec.compute.precision, cores if spec.compute.threads == "auto" else spec.compute.threads)
 
 
-def resolve_resize(spec: JobSpec, dataset: Dataset, backbone: BackboneFacts) -> ResizeAdvice:
-    """Return how images are framed: as given; else as the weights were trained, unless that would hide much of these images."""
+def resolve_task(spec: JobSpec) -> str:
+    """Return the task of a request: as asked, else found from the labels."""
+    return "multiclass" if spec.task == "auto" else spec.task
+
+
+def resolve_resize(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> ResizeAdvice:
+    """Return how images are framed: as given; else as the weights were trained, unless that hides much of these images."""
     if spec.data.resize != "auto":
         return ResizeAdvice(spec.data.resize, "given")
     advice = advise_resize(image_facts(dataset.samples))
     if advice.resize == "crop":
-        return ResizeAdvice(backbone.preprocess.resize, f"as the weights were trained; {advice.reason}")
+        return ResizeAdvice(preprocess.resize, f"as the weights were trained; {advice.reason}")
     return advice

@@ -143,7 +143,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     whole = split_for(spec, dataset, run)
     data = spec.data.model_copy(
         # What is decided from all images is decided once for all folds.
-        update={"folds": None, "resize": resolve_resize(spec, whole, network.facts).resize}
+        update={"folds": None, "resize": resolve_resize(spec, whole, network.facts.preprocess).resize}
     )
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": spec.refits})
     of_child = spec.model_copy(update={"data": data, "hyperparameters": hyperparameters})
