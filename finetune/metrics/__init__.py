@@ -10,17 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 RowsT = TypeVar("RowsT")
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Metric(Generic[RowsT]):
-    """One figure over the images of a split, computed from rows of type `RowsT`."""
+    """One figure over the images of a split, computed from rows of type `RowsT`.
+
+    `weighted` is the same figure where each image counts several times or not at all, for many such weightings at once: the
+    bootstrap resamples images so.
+    """
 
     key: str  # as in ``test/top1``
     label: str  # as people read it
     compute: Callable[[RowsT], float]
+    weighted: Callable[[RowsT, NDArray[np.float64]], NDArray[np.float64]]  # with (B, N) weights of the images, to (B,)
     interval: Callable[[RowsT], Interval] | None = None  # 95 %
     higher_is_better: bool = True
     largest: float = 1.0  # values lie between 0 and this
@@ -37,3 +45,8 @@ class Metric(Generic[RowsT]):
 
 
 UNBOUNDED = math.inf
+
+
+def weighted_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of values (N,) under each of (B, N) weightings: (B,)."""
+    return np.asarray(weights @ values / weights.sum(axis=1))

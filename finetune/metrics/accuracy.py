@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 
-from finetune.metrics import Interval, Metric
+from finetune.metrics import Interval, Metric, weighted_mean
 from finetune.metrics.intervals import wilson_interval
-from finetune.metrics.rows import Rows
+from finetune.metrics.rows import Floats, Rows
 
 TOP_K = 5
+
+Weights = Floats
 
 
 def top1(rows: Rows) -> float:
@@ -45,13 +47,50 @@ def macro_f1(rows: Rows) -> float:
     return math.fsum(scores) / len(scores)
 
 
+def weighted_top1(rows: Rows, weights: Weights) -> Floats:
+    return weighted_mean(rows.score, weights)
+
+
+def weighted_top5(rows: Rows, weights: Weights) -> Floats:
+    return weighted_mean(np.asarray(rows.rank < TOP_K, np.float64), weights)
+
+
+def weighted_mean_per_class_accuracy(rows: Rows, weights: Weights) -> Floats:
+    true, _, correct = _weighted_counts(rows, weights)
+    return _mean_over_present(np.divide(correct, true, out=np.zeros_like(true), where=true > 0), true)
+
+
+def weighted_macro_f1(rows: Rows, weights: Weights) -> Floats:
+    true, given, correct = _weighted_counts(rows, weights)
+    total = true + given
+    return _mean_over_present(np.divide(2 * correct, total, out=np.zeros_like(total), where=total > 0), true)
+
+
+def _weighted_counts(rows: Rows, weights: Weights) -> tuple[Floats, Floats, Floats]:
+    """Return for each weighting and class, (B, C): images of the class, images given its label, and both."""
+    every = np.arange(len(rows))
+    true, given = np.zeros((len(rows), rows.n_classes)), np.zeros((len(rows), rows.n_classes))
+    true[every, rows.targets], given[every, rows.predicted] = 1.0, 1.0
+    return weights @ true, weights @ given, weights @ (true * given)
+
+
+def _mean_over_present(values: Floats, true: Floats) -> Floats:
+    present = true > 0
+    return np.asarray((values * present).sum(axis=1) / present.sum(axis=1))
+
+
 def _n_correct(rows: Rows) -> int:
     return int(np.trace(rows.confusion))
 
 
-TOP1 = Metric("top1", "top-1 accuracy", top1, top1_interval, percent=True)
-TOP5 = Metric("top5", "top-5 accuracy", top5, top5_interval, percent=True)
+TOP1 = Metric("top1", "top-1 accuracy", top1, weighted_top1, top1_interval, percent=True)
+TOP5 = Metric("top5", "top-5 accuracy", top5, weighted_top5, top5_interval, percent=True)
 MEAN_PER_CLASS_ACCURACY = Metric(
-    "mean_per_class_accuracy", "mean per-class accuracy", mean_per_class_accuracy, percent=True, over_classes=True
+    "mean_per_class_accuracy",
+    "mean per-class accuracy",
+    mean_per_class_accuracy,
+    weighted_mean_per_class_accuracy,
+    percent=True,
+    over_classes=True,
 )
-MACRO_F1 = Metric("macro_f1", "macro F1", macro_f1, over_classes=True)
+MACRO_F1 = Metric("macro_f1", "macro F1", macro_f1, weighted_macro_f1, over_classes=True)

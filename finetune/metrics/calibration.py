@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.metrics import Metric
-from finetune.metrics.rows import Rows
+from finetune.metrics.rows import Floats, Rows
 
 ECE_BINS = 15
 """Equal-width bins of the top label's probability, each open below and closed above: ``(i/15, (i+1)/15]`` (Guo et al. 2017)."""
@@ -56,4 +56,12 @@ def ece(rows: Rows) -> float:
     return expected_calibration_error(reliability_bins(rows.confidence, rows.predicted == rows.targets))
 
 
-ECE = Metric("ece", "expected calibration error", ece, higher_is_better=False)
+def weighted_ece(rows: Rows, weights: Floats) -> Floats:
+    edges = np.linspace(0.0, 1.0, ECE_BINS + 1)
+    inside = np.zeros((len(rows), ECE_BINS))
+    inside[np.arange(len(rows)), np.searchsorted(edges[1:-1], rows.confidence, side="left")] = 1.0
+    gaps = (rows.score - rows.confidence)[:, None] * inside  # a bin's gap is the sum of these over its images
+    return np.asarray(np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1))
+
+
+ECE = Metric("ece", "expected calibration error", ece, weighted_ece, higher_is_better=False)

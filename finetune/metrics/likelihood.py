@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from finetune.metrics import UNBOUNDED, Metric
-from finetune.metrics.rows import Rows
+from finetune.metrics import UNBOUNDED, Metric, weighted_mean
+from finetune.metrics.rows import Floats, Rows
 
 
 def nll(rows: Rows) -> float:
@@ -18,5 +18,13 @@ def brier(rows: Rows) -> float:
     return math.fsum(rows.brier) / len(rows)
 
 
-NLL = Metric("loss", "negative log-likelihood", nll, higher_is_better=False, largest=UNBOUNDED)
-BRIER = Metric("brier", "Brier score", brier, higher_is_better=False, largest=2.0)
+def weighted_nll(rows: Rows, weights: Floats) -> Floats:
+    return weighted_mean(rows.nll, weights)
+
+
+def weighted_brier(rows: Rows, weights: Floats) -> Floats:
+    return weighted_mean(rows.brier, weights)
+
+
+NLL = Metric("loss", "negative log-likelihood", nll, weighted_nll, higher_is_better=False, largest=UNBOUNDED)
+BRIER = Metric("brier", "Brier score", brier, weighted_brier, higher_is_better=False, largest=2.0)

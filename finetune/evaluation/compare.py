@@ -1,0 +1,327 @@
+"""Compare arms (methods, backbones, settings) on the same test images: differences, intervals, tests and a verdict.
+
+Everything is paired: what counts are the images that one arm answers better than another. Two things vary: which images happen to
+be tested, and with which seed the training happened to run. The variance of a difference is the sum of both parts (crossed random
+effects, conservatively: their common residual counts twice), with Student's t for few seeds (degrees of freedom by Satterthwaite
+1946). With one run an arm only the images vary, and what is said is about these trained models.
+
+- Difference of the headline metric: mean over images of the difference of seed means, with Bonett & Price's (2012) adjustment for
+  paired proportions, two images that disagree in opposite directions, so that an interval never has width zero.
+- Test with one run an arm: McNemar's test, mid-p (Fagerland, Lydersen & Laake 2013), and the exact binomial beside it. With more
+  runs: t test with the variance above. With folds: corrected resampled t test (Nadeau & Bengio 2003).
+- Several pairs: Holm's (1979) adjustment.
+- Other metrics (macro F1, loss, calibration): paired bootstrap over images (Efron 1979), seed means, with the same seed part.
+- Equivalence: two one-sided tests (Schuirmann 1987) within a margin, so that "no difference found" and "no difference" are told
+  apart; the smallest difference that this many images show with 80 % probability says what could have been found at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.optimize import brentq
+
+from finetune.errors import InvalidInput
+from finetune.evaluation.predictions import Predictions
+from finetune.tasks import task_named
+
+ALPHA = 0.05
+POWER = 0.8
+DEFAULT_MARGIN = 0.01  # differences of the headline metric below this do not matter
+BOOTSTRAP_ROUNDS = 2000
+PAIRED_METRICS = ("macro_f1", "loss", "ece")  # compared by bootstrap beside the headline, where the task has them
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ArmPredictions:
+    """One arm's answers to the same images, one table a run (seed)."""
+
+    name: str
+    runs: tuple[Predictions, ...]
+    folds: tuple[int, ...] | None = None  # the fold of each image, where the answers are out of fold
+    n_train: int = 0  # images a fold's model was fitted on; only used with folds
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InvalidInput(f"arm {self.name!r} has no finished run to compare")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of arm `a` minus the same of arm `b`, on the same images."""
+
+    a: str
+    b: str
+    metric: str
+    difference: float
+    low: float  # of the 95 % interval
+    high: float
+    standard_error: float
+    degrees_of_freedom: float
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return the interval that holds the true difference with probability `level`."""
+        half = _t_quantile(0.5 + level / 2, self.degrees_of_freedom) * self.standard_error
+        return self.difference - half, self.difference + half
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms compared."""
+
+    a: str
+    b: str
+    headline: Difference
+    others: tuple[Difference, ...]
+    p_value: float  # that a difference as large arises by chance where there is none
+    p_exact: float | None  # of the exact binomial test; with one run an arm only
+    test: Literal["mcnemar mid-p", "t", "corrected resampled t"]
+    p_adjusted: float  # for the number of pairs (Holm)
+    smallest_detectable: float  # difference that is found with 80 % probability, given so many images, runs and pairs
+    n: int
+    only_a: float  # images that only this arm answers rightly, on average over runs
+    only_b: float
+    margin: float
+
+    @property
+    def significant(self) -> bool:
+        return self.p_adjusted < ALPHA
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the difference is surely smaller than the margin, either way."""
+        low, high = self.headline.interval(1 - 2 * ALPHA)
+        return -self.margin < low and high < self.margin
+
+    @property
+    def outcome(self) -> Literal["better", "equivalent", "undecided"]:
+        return "better" if self.significant else "equivalent" if self.equivalent else "undecided"
+
+    @property
+    def winner(self) -> str | None:
+        """The better arm, where the difference is significant."""
+        if not self.significant:
+            return None
+        return self.a if self.headline.difference > 0 else self.b
+
+
+def compare_pairs(arms: Sequence[ArmPredictions], margin: float = DEFAULT_MARGIN, seed: int = 0) -> tuple[Pair, ...]:
+    """Compare every arm with every other.
+
+    Args:
+        seed: of the bootstrap.
+
+    Raises:
+        InvalidInput: fewer than two arms, or arms that did not answer the same images.
+    """
+    if len(arms) < 2:
+        raise InvalidInput("a comparison needs at least two arms")
+    _check_same_images(arms)
+    pairs = [(first, second) for index, first in enumerate(arms) for second in arms[index + 1 :]]
+    found = [_compare(first, second, margin, seed, ALPHA / len(pairs)) for first, second in pairs]
+    adjusted = holm([pair.p_value for pair in found])
+    return tuple(replace(pair, p_adjusted=p) for pair, p in zip(found, adjusted, strict=True))
+
+
+def mcnemar_mid_p(only_a: int, only_b: int) -> float:
+    """Return McNemar's two-sided mid-p value for discordant counts (Fagerland, Lydersen & Laake 2013, equation 7)."""
+    n, smaller = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    exact = 2 * float(stats.binom.cdf(smaller, n, 0.5)) - float(stats.binom.pmf(smaller, n, 0.5))
+    return 1.0 if only_a == only_b else min(1.0, exact)
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Return the exact binomial two-sided p value for discordant counts."""
+    n = only_a + only_b
+    return 1.0 if n == 0 else float(stats.binomtest(only_a, n, 0.5).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for their number by Holm's (1979) step-down method, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def smallest_detectable(difference: Difference, n: int, disagreement: float, alpha: float = ALPHA) -> float:
+    """Return the true difference that a two-sided test at `alpha` finds with 80 % probability.
+
+    Two arms that differ by d disagree on at least d of the images, so the variance that is expected at d may be larger than
+    the one that was found (as in Connor's 1987 sample size for McNemar's test); few seeds make the test's own critical value
+    and the power uncertain, which the noncentral t distribution accounts for.
+
+    Args:
+        n: images.
+        disagreement: mean square of the differences image by image.
+    """
+    factor = _noncentrality(alpha, difference.degrees_of_freedom)
+    variance = difference.standard_error**2
+    found = factor * math.sqrt(variance)
+    for _ in range(50):
+        extra = max(0.0, (found - found**2) - disagreement) / n
+        found = min(1.0, factor * math.sqrt(variance + extra))
+    return found
+
+
+def _noncentrality(alpha: float, df: float) -> float:
+    """Return how many standard errors a true difference must have to be found with 80 % probability."""
+    if math.isinf(df) or df > 1000:
+        return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
+    critical = float(stats.t.ppf(1 - alpha / 2, df))
+    return float(brentq(lambda ncp: stats.nct.sf(critical, df, ncp) - POWER, 0.0, 20.0 * critical))
+
+
+def images_needed(pair: Pair, difference: float) -> int:
+    """Return about how many test images would show a difference of this size with 80 % probability."""
+    if difference <= 0:
+        raise ValueError("a difference of zero cannot be shown with any number of images")
+    return math.ceil(pair.n * (pair.smallest_detectable / difference) ** 2)
+
+
+def paired_scores(arm: ArmPredictions) -> Floats:
+    """(S, N) how well each run answered each image, 0 to 1."""
+    task = task_named(arm.runs[0].task)
+    return np.stack([task.judge(run.logits, run.labels).score for run in arm.runs])
+
+
+def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed: int, alpha: float) -> Pair:
+    task = task_named(first.runs[0].task)
+    scores_a, scores_b = paired_scores(first), paired_scores(second)
+    a, b = scores_a.mean(axis=0), scores_b.mean(axis=0)
+    seed_variance, seed_df = _seed_part([s.mean() for s in scores_a], [s.mean() for s in scores_b])
+    headline = _headline(first, second, task.headline.key, a - b, seed_variance, seed_df)
+    p_exact = None
+    test: Literal["mcnemar mid-p", "t", "corrected resampled t"]
+    if first.folds is not None:
+        test, p_value = "corrected resampled t", _t_p_value(headline)
+    elif len(first.runs) == len(second.runs) == 1 and _is_binary(a) and _is_binary(b):
+        only_a, only_b = int((a > b).sum()), int((b > a).sum())
+        test, p_value, p_exact = "mcnemar mid-p", mcnemar_mid_p(only_a, only_b), mcnemar_exact(only_a, only_b)
+    else:
+        test, p_value = "t", _t_p_value(headline)
+    return Pair(
+        a=first.name,
+        b=second.name,
+        headline=headline,
+        others=_bootstrapped(first, second, seed),
+        p_value=p_value,
+        p_exact=p_exact,
+        test=test,
+        p_adjusted=p_value,
+        smallest_detectable=smallest_detectable(headline, len(a), float(np.square(a - b).mean()), alpha),
+        n=len(a),
+        only_a=float(np.maximum(a - b, 0).sum()),
+        only_b=float(np.maximum(b - a, 0).sum()),
+        margin=margin,
+    )
+
+
+def _headline(
+    first: ArmPredictions, second: ArmPredictions, metric: str, differences: Floats, seed_variance: float, seed_df: float
+) -> Difference:
+    """Return the difference of the headline metric, from the differences image by image."""
+    n = len(differences)
+    mean = float(differences.mean())
+    if first.folds is not None:
+        error, df = _corrected_resampled(differences, np.array(first.folds), first.n_train)
+    else:
+        adjusted = np.concatenate([differences, [1.0, -1.0]])
+        image_variance = float(adjusted.var()) / len(adjusted)
+        error = math.sqrt(image_variance + seed_variance)
+        df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
+    return _difference(first.name, second.name, metric, mean, error, df)
+
+
+def _corrected_resampled(differences: Floats, folds: NDArray[np.int64], n_train: int) -> tuple[float, float]:
+    """Return standard error and degrees of freedom of the mean over folds (Nadeau & Bengio 2003, equation 9)."""
+    means = np.array([differences[folds == fold].mean() for fold in np.unique(folds)])
+    k = len(means)
+    variance = float(means.var(ddof=1)) * (1 / k + len(differences) / k / n_train)
+    floor = (2.0 / (len(differences) + 2)) / (len(differences) + 2)  # as if two images had differed
+    return math.sqrt(max(variance, floor)), k - 1.0
+
+
+def _seed_part(values_a: Sequence[float], values_b: Sequence[float]) -> tuple[float, float]:
+    """Return the variance of the difference that comes from seeds, and its degrees of freedom.
+
+    Runs of the two arms are independent: the same seed draws other numbers for another method.
+    """
+    parts = []
+    for values in (values_a, values_b):
+        if len(values) > 1:
+            parts.append((float(np.var(values, ddof=1)) / len(values), len(values) - 1.0))
+    total = math.fsum(variance for variance, _ in parts)
+    return total, _satterthwaite(*parts) if total > 0 else math.inf
+
+
+def _satterthwaite(*parts: tuple[float, float]) -> float:
+    """Return the degrees of freedom of a sum of variances, each given with its own."""
+    total = math.fsum(variance for variance, _ in parts)
+    terms = [variance**2 / df for variance, df in parts if variance > 0 and math.isfinite(df)]
+    return total**2 / math.fsum(terms) if terms and math.fsum(terms) > 0 else math.inf
+
+
+def _bootstrapped(first: ArmPredictions, second: ArmPredictions, seed: int) -> tuple[Difference, ...]:
+    """Return the differences of metrics that are not the headline, with the image part by resampling the images."""
+    task = task_named(first.runs[0].task)
+    n = len(first.runs[0])
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_ROUNDS).astype(np.float64)
+    judged = [[task.judge(run.logits, run.labels) for run in arm.runs] for arm in (first, second)]
+    found = []
+    for metric in (metric for metric in task.metrics if metric.key in PAIRED_METRICS):
+        values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
+        resampled = [np.mean([metric.weighted(rows, weights) for rows in of_arm], axis=0) for of_arm in judged]
+        image_variance = float(np.var(resampled[0] - resampled[1]))
+        seed_variance, seed_df = _seed_part(values[0], values[1])
+        df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
+        difference = float(np.mean(values[0]) - np.mean(values[1]))
+        error = math.sqrt(image_variance + seed_variance)
+        found.append(_difference(first.name, second.name, metric.key, difference, error, df))
+    return tuple(found)
+
+
+def _difference(a: str, b: str, metric: str, value: float, error: float, df: float) -> Difference:
+    half = _t_quantile(1 - ALPHA / 2, df) * error
+    return Difference(a, b, metric, value, value - half, value + half, error, df)
+
+
+def _t_p_value(difference: Difference) -> float:
+    if difference.standard_error == 0:
+        return 1.0 if difference.difference == 0 else 0.0
+    t = abs(difference.difference) / difference.standard_error
+    if math.isinf(difference.degrees_of_freedom):
+        return 2 * float(stats.norm.sf(t))
+    return 2 * float(stats.t.sf(t, difference.degrees_of_freedom))
+
+
+def _t_quantile(probability: float, df: float) -> float:
+    return float(stats.norm.ppf(probability)) if math.isinf(df) else float(stats.t.ppf(probability, df))
+
+
+def _is_binary(scores: Floats) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def _check_same_images(arms: Sequence[ArmPredictions]) -> None:
+    reference = arms[0].runs[0]
+    for arm in arms:
+        for run in arm.runs:
+            if run.ids != reference.ids or run.classes != reference.classes or run.task != reference.task:
+                raise InvalidInput(
+                    f"arms {arms[0].name!r} and {arm.name!r} did not answer the same images with the same classes, so they "
+                    "cannot be compared image by image"
+                )
