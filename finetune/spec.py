@@ -26,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SUFFIX_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -39,7 +39,7 @@ def _refuse_unless(accepted: bool, value: T, why: str) -> T:
     return value
 
 
-class HeadSpec(_Section):
+class HeadSpec(Section):
     """What is put on top of the backbone: pooling over positions, dropout, one linear layer."""
 
     pooling: Literal["avg", "max", "avgmax", "gem"] = "avg"
@@ -50,7 +50,7 @@ class HeadSpec(_Section):
     ] = None
 
 
-class ModelSpec(_Section):
+class ModelSpec(Section):
     """Which pretrained backbone, where its weights come from, and the head."""
 
     backbone: str = Field(DEFAULT_BACKBONE, min_length=1, max_length=200)
@@ -62,7 +62,7 @@ class ModelSpec(_Section):
     head: HeadSpec = HeadSpec()
 
 
-class DataSpec(_Section):
+class DataSpec(Section):
     """How the labelled images are read and divided."""
 
     val_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.15
@@ -107,13 +107,13 @@ class DataSpec(_Section):
 BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
 
 
-class LinearProbe(_Section):
+class LinearProbe(Section):
     """Feature extractor: the whole backbone is frozen and only the linear head is fitted."""
 
     type: Literal["linear_probe"] = "linear_probe"
 
 
-class Partial(_Section):
+class Partial(Section):
     """Train the head and the last stages: `stages` counts them from the top (default 1), `train` names them."""
 
     type: Literal["partial"] = "partial"
@@ -129,7 +129,7 @@ class Partial(_Section):
         return self
 
 
-class Full(_Section):
+class Full(Section):
     """Train everything. `warm_head` fits the head on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
 
     type: Literal["full"] = "full"
@@ -138,7 +138,7 @@ class Full(_Section):
     bn: BatchNormPolicy = "frozen"
 
 
-class Gradual(_Section):
+class Gradual(Section):
     """Thaw stage by stage from the top, one phase each (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146)."""
 
     type: Literal["gradual"] = "gradual"
@@ -148,7 +148,7 @@ class Gradual(_Section):
     bn: BatchNormPolicy = "frozen"
 
 
-class AutoMethod(_Section):
+class AutoMethod(Section):
     """Start with the probe, go deeper only while it pays, keep the best."""
 
     type: Literal["auto"] = "auto"
@@ -158,7 +158,7 @@ METHODS = ("linear_probe", "partial", "full", "gradual", "auto")
 Method = Annotated[LinearProbe | Partial | Full | Gradual | AutoMethod, Field(discriminator="type")]
 
 
-class Hyperparameters(_Section):
+class Hyperparameters(Section):
     """Training settings; every ``auto`` is resolved from the data, the backbone and the machine, and the run records how."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
@@ -183,14 +183,14 @@ class Hyperparameters(_Section):
     ] = "auto"
 
 
-class AugmentationSpec(_Section):
+class AugmentationSpec(Section):
     """A named policy, or explicit albumentations transforms: ``[{RandomCrop: {height: 200, width: 200}}, …]``."""
 
     policy: Literal["none", "light", "default", "strong"] = "default"
     transforms: tuple[dict[str, dict[str, Any]], ...] | None = None
 
 
-class ExportSpec(_Section):
+class ExportSpec(Section):
     """What is done with the trained model."""
 
     register_model: Annotated[
@@ -200,7 +200,7 @@ class ExportSpec(_Section):
     quantize: Literal["none", "int8"] = "none"
 
 
-class ComputeSpec(_Section):
+class ComputeSpec(Section):
     """Where and how it is computed. A run resumes bit-equal only with the device and the number of threads that it began with."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -213,7 +213,7 @@ def _name_means(key: str):  # type: ignore[no-untyped-def]
     return BeforeValidator(lambda given: {key: given} if isinstance(given, str) else given)
 
 
-class JobSpec(_Section):
+class JobSpec(Section):
     """The request. See `docs/spec.md` for each field with its default."""
 
     model: Annotated[ModelSpec, _name_means("backbone")] = ModelSpec(backbone=DEFAULT_BACKBONE)
@@ -266,10 +266,29 @@ def load_spec(path: Path | None = None, overrides: Mapping[str, Any] | None = No
         NotFound: no such file.
         SpecError: the file is not YAML, a setting is not ``key=value``, or the result is not a valid spec.
     """
+    return parse_spec(merged_mapping(path, overrides, settings))
+
+
+def merged_mapping(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return what `load_spec` validates: the file, with `overrides` and then `settings` laid over it."""
     merged: dict[str, Any] = _read_yaml(path) if path else {}
     for key_path, value in [*_flatten(overrides or {}), *(_parse_setting(setting) for setting in settings)]:
         _assign(merged, key_path, value)
-    return parse_spec(merged)
+    return merged
+
+
+def with_settings(spec: JobSpec, settings: Mapping[str, Any]) -> JobSpec:
+    """Return the spec with some fields changed (``key.path`` -> value).
+
+    Raises:
+        SpecError: the result is not a valid spec.
+    """
+    changed = spec.model_dump(mode="json")
+    for key, value in settings.items():
+        _assign(changed, tuple(key.split(".")), value)
+    return parse_spec(changed)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from finetune import __version__
+from finetune.cli.comparing import compare
 from finetune.cli.demo import demo
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (check, train, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):
+for command in (check, train, compare, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):
     cli.add_command(command)
 
 

@@ -11,7 +11,8 @@ from rich.markup import escape
 from finetune.cli.terminal import byte_size, console, duration, shortened, table
 from finetune.evaluation.evaluate import Evaluation, read_judgement
 from finetune.messages import natural_list
-from finetune.tasks import task_named
+from finetune.metrics import Metric
+from finetune.tasks import TASKS, task_named
 
 if TYPE_CHECKING:
     from finetune.bundle.deployment import Deployment
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.runs.outcome import Outcome
     from finetune.storage.rundir import RunDir
+    from finetune.studies.compare.result import Comparison
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
@@ -158,6 +160,56 @@ def _show_folds(found: Mapping[str, Any]) -> None:
         "over the folds): it was made as they were, on all images.\n",
         markup=False,
     )
+
+
+def show_comparison(found: Comparison) -> None:
+    """`finetune compare`: the verdict, the arms, the differences, and where to look."""
+    metric = task_metric(found.headline)
+    key = f"{found.split}/{found.headline}"
+    console.print(f"\n[bold]{escape(found.verdict.sentence)}[/]\n")
+    rows = []
+    for arm in found.arms:
+        figure = arm.metrics[key]
+        interval = "" if figure.low is None or figure.high is None else f"{metric.text(figure.low)} – {metric.text(figure.high)}"
+        spread = "–" if figure.sd is None else f"± {100 * figure.sd:.1f}" if metric.percent else f"± {figure.sd:.3f}"
+        chosen = "▸ " if arm.name == found.verdict.choose else "  "
+        cost = arm.cost
+        rows.append(
+            [f"{chosen}{arm.name}", len(arm.runs), metric.text(figure.value), interval, spread, duration(cost["train_seconds"])]
+        )
+    n = next(iter(found.arms)).metrics[key].n
+    table(f"{metric.label} on {n:,} {found.split} images", ["arm", "runs", "mean", "95 % interval", "sd", "training"], rows)
+    pairs = []
+    for pair in found.pairs:
+        head = pair.headline
+        scale = 100 if metric.percent else 1
+        pairs.append(
+            [
+                f"{pair.a} − {pair.b}",
+                f"{scale * head.difference:+.1f}",
+                f"{scale * head.low:+.1f} to {scale * head.high:+.1f}",
+                f"{pair.p_adjusted:.2g}",
+                f"{scale * pair.smallest_detectable:.1f}",
+                pair.outcome,
+            ]
+        )
+    unit = "points" if metric.percent else metric.label
+    table(f"Differences in {unit}", ["pair", "difference", "95 % interval", "p", "detectable", "so"], pairs)
+    for arm in found.arms:
+        if arm.note:
+            console.print(f"[yellow]note[/] {escape(arm.name)}: {escape(arm.note)}")
+    if found.left_out:
+        console.print(f"[yellow]note[/] {found.left_out:,} images are left out: one of the runs had trained or chosen on them")
+    lines = [f"report    {shortened(found.report)}"]
+    if found.registered:
+        lines += [f"model     {found.registered}", f"serve     finetune serve --model {found.registered}"]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def task_metric(key: str) -> Metric[Any]:
+    """Return the headline metric of this key."""
+    return next(metric for task in TASKS for metric in task.metrics if metric.key == key)
 
 
 def show_evaluation(found: BundleEvaluation) -> None:

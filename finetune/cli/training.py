@@ -18,36 +18,10 @@ if TYPE_CHECKING:
 METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
 
 
-def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A spec file, its short forms as flags, and ``--set`` for the rest; the command gets one `spec`."""
-
-    def build(ctx: click.Context, **given: Any) -> Any:
-        from finetune.spec import load_spec
-
-        short_forms: dict[str, Any] = {
-            "training_file": given.pop("data"),
-            "validation_file": given.pop("validation"),
-            "test_file": given.pop("test"),
-            "suffix": given.pop("name"),
-            "seed": given.pop("seed"),
-        }
-        overrides = {key: value for key, value in short_forms.items() if value is not None}
-        if (model := given.pop("model")) is not None:
-            overrides["model"] = {"backbone": model}
-        if (method := given.pop("method")) is not None:
-            overrides["method"] = method
-        if (folds := given.pop("folds")) is not None:
-            overrides["data"] = {"folds": folds}
-        if (epochs := given.pop("epochs")) is not None:
-            overrides["hyperparameters"] = {"n_epochs": epochs}
-        spec = load_spec(given.pop("spec_file"), overrides, given.pop("settings"))
-        return ctx.invoke(command, spec=spec, **given)
-
-    functools.update_wrapper(build, command)  # with the options that `command` has already
-    decorated: Callable[..., Any] = click.pass_context(build)
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the short forms of a job spec as flags, and ``--set`` for the rest."""
     for decorate in reversed(
         [
-            click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path)),
             click.option("--data", metavar="FOLDER", help="Class folders, or train/val/test folders of them (training_file)."),
             click.option("--validation", metavar="FOLDER", help="Class folders to validate on (validation_file)."),
             click.option("--test", metavar="FOLDER", help="Class folders to test on once, at the end (test_file)."),
@@ -56,14 +30,50 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
             click.option("--epochs", type=int, help="Epochs of training (hyperparameters.n_epochs)."),
             click.option("--folds", type=int, help="Cross-validate with so many folds, then train on all images (data.folds)."),
-            click.option("--seed", type=int),
+            click.option("--seed", type=int, help="Of training; the split has data.split_seed."),
             click.option(
                 "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Any other field of the spec; repeatable."
             ),
         ]
     ):
-        decorated = decorate(decorated)
-    return decorated
+        command = decorate(command)
+    return command
+
+
+def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Take the values of `job_options` out of a command's arguments; return them as overrides, and the settings."""
+    short_forms: dict[str, Any] = {
+        "training_file": given.pop("data"),
+        "validation_file": given.pop("validation"),
+        "test_file": given.pop("test"),
+        "suffix": given.pop("name"),
+        "seed": given.pop("seed"),
+    }
+    overrides = {key: value for key, value in short_forms.items() if value is not None}
+    if (model := given.pop("model")) is not None:
+        overrides["model"] = {"backbone": model}
+    if (method := given.pop("method", None)) is not None:
+        overrides["method"] = method
+    if (folds := given.pop("folds")) is not None:
+        overrides["data"] = {"folds": folds}
+    if (epochs := given.pop("epochs")) is not None:
+        overrides["hyperparameters"] = {"n_epochs": epochs}
+    return overrides, given.pop("settings")
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command a spec file, its short forms as flags, and ``--set`` for the rest; it gets one `spec`."""
+
+    def build(ctx: click.Context, **given: Any) -> Any:
+        from finetune.spec import load_spec
+
+        overrides, settings = take_job_options(given)
+        spec = load_spec(given.pop("spec_file"), overrides, settings)
+        return ctx.invoke(command, spec=spec, **given)
+
+    functools.update_wrapper(build, command)  # with the options that `command` has already
+    decorated: Callable[..., Any] = job_options(click.pass_context(build))
+    return click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))(decorated)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")

@@ -13,7 +13,7 @@ import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, Dataset, Sample
@@ -161,6 +161,25 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
             problems,
         )
     return _sorted(dataset, samples)
+
+
+@dataclass(frozen=True)
+class RecordedSample:
+    """One row of a recorded split."""
+
+    id: str
+    label: str
+    split: str  # empty where the sample was left out
+    sha256: str
+
+
+def read_recorded_split(path: Path) -> list[RecordedSample]:
+    """Return the rows of a CSV file that `write_split` wrote.
+
+    Raises:
+        DataError: it cannot be read, or is not such a file.
+    """
+    return [RecordedSample(name, *row) for name, row in _read_rows(path).items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- internals

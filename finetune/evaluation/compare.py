@@ -198,6 +198,19 @@ def paired_scores(arm: ArmPredictions) -> Floats:
     return np.stack([task.judge(run.logits, run.labels).score for run in arm.runs])
 
 
+def score_variance(arm: ArmPredictions) -> tuple[float, float]:
+    """Return the standard error of an arm's mean score over images and runs, and the quantile that its 95 % interval takes."""
+    scores = paired_scores(arm)
+    n = scores.shape[1]
+    # Agresti & Coull's (1998) two successes and two failures, so that the interval never has width zero
+    adjusted = np.concatenate([scores.mean(axis=0), [1.0, 1.0, 0.0, 0.0]])
+    image_variance = float(adjusted.var()) / len(adjusted)
+    means = scores.mean(axis=1)
+    seed_variance = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+    df = _satterthwaite((image_variance, n - 1.0), (seed_variance, max(len(means) - 1.0, 1.0)))
+    return math.sqrt(image_variance + seed_variance), _t_quantile(1 - ALPHA / 2, df)
+
+
 def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed: int, alpha: float) -> Pair:
     task = task_named(first.runs[0].task)
     scores_a, scores_b = paired_scores(first), paired_scores(second)

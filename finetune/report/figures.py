@@ -74,7 +74,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     @wraps(draw)
     def drawn(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         with _style():
@@ -115,7 +115,7 @@ def best_epoch(records: Sequence[Record]) -> float | None:
     return max(top1, key=lambda point: (point[1], -loss.get(point[0], math.inf)))[0] if top1 else None
 
 
-@_styled
+@styled
 def learning_curves(records: Sequence[Record], phases: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
     """Loss and top1 of train and val by epoch, phases shaded, the best epoch marked. None when nothing was trained by epochs."""
     if len(series(records, "val/loss")) < 2:
@@ -162,7 +162,7 @@ def _shade_phases(axes: Axes, phases: Sequence[Mapping[str, Any]]) -> None:
         start = end
 
 
-@_styled
+@styled
 def learning_rate(records: Sequence[Record]) -> Figure | None:
     points = series(records, "train/lr", by="step")
     if len(points) < 2:
@@ -175,7 +175,7 @@ def learning_rate(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | None = None) -> Figure | None:
     """Gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
     found = {match[1] for line in records for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))}
@@ -220,7 +220,7 @@ def _label_log_axis(axis: Axis) -> None:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
-@_styled
+@styled
 def confusion_matrix(evaluation: Evaluation) -> Figure:
     """Counts shaded by their share of the true class: right answers blue, mistakes orange."""
     matrix = np.array(evaluation.confusion, dtype=np.float64)  # (C, C) true, predicted
@@ -255,7 +255,7 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def per_class_bars(evaluation: Evaluation) -> Figure:
     """Recall as bars, precision as dots, the worst class on top; of many classes the worst `MAX_BARS`."""
     rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
@@ -275,7 +275,7 @@ def per_class_bars(evaluation: Evaluation) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def reliability_diagram(evaluation: Evaluation) -> Figure:
     """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below."""
     figure = Figure(figsize=(5.2, 4.8))
@@ -294,7 +294,7 @@ def reliability_diagram(evaluation: Evaluation) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | None:
     """Held-out loss and accuracy of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
     if len(points) < 2:
@@ -318,7 +318,7 @@ def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | No
     return figure
 
 
-@_styled
+@styled
 def fold_scores(found: CrossValidation) -> Figure:
     """Each fold's accuracy, F1 and loss on what it held out; their mean and its interval, and the pooled figure."""
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))

@@ -65,6 +65,20 @@ class RunDir:
     def study(self) -> Path:
         return self.root / "study.json"
 
+    @property
+    def request(self) -> Path:
+        """What a comparison was asked for."""
+        return self.root / "request.json"
+
+    @property
+    def comparison(self) -> Path:
+        """What a comparison came to; a comparison that has one is complete."""
+        return self.root / "comparison.json"
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
     def child(self, name: str) -> RunDir:
         """The run folder of a child of this study."""
         return RunDir(self.root / "runs" / name)

@@ -1,0 +1,135 @@
+"""The verdict of a comparison: which arm to choose, by rules that are written down, in one plain sentence.
+
+1. An arm is beaten if another arm is significantly better (p < 0.05, adjusted for the number of pairs).
+2. If one arm beats every other, it is chosen: *better*.
+3. Else the arms that nobody beats are compared with the best of them. Where each is equivalent to it (surely within the margin),
+   the cheapest is chosen: *equivalent*.
+4. Else these images cannot tell: *undecided*. The cheapest arm that nobody beats is proposed, with what could have been found.
+
+Cost decides only between arms whose quality does not: seconds of training first, then latency, bytes, trained parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune.evaluation.compare import Pair, images_needed
+from finetune.metrics import Metric
+
+COSTS = ("train_seconds", "latency_seconds", "bundle_bytes", "trainable_parameters")
+"""What arms of equal quality are compared by, the most important first; less is better."""
+
+Outcome = Literal["better", "equivalent", "undecided"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One arm as the verdict sees it."""
+
+    name: str
+    value: float  # of the headline metric, mean over runs
+    cost: Mapping[str, float]  # those of `COSTS` that are known, mean over runs
+
+    def cheapness(self) -> tuple[float, ...]:
+        """Return a key that sorts the cheaper arm first."""
+        return tuple(self.cost.get(name, float("inf")) for name in COSTS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which arm to choose, and why."""
+
+    choose: str
+    outcome: Outcome
+    sentence: str
+    pareto: tuple[str, ...]  # arms that no other arm equals in quality at less cost in everything
+
+
+def judge_arms(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
+    """Choose among arms; see the rules above."""
+    beaten = {pair.b if pair.winner == pair.a else pair.a for pair in pairs if pair.winner is not None}
+    unbeaten = [arm for arm in standings if arm.name not in beaten] or list(standings)
+    best = max(unbeaten, key=lambda arm: (arm.value, [-cost for cost in arm.cheapness()]))
+    cheapest = min(unbeaten, key=Standing.cheapness)
+    pareto = tuple(arm.name for arm in standings if not any(_dominates(other, arm) for other in standings))
+    if len(unbeaten) == 1:
+        return Verdict(best.name, "better", _better(best, standings, pairs, metric), pareto)
+    of_best = [pair for pair in pairs if best.name in (pair.a, pair.b) and _other(pair, best.name) not in beaten]
+    if all(pair.equivalent for pair in of_best):
+        return Verdict(cheapest.name, "equivalent", _equivalent(cheapest, unbeaten, of_best, metric), pareto)
+    return Verdict(cheapest.name, "undecided", _undecided(cheapest, best, unbeaten, of_best, metric), pareto)
+
+
+def _other(pair: Pair, name: str) -> str:
+    return pair.b if pair.a == name else pair.a
+
+
+def _dominates(one: Standing, other: Standing) -> bool:
+    """Return whether `one` is at least as good as `other` in quality and every cost, and better in one of them."""
+    shared = [name for name in COSTS if name in one.cost and name in other.cost]
+    at_least = one.value >= other.value and all(one.cost[name] <= other.cost[name] for name in shared)
+    return at_least and (one.value > other.value or any(one.cost[name] < other.cost[name] for name in shared))
+
+
+def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> str:
+    others = [arm for arm in standings if arm.name != best.name]
+    runner_up = max(others, key=lambda arm: arm.value)
+    pair = next(pair for pair in pairs if {pair.a, pair.b} == {best.name, runner_up.name})
+    sign = 1 if pair.a == best.name else -1
+    low, high = sorted((sign * pair.headline.low, sign * pair.headline.high))
+    gain = points(sign * pair.headline.difference, metric)
+    price = _price(best, runner_up)
+    return (
+        f"{best.name} is better than {natural(arm.name for arm in others)}: by {gain} over {runner_up.name} "
+        f"(95 % interval {points(low, metric)} to {points(high, metric)}, p = {pair.p_adjusted:.2g} on {pair.n:,} images)"
+        f"{f', at {price}' if price else ''}."
+    )
+
+
+def _equivalent(cheapest: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> str:
+    margin = points(pairs[0].margin, metric)
+    others = [arm for arm in unbeaten if arm.name != cheapest.name]
+    price = _price(max(others, key=Standing.cheapness), cheapest)
+    return (
+        f"There is no difference that matters: {natural(arm.name for arm in unbeaten)} are within {margin} of each other on "
+        f"{pairs[0].n:,} images, so take the cheapest, {cheapest.name}"
+        f"{f' ({max(others, key=Standing.cheapness).name} takes {price})' if price else ''}."
+    )
+
+
+def _undecided(
+    cheapest: Standing, best: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]
+) -> str:
+    worst = max(pairs, key=lambda pair: pair.smallest_detectable)
+    needed = images_needed(worst, worst.margin)
+    return (
+        f"These {worst.n:,} images cannot tell {natural(arm.name for arm in unbeaten)} apart: {best.name} has the highest "
+        f"{metric.label}, but only a difference of {points(worst.smallest_detectable, metric)} or more would surely have shown "
+        f"(about {needed:,} test images would show {points(worst.margin, metric)}). Until then the cheapest, {cheapest.name}, "
+        "is as good a choice."
+    )
+
+
+def _price(dear: Standing, cheap: Standing) -> str:
+    """Return how many times the training time of `cheap` the other takes."""
+    seconds = dear.cost.get("train_seconds"), cheap.cost.get("train_seconds")
+    if seconds[0] is None or seconds[1] is None or seconds[1] <= 0:
+        return ""
+    ratio = seconds[0] / seconds[1]
+    return f"{ratio:.0f} times its training time" if ratio >= 2 else f"{ratio:.1f} times its training time"
+
+
+def points(difference: float, metric: Metric[Any]) -> str:
+    """Return a difference as people read it: in points where the metric is a percentage."""
+    if not metric.percent:
+        return f"{difference:.3f}"
+    value = 100 * difference
+    return f"{value:.1f} point{'' if abs(round(value, 1)) == 1 else 's'}"
+
+
+def natural(names: Iterable[str]) -> str:
+    """Return ``a``, ``a and b`` or ``a, b and c``."""
+    listed = list(names)
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"

@@ -1,0 +1,99 @@
+"""The page of a comparison, one file that loads nothing: the verdict, the evidence, and the pictures behind it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.metrics import Metric
+from finetune.report import comparison_figures as figures
+from finetune.report.templates import render
+
+THUMBNAIL_PX = 176
+
+
+@dataclass(frozen=True)
+class Disputed:
+    """An image that one arm answers rightly and another wrongly."""
+
+    image: NDArray[np.uint8]  # (h, w, 3) RGB, as a model sees it
+    file: str
+    true: str
+    answers: tuple[tuple[str, str, float, bytes | None], ...]  # arm, its label, that label's probability, map as PNG
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """Everything that the page shows."""
+
+    document: Mapping[str, Any]  # as ``comparison.json`` holds it
+    metrics: Sequence[Metric[Any]]  # of the task, the headline first
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> lines of the journal of its first run
+    disputed: Sequence[Disputed]
+    command: str  # that makes the comparison again
+    class_counts: Sequence[int]  # test images of each class
+
+
+def render_comparison(page: ComparisonPage) -> str:
+    """Return the page as one HTML document."""
+    document, headline = page.document, page.metrics[0]
+    split, key = document["split"], document["headline"]
+    arms = document["arms"]
+    drawn = {
+        "forest": figures.forest(document["pairs"], key, document["verdict"]["margin"], headline),
+        "cost": figures.cost_against_quality(arms, key, headline, document["verdict"]["pareto"]),
+        "classes": figures.class_recalls(arms, document["classes"], page.class_counts),
+        "curves": figures.curves(page.curves, headline),
+    }
+    return render(
+        "comparison.html",
+        document=document,
+        headline=headline,
+        metrics=page.metrics,
+        split=split,
+        key=key,
+        arms=arms,
+        pairs=[pair for pair in document["pairs"] if pair["metric"] == key],
+        others=[pair for pair in document["pairs"] if pair["metric"] != key],
+        drawings={name: data_uri(svg.encode(), "image/svg+xml") for name, svg in drawn.items() if svg is not None},
+        disputed=[
+            {
+                "thumbnail": data_uri(thumbnail(one.image), "image/jpeg"),
+                "file": one.file,
+                "true": one.true,
+                "answers": [
+                    {
+                        "arm": arm,
+                        "label": label,
+                        "probability": probability,
+                        "right": label == one.true,
+                        "map": None if png is None else data_uri(png, "image/png"),
+                    }
+                    for arm, label, probability, png in one.answers
+                ],
+            }
+            for one in page.disputed
+        ],
+        command=page.command,
+    )
+
+
+def thumbnail(image: NDArray[np.uint8]) -> bytes:
+    """Return a picture as a small JPEG."""
+    small = Image.fromarray(image)
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    stream = io.BytesIO()
+    small.save(stream, format="JPEG", quality=82)
+    return stream.getvalue()
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """Return bytes as a URI that an ``<img>`` shows without loading anything."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

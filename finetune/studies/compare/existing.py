@@ -1,0 +1,131 @@
+"""Compare runs that exist already, whoever made them: paired by the bytes of the images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data.split import read_recorded_split
+from finetune.errors import InvalidInput, NotFound, Problem
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.compare import DEFAULT_MARGIN, ArmPredictions
+from finetune.evaluation.predictions import Predictions
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec, load_spec
+from finetune.storage.files import write_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+from finetune.studies.compare.page import write_comparison_page
+from finetune.studies.compare.result import ArmRuns, Comparison, conclude
+
+SPLIT = "test"
+
+
+def compare_runs(
+    runs: Sequence[Path], workspace: Workspace, margin: float = DEFAULT_MARGIN, out: Path | None = None
+) -> Comparison:
+    """Compare finished runs on the test images that they share.
+
+    Runs whose requests differ in the seed alone are one arm. Images are paired by the sha256 of their bytes; those that one of
+    the runs trained or chose on are left out and counted.
+
+    Args:
+        out: folder for the page and ``comparison.json``; by default one in the workspace's runs, named after the runs.
+
+    Raises:
+        NotFound: a folder is not that of a finished run.
+        InvalidInput: fewer than two arms, other classes, or no image in common.
+    """
+    folders = [RunDir(run.absolute()) for run in runs]
+    outcomes = [_outcome(run) for run in folders]
+    answers = [_test_answers(run) for run in folders]
+    kept, left_out = _common_images(folders, answers)
+    arms: dict[str, list[int]] = defaultdict(list)
+    specs = [load_spec(run.spec) for run in folders]
+    for index, spec in enumerate(specs):
+        arms[_without_seed(spec)].append(index)
+    names = _names([specs[indices[0]] for indices in arms.values()], [folders[indices[0]] for indices in arms.values()])
+    compared = [
+        ArmRuns(ArmPredictions(name, tuple(_rows(answers[i], kept) for i in indices)), tuple(outcomes[i] for i in indices))
+        for name, indices in zip(names, arms.values(), strict=True)
+    ]
+    digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]
+    folder = RunDir(out.absolute() if out is not None else workspace.runs / f"comparison-{digest}").create()
+    found = conclude(
+        compared,
+        identifier=folder.name,
+        folder=folder.root,
+        dataset=Path(specs[0].training_file).name,
+        split=SPLIT,
+        margin=margin,
+        left_out=left_out,
+    )
+    command = "finetune compare " + " ".join(str(run.root) for run in folders)
+    write_comparison_page(found, (), command)
+    write_json(folder.comparison, found.to_dict())
+    return found
+
+
+def _outcome(run: RunDir) -> Outcome:
+    if not run.outcome.exists():
+        raise NotFound(f"{run.root}: not the folder of a finished run (it has no outcome.json)")
+    return Outcome.read(run)
+
+
+def _test_answers(run: RunDir) -> Predictions:
+    path = run.predictions_of(SPLIT)
+    if not path.exists():
+        raise InvalidInput(
+            f"{run.root}: this run was judged on no test images, and val has chosen its weights. Give a test folder or "
+            "data.test_fraction when you train, or compare by cross-validation (finetune compare DATA --folds 5)"
+        )
+    return tables.read(path)
+
+
+def _common_images(runs: Sequence[RunDir], answers: Sequence[Predictions]) -> tuple[list[str], int]:
+    """Return the digests of the images that all runs answered and none has seen, in a fixed order, and how many were seen."""
+    reference = answers[0]
+    problems = [
+        Problem(str(run.root), f"classes {', '.join(table.classes[:5])}… of task {table.task}")
+        for run, table in zip(runs, answers, strict=True)
+        if table.classes != reference.classes or table.task != reference.task
+    ]
+    if problems:
+        raise InvalidInput("runs with other classes cannot be compared", problems)
+    shared = set(reference.digests()).intersection(*(table.digests() for table in answers[1:]))
+    seen: set[str] = set()
+    for run in runs:
+        seen |= {row.sha256 for row in read_recorded_split(run.split) if row.split in ("train", "val")}
+    kept = sorted(shared - seen)
+    if not kept:
+        raise InvalidInput(
+            f"the runs share no image that none of them has trained or chosen on ({len(shared):,} test images in common). "
+            "Train them with the same data and data.split_seed"
+        )
+    return kept, len(shared & seen)
+
+
+def _rows(table: Predictions, digests: Sequence[str]) -> Predictions:
+    """Return the rows of these images, in this order, under their digests."""
+    row_of = {digest: row for row, digest in reversed(list(enumerate(table.digests())))}
+    taken = table.take(np.array([row_of[digest] for digest in digests]))
+    return Predictions(
+        taken.split, taken.task, taken.classes, tuple(digests), taken.sha256, taken.targets, taken.logits, taken.embedding
+    )
+
+
+def _without_seed(spec: JobSpec) -> str:
+    return spec.model_copy(update={"seed": 0, "suffix": None, "metadata": {}}).digest()
+
+
+def _names(specs: Sequence[JobSpec], runs: Sequence[RunDir]) -> list[str]:
+    """Return short names that differ: the method, with the backbone, else the folder, where that is not enough."""
+    for name in (lambda s: s.method.type, lambda s: f"{s.model.backbone} {s.method.type}"):
+        names = [name(spec) for spec in specs]
+        if len(set(names)) == len(names):
+            return names
+    return [run.name for run in runs]

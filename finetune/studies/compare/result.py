@@ -1,0 +1,224 @@
+"""What a comparison came to: ``comparison.json``, the same document on the command line, over HTTP and in Python."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.evaluation.compare import ArmPredictions, Pair, compare_pairs, score_variance
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
+from finetune.runs.outcome import Outcome
+from finetune.tasks import task_named
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of an arm: the mean over its runs, with the 95 % interval on these images."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    sd: float | None  # over runs; None with one run
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "sd": self.sd}
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one arm came to."""
+
+    name: str
+    runs: tuple[Path, ...]  # folders, by seed
+    metrics: Mapping[str, Figure]  # ``test/top1`` …
+    cost: Mapping[str, float]  # mean over runs; names end in their unit
+    per_class_recall: tuple[float | None, ...]  # mean over runs, in the order of the classes
+    note: str = ""  # why the arm has fewer runs than was asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "runs": [str(run) for run in self.runs],
+            "metrics": {key: figure.to_dict() for key, figure in self.metrics.items()},
+            "cost": dict(self.cost),
+            "per_class_recall": list(self.per_class_recall),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms, pairs and the verdict."""
+
+    id: str
+    folder: Path
+    dataset: str
+    split: str  # that the arms were judged on: test, or cv
+    classes: tuple[str, ...]
+    headline: str
+    arms: tuple[ArmResult, ...]
+    pairs: tuple[Pair, ...]
+    verdict: Verdict
+    margin: float
+    left_out: int = 0  # images that one of the runs had trained or chosen on
+    cost: Mapping[str, float] | None = None  # of the whole comparison
+    registered: str | None = None  # name@version of the chosen arm's best run
+    mlflow_run_id: str | None = None
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def arm(self, name: str) -> ArmResult:
+        """Return the arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document."""
+        return {
+            "object": "comparison",
+            "id": self.id,
+            "dataset": self.dataset,
+            "split": self.split,
+            "classes": list(self.classes),
+            "headline": f"{self.split}/{self.headline}",
+            "arms": [arm.to_dict() for arm in self.arms],
+            "pairs": [row for pair in self.pairs for row in _pair_rows(pair, self.split)],
+            "verdict": {
+                "choose": self.verdict.choose,
+                "outcome": self.verdict.outcome,
+                "sentence": self.verdict.sentence,
+                "pareto": list(self.verdict.pareto),
+                "margin": self.margin,
+            },
+            "left_out": self.left_out,
+            "cost": dict(self.cost or {}),
+            "registered": self.registered,
+            "report": str(self.report),
+            "mlflow_run_id": self.mlflow_run_id,
+        }
+
+
+def _pair_rows(pair: Pair, split: str) -> list[dict[str, Any]]:
+    """Return one row a metric: the headline with its test, the others with their interval."""
+    headline = pair.headline
+    rows = [
+        {
+            "a": pair.a,
+            "b": pair.b,
+            "metric": f"{split}/{headline.metric}",
+            "difference": headline.difference,
+            "low": headline.low,
+            "high": headline.high,
+            "p_value": pair.p_value,
+            "p_exact": pair.p_exact,
+            "p_adjusted": pair.p_adjusted,
+            "test": pair.test,
+            "smallest_detectable": pair.smallest_detectable,
+            "outcome": pair.outcome,
+            "n": pair.n,
+            "only_a": pair.only_a,
+            "only_b": pair.only_b,
+        }
+    ]
+    rows += [
+        {
+            "a": pair.a,
+            "b": pair.b,
+            "metric": f"{split}/{other.metric}",
+            "difference": other.difference,
+            "low": other.low,
+            "high": other.high,
+            "p_value": None,
+            "p_adjusted": None,
+            "smallest_detectable": None,
+        }
+        for other in pair.others
+    ]
+    return rows
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """The finished runs of one arm, before they are compared."""
+
+    predictions: ArmPredictions
+    outcomes: tuple[Outcome, ...]
+    note: str = ""
+
+
+def conclude(
+    arms: Sequence[ArmRuns],
+    *,
+    identifier: str,
+    folder: Path,
+    dataset: str,
+    split: str,
+    margin: float,
+    left_out: int = 0,
+) -> Comparison:
+    """Compare finished arms and judge them. A pure function of predictions and outcomes.
+
+    Raises:
+        InvalidInput: fewer than two arms, or arms that did not answer the same images.
+    """
+    reference = arms[0].predictions.runs[0]
+    metric = task_named(reference.task).headline
+    pairs = compare_pairs([arm.predictions for arm in arms], margin)
+    results = tuple(_arm_result(arm, split) for arm in arms)
+    standings = [
+        Standing(arm.name, arm.metrics[f"{split}/{metric.key}"].value, {k: arm.cost[k] for k in COSTS if k in arm.cost})
+        for arm in results
+    ]
+    return Comparison(
+        id=identifier,
+        folder=folder,
+        dataset=dataset,
+        split=split,
+        classes=reference.classes,
+        headline=metric.key,
+        arms=results,
+        pairs=pairs,
+        verdict=judge_arms(standings, pairs, metric),
+        margin=margin,
+        left_out=left_out,
+    )
+
+
+def _arm_result(arm: ArmRuns, split: str) -> ArmResult:
+    evaluations = [evaluate(run) for run in arm.predictions.runs]
+    first, n = evaluations[0], evaluations[0].n
+    metrics = {}
+    for key in first.values:
+        values = [found.values[key] for found in evaluations]
+        low, high = first.intervals.get(key, (None, None))
+        if len(values) > 1 and low is not None:
+            low, high = _interval_of_mean(arm, key, values)
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        metrics[f"{split}/{key}"] = Figure(statistics.fmean(values), low, high, n, sd)
+    costs = [outcome.cost for outcome in arm.outcomes]
+    names = {name for cost in costs for name in cost}
+    recalls = list(zip(*([row.recall for row in found.per_class] for found in evaluations), strict=True))
+    return ArmResult(
+        name=arm.predictions.name,
+        runs=tuple(outcome.run for outcome in arm.outcomes),
+        metrics=metrics,
+        cost={name: statistics.fmean([cost[name] for cost in costs if name in cost]) for name in sorted(names)},
+        per_class_recall=tuple(None if found[0] is None else statistics.fmean(found) for found in recalls),
+        note=arm.note,
+    )
+
+
+def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the interval of a mean over runs, where the images and the seeds vary; only the headline has one."""
+    headline = task_named(arm.predictions.runs[0].task).headline
+    if key != headline.key:
+        return None, None
+    error, quantile = score_variance(arm.predictions)
+    mean = statistics.fmean(values)
+    return headline.bounded(mean - quantile * error, mean + quantile * error)

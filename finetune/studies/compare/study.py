@@ -1,0 +1,241 @@
+"""A comparison as a study: arms times seeds, on one split, cheapest first; then statistics, verdict and page.
+
+Every run is an ordinary run that can be resumed and opened by itself. They share the cache: what is frozen in several arms is
+computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from finetune.comparison_spec import Arm, ComparisonSpec, parse_comparison
+from finetune.errors import InvalidInput
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.compare import ArmPredictions, compare_pairs
+from finetune.evaluation.predictions import Predictions
+from finetune.events import StudyConcluded
+from finetune.naming import as_model_name
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.build import Shared
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.runs.prepare import read_and_build, split_for
+from finetune.runs.watch import Stopwatch, failures_recorded, recorded
+from finetune.storage.files import json_text, read_json, write_atomic, write_json
+from finetune.storage.rundir import RunDir
+from finetune.studies.carry_out import carry_out
+from finetune.studies.compare.page import samples_of, write_comparison_page
+from finetune.studies.compare.result import ArmRuns, Comparison, conclude
+from finetune.studies.study import Child, note_kept, run_children
+
+STOPS_AT = 0.05  # p value, adjusted for the number of pairs, at which an arm that a budget could save is given up
+
+
+@dataclass(frozen=True)
+class ArmsTimesSeeds:
+    """Seed after seed, within each the arms in their order: so every arm has a first answer early.
+
+    With a budget, an arm is run again only while it is not beaten and while its last run's time still fits.
+    """
+
+    spec: ComparisonSpec
+    run: RunDir
+    split: str
+
+    kind = "comparison"
+
+    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+        for number in range(self.spec.settings.seeds):
+            waiting = [arm for arm in self.spec.arms if child_name(arm, number) not in finished]
+            possible = [arm for arm in waiting if not self.given_up(arm, finished)]
+            if possible:
+                return (
+                    [self._child(possible[0], number)]
+                    if self.spec.settings.budget_seconds
+                    else [self._child(arm, number) for arm in possible]
+                )
+        return []
+
+    def given_up(self, arm: Arm, finished: Mapping[str, Outcome]) -> str:
+        """Return why an arm is not run any more; an empty text where it is."""
+        budget = self.spec.settings.budget_seconds
+        own = [outcome for name, outcome in finished.items() if name.startswith(f"{arm.slug}-seed")]
+        if budget is None or not finished:
+            return ""
+        spent = sum(outcome.cost["wall_seconds"] for outcome in finished.values())
+        if not own:
+            return f"the budget of {budget:,.0f} s was spent before it could begin" if spent >= budget else ""
+        stopped = f"stopped after {len(own)} of {self.spec.settings.seeds} seeds"
+        if spent + own[-1].cost["wall_seconds"] > budget:
+            return f"{stopped}: another would exceed the budget of {budget:,.0f} s"
+        if winner := self._beaten_by(arm, finished):
+            return f"{stopped}: {winner} is significantly better already"
+        return ""
+
+    def arm_runs(self, finished: Mapping[str, Outcome]) -> list[ArmRuns]:
+        """Return the finished runs of every arm that has one, and why an arm has fewer than was asked for."""
+        found = []
+        for arm in self.spec.arms:
+            names = self._finished_of(arm, finished)
+            if names:
+                note = self.given_up(arm, finished) if len(names) < self.spec.settings.seeds else ""
+                found.append(ArmRuns(self._predictions(arm, names), tuple(finished[name] for name in names), note))
+        return found
+
+    def _beaten_by(self, arm: Arm, finished: Mapping[str, Outcome]) -> str:
+        names = {other: self._finished_of(other, finished) for other in self.spec.arms}
+        arms = [self._predictions(other, found) for other, found in names.items() if found]
+        if len(arms) < 2:
+            return ""
+        for pair in compare_pairs(arms, self.spec.settings.margin):
+            if arm.name in (pair.a, pair.b) and pair.winner not in (None, arm.name) and pair.p_adjusted < STOPS_AT:
+                return str(pair.winner)
+        return ""
+
+    def _finished_of(self, arm: Arm, finished: Mapping[str, Outcome]) -> list[str]:
+        """Return the names of an arm's finished runs, by seed."""
+        names = (child_name(arm, number) for number in range(self.spec.settings.seeds))
+        return [name for name in names if name in finished]
+
+    def _predictions(self, arm: Arm, names: Sequence[str]) -> ArmPredictions:
+        return arm_predictions(arm.name, [self.run.child(name) for name in names], self.split)
+
+    def _child(self, arm: Arm, number: int) -> Child:
+        return Child(
+            name=child_name(arm, number),
+            title=f"{arm.name}, seed {number + 1} of {self.spec.settings.seeds}",
+            spec=arm.spec.model_copy(update={"seed": arm.spec.seed + number}),
+            # one run of each arm is exported, for its size and its latency; the one that is chosen in the end, then
+            options=RunOptions(goal="exported" if number == 0 else "judged"),
+        )
+
+
+def child_name(arm: Arm, number: int) -> str:
+    """Return the name of an arm's run; seeds count from 0."""
+    return f"{arm.slug}-seed{number}"
+
+
+def arm_predictions(name: str, runs: Sequence[RunDir], split: str) -> ArmPredictions:
+    """Return the answers of an arm's runs as they are compared."""
+    found = tuple(tables.read(run.predictions_of(split)) for run in runs)
+    if split != "cv":
+        return ArmPredictions(name, found)
+    return ArmPredictions(name, found, *_folds_of(runs[0], found[0]))
+
+
+def _folds_of(run: RunDir, pooled: Predictions) -> tuple[tuple[int, ...], int]:
+    """Return the fold of each row of pooled predictions, and the images that a fold's model was fitted on."""
+    folds = Outcome.read(run).cross_validation
+    assert folds is not None, "predictions of the split cv are a cross-validation's"
+    sizes = [(fold["fold"], fold["n_test"], fold["n_train"]) for fold in folds["folds"]]
+    numbers = np.repeat([fold for fold, _, _ in sizes], [n_test for _, n_test, _ in sizes])
+    assert len(numbers) == len(pooled)
+    return tuple(numbers.tolist()), round(sum(n_train for _, _, n_train in sizes) / len(sizes))
+
+
+def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None) -> Comparison:
+    """Train every arm with every seed, compare them on the same images, judge, and register the chosen arm's best run.
+
+    Where an earlier call with the same request (or in the same `run_dir`) was interrupted, it goes on there.
+
+    Raises:
+        InvalidInput: there are no test images to compare on.
+        FinetuneError: a run failed, also written to ``error.json`` in the comparison's folder.
+        KeyboardInterrupt: asked to stop.
+    """
+    run = RunDir(run_dir.absolute()) if run_dir is not None else _folder_for(spec, shared)
+    with run.held(), failures_recorded(run):
+        if run.comparison.exists():
+            return read_comparison(run)
+        stopwatch = Stopwatch(run)
+        progress = recorded(progress, run, stopwatch)
+        text = json_text(spec.to_dict(), indent=2) + "\n"
+        write_atomic(run.request, lambda stream: stream.write(text.encode()))
+        dataset, _ = read_and_build(spec.job, shared, progress)
+        split = split_for(spec.job, dataset, run)
+        judged_on = "cv" if spec.job.data.folds is not None else "test"
+        if judged_on == "test" and not split.of("test"):
+            raise InvalidInput(
+                "a comparison needs images that no run has trained or chosen on: give data.test_fraction or a test folder, or "
+                "compare with --folds"
+            )
+        study = ArmsTimesSeeds(spec, run, judged_on)
+        outcomes = run_children(study, run, shared, progress, carry_out)
+        found = conclude(
+            study.arm_runs(outcomes),
+            identifier=run.root.name,
+            folder=run.root,
+            dataset=dataset.name,
+            split=judged_on,
+            margin=spec.settings.margin,
+        )
+        chosen = best_run(found)
+        note_kept(run, chosen.name)
+        run.record(StudyConcluded(found.verdict.sentence, chosen.name))
+        registered = _register(spec, chosen, outcomes, shared, progress) if spec.settings.register_chosen else None
+        found = dataclasses.replace(found, registered=registered, cost=stopwatch.read())
+        write_comparison_page(found, samples_of(split, judged_on), _command(spec))
+        write_json(run.comparison, found.to_dict())
+        return found
+
+
+def best_run(found: Comparison) -> RunDir:
+    """Return the run of the chosen arm with the highest headline metric on val, which has chosen before."""
+    runs = found.arm(found.verdict.choose).runs
+    key = f"val/{found.headline}"
+    return RunDir(max(runs, key=lambda run: Outcome.read(RunDir(run)).metrics.get(key, 0.0)))
+
+
+def _register(
+    spec: ComparisonSpec, chosen: RunDir, outcomes: Mapping[str, Outcome], shared: Shared, progress: ProgressCallback
+) -> str:
+    arm, number = next(
+        (arm, number) for arm in spec.arms for number in range(spec.settings.seeds) if child_name(arm, number) == chosen.root.name
+    )
+    of_run = arm.spec.model_copy(update={"seed": arm.spec.seed + number})
+    outcome = carry_out(of_run, chosen, shared, progress, RunOptions(goal="registered"))
+    return f"{outcome.model}@{outcome.version}"
+
+
+def _command(spec: ComparisonSpec) -> str:
+    """Return the command that makes the comparison again."""
+    return "finetune compare request.yaml   # with\n" + yaml.safe_dump(
+        spec.job.model_dump(mode="json", exclude_defaults=True) | spec.settings.model_dump(mode="json", exclude_defaults=True),
+        sort_keys=False,
+        allow_unicode=True,
+    )
+
+
+def read_comparison(run: RunDir) -> Comparison:
+    """Return a finished comparison, computed again from its runs' predictions."""
+    spec = parse_comparison(read_json(run.request))
+    document = read_json(run.comparison)
+    study = ArmsTimesSeeds(spec, run, document["split"])
+    outcomes = {name: Outcome.read(run.child(name)) for name in read_json(run.study)["children"]}
+    found = conclude(
+        study.arm_runs(outcomes),
+        identifier=document["id"],
+        folder=run.root,
+        dataset=document["dataset"],
+        split=document["split"],
+        margin=spec.settings.margin,
+    )
+    return dataclasses.replace(
+        found, registered=document["registered"], cost=document["cost"], mlflow_run_id=document["mlflow_run_id"]
+    )
+
+
+def _folder_for(spec: ComparisonSpec, shared: Shared) -> RunDir:
+    """Return the folder of an unfinished comparison of the same request, or a new one."""
+    name = spec.job.suffix or as_model_name(Path(spec.job.training_file).absolute().name)
+    stem = f"{name}-comparison-{spec.digest()[:8]}"
+    number = 1
+    while (run := RunDir(shared.workspace.runs / (stem if number == 1 else f"{stem}-{number}"))).comparison.exists():
+        number += 1
+    return run
