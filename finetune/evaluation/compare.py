@@ -66,6 +66,7 @@ class Difference:
     high: float
     standard_error: float
     degrees_of_freedom: float
+    seed_share: float = 0.0  # of the variance that comes from the seeds of training; the rest comes from the choice of images
 
     def interval(self, level: float) -> tuple[float, float]:
         """Return the interval that holds the true difference with probability `level`."""
@@ -186,10 +187,11 @@ def _noncentrality(alpha: float, df: float) -> float:
 
 
 def images_needed(pair: Pair, difference: float) -> int:
-    """Return about how many test images would show a difference of this size with 80 % probability."""
+    """Return about how many test images would show a difference of this size with 80 % probability, were seeds no matter."""
     if difference <= 0:
         raise ValueError("a difference of zero cannot be shown with any number of images")
-    return math.ceil(pair.n * (pair.smallest_detectable / difference) ** 2)
+    of_images = (1 - pair.headline.seed_share) * pair.smallest_detectable**2
+    return math.ceil(pair.n * of_images / difference**2)
 
 
 def paired_scores(arm: ArmPredictions) -> Floats:
@@ -248,7 +250,7 @@ def _headline(
 ) -> Difference:
     """Return the difference of the headline metric, from the differences image by image."""
     n = len(differences)
-    mean = float(differences.mean())
+    mean, seed_share = float(differences.mean()), 0.0
     if first.folds is not None:
         error, df = _corrected_resampled(differences, np.array(first.folds), first.n_train)
     else:
@@ -256,7 +258,8 @@ def _headline(
         image_variance = float(adjusted.var()) / len(adjusted)
         error = math.sqrt(image_variance + seed_variance)
         df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
-    return _difference(first.name, second.name, metric, mean, error, df)
+        seed_share = seed_variance / (image_variance + seed_variance)
+    return replace(_difference(first.name, second.name, metric, mean, error, df), seed_share=seed_share)
 
 
 def _corrected_resampled(differences: Floats, folds: NDArray[np.int64], n_train: int) -> tuple[float, float]:
@@ -273,10 +276,14 @@ def _seed_part(values_a: Sequence[float], values_b: Sequence[float]) -> tuple[fl
 
     Runs of the two arms are independent: the same seed draws other numbers for another method.
     """
+    known = [(float(np.var(values, ddof=1)), len(values) - 1.0) for values in (values_a, values_b) if len(values) > 1]
+    if not known:
+        return 0.0, math.inf
+    largest = max(known)  # stands for an arm with a single run, whose own variance nobody knows
     parts = []
     for values in (values_a, values_b):
-        if len(values) > 1:
-            parts.append((float(np.var(values, ddof=1)) / len(values), len(values) - 1.0))
+        variance, df = (float(np.var(values, ddof=1)), len(values) - 1.0) if len(values) > 1 else largest
+        parts.append((variance / len(values), df))
     total = math.fsum(variance for variance, _ in parts)
     return total, _satterthwaite(*parts) if total > 0 else math.inf
 

@@ -4,7 +4,8 @@
 2. If one arm beats every other, it is chosen: *better*.
 3. Else the arms that nobody beats are compared with the best of them. Where each is equivalent to it (surely within the margin),
    the cheapest is chosen: *equivalent*.
-4. Else these images cannot tell: *undecided*. The cheapest arm that nobody beats is proposed, with what could have been found.
+4. Else these images and runs cannot tell: *undecided*. Arms that are probably worse than the best (p < 0.2 in their pair) are set
+   aside, and the cheapest of the others is proposed, with what would help to decide: more images, or more seeds.
 
 Cost decides only between arms whose quality does not: seconds of training first, then latency, bytes, trained parameters.
 """
@@ -20,6 +21,8 @@ from finetune.metrics import Metric
 
 COSTS = ("train_seconds", "latency_seconds", "bundle_bytes", "trainable_parameters")
 """What arms of equal quality are compared by, the most important first; less is better."""
+
+PROBABLY = 0.2
 
 Outcome = Literal["better", "equivalent", "undecided"]
 
@@ -59,7 +62,13 @@ def judge_arms(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Met
     of_best = [pair for pair in pairs if best.name in (pair.a, pair.b) and _other(pair, best.name) not in beaten]
     if all(pair.equivalent for pair in of_best):
         return Verdict(cheapest.name, "equivalent", _equivalent(cheapest, unbeaten, of_best, metric), pareto)
-    return Verdict(cheapest.name, "undecided", _undecided(cheapest, best, unbeaten, of_best, metric), pareto)
+    worse = {_other(pair, best.name) for pair in of_best if _favours(pair, best.name) and pair.p_value < PROBABLY}
+    proposed = min((arm for arm in unbeaten if arm.name not in worse), key=Standing.cheapness)
+    return Verdict(proposed.name, "undecided", _undecided(proposed, best, unbeaten, of_best, metric), pareto)
+
+
+def _favours(pair: Pair, name: str) -> bool:
+    return (pair.headline.difference > 0) == (pair.a == name)
 
 
 def _other(pair: Pair, name: str) -> str:
@@ -100,16 +109,24 @@ def _equivalent(cheapest: Standing, unbeaten: Sequence[Standing], pairs: Sequenc
 
 
 def _undecided(
-    cheapest: Standing, best: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]
+    proposed: Standing, best: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]
 ) -> str:
-    worst = max(pairs, key=lambda pair: pair.smallest_detectable)
-    needed = images_needed(worst, worst.margin)
-    return (
-        f"These {worst.n:,} images cannot tell {natural(arm.name for arm in unbeaten)} apart: {best.name} has the highest "
-        f"{metric.label}, but only a difference of {points(worst.smallest_detectable, metric)} or more would surely have shown "
-        f"(about {needed:,} test images would show {points(worst.margin, metric)}). Until then the cheapest, {cheapest.name}, "
-        "is as good a choice."
-    )
+    least_sure = max(pairs, key=lambda pair: pair.smallest_detectable)
+    lead = max(abs(pair.headline.difference) for pair in pairs)
+    if proposed.name == best.name:
+        opening = f"{best.name} is probably the best of {natural(arm.name for arm in unbeaten)}, but it is not certain"
+        closing = f"Until then {best.name} is the better bet."
+    else:
+        opening = f"These {least_sure.n:,} images cannot tell {natural(arm.name for arm in unbeaten)} apart"
+        closing = f"Until then the cheapest, {proposed.name}, is as good a choice."
+    detectable = points(least_sure.smallest_detectable, metric)
+    found = f"{best.name} leads by up to {points(lead, metric)}, and only {detectable} or more would surely have shown"
+    if least_sure.headline.seed_share > 0.5:
+        advice = "The runs of an arm differ much from seed to seed: more seeds would tell."
+    else:
+        needed = images_needed(least_sure, max(lead, least_sure.margin))
+        advice = f"About {needed:,} test images would show a difference like this one."
+    return f"{opening}: {found}. {advice} {closing}"
 
 
 def _price(dear: Standing, cheap: Standing) -> str:
