@@ -32,6 +32,7 @@ from service.metrics import Metrics
 from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
 from service.middleware.hosts import HostAndOriginCheck
+from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
@@ -50,7 +51,6 @@ from service.uploads import Uploads
 from service.web import STATIC
 from service.worker import WorkerProcess
 
-WAITING_PER_THREAD = 16
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
@@ -79,7 +79,8 @@ def create_app(settings: Settings) -> ASGIApp:
 def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     """Return the app behind everything that each request goes through first, outermost last."""
     state: ServerState = api.state.server
-    app: ASGIApp = BodyLimits(api, BufferedBodies(), _streams_to_disk)
+    buffered = BufferedBodies()
+    app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
     app = Authentication(app, lambda: state.database.keys)
     if settings.cors_origins:
         app = CORSMiddleware(
@@ -90,7 +91,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
             expose_headers=("Location", "Retry-After", REQUEST_ID_HEADER),
         )
     app = HostAndOriginCheck(app, settings.allowed_hosts, settings.cors_origins)
-    return ResponseMiddleware(app, state.metrics)
+    return ResponseMiddleware(OverloadRefusal(app, state.queue, buffered), state.metrics)
 
 
 def create_api(settings: Settings) -> FastAPI:
@@ -106,7 +107,7 @@ def create_api(settings: Settings) -> FastAPI:
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
-    queue = PredictionQueue(settings.threads, waiting=WAITING_PER_THREAD * settings.threads)
+    queue = PredictionQueue(settings.threads)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -139,6 +140,7 @@ def create_api(settings: Settings) -> FastAPI:
         if worker is not None:
             await worker.stop()
         models.stop()
+        queue.stop()
 
     api = Api(
         lambda: bool(database.keys.list()),

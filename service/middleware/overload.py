@@ -1,0 +1,42 @@
+"""Refuse predictions that would wait too long, before anything is read or parsed for them.
+
+A refusal costs a few microseconds, and it is sent only after a pause: clients that ask again at once would otherwise make more
+refusals than the server has time for, and take it from the requests that it has accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.admission import OVERLOADED, PredictionQueue
+from service.middleware.bodies import BufferedBodies
+from service.problems import problem
+
+PAUSE_SECONDS = 0.5
+MAX_PAUSING = 256  # more than these are refused at once
+
+
+class OverloadRefusal:
+    """Answer 503 to predictions for which the queue or the memory for bodies has no room."""
+
+    def __init__(self, app: ASGIApp, queue: PredictionQueue, buffered: BufferedBodies) -> None:
+        self.app = app
+        self.queue = queue
+        self.buffered = buffered
+        self._pausing = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(("/predict", "/infer")):
+            return await self.app(scope, receive, send)
+        if self.queue.has_room and self.buffered.has_room:
+            return await self.app(scope, receive, send)
+        if self._pausing < MAX_PAUSING:
+            self._pausing += 1
+            try:
+                await asyncio.sleep(PAUSE_SECONDS)
+            finally:
+                self._pausing -= 1
+        answer = problem(scope, 503, OVERLOADED.format(self.queue.taken), code="overloaded", headers={"Retry-After": "1"})
+        return await answer(scope, receive, send)
