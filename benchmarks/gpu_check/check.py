@@ -45,6 +45,7 @@ NEEDED = (
     "pydantic",
 )
 LEAST_SECONDS = 15.0  # with less time left, nothing new is started
+NO_TIME = "no time left"
 N_STANDARD_ERRORS = 2.0  # how far two accuracies on the same images may be apart and still count as equal
 
 
@@ -162,7 +163,7 @@ class Check:
             return Finding(f"run {name}", "skipped", reason)
         ended, result = self._start(name, self._spec(name, method, device, precision))
         if result is None:
-            return Finding(f"run {name}", "failed", ended)
+            return Finding(f"run {name}", "skipped" if ended == NO_TIME else "failed", ended)
         self.runs[name] = result
         return None
 
@@ -215,11 +216,13 @@ class Check:
         spec = self._spec(name, "full", device, "auto")
         metrics = self.folder / name / "run" / "metrics.jsonl"
         ended, _ = self._start(name, spec, stop_when=lambda: metrics.exists() and '"train/loss"' in metrics.read_text())
+        if ended == NO_TIME:
+            return Finding(what, "skipped", NO_TIME)
         if ended != "exit code 130":
             return Finding(what, "failed", f"the interrupted run ended with {ended}, not with exit code 130")
         ended, result = self._start(name, spec)
         if result is None:
-            return Finding(what, "failed", f"the resumed run: {ended}")
+            return Finding(what, "skipped" if ended == NO_TIME else "failed", f"the resumed run: {ended}")
         events = [json.loads(line) for line in (self.folder / name / "run" / "events.jsonl").read_text().splitlines()]
         steps = [event.get("step") for event in events if event["kind"] == "resumed"]
         self.runs[name] = result
@@ -323,7 +326,7 @@ class Check:
             try:
                 while process.poll() is None:
                     if time.monotonic() > self.deadline:
-                        return "no time left: it was ended"
+                        return NO_TIME
                     if stop_when is not None and stop_when():
                         process.terminate()
                         stop_when = None
@@ -338,7 +341,7 @@ class Check:
 
     def _no_time(self) -> str:
         left = self.deadline - time.monotonic()
-        return "" if left > LEAST_SECONDS else "no time left"
+        return "" if left > LEAST_SECONDS else NO_TIME
 
     def _add(self, finding: Finding | None) -> None:
         if finding is not None:
