@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SERVICES := .venv-services
 SERVICES_READY := $(SERVICES)/.installed
-# One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
+# One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic. They start many
+# processes, which find the modules compiled, also where the environment forbids that.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
 .PHONY: help install demo test test-services test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
