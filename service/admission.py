@@ -1,4 +1,4 @@
-"""How many predictions run and wait at one time, and how long a new one would wait."""
+"""How many pieces of work run and wait at one time, and how long a new one would wait."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from finetune.errors import Overloaded
 
 T = TypeVar("T")
 
-MAX_WAIT_SECONDS = 1.0  # a prediction that would wait longer is refused: whoever asks has a better use for the time
+MAX_WAIT_SECONDS = 1.0  # what would wait longer is refused: whoever asks has a better use for the time
 _FIRST_GUESS_SECONDS = 0.02
 _FORGETTING = 0.05  # the weight of the newest measurement in the average
 
 
-class PredictionQueue:
-    """Run `threads` predictions at once, let others wait while their wait stays short, and refuse the rest.
+class WorkQueue:
+    """Run `threads` pieces of work at once in threads of its own, let others wait while their wait stays short, refuse the rest.
 
-    One ONNX Runtime call uses one core, so more threads than cores would only slow down every answer.
+    For predictions: one ONNX Runtime call uses one core, so more threads than cores would only slow down every answer.
     """
 
     def __init__(self, threads: int, max_wait_seconds: float = MAX_WAIT_SECONDS) -> None:
@@ -29,7 +29,7 @@ class PredictionQueue:
         self.max_wait_seconds = max_wait_seconds
         self.taken = 0  # running or waiting
         self.seconds_each = _FIRST_GUESS_SECONDS
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="predict")
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
 
     @property
     def is_busy(self) -> bool:
@@ -67,4 +67,4 @@ class PredictionQueue:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-OVERLOADED = "{} predictions are already running or waiting. Try again in a moment"
+OVERLOADED = "{} requests are already running or waiting. Try again in a moment"

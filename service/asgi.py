@@ -25,7 +25,7 @@ from finetune.bundle.registry import Registry
 from finetune.jobs.history import updates
 from finetune.jobs.process_parent import signal_when_parent_dies
 from finetune.jobs.store import Event
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.event_streams import EventStreams
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
@@ -46,6 +46,7 @@ from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
 from service.settings import Settings
 from service.shadows import Shadows
+from service.spec_check import SpecChecker
 from service.state import Database, ModelAccess, ServerState
 from service.uploads import Uploads
 from service.web import STATIC
@@ -107,7 +108,7 @@ def create_api(settings: Settings) -> FastAPI:
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
-    queue = PredictionQueue(settings.threads)
+    queue = WorkQueue(settings.threads)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -119,6 +120,8 @@ def create_api(settings: Settings) -> FastAPI:
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
         uploads=Uploads(settings.files_folder),
+        checks=WorkQueue(2, max_wait_seconds=60.0),
+        spec_checker=SpecChecker(),
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
@@ -141,6 +144,7 @@ def create_api(settings: Settings) -> FastAPI:
             await worker.stop()
         models.stop()
         queue.stop()
+        state.checks.stop()
 
     api = Api(
         lambda: bool(database.keys.list()),

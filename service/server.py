@@ -42,6 +42,8 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         PortTaken: another program listens there.
         StoreError: the job database cannot be used.
     """
+    if not settings.home.exists():
+        settings.home.mkdir(parents=True, mode=0o700)  # photographs, keys' hashes and logs are nobody else's business
     address = listen_address(host, has_api_key=has_api_key(settings.home))
     listener = listen(address, port)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -87,10 +87,6 @@ class Authentication:
         scope.setdefault("state", {})["caller"] = caller
         return await self.app(scope, receive, send)
 
-    def still_valid(self, caller: Caller) -> bool:
-        """Return whether the key of a caller is still accepted; for answers that last long."""
-        return caller.key_id is None or self._keys().is_usable(caller.key_id)
-
     def _remembered(self, scope: Scope) -> Caller | None:
         """Return who asks, if that was found out a moment ago."""
         now = time.monotonic()

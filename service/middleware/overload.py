@@ -10,7 +10,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.admission import OVERLOADED, PredictionQueue
+from service.admission import OVERLOADED, WorkQueue
 from service.middleware.bodies import BufferedBodies
 from service.problems import problem
 
@@ -21,7 +21,7 @@ MAX_PAUSING = 256  # more than these are refused at once
 class OverloadRefusal:
     """Answer 503 to predictions for which the queue or the memory for bodies has no room."""
 
-    def __init__(self, app: ASGIApp, queue: PredictionQueue, buffered: BufferedBodies) -> None:
+    def __init__(self, app: ASGIApp, queue: WorkQueue, buffered: BufferedBodies) -> None:
         self.app = app
         self.queue = queue
         self.buffered = buffered

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from finetune.bundle.image import ImageLimits
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.metrics import Metrics
 from service.middleware.bodies import BodyLimits, BufferedBodies
 from service.middleware.overload import OverloadRefusal
@@ -207,7 +207,7 @@ def test_a_body_that_keeps_its_pace_may_take_longer_than_the_grace() -> None:
 
 def test_a_prediction_that_would_wait_too_long_is_refused_and_the_others_finish() -> None:
     async def scenario() -> tuple[list[int], str]:
-        queue = PredictionQueue(threads=1, max_wait_seconds=1.0)
+        queue = WorkQueue(threads=1, max_wait_seconds=1.0)
         queue.seconds_each = 0.6
         gate, started = threading.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -232,7 +232,7 @@ def test_a_prediction_that_would_wait_too_long_is_refused_and_the_others_finish(
 
 def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.middleware.overload.PAUSE_SECONDS", 0.0)
-    queue, buffered = PredictionQueue(threads=1), BufferedBodies(max_bytes=100)
+    queue, buffered = WorkQueue(threads=1), BufferedBodies(max_bytes=100)
     reached: list[str] = []
 
     async def answer(request: Request) -> Response:
