@@ -18,6 +18,9 @@ PAUSE_SECONDS = 0.5
 MAX_PAUSING = 256  # more than these are refused at once
 
 
+_SMALL_SHARE = 16  # a body of less than this part of all memory for bodies is always let in: larger ones make room for it
+
+
 class OverloadRefusal:
     """Answer 503 to predictions for which the queue or the memory for bodies has no room."""
 
@@ -27,10 +30,14 @@ class OverloadRefusal:
         self.buffered = buffered
         self._pausing = 0
 
+    def _is_small(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        return given.isdigit() and int(given) * _SMALL_SHARE <= self.buffered.max_bytes
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(("/predict", "/infer")):
             return await self.app(scope, receive, send)
-        if self.queue.has_room and self.buffered.has_room:
+        if self.queue.has_room and (self.buffered.has_room or self._is_small(scope)):
             return await self.app(scope, receive, send)
         if self._pausing < MAX_PAUSING:
             self._pausing += 1

@@ -250,7 +250,10 @@ def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypat
     assert client.post("/v1/files").status_code == 200
     queue.taken = 0
     assert client.post("/predict").status_code == 200
-    assert reached == ["/v1/files", "/predict"]
+    buffered.total_bytes = 90  # of 100: a body that is large beside that has no room, a small one has
+    assert client.post("/predict", content=b"x" * 20).status_code == 503
+    assert client.post("/predict", content=b"x" * 5).status_code == 200
+    assert reached == ["/v1/files", "/predict", "/predict"]
 
 
 def test_the_largest_body_is_given_up_when_memory_for_bodies_runs_out() -> None:
