@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SERVICES := .venv-services
 SERVICES_READY := $(SERVICES)/.installed
-# One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
+# One thread a process: the tests run two processes side by side and depend on exact, repeatable arithmetic. They start many
+# processes, which find the modules compiled, also where the environment forbids that.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-all check-wheel golden lint format bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=…"; exit 1; }
@@ -59,6 +60,9 @@ lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+gpu-check: $(READY)  ## Build .gpu-check for a machine with CUDA and no network (GPU_PYTHON=3.12 GPU_PACKAGES=list DATA=photos)
+	$(BIN)/python benchmarks/gpu_check/build.py --out .gpu-check $(addprefix --python ,$(GPU_PYTHON)) $(addprefix --installed ,$(GPU_PACKAGES)) $(addprefix --data ,$(DATA))
+
 bench: $(READY)  ## The quick benchmarks; benchmarks/README.md has figures and the longer ones
 	$(BIN)/python benchmarks/training_step.py --out training_step.json
 	$(BIN)/python benchmarks/jobs.py --out jobs.json
@@ -83,4 +87,4 @@ lock: $(READY)  ## Write constraints.txt and docker/requirements-serve.txt from 
 	@mv constraints.tmp docker/requirements-serve.txt
 
 clean:  ## Remove the environment and everything that tools leave behind
-	rm -rf $(VENV) $(SERVICES) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(SERVICES) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .gpu-check build dist *.egg-info

@@ -1,42 +1,70 @@
-"""How many predictions run and wait at one time."""
+"""How many pieces of work run and wait at one time, and how long a new one would wait."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
-
-import anyio
-import anyio.to_thread
 
 from finetune.errors import Overloaded
 
 T = TypeVar("T")
 
+MAX_WAIT_SECONDS = 1.0  # what would wait longer is refused: whoever asks has a better use for the time
+_FIRST_GUESS_SECONDS = 0.02
+_FORGETTING = 0.05  # the weight of the newest measurement in the average
 
-class PredictionQueue:
-    """Run `threads` predictions at once, let `waiting` more wait, and refuse the next one immediately.
 
-    One ONNX Runtime call uses one core, so more threads than cores would only slow down every answer.
+class WorkQueue:
+    """Run `threads` pieces of work at once in threads of its own, let others wait while their wait stays short, refuse the rest.
+
+    For predictions: one ONNX Runtime call uses one core, so more threads than cores would only slow down every answer.
     """
 
-    def __init__(self, threads: int, waiting: int) -> None:
-        self.capacity = threads + waiting
-        self.taken = 0
-        self._threads = threads
-        self._limiter = anyio.CapacityLimiter(threads)
+    def __init__(self, threads: int, max_wait_seconds: float = MAX_WAIT_SECONDS) -> None:
+        self.threads = threads
+        self.max_wait_seconds = max_wait_seconds
+        self.taken = 0  # running or waiting
+        self.seconds_each = _FIRST_GUESS_SECONDS
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
 
     @property
     def is_busy(self) -> bool:
         """Whether every thread is taken."""
-        return self.taken >= self._threads
+        return self.taken >= self.threads
 
-    async def run(self, work: Callable[..., T], *args: object) -> T:
-        """Return what `work` returns; raise `Overloaded` when the queue is full."""
-        if self.taken >= self.capacity:
-            raise Overloaded(f"{self.taken} predictions are already running or waiting. Try again in a moment")
+    @property
+    def has_room(self) -> bool:
+        """Whether one more would start within `max_wait_seconds`."""
+        return self.taken < self.threads or self.taken * self.seconds_each / self.threads <= self.max_wait_seconds
+
+    async def run(self, work: Callable[..., T], *args: object, admitted: bool = False) -> T:
+        """Return what `work` returns; raise `Overloaded` when it would wait too long, unless it was admitted before."""
+        if not admitted:
+            self.check_room()
         self.taken += 1
         try:
-            return await anyio.to_thread.run_sync(functools.partial(work, *args), limiter=self._limiter)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(self._timed, work, *args))
         finally:
             self.taken -= 1
+
+    def check_room(self) -> None:
+        """Raise `Overloaded` when one more would wait too long."""
+        if not self.has_room:
+            raise Overloaded(OVERLOADED.format(self.taken))
+
+    def _timed(self, work: Callable[..., T], *args: object) -> T:
+        began = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            self.seconds_each += _FORGETTING * (time.perf_counter() - began - self.seconds_each)
+
+    def stop(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+OVERLOADED = "{} requests are already running or waiting. Try again in a moment"

@@ -25,13 +25,14 @@ from finetune.bundle.registry import Registry
 from finetune.jobs.history import updates
 from finetune.jobs.process_parent import signal_when_parent_dies
 from finetune.jobs.store import Event
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.event_streams import EventStreams
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
 from service.middleware.hosts import HostAndOriginCheck
+from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
@@ -45,12 +46,12 @@ from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
 from service.settings import Settings
 from service.shadows import Shadows
+from service.spec_check import SpecChecker
 from service.state import Database, ModelAccess, ServerState
 from service.uploads import Uploads
 from service.web import STATIC
 from service.worker import WorkerProcess
 
-WAITING_PER_THREAD = 16
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
@@ -79,7 +80,8 @@ def create_app(settings: Settings) -> ASGIApp:
 def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     """Return the app behind everything that each request goes through first, outermost last."""
     state: ServerState = api.state.server
-    app: ASGIApp = BodyLimits(api, BufferedBodies(), _streams_to_disk)
+    buffered = BufferedBodies()
+    app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
     app = Authentication(app, lambda: state.database.keys)
     if settings.cors_origins:
         app = CORSMiddleware(
@@ -90,7 +92,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
             expose_headers=("Location", "Retry-After", REQUEST_ID_HEADER),
         )
     app = HostAndOriginCheck(app, settings.allowed_hosts, settings.cors_origins)
-    return ResponseMiddleware(app, state.metrics)
+    return ResponseMiddleware(OverloadRefusal(app, state.queue, buffered), state.metrics)
 
 
 def create_api(settings: Settings) -> FastAPI:
@@ -106,7 +108,7 @@ def create_api(settings: Settings) -> FastAPI:
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
-    queue = PredictionQueue(settings.threads, waiting=WAITING_PER_THREAD * settings.threads)
+    queue = WorkQueue(settings.threads)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -118,6 +120,8 @@ def create_api(settings: Settings) -> FastAPI:
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
         uploads=Uploads(settings.files_folder),
+        checks=WorkQueue(2, max_wait_seconds=60.0),
+        spec_checker=SpecChecker(),
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
@@ -139,6 +143,8 @@ def create_api(settings: Settings) -> FastAPI:
         if worker is not None:
             await worker.stop()
         models.stop()
+        queue.stop()
+        state.checks.stop()
 
     api = Api(
         lambda: bool(database.keys.list()),

@@ -10,11 +10,22 @@ from typing import Any
 import bentoml
 from _bentoml_sdk import Service as BentoService
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.predictions import Upload, predict
-from service.schemas.predictions import PredictionAnswer, PredictOptions
+from service.schemas.predictions import Explanation, LabelProbability, PredictOptions, Timings
 from service.state import ServerState
+
+
+class ClientAnswer(BaseModel):
+    """The part of an answer that BentoML's client can decode: it knows no lists that may be null."""
+
+    model: str
+    version: str
+    predictions: list[LabelProbability]
+    explanation: Explanation | None
+    timings: Timings
 
 
 class _LifespanToBento:
@@ -52,11 +63,16 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
     @bentoml.asgi_app(api)
     class FinetuneService:
         @bentoml.api  # type: ignore[untyped-decorator]
-        def predict(self, image: Path, top_k: int | None = None, explain: bool = False) -> PredictionAnswer:
+        def predict(self, image: Path, top_k: int | None = None, explain: bool = False) -> ClientAnswer:
             """Classify one image file: the most probable classes and, with `explain`, where the model looked."""
             state: ServerState = api.state.server
-            upload = Upload(image.read_bytes(), PredictOptions(top_k=top_k, explain=explain), time.perf_counter())
-            return predict(state.models.default(), upload, state.image_limits)
+            upload = Upload(
+                ((image.name, image.read_bytes()),),
+                PredictOptions(top_k=top_k, explain=explain, embedding=False),
+                time.perf_counter(),
+            )
+            answer = predict(state.models.default(), upload, state.image_limits)
+            return ClientAnswer.model_validate(answer.model_dump(include=set(ClientAnswer.model_fields)))
 
     return FinetuneService
 

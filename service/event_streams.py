@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,13 +68,24 @@ class EventStreams:
         self._poller: asyncio.Task[None] | None = None
         self._closing = False
 
-    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[str]:
-        """Frames of a job: its events after `after`, its progress as it changes, comments meanwhile, and ``done`` at its end."""
+    async def follow(
+        self, job_id: str, after: int = 0, *, still_allowed: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[str]:
+        """Yield the frames of a job: its events after `after`, its progress as it changes, comments, and ``done`` at its end.
+
+        Args:
+            still_allowed: asked every few seconds; the stream ends when the reader's key is no longer valid.
+        """
         channel = self._join(job_id)
         try:
             position, progress = -1, None
+            checked_at = time.monotonic()
             while not self._closing and not channel.gone:
                 changed = channel.changed
+                if time.monotonic() - checked_at >= self._comment_seconds:
+                    checked_at = time.monotonic()
+                    if not await run_in_threadpool(still_allowed):
+                        return
                 if channel.loaded:
                     if position < 0:
                         position = bisect_right(channel.seqs, after)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,15 @@ from typing import Any
 from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
 from finetune.jobs.files import PREFIX
+from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec, parse_spec
 
+MAX_DEPTH = 16
+METADATA_KEY = r"[A-Za-z0-9._-]{1,64}"  # of keys that can be filtered by
+MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512  # characters, as in the public API
+MAX_TRANSFORMS_BYTES = 16 * 1024
+MAX_TRANSFORM_NUMBER = 10_000
+MAX_SHOWN_PROBLEMS = 100
 FILE_FIELDS = ("training_file", "validation_file", "test_file")
 NAMED_WEIGHTS = ("auto", "package", "hub", "none")
 STOCK_METHOD = "supervised"
@@ -43,10 +52,12 @@ def read_body(raw: bytes) -> dict[str, Any]:
         InvalidInput: what is not JSON, or not an object.
     """
     try:
-        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_no_constant)
+        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_float=_finite_number)
+        if _depth(body) > MAX_DEPTH:
+            raise InvalidInput(f"the body is nested more than {MAX_DEPTH} levels deep")
         json.dumps(body, ensure_ascii=False).encode()
     except RecursionError:
-        raise InvalidInput("the body is nested too deeply") from None
+        raise InvalidInput(f"the body is nested more than {MAX_DEPTH} levels deep") from None
     except UnicodeError:
         raise InvalidInput("the body holds text that is not valid Unicode") from None
     except ValueError as error:
@@ -56,12 +67,19 @@ def read_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def read_request(body: Mapping[str, Any], *, locate: Callable[[str], Path], data_roots: Sequence[Path]) -> JobRequest:
+def read_request(
+    body: Mapping[str, Any],
+    *,
+    locate: Callable[[str], Path],
+    data_roots: Sequence[Path],
+    check_names: Callable[[JobSpec], Sequence[Problem]] = lambda spec: (),
+) -> JobRequest:
     """Understand a creation's body.
 
     Args:
         locate: an uploaded file's id → the folder with its contents; NotFound where the caller has no such file.
         data_roots: folders of this server that datasets and weights may be read from.
+        check_names: what only the training libraries know: backbones and transforms.
 
     Raises:
         SpecError: with one problem for each field that is wrong.
@@ -71,6 +89,9 @@ def read_request(body: Mapping[str, Any], *, locate: Callable[[str], Path], data
     try:
         spec = _parse(body)
         problems += _weights_problems(spec, data_roots)
+        problems += _limit_problems(spec)
+        if not problems:
+            problems += check_names(spec)
     except SpecError as error:
         problems += [one for one in error.problems if one.where not in {known.where for known in problems}]
     if problems:
@@ -79,6 +100,25 @@ def read_request(body: Mapping[str, Any], *, locate: Callable[[str], Path], data
     resolved = spec.model_copy(update={name: str(path) for name, path in folders.items()})
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return JobRequest(dict(body), resolved, digest)
+
+
+def metadata_filter(query: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return what ``metadata[key]=value`` parameters of a list ask for.
+
+    Raises:
+        InvalidInput: a key that cannot be one, or ``metadata`` in another form, which would otherwise filter nothing.
+    """
+    wanted: dict[str, str] = {}
+    for name, value in query:
+        if name == "metadata" or name.startswith("metadata["):
+            key = name.removeprefix("metadata[").removesuffix("]")
+            if not (name.startswith("metadata[") and name.endswith("]")) or not re.fullmatch(METADATA_KEY, key):
+                raise InvalidInput(
+                    "metadata is filtered as metadata[key]=value, with a key of letters, digits, dots, dashes and underscores",
+                    [Problem(name[:100], "is not of the form metadata[key]")],
+                )
+            wanted[key] = value
+    return wanted
 
 
 def _parse(body: Mapping[str, Any]) -> JobSpec:
@@ -180,6 +220,42 @@ def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
     return [Problem("model.weights", f"must be {allowed}, given {weights[:200]!r}")]
 
 
+def _limit_problems(spec: JobSpec) -> list[Problem]:
+    """Return what a server does not allow a job although the vocabulary does: it shares its memory, cores and database."""
+    problems = []
+    for key, value in spec.metadata.items():
+        if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            problems.append(
+                Problem(
+                    f"metadata.{key[:MAX_METADATA_KEY]}",
+                    f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}",
+                )
+            )
+    cores = available_cores()
+    if spec.compute.threads != "auto" and spec.compute.threads > cores:
+        problems.append(Problem("compute.threads", f"must be auto or at most {cores} here, given {spec.compute.threads}"))
+    transforms = spec.augmentation.transforms
+    if transforms is not None:
+        if len(json.dumps(transforms)) > MAX_TRANSFORMS_BYTES:
+            problems.append(Problem("augmentation.transforms", f"has more than {MAX_TRANSFORMS_BYTES // 1024} KiB"))
+        largest = max((abs(number) for number in _numbers(transforms)), default=0)
+        if largest > MAX_TRANSFORM_NUMBER:
+            problems.append(
+                Problem("augmentation.transforms", f"numbers must be at most {MAX_TRANSFORM_NUMBER:,}, given {largest:g}")
+            )
+    return problems
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
 def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
     """The real path of what `given` names, if it exists and lies under one of the real `roots`, links followed."""
     if not given.startswith("/") or "\0" in given:
@@ -198,7 +274,10 @@ def _check_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> None:
     except DataError as error:
         shown = {str(path): getattr(spec, name) for name, path in folders.items()}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
-        raise DataError(_shown(error.message, shown), [Problem("training_file", str(one)) for one in problems]) from None
+        left_out = len(problems) - MAX_SHOWN_PROBLEMS
+        told = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]
+        told += [Problem("training_file", f"and {left_out:,} problems more")] if left_out > 0 else []
+        raise DataError(_shown(error.message, shown), told) from None
 
 
 def _shown(text: str, names: Mapping[str, str]) -> str:
@@ -224,6 +303,27 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
         raise ValueError(f"the key {twice[:100]!r} occurs twice")
     return found
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:50]} is too large for a number")
+    return number
+
+
+def _depth(value: Any) -> int:
+    """Return how many levels of lists and objects `value` has."""
+    deepest, level = 0, [value]
+    while level := [inner for one in level for inner in _inside(one)]:
+        deepest += 1
+        if deepest > MAX_DEPTH:
+            break
+    return deepest
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _no_constant(name: str) -> Any:

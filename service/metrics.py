@@ -62,6 +62,9 @@ class Metrics:
         self.requests.labels(route, known_method, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
+    def predicted(self, model: str, version: str, role: str, n_images: int) -> None:
+        self.predictions.labels(model, version, role).inc(n_images)
+
     def watch_models(self, models: WatchedModels) -> None:
         """Show what is in memory. Read when asked, so that versions that are gone leave no series behind."""
         self.registry.register(_ModelsCollector(models))

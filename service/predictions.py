@@ -1,32 +1,44 @@
-"""One prediction over HTTP: a request's body to image bytes and options, and a predictor's result to the answer.
+"""From the body of a predict request to images and options, and from a predictor's result to the answer.
 
-An image comes as the multipart field ``image`` or as the raw body. Nothing is ever fetched: text where a file should be is an
-error, also when it looks like a URL. Knows HTTP bodies and predictors; does not know routes.
+An image comes as the multipart field ``image`` or as the raw body, several as the repeated field ``images``. Nothing is ever
+fetched: text where a file should be is an error, also when it looks like a URL.
 """
 
 from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from finetune.bundle.image import ImageLimits
 from finetune.bundle.overlay import overlay_png
 from finetune.bundle.predictor import Prediction
-from finetune.errors import InvalidInput, Problem
+from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
+from service.forms import Part, read_form
 from service.models import LoadedModel
-from service.schemas.predictions import Explanation, LabelProbability, PredictionAnswer, PredictOptions, Timings
+from service.problems import FieldProblem
+from service.schemas.predictions import (
+    Explanation,
+    ImageFailure,
+    ImagePrediction,
+    ImageResult,
+    LabelProbability,
+    PredictionAnswer,
+    PredictOptions,
+    Timings,
+)
 
 DEFAULT_TOP_K = 5
 IMAGE_FIELD = "image"
+IMAGES_FIELD = "images"
+MAX_IMAGES = 64
 # What `curl --data-binary @cat.jpg` sends by itself, without a header: the body is an image all the same.
 CURL_DEFAULT_TYPE = "application/x-www-form-urlencoded"
 HOW_TO_SEND = (
@@ -36,106 +48,136 @@ HOW_TO_SEND = (
 
 @dataclass(frozen=True)
 class Upload:
-    image: bytes
+    """The images of one request. `several`: they came as a list, so the answer is one too."""
+
+    images: tuple[tuple[str | None, bytes], ...]  # (file name, contents)
     options: PredictOptions
     received: float  # perf_counter seconds
+    several: bool = False
 
 
-class _InMemoryParser(MultiPartParser):
-    """Keeps the file in memory: it is needed there as a whole, and the body limit has bounded it already."""
-
-    spool_max_size = ImageLimits().max_bytes
-
-
-async def read_upload(request: Request, options: PredictOptions) -> Upload:
-    """The image and the options of a predict request.
+async def read_upload(request: Request) -> Upload:
+    """Return the images and the options of a predict request.
 
     Raises:
         HTTPException: 415 for a body that cannot hold an image, 400 for broken multipart.
-        InvalidInput: no image, several, or text in its place.
+        InvalidInput: no image, too many, or text in an image's place.
         RequestValidationError: an option that is unknown or out of range.
     """
+    query = dict(request.query_params)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
-        form = await _read_form(request)
-        try:
-            image = await _image_of(form)
-            options = _merged(options, form)
-        finally:
-            await form.close()
+        upload = _of_form(await read_form(request), query)
     elif media_type.startswith("image/") or media_type in ("", "application/octet-stream", CURL_DEFAULT_TYPE):
-        image = await request.body()
+        options = _options(query, {})
+        upload = Upload(((None, await request.body()),), options, time.perf_counter())
     else:
-        raise HTTPException(415, f"A body of type {media_type!r} is not an image. {HOW_TO_SEND}")
-    if not image:
-        raise InvalidInput(
-            f"There is no image: the {'file' if media_type == 'multipart/form-data' else 'body'} is empty. {HOW_TO_SEND}"
-        )
-    return Upload(image, options, time.perf_counter())
+        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not an image. {HOW_TO_SEND}")
+    if not upload.several and not upload.images[0][1]:
+        what = "file" if media_type == "multipart/form-data" else "body"
+        raise InvalidInput(f"There is no image: the {what} is empty. {HOW_TO_SEND}")
+    return upload
 
 
-async def _read_form(request: Request) -> FormData:
-    try:
-        return await _InMemoryParser(request.headers, request.stream(), max_files=1, max_fields=8, max_part_size=1024).parse()
-    except MultiPartException as error:
-        raise HTTPException(400, f"The multipart body cannot be read: {error.message}") from None
-
-
-async def _image_of(form: FormData) -> bytes:
-    twice = sorted({name for name in form if len(form.getlist(name)) > 1})
-    if twice:
-        raise InvalidInput(
-            f"Given more than once: {', '.join(twice)}", [Problem(name, "is given more than once") for name in twice]
-        )
-    given = form.get(IMAGE_FIELD)
-    if given is None:
-        sent = ", ".join(form) or "nothing"
+def _of_form(form: Sequence[Part], query: dict[str, str]) -> Upload:
+    several = any(part.name == IMAGES_FIELD for part in form)
+    _refuse_repetitions(form, several)
+    files = [part for part in form if part.name in (IMAGE_FIELD, IMAGES_FIELD)]
+    if not files:
+        sent = ", ".join(part.name for part in form) or "nothing"
         raise InvalidInput(
             f"There is no field 'image' (given: {sent[:100]}). {HOW_TO_SEND}", [Problem(IMAGE_FIELD, "is missing")]
         )
-    if not isinstance(given, UploadFile):
-        message = "must be an uploaded file, not text. The server fetches nothing: download the image and send its bytes"
-        raise InvalidInput(f"The field 'image' {message}", [Problem(IMAGE_FIELD, message)])
-    return await given.read()
+    if len(files) > MAX_IMAGES:
+        raise InvalidInput(
+            f"{len(files)} images in one request; {MAX_IMAGES} are allowed", [Problem(IMAGES_FIELD, "has too many images")]
+        )
+    for part in files:
+        if not part.is_file:
+            message = "must be an uploaded file, not text. The server fetches nothing: download the image and send its bytes"
+            raise InvalidInput(f"The field '{part.name}' {message}", [Problem(part.name, message)])
+    fields = {part.name: part.text for part in form if part.name not in (IMAGE_FIELD, IMAGES_FIELD)}
+    # ``null`` is how BentoML's client writes an option that is not given
+    options = _options(query, {name: value for name, value in fields.items() if value != "null"})
+    return Upload(tuple((part.filename, part.content) for part in files), options, time.perf_counter(), several)
 
 
-def _merged(query: PredictOptions, form: FormData) -> PredictOptions:
-    """The query's options with the form's over them. ``null`` is how BentoML's client writes an option that is not given."""
-    fields: dict[str, Any] = {name: value for name, value in form.multi_items() if name != IMAGE_FIELD and value != "null"}
+def _refuse_repetitions(form: Sequence[Part], several: bool) -> None:
+    names = [part.name for part in form]
+    if several and IMAGE_FIELD in names:
+        raise InvalidInput("Give either image or images", [Problem(IMAGE_FIELD, "is given beside images")])
+    twice = sorted({name for name in names if names.count(name) > 1 and name != IMAGES_FIELD})
+    if twice:
+        hint = ". Several images are sent as the repeated field 'images'" if IMAGE_FIELD in twice else ""
+        raise InvalidInput(
+            f"Given more than once: {', '.join(twice)}{hint}", [Problem(name, "is given more than once") for name in twice]
+        )
+
+
+def _options(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
+    """Return the query's options with the form's over them."""
     try:
-        return PredictOptions.model_validate(query.model_dump(exclude_unset=True) | fields)
+        return PredictOptions.model_validate({**query, **fields})
     except ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+        places = [("body" if one["loc"] and one["loc"][0] in fields else "query", one) for one in error.errors()]
+        raise RequestValidationError([{**one, "loc": (place, *one["loc"])} for place, one in places]) from None
 
 
 def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
-    """Classify one image with one model.
-
-    Raises:
-        ImageError: the image cannot be decoded, is too large, or is of no known format.
-        InvalidInput: `top_k` is more than the model has classes.
-    """
+    """Classify the first image of an upload with one model; raise `ImageError` where it cannot be read."""
     started = time.perf_counter()
-    n_classes = len(model.predictor.manifest.classes)
-    top_k = upload.options.top_k
-    if top_k is not None and top_k > n_classes:
-        message = f"must be at most {n_classes}, the number of classes of {model.name}@{model.version} (given: {top_k})"
-        raise InvalidInput(f"top_k {message}", [Problem("top_k", message)])
-    prediction = model.predictor.predict(upload.image, top_k=top_k or DEFAULT_TOP_K, limits=limits)
-    predicted = time.perf_counter()
-    explanation = _explanation(model, prediction) if upload.options.explain else None
+    found, explain_seconds = predict_image(model, upload.images[0][1], upload.options, limits)
     done = time.perf_counter()
     return PredictionAnswer(
         model=model.name,
         version=model.version,
-        predictions=[LabelProbability(label=label, probability=probability) for label, probability in prediction.labels],
-        explanation=explanation,
+        predictions=found.predictions,
+        explanation=found.explanation,
+        embedding=found.embedding,
         timings=Timings(
-            predict_ms=_ms(predicted - started),
-            explain_ms=_ms(done - predicted),
+            predict_ms=_ms(done - started - explain_seconds),
+            explain_ms=_ms(explain_seconds),
             total_ms=_ms(done - upload.received),
         ),
     )
+
+
+def predict_one_of_several(
+    model: LoadedModel, upload: Upload, index: int, limits: ImageLimits
+) -> tuple[ImageResult, float, float]:
+    """Classify one image of an upload; return its result and the seconds that predicting and explaining took."""
+    filename, data = upload.images[index]
+    started = time.perf_counter()
+    try:
+        found, explain_seconds = predict_image(model, data, upload.options, limits)
+    except FinetuneError as error:
+        problems = [FieldProblem(field=one.where, detail=one.message) for one in error.problems]
+        failure = ImageFailure(code=error.code, message=error.message, errors=problems)
+        return ImageResult(index=index, filename=filename, result=None, error=failure), time.perf_counter() - started, 0.0
+    seconds = time.perf_counter() - started
+    return ImageResult(index=index, filename=filename, result=found, error=None), seconds - explain_seconds, explain_seconds
+
+
+def predict_image(model: LoadedModel, data: bytes, options: PredictOptions, limits: ImageLimits) -> tuple[ImagePrediction, float]:
+    """Classify one image; return the result and how many seconds the explanation took of it.
+
+    Raises:
+        ImageError: the image is empty, cannot be decoded, is too large, or is of no known format.
+    """
+    if not data:
+        raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
+    prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits)
+    predicted = time.perf_counter()
+    explanation = _explanation(model, prediction) if options.explain else None
+    seconds = time.perf_counter() - predicted
+    found = ImagePrediction.model_construct(
+        predictions=[
+            LabelProbability.model_construct(label=label, probability=probability) for label, probability in prediction.labels
+        ],
+        explanation=explanation,
+        embedding=prediction.embedding.tolist() if options.embedding else None,
+    )
+    return found, seconds
 
 
 def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:
@@ -151,3 +193,8 @@ def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
+
+
+def timings(predict_seconds: float, explain_seconds: float, received: float) -> Timings:
+    """Return the timings of an answer that is complete now."""
+    return Timings(predict_ms=_ms(predict_seconds), explain_ms=_ms(explain_seconds), total_ms=_ms(time.perf_counter() - received))

@@ -6,6 +6,7 @@ client of the public fine-tuning API reads the ``error`` object. Knows exception
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from finetune.errors import FinetuneError
+from finetune.errors import DiskFull, FinetuneError, NotReady, Overloaded, StoreError
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -132,22 +133,31 @@ def _error_type(status: int) -> Literal["invalid_request_error", "authentication
     return "rate_limit_error" if status == 429 else "invalid_request_error"
 
 
+# What these errors say names addresses and paths of the server: that is for its log.
+_STORAGE_SENTENCES = {
+    StoreError: "The server's job database cannot be used now. Try again in a moment; its log has the cause",
+    DiskFull: "The server's disk is full, or has no room for this. Its operator must free some space",
+}
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Make `app` answer what is raised on purpose as a problem. What is not, the envelope answers."""
     app.add_exception_handler(FinetuneError, _on_finetune_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(OSError, _on_os_error)
 
 
 async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FinetuneError)
-    if error.http_status == 500:
+    if error.http_status >= 500 and not isinstance(error, NotReady | Overloaded):
         log.error("%s %s: %s", request.state.request_id, error.code, error)
     return problem(
         request.scope,
         error.http_status,
-        error.message,
+        _STORAGE_SENTENCES.get(type(error), error.message),
         code=error.code,
         errors=[FieldProblem(field=one.where, detail=one.message) for one in error.problems],
         headers={"Retry-After": str(RETRY_AFTER[error.http_status])} if error.http_status in RETRY_AFTER else None,
@@ -191,6 +201,16 @@ def _allowed(request: Request) -> str:
     documented = request.app.openapi()["paths"].items()
     matching = [item for template, item in documented if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.url.path)]
     return ", ".join(sorted({method.upper() for item in matching[:1] for method in item}))
+
+
+async def _on_os_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer 503 where the machine does not let the server write (a disk that is full or read-only, no file descriptors left)."""
+    assert isinstance(error, OSError)
+    if error.errno not in _UNWRITABLE:
+        raise error
+    log.error("%s %s: %s", request.state.request_id, type(error).__name__, error)
+    detail = "The server cannot write to its storage now (full, or read-only). Its log has the cause"
+    return problem(request.scope, 503, detail, code="storage_unavailable", headers={"Retry-After": "60"})
 
 
 async def _on_disconnect(request: Request, _: Exception) -> JSONResponse:

@@ -42,6 +42,8 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         PortTaken: another program listens there.
         StoreError: the job database cannot be used.
     """
+    if not settings.home.exists():
+        settings.home.mkdir(parents=True, mode=0o700)  # photographs, keys' hashes and logs are nobody else's business
     address = listen_address(host, has_api_key=has_api_key(settings.home))
     listener = listen(address, port)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -111,7 +113,8 @@ def listen_address(host: str, *, has_api_key: bool) -> str:
 
 def listen(address: str, port: int) -> socket.socket:
     """Return a bound socket; connections are accepted once the application has started."""
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio switches Nagle's algorithm off only on sockets that were made as TCP; with it, each answer would wait 40 ms
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))

@@ -7,7 +7,7 @@ import logging
 
 from finetune.bundle.image import ImageLimits
 from finetune.errors import FinetuneError
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.metrics import Metrics
 from service.models import LoadedModel
 from service.predictions import Upload, predict
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 class Shadows:
     """The comparisons of one server. They never delay an answer: while predictions wait, they are skipped."""
 
-    def __init__(self, queue: PredictionQueue, metrics: Metrics, limits: ImageLimits) -> None:
+    def __init__(self, queue: WorkQueue, metrics: Metrics, limits: ImageLimits) -> None:
         self._queue = queue
         self._metrics = metrics
         self._limits = limits

@@ -14,18 +14,19 @@ from sqlalchemy import Engine
 
 from finetune.bundle.image import ImageLimits
 from finetune.bundle.registry import Access, Registry
-from finetune.errors import NotFound
+from finetune.errors import DiskFull, NotFound, StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.storage.rundir import RunDir
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
 from service.models import LoadedModel, LoadedModels
 from service.shadows import Shadows
+from service.spec_check import SpecChecker
 from service.uploads import Uploads
 
 _MAX_REMEMBERED = 10_000
@@ -85,12 +86,14 @@ class ServerState:
     models: LoadedModels
     access: ModelAccess
     metrics: Metrics
-    queue: PredictionQueue
+    queue: WorkQueue
     shadows: Shadows
     image_limits: ImageLimits
     database: Database
     event_streams: EventStreams
     uploads: Uploads
+    checks: WorkQueue
+    spec_checker: SpecChecker
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
@@ -101,6 +104,13 @@ class ServerState:
     def without_home(self, text: str) -> str:
         """Return `text` without the path of the workspace on this machine."""
         return text.replace(f"{self.home}{os.sep}", "")
+
+    def still_valid(self, caller: Caller) -> bool:
+        """Return whether the key of a caller is still accepted; for answers that last long."""
+        try:
+            return caller.key_id is None or self.database.keys.is_usable(caller.key_id)
+        except (StoreError, DiskFull):
+            return True  # for a while nobody can say; the stream itself waits for the database too
 
     def may_use(self, caller: Caller, model: str) -> bool:
         """Return whether a model exists for a caller: it is shared, or their own."""

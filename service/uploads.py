@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,15 @@ from starlette.requests import Request
 
 from finetune.data.intake import Intake, take_in
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
+from finetune.jobs.store import LOCAL_OWNER
+from finetune.jobs.worker import folder_bytes
 from finetune.storage.files import sha256_file
 
 PURPOSE = "fine-tune"
 FIELDS = ("file", "purpose")
 HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
 MAX_AT_ONCE = 8
+MAX_AT_ONCE_OF_AN_OWNER = 4
 MIN_FREE_BYTES = 256 << 20
 MAX_NAME_CHARACTERS = 255
 _ARRIVING = ".arriving-"
@@ -44,6 +48,7 @@ class Received:
     size_bytes: int
     sha256: str
     intake: Intake
+    stored_bytes: int  # what the contents take on disk
     contents: Path  # a folder that waits to be moved to its place
 
     def summary(self) -> dict[str, Any]:
@@ -55,24 +60,27 @@ class Uploads:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._n_arriving = 0
+        self._arriving: Counter[str] = Counter()  # by owner
 
     def place_of(self, file_id: str) -> Path:
         return self.folder / file_id
 
     @contextlib.contextmanager
-    def arriving(self, announced_bytes: int = 0) -> Iterator[Path]:
-        """A folder of its own for one upload, gone at the end of the block with whatever is still in it.
+    def arriving(self, announced_bytes: int = 0, owner: str = LOCAL_OWNER) -> Iterator[Path]:
+        """Yield a folder of its own for one upload, gone at the end of the block with whatever is still in it.
 
         Raises:
-            Overloaded: too many uploads at once.
+            Overloaded: too many uploads at once, of everybody or of this owner.
             DiskFull: no room for what the request announces and its contents.
         """
-        if self._n_arriving >= MAX_AT_ONCE:
-            raise Overloaded(f"{self._n_arriving} uploads are arriving already. Try again in a moment")
+        n_arriving = self._arriving.total()
+        if n_arriving >= MAX_AT_ONCE:
+            raise Overloaded(f"{n_arriving} uploads are arriving already. Try again in a moment")
+        if owner != LOCAL_OWNER and self._arriving[owner] >= MAX_AT_ONCE_OF_AN_OWNER:
+            raise Overloaded(f"{self._arriving[owner]} uploads of yours are arriving already. Try again when one has arrived")
         arriving = self.folder / f"{_ARRIVING}{secrets.token_hex(8)}"
         arriving.mkdir(parents=True)
-        self._n_arriving += 1
+        self._arriving[owner] += 1
         try:
             with open(arriving / ".lock", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,7 +90,7 @@ class Uploads:
                     )
                 yield arriving
         finally:
-            self._n_arriving -= 1
+            self._arriving[owner] -= 1
             shutil.rmtree(arriving, ignore_errors=True)
 
     def sweep(self, known: Callable[[], Collection[str]]) -> None:
@@ -175,7 +183,7 @@ def examine(archive: Path, filename: str) -> Received:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
     intake = take_in(archive, contents)
     archive.unlink()
-    return Received(filename, size_bytes, sha256, intake, contents)
+    return Received(filename, size_bytes, sha256, intake, folder_bytes(contents), contents)
 
 
 def move_to(contents: Path, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Generator, Iterator
@@ -70,11 +71,18 @@ def photos() -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database. Its migrations take seconds, so they run once a session and tests copy the file."""
+    """An empty MLflow database. Its migrations take seconds, so they run once for all workers of a session, and tests copy it."""
     import mlflow
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp().parent / f"mlflow-{session}" if session else tmp_path_factory.mktemp("mlflow")
+    folder.mkdir(exist_ok=True)
+    path = folder / "mlflow.db"
+    with open(folder / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ready").exists():
+            mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+            (folder / "ready").touch()
     return path
 
 

@@ -31,11 +31,19 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How much one image may cost. Pixels are counted from the header, before any of them is decoded."""
+    """How much one image may cost. Everything is checked from headers, before any pixel is decoded.
+
+    Args:
+        max_pixels: pixels that are really decoded. A baseline JPEG that may be decoded at a reduced scale may have more.
+        max_file_pixels: pixels of such a JPEG in the file.
+        max_scan_pixels: pixels times scans of a JPEG; each scan of a progressive one passes over all of them.
+    """
 
     max_bytes: int = 64 * MIB
     max_pixels: int = 100_000_000
     max_side_px: int = 65_500
+    max_file_pixels: int = 400_000_000
+    max_scan_pixels: int = 1_200_000_000
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -52,15 +60,19 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
 }
 
 # What plugins raise on damaged files: 180,000 mutated ones raised the first three, Image.open guards against the rest.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
+_ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
+_LARGE_PIXELS = 25_000_000  # photographs are smaller, or JPEGs
+_SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image, but not without measure: it is decoded whole
+_START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
-class Turn:
+class Orientation:
     """How to turn a stored picture upright: Pillow's name for it, and the same as a swap of the axes followed by mirrorings."""
 
     method: Image.Transpose
@@ -69,14 +81,14 @@ class Turn:
     mirrors_y: bool
 
 
-_TURNS = {  # by EXIF orientation
-    2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, swaps=False, mirrors_x=True, mirrors_y=False),
-    3: Turn(Image.Transpose.ROTATE_180, swaps=False, mirrors_x=True, mirrors_y=True),
-    4: Turn(Image.Transpose.FLIP_TOP_BOTTOM, swaps=False, mirrors_x=False, mirrors_y=True),
-    5: Turn(Image.Transpose.TRANSPOSE, swaps=True, mirrors_x=False, mirrors_y=False),
-    6: Turn(Image.Transpose.ROTATE_270, swaps=True, mirrors_x=True, mirrors_y=False),
-    7: Turn(Image.Transpose.TRANSVERSE, swaps=True, mirrors_x=True, mirrors_y=True),
-    8: Turn(Image.Transpose.ROTATE_90, swaps=True, mirrors_x=False, mirrors_y=True),
+_ORIENTATIONS = {  # by EXIF value
+    2: Orientation(Image.Transpose.FLIP_LEFT_RIGHT, swaps=False, mirrors_x=True, mirrors_y=False),
+    3: Orientation(Image.Transpose.ROTATE_180, swaps=False, mirrors_x=True, mirrors_y=True),
+    4: Orientation(Image.Transpose.FLIP_TOP_BOTTOM, swaps=False, mirrors_x=False, mirrors_y=True),
+    5: Orientation(Image.Transpose.TRANSPOSE, swaps=True, mirrors_x=False, mirrors_y=False),
+    6: Orientation(Image.Transpose.ROTATE_270, swaps=True, mirrors_x=True, mirrors_y=False),
+    7: Orientation(Image.Transpose.TRANSVERSE, swaps=True, mirrors_x=True, mirrors_y=True),
+    8: Orientation(Image.Transpose.ROTATE_90, swaps=True, mirrors_x=False, mirrors_y=True),
 }
 
 
@@ -128,7 +140,7 @@ def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[in
     """
     image = _opened(data, limits)
     width, height = image.size
-    _, _, turn = _decoded(image, short_side_px=1)
+    _, _, turn = _decoded(image, 1, limits)
     return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
@@ -154,7 +166,7 @@ def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits)
     That part is all of it, but for a JPEG decoded at a reduced scale that does not divide its sides: 533 pixels at a half
     become 267, the last one half beyond the edge. Whoever resamples must know, or the picture moves by a fraction of a pixel.
     """
-    rgb, box, turn = _decoded(_opened(data, limits), short_side_px)
+    rgb, box, turn = _decoded(_opened(data, limits), short_side_px, limits)
     if turn is None:
         return rgb, box
     return rgb.transpose(turn.method), _turned(box, rgb.size, turn)
@@ -172,11 +184,18 @@ def _opened(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         raise ImageTooLarge(f"the {name} image has far more pixels than the {limits.max_pixels:,} allowed") from None
     except _DAMAGED as error:
         raise ImageError(f"the {name} file is damaged: {_reason(error)}. Export or download it again") from None
-    _check_pixels(name, *image.size, limits)
+    if isinstance(image, JpegImageFile):
+        _check_scans(image, data, limits)
+    else:
+        _check_pixels(name, *image.size, limits)
+    if isinstance(image, TiffImageFile):
+        _check_tiles(image)
     return image
 
 
-def _decoded(image: ImageFile.ImageFile, short_side_px: int | None) -> tuple[Image.Image, Box, Turn | None]:
+def _decoded(
+    image: ImageFile.ImageFile, short_side_px: int | None, limits: ImageLimits
+) -> tuple[Image.Image, Box, Orientation | None]:
     """RGB as stored, the part of it that holds the picture, and the turn that makes it upright."""
     name = image.format
     box: Box = (0.0, 0.0, *image.size)
@@ -184,8 +203,14 @@ def _decoded(image: ImageFile.ImageFile, short_side_px: int | None) -> tuple[Ima
         if short_side_px is not None:
             reduced = image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it; never below either side
             box = reduced[1] if reduced else box
+        _check_pixels(str(name), *image.size, limits)  # a JPEG's after its reduction
         image.load()
-        return _to_rgb(image), box, _upright_turn(image)
+        turn = _upright_turn(image)
+        eight_bit = _to_8_bit(image)
+        if short_side_px is not None and (factor := _reduction(eight_bit, short_side_px)) > 1:
+            width, height = eight_bit.size
+            eight_bit, box = eight_bit.reduce(factor), (0.0, 0.0, width / factor, height / factor)
+        return _to_rgb(eight_bit), box, turn
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"the {name} image has far more pixels inside than its header says") from None
     except _DAMAGED as error:
@@ -249,20 +274,61 @@ def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> No
         )
 
 
+def _check_scans(image: JpegImageFile, data: bytes, limits: ImageLimits) -> None:
+    """Refuse a JPEG whose decoding takes far more time or memory than its size suggests."""
+    width, height = image.size
+    n_scans = max(1, data.count(_START_OF_SCAN))  # embedded previews have some too; they are few
+    progressive = "progressive" in image.info
+    if progressive or n_scans > 250:  # all of its coefficients are held in memory, whatever the scale
+        _check_pixels("JPEG", width, height, limits)
+    if width * height > limits.max_file_pixels or width * height * n_scans > limits.max_scan_pixels:
+        raise ImageTooLarge(
+            f"the JPEG image is {width}×{height} pixels in {n_scans:,} scans, more work than is allowed. Save it again"
+        )
+
+
+def _check_tiles(image: TiffImageFile) -> None:
+    """Refuse a TIFF whose tiles are far larger than its picture: a decoder makes room for a whole tile."""
+    tags, (width, height) = image.tag_v2, image.size
+    if _TILE_WIDTH not in tags and _TILE_LENGTH not in tags:
+        return
+    tile_width = tags.get(_TILE_WIDTH, width)
+    tile_length = tags.get(_TILE_LENGTH, tags.get(_ROWS_PER_STRIP, height))
+    if not isinstance(tile_width, int) or not isinstance(tile_length, int) or min(tile_width, tile_length) < 1:
+        raise ImageError("the TIFF file is damaged: its tiles have no size. Export or download it again")
+    if tile_width * tile_length > max(_SMALL_TILE_PIXELS, 4 * width * height):
+        raise ImageTooLarge(
+            f"the TIFF image is {width}×{height} pixels in tiles of {tile_width}×{tile_length}. Save it again without such tiles"
+        )
+
+
 def _reason(error: BaseException) -> str:
     text = str(error).strip().rstrip(".")
     return text or type(error).__name__
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that Pillow reads, as RGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
+def _reduction(image: Image.Image, short_side_px: int) -> int:
+    """Return by how much a very large picture is averaged down before it becomes RGB, which takes four bytes a pixel.
+
+    What is left has at least twice the pixels that are needed on the shorter side, as with a reduced JPEG.
+    """
+    if image.width * image.height < _LARGE_PIXELS or image.mode not in ("L", "RGB"):
+        return 1
+    return max(1, min(image.size) // (2 * short_side_px))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Return an image of a mode with 8 bits a channel, and refuse pixels that have no agreed brightness."""
     if image.mode in ("I", "F"):  # convert() would clip these to black or white without a word
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise UnsupportedImage(
             f"the pixels are {kind} numbers with no agreed brightest value: save them as 8-bit or 16-bit first"
         )
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(_grey16_to_8(image)).convert("RGB")
+    return Image.fromarray(_grey16_to_8(image)) if image.mode.startswith("I;16") else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits a channel as RGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
     if image.has_transparency_data:  # convert() would bring out the colours that hide under transparent pixels
         return _on_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -270,16 +336,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey16_to_8(image: Image.Image) -> np.ndarray:
     """16-bit grey to (H, W) uint8: white stays white (65535 / 257 = 255), where ``convert`` clips everything over 255."""
-    values = np.asarray(image).astype(np.uint32)  # (H, W) 0..65535, of a 12-bit TIFF 0..4095
-    white = 65_535
+    white, inverted = 65_535, False
     if isinstance(image, TiffImageFile):
         white = 4_095 if image.tag_v2.get(_BITS_PER_SAMPLE) == (12,) else white
-        values = white - values if image.tag_v2.get(_PHOTOMETRIC) == 0 else values
-    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+        inverted = image.tag_v2.get(_PHOTOMETRIC) == 0
+    values = np.arange(65_536, dtype=np.int64)  # 0..65535, of a 12-bit TIFF 0..4095
+    levels = white - values if inverted else values
+    grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # one table instead of 12 bytes a pixel
     key = image.info.get("transparency")
     if isinstance(key, int):
-        grey[values == key] = 255
-    return grey
+        grey[levels == key] = 255
+    looked_up: np.ndarray = grey[np.asarray(image).astype(np.uint16, copy=False)]
+    return looked_up
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -288,17 +356,17 @@ def _on_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def _upright_turn(image: Image.Image) -> Turn | None:
+def _upright_turn(image: Image.Image) -> Orientation | None:
     """How to turn a loaded image upright by its EXIF orientation; not at all where that is damaged: the pixels are still good."""
     if image.format == "TIFF":  # Pillow turns these itself while loading
         return None
     try:
-        return _TURNS.get(image.getexif().get(ExifTag.Orientation, 1))
+        return _ORIENTATIONS.get(image.getexif().get(ExifTag.Orientation, 1))
     except _DAMAGED:
         return None
 
 
-def _turned(box: Box, size: tuple[int, int], turn: Turn) -> Box:
+def _turned(box: Box, size: tuple[int, int], turn: Orientation) -> Box:
     """Where a box of an image of this (width, height) is after the image has been turned."""
     left, top, right, bottom = box
     width, height = size

@@ -52,6 +52,7 @@ class Prediction:
     labels: tuple[tuple[str, float], ...]  # (class, probability), most probable first
     cam: np.ndarray | None  # (h', w') float32 of the first label: its mean over positions, plus the bias, is the logit
     image: np.ndarray  # (h, w, 3) uint8, what the model saw
+    embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
 
@@ -112,7 +113,7 @@ class Predictor:
         order = task_named(self.manifest.task).ranking(probs)[:top_k]
         labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
         cam = None if outputs.cam is None else outputs.cam[0]
-        return Prediction(labels, cam, image, self.manifest.name, self.manifest.version)
+        return Prediction(labels, cam, image, outputs.embedding[0], self.manifest.name, self.manifest.version)
 
 
 @dataclass(frozen=True)

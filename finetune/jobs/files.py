@@ -1,4 +1,4 @@
-"""Uploaded datasets: who brought them, what is in them. The rows only; the contents lie in the workspace's ``files/<id>``."""
+"""Uploaded datasets: who brought them, what is in them, what one owner stores. Contents lie in the workspace's ``files/<id>``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,20 @@ PREFIX = "file"
 
 @dataclass(frozen=True)
 class UploadedFile:
-    """One upload. `size_bytes` and `sha256` are those of the archive as it came; `summary` says what was found in it."""
+    """One upload.
+
+    Args:
+        size_bytes, sha256: of the archive as it came.
+        stored_bytes: what its contents take on disk.
+        summary: what was found in it.
+    """
 
     id: str
     owner: str
     filename: str
     purpose: str
     size_bytes: int
+    stored_bytes: int
     sha256: str
     created_at: float
     summary: Mapping[str, Any]
@@ -45,6 +52,7 @@ class FileStore:
         filename: str,
         purpose: str,
         size_bytes: int,
+        stored_bytes: int | None = None,
         sha256: str,
         summary: Mapping[str, Any],
         place: Callable[[str], object],
@@ -52,7 +60,7 @@ class FileStore:
         body_sha256: str = "",
         max_owner_bytes: int | None = None,
     ) -> tuple[UploadedFile, bool]:
-        """Record an upload; returns it and whether it is new. The same key and body give the upload of the first time.
+        """Record an upload; return it and whether it is new. The same key and body give the upload of the first time.
 
         Args:
             place: puts the contents where this id's contents belong. It runs before the row is committed, so a row never
@@ -60,7 +68,7 @@ class FileStore:
 
         Raises:
             InvalidInput: the key was used with another body.
-            FilesFull: with it, the owner's uploads would be more than `max_owner_bytes`.
+            FilesFull: with it, the owner would store more than `max_owner_bytes`.
         """
         now = time.time()
         with writing(self.engine) as connection:
@@ -69,11 +77,12 @@ class FileStore:
             if earlier is not None:
                 return _file(_row(connection, earlier, owner)), False
             if max_owner_bytes is not None:
-                check_quota(_stored(connection, owner), size_bytes, max_owner_bytes)
+                check_quota(_stored(connection, owner), stored_bytes or size_bytes, max_owner_bytes)
             file_id = new_id(PREFIX)
             values = {
                 "id": file_id, "owner": owner, "filename": filename, "purpose": purpose, "size_bytes": size_bytes,
-                "sha256": sha256, "created_at": now, "summary": json.dumps(summary, allow_nan=False),
+                "stored_bytes": stored_bytes or size_bytes, "sha256": sha256, "created_at": now,
+                "summary": json.dumps(summary, allow_nan=False),
             }  # fmt: skip
             connection.execute(insert(files).values(values))
             remember_object(connection, owner, idempotency_key, body_sha256, file_id)
@@ -113,7 +122,7 @@ class FileStore:
             connection.execute(delete(files).where(files.c.id == file_id))
 
     def stored_bytes(self, owner: str) -> int:
-        """What the owner's uploads come to, as they came."""
+        """Return what the owner's uploads and finished runs take on disk."""
         with reading(self.engine) as connection:
             return _stored(connection, owner)
 
@@ -131,18 +140,20 @@ def check_quota(stored_bytes: int, more_bytes: int, max_bytes: int) -> None:
     """Raises `FilesFull` where `more_bytes` do not fit."""
     if stored_bytes + more_bytes > max_bytes:
         raise FilesFull(
-            f"this upload has {more_bytes:,} bytes, your other uploads have {stored_bytes:,}, and {max_bytes:,} are allowed"
-            " in all. Delete one that no job needs any more (DELETE /v1/files/{id}; models made from it stay)"
+            f"this takes {more_bytes:,} bytes on disk, your other uploads and finished jobs take {stored_bytes:,}, and"
+            f" {max_bytes:,} are allowed in all. Delete what is not needed any more (DELETE /v1/files/{{id}},"
+            " DELETE /v1/fine_tuning/jobs/{id}; models made from it stay)"
         )
 
 
 def _stored(connection: Connection, owner: str) -> int:
-    total = select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(files.c.owner == owner)
-    return int(connection.execute(total).scalar_one())
+    totals = [select(func.coalesce(func.sum(table.c.stored_bytes), 0)).where(table.c.owner == owner) for table in (files, jobs)]
+    return sum(int(connection.execute(total).scalar_one()) for total in totals)
 
 
 def _row(connection: Connection, file_id: str, owner: str | None) -> RowMapping:
-    row = connection.execute(select(files).where(files.c.id == file_id)).mappings().one_or_none()
+    query = select(files).where(files.c.id == file_id)
+    row = connection.execute(query).mappings().one_or_none() if "\0" not in file_id else None
     if row is None or (owner is not None and row["owner"] != owner):
         raise NotFound(f"no file {file_id[:100]!r}; GET /v1/files lists yours")
     return row

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +17,11 @@ from typing import Any
 
 from sqlalchemy import Engine, RowMapping, func, insert, or_, select, update
 
-from finetune.errors import InvalidInput, NotFound, did_you_mean
+from finetune.errors import FinetuneError, InvalidInput, NotFound, did_you_mean
 from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import api_keys
+
+log = logging.getLogger(__name__)
 
 SCOPES = ("predict", "jobs", "metrics", "admin")
 _REMEMBER_USE_SECONDS = 60.0  # `last_used_at` is written at most this often for a key
@@ -71,7 +75,9 @@ class KeyStore:
         return secret, ApiKey(key_id, owner, wanted, now, expires_at, None, None)
 
     def verify(self, secret: str) -> ApiKey | None:
-        """The key that this text is, or None when there is no such key, or it has expired or was revoked."""
+        """Return the key that this text is, or None when there is no such key, or it has expired or was revoked."""
+        if not secret.isascii() or "\0" in secret:
+            return None
         prefix, _, rest = secret.partition("_")
         key_id, _, _ = rest.partition("_")
         with reading(self.engine) as connection:
@@ -83,9 +89,28 @@ class KeyStore:
         if row["revoked_at"] is not None or (row["expires_at"] is not None and row["expires_at"] <= now):
             return None
         if row["last_used_at"] is None or row["last_used_at"] < now - _REMEMBER_USE_SECONDS:
-            with writing(self.engine) as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=now))
+            threading.Thread(target=self._note_use, args=(key_id, now), name="key use", daemon=True).start()
         return _key(row)
+
+    def _note_use(self, key_id: str, at: float) -> None:
+        """Write when a key was used. Nobody waits for it: a database that only reads still verifies keys."""
+        try:
+            with writing(self.engine) as connection:
+                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
+        except FinetuneError as error:
+            log.warning("the last use of key %s was not written: %s", key_id, error)
+
+    def any(self) -> bool:
+        """Return whether a key was ever made."""
+        with reading(self.engine) as connection:
+            return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
+
+    def is_usable(self, key_id: str) -> bool:
+        """Return whether a key is neither revoked nor expired."""
+        alive = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > time.time())
+        query = select(api_keys.c.id).where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None), alive)
+        with reading(self.engine) as connection:
+            return connection.execute(query).first() is not None
 
     def list(self) -> Sequence[ApiKey]:
         """Every key ever made, oldest first."""

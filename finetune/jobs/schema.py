@@ -57,6 +57,7 @@ jobs = Table(
     Column("result", Text),
     Column("error_code", String(64)),
     Column("error_message", Text),
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # of the run's folder, once the job has ended
     CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
     CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
     Index("jobs_claim", "state", text("priority DESC"), "id"),  # the order in which jobs are claimed
@@ -90,6 +91,7 @@ files = Table(
     Column("sha256", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("summary", Text, nullable=False),  # JSON: classes with counts
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # unpacked: what it takes on disk
     Index("files_owner", "owner", "id"),
 )
 

@@ -20,14 +20,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, and_, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB
 
 from finetune.errors import Conflict, NotFound
 from finetune.jobs.clock import LeaseTime, lease_time
 from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
 from finetune.jobs.endings import MAX_LOST_ATTEMPTS
-from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, job_events, jobs
+from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
 LOCAL_OWNER = "local"  # of jobs that were submitted without an API key
@@ -151,9 +169,19 @@ class JobStore:
             return _job(_row(connection, job_id, owner))
 
     def list(
-        self, owner: str | None = None, *, after: str | None = None, limit: int = 20, state: str | None = None
+        self,
+        owner: str | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        state: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """Newest first, from the one after `after`; returns the page and whether there is more."""
+        """Return a page of jobs, newest first, from the one after `after`, and whether there is more.
+
+        Args:
+            metadata: only jobs whose metadata has all of these values.
+        """
         query = select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
         if owner is not None:
             query = query.where(jobs.c.owner == owner)
@@ -161,6 +189,8 @@ class JobStore:
             query = query.where(jobs.c.id < after)
         if state is not None:
             query = query.where(jobs.c.state == state)
+        for key, value in (metadata or {}).items():
+            query = query.where(_metadata_value(self.engine.dialect.name, key) == value)
         with reading(self.engine) as connection:
             rows = connection.execute(query).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
@@ -194,6 +224,21 @@ class JobStore:
                 _record(connection, job_id, now, "cancelling", "Cancelling was asked for.")
             return _job(_row(connection, job_id, owner))
 
+    def delete(self, job_id: str, owner: str | None = None) -> None:
+        """Forget a job that has ended, with its events. The model that it made stays.
+
+        Raises:
+            NotFound: no such job.
+            Conflict: it has not ended.
+        """
+        with writing(self.engine) as connection:
+            row = _row(connection, job_id, owner, lock=True)
+            if row["state"] not in TERMINAL:
+                raise Conflict(f"{job_id} is {row['state']}; cancel it and wait for its end before you delete it")
+            connection.execute(delete(idempotency).where(idempotency.c.object_id == job_id))
+            connection.execute(delete(job_events).where(job_events.c.job_id == job_id))
+            connection.execute(delete(jobs).where(jobs.c.id == job_id))
+
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Sequence[Event]:
         """The job's events with ``seq > after``, oldest first."""
         query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
@@ -224,7 +269,7 @@ class JobStore:
         now = time.time()
         with writing(self.engine) as connection:
             clock = lease_time(connection)
-            job_id = connection.execute(_claimable(clock).with_for_update(skip_locked=True)).scalar_one_or_none()
+            job_id = connection.execute(_claimable(clock).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
             if job_id is None:
                 return None
             taken = {
@@ -283,8 +328,9 @@ class JobStore:
         result: Mapping[str, Any] | None = None,
         error_code: str | None = None,
         error_message: str | None = None,
+        stored_bytes: int = 0,
     ) -> None:
-        """End the job as succeeded, failed or cancelled, once; LeaseLost as in `heartbeat`."""
+        """End the job as succeeded, failed or cancelled, once; LeaseLost as in `heartbeat`. `stored_bytes`: of its folder."""
         if state not in TERMINAL:
             raise ValueError(f"{state!r} is not one of {TERMINAL}")
         now = time.time()
@@ -295,6 +341,7 @@ class JobStore:
                 "result": None if result is None else _dumps(result),
                 "error_code": error_code,
                 "error_message": error_message,
+                "stored_bytes": stored_bytes,
             }
             _write(connection, claim, {**_released(), **values, "state": state, "finished_at": _after(row, now)})
             said = error_message or message or f"The job {_ENDED[state]}."
@@ -366,9 +413,34 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancel
 
 
 def _claimable(clock: LeaseTime) -> Select[str]:
-    """The id of the job whose turn it is. A waiting time that was set before the machine started anew is over."""
+    """Select the id of the job whose turn it is. A waiting time that was set before the machine started anew is over.
+
+    Of one priority, the owner with the fewest running jobs comes first, then the one whose last job started longest ago: nobody's
+    long queue keeps others waiting.
+    """
     due = or_(jobs.c.not_before <= clock.seconds, jobs.c.clock_epoch != clock.epoch)
-    return select(jobs.c.id).where(jobs.c.state == "queued", due).order_by(jobs.c.priority.desc(), jobs.c.id).limit(1)
+    held = case((jobs.c.state.in_(HELD), 1), else_=0)
+    owners = (
+        select(jobs.c.owner, func.sum(held).label("running"), func.coalesce(func.max(jobs.c.started_at), 0.0).label("served_at"))
+        .group_by(jobs.c.owner)
+        .subquery()
+    )
+    turn = (jobs.c.priority.desc(), owners.c.running, owners.c.served_at, jobs.c.id)
+    return (
+        select(jobs.c.id)
+        .join(owners, owners.c.owner == jobs.c.owner)
+        .where(jobs.c.state == "queued", due)
+        .order_by(*turn)
+        .limit(1)
+    )
+
+
+def _metadata_value(dialect: str, key: str) -> ColumnElement[str]:
+    """Return the value of one metadata key inside the spec's JSON."""
+    if dialect == "postgresql":
+        value: ColumnElement[str] = cast(jobs.c.spec, JSONB)["metadata"][key].astext
+        return value
+    return cast(func.json_extract(jobs.c.spec, literal(f'$.metadata."{key}"')), Text)
 
 
 def _expired(clock: LeaseTime) -> Select[Any]:
@@ -447,7 +519,8 @@ def _check_quota(connection: Connection, owner: str, max_queued: int) -> None:
 
 def _row(connection: Connection, job_id: str, owner: str | None, *, lock: bool = False) -> RowMapping:
     query = select(jobs).where(jobs.c.id == job_id)
-    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    found = connection.execute(query.with_for_update() if lock else query) if "\0" not in job_id else None
+    row = None if found is None else found.mappings().one_or_none()
     if row is None or (owner is not None and row["owner"] != owner):
         raise NotFound(f"no fine-tuning job {job_id!r}; finetune jobs list shows yours, and so does GET /v1/fine_tuning/jobs")
     return row

@@ -6,12 +6,14 @@ leases run out, and whichever worker reaps them resumes the runs from their newe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -297,6 +299,7 @@ class Worker:
                 result=result,
                 error_code=follows.error_code,
                 error_message=follows.error_message,
+                stored_bytes=folder_bytes(run.root),
             )
         else:
             self.store.hand_back(claim, follows.reason, delay_seconds=follows.delay_seconds, counted=follows.counted)
@@ -344,6 +347,16 @@ class Worker:
                     self.executor.cancel(attempt.handle, grace_seconds=grace_seconds)
             except ExecutorError as error:
                 log.warning("%s: %s", attempt.claim.job.id, error)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return what the files of a folder take on disk; files that vanish meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            total += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def _leases_before(claim: Claim, run: RunDir) -> list[Path]:

@@ -1,21 +1,21 @@
 """Who asks, and what they may: bearer API keys with scopes.
 
-A server without any key is open to this machine alone; from the first key on, every route needs one, but for the probes and the
-page's own shell, which holds no data. Knows keys and paths; does not know what a route does.
+A server without any key is open to this machine alone; from the first key on, every route needs one, except the probes and the
+page's own files, which hold no data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import logging
-import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -38,6 +38,7 @@ class Caller:
 
     owner: str
     scopes: frozenset[str]
+    key_id: str | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -55,44 +56,84 @@ LOCAL = Caller(LOCAL_OWNER, frozenset({"predict", "jobs", "metrics", "admin"}))
 
 
 class Authentication:
-    """Lets a request in with its `Caller` in ``scope["state"]["caller"]``, or answers 401 before anything reads its body."""
+    """Let a request in with its `Caller` in ``scope["state"]["caller"]``, or answer 401 before anything reads its body.
 
-    def __init__(self, app: ASGIApp, keys: Callable[[], KeyStore]) -> None:
+    A key that was accepted is remembered for `remember_seconds`, and so is that there is none: predictions need no look into the
+    database, and go on while it cannot be reached. When a key was used is written in the background.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Callable[[], KeyStore], remember_seconds: float = 2.0) -> None:
         self.app = app
         self._keys = keys
-        self._closed = threading.Event()  # there is a key: keys are revoked but never forgotten, so this is for good
+        self._remember_seconds = remember_seconds
+        self._closed = False  # there is a key: keys are revoked but never forgotten, so this is for good
+        self._open_until = 0.0  # monotonic seconds
+        self._accepted: dict[bytes, tuple[float, Caller]] = {}  # by sha256 of the key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _is_open(scope["path"]):
             return await self.app(scope, receive, send)
-        try:
-            caller = await run_in_threadpool(self._identify, scope)
-        except FinetuneError as error:
-            answer = problem(scope, error.http_status, error.message, code=error.code)
-            return await answer(scope, receive, send)
-        except HTTPException as error:
-            answer = problem(scope, error.status_code, str(error.detail), headers=error.headers)
-            return await answer(scope, receive, send)
+        caller = self._remembered(scope)
+        if caller is None:
+            try:
+                caller = await run_in_threadpool(self._identify, scope)
+            except FinetuneError as error:
+                log.error("keys cannot be checked: %s", error)
+                answer = problem(scope, error.http_status, KEYS_UNREACHABLE, code=error.code, headers={"Retry-After": "5"})
+                return await answer(scope, receive, send)
+            except HTTPException as error:
+                answer = problem(scope, error.status_code, str(error.detail), headers=error.headers)
+                return await answer(scope, receive, send)
         scope.setdefault("state", {})["caller"] = caller
         return await self.app(scope, receive, send)
 
+    def _remembered(self, scope: Scope) -> Caller | None:
+        """Return who asks, if that was found out a moment ago."""
+        now = time.monotonic()
+        if not self._closed:
+            return LOCAL if now < self._open_until and _is_loopback(scope) else None
+        secret = _secret(scope)
+        if secret is None:
+            return None
+        until, caller = self._accepted.get(hashlib.sha256(secret.encode()).digest(), (0.0, None))
+        return caller if now < until else None
+
     def _identify(self, scope: Scope) -> Caller:
         keys = self._keys()
-        if not self._closed.is_set():
-            if not keys.list():
+        if not self._closed:
+            if not keys.any():
+                self._open_until = time.monotonic() + min(1.0, self._remember_seconds)
                 return LOCAL if _is_loopback(scope) else _unauthorized(NO_KEY_YET)
-            self._closed.set()
-        given = Headers(scope=scope).getlist("authorization")
-        scheme, _, secret = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        if scheme.lower() != "bearer" or not secret.strip():
+            self._closed = True
+        secret = _secret(scope)
+        if secret is None:
             _unauthorized(SEND_A_KEY)
-        key = keys.verify(secret.strip())
+        key = keys.verify(secret)
         if key is None:
             log.warning("a request to %s had a key that is unknown, expired or revoked", scope["path"].encode("unicode_escape"))
             _unauthorized(BAD_KEY, f'{CHALLENGE}, error="invalid_token"')
-        return Caller(key.owner, key.scopes)
+        caller = Caller(key.owner, key.scopes, key.id)
+        self._remember(secret, caller, key.expires_at)
+        return caller
+
+    def _remember(self, secret: str, caller: Caller, expires_at: float | None) -> None:
+        seconds = self._remember_seconds if expires_at is None else min(self._remember_seconds, expires_at - time.time())
+        if len(self._accepted) >= _MAX_REMEMBERED:
+            self._accepted.clear()
+        self._accepted[hashlib.sha256(secret.encode()).digest()] = (time.monotonic() + seconds, caller)
 
 
+def _secret(scope: Scope) -> str | None:
+    """Return the bearer key of a request, None where there is none or more than one."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(given) != 1:
+        return None
+    scheme, _, secret = given[0].decode("latin-1").partition(" ")
+    return secret.strip() or None if scheme.lower() == "bearer" else None
+
+
+_MAX_REMEMBERED = 10_000
+KEYS_UNREACHABLE = "The server cannot check API keys now. Try again in a moment; its log has the cause"
 SEND_A_KEY = (
     "This server wants an API key, as the header 'Authorization: Bearer ft_…'. Its operator makes one: finetune keys create"
 )
@@ -126,23 +167,34 @@ async def caller(request: Request) -> Caller:
 AnyCaller = Annotated[Caller, Depends(caller)]
 
 
+def caller_with(request: Request, scope: KeyScope) -> Caller:
+    """Return who sent a request, if their key has `scope` (or admin); raise `HTTPException` 403 where it has not."""
+    found: Caller = request.state.caller
+    if not found.allows(scope):
+        _forbid(found, (scope,))
+    return found
+
+
+def _forbid(caller: Caller, scopes: tuple[KeyScope, ...]) -> NoReturn:
+    wanted = " or ".join(repr(scope) for scope in scopes)
+    raise HTTPException(
+        403,
+        f"This key has the scopes {', '.join(sorted(caller.scopes))}; this takes {wanted}",
+        headers={"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'},
+    )
+
+
 def needs(*scopes: KeyScope) -> Callable[[Caller], Awaitable[Caller]]:
     """A route's dependency: the caller, if the key has one of `scopes` (or admin)."""
 
     async def allowed(caller: AnyCaller) -> Caller:
         if not any(caller.allows(scope) for scope in scopes):
-            wanted = " or ".join(repr(scope) for scope in scopes)
-            raise HTTPException(
-                403,
-                f"This key has the scopes {', '.join(sorted(caller.scopes))}; this takes {wanted}",
-                headers={"WWW-Authenticate": f'{CHALLENGE}, error="insufficient_scope"'},
-            )
+            _forbid(caller, scopes)
         return caller
 
     return allowed
 
 
-Predicting = Annotated[Caller, Depends(needs("predict"))]
 Submitting = Annotated[Caller, Depends(needs("jobs"))]
 Reading = Annotated[Caller, Depends(needs("predict", "jobs"))]
 Administering = Annotated[Caller, Depends(needs("admin"))]

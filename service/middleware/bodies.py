@@ -36,6 +36,11 @@ class BufferedBodies:
             self.release(largest)
             largest.give_up()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether less than three quarters are used."""
+        return 4 * self.total_bytes < 3 * self.max_bytes
+
     def release(self, body: _Body) -> None:
         self._bodies.discard(body)
         self.total_bytes -= body.buffered_bytes

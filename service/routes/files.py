@@ -62,7 +62,8 @@ class FileDocument(ListItem):
     """An uploaded dataset, in the words of the public API and our own (`sha256`, `summary`)."""
 
     object: Literal["file"] = "file"
-    bytes: int
+    bytes: int = Field(description="Of the archive as it came.")
+    stored_bytes: int = Field(description="Unpacked on disk: what counts against your quota.")
     created_at: int = Field(description="Unix seconds.")
     filename: str
     purpose: Literal["fine-tune"] = "fine-tune"
@@ -97,7 +98,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
             least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
             stored = await run_in_threadpool(server.database.files.stored_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
-        with server.uploads.arriving(announced) as folder:
+        with server.uploads.arriving(announced, caller.owner) as folder:
             filename = await receive(request, folder / "archive")
             received = await run_in_threadpool(examine, folder / "archive", filename)
             file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
@@ -141,6 +142,7 @@ def _record(server: ServerState, owner: str, received: Received, idempotency_key
         filename=received.filename,
         purpose=PURPOSE,
         size_bytes=received.size_bytes,
+        stored_bytes=received.stored_bytes,
         sha256=received.sha256,
         summary=received.summary(),
         place=lambda file_id: move_to(received.contents, server.uploads.place_of(file_id)),
@@ -154,6 +156,7 @@ def _document(file: UploadedFile) -> FileDocument:
     return FileDocument(
         id=file.id,
         bytes=file.size_bytes,
+        stored_bytes=file.stored_bytes,
         created_at=int(file.created_at),
         filename=file.filename,
         sha256=file.sha256,

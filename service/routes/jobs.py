@@ -6,11 +6,13 @@ HTTP reads the database; only logs and checkpoints are looked up in the run's fo
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -19,7 +21,7 @@ from finetune.jobs.history import newest_events
 from finetune.jobs.store import Job, NameTaken
 from finetune.naming import as_model_name
 from service.event_streams import event_seq
-from service.job_request import read_body, read_request
+from service.job_request import metadata_filter, read_body, read_request
 from service.middleware.auth import Caller, Submitting
 from service.problems import RESPONSES
 from service.routes.files import REPLAYED, IdempotencyKey
@@ -53,7 +55,7 @@ async def create_job(
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, f"A body of type {media_type[:100]!r} is not a job; send application/json")
-    job, new = await run_in_threadpool(_create, server, caller, await request.body(), idempotency_key)
+    job, new = await server.checks.run(_create, server, caller, await request.body(), idempotency_key)
     response.headers["Location"] = f"/v1/fine_tuning/jobs/{job.id}"
     if not new:
         response.headers[REPLAYED] = "true"
@@ -80,7 +82,7 @@ def _create(server: ServerState, caller: Caller, raw: bytes, idempotency_key: st
             any_suffix=caller.is_admin,
         )
 
-    asked = read_request(read_body(raw), locate=locate, data_roots=server.data_roots)
+    asked = read_request(read_body(raw), locate=locate, data_roots=server.data_roots, check_names=server.spec_checker.problems)
     if asked.spec.suffix is not None:
         return create(asked.spec.suffix)
     name = as_model_name(_dataset_name(server, Path(asked.spec.training_file)))
@@ -104,14 +106,16 @@ def _is_reserved(server: ServerState, caller: Caller, name: str) -> bool:
 
 @jobs_router.get("")
 def list_jobs(
+    request: Request,
     caller: Submitting,
     server: Server,
     after: After = None,
     limit: Limit = 20,
     status: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
 ) -> JobList:
-    """Your jobs, newest first."""
-    page, more = server.database.jobs.list(caller.sees, after=after, limit=limit, state=status)
+    """List your jobs, newest first. `metadata[key]=value`, any number of times, keeps those with these values."""
+    wanted = metadata_filter(request.query_params.multi_items())
+    page, more = server.database.jobs.list(caller.sees, after=after, limit=limit, state=status, metadata=wanted)
     documents = [_document(server, job) for job in page]
     return JobList.of(documents, more)
 
@@ -120,6 +124,20 @@ def list_jobs(
 def get_job(caller: Submitting, server: Server, job_id: str) -> JobDocument:
     """One job as it is now."""
     return _document(server, server.database.jobs.get(job_id, caller.sees))
+
+
+class JobDeleted(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    deleted: Literal[True] = True
+
+
+@jobs_router.delete("/{job_id}")
+def delete_job(caller: Submitting, server: Server, job_id: str) -> JobDeleted:
+    """Delete a job that has ended, with its folder: checkpoints, report, logs. The model that it made stays."""
+    server.database.jobs.delete(job_id, caller.sees)
+    shutil.rmtree(server.run_of(job_id).root, ignore_errors=True)
+    return JobDeleted(id=job_id)
 
 
 @jobs_router.post("/{job_id}/cancel")
@@ -152,9 +170,8 @@ async def job_events(
     job = await run_in_threadpool(server.database.jobs.get, job_id, caller.sees)
     if EVENT_STREAM in request.headers.get("accept", ""):
         start = event_seq(last_event_id or after or "0")
-        return StreamingResponse(
-            server.event_streams.follow(job.id, start), media_type=EVENT_STREAM, headers={"X-Accel-Buffering": "no"}
-        )
+        frames = server.event_streams.follow(job.id, start, still_allowed=lambda: server.still_valid(caller))
+        return StreamingResponse(frames, media_type=EVENT_STREAM, headers={"X-Accel-Buffering": "no"})
     return await run_in_threadpool(_events, server, job.id, None if after is None else event_seq(after), limit, order)
 
 

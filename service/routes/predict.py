@@ -1,83 +1,118 @@
-"""``/predict`` and ``/v1/models/{name}/predict``."""
+"""``/predict`` and ``/v1/models/{name}/predict``.
+
+The most frequent requests by far, so their bodies and options are read by hand: FastAPI's own reading of forms and parameters
+costs more than all the rest of the answer but the model.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request, Response
 
 from finetune.errors import NotFound
-from service.middleware.auth import Predicting
+from service.middleware.auth import caller_with
 from service.models import LoadedModel
-from service.predictions import predict, read_upload
+from service.predictions import Upload, predict, predict_one_of_several, read_upload, timings
 from service.problems import RESPONSES
-from service.schemas.predictions import PredictionAnswer, PredictOptions
-from service.state import Server, ServerState
-
-Options = Annotated[PredictOptions, Query()]
+from service.schemas.predictions import PredictionAnswer, PredictionList, PredictOptions
+from service.state import ServerState
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-PREDICT_BODY: dict[str, Any] = {
+_OPTIONS = PredictOptions.model_json_schema()["properties"]
+_QUERY = {"top_k": {"type": "integer", "minimum": 1}, "explain": {"type": "boolean"}, "embedding": {"type": "boolean"}}
+_FORM_OPTIONS = {
+    "top_k": {"type": ["integer", "null"], "minimum": 1, "description": _OPTIONS["top_k"]["description"]},
+    "explain": {"type": "boolean", "description": _OPTIONS["explain"]["description"]},
+    "embedding": {"type": "boolean", "description": _OPTIONS["embedding"]["description"]},
+}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": PredictionAnswer | PredictionList, "description": "A list where the request had the field `images`."}
+}
+PREDICT_EXTRA: dict[str, Any] = {
+    "parameters": [
+        {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": _QUERY[name]}
+        for name, schema in _OPTIONS.items()
+    ],
     "requestBody": {
         "required": True,
-        "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file: as the form field `image`, or as the body itself.",
+        "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file: as the form field `image`, or as the body itself; or up to 64 "
+        "files as the repeated form field `images`, which are answered one by one, errors included.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["image"],
                     "additionalProperties": False,
                     "properties": {
                         "image": {"type": "string", "format": "binary"},
-                        "top_k": {"type": ["integer", "null"], "minimum": 1},
-                        "explain": {"enum": [True, False, 1, 0, None]},
+                        "images": {"type": "array", "maxItems": 64, "items": {"type": "string", "format": "binary"}},
+                        **_FORM_OPTIONS,
                     },
                 }
             },
             "image/*": _BINARY,
             "application/octet-stream": _BINARY,
         },
-    }
+    },
 }
 
 
+_WITHOUT_EMBEDDING: dict[bool, Any] = {False: {"embedding"}, True: {"data": {"__all__": {"result": {"embedding"}}}}}
+
+
 def predict_router(max_body_bytes: int) -> APIRouter:
-    """The two predict routes, the only ones that take a body of an image's size."""
+    """Return the two predict routes, whose bodies may be as large as images."""
     router = APIRouter(tags=["predict"], responses=RESPONSES)
 
-    @router.post("/predict", openapi_extra=PREDICT_BODY, max_body_size=max_body_bytes)
-    async def predict_with_default_model(
-        request: Request, options: Options, caller: Predicting, server: Server
-    ) -> PredictionAnswer:
-        """Classify one image with the server's default model, or with the one that the server was started with."""
+    @router.post("/predict", openapi_extra=PREDICT_EXTRA, max_body_size=max_body_bytes, responses=_ANSWERS)
+    async def predict_with_default_model(request: Request) -> Response:
+        """Classify images with the server's default model, or with the one that the server was started with."""
+        server: ServerState = request.app.state.server
+        caller = caller_with(request, "predict")
         choice = server.models.choose()
         for model in (server.models.default(), choice.model):
             if not server.may_use_default(caller, model):
                 raise NotFound("This server has no default model that you may use. GET /v1/models lists those that you may use")
-        return await _predict(request, options, server, choice.model, choice.role, choice.shadow)
+        return await _answer(request, server, choice.model, choice.role, choice.shadow)
 
-    @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_BODY, max_body_size=max_body_bytes)
-    async def predict_with_named_model(
-        request: Request, name: str, options: Options, caller: Predicting, server: Server
-    ) -> PredictionAnswer:
-        """Classify one image with a registered model: `name`, `name@version` or `name@alias`."""
-        server.check_may_use(caller, name.partition("@")[0])
-        return await _predict(request, options, server, await server.models.get(name))
+    @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_EXTRA, max_body_size=max_body_bytes, responses=_ANSWERS)
+    async def predict_with_named_model(request: Request, name: str) -> Response:
+        """Classify images with a registered model: `name`, `name@version` or `name@alias`."""
+        server: ServerState = request.app.state.server
+        server.check_may_use(caller_with(request, "predict"), name.partition("@")[0])
+        return await _answer(request, server, await server.models.get(name))
 
     return router
 
 
-async def _predict(
-    request: Request,
-    options: PredictOptions,
-    server: ServerState,
-    model: LoadedModel,
-    role: str = "named",
-    shadow: LoadedModel | None = None,
-) -> PredictionAnswer:
-    upload = await read_upload(request, options)
-    answer = await server.queue.run(predict, model, upload, server.image_limits)
-    server.metrics.predictions.labels(model.name, model.version, role).inc()
-    if shadow is not None:
-        server.shadows.compare(shadow, upload, answer)
-    return answer
+async def _answer(
+    request: Request, server: ServerState, model: LoadedModel, role: str = "named", shadow: LoadedModel | None = None
+) -> Response:
+    upload = await read_upload(request)
+    if upload.several:
+        answer: PredictionAnswer | PredictionList = await _predict_several(server, model, upload)
+    else:
+        answer = await server.queue.run(predict, model, upload, server.image_limits)
+        if shadow is not None:
+            server.shadows.compare(shadow, upload, answer)
+    server.metrics.predicted(model.name, model.version, role, len(upload.images))
+    unasked = None if upload.options.embedding else _WITHOUT_EMBEDDING[upload.several]
+    return Response(answer.model_dump_json(exclude=unasked), media_type="application/json")
+
+
+async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:
+    """Predict each image on its own: on a CPU one after the other on each core is faster than a batch."""
+    server.queue.check_room()
+    tasks = [
+        server.queue.run(predict_one_of_several, model, upload, index, server.image_limits, admitted=True)
+        for index in range(len(upload.images))
+    ]
+    found = await asyncio.gather(*tasks)
+    return PredictionList(
+        model=model.name,
+        version=model.version,
+        data=[result for result, _, _ in found],
+        n_failed=sum(result.error is not None for result, _, _ in found),
+        timings=timings(sum(seconds for _, seconds, _ in found), sum(seconds for _, _, seconds in found), upload.received),
+    )

@@ -1,8 +1,12 @@
-"""Documents of predictions: what may be asked, and the answer."""
+"""Documents of predictions: what may be asked, and the answers."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from service.problems import FieldProblem
 
 
 class PredictOptions(BaseModel):
@@ -10,10 +14,9 @@ class PredictOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top_k: int | None = Field(
-        None, ge=1, description="How many classes to answer, at most as many as there are. Default: 5, or all if fewer."
-    )
+    top_k: int | None = Field(None, ge=1, description="How many classes to answer; all where there are fewer. Default: 5.")
     explain: bool = Field(False, description="Also answer where the model looked: the class activation map of the top class.")
+    embedding: bool = Field(False, description="Also answer the image's embedding: what the last linear layer sees.")
 
 
 class LabelProbability(BaseModel):
@@ -36,9 +39,43 @@ class Timings(BaseModel):
     total_ms: float = Field(description="From the complete body to the answer, waiting for a free core included.")
 
 
-class PredictionAnswer(BaseModel):
-    model: str
-    version: str
+class ImagePrediction(BaseModel):
+    """What the model says about one image."""
+
     predictions: list[LabelProbability] = Field(description="Most probable first.")
     explanation: Explanation | None
+    embedding: list[float] | None = None
+
+
+class PredictionAnswer(ImagePrediction):
+    model: str
+    version: str
+    timings: Timings
+
+
+class ImageFailure(BaseModel):
+    """Why one image of several has no prediction."""
+
+    code: str = Field(description="Stable: branch on this.")
+    message: str
+    errors: list[FieldProblem] = []
+
+
+class ImageResult(BaseModel):
+    """One image of a request with several: its prediction, or why there is none."""
+
+    index: int = Field(description="Its position among the images of the request, from 0.")
+    filename: str | None
+    result: ImagePrediction | None
+    error: ImageFailure | None
+
+
+class PredictionList(BaseModel):
+    """The answer to several images, in their order. An image that cannot be read does not keep the others from being answered."""
+
+    object: Literal["list"] = "list"
+    model: str
+    version: str
+    data: list[ImageResult]
+    n_failed: int
     timings: Timings

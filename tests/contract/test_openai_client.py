@@ -120,7 +120,7 @@ def test_a_state_that_the_client_does_not_know_arrives_by_its_name(place: Place,
 
 
 def test_a_failure_is_read_as_the_jobs_error(place: Place, client: OpenAI, file_id: str) -> None:
-    job = client.fine_tuning.jobs.create(model="resnet1888", training_file=file_id)
+    job = client.fine_tuning.jobs.create(model="resnet18", training_file=file_id)
     store = JobStore(open_jobs(place.home))
     claim = store.claim("worker")
     assert claim is not None

@@ -20,7 +20,7 @@ SURFACE = {
     "/v1/files": {"get", "post"},
     "/v1/files/{file_id}": {"get", "delete"},
     "/v1/fine_tuning/jobs": {"get", "post"},
-    "/v1/fine_tuning/jobs/{job_id}": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}": {"get", "delete"},
     "/v1/fine_tuning/jobs/{job_id}/cancel": {"post"},
     "/v1/fine_tuning/jobs/{job_id}/events": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/checkpoints": {"get"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from finetune.bundle.image import ImageLimits
-from service.admission import PredictionQueue
+from service.admission import WorkQueue
 from service.metrics import Metrics
 from service.middleware.bodies import BodyLimits, BufferedBodies
+from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import SECURITY_HEADERS, ResponseMiddleware
 from service.problems import ProblemDocument
 from service.schemas.predictions import PredictionAnswer
@@ -203,27 +205,104 @@ def test_a_body_that_keeps_its_pace_may_take_longer_than_the_grace() -> None:
     assert received == [b"y" * 5000]
 
 
-def test_when_every_slot_is_taken_the_next_is_refused_and_the_others_finish() -> None:
+def test_a_prediction_that_would_wait_too_long_is_refused_and_the_others_finish() -> None:
     async def scenario() -> tuple[list[int], str]:
-        queue = PredictionQueue(threads=1, waiting=1)
-        gate, started = asyncio.Event(), asyncio.Event()
+        queue = WorkQueue(threads=1, max_wait_seconds=1.0)
+        queue.seconds_each = 0.6
+        gate, started = threading.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def work(number: int) -> int:
             loop.call_soon_threadsafe(started.set)
-            asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
+            gate.wait()
             return number
 
         running = asyncio.create_task(queue.run(work, 1))
         await started.wait()
         waiting = asyncio.create_task(queue.run(work, 2))
         await asyncio.sleep(0)
+        assert not queue.has_room  # two before it, 0.6 s each
         with pytest.raises(Exception, match="already running or waiting") as refused:
             await queue.run(work, 3)
         gate.set()
         return [await running, await waiting], refused.value.code
 
     assert asyncio.run(scenario()) == ([1, 2], "overloaded")
+
+
+def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.middleware.overload.PAUSE_SECONDS", 0.0)
+    queue, buffered = WorkQueue(threads=1), BufferedBodies(max_bytes=100)
+    reached: list[str] = []
+
+    async def answer(request: Request) -> Response:
+        reached.append(request.url.path)
+        return PlainTextResponse("")
+
+    routes = [
+        Route(path, answer, methods=["POST"]) for path in ("/predict", "/v1/models/a/predict", "/v2/models/a/infer", "/v1/files")
+    ]
+    client = TestClient(OverloadRefusal(Starlette(routes=routes), queue, buffered))
+    queue.taken, queue.seconds_each = 10, 1.0
+    for route in routes[:3]:
+        refused = client.post(route.path)
+        assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (503, "overloaded", "1")
+    assert client.post("/v1/files").status_code == 200
+    queue.taken = 0
+    assert client.post("/predict").status_code == 200
+    buffered.total_bytes = 90  # of 100: a body that is large beside that has no room, a small one has
+    assert client.post("/predict", content=b"x" * 20).status_code == 503
+    assert client.post("/predict", content=b"x" * 5).status_code == 200
+    assert reached == ["/v1/files", "/predict", "/predict"]
+
+
+def test_the_largest_body_is_given_up_when_memory_for_bodies_runs_out() -> None:
+    given_up: list[str] = []
+
+    async def scenario() -> list[int]:
+        buffered = BufferedBodies(max_bytes=1000)
+        finish = asyncio.Event()
+
+        async def read_body(request: Request) -> Response:
+            try:
+                body = await request.body()
+            except HTTPException as error:
+                given_up.append(f"{request.headers['x-name']} {error.status_code}")
+                raise
+            await finish.wait()
+            return PlainTextResponse(str(len(body)))
+
+        app = BodyLimits(Starlette(routes=[Route("/", read_body, methods=["POST"])]), buffered)
+
+        async def post(name: str, chunks: list[bytes], *, complete: bool) -> int:
+            pending = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+            if complete:
+                pending[-1]["more_body"] = False
+            status = 0
+
+            async def receive() -> Any:
+                if pending:
+                    return pending.pop(0)
+                return await asyncio.Event().wait()
+
+            async def send(message: Any) -> None:
+                nonlocal status
+                status = message.get("status", status)
+
+            headers = [(b"x-name", name.encode())]
+            await app({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive, send)
+            return status
+
+        holder = asyncio.create_task(post("holder", [b"x" * 900], complete=False))
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(post(f"small-{number}", [b"y" * 60], complete=True)) for number in range(3)]
+        while not given_up:
+            await asyncio.sleep(0)
+        finish.set()
+        return [await task for task in (holder, *others)]
+
+    assert asyncio.run(scenario()) == [503, 200, 200, 200]
+    assert given_up == ["holder 503"]
 
 
 # --- answers of somebody else's making --------------------------------------------------------------
@@ -291,8 +370,9 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
     }
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
-    assert {one["name"] for one in predict["parameters"]} == {"top_k", "explain"}
-    assert predict["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/PredictionAnswer")
+    assert {one["name"] for one in predict["parameters"]} == {"top_k", "explain", "embedding"}
+    answers = predict["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [one["$ref"].rpartition("/")[2] for one in answers] == ["PredictionAnswer", "PredictionList"]
     for path, operations in document["paths"].items():
         for operation in operations.values():
             declared = operation["responses"]["5XX"]["content"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,87 @@ def test_the_array_belongs_to_the_caller() -> None:
     rgb[:] = 0
     assert rgb.flags.c_contiguous
     assert not np.any(rgb)
+
+
+# ---- files that cost far more than their size --------------------------------------------------------------------------------
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def test_a_large_jpeg_is_read_at_a_reduced_scale_and_the_limit_is_on_pixels_that_are_decoded() -> None:
+    limits = ImageLimits(max_pixels=100_000)
+    data = jpeg(800, 600)
+    assert decode_image(data, short_side_px=100, limits=limits).shape == (150, 200, 3)
+    assert image_size(data, limits=limits) == (800, 600)
+    for short_side_px in (None, 400):  # all of it, or more of it than is allowed
+        with pytest.raises(ImageTooLarge, match="800×600 = 480,000 pixels"):
+            decode_image(data, short_side_px=short_side_px, limits=limits)
+    with pytest.raises(ImageTooLarge, match="more work than is allowed"):
+        decode_image(data, short_side_px=100, limits=ImageLimits(max_pixels=100_000, max_file_pixels=400_000))
+    with pytest.raises(ImageTooLarge, match="800×600 = 480,000 pixels"):  # its coefficients are all held in memory
+        decode_image(jpeg(800, 600, progressive=True), short_side_px=100, limits=limits)
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded() -> None:
+    data = jpeg(1200, 1200, progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageTooLarge, match=r"1200×1200 pixels in [\d,]+ scans"):
+        decode_image(data[:-2] + last_scan * 1000 + data[-2:])
+    assert decode_image(data).shape == (1200, 1200, 3)
+
+
+def tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    """A little-endian TIFF of 8×8 grey pixels with these (tag, type, count, value) entries over the usual ones."""
+    usual = {
+        256: (3, 1, 8),
+        257: (3, 1, 8),
+        258: (3, 1, 8),
+        259: (3, 1, 1),
+        262: (3, 1, 1),
+        273: (4, 1, 8),
+        277: (3, 1, 1),
+        279: (4, 1, 64),
+    }
+    usual |= {tag: (kind, count, value) for tag, kind, count, value in entries}
+    directory = b"".join(struct.pack("<HHII", tag, *usual[tag]) for tag in sorted(usual))
+    head = struct.pack("<2sHI", b"II", 42, 8 + 64)
+    return head + bytes(range(64)) + struct.pack("<H", len(usual)) + directory + bytes(4)
+
+
+def test_a_tiff_whose_tiles_are_far_larger_than_its_picture_is_refused_before_it_is_decoded() -> None:
+    assert decode_image(tiff()).shape == (8, 8, 3)
+    with pytest.raises(ImageTooLarge, match="8×8 pixels in tiles of 8000×60000"):
+        decode_image(tiff((322, 3, 1, 8000), (323, 3, 1, 60000)))
+    with pytest.raises(ImageTooLarge, match="8×8 pixels in tiles of 8000×60000"):  # libtiff takes the strip's rows for a length
+        decode_image(tiff((322, 3, 1, 8000), (278, 3, 1, 60000)))
+
+
+def test_numbers_in_a_tiff_that_are_too_large_for_the_machine_are_damage() -> None:
+    big = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16 + 64) + bytes(range(64))
+    entries = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 2**64 - 1, 277: 1, 279: 64}
+    big += (
+        struct.pack("<Q", len(entries))
+        + b"".join(struct.pack("<HHQQ", tag, 16, 1, entries[tag]) for tag in sorted(entries))
+        + bytes(8)
+    )
+    with pytest.raises(ImageError, match="damaged"):
+        decode_image(big)
+    palette = struct.pack("<768I", *[2**32 - 1] * 768)
+    with pytest.raises(ImageError, match="damaged"):
+        decode_image(tiff((262, 3, 1, 3), (320, 4, 768, 8 + 64 + 2 + 12 * 9 + 4)) + palette)
+
+
+def test_a_very_large_grey_png_is_averaged_down_before_it_becomes_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.linspace(0, 65_535, 900 * 1000).reshape(900, 1000).astype(np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    whole = decode_image(stream.getvalue())
+    monkeypatch.setattr("finetune.bundle.image._LARGE_PIXELS", 1)
+    small = decode_image(stream.getvalue(), short_side_px=100)
+    assert small.shape == (225, 250, 3)
+    blocks = whole.reshape(225, 4, 250, 4, 3).mean(axis=(1, 3))
+    assert np.abs(small - blocks).max() <= 1.0

@@ -98,6 +98,7 @@ def test_python_of_the_documentation_compiles() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_first_commands_of_the_readme_work_one_after_the_other(tmp_path: Path) -> None:
     text = (REPOSITORY / "README.md").read_text().partition("## Your own photographs")[2]
     lines = blocks("sh", {"README.md": text})[0].splitlines()

@@ -76,11 +76,11 @@ def test_an_older_database_is_upgraded_and_keeps_its_jobs(tmp_path: Path) -> Non
     claim = store.claim("worker of the older release")
     assert claim is not None
     migrations = shutil.copytree(module._MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "0003_next.py").write_text(
+    (migrations / "versions" / "0004_next.py").write_text(
         textwrap.dedent("""
         import sqlalchemy as sa
         from alembic import op
-        revision, down_revision = "0003", "0002"
+        revision, down_revision = "0004", "0003"
         def upgrade():
             with op.batch_alter_table("jobs") as batch:
                 batch.add_column(sa.Column("colour", sa.String(8), nullable=False, server_default="green"))

@@ -1,0 +1,40 @@
+"""``python -m finetune.cli.spec_check``: check the parts of a job's spec that only the training libraries know.
+
+Reads a spec as JSON from standard input and writes its problems as JSON. The server runs it in a child process before it
+accepts a job, because the server itself imports nothing that trains.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from finetune.errors import Problem, UnknownBackbone
+from finetune.spec import JobSpec, parse_spec
+
+
+def problems_of(spec: JobSpec) -> list[Problem]:
+    """Return what is wrong with the backbone's name and with explicit transforms."""
+    problems: list[Problem] = []
+    try:
+        from finetune.model.catalog import pretrained_cfg
+
+        pretrained_cfg(spec.model.backbone)
+    except UnknownBackbone as error:
+        problems.append(Problem("model.backbone", error.message.removeprefix("model.backbone: ")))
+    if spec.augmentation.transforms is not None:
+        from finetune.data.transforms import build_all
+
+        build_all(spec.augmentation.transforms, "augmentation.transforms", problems)
+    return problems
+
+
+def main() -> None:
+    given: dict[str, Any] = json.load(sys.stdin)
+    found = [{"where": problem.where, "message": problem.message} for problem in problems_of(parse_spec(given))]
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Refuse predictions that would wait too long, before anything is read or parsed for them.
+
+A refusal costs a few microseconds, and it is sent only after a pause: clients that ask again at once would otherwise make more
+refusals than the server has time for, and take it from the requests that it has accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.admission import OVERLOADED, WorkQueue
+from service.middleware.bodies import BufferedBodies
+from service.problems import problem
+
+PAUSE_SECONDS = 0.5
+MAX_PAUSING = 256  # more than these are refused at once
+
+
+_SMALL_SHARE = 16  # a body of less than this part of all memory for bodies is always let in: larger ones make room for it
+
+
+class OverloadRefusal:
+    """Answer 503 to predictions for which the queue or the memory for bodies has no room."""
+
+    def __init__(self, app: ASGIApp, queue: WorkQueue, buffered: BufferedBodies) -> None:
+        self.app = app
+        self.queue = queue
+        self.buffered = buffered
+        self._pausing = 0
+
+    def _is_small(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        return given.isdigit() and int(given) * _SMALL_SHARE <= self.buffered.max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(("/predict", "/infer")):
+            return await self.app(scope, receive, send)
+        if self.queue.has_room and (self.buffered.has_room or self._is_small(scope)):
+            return await self.app(scope, receive, send)
+        if self._pausing < MAX_PAUSING:
+            self._pausing += 1
+            try:
+                await asyncio.sleep(PAUSE_SECONDS)
+            finally:
+                self._pausing -= 1
+        answer = problem(scope, 503, OVERLOADED.format(self.queue.taken), code="overloaded", headers={"Retry-After": "1"})
+        return await answer(scope, receive, send)
