@@ -270,12 +270,22 @@ def load_spec(path: Path | None = None, overrides: Mapping[str, Any] | None = No
 
 
 def merged_mapping(
-    path: Path | None = None, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+    path: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    settings: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what `load_spec` validates: the file, with `overrides` and then `settings` laid over it."""
+    """Return what `load_spec` validates: the file, with `overrides` and then `settings` laid over it.
+
+    Args:
+        settings: ``key.path=value`` texts, the value is YAML.
+        values: ``key.path`` -> value, laid over all the rest.
+    """
     merged: dict[str, Any] = _read_yaml(path) if path else {}
     for key_path, value in [*_flatten(overrides or {}), *(_parse_setting(setting) for setting in settings)]:
         _assign(merged, key_path, value)
+    for key, value in (values or {}).items():
+        _assign(merged, tuple(key.split(".")), value)
     return merged
 
 

@@ -38,8 +38,9 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
     """
     with objects_exempt():
         from finetune.cli.show import show_comparison
-        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.cli.terminal import print_json
         from finetune.comparison_spec import load_comparison
+        from finetune.progress_bars import progress_bars
         from finetune.runs.build import Shared
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison

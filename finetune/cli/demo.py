@@ -21,8 +21,9 @@ def demo(data: Path | None, as_json: bool) -> None:
     installation, unless a folder is given.
     """
     from finetune.cli.show import show_demo
-    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.cli.terminal import print_json
     from finetune.demo import run_demo
+    from finetune.progress_bars import progress_bars
     from finetune.storage.workspace import Workspace
 
     with progress_bars(shown=not as_json) as progress:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.terminal import console, duration, progress_bars, table
+from finetune.cli.terminal import duration, table
 from finetune.progress import Progress
+from finetune.progress_bars import console, progress_bars
 
 if TYPE_CHECKING:
     from finetune.jobs.client import EventView, JobsClient, JobView

@@ -117,7 +117,8 @@ def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str
     Ctrl-C stops following; the job goes on.
     """
     from finetune.cli.follow import follow
-    from finetune.cli.terminal import console, print_json, progress_bars
+    from finetune.cli.terminal import print_json
+    from finetune.progress_bars import console, progress_bars
 
     with progress_bars(shown=not as_json) as progress:
         job = client.submit(spec, idempotency_key, progress)

@@ -38,10 +38,11 @@ def predict(
     """
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
-    from finetune.cli.terminal import console, print_json, progress_bars
+    from finetune.cli.terminal import print_json
     from finetune.errors import NotFound
     from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, predictions_of
     from finetune.evaluation.tables import check_ending, write_table
+    from finetune.progress_bars import console, progress_bars
     from finetune.runtime.cores import available_cores
     from finetune.tasks import task_named
 
@@ -86,7 +87,7 @@ def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
 
 
 def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
-    from finetune.cli.terminal import console
+    from finetune.progress_bars import console
 
     for document in documents:
         click.echo(document["file"])

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from finetune.errors import FinetuneError
-from finetune.progress import Progress, ProgressCallback, silent
-
-console = Console(stderr=True, highlight=False)
-
-PHASES = {
-    "preparing": "reading images",
-    "features": "frozen features",
-    "training": "training",
-    "evaluating": "evaluating",
-    "exporting": "exporting",
-    "registering": "registering",
-}
-SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val"}
-HIDDEN = {"eta_seconds", "lr", "top1"}  # a line has 80 characters; the report shows everything
-_DESCRIPTION_CHARACTERS = 20
+from finetune.progress_bars import console
 
 
 def print_json(document: Any) -> None:
@@ -86,35 +68,6 @@ def byte_size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-@contextmanager
-def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
-    """One bar a phase, with its latest values (loss, accuracy, images/s) and the time that is left."""
-    if not shown:
-        yield silent
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[values]}", style="cyan"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
-        tasks: dict[tuple[str, int, str], TaskID] = {}
-
-        def update(progress: Progress) -> None:
-            key = (progress.phase, progress.total, progress.unit)
-            description = f"{progress.message or PHASES[progress.phase]:<{_DESCRIPTION_CHARACTERS}.{_DESCRIPTION_CHARACTERS}}"
-            if key not in tasks:
-                tasks[key] = bars.add_task(description, total=progress.total, values="")
-            values = " ".join(
-                f"{SHORT.get(name, name)} {value:.3g}" for name, value in progress.values.items() if name not in HIDDEN
-            )
-            bars.update(tasks[key], completed=progress.done, description=description, values=values)
-
-        yield update
 
 
 def shortened(path: Path) -> str:

@@ -86,7 +86,8 @@ def check(spec: JobSpec, as_json: bool) -> None:
     """Show the plan: data, what trains, memory and time. Nothing is trained."""
     with objects_exempt():
         from finetune.cli.show import show_plan
-        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.cli.terminal import print_json
+        from finetune.progress_bars import progress_bars
         from finetune.runs.build import Shared
         from finetune.storage.workspace import Workspace
         from finetune.studies.plan import plan
@@ -111,7 +112,8 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool) -> None:
     watch_lease_from_environment()
     with objects_exempt():
         from finetune.cli.show import show_outcome
-        from finetune.cli.terminal import print_json, progress_bars
+        from finetune.cli.terminal import print_json
+        from finetune.progress_bars import progress_bars
         from finetune.runs.build import Shared
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
@@ -132,9 +134,10 @@ def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_jso
     """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
-    from finetune.cli.terminal import print_json, progress_bars
+    from finetune.cli.terminal import print_json
     from finetune.evaluation.of_bundle import evaluate_bundle
     from finetune.evaluation.tables import check_ending, write_table
+    from finetune.progress_bars import progress_bars
     from finetune.storage.workspace import Workspace
 
     if out is not None:

@@ -15,6 +15,7 @@ from PIL import Image
 from finetune.metrics import Metric
 from finetune.report import comparison_figures as figures
 from finetune.report.templates import render
+from finetune.tasks import TASKS
 
 THUMBNAIL_PX = 176
 
@@ -82,6 +83,21 @@ def render_comparison(page: ComparisonPage) -> str:
             for one in page.disputed
         ],
         command=page.command,
+    )
+
+
+def notebook_view(document: Mapping[str, Any]) -> str:
+    """Return the heart of a comparison as HTML for a notebook."""
+    key, split = document["headline"], document["split"]
+    metric = next(m for task in TASKS for m in task.metrics if f"{split}/{m.key}" == key)
+    svg = figures.forest(document["pairs"], key, document["verdict"]["margin"], metric)
+    return render(
+        "comparison_notebook.html",
+        document=document,
+        arms=document["arms"],
+        key=key,
+        headline=metric,
+        forest=data_uri(svg.encode(), "image/svg+xml"),
     )
 
 

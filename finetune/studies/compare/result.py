@@ -51,7 +51,7 @@ class ArmResult:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Arms, pairs and the verdict."""
 
@@ -77,6 +77,15 @@ class Comparison:
     def arm(self, name: str) -> ArmResult:
         """Return the arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def __repr__(self) -> str:
+        return f"<comparison of {', '.join(arm.name for arm in self.arms)}: {self.verdict.sentence}>"
+
+    def _repr_html_(self) -> str:
+        """Draw the comparison in a notebook: the verdict, the arms, and the differences with their intervals."""
+        from finetune.report.comparison import notebook_view
+
+        return notebook_view(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document."""

@@ -1,0 +1,420 @@
+"""The Python door: train, compare, check and load, as functions that return things to work with.
+
+    import finetune
+
+    run = finetune.train("photos", method="partial")
+    run.metrics["test/top1"], run.predict("some.jpg").label
+    model = finetune.load("photos@champion")
+
+Everything that the command line does is done by the same functions underneath; keywords are the fields of the job spec
+(docs/spec.md). Imported lazily by ``import finetune``, which itself takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import Registry
+from finetune.data.dataset import LocalFile, Sample
+from finetune.errors import InvalidInput
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.answers import Answer, Unreadable, ask
+from finetune.evaluation.evaluate import Evaluation, Judgement, read_judgement
+from finetune.evaluation.of_bundle import BundleEvaluation, evaluate_bundle
+from finetune.evaluation.predictions import Predictions
+from finetune.progress_bars import progress_bars
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec, merged_mapping, parse_spec
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+from finetune.tasks import task_named
+
+if TYPE_CHECKING:
+    from finetune.studies.compare.result import Comparison
+    from finetune.studies.plan import Plan
+
+ImageLike = str | Path | bytes | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model says about one image."""
+
+    labels: tuple[tuple[str, float], ...]  # (class, probability), the most probable first
+    embedding: NDArray[np.float32]  # (D,)
+    cam: NDArray[np.float32] | None  # (h', w') evidence for the first label, where the model has a map
+    image: NDArray[np.uint8]  # (h, w, 3) what the model saw
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.labels[0][0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class."""
+        return self.labels[0][1]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{label} {probability:.1%}" for label, probability in self.labels[:3])
+        return f"<{shown}>"
+
+    def _repr_html_(self) -> str:
+        from finetune.bundle.overlay import overlay_png
+        from finetune.report.comparison import data_uri, thumbnail
+
+        pictures = [data_uri(thumbnail(self.image), "image/jpeg")]
+        if self.cam is not None:
+            pictures.append(data_uri(overlay_png(self.image, self.cam), "image/png"))
+        images = "".join(f'<img src="{source}" width="140">' for source in pictures)
+        rows = "".join(
+            f"<tr><td>{html.escape(label)}</td><td>{probability:.1%}</td></tr>" for label, probability in self.labels[:5]
+        )
+        return f'<div style="display:flex;gap:.5rem">{images}<table>{rows}</table></div>'
+
+
+class Model:
+    """A bundle, ready to answer: exactly as the server does, without torch."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load and verify the bundle in `folder`.
+
+        Raises:
+            BundleError: a file is missing or changed, or the bundle does not give its known answers here.
+        """
+        self.folder = folder
+        self._predictor = Predictor.load(folder)
+
+    @property
+    def name(self) -> str:
+        return self._predictor.manifest.name
+
+    @property
+    def version(self) -> str | None:
+        return self._predictor.manifest.version
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the outputs."""
+        return self._predictor.manifest.classes
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What the model was measured to be when it was made, under ``split/name`` keys."""
+        return self._predictor.manifest.metrics
+
+    def predict(self, image: ImageLike) -> Answered:
+        """Classify one image: a path, the bytes of an image file, or (H, W, 3) uint8 RGB pixels.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        if isinstance(image, np.ndarray):
+            pixels = self._predictor.manifest.preprocess(image)
+            outputs = self._predictor.run(pixels[None])
+            cam = None if outputs.cam is None else outputs.cam[0]
+            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels)
+        sample = Sample("image", _Bytes(image) if isinstance(image, bytes) else LocalFile(Path(image)), ())
+        (answer,) = ask(self._predictor, [sample])
+        if isinstance(answer, Unreadable):
+            raise answer.error
+        return self._of(answer)
+
+    def predict_many(self, images: Sequence[str | Path], *, progress: bool = True) -> list[Answered | Unreadable]:
+        """Classify many image files; what cannot be read comes back as `Unreadable`, in its place."""
+        samples = [Sample(str(path), LocalFile(Path(path)), ()) for path in images]
+        with progress_bars(shown=progress) as update:
+            answers = list(ask(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
+        return [answer if isinstance(answer, Unreadable) else self._of(answer) for answer in answers]
+
+    def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
+        """Measure the model on labelled images; says how many of them it was trained on."""
+        with progress_bars(shown=progress) as update:
+            return evaluate_bundle(self.folder, Path(data), split, update)
+
+    def _of(self, answer: Answer) -> Answered:
+        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image)
+
+    def _answered(
+        self,
+        probs: NDArray[np.float32],
+        embedding: NDArray[np.float32],
+        cam: NDArray[np.float32] | None,
+        image: NDArray[np.uint8],
+    ) -> Answered:
+        order = task_named(self._predictor.manifest.task).ranking(probs)
+        labels = tuple((self.classes[index], float(probs[index])) for index in order)
+        return Answered(labels, embedding, cam, image)
+
+    def __repr__(self) -> str:
+        version = "" if self.version is None else f"@{self.version}"
+        return f"<model {self.name}{version}: {len(self.classes)} classes>"
+
+
+class Run:
+    """A finished run: what it measured, its answers, its model."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder of a finished run.
+
+        Raises:
+            InvalidInput: it is not one.
+        """
+        self._run = RunDir(Path(folder).absolute())
+        if not self._run.outcome.exists():
+            raise InvalidInput(f"{folder}: not the folder of a finished run (it has no outcome.json)")
+        self.outcome = Outcome.read(self._run)
+
+    @property
+    def folder(self) -> Path:
+        return self._run.root
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """All figures, under ``split/name`` keys; ``test/…`` are the honest ones, val has chosen the weights."""
+        return self.outcome.metrics
+
+    @property
+    def cost(self) -> Mapping[str, float]:
+        """What the run took, and what the model takes; names end in their unit."""
+        return self.outcome.cost
+
+    @property
+    def report(self) -> Path:
+        """The page of the run, one HTML file."""
+        return self._run.report
+
+    @property
+    def bundle(self) -> Path:
+        """The folder of the exported model.
+
+        Raises:
+            InvalidInput: the run exported none, as the runs of a study that were not kept.
+        """
+        if self.outcome.bundle is None:
+            raise InvalidInput(f"{self.folder}: this run exported no model")
+        return self.outcome.bundle
+
+    @property
+    def name(self) -> str | None:
+        """The model version that the run registered, ``name@version``."""
+        return None if self.outcome.model is None else f"{self.outcome.model}@{self.outcome.version}"
+
+    @cached_property
+    def model(self) -> Model:
+        """The trained model, loaded when it is first asked for."""
+        return Model(self.bundle)
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """The evaluation of every split: metrics with intervals, classes, confusion."""
+        return read_judgement(self._run.evaluation)
+
+    def predictions(self, split: str = "test") -> Predictions:
+        """Return the answers to every image of a split.
+
+        Raises:
+            InvalidInput: the run was not judged on it; the message names the splits that it was.
+        """
+        path = self._run.predictions_of(split)
+        if not path.exists():
+            found = ", ".join(sorted(file.stem for file in self._run.predictions.glob("*.npz"))) or "none"
+            raise InvalidInput(f"{self.folder} was not judged on {split!r}; it has {found}")
+        return tables.read(path)
+
+    def predict(self, image: ImageLike) -> Answered:
+        """Classify one image with the trained model; see `Model.predict`."""
+        return self.model.predict(image)
+
+    def __repr__(self) -> str:
+        split, evaluation = self._honest()
+        metric = task_named(evaluation.task).headline
+        low, high = evaluation.intervals[metric.key]
+        figure = f"{metric.label} {metric.text(evaluation.values[metric.key])}"
+        return (
+            f"<run {self.name or self.folder.name}, {self.outcome.carried_out}: {figure} on {evaluation.n:,} {split} images "
+            f"({metric.text(low)} to {metric.text(high)})>"
+        )
+
+    def _repr_html_(self) -> str:
+        task = task_named(self._honest()[1].task)
+        splits = [split for split in ("cv", "test", "val") if split in self.judgement.evaluations]
+        head = "".join(f"<th>{split}</th>" for split in splits)
+        rows = "".join(
+            f"<tr><td>{html.escape(metric.label)}</td>"
+            + "".join(f"<td>{metric.text(self.judgement.evaluations[s].values[metric.key])}</td>" for s in splits)
+            + "</tr>"
+            for metric in task.metrics
+        )
+        return f"<p>{html.escape(repr(self)[1:-1])}</p><table><tr><th></th>{head}</tr>{rows}</table>"
+
+    def _honest(self) -> tuple[str, Evaluation]:
+        """Return the split to judge by, and its evaluation."""
+        evaluations = self.judgement.evaluations
+        split = next(split for split in ("cv", "test", "val") if split in evaluations)
+        return split, evaluations[split]
+
+
+def train(
+    data: str | Path,
+    *,
+    method: str | None = None,
+    model: str | None = None,
+    epochs: int | None = None,
+    folds: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    workspace: str | Path | None = None,
+    progress: bool = True,
+) -> Run:
+    """Fine-tune, judge, export and register a model; the same call after an interruption goes on where it stopped.
+
+    Args:
+        data: a folder of class folders, or any other data that finetune reads.
+        method: linear_probe (the default), partial, full, gradual or auto.
+        model: a timm name.
+        folds: cross-validate with so many folds.
+        name: of the registered model; by default after the data.
+        settings: any other field of the job spec, ``{"hyperparameters.batch_size": 16}``.
+        run_dir: where the run writes.
+        workspace: by default what ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
+        progress: show bars.
+
+    Raises:
+        FinetuneError: the request, the data or the training; the message says what to do.
+    """
+    from finetune.runs.build import Shared
+    from finetune.studies.carry_out import fine_tune
+
+    spec = _spec(data, method, model, epochs, folds, seed, name, settings)
+    with progress_bars(shown=progress) as update:
+        outcome = fine_tune(spec, Shared.of(_workspace(workspace)), update, None if run_dir is None else Path(run_dir))
+    return Run(outcome.run)
+
+
+def compare(
+    data: str | Path,
+    *,
+    methods: Sequence[str] = (),
+    models: Sequence[str] = (),
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: int = 3,
+    folds: int | None = None,
+    margin: float = 0.01,
+    budget_seconds: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    workspace: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train several ways on the same images, and say which to choose, with paired statistics and cost.
+
+    Args:
+        methods: one arm for each (by default linear_probe, partial and full).
+        models: one arm for each backbone, times the methods.
+        arms: arms by their settings, ``{"strong": {"augmentation": "strong"}}``.
+        seeds: runs of each arm.
+        margin: a difference of the headline metric that does not matter.
+        settings: fields of the job spec that all arms share.
+    """
+    from finetune.comparison_spec import parse_comparison
+    from finetune.runs.build import Shared
+    from finetune.studies.compare import compare as run_comparison
+
+    spec = parse_comparison(
+        {
+            **_request(data, None, None, None, folds, None, None, settings),
+            "methods": list(methods),
+            "models": list(models),
+            "arms": [{"name": arm, "set": dict(changes)} for arm, changes in (arms or {}).items()],
+            "seeds": seeds,
+            "margin": margin,
+            "budget_seconds": budget_seconds,
+        }
+    )
+    with progress_bars(shown=progress) as update:
+        return run_comparison(spec, Shared.of(_workspace(workspace)), update, None if run_dir is None else Path(run_dir))
+
+
+def check(
+    data: str | Path,
+    *,
+    method: str | None = None,
+    model: str | None = None,
+    folds: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    workspace: str | Path | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Show what `train` would do with these arguments, and about what it would cost; nothing is trained."""
+    from finetune.runs.build import Shared
+    from finetune.studies.plan import plan
+
+    spec = _spec(data, method, model, None, folds, None, None, settings)
+    with progress_bars(shown=progress) as update:
+        return plan(spec, Shared.of(_workspace(workspace)), update)
+
+
+def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model:
+    """Load a model: ``name``, ``name@version``, ``name@alias``, or the folder of a bundle.
+
+    Raises:
+        NotFound: there is no such model; the message names those that exist.
+    """
+    return Model(Registry(_workspace(workspace).models).locate(str(reference)))
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """An image file that is in memory."""
+
+    data: bytes
+
+    def read(self, limits: Any = None) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return "the image"
+
+
+def _workspace(given: str | Path | None) -> Workspace:
+    from_environment = Workspace.from_environment()
+    return from_environment if given is None else Workspace.at(Path(given), from_environment.networks)
+
+
+def _spec(*arguments: Any) -> JobSpec:
+    return parse_spec(_request(*arguments))
+
+
+def _request(
+    data: str | Path,
+    method: str | None,
+    model: str | None,
+    epochs: int | None,
+    folds: int | None,
+    seed: int | None,
+    name: str | None,
+    settings: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return a job spec as a mapping."""
+    given: dict[str, Any] = {
+        "training_file": str(data),
+        "method": method,
+        "model": None if model is None else {"backbone": model},
+        "hyperparameters": None if epochs is None else {"n_epochs": epochs},
+        "data": None if folds is None else {"folds": folds},
+        "seed": seed,
+        "suffix": name,
+    }
+    return merged_mapping(None, {key: value for key, value in given.items() if value is not None}, values=settings)
