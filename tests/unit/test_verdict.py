@@ -1,0 +1,87 @@
+"""Which arm is chosen, and how that is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_compare import arm
+
+from finetune.evaluation.compare import Pair, compare_pairs
+from finetune.evaluation.verdict import Standing, judge_arms
+from finetune.metrics.accuracy import TOP1
+
+
+def standing(name: str, value: float, seconds: float, **cost: float) -> Standing:
+    return Standing(name, value, {"train_seconds": seconds, "latency_seconds": 0.01, **cost})
+
+
+def pair(a: str, b: str, difference: float, p: float, *, error: float = 0.01) -> Pair:
+    """A pair whose interval is as wide as `error` says."""
+    targets = np.zeros(1000, np.int64)
+    right = np.ones(1000, bool)
+    (found,) = compare_pairs([arm(a, right, targets=targets), arm(b, right, targets=targets)])
+    low, high = difference - 1.96 * error, difference + 1.96 * error
+    headline = replace(found.headline, difference=difference, low=low, high=high, standard_error=error, degrees_of_freedom=998)
+    return replace(found, headline=headline, p_value=p, p_adjusted=p, smallest_detectable=2.8 * error)
+
+
+def test_the_arm_that_beats_all_others_is_chosen_and_its_price_is_said() -> None:
+    standings = [standing("linear_probe", 0.903, 36), standing("full", 0.946, 1206)]
+    verdict = judge_arms(standings, [pair("linear_probe", "full", -0.043, 0.0004)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("full", "better")
+    assert verdict.sentence == (
+        "full is better than linear_probe: by 4.3 points over linear_probe (95 % interval 2.3 points to 6.3 points, p = 0.0004 on "
+        "1,000 images), at 34 times its training time."
+    )
+    assert verdict.pareto == ("linear_probe", "full")
+
+
+def test_of_equivalent_arms_the_cheapest_is_chosen() -> None:
+    standings = [standing("linear_probe", 0.903, 36), standing("partial", 0.904, 142)]
+    verdict = judge_arms(standings, [pair("linear_probe", "partial", -0.001, 0.7, error=0.003)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("linear_probe", "equivalent")
+    assert "no difference that matters" in verdict.sentence
+    assert "partial takes 4 times its training time" in verdict.sentence
+
+
+def test_what_cannot_be_told_apart_is_not_called_equal() -> None:
+    standings = [standing("linear_probe", 0.90, 36), standing("partial", 0.91, 142)]
+    verdict = judge_arms(standings, [pair("linear_probe", "partial", -0.01, 0.5, error=0.015)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
+    assert "cannot tell linear_probe and partial apart" in verdict.sentence
+    assert "About 17,640 test images would show" in verdict.sentence
+
+
+def test_an_arm_that_is_probably_better_is_the_better_bet() -> None:
+    standings = [standing("linear_probe", 0.60, 1), standing("full", 0.90, 60)]
+    verdict = judge_arms(standings, [pair("linear_probe", "full", -0.3, 0.06, error=0.15)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("full", "undecided")
+    assert "full is probably the best" in verdict.sentence
+
+
+def test_seeds_are_asked_for_where_seeds_are_what_differs() -> None:
+    found = pair("linear_probe", "full", -0.02, 0.4, error=0.03)
+    found = replace(found, headline=replace(found.headline, seed_share=0.9))
+    verdict = judge_arms([standing("linear_probe", 0.9, 1), standing("full", 0.92, 60)], [found], TOP1)
+    assert "more seeds would tell" in verdict.sentence
+
+
+def test_a_beaten_arm_is_out_and_the_rest_is_judged_among_itself() -> None:
+    standings = [standing("linear_probe", 0.80, 36), standing("partial", 0.944, 142), standing("full", 0.946, 1206)]
+    pairs = [
+        pair("linear_probe", "partial", -0.144, 1e-6),
+        pair("linear_probe", "full", -0.146, 1e-6),
+        pair("partial", "full", -0.002, 0.6, error=0.003),
+    ]
+    verdict = judge_arms(standings, pairs, TOP1)
+    assert (verdict.choose, verdict.outcome) == ("partial", "equivalent")
+    assert "linear_probe" not in verdict.sentence.partition("are within")[0]
+
+
+@pytest.mark.parametrize("latency", [0.005, 0.02])
+def test_an_arm_that_is_worse_in_everything_is_not_on_the_front(latency: float) -> None:
+    standings = [standing("a", 0.90, 10), Standing("b", 0.89, {"train_seconds": 20, "latency_seconds": latency})]
+    verdict = judge_arms(standings, [pair("a", "b", 0.01, 0.5, error=0.015)], TOP1)
+    assert verdict.pareto == (("a", "b") if latency < 0.01 else ("a",))
