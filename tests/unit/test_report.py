@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-
-from finetune.report import figures
-from finetune.evaluation.folds import CrossValidation, FoldScore
 from finetune.evaluation.metrics import Evaluation, confident_mistakes, evaluate_logits, fit_temperature
+
+from finetune.evaluation.folds import CrossValidation, FoldScore
+from finetune.report import figures
 from finetune.report.page import ReportInputs, ShownMistake, draw_figures, render_report, write_report
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finetune.train.auto import paired_gain, train_until_it_stops_paying
+from finetune.train.methods import Compute, Context, Trained
 from torch import nn
 
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.train import auto
-from finetune.train.auto import paired_gain, train_until_it_stops_paying
-from finetune.train.methods import Compute, Context, Trained
 
 N = 200  # validation images
 

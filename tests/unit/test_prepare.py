@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune.plan import make_plan
 from folders import write_classes
 
 from finetune import plan
 from finetune.data.dataset import Dataset
 from finetune.errors import InvalidInput, UnknownBackbone
-from finetune.plan import make_plan
 from finetune.progress import Progress
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from finetune.train.estimate import estimate
+from finetune.train.methods import Compute
 from tiny_training import tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
 from finetune.data.dataset import Dataset
 from finetune.storage.store import Store
-from finetune.train.estimate import estimate
-from finetune.train.methods import Compute
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finetune.train.methods import Compute, Context, Trained, refit, solved_logits, train_classifier
 from folders import path_of
 from tiny_training import CLASSES, tiny_classifier, tiny_recipe, train_tiny, write_images
 
 from finetune.data.augment import build_augment
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.split import split_dataset
+from finetune.features.rows import Resources, Views, pooled_features
+from finetune.features.solve import solve_softmax_head
 from finetune.model.classifier import Classifier
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.train.average import copy_state
-from finetune.features.rows import Resources, Views, pooled_features
 from finetune.train.fit import Decided
-from finetune.train.methods import Compute, Context, Trained, refit, solved_logits, train_classifier
-from finetune.features.solve import solve_softmax_head
 from finetune.train.recipe import refit_recipe
 
 EVERYTHING = {"n_epochs": 3, "batch_size": 6, "learning_rate": 0.01, "ema": True}
