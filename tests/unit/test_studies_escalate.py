@@ -1,4 +1,4 @@
-"""Method auto goes deeper while that pays, keeps the best, and says why it stopped."""
+"""Method auto goes deeper while that pays, keeps the best, and reports what it carried out."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from finetune.train.auto import paired_gain, train_until_it_stops_paying
-from finetune.train.methods import Compute, Context, Trained
-from torch import nn
+from answers import table
+from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
+from finetune.bundle.manifest import read_manifest
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.predictions import read
+from finetune.runs.options import RunOptions
+from finetune.runs.outcome import Outcome
+from finetune.runs.resolve import Resolved
+from finetune.spec import parse_spec
+from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.storage.store import Store
-from finetune.train import auto
+from finetune.studies.escalate import Escalation, escalation
 
 N = 200  # validation images
 
 
-def right(count: int) -> np.ndarray:
-    """The first `count` of N images are right."""
-    return np.arange(N) < count
+def study_in(folder: Path, n_stages: int = 4) -> Escalation:
+    return escalation(
+        parse_spec({"training_file": "x", "method": "auto", "seed": 7}), n_stages, RunOptions(judged=("val",)), RunDir(folder)
+    )
 
 
-def test_the_standard_error_counts_only_images_that_one_of_the_two_gets_right():
-    same_but_four = right(100).copy()
-    same_but_four[[0, 1, 2]] = False
-    same_but_four[150] = True
-    gain = paired_gain(same_but_four, right(100))
-    assert gain.gain == pytest.approx(-2 / N)
-    differences = same_but_four.astype(float) - right(100)
-    assert gain.standard_error == pytest.approx(differences.std() / np.sqrt(N))
-
-
-def test_equal_answers_do_not_pay():
-    assert not paired_gain(right(100), right(100)).pays
+def finish(study: Escalation, name: str, n_right: int) -> None:
+    """Leave the answers of a candidate that gets the first `n_right` of N images right."""
+    targets = np.arange(N) % 2
+    given = np.where(np.arange(N) < n_right, targets, 1 - targets)
+    tables.write(study.run.child(name).predictions_of("val"), table(np.eye(2, dtype=np.float32)[given], targets))
 
 
 @pytest.mark.parametrize(
@@ -50,32 +49,81 @@ def test_equal_answers_do_not_pay():
     ],
 )
 def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counts: dict[str, int], tried: list[str], kept: str
-):
-    classifier = nn.Linear(1, 1)
-    begun_with: list[float] = []
-    done: list[str] = []
+    tmp_path: Path, counts: dict[str, int], tried: list[str], kept: str
+) -> None:
+    study = study_in(tmp_path)
+    done: dict[str, Any] = {}
+    while children := study.following(done):
+        (child,) = children
+        assert study.following(done) == children, "asked again, it gives the same"
+        finish(study, child.name, counts[child.name])
+        done[child.name] = SimpleNamespace()
+    assert list(done) == tried
+    assert study.kept(len(done)) == kept
+    stopped = "so it goes no deeper" in " ".join(study.reasons(len(done)))
+    assert stopped == (not study.gains(len(done))[-1][1].pays)
 
-    def train(model: nn.Linear, recipe: Any, context: Context) -> Trained:
-        begun_with.append(model.bias.item())
-        with torch.no_grad():
-            model.bias.fill_(counts[recipe.method])
-        context.run.metric(1, {"val/top1": counts[recipe.method] / N})
-        done.append(recipe.method)
-        return Trained(f"did {recipe.method}", 1.0, 0, 0, {}, None, None, recipe)
 
-    monkeypatch.setattr(auto, "train_classifier", train)
-    monkeypatch.setattr(auto, "_correct", lambda model, *_: right(int(model.bias.item())))
-    run = RunDir(tmp_path / "run").create()
-    recipes = [SimpleNamespace(method=method) for method in counts]
-    context = Context(None, None, run, Compute("cpu", "float32", 1), identity={}, store=Store(tmp_path))  # type: ignore[arg-type]
-    trained = train_until_it_stops_paying(classifier, recipes, context)  # type: ignore[arg-type]
+def test_candidates_are_the_request_with_one_method_each(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    assert [child.spec.method.type for child in study.candidates] == ["linear_probe", "partial", "full"]
+    assert {child.spec.seed for child in study.candidates} == {7}
+    assert {child.options for child in study.candidates} == {RunOptions(goal="judged", judged=("val",))}
+    assert [child.name for child in study_in(tmp_path, n_stages=1).candidates] == ["linear_probe", "full"]
 
-    assert done == tried
-    assert len(set(begun_with)) == 1, "each candidate starts from the same weights"
-    assert classifier.bias.item() == counts[kept]
-    assert trained.summary.startswith(f"auto: did {kept}")
-    assert trained.seconds == len(tried)
-    assert [line["values"]["val/top1"] for line in read_lines(run.metrics)] == [counts[kept] / N]
-    if tried != list(counts):
-        assert "goes no deeper" in trained.summary
+
+# ── carried out ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def escalated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, RunDir]:
+    home = tmp_path_factory.mktemp("home")
+    run = RunDir(home / "runs" / "auto")
+    spec = tiny_spec(
+        write_stripes(home / "pictures", 60), method="auto", hyperparameters={"n_epochs": 1, "batch_size": 8}, suffix="stripes"
+    )
+    return carry_out_at(home, spec, run), run
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_what_is_reported_is_what_was_carried_out(escalated: tuple[Outcome, RunDir]) -> None:
+    outcome, run = escalated
+    study = read_json(run.study)
+    kept = study["kept"]
+    assert kept == "linear_probe", "a solved head on these stripes leaves little to gain; else this test proves less"
+    assert (outcome.method, outcome.carried_out) == ("auto", kept)
+    resolved = read_json(run.resolved)
+    assert resolved["spec"]["method"]["type"] == "auto", "the request as it was made"
+    assert resolved["study"] == study
+    own = read_json(run.child(kept).resolved)
+    for key in ("recipe", "values", "sources", "backbone", "augmentation"):
+        assert resolved[key] == own[key]
+    assert not any(stage["trains"] for stage in resolved["backbone"]["stages"])
+    assert read_manifest(outcome.bundle).method["type"] == kept
+    assert f"stripes: {kept} on test_efficientnet" in run.report.read_text()
+    assert outcome.cost["trainable_parameters"] < 0.05 * outcome.cost["total_parameters"]
+    assert Resolved.from_dict(own).recipe.method == kept
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_figures_are_those_of_the_kept_candidate_and_costs_those_of_all(escalated: tuple[Outcome, RunDir]) -> None:
+    outcome, run = escalated
+    children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
+    assert len(children) >= 2
+    kept = next(child for child in children if child.carried_out == outcome.carried_out)
+    assert {key: outcome.metrics[key] for key in kept.metrics} == kept.metrics
+    assert outcome.cost["train_seconds"] == pytest.approx(sum(child.cost["train_seconds"] for child in children))
+    for split in ("val", "test"):
+        assert (read(run.predictions_of(split)).logits == read(run.child(kept.carried_out).predictions_of(split)).logits).all()
+    assert [line["kind"] for line in read_lines(run.events)].count("compared") == len(children) - 1
+    assert outcome.summary.startswith("auto: linear_probe")
+    assert "goes no deeper" in outcome.summary
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_candidates_are_judged_on_the_same_images_and_only_the_kept_one_is_exported(escalated: tuple[Outcome, RunDir]) -> None:
+    _, run = escalated
+    children = [run.child(name) for name in read_json(run.study)["children"]]
+    assert len({child.split.read_bytes() for child in (run, *children)}) == 1
+    assert len({read(child.predictions_of("val")).ids for child in children}) == 1
+    assert [child.root.name for child in children if child.bundle.exists()] == [read_json(run.study)["kept"]]
