@@ -182,4 +182,3 @@ def test_the_minimiser_reaches_a_known_minimum() -> None:
     found = minimise(quadratic, np.zeros(20), 1e-10)
     assert found.converged
     np.testing.assert_allclose(found.parameters, centre, atol=1e-4, rtol=0)
-
