@@ -36,8 +36,6 @@ STEPS = (
     ("bundle and parity", "finetune.runs.run", "export"),
     ("measuring latency", "finetune.runs.run", "model_cost"),
     ("report", "finetune.runs.run", "write_run_report"),
-    ("starting MLflow", "finetune.pipeline", "open_run"),
-    ("waiting for MLflow", "finetune.tracking.tracker", "MlflowTracker.end"),
 )
 
 
