@@ -21,16 +21,16 @@ import torch
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.runtime.cores import available_cores
-from finetune.train.machine import Settings, autocast, computes_bfloat16, computing_with, place, prepare_images
+from finetune.train.machine import Numerics, autocast, computes_bfloat16, computing_with, place, prepare_images
 from finetune.train.memory import retaining_memory
 
 
-def step_seconds(classifier: Classifier, images: torch.Tensor, settings: Settings) -> tuple[float, int]:
+def step_seconds(classifier: Classifier, images: torch.Tensor, numerics: Numerics) -> tuple[float, int]:
     """Wall seconds and page faults of one forward and backward pass."""
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     began = time.perf_counter()
-    with autocast(settings):
-        logits = classifier(prepare_images(classifier, images, settings))
+    with autocast(numerics):
+        logits = classifier(prepare_images(classifier, images, numerics))
     logits.float().square().mean().backward()
     classifier.zero_grad()
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
@@ -49,10 +49,10 @@ def main() -> None:
     height, width = classifier.backbone.preprocess.input_size_px
     images = torch.full((given.batch, height, width, 3), 127, dtype=torch.uint8)
     formats = ("float32", "bfloat16") if computes_bfloat16("cpu") else ("float32",)
-    settings = [Settings("cpu", precision, layout, given.threads) for precision, layout in product(formats, (False, True))]
-    taken: dict[tuple[bool, Settings], list[tuple[float, int]]] = {}
+    candidates = [Numerics("cpu", precision, layout, given.threads) for precision, layout in product(formats, (False, True))]
+    taken: dict[tuple[bool, Numerics], list[tuple[float, int]]] = {}
     for _ in range(given.rounds):
-        for retained, chosen in product((False, True), settings):
+        for retained, chosen in product((False, True), candidates):
             with retaining_memory() if retained else nullcontext(), computing_with(chosen):
                 step_seconds(place(classifier, chosen), images, chosen)  # a run pays for its first step once
                 taken.setdefault((retained, chosen), []).append(step_seconds(classifier, images, chosen))

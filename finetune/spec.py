@@ -85,7 +85,7 @@ class DataSpec(Section):
     @classmethod
     def _has_columns(cls, group_column: str | None) -> str | None:
         return _refuse_unless(
-            group_column is None, group_column, "a folder of class folders has no columns; tables are not read yet"
+            group_column is None, group_column, "splits do not keep groups of images together yet; leave it out"
         )
 
     @model_validator(mode="after")

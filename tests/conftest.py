@@ -50,9 +50,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_network_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep traced networks of the tests, and of the processes that they start, out of the user's cache folder."""
+    """Keep traced networks of the tests, and of the processes that they start, out of the user's cache folder.
+
+    The worker processes of one test session share them: any number of processes may use one folder.
+    """
     before = os.environ.get("FINETUNE_CACHE")
-    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    own = tmp_path_factory.getbasetemp()
+    os.environ["FINETUNE_CACHE"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "networks-of-the-session")
     yield
     if before is None:
         del os.environ["FINETUNE_CACHE"]

@@ -19,7 +19,9 @@ from finetune.model.classifier import Classifier
 from finetune.runtime.session import open_session
 
 CLASSES = ("ash", "beech", "cedar", "elm")
-FACTS = BundleFacts(name="trees", classes=CLASSES, method={"type": "linear_probe"}, spec_digest="d" * 64, created_at=1.0)
+FACTS = BundleFacts(
+    name="trees", task="multiclass", classes=CLASSES, method={"type": "linear_probe"}, spec_digest="d" * 64, created_at=1.0
+)
 
 
 def classifier_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ from finetune.model.classifier import Classifier
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import parse_spec
 from finetune.storage.rundir import RunDir
-from finetune.train.fit import Decided, Fitted, Saving, TrainBatches, fit
-from finetune.train.machine import Settings
+from finetune.tasks import task_named
+from finetune.train.choices import Choices
+from finetune.train.fit import Fitted, Saving, TrainBatches, fit
+from finetune.train.machine import Numerics
+from finetune.train.objectives import objective_of
 from finetune.train.recipe import Facts, Recipe, resolve_recipe
 
 CLASSES = 3
 WALL_CLOCK = ("train/images_per_second",)
+MULTICLASS = {"task": task_named("multiclass"), "objective": objective_of("multiclass")}
 
 
 def write_images(folder: Path, count: int) -> list[Sample]:
@@ -43,6 +47,11 @@ def write_images(folder: Path, count: int) -> list[Sample]:
         Image.fromarray(pixels).save(path)
         samples.append(local_sample(path, label, "train"))
     return samples
+
+
+def targets_of(samples: Sequence[Sample]) -> np.ndarray:
+    """(N,) int64 class indices, as `fit` takes them."""
+    return np.array([sample.target for sample in samples], dtype=np.int64)
 
 
 def tiny_classifier(architecture: str = "test_efficientnet", dropout: float = 0.2, seed: int = 0) -> Classifier:
@@ -67,11 +76,12 @@ def epochs_of(samples: list[Sample], classifier: Classifier, recipe: Recipe, thr
 def class_means(classifier: Classifier, samples: list[Sample]) -> None:
     """A head solved in closed form, as good as any to begin with: each class's mean embedding."""
     classifier.eval()
+    targets = torch.from_numpy(targets_of(samples))
     with torch.no_grad():
         for batch in EvalLoader(samples, classifier.backbone.preprocess):
             embeddings = classifier.embed(classifier.normalise(torch.from_numpy(batch.images)))
             for label in range(CLASSES):
-                classifier.head.weight[label] = embeddings[torch.from_numpy(batch.labels) == label].mean(0)
+                classifier.head.weight[label] = embeddings[targets[torch.from_numpy(batch.indices)] == label].mean(0)
         classifier.head.bias.zero_()
 
 
@@ -85,7 +95,7 @@ def train_tiny(
     progress: ProgressCallback = silent,
     identity: dict[str, str] | None = None,
     wrap: Callable[[TrainBatches], TrainBatches] = lambda train: train,
-    decided: Decided | None = None,
+    decided: Choices | None = None,
 ) -> tuple[Fitted, Classifier]:
     train, val = samples[:-6], samples[-6:]
     classifier = tiny_classifier()
@@ -97,7 +107,10 @@ def train_tiny(
         decided or EvalLoader(val, classifier.backbone.preprocess, threads=loader_threads),
         run.create(),
         Saving(identity or {"spec": "a", "dataset": "b"}, every_steps=every_steps),
-        settings=lambda: Settings(threads=1),
+        **MULTICLASS,
+        train_targets=targets_of(train),
+        val_targets=targets_of(val),
+        numerics=lambda: Numerics(threads=1),
         solve_head=lambda fresh: class_means(fresh, train),
         progress=progress,
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from finetune.events import Planned, Registered
 from finetune.jobs.lease import watch_lease_from_environment
 from finetune.storage.files import read_json, write_json
 from finetune.storage.journal import append_line
@@ -64,7 +65,8 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
         return 0
     state, first = _newest_checkpoint(run)
     _trace(run, "start", step=first, environment={name: os.environ.get(name) for name in SEEN_VARIABLES})
-    run.event("planned", f"{asked['steps']} steps, from {first}", loss=float("nan"))
+    not_json: dict[str, Any] = {"loss": float("nan")}  # a journal must hold whatever a run has to say
+    run.record(Planned(f"{asked['steps']} steps, from {first}", not_json, 0))
     for number in range(asked.get("noisy", 0)):
         sys.stdout.write(f"line {number}\n")
     for step in range(first, asked["steps"]):
@@ -83,7 +85,7 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
         return int(asked.get("exit_code", 1))
     _trace(run, "complete")
     write_json(run.outcome, {"model": "standin", "version": "1", "metrics": {"val/top1": 1.0}, "state": state})
-    run.event("succeeded", "the run's own word for it")
+    run.record(Registered("the run's own word for it", "standin", "1", {}))
     return 0
 
 

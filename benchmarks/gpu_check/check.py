@@ -401,7 +401,7 @@ def finetune(*arguments: str) -> Any:
 
 def one_run(spec: Path, run: Path, result: Path) -> None:
     began = time.perf_counter()
-    outcome = finetune("train", str(spec), "--run-dir", str(run), "--no-mlflow")
+    outcome = finetune("train", str(spec), "--run-dir", str(run))
     seconds = time.perf_counter() - began
     import torch
 
@@ -411,15 +411,15 @@ def one_run(spec: Path, run: Path, result: Path) -> None:
     settings: dict[str, Any] = next((event["settings"] for event in events if "settings" in event), {})
     rates = [values["train/images_per_second"] for values in journal if "train/images_per_second" in values]
     losses = [values["train/loss"] for values in journal if "train/loss" in values]
-    metrics = outcome["metrics"]
+    metrics, cost = outcome["metrics"], outcome["cost"]
     n_images = sum(1 for split in ("train", "val") for _ in (HERE / "data" / split).glob("*/*"))
     document = {
         "device": json.loads(spec.read_text())["compute"]["device"],
         "precision": settings.get("precision", "–"),
         "seconds": seconds,
-        "images_per_second": sorted(rates)[len(rates) // 2] if rates else n_images / metrics["cost/train_seconds"],
+        "images_per_second": sorted(rates)[len(rates) // 2] if rates else n_images / cost["train_seconds"],
         "gpu_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
-        "process_mib": metrics["cost/peak_memory_bytes"] / 2**20,
+        "process_mib": cost["peak_memory_bytes"] / 2**20,
         "val_top1": metrics["val/top1"],
         "test_top1": metrics["test/top1"],
         "bundle": outcome["bundle"],

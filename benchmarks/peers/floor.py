@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.index import index_dataset
+from finetune.features.prefix import OnnxEngine, PixelPrefix, export_prefix
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
-from finetune.features.prefix import OnnxEngine, PixelPrefix, export_prefix, open_session
+from finetune.runtime.session import open_session
 
 BACKBONE = "tf_efficientnet_lite0"
 HELD_IMAGES = 512
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
 
-    paths = [sample.path for sample in index_dataset(given.train, given.val, None).samples]
+    samples = index_dataset(given.train, given.val).samples
     classifier = Classifier(build_backbone(BACKBONE), 10)
     preprocess = classifier.backbone.preprocess
     engine = OnnxEngine(open_session(export_prefix(PixelPrefix(classifier, len(classifier.backbone.stages)))))
@@ -41,9 +42,9 @@ def main() -> None:
 
     steps = {"decoding": 0.0, "forward pass": 0.0}
     with ThreadPoolExecutor(given.threads) as pool:
-        for start in range(0, len(paths), HELD_IMAGES):
+        for start in range(0, len(samples), HELD_IMAGES):
             began = time.perf_counter()
-            images = np.stack(list(pool.map(preprocess.load_file, paths[start : start + HELD_IMAGES])))
+            images = np.stack(list(pool.map(lambda sample: sample.decode(preprocess.load), samples[start : start + HELD_IMAGES])))
             decoded = time.perf_counter()
             list(pool.map(engine.run, np.split(images, range(engine.batch_size, len(images), engine.batch_size))))
             steps["decoding"] += decoded - began

@@ -22,19 +22,20 @@ import psutil
 
 STARTED = psutil.Process().create_time()
 STEPS = (
-    ("reading and checking images", "finetune.plan", "read_dataset"),
-    ("building the network", "finetune.plan", "build_backbone"),
-    ("tracing and exporting the graph", "finetune.plan", "dry_run_export"),
-    ("filling the graph with weights", "finetune.plan", "fill"),
-    ("feature pass", "finetune.train.methods", "pooled_features"),
-    ("solving the head", "finetune.train.methods", "solve_softmax_head"),
-    ("hashing what is frozen", "finetune.train.methods", "frozen_digest"),
-    ("evaluating", "finetune.pipeline", "judge"),
-    ("bundle and parity", "finetune.pipeline", "export"),
-    ("measuring latency", "finetune.pipeline", "measure_cost"),
-    ("report", "finetune.pipeline", "write_report"),
-    ("starting MLflow", "finetune.pipeline", "open_run"),
-    ("waiting for MLflow", "finetune.tracking.tracker", "MlflowTracker.end"),
+    ("listing the images", "finetune.runs.prepare", "index_dataset"),
+    ("reading the files", "finetune.runs.prepare", "scan"),
+    ("decoding and checking them, with the feature pass where there is one", "finetune.runs.prepare", "verify"),
+    ("building the network", "finetune.runs.build", "build_backbone"),
+    ("tracing and exporting the graph", "finetune.runs.build", "dry_run_export"),
+    ("filling the graph with weights", "finetune.runs.build", "fill"),
+    ("looking up features", "finetune.train.train", "pooled_features"),
+    ("solving the head", "finetune.train.objectives.multiclass", "solve_softmax_head"),
+    ("hashing what is frozen", "finetune.train.train", "frozen_digest"),
+    ("answering val and test", "finetune.runs.run", "predict_splits"),
+    ("evaluating the answers", "finetune.runs.run", "judge"),
+    ("bundle and parity", "finetune.runs.run", "export"),
+    ("measuring latency", "finetune.runs.run", "model_cost"),
+    ("report", "finetune.runs.run", "write_run_report"),
 )
 
 

@@ -152,12 +152,10 @@ def header_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[i
     """
     image = _opened(data, limits)
     width, height = image.size
-    if image.format == "TIFF":  # Pillow turns these only while it loads them
-        swaps = image.getexif().get(ExifTag.Orientation, 1) in (5, 6, 7, 8)
-    else:
-        turn = _upright_turn(image)
-        swaps = turn is not None and turn.swaps
-    return (height, width) if swaps else (width, height)
+    if image.format == "TIFF":  # Pillow gives the upright size, although it turns the pixels only while it loads them
+        return width, height
+    turn = _upright_turn(image)
+    return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
 def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> tuple[Image.Image, Box]:

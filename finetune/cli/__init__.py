@@ -53,6 +53,7 @@ _TRAIN_MODULES = frozenset(
         "safetensors",
         "scipy",
         "sklearn",
+        "threadpoolctl",
         "timm",
         "torch",
         "torchvision",

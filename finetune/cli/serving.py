@@ -39,7 +39,6 @@ def predict(
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
-    from finetune.errors import NotFound
     from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, predictions_of
     from finetune.evaluation.tables import check_ending, write_table
     from finetune.progress_bars import console, progress_bars
@@ -53,8 +52,8 @@ def predict(
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
-    samples, missing = files_under(images)
-    documents: list[dict[str, Any]] = [_refused(str(path), NotFound(message)) for path, message in missing]
+    samples = files_under(images)
+    documents: list[dict[str, Any]] = []
     answers: list[Answer] = []
     with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
         for answer in ask(predictor, samples, what=f"{len(samples):,} images", progress=progress):
@@ -87,12 +86,13 @@ def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
 
 
 def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
+    from finetune.messages import printable
     from finetune.progress_bars import console
 
     for document in documents:
-        click.echo(document["file"])
+        click.echo(printable(document["file"]))
         if "error" in document:
-            console.print(f"  {document['error']['message']}", style="red", markup=False)
+            console.print(f"  {printable(document['error']['message'])}", style="red", markup=False)
         for row in document.get("predictions", ()):
             click.echo(f"  {row['probability']:7.2%}  {row['label']}")
 

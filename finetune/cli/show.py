@@ -72,8 +72,7 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     for split in splits:
         _show_headline(split, judgement.evaluations[split])
     first = judgement.evaluations[splits[0]]
-    metrics = task_named(first.task).metrics
-    rows = [[metric.label, *(metric.text(judgement.evaluations[s].values[metric.key]) for s in splits)] for metric in metrics]
+    rows = [[metric.label, *(metric.text(judgement.evaluations[s].values[metric.key]) for s in splits)] for metric in first.shown]
     table("", ["", *splits], rows)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
@@ -225,9 +224,8 @@ def show_evaluation(found: BundleEvaluation) -> None:
     if found.unseen is not None:
         _show_headline("other", found.unseen)
     _show_headline("given" if not seen else "given (seen ones included)", evaluation)
-    metrics = task_named(evaluation.task).metrics
     columns = {"all": evaluation, **({"others": found.unseen} if found.unseen else {})}
-    rows = [[metric.label, *(metric.text(one.values[metric.key]) for one in columns.values())] for metric in metrics]
+    rows = [[metric.label, *(metric.text(one.values[metric.key]) for one in columns.values())] for metric in evaluation.shown]
     table("", ["", *columns], rows)
     classes = [[row.name, row.n, row.n_correct, row.precision, row.recall, row.f1] for row in evaluation.per_class if row.n]
     table("By class", ["class", "images", "correct", "precision", "recall", "F1"], classes)

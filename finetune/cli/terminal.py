@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from rich.table import Table
 
 from finetune.errors import FinetuneError
 from finetune.progress_bars import console
+from finetune.storage.files import json_text
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(document, indent=2) + "\n")
 
 
 def show_error(error: FinetuneError, *, as_json: bool) -> None:

@@ -55,7 +55,7 @@ class Sample:
     file: ImageFile
     target: Target
     split: str | None = None  # train, val or test; None until the dataset is split
-    group: str | None = None  # samples of one group are never on two sides of a split
+    group: str | None = None  # what it belongs together with, such as one object's photographs; splits do not heed it yet
     sha256: str = ""
     size_px: tuple[int, int] | None = None
 

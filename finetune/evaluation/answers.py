@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample, targets_of
 from finetune.data.parallel import ordered_map
@@ -88,26 +89,32 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
     )
 
 
-def files_under(paths: Sequence[Path]) -> tuple[list[Sample], list[tuple[Path, str]]]:
-    """Return a sample for each image file among `paths`, the images in folders and the matches of patterns (``*.jpg``).
+@dataclass(frozen=True)
+class NoFile:
+    """Stands in for an image file that is not there; reading it says why."""
 
-    What is nothing of these comes back as the second value: the path, and a sentence.
+    reason: str
+
+    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+        raise ImageError(self.reason)
+
+
+def files_under(paths: Sequence[Path]) -> list[Sample]:
+    """Return a sample for each image file among `paths`, in folders and matched by patterns (``*.jpg``), in the order given.
+
+    What is nothing of these becomes a sample too, which cannot be read (`NoFile`).
     """
-    found: list[Path] = []
-    missing: list[tuple[Path, str]] = []
+    samples: list[Sample] = []
     for path in paths:
         if path.is_dir():
-            inside = image_files(path)
-            found += inside
-            if not inside:
-                missing.append((path, f"{path}: no image file in this folder"))
+            found, missing = image_files(path), f"{path}: no image file in this folder"
         elif path.is_file():
-            found.append(path)
-        elif matches := sorted(match for match in Path().glob(str(path)) if match.is_file()) if not path.is_absolute() else []:
-            found += matches
+            found, missing = [path], ""
         else:
-            missing.append((path, f"{path}: no such image file"))
-    return [Sample(str(path), LocalFile(path), ()) for path in found], missing
+            pattern = () if path.is_absolute() else Path().glob(str(path))
+            found, missing = sorted(match for match in pattern if match.is_file()), f"{path}: no such image file"
+        samples += [Sample(str(file), LocalFile(file), ()) for file in found] or [Sample(str(path), NoFile(missing), ())]
+    return samples
 
 
 def _decoded(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | Unreadable:

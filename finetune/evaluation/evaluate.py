@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.predictions import Predictions
+from finetune.metrics import Metric
 from finetune.metrics.calibration import ReliabilityBin
 from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
@@ -47,6 +48,11 @@ class Evaluation:
     def absent(self) -> tuple[str, ...]:
         """Classes without an image in this split; the means over classes leave them out."""
         return tuple(row.name for row in self.per_class if row.n == 0)
+
+    @property
+    def shown(self) -> tuple[Metric[Any], ...]:
+        """The metrics that say something about this many classes, in the order in which people read them."""
+        return tuple(metric for metric in task_named(self.task).metrics if len(self.classes) >= metric.least_classes)
 
     def metrics(self, split: str) -> dict[str, float]:
         """Return the figures under their ``split/name`` keys, with the number of images and the headline's interval."""

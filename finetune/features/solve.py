@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from finetune.errors import TrainingError
-from finetune.metrics.rows import log_softmax
+from finetune.metrics.accuracy import top1
+from finetune.metrics.likelihood import nll
+from finetune.metrics.rows import judge_rows
 
 # Strong to weak, two a decade, in units of the mean loss: scikit-learn's C is 1 / (l2 * N).
 L2_PATH = tuple(float(10.0**exponent) for exponent in np.arange(1.0, -5.1, -0.5))
@@ -212,8 +214,8 @@ def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[PathPo
             found = minimise(problem.objective(split.weights, l2), _extrapolate(trail), PATH_TOLERANCE)
             trail[:] = [*trail[-1:], found.parameters]
         logits = np.concatenate([problem.logits(trail[-1])[split.held_out] for split, trail in zip(splits, trails, strict=True)])
-        nll = -float(log_softmax(logits.astype(np.float64))[np.arange(len(labels)), labels].mean())
-        path.append(PathPoint(l2, nll, float((logits.argmax(axis=1) == labels).mean())))
+        judged = judge_rows(logits, labels)
+        path.append(PathPoint(l2, nll(judged), top1(judged)))
         best = min(range(len(path)), key=lambda index: path[index].val_nll)
         if best == len(path) - 1:
             best_logits, best_start = logits[np.argsort(rows, kind="stable")], trails[0][-1]

@@ -34,6 +34,7 @@ class Metric(Generic[RowsT]):
     largest: float = 1.0  # values lie between 0 and this
     percent: bool = False  # shown as a percentage
     over_classes: bool = False  # a mean over classes instead of images
+    least_classes: int = 2  # with fewer classes the value says nothing, and people are not shown it
 
     def text(self, value: float) -> str:
         """Return a value as people read it."""

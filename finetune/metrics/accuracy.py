@@ -84,7 +84,7 @@ def _n_correct(rows: Rows) -> int:
 
 
 TOP1 = Metric("top1", "top-1 accuracy", top1, weighted_top1, top1_interval, percent=True)
-TOP5 = Metric("top5", "top-5 accuracy", top5, weighted_top5, top5_interval, percent=True)
+TOP5 = Metric("top5", "top-5 accuracy", top5, weighted_top5, top5_interval, percent=True, least_classes=TOP_K + 1)
 MEAN_PER_CLASS_ACCURACY = Metric(
     "mean_per_class_accuracy",
     "mean per-class accuracy",

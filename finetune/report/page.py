@@ -184,8 +184,7 @@ def _cards(split: str, judged: Evaluation) -> str:
 
 
 def _splits_table(evaluations: Mapping[str, Evaluation]) -> str:
-    metrics = task_named(next(iter(evaluations.values())).task).metrics
-    head = ["split", "images", "95 % interval", *(metric.label for metric in metrics)]
+    head = ["split", "images", "95 % interval", *(metric.label for metric in next(iter(evaluations.values())).shown)]
     rows = [[_SPLIT_TITLES.get(split, split), *_split_row(evaluation)] for split, evaluation in evaluations.items()]
     notes = [_absent_note(split, evaluation) for split, evaluation in evaluations.items() if evaluation.absent]
     return table(head, rows) + "".join(notes)
@@ -198,9 +197,8 @@ def _absent_note(split: str, evaluation: Evaluation) -> str:
 
 
 def _split_row(e: Evaluation) -> list[str]:
-    task = task_named(e.task)
-    low, high = (task.headline.text(bound) for bound in e.intervals[e.headline])
-    return [f"{e.n:,}", f"{low} – {high}", *(metric.text(e.values[metric.key]) for metric in task.metrics)]
+    low, high = (task_named(e.task).headline.text(bound) for bound in e.intervals[e.headline])
+    return [f"{e.n:,}", f"{low} – {high}", *(metric.text(e.values[metric.key]) for metric in e.shown)]
 
 
 def _folds(found: CrossValidation | None, picture: str) -> list[str]:

@@ -12,6 +12,7 @@ from finetune.data.loader import EvalLoader
 from finetune.errors import NoBetterThanChance
 from finetune.evaluation.evaluate import Judgement, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
 from finetune.progress import Progress
 from finetune.runs.build import Built
@@ -22,6 +23,7 @@ from finetune.train.train import Trained, TrainingContext, solved_outputs
 BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 MIN_IMAGES_TO_CALIBRATE = 100
 LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
+MIN_IMAGES_TO_REFUSE = 20  # on fewer, a good model is as bad as chance by accident too often
 
 
 def predict_splits(built: Built, trained: Trained, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
@@ -75,21 +77,44 @@ def refuse_nonsense(predictions: Predictions) -> None:
     Raises:
         NoBetterThanChance: with the figures that say so.
     """
-    chance, evaluation = task_named(predictions.task).chance(predictions.labels), evaluate(predictions)
-    value, loss = evaluation.values[evaluation.headline], evaluation.values["loss"]
-    uniform = float(np.log(len(predictions.classes)))
-    split, n = predictions.split, len(predictions)
-    if value <= chance < 1.0:
-        found = (
-            f"its {evaluation.headline} on the {n:,} {split} images is {value:.3f}; one answer to all of them has {chance:.3f}"
+    found = _divergence(predictions)
+    if found is None and len(predictions) >= MIN_IMAGES_TO_REFUSE:
+        found = _no_better_than_chance(predictions)
+    if found is not None:
+        raise NoBetterThanChance(
+            f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
+            "hyperparameters.learning_rate_multiplier: 0.1; to register it all the same: --set export.register_model=always"
         )
-    elif loss > LOSS_OF_NONSENSE * uniform:
-        found = f"its loss on the {n:,} {split} images is {loss:.3g}; answering at random has {uniform:.3g}, so training diverged"
-    else:
-        return
-    raise NoBetterThanChance(
-        f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
-        "hyperparameters.learning_rate_multiplier: 0.1; to register it all the same: --set export.register_model=always"
+
+
+def doubt(predictions: Predictions) -> str | None:
+    """Return what must be said of a model that is registered although nothing shows that it is better than chance."""
+    found = _divergence(predictions) or _no_better_than_chance(predictions)
+    if found is None:
+        return None
+    if len(predictions) < MIN_IMAGES_TO_REFUSE:
+        found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
+    return f"registered without proof that it is better than chance: {found}"
+
+
+def _divergence(predictions: Predictions) -> str | None:
+    loss, uniform = evaluate(predictions).values["loss"], float(np.log(len(predictions.classes)))
+    if loss <= LOSS_OF_NONSENSE * uniform:
+        return None
+    return (
+        f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "
+        "so training diverged"
+    )
+
+
+def _no_better_than_chance(predictions: Predictions) -> str | None:
+    evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
+    value = evaluation.values[evaluation.headline]
+    if not value <= chance < 1.0:
+        return None
+    return (
+        f"its {evaluation.headline} on the {len(predictions):,} {predictions.split} images is {value:.3f}; one answer to all of "
+        f"them has {chance:.3f}"
     )
 
 

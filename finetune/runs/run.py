@@ -10,13 +10,12 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, Seen
-from finetune.bundle.registry import ModelVersion, Registry
+from finetune.bundle.registry import Registry
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.evaluate import Judgement, write_judgement
@@ -26,7 +25,7 @@ from finetune.events import DataWarning, Finished, Planned, Quantised, Registere
 from finetune.export import BundleFacts, export_bundle
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Built, Shared
-from finetune.runs.judge import judge, predict_splits, refuse_nonsense
+from finetune.runs.judge import doubt, judge, predict_splits, refuse_nonsense
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import decisions_of, prepare
@@ -105,13 +104,12 @@ def run_job(
 
         if options.reaches("exported"):
             manifest = export(built, trained, judgement, carried, run, progress)
-            cost = {**outcome.cost, **model_cost(built, run)}
+            cost = {**outcome.cost, **stopwatch.read(), **model_cost(built, run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             answers = {**carried.predictions, **predictions}
             write_run_report(built, trained, judgement, answers, carried.notes, manifest, outcome, run, carried.folds)
         if options.reaches("registered"):
-            version = register(built.resolved, run.bundle, predictions, shared.workspace)
-            outcome = replace(outcome, model=version.name, version=version.version)
+            outcome = register(outcome, built.resolved, predictions, shared.workspace)
         finish(outcome, run)
         return outcome
 
@@ -181,20 +179,24 @@ def export(
     return manifest
 
 
-def register(resolved: Resolved, bundle: Path, predictions: Mapping[str, Predictions], workspace: Workspace) -> ModelVersion:
-    """Make a bundle a version in the registry.
+def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Predictions], workspace: Workspace) -> Outcome:
+    """Make the bundle of an outcome a version in the registry; return the outcome with its name.
 
     Args:
-        predictions: its answers on images that it was not trained on; the most independent split decides.
+        predictions: answers on images that the model was not trained on; the most independent split decides.
 
     Raises:
         NoBetterThanChance: the model learnt nothing, and the request does not insist.
     """
-    if resolved.spec.export.register_model == "auto":
-        split = next((split for split in SHOWN_FIRST if split in predictions), None)
-        if split is not None:
-            refuse_nonsense(predictions[split])
-    return Registry(workspace.models).register(bundle, resolved.model_name, once=True)
+    assert outcome.bundle is not None, "what is registered has been exported"
+    warnings = outcome.warnings
+    judged = next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
+    if judged is not None:
+        if resolved.spec.export.register_model == "auto":
+            refuse_nonsense(judged)
+        warnings = (*warnings, *filter(None, [doubt(judged)]))
+    version = Registry(workspace.models).register(outcome.bundle, resolved.model_name, once=True)
+    return replace(outcome, bundle=version.path, model=version.name, version=version.version, warnings=warnings)
 
 
 def outcome_of(
@@ -202,6 +204,8 @@ def outcome_of(
 ) -> Outcome:
     """Return what the run came to, before anything is exported."""
     resolved = built.resolved
+    # A run that is exported later finds its features and weights; what they took is in the outcome that it has already.
+    earlier = Outcome.read(run).cost["train_seconds"] if run.outcome.exists() else 0.0
     return Outcome(
         run=run.root,
         method=resolved.spec.method.type,
@@ -210,7 +214,7 @@ def outcome_of(
         metrics=judgement.metrics,
         cost={
             **stopwatch.read(),
-            "train_seconds": trained.seconds,
+            "train_seconds": max(trained.seconds, earlier),
             "trainable_parameters": float(trained.n_trainable),
             "total_parameters": float(sum(parameter.numel() for parameter in built.classifier.parameters())),
         },

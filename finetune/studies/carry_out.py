@@ -130,8 +130,7 @@ def _study(
             _copy_report(kept_run(run), run)
         if options.reaches("registered") and outcome.bundle is not None:
             resolved = Resolved.from_dict(read_json(run.resolved))
-            version = register(resolved, outcome.bundle, conclusion.predictions, shared.workspace)
-            outcome = replace(outcome, model=version.name, version=version.version)
+            outcome = register(outcome, resolved, conclusion.predictions, shared.workspace)
         _finish(outcome, run)
         return outcome
 

@@ -86,7 +86,7 @@ def plain_numerics(compute: Compute) -> Numerics:
     return Numerics(compute.device, "float32", threads=compute.threads)
 
 
-def candidate_settings(
+def candidate_numerics(
     device: Device, precision: Precision | Literal["auto"], threads: int, *, bfloat16: bool
 ) -> tuple[Numerics, ...]:
     """The numerics to choose among, the plainest first."""
@@ -96,7 +96,7 @@ def candidate_settings(
     return tuple(Numerics(device, chosen, channels_last, threads) for chosen in precisions for channels_last in (False, True))
 
 
-def choose_settings(
+def choose_numerics(
     classifier: Classifier,
     recipe: Recipe,
     *,
@@ -109,7 +109,7 @@ def choose_settings(
     On a CPU the fastest is then measured beside itself with half of the threads: two on one core can be slower than one.
     The classifier is left as it was: the measured steps are taken by a copy.
     """
-    candidates = candidate_settings(device, precision, threads, bfloat16=computes_bfloat16(device))
+    candidates = candidate_numerics(device, precision, threads, bfloat16=computes_bfloat16(device))
     if recipe.n_steps < WORTH_MEASURING_STEPS:
         return next(numerics for numerics in candidates if numerics.channels_last), ()
     timings = measure(classifier, recipe, candidates)

@@ -33,7 +33,7 @@ from finetune.tasks import Task
 from finetune.train.choices import Choices
 from finetune.train.compute import Compute
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
-from finetune.train.machine import Numerics, choose_settings, prepare_images
+from finetune.train.machine import Numerics, choose_numerics, prepare_images
 from finetune.train.objectives import objective_of
 from finetune.train.recipe import Recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
@@ -224,7 +224,7 @@ def _measured_numerics(classifier: Classifier, recipe: Recipe, context: Training
     compute = context.compute
     measuring = Progress("preparing", 0, 1, "measurements", message="timing this machine")
     context.progress(measuring)
-    chosen, timings = choose_settings(
+    chosen, timings = choose_numerics(
         classifier, recipe, device=compute.device, precision=compute.precision, threads=compute.threads
     )
     if timings:

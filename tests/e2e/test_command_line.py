@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from PIL import Image
 from finetune.cli import cli
 from finetune.distribution import install_command
 from finetune.errors import InvalidInput, SpecError
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.predictions import read
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -54,7 +58,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(home))
-        outcome = run("train", "--data", str(pictures), "--no-mlflow", *TINY)
+        outcome = run("train", "--data", str(pictures), *TINY)
     return outcome, home
 
 
@@ -72,7 +76,9 @@ def test_a_job_leaves_a_registered_model_and_everything_a_run_folder_promises(tr
     assert (outcome["model"], outcome["version"]) == ("colours", "1")
     assert Path(outcome["bundle"]) == home / "models" / "colours" / "1"
     assert outcome["metrics"]["test/top1"] > 0.6
-    assert outcome["metrics"]["cost/trainable_parameters"] < outcome["metrics"]["cost/total_parameters"]
+    assert outcome["cost"]["trainable_parameters"] < outcome["cost"]["total_parameters"]
+    assert not any(key.startswith("cost/") for key in outcome["metrics"])
+    assert {path.name for path in folder.predictions.iterdir()} == {"val.npz", "test.npz"}
     resolved = read_json(folder.resolved)
     assert resolved["sources"]["hyperparameters.l2"] == "chosen by validation"
     frozen = read_json(folder.bundle / "bundle.json")["frozen"]
@@ -82,11 +88,10 @@ def test_a_job_leaves_a_registered_model_and_everything_a_run_folder_promises(tr
 
 
 def test_the_same_request_again_is_a_new_run_and_a_new_version(trained: Any, pictures: Path, home: Path):
-    again = run("train", "--data", str(pictures), "--no-mlflow", *TINY)
+    again = run("train", "--data", str(pictures), *TINY)
     assert again["run"] != trained[0]["run"]
     assert again["version"] == "2"
-    ours = {key: value for key, value in again["metrics"].items() if not key.startswith("cost/")}
-    assert ours == {key: trained[0]["metrics"][key] for key in ours}, "the same request gives the same model"
+    assert again["metrics"] == trained[0]["metrics"], "the same request gives the same model"
 
 
 def test_check_shows_the_plan_and_trains_nothing(pictures: Path, home: Path):
@@ -98,17 +103,106 @@ def test_check_shows_the_plan_and_trains_nothing(pictures: Path, home: Path):
     assert sorted((home / "runs").iterdir()) == runs
 
 
+def copy_split(run_folder: str, pictures: Path, splits: Iterable[str], target: Path) -> Path:
+    """Class folders with the images that a run had in these splits."""
+    for line in Path(run_folder, "split.csv").read_text().splitlines()[1:]:
+        path, label, split, _ = line.split(",")
+        if split in splits:
+            (target / label).mkdir(parents=True, exist_ok=True)
+            (target / label / Path(path).name).write_bytes((pictures / path).read_bytes())
+    return target
+
+
 def test_evaluate_repeats_what_the_run_found(trained: Any, pictures: Path, home: Path, tmp_path: Path):
     outcome = trained[0]
-    test = tmp_path / "test"
-    for line in Path(outcome["run"], "split.csv").read_text().splitlines()[1:]:
-        path, label, split, _ = line.split(",")
-        if split == "test":
-            (test / label).mkdir(parents=True, exist_ok=True)
-            (test / label / Path(path).name).write_bytes((pictures / path).read_bytes())
-    found = run("evaluate", "colours@1", "--data", str(test))
-    assert found["top1"] == outcome["metrics"]["test/top1"]
-    assert found["nll"] == pytest.approx(outcome["metrics"]["test/loss"], rel=1e-5)
+    found = run("evaluate", "colours@1", "--data", str(copy_split(outcome["run"], pictures, ["test"], tmp_path / "test")))
+    assert found["values"]["top1"] == outcome["metrics"]["test/top1"]
+    assert found["values"]["loss"] == pytest.approx(outcome["metrics"]["test/loss"], rel=1e-5)
+    assert found["n"] == outcome["metrics"]["test/n"] == 6
+    assert (found["n_trained_on"], found["n_chosen_on"], found["unseen"]) == (0, 0, None)
+
+
+def test_evaluate_says_how_many_images_the_model_was_trained_on_and_gives_the_figure_without_them(
+    trained: Any, pictures: Path, home: Path, tmp_path: Path
+):
+    outcome = trained[0]
+    mixed = copy_split(outcome["run"], pictures, ["train", "val", "test"], tmp_path / "mixed")
+    found = run("evaluate", "colours@1", "--data", str(mixed))
+    assert (found["n"], found["n_trained_on"], found["n_chosen_on"]) == (42, 30, 6)
+    assert found["unseen"]["n"] == 6
+    assert found["unseen"]["values"]["top1"] == outcome["metrics"]["test/top1"]
+    assert found["unseen"]["values"]["loss"] == pytest.approx(outcome["metrics"]["test/loss"], rel=1e-5)
+    seen = run("evaluate", "colours@1", "--data", str(copy_split(outcome["run"], pictures, ["train"], tmp_path / "train")))
+    assert (seen["n"], seen["n_trained_on"], seen["n_chosen_on"], seen["unseen"]) == (30, 30, 0, None)
+    (mixed / "red" / "copy.png").write_bytes(next((tmp_path / "train" / "red").iterdir()).read_bytes())
+    assert run("evaluate", "colours@1", "--data", str(mixed))["n_trained_on"] == 31, "known by its bytes, whatever it is called"
+
+
+def test_evaluate_takes_a_single_class_and_one_image_a_class(trained: Any, pictures: Path, home: Path, tmp_path: Path):
+    one_each, only_red = write_pictures(tmp_path / "one", 1), tmp_path / "red"
+    (only_red / "red").mkdir(parents=True)
+    for number in range(3):
+        (only_red / "red" / f"{number}.png").write_bytes((pictures / "red" / f"00{number}.png").read_bytes())
+    assert run("evaluate", "colours", "--data", str(one_each))["n"] == 3
+    found = run("evaluate", "colours", "--data", str(only_red))
+    assert (found["n"], found["values"]["top1"]) == (3, 1.0)
+    assert [row["n"] for row in found["per_class"]] == [0, 0, 3]
+
+
+def test_evaluate_measures_what_can_be_read_and_names_the_rest(trained: Any, pictures: Path, home: Path, tmp_path: Path):
+    folder = write_pictures(tmp_path / "some", 2)
+    (folder / "red" / "000.png").write_bytes(b"not an image")
+    found = run("evaluate", "colours", "--data", str(folder))
+    assert found["n"] == 5
+    assert [bad["file"] for bad in found["unreadable"]] == ["red/000.png"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "npz"])
+def test_answers_are_written_as_a_table(ending: str, trained: Any, pictures: Path, home: Path, tmp_path: Path):
+    folder, out = write_pictures(tmp_path / "some", 2), tmp_path / f"answers.{ending}"
+    found = run("evaluate", "colours", "--data", str(folder), "--out", str(out))
+    documents = run("predict", str(folder), "--model", "colours", "--out", str(tmp_path / f"predicted.{ending}"))
+    assert len(documents) == found["n"] == 6
+    if ending == "npz":
+        table, unlabelled = read(out), read(tmp_path / "predicted.npz")
+        assert evaluate(table).values == pytest.approx(found["values"])
+        assert unlabelled.targets is None
+        np.testing.assert_allclose(unlabelled.logits, table.logits, atol=1e-5)
+        return
+    rows, predicted = (table_rows(path) for path in (out, tmp_path / f"predicted.{ending}"))
+    assert [row["label"] for row in rows] == ["blue", "blue", "green", "green", "red", "red"]
+    assert "label" not in predicted[0]
+    assert [row["predicted"] for row in rows] == [row["predicted"] for row in predicted]
+    assert [row["predicted"] for row in predicted] == [document["predictions"][0]["label"] for document in documents]
+    assert sum(row["label"] == row["predicted"] for row in rows) / 6 == pytest.approx(found["values"]["top1"])
+    assert rows[0]["sha256"] == hashlib.sha256((folder / "blue" / "000.png").read_bytes()).hexdigest()
+    assert sum(float(rows[0][f"p({name})"]) for name in CLASSES) == pytest.approx(1.0, abs=1e-5)
+
+
+def table_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV or Parquet file, read by somebody else's library."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.parquet.read_table(path)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def test_an_ending_that_no_table_has_is_refused_before_anything_is_asked(pictures: Path, home: Path, tmp_path: Path):
+    for command in (["evaluate", "colours", "--data", str(pictures)], ["predict", str(pictures), "--model", "colours"]):
+        with pytest.raises(InvalidInput, match=r"write to a file that ends in \.csv, \.parquet, \.npz"):
+            run(*command, "--out", str(tmp_path / "answers.xls"))
+
+
+def test_predict_takes_folders_files_and_patterns(pictures: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(pictures)
+    answers = run("predict", "red", "green/003.png", "blue/01*.png", "--model", "colours")
+    assert [answer["file"] for answer in answers] == [
+        *(f"red/{number:03d}.png" for number in range(14)),
+        "green/003.png",
+        *(f"blue/{number:03d}.png" for number in range(10, 14)),
+    ]
 
 
 def test_evaluate_refuses_classes_that_the_model_does_not_know(home: Path, tmp_path: Path):
@@ -139,8 +233,8 @@ def test_predict_answers_for_the_good_files_and_names_the_bad_one(pictures: Path
 
 
 def test_models_are_listed_promoted_and_rolled_back(trained: Any, pictures: Path, home: Path):
-    run("train", "--data", str(pictures), "--no-mlflow", "--name", "shades", *TINY)
-    run("train", "--data", str(pictures), "--no-mlflow", "--name", "shades", "--seed", "1", *TINY)
+    run("train", "--data", str(pictures), "--name", "shades", *TINY)
+    run("train", "--data", str(pictures), "--name", "shades", "--seed", "1", *TINY)
     for arguments in (["promote", "shades", "1"], ["promote", "shades", "2"], ["rollback", "shades"]):
         assert CliRunner().invoke(cli, ["models", *arguments]).exit_code == 0
     found = {row["version"]: row["aliases"] for row in run("models", "list")["models"] if row["name"] == "shades"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from awkward import AWKWARD, READABLE, REFUSED, quadrants_of
 
-from finetune.bundle.image import decode_image, image_size
+from finetune.bundle.image import decode_image, header_size, image_size
 from finetune.bundle.preprocess import Preprocess
 
 
@@ -49,6 +49,7 @@ def test_loading_a_file_equals_decoding_it_and_then_preprocessing_it(name: str, 
 def test_the_size_of_a_file_is_its_upright_size(name: str) -> None:
     data, expected = AWKWARD[name]
     assert image_size(data) == expected.size_px[::-1]
+    assert header_size(data) == expected.size_px[::-1], "the header alone tells it too"
 
 
 @pytest.mark.parametrize("name", REFUSED)

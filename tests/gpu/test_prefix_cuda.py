@@ -10,8 +10,8 @@ import torch
 from folders import path_of
 from tiny_training import tiny_classifier, write_images
 
+from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.storage.store import Store
-from finetune.features.rows import Resources, Views, pooled_features
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,7 +21,7 @@ def test_features_on_the_gpu_agree_with_the_cpu_s_and_are_found_again(tmp_path: 
     classifier = tiny_classifier().eval()
     views = Views(classifier.backbone.preprocess)
     done: list[int] = []
-    on_gpu = Resources(Store(tmp_path / "cache"), "cuda", progress=lambda update: done.append(update.done))
+    on_gpu = FeatureContext(Store(tmp_path / "cache"), "cuda", progress=lambda update: done.append(update.done))
     features = pooled_features(classifier, samples, views, on_gpu)
     with torch.no_grad():
         pixels = np.stack([views.preprocess.load_file(path_of(sample)) for sample in samples])

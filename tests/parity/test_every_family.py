@@ -58,7 +58,7 @@ def test_a_family_trains_and_exports_faithfully(
     size_px, cam_kind = FAMILIES[name]
     classifier = classifier_of(name, input_size_px=size_px)  # type: ignore[arg-type]
     assert classifier.cam_kind == cam_kind
-    graph = dry_run_export(classifier, graphs)
+    graph = dry_run_export(classifier, cache=graphs)
     apply_freeze(classifier, plan_freeze(classifier.backbone.stages, asked(classifier, method)))
     frozen = frozen_digest(classifier)
     n_moved = take_a_step(classifier)

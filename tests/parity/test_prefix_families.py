@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.features.prefix import OnnxEngine, PixelPrefix, TorchEngine, activation_shape, agreement, export_prefix
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.cut import why_not_cut
 from finetune.runtime.session import open_session
-from finetune.features.prefix import OnnxEngine, PixelPrefix, TorchEngine, activation_shape, agreement, export_prefix
 
 FAMILIES = (
     "resnet18",

@@ -153,7 +153,11 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> 
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     seen: list[Progress] = []
     check_images(index_dataset(write_classes(tmp_path, {"a": 70, "b": 70})), progress=seen.append)
-    assert [(update.phase, update.done, update.total) for update in seen] == [("preparing", n, 140) for n in (64, 128, 140)]
+    assert [(update.message, update.done, update.total) for update in seen] == [
+        ("reading images", 140, 140),
+        *(("checking images", n, 140) for n in (64, 128, 140)),
+    ]
+    assert {update.phase for update in seen} == {"preparing"}
 
 
 def test_the_checked_digest_is_of_contents_and_not_of_names(tmp_path: Path) -> None:

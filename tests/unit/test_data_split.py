@@ -14,7 +14,7 @@ from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
 from finetune.data.split import read_split, split_dataset, write_split
-from finetune.errors import DataError
+from finetune.errors import DataChangedError, DataError
 
 
 def dataset_of(root: Path, counts: dict[str, int]) -> Dataset:
@@ -126,7 +126,7 @@ def test_a_changed_dataset_does_not_fit_a_recorded_split(tmp_path: Path) -> None
     write_split(tmp_path / "split.csv", split_dataset(check_images(index_dataset(root))))
     (root / "a" / "0.png").rename(root / "b" / "moved.png")
     (root / "a" / "1.png").write_bytes((root / "a" / "1.png").read_bytes() + b" ")
-    with pytest.raises(DataError, match="changed since the split was recorded") as caught:
+    with pytest.raises(DataChangedError, match=r"the data changed since this run began\. Give another --run-dir") as caught:
         read_split(tmp_path / "split.csv", check_images(index_dataset(root)))
     assert {problem.where: problem.message for problem in caught.value.problems} == {
         "a/1.png": "has other bytes than when the split was recorded",

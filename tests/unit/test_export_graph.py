@@ -225,7 +225,7 @@ def test_a_kept_graph_saves_tracing_the_same_architecture_again(
 ) -> None:
     traced = []
     monkeypatch.setattr(dry_run_module, "trace", lambda module: traced.append(module) or graph)
-    assert [dry_run_export(classifier_of("test_resnet", seed=seed), tmp_path) for seed in (1, 2, 3)] == [graph] * 3
+    assert [dry_run_export(classifier_of("test_resnet", seed=seed), cache=tmp_path) for seed in (1, 2, 3)] == [graph] * 3
     assert len(traced) == 1
 
 
@@ -237,11 +237,11 @@ def test_a_kept_graph_is_compared_with_torch_once_for_each_backbones_weights(
     monkeypatch.setattr(dry_run_module, "trace", lambda module: graph)
     monkeypatch.setattr(dry_run_module, "_check", lambda graph, module: compared.append(module) or check(graph, module))
     for seed in (1, 1, 2, 1, 2):
-        dry_run_export(classifier_of("test_resnet", seed=seed), tmp_path)
+        dry_run_export(classifier_of("test_resnet", seed=seed), cache=tmp_path)
     assert len(compared) == 2
     (kept,) = tmp_path.glob("*.onnx")
     kept.write_bytes(other_normalisation(graph))  # the note is of another graph, so it counts for nothing
-    assert dry_run_export(classifier_of("test_resnet", seed=1), tmp_path) == graph
+    assert dry_run_export(classifier_of("test_resnet", seed=1), cache=tmp_path) == graph
     assert len(compared) == 4
 
 
@@ -251,7 +251,7 @@ def test_a_kept_graph_that_computes_something_else_is_traced_again(
     kept = tmp_path / f"{fingerprint(module)}.onnx"
     kept.write_bytes(other_normalisation(graph))
     monkeypatch.setattr(dry_run_module, "trace", lambda module: graph)
-    assert dry_run_export(module.classifier, tmp_path) == graph
+    assert dry_run_export(module.classifier, cache=tmp_path) == graph
     assert kept.read_bytes() == graph.proto
 
 

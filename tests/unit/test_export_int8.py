@@ -109,7 +109,7 @@ def test_a_bundle_is_int8_where_that_answers_as_well(
     caplog.set_level(logging.WARNING)
     manifest = export_bundle(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8", training=sure)
     said = manifest.model["quantization"]
-    assert (said["kept"], said["top1_float32"], said["top1_int8"], said["n_images"]) == (True, 1.0, 1.0, 12)
+    assert (said["kept"], said["metric"], said["float32"], said["int8"], said["n_images"]) == (True, "top1", 1.0, 1.0, 12)
     assert said["sentence"].startswith("quantised to int8: top1 on 12 images is 1.0000, in float32 1.0000; ")
     assert (tmp_path / "bundle" / MODEL).stat().st_size < len(model) / 2.5
     predictor = Predictor.load(tmp_path / "bundle")
@@ -121,7 +121,7 @@ def test_a_bundle_is_int8_where_that_answers_as_well(
 def test_a_bundle_stays_float32_where_int8_costs_too_much_and_says_so(
     classifier: Classifier, graph: Graph, model: bytes, sure: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize_module, "MAX_TOP1_LOSS", -0.01)  # it would have to be better
+    monkeypatch.setattr(quantize_module, "MAX_LOSS", -0.01)  # it would have to be better
     manifest = export_bundle(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8")
     said = manifest.model["quantization"]
     assert not said["kept"]

@@ -10,10 +10,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from answers import table
 
-from finetune.report import figures
+from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.folds import CrossValidation, FoldScore
-from finetune.evaluation.metrics import Evaluation, confident_mistakes, evaluate_logits, fit_temperature
+from finetune.evaluation.mistakes import confident_mistakes
+from finetune.evaluation.predictions import Predictions
+from finetune.metrics.temperature import fit_softmax_temperature
+from finetune.report import figures
 from finetune.report.page import ReportInputs, ShownMistake, draw_figures, render_report, write_report
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -23,12 +27,16 @@ pytestmark = pytest.mark.filterwarnings("error")
 NASTY = ("</script><script>alert(1)</script>", "$x^2$ & 'quoted' \"names\"", "猫", "a" * 120, "{braces} %s", "тигр")
 
 
-def judged(classes: tuple[str, ...], n: int = 120, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Evaluation]:
+def answers(classes: tuple[str, ...], n: int = 120, seed: int = 0) -> Predictions:
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, len(classes), n)
     logits = generator.normal(size=(n, len(classes))).astype(np.float32)
     logits[np.arange(n), labels] += 1.5
-    return logits, labels, evaluate_logits(logits, labels, classes)
+    return table(logits, labels, classes)
+
+
+def judged(classes: tuple[str, ...], n: int = 120, seed: int = 0) -> Evaluation:
+    return evaluate(answers(classes, n, seed))
 
 
 def trained_run(folder: Path) -> RunDir:
@@ -52,7 +60,7 @@ def trained_run(folder: Path) -> RunDir:
 
 
 def inputs(classes: tuple[str, ...] = ("cat", "dog", "owl"), **more) -> ReportInputs:
-    logits, labels, evaluation = judged(classes)
+    predictions = answers(classes)
     mistakes = [
         ShownMistake(
             np.full((40, 60, 3), 7, dtype=np.uint8),
@@ -62,14 +70,14 @@ def inputs(classes: tuple[str, ...] = ("cat", "dog", "owl"), **more) -> ReportIn
             m.confidence,
             m.true_probability,
         )
-        for m in confident_mistakes(logits, labels, 4)
+        for m in confident_mistakes(predictions, 4)
     ]
     return ReportInputs(
         **{
             "title": "flowers",
-            "evaluations": {"val": evaluation},
+            "evaluations": {"val": evaluate(predictions)},
             "mistakes": mistakes,
-            "temperature": fit_temperature(logits, labels),
+            "temperature": fit_softmax_temperature(predictions.logits, predictions.labels),
             **more,
         }
     )
@@ -99,7 +107,7 @@ def embedded_svgs(page: Page) -> list[str]:
 
 def test_a_report_holds_every_figure_and_loads_nothing(tmp_path: Path) -> None:
     run = trained_run(tmp_path)
-    path = [{"l2": 10.0**k, "val_nll": 1.0 + k * k, "val_top1": 0.5} for k in range(-3, 2)]
+    path = [{"l2": 10.0**k, "val_nll": 1.0 + k * k, "val_score": 0.5} for k in range(-3, 2)]
     write_report(run, inputs(l2_path=path, l2=1.0, phases=[{"name": "top", "n_epochs": 2}, {"name": "all", "n_epochs": 2}]))
     names = {"learning_curves", "learning_rate", "stage_signals", "l2_path", "confusion", "per_class", "reliability"}
     assert {file.stem for file in run.figures.iterdir()} == names
@@ -139,9 +147,10 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluation() -> None:
     )
     page = Page(render_report(given, {}))
     evaluation = given.evaluations["val"]
-    low, high = evaluation.top1_interval
+    low, high = evaluation.intervals["top1"]
     for shown in (
-        f"{evaluation.top1:.1%}", f"{low:.1%} – {high:.1%}", f"{evaluation.nll:.3f}", f"{evaluation.ece:.3f}",
+        f"{evaluation.values['top1']:.1%}", f"{low:.1%} – {high:.1%}", f"{evaluation.values['loss']:.3f}",
+        f"{evaluation.values['ece']:.3f}", "120 images", "val (which chose the weights)",
         "1 min 5 s", "16.7 ms", "2.0 MiB", "12,810", "yes", "Apache-2.0",
     ):  # fmt: skip
         assert shown in page.text
@@ -159,10 +168,10 @@ def test_digests_of_frozen_weights_are_compared_for_the_reader() -> None:
 
 
 def test_phases_are_listed_with_what_trains_in_them() -> None:
-    probe = {"name": "probe", "n_epochs": 0, "n_steps": 0, "trainable": (), "head_lr": 0.0}
+    head = {"name": "head", "n_epochs": 0, "n_steps": 0, "trainable": (), "head_lr": 0.0}
     tune = {"name": "all", "n_epochs": 3, "n_steps": 1200, "trainable": (0, 1), "head_lr": 3e-4}
-    text = render_report(inputs(phases=[probe, tune], stage_names={"stage0": "stem", "stage1": "blocks.0"}), {})
-    assert "<td>probe</td><td>–</td><td class=n>solved</td>" in text
+    text = render_report(inputs(phases=[head, tune], stage_names={"stage0": "stem", "stage1": "blocks.0"}), {})
+    assert "<td>head</td><td>–</td><td class=n>solved</td>" in text
     assert "<td>all</td><td>stem, blocks.0</td><td class=n>3</td><td class=n>1,200</td><td class=n>0.0003</td>" in text
 
 
@@ -176,7 +185,7 @@ def test_values_stand_beside_where_they_came_from() -> None:
 def test_classes_without_images_are_named_up_to_ten() -> None:
     classes = tuple(f"c{i}" for i in range(20))
     logits = np.eye(20, dtype=np.float32)[:3]
-    evaluation = evaluate_logits(logits, np.arange(3), classes)
+    evaluation = evaluate(table(logits, np.arange(3), classes))
     text = Page(
         render_report(inputs(evaluations={"test": evaluation}), draw_figures([], inputs(evaluations={"test": evaluation})))
     ).text
@@ -196,7 +205,7 @@ def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_classes", [2, 26, 101])
 def test_confusion_is_drawn_for_few_and_for_many_classes(n_classes: int) -> None:
-    _, _, evaluation = judged(tuple(f"class {i}" for i in range(n_classes)), n=300)
+    evaluation = judged(tuple(f"class {i}" for i in range(n_classes)), n=300)
     svg = figures.to_svg(figures.confusion_matrix(evaluation))
     assert svg.count("class 1<") == (2 if n_classes <= figures.MAX_LABELLED_CLASSES else 0)
 
@@ -228,10 +237,10 @@ def test_one_sample_of_stage_signals_is_no_curve() -> None:
 
 def test_a_cross_validation_is_shown_fold_by_fold_with_what_to_expect(tmp_path: Path) -> None:
     scores = tuple(
-        FoldScore(number, 160, 40, judged(("cat", "dog"), n=40, seed=number)[2].metrics("test"), f"kept {number}", 2.0)
+        FoldScore(number, 160, 40, judged(("cat", "dog"), n=40, seed=number).metrics("test"), f"kept {number}", 2.0)
         for number in (1, 2, 3)
     )
-    found = CrossValidation(scores, judged(("cat", "dog"))[2])
+    found = CrossValidation(scores, judged(("cat", "dog")))
     run = RunDir(tmp_path).create()
     write_report(run, inputs(evaluations={"cv": found.pooled}, folds=found, note="what these figures are of"))
     page = Page(run.report.read_text(encoding="utf-8"))

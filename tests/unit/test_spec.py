@@ -135,7 +135,7 @@ def test_the_documented_defaults_are_the_defaults():
 def test_what_is_not_built_yet_is_refused_and_not_ignored():
     found = problems_of({"training_file": "x", "data": {"group_column": "patient"}})
     assert set(found) == {"data.group_column"}
-    assert "not read yet" in found["data.group_column"]
+    assert "do not keep groups of images together yet" in found["data.group_column"]
 
 
 @pytest.mark.parametrize(("folds", "allowed"), [(1, "greater than or equal to 2"), (51, "less than or equal to 50")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DiskFull
+from finetune.events import DataWarning, Resumed, Trained, TrainingStarted
 from finetune.storage.files import atomic_path, read_json, write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -52,14 +53,25 @@ def test_a_journal_is_read_up_to_a_torn_last_line(tmp_path: Path):
 
 def test_a_journal_goes_on_after_a_torn_line_without_losing_the_next(tmp_path: Path):
     run = RunDir(tmp_path / "run").create()
-    run.event("started", "the run started")
+    run.record(TrainingStarted("the run started", {}))
     with open(run.events, "a") as stream:
         stream.write('{"at": 1, "ki')
-    run.event("resumed", "the run goes on", step=3)
-    assert [line["kind"] for line in read_lines(run.events)] == ["started", "resumed"]
+    run.record(Resumed("the run goes on", step=3, exact=True))
+    assert [line["kind"] for line in read_lines(run.events)] == ["training", "resumed"]
 
 
 def test_a_journal_keeps_messages_with_unusual_line_ends(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.event("note", "one\u2028two\x85three")
+    run.record(DataWarning("one\u2028two\x85three"))
     assert [event["message"] for event in read_lines(run.events)] == ["one\u2028two\x85three"]
+
+
+def test_a_journal_holds_what_json_cannot_say_as_null_and_file_names_of_any_bytes(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metric(3, {"train/loss": float("nan"), "train/lr": 0.1})
+    run.record(Trained("it diverged", {"val/loss": float("inf")}))
+    run.record(DataWarning("caf\udce9.jpg cannot be read"))
+    assert read_lines(run.metrics)[0]["values"] == {"train/loss": None, "train/lr": 0.1}
+    diverged, warning = read_lines(run.events)
+    assert diverged["metrics"] == {"val/loss": None}
+    assert warning["message"] == "caf\udce9.jpg cannot be read"

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import class_means, fingerprint, tiny_classifier, tiny_recipe, train_tiny, write_images
+from tiny_training import (
+    MULTICLASS,
+    class_means,
+    fingerprint,
+    targets_of,
+    tiny_classifier,
+    tiny_recipe,
+    train_tiny,
+    write_images,
+)
 
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader
@@ -21,6 +30,7 @@ from finetune.storage.rundir import RunDir
 from finetune.train import checkpoint, fit
 from finetune.train.fit import TrainBatches, improves
 from finetune.train.interrupt import Interrupted
+from finetune.train.objectives.multiclass import MulticlassObjective
 
 TWO_EPOCHS = {"method": "partial", "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate": 0.003}}
 
@@ -52,7 +62,7 @@ def test_a_run_logs_each_epoch_and_ends_with_the_best_weights(tmp_path: Path, sa
 def evaluate(classifier: Any, samples: list[Sample]) -> tuple[float, float]:
     """Validation loss and accuracy, computed without the loop."""
     (batch,) = EvalLoader(samples, classifier.backbone.preprocess)
-    labels = torch.from_numpy(batch.labels)
+    labels = torch.from_numpy(targets_of(samples))
     with torch.no_grad():
         logits = classifier(classifier.normalise(torch.from_numpy(batch.images)))
     return float(torch.nn.functional.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
@@ -144,10 +154,10 @@ def test_with_every_checkpoint_damaged_the_run_begins_anew(tmp_path: Path, sampl
     assert fingerprint(again, classifier) == first
 
 
-def test_what_an_attempt_said_before_its_first_checkpoint_is_not_said_twice(tmp_path: Path, samples: list[Sample]) -> None:
+def test_lines_of_an_attempt_without_a_checkpoint_are_not_kept(tmp_path: Path, samples: list[Sample]) -> None:
     reference, _ = train_tiny(RunDir(tmp_path / "alone"), samples, TWO_EPOCHS)
     run = RunDir(tmp_path / "killed").create()
-    run.metric(0, {"probe/l2": 0.1}, epoch=0.0)
+    run.metric(0, {"head/l2": 0.1}, epoch=0.0)
     again, _ = train_tiny(run, samples, TWO_EPOCHS)
     assert [line["step"] for line in again.history] == [line["step"] for line in reference.history]
 
@@ -161,7 +171,7 @@ def test_checkpoints_of_another_dataset_are_refused(tmp_path: Path, samples: lis
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_learning_rate(
     tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "mixed_cross_entropy", lambda logits, *_: logits.sum() * float("inf"))
+    monkeypatch.setattr(MulticlassObjective, "loss", lambda self, logits, *_: logits.sum() * float("inf"))
     with pytest.raises(
         TrainingError, match=r"the loss became (nan|inf|-inf) at step 1 of 6, with learning rate 0\.0015.*multiplier"
     ):
@@ -180,7 +190,7 @@ def test_running_out_of_memory_names_the_batch_size(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(fit, "mixed_cross_entropy", fail)
+    monkeypatch.setattr(MulticlassObjective, "loss", fail)
     with pytest.raises(TrainingError, match=r"out of memory at batch size 6\. Try hyperparameters.batch_size: 3"):
         train_tiny(RunDir(tmp_path), samples, TWO_EPOCHS)
 
@@ -188,7 +198,7 @@ def test_running_out_of_memory_names_the_batch_size(
 def test_training_stops_when_validation_no_longer_gains(
     tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "improves", lambda values, best: not best)
+    monkeypatch.setattr(fit, "improves", lambda values, best, headline: not best)
     given = {"method": "partial", "hyperparameters": {"n_epochs": 9, "batch_size": 14, "early_stopping_epochs": 2}}
     fitted, _ = train_tiny(RunDir(tmp_path), samples, given)
     assert fitted.stopped_early
@@ -204,11 +214,11 @@ def test_fine_tuning_never_ends_below_the_head_it_began_with(tmp_path: Path, sam
 
 def test_the_better_weights_are_more_accurate_or_as_accurate_and_surer() -> None:
     best = {"val/top1": 0.8, "val/loss": 0.5}
-    assert improves(best, {})
-    assert improves({"val/top1": 0.81, "val/loss": 0.9}, best)
-    assert improves({"val/top1": 0.8, "val/loss": 0.49}, best)
-    assert not improves({"val/top1": 0.8, "val/loss": 0.5}, best)
-    assert not improves({"val/top1": 0.79, "val/loss": 0.1}, best)
+    assert improves(best, {}, "top1")
+    assert improves({"val/top1": 0.81, "val/loss": 0.9}, best, "top1")
+    assert improves({"val/top1": 0.8, "val/loss": 0.49}, best, "top1")
+    assert not improves({"val/top1": 0.8, "val/loss": 0.5}, best, "top1")
+    assert not improves({"val/top1": 0.79, "val/loss": 0.1}, best, "top1")
 
 
 def test_an_auxiliary_head_trains_with_the_rest(tmp_path: Path, samples: list[Sample]) -> None:
@@ -224,5 +234,16 @@ def test_an_auxiliary_head_trains_with_the_rest(tmp_path: Path, samples: list[Sa
     before = classifier.aux.linear.weight.detach().clone()
     batches = list(EvalLoader(samples[:14], backbone.preprocess, batch_size=7))
     run = RunDir(tmp_path).create()
-    fit.fit(classifier, recipe, lambda epoch, start: batches[start:], batches, run, fit.Saving({}))
+    targets = targets_of(samples[:14])
+    fit.fit(
+        classifier,
+        recipe,
+        lambda epoch, start: batches[start:],
+        batches,
+        run,
+        fit.Saving({}),
+        **MULTICLASS,
+        train_targets=targets,
+        val_targets=targets,
+    )
     assert not torch.equal(classifier.aux.linear.weight, before)

@@ -1,4 +1,4 @@
-"""What one step is made of: parameter groups, the loss and its randomness, averages, gradient signals, machine settings."""
+"""What one step is made of: parameter groups, randomness, averages, gradient signals, and how the machine computes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.train import machine
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
-from finetune.train.loss import mix, mixed_cross_entropy, step_seed
 from finetune.train.machine import (
-    Settings,
+    Numerics,
     Timing,
-    candidate_settings,
-    choose_settings,
+    candidate_numerics,
+    choose_numerics,
     computing_with,
     fastest,
     place,
     prepare_images,
     resolve_device,
 )
+from finetune.train.mixing import mix, step_seed
+from finetune.train.objectives import objective_of
 from finetune.train.optim import build_optimizer, set_learning_rates
 from finetune.train.recipe import Recipe, freeze_plan
 from finetune.train.signals import StepMeter
+
+LOSS = objective_of("multiclass").loss
 
 PARTIAL = {
     "method": {"type": "partial", "stages": 1, "warm_head": False},
@@ -122,13 +125,13 @@ def test_without_mixup_nothing_changes_and_the_loss_is_cross_entropy() -> None:
     assert same is images
     logits = torch.randn(4, 3)
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
-    assert torch.equal(mixed_cross_entropy(logits, labels, other, share, 0.1), expected)
+    assert torch.equal(LOSS(logits, labels, other, share, 0.1), expected)
 
 
 def test_the_mixed_loss_is_cross_entropy_against_mixed_targets() -> None:
     logits, labels, other = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
     targets = 0.3 * nn.functional.one_hot(labels, 3) + 0.7 * nn.functional.one_hot(other, 3)
-    torch.testing.assert_close(mixed_cross_entropy(logits, labels, other, 0.3, 0.0), nn.CrossEntropyLoss()(logits, targets))
+    torch.testing.assert_close(LOSS(logits, labels, other, 0.3, 0.0), nn.CrossEntropyLoss()(logits, targets))
 
 
 def test_after_its_half_life_the_average_is_half_way_to_a_constant() -> None:
@@ -201,27 +204,27 @@ def test_signals_agree_with_norms_computed_one_by_one() -> None:
 
 
 def test_bfloat16_is_offered_only_where_the_hardware_has_it() -> None:
-    without = candidate_settings("cpu", "auto", 2, bfloat16=False)
-    assert {settings.precision for settings in without} == {"float32"}
-    with_it = candidate_settings("cpu", "auto", 2, bfloat16=True)
-    assert {(settings.precision, settings.channels_last) for settings in with_it} == {
+    without = candidate_numerics("cpu", "auto", 2, bfloat16=False)
+    assert {numerics.precision for numerics in without} == {"float32"}
+    with_it = candidate_numerics("cpu", "auto", 2, bfloat16=True)
+    assert {(numerics.precision, numerics.channels_last) for numerics in with_it} == {
         ("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True),
     }  # fmt: skip
-    assert {settings.precision for settings in candidate_settings("cpu", "float32", 2, bfloat16=True)} == {"float32"}
+    assert {numerics.precision for numerics in candidate_numerics("cpu", "float32", 2, bfloat16=True)} == {"float32"}
 
 
-def test_measuring_settings_leaves_weights_and_statistics_alone() -> None:
+def test_measuring_numerics_leaves_weights_and_statistics_alone() -> None:
     classifier = tiny_classifier()
     recipe = tiny_recipe(classifier, 400, method={"type": "full", "bn": "train"}, hyperparameters={"n_epochs": 30})
     before = copy_state(classifier)
-    settings, timings = choose_settings(classifier, recipe, device="cpu", threads=1)
+    numerics, timings = choose_numerics(classifier, recipe, device="cpu", threads=1)
     assert len(timings) >= 2
-    assert settings == fastest(timings)
+    assert numerics == fastest(timings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
 
 
 def test_a_plainer_setting_is_kept_unless_another_is_clearly_faster() -> None:
-    plain, other = Settings(channels_last=False), Settings(channels_last=True)
+    plain, other = Numerics(channels_last=False), Numerics(channels_last=True)
     assert fastest((Timing(plain, 100.0), Timing(other, 104.0))) == plain
     assert fastest((Timing(plain, 100.0), Timing(other, 106.0))) == other
 
@@ -231,21 +234,21 @@ def test_half_of_the_threads_are_taken_where_that_is_clearly_faster(monkeypatch:
     recipe = tiny_recipe(classifier, 400, method="full", hyperparameters={"n_epochs": 30})
     rates = {8: 100.0, 4: 120.0}
 
-    def pretend(classifier: Classifier, recipe: Recipe, candidates: Sequence[Settings]) -> tuple[Timing, ...]:
-        return tuple(Timing(settings, rates[settings.threads] + 50 * settings.channels_last) for settings in candidates)
+    def pretend(classifier: Classifier, recipe: Recipe, candidates: Sequence[Numerics]) -> tuple[Timing, ...]:
+        return tuple(Timing(numerics, rates[numerics.threads] + 50 * numerics.channels_last) for numerics in candidates)
 
     monkeypatch.setattr(machine, "measure", pretend)
-    settings, timings = choose_settings(classifier, recipe, device="cpu", precision="float32", threads=8)
-    assert settings == Settings("cpu", "float32", True, 4)
-    assert [timing.settings.threads for timing in timings] == [8, 8, 8, 4]
+    numerics, timings = choose_numerics(classifier, recipe, device="cpu", precision="float32", threads=8)
+    assert numerics == Numerics("cpu", "float32", True, 4)
+    assert [timing.numerics.threads for timing in timings] == [8, 8, 8, 4]
     rates[4] = 104.0
-    assert choose_settings(classifier, recipe, device="cpu", precision="float32", threads=8)[0].threads == 8
+    assert choose_numerics(classifier, recipe, device="cpu", precision="float32", threads=8)[0].threads == 8
 
 
 def test_a_short_run_is_not_measured() -> None:
     classifier = tiny_classifier()
     recipe = tiny_recipe(classifier, 20, method="full", hyperparameters={"n_epochs": 1})
-    assert choose_settings(classifier, recipe, device="cpu", threads=2) == (Settings("cpu", "float32", True, 2), ())
+    assert choose_numerics(classifier, recipe, device="cpu", threads=2) == (Numerics("cpu", "float32", True, 2), ())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -255,9 +258,9 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused() -> None:
     assert resolve_device("auto") == "cpu"
 
 
-def test_computing_settings_end_with_their_block() -> None:
+def test_numerics_end_with_their_block() -> None:
     threads = torch.get_num_threads()
-    with computing_with(Settings(threads=1)):
+    with computing_with(Numerics(threads=1)):
         assert torch.get_num_threads() == 1
         assert torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == threads
@@ -270,11 +273,11 @@ def test_gradients_do_not_depend_on_the_memory_layout(architecture: str) -> None
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     original = tiny_classifier(architecture, dropout=0.0)
     for channels_last in (False, True):
-        settings = Settings(channels_last=channels_last)
+        numerics = Numerics(channels_last=channels_last)
         classifier = copy.deepcopy(original)
         classifier.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         classifier.train()
-        classifier(prepare_images(classifier, images, settings)).square().mean().backward()
+        classifier(prepare_images(classifier, images, numerics)).square().mean().backward()
         gradients.append([p.grad for p in classifier.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     for first, second in zip(*gradients, strict=True):
@@ -316,7 +319,7 @@ def test_while_memory_is_retained_large_blocks_come_from_the_heap_instead_of_fre
 def test_activations_are_out_of_place_only_where_autograd_would_copy() -> None:
     classifier = tiny_classifier()
     classifier.backbone.module.extra = nn.Sequential(nn.ReLU6(inplace=True), nn.ReLU(inplace=True))
-    place(classifier, Settings())
+    place(classifier, Numerics())
     relu6, relu = classifier.backbone.module.extra
     assert not relu6.inplace
     assert relu.inplace

@@ -9,19 +9,25 @@ from typing import Any
 import pytest
 from folders import write_classes
 
-from finetune import plan
+from finetune.data.check import Scanned
 from finetune.data.dataset import Dataset
 from finetune.errors import InvalidInput, UnknownBackbone
-from finetune.plan import make_plan
 from finetune.progress import Progress
+from finetune.runs import prepare as module
+from finetune.runs.build import Shared
+from finetune.runs.prepare import prepare
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
+
+
+def shared(home: Path) -> Shared:
+    return Shared.of(Workspace.at(home))
 
 
 def test_a_wrong_folder_and_a_wrong_model_are_told_in_one_error(tmp_path: Path) -> None:
     spec = parse_spec({"training_file": str(tmp_path / "nowhere"), "model": "resnet5"})
     with pytest.raises(InvalidInput) as caught:
-        make_plan(spec, Workspace.at(tmp_path / "home"))
+        prepare(spec, shared(tmp_path / "home"))
     told = " ".join(problem.message for problem in caught.value.problems)
     assert "no such folder" in told
     assert "timm has no architecture 'resnet5'" in told
@@ -30,7 +36,7 @@ def test_a_wrong_folder_and_a_wrong_model_are_told_in_one_error(tmp_path: Path) 
 def test_a_wrong_model_is_told_without_waiting_for_every_file_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_up = []
 
-    def read_for_ever(dataset: Dataset, *, progress: Any, **_: Any) -> Dataset:
+    def read_for_ever(dataset: Dataset, *, progress: Any, **_: Any) -> Scanned:
         for number in itertools.count():
             try:
                 progress(Progress("preparing", number, 0, "images"))
@@ -39,8 +45,8 @@ def test_a_wrong_model_is_told_without_waiting_for_every_file_to_be_read(tmp_pat
                 raise
         raise AssertionError
 
-    monkeypatch.setattr(plan, "check_images", read_for_ever)
+    monkeypatch.setattr(module, "scan", read_for_ever)
     root = write_classes(tmp_path / "photos", {"a": 2, "b": 2})
     with pytest.raises(UnknownBackbone):
-        make_plan(parse_spec({"training_file": str(root), "model": "resnet5"}), Workspace.at(tmp_path / "home"))
+        prepare(parse_spec({"training_file": str(root), "model": "resnet5"}), shared(tmp_path / "home"))
     assert len(given_up) == 1

@@ -14,12 +14,13 @@ from finetune.data.dataset import Dataset
 from finetune.data.split import split_dataset
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.train.methods import Compute, Context, train_classifier
+from finetune.tasks import task_named
+from finetune.train.compute import Compute
+from finetune.train.train import TrainingContext, train
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "home"))
+def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path) -> None:
     samples = tuple(replace(sample, split=None) for sample in write_images(tmp_path / "images", 24))
     dataset = split_dataset(
         Dataset("pictures", str(tmp_path / "images"), ("a", "b", "c"), samples), val_fraction=0.25, test_fraction=0.0
@@ -35,8 +36,16 @@ def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path
     classifier.backbone.register_forward_pre_hook(lambda module, inputs: seen.update([(module.training, inputs[0].shape[-1])]))
     augment = build_augment("default", None, classifier.backbone.preprocess)
     run = RunDir(tmp_path / "run").create()
-    context = Context(dataset, augment, run, Compute("cpu", "float32", 1), identity={}, store=Store(tmp_path / "cache"))
-    train_classifier(classifier, recipe, context)
+    context = TrainingContext(
+        dataset,
+        task_named("multiclass"),
+        augment,
+        run,
+        Compute("cpu", "float32", 1),
+        identity={},
+        store=Store(tmp_path / "cache"),
+    )
+    train(classifier, recipe, context)
     assert seen[True, 48] == recipe.n_steps == 3
     assert seen[False, 64] > 0
     assert set(seen) == {(True, 48), (False, 64)}

@@ -16,6 +16,9 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from finetune.evaluation.metrics import evaluate_logits, read_evaluations
+from finetune.outcome import Outcome
+from finetune.pipeline import run_job
 from folders import path_of
 from onnx import numpy_helper
 from tiny_training import write_images
@@ -24,9 +27,6 @@ from finetune.bundle.manifest import read_manifest
 from finetune.cli import cli
 from finetune.errors import DataError
 from finetune.evaluation.folds import POOLED
-from finetune.evaluation.metrics import evaluate_logits, read_evaluations
-from finetune.outcome import Outcome
-from finetune.pipeline import run_job
 from finetune.progress import Progress, silent
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.storage.store import Store
 from finetune.features import cache as cache_module
 from finetune.features.cache import RowCache
+from finetune.storage.store import Store
 
 SHAPE = (3, 5)
 
@@ -122,7 +122,7 @@ ENDLESS_WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_train_cache import fill, open_cache
+from test_features_cache import fill, open_cache
 for first in range(0, 30_000, 100):
     fill(open_cache(Path({root!r})), range(first, first + 100))
     print(first, flush=True)

@@ -19,12 +19,13 @@ from finetune.data.augment import Augment, build_augment
 from finetune.data.dataset import Sample
 from finetune.data.loader import EvalLoader
 from finetune.errors import DataError, DiskFull, TrainingError
+from finetune.events import CacheFull, Event
+from finetune.features import prefix
+from finetune.features.cache import ShardWriter
+from finetune.features.rows import FeatureContext, Views, plan_prefix, pooled_features
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
 from finetune.storage.store import Store
-from finetune.features import prefix
-from finetune.features.cache import ShardWriter
-from finetune.features.rows import Resources, Views, plan_prefix, pooled_features
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -32,19 +33,15 @@ N_IMAGES = 24
 
 
 class Watcher:
-    """What a run of the engine told its caller."""
+    """What the computation of features told its caller."""
 
     def __init__(self) -> None:
         self.updates: list[Progress] = []
-        self.events: list[tuple[str, str]] = []
+        self.events: list[Event] = []
 
-    def resources(self, cache: Path, budget_bytes: int | None = None, **given: object) -> Resources:
-        return Resources(
-            Store(cache, budget_bytes),
-            threads=2,
-            progress=self.updates.append,
-            event=lambda kind, message: self.events.append((kind, message)),
-            **given,
+    def context(self, cache: Path, budget_bytes: int | None = None, **given: object) -> FeatureContext:
+        return FeatureContext(
+            Store(cache, budget_bytes), threads=2, progress=self.updates.append, event=self.events.append, **given
         )
 
     @property
@@ -83,7 +80,7 @@ def filled(
 ) -> Path:
     """A cache that holds the features of all samples."""
     cache = tmp_path_factory.mktemp("cache")
-    pooled_features(classifier, samples, views, Watcher().resources(cache, graph=lambda: graph))
+    pooled_features(classifier, samples, views, Watcher().context(cache, graph=lambda: graph))
     return cache
 
 
@@ -111,7 +108,7 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph))
+    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph))
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert watcher.n_computed == N_IMAGES
@@ -123,10 +120,10 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
 def test_what_was_computed_is_read_back_bit_for_bit_without_decoding_or_running_anything(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pooled_features(classifier, samples, views, Watcher().resources(tmp_path, graph=lambda: graph))
+    first = pooled_features(classifier, samples, views, Watcher().context(tmp_path, graph=lambda: graph))
     monkeypatch.setattr("finetune.features.rows.open_engine", must_not_run)
     monkeypatch.setattr(Views, "pixels", must_not_run)
-    again = pooled_features(classifier, samples, views, Watcher().resources(tmp_path))
+    again = pooled_features(classifier, samples, views, Watcher().context(tmp_path))
     assert again.tobytes() == first.tobytes()
 
 
@@ -137,7 +134,7 @@ def test_another_split_order_head_or_labels_find_the_same_rows(
     chosen = [replace(sample, target=0, split="val") for sample in samples[::-2]]
     other_head = tiny_classifier()
     other_head.head.weight.data.normal_()
-    features = pooled_features(other_head, chosen, views, watcher.resources(cache))
+    features = pooled_features(other_head, chosen, views, watcher.context(cache))
     assert watcher.n_computed == 0
     np.testing.assert_allclose(features, expected(classifier, samples)[::-2], rtol=1e-3, atol=1e-5)
 
@@ -147,7 +144,7 @@ def test_a_copied_file_is_found_by_its_bytes_and_only_new_images_are_computed(
 ) -> None:
     new = write_images(tmp_path / "grown", N_IMAGES + 3)  # the first are the same pictures at other paths
     watcher = Watcher()
-    features = pooled_features(classifier, new, views, watcher.resources(cache))
+    features = pooled_features(classifier, new, views, watcher.context(cache))
     assert watcher.n_computed == 3
     np.testing.assert_allclose(features, expected(classifier, new), rtol=1e-3, atol=1e-5)
 
@@ -171,7 +168,7 @@ def test_anything_that_changes_the_features_computes_them_anew(
     if change == "pooling":
         changed = Classifier(backbone, 3, pooling="gem").eval()
     watcher = Watcher()
-    features = pooled_features(changed, samples[:4], Views(backbone.preprocess), watcher.resources(cache))
+    features = pooled_features(changed, samples[:4], Views(backbone.preprocess), watcher.context(cache))
     assert watcher.n_computed == 4
     np.testing.assert_allclose(features, expected(changed, samples[:4]), rtol=1e-3, atol=1e-5)
 
@@ -181,14 +178,14 @@ def test_view_0_is_the_evaluated_one_and_the_others_depend_on_image_and_number_a
 ) -> None:
     three = replace(views, augment=augment, count=3)
     watcher = Watcher()
-    features = pooled_features(classifier, samples[:6], three, watcher.resources(cache))
+    features = pooled_features(classifier, samples[:6], three, watcher.context(cache))
     assert features.shape == (6, 3, classifier.head.in_features)
     assert watcher.n_computed == 12  # view 0 was there
     np.testing.assert_allclose(features[:, 0], expected(classifier, samples[:6]), rtol=1e-3, atol=1e-5)
     assert not np.allclose(features[:, 1], features[:, 0], rtol=1e-2)
     assert not np.allclose(features[:, 2], features[:, 1], rtol=1e-2)
     watcher = Watcher()
-    reordered = pooled_features(classifier, samples[5::-1], replace(three, count=2), watcher.resources(cache))
+    reordered = pooled_features(classifier, samples[5::-1], replace(three, count=2), watcher.context(cache))
     assert watcher.n_computed == 0
     np.testing.assert_array_equal(reordered, features[::-1, :2])
 
@@ -197,9 +194,9 @@ def test_another_augmentation_keeps_view_0_and_computes_the_rest(
     cache: Path, classifier: Classifier, samples: list[Sample], views: Views, augment: Augment
 ) -> None:
     light = build_augment("light", None, classifier.backbone.preprocess)
-    pooled_features(classifier, samples[:4], replace(views, augment=augment, count=2), Watcher().resources(cache))
+    pooled_features(classifier, samples[:4], replace(views, augment=augment, count=2), Watcher().context(cache))
     watcher = Watcher()
-    pooled_features(classifier, samples[:4], replace(views, augment=light, count=2), watcher.resources(cache))
+    pooled_features(classifier, samples[:4], replace(views, augment=light, count=2), watcher.context(cache))
     assert watcher.n_computed == 4
 
 
@@ -210,10 +207,10 @@ def test_undecodable_images_are_all_named_and_the_others_are_kept(
     for sample in samples[-2:]:
         path_of(sample).write_bytes(b"not an image, but the right length of text")
     with pytest.raises(DataError, match="2 of 30 images") as caught:
-        pooled_features(classifier, samples, views, Watcher().resources(cache))
+        pooled_features(classifier, samples, views, Watcher().context(cache))
     assert {problem.where for problem in caught.value.problems} == {str(path_of(sample)) for sample in samples[-2:]}
     watcher = Watcher()
-    pooled_features(classifier, samples[:-2], views, watcher.resources(cache))
+    pooled_features(classifier, samples[:-2], views, watcher.context(cache))
     assert watcher.n_computed == 0
 
 
@@ -222,7 +219,7 @@ def test_a_missing_file_is_named_before_anything_is_computed(
 ) -> None:
     gone = local_sample(Path("/nowhere/shirt.jpg"), 0, None)
     with pytest.raises(DataError, match="1 of 25 files") as caught:
-        pooled_features(classifier, [*samples, gone], views, Watcher().resources(cache))
+        pooled_features(classifier, [*samples, gone], views, Watcher().context(cache))
     assert "/nowhere/shirt.jpg" in str(caught.value)
 
 
@@ -230,10 +227,10 @@ def test_where_the_cache_has_no_room_features_are_computed_and_an_event_says_so(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph, budget_bytes=1000))
+    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph, budget_bytes=1000))
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
-    assert [kind for kind, _ in watcher.events] == ["cache_full"]
-    assert "may hold 0.00 GB" in watcher.events[0][1]
+    assert [event.kind for event in watcher.events] == ["cache_full"]
+    assert "may hold 0.00 GB" in watcher.events[0].message
     assert not list(tmp_path.rglob("*.shard"))
 
 
@@ -245,9 +242,9 @@ def test_a_disk_that_fills_up_costs_the_cache_and_not_the_run(
 
     monkeypatch.setattr(ShardWriter, "flush", fills_up)
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.resources(tmp_path, graph=lambda: graph))
+    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
-    assert watcher.events == [("cache_full", "the features are not kept for later runs: the disk is full")]
+    assert watcher.events == [CacheFull("the features are not kept for later runs: the disk is full")]
 
 
 def refuse(*_: object) -> object:
@@ -278,14 +275,14 @@ def test_an_engine_that_is_not_torch_is_replaced_by_torch_and_stays_so(
     with monkeypatch.context() as patched:
         patched.setattr(f"finetune.features.prefix.{target}", replacement)
         watcher = Watcher()
-        features = pooled_features(classifier, samples[:8], views, watcher.resources(tmp_path, graph=lambda: graph))
+        features = pooled_features(classifier, samples[:8], views, watcher.context(tmp_path, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, samples[:8]), rtol=1e-6, atol=1e-6)
-    assert [kind for kind, _ in watcher.events] == ["prefix_engine"]
-    assert reason in watcher.events[0][1]
+    assert [event.kind for event in watcher.events] == ["prefix_engine"]
+    assert reason in watcher.events[0].message
     watcher = Watcher()
-    pooled_features(classifier, samples[:10], views, watcher.resources(tmp_path, graph=lambda: graph))
+    pooled_features(classifier, samples[:10], views, watcher.context(tmp_path, graph=lambda: graph))
     assert watcher.n_computed == 2  # found under torch's name, and ONNX Runtime was not tried again
-    assert reason in watcher.events[0][1]
+    assert reason in watcher.events[0].message
 
 
 def test_a_damaged_graph_on_disk_is_exported_again(
@@ -294,7 +291,7 @@ def test_a_damaged_graph_on_disk_is_exported_again(
     (stored,) = cache.rglob("prefix.onnx")
     stored.write_bytes(stored.read_bytes()[:-100])
     more = write_images(tmp_path / "more", N_IMAGES + 2)
-    features = pooled_features(classifier, more, views, Watcher().resources(cache, graph=lambda: graph))
+    features = pooled_features(classifier, more, views, Watcher().context(cache, graph=lambda: graph))
     np.testing.assert_allclose(features, expected(classifier, more), rtol=1e-3, atol=1e-5)
 
 
@@ -302,7 +299,7 @@ def test_runs_at_the_same_time_share_a_cache(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     def run(part: list[Sample]) -> np.ndarray:
-        return pooled_features(classifier, part, views, Watcher().resources(tmp_path, graph=lambda: graph))
+        return pooled_features(classifier, part, views, Watcher().context(tmp_path, graph=lambda: graph))
 
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(run, [samples[:16], samples[8:], samples]))
@@ -310,7 +307,7 @@ def test_runs_at_the_same_time_share_a_cache(
     for features, part in zip(results, [whole[:16], whole[8:], whole], strict=True):
         np.testing.assert_allclose(features, part, rtol=1e-3, atol=1e-5)
     watcher = Watcher()
-    pooled_features(classifier, samples, views, watcher.resources(tmp_path))
+    pooled_features(classifier, samples, views, watcher.context(tmp_path))
     assert watcher.n_computed == 0
 
 
@@ -319,7 +316,7 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path: Path, samples: list[S
     broken = tiny_classifier().eval()
     next(broken.backbone.module.parameters()).data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite"):
-        pooled_features(broken, samples, Views(broken.backbone.preprocess), Watcher().resources(tmp_path))
+        pooled_features(broken, samples, Views(broken.backbone.preprocess), Watcher().context(tmp_path))
 
 
 def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample], graph: bytes) -> None:
@@ -328,7 +325,7 @@ def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample],
     modes = [module.training for module in classifier.modules()]
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     seen = Views(classifier.backbone.preprocess)
-    pooled_features(classifier, samples[:8], seen, Watcher().resources(tmp_path, graph=lambda: graph))
+    pooled_features(classifier, samples[:8], seen, Watcher().context(tmp_path, graph=lambda: graph))
     assert [module.training for module in classifier.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
     assert all(parameter.requires_grad for parameter in classifier.parameters())
@@ -340,19 +337,19 @@ def test_more_views_than_one_need_an_augmentation(views: Views) -> None:
 
 
 def test_no_images_give_no_rows(tmp_path: Path, classifier: Classifier, views: Views) -> None:
-    assert pooled_features(classifier, [], views, Watcher().resources(tmp_path)).shape == (0, classifier.head.in_features)
+    assert pooled_features(classifier, [], views, Watcher().context(tmp_path)).shape == (0, classifier.head.in_features)
 
 
 def test_the_plan_counts_rows_and_bytes_and_measures_the_time(
     cache: Path, tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views
 ) -> None:
     n_stages = len(classifier.backbone.stages)
-    plan = plan_prefix(classifier, n_stages, samples[:20], samples[20:], views, Watcher().resources(cache))
+    plan = plan_prefix(classifier, n_stages, samples[:20], samples[20:], views, Watcher().context(cache))
     assert (plan.stage, plan.n_rows, plan.n_missing, plan.seconds) == (n_stages, N_IMAGES, 0, 0.0)
     assert plan.n_bytes >= N_IMAGES * classifier.head.in_features * 4
     assert "all in the cache" in str(plan)
     new = write_images(tmp_path / "more", N_IMAGES + 10)
-    plan = plan_prefix(classifier, n_stages, new, [], views, Watcher().resources(cache))
+    plan = plan_prefix(classifier, n_stages, new, [], views, Watcher().context(cache))
     assert plan.n_missing == 10
     assert plan.rows_per_second is not None
     assert plan.seconds == pytest.approx(10 / plan.rows_per_second)
@@ -366,8 +363,8 @@ def test_the_plan_cuts_as_deep_as_the_freeze_and_the_room_allow(
     four = replace(views, augment=augment, count=4)
 
     def plan(first_trainable: int, budget_bytes: int) -> tuple[int | None, int, str]:
-        resources = Watcher().resources(tmp_path, budget_bytes=budget_bytes)
-        made = plan_prefix(classifier, first_trainable, samples, [], four, resources, measure=False)
+        context = Watcher().context(tmp_path, budget_bytes=budget_bytes)
+        made = plan_prefix(classifier, first_trainable, samples, [], four, context, measure=False)
         return made.stage, made.views, made.reason
 
     sizes = {stage: 2 * int(np.prod(stages[stage - 1].output_shape)) + 32 for stage in range(1, len(stages))}
@@ -388,10 +385,10 @@ def test_an_engine_for_one_input_size_is_not_taken_for_another(
     larger = tiny_classifier().eval()
     larger.backbone.preprocess = preprocess
     assert plan_prefix(
-        larger, len(larger.backbone.stages), samples, [], Views(preprocess), Resources(Store(cache), threads=1)
+        larger, len(larger.backbone.stages), samples, [], Views(preprocess), FeatureContext(Store(cache), threads=1)
     ).seconds
     assert np.allclose(
-        pooled_features(larger, samples, Views(preprocess), Resources(Store(cache), threads=1)),
+        pooled_features(larger, samples, Views(preprocess), FeatureContext(Store(cache), threads=1)),
         expected(larger, samples),
         atol=1e-5,
     )

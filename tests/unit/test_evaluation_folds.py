@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import table
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from finetune.evaluation.folds import CrossValidation, FoldScore, pool, read_fold, spread, write_fold
-from finetune.evaluation.metrics import evaluate_logits
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.folds import CrossValidation, FoldScore, spread
+from finetune.evaluation.predictions import Predictions, concatenate
+from finetune.tasks import task_named
 
 CLASSES = ("cat", "dog", "owl")
 
 
-def answers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, 3) float32 that are right more often than not, and labels (n,)."""
+def answers(n: int, seed: int) -> Predictions:
+    """Answers about `n` images that are right more often than not; each seed has images of its own."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, n)
     logits = generator.normal(size=(n, 3)).astype(np.float32)
     logits[np.arange(n), labels] += 1.0
-    return logits, labels
+    return table(logits, labels, CLASSES, split="test", start=1000 * seed)
 
 
 def cross_validation(sizes: tuple[int, ...] = (40, 41, 39)) -> CrossValidation:
     parts = [answers(n, seed) for seed, n in enumerate(sizes)]
     scores = tuple(
-        FoldScore(
-            number, sum(sizes) - len(labels), len(labels), evaluate_logits(logits, labels, CLASSES).metrics("test"), "kept", 1.5
-        )
-        for number, (logits, labels) in enumerate(parts, start=1)
+        FoldScore(number, sum(sizes) - len(part), len(part), evaluate(part).metrics("test"), "kept", 1.5)
+        for number, part in enumerate(parts, start=1)
     )
-    return CrossValidation(scores, pool([logits for logits, _ in parts], [labels for _, labels in parts], CLASSES))
+    return CrossValidation(scores, evaluate(concatenate(parts, "cv")))
 
 
 def test_pooled_figures_are_those_of_scikit_learn_on_all_answers_at_once() -> None:
     parts = [answers(n, seed) for seed, n in enumerate((40, 41, 39))]
-    logits, labels = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-    pooled = pool([part[0] for part in parts], [part[1] for part in parts], CLASSES)
+    logits, labels = np.concatenate([part.logits for part in parts]), np.concatenate([part.labels for part in parts])
+    pooled = evaluate(concatenate(parts, "cv"))
     assert pooled.n == 120
-    assert pooled.top1 == pytest.approx(accuracy_score(labels, logits.argmax(1)))
-    assert pooled.macro_f1 == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
-    assert pooled.nll == pytest.approx(log_loss(labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)), rel=1e-5)
-    weighted = sum(len(part[1]) * evaluate_logits(*part, CLASSES).top1 for part in parts) / 120
-    assert pooled.top1 == pytest.approx(weighted), "the mean over folds by their sizes"
+    assert pooled.values["top1"] == pytest.approx(accuracy_score(labels, logits.argmax(1)))
+    assert pooled.values["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+    trusted = log_loss(labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+    assert pooled.values["loss"] == pytest.approx(trusted, rel=1e-5)
+    weighted = sum(len(part) * evaluate(part).values["top1"] for part in parts) / 120
+    assert pooled.values["top1"] == pytest.approx(weighted), "the mean over folds by their sizes"
 
 
 def test_the_spread_is_that_of_the_textbook() -> None:
@@ -74,15 +76,22 @@ def test_an_interval_stays_where_its_metric_can_be() -> None:
 def test_the_metrics_name_what_is_pooled_and_what_is_a_mean_over_folds() -> None:
     found = cross_validation()
     by_fold = [fold.metrics["test/top1"] for fold in found.folds]
-    assert found.metrics["cv/top1"] == found.pooled.top1
+    assert found.metrics["cv/top1"] == found.pooled.values["top1"]
     assert found.metrics["cv/top1_mean"] == pytest.approx(np.mean(by_fold))
     assert found.metrics["cv/top1_sd"] == pytest.approx(np.std(by_fold, ddof=1))
-    assert {key.removesuffix("_mean") for key in found.metrics if key.endswith("_mean")} == set(found.pooled.metrics("cv"))
+    assert {key.removesuffix("_mean") for key in found.metrics if key.endswith("_mean")} == {
+        f"cv/{metric.key}" for metric in task_named("multiclass").metrics
+    }
     ratio = 120 / 240
     assert found.spreads["loss"] == spread([fold.metrics["test/loss"] for fold in found.folds], test_to_train=ratio)
 
 
-def test_a_fold_is_read_as_it_was_written(tmp_path: Path) -> None:
-    score = cross_validation().folds[1]
-    write_fold(tmp_path / "outcome.json", score)
-    assert read_fold(tmp_path / "outcome.json") == score
+def test_what_is_written_down_of_the_folds_is_json_with_every_figure() -> None:
+    found = cross_validation()
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert [fold["metrics"] for fold in written["folds"]] == [dict(fold.metrics) for fold in found.folds]
+    assert written["pooled"]["n"] == 120
+    assert written["pooled"]["cv/top1"] == found.pooled.values["top1"]
+    assert tuple(written["pooled"]["intervals"]["cv/top1"]) == found.pooled.intervals["top1"]
+    assert written["over_folds"]["top1"]["mean"] == found.spreads["top1"].mean
+    assert tuple(written["over_folds"]["top1"]["interval"]) == found.spreads["top1"].interval

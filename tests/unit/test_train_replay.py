@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from folders import path_of
-from tiny_training import class_means, tiny_classifier, tiny_recipe, write_images
+from tiny_training import MULTICLASS, class_means, targets_of, tiny_classifier, tiny_recipe, write_images
 
 from finetune.data.augment import build_augment
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
+from finetune.events import Event
+from finetune.features import prefix
+from finetune.features.rows import FeatureContext, Views
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.features import prefix
-from finetune.features.rows import Resources, Views
 from finetune.train.fit import Fitted, Saving, fit
-from finetune.train.machine import Settings
+from finetune.train.machine import Numerics
 from finetune.train.replay import Activations, ForwardFrom, cached_activations, prepare_activation
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -45,7 +46,7 @@ def views_of(classifier: Classifier, count: int) -> Views:
 
 
 def activations_of(classifier: Classifier, stage: int, samples: list[Sample], cache: Path, count: int = 1) -> Activations:
-    found = cached_activations(classifier, stage, samples, views_of(classifier, count), Resources(Store(cache), threads=1))
+    found = cached_activations(classifier, stage, samples, views_of(classifier, count), FeatureContext(Store(cache), threads=1))
     assert found is not None
     return found
 
@@ -59,8 +60,9 @@ def train_partial(
     class_means(classifier, train)
     given = {"n_epochs": 4, "batch_size": BATCH_SIZE, "learning_rate": 3e-2}
     recipe = tiny_recipe(classifier, N_TRAIN, seed=SEED, method={"type": "partial", "stages": 2}, hyperparameters=given)
-    settings = Settings(threads=1)
+    numerics = Numerics(threads=1)
     saving = Saving({"spec": "a"})
+    targets = {**MULTICLASS, "train_targets": targets_of(train), "val_targets": targets_of(val)}
     if cached:
         stage = min(recipe.trainable)
         of_train = activations_of(classifier, stage, train, run.root / "cache", count=3)
@@ -73,7 +75,8 @@ def train_partial(
             of_val.eval_batches(5),
             run,
             saving,
-            settings=lambda: settings,
+            numerics=lambda: numerics,
+            **targets,
             prepare=prepare_activation,
             forward=ForwardFrom(stage),
         )
@@ -84,10 +87,10 @@ def train_partial(
         order = epoch_order(N_TRAIN, SEED, epoch)[start_step * BATCH_SIZE :]
         for indices in np.split(order, range(BATCH_SIZE, len(order), BATCH_SIZE)):
             pixels = [views.pixels(path_of(train[i]).read_bytes(), [(int(i) + epoch) % 3])[0] for i in indices]
-            yield Batch(np.stack(pixels), np.array([train[i].target for i in indices]), indices)
+            yield Batch(np.stack(pixels), indices)
 
     val_loader = EvalLoader(val, classifier.backbone.preprocess)
-    return fit(classifier, recipe, batches, val_loader, run, saving, settings=lambda: settings), classifier
+    return fit(classifier, recipe, batches, val_loader, run, saving, numerics=lambda: numerics, **targets), classifier
 
 
 def losses(fitted: Fitted, name: str) -> np.ndarray:
@@ -119,7 +122,6 @@ def test_batches_come_in_the_order_of_the_loader_and_start_at_any_step(tmp_path:
     loader = TrainLoader(samples[:N_TRAIN], views_of(classifier, 1).augment, BATCH_SIZE, SEED, epoch=2)
     whole = list(batches(2, 0))
     assert [batch.indices.tolist() for batch in whole] == [batch.indices.tolist() for batch in loader]
-    assert [batch.labels.tolist() for batch in whole] == [batch.labels.tolist() for batch in loader]
     rest = list(batches(2, 4))
     assert len(whole) == 6
     assert len(rest) == 2
@@ -140,7 +142,7 @@ def test_every_view_is_shown_once_in_as_many_epochs_as_there_are_views(tmp_path:
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit", "test_convnext"])
 def test_logits_from_cached_activations_are_the_whole_network_s(tmp_path: Path, samples: list[Sample], architecture: str) -> None:
     classifier = tiny_classifier(architecture).eval()
-    settings = Settings(threads=1)
+    numerics = Numerics(threads=1)
     plain = EvalLoader(samples, classifier.backbone.preprocess, batch_size=7)
     for stage in (1, len(classifier.backbone.stages) - 1):
         activations = activations_of(classifier, stage, samples, tmp_path)
@@ -148,11 +150,11 @@ def test_logits_from_cached_activations_are_the_whole_network_s(tmp_path: Path, 
         seen = 0
         for cached, images in zip(activations.eval_batches(7), plain, strict=True):
             with torch.no_grad():
-                logits = forward(classifier, prepare_activation(classifier, torch.from_numpy(cached.images), settings))
+                logits = forward(classifier, prepare_activation(classifier, torch.from_numpy(cached.images), numerics))
                 expected = classifier(classifier.normalise(torch.from_numpy(images.images)))
             torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-3)
-            np.testing.assert_array_equal(cached.labels, images.labels)
-            seen += len(cached.labels)
+            np.testing.assert_array_equal(cached.indices, images.indices)
+            seen += len(cached.indices)
         assert seen == len(samples)
 
 
@@ -170,23 +172,22 @@ def test_activations_beyond_float16_are_kept_as_float32(tmp_path: Path, samples:
     last = classifier.backbone.stages[1]
     scaled = [name for name in last.parameters if name.endswith("weight")][-1]  # of its last batch norm
     dict(classifier.backbone.module.named_parameters())[scaled].data.mul_(1e7)
-    events: list[tuple[str, str]] = []
-    resources = Resources(Store(tmp_path), threads=1, event=lambda kind, message: events.append((kind, message)))
-    activations = cached_activations(classifier, 2, samples, views_of(classifier, 1), resources)
+    events: list[Event] = []
+    context = FeatureContext(Store(tmp_path), threads=1, event=events.append)
+    activations = cached_activations(classifier, 2, samples, views_of(classifier, 1), context)
     assert activations is not None
     assert activations.rows.dtype == np.float32
     assert np.isfinite(next(iter(activations.eval_batches(28))).images).all()
-    assert [kind for kind, _ in events if kind != "prefix_engine"] == ["cache_format"]
+    assert [event.kind for event in events if event.kind != "prefix_engine"] == ["cache_format"]
 
 
 def test_without_room_there_are_no_activations_and_an_event_says_so(tmp_path: Path, samples: list[Sample]) -> None:
     classifier = tiny_classifier()
-    events: list[tuple[str, str]] = []
-    resources = Resources(Store(tmp_path, 1000), threads=1, event=lambda kind, message: events.append((kind, message)))
-    assert cached_activations(classifier, 2, samples, views_of(classifier, 1), resources) is None
-    (kind, message), *_ = events
-    assert kind == "cache_full"
-    assert message.startswith("the frozen part runs again in every epoch: 0.00 GB are needed")
+    events: list[Event] = []
+    context = FeatureContext(Store(tmp_path, 1000), threads=1, event=events.append)
+    assert cached_activations(classifier, 2, samples, views_of(classifier, 1), context) is None
+    assert events[0].kind == "cache_full"
+    assert events[0].message.startswith("the frozen part runs again in every epoch: 0.00 GB are needed")
 
 
 def test_epochs_read_what_was_computed_once(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:

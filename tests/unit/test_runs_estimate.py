@@ -1,0 +1,35 @@
+"""What `finetune check` says a run will take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import shared_at, tiny_spec, write_stripes
+
+from finetune.runs.estimate import Estimate, estimate, together
+from finetune.runs.prepare import prepare
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(tmp_path: Path) -> None:
+    pictures, shared = write_stripes(tmp_path, 15), shared_at(tmp_path / "home")
+
+    def of(**given: object) -> Estimate:
+        return estimate(prepare(tiny_spec(pictures, data={"test_fraction": 0}, **given), shared), shared.store)
+
+    probe = of(hyperparameters={"views": 1})
+    short = of(method={"type": "full", "warm_head": False}, hyperparameters={"n_epochs": 100})
+    long = of(method={"type": "full", "warm_head": False}, hyperparameters={"n_epochs": 10_000})
+    n_features = prepare(tiny_spec(pictures), shared).resolved.backbone.n_features
+    assert probe.cache_bytes == 15 * (n_features * 4 + 32), "float32 rows and their keys"
+    assert long.seconds > 10 * short.seconds > 0
+    assert short.cache_bytes == 0
+    assert "nothing is computed once" in short.prefix
+    assert long.memory_bytes > 0
+
+
+def test_runs_that_follow_one_another_add_up_in_time_and_not_in_room() -> None:
+    first, second = Estimate(10.0, 5e9, 100.0, "a"), Estimate(20.0, 3e9, 300.0, "a")
+    assert together([first, second]) == Estimate(30.0, 5e9, 300.0, "a")
