@@ -34,8 +34,8 @@ from PIL import Image
 from sqlalchemy import select
 
 from finetune.bundle.registry import Registry
+from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database, reading
-from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.schema import jobs as jobs_table
 from finetune.jobs.store import JobStore
@@ -152,7 +152,11 @@ def training_processes(home: Path) -> list[Training]:
             status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"train" in arguments and b"finetune.jobs.process_parent" not in arguments and not status["State"].startswith("Z"):
+        if (
+            b"train" in arguments
+            and b"finetune.executors.process_parent" not in arguments
+            and not status["State"].startswith("Z")
+        ):
             run = next((Path(part.decode()) for part in arguments if part.startswith(os.fsencode(home / "runs"))), None)
             if run is not None:
                 job_id = run.parent.name if run.suffix else run.name

@@ -28,10 +28,10 @@ A message says what was given, where, what is allowed and what to try next. ``co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,16 @@ class Overloaded(FinetuneError):
 
 class MissingExtra(FinetuneError):
     code, exit_code, http_status = "missing_extra", 2, 501
+
+
+def error_of(record: Mapping[str, Any]) -> FinetuneError:
+    """Return the error that another process wrote down in ``error.json``."""
+    problems = [Problem(**problem) for problem in record.get("problems", ())]
+    kinds: list[type[FinetuneError]] = [FinetuneError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    found = next((kind for kind in kinds if kind.code == record["code"]), FinetuneError)
+    return found(str(record["message"]), problems)
 
 
 def did_you_mean(given: str, allowed: Sequence[str]) -> str:

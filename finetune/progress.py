@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` `unit`s of one phase: preparing, features, training, evaluating, exporting or registering."""
+    """`done` of `total` `unit`s of one phase: runs (of a study), preparing, features, training, evaluating, exporting or registering."""
 
     phase: str
     done: int

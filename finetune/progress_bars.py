@@ -14,6 +14,7 @@ from finetune.progress import Progress, ProgressCallback, silent
 console = Console(stderr=True, highlight=False)
 
 PHASES = {
+    "runs": "runs",
     "preparing": "reading images",
     "features": "frozen features",
     "training": "training",

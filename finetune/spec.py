@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from finetune.errors import NotFound, Problem, SpecError, did_you_mean
+from finetune.errors import InvalidInput, NotFound, Problem, SpecError, did_you_mean
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
@@ -240,6 +240,22 @@ class JobSpec(Section):
         """sha256 of the canonical JSON: equal specs have equal digests."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def with_absolute_paths(self) -> JobSpec:
+        """Return the spec with paths that mean the same in another folder.
+
+        Raises:
+            InvalidInput: a file or folder of it does not exist.
+        """
+        found = {}
+        for name in ("training_file", "validation_file", "test_file"):
+            if (given := getattr(self, name)) is not None:
+                if not Path(given).exists():
+                    raise InvalidInput(f"{name}: {given}: no such file or folder")
+                found[name] = str(Path(given).absolute())
+        weights = Path(self.model.weights)
+        model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
+        return self.model_copy(update={**found, "model": model})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp
 
 from finetune import __version__
 from finetune.bundle.registry import Registry
+from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
-from finetune.jobs.process_parent import signal_when_parent_dies
 from finetune.jobs.store import Event
 from service.admission import WorkQueue
 from service.event_streams import EventStreams

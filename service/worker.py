@@ -60,7 +60,7 @@ class WorkerProcess:
                 self._process.wait()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        die_with_parent = [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid())]
+        die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
         return subprocess.Popen(
             [*die_with_parent, sys.executable, "-m", "finetune", "worker"],
             env={**os.environ, "FINETUNE_HOME": str(self.home)},

@@ -16,8 +16,9 @@ from typing import Any
 
 from training_standin import next_state
 
+from finetune.executors.executor import Executor, Handle
+from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import Executor, Handle, LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.storage.journal import read_lines

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from finetune.cli.executing import places_options, take_places
 from finetune.cli.training import job_options, json_option, take_job_options
 from finetune.runtime.collector import objects_exempt
 
@@ -22,6 +23,7 @@ from finetune.runtime.collector import objects_exempt
 @click.option("--margin", type=float, help="A difference that does not matter (default 0.01, one point).")
 @click.option("--budget", metavar="DURATION", help="About how long it may take, such as 20m or 2h: what fits, cheapest first.")
 @click.option("--no-register", is_flag=True, help="Do not register the chosen arm's best run.")
+@places_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given: Any) -> None:
@@ -36,6 +38,8 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
     finetune compare photos --arm 'light:augmentation=light' --arm 'strong:augmentation=strong'
     finetune compare .finetune/runs/photos-full-… .finetune/runs/photos-linear_probe-…
     """
+    from finetune.jobs.lease import watch_lease_from_environment
+
     with objects_exempt():
         from finetune.cli.show import show_comparison
         from finetune.cli.terminal import print_json
@@ -46,15 +50,16 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
         from finetune.studies.compare import compare as run_comparison
         from finetune.studies.compare import compare_runs
 
+    watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
-    margin = given.pop("margin")
+    margin, places = given.pop("margin"), take_places(given)
     if len(what) > 1 or (len(what) == 1 and (what[0] / "outcome.json").exists()):
         found = compare_runs(what, workspace, **({"margin": margin} if margin is not None else {}), out=run_dir)
     else:
         spec = load_comparison(*_request(what[0] if what else None, margin, given))
         with progress_bars(shown=not as_json) as progress:
-            found = run_comparison(spec, Shared.of(workspace), progress, run_dir)
+            found = run_comparison(spec, Shared.of(workspace, places), progress, run_dir)
     print_json(found.to_dict()) if as_json else show_comparison(found)
 
 

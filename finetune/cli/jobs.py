@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.executing import executor_options
 from finetune.cli.training import json_option, spec_options
 
 if TYPE_CHECKING:
@@ -26,13 +27,7 @@ SECONDS_PER_DAY = 86400.0
 @click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may; with Ray, none).")
 @click.option("--stall-minutes", default=30.0, show_default=True, help="A job that writes nothing for so long is restarted.")
 @click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where jobs run.")
-@click.option(
-    "--ray-address",
-    metavar="URL",
-    envvar="RAY_API_SERVER_ADDRESS",
-    help="The cluster's dashboard (default: http://127.0.0.1:8265). Its machines share the workspace.",
-)
+@executor_options("Where jobs run.")
 def worker(
     slots: int | None,
     threads: int | None,
@@ -50,12 +45,12 @@ def worker(
     """
     import logging
 
+    from finetune.executors import open_executor
     from finetune.jobs.database import open_jobs
-    from finetune.jobs.executor import LocalExecutor
-    from finetune.jobs.ray_executor import DEFAULT_ADDRESS, RayExecutor
     from finetune.jobs.store import JobStore
-    from finetune.jobs.worker import Worker, WorkerSettings, visible_gpus
+    from finetune.jobs.worker import Worker, WorkerSettings
     from finetune.runtime.cores import available_cores
+    from finetune.runtime.device import visible_gpus
     from finetune.storage.workspace import Workspace
 
     workspace = Workspace.from_environment()
@@ -69,7 +64,7 @@ def worker(
         gpus=devices,
         stall_seconds=60 * stall_minutes,
     )
-    runs = RayExecutor(ray_address or DEFAULT_ADDRESS, settings.cancel_grace_seconds) if on_ray else LocalExecutor()
+    runs = open_executor(executor, ray_address=ray_address, stop_seconds=settings.cancel_grace_seconds)
     Worker(JobStore(open_jobs(workspace.root)), runs, workspace.root, settings).run(until_idle=until_idle)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from finetune.cli.executing import places_options, take_places
 from finetune.runtime.collector import objects_exempt
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ def check(spec: JobSpec, as_json: bool) -> None:
 @click.command()
 @spec_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run writes; an unfinished run there is resumed.")
+@places_options
 @json_option
-def train(spec: JobSpec, run_dir: Path | None, as_json: bool) -> None:
+def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **where: Any) -> None:
     """Fine-tune, evaluate, export and register a model.
 
-    The same command after a crash or Ctrl-C goes on where the run stopped.
+    The same command after a crash or Ctrl-C goes on where the run stopped. With --folds and --slots, folds go on side by side.
     """
     from finetune.jobs.lease import watch_lease_from_environment
 
@@ -120,7 +122,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool) -> None:
         from finetune.studies.carry_out import fine_tune
 
     with progress_bars(shown=not as_json) as progress:
-        outcome = fine_tune(spec, Shared.of(Workspace.from_environment()), progress, run_dir)
+        outcome = fine_tune(spec, Shared.of(Workspace.from_environment(), take_places(where)), progress, run_dir)
     print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.errors import InvalidInput
 from finetune.jobs.database import open_jobs
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
@@ -76,7 +75,7 @@ class LocalJobs:
 
     def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
-        spec = with_absolute_paths(spec)
+        spec = spec.with_absolute_paths()
         spec = spec.model_copy(update={"suffix": spec.suffix or as_model_name(Path(spec.training_file).name)})
         digest = spec.digest()
         job, _ = self.store.create(
@@ -131,19 +130,6 @@ def view(job: Job) -> JobView:
         error_message=job.error_message,
         metrics=result.get("metrics", {}),
     )
-
-
-def with_absolute_paths(spec: JobSpec) -> JobSpec:
-    """The spec with paths that mean the same in another folder; each must exist."""
-    found = {}
-    for name in ("training_file", "validation_file", "test_file"):
-        if (given := getattr(spec, name)) is not None:
-            if not Path(given).exists():
-                raise InvalidInput(f"{name}: {given}: no such file or folder")
-            found[name] = str(Path(given).absolute())
-    weights = Path(spec.model.weights)
-    model = spec.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else spec.model
-    return spec.model_copy(update={**found, "model": model})
 
 
 def _event_view(event: Event) -> EventView:

@@ -72,7 +72,7 @@ class Closing:
 
     def _tell(self) -> None:
         self._telling = dict(self._open)
-        die_with_parent = [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid())]
+        die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
         self._process = subprocess.Popen(
             [*die_with_parent, sys.executable, "-m", "finetune.tracking.closing"],
             stdin=subprocess.PIPE,

@@ -41,10 +41,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from finetune.errors import Conflict, NotFound
+from finetune.executors.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.clock import LeaseTime, lease_time
 from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
-from finetune.jobs.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0

@@ -25,10 +25,10 @@ import yaml
 
 from finetune.bundle.registry import Access, Registry, Visibility
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
+from finetune.executors.endings import Ending, Finish, what_follows
+from finetune.executors.executor import Executor, Handle, Resources
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.closing import Closing
-from finetune.jobs.endings import Ending, Finish, what_follows
-from finetune.jobs.executor import Executor, Handle, Resources
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
@@ -44,15 +44,6 @@ _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
 _CLOSING_SECONDS = 60.0
-_GPU_DEVICES = "nvidia[0-9]*"
-
-
-def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
-    """The CUDA devices that this process may use: ``CUDA_VISIBLE_DEVICES`` where it lists numbers, else all of the machine's."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(int(number) for number in chosen.split(",") if number.strip().isdecimal())
-    return tuple(sorted(int(device.name.removeprefix("nvidia")) for device in devices.glob(_GPU_DEVICES)))
 
 
 @dataclass(frozen=True)

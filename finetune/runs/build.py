@@ -10,6 +10,7 @@ import torch
 
 from finetune.data.augment import Augment, build_augment
 from finetune.data.dataset import Dataset, Sample
+from finetune.executors.places import Places
 from finetune.export import DeployModule, Graph, dry_run_export
 from finetune.export.graph import fill
 from finetune.model.backbone import Backbone, build_backbone
@@ -65,10 +66,11 @@ class Shared:
     store: Store
     datasets: dict[str, Dataset] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
+    places: Places | None = None  # where a study's runs go on side by side; None: one after another, in this process
 
     @classmethod
-    def of(cls, workspace: Workspace) -> Shared:
-        return cls(workspace, Store(workspace.cache))
+    def of(cls, workspace: Workspace, places: Places | None = None) -> Shared:
+        return cls(workspace, Store(workspace.cache), places=places)
 
 
 def build_classifier(spec: JobSpec, n_classes: int) -> Classifier:

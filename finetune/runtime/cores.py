@@ -6,10 +6,20 @@ import os
 from pathlib import Path
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CORES_VARIABLE = "FINETUNE_CORES"  # set for a process that shares the machine with others
 
 
 def available_cores(quota: Path = CPU_QUOTA) -> int:
-    """The cores this process may use: its CPU affinity, and a container's quota, which `os.cpu_count` does not know."""
+    """Return the cores that this process may use.
+
+    They are its CPU affinity, within a container's quota, which `os.cpu_count` does not know, and within ``FINETUNE_CORES``.
+    """
+    cores = _cores_of_machine(quota)
+    given = os.environ.get(CORES_VARIABLE, "")
+    return min(cores, max(1, int(given))) if given.isdecimal() else cores
+
+
+def _cores_of_machine(quota: Path) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not quota.exists():
         return cores

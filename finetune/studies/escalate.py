@@ -27,6 +27,7 @@ class Escalation:
     run: RunDir
 
     kind = "auto"
+    n_children = None
 
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         n_done = sum(child.name in finished for child in self.candidates)

@@ -28,6 +28,7 @@ class Refit:
     run: RunDir
 
     kind = "refit"
+    n_children = None
 
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         if CHOOSE not in finished:

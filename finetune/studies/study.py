@@ -6,7 +6,7 @@ that has an outcome is not run again, so a study that was killed goes on where i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from finetune.runs.outcome import Outcome
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
+from finetune.studies.side_by_side import run_side_by_side
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Study(Protocol):
         """As ``study.json`` says it: folds, auto, refit, comparison."""
         ...
 
+    @property
+    def n_children(self) -> int | None:
+        """How many children there will be at most; None: that is found out on the way."""
+        ...
+
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         """Return the children to run next, given those that have finished; none when the study is over.
 
@@ -69,17 +75,31 @@ class RunChild(Protocol):
 def run_children(
     study: Study, run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
 ) -> dict[str, Outcome]:
-    """Run what `study` asks for, one after another, until it asks for nothing more; return the outcomes by name."""
+    """Run what `study` asks for until it asks for nothing more; return the outcomes by name."""
     _begin(study, run)
     finished = _finished(run)
     while children := study.following(finished):
-        for child in children:
-            folder = prepare_child(run, child)
-            outcome = run_child(child.spec, folder, shared, titled(progress, child.title), child.options)
+        _show_number(len(finished), study.n_children, progress)
+        for child, outcome in _outcomes(children, run, shared, progress, run_child):
             finished[child.name] = outcome
             _note_child(run, child.name)
             run.record(ChildFinished(f"{child.title}: {outcome.summary}", child.name, outcome.metrics))
+            _show_number(len(finished), study.n_children, progress)
     return finished
+
+
+def _outcomes(
+    children: Sequence[Child], run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
+) -> Iterator[tuple[Child, Outcome]]:
+    """Run children that do not depend on each other: side by side where there are places for that, and it is worth it."""
+    if shared.places is None or len(children) < 2:
+        for child in children:
+            folder = prepare_child(run, child)
+            yield child, run_child(child.spec, folder, shared, titled(progress, child.title), child.options)
+        return
+    prepared = [(child.title, child.spec, prepare_child(run, child)) for child in children]
+    for number, outcome in run_side_by_side(prepared, shared.places, shared.workspace, progress):
+        yield children[number], outcome
 
 
 def prepare_child(run: RunDir, child: Child) -> RunDir:
@@ -114,6 +134,11 @@ def titled(progress: ProgressCallback, title: str) -> ProgressCallback:
         progress(replace(given, message=f"{title}: {given.message or given.phase}"))
 
     return update
+
+
+def _show_number(n_finished: int, n_children: int | None, progress: ProgressCallback) -> None:
+    if n_children is not None:
+        progress(Progress("runs", n_finished, n_children, "runs"))
 
 
 def _begin(study: Study, run: RunDir) -> None:

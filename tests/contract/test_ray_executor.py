@@ -18,9 +18,9 @@ from job_standin import QUICK, Trace, drive, end_of, is_gone, result_of, standin
 
 from finetune.distribution import install_command
 from finetune.errors import ExecutorError, MissingExtra
+from finetune.executors.executor import Handle, Resources
+from finetune.executors.ray_cluster import RayExecutor, exit_code, shell_line
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import Handle, Resources
-from finetune.jobs.ray_executor import RayExecutor, exit_code, shell_line
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.storage.rundir import RunDir

@@ -21,7 +21,8 @@ from finetune.errors import InvalidInput, StoreError
 from finetune.jobs import worker as worker_module
 from finetune.jobs.database import open_database
 from finetune.jobs.store import Job, JobStore
-from finetune.jobs.worker import WorkerSettings, visible_gpus
+from finetune.jobs.worker import WorkerSettings
+from finetune.runtime.device import visible_gpus
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 

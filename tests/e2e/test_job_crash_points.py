@@ -23,8 +23,8 @@ from tiny_training import write_images
 
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Registry
+from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database, reading
-from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.spec import JobSpec, parse_spec

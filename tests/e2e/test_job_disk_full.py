@@ -13,9 +13,9 @@ from job_standin import wait
 from tiny_training import write_images
 
 from finetune.errors import DiskFull, StoreError
-from finetune.jobs import endings
+from finetune.executors import endings
+from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.spec import parse_spec

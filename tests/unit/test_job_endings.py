@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.jobs.endings import Ending, Finish, TryAgain, what_follows
+from finetune.executors.endings import Ending, Finish, TryAgain, what_follows
 
 DIVERGED = {"code": "training_failed", "message": "the loss became nan at step 7", "problems": []}
 BAD_SPEC = {"code": "invalid_data", "message": "no class folder", "problems": [{"where": "training_file", "message": "is empty"}]}

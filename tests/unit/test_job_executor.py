@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from job_standin import end_of, is_gone, wait
 
-from finetune.jobs.executor import Handle, LocalExecutor, Resources
+from finetune.executors.executor import Handle, Resources
+from finetune.executors.local import LocalExecutor
 
 SLEEPS = "import time; time.sleep(600)"
 
@@ -103,7 +104,8 @@ def test_an_attempt_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
     script = f"""
         import sys, time
         from pathlib import Path
-        from finetune.jobs.executor import LocalExecutor, Resources
+        from finetune.executors.executor import Resources
+        from finetune.executors.local import LocalExecutor
         command = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
         log = Path({str(tmp_path / "log")!r})
         handle = LocalExecutor().start("job", command, fence=1, environment={{}}, log=log, resources=Resources())
@@ -114,7 +116,7 @@ def test_an_attempt_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
     assert parent.stdout is not None
     child = int(os.read(parent.stdout.fileno(), 20))
     cmdline = Path(f"/proc/{child}/cmdline")
-    wait(lambda: b"leash" not in cmdline.read_bytes())  # it has become the command
+    wait(lambda: b"process_parent" not in cmdline.read_bytes())  # it has become the command
     assert not is_gone(child)
     parent.kill()
     parent.wait()
@@ -124,7 +126,7 @@ def test_an_attempt_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
 
 def test_a_process_whose_parent_is_gone_already_starts_nothing() -> None:
     started = subprocess.run(
-        [*(sys.executable, "-m", "finetune.jobs.process_parent", "1"), sys.executable, "-c", "print('started')"],
+        [*(sys.executable, "-m", "finetune.executors.process_parent", "1"), sys.executable, "-c", "print('started')"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (started.returncode, started.stdout) == (os.EX_TEMPFAIL, "")

@@ -167,7 +167,7 @@ def test_what_a_job_printed_is_printed(home: Path) -> None:
 
 
 def test_a_worker_that_stops_when_idle_leaves_nothing_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.jobs.executor.LocalExecutor", StandinExecutor)
+    monkeypatch.setattr("finetune.executors.local.LocalExecutor", StandinExecutor)
     jobs = [queued(steps=1) for _ in range(2)]
     invoke("worker", "--until-idle")
     assert [LocalJobs(home).get(job).state for job in jobs] == ["succeeded", "succeeded"]

@@ -18,8 +18,8 @@ from tiny_bundle import probe_files, write_tiny_bundle
 
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
+from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database
-from finetune.jobs.executor import LocalExecutor
 from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.storage.files import read_json, write_json

@@ -32,8 +32,8 @@ def test_the_arm_that_beats_all_others_is_chosen_and_its_price_is_said() -> None
     verdict = judge_arms(standings, [pair("linear_probe", "full", -0.043, 0.0004)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("full", "better")
     assert verdict.sentence == (
-        "full is better than linear_probe: by 4.3 points over linear_probe (95 % interval 2.3 points to 6.3 points, p = 0.0004 on "
-        "1,000 images), at 34 times its training time."
+        "full is better than linear_probe: by 4.3 points over linear_probe (95 % interval 2.3 points to 6.3 points, p = 0.0004 "
+        "on 1,000 images), at 34 times its training time."
     )
     assert verdict.pareto == ("linear_probe", "full")
 

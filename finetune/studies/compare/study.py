@@ -50,6 +50,10 @@ class ArmsTimesSeeds:
 
     kind = "comparison"
 
+    @property
+    def n_children(self) -> int:
+        return len(self.spec.arms) * self.spec.settings.seeds
+
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for number in range(self.spec.settings.seeds):
             waiting = [arm for arm in self.spec.arms if child_name(arm, number) not in finished]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED = 2, os.EX_TEMPFAIL, 130
+from finetune.executors.executor import EXIT_BUSY
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 MAX_STALLED_ATTEMPTS = 3  # in a row without a new checkpoint, after which the job is a crash loop
 MAX_LOST_ATTEMPTS = 10  # the same, of those that ended with their worker or for want of a lease, which is rarely the job's fault
 MAX_OUT_OF_MEMORY = 2  # memory that was short once may have been somebody else's; twice, the job wants too much

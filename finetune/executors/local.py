@@ -1,4 +1,4 @@
-"""Where an attempt runs. An executor starts one process group for it, says how it ended, and ends it; it knows no database."""
+"""Processes on this machine, as children of this one, which die with it."""
 
 from __future__ import annotations
 
@@ -12,48 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Resources:
-    """What an attempt may use: CPU threads, and the CUDA devices by number (none: no GPU)."""
-
-    threads: int = 1
-    gpus: tuple[int, ...] = ()
-
-    def environment(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
-
-
-@dataclass(frozen=True)
-class Handle:
-    """A started attempt, as its executor knows it."""
-
-    job_id: str
-    reference: str
-
-
-class Executor(Protocol):
-    """Starts, watches and ends attempts. Each method may raise `ExecutorError`: it cannot say or do that now."""
-
-    def start(
-        self,
-        job_id: str,
-        command: Sequence[str],
-        *,
-        fence: int,
-        environment: Mapping[str, str],
-        log: Path,
-        resources: Resources,
-    ) -> Handle:
-        """Start `command` in a fresh process group, its output appended to `log`. A job's claims have different fences."""
-
-    def poll(self, handle: Handle) -> int | None:
-        """None while it runs, then, once, its exit code (negative: the signal that ended it)."""
-
-    def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
-        """Ask it to stop (SIGTERM) and return; a `poll` after `grace_seconds` ends it for good. The shortest grace counts."""
+from finetune.executors.executor import Handle, Resources
 
 
 @dataclass
@@ -83,7 +43,7 @@ class LocalExecutor:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "finetune.jobs.process_parent", str(os.getpid()), *command],
+                [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""``python -m finetune.jobs.process_parent PARENT_PID COMMAND…``: become COMMAND, and die when the parent dies.
+"""``python -m finetune.executors.process_parent PARENT_PID COMMAND…``: become COMMAND, and die when the parent dies.
 
 A separate step before exec, because code between fork and exec in a process with threads may deadlock. The kernel sends the
 signal when the *thread* that forked ends, so parents start children from their main thread. Linux only: elsewhere the lease file

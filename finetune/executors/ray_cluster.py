@@ -22,8 +22,7 @@ from typing import Any
 
 from finetune.distribution import install_command
 from finetune.errors import ExecutorError, MissingExtra
-from finetune.jobs.endings import EXIT_BUSY
-from finetune.jobs.executor import Handle, Resources
+from finetune.executors.executor import EXIT_BUSY, Handle, Resources
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"  # between Ray's SIGTERM and its SIGKILL

@@ -1,0 +1,45 @@
+"""Options of the commands whose work goes on in processes of its own, here or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from finetune.executors.places import Places
+
+
+def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--executor`` and ``--ray-address``; `what` says what runs there."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        address = click.option(
+            "--ray-address",
+            metavar="URL",
+            envvar="RAY_API_SERVER_ADDRESS",
+            help="The cluster's dashboard (default: http://127.0.0.1:8265). Its machines share the workspace.",
+        )
+        executor = click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help=what)
+        return executor(address(command))
+
+    return decorate
+
+
+def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--slots`` and where they are, of a study whose runs may go on side by side; see `take_places`."""
+    slots = click.option(
+        "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Runs that go on at once, in processes."
+    )
+    return slots(executor_options("Where those processes run.")(command))
+
+
+def take_places(given: dict[str, Any]) -> Places | None:
+    """Take the values of `places_options` out of a command's arguments; None where runs follow one another in this process."""
+    slots, executor, address = given.pop("slots"), given.pop("executor"), given.pop("ray_address")
+    if slots == 1 and executor == "local":
+        return None
+    from finetune.executors.places import Places
+
+    return Places.of(executor, slots, ray_address=address)

@@ -1,0 +1,32 @@
+"""Where several processes go on side by side: an executor, and what each of them may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.executors import Executor, Resources, open_executor
+from finetune.runtime.cores import available_cores
+from finetune.runtime.device import visible_gpus
+
+STOP_SECONDS = 20.0  # that a process may take to write a checkpoint when it is asked to stop
+
+
+@dataclass(frozen=True)
+class Places:
+    """One place for each process that goes on at once, with what it may use there."""
+
+    executor: Executor
+    each: tuple[Resources, ...]
+
+    @classmethod
+    def of(cls, executor: str, slots: int, *, ray_address: str | None = None) -> Places:
+        """Share this machine's cores and GPUs among `slots` processes; on a cluster, each asks for as much as this machine has.
+
+        Raises:
+            MissingExtra: Ray is not installed.
+            ExecutorError: no cluster answers at the address.
+        """
+        gpus = visible_gpus()
+        threads = max(1, available_cores() // slots) if executor == "local" else available_cores()
+        each = tuple(Resources(threads, gpus[slot : slot + 1]) for slot in range(slots))
+        return cls(open_executor(executor, ray_address=ray_address, stop_seconds=STOP_SECONDS), each)

@@ -1,0 +1,161 @@
+"""Runs of a study that do not depend on each other, side by side in processes of their own, on this machine or on a cluster.
+
+Each process does what `finetune train --run-dir` does in the child's folder, so it can be killed and resumed like any run. A
+process that dies is started again as the worker does it with a job's attempts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from finetune.errors import ExecutorError, FinetuneError, error_of
+from finetune.executors import Executor, Handle
+from finetune.executors.endings import Ending, Finish, what_follows
+from finetune.executors.places import STOP_SECONDS, Places
+from finetune.jobs.lease import LEASE_VARIABLE
+from finetune.progress import Progress, ProgressCallback
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json, write_atomic
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+
+_LOOK_SECONDS = 0.2
+_LOG_CHARACTERS = 2000
+_INHERITED = (LEASE_VARIABLE, "MLFLOW_TRACKING_URI")  # also by processes on other machines
+
+
+@dataclass
+class _Going:
+    """A child in a process, or one that waits to be started again."""
+
+    title: str
+    folder: RunDir
+    slot: int
+    handle: Handle | None = None
+    not_before: float = 0.0  # monotonic seconds
+    fruitless: int = 0  # processes in a row that died
+    message: str = field(default="", repr=False)
+
+
+def run_side_by_side(
+    children: Sequence[tuple[str, JobSpec, RunDir]], places: Places, workspace: Workspace, progress: ProgressCallback
+) -> Iterator[tuple[int, Outcome]]:
+    """Run the children, each given as its title, its spec and its prepared folder; yield their numbers as they finish.
+
+    Raises:
+        FinetuneError: a child failed; the others have been stopped, and go on from there the next time.
+        KeyboardInterrupt: asked to stop; so are they.
+    """
+    waiting = deque(range(len(children)))
+    free = deque(range(len(places.each)))
+    going: dict[int, _Going] = {}
+    try:
+        while waiting or going:
+            while waiting and free:
+                number = waiting.popleft()
+                title, spec, folder = children[number]
+                _write_spec(folder, spec.with_absolute_paths())
+                going[number] = _Going(title, folder, free.popleft())
+            for number, child in list(going.items()):
+                if (outcome := _attend(child, places, workspace)) is not None:
+                    del going[number]
+                    free.append(child.slot)
+                    yield number, outcome
+            _show(list(going.values()), progress)
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        _stop(list(going.values()), places.executor)
+
+
+def _write_spec(folder: RunDir, spec: JobSpec) -> None:
+    text = spec.to_yaml().encode()
+    write_atomic(folder.spec, lambda stream: stream.write(text))
+
+
+def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | None:
+    """Start a child that is due, or look at its process; return what it came to when it has finished.
+
+    Raises:
+        FinetuneError: it has failed.
+    """
+    if child.handle is None:
+        if time.monotonic() >= child.not_before:
+            _start(child, places, workspace)
+        return None
+    code = places.executor.poll(child.handle)
+    if code is None:
+        return None
+    child.handle = None
+    child.fruitless += 1
+    folder = child.folder
+    follows = what_follows(
+        Ending(
+            exit_code=code,
+            error=read_json(folder.error) if folder.error.exists() else None,
+            complete=folder.outcome.exists(),
+            stalled_attempts=child.fruitless,
+            lost_attempts=child.fruitless,
+            log_tail=_log_tail(folder),
+        )
+    )
+    if not isinstance(follows, Finish):
+        child.not_before = time.monotonic() + follows.delay_seconds
+        return None
+    if follows.state == "succeeded":
+        return Outcome.read(folder)
+    raise _failure(child, follows)
+
+
+def _start(child: _Going, places: Places, workspace: Workspace) -> None:
+    folder = child.folder
+    folder.error.unlink(missing_ok=True)
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    child.handle = places.executor.start(
+        "-".join(folder.root.relative_to(workspace.runs).parts) if folder.root.is_relative_to(workspace.runs) else folder.name,
+        [sys.executable, "-m", "finetune", "train", str(folder.spec), "--run-dir", str(folder.root), "--json"],
+        fence=time.time_ns(),
+        environment={"FINETUNE_HOME": str(workspace.root), **inherited},
+        log=folder.log,
+        resources=places.each[child.slot],
+    )
+
+
+def _failure(child: _Going, finish: Finish) -> FinetuneError:
+    """Return the child's own error, as it would have been raised in this process."""
+    if child.folder.error.exists():
+        return error_of(read_json(child.folder.error))
+    return ExecutorError(f"{child.title}: {finish.error_message}")
+
+
+def _stop(children: Sequence[_Going], executor: Executor) -> None:
+    """Ask what still runs to stop at a checkpoint, and wait until it has."""
+    handles = [child.handle for child in children if child.handle is not None]
+    for handle in handles:
+        executor.cancel(handle, grace_seconds=STOP_SECONDS)
+    for handle in handles:
+        while executor.poll(handle) is None:
+            time.sleep(_LOOK_SECONDS)
+
+
+def _show(children: Sequence[_Going], progress: ProgressCallback) -> None:
+    """Pass on the progress of every child that has moved."""
+    for child in children:
+        if child.handle is None or not child.folder.progress.exists():
+            continue
+        given = read_json(child.folder.progress)
+        update = Progress(**{**given, "message": f"{child.title}: {given['message'] or given['phase']}"})
+        if (seen := repr(update)) != child.message:
+            child.message = seen
+            progress(update)
+
+
+def _log_tail(folder: RunDir) -> str:
+    if not folder.log.exists():
+        return "(nothing)"
+    return folder.log.read_text(encoding="utf-8", errors="replace")[-_LOG_CHARACTERS:] or "(nothing)"
