@@ -304,7 +304,7 @@ def train(
 
 
 def compare(
-    data: str | Path,
+    what: str | Path | Sequence[Run | str | Path],
     *,
     methods: Sequence[str] = (),
     models: Sequence[str] = (),
@@ -315,26 +315,38 @@ def compare(
     budget_seconds: float | None = None,
     settings: Mapping[str, Any] | None = None,
     run_dir: str | Path | None = None,
+    slots: int = 1,
     workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Train several ways on the same images, and say which to choose, with paired statistics and cost.
 
     Args:
+        what: the data; or finished runs, which are compared as they are on the images that none of them has seen.
         methods: one arm for each (by default linear_probe, partial and full).
         models: one arm for each backbone, times the methods.
         arms: arms by their settings, ``{"strong": {"augmentation": "strong"}}``.
         seeds: runs of each arm.
         margin: a difference of the headline metric that does not matter.
         settings: fields of the job spec that all arms share.
+        slots: runs that go on side by side, in processes of their own.
+
+    Raises:
+        FinetuneError: the request, the data, a run, or runs that share no image; the message says what to do.
     """
     from finetune.comparison_spec import parse_comparison
+    from finetune.executors.places import Places
     from finetune.runs.build import Shared
     from finetune.studies.compare import compare as run_comparison
+    from finetune.studies.compare import compare_runs
 
+    out = None if run_dir is None else Path(run_dir)
+    if not isinstance(what, str | Path):
+        folders = [run.folder if isinstance(run, Run) else Path(run) for run in what]
+        return compare_runs(folders, _workspace(workspace), margin, out)
     spec = parse_comparison(
         {
-            **_request(data, None, None, None, folds, None, None, settings),
+            **_request(what, None, None, None, folds, None, None, settings),
             "methods": list(methods),
             "models": list(models),
             "arms": [{"name": arm, "set": dict(changes)} for arm, changes in (arms or {}).items()],
@@ -344,7 +356,8 @@ def compare(
         }
     )
     with progress_bars(shown=progress) as update:
-        return run_comparison(spec, Shared.of(_workspace(workspace)), update, None if run_dir is None else Path(run_dir))
+        shared = Shared.of(_workspace(workspace), Places.of("local", slots) if slots > 1 else None)
+        return run_comparison(spec, shared, update, out)
 
 
 def check(

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from finetune.errors import Problem, SpecError
-from finetune.spec import METHODS, JobSpec, Section, merged_mapping, parse_spec, with_settings
+from finetune.spec import JobSpec, MethodName, Section, merged_mapping, parse_spec, problems_of, with_settings
 
-DEFAULT_METHODS = ("linear_probe", "partial", "full")
+DEFAULT_METHODS: tuple[MethodName, ...] = ("linear_probe", "partial", "full")
 MOST_ARMS = 20
 
 
@@ -35,7 +35,7 @@ class ComparisonSettings(Section):
     """What a comparison asks beyond the job spec that its arms share."""
 
     methods: Annotated[
-        tuple[str, ...], Field(description="one arm for each method; by default linear_probe, partial and full")
+        tuple[MethodName, ...], Field(description="one arm for each method; by default linear_probe, partial and full")
     ] = ()
     models: Annotated[tuple[str, ...], Field(description="one arm for each backbone, times the methods")] = ()
     arms: Annotated[
@@ -98,10 +98,7 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     try:
         settings = ComparisonSettings.model_validate(own)
     except ValidationError as error:
-        problems += [
-            Problem(".".join(map(str, detail["loc"])), f"{detail['msg']}, given {detail['input']!r}")
-            for detail in error.errors(include_url=False)
-        ]
+        problems += problems_of(error, own)
     arms: tuple[Arm, ...] = ()
     if job is not None and settings is not None:
         arms, wrong = _arms(job, settings)
@@ -125,16 +122,11 @@ def _arms(job: JobSpec, settings: ComparisonSettings) -> tuple[tuple[Arm, ...], 
     problems: list[Problem] = []
     named: list[tuple[str, str, dict[str, Any]]] = []  # where, name, settings
     methods = settings.methods or (() if settings.models or settings.arms else DEFAULT_METHODS)
-    for index, method in enumerate(methods):
-        if method not in METHODS:
-            problems.append(Problem(f"methods[{index}]", f"unknown method {method!r}; allowed are {', '.join(METHODS)}"))
     for method, model in itertools.product(methods or ("",), settings.models or ("",)):
         if method or model:
             changes = {**({"method": method} if method else {}), **({"model.backbone": model} if model else {})}
             named.append(("methods" if method else "models", f"{model} {method}".strip(), changes))
     named += [(f"arms[{index}]", arm.name, arm.set) for index, arm in enumerate(settings.arms)]
-    if problems:
-        return (), problems
     arms: list[Arm] = []
     for where, name, changes in named:
         try:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` `unit`s of one phase: runs (of a study), preparing, features, training, evaluating, exporting or registering."""
+    """`done` of `total` `unit`s of one phase.
+
+    Phases are runs (of a study), preparing, features, training, evaluating, exporting and registering.
+    """
 
     phase: str
     done: int

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -154,7 +154,8 @@ class AutoMethod(Section):
     type: Literal["auto"] = "auto"
 
 
-METHODS = ("linear_probe", "partial", "full", "gradual", "auto")
+MethodName = Literal["linear_probe", "partial", "full", "gradual", "auto"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 Method = Annotated[LinearProbe | Partial | Full | Gradual | AutoMethod, Field(discriminator="type")]
 
 
@@ -270,7 +271,7 @@ def parse_spec(given: Mapping[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(dict(given))
     except ValidationError as error:
-        problems = _problems(error, given)
+        problems = problems_of(error, given)
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise SpecError(f"the job spec has {count}", problems) from None
 
@@ -361,8 +362,8 @@ def _assign(target: dict[str, Any], key_path: Sequence[str], value: Any) -> None
     target[key_path[-1]] = value
 
 
-def _problems(error: ValidationError, given: Mapping[str, Any]) -> list[Problem]:
-    """Pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field."""
+def problems_of(error: ValidationError, given: Mapping[str, Any]) -> list[Problem]:
+    """Return pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field."""
     requirements: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     sentences: dict[str, str] = {}

@@ -25,6 +25,7 @@ from finetune.storage.files import read_json, write_atomic
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 
+RETRY_SECONDS = 2.0  # the first pause after a process died
 _LOOK_SECONDS = 0.2
 _LOG_CHARACTERS = 2000
 _INHERITED = (LEASE_VARIABLE, "MLFLOW_TRACKING_URI")  # also by processes on other machines
@@ -102,7 +103,8 @@ def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | No
             stalled_attempts=child.fruitless,
             lost_attempts=child.fruitless,
             log_tail=_log_tail(folder),
-        )
+        ),
+        RETRY_SECONDS,
     )
     if not isinstance(follows, Finish):
         child.not_before = time.monotonic() + follows.delay_seconds

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.data.dataset import Sample
+from finetune.data.index import index_dataset
 from finetune.data.split import read_recorded_split
 from finetune.errors import InvalidInput, NotFound, Problem
 from finetune.evaluation import predictions as tables
@@ -65,9 +67,20 @@ def compare_runs(
         left_out=left_out,
     )
     command = "finetune compare " + " ".join(str(run.root) for run in folders)
-    write_comparison_page(found, (), command)
+    write_comparison_page(found, compared, _samples(specs[0], answers[0]), command)
     write_json(folder.comparison, found.to_dict())
     return found
+
+
+def _samples(spec: JobSpec, table: Predictions) -> dict[str, Sample]:
+    """Return the images that a run was judged on by their digests, as far as its data is still there."""
+    validation, test = (None if path is None else Path(path) for path in (spec.validation_file, spec.test_file))
+    try:
+        dataset = index_dataset(Path(spec.training_file), validation, test, for_training=False)
+    except InvalidInput:
+        return {}
+    digest_of = dict(zip(table.ids, table.digests(), strict=True))
+    return {digest_of[sample.id]: sample for sample in dataset.samples if sample.id in digest_of}
 
 
 def _outcome(run: RunDir) -> Outcome:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.bundle.overlay import overlay_png
 from finetune.bundle.predictor import Predictor
-from finetune.data.dataset import Dataset, Sample
-from finetune.errors import BundleError
-from finetune.evaluation import predictions as tables
+from finetune.data.dataset import Sample
+from finetune.errors import BundleError, ImageError
 from finetune.evaluation.predictions import Predictions
 from finetune.report.comparison import ComparisonPage, Disputed, render_comparison
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.studies.compare.result import Comparison
+from finetune.studies.compare.result import ArmRuns, Comparison
 from finetune.studies.study import kept_run
 from finetune.tasks import task_named
 
 SHOWN_DISPUTED = 12
 
 
-def write_comparison_page(found: Comparison, samples: Sequence[Sample], command: str) -> None:
+def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: Mapping[str, Sample], command: str) -> None:
     """Write ``report.html`` into the comparison's folder.
 
     Args:
-        samples: the images that the arms were judged on; those that are missing here are not shown.
+        arms: what was compared.
+        samples: the images by the ids that `arms` answered them under; those that are missing, or have changed, are not shown.
     """
     first_runs = {arm.name: RunDir(arm.runs[0]) for arm in found.arms}
-    answers = {name: tables.read(run.predictions_of(found.split)) for name, run in first_runs.items()}
+    answers = {arm.predictions.name: arm.predictions.runs[0] for arm in arms}
     reference = next(iter(answers.values()))
     task = task_named(reference.task)
     evaluated = np.array([n for n, _, _ in task.class_counts(task.judge(reference.logits, reference.labels))])
@@ -39,7 +41,7 @@ def write_comparison_page(found: Comparison, samples: Sequence[Sample], command:
         document=found.to_dict(),
         metrics=task.metrics,
         curves={name: read_lines(kept_run(run).metrics) for name, run in first_runs.items()},
-        disputed=_disputed(answers, first_runs, {sample.id: sample for sample in samples}),
+        disputed=_disputed(answers, first_runs, samples),
         command=command,
         class_counts=evaluated.tolist(),
     )
@@ -47,12 +49,7 @@ def write_comparison_page(found: Comparison, samples: Sequence[Sample], command:
     write_atomic(found.report, lambda stream: stream.write(html.encode("utf-8", "replace")))
 
 
-def samples_of(dataset: Dataset, split: str) -> tuple[Sample, ...]:
-    """Return the samples that a comparison is judged on: the test images, or with cross-validation all others."""
-    return dataset.of("test") if split == "test" else dataset.samples
-
-
-def _disputed(answers: dict[str, Predictions], runs: dict[str, RunDir], samples: dict[str, Sample]) -> list[Disputed]:
+def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], samples: Mapping[str, Sample]) -> list[Disputed]:
     """Return images that some arms answer rightly and others wrongly, those first where the wrong ones are surest."""
     task = task_named(next(iter(answers.values())).task)
     names = list(answers)
@@ -65,8 +62,10 @@ def _disputed(answers: dict[str, Predictions], runs: dict[str, RunDir], samples:
     predictors = {name: _predictor(run) for name, run in runs.items()}
     found: list[Disputed] = []
     for row in order:
+        if len(found) == SHOWN_DISPUTED:
+            break
         sample = samples.get(reference.ids[row])
-        if sample is None or len(found) == SHOWN_DISPUTED:
+        if sample is None or not _is_the_same(sample, reference.sha256[row]):
             continue
         shown = []
         image = None
@@ -83,6 +82,14 @@ def _disputed(answers: dict[str, Predictions], runs: dict[str, RunDir], samples:
             true = task.label_text(reference.labels[row], reference.classes)
             found.append(Disputed(image, sample.id, true, tuple(shown)))
     return found
+
+
+def _is_the_same(sample: Sample, sha256: NDArray[np.uint8]) -> bool:
+    """Return whether an image file still has the bytes that were judged."""
+    try:
+        return hashlib.sha256(sample.read()).digest() == sha256.tobytes()
+    except ImageError:
+        return False
 
 
 def _predictor(run: RunDir) -> Predictor | None:

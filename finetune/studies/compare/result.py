@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluation.compare import ArmPredictions, Pair, compare_pairs, score_variance
+from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, score_variance
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
 from finetune.runs.outcome import Outcome
@@ -50,6 +52,18 @@ class ArmResult:
             "note": self.note,
         }
 
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> ArmResult:
+        """Return the arm that `to_dict` wrote."""
+        return cls(
+            name=given["name"],
+            runs=tuple(Path(run) for run in given["runs"]),
+            metrics={key: Figure(**figure) for key, figure in given["metrics"].items()},
+            cost=given["cost"],
+            per_class_recall=tuple(given["per_class_recall"]),
+            note=given["note"],
+        )
+
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
@@ -87,6 +101,27 @@ class Comparison:
 
         return notebook_view(self.to_dict())
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Comparison:
+        """Return the comparison that `to_dict` wrote."""
+        verdict = document["verdict"]
+        return cls(
+            id=document["id"],
+            folder=Path(document["report"]).parent,
+            dataset=document["dataset"],
+            split=document["split"],
+            classes=tuple(document["classes"]),
+            headline=document["headline"].partition("/")[2],
+            arms=tuple(ArmResult.from_dict(arm) for arm in document["arms"]),
+            pairs=_pairs_of(document["pairs"], verdict["margin"]),
+            verdict=Verdict(verdict["choose"], verdict["outcome"], verdict["sentence"], tuple(verdict["pareto"])),
+            margin=verdict["margin"],
+            left_out=document["left_out"],
+            cost=document["cost"],
+            registered=document["registered"],
+            mlflow_run_id=document["mlflow_run_id"],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the document."""
         return {
@@ -113,43 +148,49 @@ class Comparison:
         }
 
 
+_OF_PAIR = ("p_value", "p_exact", "p_adjusted", "test", "smallest_detectable", "n", "only_a", "only_b")
+_OF_DIFFERENCE = ("difference", "low", "high", "standard_error", "degrees_of_freedom", "seed_share")
+
+
 def _pair_rows(pair: Pair, split: str) -> list[dict[str, Any]]:
     """Return one row a metric: the headline with its test, the others with their interval."""
-    headline = pair.headline
-    rows = [
+    tested = {**{name: getattr(pair, name) for name in _OF_PAIR}, "outcome": pair.outcome}
+    return [
         {
             "a": pair.a,
             "b": pair.b,
-            "metric": f"{split}/{headline.metric}",
-            "difference": headline.difference,
-            "low": headline.low,
-            "high": headline.high,
-            "p_value": pair.p_value,
-            "p_exact": pair.p_exact,
-            "p_adjusted": pair.p_adjusted,
-            "test": pair.test,
-            "smallest_detectable": pair.smallest_detectable,
-            "outcome": pair.outcome,
-            "n": pair.n,
-            "only_a": pair.only_a,
-            "only_b": pair.only_b,
+            "metric": f"{split}/{found.metric}",
+            **{name: _finite(getattr(found, name)) for name in _OF_DIFFERENCE},
+            **(tested if found is pair.headline else dict.fromkeys(tested)),
         }
+        for found in (pair.headline, *pair.others)
     ]
-    rows += [
-        {
-            "a": pair.a,
-            "b": pair.b,
-            "metric": f"{split}/{other.metric}",
-            "difference": other.difference,
-            "low": other.low,
-            "high": other.high,
-            "p_value": None,
-            "p_adjusted": None,
-            "smallest_detectable": None,
-        }
-        for other in pair.others
-    ]
-    return rows
+
+
+def _pairs_of(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[Pair, ...]:
+    """Return the pairs that `_pair_rows` wrote."""
+    pairs = []
+    for (a, b), of_pair in groupby(rows, key=lambda row: (row["a"], row["b"])):
+        headline, *others = of_pair
+        differences = [
+            Difference(a, b, row["metric"].partition("/")[2], **{name: _number(row[name], name) for name in _OF_DIFFERENCE})
+            for row in (headline, *others)
+        ]
+        pairs.append(
+            Pair(a, b, differences[0], tuple(differences[1:]), margin=margin, **{name: headline[name] for name in _OF_PAIR})
+        )
+    return tuple(pairs)
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON has; it has neither infinity nor not-a-number."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None, name: str) -> float:
+    if value is not None:
+        return value
+    return math.inf if name == "degrees_of_freedom" else math.nan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from finetune.comparison_spec import Arm, ComparisonSpec, parse_comparison
+from finetune.comparison_spec import Arm, ComparisonSpec
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.compare import ArmPredictions, compare_pairs
@@ -30,7 +30,7 @@ from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.storage.files import json_text, read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import carry_out
-from finetune.studies.compare.page import samples_of, write_comparison_page
+from finetune.studies.compare.page import write_comparison_page
 from finetune.studies.compare.result import ArmRuns, Comparison, conclude
 from finetune.studies.study import Child, note_kept, run_children
 
@@ -93,8 +93,8 @@ class ArmsTimesSeeds:
         return found
 
     def _beaten_by(self, arm: Arm, finished: Mapping[str, Outcome]) -> str:
-        names = {other: self._finished_of(other, finished) for other in self.spec.arms}
-        arms = [self._predictions(other, found) for other, found in names.items() if found]
+        names = [(other, self._finished_of(other, finished)) for other in self.spec.arms]
+        arms = [self._predictions(other, found) for other, found in names if found]
         if len(arms) < 2:
             return ""
         for pair in compare_pairs(arms, self.spec.settings.margin):
@@ -156,7 +156,7 @@ def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = s
     run = RunDir(run_dir.absolute()) if run_dir is not None else _folder_for(spec, shared)
     with run.held(), failures_recorded(run):
         if run.comparison.exists():
-            return read_comparison(run)
+            return Comparison.from_dict(read_json(run.comparison))
         stopwatch = Stopwatch(run)
         progress = recorded(progress, run, stopwatch)
         text = json_text(spec.to_dict(), indent=2) + "\n"
@@ -171,8 +171,9 @@ def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = s
             )
         study = ArmsTimesSeeds(spec, run, judged_on)
         outcomes = run_children(study, run, shared, progress, carry_out)
+        arms = study.arm_runs(outcomes)
         found = conclude(
-            study.arm_runs(outcomes),
+            arms,
             identifier=run.root.name,
             folder=run.root,
             dataset=dataset.name,
@@ -184,7 +185,7 @@ def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = s
         run.record(StudyConcluded(found.verdict.sentence, chosen.name))
         registered = _register(spec, chosen, outcomes, shared, progress) if spec.settings.register_chosen else None
         found = dataclasses.replace(found, registered=registered, cost=stopwatch.read())
-        write_comparison_page(found, samples_of(split, judged_on), _command(spec))
+        write_comparison_page(found, arms, {sample.id: sample for sample in split.samples}, _command(spec))
         write_json(run.comparison, found.to_dict())
         return found
 
@@ -213,25 +214,6 @@ def _command(spec: ComparisonSpec) -> str:
         spec.job.model_dump(mode="json", exclude_defaults=True) | spec.settings.model_dump(mode="json", exclude_defaults=True),
         sort_keys=False,
         allow_unicode=True,
-    )
-
-
-def read_comparison(run: RunDir) -> Comparison:
-    """Return a finished comparison, computed again from its runs' predictions."""
-    spec = parse_comparison(read_json(run.request))
-    document = read_json(run.comparison)
-    study = ArmsTimesSeeds(spec, run, document["split"])
-    outcomes = {name: Outcome.read(run.child(name)) for name in read_json(run.study)["children"]}
-    found = conclude(
-        study.arm_runs(outcomes),
-        identifier=document["id"],
-        folder=run.root,
-        dataset=document["dataset"],
-        split=document["split"],
-        margin=spec.settings.margin,
-    )
-    return dataclasses.replace(
-        found, registered=document["registered"], cost=document["cost"], mlflow_run_id=document["mlflow_run_id"]
     )
 
 
