@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from crash_points import crashing_at
 from tiny_runs import carry_out_at, tiny_spec, weights_of, write_stripes
 
 from finetune.bundle.manifest import read_manifest
@@ -32,7 +33,6 @@ from finetune.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-CRASHING = Path(__file__).parents[1] / "crashing"
 STEPPED = {
     "method": {"type": "full", "warm_head": False, "bn": "train"},
     "hyperparameters": {"n_epochs": 1, "batch_size": 4, "mixup": 0.2},
@@ -176,7 +176,7 @@ def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 @pytest.mark.parametrize(
     "point",
     [
-        "before replace step-00000003.pt once killed/run/runs/fold-2/runs/refit/checkpoints",
+        "before replace step-0000000[1-9].pt once killed/run/runs/fold-2/runs/refit/checkpoints",
         "after replace test.npz once killed/run/runs/fold-1/outcome.json",
         r"after replace study.json with kept\W+final",
         "before replace outcome.json once killed/run/runs/final/runs/refit/bundle",
@@ -186,8 +186,7 @@ def test_a_killed_process_with_folds_resumes_to_the_same_bits(
     point: str, pictures: Path, uninterrupted: str, tmp_path: Path
 ) -> None:
     spec, home = tiny_spec(pictures, **STEPPED), tmp_path / "killed"
-    crash = {"PYTHONPATH": f"{CRASHING}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    died = train_in_a_process(spec, home, **crash, CRASH_AT=point, CRASH_MARK=str(tmp_path / "crashed"))
+    died = train_in_a_process(spec, home, **crashing_at(point, tmp_path / "crashed"))
     assert died.returncode == -9, died.stderr
     resumed = train_in_a_process(spec, home)
     assert resumed.returncode == 0, resumed.stderr
