@@ -133,8 +133,8 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool) -> None:
 def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_json: bool) -> None:
     """Measure MODEL on labelled images.
 
-    MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the figures
-    without them are given beside.
+    MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
+    figures without them are given beside.
     """
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation

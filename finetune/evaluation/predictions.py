@@ -7,7 +7,7 @@ A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle
                 absent where the images are not labelled
     sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
     embedding   (N, D) float32   what the head was given; absent where it was not at hand
-    header      (L,) uint8       JSON text: schema_version, split, task, classes (in the order of the logits), ids (one a row), and
+    header      (L,) uint8       JSON text: schema_version, split, task, classes (in the order of the logits), ids (one a row),
                                  columns (the names of the other arrays)
 
 The rows are in the order of the split's samples. ``finetune.evaluation.predictions.read(path)`` returns all of it.
