@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.dataset import Dataset, Sample, Split, unmeasured
 from finetune.data.sources import Notes, Record, Source, source_of
 from finetune.errors import DataError, Problem, did_you_mean
 from finetune.messages import natural_list, plural, printable
@@ -151,6 +151,4 @@ def _compare_classes(split: str, by_class: _ByClass, train: _ByClass, place: str
     if not any(by_class.values()):
         notes.problem(place, f"the {split} data has no images in class folders")
     elif missing:
-        notes.left_out.append(
-            f"{split}: no images of {plural(len(missing), 'class')}, which it cannot measure: {natural_list(missing)}"
-        )
+        notes.left_out.append(unmeasured(split, missing))
