@@ -13,6 +13,7 @@ from finetune.data.dataset import Dataset, Sample, Split, unmeasured
 from finetune.data.sources import Notes, Record, Source, source_of
 from finetune.errors import DataError, Problem, did_you_mean
 from finetune.messages import natural_list, plural, printable
+from finetune.naming import dataset_name
 
 _ByClass = Mapping[str, tuple[Record, ...]]
 
@@ -51,8 +52,7 @@ def index_dataset(
         for record in records
         if name in label_of
     ]
-    name = (base if training.is_dir() else training).name
-    return Dataset(name, str(base), classes, tuple(samples), tuple(notes.bad), notes.warnings())
+    return Dataset(dataset_name(training), str(base), classes, tuple(samples), tuple(notes.bad), notes.warnings())
 
 
 def _refusal(training: Path, source: Source, problems: Sequence[Problem], for_training: bool) -> str:
