@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from pathlib import Path
 
 LONGEST_NAME = 63
 
@@ -14,13 +15,19 @@ def model_name(suffix: str | None, dataset: str) -> str:
     return suffix or as_model_name(dataset)
 
 
+def dataset_name(location: Path) -> str:
+    """Return what the data in `location` is called: the name of its folder, or of its file without the ending."""
+    place = location.resolve()
+    return place.stem if place.is_file() else place.name
+
+
 def as_model_name(text: str) -> str:
     """Return a folder's or file's name as a model's name: lower case a-z and 0-9, anything else a dash.
 
     Accents are dropped. Where letters of another script are lost, a short digest of the name is added, so that
     two such names differ.
     """
-    decomposed = unicodedata.normalize("NFKD", text)
+    decomposed = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     kept = re.sub(r"[^a-z0-9]+", "-", decomposed.lower()).strip("-")
     lost_letters = any(character.isalnum() and not character.isascii() for character in decomposed)
     if kept and not lost_letters:

@@ -6,13 +6,17 @@ than the rest. Knows files and pixels; does not know sizes a model wants (`prepr
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+import PIL
+from PIL import AvifImagePlugin, Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as ExifTag
 from PIL.GifImagePlugin import GifImageFile
@@ -21,10 +25,15 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from finetune.bundle.colour import to_srgb
+from finetune.bundle.tiff import refuse_pages, unusual_numbers
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_FORMATS_READ = "JPEG, PNG, WebP, BMP, GIF and TIFF are read"
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "BMP", "GIF", "TIFF")
+_FORMATS_READ = "JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF and TIFF are read"
+DECODER = f"pillow-{PIL.__version__}-heif-{version('pillow-heif')}-srgb"
+"""Names the decoder in the keys of what is stored of decoded images: with another one, a file may give other pixels."""
+HEAD_BYTES = 256  # of a file, from which `sniff` and `looks_like_image` tell what it is
 
 MIB = 1024 * 1024
 
@@ -48,25 +57,57 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
+
+def _open_avif(stream: io.BytesIO) -> ImageFile.ImageFile:
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
+    return AvifImagePlugin.AvifImageFile(stream)
+
+
+def _open_heif(stream: io.BytesIO) -> ImageFile.ImageFile:
+    return _heif_reader()(stream)
+
+
+@functools.cache
+def _heif_reader() -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+    """Return the reader of HEIC photographs; its library is loaded when the first one comes."""
+    import pillow_heif
+
+    # An embedded thumbnail is another picture than the one that is reduced, and nothing here reads depth maps.
+    pillow_heif.options.THUMBNAILS = pillow_heif.options.DEPTH_IMAGES = pillow_heif.options.AUX_IMAGES = False
+    pillow_heif.options.DECODE_THREADS = 1
+    reader: Callable[[io.BytesIO], ImageFile.ImageFile] = pillow_heif.HeifImageFile
+    return reader
+
+
 # Plugins are called directly, not through Image.open: its pixel limit is one global of the whole process and warns where ours
 # refuses, and it turns a JPEG with a second picture inside (MPO, most phone panoramas) into another format without `draft`.
-_READERS: dict[str, type[ImageFile.ImageFile]] = {
+_READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
+    "HEIF": _open_heif,
+    "AVIF": _open_avif,
     "BMP": BmpImageFile,
     "GIF": GifImageFile,
     "TIFF": TiffImageFile,
 }
 
 # What plugins raise on damaged files: 180,000 mutated ones raised the first three, Image.open guards against the rest.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
 _LARGE_PIXELS = 25_000_000  # photographs are smaller, or JPEGs
 _SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image, but not without measure: it is decoded whole
+_END_OF_JPEG = b"\xff\xd9"
+_ANY_BITS = (b"\x55" * 512, b"\x9c\x33" * 256)  # what could stand where the data of a JPEG ends, if it went on
+_MENDED_PIXELS = 50_000_000  # a JPEG without an end mark is decoded several times, so it may not be larger
 _START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
+
+_BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
+_AVIF_BRANDS, _ANY_CODEC_BRANDS = frozenset({b"avif", b"avis"}), frozenset({b"mif1", b"msf1"})
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+_SAVE_PLAINLY = "save them as 8-bit or 16-bit first"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -138,9 +179,9 @@ def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[in
 
     So a size is only given for files that `decode_image` reads; it raises as that does.
     """
-    image = _opened(data, limits)
+    image, data = _opened(data, limits)
     width, height = image.size
-    _, _, turn = _decoded(image, 1, limits)
+    _, _, turn = _decoded(image, data, 1, limits)
     return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
@@ -150,7 +191,7 @@ def header_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[i
     Raises:
         ImageError: the header cannot be read, or what it says is over `limits`.
     """
-    image = _opened(data, limits)
+    image, _ = _opened(data, limits)
     width, height = image.size
     if image.format == "TIFF":  # Pillow gives the upright size, although it turns the pixels only while it loads them
         return width, height
@@ -164,23 +205,29 @@ def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits)
     That part is all of it, but for a JPEG decoded at a reduced scale that does not divide its sides: 533 pixels at a half
     become 267, the last one half beyond the edge. Whoever resamples must know, or the picture moves by a fraction of a pixel.
     """
-    rgb, box, turn = _decoded(_opened(data, limits), short_side_px, limits)
+    image, data = _opened(data, limits)
+    rgb, box, turn = _decoded(image, data, short_side_px, limits)
     if turn is None:
         return rgb, box
     return rgb.transpose(turn.method), _turned(box, rgb.size, turn)
 
 
-def _opened(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
-    """The file with its header read and found to be within `limits`, no pixel decoded yet."""
+def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, bytes]:
+    """The file with its header read and found to be within `limits`, no pixel decoded yet; and its bytes from the first of it."""
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     _check_bytes(len(data), limits)
+    data = _from_first_byte(data)
     name = sniff(data)
+    if name == "TIFF":
+        refuse_pages(data)
     try:
         image = _READERS[name](io.BytesIO(data))
     except Image.DecompressionBombError:  # Pillow looks at a WebP's header before it makes room for the canvas
         raise ImageTooLarge(f"the {name} image has far more pixels than the {limits.max_pixels:,} allowed") from None
     except _DAMAGED as error:
+        if name == "TIFF" and (numbers := unusual_numbers(data)) is not None:
+            raise UnsupportedImage(f"the pixels are {numbers}: {_SAVE_PLAINLY}") from None
         raise ImageError(f"the {name} file is damaged: {_reason(error)}. Export or download it again") from None
     if isinstance(image, JpegImageFile):
         _check_scans(image, data, limits)
@@ -188,31 +235,75 @@ def _opened(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         _check_pixels(name, *image.size, limits)
     if isinstance(image, TiffImageFile):
         _check_tiles(image)
-    return image
+    return image, data
+
+
+def _from_first_byte(data: bytes) -> bytes:
+    """Return a file without line breaks and spaces before its first byte: no image begins with one, and some servers add them."""
+    return data.lstrip(b"\r\n\t ") if data[:1] in (b"\r", b"\n", b"\t", b" ") else data
 
 
 def _decoded(
-    image: ImageFile.ImageFile, short_side_px: int | None, limits: ImageLimits
+    image: ImageFile.ImageFile, data: bytes, short_side_px: int | None, limits: ImageLimits
 ) -> tuple[Image.Image, Box, Orientation | None]:
     """RGB as stored, the part of it that holds the picture, and the turn that makes it upright."""
     name = image.format
-    box: Box = (0.0, 0.0, *image.size)
     try:
-        if short_side_px is not None:
-            reduced = image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it; never below either side
-            box = reduced[1] if reduced else box
+        box = _reduced_box(image, short_side_px)
         _check_pixels(str(name), *image.size, limits)  # a JPEG's after its reduction
-        image.load()
-        turn = _upright_turn(image)
+        try:
+            image.load()
+        except OSError:
+            whole = _with_end_mark(data) if isinstance(image, JpegImageFile) else None
+            if whole is None:
+                raise
+            image = JpegImageFile(io.BytesIO(whole))
+            _reduced_box(image, short_side_px)
+            image.load()
+        profile, turn = image.info.get("icc_profile"), _upright_turn(image)
         eight_bit = _to_8_bit(image)
         if short_side_px is not None and (factor := _reduction(eight_bit, short_side_px)) > 1:
             width, height = eight_bit.size
             eight_bit, box = eight_bit.reduce(factor), (0.0, 0.0, width / factor, height / factor)
-        return _to_rgb(eight_bit), box, turn
+        return _to_rgb(eight_bit, profile), box, turn
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"the {name} image has far more pixels inside than its header says") from None
     except _DAMAGED as error:
         raise ImageError(f"the {name} file is truncated or damaged: {_reason(error)}. Export or download it again") from None
+
+
+def _reduced_box(image: ImageFile.ImageFile, short_side_px: int | None) -> Box:
+    """Let a JPEG be decoded at a reduced scale, never below `short_side_px`; return which part of it holds the picture."""
+    reduced = None if short_side_px is None else image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it
+    return reduced[1] if reduced else (0.0, 0.0, *image.size)
+
+
+def _with_end_mark(data: bytes) -> bytes | None:
+    """Return a JPEG that lacks only its end mark with that mark; None where some of its pixels are missing too.
+
+    A decoder makes up what is missing. What it makes of pixels that are all there does not depend on what follows them, so
+    they are compared with different bits after the end of the data.
+    """
+    data = data.rstrip(b"\xff")
+    whole = data + _END_OF_JPEG
+    image = JpegImageFile(io.BytesIO(whole))
+    if image.width * image.height > _MENDED_PIXELS:
+        return None
+    pixels = np.asarray(image)
+    for bits in _ANY_BITS:
+        if not np.array_equal(np.asarray(JpegImageFile(io.BytesIO(data + bits + _END_OF_JPEG))), pixels):
+            return None
+    return whole
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Return whether the first bytes of a file are those of an image that is read; for files whose name does not tell."""
+    head = _from_first_byte(head)
+    try:
+        name = sniff(head)
+    except UnsupportedImage:
+        return False
+    return name != "BMP" or head[14:18] in _BMP_HEADERS  # two letters alone may begin a text
 
 
 def sniff(data: bytes) -> str:
@@ -233,16 +324,30 @@ def sniff(data: bytes) -> str:
         return "TIFF"
     if data.startswith(b"BM"):
         return "BMP"
+    if data[4:8] == b"ftyp" and (name := _sniff_container(data)) is not None:
+        return name
     raise UnsupportedImage(f"{_likeness(data)}; {_FORMATS_READ}")
+
+
+def _sniff_container(data: bytes) -> str | None:
+    """Whether a file of the ISO container format is a HEIC or an AVIF picture, by its brands; None for videos and others."""
+    box_bytes = min(int.from_bytes(data[:4], "big"), HEAD_BYTES)
+    brands = {data[8:12], *(data[start : start + 4] for start in range(16, box_bytes - 3, 4))}
+    if data[8:12] in _AVIF_BRANDS or (data[8:12] in _ANY_CODEC_BRANDS and brands & _AVIF_BRANDS):
+        return "AVIF"
+    return "HEIF" if brands & (_HEIF_BRANDS | _ANY_CODEC_BRANDS) else None
 
 
 def _likeness(data: bytes) -> str:
     """What a file that is not read looks like, with what to do about it."""
-    brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "this is a HEIC photo (the camera format of iPhones): convert it to JPEG first"
-    if brand in (b"avif", b"avis"):
-        return "this is an AVIF image: convert it to JPEG or PNG first"
+    if data[4:8] == b"ftyp":
+        return "this is a video or another file of the MP4 family: save one frame of it as JPEG"
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "this is a JPEG XL image: convert it to JPEG or PNG first"
+    if data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")):
+        return "this is a JPEG 2000 image: convert it to JPEG or PNG first"
+    if data.startswith(b"8BPS"):
+        return "this is a Photoshop document: export it as JPEG or PNG first"
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "this is an HTML page, not an image (a download that led to a web page?)"
@@ -319,17 +424,27 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """Return an image of a mode with 8 bits a channel, and refuse pixels that have no agreed brightness."""
     if image.mode in ("I", "F"):  # convert() would clip these to black or white without a word
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
-        raise UnsupportedImage(
-            f"the pixels are {kind} numbers with no agreed brightest value: save them as 8-bit or 16-bit first"
-        )
+        raise UnsupportedImage(f"the pixels are {kind} numbers with no agreed brightest value: {_SAVE_PLAINLY}")
     return Image.fromarray(_grey16_to_8(image)) if image.mode.startswith("I;16") else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image with 8 bits a channel as RGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
-    if image.has_transparency_data:  # convert() would bring out the colours that hide under transparent pixels
-        return _on_white(image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return an image with 8 bits a channel as sRGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
+    if image.mode == "RGBa":
+        image = image.convert("RGBA")
+    if not image.has_transparency_data:  # else convert() would bring out the colours that hide under transparent pixels
+        return to_srgb(_plain_colours(image), profile)
+    opacity = image.convert("RGBA").getchannel("A")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(to_srgb(_plain_colours(image), profile), mask=opacity)
+    return page
+
+
+def _plain_colours(image: Image.Image) -> Image.Image:
+    """Return an image without transparency, in the kind of colours that its profile is of: grey, RGB, CMYK or Lab."""
+    if image.mode in ("L", "RGB", "CMYK", "LAB"):
+        return image
+    return image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
 
 
 def _grey16_to_8(image: Image.Image) -> np.ndarray:
@@ -346,12 +461,6 @@ def _grey16_to_8(image: Image.Image) -> np.ndarray:
         grey[levels == key] = 255
     looked_up: np.ndarray = grey[np.asarray(image).astype(np.uint16, copy=False)]
     return looked_up
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    page = Image.new("RGB", image.size, "white")
-    page.paste(image, mask=image.getchannel("A"))
-    return page
 
 
 def _upright_turn(image: Image.Image) -> Orientation | None:

@@ -27,16 +27,18 @@ from finetune.runtime.collector import objects_exempt
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given: Any) -> None:
-    """Train several ways on the same images and say which to choose, with statistics and cost.
+    """Train in several ways on the same images and compare them.
 
     WHAT is the data, a spec file, or the folders of two or more finished runs, which are then compared as they are.
 
+    By default the arms are linear_probe, partial and full, with three seeds each. Others, for example:
+
     \b
-    finetune compare photos                                   frozen, partial and full, three seeds each
     finetune compare photos --methods linear_probe,full --seeds 5
     finetune compare photos --models resnet18,resnet50 --methods linear_probe
-    finetune compare photos --arm 'light:augmentation=light' --arm 'strong:augmentation=strong'
-    finetune compare .finetune/runs/photos-full-… .finetune/runs/photos-linear_probe-…
+    finetune compare photos --arm light:augmentation=light \\
+                            --arm strong:augmentation=strong
+    finetune compare .finetune/runs/photos-full-… .finetune/runs/photos-partial-…
     """
     from finetune.jobs.lease import watch_lease_from_environment
 

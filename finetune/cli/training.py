@@ -133,7 +133,11 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **where: Any) -> N
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
 @json_option
 def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_json: bool) -> None:
-    """Measure MODEL (a registered name, name@version, or a bundle folder) on labelled images."""
+    """Measure MODEL on labelled images.
+
+    MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
+    figures without them are given beside.
+    """
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
     from finetune.cli.terminal import print_json

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import PIL
 
-from finetune.bundle.image import header_size, image_size
+from finetune.bundle.image import DECODER, header_size, image_size
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, ImageError, Problem
@@ -217,7 +216,7 @@ def _in_order(indexed: Dataset, bad: Sequence[BadImage]) -> tuple[BadImage, ...]
 
 
 def _notes(memory: Path) -> Path:
-    return memory / f"readable-pillow-{PIL.__version__}.txt"
+    return memory / f"readable-{DECODER}.txt"
 
 
 def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, read_bytes
 from finetune.errors import ImageError
+from finetune.messages import natural_list, plural
 from finetune.tasks import Target
 
 T = TypeVar("T")
@@ -133,6 +134,11 @@ class Dataset:
         rows = sorted((self.label_text(sample), sample.split or "", sample.sha256 or sample.id) for sample in self.samples)
         canonical = json.dumps([self.classes, rows], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def unmeasured(split: str, classes: Sequence[str]) -> str:
+    """Return the warning that a split has no image of these classes."""
+    return f"{split}: no images of {plural(len(classes), 'class')}, which it cannot measure: {natural_list(classes)}"
 
 
 def targets_of(samples: Sequence[Sample]) -> list[Target]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.data.dataset import Dataset, Sample, Split
+from finetune.data.dataset import Dataset, Sample, Split, unmeasured
 from finetune.data.sources import Notes, Record, Source, source_of
 from finetune.errors import DataError, Problem, did_you_mean
 from finetune.messages import natural_list, plural, printable
+from finetune.naming import dataset_name
 
 _ByClass = Mapping[str, tuple[Record, ...]]
 
@@ -42,7 +43,7 @@ def index_dataset(
         if not classes:
             notes.problem(training, "holds no labelled image")
     if notes.problems:
-        raise DataError(_refusal(training, source, notes.problems), notes.problems)
+        raise DataError(_refusal(training, source, notes.problems, for_training), notes.problems)
     label_of = {name: label for label, name in enumerate(classes)}
     samples = [
         Sample(record.id, record.file, label_of[name], split)
@@ -51,14 +52,12 @@ def index_dataset(
         for record in records
         if name in label_of
     ]
-    name = (base if training.is_dir() else training).name
-    return Dataset(name, str(base), classes, tuple(samples), tuple(notes.bad), notes.warnings())
+    return Dataset(dataset_name(training), str(base), classes, tuple(samples), tuple(notes.bad), notes.warnings())
 
 
-def _refusal(training: Path, source: Source, problems: Sequence[Problem]) -> str:
-    return (
-        f"{printable(training)}: cannot be trained on, {plural(len(problems), 'problem')}. Expected {source.expected(training)}."
-    )
+def _refusal(training: Path, source: Source, problems: Sequence[Problem], for_training: bool) -> str:
+    use = "cannot be trained on" if for_training else "cannot be measured on"
+    return f"{printable(training)}: {use}, {plural(len(problems), 'problem')}. Expected {source.expected(training)}."
 
 
 def _read_all(
@@ -98,21 +97,28 @@ def _check_classes(found: Mapping[Split | None, _ByClass], places: Mapping[Split
     """Note problems and warnings about the classes of each split and their counts."""
     key: Split | None = "train" if "train" in found else None
     if key not in found:
+        if not notes.problems:
+            notes.problem(next(iter(places.values()), ""), "nothing to train on: all of it is for validation or testing")
         return
     train, place = found[key], places[key]
     _check_number_of_classes(train, place, notes)
     for name, records in train.items():
         if not records:
             unusable = _unusable(f"{place}/{name}/", notes)
-            notes.problem(f"{place}/{name}", f"class {name!r} has no images{unusable}. Add some, or remove the folder")
+            notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
         elif len(records) == 1 and "val" not in found:
             notes.problem(
-                f"{place}/{name}", f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on"
+                _inside(place, name), f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on"
             )
     others: tuple[Split, ...] = ("val", "test")
     for split in others:
         if split in found:
             _compare_classes(split, found[split], train, places[split], notes)
+
+
+def _inside(place: str, name: str) -> str:
+    """Return where a class is: a folder of its own, unless it is rows of a table."""
+    return f"{place}/{name}" if Path(place).is_dir() else place
 
 
 def _unusable(inside: str, notes: Notes) -> str:
@@ -133,18 +139,16 @@ def _check_number_of_classes(train: _ByClass, place: str, notes: Notes) -> None:
     inside = [record.id.rpartition(f"{name}/")[2].split("/") for record in records]
     nested = sorted({parts[0] for parts in inside if len(parts) > 1})
     hint = f" If {natural_list(nested)} are the classes, give {printable(place)}/{name} instead" if nested else ""
-    notes.problem(place, f"only one class folder, {name!r} with {plural(len(records), 'image')}; it takes at least two.{hint}")
+    notes.problem(place, f"only one class, {name!r} with {plural(len(records), 'image')}; it takes at least two.{hint}")
 
 
 def _compare_classes(split: str, by_class: _ByClass, train: _ByClass, place: str, notes: Notes) -> None:
     for name in sorted(set(by_class) - set(train)):
         if by_class[name]:
             n_images, known = plural(len(by_class[name]), "image"), did_you_mean(name, sorted(train))
-            notes.problem(f"{place}/{name}", f"class {name!r} with {n_images} is not among the training classes.{known}")
+            notes.problem(_inside(place, name), f"class {name!r} with {n_images} is not among the training classes.{known}")
     missing = [name for name in sorted(train) if not by_class.get(name)]
     if not any(by_class.values()):
         notes.problem(place, f"the {split} data has no images in class folders")
     elif missing:
-        notes.left_out.append(
-            f"{split}: no images of {plural(len(missing), 'class')}, which it cannot measure: {natural_list(missing)}"
-        )
+        notes.left_out.append(unmeasured(split, missing))

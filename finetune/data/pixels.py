@@ -12,9 +12,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import PIL
 
-from finetune.bundle.image import decode_image, naming
+from finetune.bundle.image import DECODER, decode_image, naming
 from finetune.data.dataset import Sample
 from finetune.errors import DiskFull, ImageError
 from finetune.storage.files import write_atomic
@@ -53,7 +52,7 @@ class PixelStore:
         """Where the sample's pixels are stored, if they are worth it."""
         if not sample.sha256 or sample.size_px is None or sample.size_px[0] * sample.size_px[1] < LARGE_PX:
             return None
-        return self.folder / f"pillow-{PIL.__version__}-short-side-{short_side_px}" / sample.sha256[:2] / f"{sample.sha256}.npy"
+        return self.folder / f"{DECODER}-short-side-{short_side_px}" / sample.sha256[:2] / f"{sample.sha256}.npy"
 
     def _store(self, path: Path, rgb: np.ndarray) -> None:
         if not self.store.reserve(rgb.nbytes):

@@ -7,7 +7,8 @@ A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle
                 absent where the images are not labelled
     sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
     embedding   (N, D) float32   what the head was given; absent where it was not at hand
-    header      () uint8 text    JSON: schema_version, split, task, classes (in the order of the logits) and ids (one a row)
+    header      (L,) uint8       JSON text: schema_version, split, task, classes (in the order of the logits), ids (one a row),
+                                 columns (the names of the other arrays)
 
 The rows are in the order of the split's samples. ``finetune.evaluation.predictions.read(path)`` returns all of it.
 """
@@ -29,6 +30,7 @@ from finetune.storage.files import json_text, write_atomic
 
 SCHEMA_VERSION = 1
 SHA256_BYTES = 32
+COLUMNS = ("sha256", "targets", "logits", "embedding")
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class Predictions:
 
     def __post_init__(self) -> None:
         n, n_classes = len(self.ids), len(self.classes)
-        n_targets = n if self.targets is None else len(self.targets)
-        if self.logits.shape != (n, n_classes) or n_targets != n or self.sha256.shape != (n, SHA256_BYTES):
+        n_targets, n_embeddings = (n if column is None else len(column) for column in (self.targets, self.embedding))
+        shapes = self.logits.shape, self.sha256.shape, n_targets, n_embeddings
+        if shapes != ((n, n_classes), (n, SHA256_BYTES), n, n):
             raise InvalidInput(
                 f"predictions of {n} images and {n_classes} classes do not fit logits of shape {self.logits.shape}, "
-                f"{n_targets} targets and digests of shape {self.sha256.shape}"
+                f"{n_targets} targets, {n_embeddings} embeddings and digests of shape {self.sha256.shape}"
             )
 
     def __len__(self) -> int:
@@ -113,23 +116,17 @@ def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
 
 def write(path: Path, predictions: Predictions) -> None:
     """Write the table as one ``.npz`` file, whole or not at all."""
+    columns = {name: array for name in COLUMNS if (array := getattr(predictions, name)) is not None}
     header = {
         "schema_version": SCHEMA_VERSION,
         "split": predictions.split,
         "task": predictions.task,
         "classes": list(predictions.classes),
         "ids": list(predictions.ids),
+        "columns": list(columns),
     }
-    arrays: dict[str, NDArray[Any]] = {
-        "header": np.frombuffer(json_text(header).encode(), np.uint8),
-        "logits": predictions.logits,
-        "sha256": predictions.sha256,
-    }
-    if predictions.targets is not None:
-        arrays["targets"] = predictions.targets
-    if predictions.embedding is not None:
-        arrays["embedding"] = predictions.embedding
-    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
+    text = np.frombuffer(json_text(header).encode(), np.uint8)
+    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, header=text, **columns))
 
 
 def read(path: Path) -> Predictions:
@@ -139,15 +136,17 @@ def read(path: Path) -> Predictions:
         InvalidInput: there is no such file, or it is not a table of predictions that this version reads.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
-            embedding = arrays.get("embedding")
-            columns = arrays["sha256"], arrays.get("targets"), arrays["logits"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            version = header["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise InvalidInput(f"predictions of schema version {version}, this version reads {SCHEMA_VERSION}")
+            if set(arrays.files) != {"header", *header["columns"]}:
+                raise InvalidInput(f"it holds {', '.join(arrays.files)} where {', '.join(header['columns'])} are promised")
+            columns = {name: arrays[name] for name in header["columns"]}
+        classes, ids = tuple(header["classes"]), tuple(header["ids"])
+        return Predictions(header["split"], header["task"], classes, ids, **{"targets": None, **columns})
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: not a table of predictions: {error.message}") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise InvalidInput(f"{path}: not a table of predictions ({error})") from None
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise InvalidInput(
-            f"{path}: predictions of schema version {header.get('schema_version')}, this version reads {SCHEMA_VERSION}"
-        )
-    classes, ids = tuple(header["classes"]), tuple(header["ids"])
-    return Predictions(header["split"], header["task"], classes, ids, *columns, embedding)

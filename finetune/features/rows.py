@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.image import decode_image
+from finetune.bundle.image import DECODER, decode_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment
 from finetune.data.dataset import Sample
@@ -385,7 +385,7 @@ class FrozenRows:
 
     def _use_space_of(self, engine_name: str) -> None:
         self.engine_name = engine_name
-        space = _digest("rows", self._prefix, self.views.preprocess.digest(), self.dtype, engine_name)
+        space = _digest("rows", DECODER, self._prefix, self.views.preprocess.digest(), self.dtype, engine_name)
         self.cache = RowCache(self.context.store, space, self.shape, self.dtype)
         self.look_up()
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from finetune.jobs.database import open_jobs
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
-from finetune.naming import as_model_name
+from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
@@ -76,7 +76,7 @@ class LocalJobs:
     def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
         spec = spec.with_absolute_paths()
-        spec = spec.model_copy(update={"suffix": spec.suffix or as_model_name(Path(spec.training_file).name)})
+        spec = spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(Path(spec.training_file)))})
         digest = spec.digest()
         job, _ = self.store.create(
             LOCAL_OWNER,

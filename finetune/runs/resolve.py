@@ -12,13 +12,15 @@ from typing import Any
 
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, unmeasured
 from finetune.naming import model_name
 from finetune.runs.facts import BackboneFacts
 from finetune.runtime.device import Device
 from finetune.spec import JobSpec, parse_spec
 from finetune.train.compute import Compute
-from finetune.train.recipe import Facts, Recipe, refit_recipe, resolve_recipe
+from finetune.train.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
+
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class DatasetFacts:
     @classmethod
     def of(cls, dataset: Dataset) -> DatasetFacts:
         """Return the facts of a dataset that is split."""
+        counts = dataset.counts()
+        missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
+        warnings = [*dataset.warnings, *(unmeasured(split, names) for split, names in missing.items() if names)]
         return cls(
             name=dataset.name,
             root=dataset.root,
             digest=dataset.digest,
             classes=dataset.classes,
-            counts=dataset.counts(),
+            counts=counts,
             sizes=dataset.sizes(),
             quarantined=tuple({"file": bad.where, "reason": bad.reason} for bad in dataset.bad),
-            warnings=dataset.warnings,
+            warnings=tuple(dict.fromkeys(warnings)),
         )
 
 
@@ -76,7 +81,7 @@ class Resolved:
         return self.augmentation is not None
 
     def values(self) -> dict[str, Any]:
-        """Return the resolved value of every spec field that could be ``auto``, by field path."""
+        """Return the resolved value of every spec field that could be ``auto`` and that this run heeds, by field path."""
         recipe = self.recipe
         return {
             "task": self.task,
@@ -85,19 +90,25 @@ class Resolved:
             "model.input_size_px": self.preprocess.input_size_px[0],
             "model.head.dropout": recipe.dropout,
             "data.resize": self.preprocess.resize,
-            "hyperparameters.n_epochs": recipe.n_epochs,
-            "hyperparameters.batch_size": recipe.batch_size if recipe.n_steps else None,
-            "hyperparameters.train_size_px": recipe.train_size_px[0] if recipe.n_steps else None,
-            "hyperparameters.learning_rate": recipe.peak_learning_rate if recipe.n_steps else None,
-            "hyperparameters.weight_decay": recipe.weight_decay if recipe.n_steps else None,
+            **(self._values_of_steps() if recipe.n_steps else {}),
             "hyperparameters.label_smoothing": recipe.label_smoothing,
-            "hyperparameters.ema": recipe.ema_half_life_steps is not None,
-            "hyperparameters.early_stopping_epochs": recipe.early_stopping_epochs,
             "hyperparameters.views": recipe.views,
             "hyperparameters.l2": "chosen by validation" if recipe.l2 is None else recipe.l2,
             "augmentation.policy": self.augmentation or "none",
             "compute.device": self.compute.device,
             "compute.threads": self.compute.threads,
+        }
+
+    def _values_of_steps(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "hyperparameters.n_epochs": recipe.n_epochs,
+            "hyperparameters.batch_size": recipe.batch_size,
+            "hyperparameters.train_size_px": recipe.train_size_px[0],
+            "hyperparameters.learning_rate": recipe.peak_learning_rate,
+            "hyperparameters.weight_decay": recipe.weight_decay,
+            "hyperparameters.ema": recipe.ema_half_life_steps is not None,
+            "hyperparameters.early_stopping_epochs": recipe.early_stopping_epochs,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,8 +200,20 @@ def resolve(
         augmentation=policy if augments else None,
         recipe=recipe,
         compute=compute,
-        sources={**recipe.sources, "data.resize": reason},
+        sources={**recipe.sources, **_reasons(spec, backbone, compute), "data.resize": reason},
     )
+
+
+def _reasons(spec: JobSpec, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
+    """Return where values came from that the recipe does not decide."""
+    defaults = {
+        "task": (spec.task, "every image has one label"),
+        "model.weights": (spec.model.weights, f"default: found in {_WEIGHTS_FROM.get(backbone.weights['source'], 'a file')}"),
+        "model.input_size_px": (spec.model.input_size_px, "as the weights were trained"),
+        "compute.device": (spec.compute.device, "a GPU" if compute.device == "cuda" else "PyTorch sees no GPU here"),
+        "compute.threads": (spec.compute.threads, "the cores that this process may use"),
+    }
+    return {path: default if given == "auto" else GIVEN for path, (given, default) in defaults.items()}
 
 
 def resolve_compute(spec: JobSpec, device: Device, cores: int) -> Compute:
@@ -206,7 +229,7 @@ def resolve_task(spec: JobSpec) -> str:
 def resolve_resize(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> ResizeAdvice:
     """Return how images are framed: as given; else as the weights were trained, unless that hides much of these images."""
     if spec.data.resize != "auto":
-        return ResizeAdvice(spec.data.resize, "given")
+        return ResizeAdvice(spec.data.resize, GIVEN)
     advice = advise_resize(image_facts(dataset.samples))
     if advice.resize == "crop":
         return ResizeAdvice(preprocess.resize, f"as the weights were trained; {advice.reason}")

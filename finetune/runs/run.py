@@ -23,6 +23,7 @@ from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export import BundleFacts, export_bundle
+from finetune.messages import plural
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Built, Shared
 from finetune.runs.judge import doubt, judge, predict_splits, refuse_nonsense
@@ -30,7 +31,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import decisions_of, prepare
 from finetune.runs.report import SHOWN_FIRST, write_run_report
-from finetune.runs.resolve import Resolved
+from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic, write_json
@@ -91,7 +92,8 @@ def run_job(
         options.write(run)
 
         built = prepare(spec, shared, progress, run, options)
-        announce(built, run)
+        write_json(run.resolved, built.resolved.to_dict())
+        announce(built.resolved.dataset, run)
         context = training_context(built, run, shared, progress)
         trained = train(built.classifier, built.resolved.recipe, context, _decided(run, options))
         predictions = predict_splits(built, trained, context, options.judged)
@@ -114,14 +116,12 @@ def run_job(
         return outcome
 
 
-def announce(built: Built, run: RunDir) -> None:
-    """Write down what was resolved, for people and for whatever follows the run."""
-    resolved = built.resolved
-    write_json(run.resolved, resolved.to_dict())
-    sizes = ", ".join(f"{count:,} {split}" for split, count in resolved.dataset.sizes.items())
-    message = f"{len(resolved.dataset.classes)} classes; images: {sizes}"
-    run.record(Planned(message, dict(resolved.dataset.sizes), len(resolved.dataset.quarantined)))
-    for warning in resolved.dataset.warnings:
+def announce(dataset: DatasetFacts, run: RunDir) -> None:
+    """Record what the data is, and what is odd about it, for whoever follows the run or study."""
+    sizes = ", ".join(f"{count:,} {split}" for split, count in dataset.sizes.items())
+    message = f"{plural(len(dataset.classes), 'class')}; images: {sizes}"
+    run.record(Planned(message, dict(dataset.sizes), len(dataset.quarantined)))
+    for warning in dataset.warnings:
         run.record(DataWarning(warning))
 
 

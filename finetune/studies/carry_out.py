@@ -12,22 +12,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from finetune.data.dataset import Dataset
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.evaluate import Judgement, evaluate, read_judgement, write_judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
-from finetune.events import Compared, DataChanged, Finished, Registered, StudyConcluded
-from finetune.naming import as_model_name
+from finetune.events import Compared, DataChanged, StudyConcluded
+from finetune.messages import plural, printable
+from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Shared
 from finetune.runs.judge import calibrate
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
-from finetune.runs.resolve import Resolved, resolve_resize
-from finetune.runs.run import Carried, finished_outcome, register, run_job
+from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize
+from finetune.runs.run import Carried, announce, finish, finished_outcome, register, run_job
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
 from finetune.storage.files import read_json, write_atomic, write_json
@@ -63,23 +65,27 @@ class Conclusion:
 def fine_tune(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None) -> Outcome:
     """Do what a request asks for, in `run_dir`, or in the folder of an unfinished run of the same request, or in a new one.
 
-    Where the data has changed since that unfinished run began, a new run begins.
+    Where the data has changed since that unfinished run began, a new run begins, and the outcome says so.
     """
     if run_dir is not None:
         return carry_out(spec, RunDir(run_dir.absolute()), shared, progress)
-    number = 1
-    changed: DataChangedError | None = None
+    number, why_new = 0, ""
     while True:
-        run = _numbered(spec, shared.workspace, number)
         number += 1
+        run = _numbered(spec, shared.workspace, number)
         if run.outcome.exists():
             continue
-        if changed is not None:
-            run.create().record(DataChanged(f"this is a new run: {changed.message}"))
+        if why_new:
+            run.create().record(DataChanged(why_new))
         try:
-            return carry_out(spec, run, shared, progress)
+            outcome = carry_out(spec, run, shared, progress)
         except DataChangedError as error:
-            changed = error
+            why_new = (
+                f"this is a new run: the data has changed since {printable(run.root)} was interrupted "
+                f"({plural(len(error.problems), 'file')}, the first: {error.problems[0]})"
+            )
+        else:
+            return replace(outcome, warnings=(*outcome.warnings, why_new)) if why_new else outcome
 
 
 def carry_out(
@@ -131,7 +137,7 @@ def _study(
         if options.reaches("registered") and outcome.bundle is not None:
             resolved = Resolved.from_dict(read_json(run.resolved))
             outcome = register(outcome, resolved, conclusion.predictions, shared.workspace)
-        _finish(outcome, run)
+        finish(outcome, run)
         return outcome
 
 
@@ -139,7 +145,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     n_folds = spec.data.folds
     assert n_folds is not None
     dataset, network = read_and_build(spec, shared, progress)
-    whole = split_for(spec, dataset, run)
+    whole = _divided(spec, dataset, run)
     data = spec.data.model_copy(
         # What is decided from all images is decided once for all folds.
         update={"folds": None, "resize": resolve_resize(spec, whole, network.facts.preprocess).resize}
@@ -163,7 +169,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
 
 def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
     dataset, _ = read_and_build(spec, shared, progress)
-    split_for(spec, dataset, run)
+    _divided(spec, dataset, run)
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
     study = Refit(spec.model_copy(update={"hyperparameters": hyperparameters}), run)
     outcomes = run_children(study, run, shared, progress, carry_out)
@@ -179,7 +185,7 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
 
 def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
     dataset, network = read_and_build(spec, shared, progress)
-    split_for(spec, dataset, run)
+    _divided(spec, dataset, run)
     study = escalation(spec, len(network.facts.stages), options, run)
     outcomes = run_children(study, run, shared, progress, carry_out)
     n_done = len(outcomes)
@@ -192,6 +198,13 @@ def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCall
         predictions=_tables_in(run.child(kept)),
         summary=f"auto: {outcomes[kept].summary} ({'; '.join(study.reasons(n_done))})",
     )
+
+
+def _divided(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
+    """Return the dataset as the study divides it, which is announced."""
+    divided = split_for(spec, dataset, run)
+    announce(DatasetFacts.of(divided), run)
+    return divided
 
 
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
@@ -243,22 +256,12 @@ def _copy_report(leaf: RunDir, run: RunDir) -> None:
     shutil.copytree(leaf.figures, run.figures, dirs_exist_ok=True)
 
 
-def _finish(outcome: Outcome, run: RunDir) -> None:
-    if outcome.goal != "judged":
-        run.metric(0, {**outcome.metrics, **{f"cost/{name}": value for name, value in outcome.cost.items()}})
-    outcome.write(run)
-    if outcome.model is None:
-        run.record(Finished(outcome.summary, outcome.metrics))
-    else:
-        message = f"{outcome.model} version {outcome.version} is registered"
-        run.record(Registered(message, outcome.model, str(outcome.version), outcome.metrics))
-
-
 def _tables_in(run: RunDir) -> dict[str, Predictions]:
     return {path.stem: tables.read(path) for path in sorted(run.predictions.glob("*.npz"))}
 
 
 def _numbered(spec: JobSpec, workspace: Workspace, number: int) -> RunDir:
     """Return the folder of run `number` (from 1) of a request."""
-    stem = f"{spec.suffix or as_model_name(Path(spec.training_file).absolute().name)}-{spec.method.type}-{spec.digest()[:8]}"
+    name = model_name(spec.suffix, dataset_name(Path(spec.training_file)))
+    stem = f"{name}-{spec.method.type}-{spec.digest()[:8]}"
     return RunDir(workspace.runs / (stem if number == 1 else f"{stem}-{number}"))

@@ -37,8 +37,8 @@ PREDICT_EXTRA: dict[str, Any] = {
     ],
     "requestBody": {
         "required": True,
-        "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file: as the form field `image`, or as the body itself; or up to 64 "
-        "files as the repeated form field `images`, which are answered one by one, errors included.",
+        "description": "A JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF or TIFF file: as the form field `image`, or as the body itself; "
+        "or up to 64 files as the repeated form field `images`, which are answered one by one, errors included.",
         "content": {
             "multipart/form-data": {
                 "schema": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from tiny_bundle import write_tiny_bundle
+
+import finetune
 
 FORBIDDEN = ("torch", "torchvision", "timm", "albumentations", "cv2", "mlflow", "onnx", "sklearn", "scipy", "matplotlib")
 
@@ -64,6 +67,14 @@ except ImportError as error:
         ("finetune.data.check", 1),
         ("finetune.data.split", 1),
         ("finetune.data.pixels", 1),
+        ("finetune.events", 1),
+        ("finetune.naming", 1),
+        ("finetune.messages", 1),
+        ("finetune.tasks", 3),
+        ("finetune.metrics", 6),
+        ("finetune.evaluation.of_bundle", 1),
+        ("finetune.evaluation.tables", 1),
+        ("finetune.runs.outcome", 1),
     ],
 )
 def test_every_module_of_the_ground_floor_imports_alone(package: str, at_least: int, tmp_path: Path) -> None:
@@ -76,6 +87,22 @@ print(json.dumps({"imported": names, "loaded": sorted(sys.modules)}))
     said = json.loads(run(code, package, cwd=tmp_path).splitlines()[-1])
     assert len(said["imported"]) >= at_least
     assert not {name.partition(".")[0] for name in said["loaded"]} & set(FORBIDDEN)
+
+
+def test_what_calls_itself_torch_free_is(tmp_path: Path) -> None:
+    """Every module, or package, whose first lines say so."""
+    root = Path(finetune.__file__).parents[1]
+    said = []
+    for path in sorted((root / "finetune").rglob("*.py")):
+        if "torch-free" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").lower():
+            said.append(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+    assert len(said) > 25
+    code = """
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported")
+"""
+    assert run(code, *said, cwd=tmp_path).strip() == "imported"
 
 
 def test_a_bundle_is_loaded_registered_and_asked_without_anything_that_trains(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_folders_of_the_server_are_read_only_under_its_roots_and_the_rest_is_one
 def test_a_dataset_that_cannot_be_trained_on_is_refused_now(client: TestClient, tmp_path: Path) -> None:
     write_classes(tmp_path / "data" / "birds", {"owl": 2})
     answer = client.post(JOBS, json={"training_file": str(tmp_path / "data" / "birds")})
-    assert "only one class folder" in problems(answer)["training_file"]
+    assert "only one class" in problems(answer)["training_file"]
     assert answer.json()["code"] == "invalid_data"
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,37 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
-from finetune.evaluation.metrics import evaluate_logits, read_evaluations
-from finetune.outcome import Outcome
-from finetune.pipeline import run_job
-from folders import path_of
-from onnx import numpy_helper
-from tiny_training import write_images
+from crash_points import crashing_at
+from tiny_runs import carry_out_at, tiny_spec, weights_of, write_stripes
 
 from finetune.bundle.manifest import read_manifest
 from finetune.cli import cli
 from finetune.errors import DataError
+from finetune.evaluation.evaluate import evaluate, read_judgement
 from finetune.evaluation.folds import POOLED
-from finetune.progress import Progress, silent
-from finetune.spec import JobSpec, parse_spec
+from finetune.evaluation.predictions import concatenate, read
+from finetune.progress import Progress
+from finetune.runs.outcome import Outcome
+from finetune.spec import JobSpec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.storage.workspace import Workspace
 from finetune.train import checkpoint
 
-CRASHING = Path(__file__).parents[1] / "crashing"
-TINY = {
-    "model": {"backbone": "test_efficientnet", "weights": "none", "input_size_px": 64},
-    "compute": {"device": "cpu", "precision": "float32", "threads": 1},
-}
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 STEPPED = {
     "method": {"type": "full", "warm_head": False, "bn": "train"},
     "hyperparameters": {"n_epochs": 1, "batch_size": 4, "mixup": 0.2},
     "data": {"folds": 2},
+    "export": {"register_model": "always"},  # one epoch teaches a network without weights nothing
 }
 
 
@@ -53,49 +47,29 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(autouse=True)
-def _in_workspace(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_HOME", str(home))
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for sample in write_images(folder / "all", 30):
-        (folder / "stripes" / f"class{sample.target}").mkdir(parents=True, exist_ok=True)
-        shutil.move(path_of(sample), folder / "stripes" / f"class{sample.target}")
-    return folder / "stripes"
-
-
-def spec_of(pictures: Path, **given: Any) -> JobSpec:
-    return parse_spec({"training_file": str(pictures), **TINY, **given})
-
-
-def weights_of(run: RunDir) -> str:
-    """sha256 of the exported weights."""
-    digest = hashlib.sha256()
-    for tensor in sorted(onnx.load(str(run.bundle / "model.onnx")).graph.initializer, key=lambda one: one.name):
-        digest.update(tensor.name.encode() + numpy_helper.to_array(tensor).tobytes())
-    return digest.hexdigest()
+    return write_stripes(tmp_path_factory.mktemp("pictures"), 30)
 
 
 @pytest.fixture(scope="module")
 def cross_validated(pictures: Path, home: Path) -> tuple[Outcome, RunDir, list[Progress]]:
     run, seen = RunDir(home / "runs" / "probe"), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_HOME", str(home))
-        outcome = run_job(spec_of(pictures, data={"folds": 3}), run, Workspace.at(home), seen.append, tracked=False)
-    return outcome, run, seen
+    return carry_out_at(home, tiny_spec(pictures, data={"folds": 3}), run, seen.append), run, seen
+
+
+def fold(run: RunDir, number: int) -> RunDir:
+    return run.child(f"fold-{number}")
 
 
 def read_split(path: Path) -> dict[str, str]:
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
-    return {name: split for name, _, split, _ in rows}
+    with open(path, encoding="utf-8", newline="") as stream:
+        return {row["path"]: row["split"] for row in csv.DictReader(stream)}
 
 
 def test_every_image_is_tested_by_the_one_fold_that_did_not_train_on_it(cross_validated: Any) -> None:
     outcome, run, _ = cross_validated
-    splits = [read_split(run.fold(number).split) for number in (1, 2, 3)]
+    splits = [read_split(fold(run, number).split) for number in (1, 2, 3)]
     tested = Counter(name for split in splits for name, side in split.items() if side == "test")
     assert set(tested.values()) == {1}
     assert len(tested) == 30
@@ -104,24 +78,26 @@ def test_every_image_is_tested_by_the_one_fold_that_did_not_train_on_it(cross_va
     assert "test/top1" not in outcome.metrics
 
 
-def test_the_pooled_figures_are_those_of_all_held_out_answers(cross_validated: Any, pictures: Path) -> None:
+def test_the_pooled_figures_are_those_of_all_held_out_answers(cross_validated: Any) -> None:
     outcome, run, _ = cross_validated
-    logits, labels = [], []
+    tables = []
     for number in (1, 2, 3):
-        split = read_split(run.fold(number).split)
-        labels += [int(name[5]) for name, side in split.items() if side == "test"]
-        logits.append(np.load(run.fold(number).held_out))
-        own = read_json(run.fold(number).outcome)
-        assert own["metrics"]["test/top1"] == read_evaluations(run.fold(number).evaluation)["test"].top1
-    pooled = evaluate_logits(np.concatenate(logits), np.array(labels), ("class0", "class1", "class2"))
-    assert read_evaluations(run.evaluation)[POOLED] == pooled
-    assert outcome.metrics["cv/top1"] == pooled.top1
-    assert outcome.cross_validation == read_json(run.folds)
+        table = read(fold(run, number).predictions_of("test"))
+        split = read_split(fold(run, number).split)
+        assert list(table.ids) == [name for name, side in split.items() if side == "test"]
+        assert [table.classes[target] for target in table.labels] == [Path(name).parent.name for name in table.ids]
+        own = read_json(fold(run, number).outcome)["metrics"]["test/top1"]
+        assert own == read_judgement(fold(run, number).evaluation).evaluations["test"].values["top1"]
+        tables.append(table)
+    pooled = evaluate(concatenate(tables, POOLED))
+    assert read_judgement(run.evaluation).evaluations[POOLED] == pooled
+    assert evaluate(read(run.predictions_of(POOLED))) == pooled
+    assert outcome.metrics["cv/top1"] == pooled.values["top1"]
     assert Outcome.read(run) == outcome
-    assert [fold["n_train"] + fold["n_test"] for fold in outcome.cross_validation["folds"]] == [30, 30, 30]
+    assert [found["n_train"] + found["n_test"] for found in outcome.cross_validation["folds"]] == [30, 30, 30]
 
 
-def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_of(cross_validated: Any, pictures: Path) -> None:
+def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_of(cross_validated: Any) -> None:
     outcome, run, seen = cross_validated
     assert "once more on train + val" in outcome.summary
     manifest = read_manifest(outcome.bundle)
@@ -131,9 +107,17 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     assert "Cross-validation" in report
     assert "Expect a top-1 of" in report
     assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
-    (event,) = [line for line in read_lines(run.events) if line["kind"] == "refitted"]
-    assert "the 30 images" in event["message"]
-    assert not any(run.fold(number).bundle.exists() for number in (1, 2, 3)), "folds export nothing"
+    assert outcome.n_train == 30
+    bundles = sorted(path.parent.relative_to(run.root) for path in run.root.rglob("bundle.json"))
+    assert bundles == [Path("runs/final/runs/refit/bundle")], "folds export nothing"
+
+
+def test_training_seconds_are_those_of_all_folds(cross_validated: Any) -> None:
+    outcome, run, _ = cross_validated
+    children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
+    assert [child.run.name for child in children] == ["fold-1", "fold-2", "fold-3", "final"]
+    assert outcome.cost["train_seconds"] == pytest.approx(sum(child.cost["train_seconds"] for child in children))
+    assert outcome.cost["wall_seconds"] > sum(child.cost["wall_seconds"] for child in children)
 
 
 class Killed(BaseException):
@@ -143,38 +127,39 @@ class Killed(BaseException):
 def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_same_bits(
     pictures: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = spec_of(pictures, **STEPPED)
+    spec = tiny_spec(pictures, **STEPPED)
     whole, killed = RunDir(home / "runs" / "whole"), RunDir(home / "runs" / "killed")
-    expected = run_job(spec, whole, Workspace.at(home), silent, tracked=False)
-    save = checkpoint.save
+    expected = carry_out_at(home, spec, whole)
+    save, second = checkpoint.save, fold(killed, 2)
 
     def dying(folder: Path, step: int, content: Any) -> None:
         save(folder, step, content)
-        if folder == killed.fold(2).root / "refit" / "checkpoints" and step > 0:
+        if folder == second.child("refit").checkpoints and step > 0:
             raise Killed
 
     monkeypatch.setattr(checkpoint, "save", dying)
     with pytest.raises(Killed):
-        run_job(spec, killed, Workspace.at(home), silent, tracked=False)
+        carry_out_at(home, spec, killed)
     monkeypatch.undo()
-    monkeypatch.setenv("FINETUNE_HOME", str(home))
-    assert killed.fold(1).outcome.exists()
-    assert not killed.fold(2).outcome.exists()
-    first_fold = killed.fold(1).outcome.stat().st_mtime_ns
-    outcome = run_job(spec, killed, Workspace.at(home), silent, tracked=False)
-    assert killed.fold(1).outcome.stat().st_mtime_ns == first_fold, "a finished fold is not done again"
-    assert [line["kind"] for line in read_lines(killed.fold(2).root / "refit" / "events.jsonl")].count("resumed") == 1
-    assert weights_of(killed) == weights_of(whole)
-    figures = {key: value for key, value in outcome.metrics.items() if not key.startswith("cost/")}
-    assert figures == {key: expected.metrics[key] for key in figures}
-    assert all(np.array_equal(np.load(killed.fold(n).held_out), np.load(whole.fold(n).held_out)) for n in (1, 2))
+    assert fold(killed, 1).outcome.exists()
+    assert not second.outcome.exists()
+    spent = read_json(killed.cost)["wall_seconds"]
+    first_fold = fold(killed, 1).outcome.stat().st_mtime_ns
+    outcome = carry_out_at(home, spec, killed)
+    assert fold(killed, 1).outcome.stat().st_mtime_ns == first_fold, "a finished fold is not done again"
+    assert [line["kind"] for line in read_lines(second.child("refit").events)].count("resumed") == 1
+    assert weights_of(outcome.bundle) == weights_of(expected.bundle)
+    assert outcome.metrics == expected.metrics
+    for split in (POOLED, "val"):
+        assert np.array_equal(read(killed.predictions_of(split)).logits, read(whole.predictions_of(split)).logits)
+    assert outcome.cost["wall_seconds"] > spent > 0, "the first attempt counts too"
 
 
 def train_in_a_process(spec: JobSpec, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     request = home / "request.yaml"
     home.mkdir(exist_ok=True)
     request.write_text(spec.to_yaml())
-    command = [sys.executable, "-m", "finetune", "train", str(request), "--run-dir", str(home / "run"), "--no-mlflow"]
+    command = [sys.executable, "-m", "finetune", "train", str(request), "--run-dir", str(home / "run")]
     variables = {**os.environ, "FINETUNE_HOME": str(home), **environment}
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
@@ -182,25 +167,30 @@ def train_in_a_process(spec: JobSpec, home: Path, **environment: str) -> subproc
 @pytest.fixture(scope="module")
 def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     home = tmp_path_factory.mktemp("uninterrupted")
-    ended = train_in_a_process(spec_of(pictures, **STEPPED), home)
+    ended = train_in_a_process(tiny_spec(pictures, **STEPPED), home)
     assert ended.returncode == 0, ended.stderr
-    return weights_of(RunDir(home / "run"))
+    return weights_of(home / "run" / "runs" / "final" / "runs" / "refit" / "bundle")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "point", ["before replace step-00000003.pt 3", "after replace held_out.npy 2", "after replace folds.json"]
+    "point",
+    [
+        "before replace step-0000000[1-9].pt once killed/run/runs/fold-2/runs/refit/checkpoints",
+        "after replace test.npz once killed/run/runs/fold-1/outcome.json",
+        r"after replace study.json with kept\W+final",
+        "before replace outcome.json once killed/run/runs/final/runs/refit/bundle",
+    ],
 )
 def test_a_killed_process_with_folds_resumes_to_the_same_bits(
     point: str, pictures: Path, uninterrupted: str, tmp_path: Path
 ) -> None:
-    spec, home = spec_of(pictures, **STEPPED), tmp_path / "killed"
-    crash = {"PYTHONPATH": str(CRASHING), "CRASH_AT": point, "CRASH_MARK": str(tmp_path / "crashed")}
-    died = train_in_a_process(spec, home, **crash)
+    spec, home = tiny_spec(pictures, **STEPPED), tmp_path / "killed"
+    died = train_in_a_process(spec, home, **crashing_at(point, tmp_path / "crashed"))
     assert died.returncode == -9, died.stderr
     resumed = train_in_a_process(spec, home)
     assert resumed.returncode == 0, resumed.stderr
-    assert weights_of(RunDir(home / "run")) == uninterrupted
+    assert weights_of(home / "run" / "runs" / "final" / "runs" / "refit" / "bundle") == uninterrupted
 
 
 def test_check_refuses_more_folds_than_a_class_has_images_and_shows_the_folds_otherwise(pictures: Path) -> None:

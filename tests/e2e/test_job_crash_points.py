@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from crash_points import crashing_at
 from folders import path_of
 from job_standin import Trace, drive, result_of, submit, wait, worker
 from onnx import numpy_helper
@@ -31,15 +32,12 @@ from finetune.spec import JobSpec, parse_spec
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
-CRASHING = Path(__file__).parents[1] / "crashing"
-WALL_CLOCK = ("train/images_per_second", "probe/seconds")
+WALL_CLOCK = ("train/images_per_second", "head/seconds")
 
 TRAINING_POINTS = [
     "before replace spec.yaml",
     "before fsync split.csv",
     "after replace split.csv",
-    r"before replace mlflow.json with run_id\W+\w{8}",
-    "after replace mlflow.json with report.html",
     "before replace resolved.json",
     "after replace *.shard",
     "before fsync step-00000000.pt",
@@ -51,6 +49,8 @@ TRAINING_POINTS = [
     "after unlink step-00000000.pt.sha256",
     "after unlink step-00000005.pt",
     "before replace progress.json with exporting",
+    "before replace val.npz",
+    "after replace test.npz",
     "before replace evaluation.json",
     "before fsync model.onnx",
     "before rename bundle",
@@ -140,9 +140,8 @@ def _work(store: JobStore, home: Path) -> None:
 def _crashing(home: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Processes started in the block crash there, once."""
     with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(CRASHING))
-        patch.setenv("CRASH_AT", point)
-        patch.setenv("CRASH_MARK", str(home / "crashed"))
+        for name, value in crashing_at(point, home / "crashed").items():
+            patch.setenv(name, value)
         yield
 
 
@@ -179,7 +178,7 @@ def test_a_worker_that_is_killed(point: str, tmp_path: Path) -> None:
     store = JobStore(open_database(tmp_path / "jobs.db"), lease_seconds=LEASE_SECONDS)
     job = submit(store, steps=3)
     script = Path(__file__).parents[1] / "job_standin.py"
-    environment = {**os.environ, "PYTHONPATH": str(CRASHING), "CRASH_AT": point, "CRASH_MARK": str(tmp_path / "crashed")}
+    environment = {**os.environ, **crashing_at(point, tmp_path / "crashed")}
     with open(tmp_path / "worker.log", "wb") as log:
         settings = json.dumps({"lease_seconds": LEASE_SECONDS, "beat_seconds": 60.0})
         process = subprocess.Popen([sys.executable, script, tmp_path, settings], env=environment, stdout=log, stderr=log)

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 from archives import photographs, zip_of
+from crash_points import crashing_at
 from serving import LiveServer, live_server, until
 
-CRASHING = Path(__file__).parents[1] / "crashing"
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 ARCHIVE = zip_of(photographs())
 Request = Callable[[httpx.Client], httpx.Response]
@@ -59,9 +59,8 @@ def test_a_request_whose_server_was_killed_at(
     point: str, send: Request, committed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as crashing:
-        crashing.setenv("PYTHONPATH", str(CRASHING))
-        crashing.setenv("CRASH_AT", point)
-        crashing.setenv("CRASH_MARK", str(tmp_path / "crashed"))
+        for name, value in crashing_at(point, tmp_path / "crashed").items():
+            crashing.setenv(name, value)
         with live_server(tmp_path, ready=False) as server, httpx.Client(base_url=server.url, timeout=60) as client:
             with pytest.raises(httpx.TransportError):
                 send(client)

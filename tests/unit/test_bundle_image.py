@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from awkward import AWKWARD, REFUSED, encoded, scene, textured
+from awkward import AWKWARD, REFUSED, SRGB_PROFILE, WIDE_SPACES, encoded, heic, scene, textured
 from PIL import Image, ImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from finetune.bundle.image import FORMATS, ImageLimits, decode_image, image_size, read_image, sniff
+from finetune.bundle.image import FORMATS, ImageLimits, decode_image, image_size, looks_like_image, read_image, sniff
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
 
@@ -81,9 +81,9 @@ def test_a_file_that_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
 
 
 def test_the_kind_of_a_file_is_told_by_its_first_bytes() -> None:
-    kinds = {sniff(encoded(scene(), format)) for format in FORMATS}
+    kinds = {sniff(heic(scene()) if format == "HEIF" else encoded(scene(), format)) for format in FORMATS}
     assert kinds == set(FORMATS)
-    with pytest.raises(UnsupportedImage, match="JPEG, PNG, WebP, BMP, GIF and TIFF are read"):
+    with pytest.raises(UnsupportedImage, match="JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF and TIFF are read"):
         sniff(b"")
 
 
@@ -176,3 +176,45 @@ def test_a_very_large_grey_png_is_averaged_down_before_it_becomes_colour(monkeyp
     assert small.shape == (225, 250, 3)
     blocks = whole.reshape(225, 4, 250, 4, 3).mean(axis=(1, 3))
     assert np.abs(small - blocks).max() <= 1.0
+
+
+def test_a_file_with_the_profile_of_srgb_keeps_its_pixels_bit_for_bit() -> None:
+    for image in (textured(96, 64), textured(96, 64).convert("L")):
+        plain, tagged = encoded(image, "PNG"), encoded(image, "PNG", icc_profile=SRGB_PROFILE)
+        assert plain != tagged
+        np.testing.assert_array_equal(decode_image(tagged), decode_image(plain))
+
+
+def test_a_profile_that_is_too_large_or_damaged_is_left_aside() -> None:
+    profile = WIDE_SPACES["adobe_rgb"].profile()
+    plain = decode_image(encoded(scene(), "PNG"))
+    for broken in (profile[:200], profile[:36] + b"nope" + profile[40:], profile + bytes(5_000_000)):
+        np.testing.assert_array_equal(decode_image(encoded(scene(), "TIFF", icc_profile=broken)), plain)
+
+
+def test_every_colour_of_a_wide_space_comes_out_as_its_definition_says() -> None:
+    """Against the formulas, over colours that sRGB can show; the library that converts has no part in what is expected."""
+    colours = np.random.default_rng(3).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    for name, space in WIDE_SPACES.items():
+        given, shown = space.of_srgb(colours)
+        rgb = decode_image(encoded(Image.fromarray(given), "PNG", icc_profile=space.profile()))
+        differences = np.abs(rgb.astype(int) - shown)
+        assert differences.max() <= 6, name
+        assert differences.mean() < 1.0, name
+
+
+@pytest.mark.parametrize(
+    ("head", "is_image"),
+    [
+        (encoded(scene(), "PNG")[:256], True),
+        (b"\r\n" + encoded(scene(), "JPEG")[:200], True),
+        (heic(scene())[:64], True),
+        (encoded(scene(), "BMP")[:32], True),
+        (b"BMW and other makers of cars", False),
+        (b"file_name,label\n1.jpg,cat\n", False),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2", False),
+        (b"", False),
+    ],
+)
+def test_a_file_without_an_ending_is_known_by_its_first_bytes(head: bytes, is_image: bool) -> None:
+    assert looks_like_image(head) is is_image

@@ -184,7 +184,7 @@ def test_a_class_with_one_image_may_be_there_to_validate_on(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        (photographs({"daisy": 3}), "only one class folder"),
+        (photographs({"daisy": 3}), "only one class"),
         ({"0.png": photographs()["daisy/0.png"], **photographs()}, "no class folder"),
         ({"daisy/notes.txt": b"a", "rose/notes.txt": b"b"}, "has no images"),
     ],

@@ -130,7 +130,7 @@ def test_accents_stored_in_two_ways_are_one_class(tmp_path: Path) -> None:
 
 def test_one_class_is_refused_with_its_count_and_an_example_of_the_layout(tmp_path: Path) -> None:
     error = refusal(write_classes(tmp_path / "flowers", {"rose": 3}))
-    assert problems(error) == {"flowers": "only one class folder, 'rose' with 3 images; it takes at least two."}
+    assert problems(error) == {"flowers": "only one class, 'rose' with 3 images; it takes at least two."}
     assert f"{tmp_path}/flowers/daisy/1.jpg" in error.message
     assert f"{tmp_path}/flowers/val/daisy/2.jpg" in error.message
 

@@ -7,21 +7,14 @@ Labels come from folder names alone. No file is opened: whether an image decodes
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from finetune.data.dataset import SPLITS, BadImage, LocalFile, Split
-from finetune.data.sources.listing import Listing, Notes, Record
+from finetune.data.sources.listing import SPLIT_NAMES, Listing, Notes, Record, class_name, note_look_alikes
 from finetune.messages import natural_list, plural, printable
-
-SPLIT_FOLDERS: dict[str, Split] = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"})
 FOREIGN_IMAGE_SUFFIXES = frozenset(
@@ -95,9 +88,9 @@ def _splits_inside(training: Path, notes: Notes) -> dict[Split | None, Path]:
     files, folders = _listing(training, notes)
     named: dict[Split, list[Path]] = defaultdict(list)
     for path in folders:
-        if split := SPLIT_FOLDERS.get(path.name.casefold()):
+        if split := SPLIT_NAMES.get(path.name.casefold()):
             named[split].append(path)
-    others = [path for path in folders if path.name.casefold() not in SPLIT_FOLDERS]
+    others = [path for path in folders if path.name.casefold() not in SPLIT_NAMES]
     nested = any(_listing(path, notes)[1] for path in named["train"])
     if not any(named.values()) or (others and not nested):
         return {}
@@ -135,19 +128,16 @@ def _scan_split(folder: Path, root: Path, base: Path, notes: Notes) -> dict[str,
     files, class_folders = _listing(folder, notes)
     _note_loose_images(folder, files, notes)
     by_class: dict[str, tuple[Record, ...]] = {}
-    spelled: dict[str, list[str]] = defaultdict(list)
+    spelled: list[str] = []
     for class_folder in class_folders:
-        name = unicodedata.normalize("NFC", class_folder.name).strip()  # macOS decomposes accents, Linux does not
         if printable(class_folder.name) != class_folder.name:
             notes.problem(class_folder, "a class name with undecodable bytes or control characters; rename the folder")
             continue
-        spelled[name.casefold()].append(class_folder.name)
+        name = class_name(class_folder.name)  # macOS decomposes accents, Linux does not
+        spelled.append(class_folder.name)
         images = _images(class_folder, root, notes)
         by_class[name] = tuple(Record(_relative(path, base), LocalFile(path), name) for path in images)
-    for names in spelled.values():
-        if len(names) > 1:
-            same = " and ".join(repr(name) for name in names)
-            notes.problem(folder, f"class folders {same} differ only in case, spaces or accent encoding; merge or rename them")
+    note_look_alikes(spelled, folder, "class folders", notes)
     return by_class
 
 

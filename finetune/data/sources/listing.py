@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -10,6 +12,13 @@ from typing import ClassVar, Protocol
 from finetune.data.dataset import BadImage, ImageFile, Split
 from finetune.errors import Problem
 from finetune.messages import natural_list, plural, printable
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What people call the splits, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,22 @@ class Notes:
             return tuple(self.left_out)
         names = natural_list(printable(name) for name in self.not_images)
         return (f"{plural(len(self.not_images), 'file')} not named like an image, left out: {names}", *self.left_out)
+
+
+def class_name(text: str) -> str:
+    """Return a label without the differences that nobody sees: accents composed, no space around it."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def note_look_alikes(names: Iterable[str], where: Path | str, what: str, notes: Notes) -> None:
+    """Note a problem for names that differ only in what `class_name` takes away, or in case."""
+    spelled: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        spelled[class_name(name).casefold()].append(name)
+    for alike in spelled.values():
+        if len(alike) > 1:
+            same = " and ".join(repr(name) for name in alike)
+            notes.problem(where, f"{what} {same} differ only in case, spaces or accent encoding; merge or rename them")
 
 
 class Source(Protocol):

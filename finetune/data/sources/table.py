@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from finetune.data.dataset import LocalFile, Split
-from finetune.data.sources.listing import Listing, Notes, Record
-from finetune.messages import natural_list
+from finetune.data.sources.listing import SPLIT_NAMES, Listing, Notes, Record, class_name, note_look_alikes
+from finetune.messages import natural_list, plural, printable
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "category", "target")
-SPLIT_COLUMN = "split"
-_SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_COLUMNS = ("split",)
 
 
 class TableSource:
@@ -31,32 +32,91 @@ class TableSource:
         return location.suffix.lower() in SUFFIXES and location.is_file()
 
     def read(self, location: Path, base: Path, notes: Notes) -> Listing:
-        text = location.read_bytes().decode("utf-8-sig", "surrogateescape")
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=SUFFIXES[location.suffix.lower()])
-        columns = list(rows.fieldnames or ())
+        found: dict[Split | None, dict[str, list[Record]]] = {}
+        seen: dict[str, _Row] = {}
+        n_repeated = 0
+        for row in _rows(location, notes):
+            path = location.parent / row.file
+            if not path.is_file():
+                notes.problem(row.where, f"{path}: no such file; paths are relative to the table")
+                continue
+            file_id = os.path.relpath(path, base).replace(os.sep, "/")
+            first = seen.setdefault(file_id, row)
+            if first is not row:
+                n_repeated += (first.label, first.split) == (row.label, row.split)
+                _note_contradiction(row, first, notes)
+                continue
+            found.setdefault(row.split, {}).setdefault(row.label, []).append(Record(file_id, LocalFile(path), row.label))
+        if n_repeated:
+            notes.left_out.append(f"{printable(location)}: {plural(n_repeated, 'row')} that repeat another one, left out")
+        note_look_alikes(sorted({label for by_class in found.values() for label in by_class}), location, "labels", notes)
+        listed = {split: {label: tuple(records) for label, records in by_class.items()} for split, by_class in found.items()}
+        return Listing(listed, dict.fromkeys(listed, str(location)))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row that is complete."""
+
+    where: str
+    file: str
+    label: str
+    split: Split | None
+
+
+def _rows(location: Path, notes: Notes) -> Iterator[_Row]:
+    """Yield the rows; note a problem for each that lacks something."""
+    text = location.read_bytes().decode("utf-8-sig", "surrogateescape")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=SUFFIXES[location.suffix.lower()])
+    try:
+        columns = list(reader.fieldnames or ())
         file_column = _column(columns, FILE_COLUMNS, "the image file", location, notes)
         label_column = _column(columns, LABEL_COLUMNS, "the label", location, notes)
-        splits: dict[Split | None, dict[str, list[Record]]] = {}
+        split_column = _named(columns, SPLIT_COLUMNS)
         if file_column is None or label_column is None:
-            return Listing({}, {})
-        for number, row in enumerate(rows, start=2):
-            given, label = row.get(file_column) or "", row.get(label_column) or ""
-            split = _split_of(row.get(SPLIT_COLUMN), f"{location}, row {number}", notes)
-            path = location.parent / given
-            if not given or not label:
-                notes.problem(f"{location}, row {number}", f"has no {file_column if not given else label_column}")
-            elif not path.is_file():
-                notes.problem(f"{location}, row {number}", f"{path}: no such file; paths are relative to the table")
-            else:
-                file_id = os.path.relpath(path, base).replace(os.sep, "/")
-                splits.setdefault(split, {}).setdefault(label, []).append(Record(file_id, LocalFile(path), label))
-        listed = {split: {label: tuple(found) for label, found in by_class.items()} for split, by_class in splits.items()}
-        return Listing(listed, dict.fromkeys(listed, str(location)))
+            return
+        number = 1
+        for number, given in enumerate(reader, start=2):
+            row = _complete(given, f"{location}, row {number}", file_column, label_column, split_column, notes)
+            if row is not None:
+                yield row
+        if number == 1:
+            notes.problem(location, "has a header and no rows")
+    except csv.Error as error:
+        notes.problem(f"{location}, line {reader.line_num}", f"cannot be read as a table: {error}")
+
+
+def _complete(
+    given: Mapping[str | None, str | None], where: str, file_column: str, label_column: str, splits: list[str], notes: Notes
+) -> _Row | None:
+    """Return a row with all that it needs; None, with a problem noted, where something is missing or wrong."""
+    file, label = given.get(file_column) or "", class_name(given.get(label_column) or "")
+    split_name = (given.get(splits[0]) or "").strip() if splits else ""
+    split = SPLIT_NAMES.get(split_name.casefold())
+    if None in given:
+        notes.problem(where, "has more fields than the header; put quotes around a name with a separator in it")
+    elif not file or not label:
+        notes.problem(where, f"has no {file_column if not file else label_column}")
+    elif printable(label) != label:
+        notes.problem(where, "a label with undecodable bytes or control characters; save the table as UTF-8")
+    elif split_name and split is None:
+        notes.problem(where, f"split {split_name!r} is not one of train, val and test")
+    else:
+        return _Row(where, file, label, split)
+    return None
+
+
+def _note_contradiction(row: _Row, first: _Row, notes: Notes) -> None:
+    """Note a problem where two rows say different things of one file."""
+    for what, here, there in (("label", row.label, first.label), ("split", row.split, first.split)):
+        if here != there:
+            elsewhere = first.where.rpartition(", ")[2]
+            notes.problem(row.where, f"{row.file} has the {what} {here!r} here and {there!r} in {elsewhere}")
 
 
 def _column(columns: list[str], accepted: tuple[str, ...], what: str, location: Path, notes: Notes) -> str | None:
     """Return the column that holds `what`; note a problem where none or several do."""
-    found = [column for column in columns if column.strip().casefold() in accepted]
+    found = _named(columns, accepted)
     if len(found) == 1:
         return found[0]
     which = f"several columns may hold {what}: {natural_list(found)}" if found else f"no column for {what}"
@@ -64,10 +124,6 @@ def _column(columns: list[str], accepted: tuple[str, ...], what: str, location: 
     return None
 
 
-def _split_of(given: str | None, where: str, notes: Notes) -> Split | None:
-    if not given:
-        return None
-    split = _SPLIT_NAMES.get(given.strip().casefold())
-    if split is None:
-        notes.problem(where, f"split {given!r} is not one of train, val and test")
-    return split
+def _named(columns: list[str], accepted: tuple[str, ...]) -> list[str]:
+    """Return the columns that have one of the accepted names, whatever their case."""
+    return [column for column in columns if column.strip().casefold() in accepted]

@@ -20,7 +20,7 @@ from finetune.evaluation import predictions as tables
 from finetune.evaluation.compare import ArmPredictions, compare_pairs
 from finetune.evaluation.predictions import Predictions
 from finetune.events import StudyConcluded
-from finetune.naming import as_model_name
+from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Shared
 from finetune.runs.options import RunOptions
@@ -219,7 +219,7 @@ def _command(spec: ComparisonSpec) -> str:
 
 def _folder_for(spec: ComparisonSpec, shared: Shared) -> RunDir:
     """Return the folder of an unfinished comparison of the same request, or a new one."""
-    name = spec.job.suffix or as_model_name(Path(spec.job.training_file).absolute().name)
+    name = model_name(spec.job.suffix, dataset_name(Path(spec.job.training_file)))
     stem = f"{name}-comparison-{spec.digest()[:8]}"
     number = 1
     while (run := RunDir(shared.workspace.runs / (stem if number == 1 else f"{stem}-{number}"))).comparison.exists():

@@ -1,0 +1,101 @@
+"""What the directories of a TIFF file say, read without its pixels: whether it has several pages, and what its numbers are."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from finetune.errors import UnsupportedImage
+
+_NEW_SUBFILE_TYPE, _SUBFILE_TYPE = 254, 255
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 277, 339
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: a smaller version of another page, a transparency mask of it
+_INTEGER_TYPES = {3: "H", 4: "I", 8: "h", 9: "i", 16: "Q"}  # TIFF types and how struct reads them
+_FLOAT_FORMAT, _SIGNED_FORMAT = 3, 2
+_MOST_DIRECTORIES = 16  # looked at; thumbnails of a photograph are fewer
+_MOST_VALUES = 16  # of one tag
+
+Tags = Mapping[int, tuple[int, ...]]
+
+
+def refuse_pages(data: bytes) -> None:
+    """Refuse a TIFF with more than one page; reduced versions and masks of the first are not pages.
+
+    Raises:
+        UnsupportedImage: a sample is one picture, and nothing says which page is meant.
+    """
+    pages = sum(_is_page(tags) for tags in _directories(data))
+    if pages > 1:
+        raise UnsupportedImage(
+            "the TIFF file has several pages, and nothing says which one is meant: save that page as a file of its own"
+        )
+
+
+def unusual_numbers(data: bytes) -> str | None:
+    """Return what the pixels of a TIFF are where they are not 8 or 16 bits of 1 to 4 channels, in words; None otherwise."""
+    tags = next(_directories(data), {})
+    bits, channels = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLES_PER_PIXEL, (1,))[0]
+    formats = tags.get(_SAMPLE_FORMAT, (1,))
+    if _FLOAT_FORMAT in formats:
+        return f"{bits[0]}-bit floating-point numbers with no agreed brightest value"
+    if _SIGNED_FORMAT in formats:
+        return f"{bits[0]}-bit signed numbers with no agreed brightest value"
+    if max(bits) > 16:
+        return f"{max(bits)}-bit numbers with no agreed brightest value"
+    if channels > 4:
+        return f"of {channels} channels, which are no colours that a photograph has"
+    return None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a directory is written: classic TIFF, or BigTIFF for files beyond 4 GiB."""
+
+    order: str  # struct's sign for the byte order
+    count: str
+    offset: str
+    entry_bytes: int
+
+
+def _directories(data: bytes) -> Iterator[Tags]:
+    """Yield the tags of each directory in the chain; where the chain is damaged, it ends."""
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        (magic,) = struct.unpack_from(f"{order}H", data, 2)
+        layout = _Layout(order, "H", "I", 12) if magic == 42 else _Layout(order, "Q", "Q", 20)
+        (at,) = struct.unpack_from(f"{order}{layout.offset}", data, 4 if magic == 42 else 8)
+        for _ in range(_MOST_DIRECTORIES):
+            if at == 0:
+                return
+            (n_entries,) = struct.unpack_from(f"{order}{layout.count}", data, at)
+            first = at + struct.calcsize(f"{order}{layout.count}")
+            if first + n_entries * layout.entry_bytes > len(data):
+                return
+            yield _tags(data, first, n_entries, layout)
+            (at,) = struct.unpack_from(f"{order}{layout.offset}", data, first + n_entries * layout.entry_bytes)
+    except (struct.error, OverflowError):
+        return
+
+
+def _tags(data: bytes, first: int, n_entries: int, layout: _Layout) -> Tags:
+    wanted = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT)
+    tags: dict[int, tuple[int, ...]] = {}
+    for start in range(first, first + n_entries * layout.entry_bytes, layout.entry_bytes):
+        tag, kind = struct.unpack_from(f"{layout.order}HH", data, start)
+        if tag not in wanted or kind not in _INTEGER_TYPES:
+            continue
+        (n_values,) = struct.unpack_from(f"{layout.order}{layout.offset}", data, start + 4)
+        form = f"{layout.order}{min(n_values, _MOST_VALUES)}{_INTEGER_TYPES[kind]}"
+        room = struct.calcsize(f"{layout.order}{layout.offset}")  # values that fit into the entry lie in it
+        at = start + 4 + room
+        if n_values * struct.calcsize(f"{layout.order}{_INTEGER_TYPES[kind]}") > room:
+            (at,) = struct.unpack_from(f"{layout.order}{layout.offset}", data, at)
+        tags[tag] = struct.unpack_from(form, data, at)
+    return tags
+
+
+def _is_page(tags: Tags) -> bool:
+    kind = tags.get(_NEW_SUBFILE_TYPE, (0,))
+    older = tags.get(_SUBFILE_TYPE, (1,))
+    return not (kind and kind[0] & (_REDUCED | _MASK)) and not (older and older[0] == 2)
