@@ -38,6 +38,7 @@ from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.routes.deployment import deployment_router
 from service.routes.files import files_router
+from service.routes.inference_v2 import inference_v2_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
 from service.routes.predict import predict_router
@@ -156,11 +157,13 @@ def create_api(settings: Settings) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         max_body_size=MAX_JSON_BYTES,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     api.state.server = state
     add_handlers(api)
     api.include_router(predict_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(inference_v2_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(models_router)
     api.include_router(deployment_router)
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))

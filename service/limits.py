@@ -17,4 +17,4 @@ BODY_MIN_BYTES_PER_SECOND = 4 * KIB
 MAX_BUFFERED_BYTES = 256 * MIB  # of all bodies that are being read into memory at one time
 SEND_SECONDS = 60.0  # a client that takes in nothing of its answer for this long is disconnected
 
-PROBES = ("/livez", "/readyz")  # called by address by whatever runs the container
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # called by address by whatever runs the container

@@ -106,7 +106,7 @@ class _Answer:
         headers[REQUEST_ID_HEADER] = self._request_id
         headers.setdefault("Cache-Control", "no-store")
         for name, value in SECURITY_HEADERS.items():
-            headers[name] = value
+            headers.setdefault(name, value)
 
 
 def _request_id(headers: Headers) -> str:

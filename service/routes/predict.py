@@ -51,7 +51,6 @@ PREDICT_EXTRA: dict[str, Any] = {
                     },
                 }
             },
-            "image/*": _BINARY,
             "application/octet-stream": _BINARY,
         },
     },
