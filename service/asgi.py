@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from finetune import __version__
+from finetune.bundle.predictor import Predictor, check_provider
 from finetune.bundle.registry import Registry
 from finetune.jobs.history import updates
 from finetune.jobs.process_parent import signal_when_parent_dies
@@ -98,6 +100,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
 
 def create_api(settings: Settings) -> FastAPI:
     """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with."""
+    check_provider(settings.provider)
     registry = Registry(settings.models_folder)
     models = LoadedModels(
         registry,
@@ -105,11 +108,13 @@ def create_api(settings: Settings) -> FastAPI:
         capacity=settings.max_loaded_models,
         max_bytes=settings.max_loaded_bytes,
         watch_seconds=settings.watch_seconds,
+        load=partial(Predictor.load, provider=settings.provider),
     )
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
     queue = WorkQueue(settings.threads)
+    metrics.watch_queue(lambda: queue.taken)
     state = ServerState(
         home=settings.home,
         models=models,

@@ -55,9 +55,11 @@ class ResponseMiddleware:
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            log.log(
-                level, "%s %s %s %d %.1f ms", request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000
-            )
+            said = (request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000)
+            names = ("request_id", "method", "path", "status", "milliseconds")
+            caller = scope["state"].get("caller")
+            fields = {**dict(zip(names, said, strict=True)), "owner": getattr(caller, "owner", None), "route": _route(scope)}
+            log.log(level, "%s %s %s %d %.1f ms", *said, extra={"fields": fields})
         return None
 
 
