@@ -1,7 +1,7 @@
 """What the server measures about itself, for Prometheus, with labels that cannot grow without bound.
 
 The `route` label is the template (``/v1/models/{name}/predict``), never the path that was asked for; what matches no route is
-``unmatched``; the `model` label is a registered name. Knows counters; does not know what is counted.
+``unmatched``; the `model` label is a registered name.
 """
 
 from __future__ import annotations

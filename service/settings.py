@@ -1,4 +1,4 @@
-"""What the server is told from outside: environment variables, read once at start. Knows names and defaults, opens nothing.
+"""What the server is told from outside: environment variables, read once at start.
 
 `finetune serve` sets them from its flags; a container sets them itself.
 """

@@ -187,8 +187,8 @@ def check_provider(provider: Provider) -> None:
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         known = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
         raise InvalidInput(
-            f"ONNX Runtime has no execution provider for {provider!r} here; it has {', '.join(known)}. Install the build that has it"
-            " (onnxruntime-gpu for cuda, onnxruntime-openvino for openvino)"
+            f"ONNX Runtime has no execution provider for {provider!r} here; it has {', '.join(known)}. Install the build that has"
+            " it (onnxruntime-gpu for cuda, onnxruntime-openvino for openvino)"
         )
 
 

@@ -1,5 +1,5 @@
 """What every answer carries, whoever made it: a request id, security headers, a problem document for an error, a line in the log
-and a count in the metrics. The outermost layer. Knows ASGI messages; does not know routes.
+and a count in the metrics. The outermost layer.
 """
 
 from __future__ import annotations
