@@ -49,7 +49,10 @@ check-wheel: $(READY)  ## Build the distributions and use the wheel alone in an 
 
 golden: $(READY)  ## Write anew what tests expect people to see; read the difference before committing it
 	rm -f tests/golden/screens/*.txt
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests --renew-golden -m '' -k 'golden or screen'
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests --renew-golden -m ''
+
+check-clients: $(READY)  ## Generate a Python and a TypeScript client from the OpenAPI document and drive a job with each
+	$(BIN)/python .ci/check_clients.py
 
 check-bento: $(READY)  ## Build bentos and the serving image's contents, install each without torch, and ask them
 	$(BIN)/python .ci/check_bento.py

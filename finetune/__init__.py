@@ -1,24 +1,25 @@
 """finetune: transfer-learning fine-tuning for image classification, from labelled photographs to a served ONNX bundle.
 
-`train`, `compare`, `check` and `load` are the Python door; they are imported when they are first used.
+`train`, `compare`, `check` and `load` are the Python door, `Client` speaks to a server. They are imported when they are first
+used: importing `finetune` itself costs nothing.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.api import Model, Run, check, compare, load, train
+    from finetune.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Run", "__version__", "check", "compare", "load", "train"]
+__all__ = ["Client", "Model", "Run", "__version__", "check", "compare", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from finetune import api
-
-        return getattr(api, name)
+        return getattr(import_module("finetune.client" if name == "Client" else "finetune.api"), name)
     raise AttributeError(f"module 'finetune' has no attribute {name!r}")
 
 

@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from finetune import __version__
+from finetune.bundle.predictor import Predictor, check_provider
 from finetune.bundle.registry import Registry
 from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
@@ -38,6 +40,7 @@ from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.routes.deployment import deployment_router
 from service.routes.files import files_router
+from service.routes.inference_v2 import inference_v2_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
 from service.routes.predict import predict_router
@@ -97,6 +100,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
 
 def create_api(settings: Settings) -> FastAPI:
     """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with."""
+    check_provider(settings.provider)
     registry = Registry(settings.models_folder)
     models = LoadedModels(
         registry,
@@ -104,11 +108,13 @@ def create_api(settings: Settings) -> FastAPI:
         capacity=settings.max_loaded_models,
         max_bytes=settings.max_loaded_bytes,
         watch_seconds=settings.watch_seconds,
+        load=partial(Predictor.load, provider=settings.provider),
     )
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
     queue = WorkQueue(settings.threads)
+    metrics.watch_queue(lambda: queue.taken)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -156,11 +162,13 @@ def create_api(settings: Settings) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         max_body_size=MAX_JSON_BYTES,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     api.state.server = state
     add_handlers(api)
     api.include_router(predict_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(inference_v2_router(settings.image_limits.max_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(models_router)
     api.include_router(deployment_router)
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))

@@ -1,7 +1,6 @@
 """Following jobs live: server-sent events for any number of readers from one look at the database every half second.
 
-All readers of one job share its history, already written as frames; a reader costs a list index and a wake-up. Knows the store
-and the frames of the SSE format; does not know HTTP.
+All readers of one job share its history, already written as frames; a reader costs a list index and a wake-up.
 """
 
 from __future__ import annotations

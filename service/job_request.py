@@ -2,7 +2,7 @@
 
 Two vocabularies meet in it: the JobSpec's own, and what the stock client of the public fine-tuning API sends (`method` of type
 ``supervised``, ``"auto"``, nulls for what is not given). Whatever is wrong is reported at once, with field paths as the client
-wrote them. Knows specs and files; does not know HTTP.
+wrote them.
 """
 
 from __future__ import annotations

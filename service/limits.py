@@ -15,6 +15,6 @@ MULTIPART_OVERHEAD_BYTES = 64 * KIB  # boundaries, part headers and the small fi
 BODY_SILENCE_SECONDS = 20.0  # a body that has been ahead of the minimum rate may pause for this long, never for longer
 BODY_MIN_BYTES_PER_SECOND = 4 * KIB
 MAX_BUFFERED_BYTES = 256 * MIB  # of all bodies that are being read into memory at one time
-SEND_SECONDS = 60.0  # a client that takes in nothing of its answer for this long is disconnected
+SEND_SECONDS = 60.0  # a client that reads nothing of its answer for this long is disconnected
 
-PROBES = ("/livez", "/readyz")  # called by address by whatever runs the container
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # called by address by whatever runs the container

@@ -1,13 +1,13 @@
 """What the server measures about itself, for Prometheus, with labels that cannot grow without bound.
 
 The `route` label is the template (``/v1/models/{name}/predict``), never the path that was asked for; what matches no route is
-``unmatched``; the `model` label is a registered name. Knows counters; does not know what is counted.
+``unmatched``; the `model` label is a registered name.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -50,6 +50,13 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.stage_seconds = Histogram(
+            "finetune_prediction_seconds",
+            "Where the time of a prediction goes: load is decoding and preprocessing, run is the model",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.shadow_answers = Counter(
             "finetune_shadow_answers",
             "Answers computed a second time by a shadow model: whether both top labels agree, or why there is none",
@@ -64,6 +71,11 @@ class Metrics:
 
     def predicted(self, model: str, version: str, role: str, n_images: int) -> None:
         self.predictions.labels(model, version, role).inc(n_images)
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Show how many predictions run or wait."""
+        gauge = Gauge("finetune_predictions_waiting", "Predictions that run or wait for a thread", registry=self.registry)
+        gauge.set_function(waiting)
 
     def watch_models(self, models: WatchedModels) -> None:
         """Show what is in memory. Read when asked, so that versions that are gone leave no series behind."""

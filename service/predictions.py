@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -46,6 +46,9 @@ HOW_TO_SEND = (
 )
 
 
+Stages = tuple[float, float]  # seconds of loading (decoding, preprocessing) and of the model
+
+
 @dataclass(frozen=True)
 class Upload:
     """The images of one request. `several`: they came as a list, so the answer is one too."""
@@ -54,6 +57,7 @@ class Upload:
     options: PredictOptions
     received: float  # perf_counter seconds
     several: bool = False
+    stages: list[Stages] = field(default_factory=list)  # filled by predicting, for the metrics
 
 
 async def read_upload(request: Request) -> Upload:
@@ -126,7 +130,8 @@ def _options(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
 def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
     """Classify the first image of an upload with one model; raise `ImageError` where it cannot be read."""
     started = time.perf_counter()
-    found, explain_seconds = predict_image(model, upload.images[0][1], upload.options, limits)
+    found, explain_seconds, stages = predict_image(model, upload.images[0][1], upload.options, limits)
+    upload.stages.append(stages)
     done = time.perf_counter()
     return PredictionAnswer(
         model=model.name,
@@ -149,7 +154,8 @@ def predict_one_of_several(
     filename, data = upload.images[index]
     started = time.perf_counter()
     try:
-        found, explain_seconds = predict_image(model, data, upload.options, limits)
+        found, explain_seconds, stages = predict_image(model, data, upload.options, limits)
+        upload.stages.append(stages)
     except FinetuneError as error:
         problems = [FieldProblem(field=one.where, detail=one.message) for one in error.problems]
         failure = ImageFailure(code=error.code, message=error.message, errors=problems)
@@ -158,8 +164,10 @@ def predict_one_of_several(
     return ImageResult(index=index, filename=filename, result=found, error=None), seconds - explain_seconds, explain_seconds
 
 
-def predict_image(model: LoadedModel, data: bytes, options: PredictOptions, limits: ImageLimits) -> tuple[ImagePrediction, float]:
-    """Classify one image; return the result and how many seconds the explanation took of it.
+def predict_image(
+    model: LoadedModel, data: bytes, options: PredictOptions, limits: ImageLimits
+) -> tuple[ImagePrediction, float, Stages]:
+    """Classify one image; return the result, how many seconds the explanation took of it, and what loading and running took.
 
     Raises:
         ImageError: the image is empty, cannot be decoded, is too large, or is of no known format.
@@ -177,7 +185,7 @@ def predict_image(model: LoadedModel, data: bytes, options: PredictOptions, limi
         explanation=explanation,
         embedding=prediction.embedding.tolist() if options.embedding else None,
     )
-    return found, seconds
+    return found, seconds, (prediction.load_seconds, prediction.run_seconds)
 
 
 def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:

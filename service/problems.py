@@ -1,7 +1,7 @@
 """Every error of the server in one form: RFC 9457 ``application/problem+json``.
 
 Three readers are served by one document: a program branches on ``code``, a person reads ``title`` and ``detail``, and the stock
-client of the public fine-tuning API reads the ``error`` object. Knows exceptions and status codes; does not know routes.
+client of the public fine-tuning API reads the ``error`` object.
 """
 
 from __future__ import annotations

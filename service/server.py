@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from finetune.jobs.keys import KeyStore
 from service.asgi import create_app
 from service.connections import LimitedConnection
 from service.limits import KEEP_ALIVE_SECONDS
+from service.logs import configure_logs
 from service.settings import Settings
 
 DEFAULT_HOST = "127.0.0.1"
@@ -46,8 +46,7 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         settings.home.mkdir(parents=True, mode=0o700)  # photographs, keys' hashes and logs are nobody else's business
     address = listen_address(host, has_api_key=has_api_key(settings.home))
     listener = listen(address, port)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("service").setLevel(logging.INFO)
+    configure_logs(as_json=settings.json_logs)
     config = uvicorn.Config(
         create_app(settings.answering_to(address)),
         http=LimitedConnection,

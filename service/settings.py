@@ -1,4 +1,4 @@
-"""What the server is told from outside: environment variables, read once at start. Knows names and defaults, opens nothing.
+"""What the server is told from outside: environment variables, read once at start.
 
 `finetune serve` sets them from its flags; a container sets them itself.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.bundle.image import ImageLimits
+from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
 from finetune.runtime.cores import available_cores
 
@@ -38,6 +39,8 @@ class Settings:
         max_files_bytes: what the uploads of one owner may come to.
         max_unfinished_jobs: queued and running jobs that one owner may have.
         worker: also run a worker, which carries the jobs out.
+        provider: what ONNX Runtime computes with; each model is compared with the CPU's answers when it is loaded.
+        json_logs: write the log as one JSON object a line.
     """
 
     home: Path
@@ -55,6 +58,8 @@ class Settings:
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
     worker: bool = False
+    provider: Provider = "cpu"
+    json_logs: bool = False
 
     @property
     def models_folder(self) -> Path:
@@ -87,11 +92,20 @@ class Settings:
             max_files_bytes=_positive(environment, "FINETUNE_MAX_FILES_BYTES", default=20 << 30),
             max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
             worker=environment.get("FINETUNE_WORKER", "") == "1",
+            provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
+            json_logs=_one_of(environment, "FINETUNE_LOG_FORMAT", ("text", "json"), default="text") == "json",
         )
 
 
 def _names(environment: Mapping[str, str], variable: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
+
+
+def _one_of(environment: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
+    value = environment.get(name, "") or default
+    if value not in allowed:
+        raise InvalidInput(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    return value
 
 
 def _positive(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -1,7 +1,7 @@
 """The worker beside the server: ``python -m finetune worker`` as a child, started anew when it dies, ended with the server.
 
 A process of its own, because training needs all that this one must not import, and because a run that takes the memory or the
-machine down must not take predictions with it. Knows processes; does not know jobs.
+machine down must not take predictions with it.
 """
 
 from __future__ import annotations

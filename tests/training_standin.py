@@ -41,6 +41,7 @@ def train(request: Path, run: RunDir) -> int:
         die_at: {step: signal or exit code} to end with before that step, each time it gets there.
         die_once_at: the same, but only in the first attempt that gets there.
         hang_at: the step before which it stops for good.
+        hang_once_at: the same, but only in the first attempt that gets there.
         error: an error document to fail with, and its exit code under ``exit_code``.
         deaf: ignore SIGTERM.
         noisy: print so many lines.
@@ -74,7 +75,7 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
         write_json(run.progress, {**counts, "values": {}, "message": ""})
         if (code := _death(run, asked, step)) is not None:
             return code
-        if asked.get("hang_at") == step:
+        if asked.get("hang_at") == step or (asked.get("hang_once_at") == step and _first_time(run, f"hung-at-{step}")):
             while True:
                 signal.pause()
         time.sleep(asked.get("step_seconds", 0.0))
@@ -91,13 +92,18 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
 
 def _death(run: RunDir, asked: Mapping[str, Any], step: int) -> int | None:
     always, once = asked.get("die_at", {}).get(str(step)), asked.get("die_once_at", {}).get(str(step))
-    marker = run.root / f"died-at-{step}"
-    if once is not None and not marker.exists():
-        marker.touch()
+    if once is not None and _first_time(run, f"died-at-{step}"):
         always = once
     if always is not None and always < 0:
         os.kill(os.getpid(), -always)
     return always
+
+
+def _first_time(run: RunDir, name: str) -> bool:
+    marker = run.root / name
+    first = not marker.exists()
+    marker.touch()
+    return first
 
 
 def _save(run: RunDir, step: int, state: str) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -35,6 +36,15 @@ PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
 _EXTERNAL_DATA = b"\x0a\x08location"
 
 
+Provider = Literal["cpu", "cuda", "coreml", "openvino"]
+PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What the model says about a batch."""
@@ -55,6 +65,8 @@ class Prediction:
     embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
+    load_seconds: float = 0.0  # decoding and preprocessing
+    run_seconds: float = 0.0  # the model
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,10 @@ class Predictor:
         self._session = session
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1) -> Predictor:
+    def load(cls, folder: Path, *, threads: int = 1, provider: Provider = "cpu") -> Predictor:
         """Verify the bundle in `folder` and open its model with `threads` threads for one run.
+
+        With another provider than the CPU, the model probe compares its answers with those that the CPU gave at export.
 
         Raises:
             BundleError: a file is missing or changed, the model cannot be opened or is not the manifest's, or a probe fails;
@@ -84,7 +98,7 @@ class Predictor:
         """
         manifest = read_manifest(folder)
         contents = _verified_contents(folder, manifest)
-        session = _open_session(folder, contents[MODEL], threads)
+        session = _open_session(folder, contents[MODEL], threads, provider)
         _check_signature(folder, manifest, session)
         predictor = cls(manifest, session, model_bytes=len(contents[MODEL]))
         _check_probes(folder, predictor, _parse_probe(folder, contents[PROBE]))
@@ -107,13 +121,18 @@ class Predictor:
         """
         if top_k < 1:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
+        began = time.perf_counter()
         image = self.manifest.preprocess.load(data, limits=limits)
+        loaded = time.perf_counter()
         outputs = self.run(image[None])
+        ran = time.perf_counter()
         probs = outputs.probs[0]
         order = task_named(self.manifest.task).ranking(probs)[:top_k]
         labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
         cam = None if outputs.cam is None else outputs.cam[0]
-        return Prediction(labels, cam, image, outputs.embedding[0], self.manifest.name, self.manifest.version)
+        return Prediction(
+            labels, cam, image, outputs.embedding[0], self.manifest.name, self.manifest.version, loaded - began, ran - loaded
+        )
 
 
 @dataclass(frozen=True)
@@ -209,13 +228,23 @@ def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     return contents
 
 
-def _open_session(folder: Path, model: bytes, threads: int) -> onnxruntime.InferenceSession:
+def check_provider(provider: Provider) -> None:
+    """Raise `InvalidInput` where this installation of ONNX Runtime does not have an execution provider."""
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        known = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
+        raise InvalidInput(
+            f"ONNX Runtime has no execution provider for {provider!r} here; it has {', '.join(known)}. Install the build that has"
+            " it (onnxruntime-gpu for cuda, onnxruntime-openvino for openvino)"
+        )
+
+
+def _open_session(folder: Path, model: bytes, threads: int, provider: Provider = "cpu") -> onnxruntime.InferenceSession:
     if _EXTERNAL_DATA in model:
         raise BundleError(
             f"{folder}: {MODEL} keeps weights in other files; a bundle's model is one file. Export it with external_data=False"
         )
     try:
-        return open_session(model, threads=threads)
+        return open_session(model, threads=threads, providers=list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])))
     except ORT_ERRORS as error:
         raise BundleError(f"{folder}: ONNX Runtime {onnxruntime.__version__} cannot open {MODEL}: {error}") from None
 

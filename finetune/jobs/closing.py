@@ -1,4 +1,4 @@
-"""Sees to it that what tracks a job's run hears of the job's end, also where the run itself was killed before it could tell.
+"""Tell MLflow that a job has ended, also when the run was killed before it could report its end itself.
 
 MLflow is not imported here: a process of its own does the telling, one at a time, and again later while MLflow does not answer.
 """

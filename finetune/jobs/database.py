@@ -20,7 +20,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, text
 
 from finetune.distribution import install_command
 from finetune.errors import DiskFull, FinetuneError, InvalidInput, MissingExtra, StoreError
@@ -79,8 +79,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 
 def _engine(where: str | Path) -> Engine:
-    url = where if isinstance(where, str) and "://" in where else _sqlite_url(Path(where))
-    if url.startswith(("postgresql://", "postgres://")):
+    url: str | URL = where if isinstance(where, str) and "://" in where else _sqlite_url(Path(where))
+    if isinstance(url, str) and url.startswith(("postgresql://", "postgres://")):
         url = f"postgresql+psycopg://{url.partition('://')[2]}"
     try:
         kind = make_url(url).get_backend_name()
@@ -99,7 +99,8 @@ def _engine(where: str | Path) -> Engine:
     return engine
 
 
-def _sqlite_url(path: Path) -> str:
+def _sqlite_url(path: Path) -> URL:
+    """Return the URL of a database file. It is built, not written: a path may hold what means something in a URL."""
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def _sqlite_url(path: Path) -> str:
             f"{path}: this folder is on {kind}, and SQLite's locks are not safe over a network. Choose a local folder"
             f" (FINETUNE_HOME), or keep the jobs in PostgreSQL ({DATABASE_VARIABLE}=postgresql://…)."
         )
-    return f"sqlite:///{path}"
+    return URL.create("sqlite", database=str(path))
 
 
 def _network_file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:

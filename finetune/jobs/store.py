@@ -8,7 +8,7 @@
 
 A claim is a lease with a fencing token (`fence`): every later write of the holder names the token, and a write that changes no
 row means that the job belongs to somebody else now. Every change of a job locks its row first, so its events are numbered in the
-order in which they happened. Knows nothing of processes, run folders or HTTP.
+order in which they happened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The worker: claims queued jobs, runs one process for each attempt, and keeps the database true to what the runs do.
 
 The run writes files, the worker writes the database, HTTP reads the database. A worker that dies takes its children with it, its
-leases run out, and whichever worker reaps them resumes the runs from their newest checkpoints. Knows nothing of training.
+leases run out, and whichever worker reaps them resumes the runs from their newest checkpoints.
 """
 
 from __future__ import annotations

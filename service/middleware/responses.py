@@ -1,5 +1,5 @@
 """What every answer carries, whoever made it: a request id, security headers, a problem document for an error, a line in the log
-and a count in the metrics. The outermost layer. Knows ASGI messages; does not know routes.
+and a count in the metrics. The outermost layer.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class ResponseMiddleware:
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            log.log(
-                level, "%s %s %s %d %.1f ms", request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000
-            )
+            said = (request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000)
+            names = ("request_id", "method", "path", "status", "milliseconds")
+            caller = scope["state"].get("caller")
+            fields = {**dict(zip(names, said, strict=True)), "owner": getattr(caller, "owner", None), "route": _route(scope)}
+            log.log(level, "%s %s %s %d %.1f ms", *said, extra={"fields": fields})
         return None
 
 
@@ -106,7 +108,7 @@ class _Answer:
         headers[REQUEST_ID_HEADER] = self._request_id
         headers.setdefault("Cache-Control", "no-store")
         for name, value in SECURITY_HEADERS.items():
-            headers[name] = value
+            headers.setdefault(name, value)
 
 
 def _request_id(headers: Headers) -> str:

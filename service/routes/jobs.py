@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from finetune.errors import NotFound
+from finetune.bundle.manifest import read_manifest
+from finetune.errors import BundleError, Conflict, NotFound
 from finetune.jobs.history import newest_events
 from finetune.jobs.store import Job, NameTaken
 from finetune.naming import as_model_name
@@ -24,6 +25,7 @@ from service.event_streams import event_seq
 from service.job_request import metadata_filter, read_body, read_request
 from service.middleware.auth import Caller, Submitting
 from service.problems import RESPONSES
+from service.results import evaluated_splits, read_object, resolved_hyperparameters
 from service.routes.files import REPLAYED, IdempotencyKey
 from service.schemas.job_create import JOB_BODY
 from service.schemas.jobs import (
@@ -32,10 +34,12 @@ from service.schemas.jobs import (
     EventList,
     JobDocument,
     JobList,
+    ResultDocument,
     State,
     checkpoint_documents,
     event_document,
     job_document,
+    result_links,
 )
 from service.schemas.lists import After, Limit
 from service.state import Server, ServerState
@@ -223,5 +227,51 @@ def _part_of(log: Path, offset: int | None) -> bytes:
         return b""  # it has not started yet
 
 
+@jobs_router.get("/{job_id}/result")
+def job_result(caller: Submitting, server: Server, job_id: str) -> ResultDocument:
+    """Return what a job that has succeeded came to: figures with n and intervals, resolved hyperparameters, where the rest is."""
+    job = server.database.jobs.get(job_id, caller.sees)
+    if job.state != "succeeded":
+        raise Conflict(f"{job_id} is {job.state}; only a job that has succeeded has a result")
+    run = server.run_of(job.id)
+    outcome = {**read_object(run.outcome), **(job.result or {})}
+    model, version = outcome.get("model"), outcome.get("version")
+    metrics = dict(outcome.get("metrics") or {})
+    return ResultDocument(
+        job_id=job.id,
+        status="succeeded",
+        model=model,
+        version=version,
+        classes=list(outcome.get("classes") or ()),
+        method=dict(job.spec["method"]),
+        hyperparameters={**job.spec["hyperparameters"], **resolved_hyperparameters(run)},
+        metrics={name: value for name, value in metrics.items() if not name.startswith("cost/")},
+        cost=dict(
+            outcome.get("cost") or {name.removeprefix("cost/"): metrics[name] for name in metrics if name.startswith("cost/")}
+        ),
+        splits=evaluated_splits(run),
+        cross_validation=outcome.get("cross_validation"),
+        warnings=[server.without_home(str(warning)) for warning in outcome.get("warnings") or ()],
+        summary=str(outcome.get("summary") or ""),
+        license=_license(server, model, version),
+        links=dict(zip(("result", "report", "bundle"), [*result_links(job.id, outcome), None, None], strict=False)),
+    )
+
+
+def _license(server: ServerState, model: str | None, version: str | None) -> str | None:
+    """Return the licence of the pretrained weights, if the version is still registered."""
+    try:
+        manifest = read_manifest(server.models.registry.resolve(str(model), version).path)
+    except (NotFound, BundleError):
+        return None
+    found = (manifest.backbone.get("weights") or {}).get("license")
+    return None if found is None else str(found)
+
+
 def _document(server: ServerState, job: Job) -> JobDocument:
-    return job_document(job, queue_position=server.database.jobs.queue_position(job), within=server.without_home)
+    return job_document(
+        job,
+        queue_position=server.database.jobs.queue_position(job),
+        within=server.without_home,
+        resolved=resolved_hyperparameters(server.run_of(job.id)) if job.attempts else None,
+    )

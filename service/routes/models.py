@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from finetune.bundle.manifest import read_manifest
 from finetune.bundle.promotion import promote
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
-from service.schemas.models import AliasTarget, ModelChange, ModelDeleted, ModelDocument, ModelList, VersionSummary
+from service.results import bundle_archive, evaluated_splits, resolved_hyperparameters, run_of
+from service.schemas.models import (
+    AliasTarget,
+    ModelChange,
+    ModelDeleted,
+    ModelDocument,
+    ModelList,
+    VersionDocument,
+    VersionSummary,
+)
 from service.state import Server, ServerState
+
+# A report is one file with its style and figures in it, and without scripts.
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; sandbox"
+)
+BUNDLE_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 models_router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
 
@@ -37,6 +57,67 @@ def list_models(
 def get_model(caller: Reading, server: Server, name: str) -> ModelDocument:
     """Return one registered model with its versions."""
     return _existing(server, find_model(server, caller, name).name)
+
+
+@models_router.get("/{name}/versions/{version}")
+def get_version(caller: Reading, server: Server, name: str, version: str) -> VersionDocument:
+    """Return everything about one version: classes, method, figures with n and intervals, licence, parity, calibration."""
+    found = find_model(server, caller, f"{name}@{version}")
+    manifest = read_manifest(found.path)
+    run = run_of(server.home / "runs", found)
+    access = server.models.registry.access(found.name)
+    place = f"/v1/models/{found.name}/versions/{found.version}"
+    weights = dict(manifest.backbone.get("weights") or {})
+    is_job = run is not None and run.root.name.startswith("ftjob-")
+    return VersionDocument(
+        id=f"{found.name}@{found.version}",
+        model=found.name,
+        version=found.version,
+        created=int(found.created_at),
+        aliases=list(found.aliases),
+        owned_by=access.owner or "finetune",
+        visibility=access.visibility,
+        classes=list(manifest.classes),
+        method=dict(manifest.method),
+        hyperparameters={} if run is None else resolved_hyperparameters(run),
+        backbone=str(manifest.backbone["name"]),
+        weights=weights,
+        license=weights.get("license"),
+        input_size_px=list(manifest.preprocess.input_size_px),
+        metrics=dict(manifest.metrics),
+        splits=evaluated_splits(run),
+        calibration=dict(manifest.calibration),
+        parity=dict(manifest.parity),
+        explanation=dict(manifest.cam),
+        versions=dict(manifest.versions),
+        bundle_bytes=sum((found.path / file).stat().st_size for file in manifest.files),
+        links={
+            "report": f"{place}/report" if run is not None and run.report.exists() else None,
+            "bundle": f"{place}/bundle",
+            "job": f"/v1/fine_tuning/jobs/{run.root.name}" if run is not None and is_job else None,
+        },
+    )
+
+
+@models_router.get("/{name}/versions/{version}/report", response_class=HTMLResponse)
+def get_report(caller: Reading, server: Server, name: str, version: str) -> HTMLResponse:
+    """Return the report of the run that made a version, as one page that loads nothing."""
+    found = find_model(server, caller, f"{name}@{version}")
+    run = run_of(server.home / "runs", found)
+    if run is None or not run.report.exists():
+        raise NotFound(
+            f"{found.name}@{found.version} has no report here: the folder of its run is gone, or it was registered by hand"
+        )
+    return HTMLResponse(run.report.read_bytes(), headers={"Content-Security-Policy": REPORT_POLICY})
+
+
+@models_router.get("/{name}/versions/{version}/bundle", response_class=StreamingResponse, responses=BUNDLE_ANSWER)
+def get_bundle(caller: Reading, server: Server, name: str, version: str) -> StreamingResponse:
+    """Download the bundle of a version as a tar file: model.onnx, bundle.json, probe.npz."""
+    found = find_model(server, caller, f"{name}@{version}")
+    pieces, size = bundle_archive(found, read_manifest(found.path))
+    headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
+    return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
 @models_router.patch("/{name}")

@@ -51,7 +51,6 @@ PREDICT_EXTRA: dict[str, Any] = {
                     },
                 }
             },
-            "image/*": _BINARY,
             "application/octet-stream": _BINARY,
         },
     },
@@ -97,6 +96,9 @@ async def _answer(
         if shadow is not None:
             server.shadows.compare(shadow, upload, answer)
     server.metrics.predicted(model.name, model.version, role, len(upload.images))
+    for load_seconds, run_seconds in upload.stages:
+        server.metrics.stage_seconds.labels("load").observe(load_seconds)
+        server.metrics.stage_seconds.labels("run").observe(run_seconds)
     unasked = None if upload.options.embedding else _WITHOUT_EMBEDDING[upload.several]
     return Response(answer.model_dump_json(exclude=unasked), media_type="application/json")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
+from service.api_docs import docs_page
 from service.metrics import CONTENT_TYPE
 from service.middleware.auth import Measuring
 from service.problems import RESPONSES
@@ -70,6 +71,13 @@ def _client_schema() -> dict[str, Any]:
     from service.bento import client_schema  # BentoML takes a second to import, and only its own client asks for this
 
     return client_schema()
+
+
+@server_router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> HTMLResponse:
+    """The API documentation as a page."""
+    page = await run_in_threadpool(docs_page, request.app.openapi(), str(request.base_url).rstrip("/"))
+    return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
 
 
 @server_router.get("/", include_in_schema=False)

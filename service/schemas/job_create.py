@@ -29,7 +29,7 @@ def _job_schemas() -> dict[str, Any]:
     for name in _NULLABLE:
         if "anyOf" not in properties[name]:
             properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
-    properties["integrations"] = {"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]}
+    properties["integrations"] = {"anyOf": [{"type": "array", "items": {"type": "object"}, "maxItems": 0}, {"type": "null"}]}
     definitions["SupervisedMethod"] = {
         "type": "object",
         "description": "What the stock client sends: the method that is the default here.",

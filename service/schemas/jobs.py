@@ -56,7 +56,7 @@ class JobDocument(ListItem):
     fine_tuned_model: str | None = Field(description="The registered model's name, once there is one.")
     fine_tuned_version: str | None
     method: dict[str, Any]
-    hyperparameters: dict[str, Any]
+    hyperparameters: dict[str, Any] = Field(description="As resolved once the run has decided them; `auto` until then.")
     seed: int
     suffix: str | None
     training_file: str
@@ -66,9 +66,30 @@ class JobDocument(ListItem):
     metrics: dict[str, float | None] = Field(description="Of the finished model, by `split/name`.")
     error: JobError | None
     organization_id: str = Field(description="Whose job it is.")
-    result_files: list[str] = Field(default=[])
+    result_files: list[str] = Field(default=[], description="Paths on this server: result, report, bundle.")
     integrations: list[dict[str, Any]] = Field(default=[])
     trained_tokens: int | None = None
+
+
+class ResultDocument(BaseModel):
+    """What a finished job came to."""
+
+    object: Literal["fine_tuning.job.result"] = "fine_tuning.job.result"
+    job_id: str
+    status: State
+    model: str | None = Field(description="The registered model.")
+    version: str | None
+    classes: list[str]
+    method: dict[str, Any]
+    hyperparameters: dict[str, Any] = Field(description="As resolved: what every `auto` became.")
+    metrics: dict[str, float | None] = Field(description="By `split/name`.")
+    cost: dict[str, float | None] = Field(description="Seconds, bytes, parameters, the latency of one prediction.")
+    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
+    cross_validation: dict[str, Any] | None
+    warnings: list[str]
+    summary: str
+    license: str | None = Field(description="Of the pretrained weights.")
+    links: dict[str, str | None] = Field(description="Paths on this server: version, report, bundle. Null where there is none.")
 
 
 JobList = Page[JobDocument]
@@ -106,8 +127,15 @@ class CheckpointDocument(ListItem):
 CheckpointList = Page[CheckpointDocument]
 
 
-def job_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> JobDocument:
-    """`within` hides where on this machine things lie."""
+def job_document(
+    job: Job, *, queue_position: int | None, within: Callable[[str], str], resolved: Mapping[str, Any] | None = None
+) -> JobDocument:
+    """Return a job as its owner sees it.
+
+    Args:
+        within: hides where on this machine things lie.
+        resolved: the hyperparameters that the run has decided.
+    """
     spec, result = job.spec, job.result or {}
     asked = job.request or spec
     progress = ProgressDocument.model_validate(job.progress) if job.progress and not job.finished else None
@@ -126,7 +154,7 @@ def job_document(job: Job, *, queue_position: int | None, within: Callable[[str]
         fine_tuned_model=result.get("model"),
         fine_tuned_version=result.get("version"),
         method=dict(spec["method"]),
-        hyperparameters=dict(spec["hyperparameters"]),
+        hyperparameters={**spec["hyperparameters"], **_decided(spec["hyperparameters"], resolved or {})},
         seed=spec["seed"],
         suffix=job.suffix,
         training_file=asked["training_file"],
@@ -136,7 +164,24 @@ def job_document(job: Job, *, queue_position: int | None, within: Callable[[str]
         metrics=dict(result.get("metrics", {})),
         error=_error(job, within),
         organization_id=job.owner,
+        result_files=result_links(job.id, result),
     )
+
+
+def _decided(asked: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resolved values of what was asked for as ``auto``."""
+    return {key: resolved[key] for key, value in asked.items() if value == "auto" and key in resolved}
+
+
+def result_links(job_id: str, result: Mapping[str, Any]) -> list[str]:
+    """Return the paths of what a finished job made."""
+    if not result:
+        return []
+    links = [f"/v1/fine_tuning/jobs/{job_id}/result"]
+    if result.get("model") is not None:
+        place = f"/v1/models/{result['model']}/versions/{result['version']}"
+        links += [f"{place}/report", f"{place}/bundle"]
+    return links
 
 
 def _estimated_finish(progress: ProgressDocument | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,6 +29,34 @@ class ModelDocument(ListItem):
         description="`shared`: everyone with a key may use it. `private`: its owner and administrators."
     )
     versions: list[VersionSummary] = Field(description="Newest first.")
+
+
+class VersionDocument(BaseModel):
+    """One version of a model: what it knows, how it was made, how good it is, and where the rest is."""
+
+    object: Literal["model.version"] = "model.version"
+    id: str = Field(description="`name@version`.")
+    model: str
+    version: str
+    created: int = Field(description="Unix seconds.")
+    aliases: list[str]
+    owned_by: str
+    visibility: Visibility
+    classes: list[str] = Field(description="In the order of the model's outputs.")
+    method: dict[str, Any]
+    hyperparameters: dict[str, Any] = Field(description="As resolved; empty where the run's folder is gone.")
+    backbone: str
+    weights: dict[str, Any] = Field(description="Where the pretrained weights came from: source, identifier, sha256, license.")
+    license: str | None
+    input_size_px: list[int] = Field(description="Height and width that the model takes.")
+    metrics: dict[str, float | None] = Field(description="By `split/name`.")
+    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
+    calibration: dict[str, Any]
+    parity: dict[str, Any] = Field(description="How exactly the exported model answers as the trained one.")
+    explanation: dict[str, Any] = Field(description="Whether there is an activation map, and if not, why.")
+    versions: dict[str, str] = Field(description="Of the libraries that made it.")
+    bundle_bytes: int
+    links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, job. Null where there is none.")
 
 
 ModelList = Page[ModelDocument]

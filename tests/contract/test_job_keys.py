@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from serving import until
+from job_standin import wait
 from sqlalchemy import select
 
 from finetune.errors import InvalidInput, NotFound
@@ -73,7 +73,7 @@ def test_the_last_use_is_remembered(keys: KeyStore) -> None:
     secret, _ = keys.create("ada", ["predict"])
     assert keys.list()[0].last_used_at is None
     keys.verify(secret)
-    until(lambda: keys.list()[0].last_used_at is not None)  # written in the background
+    wait(lambda: keys.list()[0].last_used_at is not None)  # written in the background
 
 
 def test_a_scope_is_what_is_granted_and_admin_is_every_scope(keys: KeyStore) -> None:

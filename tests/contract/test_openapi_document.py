@@ -15,6 +15,7 @@ from standin import write_bundle
 
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
+from service.limits import PROBES
 
 SURFACE = {
     "/v1/files": {"get", "post"},
@@ -33,6 +34,13 @@ SURFACE = {
     "/v1/deployments/default/rollback": {"post"},
     "/v1/models/{name}/predict": {"post"},
     "/predict": {"post"},
+    "/v1/models/{name}/versions/{version}": {"get"},
+    "/v1/models/{name}/versions/{version}/report": {"get"},
+    "/v1/models/{name}/versions/{version}/bundle": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/result": {"get"},
+    "/v2": {"get"},
+    "/v2/models/{name}": {"get"},
+    "/v2/models/{name}/infer": {"post"},
     "/livez": {"get"},
     "/readyz": {"get"},
     "/metrics": {"get"},
@@ -58,8 +66,8 @@ def test_the_whole_surface_is_documented_and_says_what_is_open(tmp_path: Path) -
     assert document["security"] == [{"key": []}, {}]
     for path, item in document["paths"].items():
         for operation in item.values():
-            assert (operation.get("security") == []) == (path in ("/livez", "/readyz"))
-            assert "4XX" in operation["responses"] or path in ("/livez", "/readyz")
+            assert (operation.get("security") == []) == (path in PROBES)
+            assert "4XX" in operation["responses"] or path in PROBES
     for reference in re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', str(document).replace("'", '"')):
         assert reference in document["components"]["schemas"]
 

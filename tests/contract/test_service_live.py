@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -167,3 +169,33 @@ def test_a_request_in_flight_is_answered_before_the_server_ends(home: Path) -> N
         assert answer.startswith(b"HTTP/1.1 200")
         assert b'"label":"green"' in answer
         assert server.process.wait(timeout=30) == 0
+
+
+def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) -> None:
+    with live_server(home, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
+        headers = {"X-Request-Id": "mine-1", "Authorization": "Bearer ft_secretsecret"}
+        assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers).status_code == 200
+        text = server.log.read_text()
+    entries = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    (entry,) = [entry for entry in entries if entry.get("request_id") == "mine-1"]
+    assert (entry["status"], entry["route"], entry["owner"], entry["level"]) == (200, "/predict", "local", "info")
+    assert "secretsecret" not in text
+
+
+def test_metrics_tell_where_the_time_of_predictions_goes(server: LiveServer) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        client.post("/predict", content=picture())
+        text = client.get("/metrics").text
+    assert re.search(r'finetune_prediction_seconds_count\{stage="load"\} [1-9]', text)
+    assert re.search(r'finetune_prediction_seconds_count\{stage="run"\} [1-9]', text)
+    assert "finetune_predictions_waiting 0.0" in text
+    assert 'finetune_default_model{model="colours",version="1"} 1.0' in text
+
+
+def test_an_execution_provider_that_is_not_installed_is_named_at_start(home: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "service", "--port", "0"], check=False, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "FINETUNE_HOME": str(home), "FINETUNE_PROVIDER": "cuda"},
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "no execution provider for 'cuda' here; it has cpu" in ran.stderr

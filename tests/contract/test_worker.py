@@ -27,6 +27,7 @@ from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
 SHORT_LEASE_SECONDS = 1.5
+CRASHING = Path(__file__).parents[1] / "crashing"
 FOR_EVER = {"steps": 100_000, "step_seconds": 0.02}
 
 
@@ -67,11 +68,16 @@ def started(home: Path, job: Job, attempts: int = 1) -> Callable[[], bool]:
 
 
 @contextmanager
-def worker_process(home: Path, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker in a process of its own, for killing."""
+def worker_process(home: Path, *, stop_at: str | None = None, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker in a process of its own, for killing; `stop_at` names a point at which it stops itself (`tests/crashing`)."""
     script = Path(__file__).parents[1] / "job_standin.py"
+    environment = dict(os.environ)
+    if stop_at is not None:
+        environment |= {"PYTHONPATH": os.pathsep.join([str(CRASHING), os.environ.get("PYTHONPATH", "")]), "CRASH_AT": stop_at}
+        environment |= {"CRASH_SIGNAL": "SIGSTOP", "CRASH_MARK": str(home / "stopped")}
     with open(home / "worker.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, script, home, json.dumps(settings)], stdout=log, stderr=log)
+        command = [sys.executable, script, home, json.dumps(settings)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         yield process
     finally:
@@ -317,11 +323,12 @@ def test_a_killed_worker_takes_its_run_along_and_another_resumes_it(short_leases
 
 
 def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(short_leases: JobStore, home: Path) -> None:
-    job = submit(short_leases, steps=100, step_seconds=0.03)
-    with worker_process(home, name="sleeper", lease_seconds=SHORT_LEASE_SECONDS) as sleeper:
-        wait(started(home, job))
+    job = submit(short_leases, steps=40, hang_once_at=20)
+    # Between two transactions: a process that is stopped inside one keeps the database locked for everybody.
+    point = "after commit jobs.db in JobStore.heartbeat once runs/*/checkpoints/*.sha256"
+    with worker_process(home, stop_at=point, name="sleeper", lease_seconds=SHORT_LEASE_SECONDS) as sleeper:
+        wait((home / "stopped").exists)
         child = child_of(sleeper)
-        sleeper.send_signal(signal.SIGSTOP)
         second = worker(short_leases, home, name="second")
         drive(second, until=started(home, job, attempts=2))
         assert is_gone(child), "the process of the stopped worker ended with its lease, before the next began"
@@ -329,7 +336,7 @@ def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(sh
         drive(second, until=finished(short_leases, job))
         wait(lambda: "the lease is lost" in (home / "worker.log").read_text())
     done, trace = short_leases.get(job.id), Trace.of(run_of(home, job))
-    assert (done.state, done.result and done.result["state"]) == ("succeeded", result_of(100))
+    assert (done.state, done.result and done.result["state"]) == ("succeeded", result_of(40))
     assert (trace.completions, trace.overlaps) == (1, 0)
     workers = [event.data["worker"] for event in short_leases.events(job.id) if event.kind == "running"]
     assert workers == ["sleeper", "second"]

@@ -11,7 +11,8 @@ follow, and all must hold:
 ``before replace outcome.json``, ``after commit jobs.db in JobStore.claim``, ``before replace progress.json with exporting``. A
 point says what the process is doing, never how many times it has done it: counts depend on timing. The first time that a point is
 reached, the file CRASH_MARK is made and the process killed; where that file exists nothing happens, so that the next attempt
-lives. The product knows nothing of this.
+lives. CRASH_SIGNAL may name another signal than SIGKILL: with SIGSTOP the process stops there until it is told to go on. The
+product knows nothing of this.
 """
 
 import fnmatch
@@ -24,12 +25,12 @@ import sys
 from pathlib import Path
 
 
-def _kill_here():
+def _end_here():
     try:
         os.close(os.open(os.environ["CRASH_MARK"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[os.environ.get("CRASH_SIGNAL", "SIGKILL")])
 
 
 def _target_name(path):
@@ -66,10 +67,10 @@ def _wrap(call, name_of, content_of, when, pattern, conditions):
         matches = fnmatch.fnmatch(name_of(*arguments), pattern) and not os.path.exists(os.environ["CRASH_MARK"])
         crash = matches and _holds(content_of(*arguments), conditions)
         if crash and when == "before":
-            _kill_here()
+            _end_here()
         result = call(*arguments, **named)
         if crash:
-            _kill_here()
+            _end_here()
         return result
 
     return wrapped

@@ -47,7 +47,10 @@ def test_the_list_of_pip_is_read(build: ModuleType, tmp_path: Path) -> None:
     assert build.read_installed(tmp_path / "list") == {"pillow": "13.0.0", "torch": "", "pyyaml": ""}
 
 
-def test_photographs_are_divided_by_name_and_made_smaller(build: ModuleType, tmp_path: Path) -> None:
+def test_photographs_are_divided_by_name_and_made_smaller(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "SPLITS", {"train": 3, "val": 1, "test": 2})
     n_each = sum(build.SPLITS.values())
     source = write_classes(tmp_path / "photos", {"ash": n_each + 3, "beech": n_each}, size_px=(448, 672))
     assert build.write_photographs(source, tmp_path / "data") == 2 * n_each

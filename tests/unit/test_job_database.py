@@ -181,3 +181,10 @@ def test_the_databases_own_words_for_a_full_disk_become_ours() -> None:
     for words in ("database or disk is full", "could not extend file: No space left on device"):
         assert isinstance(module._named("place", words), DiskFull)
     assert "held the job database for 30 seconds" in module._named("place", "database is locked").message
+
+
+@pytest.mark.parametrize("name", ["My%20Drive", "what?mode=ro", "a#b", "100 %", "naïve"])
+def test_a_workspace_may_have_any_name(tmp_path: Path, name: str) -> None:
+    open_database(tmp_path / name / "jobs.db").dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "jobs.db").stat().st_size > 0

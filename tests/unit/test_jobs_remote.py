@@ -14,7 +14,8 @@ import pytest
 
 from finetune.errors import InvalidInput
 from finetune.jobs import remote
-from finetune.jobs.remote import RemoteJobs, RequestRefused, ServerUnreachable
+from finetune.jobs.http import RequestRefused, ServerUnreachable
+from finetune.jobs.remote import RemoteJobs
 from finetune.progress import Progress
 from finetune.spec import parse_spec
 
@@ -56,7 +57,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     taken: list[float] = []
-    monkeypatch.setattr("finetune.jobs.remote.time.sleep", taken.append)
+    monkeypatch.setattr("finetune.jobs.http.time.sleep", taken.append)
     return taken
 
 

@@ -29,7 +29,7 @@ def run(pytester: pytest.Pytester, tests: str) -> pytest.RunResult:
         """
     )
     pytester.makeconftest("import leftover_processes\nleftover_processes.GRACE_SECONDS = 0.1\n")
-    return pytester.runpytest_subprocess("-p", "leftover_processes", "-p", "no:cacheprovider")
+    return pytester.runpytest_subprocess("--disable-plugin-autoload", "-p", "leftover_processes", "-p", "no:cacheprovider")
 
 
 def gone(pytester: pytest.Pytester, name: str) -> bool:

@@ -42,7 +42,9 @@ def test_any_text_makes_a_name_that_a_model_may_have(text: str) -> None:
     assert len(name) <= LONGEST_NAME
 
 
-@given(st.text(st.characters(categories=("Lo",)), min_size=1, max_size=20), st.text(st.characters(categories=("Lo",)), min_size=1))
+@given(
+    st.text(st.characters(categories=("Lo",)), min_size=1, max_size=20), st.text(st.characters(categories=("Lo",)), min_size=1)
+)
 def test_names_in_scripts_without_latin_letters_never_collide(one: str, other: str) -> None:
     assert (as_model_name(one) == as_model_name(other)) == (one == other)
 

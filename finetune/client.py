@@ -1,0 +1,260 @@
+"""A small client of the server: predict, fine-tune, and manage models from Python, without anything that trains.
+
+    from finetune import Client
+
+    client = Client("http://127.0.0.1:3000", api_key="ft_…")
+    client.predict("cat.jpg")["predictions"][0]["label"]
+    job = client.create_job(client.upload("photos"), model="resnet50", method="partial", suffix="photos")
+    for event in client.events(job["id"]):
+        print(event["message"])
+    client.download_bundle("photos", "1", "bundle")
+
+Answers are the server's documents as dictionaries; `/docs` of a server describes them.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+import httpx
+
+from finetune.errors import Conflict
+from finetune.jobs.http import Connection, RequestRefused, ServerUnreachable, refusal
+from finetune.storage.files import atomic_folder
+
+__all__ = ["Client", "JobFailed", "RequestRefused", "ServerUnreachable"]
+
+Document = dict[str, Any]
+Image = str | Path | bytes | BinaryIO
+
+_JOBS = "/v1/fine_tuning/jobs"
+_TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+class JobFailed(Conflict):
+    """A job that was waited for failed or was cancelled; `job` is its document."""
+
+    code = "job_failed"
+
+    def __init__(self, job: Document) -> None:
+        error = job.get("error") or {}
+        super().__init__(f"{job['id']} {job['status']}: {error.get('message', 'no error is recorded')}")
+        self.job = job
+
+
+class Client:
+    """One server, with the key to it.
+
+    Args:
+        url: the server's address.
+        api_key: what `finetune keys create` printed; none for a server that has no keys.
+        transport: for tests.
+    """
+
+    def __init__(
+        self, url: str = "http://127.0.0.1:3000", api_key: str | None = None, *, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._connection = Connection(url, api_key, transport)
+
+    def close(self) -> None:
+        self._connection.http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ── predictions ──────────────────────────────────────────────────────────────────────────────
+
+    def predict(
+        self, image: Image, *, model: str | None = None, top_k: int | None = None, explain: bool = False, embedding: bool = False
+    ) -> Document:
+        """Classify one image: a path, its bytes, or an open file.
+
+        Args:
+            model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
+        """
+        named = _named(image)
+        options = _options(top_k, explain, embedding)
+        return self._json("POST", _predict_path(model), files={"image": named}, params=options)
+
+    def predict_many(
+        self,
+        images: Sequence[Image],
+        *,
+        model: str | None = None,
+        top_k: int | None = None,
+        explain: bool = False,
+        embedding: bool = False,
+    ) -> Document:
+        """Classify up to 64 images in one request; one that cannot be read has an ``error`` where others have a ``result``."""
+        files = [("images", _named(image)) for image in images]
+        return self._json("POST", _predict_path(model), files=files, params=_options(top_k, explain, embedding))
+
+    # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────
+
+    def upload(self, path: str | Path) -> str:
+        """Upload a folder or an archive of labelled images; return the file's id."""
+        return str(self._connection.upload(Path(path))["id"])
+
+    def create_job(self, training_file: str, *, idempotency_key: str | None = None, **spec: Any) -> Document:
+        """Queue a fine-tuning job; `spec` holds the other keys of a job spec (``model``, ``method``, ``suffix`` …)."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._json("POST", _JOBS, json={"training_file": training_file, **spec}, headers=headers)
+
+    def job(self, job_id: str) -> Document:
+        return self._json("GET", _job(job_id))
+
+    def jobs(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
+        """Yield your jobs, newest first."""
+        query = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        yield from self._pages(_JOBS, {**query, **({} if status is None else {"status": status})})
+
+    def cancel(self, job_id: str) -> Document:
+        return self._json("POST", f"{_job(job_id)}/cancel")
+
+    def delete_job(self, job_id: str) -> None:
+        """Delete a job that has ended, with its folder; its model stays."""
+        self._json("DELETE", _job(job_id))
+
+    def events(self, job_id: str) -> Iterator[Document]:
+        """Yield a job's events as they happen, until it ends; a broken connection is taken up again where it was."""
+        last: str | None = None
+        while True:
+            headers = {"Accept": "text/event-stream", **({} if last is None else {"Last-Event-ID": last})}
+            try:
+                with self._connection.http.stream("GET", f"{_job(job_id)}/events", headers=headers) as answer:
+                    if not answer.is_success:
+                        answer.read()
+                        raise refusal(answer)
+                    for kind, data in _server_sent(answer.iter_lines()):
+                        if kind == "done":
+                            return
+                        if kind == "message":
+                            last = data["id"]
+                            yield data
+            except httpx.TransportError:
+                pass
+            if self.job(job_id)["status"] in _TERMINAL and last is not None:
+                return
+            time.sleep(1.0)
+
+    def wait(self, job_id: str, *, poll_seconds: float = 2.0) -> Document:
+        """Return a job's document once it has succeeded; raise `JobFailed` when it has failed or was cancelled."""
+        while (job := self.job(job_id))["status"] not in _TERMINAL:
+            time.sleep(poll_seconds)
+        if job["status"] != "succeeded":
+            raise JobFailed(job)
+        return job
+
+    def result(self, job_id: str) -> Document:
+        """Return what a job that has succeeded came to: figures with n and intervals, resolved hyperparameters."""
+        return self._json("GET", f"{_job(job_id)}/result")
+
+    # ── models ───────────────────────────────────────────────────────────────────────────────────
+
+    def models(self) -> list[Document]:
+        """Return the models that this key may use."""
+        found: list[Document] = self._json("GET", "/v1/models")["data"]
+        return found
+
+    def version(self, name: str, version: str) -> Document:
+        """Return everything about one version: classes, method, figures, licence."""
+        return self._json("GET", f"/v1/models/{quote(name)}/versions/{quote(version)}")
+
+    def download_bundle(self, name: str, version: str, folder: str | Path) -> Path:
+        """Download a version's bundle into `folder`, which must not exist yet; return the folder."""
+        target = Path(folder)
+        if target.exists():
+            raise Conflict(f"{target} exists already; give another folder")
+        path = f"/v1/models/{quote(name)}/versions/{quote(version)}/bundle"
+        with atomic_folder(target) as arriving, self._connection.http.stream("GET", path) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise refusal(answer)
+            with tarfile.open(fileobj=_Pieces(answer.iter_bytes()), mode="r|") as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    contents = archive.extractfile(member) if member.isreg() else None
+                    if contents is not None:
+                        (arriving / Path(member.name).name).write_bytes(contents.read())
+        return target
+
+    def promote(self, name: str, version: str, alias: str = "champion", *, force: bool = False) -> Document:
+        """Point an alias of a model at a version; ``champion`` is what the bare name means."""
+        body = {"version": version, "force": force}
+        return self._json("PUT", f"/v1/models/{quote(name)}/aliases/{quote(alias)}", json=body)
+
+    def deploy(self, reference: str, *, force: bool = False) -> Document:
+        """Make a model what answers requests that name none. Needs a key with the scope ``admin``."""
+        return self._json("PUT", "/v1/deployments/default", json={"reference": reference, "force": force})
+
+    def _json(self, method: str, path: str, **request: Any) -> Document:
+        document: Document = self._connection.ask(method, path, **request).json()
+        return document
+
+    def _pages(self, path: str, query: Mapping[str, str]) -> Iterator[Document]:
+        after: dict[str, str] = {}
+        while True:
+            page = self._json("GET", path, params={**query, **after, "limit": "100"})
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = {"after": page["last_id"]}
+
+
+class _Pieces:
+    """The pieces of a download as a file that is read forward."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = b""
+
+    def read(self, size: int) -> bytes:
+        while len(self._left) < size and (piece := next(self._pieces, None)) is not None:
+            self._left += piece
+        found, self._left = self._left[:size], self._left[size:]
+        return found
+
+
+def _named(image: Image) -> tuple[str, bytes]:
+    """Return an image's file name and contents."""
+    if isinstance(image, bytes):
+        return "image", image
+    if isinstance(image, str | Path):
+        return Path(image).name, Path(image).read_bytes()
+    return Path(str(getattr(image, "name", "image"))).name, image.read()
+
+
+def _options(top_k: int | None, explain: bool, embedding: bool) -> dict[str, str]:
+    options = {"top_k": None if top_k is None else str(top_k), "explain": "true" if explain else None}
+    options["embedding"] = "true" if embedding else None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _predict_path(model: str | None) -> str:
+    return "/predict" if model is None else f"/v1/models/{quote(model)}/predict"
+
+
+def _job(job_id: str) -> str:
+    return f"{_JOBS}/{quote(job_id, safe='')}"
+
+
+def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, Document]]:
+    """Yield (kind, data) of each server-sent event; comments are passed over."""
+    kind, data = "message", ""
+    for line in lines:
+        if line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data += line.removeprefix("data: ")
+        elif not line and data:
+            yield kind, json.loads(data)
+            kind, data = "message", ""

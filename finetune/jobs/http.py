@@ -1,0 +1,121 @@
+"""Requests to a server over HTTP: errors in its own words, another try where it says "later", folders packed for upload."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from finetune.errors import FinetuneError, InvalidInput, Problem
+from finetune.progress import Progress, ProgressCallback, silent
+
+_TRIES = 4  # of a request that got no answer, or was answered "later"
+_FIRST_PAUSE_SECONDS = 0.5
+_LATER = (429, 502, 503, 504)
+_TIMEOUT = httpx.Timeout(30.0, write=300.0)
+
+
+class RequestRefused(InvalidInput):
+    """The server says why in its own words; `code` of its answer is in the message."""
+
+    code = "request_refused"
+
+
+class ServerUnreachable(FinetuneError):
+    code = "server_unreachable"
+
+
+class Connection:
+    """One server and the key to it."""
+
+    def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.server = server.rstrip("/")
+        self.http = httpx.Client(base_url=self.server, headers=headers, timeout=_TIMEOUT, transport=transport)
+
+    def upload(self, path: Path, progress: ProgressCallback = silent) -> dict[str, Any]:
+        """Send a dataset and return the file's document. A folder is packed first, an archive goes as it is."""
+        with packed(path, progress) as archive:
+            archive.seek(0)
+            named = (path.name + ".tar" if path.is_dir() else path.name, _Reported(archive, progress))
+            answer = self.ask("POST", "/v1/files", files={"file": named}, data={"purpose": "fine-tune"}, tries=1)
+            document: dict[str, Any] = answer.json()
+            return document
+
+    def ask(self, method: str, path: str, *, tries: int = _TRIES, **request: Any) -> httpx.Response:
+        """Return a successful answer. What gets no answer, or "later", is asked again after a pause.
+
+        Raises:
+            RequestRefused: the server refuses; its own words.
+            ServerUnreachable: no answer, or none that helps.
+        """
+        pause = _FIRST_PAUSE_SECONDS
+        for left in range(tries - 1, -1, -1):
+            try:
+                answer = self.http.request(method, path, **request)
+            except httpx.TransportError as error:
+                if not left:
+                    raise ServerUnreachable(
+                        f"{self.server}: no answer ({error}). Is the address right, and does the server run (finetune serve)?"
+                    ) from error
+            else:
+                if answer.is_success:
+                    return answer
+                if answer.status_code not in _LATER or not left:
+                    raise refusal(answer)
+                pause = max(pause, float(answer.headers.get("Retry-After", 0)))
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("the last try returns or raises")
+
+
+class _Reported:
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, stream: IO[bytes], progress: ProgressCallback) -> None:
+        self.stream = stream
+        self.progress = progress
+        self.total = os.fstat(stream.fileno()).st_size
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.progress(Progress("preparing", self.stream.tell(), self.total, "bytes", message="uploading"))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def packed(path: Path, progress: ProgressCallback) -> IO[bytes]:
+    """An open file to send: of a folder, its files as an uncompressed tar (photographs are compressed already)."""
+    if not path.is_dir():
+        return open(path, "rb")
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.is_symlink())
+    if not files:
+        raise InvalidInput(f"{path}: there is no file in this folder")
+    target = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        for number, file in enumerate(files, 1):
+            archive.add(file, arcname=str(file.relative_to(path)))
+            progress(Progress("preparing", number, len(files), "files", message="packing"))
+    return target
+
+
+def refusal(answer: httpx.Response) -> FinetuneError:
+    """The server's own words, where it gave any."""
+    try:
+        document = answer.json()
+    except ValueError:
+        document = {}
+    if not isinstance(document, Mapping):
+        document = {}
+    problems = [Problem(str(found.get("field", "")), str(found.get("detail", ""))) for found in document.get("errors", ())]
+    code = document.get("code", answer.reason_phrase)
+    message = f"{answer.request.url}: {answer.status_code} {code}: {document.get('detail', answer.text[:200])}"
+    return RequestRefused(message, problems) if answer.is_client_error else ServerUnreachable(message)

@@ -1,0 +1,206 @@
+"""The Open Inference Protocol, version 2, over HTTP: its JSON and the binary extension that ``tritonclient[http]`` sends.
+
+A request names its tensors in JSON; with the binary extension (``Inference-Header-Content-Length``) their values follow the
+JSON as raw bytes. The input ``images`` is either pixels as the model takes them (UINT8, N × height × width × 3) or encoded
+files (BYTES, N).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.bundle.image import ImageLimits
+from finetune.errors import InvalidInput, Problem
+from service.models import LoadedModel
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_BATCH = 64
+_INPUT = "images"
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One inference: pixels or encoded files, and which outputs are wanted how."""
+
+    id: str | None
+    pixels: np.ndarray | None  # (N, h, w, 3) uint8
+    files: tuple[bytes, ...]
+    outputs: Mapping[str, Mapping[str, Any]]  # name → parameters; empty: all
+    binary_by_default: bool
+
+
+def server_metadata(version: str) -> dict[str, Any]:
+    return {"name": "finetune", "version": version, "extensions": ["binary_tensor_data", "classification"]}
+
+
+def model_metadata(model: LoadedModel, versions: list[str]) -> dict[str, Any]:
+    """Return what a model takes and gives."""
+    manifest = model.predictor.manifest
+    height, width = manifest.preprocess.input_size_px
+    outputs = [{"name": name, "datatype": "FP32", "shape": _output_shape(model, name)} for name in manifest.outputs]
+    return {
+        "name": model.name,
+        "versions": versions,
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": _INPUT, "datatype": "UINT8", "shape": [-1, height, width, 3]}],
+        "outputs": outputs,
+    }
+
+
+def _output_shape(model: LoadedModel, name: str) -> list[int]:
+    n_classes = len(model.predictor.manifest.classes)
+    return [-1, n_classes] if name in ("probs", "logits") else [-1, -1, -1] if name == "cam" else [-1, -1]
+
+
+def parse_request(body: bytes, header_length: str | None) -> InferRequest:
+    """Read a request's JSON and its binary tensors.
+
+    Raises:
+        InvalidInput: what is not such a request; each problem names its place.
+    """
+    length = len(body) if header_length is None else _whole_number(header_length)
+    try:
+        head = json.loads(body[:length])
+    except ValueError:
+        raise InvalidInput("the request is not JSON (or its Inference-Header-Content-Length is wrong)") from None
+    if not isinstance(head, dict) or not isinstance(head.get("inputs"), list) or len(head["inputs"]) != 1:
+        raise InvalidInput("a request has exactly one input", [Problem("inputs", f"must be a list of one, named {_INPUT!r}")])
+    given, outputs = head["inputs"][0], head.get("outputs") or []
+    if not isinstance(given, dict) or given.get("name") != _INPUT:
+        raise InvalidInput(f"the input is named {_INPUT!r}", [Problem("inputs[0].name", f"must be {_INPUT!r}")])
+    if not isinstance(outputs, list) or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs):
+        raise InvalidInput(
+            "outputs is a list of objects with a name", [Problem("outputs", "must be a list of objects with a name")]
+        )
+    pixels, files = _tensor(given, body[length:])
+    identifier = head.get("id")
+    return InferRequest(
+        identifier if isinstance(identifier, str) else None,
+        pixels,
+        files,
+        {one["name"]: _parameters(one) for one in outputs},
+        bool(_parameters(head).get("binary_data_output")),
+    )
+
+
+def _parameters(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = given.get("parameters")
+    return found if isinstance(found, dict) else {}
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise InvalidInput(f"{HEADER_LENGTH} is not a number: {text[:50]!r}")
+    return int(text)
+
+
+def _tensor(given: Mapping[str, Any], binary: bytes) -> tuple[np.ndarray | None, tuple[bytes, ...]]:
+    """Return the input's values: pixels, or encoded files."""
+    shape, datatype = given.get("shape"), given.get("datatype")
+    if not isinstance(shape, list) or not all(
+        isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in shape
+    ):
+        raise InvalidInput("the input has no shape", [Problem("inputs[0].shape", "must be a list of whole numbers above 0")])
+    if not shape or shape[0] > MAX_BATCH:
+        raise InvalidInput("the batch is too large", [Problem("inputs[0].shape", f"must be at most {MAX_BATCH} images")])
+    size = _parameters(given).get("binary_data_size")
+    if size is not None and (not isinstance(size, int) or size != len(binary)):
+        raise InvalidInput(
+            "the binary data is cut short or too long", [Problem("inputs[0].parameters", "binary_data_size is not what was sent")]
+        )
+    if datatype == "UINT8":
+        return _pixels(given, shape, binary if size is not None else None), ()
+    if datatype == "BYTES":
+        return None, _files(given, shape, binary if size is not None else None)
+    raise InvalidInput(
+        "the input is of another type", [Problem("inputs[0].datatype", "must be UINT8 (pixels) or BYTES (encoded files)")]
+    )
+
+
+def _pixels(given: Mapping[str, Any], shape: list[int], binary: bytes | None) -> np.ndarray:
+    try:
+        if binary is not None:
+            return np.frombuffer(binary, np.uint8).reshape(shape)
+        values = np.asarray(given.get("data"))
+        if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 0 or values.max() > 255:
+            raise ValueError
+        return values.astype(np.uint8).reshape(shape)
+    except (ValueError, TypeError):
+        raise InvalidInput(
+            "the pixels do not fit", [Problem("inputs[0].data", f"must be whole numbers 0 to 255 in shape {shape}")]
+        ) from None
+
+
+def _files(given: Mapping[str, Any], shape: list[int], binary: bytes | None) -> tuple[bytes, ...]:
+    if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1) or binary is None:
+        problem = "must be [N] or [N, 1], with the files as binary data"
+        raise InvalidInput("encoded files are sent as binary data", [Problem("inputs[0].shape", problem)])
+    found, position = [], 0
+    while position < len(binary):
+        if position + 4 > len(binary):
+            break
+        (length,) = struct.unpack_from("<I", binary, position)
+        found.append(binary[position + 4 : position + 4 + length])
+        position += 4 + length
+    if len(found) != shape[0] or position != len(binary):
+        raise InvalidInput(
+            "the files do not fit", [Problem("inputs[0].data", f"must be {shape[0]} files, each after its length")]
+        )
+    return tuple(found)
+
+
+def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tuple[bytes, int | None]:
+    """Run one inference; return the answer's body, and the length of its JSON where binary data follows it.
+
+    Raises:
+        ImageError: an encoded file cannot be read.
+        InvalidInput: pixels of another shape than the model takes, or an output that it does not give.
+    """
+    predictor = model.predictor
+    wanted = request.outputs or {str(name): {} for name in predictor.manifest.outputs}
+    for name in wanted:
+        if name not in predictor.manifest.outputs:
+            known = ", ".join(predictor.manifest.outputs)
+            raise InvalidInput(f"no output {name[:100]!r}", [Problem("outputs", f"{name[:100]!r} is not one of {known}")])
+    pixels = request.pixels
+    if pixels is None:
+        pixels = np.stack([predictor.manifest.preprocess.load(data, limits=limits) for data in request.files])
+    found = predictor.run(np.ascontiguousarray(pixels))
+    values = {"probs": found.probs, "logits": found.logits, "embedding": found.embedding, "cam": found.cam}
+    described, binary = [], b""
+    for name, parameters in wanted.items():
+        array = values[name]
+        assert array is not None  # the manifest lists it
+        entry, raw = _output(name, array, parameters, request.binary_by_default, predictor.manifest.classes)
+        described.append(entry)
+        binary += raw
+    head: dict[str, Any] = {"model_name": model.name, "model_version": model.version, "outputs": described}
+    if request.id is not None:
+        head["id"] = request.id
+    encoded = json.dumps(head).encode()
+    return encoded + binary, len(encoded) if binary else None
+
+
+def _output(
+    name: str, values: np.ndarray, parameters: Mapping[str, Any], binary_by_default: bool, classes: tuple[str, ...]
+) -> tuple[dict[str, Any], bytes]:
+    """Return an output's description and its raw bytes, which are empty where the values stand in the description."""
+    n_classes = parameters.get("classification", 0)
+    if isinstance(n_classes, int) and n_classes > 0 and name in ("probs", "logits"):
+        order = np.argsort(-values, axis=1, kind="stable")[:, :n_classes]
+        texts = [f"{row[index]:f}:{index}:{classes[index]}" for row, best in zip(values, order, strict=True) for index in best]
+        raw = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)
+        entry: dict[str, Any] = {"name": name, "datatype": "BYTES", "shape": list(order.shape)}
+        data: list[Any] = texts
+    else:
+        raw = np.ascontiguousarray(values, np.float32).tobytes()
+        entry, data = {"name": name, "datatype": "FP32", "shape": list(values.shape)}, []
+    if parameters.get("binary_data", binary_by_default):
+        return {**entry, "parameters": {"binary_data_size": len(raw)}}, raw
+    return {**entry, "data": data or values.astype(np.float32).ravel().tolist()}, b""

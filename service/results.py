@@ -1,0 +1,78 @@
+"""What a finished run and a registered version hold, for clients: figures, report, and the bundle as one archive."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.bundle.manifest import MANIFEST, Manifest
+from finetune.bundle.registry import ModelVersion
+from finetune.storage.rundir import RunDir
+
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 512
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def run_of(runs: Path, version: ModelVersion) -> RunDir | None:
+    """Return the run that made a registered version, if its folder is still there."""
+    for outcome in sorted(runs.glob("*/outcome.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        found = read_object(outcome)
+        if (found.get("model"), found.get("version")) == (version.name, version.version):
+            return RunDir(outcome.parent)
+    return None
+
+
+def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:
+    """Return what every ``auto`` of a run became, as far as the run has decided it."""
+    resolved = read_object(run.resolved)
+    recipe = resolved.get("recipe") or resolved.get("hyperparameters") or {}
+    return {key: value for key, value in recipe.items() if key not in ("phases", "sources")} if isinstance(recipe, dict) else {}
+
+
+def evaluated_splits(run: RunDir | None) -> dict[str, Any]:
+    """Return what was measured on each split: figures with n and intervals, classes, confusion."""
+    splits = {} if run is None else read_object(run.evaluation).get("splits", {})
+    return splits if isinstance(splits, dict) else {}
+
+
+def bundle_archive(version: ModelVersion, manifest: Manifest) -> tuple[Iterator[bytes], int]:
+    """Return a bundle as the pieces of a tar file, and how many bytes they are."""
+    members = [(name, version.path / name) for name in (*manifest.files, MANIFEST)]
+    heads = [_head(f"{version.name}-{version.version}/{name}", path) for name, path in members]
+    total = sum(len(head) + _padded(path.stat().st_size) for head, (_, path) in zip(heads, members, strict=True))
+    return _pieces(heads, [path for _, path in members]), total + 2 * _BLOCK_BYTES
+
+
+def _pieces(heads: list[bytes], paths: list[Path]) -> Iterator[bytes]:
+    for head, path in zip(heads, paths, strict=True):
+        yield head
+        size = 0
+        with open(path, "rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                size += len(chunk)
+                yield chunk
+        yield bytes(_padded(size) - size)
+    yield bytes(2 * _BLOCK_BYTES)
+
+
+def _head(name: str, path: Path) -> bytes:
+    info = tarfile.TarInfo(name)
+    found = path.stat()
+    info.size, info.mtime, info.mode = found.st_size, int(found.st_mtime), 0o644
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES

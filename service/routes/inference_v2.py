@@ -1,0 +1,107 @@
+"""``/v2``: the Open Inference Protocol, so that clients of other inference servers (``tritonclient[http]``) can ask this one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from finetune import __version__
+from finetune.errors import BundleError, NotFound, NotReady
+from service.middleware.auth import Caller, caller_with
+from service.models import LoadedModel
+from service.oip import HEADER_LENGTH, infer, model_metadata, parse_request, server_metadata
+from service.problems import RESPONSES
+from service.state import ServerState
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A request of the Open Inference Protocol with the input `images`: UINT8 pixels (N × height × width × 3), "
+        "or BYTES encoded files (N). Binary tensors follow the JSON, whose length is in Inference-Header-Content-Length.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+_DOCUMENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"schema": {"type": "object"}}}}}
+
+
+def inference_v2_router(max_body_bytes: int) -> APIRouter:
+    """Return the routes of the protocol; inference takes bodies as large as images."""
+    router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=RESPONSES)
+
+    @router.get("", responses=_DOCUMENT)
+    async def v2_server(request: Request) -> JSONResponse:
+        """Return the server's name, version and extensions."""
+        caller_with(request, "predict")
+        return JSONResponse(server_metadata(__version__))
+
+    @router.get("/health/live")
+    async def v2_live() -> Response:
+        """Whether the process answers."""
+        return Response()
+
+    @router.get("/health/ready")
+    async def v2_ready(request: Request) -> Response:
+        """Whether the default model has passed its probes."""
+        _state(request).models.check_ready()
+        return Response()
+
+    @router.get("/models/{name}/ready")
+    @router.get("/models/{name}/versions/{version}/ready", name="v2_version_ready")
+    async def v2_model_ready(request: Request, name: str, version: str = "") -> Response:
+        """Whether a model can be loaded; loads it."""
+        try:
+            await _model(request, name, version)
+        except BundleError as error:
+            raise NotReady(error.message) from None
+        return Response()
+
+    @router.get("/models/{name}", responses=_DOCUMENT)
+    @router.get("/models/{name}/versions/{version}", name="v2_version", responses=_DOCUMENT)
+    async def v2_model(request: Request, name: str, version: str = "") -> JSONResponse:
+        """Return what a model takes and gives."""
+        model = await _model(request, name, version)
+        versions = [one.version for one in _state(request).models.registry.versions(model.name)]
+        return JSONResponse(model_metadata(model, versions))
+
+    @router.post("/models/{name}/infer", openapi_extra=_BODY, max_body_size=max_body_bytes, responses=_DOCUMENT)
+    @router.post(
+        "/models/{name}/versions/{version}/infer",
+        name="v2_version_infer",
+        openapi_extra=_BODY,
+        max_body_size=max_body_bytes,
+        responses=_DOCUMENT,
+    )
+    async def v2_infer(request: Request, name: str, version: str = "") -> Response:
+        """Run a model on a batch of pixels or of encoded files."""
+        server = _state(request)
+        model = await _model(request, name, version)
+        asked = parse_request(await request.body(), request.headers.get(HEADER_LENGTH))
+        body, head_length = await server.queue.run(infer, model, asked, server.image_limits)
+        server.metrics.predicted(model.name, model.version, "named", len(asked.files) or len(asked.pixels))  # type: ignore[arg-type]
+        if head_length is None:
+            return Response(body, media_type="application/json")
+        return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head_length)})
+
+    return router
+
+
+def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+async def _model(request: Request, name: str, version: str) -> LoadedModel:
+    server, caller = _state(request), caller_with(request, "predict")
+    _check(server, caller, name)
+    return await server.models.get(f"{name}@{version}" if version else name)
+
+
+def _check(server: ServerState, caller: Caller, name: str) -> None:
+    if "@" in name:
+        raise NotFound(f"no model {name[:100]!r}: a version is named as /v2/models/NAME/versions/VERSION")
+    server.check_may_use(caller, name)

@@ -1,0 +1,200 @@
+"""Everything that a result holds can be read over HTTP: versions, reports, bundles, results of jobs, the documentation."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from archives import photographs, zip_of
+from serving import in_process, live_server, registered
+from standin import picture, write_bundle
+from starlette.testclient import TestClient
+
+import finetune
+from finetune.bundle.predictor import Predictor
+from finetune.client import Client, JobFailed, RequestRefused
+from finetune.errors import Conflict
+from finetune.jobs.database import open_jobs
+from finetune.jobs.store import JobStore
+from finetune.storage.files import write_json
+from finetune.storage.rundir import RunDir
+
+JOBS = "/v1/fine_tuning/jobs"
+SPLIT = {"n": 40, "top1": 0.9, "top1_interval": [0.76, 0.97], "confusion": [[18, 2], [2, 18]]}
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    with in_process(tmp_path) as client:
+        yield client
+
+
+def finished_job(client: TestClient | httpx.Client, home: Path) -> str:
+    """The id of a job that a worker has carried out, with what its run writes."""
+    file = client.post("/v1/files", files={"file": ("photos.zip", zip_of(photographs()))}, data={"purpose": "fine-tune"}).json()
+    job_id = client.post(JOBS, json={"training_file": file["id"], "suffix": "mine"}).json()["id"]
+    store = JobStore(open_jobs(home))
+    claim = store.claim("worker")
+    assert claim is not None
+    run = RunDir(home / "runs" / job_id).create()
+    outcome = {
+        "model": "mine", "version": "1", "classes": ["red", "green", "blue"], "summary": "a head", "warnings": ["few images"],
+        "metrics": {"test/top1": 0.9, "cost/wall_seconds": 3.5}, "cross_validation": None,
+    }  # fmt: skip
+    write_json(run.resolved, {"recipe": {"batch_size": 16, "weight_decay": 0.05, "phases": [], "sources": {}}})
+    write_json(run.evaluation, {"splits": {"test": SPLIT}})
+    run.report.write_text("<!doctype html><title>report</title>")
+    registered(home, home / "bundle", "mine")
+    write_json(run.outcome, outcome)
+    store.finish(claim, "succeeded", result=outcome)
+    return str(job_id)
+
+
+def test_a_jobs_result_has_its_figures_and_its_resolved_hyperparameters(client: TestClient, tmp_path: Path) -> None:
+    job_id = finished_job(client, tmp_path)
+    job = client.get(f"{JOBS}/{job_id}").json()
+    assert job["hyperparameters"]["batch_size"] == 16
+    assert job["hyperparameters"]["learning_rate"] == "auto"  # this run has not decided it
+    assert job["result_files"] == [
+        f"{JOBS}/{job_id}/result",
+        "/v1/models/mine/versions/1/report",
+        "/v1/models/mine/versions/1/bundle",
+    ]
+    result = client.get(f"{JOBS}/{job_id}/result").json()
+    assert (result["model"], result["version"], result["classes"]) == ("mine", "1", ["red", "green", "blue"])
+    assert result["splits"] == {"test": SPLIT}
+    assert (result["metrics"], result["cost"]) == ({"test/top1": 0.9}, {"wall_seconds": 3.5})
+    assert result["hyperparameters"]["weight_decay"] == 0.05
+    for path in job["result_files"]:
+        assert client.get(path).status_code == 200, path
+    other = client.post(JOBS, json={"training_file": job["training_file"], "suffix": "mine"}).json()["id"]
+    assert client.get(f"{JOBS}/{other}/result").status_code == 409
+    assert client.get(f"{JOBS}/{other}").json()["result_files"] == []
+
+
+def test_a_version_says_what_it_is_and_how_good(client: TestClient, tmp_path: Path) -> None:
+    job_id = finished_job(client, tmp_path)
+    found = client.get("/v1/models/mine/versions/champion").json()
+    assert (found["id"], found["classes"], found["aliases"]) == ("mine@1", ["red", "green", "blue"], ["champion", "latest"])
+    assert found["splits"]["test"]["top1_interval"] == [0.76, 0.97]
+    assert found["hyperparameters"]["batch_size"] == 16
+    assert found["links"]["job"] == f"{JOBS}/{job_id}"
+    assert found["bundle_bytes"] > 0
+    by_hand = client.get("/v1/models/colours/versions/1").json()
+    assert by_hand["links"] == {"report": None, "bundle": "/v1/models/colours/versions/1/bundle", "job": None}
+    assert client.get("/v1/models/colours/versions/1/report").status_code == 404
+    assert client.get("/v1/models/colours/versions/9").status_code == 404
+
+
+def test_a_report_is_shown_with_its_styles_and_without_scripts(client: TestClient, tmp_path: Path) -> None:
+    finished_job(client, tmp_path)
+    report = client.get("/v1/models/mine/versions/1/report")
+    assert report.headers["content-type"].startswith("text/html")
+    policy = report.headers["content-security-policy"]
+    assert "style-src 'unsafe-inline'" in policy
+    assert "sandbox" in policy
+    assert "script-src" not in policy
+
+
+def test_a_downloaded_bundle_is_the_bundle(client: TestClient, tmp_path: Path) -> None:
+    answer = client.get("/v1/models/colours/versions/1/bundle")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert 'filename="colours-1.tar"' in answer.headers["content-disposition"]
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path / "downloaded", filter="data")
+    assert sorted(names) == [f"colours-1/{name}" for name in ("bundle.json", "model.onnx", "probe.npz")]
+    assert Predictor.load(tmp_path / "downloaded" / "colours-1").predict(picture("red")).labels[0][0] == "red"
+
+
+# --- documentation --------------------------------------------------------------------------------
+
+
+def test_the_documentation_describes_every_route_and_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    document = client.get("/docs.json").json()
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    for path, item in document["paths"].items():
+        assert f"<code>{path}</code>" in page.text, path
+        for operation in item.values():
+            assert f'id="{operation["operationId"]}"' in page.text
+    for name in document["components"]["schemas"]:
+        assert f'id="schema-{name}"' in page.text
+    assert not re.search(r"<script|style=| on\w+=|https?://(?!127\.0\.0\.1)[^<\"']*\.(?:js|css)", page.text)
+    links = set(re.findall(r'href="#([^"]+)"', page.text))
+    anchors = set(re.findall(r'id="([^"]+)"', page.text))
+    assert len(links) > 40
+    assert links <= anchors
+    assert client.get("/static/docs.css").status_code == 200
+
+
+def test_operations_have_names_of_their_own(client: TestClient) -> None:
+    document = client.get("/docs.json").json()
+    names = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
+    assert len(set(names)) == len(names)
+    assert {"create_job", "list_jobs", "predict_with_default_model"} <= set(names)
+    arrays = [text for text in re.findall(r'\{[^{}]*"type": "array"[^{}]*\}', json.dumps(document)) if '"items"' not in text]
+    assert [text for text in arrays if '"prefixItems"' not in text] == []
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[Client]:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    with live_server(tmp_path) as server, finetune.Client(server.url) as ours:
+        assert isinstance(ours, Client)
+        yield ours
+
+
+def test_our_client_predicts(ours: Client, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(picture("red"))
+    for image in (tmp_path / "red.png", str(tmp_path / "red.png"), picture("red"), io.BytesIO(picture("red"))):
+        assert ours.predict(image, top_k=1)["predictions"][0]["label"] == "red"
+    assert len(ours.predict(picture(), embedding=True, model="colours@1")["embedding"]) == 3
+    several = ours.predict_many([picture("blue"), b"broken"], model="colours")
+    assert several["data"][0]["result"]["predictions"][0]["label"] == "blue"
+    assert several["data"][1]["error"]["code"] == "unsupported_image"
+    with pytest.raises(RequestRefused, match="unsupported_image"):
+        ours.predict(b"broken")
+
+
+def test_our_client_fine_tunes_and_reads_results(ours: Client, tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(zip_of(photographs()))
+    file_id = ours.upload(tmp_path / "photos.zip")
+    job = ours.create_job(file_id, suffix="mine", metadata={"team": "a"}, idempotency_key="k")
+    assert ours.create_job(file_id, suffix="mine", metadata={"team": "a"}, idempotency_key="k")["id"] == job["id"]
+    assert [one["id"] for one in ours.jobs(metadata={"team": "a"})] == [job["id"]]
+    assert list(ours.jobs(status="running")) == []
+    assert ours.cancel(job["id"])["status"] == "cancelled"
+    assert [event["kind"] for event in ours.events(job["id"])] == ["queued", "cancelled"]
+    with pytest.raises(JobFailed, match="cancelled"):
+        ours.wait(job["id"])
+    ours.delete_job(job["id"])
+    finished = finished_job(ours._connection.http, tmp_path)
+    assert ours.wait(finished)["status"] == "succeeded"
+    assert ours.result(finished)["splits"]["test"]["n"] == 40
+
+
+def test_our_client_manages_models(ours: Client, tmp_path: Path) -> None:
+    registered(tmp_path, tmp_path / "bundle")
+    assert [model["id"] for model in ours.models()] == ["colours"]
+    assert ours.version("colours", "2")["aliases"] == ["latest"]
+    ours.promote("colours", "2")
+    assert ours.predict(picture())["version"] == "2"
+    assert ours.deploy("colours@1")["version"] == "1"
+    folder = ours.download_bundle("colours", "2", tmp_path / "downloaded")
+    assert Predictor.load(folder).predict(picture("green")).labels[0][0] == "green"
+    with pytest.raises(Conflict, match="exists already"):
+        ours.download_bundle("colours", "2", folder)
+    with pytest.raises(RequestRefused, match="not_found"):
+        ours.download_bundle("colours", "9", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
