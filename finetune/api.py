@@ -70,7 +70,7 @@ class Answered:
 
     def _repr_html_(self) -> str:
         from finetune.bundle.overlay import overlay_png
-        from finetune.report.comparison import data_uri, thumbnail
+        from finetune.report.pictures import data_uri, thumbnail
 
         pictures = [data_uri(thumbnail(self.image), "image/jpeg")]
         if self.cam is not None:

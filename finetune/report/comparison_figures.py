@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from finetune.metrics import Metric
 from finetune.report.figures import FAINT, INK, WIDTH_INCHES, Record, series, styled, to_svg
-from finetune.report.templates import seconds
+from finetune.report.text import seconds
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

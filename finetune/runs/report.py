@@ -11,7 +11,7 @@ from finetune.evaluation.evaluate import Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
-from finetune.report.page import ReportInputs, ShownMistake, write_report
+from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.build import Built
 from finetune.runs.outcome import Outcome
 from finetune.storage.rundir import RunDir
