@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from finetune.cli.terminal import byte_size, duration, shortened, table
 from finetune.evaluation.evaluate import Evaluation, read_judgement
-from finetune.messages import natural_list
+from finetune.messages import natural_list, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
 from finetune.tasks import TASKS, task_named
@@ -339,12 +339,12 @@ def show_demo(result: DemoResult) -> None:
 
 def _show_warnings(warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
     for warning in warnings:
-        console.print(f"[yellow]note[/] {warning}")
+        console.print(f"[yellow]note[/] {escape(warning)}")
     if quarantined:
         console.print(f"[yellow]note[/] {len(quarantined)} unreadable files were left out")
     for bad in quarantined[:5]:
         if bad is not None:
-            console.print(f"     {bad['file']}: {bad['reason']}", markup=False)
+            console.print(f"     {printable(bad['file'])}: {bad['reason']}", markup=False)
 
 
 def _value(value: Any) -> str:
