@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,5 +24,14 @@ def plural(count: int, noun: str) -> str:
 
 def printable(path: Path | str) -> str:
     """Return a file name that is safe to print and log: undecodable bytes and control characters become escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in encodable(str(path)))
+
+
+def encodable(text: str) -> str:
+    """Return a text that UTF-8 can encode: the bytes of a file name that are not UTF-8 become escapes such as ``\\xe9``."""
+    return re.sub("[\ud800-\udfff]", lambda surrogate: _escaped(surrogate[0]), text)
+
+
+def _escaped(letter: str) -> str:
+    byte = ord(letter) - 0xDC00  # how Python reads a byte that it cannot decode
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape", "surrogatepass").decode()

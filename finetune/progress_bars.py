@@ -24,7 +24,7 @@ PHASES = {
 }
 SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val"}
 HIDDEN = {"eta_seconds", "lr", "top1"}  # a line has 80 characters; the report shows everything
-_DESCRIPTION_CHARACTERS = 20
+_DESCRIPTION_CHARACTERS = 26
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
         yield silent
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
         TaskProgressColumn(),
         TextColumn("{task.fields[values]}", style="cyan"),
@@ -49,7 +49,9 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
             if key not in tasks:
                 tasks[key] = bars.add_task(description, total=progress.total, values="")
             values = " ".join(
-                f"{SHORT.get(name, name)} {value:.3g}" for name, value in progress.values.items() if name not in HIDDEN
+                f"{SHORT.get(name, name)} {value:,.0f}" if value >= 1000 else f"{SHORT.get(name, name)} {value:.3g}"
+                for name, value in progress.values.items()
+                if name not in HIDDEN
             )
             bars.update(tasks[key], completed=progress.done, description=description, values=values)
 

@@ -34,6 +34,7 @@ MASKS = {
     "id": r"\b(?:ftjob|file)-[0-9a-z]{20,}",
     "time": r"\b\d{4}-\d\d-\d\d[ T-]\d\d[:.]?\d\d(?:[:.]?\d\d)?\b",
     "sha256": r"\b[0-9a-f]{64}\b",
+    "figure": r"\b\d+\.\d{3,4}\b|\b1e-\d\d\b|\d+\.\d{2}(?=%)",
 }
 
 

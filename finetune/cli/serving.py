@@ -77,6 +77,7 @@ def predict(
     elif out is None:
         _show_predictions(documents)
     else:
+        _show_predictions([document for document in documents if "error" in document])
         console.print(f"{len(answers):,} answers are in {out}", markup=False)
     sys.exit(2 if any("error" in document for document in documents) else 0)
 

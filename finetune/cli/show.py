@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from finetune.cli.terminal import byte_size, duration, shortened, table
 from finetune.evaluation.evaluate import Evaluation, read_judgement
-from finetune.messages import natural_list
+from finetune.messages import natural_list, plural, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
 from finetune.tasks import TASKS, task_named
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
 HONEST_FIRST = ("cv", "test", "val")  # val has chosen between weights
+JUDGED_ON = {
+    "cv": "{n:,} images, each by a model that had not seen it",
+    "test": "{n:,} test images",
+    "val": "{n:,} val images, which also chose the weights",
+}
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -41,22 +46,21 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more classes")
     if folds := plan["folds"]:
         sizes = sorted(sum(fold["test"].values()) for fold in folds)
-        console.print(
-            f"  {len(folds)} folds hold out {sizes[0]:,} to {sizes[-1]:,} images each, every image once\n", markup=False
-        )
+        each = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
+        console.print(f"  {len(folds)} folds hold out {each} images each, every image once\n", markup=False)
     weights = backbone["weights"]
+    licence = "" if weights["source"] == "none" else f", licence {weights['license'] or 'unknown'}"
     table(
-        f"Backbone: {backbone['name']}, weights: {weights['identifier']}, licence {weights['license'] or 'unknown'}",
+        f"Backbone: {backbone['name']}, weights: {weights['identifier']}{licence}",
         ["stage", "parameters", "trains"],
         [[stage["name"], stage["n_parameters"], "yes" if stage["trains"] else "frozen"] for stage in backbone["stages"]],
     )
     phases = [
         [phase["name"], "solved" if phase["solved"] else phase["n_steps"], phase["head_lr"] or None] for phase in recipe["phases"]
     ]
-    table(f"Recipe: {recipe['method']}, batch {recipe['batch_size']}", ["phase", "steps", "peak learning rate"], phases)
-    values, sources = plan["values"], plan["sources"]
-    decided = [[path, _value(values[path]), sources.get(path, "")] for path in sorted(values) if values[path] is not None]
-    table("What was decided", ["field", "value", "why"], decided)
+    batch = f", batch {recipe['batch_size']}" if any(phase["n_steps"] for phase in recipe["phases"]) else ""
+    table(f"Recipe: {recipe['method']}{batch}", ["phase", "steps", "peak learning rate"], phases)
+    table("What was decided", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
     estimate = plan["estimate"]
     costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
     costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
@@ -64,21 +68,34 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     _show_warnings(data["warnings"], data["quarantined"])
 
 
+def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[list[str]]:
+    """Return a row for each value, without its section, which has a row of its own above: whole paths would be too wide."""
+    rows, section = [], ""
+    for path in sorted((path for path in values if values[path] is not None), key=lambda path: (path.rpartition(".")[0], path)):
+        inside, _, field = path.rpartition(".")
+        if inside != section:
+            section = inside
+            rows.append([section, "", ""])
+        value, why = _value(values[path]), sources.get(path, "")
+        rows.append([f"  {field}" if inside else field, value, "" if why == value else why])
+    return rows
+
+
 def show_outcome(outcome: Outcome, run: RunDir) -> None:
     """`finetune train`: how good the model is, by the most independent images first; what it cost; where to look next."""
     judgement = read_judgement(run.evaluation)
     splits = [split for split in HONEST_FIRST if split in judgement.evaluations]
-    console.print(f"\n{outcome.summary}\n", markup=False)
-    for split in splits:
-        _show_headline(split, judgement.evaluations[split])
     first = judgement.evaluations[splits[0]]
-    rows = [[metric.label, *(metric.text(judgement.evaluations[s].values[metric.key]) for s in splits)] for metric in first.shown]
-    table("", ["", *splits], rows)
+    console.print(f"\n{outcome.summary}\n", markup=False)
+    _show_headline(first, JUDGED_ON[splits[0]])
+    _show_figures({split: judgement.evaluations[split] for split in splits})
+    if "val" in splits[1:]:
+        console.print("The val images have chosen the weights, so val figures flatter the model.\n")
+    _show_warnings(outcome.warnings, [None] * outcome.quarantined)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
     _show_cost(outcome.cost)
-    _show_warnings(outcome.warnings, [None] * outcome.quarantined)
     lines = [f"report    {shortened(run.report)}"]
     if outcome.model is not None:
         reference = f"{outcome.model}@{outcome.version}"
@@ -88,28 +105,34 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             f"predict   finetune predict some.jpg --model {reference}",
             f"serve     finetune serve --model {reference}",
             f"promote   finetune models promote {outcome.model} {outcome.version} --default",
-            "compare   finetune mlflow",
+            "runs      finetune mlflow",
         ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _show_headline(split: str, evaluation: Evaluation) -> None:
-    """The figure to judge by, with the number of images and what else it could be."""
+def _show_headline(evaluation: Evaluation, images: str) -> None:
+    """Print the figure to judge by, on which images it was measured, and between what it may really lie."""
     metric = task_named(evaluation.task).headline
-    low, high = evaluation.intervals[metric.key]
-    what = {"val": "val images, which also chose the weights", "cv": "images, each by a model that had not seen it"}
-    images = what.get(split, f"{split} images")
-    value = metric.text(evaluation.values[metric.key])
-    console.print(
-        f"[bold]{metric.label} {value}[/] on {evaluation.n:,} {images}; 95 % interval {metric.text(low)} to {metric.text(high)}"
-    )
+    low, high = (metric.text(bound) for bound in evaluation.intervals[metric.key])
+    value = f"[bold]{metric.label} {metric.text(evaluation.values[metric.key])}[/]"
+    console.print(f"{value} on {images.format(n=evaluation.n)} (95 % interval {low} to {high})")
+
+
+def _show_figures(evaluations: Mapping[str, Evaluation]) -> None:
+    """Print every metric, a column for each set of images."""
+    first = next(iter(evaluations.values()))
+    rows = [
+        ["images", *(f"{found.n:,}" for found in evaluations.values())],
+        *([metric.label, *(metric.text(found.values[metric.key]) for found in evaluations.values())] for metric in first.shown),
+    ]
+    table("", ["", *evaluations], rows)
 
 
 def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
     """The classes that are recognised worst, and those that could not be measured."""
     measured = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
-    if len(measured) > 1:
+    if len(measured) > 1 and measured[0].recall != 1.0:
         worst = [
             [row.name, row.n, f"{row.recall:.0%}", "–" if row.precision is None else f"{row.precision:.0%}"]
             for row in measured[:SHOWN_WORST]
@@ -213,28 +236,33 @@ def task_metric(key: str) -> Metric[Any]:
 
 
 def show_evaluation(found: BundleEvaluation) -> None:
-    """`finetune evaluate`: the figures, then the classes; first of all whether the model has seen these images before."""
+    """`finetune evaluate`: first of all whether the model has seen these images before; then the figures, then the classes."""
     evaluation = found.evaluation
-    seen = found.n_trained_on + found.n_chosen_on
-    if seen:
+    if found.n_trained_on or found.n_chosen_on:
         console.print(
-            f"[yellow]note[/] of these {evaluation.n:,} images the model was trained on {found.n_trained_on:,} and "
-            f"{found.n_chosen_on:,} chose its weights, so they flatter it"
+            f"[yellow]note[/] the model was trained on {found.n_trained_on:,} of these {plural(evaluation.n, 'image')}, and "
+            f"{found.n_chosen_on:,} chose its weights: they flatter it"
         )
     if found.unseen is not None:
-        _show_headline("other", found.unseen)
-    _show_headline("given" if not seen else "given (seen ones included)", evaluation)
-    columns = {"all": evaluation, **({"others": found.unseen} if found.unseen else {})}
-    rows = [[metric.label, *(metric.text(one.values[metric.key]) for one in columns.values())] for metric in evaluation.shown]
-    table("", ["", *columns], rows)
-    classes = [[row.name, row.n, row.n_correct, row.precision, row.recall, row.f1] for row in evaluation.per_class if row.n]
+        _show_headline(found.unseen, "the {n:,} others")
+    _show_headline(evaluation, "all {n:,} images" if found.unseen else "{n:,} images")
+    _show_figures({"all": evaluation, **({"others": found.unseen} if found.unseen else {})})
+    classes = [
+        [row.name, row.n, row.n_correct, *(_ratio(value) for value in (row.precision, row.recall, row.f1))]
+        for row in evaluation.per_class
+        if row.n
+    ]
     table("By class", ["class", "images", "correct", "precision", "recall", "F1"], classes)
     if evaluation.absent:
-        console.print(f"  no image of {escape(natural_list(evaluation.absent))}")
+        console.print(f"No image of {escape(natural_list(evaluation.absent))}: means over classes leave them out")
     for true, predicted, count in evaluation.confused_pairs(5):
-        console.print(f"  {count} × {true} taken for {predicted}", markup=False)
+        console.print(f"{count} × {true} taken for {predicted}", markup=False)
     for bad in found.unreadable[:5]:
-        console.print(f"[yellow]note[/] left out, {escape(bad.error.message)}")
+        console.print(f"[yellow]note[/] left out, {escape(printable(bad.sample.id))}: {escape(bad.error.message)}")
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def show_backbone_names(names: Sequence[str], limit: int) -> None:
@@ -339,12 +367,13 @@ def show_demo(result: DemoResult) -> None:
 
 def _show_warnings(warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
     for warning in warnings:
-        console.print(f"[yellow]note[/] {warning}")
+        console.print(f"[yellow]note[/] {escape(warning)}")
     if quarantined:
-        console.print(f"[yellow]note[/] {len(quarantined)} unreadable files were left out")
+        named = "" if any(quarantined) else " (finetune check names them)"
+        console.print(f"[yellow]note[/] left out: {plural(len(quarantined), 'unreadable file')}{named}")
     for bad in quarantined[:5]:
         if bad is not None:
-            console.print(f"     {bad['file']}: {bad['reason']}", markup=False)
+            console.print(f"     {printable(bad['file'])}: {bad['reason']}", markup=False)
 
 
 def _value(value: Any) -> str:

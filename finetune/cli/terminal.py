@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.table import Table
 from finetune.errors import FinetuneError
 from finetune.progress_bars import console
 from finetune.storage.files import json_text
+
+_NUMBER = re.compile(r"[\d,.]+ ?%?|–")
 
 
 def print_json(document: Any) -> None:
@@ -30,10 +33,10 @@ def show_error(error: FinetuneError, *, as_json: bool) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A titled table on stderr; a column without a text in it is aligned to the right."""
+    """Print a titled table on stderr; a column of numbers, or of texts that are such, is aligned to the right."""
     drawn = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for position, column in enumerate(columns):
-        numeric = not any(isinstance(row[position], str) for row in rows)
+        numeric = not any(isinstance(row[position], str) and not _NUMBER.fullmatch(row[position]) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(_cell(value)) for value in row))

@@ -129,8 +129,9 @@ def _furthest(expected: np.ndarray, given: np.ndarray) -> float:
 
 
 def _least_cosine(expected: np.ndarray, given: np.ndarray) -> float:
-    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(given, axis=1)
-    return float(((expected * given).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
+    one, other = expected.astype(np.float64), given.astype(np.float64)  # squares of what diverged overflow float32
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(((one * other).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
 
 
 def _flips(logits: np.ndarray, top: np.ndarray) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def export_bundle(
     with atomic_folder(out) as folder:
         manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], facts.seen)
         Predictor.load(folder)
-    progress(Progress("exporting", 3, 3, "steps", message=f"bundle written to {out}"))
+    progress(Progress("exporting", 3, 3, "steps", message="bundle written"))
     return manifest
 
 

@@ -27,6 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
+from finetune.messages import encodable
 from finetune.storage.files import write_atomic
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
@@ -86,7 +87,7 @@ def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]
 def save_svg(svg: str, path: Path) -> None:
     """Write what `to_svg` gave as a file of its own, on white."""
     on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
-    write_atomic(path, lambda stream: stream.write(on_white.encode()))
+    write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
 
 
 def to_svg(figure: Figure) -> str:

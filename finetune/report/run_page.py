@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
-from finetune.messages import natural_list
+from finetune.messages import encodable, natural_list
 from finetune.metrics.temperature import Temperature
 from finetune.report import figures
 from finetune.report.pictures import data_uri, thumbnail
@@ -90,7 +90,7 @@ def write_report(run: RunDir, inputs: ReportInputs) -> None:
     for name, svg in drawn.items():
         figures.save_svg(svg, run.figures / f"{name}.svg")
     page = render_report(inputs, drawn)
-    write_atomic(run.report, lambda stream: stream.write(page.encode()))
+    write_atomic(run.report, lambda stream: stream.write(encodable(page).encode()))
 
 
 def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:

@@ -77,9 +77,28 @@ def refuse_nonsense(predictions: Predictions) -> None:
     Raises:
         NoBetterThanChance: with the figures that say so.
     """
+    if len(predictions) >= MIN_IMAGES_TO_REFUSE:
+        _refuse(_no_better_than_chance(predictions))
+
+
+def refuse_diverged(predictions: Predictions) -> None:
+    """Refuse a model whose weights have run away: what it says is nothing that could be exported.
+
+    Raises:
+        NoBetterThanChance: with the figures that say so.
+    """
+    _refuse(_divergence(predictions))
+
+
+def doubt(predictions: Predictions) -> str | None:
+    """Return what must be said of a model that is registered although nothing shows that it is better than chance."""
     found = _divergence(predictions)
-    if found is None and len(predictions) >= MIN_IMAGES_TO_REFUSE:
-        found = _no_better_than_chance(predictions)
+    if found is None and (found := _no_better_than_chance(predictions)) and len(predictions) < MIN_IMAGES_TO_REFUSE:
+        found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
+    return found and f"registered without proof that it is better than chance: {found}"
+
+
+def _refuse(found: str | None) -> None:
     if found is not None:
         raise NoBetterThanChance(
             f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
@@ -87,19 +106,11 @@ def refuse_nonsense(predictions: Predictions) -> None:
         )
 
 
-def doubt(predictions: Predictions) -> str | None:
-    """Return what must be said of a model that is registered although nothing shows that it is better than chance."""
-    found = _divergence(predictions) or _no_better_than_chance(predictions)
-    if found is None:
-        return None
-    if len(predictions) < MIN_IMAGES_TO_REFUSE:
-        found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
-    return f"registered without proof that it is better than chance: {found}"
-
-
 def _divergence(predictions: Predictions) -> str | None:
-    loss, uniform = evaluate(predictions).values["loss"], float(np.log(len(predictions.classes)))
-    if loss <= LOSS_OF_NONSENSE * uniform:
+    evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
+    loss, uniform = evaluation.values["loss"], float(np.log(len(predictions.classes)))
+    surely_better = evaluation.intervals[evaluation.headline][0] > chance  # then it is only far too sure of its mistakes
+    if surely_better or loss <= LOSS_OF_NONSENSE * uniform:
         return None
     return (
         f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "

@@ -11,6 +11,7 @@ from finetune.evaluation.evaluate import Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
+from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.build import Built
 from finetune.runs.outcome import Outcome
@@ -72,7 +73,7 @@ def shown_mistakes(predictions: Predictions, dataset: Dataset, built: Built) -> 
         shown.append(
             ShownMistake(
                 image=sample.decode(built.resolved.preprocess.load),
-                file=sample.id,
+                file=printable(sample.id),
                 true=predictions.classes[mistake.true],
                 predicted=predictions.classes[mistake.predicted],
                 confidence=mistake.confidence,

@@ -26,7 +26,7 @@ from finetune.export import BundleFacts, export_bundle
 from finetune.messages import plural
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Built, Shared
-from finetune.runs.judge import doubt, judge, predict_splits, refuse_nonsense
+from finetune.runs.judge import doubt, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import decisions_of, prepare
@@ -104,6 +104,8 @@ def run_job(
         write_judgement(run.evaluation, judgement)
         outcome = outcome_of(built, trained, judgement, run, stopwatch, options)
 
+        if options.reaches("registered"):
+            refuse_if_diverged(built.resolved, {**carried.predictions, **predictions})
         if options.reaches("exported"):
             manifest = export(built, trained, judgement, carried, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(built, run)}
@@ -179,6 +181,22 @@ def export(
     return manifest
 
 
+def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:
+    """Return the answers that a model is judged by first."""
+    return next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
+
+
+def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions]) -> None:
+    """Refuse to export and register what is nonsense, unless the request insists.
+
+    Raises:
+        NoBetterThanChance: training diverged.
+    """
+    judged = most_independent(predictions)
+    if judged is not None and resolved.spec.export.register_model == "auto":
+        refuse_diverged(judged)
+
+
 def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Predictions], workspace: Workspace) -> Outcome:
     """Make the bundle of an outcome a version in the registry; return the outcome with its name.
 
@@ -189,8 +207,7 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
         NoBetterThanChance: the model learnt nothing, and the request does not insist.
     """
     assert outcome.bundle is not None, "what is registered has been exported"
-    warnings = outcome.warnings
-    judged = next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
+    warnings, judged = outcome.warnings, most_independent(predictions)
     if judged is not None:
         if resolved.spec.export.register_model == "auto":
             refuse_nonsense(judged)

@@ -29,7 +29,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize
-from finetune.runs.run import Carried, announce, finish, finished_outcome, register, run_job
+from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
 from finetune.storage.files import read_json, write_atomic, write_json
@@ -129,6 +129,8 @@ def _study(
         write_judgement(run.evaluation, conclusion.judgement)
         _write_resolved(spec, run)
         outcome = _outcome_of(spec, run, conclusion, stopwatch, options)
+        if options.reaches("registered"):
+            refuse_if_diverged(Resolved.from_dict(read_json(run.resolved)), conclusion.predictions)
         if options.reaches("exported"):
             exported = _export_kept(spec, run, conclusion, shared, progress)
             cost = {key: exported.cost[key] for key in ("bundle_bytes", "latency_seconds")}

@@ -254,6 +254,7 @@ class _Training:
         exact = self.numerics.device == "cpu" and found["torch"] == torch.__version__
         message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
         self.run.record(Resumed(message, state.step, exact))
+        self.progress(Progress("training", state.step, self._last_step, "steps", message=f"going on at step {state.step}"))
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.numerics.device) for name, tensor in tensors.items()}
@@ -274,11 +275,11 @@ class _Training:
         try:
             while not state.finished:
                 self._advance()
-        except Interrupted:
+        except Interrupted as stop:
             self._save()
-            message = f"stopped at step {state.step} of {self.recipe.n_steps}; the same command goes on from there"
+            message = f"{stop} at step {state.step} of {self.recipe.n_steps}; the same command goes on from there"
             self.run.record(InterruptedEvent(message, state.step))
-            raise
+            raise Interrupted(message) from None
         self.classifier.load_state_dict(state.best_weights)
         self.classifier.eval()
         frozen_after = self._frozen_digest()

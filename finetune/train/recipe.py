@@ -187,6 +187,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
         raise ValueError("method auto has several recipes: resolve each of candidates(spec, stages)")
     method, hyper = spec.method, spec.hyperparameters
     batch_size = _batch_size(hyper, facts)
+    _refuse_batches_of_one(method, facts, batch_size.value)
     epoch_steps = steps_per_epoch(facts.n_train, batch_size.value)
     chosen: dict[str, _Choice[Any]] = {
         "hyperparameters.batch_size": batch_size,
@@ -319,6 +320,15 @@ def _batch_size(hyper: Hyperparameters, facts: Facts) -> _Choice[int]:
     if asked.value > facts.n_train:
         return _Choice(facts.n_train, f"{asked.source}, lowered from {asked.value} to the number of training images")
     return asked
+
+
+def _refuse_batches_of_one(method: Method, facts: Facts, batch_size: int) -> None:
+    """Refuse batches that batch normalisation cannot learn from."""
+    if batch_size == 1 and facts.has_batch_norm and isinstance(method, Stepped) and method.bn != "frozen":
+        raise SpecError(
+            f"hyperparameters.batch_size: 1 is given with method.bn: {method.bn}, and batch normalisation cannot estimate the "
+            "variance of a single image; give a batch_size of at least 2, or method.bn: frozen"
+        )
 
 
 def _train_size(hyper: Hyperparameters, method: Method, facts: Facts) -> _Choice[tuple[int, int]]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from PIL import Image
 from screens import FOLDER, Compare, Run
 from tiny_bundle import write_tiny_bundle
 
+from finetune import progress_bars
 from finetune.bundle.registry import Registry
 from finetune.cli import cli
+from finetune.progress import Progress, silent
+from finetune.runs.estimate import Estimate
+from finetune.studies import plan
+from finetune.train.interrupt import Interrupted, StopRequest
 
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:
@@ -92,6 +100,87 @@ def test_a_model_that_is_not_there(two_versions: Run, golden: Compare) -> None:
 def test_predicting(two_versions: Run, golden: Compare) -> None:
     Image.new("RGB", (40, 30), (30, 120, 60)).save("leaf.png")
     golden(two_versions("predict", "leaf.png", "nothing.png", "--model", "trees", "--top-k", "2"), "predict")
+
+
+# ── checking, training, evaluating ────────────────────────────────────────────────────────────────
+
+TINY = (
+    "--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64",
+    "--set", "compute.threads=1", "--set", "compute.device=cpu",
+)  # fmt: skip
+FIGURES = ("duration", "size", "figure")
+
+
+@pytest.fixture
+def _no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far a bar comes before it is drawn depends on timing."""
+    monkeypatch.setattr(progress_bars, "progress_bars", lambda shown: nullcontext(silent))
+
+
+@pytest.fixture
+def colours(screen: Run, _no_bars: None) -> Run:
+    """Class folders of coloured noise that any network tells apart, with something odd among them."""
+    chance = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "green", "red")):
+        (Path("colours") / name).mkdir(parents=True)
+        for number in range(14):
+            pixels = chance.integers(0, 100, (72, 80, 3), dtype=np.uint8)
+            pixels[:, :, 2 - label] += 120
+            Image.fromarray(pixels).save(Path("colours") / name / f"{number:02d}.png")
+    Path("colours/red/notes.txt").write_text("not an image")
+    Path("colours/red/broken.png").write_bytes(b"nothing that could be read")
+    return screen
+
+
+def test_the_plan(colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Estimate(83.0, 1.2e9, 333_000.0, "frozen up to blocks.3: 130 rows of float16 (48, 4, 4), 0.2 MB, all in the cache")
+    monkeypatch.setattr(plan, "estimate", lambda built, store, rounds: measured)
+    golden(colours("check", "--data", "colours", "--method", "partial", *TINY), "check-partial")
+    golden(colours("check", "--data", "colours", "--folds", "3", *TINY), "check-folds")
+
+
+def test_a_model_is_trained_measured_and_asked(colours: Run, golden: Compare) -> None:
+    golden(colours("train", "--data", "colours", *TINY), "train", masks=FIGURES)
+    golden(colours("evaluate", "colours", "--data", "colours"), "evaluate-seen", masks=FIGURES)
+    shutil.copytree("colours/red", "only/red")
+    golden(colours("predict", "colours/red/00.png", "only", "nothing.png", "--top-k", "1"), "predict-folder", masks=FIGURES)
+    golden(colours("predict", "only", "--out", "answers.csv"), "predict-table", masks=FIGURES)
+
+
+def test_a_cross_validation(colours: Run, golden: Compare) -> None:
+    golden(colours("train", "--data", "colours", "--folds", "3", *TINY), "train-folds", masks=FIGURES)
+
+
+@pytest.mark.usefixtures("_no_bars")
+def test_a_stranger_s_images_are_measured(two_versions: Run, golden: Compare) -> None:
+    for name, colour in (("ash", (200, 30, 30)), ("elm", (30, 120, 60))):
+        (Path("leaves") / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 30), tuple(value + 9 * number for value in colour)).save(f"leaves/{name}/{number}.png")
+    golden(two_versions("evaluate", "trees", "--data", "leaves"), "evaluate-strange", masks=("figure",))
+
+
+def test_a_run_that_is_stopped_says_where_and_goes_on_there(
+    colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ("train", "--data", "colours", "--method", "full", "--epochs", "2", *TINY, "--set", "hyperparameters.batch_size=10")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "check", stop_after_three_steps())
+        golden(colours(*request), "train-interrupted")
+    seen: list[Progress] = []
+    monkeypatch.setattr(progress_bars, "progress_bars", lambda shown: nullcontext(seen.append))
+    assert colours(*request).exit_code == 0
+    assert "going on at step 3" in [update.message for update in seen]
+
+
+def stop_after_three_steps() -> Callable[[StopRequest], None]:
+    asked = iter(range(1, 5))
+
+    def check(request: StopRequest) -> None:
+        if next(asked) == 4:
+            raise Interrupted("stopped by SIGINT")
+
+    return check
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────

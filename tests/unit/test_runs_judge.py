@@ -1,0 +1,86 @@
+"""What may be registered: not a model that is no better than an answer which does not look at the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from answers import made_up, table
+
+from finetune.errors import NoBetterThanChance
+from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.predictions import Predictions
+from finetune.runs.judge import MIN_IMAGES_TO_CALIBRATE, calibrate, doubt, judge, refuse_diverged, refuse_nonsense
+
+
+def answered(n_right: int, n: int, *, sure: float = 1.0) -> Predictions:
+    """Answers to n images, half of each of two classes, of which the first `n_right` are right."""
+    targets = np.arange(n) % 2
+    given = np.where(np.arange(n) < n_right, targets, 1 - targets)
+    return table(sure * np.eye(2, dtype=np.float32)[given], targets, split="test")
+
+
+@pytest.mark.parametrize("n_right", [0, 30, 50])
+def test_a_model_that_is_no_better_than_one_answer_to_all_is_refused_with_both_figures(n_right: int) -> None:
+    says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one answer to all of them has 0.500"
+    with pytest.raises(NoBetterThanChance, match=says) as caught:
+        refuse_nonsense(answered(n_right, 100))
+    assert "--set export.register_model=always" in caught.value.message
+    assert says.replace("\\", "") in str(doubt(answered(n_right, 100))), "and where the request insists, it is said"
+
+
+def test_a_model_that_is_better_passes_without_a_word() -> None:
+    refuse_nonsense(answered(51, 100))
+    refuse_diverged(answered(51, 100))
+    assert doubt(answered(51, 100)) is None
+
+
+def test_chance_is_the_share_of_the_largest_class_and_not_one_in_so_many() -> None:
+    targets = np.array([0] * 90 + [1] * 10)
+    always_the_first = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), targets)
+    with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one answer to all of them has 0\.900"):
+        refuse_nonsense(always_the_first)
+
+
+def test_a_few_images_refuse_nobody_and_say_so() -> None:
+    refuse_nonsense(answered(2, 6))
+    said = doubt(answered(2, 6))
+    assert said is not None
+    assert said.startswith("registered without proof that it is better than chance: its top1 on the 6 test images is 0.333")
+    assert said.endswith("6 images say little, so evaluate it on more")
+
+
+def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
+    one_class = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), np.zeros(100, np.int64))
+    refuse_nonsense(one_class)
+    assert doubt(one_class) is None
+
+
+@pytest.mark.parametrize("n", [6, 100])
+def test_weights_that_ran_away_are_refused_however_few_images_tell(n: int) -> None:
+    diverged = answered(n // 2, n, sure=1e9)
+    with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; answering at random has 0\.693"):
+        refuse_diverged(diverged)
+    assert str(doubt(diverged)).endswith("so training diverged")
+
+
+def test_a_good_model_that_is_far_too_sure_of_its_mistakes_has_not_diverged() -> None:
+    sure = answered(90, 100, sure=100.0)
+    assert evaluate(sure).values["loss"] == pytest.approx(10.0)
+    refuse_diverged(sure)
+    assert doubt(sure) is None
+
+
+def test_a_temperature_needs_enough_held_out_images_and_a_best_value() -> None:
+    logits, targets = made_up(MIN_IMAGES_TO_CALIBRATE, 3)
+    assert calibrate(table(logits, targets)) is not None
+    assert calibrate(table(logits[:-1], targets[:-1])) is None
+    assert calibrate(answered(100, 100)) is None, "where every image is labelled rightly, none fits best"
+
+
+def test_every_split_is_judged_and_val_alone_gives_the_temperature() -> None:
+    val, test = table(*made_up(120, 3)), table(*made_up(130, 3, seed=1), split="test")
+    found = judge({"val": val, "test": test})
+    assert found.evaluations == {"val": evaluate(val), "test": evaluate(test)}
+    assert found.temperature == calibrate(val)
+    assert judge({"test": test}).temperature is None
+    assert found.metrics["test/top1"] == evaluate(test).values["top1"]
