@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from finetune.cli.terminal import byte_size, duration, shortened, table
+from finetune.cli.terminal import shortened, table
 from finetune.evaluation.evaluate import Evaluation, read_judgement
-from finetune.messages import natural_list, plural, printable
+from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
 from finetune.tasks import TASKS, task_named

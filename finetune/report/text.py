@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.messages import byte_size, duration
+
 _COSTS = {
     "wall_seconds": "the whole run",
     "train_seconds": "training",
@@ -41,28 +43,13 @@ def value_text(value: Any) -> str:
 
 def cost_text(name: str, value: float | None) -> str:
     """Return a cost as text; its unit is the end of its name."""
-    if value is not None and name.endswith("_bytes"):
-        return mebibytes(value)
-    return seconds(value) if name.endswith("_seconds") else value_text(value)
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return byte_size(value)
+    return duration(value) if name.endswith("_seconds") else value_text(value)
 
 
 def cost_label(name: str) -> str:
     """Return what a cost is of, for a reader."""
     return _COSTS.get(name, name)
-
-
-def seconds(value: float | None) -> str:
-    """Return ``3.2 ms``, ``8.3 s``, ``4 min 10 s`` or ``2 h 05 min``."""
-    if value is None:
-        return "–"
-    if value < 1:
-        return f"{1000 * value:.1f} ms"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def mebibytes(value: float | None) -> str:
-    """Return bytes as MiB."""
-    return "–" if value is None else f"{value / 2**20:,.1f} MiB"

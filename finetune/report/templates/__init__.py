@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.metrics import Metric
-from finetune.report.text import mebibytes, seconds
+from finetune.report.text import cost_text
 
 
 def render(name: str, **values: Any) -> str:
@@ -25,7 +25,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "seconds": seconds, "mebibytes": mebibytes, "count": count, "pvalue": pvalue}
+    environment.filters |= {"points": points, "cost": cost_text, "count": count, "pvalue": pvalue}
     return environment
 
 
