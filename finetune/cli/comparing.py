@@ -47,7 +47,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
         from finetune.cli.terminal import print_json
         from finetune.comparison_spec import load_comparison
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison
         from finetune.studies.compare import compare_runs

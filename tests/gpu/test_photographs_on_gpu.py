@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finetune.train.features import Views, pooled_features
 from folders import local_sample
 
 from finetune.features.rows import FeatureContext, Views, pooled_features

@@ -1,4 +1,7 @@
-"""What is known of a network once it has been built, as plain values: enough to resolve a request without building it again."""
+"""What is known of a network once it has been built, as plain values: enough to resolve a request without building it again.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,229 @@
+"""A network as an earlier run left it: a head is found and exported on it again without torch in the process.
+
+The run that exported a solved head leaves, in the store's namespace ``engines``, a template (`finetune.export.template`) and a
+record beside it: the facts, the digests, and where the weights came from. It is found again under everything that decides what a
+network computes: the model section of the request, task and number of classes, versions of the libraries, and the code here that
+builds and traces. What torch's own embedding of the compared images was is kept among the features, as rows of another engine, so
+an export without torch is still compared with torch. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.predictor import Outputs
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Sample
+from finetune.errors import DiskFull
+from finetune.events import EventCallback
+from finetune.export.agreement import Reference
+from finetune.export.template import Head, with_head
+from finetune.features.engine import Engine, OnnxEngine, Prefix, only_embedding, onnx_engine_name
+from finetune.features.rows import find_rows, keep_rows
+from finetune.features.solve import head_logits
+from finetune.model.facts import BackboneFacts
+from finetune.model.packages import package_of
+from finetune.runtime.device import Device
+from finetune.runtime.session import open_session
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json, write_atomic, write_json
+from finetune.storage.store import Store, mark_used
+from finetune.tasks import task_named
+
+SCHEMA_VERSION = 1
+
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CODE = ("model/*.py", "train/objectives/*.py", "features/prefix.py", "export/graph.py", "export/template.py")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written down of a network."""
+
+    task: str
+    n_classes: int
+    facts: BackboneFacts
+    embedding_digest: str  # of the whole backbone with pooling, as `Prefix.digest` gives it
+    frozen_digest: str
+    exporter: str
+    torch: str  # version
+    weights_file: Mapping[str, Any] | None  # path, size, mtime_ns; None where there are no pretrained weights
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "facts": self.facts.to_dict()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Record:
+        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        return cls(**{**given, "facts": BackboneFacts.from_dict(given["facts"])})
+
+
+@dataclass(frozen=True)
+class KnownNetwork:
+    """A recorded network, as a `Network`."""
+
+    record: Record
+    template: bytes
+    store: Store
+
+    @property
+    def facts(self) -> BackboneFacts:
+        return self.record.facts
+
+    @property
+    def exporter(self) -> str:
+        return self.record.exporter
+
+    @property
+    def prefix(self) -> Prefix:
+        return _KnownPrefix(self)
+
+    def try_export(self) -> None:
+        """Do nothing: it has been exported."""
+
+    def frozen_digest(self) -> str:
+        """Return what torch counted when the template was made, which has not changed since: its own sha256 is checked."""
+        return self.record.frozen_digest
+
+    def with_head(self, head: Head, temperature: float) -> bytes:
+        return with_head(self.template, head, temperature)
+
+    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
+        return not len(self._stored(samples, preprocess).missing)
+
+    def reference(
+        self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
+    ) -> Reference:
+        """Put the head on torch's embeddings of an earlier run.
+
+        Raises:
+            KeyError: of some samples there is none.
+        """
+        embedding = self._stored(samples, preprocess).take(np.arange(len(samples)))
+        logits = head_logits(embedding, head.weight, head.bias)
+        probs = task_named(self.record.task).probabilities(logits, temperature).astype(np.float32)
+        source = f"embeddings by torch {self.record.torch} in an earlier process, with this head"
+        return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, source)
+
+    def _stored(self, samples: Sequence[Sample], preprocess: Preprocess) -> Any:
+        return find_rows(self.prefix, samples, preprocess, reference_engine(self.record.torch), self.store)
+
+
+@dataclass(frozen=True)
+class _KnownPrefix:
+    """From pixels to the embedding, through the template: its export has been compared with torch."""
+
+    network: KnownNetwork
+
+    @property
+    def backbone(self) -> str:
+        return self.network.facts.name
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.network.facts.n_features,)
+
+    @property
+    def digest(self) -> str:
+        return self.network.record.embedding_digest
+
+    def expected_engine(self, device: Device, folder: Path) -> str:
+        return onnx_engine_name()
+
+    def open_engine(self, images: NDArray[np.uint8], device: Device, folder: Path, event: EventCallback) -> Engine:
+        n_classes = self.network.record.n_classes
+        any_head = Head(np.zeros((n_classes, *self.row_shape), np.float32), np.zeros(n_classes, np.float32))
+        return OnnxEngine(open_session(only_embedding(self.network.with_head(any_head, 1.0))))
+
+
+def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
+    """Return what decides which network a request begins with, and how it is exported."""
+    package = package_of(spec.model.backbone)
+    parts = (
+        SCHEMA_VERSION,
+        spec.model.model_dump_json(),
+        str(Path(spec.model.weights).absolute()),  # two folders may hold different files of one name
+        task,
+        n_classes,
+        spec.seed if spec.model.weights == "none" else None,  # the first values of a backbone that was not pretrained
+        package.version() if package else None,
+        *(importlib.metadata.version(name) for name in _LIBRARIES),
+        _code_digest(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def find_known(key: str, store: Store) -> KnownNetwork | None:
+    """Return the network that was recorded under `key`; None where there is none, or where its weights file is another now."""
+    folder = _folder(key, store)
+    if not (folder / "network.json").is_file() or not (folder / "template.onnx").is_file():
+        return None
+    document = read_json(folder / "network.json")
+    template = (folder / "template.onnx").read_bytes()
+    if document["template_sha256"] != hashlib.sha256(template).hexdigest():
+        return None
+    record = Record.from_dict(document["record"])
+    if record.weights_file != file_state(record.weights_file["path"] if record.weights_file else None):
+        return None
+    mark_used(folder / "network.json")
+    mark_used(folder / "template.onnx")
+    return KnownNetwork(record, template, store)
+
+
+def keep_known(
+    key: str,
+    record: Record,
+    template: bytes,
+    prefix: Prefix,
+    embedding: NDArray[np.float32],
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    store: Store,
+) -> None:
+    """Record a network for later runs, where there is room, with torch's `embedding` (N, D) of N samples."""
+    folder = _folder(key, store)
+    document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
+    # Without room on the disk the next run needs torch again, and that is all.
+    with contextlib.suppress(DiskFull):
+        kept = keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
+        if kept and store.reserve(len(template)):
+            write_atomic(folder / "template.onnx", lambda stream: stream.write(template))
+            write_json(folder / "network.json", document)
+
+
+def file_state(path: str | None) -> dict[str, Any] | None:
+    """Return what tells that a file is the one that it was; None where there is no file."""
+    if path is None or not Path(path).is_file():
+        return None
+    status = Path(path).stat()
+    return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def reference_engine(torch_version: str) -> str:
+    """Return the name under which torch's embeddings of compared images are kept, apart from those that heads are solved on."""
+    return f"torch {torch_version} cpu float32, as the reference of exports"
+
+
+def _folder(key: str, store: Store) -> Path:
+    return store.folder("engines") / f"network-{key}"
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Return the sha256 of the modules here that decide what a network computes and how it is traced."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _CODE for path in _PACKAGE.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
