@@ -15,7 +15,7 @@ from finetune.cli.training import json_option
 )
 @json_option
 def demo(data: Path | None, as_json: bool) -> None:
-    """Compare frozen with full fine-tuning, serve the model that is chosen and ask it over HTTP.
+    """Compare frozen with full fine-tuning on digits, and serve.
 
     The images are handwritten digits that come with the installation, unless a folder is given.
     """

@@ -247,7 +247,9 @@ def task_metric(key: str) -> Metric[Any]:
 def show_evaluation(found: BundleEvaluation) -> None:
     """`finetune evaluate`: first of all whether the model has seen these images before; then the figures, then the classes."""
     evaluation = found.evaluation
-    if found.n_trained_on or found.n_chosen_on:
+    if found.n_trained_on is None:
+        console.print("[yellow]note[/] this bundle does not say which images it was made with; it may have seen these before")
+    elif found.n_trained_on or found.n_chosen_on:
         console.print(
             f"[yellow]note[/] the model was trained on {found.n_trained_on:,} of these {plural(evaluation.n, 'image')}, and "
             f"{found.n_chosen_on:,} chose its weights: they flatter it"
