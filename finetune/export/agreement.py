@@ -1,6 +1,6 @@
-"""Does the exported model say what the trained one says? Measured on real files: torch, ONNX and raw bytes side by side.
+"""Compare an exported model with the trained one on real files: torch, ONNX and encoded bytes side by side.
 
-What torch says comes from whoever exports, as a `Reference`. Torch-free.
+The caller gives torch's answers as a `Reference`. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CAM_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
 
 @dataclass(frozen=True)
 class Reference:
-    """What torch says about some images; everything else is compared with it."""
+    """Torch's answers to some images, which the exported model is compared with."""
 
-    outputs: Outputs  # a cam is not needed: it is judged by what it adds up to
+    outputs: Outputs  # without a cam: the exported one is checked by its mean
     head_bias: NDArray[np.float32]  # (C,)
-    source: str  # how torch said it, in words
+    source: str  # in words: which torch, and in which process
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Parity:
     n_from_bytes: int
     max_prob_difference_from_bytes: float
     n_flips_from_bytes: int
-    reference: str  # how torch said what was compared with
+    reference: str  # as `Reference.source`
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it, with the tolerances that were applied."""

@@ -102,7 +102,7 @@ def trace(module: DeployModule) -> Graph:
 
 
 def fold(graph: Graph, module: DeployModule) -> bytes:
-    """Return the graph with the present weights of the backbone, batch norms folded, as a template that waits for its head.
+    """Return the graph with the present weights of the backbone, batch norms folded, as a template for any head.
 
     Equal weights give equal bytes.
     """

@@ -1,6 +1,6 @@
 """The bundle written: model, manifest and probe into a folder that is complete or absent, and that was asked before it counts.
 
-Torch-free: the model comes as an ONNX file, and what torch says in its place as a `Reference`.
+Torch-free: the model is given as an ONNX file, and torch's answers as a `Reference`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _N_JUDGED = 1000  # images that int8 is judged on, where there are as many
 
 @dataclass(frozen=True)
 class ExportedNetwork:
-    """A trained network as one ONNX file, what is known of it, and how torch answers in its place."""
+    """A trained network as one ONNX file, what is known of it, and torch's answers to compare it with."""
 
     model: bytes = field(repr=False)
     backbone: BackboneFacts
     preprocess: Preprocess
     exporter: str
     reference: Callable[[Sequence[Sample], NDArray[np.uint8]], Reference]
-    """What torch says about samples, given with what they look like framed, (N, h, w, 3)."""
+    """Returns torch's answers to samples; the second argument holds their preprocessed pixels, (N, h, w, 3)."""
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:

@@ -1,7 +1,7 @@
-"""An ONNX model that waits for its head: everything folded but the head's weight and bias and the temperature. Torch-free.
+"""Templates: ONNX models in which the head's weight and bias and the temperature are inputs instead of constants. Torch-free.
 
-A template is a complete ONNX file in which these three are inputs, so that no optimisation can have merged them into anything
-else. `with_head` makes them constants. A network whose template is known is exported without torch.
+Everything else is folded when the template is made. Because the three are inputs, no optimisation has merged them into other
+constants, and `with_head` can set them later, without torch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def with_head(template: bytes, head: Head, temperature: float = 1.0) -> bytes:
     """Return a template with this head and temperature as constants; equal values give equal bytes."""
     model = onnx.load_model_from_string(template)
     values = {HEAD_WEIGHT: head.weight, HEAD_BIAS: head.bias, TEMPERATURE: np.array(temperature)}
-    waiting = {value.name for value in model.graph.input} & values.keys()
-    if waiting != values.keys():
-        raise ValueError(f"the template lacks the inputs {sorted(values.keys() - waiting)}")
+    if missing := values.keys() - {value.name for value in model.graph.input}:
+        raise ValueError(f"the template lacks the inputs {sorted(missing)}")
     kept = [value for value in model.graph.input if value.name not in values]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+    if temperature == 1.0:
+        del values[TEMPERATURE]
+        _remove_division(model.graph)
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in values.items())
     return serialized(model)
 
@@ -47,6 +49,15 @@ def with_metadata(model: bytes, metadata: Mapping[str, str]) -> bytes:
     proto = onnx.load_model_from_string(model)
     onnx.helper.set_model_props(proto, dict(metadata))
     return serialized(proto)
+
+
+def _remove_division(graph: onnx.GraphProto) -> None:
+    """Remove the division of the logits by the temperature, which changes nothing at a temperature of 1."""
+    (division,) = [node for node in graph.node if TEMPERATURE in node.input]
+    logits, quotient = division.input[0], division.output[0]
+    graph.node.remove(division)
+    for node in graph.node:
+        node.input[:] = [logits if name == quotient else name for name in node.input]
 
 
 def serialized(model: onnx.ModelProto) -> bytes:

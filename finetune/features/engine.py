@@ -1,7 +1,7 @@
-"""What runs a frozen prefix: the protocols of a prefix and of an engine, and the engine that ONNX Runtime gives. Torch-free.
+"""The protocols of a frozen prefix and of the engine that runs it, and the engine on ONNX Runtime. Torch-free.
 
-A prefix is the part of a network below a cut, as something that can be asked for an engine. There are two kinds: that of a live
-classifier (`finetune.features.prefix`) and that of a network that an earlier run has exported (`finetune.runs.known`).
+A prefix is the part of a network below a cut. There are two implementations: that of a torch classifier
+(`finetune.features.prefix`) and that of a network that an earlier run has exported (`finetune.runs.known`).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """Part of the keys of what it computes: another engine rounds otherwise."""
+        """Part of the keys of the rows that it computes, because engines round differently."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Images a call, for speed."""
+        """Images per call, chosen for speed."""
         ...
 
     @property
     def concurrent(self) -> bool:
-        """Whether several threads should call `run` at once, each for one core."""
+        """Whether several threads should call `run` at once, each using one core."""
         ...
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -49,7 +49,7 @@ class Engine(Protocol):
 
 
 class Prefix(Protocol):
-    """The part of a network below a cut; with the cut at the end, from pixels to the pooled embedding that the head gets."""
+    """The part of a network below a cut; with the cut at the end, from pixels to the pooled embedding that the head is given."""
 
     @property
     def backbone(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a network is cut into what is computed once and what trains, and what the first part costs: known before training."""
+"""Choose the cut between what is computed once and what trains, and estimate its cost, before training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan_prefix(
 
     Args:
         first_trainable: its stage index; the number of stages when only the head trains.
-        graph: where the classifier has been exported already.
+        graph: gives the exported classifier, if it was exported already.
         measure: time a few images, through the engine that will be used (it is exported for that, and kept).
     """
     stages = classifier.backbone.stages

@@ -1,4 +1,4 @@
-"""Build what a resolved run computes with, in torch: the network and its exported graph. Nothing of it is written into a run."""
+"""Build the network of a request in torch, trace it for ONNX, and record it for later runs without torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NOTHING_TRAINS: frozenset[int] = frozenset()
 
 
 class BuiltNetwork:
-    """A classifier as it was built, before anything was trained, as a `Network`. Its weights never change."""
+    """A torch classifier before training, as a `Network`. Its weights never change: a run trains a copy."""
 
     exporter = EXPORTER
 
@@ -50,10 +50,10 @@ class BuiltNetwork:
         self._traced: Future[Graph] = Future()
 
     def traced(self) -> Graph:
-        """Return the traced network, whose export was tried; whoever asks first traces it, while other threads wait.
+        """Return the traced network after a trial export. The first caller traces it; other threads wait for the result.
 
         Raises:
-            ExportError: the backbone could be trained, but not served.
+            ExportError: the backbone can be trained, but not exported.
         """
         with self._tracing:
             if not self._traced.done():
@@ -66,7 +66,7 @@ class BuiltNetwork:
 
     @cached_property
     def template(self) -> bytes:
-        """The network as one ONNX file that waits for its head."""
+        """The network as one ONNX file whose head and temperature are inputs (`finetune.export.template`)."""
         return fold(self.traced(), DeployModule(self.classifier, task=self.task))
 
     @cached_property
@@ -77,7 +77,7 @@ class BuiltNetwork:
         self.traced()
 
     def untrained(self) -> bytes:
-        """Return the network with the head that it was built with as one ONNX file."""
+        """Return the network with its initial head as one ONNX file."""
         return self.with_head(head_of(self.classifier), 1.0)
 
     def frozen_digest(self) -> str:
@@ -92,7 +92,7 @@ class BuiltNetwork:
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Ask torch; what it says is kept, with the network, for a later run without torch."""
+        """Compute the answers in torch, and record the network with torch's embeddings for later runs without torch."""
         classifier = self.classifier.with_head(torch.from_numpy(head.weight), torch.from_numpy(head.bias))
         found = torch_reference(DeployModule(classifier, temperature, self.task), images)
         folder = engine_folder(self.prefix, preprocess, self._shared.store)
@@ -101,7 +101,7 @@ class BuiltNetwork:
         return found
 
     def fresh_classifier(self, seed: int) -> Classifier:
-        """Return a classifier of its own, with the first values that `seed` gives the new head."""
+        """Return an independent copy to train, whose head is initialised from `seed`."""
         backbone, head = copy.deepcopy(self.classifier.backbone), self._spec.model.head
         torch.manual_seed(seed)
         return Classifier(backbone, self.classifier.num_classes, head.pooling, aux=head.aux)
@@ -126,18 +126,18 @@ def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork
     """Build the backbone that `spec` asks for, with a new head.
 
     Raises:
-        InvalidInput: the backbone, its weights or the head cannot be had as asked.
+        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
     """
     with on_threads(1):
         backbone = seeded_backbone(spec)
-        torch.manual_seed(spec.seed)  # the new head's first values
+        torch.manual_seed(spec.seed)  # initialises the new head
         classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
     return BuiltNetwork(classifier, spec, shared)
 
 
 def seeded_backbone(spec: JobSpec) -> Backbone:
     """Build the backbone that `spec` asks for."""
-    torch.manual_seed(spec.seed)  # the first values of a backbone without pretrained weights
+    torch.manual_seed(spec.seed)  # initialises a backbone without pretrained weights
     return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
 
 

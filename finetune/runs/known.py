@@ -1,10 +1,11 @@
-"""A network as an earlier run left it: a head is found and exported on it again without torch in the process.
+"""A network that an earlier run recorded: another head can be solved on it and exported without torch in the process.
 
-The run that exported a solved head leaves, in the store's namespace ``engines``, a template (`finetune.export.template`) and a
-record beside it: the facts, the digests, and where the weights came from. It is found again under everything that decides what a
-network computes: the model section of the request, task and number of classes, versions of the libraries, and the code here that
-builds and traces. What torch's own embedding of the compared images was is kept among the features, as rows of another engine, so
-an export without torch is still compared with torch. Torch-free.
+A run that exports a solved head writes two files into the store's namespace ``engines``: a template, which is the exported graph
+without its head (`finetune.export.template`), and a record with the backbone's facts and digests and the state of its weights
+file. Their key is everything that decides what the network computes: the model section of the request, the task and the number of
+classes, the versions of the libraries, and the source code here that builds and traces networks. The embeddings that torch gave
+for the images on which the export was compared are kept with the features, under an engine name of their own, so that an export
+without torch is still compared with torch's answers. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from finetune.errors import DiskFull
 from finetune.events import EventCallback
 from finetune.export.agreement import Reference
 from finetune.export.template import Head, with_head
+from finetune.features.cache import Rows
 from finetune.features.engine import Engine, OnnxEngine, Prefix, only_embedding, onnx_engine_name
 from finetune.features.rows import find_rows, keep_rows
 from finetune.features.solve import head_logits
@@ -49,7 +51,7 @@ _CODE = ("model/*.py", "train/objectives/*.py", "features/prefix.py", "export/gr
 
 @dataclass(frozen=True)
 class Record:
-    """What is written down of a network."""
+    """What is recorded of a network beside its template."""
 
     task: str
     n_classes: int
@@ -58,7 +60,7 @@ class Record:
     frozen_digest: str
     exporter: str
     torch: str  # version
-    weights_file: Mapping[str, Any] | None  # path, size, mtime_ns; None where there are no pretrained weights
+    weights_file: Mapping[str, Any] | None  # as `file_state` gives it; None where there are no pretrained weights
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -72,7 +74,7 @@ class Record:
 
 @dataclass(frozen=True)
 class KnownNetwork:
-    """A recorded network, as a `Network`."""
+    """A network that an earlier run recorded, as a `Network`."""
 
     record: Record
     template: bytes
@@ -91,10 +93,10 @@ class KnownNetwork:
         return _KnownPrefix(self)
 
     def try_export(self) -> None:
-        """Do nothing: it has been exported."""
+        """Do nothing: the network was exported when it was recorded."""
 
     def frozen_digest(self) -> str:
-        """Return what torch counted when the template was made, which has not changed since: its own sha256 is checked."""
+        """Return the digest that torch computed when the network was recorded; `find_known` verifies the template."""
         return self.record.frozen_digest
 
     def with_head(self, head: Head, temperature: float) -> bytes:
@@ -106,10 +108,10 @@ class KnownNetwork:
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Put the head on torch's embeddings of an earlier run.
+        """Apply the head to the embeddings that torch computed in an earlier run.
 
         Raises:
-            KeyError: of some samples there is none.
+            KeyError: some samples have no stored embedding; `has_reference` says so beforehand.
         """
         embedding = self._stored(samples, preprocess).take(np.arange(len(samples)))
         logits = head_logits(embedding, head.weight, head.bias)
@@ -117,13 +119,13 @@ class KnownNetwork:
         source = f"embeddings by torch {self.record.torch} in an earlier process, with this head"
         return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, source)
 
-    def _stored(self, samples: Sequence[Sample], preprocess: Preprocess) -> Any:
+    def _stored(self, samples: Sequence[Sample], preprocess: Preprocess) -> Rows:
         return find_rows(self.prefix, samples, preprocess, reference_engine(self.record.torch), self.store)
 
 
 @dataclass(frozen=True)
 class _KnownPrefix:
-    """From pixels to the embedding, through the template: its export has been compared with torch."""
+    """From pixels to the embedding through the template, whose agreement with torch was checked when it was recorded."""
 
     network: KnownNetwork
 
@@ -149,7 +151,7 @@ class _KnownPrefix:
 
 
 def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
-    """Return what decides which network a request begins with, and how it is exported."""
+    """Return the key of the network that a request starts from: a digest of everything that decides what it computes."""
     package = package_of(spec.model.backbone)
     parts = (
         SCHEMA_VERSION,
@@ -166,7 +168,7 @@ def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
 
 
 def find_known(key: str, store: Store) -> KnownNetwork | None:
-    """Return the network that was recorded under `key`; None where there is none, or where its weights file is another now."""
+    """Return the network recorded under `key`; None where there is none or where its weights file has changed since."""
     folder = _folder(key, store)
     if not (folder / "network.json").is_file() or not (folder / "template.onnx").is_file():
         return None
@@ -192,10 +194,10 @@ def keep_known(
     preprocess: Preprocess,
     store: Store,
 ) -> None:
-    """Record a network for later runs, where there is room, with torch's `embedding` (N, D) of N samples."""
+    """Record a network for later runs, if the store has room, with torch's embeddings (N, D) of N samples."""
     folder = _folder(key, store)
     document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
-    # Without room on the disk the next run needs torch again, and that is all.
+    # Without room on the disk nothing is recorded, and the next run builds the network in torch.
     with contextlib.suppress(DiskFull):
         kept = keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
         if kept and store.reserve(len(template)):
@@ -204,7 +206,7 @@ def keep_known(
 
 
 def file_state(path: str | None) -> dict[str, Any] | None:
-    """Return what tells that a file is the one that it was; None where there is no file."""
+    """Return path, size and time of change, which show whether a file is still the same; None where there is no file."""
     if path is None or not Path(path).is_file():
         return None
     status = Path(path).stat()
@@ -212,7 +214,7 @@ def file_state(path: str | None) -> dict[str, Any] | None:
 
 
 def reference_engine(torch_version: str) -> str:
-    """Return the name under which torch's embeddings of compared images are kept, apart from those that heads are solved on."""
+    """Return the engine name of the embeddings that exports are compared with; heads are never solved on these rows."""
     return f"torch {torch_version} cpu float32, as the reference of exports"
 
 
@@ -222,7 +224,7 @@ def _folder(key: str, store: Store) -> Path:
 
 @functools.cache
 def _code_digest() -> str:
-    """Return the sha256 of the modules here that decide what a network computes and how it is traced."""
+    """Return the sha256 of the source code that decides what a network computes and how it is traced."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _CODE for path in _PACKAGE.glob(pattern)):
         digest.update(path.read_bytes())

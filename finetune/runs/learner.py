@@ -1,7 +1,7 @@
-"""What a run computes with: a learner trains, answers, and is exported. The rest of a run knows no more of it. Torch-free.
+"""The protocol of what a run trains: it is trained, answers samples, and is exported. Torch-free.
 
-There are two kinds. A solved learner (`finetune.runs.solved`) finds a head on a network that does not change, a stepped learner
-(`finetune.runs.stepped`) takes optimiser steps, in torch.
+There are two implementations. A solved learner (`finetune.runs.solved`) fits the head on a frozen backbone in closed form; a
+stepped learner (`finetune.runs.stepped`) takes optimiser steps, in torch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 
 
 class Learner(Protocol):
-    """A network that is trained once, and then asked."""
+    """A network with a head that is trained once and then predicts."""
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
-        """Train, or go on where an earlier session of the same run stopped.
+        """Train, or resume where an earlier process of the same run stopped.
 
         Args:
-            decided: what an earlier run chose; then nothing is chosen here, and the dataset needs no val split.
+            decided: the choices of an earlier run; with them nothing is chosen here, and the dataset needs no val split.
         """
         ...
 
@@ -41,7 +41,7 @@ class Learner(Protocol):
         ...
 
     def exported(self, temperature: float) -> ExportedNetwork:
-        """Return the trained network as it is shipped."""
+        """Return the trained network as an ONNX file, with what its export is compared with."""
         ...
 
 

@@ -1,9 +1,7 @@
-"""A pretrained network whose head is still to be found: what every run begins with.
+"""The protocol of a pretrained network before its head is trained. Torch-free.
 
-There are two kinds. A built network (`finetune.runs.build`) is live in torch: it can be trained, and says itself what it
-computes. A known network (`finetune.runs.known`) is what an earlier run left of one: enough to find a head and to export it,
-without torch.
-Torch-free.
+There are two implementations. A built network (`finetune.runs.build`) is a torch module that can be trained. A known network
+(`finetune.runs.known`) was recorded by an earlier run, and is enough to solve a head on and to export it without torch.
 """
 
 from __future__ import annotations
@@ -23,31 +21,31 @@ from finetune.model.facts import BackboneFacts
 
 
 class Network(Protocol):
-    """A backbone that does not change, and everything that a head on it needs."""
+    """A frozen backbone, and everything that a head on it needs."""
 
     @property
     def facts(self) -> BackboneFacts: ...
 
     @property
     def exporter(self) -> str:
-        """What made the ONNX graph, as the manifest says it."""
+        """The tool that made the ONNX graph, for the manifest."""
         ...
 
     @property
     def prefix(self) -> Prefix:
-        """From pixels to the embedding that the head gets."""
+        """The whole backbone with pooling: from pixels to the embedding that the head is given."""
         ...
 
     def try_export(self) -> None:
-        """Make sure, before anything is trained, that the network can be exported.
+        """Check, before anything is trained, that the network can be exported.
 
         Raises:
-            ExportError: the backbone could be trained, but not served.
+            ExportError: the backbone can be trained, but not exported.
         """
         ...
 
     def frozen_digest(self) -> str:
-        """Return the sha256 over all parameters and buffers of the backbone, as they are now."""
+        """Return the sha256 of all parameters and buffers of the backbone."""
         ...
 
     def with_head(self, head: Head, temperature: float) -> bytes:
@@ -55,15 +53,15 @@ class Network(Protocol):
         ...
 
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
-        """Return whether `reference` can be had for these samples, framed in this way."""
+        """Return whether `reference` can answer for these samples, preprocessed in this way."""
         ...
 
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Return what torch says about samples with this head.
+        """Return what torch computes for samples with this head, which an export is compared with.
 
         Args:
-            images: (N, h, w, 3), the samples framed by `preprocess`.
+            images: (N, h, w, 3) uint8, the samples preprocessed by `preprocess`.
         """
         ...

@@ -1,6 +1,6 @@
 """Everything before training: read the data, find or build the network, split, resolve. `finetune check` ends here.
 
-Torch is imported where a network has to be built, and only there.
+Torch is imported only where a network has to be built.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def prepare(
     run: RunDir | None = None,
     options: RunOptions | None = None,
 ) -> Prepared:
-    """Read, split and resolve; find or build the network. The files are read in a thread of their own meanwhile.
+    """Read, split and resolve; find or build the network while another thread reads the files.
 
     Args:
         run: where the split is written, or read back if the run was interrupted or its study has drawn the split.
 
     Raises:
         InvalidInput: what is wrong with the data and what with the model, in one error; else what is wrong with the files.
-        ExportError: the backbone could be trained, but not served.
+        ExportError: the backbone can be trained, but not exported.
     """
     options = options or RunOptions()
     compute = resolve_compute(spec, resolve_device(spec.compute.device), available_cores())
@@ -94,22 +94,22 @@ def prepare(
 
 
 def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:
-    """Return the checked dataset, not split yet, and the network without a head; each once in a process.
+    """Return the checked dataset, not split yet, and the untrained network; both are kept for later runs of this process.
 
-    The files are read in a thread of their own, while the network is built and traced here. Where the method needs the pooled
-    features of all images, they are computed in the same pass that checks the files, so that each is decoded once. Where an
-    earlier run has left the network and the features of all images, and no more is asked for, nothing is built.
+    Another thread reads the files while the network is built and traced here. Where the method needs the pooled features of all
+    images, they are computed in the same pass that checks the files, so that each is decoded once. Where an earlier run has
+    recorded the network and the features of all images, and the request is only for a solved head, nothing is built.
     """
     data_key = _data_key(spec)
     if data_key in shared.datasets:
         dataset = shared.datasets[data_key]
-        network = _network_here(spec, dataset, shared) or _network_left(spec, dataset, shared, lambda: dataset)
+        network = _network_in_memory(spec, dataset, shared) or _network_on_disk(spec, dataset, shared, lambda: dataset)
         network = network or built_network(spec, len(dataset.classes), shared)
         network.try_export()
         return dataset, network
     indexed = _index(spec)
     with _reading(spec, indexed, shared, progress) as reading:
-        network = _network_here(spec, indexed, shared) or _network_left(spec, indexed, shared, reading.nothing_to_decode)
+        network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
         network = network or built_network(spec, len(indexed.classes), shared)
         reading.network.set_result(network)
         network.try_export()
@@ -118,10 +118,10 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
 
 
 def built_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
-    """Return the network as a live one, built in this process if it was not before.
+    """Return the network as a torch module, built if this process has not built it yet.
 
     Raises:
-        InvalidInput: the backbone, its weights or the head cannot be had as asked.
+        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
     """
     from finetune.runs.build import BuiltNetwork, build_network
 
@@ -181,20 +181,20 @@ def _index(spec: JobSpec) -> Dataset:
         raise
 
 
-# --------------------------------------------------------------------------------------------- networks that are there already
+# ---------------------------------------------------------------------------------------------- networks of earlier runs
 
 
-def _network_here(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
-    """Return the network that an earlier run of this process has built, or found, if it is enough for this request."""
+def _network_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
+    """Return the network that an earlier run of this process has built or loaded, if it suffices for this request."""
     found = shared.networks.get(network_key(spec, resolve_task(spec), len(dataset.classes)))
     return None if isinstance(found, KnownNetwork) and not _only_solves(spec) else found
 
 
-def _network_left(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Callable[[], Dataset | None]) -> Network | None:
-    """Return the network that an earlier process has left, if that is enough: the features of all images are there too.
+def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Callable[[], Dataset | None]) -> Network | None:
+    """Return the network that an earlier run has recorded, if that suffices and the features of all images are stored too.
 
     Args:
-        decoded: the data with the digests of all files; None where some have never been decoded.
+        decoded: returns the dataset with the digests of all files; None where some files have never been decoded.
     """
     key = network_key(spec, resolve_task(spec), len(indexed.classes))
     known = find_known(key, shared.store) if _only_solves(spec) else None
@@ -210,12 +210,12 @@ def _network_left(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Call
 
 
 def _only_solves(spec: JobSpec) -> bool:
-    """Return whether a request is for a solved head on a CPU, and nothing else."""
+    """Return whether a request is for a solved head on a CPU, without optimiser steps."""
     return spec.method.type == "linear_probe" and resolve_device(spec.compute.device) == "cpu"
 
 
 def framing(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> Preprocess:
-    """Return how a request frames the images of a dataset for a backbone whose weights were trained with `preprocess`."""
+    """Return the preprocessing of a request: that of the pretrained weights, with the resizing that suits the dataset."""
     return replace(preprocess, resize=resolve_resize(spec, dataset, preprocess).resize)
 
 
@@ -224,21 +224,21 @@ def framing(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> Preproce
 
 @dataclass(frozen=True)
 class _Reading:
-    """Files that are being read in a thread of their own, and the network that this thread waits for."""
+    """Files that another thread reads, and the network that this thread waits for."""
 
     scanned: Future[Scanned]
     dataset: Future[Dataset]
-    network: Future[Network]  # to be given by whoever finds or builds it
+    network: Future[Network]  # set by the caller, who finds or builds it
 
     def nothing_to_decode(self) -> Dataset | None:
-        """Return the data with the digests of all files; None where some have never been decoded."""
+        """Return the dataset with the digests of all files; None where some files have never been decoded."""
         scanned = self.scanned.result()
         return None if scanned.undecoded else scanned.dataset
 
 
 @contextmanager
 def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: ProgressCallback) -> Iterator[_Reading]:
-    """Check the images in a thread of its own; where the block ends by an exception, it is given up soon."""
+    """Check the images in another thread, which stops at its next report of progress if the block raises."""
     given_up = Event()
     network: Future[Network] = Future()
 
@@ -262,7 +262,7 @@ def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: Progress
 def _verify(
     spec: JobSpec, scanning: Future[Scanned], building: Future[Network], shared: Shared, progress: ProgressCallback
 ) -> Dataset:
-    """Decode what has not been decoded before, into features where the request begins with those of all images."""
+    """Decode what has not been decoded before; compute its features in the same pass where the request needs them."""
     scanned = scanning.result()
 
     def decode(samples: Sequence[Sample]) -> Mapping[int, ImageError]:
@@ -282,7 +282,7 @@ def _verify(
 
 
 def needs_features(spec: JobSpec) -> bool:
-    """Return whether a request begins with the head solved on the frozen features of all images."""
+    """Return whether a request starts with a head solved on the frozen features of all images."""
     return getattr(spec.method, "warm_head", True)
 
 

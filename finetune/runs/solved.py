@@ -1,4 +1,4 @@
-"""A learner that solves its head: the backbone stays as it is, and nothing is stepped. Torch-free."""
+"""A learner that fits the head in closed form on a frozen backbone, without optimiser steps. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.train.head import solve_head
 
 
 class SolvedLearner:
-    """A network, built or known, and the head that is solved on it."""
+    """A built or known network, and the head that is solved on it."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.network = prepared.network
@@ -39,7 +39,7 @@ class SolvedLearner:
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         began = time.perf_counter()
         before = self.network.frozen_digest()
-        # an attempt that was killed may have solved it before
+        # an earlier attempt that was killed may have written its own lines
         write_atomic(context.run.metrics, lambda stream: stream.write(b""))
         head = solve_head(self.network.prefix, self.preprocess, self.recipe, context)
         self._head = Head(head.weight, head.bias)
@@ -61,7 +61,7 @@ class SolvedLearner:
     def answer(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Put the head on the features that it was solved on. A GPU rounds these otherwise than the exported graph does."""
+        """Apply the head to cached features; on a GPU, whose features are rounded differently, run the exported graph instead."""
         if context.compute.device != "cpu":
             return run_model(self.network.with_head(self.head, 1.0), samples, self.preprocess, context, split)
         features = pooled_features(self.network.prefix, samples, Views(self.preprocess), context.features())

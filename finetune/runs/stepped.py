@@ -1,4 +1,4 @@
-"""A learner that takes optimiser steps, in torch, after a solved head or without one."""
+"""A learner that takes optimiser steps in torch, from a solved head or from a random one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.train.train import train
 
 
 class SteppedLearner:
-    """A classifier of its own, on the backbone of a built network."""
+    """An independent copy of a built network's classifier, which is trained."""
 
     def __init__(self, network: BuiltNetwork, resolved: Resolved) -> None:
         self.network = network
@@ -52,5 +52,5 @@ class SteppedLearner:
 
     @cached_property
     def _trained(self) -> bytes:
-        """The trained network as one ONNX file that waits for its head; it does not change any more once it is asked for."""
+        """The trained network as a template (`finetune.export.template`), made once: ask for it only after training."""
         return fold(self.network.traced(), DeployModule(self.classifier, task=self.network.task))

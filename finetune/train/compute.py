@@ -1,4 +1,4 @@
-"""Where a run is computed, resolved from the request and the machine. Torch-free, but for machines that may have a GPU."""
+"""Device, precision and cores of a run, resolved from the request and the machine; asks torch only where there may be a GPU."""
 
 from __future__ import annotations
 

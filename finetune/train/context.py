@@ -1,4 +1,4 @@
-"""What all training of one run shares, and what training came to. Torch-free."""
+"""The inputs that all training of one run shares, and the result of training. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.train.compute import Compute
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What all training of one run shares: on what, where, and who is told.
+    """The inputs that all training of one run shares.
 
     Args:
         dataset: the train split is learnt from, the val split chooses.
@@ -40,7 +40,7 @@ class TrainingContext:
     progress: ProgressCallback = silent
 
     def features(self, progress: ProgressCallback | None = None) -> FeatureContext:
-        """Return what the frozen prefix is computed with."""
+        """Return the context in which features are computed."""
         return FeatureContext(
             self.store,
             self.compute.device,
@@ -56,7 +56,7 @@ class TrainingContext:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to."""
+    """The result of training."""
 
     summary: str  # one sentence
     seconds: float  # of all attempts at the steps

@@ -1,4 +1,4 @@
-"""The head solved on the frozen features of a run's images, and written into the run's journals. Torch-free."""
+"""Solve the head of a run on the frozen features of its images, and record how. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: 
     """Fit the head that `recipe` begins with, or consists of, and record how it was found.
 
     Args:
-        prefix: from pixels to the embedding that the head gets.
+        prefix: from pixels to the embedding that the head is given.
     """
     train, val = context.dataset.of("train"), context.dataset.of("val")
     seen = Views(preprocess)
