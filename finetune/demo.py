@@ -28,6 +28,9 @@ from finetune.storage.files import atomic_path, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.studies.carry_out import fine_tune
+from finetune.tracking.process import followed
+from finetune.tracking.tracker import choose
+from finetune.tracking.view import experiment_name
 
 DIGIT_SIZE_PX = 64
 
@@ -55,7 +58,9 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
     runs: dict[str, Outcome] = {}
     shared = Shared.of(workspace)
     for method in ("linear_probe", "full"):
-        runs[method] = fine_tune(demo_spec(folder, method, own_data=data is not None), shared, progress)
+        spec = demo_spec(folder, method, own_data=data is not None)
+        with followed(choose(None), workspace, experiment_name(spec)) as begun:
+            runs[method] = fine_tune(spec, shared, progress, begun=begun)
     served = better_run(runs)
     asked, truth = held_out_image(runs[served])
     bundle = runs[served].bundle
