@@ -295,7 +295,7 @@ def train(
         settings: any other field of the job spec, ``{"hyperparameters.batch_size": 16}``.
         run_dir: where the run writes.
         workspace: by default what ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
-        trackers: what the run is mirrored to: ``mlflow`` (the default, where it is installed), ``tensorboard``; none: ``()``.
+        trackers: what the run is mirrored to: ``mlflow`` (the default, where it is installed), ``tensorboard``; ``()``: nothing.
         experiment: the name under which trackers gather the run; by default the data's.
         progress: show bars.
 

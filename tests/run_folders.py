@@ -134,6 +134,7 @@ def whole_run(run: RunDir, method: Any = "full", *, top1: float = 0.9, steps: in
 def registered_run(run: RunDir, workspace: Workspace, *, name: str = "flowers", top1: float = 0.9) -> Outcome:
     """A finished run whose bundle is a version in the workspace's registry."""
     resolved = begin_run(run, spec_of(suffix=name))
+    train_steps(run, range(3))
     outcome = end_run(run, resolved, top1=top1, goal="exported")
     assert outcome.bundle is not None
     version = Registry(workspace.models).register(outcome.bundle, name, once=True)

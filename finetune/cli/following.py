@@ -24,8 +24,7 @@ def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "trackers",
             multiple=True,
             metavar="NAME[=PLACE]",
-            envvar="FINETUNE_TRACKERS",
-            help="mlflow (the default), mlflow=URI, tensorboard, tensorboard=FOLDER; repeatable.",
+            help="mlflow (the default), mlflow=URI, tensorboard, tensorboard=FOLDER, none; repeatable.",
         ),
         click.option("--experiment", metavar="NAME", help="Where trackers gather the run (default: the data's name)."),
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ TRACKERS: Mapping[str, Kind] = {
     "mlflow": Kind("finetune.tracking.mlflow.tracker", "mlflow", "train"),
     "tensorboard": Kind("finetune.tracking.tensorboard", "tensorboard", "tensorboard"),
 }
-DEFAULT = "mlflow"
+DEFAULT, NONE = "mlflow", "none"
+VARIABLE = "FINETUNE_TRACKERS"  # trackers, separated by spaces
 
 
 @dataclass(frozen=True)
@@ -143,25 +145,28 @@ def is_installed(kind: str) -> bool:
     return importlib.util.find_spec(TRACKERS[kind].package) is not None
 
 
-def choose(asked: Sequence[str] | None, without: Sequence[str] = ()) -> list[Choice]:
-    """Return the trackers that were asked for; where nothing was said, MLflow, if it is installed.
+def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> list[Choice]:
+    """Return the trackers that were asked for; where nothing was said, those in ``FINETUNE_TRACKERS``, else MLflow if it is installed.
 
     Args:
-        asked: each ``mlflow``, ``tensorboard`` or, with a place to write to, ``tensorboard=FOLDER``, ``mlflow=URI``.
+        asked: each ``mlflow``, ``tensorboard`` or, with a place to write to, ``tensorboard=FOLDER``, ``mlflow=URI``; or ``none``.
         without: kinds that are left out in any case.
 
     Raises:
         InvalidInput: no such tracker.
         MissingExtra: a tracker that was asked for is not installed.
     """
-    choices = [parse_choice(text) for text in asked or ()]
-    for choice in choices:
-        if choice.kind not in without and not is_installed(choice.kind):
-            kind = TRACKERS[choice.kind]
-            raise MissingExtra(f"--tracker {choice} needs {kind.package}: {install_command(kind.extra)}")
-    if asked is None and is_installed(DEFAULT):
-        choices = [Choice(DEFAULT)]
-    return list({choice.kind: choice for choice in choices if choice.kind not in without}.values())
+    if asked is None and VARIABLE in environment:
+        asked = environment[VARIABLE].split()
+    if asked is None:
+        choices = [Choice(DEFAULT)] if is_installed(DEFAULT) else []
+    else:
+        choices = [parse_choice(text) for text in asked if text != NONE]
+    chosen = {choice.kind: choice for choice in choices if choice.kind not in without}
+    for kind, choice in chosen.items():
+        if not is_installed(kind):
+            raise MissingExtra(f"--tracker {choice} needs {TRACKERS[kind].package}: {install_command(TRACKERS[kind].extra)}")
+    return list(chosen.values())
 
 
 def parse_choice(text: str) -> Choice:
@@ -169,5 +174,5 @@ def parse_choice(text: str) -> Choice:
     kind, _, destination = text.partition("=")
     if kind not in TRACKERS:
         names = list(TRACKERS)
-        raise InvalidInput(f"--tracker {text}: trackers are {', '.join(names)}.{did_you_mean(kind, names)}")
+        raise InvalidInput(f"--tracker {text}: trackers are {', '.join([*names, NONE])}.{did_you_mean(kind, names)}")
     return Choice(kind, destination or None)

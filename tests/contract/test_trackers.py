@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from run_folders import begin_run, end_run, spec_of, train_steps, whole_comparison, whole_run, whole_study
 
+from finetune.errors import InvalidInput, MissingExtra
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import Mirror, read_state
-from finetune.tracking.tracker import TRACKERS, Choice, Place, Point, open_tracker, parse_choice
+from finetune.tracking.tracker import TRACKERS, Choice, Place, Point, choose, open_tracker, parse_choice
 from finetune.tracking.view import read_view
 
 Course = list[tuple[int, float]]  # steps and values
@@ -270,11 +271,24 @@ def test_no_call_needs_another_one_than_begin_before_it(setting: Setting) -> Non
         tracker.flush()
 
 
-def test_a_tracker_is_chosen_by_its_name_and_a_place(setting: Setting) -> None:
+def test_a_tracker_is_chosen_by_its_name_and_a_place(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = setting.choice.kind
     assert parse_choice(kind) == Choice(kind)
-    assert parse_choice(f"{kind}=somewhere") == Choice(kind, "somewhere")
+    assert choose([f"{kind}=somewhere"]) == [Choice(kind, "somewhere")]
+    assert choose(None, environment={"FINETUNE_TRACKERS": f"{kind} none"}) == [Choice(kind)]
+    assert choose([kind], without=[kind]) == []
     assert str(Choice(kind, "somewhere")) == f"{kind}=somewhere"
+    monkeypatch.setattr("finetune.tracking.tracker.is_installed", lambda _: False)
+    with pytest.raises(MissingExtra, match=f"--tracker {kind} needs {kind}: pip install 'finetune-images"):
+        choose([kind])
+    assert choose(None, environment={}) == []
+
+
+def test_what_is_no_tracker_is_told() -> None:
+    assert choose(None, environment={}) == [Choice("mlflow")]
+    assert choose(["none"]) == choose([]) == []
+    with pytest.raises(InvalidInput, match=r"trackers are mlflow, tensorboard, none.*Did you mean"):
+        choose(["tensorbord"])
 
 
 def test_what_decides_to_follow_imports_no_tracker() -> None:

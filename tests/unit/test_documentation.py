@@ -72,6 +72,8 @@ def test_curl_asks_routes_that_exist_with_bodies_that_are_json(tmp_path: Path) -
     checked = 0
     for words in commands_of("curl"):
         url = next(word for word in words if word.startswith("http://"))
+        if url.endswith("/invocations"):  # MLflow's server
+            continue
         path = re.sub(r"^http://[^/]+|\?.*$", "", url)
         templates = [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route), path)]
         assert templates, f"curl {shlex.join(words)}: no such route"
