@@ -66,7 +66,7 @@ def _own_network_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_tracker_unless_asked_for() -> Iterator[None]:
-    """Do not mirror the runs of tests in MLflow, whose first database alone takes seconds; tests of tracking say what they want."""
+    """Do not mirror the runs of tests in MLflow, whose first database takes seconds; tests of tracking say what they want."""
     os.environ["FINETUNE_TRACKERS"] = "none"
     yield
     del os.environ["FINETUNE_TRACKERS"]

@@ -148,7 +148,7 @@ class Mirror:
             for part in lacking:
                 self._attempt(part)
             write_state(self.run, self.choice.kind, self.state)
-        if view.status == "RUNNING" and run == self.run:
+        if view.status == "RUNNING" and run == self.run and view.expected_headline is not None:
             self._attempt(lambda: self._connected().sample(self._id(name), view))
         for child in children(run):
             self._attempt(lambda child=child: self._update_run(child, self._id(name), alive, ended_as, thorough))  # type: ignore[misc]

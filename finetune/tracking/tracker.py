@@ -146,7 +146,7 @@ def is_installed(kind: str) -> bool:
 
 
 def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> list[Choice]:
-    """Return the trackers that were asked for; where nothing was said, those in ``FINETUNE_TRACKERS``, else MLflow if it is installed.
+    """Return the trackers that were asked for; by default those in ``FINETUNE_TRACKERS``, else MLflow if it is installed.
 
     Args:
         asked: each ``mlflow``, ``tensorboard`` or, with a place to write to, ``tensorboard=FOLDER``, ``mlflow=URI``; or ``none``.

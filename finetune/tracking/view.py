@@ -25,7 +25,7 @@ from finetune.tasks import task_named
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 ARM_TAG = "finetune.arm"  # of a comparison's runs: what all but the seed have in common
-COMPARISON = "comparison"  # the kind of a study whose children differ on purpose
+FOLDS, COMPARISON = "folds", "comparison"  # kinds of studies
 FILES = (
     "report.html", "figures", "predictions", "evaluation.json", "comparison.json", "study.json", "resolved.json", "request.json",
     "spec.yaml", "split.csv",
@@ -116,7 +116,7 @@ def read_view(run: RunDir, *, alive: bool, ended_as: Status | None = None, exper
         figures=figures,
         costs={key: float(value) for key, value in costs.items()},
         headline=_headline(figures),
-        expected_headline=_expected_headline(run, resolved),
+        expected_headline=_expected_headline(run, resolved, study),
         model=_model(run, resolved, outcome),
     )
 
@@ -317,8 +317,17 @@ def _headline(figures: Mapping[str, float]) -> str | None:
     return None
 
 
-def _expected_headline(run: RunDir, resolved: Mapping[str, Any]) -> str | None:
-    if not resolved or run.study.exists():
+def _expected_headline(run: RunDir, resolved: Mapping[str, Any], study: str | None) -> str | None:
+    """Return the key of the figure that a run will be judged by; of a study, what its first run says of it."""
+    if study is not None:
+        begun = children(run)
+        found = (
+            _expected_headline(begun[0], read_object(begun[0].resolved), read_object(begun[0].study).get("kind"))
+            if begun
+            else None
+        )
+        return None if found is None else f"cv/{found.partition('/')[2]}" if study == FOLDS else found
+    if not resolved:
         return None
     judged = read_object(run.options).get("judged", SPLITS_BY_WEIGHT)
     split = next((split for split in SPLITS_BY_WEIGHT if split in judged and resolved["dataset"]["sizes"].get(split)), None)
