@@ -35,3 +35,22 @@ def encodable(text: str) -> str:
 def _escaped(letter: str) -> str:
     byte = ord(letter) - 0xDC00  # how Python reads a byte that it cannot decode
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape", "surrogatepass").decode()
+
+
+def duration(seconds: float) -> str:
+    """Return ``3.2 ms``, ``8.3 s``, ``4 min 10 s`` or ``2 h 05 min``."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def byte_size(count: float) -> str:
+    """Return ``812 B``, ``1.5 KiB``, ``14.1 MiB`` or ``2.0 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.terminal import duration, table
+from finetune.cli.terminal import table
+from finetune.messages import duration
 from finetune.progress import Progress
 from finetune.progress_bars import console, progress_bars
 

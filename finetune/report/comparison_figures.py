@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from finetune.messages import duration
 from finetune.metrics import Metric
 from finetune.report.figures import FAINT, INK, WIDTH_INCHES, Record, series, styled, to_svg
-from finetune.report.templates import seconds
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -91,7 +91,7 @@ def _cost(arms: Sequence[Mapping[str, Any]], key: str, metric: Metric[Any], pare
         axes.plot([x], [y], marker, markersize=8, markerfacecolor=filled, markeredgecolor=colour, zorder=3)
         axes.annotate(arm["name"], (x, y), xytext=(8, 4), textcoords="offset points", color=INK)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.margins(x=0.25, y=0.15)
     axes.set(title=f"{metric.label.capitalize()} over training time; filled: nothing is as good for less", xlabel="training time")

@@ -12,7 +12,7 @@ from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
-from finetune.report.page import ReportInputs, ShownMistake, write_report
+from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.build import Built
 from finetune.runs.outcome import Outcome
 from finetune.storage.rundir import RunDir

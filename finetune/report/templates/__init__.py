@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.metrics import Metric
+from finetune.report.text import cost_text
 
 
 def render(name: str, **values: Any) -> str:
@@ -24,7 +25,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "seconds": seconds, "mebibytes": mebibytes, "count": count, "pvalue": pvalue}
+    environment.filters |= {"points": points, "cost": cost_text, "count": count, "pvalue": pvalue}
     return environment
 
 
@@ -34,22 +35,6 @@ def points(difference: float | None, metric: Metric[Any], *, signed: bool = True
         return "–"
     sign = "+" if signed else ""
     return f"{100 * difference:{sign}.1f}" if metric.percent else f"{difference:{sign}.3f}"
-
-
-def seconds(value: float | None) -> str:
-    """Return ``3.2 ms``, ``8.3 s``, ``4 min 10 s`` or ``2 h 05 min``."""
-    if value is None:
-        return "–"
-    if value < 1:
-        return f"{1000 * value:.1f} ms"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def mebibytes(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**20:,.1f} MiB"
 
 
 def count(value: float | None) -> str:

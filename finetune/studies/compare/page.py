@@ -14,7 +14,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.errors import BundleError, ImageError
 from finetune.evaluation.predictions import Predictions
-from finetune.report.comparison import ComparisonPage, Disputed, render_comparison
+from finetune.report.comparison_page import ComparisonPage, Disputed, render_comparison
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir

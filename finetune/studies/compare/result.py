@@ -97,7 +97,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """Draw the comparison in a notebook: the verdict, the arms, and the differences with their intervals."""
-        from finetune.report.comparison import notebook_view
+        from finetune.report.comparison_page import notebook_view
 
         return notebook_view(self.to_dict())
 

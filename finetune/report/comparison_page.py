@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from finetune.metrics import Metric
 from finetune.report import comparison_figures as figures
+from finetune.report.pictures import data_uri, thumbnail
 from finetune.report.templates import render
 from finetune.tasks import TASKS
-
-THUMBNAIL_PX = 176
 
 
 @dataclass(frozen=True)
@@ -92,24 +88,10 @@ def notebook_view(document: Mapping[str, Any]) -> str:
     metric = next(m for task in TASKS for m in task.metrics if f"{split}/{m.key}" == key)
     svg = figures.forest(document["pairs"], key, document["verdict"]["margin"], metric)
     return render(
-        "comparison_notebook.html",
+        "notebook_comparison.html",
         document=document,
         arms=document["arms"],
         key=key,
         headline=metric,
         forest=data_uri(svg.encode(), "image/svg+xml"),
     )
-
-
-def thumbnail(image: NDArray[np.uint8]) -> bytes:
-    """Return a picture as a small JPEG."""
-    small = Image.fromarray(image)
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    stream = io.BytesIO()
-    small.save(stream, format="JPEG", quality=82)
-    return stream.getvalue()
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    """Return bytes as a URI that an ``<img>`` shows without loading anything."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,291 @@
+"""The page of a run, ``report.html``: what the run did and how far to trust it, as one file that loads nothing from anywhere.
+
+Takes plain values and the run folder's journal; knows nothing of torch, specs or bundles. Here the numbers become texts; the
+template ``run.html`` arranges them, escapes every text, embeds the pictures and holds no script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.folds import CrossValidation
+from finetune.messages import encodable, natural_list
+from finetune.metrics.temperature import Temperature
+from finetune.report import figures
+from finetune.report.pictures import data_uri, thumbnail
+from finetune.report.templates import render
+from finetune.report.text import cost_label, cost_text, flat, value_text
+from finetune.storage.files import write_atomic
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.tasks import task_named
+
+_MAX_PAIRS = 12
+_NAMED_ABSENT = 10
+_FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, to be scrolled
+
+_SPLIT_TITLES = {"cv": "cross-validation", "val": "val (which chose the weights)"}
+_CARD_METRICS = ("macro_f1", "mean_per_class_accuracy", "ece")
+_TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
+_CAPTIONS = {
+    "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
+    "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
+    "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
+    "learning_rate": "Learning rate by step.",
+    "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
+    "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
+    "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
+}
+
+
+@dataclass(frozen=True)
+class ShownMistake:
+    """A wrongly labelled image for the gallery."""
+
+    image: NDArray[np.uint8]  # (h, w, 3) RGB, as the model saw it
+    file: str
+    true: str
+    predicted: str
+    confidence: float
+    true_probability: float
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything on the page that is not in ``metrics.jsonl``. Empty parts are left out of the page."""
+
+    title: str
+    evaluations: Mapping[str, Evaluation]  # by split, the one to judge by first
+    summary: str = ""  # one or two sentences under the title
+    folds: CrossValidation | None = None
+    note: str = ""  # on what the figures are of, below them
+    warnings: Sequence[str] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)  # as asked, nested
+    sources: Mapping[str, str] = field(default_factory=dict)  # field path -> where its value came from
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # what every auto became, nested
+    phases: Sequence[Mapping[str, Any]] = ()  # name, n_epochs, and for the table n_steps, trainable, head_lr
+    stage_names: Mapping[str, str] = field(default_factory=dict)  # stage0 -> stem
+    images: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class -> count
+    cost: Mapping[str, float] = field(default_factory=dict)  # names end in their unit
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
+    versions: Mapping[str, str] = field(default_factory=dict)
+    temperature: Temperature | None = None
+    l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_score
+    l2: float | None = None  # the chosen one
+    mistakes: Sequence[ShownMistake] = ()
+    mistakes_of: str = ""  # the split that they are of
+
+
+def write_report(run: RunDir, inputs: ReportInputs) -> None:
+    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides."""
+    drawn = draw_figures(read_lines(run.metrics), inputs)
+    for name, svg in drawn.items():
+        figures.save_svg(svg, run.figures / f"{name}.svg")
+    page = render_report(inputs, drawn)
+    write_atomic(run.report, lambda stream: stream.write(encodable(page).encode()))
+
+
+def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
+    """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
+    judged = next(iter(inputs.evaluations.values()))
+    candidates = {
+        "learning_curves": figures.learning_curves(records, inputs.phases),
+        "learning_rate": figures.learning_rate(records),
+        "stage_signals": figures.stage_signals(records, inputs.stage_names),
+        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
+        "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
+        "confusion": figures.confusion_matrix(judged),
+        "per_class": figures.per_class_bars(judged),
+        "reliability": figures.reliability_diagram(judged),
+    }
+    return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
+
+
+def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
+    """Return the page, with what `draw_figures` gave."""
+    split, judged = next(iter(inputs.evaluations.items()))
+    shown = {
+        name: {
+            "uri": data_uri(svg.encode(), "image/svg+xml"),
+            "caption": _caption(name, judged),
+            "wide": name == "confusion" and len(judged.classes) > _FITTING_CLASSES,
+        }
+        for name, svg in drawn.items()
+    }
+    return render(
+        "run.html",
+        inputs=inputs,
+        split=split,
+        figures=shown,
+        cards=_cards(split, judged),
+        splits=_splits(inputs.evaluations),
+        temperature=_temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
+        folds=None if inputs.folds is None else _folds(inputs.folds),
+        trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
+        classes=_classes(judged),
+        confused=_confused(judged),
+        mistakes=[_mistake(mistake) for mistake in inputs.mistakes],
+        phases=[_phase(phase, inputs.stage_names) for phase in inputs.phases if "n_steps" in phase],
+        resolved=_facts(inputs.resolved),
+        asked=[[path, value_text(value), inputs.sources.get(path, "")] for path, value in flat(inputs.spec)],
+        images=_images(inputs.images),
+        cost=[[cost_label(name), cost_text(name, value)] for name, value in inputs.cost.items()],
+        frozen=_facts(inputs.frozen),
+        unchanged=_unchanged(inputs.frozen),
+        parity=_facts(inputs.parity),
+        weights=_facts(inputs.weights),
+        versions=_facts(inputs.versions),
+    )
+
+
+def _caption(name: str, judged: Evaluation) -> str:
+    if name != "per_class":
+        return _CAPTIONS[name]
+    n_present = len(judged.classes) - len(judged.absent)
+    which = f"the {figures.MAX_BARS} worst of {n_present} classes" if n_present > figures.MAX_BARS else "worst class first"
+    return f"Recall (share of a class's images that were found) and precision, {which}; number of images in brackets."
+
+
+def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
+    task = task_named(judged.task)
+    headline = task.headline
+    low, high = (headline.text(bound) for bound in judged.intervals[headline.key])
+    of_classes = f"mean over {len(judged.classes) - len(judged.absent)} classes"
+    first = {
+        "title": f"{_SPLIT_TITLES.get(split, split)}: {headline.label}",
+        "value": headline.text(judged.values[headline.key]),
+        "note": f"95 % interval {low} – {high}, {judged.n:,} images",
+    }
+    others = [metric for metric in task.metrics if metric is not headline and metric.key in _CARD_METRICS]
+    return [
+        first,
+        *(
+            {
+                "title": metric.label,
+                "value": metric.text(judged.values[metric.key]),
+                "note": of_classes if metric.over_classes else "",
+            }
+            for metric in others
+        ),
+    ]
+
+
+def _splits(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return the table of all splits, and which classes a split has no image of."""
+    shown = next(iter(evaluations.values())).shown
+    rows = []
+    for split, found in evaluations.items():
+        low, high = (task_named(found.task).headline.text(bound) for bound in found.intervals[found.headline])
+        figures_of = (metric.text(found.values[metric.key]) for metric in found.shown)
+        rows.append([_SPLIT_TITLES.get(split, split), f"{found.n:,}", f"{low} – {high}", *figures_of])
+    notes = [
+        f"{split} has no image of {natural_list(found.absent, _NAMED_ABSENT)}; the means over classes leave them out."
+        for split, found in evaluations.items()
+        if found.absent
+    ]
+    return {"head": ["split", "images", "95 % interval", *(metric.label for metric in shown)], "rows": rows, "notes": notes}
+
+
+def _folds(found: CrossValidation) -> dict[str, Any]:
+    top1, pooled = found.spreads["top1"], found.pooled
+    said = (
+        f"Expect a top-1 of {top1.mean:.1%}, 95 % interval {_percents(top1.interval)} (Student's t over the folds, widened as "
+        "they share training images; Nadeau & Bengio 2003), which is for what training in this way comes to on average. Pooled, "
+        f"{pooled.values['top1']:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % "
+        f"interval {_percents(pooled.intervals['top1'])} (Wilson), which is for these models on more such images."
+    )
+    names = ("top1", "macro_f1", "mean_per_class_accuracy", "loss")  # an ECE of few images is biased upwards: only pooled
+    rows = [
+        [
+            f"fold {fold.fold}",
+            f"{fold.n_train:,}",
+            f"{fold.n_test:,}",
+            *(f"{fold.metrics[f'test/{name}']:.4f}" for name in names),
+            cost_text("fold_seconds", fold.seconds),
+        ]
+        for fold in found.folds
+    ]
+    spreads, of_pooled = found.spreads, pooled.metrics("cv")
+    over = {
+        "mean": [f"{spreads[name].mean:.4f}" for name in names],
+        "standard deviation": [f"{spreads[name].standard_deviation:.4f}" for name in names],
+        "95 % interval": [f"{spreads[name].interval[0]:.3f} – {spreads[name].interval[1]:.3f}" for name in names],
+    }
+    rows += [[title, "", "", *values, ""] for title, values in over.items()]
+    rows.append(["pooled", "", f"{pooled.n:,}", *(f"{of_pooled[f'cv/{name}']:.4f}" for name in names), ""])
+    return {
+        "said": said,
+        "head": ["", "trained on", "held out", "top-1", "macro F1", "per-class accuracy", "NLL", "took"],
+        "rows": rows,
+        "kept": [[str(fold.fold), fold.summary] for fold in found.folds],
+    }
+
+
+def _percents(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} – {interval[1]:.1%}"
+
+
+def _temperature(fitted: Temperature | None, which: str) -> str:
+    if fitted is None:
+        return ""
+    if fitted.at_limit:
+        why = f"the best one lies outside 0.01 … 100, as when every {which} image is labelled rightly"
+        return f"No temperature was fitted: {why}."
+    return (
+        f"Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} {which} images: NLL {fitted.nll_before:.3f} → "
+        f"{fitted.nll_after:.3f}, ECE {fitted.ece_before:.3f} → {fitted.ece_after:.3f} on those same images (so optimistic)."
+    )
+
+
+def _classes(judged: Evaluation) -> list[list[str]]:
+    return [
+        [row.name, str(row.n), str(row.n_predicted), str(row.n_correct), *map(_share, (row.precision, row.recall, row.f1))]
+        for row in judged.per_class
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _confused(judged: Evaluation) -> list[list[str]]:
+    counts = {row.name: row.n for row in judged.per_class}
+    return [[true, given, str(count), f"{count / counts[true]:.1%}"] for true, given, count in judged.confused_pairs(_MAX_PAIRS)]
+
+
+def _mistake(mistake: ShownMistake) -> dict[str, Any]:
+    return {**vars(mistake), "thumbnail": data_uri(thumbnail(mistake.image), "image/jpeg")}
+
+
+def _phase(phase: Mapping[str, Any], stage_names: Mapping[str, str]) -> list[str]:
+    trains = ", ".join(stage_names.get(f"stage{index}", f"stage{index}") for index in phase["trainable"])
+    if not phase["n_steps"]:
+        return [str(phase["name"]), trains or "–", "solved", "–", "–"]
+    return [str(phase["name"]), trains or "–", str(phase["n_epochs"]), f"{phase['n_steps']:,}", f"{phase['head_lr']:.3g}"]
+
+
+def _facts(values: Mapping[str, Any]) -> list[list[str]]:
+    return [[path, value_text(value)] for path, value in flat(values)]
+
+
+def _unchanged(frozen: Mapping[str, Any]) -> str:
+    """Return what the digests of everything frozen say: same, changed, or nothing where they are not known."""
+    before, after = frozen.get("digest_before"), frozen.get("digest_after")
+    return "" if not before or not after else "same" if before == after else "changed"
+
+
+def _images(images: Mapping[str, Mapping[str, int]]) -> dict[str, Any] | None:
+    if not images:
+        return None
+    classes = sorted({name for counts in images.values() for name in counts})
+    rows = [[name, *(str(counts.get(name, 0)) for counts in images.values())] for name in classes]
+    totals = ["all", *(str(sum(counts.values())) for counts in images.values())]
+    return {"head": ["class", *images], "rows": [*rows, totals]}

@@ -1,0 +1,55 @@
+"""How values read on a page: nested settings as paths, and each value as a person writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetune.messages import byte_size, duration
+
+_COSTS = {
+    "wall_seconds": "the whole run",
+    "train_seconds": "training",
+    "cpu_seconds": "processor time",
+    "peak_memory_bytes": "peak memory",
+    "trainable_parameters": "trained parameters",
+    "total_parameters": "all parameters",
+    "bundle_bytes": "the bundle on disk",
+    "latency_seconds": "one prediction on one core",
+}
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a nested mapping under its path, ``key.path``."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def value_text(value: Any) -> str:
+    """Return a value as text; a dash where there is none."""
+    if value is None or value == {} or value == [] or value == ():
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_text, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def cost_text(name: str, value: float | None) -> str:
+    """Return a cost as text; its unit is the end of its name."""
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return byte_size(value)
+    return duration(value) if name.endswith("_seconds") else value_text(value)
+
+
+def cost_label(name: str) -> str:
+    """Return what a cost is of, for a reader."""
+    return _COSTS.get(name, name)
