@@ -177,8 +177,10 @@ class Mirror:
         ended = view.status != "RUNNING"
         own = {"figures": {}, "costs": {}, "started_at": 0, "ended_at": 0}  # sent on their own, or with everything else
         facts = _digest([{**asdict(view), **own}, description])
-        if not sent.facts:
+        if ended and not sent.facts:
             parts.append(lambda: self._connected().facts(self._id(name), replace(view, status="RUNNING"), description))
+        if not ended and sent.facts != facts:  # before the first point: what the run will be judged by is among them
+            parts.append(lambda: self._send_facts(name, view, description, sent, facts))
         model = _digest([asdict(view.model) if view.model else None])
         if view.model is not None and view.model.bundle.is_dir() and sent.model != model:
             parts.append(lambda: self._send_model(name, view, sent, model))
@@ -188,7 +190,7 @@ class Mirror:
         if self._has_points(run, name, sent):
             parts.append(lambda: self._send_points(name, sent))
         parts += self._lacking_files(run, name, sent)
-        if sent.facts != facts:
+        if ended and sent.facts != facts:
             parts.append(lambda: self._send_facts(name, view, description, sent, facts))
         return parts
 

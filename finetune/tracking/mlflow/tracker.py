@@ -226,6 +226,7 @@ class MlflowTracker:
     def _datasets(self, run_id: str, known: _Known, splits: Sequence[SplitView]) -> None:
         """Name the images of each split; no pixel is sent."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         inputs = []
         for split in splits:
@@ -241,7 +242,10 @@ class MlflowTracker:
                 )
                 inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split.context)]))
         if inputs:
-            self._client.log_inputs(run_id, datasets=inputs)
+            try:
+                self._client.log_inputs(run_id, datasets=inputs)
+            except MlflowException:  # another run of the same images wrote the same rows at the same time: now they are there
+                self._client.log_inputs(run_id, datasets=inputs)
             known.datasets |= {split.name for split in splits}
 
     def _metrics(self, run_id: str, metrics: Sequence[Any]) -> None:
