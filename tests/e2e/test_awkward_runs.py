@@ -18,6 +18,7 @@ from finetune.errors import DataChangedError, NoBetterThanChance, SpecError
 from finetune.evaluation.predictions import read
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
+from finetune.runs.build import BuiltNetwork
 from finetune.runs.prepare import prepare
 from finetune.spec import ExportSpec, JobSpec
 from finetune.storage.files import read_json, write_json
@@ -95,9 +96,10 @@ def test_another_seed_trains_otherwise_on_the_same_images(pictures: Path, home: 
     splits, weights = [], []
     for seed in (0, 1):
         run = RunDir(home / "runs" / str(seed)).create()
-        built = prepare(tiny_spec(pictures, seed=seed), shared_at(home), run=run)
+        network = prepare(tiny_spec(pictures, seed=seed), shared_at(home), run=run).network
+        assert isinstance(network, BuiltNetwork)
         splits.append(run.split.read_bytes())
-        weights.append(built.classifier.state_dict()["head.weight"].numpy())
+        weights.append(network.fresh_classifier(seed).head.weight.detach().numpy())
     assert splits[0] == splits[1]
     assert not np.array_equal(weights[0], weights[1])
     other = RunDir(home / "runs" / "split").create()
