@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.runs.outcome import Outcome
     from finetune.storage.rundir import RunDir
-    from finetune.studies.compare.result import Comparison
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
@@ -185,47 +184,49 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     )
 
 
-def show_comparison(found: Comparison) -> None:
-    """`finetune compare`: the verdict, the arms, the differences, and where to look."""
-    metric = task_metric(found.headline)
-    key = f"{found.split}/{found.headline}"
-    console.print(f"\n[bold]{escape(found.verdict.sentence)}[/]\n")
+def show_comparison(found: Mapping[str, Any], report: str) -> None:
+    """`finetune compare`: the verdict, the arms, the differences, and where to look.
+
+    Args:
+        found: the document, as ``comparison.json`` and a server have it.
+        report: where the page is.
+    """
+    key, split, verdict = found["headline"], found["split"], found["verdict"]
+    metric = task_metric(key.removeprefix(f"{split}/"))
+    console.print(f"\n[bold]{escape(verdict['sentence'])}[/]\n")
     rows = []
-    for arm in found.arms:
-        figure = arm.metrics[key]
-        interval = "" if figure.low is None or figure.high is None else f"{metric.text(figure.low)} – {metric.text(figure.high)}"
-        spread = "–" if figure.sd is None else f"± {100 * figure.sd:.1f}" if metric.percent else f"± {figure.sd:.3f}"
-        chosen = "▸ " if arm.name == found.verdict.choose else "  "
-        cost = arm.cost
-        rows.append(
-            [f"{chosen}{arm.name}", len(arm.runs), metric.text(figure.value), interval, spread, duration(cost["train_seconds"])]
-        )
-    n = next(iter(found.arms)).metrics[key].n
-    table(f"{metric.label} on {n:,} {found.split} images", ["arm", "runs", "mean", "95 % interval", "sd", "training"], rows)
-    pairs = []
-    for pair in found.pairs:
-        head = pair.headline
-        scale = 100 if metric.percent else 1
-        pairs.append(
-            [
-                f"{pair.a} − {pair.b}",
-                f"{scale * head.difference:+.1f}",
-                f"{scale * head.low:+.1f} to {scale * head.high:+.1f}",
-                f"{pair.p_adjusted:.2g}",
-                f"{scale * pair.smallest_detectable:.1f}",
-                pair.outcome,
-            ]
-        )
+    for arm in found["arms"]:
+        figure, training = arm["metrics"][key], duration(arm["cost"]["train_seconds"])
+        low, high, sd = figure["low"], figure["high"], figure["sd"]
+        interval = "" if low is None or high is None else f"{metric.text(low)} – {metric.text(high)}"
+        spread = "–" if sd is None else f"± {100 * sd:.1f}" if metric.percent else f"± {sd:.3f}"
+        name = f"{'▸' if arm['name'] == verdict['choose'] else ' '} {arm['name']}"
+        rows.append([name, len(arm["runs"]), metric.text(figure["value"]), interval, spread, training])
+    n = found["arms"][0]["metrics"][key]["n"]
+    table(f"{metric.label} on {n:,} {split} images", ["arm", "runs", "mean", "95 % interval", "sd", "training"], rows)
+    scale = 100 if metric.percent else 1
+    pairs = [
+        [
+            f"{pair['a']} − {pair['b']}",
+            f"{scale * pair['difference']:+.1f}",
+            f"{scale * pair['low']:+.1f} to {scale * pair['high']:+.1f}",
+            f"{pair['p_adjusted']:.2g}",
+            "–" if pair["smallest_detectable"] is None else f"{scale * pair['smallest_detectable']:.1f}",
+            pair["outcome"],
+        ]
+        for pair in found["pairs"]
+        if pair["metric"] == key
+    ]
     unit = "points" if metric.percent else metric.label
     table(f"Differences in {unit}", ["pair", "difference", "95 % interval", "p", "detectable", "so"], pairs)
-    for arm in found.arms:
-        if arm.note:
-            console.print(f"[yellow]note[/] {escape(arm.name)}: {escape(arm.note)}")
-    if found.left_out:
-        console.print(f"[yellow]note[/] {found.left_out:,} images are left out: one of the runs had trained or chosen on them")
-    lines = [f"report    {shortened(found.report)}"]
-    if found.registered:
-        lines += [f"model     {found.registered}", f"serve     finetune serve --model {found.registered}"]
+    for arm in found["arms"]:
+        if arm["note"]:
+            console.print(f"[yellow]note[/] {escape(arm['name'])}: {escape(arm['note'])}")
+    if found["left_out"]:
+        console.print(f"[yellow]note[/] {found['left_out']:,} images are left out: one of the runs had trained or chosen on them")
+    lines = [f"report    {report}"]
+    if found["registered"]:
+        lines += [f"model     {found['registered']}", f"serve     finetune serve --model {found['registered']}"]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
