@@ -61,10 +61,23 @@ class ComparedRuns(Section):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, as a job spec; its runs differ in the seed alone."""
+    """One way to train, as a job spec; its runs differ in the seed alone.
+
+    Args:
+        asked_in: the field of the request that asks for it.
+    """
 
     name: str
     spec: JobSpec
+    asked_in: str
+
+    def problem(self, found: Problem) -> Problem:
+        """Return what is wrong with a field of this arm's spec as a problem of the request."""
+        return _problem_of_arm(self.asked_in, self.name, found)
+
+    def run_name(self, number: int) -> str:
+        """Return the name of the arm's run with this number; seeds count from 0."""
+        return f"{self.slug}-seed{number}"
 
     @property
     def slug(self) -> str:
@@ -118,7 +131,7 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     Raises:
         SpecError: with one `Problem` for each thing that is wrong, each with its field path.
     """
-    own = {key: value for key, value in given.items() if key in ComparisonSettings.model_fields}
+    own = _own(given)
     shared = {key: value for key, value in given.items() if key not in own}
     problems: list[Problem] = []
     job: JobSpec | None = None
@@ -141,6 +154,15 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     assert job is not None
     assert settings is not None
     return ComparisonSpec(job, settings, arms)
+
+
+def settings_of(request: Mapping[str, Any]) -> ComparisonSettings:
+    """Return the settings in a request that `parse_comparison` has accepted before."""
+    return ComparisonSettings.model_validate(_own(request))
+
+
+def _own(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key in ComparisonSettings.model_fields}
 
 
 def parse_request(given: Mapping[str, Any]) -> ComparisonSpec | ComparedRuns:
@@ -166,49 +188,39 @@ def load_request(
     return parse_request(merged_mapping(path, overrides, settings))
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """An arm as it was asked for, and by which field."""
-
-    where: str
-    arm: ArmSpec
-
-    def problem(self, inside: str, message: str) -> Problem:
-        """Return what is wrong with a field of the arm's spec; `inside` is that field's path."""
-        if self.where.startswith("arms"):
-            return Problem(f"{self.where}.set.{inside}", f"arm {self.arm.name!r}: {message}")
-        return Problem(self.where, f"arm {self.arm.name!r}: {inside}: {message}")
-
-
-def arms_asked_for(settings: ComparisonSettings) -> list[ArmSpec]:
-    """Return every arm by its settings, methods and models included."""
-    return [asked.arm for asked in _asked(settings)]
-
-
-def _asked(settings: ComparisonSettings) -> list[_Asked]:
-    asked: list[_Asked] = []
+def arms_asked_for(settings: ComparisonSettings) -> list[tuple[str, ArmSpec]]:
+    """Return every arm by its settings, methods and models included, each with the field that asks for it."""
+    asked: list[tuple[str, ArmSpec]] = []
     methods = settings.methods or (() if settings.models or settings.arms else DEFAULT_METHODS)
     for (m, method), (b, model) in itertools.product(enumerate(methods or ("",)), enumerate(settings.models or ("",))):
         if method or model:
             changes = {**({"method": method} if method else {}), **({"model.backbone": model} if model else {})}
             where = f"methods[{m}]" if settings.methods else f"models[{b}]" if settings.models else "methods"
-            asked.append(_Asked(where, ArmSpec.model_construct(name=f"{model} {method}".strip(), set=changes)))
-    return asked + [_Asked(f"arms[{index}]", arm) for index, arm in enumerate(settings.arms)]
+            asked.append((where, ArmSpec.model_construct(name=f"{model} {method}".strip(), set=changes)))
+    return asked + [(f"arms[{index}]", arm) for index, arm in enumerate(settings.arms)]
 
 
 def _arms(job: JobSpec, settings: ComparisonSettings) -> tuple[tuple[Arm, ...], list[Problem]]:
     problems: list[Problem] = []
     arms: list[Arm] = []
-    for asked in _asked(settings):
-        arm = asked.arm
-        shared = sorted(key for key in arm.set if key.split(".")[0] in SHARED)
-        problems += [asked.problem(key, "all arms share this; give it beside the arms, not inside one") for key in shared]
+    for where, asked in arms_asked_for(settings):
+        shared = [key for key in asked.set if key.split(".")[0] in SHARED]
+        wrong = [Problem(key, "all arms share this; give it beside the arms, not inside one") for key in sorted(shared)]
         try:
-            arms.append(Arm(arm.name, with_settings(job, {key: arm.set[key] for key in arm.set if key not in shared})))
+            spec = with_settings(job, {key: asked.set[key] for key in asked.set if key not in shared})
+            arms.append(Arm(asked.name, spec, where))
         except SpecError as error:
-            problems += [asked.problem(one.where, one.message) for one in error.problems]
+            wrong += error.problems
+        problems += [_problem_of_arm(where, asked.name, one) for one in wrong]
     problems += _between(arms)
     return tuple(arms), problems
+
+
+def _problem_of_arm(where: str, name: str, found: Problem) -> Problem:
+    """Return a problem of an arm's spec with a path in the request."""
+    if where.startswith("arms"):
+        return Problem(f"{where}.set.{found.where}", f"arm {name!r}: {found.message}")
+    return Problem(where, f"arm {name!r}: {found.where}: {found.message}")
 
 
 def _between(arms: list[Arm]) -> list[Problem]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, Protocol
 
 from finetune.comparison_spec import ComparedRuns, ComparisonSpec
 from finetune.errors import Conflict
+from finetune.jobs.creation import digest_of
 from finetune.jobs.database import open_jobs
 from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.jobs.schema import TERMINAL
@@ -89,7 +88,7 @@ class LocalJobs:
     def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
         kind, spec, suffix = _as_queued(asked)
-        digest = hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        digest = digest_of(spec)
         job, _ = self.store.create(
             LOCAL_OWNER,
             spec,

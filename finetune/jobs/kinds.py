@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.comparison_spec import ComparedRuns, parse_request
+from finetune.comparison_spec import arms_asked_for, settings_of
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ def _training(spec: Mapping[str, Any]) -> str:
 
 
 def _comparison(spec: Mapping[str, Any]) -> str:
-    asked = parse_request(spec)
-    if isinstance(asked, ComparedRuns):
-        return f"{len(asked.runs)} runs"
-    return ", ".join(arm.name for arm in asked.arms)
+    if "runs" in spec:
+        return f"{len(spec['runs'])} runs"
+    return ", ".join(arm.name for _, arm in arms_asked_for(settings_of(spec)))
 
 
 def _trained_model(result: Mapping[str, Any]) -> str | None:

@@ -76,11 +76,12 @@ def test_an_older_database_is_upgraded_and_keeps_its_jobs(tmp_path: Path) -> Non
     claim = store.claim("worker of the older release")
     assert claim is not None
     migrations = shutil.copytree(module._MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "0004_next.py").write_text(
-        textwrap.dedent("""
+    newest = max(path.name.partition("_")[0] for path in (migrations / "versions").glob("0*.py"))
+    (migrations / "versions" / "9998_next.py").write_text(
+        textwrap.dedent(f"""
         import sqlalchemy as sa
         from alembic import op
-        revision, down_revision = "0004", "0003"
+        revision, down_revision = "9998", "{newest}"
         def upgrade():
             with op.batch_alter_table("jobs") as batch:
                 batch.add_column(sa.Column("colour", sa.String(8), nullable=False, server_default="green"))
