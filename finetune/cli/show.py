@@ -356,9 +356,8 @@ def show_demo(result: DemoResult) -> None:
     """The comparison, the answer of the chosen model over HTTP, the verdict, and where to look next."""
     found = result.comparison.to_dict()
     _show_arms(found)
-    console.print(
-        f"{found['registered']} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:", markup=False
-    )
+    asked = f"{found['registered']} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:"
+    console.print(asked, markup=False)
     for row in result.answer["predictions"]:
         console.print(f"  {row['probability']:7.2%}  {row['label']}", markup=False)
     _show_verdict(found)

@@ -53,6 +53,12 @@ def _trained_model(result: Mapping[str, Any]) -> str | None:
     return None if result.get("model") is None else f"{result['model']}@{result['version']}"
 
 
+def _trained(result: Mapping[str, Any]) -> str:
+    if result.get("model") is None:
+        return "The run is finished. No model was registered."
+    return f"{result['model']} version {result['version']} is registered."
+
+
 TRAINING = Kind(
     name="training",
     prefix="ftjob",
@@ -61,7 +67,7 @@ TRAINING = Kind(
     command="train",
     result="outcome.json",
     describe=_training,
-    conclude=lambda result: f"{result['model']} version {result['version']} is registered.",
+    conclude=_trained,
     registered=_trained_model,
 )
 COMPARISON = Kind(

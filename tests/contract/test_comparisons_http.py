@@ -110,9 +110,10 @@ def test_a_comparison_is_answered_with_every_arm_by_what_it_changes(client: Test
         "organization_id": "local", "description": "tf_efficientnet_lite0 linear_probe, tf_efficientnet_lite0 full, light",
     }  # fmt: skip
     assert expected.items() <= made.items()
+    default = "tf_efficientnet_lite0"
     assert made["arms"] == [
-        {"name": "tf_efficientnet_lite0 linear_probe", "set": {"method": "linear_probe", "model.backbone": "tf_efficientnet_lite0"}},
-        {"name": "tf_efficientnet_lite0 full", "set": {"method": "full", "model.backbone": "tf_efficientnet_lite0"}},
+        {"name": f"{default} linear_probe", "set": {"method": "linear_probe", "model.backbone": default}},
+        {"name": f"{default} full", "set": {"method": "full", "model.backbone": default}},
         {"name": "light", "set": {"augmentation": "light", "method": "full"}},
     ]
     assert client.get(f"{COMPARISONS}/{made['id']}").json() == made
