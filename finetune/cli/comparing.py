@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from finetune.cli.executing import places_options, take_places
+from finetune.cli.following import take_trackers, tracking_options
 from finetune.cli.training import job_options, json_option, take_job_options
 from finetune.runtime.collector import objects_exempt
 
@@ -28,6 +30,7 @@ from finetune.runtime.collector import objects_exempt
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
 @click.option("--server", metavar="URL", help="Compare on a server and follow it from here; key in FINETUNE_API_KEY.")
 @click.option("--detach", is_flag=True, help="Queue it, on --server or for this workspace's worker, print its id and leave.")
+@tracking_options
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, detach: bool, as_json: bool, **given: Any) -> None:
     """Train in several ways on the same images and compare them.
@@ -56,20 +59,26 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         from finetune.comparison_spec import ComparedRuns, load_request
         from finetune.progress_bars import progress_bars
         from finetune.runs.build import Shared
+        from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison
         from finetune.studies.compare import compare_runs
+        from finetune.tracking.mirror import tracked_as
+        from finetune.tracking.view import experiment_name
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
-    places = take_places(given)
+    places, trackers = take_places(given), take_trackers(given)
     asked = load_request(*_request(what, given))
     if isinstance(asked, ComparedRuns):
         found = compare_runs([Path(run) for run in asked.runs], workspace, asked.margin, run_dir)
+        with trackers.follow(workspace, found.dataset) as begun:
+            begun(RunDir(found.folder))
     else:
-        with progress_bars(shown=not as_json) as progress:
-            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir)
+        with trackers.follow(workspace, experiment_name(asked.job)) as begun, progress_bars(shown=not as_json) as progress:
+            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begun)
+    found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     print_json(found.to_dict()) if as_json else show_comparison(found.to_dict(), shortened(found.report))
 
 
@@ -90,8 +99,11 @@ def _in_the_queue(
     from finetune.comparison_spec import load_request
     from finetune.progress_bars import console, progress_bars
 
-    if run_dir is not None or take_places(given) is not None:
-        raise click.UsageError("--run-dir, --slots and --executor are for a comparison in this process; a worker has its own")
+    tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
+    if run_dir is not None or take_places(given) is not None or any(tracked):
+        raise click.UsageError(
+            "--run-dir, --slots, --executor and the options of trackers are for a comparison in this process; a worker has its own"
+        )
     client = client_of(server)
     if _is_queued_comparison(what):
         job = client.get(str(what[0]))
@@ -134,7 +146,7 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
         "register_chosen": False if no_register else None,
     }
     overrides, settings = take_job_options(given)
-    spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml") else None
+    spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
     if path is not None and spec_file is None:
         overrides["training_file"] = str(path)
     return spec_file, {**overrides, **{key: value for key, value in own.items() if value is not None}}, settings

@@ -14,6 +14,7 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
+from finetune.jobs.tracking import mlflow_run_of
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
@@ -116,7 +117,7 @@ class LocalJobs:
         job = self.store.get(job_id)
         if job.result is None:
             raise Conflict(f"{job_id} is {job.state}; only a job that has succeeded has a result")
-        return job.result
+        return {**job.result, "mlflow_run_id": mlflow_run_of(RunDir(self.home / "runs" / job_id))}
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         self.store.get(job_id)  # an unknown job is an error, not an empty log

@@ -15,6 +15,7 @@ from finetune.comparison_spec import ComparisonSpec, parse_comparison
 from finetune.errors import Conflict, NotFound
 from finetune.jobs.kinds import COMPARISON
 from finetune.jobs.store import Job
+from finetune.jobs.tracking import mlflow_run_of
 from finetune.storage.rundir import RunDir
 from service.comparison_request import read_comparison
 from service.creation import IdempotencyKey, Submission, announce, json_body
@@ -85,8 +86,13 @@ def comparison_result(caller: Submitting, server: Server, comparison_id: str) ->
     job, result = _finished(server, caller, comparison_id)
     runs = server.home / "runs"
     arms = [{**arm, "runs": [link_of_run(runs, Path(run)) or "" for run in arm["runs"]]} for arm in result["arms"]]
-    report = f"{COMPARISON.path}/{job.id}/report"
-    return ComparisonResult.model_validate({**result, "dataset": _dataset_name(server, job), "arms": arms, "report": report})
+    here = {
+        "dataset": _dataset_name(server, job),
+        "arms": arms,
+        "report": f"{COMPARISON.path}/{job.id}/report",
+        "mlflow_run_id": mlflow_run_of(server.run_of(job.id)),
+    }
+    return ComparisonResult.model_validate({**result, **here})
 
 
 @comparisons_router.get("/{comparison_id}/report", response_class=HTMLResponse)

@@ -211,7 +211,9 @@ def test_a_servers_result_is_the_document_of_the_command_line(compared: Any, pic
         arms = [
             {**arm, "runs": [f"{place}/runs/{Path(child).name}" for child in arm["runs"]]} for arm in written["arms"]
         ]  # fmt: skip
-        assert document == {**written, "arms": arms, "dataset": "stripes", "report": f"{place}/report"}
+        assert document["mlflow_run_id"], "the worker's command has tracked it"
+        here = {"dataset": "stripes", "report": f"{place}/report", "mlflow_run_id": document["mlflow_run_id"]}
+        assert document == {**written, "arms": arms, **here}
         assert document == client.result(document["id"])
         assert bits_of(run) == bits_of(RunDir(compared[1] / "runs" / "whole")), "as if it had been compared here"
         assert document["verdict"]["sentence"] in client.report(document["id"])
