@@ -102,7 +102,7 @@ def _in_the_queue(
     tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
     if run_dir is not None or take_places(given) is not None or any(tracked):
         raise click.UsageError(
-            "--run-dir, --slots, --executor and the options of trackers are for a comparison in this process; a worker has its own"
+            "--run-dir, --slots, --executor and the tracking options are for a comparison in this process; a worker has its own"
         )
     client = client_of(server)
     if _is_queued_comparison(what):
