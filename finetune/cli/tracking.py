@@ -45,7 +45,10 @@ def mlflow() -> None:
 @click.option("--port", default=5000, show_default=True)
 @click.option("--no-browser", is_flag=True, help="Only print the links.")
 def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
-    """Open the MLflow pages at RUN, or at the experiments, and serve them until Ctrl-C."""
+    """Open the MLflow pages, at RUN or at all experiments.
+
+    They are served until Ctrl-C.
+    """
     from finetune.progress_bars import console
     from finetune.storage.workspace import Workspace
     from finetune.tracking.mlflow.pages import show_pages
@@ -66,7 +69,7 @@ def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
 @click.argument("runs", nargs=-1, metavar="[RUN…]")
 @json_option
 def sync(runs: tuple[str, ...], as_json: bool) -> None:
-    """Send what MLflow lacks of RUNs, and make the models and aliases of both registries the same.
+    """Send what MLflow lacks of RUNs; synchronise models and aliases.
 
     Without RUN: of all runs of the workspace that were to be tracked. Repeating costs nothing.
     """
