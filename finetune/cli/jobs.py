@@ -77,7 +77,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @click.group()
 def jobs() -> None:
-    """Queue and watch fine-tuning jobs and comparisons, here or on a server."""
+    """Queue and watch jobs and comparisons, here or on a server."""
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
