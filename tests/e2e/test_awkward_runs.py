@@ -16,9 +16,9 @@ from tiny_runs import carry_out_at, shared_at, tiny_spec, workspace_at, write_st
 from finetune.bundle.registry import Registry
 from finetune.errors import DataChangedError, NoBetterThanChance, SpecError
 from finetune.evaluation.predictions import read
+from finetune.runs.build import BuiltNetwork
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
-from finetune.runs.build import BuiltNetwork
 from finetune.runs.prepare import prepare
 from finetune.spec import ExportSpec, JobSpec
 from finetune.storage.files import read_json, write_json
