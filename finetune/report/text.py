@@ -9,8 +9,11 @@ from finetune.messages import byte_size, duration
 
 _COSTS = {
     "wall_seconds": "the whole run",
-    "train_seconds": "training",
-    "cpu_seconds": "processor time",
+    "train_seconds": "training from nothing",
+    "train_cpu_seconds": "training from nothing, processor time",
+    "feature_seconds": "of it, computing frozen features",
+    "feature_cpu_seconds": "of it, computing frozen features, processor time",
+    "cpu_seconds": "the whole run, processor time",
     "peak_memory_bytes": "peak memory",
     "trainable_parameters": "trained parameters",
     "total_parameters": "all parameters",

@@ -239,8 +239,9 @@ def outcome_of(
     resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
     """Return what the run came to, before anything is exported."""
-    # A run that is exported later finds its features and weights; what they took is in the outcome that it has already.
-    earlier = Outcome.read(run).cost["train_seconds"] if run.outcome.exists() else 0.0
+    # A run that is exported later finds its weights; what training took is in the outcome that it has already.
+    earlier = Outcome.read(run).cost if run.outcome.exists() else {}
+    training = trained.cost.to_dict()
     return Outcome(
         run=run.root,
         method=resolved.spec.method.type,
@@ -249,7 +250,7 @@ def outcome_of(
         metrics=judgement.metrics,
         cost={
             **stopwatch.read(),
-            "train_seconds": max(trained.seconds, earlier),
+            **{name: earlier.get(name, value) for name, value in training.items()},
             "trainable_parameters": float(trained.n_trainable),
             "total_parameters": float(trained.n_parameters),
         },
