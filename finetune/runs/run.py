@@ -231,7 +231,10 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
         if resolved.spec.export.register_model == "auto":
             refuse_nonsense(judged)
         warnings = (*warnings, *filter(None, [doubt(judged)]))
-    version = Registry(workspace.models).register(outcome.bundle, resolved.model_name, once=True)
+    answers = RunDir(outcome.run).predictions_of("test")
+    version = Registry(workspace.models).register(
+        outcome.bundle, resolved.model_name, once=True, predictions=answers if answers.exists() else None
+    )
     return replace(outcome, bundle=version.path, model=version.name, version=version.version, warnings=warnings)
 
 
