@@ -18,8 +18,8 @@ from finetune.features.rows import Views, pooled_features
 from finetune.features.solve import SolvedHead
 from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds, process_clock
-from finetune.train.context import TrainingContext, TrainingCost
-from finetune.train.recipe import Recipe
+from finetune.training.context import TrainingContext, TrainingCost
+from finetune.training.recipe import Recipe
 
 
 def solve_head(
