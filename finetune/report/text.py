@@ -7,6 +7,8 @@ from typing import Any
 
 from finetune.messages import byte_size, duration
 
+SHOWN_CLASSES = 40  # in one picture or table, the worst first
+
 _COSTS = {
     "wall_seconds": "the whole run",
     "train_seconds": "training from nothing",

@@ -14,6 +14,7 @@ from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
+from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training.context import Trained
 
@@ -33,6 +34,8 @@ def write_run_report(
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
+    from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only judged does not need
+
     resolved, head = prepared.resolved, trained.head
     judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
@@ -60,7 +63,7 @@ def write_run_report(
         mistakes=shown_mistakes(predictions[pictured], prepared) if pictured else (),
         mistakes_of=pictured or "",
     )
-    write_report(run, inputs)
+    write_report(run, inputs, draw_figures(read_lines(run.metrics), inputs))
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:
