@@ -1,4 +1,4 @@
-"""Choose and draw the figures of a run's report. Importing matplotlib takes half a second, so this is imported where it is used."""
+"""Choose and draw the figures of a run's report. Imports matplotlib, which takes half a second: import this where it is used."""
 
 from __future__ import annotations
 
