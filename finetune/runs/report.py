@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -20,6 +21,15 @@ from finetune.training.context import Trained
 
 SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
 GALLERY_SIZE = 12
+
+
+def import_drawing() -> None:
+    """Import in a thread of its own what draws figures: matplotlib takes a third of a second, which training has to spare."""
+
+    def load() -> None:
+        import finetune.report.run_figures  # noqa: F401
+
+    threading.Thread(target=load, name="import of matplotlib").start()
 
 
 def write_run_report(

@@ -30,7 +30,7 @@ from finetune.runs.learner import Learner
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
-from finetune.runs.report import SHOWN_FIRST, write_run_report
+from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -98,6 +98,8 @@ def run_job(
         announce(prepared.resolved.dataset, run)
         context = training_context(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
+        if options.reaches("exported"):
+            import_drawing()
         trained = learner.train(context, _decided(run, options))
         predictions = predict_splits(learner, context, options.judged)
         for split, table in predictions.items():
