@@ -7,10 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, read_bytes
+from finetune.bundle.image import naming
+from finetune.data.files import ImageFile, LocalFile, MemberFile, StoredFile
 from finetune.errors import ImageError
 from finetune.messages import natural_list, plural
 from finetune.tasks import Target
@@ -18,31 +18,6 @@ from finetune.tasks import Target
 T = TypeVar("T")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
-class ImageFile(Protocol):
-    """The encoded bytes of one image, wherever they are kept. ``str()`` says where, for messages."""
-
-    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-        """Return the file's bytes.
-
-        Raises:
-            ImageError: it cannot be read, or is larger than `limits` allow.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """An image file on a local disk."""
-
-    path: Path
-
-    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-        return read_bytes(self.path, limits)
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +31,8 @@ class Sample:
     file: ImageFile
     target: Target
     split: str | None = None  # train, val or test; None until the dataset is split
-    group: str | None = None  # what it belongs together with, such as one object's photographs; splits do not heed it yet
+    group: str | None = None  # samples of one group, such as photographs of one object, are on one side of every split
+    weight: float = 1.0  # how much it counts in training
     sha256: str = ""
     size_px: tuple[int, int] | None = None
 
@@ -99,6 +75,7 @@ class Dataset:
     samples: tuple[Sample, ...] = field(repr=False)
     bad: tuple[BadImage, ...] = ()
     warnings: tuple[str, ...] = ()
+    understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
 
     def of(self, split: str) -> tuple[Sample, ...]:
         """Return the samples of one split, in their order."""
@@ -139,6 +116,11 @@ class Dataset:
 def unmeasured(split: str, classes: Sequence[str]) -> str:
     """Return the warning that a split has no image of these classes."""
     return f"{split}: no images of {plural(len(classes), 'class')}, which it cannot measure: {natural_list(classes)}"
+
+
+__all__ = [
+    "SPLITS", "BadImage", "Dataset", "ImageFile", "LocalFile", "MemberFile", "Sample", "Split", "StoredFile", "targets_of",
+]  # fmt: skip
 
 
 def targets_of(samples: Sequence[Sample]) -> list[Target]:

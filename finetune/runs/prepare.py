@@ -8,14 +8,14 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from threading import Event
 
 from finetune.data.check import scan, verify
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.reading import reading_of
 from finetune.data.split import read_split, split_dataset, write_split
-from finetune.errors import InvalidInput, Problem
+from finetune.errors import DataError, InvalidInput, Problem
 from finetune.features.rows import FeatureContext, Views, decode_into_features
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress, ProgressCallback, silent
@@ -26,6 +26,7 @@ from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
+from finetune.storage.store import Store
 from finetune.train.choices import Choices
 from finetune.train.machine import resolve_device
 
@@ -66,7 +67,7 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
     data_key, network_key = _data_key(spec), _network_key(spec)
     if data_key in shared.datasets and network_key in shared.networks:
         return shared.datasets[data_key], shared.networks[network_key]
-    indexed = _index(spec)
+    indexed = _index(spec, shared.store)
     known = shared.networks.get(network_key)
     network = _Awaited(known) if known else _Awaited()
     with _reading(spec, indexed, shared, network, progress) as reading:
@@ -107,9 +108,12 @@ def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))
 
 
+_OF_THE_SPLIT = {"val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize"}
+
+
 def _data_key(spec: JobSpec) -> str:
     """Return what decides which files are read and which of them are left out."""
-    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.on_bad_image, spec.data.max_bad_fraction)
+    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.model_dump_json(exclude=_OF_THE_SPLIT))
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -135,10 +139,12 @@ def with_val_as_train(dataset: Dataset) -> Dataset:
     return replace(dataset, samples=tuple(samples))
 
 
-def _index(spec: JobSpec) -> Dataset:
+def _index(spec: JobSpec, store: Store) -> Dataset:
     """List the samples; where that fails, the error also tells what is wrong with the model."""
     try:
-        return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+        dataset = index_dataset(spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, store))
+        _refuse_what_is_not_learnt(spec, dataset)
+        return dataset
     except InvalidInput as of_data:
         try:
             seeded_backbone(spec)
@@ -146,6 +152,19 @@ def _index(spec: JobSpec) -> Dataset:
             problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
             raise InvalidInput("two things are wrong with this request", problems) from of_data
         raise
+
+
+def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
+    """Refuse what data may say and no task of this release acts on: better an error than to ignore it."""
+    several = next((sample for sample in dataset.samples if not isinstance(sample.target, int)), None)
+    if several is not None:
+        names = ", ".join(dataset.label_names(several)) or "none"
+        raise DataError(
+            f"{dataset.root}: images have several labels, or none ({several.id}: {names}), and this release learns exactly one "
+            "for each image"
+        )
+    if spec.data.weight_column is not None:
+        raise DataError("data.weight_column: weights are read, but nothing is trained with them yet; leave it out")
 
 
 @contextmanager
@@ -193,7 +212,3 @@ def _read(spec: JobSpec, indexed: Dataset, shared: Shared, network: _Awaited, pr
 def needs_features(spec: JobSpec) -> bool:
     """Return whether a request begins with the head solved on the frozen features of all images."""
     return getattr(spec.method, "warm_head", True)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
