@@ -16,7 +16,9 @@ def model_name(suffix: str | None, dataset: str) -> str:
 
 
 _ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
-_SAYS_NOTHING = frozenset({"labels", "metadata", "annotations", "data", "dataset", "images", "train", "index", "result", "results"})
+_SAYS_NOTHING = frozenset(
+    {"labels", "metadata", "annotations", "data", "dataset", "images", "train", "index", "result", "results"}
+)
 
 
 def dataset_name(location: Path | str) -> str:
@@ -30,7 +32,8 @@ def dataset_name(location: Path | str) -> str:
     if not place.is_file():
         return place.name
     name = _without_ending(place.name)
-    return place.parent.name or name if name.casefold() in _SAYS_NOTHING else name
+    says_nothing = name.casefold() in _SAYS_NOTHING and not place.name.lower().endswith(_ENDINGS)
+    return place.parent.name or name if says_nothing else name
 
 
 def _without_ending(name: str) -> str:

@@ -123,7 +123,10 @@ def read_member(source: Path, member: Member) -> bytes:
 
 
 def stream_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
-    """Yield every member with its contents, in chunks that must be read before the next member; raises as `list_members`."""
+    """Yield every member with its contents, in chunks that must be read before the next member; raises as `list_members`.
+
+    Chunks are read in the caller's frame: there, too, damage must be named (`reading_errors_named`).
+    """
     with reading_errors_named():
         kind = kind_of_file(source)
         if kind is None:
@@ -188,7 +191,7 @@ class _Rules:
             self.files.add(path)
         self.folders.update(around)
         if (path in self.files and path in self.folders) or not self.files.isdisjoint(around):
-            raise refused(member, "has the name of a file and of a folder of this archive")
+            raise refused(member, "has the name of both a file and a folder of this archive")
 
     def counted(self, member: Member, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the contents of a member, counting what was really read."""
@@ -390,7 +393,7 @@ class _Counted(io.RawIOBase):
 def refused(name: object, why: str) -> ArchiveError:
     """Return the refusal of an archive because of one member."""
     shown = printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))
-    return ArchiveError(f"member {shown if len(shown) <= 120 else shown[:117] + '…'!r} {why}")
+    return ArchiveError(f"member '{shown if len(shown) <= 120 else shown[:117] + '…'}' {why}")
 
 
 @contextmanager

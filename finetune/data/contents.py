@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.data.archive import DEFAULT_LIMITS, ArchiveError, ArchiveLimits, Kind, kind_of_file, stream_members
+from finetune.data.archive import (
+    DEFAULT_LIMITS,
+    ArchiveError,
+    ArchiveLimits,
+    Kind,
+    kind_of_file,
+    reading_errors_named,
+    stream_members,
+)
 from finetune.errors import DataError, DiskFull
 
 MEMBERS, OBJECTS = "members.jsonl", "objects"
@@ -55,7 +63,7 @@ def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAUL
         ArchiveError: not an archive that is read, a refused member (named), or a limit that was passed (named with its value).
         DiskFull: no room for the contents.
     """
-    with _appearing(target) as writer:
+    with reading_errors_named(), _appearing(target) as writer:
         for member, chunks in stream_members(source, limits):
             if member.is_folder:
                 writer.folder(member.name, member.is_utf8)

@@ -51,7 +51,7 @@ def index_dataset(
     found = _read_all(main, validation, test, reading, notes)
     if for_training:
         classes = tuple(sorted(found.counts("train") or found.counts(None)))
-        _check_classes(found, notes)
+        _check_classes(found, main.shown, notes)
     else:
         classes = tuple(sorted({name for record in found.records for name in record.labels}))
         if not classes:
@@ -230,12 +230,12 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
     found.classes.update({split: tuple(sorted({renamed.get(n, n) for n in names})) for split, names in found.classes.items()})
 
 
-def _check_classes(found: _Found, notes: Notes) -> None:
+def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
     """Note problems and warnings about the classes of each split and their counts."""
     key: Split | None = "train" if "train" in found.splits() else None
     if key not in found.splits():
         if not notes.problems and found.records:
-            notes.problem(next(iter(found.places.values()), ""), "nothing to train on: all of it is for validation or testing")
+            notes.problem(shown, "nothing to train on: all of it is for validation or testing")
         return
     train, place = found.counts(key), found.places.get(key, "")
     _check_names(found, place, notes)
@@ -262,7 +262,7 @@ def _check_names(found: _Found, place: str, notes: Notes) -> None:
         for name in found.counts(split):
             spelled[same_class(name)].append(name)
             if (why := why_no_class_name(name)) is not None:
-                notes.problem(found.places.get(split, place), f"a class name that {why}: {printable(name)!r}")
+                notes.problem(found.places.get(split, place), f"a class name that {why}: '{printable(name)}'")
         for names in spelled.values():
             if len(names) > 1:
                 same = " and ".join(repr(name) for name in names)
@@ -292,7 +292,7 @@ def _check_number_of_classes(found: _Found, train: Mapping[str, int], place: str
     if len(train) != 1 or found.several:
         return
     ((name, count),) = train.items()
-    notes.problem(place, f"only one class, {name!r} with {plural(count, 'image')}; it takes at least two")
+    notes.problem(place, f"only one class, {name!r} with {plural(count, 'image')}; it takes at least two.")
 
 
 def _compare_classes(split: str, counts: Mapping[str, int], train: Mapping[str, int], place: str, notes: Notes) -> None:

@@ -19,6 +19,7 @@ from finetune.data.reading import Reading
 from finetune.data.splits_by_name import Meaning, split_meaning
 from finetune.messages import natural_list, plural, printable
 
+_UNLABELLED = "no_label"
 ByClass = dict[str, list[Node]]
 
 
@@ -70,6 +71,7 @@ class _Reader:
         if root is not whole:
             self.notes.say(f"the folder around everything, {printable(root.path)}/, was left out")
         self._say_left_out(whole)
+        root = self._without_left_out(root)
         layout = Layout(root)
         found = self._splits_in(root)
         if found is None:
@@ -91,7 +93,7 @@ class _Reader:
         return shown_path(self.tree, folder.path)
 
     def _say_left_out(self, whole: Folder) -> None:
-        names = [printable(path) for folder in whole.walk() for path in folder.left_out]
+        names = sorted(printable(path) for folder in whole.walk() for path in folder.left_out)
         if names:
             self.notes.say(f"left out, as systems and programs leave them behind: {natural_list(names, 8)}")
 
@@ -100,7 +102,7 @@ class _Reader:
     def _splits_in(self, root: Folder) -> dict[Split | None, list[Folder]] | None:
         """Return the folders of each split that lie in `root`; none where its folders are classes; None for a problem."""
         meanings = {folder.name: split_meaning(folder.name, self.reading.splits) for folder in root.folders}
-        folders = [folder for folder in root.folders if not self._is_left_out(folder, meanings[folder.name])]
+        folders = root.folders
         named = [folder for folder in folders if (meaning := meanings[folder.name]) and meaning.split]
         others = [folder for folder in folders if folder not in named]
         if not named:
@@ -123,7 +125,18 @@ class _Reader:
             self.notes.say(f"{_slashed(named)} were taken for splits: their names say so, and the same class folders lie in them")
         return self._checked(root, named, deep, others)
 
-    def _is_left_out(self, folder: Folder, meaning: Meaning | None) -> bool:
+    def _without_left_out(self, folder: Folder) -> Folder:
+        """Return a folder without those inside that a person, or a tool's convention, leaves out."""
+        kept = [inner for inner in folder.folders if not self._is_left_out(inner)]
+        return folder if len(kept) == len(folder.folders) else _with_only(folder, kept)
+
+    def _is_left_out(self, folder: Folder) -> bool:
+        meaning = split_meaning(folder.name, self.reading.splits)
+        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images that nobody has labelled
+            self.notes.say(
+                f"{printable(folder.path)}/ was left out; --set 'data.splits={{{folder.name}: class}}' makes it a class"
+            )
+            return True
         if meaning is None or meaning.meaning != "none":
             return False
         self.notes.say(f"{printable(folder.path)}/ was left out, as data.splits says")
@@ -144,8 +157,8 @@ class _Reader:
         full = [folder for folder in named if folder.has_images()]
         if not full:  # empty folders of that name
             return {} if others else self._checked(root, named, [], others)
-        splits = {self._meant(folder) for folder in full}
-        if others and len(splits) == 1:
+        certain = {self._meant(folder) for folder in full if self._certain(split_meaning(folder.name, self.reading.splits))}
+        if others and len(certain) < 2:
             return {}  # "train" beside "plane" and "car"
         self._ask(root, full, "they hold images directly, and no class folders: are they classes?")
         return None
@@ -185,7 +198,7 @@ class _Reader:
                 if len(of_split) > 1 and not all(map(self._is_told, of_split)):
                     self.notes.problem(
                         self._shown(root),
-                        f"{_slashed(of_split)} both mean {split}; keep one of them, or say with data.splits what each is",
+                        f"{_slashed(of_split)} both mean {split}; keep one of them, or say what each is with data.splits",
                     )
         return by_split
 
@@ -234,8 +247,8 @@ class _Reader:
 
     def _classes_of(self, folder: Folder, within: Split | None) -> ByClass:
         """Return the images of each class in one folder of class folders."""
-        root = self._inside_split(folder) if within is not None else folder
-        if root is not folder:
+        root = self._without_left_out(self._inside_split(folder)) if within is not None else folder
+        if root.path != folder.path:
             self.notes.say(f"the folder around the classes of {within}, {printable(root.path)}/, was left out")
         self._note_loose(root)
         for path, why in root.unusual:
@@ -252,10 +265,19 @@ class _Reader:
 
     def _outermost(self, root: Folder) -> ByClass:
         found: ByClass = {}
+        spelled: dict[str, list[str]] = defaultdict(list)
         for folder in root.folders:
             name = self._checked_name(folder)
             if name is not None:
+                spelled[name].append(folder.name)
                 found[name] = found.get(name, []) + self._images(folder)
+        for names in spelled.values():
+            if len(names) > 1:
+                same = " and ".join(map(repr, names))
+                self.notes.problem(
+                    self._shown(root),
+                    f"class folders {same} differ only in case, spaces or accent encoding; merge or rename them",
+                )
         return found
 
     def _innermost(self, root: Folder) -> ByClass:

@@ -39,6 +39,7 @@ _ENCODINGS = (
     *("cp1252", "cp1251", "cp1253", "cp1254", "cp862"),
 )
 _SHOWN_DIFFERENCES = 3
+_FEW_BYTES = 6
 _CLOSE = 0.15  # of plausibility, within which another reading is worth a word
 
 
@@ -60,7 +61,8 @@ def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
     readings = _readings(foreign)
     as_utf8 = _decoded(foreign, "utf-8")
     if as_utf8 is not None:
-        others = [(encoding, texts) for encoding, texts, _ in readings if encoding == "cp437"]
+        by_chance = sum(len(name) - len(name.decode()) for name in foreign) < _FEW_BYTES  # few bytes may be UTF-8 by accident
+        others = [(name, texts) for name, texts, value in readings if name == "cp437" or (by_chance and value > 1 - _CLOSE)]
         said = f"names that do not tell their encoding are valid UTF-8 and were read so ({_examples(as_utf8, others)})"
         return DecodedNames(tuple(name.decode() for name in raw), "utf-8", said)
     if not readings:
@@ -105,7 +107,8 @@ def _plausibility(text: str, encoding: str) -> float:
     foreign = [letter for letter in text if not letter.isascii()]
     values = [_letter_plausibility(letter, encoding) for letter in foreign]
     scripts = {_script(letter) for letter in foreign if letter.isalpha()}
-    jumps = sum(before.islower() and after.isupper() for before, after in itertools.pairwise(text) if not before.isascii())
+    pairs = [pair for pair in itertools.pairwise(text) if not (pair[0] + pair[1]).isascii()]
+    jumps = sum(before.islower() and after.isupper() for before, after in pairs)
     accents = max(map(_accent_share, re.findall(r"\w+", text)), default=0.0)  # no language writes words of accents alone
     doubts = 0.3 * (len(scripts) > 1) + 0.5 * jumps / max(1, len(foreign)) + 0.5 * (accents > 0.7)
     doubts += 0.5 * any(_mixes_alphabets(word) for word in re.findall(r"\w+", text))

@@ -1,4 +1,4 @@
-"""The store of what can be computed again: features, decoded pixels, exported prefixes, unpacked data. One folder, one byte budget.
+"""The store of what can be made again: features, decoded pixels, exported prefixes, unpacked data. One folder, one byte budget.
 
 Each kind of content has a namespace, a folder inside the store. When room is needed, the least recently used files of all
 namespaces are deleted together, but never what was used since this `Store` was made: a run does not delete what it works on.

@@ -68,9 +68,9 @@ class LocalFolder:
                     folder.left_out.append(path_inside)
             elif is_link and not self._within_reach(Path(entry.path)):
                 folder.unusual.append((path_inside, "a link that leads out of the folders that may be read; copy it there"))
-            elif entry.is_dir():
+            elif (kind := _kind(entry)) == "folder":
                 self._add_folder(folder, entry, path_inside, above | {here})
-            elif entry.is_file():
+            elif kind == "file":
                 folder.files.append(Node(entry.name, path_inside, LocalFile(Path(entry.path))))
             else:
                 folder.unusual.append((path_inside, "a link to nothing" if is_link else "not a regular file"))
@@ -94,6 +94,14 @@ def image_files(folder: Path) -> list[Path]:
         if node.is_image:
             found.append(node.file.path)
     return found
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return what an entry is, links followed."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:  # a link to itself
+        return "other"
 
 
 def _identity(path: Path) -> Identity:

@@ -18,6 +18,7 @@ from finetune.errors import DataError
 from finetune.messages import printable
 from finetune.storage.store import mark_used
 
+_WHAT_IS_READ = "Give a folder with one folder of images per class, an archive of one, or a table that names images"
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -39,13 +40,13 @@ def open_place(location: Path | str, reading: Reading) -> Place:
         return open_remote(str(location), reading)
     path = Path(location)
     if "\0" in str(path) or not path.exists():
-        raise DataError(f"{printable(path)}: no such folder or file")
+        raise DataError(f"{printable(path)}: no such folder or file. {_WHAT_IS_READ}")
     if path.is_dir():
         if is_contents(path):
             return Place(open_contents(path, name_encoding=reading.name_encoding))
         return Place(LocalFolder(path, reading.roots), local=path)
     if not path.is_file():
-        raise DataError(f"{printable(path)}: neither a folder nor a regular file")
+        raise DataError(f"{printable(path)}: neither a folder nor a regular file. {_WHAT_IS_READ}")
     try:
         kind = kind_of_file(path)
     except OSError as error:

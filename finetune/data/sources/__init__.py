@@ -5,11 +5,23 @@ from __future__ import annotations
 from finetune.data.places.tree import Place
 from finetune.data.reading import Reading
 from finetune.data.sources.class_folders import ClassFoldersSource
+from finetune.data.sources.coco import CocoSource
+from finetune.data.sources.imagenet_text import ImagenetTextSource
+from finetune.data.sources.label_studio import LabelStudioSource
 from finetune.data.sources.metadata import MetadataSource
+from finetune.data.sources.saved_dataset import SavedDatasetSource
 from finetune.data.sources.source import Listing, Record, Source
 from finetune.data.sources.table import TableSource
 
-SOURCES: tuple[Source, ...] = (TableSource(), MetadataSource(), ClassFoldersSource())
+SOURCES: tuple[Source, ...] = (
+    TableSource(),
+    SavedDatasetSource(),
+    CocoSource(),
+    LabelStudioSource(),
+    ImagenetTextSource(),
+    MetadataSource(),
+    ClassFoldersSource(),
+)
 """In the order in which they are asked; the last one takes what no other recognises, and says what is wrong with it."""
 
 

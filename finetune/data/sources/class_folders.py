@@ -29,7 +29,7 @@ class ClassFoldersSource:
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         if place.focus is not None:
-            notes.problem(place.tree.shown, f"{printable(place.focus.name)} is no folder, archive or table of images")
+            notes.problem(place.shown, "is no folder, no zip or tar, and no table of images")
             return Listing()
         for column, name in vars(reading.columns).items():
             if name is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from finetune.data.notes import Notes
-from finetune.data.places.tree import Folder, Node, Tree, find_in
-from finetune.messages import plural, printable
+from finetune.data.places.tree import Node, Tree
+from finetune.messages import plural
 
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "data", "photos", "pictures", "files")
 _UPLOAD_PREFIX = 9  # Label Studio puts eight hexadecimal digits and a dash before the name of an uploaded file
@@ -26,12 +26,16 @@ class Lookup:
         self._names: dict[str, list[Node]] | None = None
         self._stems: dict[str, list[Node]] = {}
 
-    def find(self, name: str) -> Node | None:
-        """Return the file that `name` means; None where there is none, or where several could be meant."""
+    def find(self, name: str, *, by_stem: bool = True) -> Node | None:
+        """Return the file that `name` means; None where there is none, or where several could be meant.
+
+        Args:
+            by_stem: a name without its ending counts too; half of all numbers would be files otherwise.
+        """
         for path in self._paths(name):
             if (node := self.tree.find(path)) is not None:
                 return node
-        return self._by_end(name)
+        return self._by_end(name, by_stem)
 
     def say(self, notes: Notes) -> None:
         """Note how files were found, where their paths alone did not do it."""
@@ -48,40 +52,38 @@ class Lookup:
             if above:
                 yield inside
         if not forward.startswith("/"):
-            yield from (f"{above}{folder}/{forward}" for folder in _IMAGE_FOLDERS)
+            around = self.folder.rpartition("/")[0]
+            for place in dict.fromkeys((above, f"{around}/" if around else "")):
+                yield from (f"{place}{folder}/{forward}" for folder in _IMAGE_FOLDERS)
 
-    def _by_end(self, name: str) -> Node | None:
+    def _by_end(self, name: str, by_stem: bool) -> Node | None:
         """Return the one file whose path ends like `name`, or is called so."""
         if self._names is None:
             self._names = defaultdict(list)
-            for node in self._below().all_files():
+            for node in self.tree.root().all_files():
                 if node.is_image:
                     self._names[_key(node.name)].append(node)
                     self._stems.setdefault(_key(node.name.rpartition(".")[0] or node.name), []).append(node)
         parts = _parts(name)
         if not parts:
             return None
-        candidates = self._names.get(_key(parts[-1]), [])
+        candidates, how = self._called(parts[-1], self._names), "name alone"
         if len(candidates) > 1:  # the more of its path agrees, the better
             candidates = _agreeing(candidates, parts)
-        how = "name alone"
         if not candidates and len(parts[-1]) > _UPLOAD_PREFIX and parts[-1][_UPLOAD_PREFIX - 1] == "-":
-            candidates, how = self._names.get(_key(parts[-1][_UPLOAD_PREFIX:]), []), "name alone, without the prefix of an upload"
-        if not candidates:
-            candidates, how = self._stems.get(_key(parts[-1]), []), "name without its ending"
+            candidates, how = self._called(parts[-1][_UPLOAD_PREFIX:], self._names), "name without the prefix of an upload"
+        if not candidates and by_stem:
+            candidates, how = self._called(parts[-1], self._stems), "name without its ending"
         if len(candidates) != 1:
             return None
-        self._found_by[how] += 1
+        if by_stem:  # not merely tried
+            self._found_by[how] += 1
         return candidates[0]
 
-    def _below(self) -> Folder:
-        root = self.tree.root()
-        for part in self.folder.split("/") if self.folder else ():
-            inner = root.folder(part)
-            if inner is None:
-                return self.tree.root()
-            root = inner
-        return root
+    def _called(self, name: str, index: Mapping[str, list[Node]]) -> list[Node]:
+        """Return the files of a name; where one has exactly these letters, only that one."""
+        found = index.get(_key(name), [])
+        return [node for node in found if name in (node.name, node.name.rpartition(".")[0])] or found
 
 
 def _key(name: str) -> str:
@@ -112,11 +114,3 @@ def _agreeing(candidates: list[Node], parts: list[str]) -> list[Node]:
 
     best = max(map(agreement, candidates))
     return [node for node in candidates if agreement(node) == best]
-
-
-def where(node: Node) -> str:
-    """Return a file's path as messages and ids give it."""
-    return printable(node.path)
-
-
-__all__ = ["Lookup", "find_in", "where"]

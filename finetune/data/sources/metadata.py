@@ -38,9 +38,9 @@ class MetadataSource:
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         whole = place.tree.root()
         root = without_wrapping(whole, reading)
-        if root is not whole:
-            notes.say(f"the folder around everything, {printable(root.path)}/, was left out")
         tables = _tables(whole, reading)
+        if root is not whole and all(table.node.path.startswith(f"{root.path}/") for table in tables):
+            notes.say(f"the folder around everything, {printable(root.path)}/, was left out")
         folders = _Folders.of(place.tree, reading)
         by_convention = all(_is_metadata(table.node) for table in tables)
         if len(tables) > 1 and not by_convention and not all(table.split for table in tables):

@@ -71,7 +71,7 @@ def list_table(
 
 def _holds_image(cell: Cell, lookup: Lookup) -> bool:
     if isinstance(cell, str):
-        return lookup.find(cell) is not None
+        return lookup.find(cell, by_stem=False) is not None
     return cell is not None and not isinstance(cell, Sequence)
 
 

@@ -103,9 +103,7 @@ def _text_of(node: Node) -> tuple[str, list[str]]:
         text = data.decode(decoded.encoding)
     except UnicodeDecodeError:
         text = data.decode("utf-8", "surrogateescape")
-    return text, [
-        f"{printable(node.name)}: {(decoded.said or '').partition(';')[0].replace('names that do', 'a text that does')}"
-    ]
+    return text, [f"{printable(node.name)} is no UTF-8 text; it was read as {decoded.encoding}"]
 
 
 def _bytes_of(node: Node) -> bytes:
