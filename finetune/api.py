@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
+_HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
 ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 
@@ -247,7 +248,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         task = task_named(self._honest()[1].task)
-        splits = [split for split in ("cv", "test", "val") if split in self.judgement.evaluations]
+        splits = [split for split in _HONEST_FIRST if split in self.judgement.evaluations]
         head = "".join(f"<th>{split}</th>" for split in splits)
         rows = "".join(
             f"<tr><td>{html.escape(metric.label)}</td>"
@@ -260,7 +261,7 @@ class Run:
     def _honest(self) -> tuple[str, Evaluation]:
         """Return the split to judge by, and its evaluation."""
         evaluations = self.judgement.evaluations
-        split = next(split for split in ("cv", "test", "val") if split in evaluations)
+        split = next(split for split in _HONEST_FIRST if split in evaluations)
         return split, evaluations[split]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.index import index_dataset
+from finetune.data.intake import check
 from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
 from finetune.jobs.files import PREFIX
 from finetune.runtime.cores import available_cores
@@ -31,6 +31,7 @@ MAX_TRANSFORM_NUMBER = 10_000
 MAX_SHOWN_PROBLEMS = 100
 FILE_FIELDS = ("training_file", "validation_file", "test_file")
 NAMED_WEIGHTS = ("auto", "package", "hub", "none")
+DATASET_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".csv", ".tsv", ".jsonl", ".parquet", ".json")
 STOCK_METHOD = "supervised"
 NO_SUCH_DATASET = f"is neither the id of a file of yours ({PREFIX}-…, from POST /v1/files) nor a dataset folder of this server"
 _MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
@@ -96,6 +97,7 @@ def read_request(
         problems += [one for one in error.problems if one.where not in {known.where for known in problems}]
     if problems:
         raise SpecError(_count(problems), problems)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"within": _within(folders, body, data_roots)})})
     _check_dataset(spec, folders)
     resolved = spec.model_copy(update={name: str(path) for name, path in folders.items()})
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -205,11 +207,17 @@ def _folders(
             found = locate(given) if given.startswith(f"{PREFIX}-") else _under_a_root(given, roots)
         except NotFound:
             found = None
-        if found is not None and found.is_dir():
+        if found is not None and (found.is_dir() or (found.is_file() and found.name.lower().endswith(DATASET_ENDINGS))):
             folders[name] = found
         else:  # one answer for missing and forbidden: it tells nothing about this server's disk
             problems.append(Problem(name, f"{given[:200]!r} {NO_SUCH_DATASET}"))
     return folders, problems
+
+
+def _within(folders: Mapping[str, Path], body: Mapping[str, Any], roots: Sequence[Path]) -> tuple[str, ...]:
+    """Return the folders that the data of a job may reach by links and tables: the server's data folders, and its own uploads."""
+    uploads = [str(path) for name, path in folders.items() if str(body[name]).startswith(f"{PREFIX}-")]
+    return (*(os.path.realpath(root) for root in roots), *uploads)
 
 
 def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
@@ -231,6 +239,12 @@ def _limit_problems(spec: JobSpec) -> list[Problem]:
                     f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}",
                 )
             )
+    for name, why in (
+        ("within", "is set by the server"),
+        ("split_file", "is a file of another machine; name the splits in the data itself"),
+    ):
+        if getattr(spec.data, name) is not None:
+            problems.append(Problem(f"data.{name}", why))
     cores = available_cores()
     if spec.compute.threads != "auto" and spec.compute.threads > cores:
         problems.append(Problem("compute.threads", f"must be auto or at most {cores} here, given {spec.compute.threads}"))
@@ -270,7 +284,7 @@ def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
 def _check_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> None:
     """Everything that can be seen without opening an image, told before the job waits in a queue for it."""
     try:
-        index_dataset(folders["training_file"], folders.get("validation_file"), folders.get("test_file"))
+        check(folders, spec.data)
     except DataError as error:
         shown = {str(path): getattr(spec, name) for name, path in folders.items()}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
-from finetune.evaluation.evaluate import Evaluation, read_judgement
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
-HONEST_FIRST = ("cv", "test", "val")  # val has chosen between weights
+HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val has chosen between weights
 JUDGED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
     "test": "{n:,} test images",
     "val": "{n:,} val images, which also chose the weights",
+    "test_unseen": "the {n:,} test images that it was not trained on",
+    "val_unseen": "the {n:,} val images that it was not trained on, which also chose the weights",
 }
 
 
@@ -89,6 +91,14 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     console.print(f"\n{outcome.summary}\n", markup=False)
     _show_headline(first, JUDGED_ON[splits[0]])
     _show_figures({split: judgement.evaluations[split] for split in splits})
+    for split in splits:
+        if split.endswith(UNSEEN):
+            whole = split.removesuffix(UNSEEN)
+            n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
+            console.print(
+                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too: {whole} figures flatter the model, "
+                f"{split} figures do not.\n"
+            )
     if "val" in splits[1:]:
         console.print("The val images have chosen the weights, so val figures flatter the model.\n")
     _show_warnings(outcome.warnings, [None] * outcome.quarantined)

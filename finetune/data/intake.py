@@ -21,7 +21,11 @@ from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, 
 from finetune.data.contents import hold_file, unpack_archive
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.places import open_place
+from finetune.data.reading import Reading, reading_of
+from finetune.data.tables import SUFFIXES
 from finetune.errors import DataError, DiskFull, FinetuneError, MissingExtra, Problem
+from finetune.spec import DataSpec
 
 MEMORY_BYTES = 3 << 29  # of address space, of which the readers of tables reserve much and use little
 _OPEN_FILES = 64
@@ -63,20 +67,57 @@ def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS,
         DiskFull: no room for the contents.
     """
     request = {"archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename}
+    answer = _ask(request, limits, "archive")
+    lists = {name: tuple(answer[name]) for name in ("classes", "warnings", "understood")}
+    return Intake(**{**answer, **lists})
+
+
+def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> None:
+    """Refuse data that cannot be trained on, as `index_dataset` does. Tables are read in a child process.
+
+    Args:
+        locations: ``training_file`` and, where given, ``validation_file`` and ``test_file``.
+
+    Raises:
+        DataError: with one problem for everything that keeps the data from being used.
+        ArchiveError: an archive is refused; the message names the member.
+    """
+    if any(map(_needs_care, locations.values())):
+        paths = {name: str(path) for name, path in locations.items()}
+        _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")
+    else:
+        _index(locations, data)
+
+
+def _index(locations: Mapping[str, Path], data: DataSpec) -> None:
+    paths = [locations.get(name) for name in ("training_file", "validation_file", "test_file")]
+    assert paths[0] is not None
+    index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
+
+
+def _needs_care(location: Path) -> bool:
+    """Return whether reading a location takes more than listing names: it is a file, or has tables or annotations in it."""
+    if location.is_file():
+        return True
+    root = open_place(location, Reading()).tree.root()
+    return any(node.suffix == ".json" or node.suffix in SUFFIXES for node in root.all_files())
+
+
+def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
+    """Return a child process's answer; raise what it refused."""
     command = [sys.executable, "-m", "finetune.data.intake", json.dumps(request)]
     try:
         ran = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds + 30)
     except subprocess.TimeoutExpired:
-        raise ArchiveError(f"the archive took more than {limits.seconds:.0f} s to read; pack it again, or split it") from None
+        raise ArchiveError(f"the {what} took more than {limits.seconds:.0f} s to read; pack it again, or split it") from None
     if ran.returncode < 0:
-        raise ArchiveError(f"reading the archive took too much time or memory (signal {-ran.returncode}); pack it again")
+        raise ArchiveError(f"reading the {what} took too much time or memory (signal {-ran.returncode}); pack it again")
     if ran.returncode != 0:
-        raise RuntimeError(f"reading {archive} failed: {ran.stderr.decode('utf-8', 'replace')}")
-    answer = json.loads(ran.stdout)
+        raise RuntimeError(f"reading the {what} failed: {ran.stderr.decode('utf-8', 'replace')}")
+    answer: dict[str, Any] = json.loads(ran.stdout)
     if "refused" in answer:
         _refuse(**answer["refused"])
-    lists = {name: tuple(answer[name]) for name in ("classes", "warnings", "understood")}
-    return Intake(**{**answer, **lists})
+    return answer
 
 
 def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn:
@@ -129,14 +170,17 @@ def describe(folder: Path) -> Dataset:
         return replace(dataset, samples=dataset.of("val"))
 
 
-def _refusal(error: FinetuneError, target: Path) -> dict[str, Any]:
-    shutil.rmtree(target, ignore_errors=True)
+def _refusal(error: FinetuneError, target: Path | None) -> dict[str, Any]:
+    if target is not None:
+        shutil.rmtree(target, ignore_errors=True)
     problems = [{"where": _without(target, one.where), "message": _without(target, one.message)} for one in error.problems]
     return {"refused": {"code": error.code, "message": _without(target, error.message), "problems": problems}}
 
 
-def _without(folder: Path, text: str) -> str:
+def _without(folder: Path | None, text: str) -> str:
     """Return `text` as seen from inside the archive: where the server keeps it is nobody's business."""
+    if folder is None:
+        return text
     return text.replace(f"{folder}/", "").replace(str(folder), "the archive")
 
 
@@ -154,8 +198,23 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+    """In the child: what `check` answers."""
+    try:
+        _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
+    except MemoryError:
+        return _refusal(DataError("reading the data takes too much memory"), None)
+    except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
+        return _refusal(error, None)
+    return {}
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
+    if "locations" in request:
+        _limit_this_process(DEFAULT_LIMITS)
+        sys.stdout.write(json.dumps(_look_again(**request)))
+        return
     limits = ArchiveLimits(**request["limits"])
     _limit_this_process(limits)
     answer = _look(Path(request["archive"]), Path(request["target"]), limits, request["filename"])

@@ -38,7 +38,7 @@ def split_dataset(
     seed: int = 0,
     recorded: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Return the dataset with the split of every sample set, sorted by split, class and contents.
+    """Return the dataset with every sample in a split, sorted by split, class and contents.
 
     A split that the user made stays as it is: with validation data nothing is cut at all, with only test data the validation
     set is cut from the rest. Every class with two distinct images or more is in train and in val; with three or more, also in
@@ -70,7 +70,7 @@ def split_dataset(
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
-    """Return one dataset a fold, over the train and val images of a split dataset: a part held out as test, the rest divided.
+    """Return one dataset for each fold of the train and val images: a part held out as ``test``, the rest train and val.
 
     Every image of the pool is held out in exactly one fold, which depends on itself and the seed. What was ``test`` before is in
     none of them: it stays untouched.
@@ -213,7 +213,7 @@ class _Unit:
 
 
 def _content(sample: Sample) -> str:
-    """What an image is: its bytes; its id for datasets that nobody has checked."""
+    """Return what an image is: its bytes; its id for datasets that nobody has checked."""
     return sample.sha256 or sample.id
 
 

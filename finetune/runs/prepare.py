@@ -8,13 +8,14 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Event
 
 from finetune.data.check import scan, verify
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
 from finetune.data.reading import reading_of
-from finetune.data.split import read_split, split_dataset, write_split
+from finetune.data.split import read_split, recorded_sides, split_dataset, write_split
 from finetune.errors import DataError, InvalidInput, Problem
 from finetune.features.rows import FeatureContext, Views, decode_into_features
 from finetune.model.classifier import Classifier
@@ -127,7 +128,13 @@ def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
     if run is not None and run.split.exists():
         return read_split(run.split, dataset)
     data = spec.data
-    split = split_dataset(dataset, val_fraction=data.val_fraction, test_fraction=data.held_out_fraction, seed=data.split_seed)
+    split = split_dataset(
+        dataset,
+        val_fraction=data.val_fraction,
+        test_fraction=data.held_out_fraction,
+        seed=data.split_seed,
+        recorded=recorded_sides(Path(data.split_file)) if data.split_file is not None else None,
+    )
     if run is not None:
         write_split(run.split, split)
     return split

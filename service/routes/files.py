@@ -32,8 +32,8 @@ REPLAYED = "Idempotent-Replayed"
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and test/ with them, or of "
-        "images with a table of labels; or one Parquet or JSON lines file with the images inside.",
+        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and test/ with them, or "
+        "of images with a table of labels; or one Parquet or JSON lines file with the images inside.",
         "content": {
             "multipart/form-data": {
                 "schema": {

@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from folders import encoded, path_of, write_classes
+from folders import path_of, write_classes
 
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
