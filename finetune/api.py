@@ -12,7 +12,6 @@ Everything that the command line does is done by the same functions underneath; 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,15 +71,12 @@ class Answered:
     def _repr_html_(self) -> str:
         from finetune.bundle.overlay import overlay_png
         from finetune.report.pictures import data_uri, thumbnail
+        from finetune.report.templates import render
 
         pictures = [data_uri(thumbnail(self.image), "image/jpeg")]
         if self.cam is not None:
             pictures.append(data_uri(overlay_png(self.image, self.cam), "image/png"))
-        images = "".join(f'<img src="{source}" width="140">' for source in pictures)
-        rows = "".join(
-            f"<tr><td>{html.escape(label)}</td><td>{probability:.1%}</td></tr>" for label, probability in self.labels[:5]
-        )
-        return f'<div style="display:flex;gap:.5rem">{images}<table>{rows}</table></div>'
+        return render("notebook_answer.html", pictures=pictures, labels=self.labels[:5])
 
 
 class Model:
@@ -247,16 +243,16 @@ class Run:
         )
 
     def _repr_html_(self) -> str:
-        task = task_named(self._honest()[1].task)
-        splits = [split for split in _HONEST_FIRST if split in self.judgement.evaluations]
-        head = "".join(f"<th>{split}</th>" for split in splits)
-        rows = "".join(
-            f"<tr><td>{html.escape(metric.label)}</td>"
-            + "".join(f"<td>{metric.text(self.judgement.evaluations[s].values[metric.key])}</td>" for s in splits)
-            + "</tr>"
-            for metric in task.metrics
+        from finetune.report.templates import render
+
+        evaluations = self.judgement.evaluations
+        return render(
+            "notebook_run.html",
+            title=repr(self)[1:-1],
+            splits=[split for split in _HONEST_FIRST if split in evaluations],
+            metrics=task_named(self._honest()[1].task).metrics,
+            evaluations=evaluations,
         )
-        return f"<p>{html.escape(repr(self)[1:-1])}</p><table><tr><th></th>{head}</tr>{rows}</table>"
 
     def _honest(self) -> tuple[str, Evaluation]:
         """Return the split to judge by, and its evaluation."""
