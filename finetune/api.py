@@ -136,7 +136,7 @@ class Model:
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
         """Measure the model on labelled images; says how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
-            return evaluate_bundle(self.folder, Path(data), split, update)
+            return evaluate_bundle(self.folder, data, split, update)
 
     def _of(self, answer: Answer) -> Answered:
         return self._answered(answer.probs, answer.embedding, answer.cam, answer.image)

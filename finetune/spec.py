@@ -265,13 +265,16 @@ class JobSpec(Section):
         """
         found = {}
         for name in ("training_file", "validation_file", "test_file"):
-            if (given := getattr(self, name)) is not None:
+            if (given := getattr(self, name)) is not None and "://" not in given:
                 if not Path(given).exists():
                     raise InvalidInput(f"{name}: {given}: no such file or folder")
                 found[name] = str(Path(given).absolute())
         weights = Path(self.model.weights)
         model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
-        return self.model_copy(update={**found, "model": model})
+        data = self.data
+        if data.split_file is not None:
+            data = data.model_copy(update={"split_file": str(Path(data.split_file).absolute())})
+        return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

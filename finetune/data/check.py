@@ -23,6 +23,7 @@ import numpy as np
 from finetune.bundle.image import DECODER, header_size, image_size
 from finetune.data.dataset import BadImage, Dataset, Sample
 from finetune.data.parallel import ordered_map
+from finetune.data.places.remote import RemoteFile
 from finetune.errors import DataError, ImageError, Problem
 from finetune.messages import natural_list, plural, printable
 from finetune.progress import Progress, ProgressCallback, silent
@@ -76,7 +77,7 @@ def scan(
     dataset: Dataset, *, progress: ProgressCallback = silent, threads: int | None = None, memory: Path | None = None
 ) -> Scanned:
     """Read every file: its digest, and the size that its header gives; see `check_images`."""
-    threads = threads or available_cores()
+    threads = threads or _scan_threads(dataset)
     known = _recall(memory)
     good: list[Sample] = []
     bad: list[BadImage] = []
@@ -176,6 +177,14 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 
 
 # ---------------------------------------------------------------------------------------------------------------- internals
+
+
+_REMOTE_THREADS = 16  # they wait for the network, not for a core
+
+
+def _scan_threads(dataset: Dataset) -> int:
+    waits = any(isinstance(sample.file, RemoteFile) for sample in dataset.samples)
+    return max(available_cores(), _REMOTE_THREADS) if waits else available_cores()
 
 
 def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:

@@ -76,7 +76,7 @@ class LocalJobs:
     def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
         spec = spec.with_absolute_paths()
-        spec = spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(Path(spec.training_file)))})
+        spec = spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(spec.training_file))})
         digest = spec.digest()
         job, _ = self.store.create(
             LOCAL_OWNER,

@@ -52,20 +52,25 @@ def open_place(location: Path | str, reading: Reading) -> Place:
     except OSError as error:
         raise DataError(f"{printable(path)}: cannot be read: {error.strerror}") from None
     if kind is not None:
-        return Place(_open_archive(path, kind, reading))
+        return Place(open_packed(path, kind, reading, printable(path)))
     return Place(LocalFolder(path.parent, reading.roots), Node(path.name, path.name, LocalFile(path)), path.parent)
 
 
-def _open_archive(path: Path, kind: str, reading: Reading) -> PackedTree:
+def open_packed(path: Path, kind: str, reading: Reading, shown: str) -> PackedTree:
+    """Open an archive on disk, which messages call `shown`.
+
+    Raises:
+        ArchiveError: it is refused; the member is named.
+    """
     try:
         if kind != "tar.gz":
-            return open_archive(path, name_encoding=reading.name_encoding)
+            return open_archive(path, name_encoding=reading.name_encoding, shown=shown)
         folder = _unpacked(path, reading)
-        tree = open_contents(folder, name_encoding=reading.name_encoding, shown=printable(path))
-        tree.name = dataset_name(path)
+        tree = open_contents(folder, name_encoding=reading.name_encoding, shown=shown)
+        tree.name = dataset_name(Path(shown))
         return tree
     except ArchiveError as error:
-        raise ArchiveError(f"{printable(path)}: {error.message}") from None
+        raise ArchiveError(f"{shown}: {error.message}") from None
 
 
 def _unpacked(path: Path, reading: Reading) -> Path:

@@ -31,15 +31,20 @@ class PackedTree:
         return find_in(self._root, path)
 
 
-def open_archive(path: Path, *, name_encoding: str = "auto", limits: ArchiveLimits = OWN_LIMITS) -> PackedTree:
+def open_archive(
+    path: Path, *, name_encoding: str = "auto", limits: ArchiveLimits = OWN_LIMITS, shown: str | None = None
+) -> PackedTree:
     """Open a zip or tar without unpacking it.
+
+    Args:
+        shown: what messages call it.
 
     Raises:
         ArchiveError: it is refused; the member is named.
     """
     members = list_members(path, limits)
     names = _names([(member.name, member.is_utf8) for member in members], name_encoding)
-    shown = printable(path)
+    shown = printable(path) if shown is None else shown
     files: list[tuple[Sequence[str], SourceFile]] = []
     folders: list[Sequence[str]] = []
     for member, parts in zip(members, names.parts, strict=True):
@@ -47,7 +52,7 @@ def open_archive(path: Path, *, name_encoding: str = "auto", limits: ArchiveLimi
             folders.append(parts)
         else:
             files.append((parts, MemberFile(path, member, f"{shown}/{printable('/'.join(parts))}")))
-    return PackedTree(dataset_name(path), shown, names.said, build_folder(files, folders))
+    return PackedTree(dataset_name(Path(shown)), shown, names.said, build_folder(files, folders))
 
 
 def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | None = None) -> PackedTree:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from finetune.bundle.image import ImageLimits
 from finetune.data.files import LocalFile, SourceFile, StoredFile
+from finetune.data.places.remote import RemoteFile
 from finetune.data.places.tree import Node
 from finetune.data.reading import Reading
 from finetune.errors import DataError
@@ -86,6 +87,8 @@ def local_path(node: Node, reading: Reading) -> Path:
     """Return a file on disk with a node's contents, for readers that need to jump in it; a copy where it has none of its own."""
     if isinstance(node.file, LocalFile | StoredFile):
         return node.file.path
+    if isinstance(node.file, RemoteFile):
+        return node.file.fetch()
     copy = reading.scratch(f"copy {node.file} {node.file.state()}") / f"table{node.suffix}"
     if not copy.exists() or node.file.state() is None:
         data = node.file.read(WHOLE_FILE)
