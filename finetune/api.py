@@ -13,7 +13,7 @@ Everything that the command line does is done by the same functions underneath; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,10 @@ from finetune.spec import JobSpec, merged_mapping, parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tasks import task_named
+from finetune.tracking.mirror import tracked_as
+from finetune.tracking.process import followed
+from finetune.tracking.tracker import choose
+from finetune.tracking.view import experiment_name
 
 if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
@@ -273,6 +277,8 @@ def train(
     settings: Mapping[str, Any] | None = None,
     run_dir: str | Path | None = None,
     workspace: str | Path | None = None,
+    trackers: Sequence[str] | None = None,
+    experiment: str | None = None,
     progress: bool = True,
 ) -> Run:
     """Fine-tune, judge, export and register a model; the same call after an interruption goes on where it stopped.
@@ -286,6 +292,8 @@ def train(
         settings: any other field of the job spec, ``{"hyperparameters.batch_size": 16}``.
         run_dir: where the run writes.
         workspace: by default what ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
+        trackers: what the run is mirrored to: ``mlflow`` (the default, where it is installed), ``tensorboard``; ``()``: nothing.
+        experiment: the name under which trackers gather the run; by default the data's.
         progress: show bars.
 
     Raises:
@@ -295,8 +303,10 @@ def train(
     from finetune.studies.carry_out import fine_tune
 
     spec = _spec(data, method, model, epochs, folds, seed, name, settings)
-    with progress_bars(shown=progress) as update:
-        outcome = fine_tune(spec, Shared.of(_workspace(workspace)), update, None if run_dir is None else Path(run_dir))
+    place = _workspace(workspace)
+    gathered = followed(choose(trackers), place, experiment or experiment_name(spec))
+    with gathered as begun, progress_bars(shown=progress) as update:
+        outcome = fine_tune(spec, Shared.of(place), update, None if run_dir is None else Path(run_dir), begun)
     return Run(outcome.run)
 
 
@@ -314,6 +324,8 @@ def compare(
     run_dir: str | Path | None = None,
     slots: int = 1,
     workspace: str | Path | None = None,
+    trackers: Sequence[str] | None = None,
+    experiment: str | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Train several ways on the same images, and say which to choose, with paired statistics and cost.
@@ -327,6 +339,7 @@ def compare(
         margin: a difference of the headline metric that does not matter.
         settings: fields of the job spec that all arms share.
         slots: runs that go on side by side, in processes of their own.
+        trackers, experiment: as for `train`.
 
     Raises:
         FinetuneError: the request, the data, a run, or runs that share no image; the message says what to do.
@@ -340,7 +353,11 @@ def compare(
     out = None if run_dir is None else Path(run_dir)
     if not isinstance(what, str | Path):
         folders = [run.folder if isinstance(run, Run) else Path(run) for run in what]
-        return compare_runs(folders, _workspace(workspace), margin, out)
+        place = _workspace(workspace)
+        found = compare_runs(folders, place, margin, out)
+        with followed(choose(trackers), place, experiment or found.dataset) as begun:
+            begun(RunDir(found.folder))
+        return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     spec = parse_comparison(
         {
             **_request(what, None, None, None, folds, None, None, settings),
@@ -352,9 +369,12 @@ def compare(
             "budget_seconds": budget_seconds,
         }
     )
-    with progress_bars(shown=progress) as update:
-        shared = Shared.of(_workspace(workspace), Places.of("local", slots) if slots > 1 else None)
-        return run_comparison(spec, shared, update, out)
+    place = _workspace(workspace)
+    gathered = followed(choose(trackers), place, experiment or experiment_name(spec.job))
+    with gathered as begun, progress_bars(shown=progress) as update:
+        shared = Shared.of(place, Places.of("local", slots) if slots > 1 else None)
+        found = run_comparison(spec, shared, update, out, begun)
+    return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
 
 
 def check(

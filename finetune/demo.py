@@ -29,6 +29,9 @@ from finetune.storage.workspace import Workspace
 from finetune.studies.compare import compare
 from finetune.studies.compare.result import Comparison
 from finetune.studies.compare.study import best_run
+from finetune.tracking.process import followed
+from finetune.tracking.tracker import choose
+from finetune.tracking.view import experiment_name
 
 METHODS = ("linear_probe", "partial", "full")
 DIGIT_SIZE_PX = 64
@@ -58,7 +61,9 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
     """Compare frozen with full fine-tuning, serve the model that the verdict chooses, ask it for one image of the test split."""
     began = time.monotonic()
     folder = data or write_digits(workspace.root / "demo" / "digits")
-    found = compare(demo_spec(folder, own_data=data is not None), Shared.of(workspace), progress)
+    spec = demo_spec(folder, own_data=data is not None)
+    with followed(choose(None), workspace, experiment_name(spec.job)) as begun:
+        found = compare(spec, Shared.of(workspace), progress, begun=begun)
     chosen = RunDir(best_run(found).root)
     asked, truth = held_out_image(chosen)
     with serving(chosen.bundle) as url:
