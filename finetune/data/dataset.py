@@ -76,6 +76,7 @@ class Dataset:
     bad: tuple[BadImage, ...] = ()
     warnings: tuple[str, ...] = ()
     understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
+    revision: str = ""  # the digest of the checked data before it was split
 
     def of(self, split: str) -> tuple[Sample, ...]:
         """Return the samples of one split, in their order."""
@@ -104,13 +105,21 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """The sha256 over classes, labels, splits and contents. Where the data lies and the order of files do not matter.
+        """The sha256 over classes, labels, splits and contents, and groups and weights where there are any.
 
-        Before `check_images` has read the files, their ids stand in for their contents.
+        Where the data lies, what files are called and their order do not matter. Before `check_images` has read the files, their
+        ids stand in for their contents.
         """
-        rows = sorted((self.label_text(sample), sample.split or "", sample.sha256 or sample.id) for sample in self.samples)
+        rows = sorted(
+            (self.label_text(sample), sample.split or "", sample.sha256 or sample.id, *_group_and_weight(sample))
+            for sample in self.samples
+        )
         canonical = json.dumps([self.classes, rows], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _group_and_weight(sample: Sample) -> tuple[str, ...]:
+    return () if sample.group is None and sample.weight == 1.0 else (sample.group or "", repr(sample.weight))
 
 
 def unmeasured(split: str, classes: Sequence[str]) -> str:

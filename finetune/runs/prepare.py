@@ -14,6 +14,7 @@ from threading import Event
 from finetune.data.check import scan, verify
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.manifest import keep, require
 from finetune.data.reading import reading_of
 from finetune.data.split import read_split, recorded_sides, split_dataset, write_split
 from finetune.errors import DataError, InvalidInput, Problem
@@ -77,8 +78,16 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
             network.built.set_result(classifier)
             known = shared.networks[network_key] = trace_network(classifier, resolve_task(spec), shared.workspace)
             network.traced.set_result(known)
-        shared.datasets[data_key] = reading.result()
+        shared.datasets[data_key] = _of_a_revision(spec, reading.result(), shared)
     return shared.datasets[data_key], known
+
+
+def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
+    """Return checked data with its revision, which is kept; refuse it where the request names another one."""
+    if spec.data.revision is not None:
+        require(dataset, spec.data.revision, shared.workspace.datasets)
+    keep(shared.workspace.datasets, dataset)
+    return replace(dataset, revision=dataset.digest)
 
 
 class _Awaited:
