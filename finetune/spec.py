@@ -446,6 +446,9 @@ def _requirement(detail: Any) -> str:
         return str(context["expected"])
     if kind == "string_pattern_mismatch":
         return f"a text that matches {context['pattern']}"
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{'a mapping' if context['field_type'] == 'Dictionary' else 'a list'} of {bound}"
     return _REQUIREMENTS.get(kind) or str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value should be ")
 
 

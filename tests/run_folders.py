@@ -16,7 +16,7 @@ from finetune.bundle.registry import Registry
 from finetune.data.dataset import Dataset
 from finetune.data.split import split_dataset
 from finetune.events import Finished, Planned, Registered
-from finetune.runs.facts import BackboneFacts, StageFacts
+from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.runs.outcome import Outcome
 from finetune.runs.resolve import Resolved, resolve
 from finetune.spec import JobSpec, parse_spec

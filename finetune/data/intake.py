@@ -72,8 +72,10 @@ def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS,
     return Intake(**{**answer, **lists})
 
 
-def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> None:
-    """Refuse data that cannot be trained on, as `index_dataset` does. Tables are read in a child process.
+def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> Mapping[str, int]:
+    """Return how many images each split has (``all``: those in none yet); refuse data as `index_dataset` does.
+
+    Tables and annotations are read in a child process.
 
     Args:
         locations: ``training_file`` and, where given, ``validation_file`` and ``test_file``.
@@ -84,15 +86,15 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
     """
     if any(map(_needs_care, locations.values())):
         paths = {name: str(path) for name, path in locations.items()}
-        _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")
-    else:
-        _index(locations, data)
+        sizes: dict[str, int] = _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
+        return sizes
+    return _index(locations, data).sizes()
 
 
-def _index(locations: Mapping[str, Path], data: DataSpec) -> None:
+def _index(locations: Mapping[str, Path], data: DataSpec) -> Dataset:
     paths = [locations.get(name) for name in ("training_file", "validation_file", "test_file")]
     assert paths[0] is not None
-    index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
+    return index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
 
 
 def _needs_care(location: Path) -> bool:
@@ -201,12 +203,12 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
 def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
     """In the child: what `check` answers."""
     try:
-        _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
+        dataset = _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
     except MemoryError:
         return _refusal(DataError("reading the data takes too much memory"), None)
     except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
         return _refusal(error, None)
-    return {}
+    return {"sizes": dataset.sizes()}
 
 
 def main() -> None:

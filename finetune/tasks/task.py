@@ -2,7 +2,7 @@
 
 A task with one label per image and one with several differ in how targets are encoded, in the function from logits to
 probabilities, in what is decided from them, in the metrics, and in the shape of an answer. All of that is here, without torch;
-the training loss and the solved head of each task are in `finetune.train.objectives`, under the same name.
+the training loss of each task is in `finetune.train.objectives` and its solved head in `finetune.features.heads`, under its name.
 """
 
 from __future__ import annotations

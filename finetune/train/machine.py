@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.threads import on_threads
@@ -59,19 +58,6 @@ class Timing:
 
     numerics: Numerics
     images_per_second: float
-
-
-def resolve_device(asked: Device | Literal["auto"]) -> Device:
-    """Return the device that a request means.
-
-    Raises:
-        InvalidInput: a GPU is asked for and PyTorch sees none.
-    """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput("compute.device: cuda is asked for, but PyTorch sees no CUDA device here. Use device: cpu, or auto.")
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return asked
 
 
 def computes_bfloat16(device: Device) -> bool:

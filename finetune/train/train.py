@@ -1,144 +1,72 @@
-"""Carry out one recipe: the head solved on frozen features, optimiser steps, or the one and then the other.
+"""Carry out a recipe that takes optimiser steps, after a solved head or without one.
 
-Brings together the solved head (`finetune.features.solve`), the frozen prefix (`finetune.features.rows`) and the training loop
+Brings together the solved head (`finetune.train.head`), the frozen prefix (`finetune.features.rows`) and the training loop
 (`finetune.train.fit`), which do not know each other.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from finetune.data.augment import Augment
-from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.data.loader import Batch, EvalLoader, TrainLoader
 from finetune.data.pixels import PixelStore
-from finetune.events import HeadSolved, PrefixPlanned, SettingsMeasured
-from finetune.features.prefix import GraphSource
-from finetune.features.rows import FeatureContext, Views, plan_prefix, pooled_features
-from finetune.features.solve import SolvedHead, head_logits
+from finetune.events import PrefixPlanned, SettingsMeasured
+from finetune.features.engine import GraphSource
+from finetune.features.plan import plan_prefix
+from finetune.features.prefix import embedding_prefix
+from finetune.features.rows import Views
+from finetune.features.solve import SolvedHead
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
-from finetune.progress import Progress, ProgressCallback, silent
-from finetune.storage.files import write_atomic
-from finetune.storage.rundir import RunDir
-from finetune.storage.store import Store
-from finetune.tasks import Task
+from finetune.progress import Progress
 from finetune.train.choices import Choices
-from finetune.train.compute import Compute
+from finetune.train.context import Trained, TrainingContext
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.train.head import solve_head
 from finetune.train.machine import Numerics, choose_numerics, prepare_images
 from finetune.train.objectives import objective_of
 from finetune.train.recipe import Recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
 
 
-@dataclass(frozen=True)
-class TrainingContext:
-    """What all training of one run shares: on what, where, and who is told.
-
-    Args:
-        dataset: the train split is learnt from, the val split chooses.
-        identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
-        store: where frozen features and decoded photographs are kept.
-        graph: gives the classifier, as it is then, as one ONNX file; spares the prefix engine an export of its own.
-    """
-
-    dataset: Dataset
-    task: Task
-    augment: Augment
-    run: RunDir
-    compute: Compute
-    identity: Mapping[str, str]
-    store: Store
-    graph: GraphSource | None = None
-    progress: ProgressCallback = silent
-
-    def features(self, progress: ProgressCallback | None = None) -> FeatureContext:
-        """Return what the frozen prefix is computed with."""
-        return FeatureContext(
-            self.store,
-            self.compute.device,
-            self.compute.threads,
-            graph=self.graph,
-            progress=progress or self.progress,
-            event=self.run.record,
-        )
-
-    def targets(self, samples: tuple[Sample, ...]) -> NDArray[Any]:
-        """Return the labels of samples, encoded by the task."""
-        return self.task.encode(targets_of(samples), len(self.dataset.classes))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training came to; the classifier holds the chosen weights and is in eval mode."""
-
-    recipe: Recipe  # that was carried out
-    summary: str  # one sentence
-    seconds: float  # of all attempts at the steps
-    n_steps: int
-    n_trainable: int  # parameters, the head's included
-    frozen: Mapping[str, Any]  # which stages never trained, and the sha256 of their parameters and buffers before and after
-    choices: Choices
-    head: SolvedHead | None  # None where it was not solved, or in an earlier session
-    history: tuple[Mapping[str, Any], ...] = field(repr=False, default=())  # the lines of metrics.jsonl
-
-    @property
-    def only_the_head(self) -> bool:
-        """Whether the backbone is as it was pretrained."""
-        return not self.n_steps
-
-
-def train(classifier: Classifier, recipe: Recipe, context: TrainingContext, decided: Choices | None = None) -> Trained:
+def train(
+    classifier: Classifier,
+    recipe: Recipe,
+    context: TrainingContext,
+    decided: Choices | None = None,
+    graph: GraphSource | None = None,
+) -> Trained:
     """Train `classifier` in place, as `recipe` says, or go on where an earlier session of the same run stopped.
+
+    Afterwards it holds the chosen weights and is in eval mode.
 
     Args:
         decided: what an earlier run chose; then nothing is chosen here, and the dataset needs no val split.
+        graph: gives the untrained classifier as one ONNX file; spares the prefix engine an export of its own.
     """
-    began = time.perf_counter()
     apply_freeze(classifier, widest_plan(recipe))
     before = frozen_digest(classifier)
-    solver = _HeadSolver(recipe, context)
-    fitted: Fitted | None = None
-    if recipe.n_steps:
-        fitted = _take_steps(classifier, recipe, context, decided, solver)
-    else:
-        # an attempt that was killed may have solved it before
-        write_atomic(context.run.metrics, lambda stream: stream.write(b""))
-        solver(classifier)
+    solver = _HeadSolver(recipe, context, graph)
+    fitted = _take_steps(classifier, recipe, context, decided, solver)
     classifier.eval()
     apply_freeze(classifier, widest_plan(recipe))
+    stopped = ", stopped early" if fitted.stopped_early else ""
     return Trained(
-        recipe=recipe,
-        summary=_summary(recipe, solver.head, fitted),
-        seconds=fitted.seconds if fitted else time.perf_counter() - began,
-        n_steps=fitted.n_steps if fitted else 0,
+        summary=f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}",
+        seconds=fitted.seconds,
         n_trainable=sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad),
+        n_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
         frozen={
             "stages": [stage.name for stage in classifier.backbone.stages if stage.index not in recipe.trainable],
             "digest_before": before,
             "digest_after": frozen_digest(classifier),
         },
-        choices=fitted.choices if fitted else Choices(l2=solver.head.l2 if solver.head else None),
+        choices=fitted.choices,
         head=solver.head,
-        history=fitted.history if fitted else (),
     )
-
-
-def solved_outputs(
-    classifier: Classifier, samples: tuple[Sample, ...], context: TrainingContext
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return logits (N, C) and embeddings (N, D) of a classifier whose backbone never trained, from cached features."""
-    features = pooled_features(classifier, samples, Views(classifier.backbone.preprocess), context.features())
-    weight, bias = (parameter.detach().numpy() for parameter in (classifier.head.weight, classifier.head.bias))
-    return head_logits(features, weight, bias), features
 
 
 @dataclass
@@ -147,46 +75,15 @@ class _HeadSolver:
 
     recipe: Recipe
     context: TrainingContext
+    graph: GraphSource | None
     head: SolvedHead | None = None
 
     def __call__(self, classifier: Classifier) -> None:
-        train, val = self.context.dataset.of("train"), self.context.dataset.of("val")
-        seen = Views(classifier.backbone.preprocess)
-        # steps bring the augmentation; the head before them needs none
-        n_views = 1 if self.recipe.n_steps else self.recipe.views
-        views = replace(seen, augment=self.context.augment, count=n_views) if n_views > 1 else seen
-        head = objective_of(self.context.task.name).solve_head(
-            self._features(classifier, train, views, "training"),
-            self.context.targets(train),
-            classifier.num_classes,
-            val_features=self._features(classifier, val, seen, "validation") if val else None,
-            val_targets=self.context.targets(val) if val else None,
-            l2=self.recipe.l2,
-            label_smoothing=self.recipe.label_smoothing if not self.recipe.n_steps else 0.0,
-            seed=self.recipe.seed,
-        )
+        prefix = embedding_prefix(classifier, self.graph)
+        self.head = solve_head(prefix, classifier.backbone.preprocess, self.recipe, self.context)
         with torch.no_grad():
-            classifier.head.weight.copy_(torch.from_numpy(head.weight))
-            classifier.head.bias.copy_(torch.from_numpy(head.bias))
-        self._record(head)
-        self.head = head
-
-    def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> NDArray[np.float32]:
-        def progress(update: Progress) -> None:
-            self.context.progress(replace(update, message=f"features, {what}"))
-
-        return pooled_features(classifier, samples, views, self.context.features(progress))
-
-    def _record(self, head: SolvedHead) -> None:
-        values = {"head/l2": head.l2, "head/seconds": head.seconds, "head/iterations": float(head.iterations)}
-        if not self.recipe.n_steps:  # before steps the training loop evaluates the head itself
-            for point in head.path:
-                if point.l2 == head.l2:
-                    values |= {"val/loss": point.val_nll, f"val/{self.context.task.headline.key}": point.val_score}
-        self.context.run.metric(0, values, epoch=0.0)
-        path = [{"l2": point.l2, "val_nll": point.val_nll, "val_score": point.val_score} for point in head.path]
-        message = f"the head is solved: L2 {head.l2:g} ({head.chosen_by}), {head.iterations} passes, {head.seconds:.1f} s"
-        self.context.run.record(HeadSolved(message, path, head.converged))
+            classifier.head.weight.copy_(torch.from_numpy(self.head.weight))
+            classifier.head.bias.copy_(torch.from_numpy(self.head.bias))
 
 
 def _take_steps(
@@ -273,11 +170,3 @@ def _cached_source(classifier: Classifier, recipe: Recipe, context: TrainingCont
         return None
     batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
     return _BatchSource(batches, evaluated, prepare_activation, ForwardFrom(plan.stage))
-
-
-def _summary(recipe: Recipe, head: SolvedHead | None, fitted: Fitted | None) -> str:
-    if fitted is not None:
-        stopped = ", stopped early" if fitted.stopped_early else ""
-        return f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}"
-    assert head is not None
-    return f"{recipe.method}: the head is solved on frozen features, L2 {head.l2:g} ({head.chosen_by})"

@@ -16,7 +16,8 @@ from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import task_named
 from finetune.train.compute import Compute
-from finetune.train.train import TrainingContext, train
+from finetune.train.context import TrainingContext
+from finetune.train.train import train
 
 
 @pytest.mark.usefixtures("one_torch_thread")

@@ -19,6 +19,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.train import machine
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.train.compute import resolve_device
 from finetune.train.machine import (
     Numerics,
     Timing,
@@ -28,7 +29,6 @@ from finetune.train.machine import (
     fastest,
     place,
     prepare_images,
-    resolve_device,
 )
 from finetune.train.mixing import mix, step_seed
 from finetune.train.objectives import objective_of

@@ -1,4 +1,4 @@
-"""What training minimises, for each task: its loss in torch and its solved head. One module for each task, under its name."""
+"""What training minimises, for each task: its loss in torch. One module for each task, under its name."""
 
 from __future__ import annotations
 

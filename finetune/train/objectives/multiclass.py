@@ -1,16 +1,10 @@
-"""One label per image: softmax cross entropy, and multinomial logistic regression for the solved head."""
+"""One label per image: softmax cross entropy."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
-
-from finetune.features.solve import SolvedHead, solve_softmax_head
 
 
 class MulticlassObjective:
@@ -30,26 +24,3 @@ class MulticlassObjective:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits, dim=1)
-
-    def solve_head(
-        self,
-        features: NDArray[np.floating[Any]],
-        targets: NDArray[Any],
-        n_classes: int,
-        *,
-        val_features: NDArray[np.floating[Any]] | None,
-        val_targets: NDArray[Any] | None,
-        l2: float | None,
-        label_smoothing: float,
-        seed: int,
-    ) -> SolvedHead:
-        return solve_softmax_head(
-            features,
-            targets,
-            n_classes,
-            val_features=val_features,
-            val_labels=val_targets,
-            l2=l2,
-            label_smoothing=label_smoothing,
-            seed=seed,
-        )
