@@ -41,8 +41,8 @@ from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
 
 LATENCY_ROUNDS = 20
 
@@ -232,7 +232,10 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
         if resolved.spec.export.register_model == "auto":
             refuse_nonsense(judged)
         warnings = (*warnings, *filter(None, [doubt(judged)]))
-    version = Registry(workspace.models).register(outcome.bundle, resolved.model_name, once=True)
+    answers = RunDir(outcome.run).predictions_of("test")
+    version = Registry(workspace.models).register(
+        outcome.bundle, resolved.model_name, once=True, predictions=answers if answers.exists() else None
+    )
     return replace(outcome, bundle=version.path, model=version.name, version=version.version, warnings=warnings)
 
 
