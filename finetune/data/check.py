@@ -248,10 +248,10 @@ class _KnownFiles:
     def remember(self) -> None:
         """Note what was read in this scan."""
         if self.path is not None:
-            _append(self.path, "".join(f"{key} {sha} {width} {height};\n" for key, (sha, width, height) in self.new.items()))
+            append_note(self.path, "".join(f"{key} {sha} {width} {height};\n" for key, (sha, width, height) in self.new.items()))
 
 
-def _append(path: Path, lines: str) -> None:
+def append_note(path: Path, lines: str) -> None:
     """Append lines to a note; without room on the disk nothing is noted."""
     if not lines:
         return
@@ -306,7 +306,7 @@ def _remember(memory: Path | None, samples: Sequence[Sample]) -> None:
     """Note that these samples were decoded; without room on the disk that is just not noted."""
     sizes = {sample.sha256: sample.size_px for sample in samples if sample.size_px}
     if memory is not None:
-        _append(_notes(memory), "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items()))
+        append_note(_notes(memory), "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items()))
 
 
 def _quantiles(values: np.ndarray, *percents: int) -> dict[str, float]:
