@@ -17,6 +17,7 @@ from finetune.bundle.calibration import HELD_OUT
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, Seen
 from finetune.bundle.registry import Registry
+from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
@@ -105,7 +106,7 @@ def run_job(
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
         carried = carried or Carried()
-        judgement = carry_over(judge(predictions), carried.judgement)
+        judgement = carry_over(judge(predictions, leaked(prepared.dataset)), carried.judgement)
         write_judgement(run.evaluation, judgement)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
 
