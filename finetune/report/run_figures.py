@@ -19,6 +19,7 @@ def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dic
         "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
         "confusion": figures.confusion_matrix(judged),
         "per_class": figures.per_class_bars(judged),
-        "reliability": figures.reliability_diagram(judged),
+        "reliability": figures.reliability_diagram(judged, inputs.after),
+        "accuracy_coverage": figures.accuracy_coverage(inputs.curve, inputs.calibration) if inputs.curve else None,
     }
     return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
