@@ -58,7 +58,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         from finetune.cli.terminal import print_json, shortened
         from finetune.comparison_spec import ComparedRuns, load_request
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison

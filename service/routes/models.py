@@ -11,9 +11,9 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from finetune.bundle.manifest import read_manifest
-from finetune.bundle.promotion import promote
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
+from finetune.promotion import promote
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
 from service.results import bundle_archive, evaluated_splits, link_of_run, report_answer, resolved_hyperparameters, run_of

@@ -175,7 +175,7 @@ def _of_job(server: ServerState, caller: Caller, kind: Kind, job_id: str) -> Pic
     return server.pictures.of(training, validation, test)
 
 
-def _picture(server: ServerState, pictures: Pictures, image_id: ImageId = "", side_px: int | None) -> Response:
+def _picture(server: ServerState, pictures: Pictures, image_id: str, side_px: int | None) -> Response:
     data, media_type = server.pictures.encoded(pictures.sample(image_id), side_px)
     return Response(data, media_type=media_type, headers={"Cache-Control": ONE_YEAR})
 

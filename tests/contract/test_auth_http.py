@@ -25,6 +25,7 @@ from finetune.jobs.store import JobStore
 
 OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 JOBS = "/v1/fine_tuning/jobs"
+COMPARISONS = "/v1/fine_tuning/comparisons"
 
 
 @pytest.fixture
@@ -188,7 +189,9 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     Registry(home / "models").reserve("mine", Access(claim.job.owner, "private"))  # as the worker does
     registered(home, write_bundle(home / "second"), "mine")
     store.finish(claim, "succeeded", result={"model": "mine", "version": "1"})
-    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1"}
+    compared = client.post(COMPARISONS, json={"training_file": file_id, "register_chosen": False}, headers=key).json()["id"]
+    own = {"file_id": file_id, "job_id": job_id, "comparison_id": compared, "run_name": "full-seed0"}
+    return {**own, "name": "mine", "alias": "champion", "version": "1"}
 
 
 def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -> None:
@@ -208,7 +211,9 @@ def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -
     }
     for method, template in addressed:
         path = template.format(**hers)
-        missing = template.format(file_id="file-x", job_id="ftjob-x", name="other", alias="champion", version="1")
+        missing = template.format(
+            file_id="file-x", job_id="ftjob-x", comparison_id="ftcmp-x", run_name="x", name="other", alias="champion", version="1"
+        )
         strange = client.request(method, path, headers=bob, **bodies.get(method, {}))
         nothing = client.request(method, missing, headers=bob, **bodies.get(method, {}))
         assert (

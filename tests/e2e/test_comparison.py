@@ -109,6 +109,8 @@ def test_the_chosen_arms_run_that_val_likes_best_is_registered_and_no_other(comp
     kept = RunDir(home / "runs" / "whole").child(read_json(RunDir(home / "runs" / "whole").study)["kept"])
     assert kept.name.startswith(found.verdict.choose)
     assert weights_of(kept.bundle) == weights_of(Registry(home / "models").locate(found.registered))
+    answers = Registry(home / "models").predictions_of(version)
+    assert answers.read_bytes() == kept.predictions_of("test").read_bytes(), "a later version is compared with these"
 
 
 class Killed(BaseException):

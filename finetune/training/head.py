@@ -1,0 +1,65 @@
+"""Solve the head of a run on the frozen features of its images, and record how. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Sample
+from finetune.events import HeadSolved
+from finetune.features.engine import Prefix
+from finetune.features.heads import head_solver
+from finetune.features.rows import Views, pooled_features
+from finetune.features.solve import SolvedHead
+from finetune.progress import Progress
+from finetune.training.context import TrainingContext
+from finetune.training.recipe import Recipe
+
+
+def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext) -> SolvedHead:
+    """Fit the head that `recipe` begins with, or consists of, and record how it was found.
+
+    Args:
+        prefix: from pixels to the embedding that the head is given.
+    """
+    train, val = context.dataset.of("train"), context.dataset.of("val")
+    seen = Views(preprocess)
+    n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
+    views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
+    head = head_solver(context.task.name)(
+        _features(prefix, train, views, "training", context),
+        context.targets(train),
+        len(context.dataset.classes),
+        val_features=_features(prefix, val, seen, "validation", context) if val else None,
+        val_targets=context.targets(val) if val else None,
+        l2=recipe.l2,
+        label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
+        seed=recipe.seed,
+    )
+    _record(head, recipe, context)
+    return head
+
+
+def _features(
+    prefix: Prefix, samples: Sequence[Sample], views: Views, what: str, context: TrainingContext
+) -> NDArray[np.float32]:
+    def progress(update: Progress) -> None:
+        context.progress(replace(update, message=f"features, {what}"))
+
+    return pooled_features(prefix, samples, views, context.features(progress))
+
+
+def _record(head: SolvedHead, recipe: Recipe, context: TrainingContext) -> None:
+    values = {"head/l2": head.l2, "head/seconds": head.seconds, "head/iterations": float(head.iterations)}
+    if not recipe.n_steps:  # before steps the training loop evaluates the head itself
+        for point in head.path:
+            if point.l2 == head.l2:
+                values |= {"val/loss": point.val_nll, f"val/{context.task.headline.key}": point.val_score}
+    context.run.metric(0, values, epoch=0.0)
+    path = [{"l2": point.l2, "val_nll": point.val_nll, "val_score": point.val_score} for point in head.path]
+    message = f"the head is solved: L2 {head.l2:g} ({head.chosen_by}), {head.iterations} passes, {head.seconds:.1f} s"
+    context.run.record(HeadSolved(message, path, head.converged))
