@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
+from browsing import CLASSES, Visit, photograph
 from serving import LiveServer, live_server
 
-CLASSES = ("daisy", "rose", "tulip")
+if TYPE_CHECKING:  # the service tests have no Playwright
+    from playwright.sync_api import Browser, ConsoleMessage, Error, Request
+
+WAIT_MS = 120_000  # for a condition to come true: jobs share two cores with other tests
 CHROMIUM_FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 )  # fmt: skip
-
-
-def photograph(label: int, number: int, side_px: int = 72) -> bytes:
-    """A small JPEG: stripes of the label's colour and width, with noise."""
-    generator = np.random.default_rng(1000 * label + number)
-    pixels = generator.integers(0, 120, (side_px, side_px + 8, 3), dtype=np.uint8)
-    pixels[:, :: label + 2, label % 3] += 100
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +39,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
-        pytest.fail("these tests need Chromium: .ci/install_chromium installs Debian's")
+        (pytest.fail if "FINETUNE_BROWSER_REQUIRED" in os.environ else pytest.skip)("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
         yield browser
@@ -65,20 +59,6 @@ def server(tmp_path: Path) -> Iterator[LiveServer]:
         yield server
 
 
-@dataclass
-class Visit:
-    """A tab on a server, and everything that went wrong in it."""
-
-    page: Page
-    server: LiveServer
-    elsewhere: list[str] = field(default_factory=list)  # requests that left the origin
-    errors: list[str] = field(default_factory=list)  # exceptions, and what the console calls an error
-
-    def go(self, place: str) -> None:
-        self.page.goto(f"{self.server.url}/#/{place}")
-        self.page.wait_for_selector("main:not([aria-busy]) h1")
-
-
 @pytest.fixture
 def visit(browser: Browser, server: LiveServer, request: pytest.FixtureRequest) -> Iterator[Visit]:
     """A tab of the width and theme that the test asks for by `@pytest.mark.parametrize("visit", [...], indirect=True)`."""
@@ -89,7 +69,7 @@ def visit(browser: Browser, server: LiveServer, request: pytest.FixtureRequest) 
         locale=options.get("language", "en"),
         reduced_motion="reduce",
     )
-    context.set_default_timeout(120_000)  # of waiting for a condition; jobs share two cores with other tests
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     visit = Visit(page, server)
 

@@ -15,7 +15,7 @@ export function bars(rows, { label } = {}) {
 
 /** Return lines over steps. `series`: `{name, dashed, values: [[x, y]]}`. */
 export function lines(title, series, { asShare = false, xName } = {}) {
-  const shown = series.filter(({ values }) => values.length);
+  const shown = series.filter(({ values }) => values.length > 1); // a single point is no curve
   const all = shown.flatMap(({ values }) => values);
   if (!all.length) return null;
   const [width, height, left, bottom, top, right] = [480, 200, 46, 26, 10, 12];
@@ -94,8 +94,8 @@ export function forest(rows, margin) {
 export function confusion(matrix, classes, open) {
   const rowTotals = matrix.map((row) => row.reduce((sum, n) => sum + n, 0));
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("result.confusion") },
+    h("p", { class: "hint" }, t("result.confusion.how")),
     h("table", { class: "confusion" },
-      h("caption", {}, t("result.confusion.how")),
       h("thead", {}, h("tr", {}, h("td", {}), classes.map((name) => h("th", { scope: "col" }, h("span", {}, name))))),
       h("tbody", {}, matrix.map((row, label) =>
         h("tr", {}, h("th", { scope: "row" }, classes[label]), row.map((n, answer) => {

@@ -35,7 +35,7 @@ function confirmPromotion(model, version, wholeServer) {
         if (!(error instanceof Refused)) throw error;
         const refused = error.code === "promotion_refused";
         put(messages, alertBox(refused ? t("promote.refused") : session.words(error),
-          refused && h("ul", {}, error.errors.map((one) => h("li", {}, one.detail)))),
+          refused && h("ul", {}, error.errors.map((one) => h("li", {}, `${one.field}: ${one.detail}`)))),
         refused && h("button", { type: "button", class: "danger", onclick: () => send(true) }, t("promote.anyway")));
       }
     };

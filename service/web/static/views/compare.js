@@ -87,7 +87,7 @@ async function showVerdict(root, comparison, path, signal) {
         comparison.fine_tuned_model && h("a", { class: "button", href: `#/try/${encodeURIComponent(`${comparison.fine_tuned_model}@${comparison.fine_tuned_version}`)}` }, t("result.try")),
         reportButton(`${path}/report`), comparison.fine_tuned_model && h("a", { class: "button", href: "#/models" }, t("compare.live")))),
     arms(result),
-    h("section", {}, forest(pairs, result.verdict.margin)),
+    h("section", {}, forest(pairs.map((pair) => ({ ...pair, a: methodName(pair.a), b: methodName(pair.b) })), result.verdict.margin)),
     disputed(path, result, runs.data, signal),
     cost(result));
 }

@@ -43,7 +43,9 @@ export async function open(root, [wanted], signal) {
   seedsField.hidden = true;
   const begin = h("button", { type: "submit", class: "primary large" }, t("train.start"));
 
+  const sourceField = field(t("train.source"), dataset);
   function showSource() {
+    sourceField.hidden = files.length === 0;
     const known = files.find(({ id }) => id === dataset.value);
     put(source, known
       ? h("p", {}, t("train.known", { n: pictureCount(known), classes: classNames(known.summary.classes) }))
@@ -223,7 +225,7 @@ export async function open(root, [wanted], signal) {
     h("p", { class: "lead" }, t("train.lead")),
     h("form", { onsubmit: submit, novalidate: true },
       h("section", { class: "step" }, h("h2", {}, t("train.step_pictures")),
-        files.length > 0 && field(t("train.source"), dataset), source),
+        sourceField, source),
       h("section", { class: "step" }, h("h2", {}, t("train.step_choice")), choice.element, seedsField),
       h("section", { class: "step" }, h("h2", {}, t("train.step_start")),
         field(t("train.name"), name, { hint: t("train.name_hint") }), settings.element, messages, progress, begin, readiness)));
