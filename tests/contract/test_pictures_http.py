@@ -30,9 +30,9 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-def uploaded(client: TestClient) -> str:
+def uploaded(client: TestClient, key: dict[str, str] | None = None) -> str:
     sent = {"file": ("photos.zip", zip_of(photographs()))}
-    return str(client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}).json()["id"])
+    return str(client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}, headers=key).json()["id"])
 
 
 def test_the_images_of_an_upload_are_listed_by_class_in_pages_and_shown_small_or_whole(client: TestClient) -> None:
@@ -70,10 +70,11 @@ def test_a_deleted_upload_has_no_images_any_more(client: TestClient) -> None:
 
 
 def test_another_owner_sees_neither_images_nor_answers(client: TestClient, tmp_path: Path) -> None:
-    file = uploaded(client)
-    job = client.post(JOBS, json={"training_file": file}).json()["id"]
-    secret, _ = KeyStore(open_jobs(tmp_path)).create("bob", ("jobs",))
-    stranger = {"Authorization": f"Bearer {secret}"}
+    keys = KeyStore(open_jobs(tmp_path))
+    hers, stranger = ({"Authorization": f"Bearer {keys.create(owner, ('jobs',))[0]}"} for owner in ("ann", "bob"))
+    file = uploaded(client, hers)
+    job = client.post(JOBS, json={"training_file": file}, headers=hers).json()["id"]
+    assert client.get(f"/v1/files/{file}/images", headers=hers).status_code == 200
     for path in (f"/v1/files/{file}/images", f"{JOBS}/{job}/answers", f"{JOBS}/{job}/metrics", f"{JOBS}/{job}/image?id=x"):
         assert client.get(path, headers=stranger).status_code == 404, path
     assert client.get("/v1/caller", headers=stranger).json() == {
