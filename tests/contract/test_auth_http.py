@@ -104,7 +104,7 @@ def test_from_the_first_key_on_every_route_needs_one(client: TestClient, home: P
 
 def test_the_pages_shell_stays_open_and_holds_no_data(client: TestClient, home: Path) -> None:
     new_key(home, "ann", "admin")
-    for path in ("/", "/static/page.js", "/static/page.css"):
+    for path in ("/", "/static/app.js", "/static/page.css"):
         answer = client.get(path)
         assert answer.status_code == 200
         assert "colours" not in answer.text

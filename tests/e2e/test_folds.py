@@ -103,7 +103,11 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     manifest = read_manifest(outcome.bundle)
     assert manifest.metrics["cv/top1"] == outcome.metrics["cv/top1"]
     assert any("had not seen it" in note for note in manifest.method["notes"])
+    held_out = manifest.calibration["held_out"]
+    assert (held_out["split"], held_out["n"], held_out["checked"]) == ("cv", 30, {})
+    assert "calibrated on 30 held-out images (cv)" in (outcome.bundle / "README.md").read_text(encoding="utf-8")
     report = run.report.read_text(encoding="utf-8")
+    assert "How far to rely on an answer (cv)" in report
     assert "Cross-validation" in report
     assert "Expect a top-1 of" in report
     assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
