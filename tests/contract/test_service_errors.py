@@ -372,7 +372,10 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
     }
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "application/octet-stream"}
-    assert {one["name"] for one in predict["parameters"]} == {"top_k", "explain", "embedding"}
+    assert {one["name"] for one in predict["parameters"]} == {
+        *("top_k", "explain", "embedding"),
+        *("coverage", "per_class", "abstain", "precision"),
+    }
     answers = predict["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
     assert [one["$ref"].rpartition("/")[2] for one in answers] == ["PredictionAnswer", "PredictionList"]
     for path, operations in document["paths"].items():
