@@ -104,7 +104,7 @@ def test_training_that_is_killed_at(point: str, workspace: Path, uninterrupted: 
     assert [event.kind for event in store.events(job.id)].count("succeeded") == 1
     assert _fingerprint(run) == uninterrupted
     (version,) = Registry(home / "models").list()
-    assert (version.name, version.version, version.aliases) == ("crash", "1", ("latest",))
+    assert (version.name, version.version, version.aliases) == ("crash", "1", ("champion", "latest"))
     assert done.result is not None
     assert Path(done.result["bundle"]) == version.path
     Predictor.load(version.path)
