@@ -1,4 +1,5 @@
-"""Taking in an uploaded dataset: unpack it, look at its classes, say what was found. In a child process with narrow limits.
+"""Taking in an upload: unpack it, look at its classes or count its images, say what was found. In a child process with narrow
+limits.
 
 An archive comes from a stranger, and its readers are the standard library's: whatever they do with a malformed one, it costs the
 child its memory or its time, not the server. Torch-free.
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 from finetune.data.archive import DEFAULT_LIMITS, ArchiveError, ArchiveLimits, unpack_archive
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.sources.folder import image_files
 from finetune.errors import DataError, DiskFull, FinetuneError, Problem
 
 MEMORY_BYTES = 1 << 30
@@ -39,15 +41,19 @@ class Intake:
     warnings: tuple[str, ...]
 
 
-def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Intake:
+def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, *, labelled: bool = True) -> Intake:
     """Unpack `archive` into the folder `target`, which must not exist yet, and describe it. On any error there is no `target`.
+
+    Args:
+        labelled: it must be a dataset to train on; else any image files will do.
 
     Raises:
         ArchiveError: the archive is refused; the message names the member.
-        DataError: it holds no folder of images for each class.
+        DataError: it holds no folder of images for each class, or no image at all.
         DiskFull: no room for the contents.
     """
     command = [sys.executable, "-m", "finetune.data.intake", str(archive), str(target), json.dumps(asdict(limits))]
+    command += [] if labelled else ["unlabelled"]
     try:
         ran = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds + 30)
     except subprocess.TimeoutExpired:
@@ -66,10 +72,13 @@ def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn
     raise _REFUSALS[code](message, [Problem(**problem) for problem in problems])
 
 
-def _look(archive: Path, target: Path, limits: ArchiveLimits) -> dict[str, Any]:
+def _look(archive: Path, target: Path, limits: ArchiveLimits, *, labelled: bool) -> dict[str, Any]:
     """In the child: what `take_in` answers, as JSON holds it."""
     try:
         unpacked = unpack_archive(archive, target, limits=limits)
+        if not labelled:
+            counts = {"all": {"": _count_images(target)}}
+            return asdict(Intake(unpacked.kind, unpacked.n_files, unpacked.size_bytes, (), counts, ()))
         dataset = describe(target)
     except MemoryError:
         return _refusal(ArchiveError("reading the archive takes too much memory; its table of contents is not plausible"), target)
@@ -78,6 +87,13 @@ def _look(archive: Path, target: Path, limits: ArchiveLimits) -> dict[str, Any]:
     left_out = [f"{bad.where}: {bad.reason}" for bad in dataset.bad]
     warnings = tuple(_without(target, warning) for warning in (*dataset.warnings, *left_out))
     return asdict(Intake(unpacked.kind, unpacked.n_files, unpacked.size_bytes, dataset.classes, dataset.counts(), warnings[:100]))
+
+
+def _count_images(folder: Path) -> int:
+    found = len(image_files(folder))
+    if not found:
+        raise DataError("the archive holds no image file", [Problem("file", "holds no image file")])
+    return found
 
 
 def describe(folder: Path) -> Dataset:
@@ -119,7 +135,7 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
 def main() -> None:
     archive, target, limits = Path(sys.argv[1]), Path(sys.argv[2]), ArchiveLimits(**json.loads(sys.argv[3]))
     _limit_this_process(limits)
-    sys.stdout.write(json.dumps(_look(archive, target, limits)))
+    sys.stdout.write(json.dumps(_look(archive, target, limits, labelled="unlabelled" not in sys.argv[4:])))
 
 
 if __name__ == "__main__":

@@ -359,9 +359,13 @@ def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
     return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
+# whole checkpoints (their checksums are written last), finished children, answered parts of a batch
+_MILESTONES = ("**/checkpoints/step-*.sha256", "runs/**/outcome.json", "parts/*.npz")
+
+
 def _milestones(run: RunDir) -> frozenset[str]:
-    """Return what need not be done again: whole checkpoints (their checksums are written last) and finished children."""
-    found = (run.root.glob(pattern) for pattern in ("**/checkpoints/step-*.sha256", "runs/**/outcome.json"))
+    """Return what need not be done again."""
+    found = (run.root.glob(pattern) for pattern in _MILESTONES)
     return frozenset(str(path.relative_to(run.root)) for paths in found for path in paths)
 
 

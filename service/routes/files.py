@@ -16,19 +16,23 @@ from service.middleware.auth import Submitting
 from service.problems import RESPONSES
 from service.schemas.lists import After, Limit, ListItem, Page
 from service.state import Server, ServerState
-from service.uploads import PURPOSE, Received, examine, move_to, receive
+from service.uploads import PURPOSES, Received, examine, move_to, receive
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), or of train/, val/ and test/ with them.",
+        "description": "A zip, tar or tar.gz: with `fine-tune`, of class folders (daisy/1.jpg, rose/2.jpg), or of train/, val/ "
+        "and test/ with them; with `batch`, of any image files.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
-                    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": PURPOSE}},
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(PURPOSES)},
+                    },
                 }
             }
         },
@@ -43,7 +47,9 @@ class SummaryDocument(BaseModel):
     n_files: int
     size_bytes: int = Field(description="Unpacked.")
     classes: list[str]
-    counts: dict[str, dict[str, int]] = Field(description="Images by split (`all` where there is none yet) and class.")
+    counts: dict[str, dict[str, int]] = Field(
+        description="Images by split (`all` where there is none yet) and class (an empty name where nobody said)."
+    )
     warnings: list[str]
 
 
@@ -55,7 +61,7 @@ class FileDocument(ListItem):
     stored_bytes: int = Field(description="Unpacked on disk: what counts against your quota.")
     created_at: int = Field(description="Unix seconds.")
     filename: str
-    purpose: Literal["fine-tune"] = "fine-tune"
+    purpose: Literal["fine-tune", "batch"] = Field(description="A dataset to train on, or images to be answered.")
     status: Literal["processed"] = "processed"
     status_details: str | None = None
     expires_at: int | None = None
@@ -88,8 +94,8 @@ def files_router(max_body_bytes: int) -> APIRouter:
             stored = await run_in_threadpool(server.database.files.stored_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
         with server.uploads.arriving(announced, caller.owner) as folder:
-            filename = await receive(request, folder / "archive")
-            received = await run_in_threadpool(examine, folder / "archive", filename)
+            filename, purpose = await receive(request, folder / "archive")
+            received = await run_in_threadpool(examine, folder / "archive", filename, purpose)
             file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
         response.headers["Location"] = f"/v1/files/{file.id}"
         if not new:
@@ -125,11 +131,11 @@ def files_router(max_body_bytes: int) -> APIRouter:
 
 
 def _record(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
-    body = f"{received.filename}\0{PURPOSE}\0{received.sha256}"
+    body = f"{received.filename}\0{received.purpose}\0{received.sha256}"
     return server.database.files.create(
         owner,
         filename=received.filename,
-        purpose=PURPOSE,
+        purpose=received.purpose,
         size_bytes=received.size_bytes,
         stored_bytes=received.stored_bytes,
         sha256=received.sha256,
@@ -148,6 +154,7 @@ def _document(file: UploadedFile) -> FileDocument:
         stored_bytes=file.stored_bytes,
         created_at=int(file.created_at),
         filename=file.filename,
+        purpose=file.purpose,  # type: ignore[arg-type]
         sha256=file.sha256,
         summary=SummaryDocument.model_validate(file.summary),
     )

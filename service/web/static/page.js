@@ -4,6 +4,7 @@
 "use strict";
 
 const KEY = "finetune-api-key";
+const QUEUES = ["v1/fine_tuning/jobs", "v1/fine_tuning/comparisons", "v1/batch_predictions"];
 const JOBS_SHOWN = 8;
 const JOBS_MS = 5000; // between two looks at them
 
@@ -130,7 +131,7 @@ async function showServing() {
 }
 
 async function showJobs() {
-  const answers = await Promise.all(["jobs", "comparisons"].map((kind) => send(`v1/fine_tuning/${kind}?limit=${JOBS_SHOWN}`)));
+  const answers = await Promise.all(QUEUES.map((path) => send(`${path}?limit=${JOBS_SHOWN}`)));
   const told = await Promise.all(answers.map((answer) => answer.json()));
   const refused = answers.findIndex((answer) => !answer.ok);
   const jobs = refused >= 0 ? [] : told.flatMap(({ data }) => data).sort((a, b) => b.created_at - a.created_at).slice(0, JOBS_SHOWN);
@@ -143,8 +144,13 @@ async function showJobs() {
 function row(job) {
   const { done, total } = job.progress ?? {};
   const percent = total ? ` ${Math.round((100 * done) / total)} %` : "";
-  const doing = job.phase ? `${job.phase}${percent}` : (job.error?.message ?? job.verdict?.sentence ?? "");
-  const what = job.object === "fine_tuning.job" ? `${job.model} · ${job.method.type}` : `comparison: ${job.description}`;
+  const ended = job.error?.message ?? job.verdict?.sentence ?? job.conclusion ?? "";
+  const doing = job.phase ? `${job.phase}${percent}` : ended;
+  const what = {
+    "fine_tuning.job": () => `${job.model} · ${job.method.type}`,
+    "fine_tuning.comparison": () => `comparison: ${job.description}`,
+    "batch_prediction": () => job.description,
+  }[job.object]();
   const made = job.fine_tuned_model ? `${job.fine_tuned_model}@${job.fine_tuned_version}` : "";
   const line = document.createElement("tr");
   for (const text of [job.id, what, job.status, doing, made]) {
