@@ -2,7 +2,7 @@
 
 A YAML file, CLI flags with ``--set key.path=value``, Python keywords and an HTTP body all become a mapping, and
 `parse_spec` turns a mapping into a `JobSpec` or reports every problem at once. ``auto`` stays ``auto`` here: it is resolved
-in `finetune.train.recipe`, from facts about the data, the backbone and the machine that this module does not know. Torch-free.
+in `finetune.training.recipe`, from facts about the data, the backbone and the machine that this module does not know. Torch-free.
 """
 
 from __future__ import annotations

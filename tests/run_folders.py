@@ -23,7 +23,7 @@ from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.train.compute import Compute
+from finetune.training.compute import Compute
 
 CLASSES = ("rose", "tulip", "iris")
 N_IMAGES = 90

@@ -28,7 +28,7 @@ STEPS = (
     ("building the network", "finetune.runs.build", "build_backbone"),
     ("tracing and exporting the graph", "finetune.runs.build", "dry_run_export"),
     ("filling the graph with weights", "finetune.runs.build", "fold"),
-    ("looking up features", "finetune.train.head", "pooled_features"),
+    ("looking up features", "finetune.training.head", "pooled_features"),
     ("solving the head", "finetune.runs.solved", "solve_head"),
     ("hashing what is frozen", "finetune.runs.build", "frozen_digest"),
     ("answering val and test", "finetune.runs.run", "predict_splits"),

@@ -26,7 +26,7 @@ from finetune.errors import ExportError
 from finetune.export.template import HEAD_BIAS, HEAD_WEIGHT, INPUT_NAME, OPSET, TEMPERATURE, Head, serialized, with_head
 from finetune.model.classifier import Classifier
 from finetune.runtime.collector import collection_paused
-from finetune.train.objectives import objective_of
+from finetune.training.objectives import objective_of
 
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
 

@@ -1,7 +1,7 @@
 """The frozen prefix, computed once: its output for every image and view, read from the cache where it was computed before.
 
 A frozen stage's output for one view of an image never changes. `pooled_features` gives the embeddings that a head is solved on;
-`FrozenRows` is the general case, any cut, which `finetune.train.replay` trains on. Decoding runs beside the network, on all
+`FrozenRows` is the general case, any cut, which `finetune.training.replay` trains on. Decoding runs beside the network, on all
 cores; rows stream to disk as they come. Torch-free: what computes the rows is behind `finetune.features.engine.Prefix`.
 
 A row's key holds the image's bytes and the view; its space holds the prefix's weights, the preprocessing, the cut, the number

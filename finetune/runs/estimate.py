@@ -10,7 +10,7 @@ from finetune.features.plan import PrefixPlan, plan_prefix
 from finetune.features.rows import FeatureContext, Views
 from finetune.runs.prepare import Prepared, augment_of, built_network
 from finetune.runs.shared import Shared
-from finetune.train.machine import MEASURED_IMAGES, measure, plain_numerics
+from finetune.training.machine import MEASURED_IMAGES, measure, plain_numerics
 
 _FORWARD_SHARE = 1 / 3  # of a training step: the backward pass takes twice the forward pass
 

@@ -15,7 +15,7 @@ from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
 from finetune.runs.learner import Learner
 from finetune.tasks import task_named
-from finetune.train.context import TrainingContext
+from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
 LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability

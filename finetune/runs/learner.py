@@ -17,8 +17,8 @@ from finetune.data.loader import EvalLoader
 from finetune.export.pack import ExportedNetwork
 from finetune.progress import Progress
 from finetune.runtime.session import open_session
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
 
 BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 

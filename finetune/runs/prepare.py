@@ -36,8 +36,8 @@ from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import Task, task_named
-from finetune.train.choices import Choices
-from finetune.train.compute import resolve_device
+from finetune.training.choices import Choices
+from finetune.training.compute import resolve_device
 
 if TYPE_CHECKING:
     from finetune.runs.build import BuiltNetwork

@@ -15,7 +15,7 @@ from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
 from finetune.storage.rundir import RunDir
-from finetune.train.context import Trained
+from finetune.training.context import Trained
 
 SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
 GALLERY_SIZE = 12

@@ -40,8 +40,8 @@ from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
 
 LATENCY_ROUNDS = 20
 

@@ -17,9 +17,9 @@ from finetune.features.solve import head_logits
 from finetune.runs.learner import run_model
 from finetune.runs.prepare import Prepared
 from finetune.storage.files import write_atomic
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
-from finetune.train.head import solve_head
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
+from finetune.training.head import solve_head
 
 
 class SolvedLearner:

@@ -17,9 +17,9 @@ from finetune.export.template import with_head
 from finetune.runs.build import BuiltNetwork
 from finetune.runs.learner import run_model
 from finetune.runs.resolve import Resolved
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
-from finetune.train.train import train
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
+from finetune.training.train import train
 
 
 class SteppedLearner:

@@ -23,7 +23,7 @@ from finetune.runs.stepped import SteppedLearner
 from finetune.runtime.session import open_session
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
-from finetune.train.context import Trained, TrainingContext
+from finetune.training.context import Trained, TrainingContext
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

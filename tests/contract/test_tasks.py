@@ -22,7 +22,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.features.heads import HEAD_SOLVERS, head_solver
 from finetune.spec import JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
-from finetune.train.objectives import OBJECTIVES, objective_of
+from finetune.training.objectives import OBJECTIVES, objective_of
 
 N_CLASSES = 4
 

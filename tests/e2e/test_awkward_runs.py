@@ -25,7 +25,7 @@ from finetune.storage.files import read_json, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import fine_tune
-from finetune.train import checkpoint
+from finetune.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -24,11 +24,11 @@ from finetune.runs.prepare import with_val_as_train
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import task_named
-from finetune.train.choices import Choices
-from finetune.train.compute import Compute
-from finetune.train.context import TrainingContext
-from finetune.train.head import solve_head
-from finetune.train.recipe import Recipe, refit_recipe
+from finetune.training.choices import Choices
+from finetune.training.compute import Compute
+from finetune.training.context import TrainingContext
+from finetune.training.head import solve_head
+from finetune.training.recipe import Recipe, refit_recipe
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -23,7 +23,7 @@ from finetune.features.prefix import ClassifierPrefix
 from finetune.features.rows import DoesNotFit, FeatureContext, FrozenRows, RowType, Views
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
-from finetune.train.machine import Numerics
+from finetune.training.machine import Numerics
 
 
 @dataclass(frozen=True)

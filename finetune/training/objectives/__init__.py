@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.train.objectives.multiclass import MulticlassObjective
-from finetune.train.objectives.objective import Objective
+from finetune.training.objectives.multiclass import MulticlassObjective
+from finetune.training.objectives.objective import Objective
 
 OBJECTIVES: tuple[Objective, ...] = (MulticlassObjective(),)
 

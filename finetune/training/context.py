@@ -16,8 +16,8 @@ from finetune.progress import ProgressCallback, silent
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import Task
-from finetune.train.choices import Choices
-from finetune.train.compute import Compute
+from finetune.training.choices import Choices
+from finetune.training.compute import Compute
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from finetune.features.heads import head_solver
 from finetune.features.rows import Views, pooled_features
 from finetune.features.solve import SolvedHead
 from finetune.progress import Progress
-from finetune.train.context import TrainingContext
-from finetune.train.recipe import Recipe
+from finetune.training.context import TrainingContext
+from finetune.training.recipe import Recipe
 
 
 def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext) -> SolvedHead:

@@ -22,9 +22,9 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.threads import on_threads
 from finetune.runtime.device import Device
-from finetune.train.compute import Compute
-from finetune.train.memory import retaining_memory
-from finetune.train.recipe import Recipe, freeze_plan
+from finetune.training.compute import Compute
+from finetune.training.memory import retaining_memory
+from finetune.training.recipe import Recipe, freeze_plan
 
 WORTH_MEASURING_STEPS = 200  # shorter runs cost less than the measurement
 MEASURED_IMAGES = 16  # at most, per step

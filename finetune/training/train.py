@@ -1,7 +1,7 @@
 """Carry out a recipe that takes optimiser steps, after a solved head or without one.
 
-Brings together the solved head (`finetune.train.head`), the frozen prefix (`finetune.features.rows`) and the training loop
-(`finetune.train.fit`), which do not know each other.
+Brings together the solved head (`finetune.training.head`), the frozen prefix (`finetune.features.rows`) and the training loop
+(`finetune.training.fit`), which do not know each other.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from finetune.features.solve import SolvedHead
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress
-from finetune.train.choices import Choices
-from finetune.train.context import Trained, TrainingContext
-from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
-from finetune.train.head import solve_head
-from finetune.train.machine import Numerics, choose_numerics, prepare_images
-from finetune.train.objectives import objective_of
-from finetune.train.recipe import Recipe, widest_plan
-from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
+from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.training.head import solve_head
+from finetune.training.machine import Numerics, choose_numerics, prepare_images
+from finetune.training.objectives import objective_of
+from finetune.training.recipe import Recipe, widest_plan
+from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
 
 
 def train(
