@@ -91,7 +91,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
         announced = int(given) if given.isdecimal() else 0
         if idempotency_key is None:  # else this may be a repetition, which adds nothing
             least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
-            stored = await run_in_threadpool(server.database.files.stored_bytes, caller.owner)
+            stored = await run_in_threadpool(server.stored_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
         with server.uploads.arriving(announced, caller.owner) as folder:
             filename, purpose = await receive(request, folder / "archive")
@@ -143,6 +143,7 @@ def _record(server: ServerState, owner: str, received: Received, idempotency_key
         place=lambda file_id: move_to(received.contents, server.uploads.place_of(file_id)),
         idempotency_key=idempotency_key,
         body_sha256=hashlib.sha256(body.encode()).hexdigest(),
+        models_bytes=server.models.registry.owned_bytes(owner),
         max_owner_bytes=server.max_files_bytes,
     )
 
