@@ -184,7 +184,7 @@ def examine(archive: Path, filename: str, purpose: str) -> Received:
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
-    intake = take_in(archive, contents, labelled=purpose == TO_TRAIN_ON)
+    intake = take_in(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
     archive.unlink()
     return Received(filename, purpose, size_bytes, sha256, intake, folder_bytes(contents), contents)
 

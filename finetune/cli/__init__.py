@@ -13,6 +13,7 @@ import click
 
 from finetune import __version__
 from finetune.cli.comparing import compare
+from finetune.cli.data import data
 from finetune.cli.demo import demo
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
@@ -36,7 +37,23 @@ def cli() -> None:
     """
 
 
-for command in (check, train, compare, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):
+for command in (
+    check,
+    data,
+    train,
+    compare,
+    evaluate,
+    predict,
+    serve,
+    build,
+    backbones,
+    models,
+    mlflow,
+    demo,
+    worker,
+    jobs,
+    keys,
+):
     cli.add_command(command)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample
-from finetune.data.sources.folder import image_files
+from finetune.data.places.local_folder import image_files
 from finetune.errors import DataError, MissingExtra
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.calibration import Calibration
+from finetune.bundle.card import checked_sentences
+from finetune.evaluation.calibrate import AccuracyCoverage
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.messages import encodable, natural_list
@@ -30,7 +33,12 @@ _MAX_PAIRS = 12
 _NAMED_ABSENT = 10
 _FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, to be scrolled
 
-_SPLIT_TITLES = {"cv": "cross-validation", "val": "val (which chose the weights)"}
+_SPLIT_TITLES = {
+    "cv": "cross-validation",
+    "val": "val (which chose the weights)",
+    "test_unseen": "test, without images that were trained on",
+    "val_unseen": "val, without images that were trained on",
+}
 _CARD_METRICS = ("macro_f1", "mean_per_class_accuracy", "ece")
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
@@ -41,6 +49,7 @@ _CAPTIONS = {
     "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
+    "accuracy_coverage": "Answering only the images that the model is surest of: the fewer, the more accurate.",
 }
 
 
@@ -78,6 +87,9 @@ class ReportInputs:
     weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
     versions: Mapping[str, str] = field(default_factory=dict)
     temperature: Temperature | None = None
+    after: Evaluation | None = None  # the first evaluation with its temperature, which these images did not fit
+    curve: AccuracyCoverage | None = None  # of the first evaluation's images
+    calibration: Calibration | None = None
     l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_score
     l2: float | None = None  # the chosen one
     mistakes: Sequence[ShownMistake] = ()
@@ -104,7 +116,8 @@ def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dic
         "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
         "confusion": figures.confusion_matrix(judged),
         "per_class": figures.per_class_bars(judged),
-        "reliability": figures.reliability_diagram(judged),
+        "reliability": figures.reliability_diagram(judged, inputs.after),
+        "accuracy_coverage": figures.accuracy_coverage(inputs.curve, inputs.calibration) if inputs.curve else None,
     }
     return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
 
@@ -128,6 +141,8 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         cards=_cards(split, judged),
         splits=_splits(inputs.evaluations),
         temperature=_temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
+        reliance=checked_sentences(inputs.calibration) if inputs.calibration else [],
+        scaled=_scaled(judged, inputs.after),
         folds=None if inputs.folds is None else _folds(inputs.folds),
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
         classes=_classes(judged),
@@ -243,6 +258,15 @@ def _temperature(fitted: Temperature | None, which: str) -> str:
         f"Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} {which} images: NLL {fitted.nll_before:.3f} → "
         f"{fitted.nll_after:.3f}, ECE {fitted.ece_before:.3f} → {fitted.ece_after:.3f} on those same images (so optimistic)."
     )
+
+
+def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
+    """Return the table of figures that a temperature changes, before and after."""
+    if after is None:
+        return {"head": [], "rows": []}
+    changed = [metric for metric in task_named(before.task).metrics if before.values[metric.key] != after.values[metric.key]]
+    rows = [[metric.label, metric.text(before.values[metric.key]), metric.text(after.values[metric.key])] for metric in changed]
+    return {"head": [f"on {before.n:,} images", "before", "after temperature"], "rows": rows}
 
 
 def _classes(judged: Evaluation) -> list[list[str]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
-from finetune.evaluation.evaluate import Judgement
+from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
+from finetune.evaluation.evaluate import Evaluation, Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
@@ -17,7 +19,8 @@ from finetune.runs.prepare import Prepared
 from finetune.storage.rundir import RunDir
 from finetune.training.context import Trained
 
-SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
+# The split that a model is judged by comes first: val has chosen its weights.
+SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
@@ -36,6 +39,7 @@ def write_run_report(
     resolved, head = prepared.resolved, trained.head
     judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
+    calibration = Calibration.of(manifest.calibration)
     inputs = ReportInputs(
         title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
         evaluations={split: judgement.evaluations[split] for split in judged},
@@ -55,12 +59,29 @@ def write_run_report(
         weights=resolved.backbone.weights,
         versions=manifest.versions,
         temperature=judgement.temperature,
+        after=_after(predictions[pictured], judgement, calibration) if pictured == judged[0] else None,
+        curve=_curve(predictions[pictured], judgement) if pictured == judged[0] else None,
+        calibration=calibration,
         l2_path=[asdict(point) for point in head.path] if head else (),
         l2=head.l2 if head else None,
         mistakes=shown_mistakes(predictions[pictured], prepared) if pictured else (),
         mistakes_of=pictured or "",
     )
     write_report(run, inputs)
+
+
+def _after(judged: Predictions, judgement: Judgement, calibration: Calibration | None) -> Evaluation | None:
+    """Return the evaluation with the temperature; None where there is none."""
+    if judgement.temperature is None:
+        return None
+    fitted_on = calibration.split if calibration else "val"
+    return reliability_after(judged, judgement.temperature.temperature, fitted_on_these=judged.split == fitted_on)
+
+
+def _curve(judged: Predictions, judgement: Judgement) -> AccuracyCoverage | None:
+    """Return the accuracy-coverage curve; None where an image may have several labels."""
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    return accuracy_coverage(judged, temperature) if judged.labels.ndim == 1 else None
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:

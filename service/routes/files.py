@@ -21,8 +21,9 @@ from service.uploads import PURPOSES, Received, examine, move_to, receive
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A zip, tar or tar.gz: with `fine-tune`, of class folders (daisy/1.jpg, rose/2.jpg), or of train/, val/ "
-        "and test/ with them; with `batch`, of any image files.",
+        "description": "With `fine-tune`: a zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and "
+        "test/ with them, or of images with a table of labels; or one Parquet or JSON lines file with the images inside. With "
+        "`batch`: a zip, tar or tar.gz of any image files.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -43,7 +44,7 @@ UPLOAD_BODY: dict[str, Any] = {
 class SummaryDocument(BaseModel):
     """What was found in an upload."""
 
-    kind: Literal["zip", "tar", "tar.gz"]
+    kind: Literal["zip", "tar", "tar.gz", "parquet", "jsonl"]
     n_files: int
     size_bytes: int = Field(description="Unpacked.")
     classes: list[str]
@@ -51,6 +52,7 @@ class SummaryDocument(BaseModel):
         description="Images by split (`all` where there is none yet) and class (an empty name where nobody said)."
     )
     warnings: list[str]
+    understood: list[str] = Field(default_factory=list, description="How it was read, where there was something to understand.")
 
 
 class FileDocument(ListItem):
