@@ -23,7 +23,6 @@ from finetune.data.contents import hold_file, unpack_archive
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
 from finetune.data.places import open_place
-from finetune.data.places.local_folder import image_files
 from finetune.data.reading import Reading, reading_of
 from finetune.data.tables import SUFFIXES
 from finetune.errors import DataError, DiskFull, FinetuneError, MissingExtra, Problem
@@ -170,7 +169,7 @@ def _unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -
 
 
 def _count_images(folder: Path) -> int:
-    found = len(image_files(folder))
+    found = sum(node.is_image for node in open_place(folder, Reading()).tree.root().all_files())
     if not found:
         raise DataError("the archive holds no image file", [Problem("file", "holds no image file")])
     return found

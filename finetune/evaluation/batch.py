@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from finetune.bundle.predictor import Predictor
-from finetune.data.dataset import LocalFile, Sample
-from finetune.data.places.local_folder import image_files
+from finetune.data.dataset import Sample
+from finetune.data.places import open_place
+from finetune.data.reading import Reading
 from finetune.errors import DataError, MissingExtra
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
@@ -39,6 +40,7 @@ def answer_folder(
     """Answer every image under `images` and write the answers into the folder `out`; return what ``batch.json`` holds.
 
     Args:
+        images: a folder, an archive, or what an upload is kept as.
         embedding: keep the embeddings too.
 
     Raises:
@@ -48,7 +50,8 @@ def answer_folder(
     if result.exists():
         found: dict[str, Any] = read_json(result)
         return found
-    samples = [Sample(path.relative_to(images).as_posix(), LocalFile(path), ()) for path in image_files(images)]
+    files = open_place(images, Reading()).tree.root().all_files()
+    samples = [Sample(node.path, node.file, ()) for node in files if node.is_image]
     if not samples:
         raise DataError(f"{printable(images)}: holds no image file")
     parts, unreadable = out / "parts", []

@@ -41,7 +41,6 @@ async def create_batch(
 def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
     body, server = read_body(raw), submission.server
     folders, problems = find_folders(body, submission.locate, server.data_roots, ("input_file",))
-    problems += [Problem(name, "is a file of this server; give a folder") for name, path in folders.items() if not path.is_dir()]
     model = ""
     try:
         asked = parse_body(body, parse_batch, BatchSpec.model_dump, ("model", "embedding", "metadata"))
