@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from finetune.bundle.calibration import Certainty
 from finetune.bundle.image import ImageLimits
-from finetune.bundle.overlay import overlay_png
+from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
 from service.forms import Part, read_form
@@ -229,10 +229,14 @@ def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:
     label = prediction.labels[0][0]
     if prediction.cam is None:
         reason = model.predictor.manifest.cam.get("reason") or "this bundle has no class activation map"
-        return Explanation(label=label, cam=None, overlay_png_base64=None, reason=reason)
+        return Explanation(label=label, cam=None, overlay_png_base64=None, image_jpeg_base64=None, reason=reason)
     png = overlay_png(prediction.image, prediction.cam)
     return Explanation(
-        label=label, cam=prediction.cam.tolist(), overlay_png_base64=base64.b64encode(png).decode("ascii"), reason=None
+        label=label,
+        cam=prediction.cam.tolist(),
+        overlay_png_base64=base64.b64encode(png).decode("ascii"),
+        image_jpeg_base64=base64.b64encode(image_jpeg(prediction.image)).decode("ascii"),
+        reason=None,
     )
 
 

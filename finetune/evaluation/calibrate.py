@@ -46,14 +46,15 @@ def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_h
     """
     if len(held_out) < MIN_IMAGES or held_out.labels.ndim != 1:
         return None
-    probs = task_named(held_out.task).probabilities(held_out.logits, temperature)
+    task = task_named(held_out.task)
+    probs = task.probabilities(held_out.logits, temperature)
     targets = held_out.labels.astype(np.int64)
     of_true = probs[np.arange(len(targets)), targets]
     covered = {level: coverage_threshold(of_true, float(level)) for level in LEVELS}
     by_class = {level: class_thresholds(of_true, targets, len(held_out.classes), float(level)) for level in CLASS_LEVELS}
     subspace, novelty, unlike = _novelty(held_out if embeddings_hold else replace(held_out, embedding=None))
     confidence = np.where(unlike, 0.0, probs.max(axis=1))  # what is unlike is not answered, however sure the model is
-    right = probs.argmax(axis=1) == targets
+    right = task.judge(held_out.logits, held_out.labels).score > 0
     operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
     return Fitted(
         Calibration(
@@ -169,10 +170,10 @@ class AccuracyCoverage:
 
 def accuracy_coverage(judged: Predictions, temperature: float, n_points: int = 100) -> AccuracyCoverage:
     """Return the accuracy of the n surest answers for growing n, at `n_points` places."""
-    probs = task_named(judged.task).probabilities(judged.logits, temperature)
-    confidence = probs.max(axis=1)
+    task = task_named(judged.task)
+    confidence = task.probabilities(judged.logits, temperature).max(axis=1)
     order = np.argsort(-confidence, kind="stable")
-    right = np.cumsum((probs.argmax(axis=1) == judged.labels)[order])
+    right = np.cumsum(task.judge(judged.logits, judged.labels).score[order])
     counts: Sequence[int] = sorted({max(1, round(len(judged) * place / n_points)) for place in range(1, n_points + 1)})
     intervals = [wilson_interval(int(right[count - 1]), count) for count in counts]
     return AccuracyCoverage(

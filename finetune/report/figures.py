@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -29,13 +28,11 @@ from finetune.bundle.calibration import Calibration
 from finetune.evaluation.calibrate import AccuracyCoverage
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
-from finetune.messages import encodable
-from finetune.storage.files import write_atomic
+from finetune.report.text import SHOWN_CLASSES
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
 WIDTH_INCHES = 9.3
-MAX_BARS = 40
 MAX_LABELLED_CLASSES = 100
 
 _STYLE = {
@@ -84,12 +81,6 @@ def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]
             return draw(*args, **kwargs)
 
     return drawn
-
-
-def save_svg(svg: str, path: Path) -> None:
-    """Write what `to_svg` gave as a file of its own, on white."""
-    on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
-    write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
 
 
 def to_svg(figure: Figure) -> str:
@@ -260,9 +251,9 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 
 @styled
 def per_class_bars(evaluation: Evaluation) -> Figure:
-    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `MAX_BARS`."""
+    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `SHOWN_CLASSES`."""
     rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
-    shown = rows[:MAX_BARS]
+    shown = rows[:SHOWN_CLASSES]
     figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.2 * len(shown)))
     axes = figure.subplots()
     places = range(len(shown))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,10 @@ from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.messages import encodable, natural_list
 from finetune.metrics.temperature import Temperature
-from finetune.report import figures
 from finetune.report.pictures import data_uri, thumbnail
 from finetune.report.templates import render
-from finetune.report.text import cost_label, cost_text, flat, value_text
+from finetune.report.text import SHOWN_CLASSES, cost_label, cost_text, flat, value_text
 from finetune.storage.files import write_atomic
-from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 
@@ -96,30 +95,16 @@ class ReportInputs:
     mistakes_of: str = ""  # the split that they are of
 
 
-def write_report(run: RunDir, inputs: ReportInputs) -> None:
-    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides."""
-    drawn = draw_figures(read_lines(run.metrics), inputs)
+def write_report(run: RunDir, inputs: ReportInputs, drawn: Mapping[str, str]) -> None:
+    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides.
+
+    Args:
+        drawn: what `finetune.report.run_figures.draw_figures` gave.
+    """
     for name, svg in drawn.items():
-        figures.save_svg(svg, run.figures / f"{name}.svg")
+        _save_on_white(svg, run.figures / f"{name}.svg")
     page = render_report(inputs, drawn)
     write_atomic(run.report, lambda stream: stream.write(encodable(page).encode()))
-
-
-def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
-    """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
-    judged = next(iter(inputs.evaluations.values()))
-    candidates = {
-        "learning_curves": figures.learning_curves(records, inputs.phases),
-        "learning_rate": figures.learning_rate(records),
-        "stage_signals": figures.stage_signals(records, inputs.stage_names),
-        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
-        "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
-        "confusion": figures.confusion_matrix(judged),
-        "per_class": figures.per_class_bars(judged),
-        "reliability": figures.reliability_diagram(judged, inputs.after),
-        "accuracy_coverage": figures.accuracy_coverage(inputs.curve, inputs.calibration) if inputs.curve else None,
-    }
-    return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
 
 
 def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
@@ -161,11 +146,16 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
     )
 
 
+def _save_on_white(svg: str, path: Path) -> None:
+    on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
+    write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
+
+
 def _caption(name: str, judged: Evaluation) -> str:
     if name != "per_class":
         return _CAPTIONS[name]
     n_present = len(judged.classes) - len(judged.absent)
-    which = f"the {figures.MAX_BARS} worst of {n_present} classes" if n_present > figures.MAX_BARS else "worst class first"
+    which = f"the {SHOWN_CLASSES} worst of {n_present} classes" if n_present > SHOWN_CLASSES else "worst class first"
     return f"Recall (share of a class's images that were found) and precision, {which}; number of images in brackets."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -16,12 +17,22 @@ from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
+from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training.context import Trained
 
 # The split that a model is judged by comes first: val has chosen its weights.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
+
+
+def import_drawing() -> None:
+    """Import in a thread of its own what draws figures: matplotlib takes a third of a second, which training has to spare."""
+
+    def load() -> None:
+        import finetune.report.run_figures  # noqa: F401
+
+    threading.Thread(target=load, name="import of matplotlib").start()
 
 
 def write_run_report(
@@ -36,6 +47,8 @@ def write_run_report(
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
+    from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only judged does not need
+
     resolved, head = prepared.resolved, trained.head
     judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
@@ -67,7 +80,7 @@ def write_run_report(
         mistakes=shown_mistakes(predictions[pictured], prepared) if pictured else (),
         mistakes_of=pictured or "",
     )
-    write_report(run, inputs)
+    write_report(run, inputs, draw_figures(read_lines(run.metrics), inputs))
 
 
 def _after(judged: Predictions, judgement: Judgement, calibration: Calibration | None) -> Evaluation | None:

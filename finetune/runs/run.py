@@ -33,7 +33,7 @@ from finetune.runs.learner import Learner
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
-from finetune.runs.report import SHOWN_FIRST, write_run_report
+from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -101,6 +101,8 @@ def run_job(
         announce(prepared.resolved.dataset, run)
         context = training_context(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
+        if options.reaches("exported"):
+            import_drawing()
         trained = learner.train(context, _decided(run, options))
         predictions = predict_splits(learner, context, options.judged)
         for split, table in predictions.items():
@@ -275,8 +277,9 @@ def outcome_of(
     resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
     """Return what the run came to, before anything is exported."""
-    # A run that is exported later finds its features and weights; what they took is in the outcome that it has already.
-    earlier = Outcome.read(run).cost["train_seconds"] if run.outcome.exists() else 0.0
+    # A run that is exported later finds its weights; what training took is in the outcome that it has already.
+    earlier = Outcome.read(run).cost if run.outcome.exists() else {}
+    training = trained.cost.to_dict()
     return Outcome(
         run=run.root,
         method=resolved.spec.method.type,
@@ -285,7 +288,7 @@ def outcome_of(
         metrics=judgement.metrics,
         cost={
             **stopwatch.read(),
-            "train_seconds": max(trained.seconds, earlier),
+            **{name: earlier.get(name, value) for name, value in training.items()},
             "trainable_parameters": float(trained.n_trainable),
             "total_parameters": float(trained.n_parameters),
         },

@@ -122,3 +122,19 @@ class DeploymentDocument(BaseModel):
     pinned: bool = Field(description="Chosen when the server was started (--model), so promotions do not change it.")
     canary: ShareDocument | None
     shadow: ShareDocument | None
+
+
+class PastDeployment(BaseModel):
+    """One change of what answers requests that name no model."""
+
+    object: Literal["deployment.change"] = "deployment.change"
+    reference: str
+    at: int = Field(description="Unix seconds.")
+    by: str = Field(description="The owner of the key that changed it.")
+
+
+class DeploymentHistory(BaseModel):
+    """Every change, newest first; the first entry is what is deployed now."""
+
+    object: Literal["list"] = "list"
+    data: list[PastDeployment]

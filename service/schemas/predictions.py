@@ -53,6 +53,7 @@ class Explanation(BaseModel):
     label: str = Field(description="The class that is explained: the most probable one.")
     cam: list[list[float]] | None = Field(description="h' × w' contributions to the class's logit, over the preprocessed image.")
     overlay_png_base64: str | None = Field(description="The preprocessed image with the map drawn over it, as PNG.")
+    image_jpeg_base64: str | None = Field(description="The preprocessed image alone: what the model saw, as JPEG.")
     reason: str | None = Field(description="Why there is no map.")
 
 

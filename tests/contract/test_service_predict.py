@@ -124,13 +124,20 @@ def test_explain_gives_the_map_as_numbers_and_as_a_picture(client: TestClient, p
     assert explanation["label"] == "red"
     np.testing.assert_array_equal(np.array(explanation["cam"], np.float32), expected.cam)
     overlay = Image.open(io.BytesIO(base64.b64decode(explanation["overlay_png_base64"])))
+    assert Image.open(io.BytesIO(base64.b64decode(explanation["image_jpeg_base64"]))).size == overlay.size
     assert (overlay.format, overlay.size) == ("PNG", expected.image.shape[1::-1])
 
 
 def test_explain_on_a_model_without_a_map_answers_null_and_says_why(client: TestClient) -> None:
     answer = client.post("/v1/models/mapless/predict?explain=true", content=picture())
     assert answer.status_code == 200
-    assert answer.json()["explanation"] == {"label": "red", "cam": None, "overlay_png_base64": None, "reason": NO_CAM_REASON}
+    assert answer.json()["explanation"] == {
+        "label": "red",
+        "cam": None,
+        "overlay_png_base64": None,
+        "image_jpeg_base64": None,
+        "reason": NO_CAM_REASON,
+    }
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -1,0 +1,219 @@
+"""The page as people use it: from a folder of photographs to a served model, with mistakes, reloads and lost servers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+from archives import zip_of
+from axe_playwright_python.sync_playwright import Axe
+from browsing import CLASSES, ENVIRONMENT, Visit, photograph
+from playwright.sync_api import Page, expect
+from serving import live_server, registered, until
+from standin import write_bundle
+
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+
+pytestmark = pytest.mark.browser
+
+SIZES = [{"width": 1280, "theme": "light"}, {"width": 390, "theme": "dark", "language": "de"}]
+WORDS = {
+    "en": {
+        "compare": "Compare them", "try": "Try it",
+        "live": "Make it live", "back": "Back to what was live before", "settings": "More settings", "name": "Name of the model",
+        "source": "Pictures to train on", "seeds": "Runs of each way", "look": "Where did it look?",
+        "close": "Close",
+    },
+    "de": {
+        "compare": "Vergleichen", "try": "Testen",
+        "live": "Live schalten", "back": "Zurück zu dem, was vorher live war", "settings": "Weitere Einstellungen",
+        "name": "Name des Modells", "source": "Bilder zum Trainieren", "seeds": "Läufe je Weg",
+        "look": "Wohin hat es geschaut?", "close": "Schließen",
+    },
+}  # fmt: skip
+
+
+def words(page: Page) -> dict[str, str]:
+    return WORDS[page.evaluate("document.documentElement.lang")]
+
+
+def choose_a_tiny_network(page: Page) -> None:
+    page.get_by_text(words(page)["settings"], exact=True).click()
+    page.get_by_label("backbone", exact=True).fill("test_resnet")
+    page.get_by_label("weights", exact=True).fill("none")
+    page.get_by_label("input_size_px", exact=True).fill("64")
+    page.get_by_label("n_epochs", exact=True).fill("2")
+    page.get_by_label("threads", exact=True).fill("1")
+
+
+def accessible(page: Page) -> None:
+    """Assert that axe finds nothing, and that nothing is wider than the window."""
+    page.wait_for_selector("main:not([aria-busy]) h1")
+    if folder := os.environ.get("FINETUNE_SCREENSHOTS"):
+        name = f"{page.viewport_size['width']}-{len(list(Path(folder).iterdir())):03d}.png"  # type: ignore[index]
+        page.screenshot(path=Path(folder) / name, full_page=page.locator("dialog").count() == 0)
+    found = Axe().run(page, options={"resultTypes": ["violations"]})
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+@pytest.mark.parametrize("visit", SIZES, indirect=True, ids=["desktop", "phone"])
+def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, photographs: Path) -> None:
+    page = visit.page
+    visit.go("")
+    say = words(page)
+    expect(page.locator(".view-train")).to_be_visible()  # nothing is here yet, so the page begins where one begins
+    accessible(page)
+    for place in ("try", "runs", "compare", "models", "data"):
+        visit.go(place)
+        expect(page.locator(".empty, .card").first).to_be_visible()
+        accessible(page)
+
+    # Upload and train, with a mistake first.
+    visit.go("train")
+    page.locator("#train-folder").set_input_files(photographs)
+    expect(page.locator(".class-card")).to_have_count(len(CLASSES))
+    page.get_by_label(say["name"]).fill("Flowers")
+    choose_a_tiny_network(page)
+    page.get_by_label("learning_rate", exact=True).fill("-1")
+    page.locator("button[type=submit]").click()
+    expect(page.get_by_label("learning_rate", exact=True)).to_have_attribute("aria-invalid", "true")
+    accessible(page)
+    page.get_by_label("learning_rate", exact=True).fill("")
+    page.locator("button[type=submit]").click()
+    page.wait_for_url(re.compile("#/runs/ftjob-"))
+    page.reload()
+    accessible(page)
+    expect(page.locator(".accuracy")).to_be_visible()
+    accessible(page)
+
+    # The result: pictures behind a cell of the matrix, and where the model looked at a mistake.
+    page.locator(".confusion button").first.click()
+    expect(page.locator("dialog img.thumbnail").first).to_have_js_property("complete", True)
+    accessible(page)
+    page.locator("dialog").get_by_role("button", name=say["close"]).click()
+    page.locator(".gallery .tile").first.click()
+    page.get_by_role("button", name=say["look"]).click()
+    expect(page.locator("dialog .bars li").first).to_be_visible()
+    page.keyboard.press("Escape")
+
+    # Try it.
+    page.get_by_role("link", name=say["try"]).first.click()
+    page.locator("#try-file").set_input_files({"name": "a rose.jpg", "mimeType": "image/jpeg", "buffer": photograph(1, 99)})
+    expect(page.locator(".answer .bars li")).to_have_count(len(CLASSES))
+    expect(page.locator(".code")).to_contain_text("curl -F 'image=@a rose.jpg'")
+    accessible(page)
+
+    # Compare two ways on the same pictures.
+    visit.go("train")
+    page.get_by_label(say["source"]).select_option(index=1)
+    page.get_by_text(say["compare"], exact=True).locator("visible=true").last.click()
+    page.get_by_label(say["seeds"]).fill("1")
+    page.get_by_label(say["name"]).fill("Flowers")
+    choose_a_tiny_network(page)
+    page.locator("button[type=submit]").click()
+    page.wait_for_url(re.compile("#/compare/ftcmp-"))
+    page.reload()
+    expect(page.locator(".verdict")).to_be_visible()
+    expect(page.locator(".chart svg").first).to_be_visible()
+    accessible(page)
+
+    # Promote what it chose, but not under a condition that it does not meet; and go back.
+    page.get_by_role("button", name=say["live"]).click()
+    page.locator("dialog input[type=number]").fill("100")
+    page.locator("dialog").get_by_role("button", name=say["live"]).click()
+    expect(page.locator("dialog [role=alert]")).to_contain_text("test/top1")
+    accessible(page)
+    page.locator("dialog input[type=number]").fill("")
+    page.locator("dialog").get_by_role("button", name=say["live"]).first.click()
+    expect(page.locator("dialog")).to_have_count(0)
+    visit.go("models")
+    expect(page.locator(".live .figure")).to_have_text("flowers @ 2")
+    accessible(page)
+    page.get_by_role("button", name=say["back"]).click()
+    expect(page.locator(".live .figure")).to_have_text("flowers @ 1")
+
+    visit.go("data")
+    page.locator(".card a").first.click()
+    expect(page.locator(".virtual img.thumbnail").first).to_have_js_property("complete", True)
+    accessible(page)
+    expected = ("422", "409")  # the refusals above, which the console reports too
+    assert [error for error in visit.errors if not any(code in error for code in expected)] == []
+
+
+def test_a_key_is_asked_for_kept_in_memory_alone_and_decides_what_is_shown(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    keys = KeyStore(open_jobs(tmp_path / "home"))
+    trainer, _ = keys.create("ann", ("jobs", "predict"))
+    asker, _ = keys.create("bob", ("predict",))
+    until(lambda: httpx.get(f"{visit.server.url}/v1/caller").status_code == 401)
+    page.goto(visit.server.url)
+    accessible(page)
+    page.get_by_label("API key").fill("ft_wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("alert")).to_contain_text("not accepted")
+    page.get_by_label("API key").fill(trainer)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#who")).to_contain_text("ann")
+    expect(page.locator("nav li:visible")).to_have_count(6)
+    accessible(page)
+    stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
+    assert trainer not in stored
+    page.reload()
+    page.get_by_label("API key").fill(asker)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("nav li:visible")).to_have_text(["Models", "Try"])
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_a_run_is_found_again_after_server_and_worker_were_killed(visit: Visit, photographs: Path, tmp_path: Path) -> None:
+    page = visit.page
+    visit.go("train")
+    page.locator("#train-folder").set_input_files(photographs)
+    choose_a_tiny_network(page)
+    page.get_by_label("n_epochs", exact=True).fill("60")
+    page.get_by_text("Better", exact=True).click()
+    page.locator("button[type=submit]").click()
+    page.wait_for_url(re.compile("#/runs/ftjob-"))
+    expect(page.locator(".phases .now")).to_have_text("Training")
+    for process in reversed(visit.server.process_tree()):
+        os.kill(process, signal.SIGKILL)
+    visit.server.process.wait()
+    expect(page.get_by_text("The connection is lost.")).to_be_visible()
+    port = int(visit.server.url.rpartition(":")[2])
+    with live_server(tmp_path / "home", worker=True, ready=False, port=port, environment=ENVIRONMENT):
+        expect(page.get_by_text("The connection is lost.")).to_have_count(0)
+        page.get_by_role("button", name="Stop training").click()
+        expect(page.locator(".state-cancelled")).to_be_visible()
+
+
+def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    picture = photograph(0, 0, 32)
+    archive = zip_of({f"{name}/{number:04d}.jpg": picture for name in ("a", "b") for number in range(1200)})
+    sent = {"file": ("many.zip", archive)}
+    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    visit.go(f"data/{file['id']}")
+    for position in (0.25, 0.5, 0.75, 1):
+        page.evaluate(f"scrollTo(0, {position} * document.documentElement.scrollHeight)")
+        expect(page.locator(".cell img[src]").first).to_be_visible()
+        assert page.locator(".cell").count() < 400
+    expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
+
+
+def test_a_webcam_is_answered_live(visit: Visit, tmp_path: Path) -> None:
+    registered(tmp_path / "home", write_bundle(tmp_path / "bundle"))
+    page = visit.page
+    visit.go("try")
+    page.get_by_role("button", name="Use the webcam").click()
+    expect(page.locator(".answer .bars li")).to_have_count(3)
+    accessible(page)
+    page.get_by_role("button", name="Stop the webcam").click()
+    expect(page.get_by_role("button", name="Use the webcam")).to_be_visible()
+    assert visit.errors == [error for error in visit.errors if "422" in error]
