@@ -20,17 +20,19 @@ _SAYS_NOTHING = frozenset(
     {"labels", "metadata", "annotations", "data", "dataset", "images", "train", "index", "result", "results"}
 )
 
+_SPLITS = ("train", "training")
+
 
 def dataset_name(location: Path | str) -> str:
     """Return what the data in `location` is called: the name of its folder, or of its file without the ending.
 
-    A file whose name says nothing, such as ``labels.csv``, gives way to its folder.
+    Where that says nothing, as of ``flowers/labels.csv`` and ``flowers/train``, it is the name of the folder around it.
     """
     if "://" in str(location):
         return _without_ending(str(location).rstrip("/").rpartition("/")[2]) or "data"
     place = Path(location).resolve()
     if not place.is_file():
-        return place.name
+        return place.parent.name or place.name if place.name.casefold() in _SPLITS else place.name
     name = _without_ending(place.name)
     says_nothing = name.casefold() in _SAYS_NOTHING and not place.name.lower().endswith(_ENDINGS)
     return place.parent.name or name if says_nothing else name

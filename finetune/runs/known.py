@@ -46,7 +46,7 @@ SCHEMA_VERSION = 1
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
 _PACKAGE = Path(__file__).resolve().parent.parent
-_CODE = ("model/*.py", "train/objectives/*.py", "features/prefix.py", "export/graph.py", "export/template.py")
+_CODE = ("model/*.py", "training/objectives/*.py", "features/prefix.py", "export/graph.py", "export/template.py")
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,9 @@ def _folder(key: str, store: Store) -> Path:
 def _code_digest() -> str:
     """Return the sha256 of the source code that decides what a network computes and how it is traced."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _CODE for path in _PACKAGE.glob(pattern)):
-        digest.update(path.read_bytes())
+    for pattern in _CODE:
+        paths = sorted(_PACKAGE.glob(pattern))
+        assert paths, f"{pattern} is the code of no network: it was moved"
+        for path in paths:
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -313,9 +313,9 @@ def test_only_tasks_and_metrics_decide_which_class_an_answer_is() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Compare) and any(_is_argmax(part) for part in ast.walk(node))
     ]
-    allowed = ("train/objectives/", "export/agreement.py", "export/dry_run.py")  # the last two compare answers, not labels
+    allowed = ("training/objectives/", "export/agreement.py", "export/dry_run.py")  # the last two compare answers, not labels
     assert [place for place in found if not place.startswith(allowed)] == []
-    assert any(place.startswith("train/objectives/") for place in found), "the search finds something"
+    assert any(place.startswith("training/objectives/") for place in found), "the search finds something"
 
 
 def _is_argmax(node: ast.AST) -> bool:
