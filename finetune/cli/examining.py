@@ -67,10 +67,11 @@ def show_examination(found: Examined) -> None:
 
 def _show_cases(finding: Finding) -> None:
     console.print(f"[{_STYLES[finding.severity]}]{finding.severity}[/] {escape(finding.title)}: {escape(finding.evidence)}")
-    for case in finding.cases[:SHOWN_CASES]:
+    shown = [case for case in finding.cases if case.ids or finding.kind == "shortcuts"][:SHOWN_CASES]
+    for case in shown:
         names = natural_list([printable(one) for one in case.ids], 3)
         rather = f", rather {case.suggested}" if case.suggested else ""
-        console.print(f"    {': '.join(filter(None, (names, case.said)))}{rather}", markup=False, soft_wrap=True)
-    if finding.count > SHOWN_CASES and finding.cases:
-        console.print(f"    and {finding.count - min(SHOWN_CASES, len(finding.cases)):,} more", markup=False)
+        console.print(f"    {': '.join(filter(None, (names, case.said)))}{rather}", markup=False)
+    if shown and finding.count > len(shown):
+        console.print(f"    and {finding.count - len(shown):,} more", markup=False)
     console.print()

@@ -22,13 +22,13 @@ from finetune.doctor.shortcuts import find_shortcuts
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 
-VERSION = 2  # of what is found: examinations of another one are not read
+VERSION = 4  # of what is found: examinations of another one are not read
 FEW_IMAGES = 20  # of a class, below which its figures say little
 UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
-_BLURRED_SHARPNESS = 0.002  # of pictures that are 128 px on their longer side
+_BLURRED_SHARPNESS = 0.008  # of pictures that are 128 px on their longer side
 
 
 def examine(
@@ -310,31 +310,33 @@ class _Examining:
     def _pictures(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
         yield from self._those(
             looks, "blank", "Pictures of nothing", lambda sample, look: look.contrast < _BLANK_CONTRAST,
-            lambda look: look.contrast, "have almost no contrast", "Look at them, and leave out what shows nothing.", "leave_out",
+            lambda look: look.contrast, "Almost no contrast", "Look at them, and leave out what shows nothing.", "leave_out",
         )  # fmt: skip
         yield from self._those(
             looks, "dark", "Very dark pictures", lambda sample, look: look.contrast >= _BLANK_CONTRAST and look.brightest < _DARK,
-            lambda look: look.brightest, "are black in nineteen of twenty pixels", "Leave out what nobody could recognise.",
+            lambda look: look.brightest, "Black in nineteen of twenty pixels", "Leave out what nobody could recognise.",
         )  # fmt: skip
         yield from self._those(
             looks, "bright", "Very bright pictures",
             lambda sample, look: look.darkest > _BRIGHT and look.contrast >= _BLANK_CONTRAST,
-            lambda look: -look.darkest, "are white in nineteen of twenty pixels", "Leave out what nobody could recognise.",
+            lambda look: -look.darkest, "White in nineteen of twenty pixels", "Leave out what nobody could recognise.",
         )  # fmt: skip
         yield from self._those(
             looks, "blurred", "Blurred pictures",
-            lambda sample, look: look.contrast >= _BLANK_CONTRAST and look.sharpness < _BLURRED_SHARPNESS,
-            lambda look: look.sharpness, "have no fine structure even at 128 pixels", "Leave out what nobody could recognise.",
+            lambda sample, look: look.contrast >= _BLANK_CONTRAST
+            and look.sharpness < _BLURRED_SHARPNESS
+            and min(sample.size_px or (0,)) >= 2 * _TINY_PX,
+            lambda look: look.sharpness, "No fine structure even at 128 pixels", "Leave out what nobody could recognise.",
         )  # fmt: skip
         yield from self._those(
             looks, "tiny", "Very small pictures", lambda sample, look: min(sample.size_px or (_TINY_PX,)) < _TINY_PX,
-            lambda look: look.n_bytes, f"are less than {_TINY_PX} pixels wide or high", "Look for larger originals.",
+            lambda look: look.n_bytes, f"Less than {_TINY_PX} pixels wide or high", "Look for larger originals.",
         )  # fmt: skip
         turned = [sample for sample in self.samples if sample.sha256 in looks and looks[sample.sha256].orientation != 1]
         formats = Counter(f"{look.format or 'other'} ({look.mode})" for look in looks.values())
         if len(formats) > 1 or turned:
             said = natural_list([f"{count:,} {name}" for name, count in formats.most_common()], 6)
-            upright = f" {plural(len(turned), 'file')} store the picture turned; it is shown upright." if turned else ""
+            upright = f" Stored turned, shown upright: {plural(len(turned), 'file')}." if turned else ""
             yield Finding("formats", "note", "Formats", len(formats), f"{said}.{upright}", "Nothing: all of them are read.")
 
     def _those(
@@ -355,7 +357,7 @@ class _Examining:
         ]
         if found:
             cases = tuple(self._case(kind, [position]) for _, position in sorted(found))
-            yield Finding(kind, "doubt", title, len(found), f"{plural(len(found), 'picture')} {said}.", advice, cases, fix)
+            yield Finding(kind, "doubt", title, len(found), f"{said}: {plural(len(found), 'picture')}.", advice, cases, fix)
 
     def _framing(self) -> Iterator[Finding]:
         advice = advise_resize(image_facts(self.samples))

@@ -12,6 +12,7 @@ from finetune.data.dataset import Sample
 from finetune.features.solve import solve_softmax_head
 
 FOLDS = 5
+LEAST_LIFT = 0.3  # of the way from always naming the largest class to being always right: below, the head knows nothing
 LEAST_IMAGES = 50
 LEAST_OF_A_CLASS = 5  # below, the head knows too little of a class to doubt anybody's word
 
@@ -29,6 +30,11 @@ class Doubts:
     confidence: NDArray[np.float64]
     suggested: NDArray[np.int64]
     doubted: tuple[int, ...]
+
+
+def _above_majority(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    largest = float(np.bincount(labels).max()) / len(labels)
+    return (float((predicted == labels).mean()) - largest) / max(1 - largest, 1e-9)
 
 
 def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_classes: int) -> Doubts | None:
@@ -52,6 +58,8 @@ def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_c
     rows = np.arange(len(samples))
     confidence = np.where(held_out, probs[rows, labels], 1.0)
     suggested = np.where(held_out, np.nan_to_num(probs).argmax(axis=1), labels)
+    if _above_majority(suggested[held_out], labels[held_out]) < LEAST_LIFT:
+        return Doubts(confidence, suggested.astype(np.int64), ())
     usual = np.array([probs[held_out & (labels == one), one].mean() if counts[one] else 2.0 for one in range(n_classes)])
     is_doubted = held_out & (suggested != labels) & (probs[rows, suggested] >= usual[suggested])
     is_doubted &= (counts[labels] >= LEAST_OF_A_CLASS) & (counts[suggested] >= LEAST_OF_A_CLASS)

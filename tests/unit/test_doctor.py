@@ -175,7 +175,7 @@ def test_pictures_of_nothing_and_small_classes_are_reported_and_sound_data_is_no
     )
     texture(8).resize((4, 3)).resize((240, 180), Image.Resampling.BICUBIC).save(root / "b/blurred.png")
     texture(9).resize((20, 16)).save(root / "b/tiny.png")
-    write_textures(root, {"c": 4})
+    write_textures(root, {"a": 0, "b": 0, "c": 4})
     _, examination = examined(root)
     found = {finding.kind: [case.ids for case in finding.cases] for finding in examination.findings}
     assert found["blank"] == [("a/blank.png",)]
