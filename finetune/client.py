@@ -83,6 +83,7 @@ class Client:
         explain: bool = False,
         embedding: bool = False,
         coverage: float | None = None,
+        per_class: bool = False,
         abstain: bool | None = None,
         precision: float | None = None,
     ) -> Document:
@@ -90,11 +91,11 @@ class Client:
 
         Args:
             model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
-            coverage: also answer a set of labels that holds the right one with this probability.
+            coverage: also answer a set of labels that holds the right one with this probability; per_class: for each class.
             abstain, precision: also answer whether to rely on the answer, so that this share of those given is right.
         """
         named = _named(image)
-        options = _options(top_k, explain, embedding, coverage, abstain, precision)
+        options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
         return self._json("POST", _predict_path(model), files={"image": named}, params=options)
 
     def predict_many(
@@ -106,12 +107,13 @@ class Client:
         explain: bool = False,
         embedding: bool = False,
         coverage: float | None = None,
+        per_class: bool = False,
         abstain: bool | None = None,
         precision: float | None = None,
     ) -> Document:
         """Classify up to 64 images in one request; one that cannot be read has an ``error`` where others have a ``result``."""
         files = [("images", _named(image)) for image in images]
-        options = _options(top_k, explain, embedding, coverage, abstain, precision)
+        options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
         return self._json("POST", _predict_path(model), files=files, params=options)
 
     # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────
@@ -292,6 +294,7 @@ def _options(
     explain: bool,
     embedding: bool,
     coverage: float | None,
+    per_class: bool,
     abstain: bool | None,
     precision: float | None,
 ) -> dict[str, str]:
@@ -300,6 +303,7 @@ def _options(
         "explain": explain or None,
         "embedding": embedding or None,
         "coverage": coverage,
+        "per_class": per_class or None,
         "abstain": abstain,
         "precision": precision,
     }

@@ -63,6 +63,8 @@ def predict(
 
     if out is not None:
         check_ending(out)
+        if coverage is not None or abstain or precision is not None:
+            raise click.UsageError("--out writes probabilities alone: ask for --coverage, --abstain and --precision with --json")
     predictor = Predictor.load(_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
     asked = predictor.judge.resolved(Asked(coverage, per_class, abstain, precision))
@@ -97,6 +99,8 @@ def predict(
     else:
         _show_predictions([document for document in documents if "error" in document])
         console.print(f"{len(answers):,} answers are in {out}", markup=False)
+        if asked.abstain:
+            console.print("its owner has switched abstention on: --json says which of these not to rely on", markup=False)
     sys.exit(2 if any("error" in document for document in documents) else 0)
 
 

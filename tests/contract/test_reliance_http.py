@@ -14,6 +14,7 @@ from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
 from finetune.bundle.calibration import Calibration, Operating
+from finetune.client import Client
 from finetune.metrics.novelty import Subspace
 
 # A plain colour has 0.96 for its class (softmax of 4, 0, 0) and 0.018 for each other; grey has a third for each.
@@ -169,3 +170,14 @@ def test_the_card_of_a_version_is_markdown(client: TestClient) -> None:
     assert "red, green, blue" in card.text
     assert "licence that is not recorded" in card.text
     assert client.get("/v1/models/colours/versions/2/card").status_code == 404
+
+
+def test_our_client_asks_for_it_by_name(client: TestClient) -> None:
+    ours = Client(str(client.base_url))
+    ours.close()
+    ours._connection.http = client  # which speaks to the application without a port
+    found = ours.predict(picture("red"), coverage=0.9, per_class=True, precision=0.9)
+    assert (found["prediction_set"]["labels"], found["abstained"]) == (["red", "green", "blue"], False)
+    several = ours.predict_many([picture("red"), grey()], abstain=True)
+    assert [row["result"]["abstained"] for row in several["data"]] == [True, True]
+    assert "abstained" not in ours.predict(picture("red"), abstain=False)

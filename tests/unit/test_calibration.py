@@ -150,6 +150,18 @@ def test_predict_prints_the_set_and_refuses_what_a_bundle_cannot_say(registry: R
     assert (done.exit_code, "90% set: red" in done.output) == (0, True), done.output
     done = CliRunner().invoke(cli, ["predict", str(tmp_path / "red.png"), "--model", "old", "--abstain"])
     assert done.exit_code != 0
+    arguments = [
+        "predict",
+        str(tmp_path / "red.png"),
+        "--model",
+        "colours",
+        "--coverage",
+        "0.9",
+        "--out",
+        str(tmp_path / "a.csv"),
+    ]
+    refused = CliRunner().invoke(cli, arguments)
+    assert (refused.exit_code, "with --json" in refused.output) == (2, True)
 
 
 def test_the_card_command_prints_what_the_bundle_records(registry: Registry) -> None:
