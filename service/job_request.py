@@ -222,11 +222,13 @@ def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
     return []
 
 
-def find_folders(body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path]) -> tuple[dict[str, Path], list[Problem]]:
+def find_folders(
+    body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path], fields: Sequence[str] = FILE_FIELDS
+) -> tuple[dict[str, Path], list[Problem]]:
     """Return where on this machine the datasets of a body are, and what is wrong with those that are nowhere."""
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
-    for name in FILE_FIELDS:
+    for name in fields:
         given = body.get(name)
         if not isinstance(given, str) or not given:
             continue  # the spec says what is wrong with it
