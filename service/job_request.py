@@ -272,6 +272,7 @@ def _limit_problems(spec: JobSpec) -> list[Problem]:
     for name, why in (
         ("within", "is set by the server"),
         ("split_file", "is a file of another machine; name the splits in the data itself"),
+        ("manifest", "is a file of another machine; correct the data that you upload"),
     ):
         if getattr(spec.data, name) is not None:
             problems.append(Problem(f"data.{name}", why))
