@@ -19,6 +19,7 @@ from finetune.cli import cli
 from finetune.errors import Conflict, InvalidInput
 from finetune.jobs.database import open_database
 from finetune.jobs.store import JobStore
+from finetune.spec import parse_spec
 from finetune.storage.backup import restore_backup, write_backup
 from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
@@ -33,8 +34,8 @@ def home(tmp_path: Path) -> Path:
     (home / "files" / "file-1" / "daisy").mkdir(parents=True)
     (home / "files" / "file-1" / "daisy" / "1.png").write_bytes(picture())
     store = JobStore(open_database(home / "jobs.db"))
-    spec = {"model": {"backbone": "b"}, "method": {"type": "full"}, "training_file": str(home / "files/file-1"), "metadata": {}}
-    job, _ = store.create("ann", spec, spec_digest="0" * 64)
+    spec = parse_spec({"training_file": str(home / "files" / "file-1")})
+    job, _ = store.create("ann", spec.model_dump(mode="json"), spec_digest="0" * 64)
     run = RunDir(home / "runs" / job.id).create()
     write_json(run.outcome, {"bundle": str(run.bundle), "elsewhere": "/data/home"})
     run.checkpoints.mkdir()
