@@ -35,6 +35,7 @@ from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.train import checkpoint
+from finetune.train.activity import listening
 from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.train.choices import Choices
 from finetune.train.interrupt import Interrupted, StopRequest
@@ -44,6 +45,7 @@ from finetune.train.mixing import mix, step_seed
 from finetune.train.objectives import Objective
 from finetune.train.optim import build_optimizer, group_key, set_learning_rates
 from finetune.train.recipe import Recipe, freeze_plan, learning_rates, widest_plan
+from finetune.train.sample import TrainSample
 from finetune.train.signals import Parameters, StepMeter
 
 SIGNAL_EVERY_STEPS = 20
@@ -93,6 +95,7 @@ class _State:
 
     step: int = 0
     evaluated_step: int = -1
+    sampled_step: int = -1
     epoch_totals: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss, correct and images, summed over the epoch so far
     epochs_without_gain: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -132,6 +135,7 @@ def fit(
     val_targets: NDArray[Any],
     numerics: Callable[[], Numerics] = Numerics,
     solve_head: Callable[[Classifier], object] | None = None,
+    sample: TrainSample | None = None,
     prepare: Prepare = prepare_images,
     forward: Forward = forward_images,
     progress: ProgressCallback = silent,
@@ -143,6 +147,7 @@ def fit(
         train_targets, val_targets: encoded by `task`; a batch's ``indices`` are rows of these.
         numerics: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
+        sample: training images that are answered now and then as evaluation would; changes no bit of training.
         prepare, forward: how a batch becomes logits; by default its arrays are images.
 
     Raises:
@@ -158,7 +163,7 @@ def fit(
         targets = _Targets(task, objective, train_targets, val_targets)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
-            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, prepare, forward, progress)
+            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
             if found is None:
                 training.begin(solve_head)
             else:
@@ -204,6 +209,7 @@ class _Training:
     saving: Saving
     numerics: Numerics
     targets: _Targets
+    sample: TrainSample | None
     prepare: Prepare
     forward: Forward
     progress: ProgressCallback
@@ -309,12 +315,20 @@ class _Training:
     def _advance(self) -> None:
         """The next thing that the state calls for. An evaluation or a finish that is interrupted is done again from its start."""
         state = self.state
-        if state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
+        if self._sample_is_due():
+            self._answer_sample()
+        elif state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
             self._end_epoch()
         elif state.step < self._last_step and not state.stopped_early:
             self._train_epoch()
         else:
             self._finish()
+
+    def _sample_is_due(self) -> bool:
+        state = self.state
+        if self.sample is None or state.sampled_step == state.step:
+            return False
+        return state.step in self.sample.plan.steps or state.step == self._last_step or state.stopped_early
 
     @property
     def _last_step(self) -> int:
@@ -470,6 +484,26 @@ class _Training:
         task = self.targets.task
         rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
         return {"val/loss": float(rows.nll.mean()), f"val/{task.headline.key}": task.headline.compute(rows)}
+
+    @torch.no_grad()
+    def _answer_sample(self) -> None:
+        """Answer the sample with the weights that would ship now; listen to the first batch for channels that are dead."""
+        assert self.sample is not None
+        logits: list[np.ndarray] = []
+        with self._shipping_weights(), closed_after(self.sample.batches) as batches:
+            self.classifier.eval()
+            for batch in batches:
+                with nullcontext() if logits else listening(self.classifier) as heard:
+                    logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
+                if heard is not None:
+                    activity = heard
+        answers = np.concatenate(logits)
+        self.sample.keep(self.state.step, answers)
+        task = self.targets.task
+        rows = task.judge(answers, self.targets.train[self.sample.plan.indices])
+        values = {"train_sample/loss": float(rows.nll.mean()), f"train_sample/{task.headline.key}": task.headline.compute(rows)}
+        self._log(values | {f"train/dead_channels/{stage}": share for stage, share in activity.dead_fractions.items()})
+        self.state.sampled_step = self.state.step
 
     def _improves(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
         return improves(values, best, self.targets.task.headline.key)

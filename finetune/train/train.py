@@ -7,8 +7,9 @@ Brings together the solved head (`finetune.features.solve`), the frozen prefix (
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,11 @@ from finetune.train.choices import Choices
 from finetune.train.compute import Compute
 from finetune.train.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.train.machine import Numerics, choose_numerics, prepare_images
+from finetune.train.measurements import write_neighbours, write_sample_answers
 from finetune.train.objectives import objective_of
 from finetune.train.recipe import Recipe, widest_plan
 from finetune.train.replay import ForwardFrom, cached_activations, prepare_activation
+from finetune.train.sample import LARGEST, TrainSample, choose_sample, plan_sample
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class TrainingContext:
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
         store: where frozen features and decoded photographs are kept.
         graph: gives the classifier, as it is then, as one ONNX file; spares the prefix engine an export of its own.
+        sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
     """
 
     dataset: Dataset
@@ -59,6 +63,7 @@ class TrainingContext:
     store: Store
     graph: GraphSource | None = None
     progress: ProgressCallback = silent
+    sample_size: int | None = None
 
     def features(self, progress: ProgressCallback | None = None) -> FeatureContext:
         """Return what the frozen prefix is computed with."""
@@ -155,11 +160,13 @@ class _HeadSolver:
         # steps bring the augmentation; the head before them needs none
         n_views = 1 if self.recipe.n_steps else self.recipe.views
         views = replace(seen, augment=self.context.augment, count=n_views) if n_views > 1 else seen
+        features = self._features(classifier, train, views, "training")
+        val_features = self._features(classifier, val, seen, "validation") if val else None
         head = objective_of(self.context.task.name).solve_head(
-            self._features(classifier, train, views, "training"),
+            features,
             self.context.targets(train),
             classifier.num_classes,
-            val_features=self._features(classifier, val, seen, "validation") if val else None,
+            val_features=val_features,
             val_targets=self.context.targets(val) if val else None,
             l2=self.recipe.l2,
             label_smoothing=self.recipe.label_smoothing if not self.recipe.n_steps else 0.0,
@@ -169,7 +176,23 @@ class _HeadSolver:
             classifier.head.weight.copy_(torch.from_numpy(head.weight))
             classifier.head.bias.copy_(torch.from_numpy(head.bias))
         self._record(head)
+        self._measure(classifier, head, features if n_views == 1 else features[:, 0], val_features)
         self.head = head
+
+    def _measure(
+        self, classifier: Classifier, head: SolvedHead, features: NDArray[np.float32], val_features: NDArray[np.float32] | None
+    ) -> None:
+        """Write down what the diagnosis needs and only the features tell."""
+        context = self.context
+        train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
+        if not self.recipe.n_steps:  # else the training loop answers the sample itself
+            chosen = choose_sample(train, context.sample_size or LARGEST)
+            write_sample_answers(context.run, context.task, context.dataset, chosen, 0, head.logits(features[chosen]))
+        held_out = [(val, val_features)] if val_features is not None else []
+        if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
+            seen = Views(classifier.backbone.preprocess)
+            held_out.append((test, self._features(classifier, test, seen, "test")))
+        write_neighbours(context.run, context.dataset, (train, features), held_out)
 
     def _features(self, classifier: Classifier, samples: tuple[Sample, ...], views: Views, what: str) -> NDArray[np.float32]:
         def progress(update: Progress) -> None:
@@ -214,10 +237,21 @@ def _take_steps(
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,
         solve_head=solver,
+        sample=_train_sample(classifier, recipe, context, source),
         prepare=source.prepare,
         forward=source.forward,
         progress=context.progress,
     )
+
+
+def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
+    train = context.dataset.of("train")
+    plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
+
+    def keep(step: int, logits: NDArray[np.float32]) -> None:
+        write_sample_answers(context.run, context.task, context.dataset, plan.indices, step, logits)
+
+    return TrainSample(plan, source.sample(plan.indices), keep)
 
 
 def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
@@ -240,6 +274,7 @@ class _BatchSource:
 
     train: TrainBatches
     val: Iterable[Batch]
+    sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # these training images, as evaluation sees them
     prepare: Prepare
     forward: Forward
 
@@ -252,8 +287,13 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
         return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)
 
-    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
-    return _BatchSource(batches, evaluated, prepare_images, forward_images)
+    def sample(indices: NDArray[np.int64]) -> Iterable[Batch]:
+        return evaluated([train[index] for index in indices])
+
+    def evaluated(samples: Sequence[Sample]) -> EvalLoader:
+        return EvalLoader(samples, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
+
+    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images)
 
 
 def _cached_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource | None:
@@ -272,7 +312,8 @@ def _cached_source(classifier: Classifier, recipe: Recipe, context: TrainingCont
     if trained_on is None or judged_on is None:
         return None
     batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
-    return _BatchSource(batches, evaluated, prepare_activation, ForwardFrom(plan.stage))
+    sample = partial(trained_on.eval_batches, recipe.batch_size)
+    return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
 
 
 def _summary(recipe: Recipe, head: SolvedHead | None, fitted: Fitted | None) -> str:
