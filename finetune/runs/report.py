@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from finetune.bundle.manifest import Manifest
 from finetune.data.dataset import Dataset
+from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
@@ -31,6 +32,7 @@ def write_run_report(
     manifest: Manifest,
     outcome: Outcome,
     run: RunDir,
+    diagnosis: Diagnosis | None = None,
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
@@ -44,6 +46,7 @@ def write_run_report(
         summary=outcome.summary,
         note=" ".join(notes),
         warnings=resolved.dataset.warnings,
+        diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,
         resolved=resolved.values(),

@@ -18,6 +18,7 @@ from finetune.bundle.predictor import Predictor, Seen
 from finetune.bundle.registry import Registry
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
+from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.evaluate import Judgement, write_judgement
 from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.predictions import Predictions
@@ -27,6 +28,7 @@ from finetune.messages import plural
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.build import Built, Shared
 from finetune.runs.judge import doubt, judge, predict_splits, refuse_diverged, refuse_nonsense
+from finetune.runs.normalisation import check_normalisation
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import decisions_of, prepare
@@ -94,7 +96,8 @@ def run_job(
         built = prepare(spec, shared, progress, run, options)
         write_json(run.resolved, built.resolved.to_dict())
         announce(built.resolved.dataset, run)
-        context = training_context(built, run, shared, progress)
+        context = training_context(built, run, shared, progress, options.sample_size)
+        check_normalisation(built, run, shared.store)
         trained = train(built.classifier, built.resolved.recipe, context, _decided(run, options))
         predictions = predict_splits(built, trained, context, options.judged)
         for split, table in predictions.items():
@@ -102,6 +105,7 @@ def run_job(
         carried = carried or Carried()
         judgement = carry_over(judge(predictions), carried.judgement)
         write_judgement(run.evaluation, judgement)
+        diagnosis = write_diagnosis(run)
         outcome = outcome_of(built, trained, judgement, run, stopwatch, options)
 
         if options.reaches("registered"):
@@ -111,7 +115,7 @@ def run_job(
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(built, run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             answers = {**carried.predictions, **predictions}
-            write_run_report(built, trained, judgement, answers, carried.notes, manifest, outcome, run, carried.folds)
+            write_run_report(built, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds)
         if options.reaches("registered"):
             outcome = register(outcome, built.resolved, predictions, shared.workspace)
         finish(outcome, run)
@@ -127,7 +131,9 @@ def announce(dataset: DatasetFacts, run: RunDir) -> None:
         run.record(DataWarning(warning))
 
 
-def training_context(built: Built, run: RunDir, shared: Shared, progress: ProgressCallback) -> TrainingContext:
+def training_context(
+    built: Built, run: RunDir, shared: Shared, progress: ProgressCallback, sample_size: int | None = None
+) -> TrainingContext:
     """Return what all training of this run shares."""
     resolved = built.resolved
     return TrainingContext(
@@ -140,6 +146,7 @@ def training_context(built: Built, run: RunDir, shared: Shared, progress: Progre
         store=shared.store,
         graph=built.exported,
         progress=progress,
+        sample_size=sample_size,
     )
 
 
