@@ -14,6 +14,7 @@ import click
 from finetune import __version__
 from finetune.cli.comparing import compare
 from finetune.cli.demo import demo
+from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
@@ -35,7 +36,24 @@ def cli() -> None:
     """
 
 
-for command in (check, train, compare, evaluate, predict, serve, build, backbones, models, mlflow, demo, worker, jobs, keys):
+COMMANDS = (
+    check,
+    train,
+    compare,
+    evaluate,
+    diagnose,
+    predict,
+    serve,
+    build,
+    backbones,
+    models,
+    mlflow,
+    demo,
+    worker,
+    jobs,
+    keys,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

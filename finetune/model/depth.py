@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -83,7 +82,6 @@ class DepthNetwork(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(WIDTHS[-1], num_classes) if num_classes else nn.Identity()
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 

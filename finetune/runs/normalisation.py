@@ -22,8 +22,12 @@ from finetune.export import DeployModule
 from finetune.export.graph import fill
 from finetune.features.prefix import prefix_digest
 from finetune.model.classifier import Classifier
-from finetune.runs.build import Built
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.build import Built, Shared
+from finetune.runs.options import RunOptions
+from finetune.runs.prepare import prepare
 from finetune.runtime.session import open_session
+from finetune.spec import load_spec
 from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
@@ -78,6 +82,16 @@ def check_normalisation(built: Built, run: RunDir, store: Store, *, at_any_cost:
         measured = compare_normalisations(built)
         write_json(known, measured)
         write_json(run.preprocessing, measured)
+
+
+def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback = silent) -> None:
+    """Measure for a run whose folder exists, from its data and weights, which must be where they were.
+
+    Raises:
+        InvalidInput: the data or the weights are no longer there.
+    """
+    built = prepare(load_spec(run.spec), shared, progress, run, RunOptions.read(run))
+    check_normalisation(built, run, shared.store, at_any_cost=True)
 
 
 def compare_normalisations(built: Built) -> dict[str, Any]:

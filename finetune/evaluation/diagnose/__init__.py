@@ -56,4 +56,15 @@ def read_diagnosis(run: RunDir) -> Diagnosis | None:
     return Diagnosis.from_dict(read_json(run.diagnosis)) if run.diagnosis.exists() else None
 
 
-__all__ = ["Clear", "Diagnosis", "Evidence", "Finding", "NotChecked", "RunRecords", "diagnose", "diagnose_records", "read_diagnosis", "write_diagnosis"]
+__all__ = [
+    "Clear",
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "NotChecked",
+    "RunRecords",
+    "diagnose",
+    "diagnose_records",
+    "read_diagnosis",
+    "write_diagnosis",
+]
