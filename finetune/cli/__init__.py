@@ -17,6 +17,7 @@ from finetune.cli.demo import demo
 from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
+from finetune.cli.studying import study
 from finetune.cli.training import backbones, check, evaluate, mlflow, train
 from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
@@ -42,6 +43,7 @@ COMMANDS = (
     compare,
     evaluate,
     diagnose,
+    study,
     predict,
     serve,
     build,
