@@ -88,6 +88,7 @@ class DepthRequest:
                     "ema": False,
                     "early_stopping_epochs": None,
                 },
+                "compute": {"threads": 1},  # such small layers take longer on two
                 "seed": self.seed,
             }
         )
