@@ -12,9 +12,8 @@ Everything that the command line does is done by the same functions underneath; 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,10 @@ from finetune.spec import JobSpec, merged_mapping, parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tasks import task_named
+from finetune.tracking.mirror import tracked_as
+from finetune.tracking.process import followed
+from finetune.tracking.tracker import choose
+from finetune.tracking.view import experiment_name
 
 if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
@@ -71,15 +74,12 @@ class Answered:
     def _repr_html_(self) -> str:
         from finetune.bundle.overlay import overlay_png
         from finetune.report.pictures import data_uri, thumbnail
+        from finetune.report.templates import render
 
         pictures = [data_uri(thumbnail(self.image), "image/jpeg")]
         if self.cam is not None:
             pictures.append(data_uri(overlay_png(self.image, self.cam), "image/png"))
-        images = "".join(f'<img src="{source}" width="140">' for source in pictures)
-        rows = "".join(
-            f"<tr><td>{html.escape(label)}</td><td>{probability:.1%}</td></tr>" for label, probability in self.labels[:5]
-        )
-        return f'<div style="display:flex;gap:.5rem">{images}<table>{rows}</table></div>'
+        return render("notebook_answer.html", pictures=pictures, labels=self.labels[:5])
 
 
 class Model:
@@ -246,16 +246,16 @@ class Run:
         )
 
     def _repr_html_(self) -> str:
-        task = task_named(self._honest()[1].task)
-        splits = [split for split in ("cv", "test", "val") if split in self.judgement.evaluations]
-        head = "".join(f"<th>{split}</th>" for split in splits)
-        rows = "".join(
-            f"<tr><td>{html.escape(metric.label)}</td>"
-            + "".join(f"<td>{metric.text(self.judgement.evaluations[s].values[metric.key])}</td>" for s in splits)
-            + "</tr>"
-            for metric in task.metrics
+        from finetune.report.templates import render
+
+        evaluations = self.judgement.evaluations
+        return render(
+            "notebook_run.html",
+            title=repr(self)[1:-1],
+            splits=[split for split in ("cv", "test", "val") if split in evaluations],
+            metrics=task_named(self._honest()[1].task).metrics,
+            evaluations=evaluations,
         )
-        return f"<p>{html.escape(repr(self)[1:-1])}</p><table><tr><th></th>{head}</tr>{rows}</table>"
 
     def _honest(self) -> tuple[str, Evaluation]:
         """Return the split to judge by, and its evaluation."""
@@ -276,6 +276,8 @@ def train(
     settings: Mapping[str, Any] | None = None,
     run_dir: str | Path | None = None,
     workspace: str | Path | None = None,
+    trackers: Sequence[str] | None = None,
+    experiment: str | None = None,
     progress: bool = True,
 ) -> Run:
     """Fine-tune, judge, export and register a model; the same call after an interruption goes on where it stopped.
@@ -289,6 +291,8 @@ def train(
         settings: any other field of the job spec, ``{"hyperparameters.batch_size": 16}``.
         run_dir: where the run writes.
         workspace: by default what ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
+        trackers: what the run is mirrored to: ``mlflow`` (the default, where it is installed), ``tensorboard``; ``()``: nothing.
+        experiment: the name under which trackers gather the run; by default the data's.
         progress: show bars.
 
     Raises:
@@ -298,8 +302,10 @@ def train(
     from finetune.studies.carry_out import fine_tune
 
     spec = _spec(data, method, model, epochs, folds, seed, name, settings)
-    with progress_bars(shown=progress) as update:
-        outcome = fine_tune(spec, Shared.of(_workspace(workspace)), update, None if run_dir is None else Path(run_dir))
+    place = _workspace(workspace)
+    gathered = followed(choose(trackers), place, experiment or experiment_name(spec))
+    with gathered as begun, progress_bars(shown=progress) as update:
+        outcome = fine_tune(spec, Shared.of(place), update, None if run_dir is None else Path(run_dir), begun)
     return Run(outcome.run)
 
 
@@ -317,6 +323,8 @@ def compare(
     run_dir: str | Path | None = None,
     slots: int = 1,
     workspace: str | Path | None = None,
+    trackers: Sequence[str] | None = None,
+    experiment: str | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Train several ways on the same images, and say which to choose, with paired statistics and cost.
@@ -330,6 +338,7 @@ def compare(
         margin: a difference of the headline metric that does not matter.
         settings: fields of the job spec that all arms share.
         slots: runs that go on side by side, in processes of their own.
+        trackers, experiment: as for `train`.
 
     Raises:
         FinetuneError: the request, the data, a run, or runs that share no image; the message says what to do.
@@ -343,7 +352,11 @@ def compare(
     out = None if run_dir is None else Path(run_dir)
     if not isinstance(what, str | Path):
         folders = [run.folder if isinstance(run, Run) else Path(run) for run in what]
-        return compare_runs(folders, _workspace(workspace), margin, out)
+        place = _workspace(workspace)
+        found = compare_runs(folders, place, margin, out)
+        with followed(choose(trackers), place, experiment or found.dataset) as begun:
+            begun(RunDir(found.folder))
+        return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     spec = parse_comparison(
         {
             **_request(what, None, None, None, folds, None, None, settings),
@@ -355,9 +368,12 @@ def compare(
             "budget_seconds": budget_seconds,
         }
     )
-    with progress_bars(shown=progress) as update:
-        shared = Shared.of(_workspace(workspace), Places.of("local", slots) if slots > 1 else None)
-        return run_comparison(spec, shared, update, out)
+    place = _workspace(workspace)
+    gathered = followed(choose(trackers), place, experiment or experiment_name(spec.job))
+    with gathered as begun, progress_bars(shown=progress) as update:
+        shared = Shared.of(place, Places.of("local", slots) if slots > 1 else None)
+        found = run_comparison(spec, shared, update, out, begun)
+    return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
 
 
 def check(

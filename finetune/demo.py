@@ -1,4 +1,4 @@
-"""The demonstration: real handwritten digits, real ImageNet weights, both ways of fine-tuning, one served answer.
+"""The demonstration: real handwritten digits, real ImageNet weights, frozen against full fine-tuning, one served answer.
 
 The digits are the 1,797 8x8 scans of the UCI "Optical Recognition of Handwritten Digits" set that scikit-learn carries, written
 out as image files, so that the run starts where a user's own run starts: at a folder of class folders.
@@ -13,71 +13,70 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from finetune.comparison_spec import ComparisonSpec, parse_comparison
 from finetune.errors import FinetuneError
 from finetune.progress import ProgressCallback
 from finetune.runs.build import Shared
-from finetune.runs.outcome import Outcome
-from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import atomic_path, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.studies.carry_out import fine_tune
+from finetune.studies.compare import compare
+from finetune.studies.compare.result import Comparison
+from finetune.studies.compare.study import best_run
+from finetune.tracking.process import followed
+from finetune.tracking.tracker import choose
+from finetune.tracking.view import experiment_name
 
+METHODS = ("linear_probe", "partial", "full")
 DIGIT_SIZE_PX = 64
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Both runs, which one was served, and the answer that came back over HTTP."""
+    """What the comparison came to, and the answer of the chosen model that came back over HTTP."""
 
-    runs: Mapping[str, Outcome]
-    served: str
+    comparison: Comparison
     asked: Path
     truth: str
     answer: Mapping[str, Any]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        runs = {method: outcome.to_dict() for method, outcome in self.runs.items()}
-        return {**asdict(self), "runs": runs, "asked": str(self.asked)}
+        return {
+            "comparison": self.comparison.to_dict(),
+            "asked": str(self.asked),
+            "truth": self.truth,
+            "answer": dict(self.answer),
+            "seconds": self.seconds,
+        }
 
 
 def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback) -> DemoResult:
-    """Fine-tune with a frozen backbone and in full, serve the better model, ask it for one image of the test split."""
+    """Compare frozen with full fine-tuning, serve the model that the verdict chooses, ask it for one image of the test split."""
     began = time.monotonic()
     folder = data or write_digits(workspace.root / "demo" / "digits")
-    runs: dict[str, Outcome] = {}
-    shared = Shared.of(workspace)
-    for method in ("linear_probe", "full"):
-        runs[method] = fine_tune(demo_spec(folder, method, own_data=data is not None), shared, progress)
-    served = better_run(runs)
-    asked, truth = held_out_image(runs[served])
-    bundle = runs[served].bundle
-    assert bundle is not None, "the demo registers both models"
-    with serving(bundle) as url:
+    spec = demo_spec(folder, own_data=data is not None)
+    with followed(choose(None), workspace, experiment_name(spec.job)) as begun:
+        found = compare(spec, Shared.of(workspace), progress, begun=begun)
+    chosen = RunDir(best_run(found).root)
+    asked, truth = held_out_image(chosen)
+    with serving(chosen.bundle) as url:
         answer = ask(url, asked)
-    return DemoResult(runs, served, asked, truth, answer, time.monotonic() - began)
+    return DemoResult(found, asked, truth, answer, time.monotonic() - began)
 
 
-def demo_spec(folder: Path, method: str, *, own_data: bool) -> JobSpec:
+def demo_spec(folder: Path, *, own_data: bool) -> ComparisonSpec:
     """The digits are tiny and must not be mirrored, so they get a small input and no augmentation; own data gets the defaults."""
-    request: dict[str, Any] = {"training_file": str(folder), "method": method, "suffix": f"demo-{method.replace('_', '-')}"}
+    request: dict[str, Any] = {"training_file": str(folder), "suffix": "demo", "methods": list(METHODS), "seeds": 2}
     if not own_data:
-        request |= {"model": {"input_size_px": 96}, "augmentation": "none"}
-    if method == "full":
-        request["hyperparameters"] = {"n_epochs": 3}
-    return parse_spec(request)
-
-
-def better_run(runs: Mapping[str, Outcome]) -> str:
-    """The method with the higher validation accuracy; on a tie the first, which is the cheaper."""
-    return max(runs, key=lambda method: runs[method].metrics["val/top1"])
+        request |= {"model": {"input_size_px": DIGIT_SIZE_PX}, "augmentation": "none", "hyperparameters": {"n_epochs": 2}}
+    return parse_comparison(request)
 
 
 def write_digits(folder: Path) -> Path:
@@ -96,9 +95,8 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-def held_out_image(outcome: Outcome) -> tuple[Path, str]:
-    """The first image of the test split and its true class."""
-    run = RunDir(outcome.run)
+def held_out_image(run: RunDir) -> tuple[Path, str]:
+    """Return the first image of the test split and its true class."""
     root = Path(read_json(run.resolved)["dataset"]["root"])
     with open(run.split, newline="", encoding="utf-8") as stream:
         row = next(row for row in csv.DictReader(stream) if row["split"] == "test")

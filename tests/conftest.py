@@ -64,6 +64,14 @@ def _own_network_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         os.environ["FINETUNE_CACHE"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_tracker_unless_asked_for() -> Iterator[None]:
+    """Do not mirror the runs of tests in MLflow, whose first database takes seconds; tests of tracking say what they want."""
+    os.environ["FINETUNE_TRACKERS"] = "none"
+    yield
+    del os.environ["FINETUNE_TRACKERS"]
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """A folder of real labelled photographs with ``train/`` and ``validation/`` inside; not part of the repository."""

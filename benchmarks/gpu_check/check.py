@@ -394,8 +394,12 @@ def finetune(*arguments: str) -> Any:
 
     sys.argv = ["finetune", *arguments, "--json"]
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command()
+    try:
+        with contextlib.redirect_stdout(printed):
+            command()
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
     return json.loads(printed.getvalue())
 
 

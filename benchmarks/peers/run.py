@@ -45,7 +45,7 @@ PEER_PACKAGES = ("torch", "torchvision", "timm", "fastai", "scikit-learn", "nump
 # A setting of the calling shell must not decide who gets how many threads, or which BLAS kernels.
 CLEARED = ("OMP_", "MKL_", "OPENBLAS_", "KMP_", "NUMEXPR_", "MALLOC_", "FINETUNE_", "MLFLOW_", "PYTHON")
 TOUCHED_BYTES = 4 * 2**30
-REPORTED = ("cost/wall_seconds", "cost/train_seconds", "val/top1", "val/nll")
+REPORTED = ("cost/wall_seconds", "cost/train_seconds", "val/top1", "val/loss")
 
 
 def main() -> None:
@@ -117,8 +117,9 @@ def run_entry(entry: Entry, data: Data, threads: int, repeat: int, timeout_secon
         if speeds := images_per_second(out, entry.name):
             row["images_per_second"] = speeds
         if (outcome := out / "train.out").exists() and outcome.stat().st_size:
-            metrics = json.loads(outcome.read_text())["metrics"]
-            row["reported"] = {key: value for key, value in metrics.items() if key in REPORTED}
+            document = json.loads(outcome.read_text())
+            said = {**document["metrics"], **{f"cost/{name}": value for name, value in document["cost"].items()}}
+            row["reported"] = {key: value for key, value in said.items() if key in REPORTED}
         if entry.scored:
             row |= asdict(score(data.val_files, *probabilities_of(out, data)))
     except (CommandFailed, NotAnswered, OSError, ValueError, KeyError) as failure:  # the last three: of what it handed in

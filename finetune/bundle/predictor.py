@@ -173,11 +173,11 @@ def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits
     write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
 
 
-def read_seen(folder: Path) -> Seen:
-    """Return which images the bundle in `folder` was made with; nothing for bundles that do not say it."""
+def read_seen(folder: Path) -> Seen | None:
+    """Return which images the bundle in `folder` was made with; None for bundles that do not say it."""
     with np.load(folder / PROBE, allow_pickle=False) as arrays:
         if "seen_train" not in arrays:
-            return Seen()
+            return None
         return Seen(*(frozenset(row.tobytes() for row in arrays[name]) for name in ("seen_train", "seen_val")))
 
 

@@ -18,7 +18,8 @@ from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
 from finetune.cli.studying import study
-from finetune.cli.training import backbones, check, evaluate, mlflow, train
+from finetune.cli.tracking import mlflow
+from finetune.cli.training import backbones, check, evaluate, train
 from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
 from finetune.runtime.collector import skip_final_collection
@@ -69,10 +70,12 @@ _TRAIN_MODULES = frozenset(
         "onnx",
         "onnx_ir",
         "onnxscript",
+        "pandas",
         "psutil",
         "safetensors",
         "scipy",
         "sklearn",
+        "tensorboard",
         "threadpoolctl",
         "timm",
         "torch",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from finetune.cli.executing import places_options, take_places
+from finetune.cli.following import take_trackers, tracking_options
 from finetune.cli.training import job_options, json_option, take_job_options
 from finetune.runtime.collector import objects_exempt
 
@@ -25,6 +27,7 @@ from finetune.runtime.collector import objects_exempt
 @click.option("--no-register", is_flag=True, help="Do not register the chosen arm's best run.")
 @places_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
+@tracking_options
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Train in several ways on the same images and compare them.
@@ -48,20 +51,27 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
         from finetune.comparison_spec import load_comparison
         from finetune.progress_bars import progress_bars
         from finetune.runs.build import Shared
+        from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison
         from finetune.studies.compare import compare_runs
+        from finetune.tracking.mirror import tracked_as
+        from finetune.tracking.view import experiment_name
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
     margin, places = given.pop("margin"), take_places(given)
+    trackers = take_trackers(given)
     if len(what) > 1 or (len(what) == 1 and (what[0] / "outcome.json").exists()):
         found = compare_runs(what, workspace, **({"margin": margin} if margin is not None else {}), out=run_dir)
+        with trackers.follow(workspace, found.dataset) as begun:
+            begun(RunDir(found.folder))
     else:
         spec = load_comparison(*_request(what[0] if what else None, margin, given))
-        with progress_bars(shown=not as_json) as progress:
-            found = run_comparison(spec, Shared.of(workspace, places), progress, run_dir)
+        with trackers.follow(workspace, experiment_name(spec.job)) as begun, progress_bars(shown=not as_json) as progress:
+            found = run_comparison(spec, Shared.of(workspace, places), progress, run_dir, begun)
+    found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     print_json(found.to_dict()) if as_json else show_comparison(found)
 
 
@@ -80,7 +90,7 @@ def _request(
         "register_chosen": False if no_register else None,
     }
     overrides, settings = take_job_options(given)
-    spec_file = what if what is not None and what.suffix.lower() in (".yaml", ".yml") else None
+    spec_file = what if what is not None and what.suffix.lower() in (".yaml", ".yml", ".json") else None
     if what is not None and spec_file is None:
         overrides["training_file"] = str(what)
     return spec_file, {**overrides, **{key: value for key, value in own.items() if value is not None}}, settings

@@ -15,10 +15,9 @@ from finetune.cli.training import json_option
 )
 @json_option
 def demo(data: Path | None, as_json: bool) -> None:
-    """Fine-tune twice, serve the better model and ask it over HTTP.
+    """Compare frozen with full fine-tuning on digits, and serve.
 
-    The backbone is frozen the first time and trained in full the second. The images are handwritten digits that come with the
-    installation, unless a folder is given.
+    The images are handwritten digits that come with the installation, unless a folder is given.
     """
     from finetune.cli.show import show_demo
     from finetune.cli.terminal import print_json

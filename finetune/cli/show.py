@@ -198,10 +198,24 @@ def _show_folds(found: Mapping[str, Any]) -> None:
 
 
 def show_comparison(found: Comparison) -> None:
-    """`finetune compare`: the verdict, the arms, the differences, and where to look."""
+    """`finetune compare`: the arms, the differences, the verdict, and where to look."""
+    _show_arms(found)
+    _show_verdict(found)
+    lines = [f"report    {shortened(found.report)}"]
+    if found.registered:
+        lines += [f"model     {found.registered}", f"serve     finetune serve --model {found.registered}"]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _show_verdict(found: Comparison) -> None:
+    console.print(f"\n[bold]{escape(found.verdict.sentence)}[/]\n")
+
+
+def _show_arms(found: Comparison) -> None:
+    """Each arm, then each pair, and what must be said of them."""
     metric = task_metric(found.headline)
     key = f"{found.split}/{found.headline}"
-    console.print(f"\n[bold]{escape(found.verdict.sentence)}[/]\n")
     rows = []
     for arm in found.arms:
         figure = arm.metrics[key]
@@ -235,11 +249,6 @@ def show_comparison(found: Comparison) -> None:
             console.print(f"[yellow]note[/] {escape(arm.name)}: {escape(arm.note)}")
     if found.left_out:
         console.print(f"[yellow]note[/] {found.left_out:,} images are left out: one of the runs had trained or chosen on them")
-    lines = [f"report    {shortened(found.report)}"]
-    if found.registered:
-        lines += [f"model     {found.registered}", f"serve     finetune serve --model {found.registered}"]
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def task_metric(key: str) -> Metric[Any]:
@@ -250,7 +259,9 @@ def task_metric(key: str) -> Metric[Any]:
 def show_evaluation(found: BundleEvaluation) -> None:
     """`finetune evaluate`: first of all whether the model has seen these images before; then the figures, then the classes."""
     evaluation = found.evaluation
-    if found.n_trained_on or found.n_chosen_on:
+    if found.n_trained_on is None:
+        console.print("[yellow]note[/] this bundle does not say which images it was made with; it may have seen these before")
+    elif found.n_trained_on or found.n_chosen_on:
         console.print(
             f"[yellow]note[/] the model was trained on {found.n_trained_on:,} of these {plural(evaluation.n, 'image')}, and "
             f"{found.n_chosen_on:,} chose its weights: they flatter it"
@@ -353,25 +364,22 @@ def show_manifest(manifest: Manifest) -> None:
 
 
 def show_demo(result: DemoResult) -> None:
-    """Both runs side by side, the answer over HTTP, and where to look next."""
-    rows = [
-        [method, outcome.metrics["val/top1"], outcome.metrics.get("test/top1"), duration(outcome.cost["wall_seconds"])]
-        for method, outcome in result.runs.items()
-    ]
-    table("Two ways to fine-tune", ["method", "val top1", "test top1", "wall time"], rows)
+    """The comparison, the answer of the chosen model over HTTP, the verdict, and where to look next."""
+    found = result.comparison
+    _show_arms(found)
     console.print(
-        f"served {result.served}, asked it over HTTP for {result.asked.name}, which shows {result.truth!r}:", markup=False
+        f"{found.registered} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:", markup=False
     )
     for row in result.answer["predictions"]:
         console.print(f"  {row['probability']:7.2%}  {row['label']}", markup=False)
-    served = result.runs[result.served]
+    _show_verdict(found)
     console.print(
         textwrap.dedent(f"""
         all of it took {duration(result.seconds)}. Where to look next:
-          report    {served.run / "report.html"}
-          compare   make mlflow      (then open http://127.0.0.1:5000)
+          report    {shortened(found.report)}
+          runs      make mlflow      (then open http://127.0.0.1:5000)
           serve     make serve       (then open http://127.0.0.1:3000)
-          your own  finetune train --data FOLDER_OF_CLASS_FOLDERS
+          your own  finetune compare FOLDER_OF_CLASS_FOLDERS
         """),
         markup=False,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from finetune.cli.executing import places_options, take_places
+from finetune.cli.following import take_trackers, tracking_options
 from finetune.runtime.collector import objects_exempt
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def check(spec: JobSpec, as_json: bool) -> None:
 @spec_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run writes; an unfinished run there is resumed.")
 @places_options
+@tracking_options
 @json_option
-def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **where: Any) -> None:
+def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Fine-tune, evaluate, export and register a model.
 
     The same command after a crash or Ctrl-C goes on where the run stopped. With --folds and --slots, folds go on side by side.
@@ -120,9 +122,11 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **where: Any) -> N
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.carry_out import fine_tune
+        from finetune.tracking.view import experiment_name
 
-    with progress_bars(shown=not as_json) as progress:
-        outcome = fine_tune(spec, Shared.of(Workspace.from_environment(), take_places(where)), progress, run_dir)
+    workspace, places, trackers = Workspace.from_environment(), take_places(given), take_trackers(given)
+    with trackers.follow(workspace, experiment_name(spec)) as begun, progress_bars(shown=not as_json) as progress:
+        outcome = fine_tune(spec, Shared.of(workspace, places), progress, run_dir, begun)
     print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
 
 
@@ -176,14 +180,3 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
     else:
         description = describe_backbone(name)
         print_json(description) if as_json else show_backbone(description)
-
-
-@click.command()
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=5000, show_default=True)
-def mlflow(host: str, port: int) -> None:
-    """Open the MLflow pages on this workspace's runs."""
-    from finetune.storage.workspace import Workspace
-    from finetune.tracking import open_ui
-
-    open_ui(Workspace.from_environment().root, host, port)

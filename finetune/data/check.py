@@ -141,7 +141,7 @@ class ResizeAdvice:
 
 
 def image_facts(samples: Sequence[Sample]) -> ImageFacts:
-    """Facts about checked samples (those with a `size_px`)."""
+    """Return what the shapes of checked samples (those with a `size_px`) look like."""
     sizes = np.array([sample.size_px for sample in samples if sample.size_px], dtype=np.float64).reshape(-1, 2)  # (N, 2) w, h
     if not len(sizes):
         return ImageFacts(0, {"p5": 0.0, "p50": 0.0, "p95": 0.0}, {"p50": 1.0, "p90": 1.0, "p99": 1.0}, 1.0)
@@ -155,7 +155,7 @@ SQUASH_SPREAD = 1.3  # shapes this close to one another are bent alike
 
 
 def advise_resize(facts: ImageFacts) -> ResizeAdvice:
-    """What ``data.resize: auto`` means for these images.
+    """Return what ``data.resize: auto`` means for these images.
 
     A centre crop is what the pretrained weights saw, so it stays unless it would hide much of many images. Then squashing is
     harmless when all images have one shape, for they are all bent alike; otherwise only a letterbox keeps both edges and shapes.
@@ -220,7 +220,7 @@ def _notes(memory: Path) -> Path:
 
 
 def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
-    """sha256 → size of the images that were decoded before; a line that a killed process left torn is not one of them."""
+    """Return size by sha256 of the images that were decoded before; a line that a killed process left torn does not count."""
     if memory is None or not _notes(memory).exists():
         return {}
     lines = re.findall(r"^([0-9a-f]{64}) (\d+) (\d+);$", _notes(memory).read_text("ascii", "replace"), re.MULTILINE)
@@ -261,7 +261,7 @@ def _judge_bad(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) ->
 
 
 def _refuse_emptied(before: Dataset, after: Dataset) -> None:
-    """A training class, or a whole validation or test set, must not vanish with its unreadable images."""
+    """Refuse data of which a training class, or a whole validation or test set, consists of unreadable images."""
     left = after.counts()
     problems = []
     for split, counts in before.counts().items():

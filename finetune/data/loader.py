@@ -66,7 +66,7 @@ class TrainLoader:
     pixels: PixelStore | None = None  # where large photographs are kept decoded for the next epoch
 
     def __len__(self) -> int:
-        """Steps that are left of the epoch."""
+        """Return how many steps are left of the epoch."""
         return max(0, steps_per_epoch(len(self.samples), self.batch_size) - self.start_step)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -84,19 +84,22 @@ class TrainLoader:
 
 
 def steps_per_epoch(n_samples: int, batch_size: int) -> int:
-    """Batches in one epoch. A last batch of a single image is left out: batch normalisation cannot learn from one; in the
-    next epoch the shuffle leaves out another."""
+    """Return the number of batches in one epoch.
+
+    A last batch of a single image is left out: batch normalisation cannot learn from one. In the next epoch the shuffle leaves
+    out another.
+    """
     full, rest = divmod(n_samples, batch_size)
     return full + (rest > 1 or (rest == 1 and full == 0))
 
 
 def epoch_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The shuffle of one epoch, (n_samples,) int64."""
+    """Return the order of the samples in one epoch, (n_samples,) int64."""
     return np.random.default_rng([seed, epoch]).permutation(n_samples)
 
 
 def load_batches(order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int) -> Iterator[Batch]:
-    """Batches of ``load(index)`` for the indices in `order`, with about two batches of images in memory ahead of the reader."""
+    """Yield batches of ``load(index)`` for the indices in `order`; about two batches of images are loaded ahead of the reader."""
     ahead = max(2 * threads, min(2 * batch_size, 256))
     with closing(ordered_map(load, order.tolist(), threads=threads, ahead=ahead)) as images:
         for start in range(0, len(order), batch_size):

@@ -30,7 +30,7 @@ class PixelStore:
         self.folder = store.folder("pixels")
 
     def read(self, sample: Sample, short_side_px: int) -> np.ndarray:
-        """(H, W, 3) uint8, upright; the same pixels whether they were stored or not.
+        """Return the picture, (H, W, 3) uint8, upright; the same pixels whether they were stored or not.
 
         Raises:
             ImageError: the file does not decode, and no pixels of it are stored; it is named.
@@ -49,7 +49,7 @@ class PixelStore:
         return rgb
 
     def _path(self, sample: Sample, short_side_px: int) -> Path | None:
-        """Where the sample's pixels are stored, if they are worth it."""
+        """Return where the sample's pixels are stored; None where decoding is as quick as reading."""
         if not sample.sha256 or sample.size_px is None or sample.size_px[0] * sample.size_px[1] < LARGE_PX:
             return None
         return self.folder / f"{DECODER}-short-side-{short_side_px}" / sample.sha256[:2] / f"{sample.sha256}.npy"
@@ -64,7 +64,7 @@ class PixelStore:
 
 
 def _load(path: Path) -> np.ndarray | None:
-    """The stored pixels, marked as read now; None where there are none, or none that can be read."""
+    """Return the stored pixels, marked as used now; None where there are none, or none that can be read."""
     try:
         rgb: np.ndarray = np.load(path, allow_pickle=False)
         mark_used(path)

@@ -25,7 +25,7 @@ COLUMNS = ("path", "label", "split", "sha256")
 
 
 def split_dataset(dataset: Dataset, *, val_fraction: float = 0.15, test_fraction: float = 0.15, seed: int = 0) -> Dataset:
-    """Every sample with its split set, sorted by split, class and path.
+    """Return the dataset with every sample in a split, sorted by split, class and path.
 
     A split that the user made stays as it is: with a validation folder nothing is cut at all, with only a test folder the
     validation set is cut from the rest. Every class with two images or more is in train and in val; with three or more, also
@@ -49,7 +49,7 @@ def split_dataset(dataset: Dataset, *, val_fraction: float = 0.15, test_fraction
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
-    """One dataset a fold, over the train and val images of a split dataset: a part held out as ``test``, the rest train and val.
+    """Return one dataset for each fold of the train and val images: a part held out as ``test``, the rest train and val.
 
     Every image of the pool is held out in exactly one fold. What was ``test`` before is in none of them: it stays untouched.
 
@@ -75,7 +75,7 @@ def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15,
 
 
 def deal(sizes: Mapping[int, Sequence[int]], n_folds: int) -> dict[int, list[int]]:
-    """The fold of each draw of each class, given how many images each holds; draws come in random order.
+    """Return the fold of each draw of each class, given how many images each holds; draws come in random order.
 
     Of each class all folds get the same number of draws, or one more. The largest draws go first, each to the fold with the
     fewest images so far, of its class and then of all: so sizes stay close, and the odd ones do not all land in the first folds.
@@ -95,7 +95,7 @@ def deal(sizes: Mapping[int, Sequence[int]], n_folds: int) -> dict[int, list[int
 
 
 def cut(sizes: Sequence[int], val_fraction: float, test_fraction: float) -> list[str]:
-    """The split of each draw of one class, given how many images each holds; draws come in random order.
+    """Return the split of each draw of one class, given how many images each holds; draws come in random order.
 
     A draw that would overshoot what is left of a split's share goes on to the next one, in the end to train. A split that
     every draw would overshoot gets the smallest draw that another split can spare.
@@ -133,7 +133,7 @@ def write_split(path: Path, dataset: Dataset, left_out: Sequence[Sample] = ()) -
 
 
 def read_split(path: Path, dataset: Dataset) -> Dataset:
-    """The dataset with the split that a CSV file of `write_split` records.
+    """Return the dataset with the split that a CSV file of `write_split` records.
 
     Raises:
         DataChangedError: its rows and the dataset's files are not the same.
@@ -186,12 +186,15 @@ def read_recorded_split(path: Path) -> list[RecordedSample]:
 
 
 def _identity(dataset: Dataset, sample: Sample) -> str:
-    """What is drawn: the image's bytes; its relative path for datasets that nobody has checked."""
+    """Return what identifies an image in the draw: the digest of its bytes, or its id where nobody has read them."""
     return sample.sha256 or sample.id
 
 
 def _draws_by_class(dataset: Dataset, samples: Iterable[Sample], seed: int) -> dict[int, list[list[Sample]]]:
-    """Same bytes → one draw, filed under its most frequent class, in an order that only seed and bytes decide."""
+    """Return the draws of each class, in an order that only seed and bytes decide.
+
+    Samples with the same bytes are one draw, which counts for its most frequent class.
+    """
     draws: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         draws[_identity(dataset, sample)].append(sample)
@@ -216,7 +219,7 @@ def _main_label(draw: Sequence[Sample]) -> int:
 
 
 def _shares(n_images: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
-    """How many of a class's images each split should get: at least one each, if there are as many."""
+    """Return how many of a class's images each split should get: at least one each, if there are as many."""
     n_test = max(1, round(n_images * test_fraction)) if test_fraction > 0 else 0
     n_val = max(1, min(round(n_images * val_fraction), n_images - 1 - min(n_test, 1)))
     n_test = min(n_test, max(0, n_images - 1 - n_val))
@@ -262,12 +265,12 @@ def _refuse_too_many_folds(dataset: Dataset, by_class: Mapping[int, Sequence[obj
 
 
 def _folds_fit(count: int, n_folds: int) -> bool:
-    """Whether each fold can test on one of a class's `count` images, and train on another and choose on a third."""
+    """Return whether each fold can test on one of a class's `count` images, train on another and choose on a third."""
     return n_folds <= count and count - math.ceil(count / n_folds) >= 2
 
 
 def _foldable(count: int) -> str:
-    """The numbers of folds that a class with `count` distinct images allows, in words."""
+    """Return in words which numbers of folds a class with `count` distinct images allows."""
     if count < 3:
         return "folds need at least 3"
     return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
@@ -281,7 +284,7 @@ def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:
 
 
 def _read_rows(path: Path) -> dict[str, tuple[str, str, str]]:
-    """Relative path → (label, split, sha256)."""
+    """Return label, split and sha256 by sample id."""
     try:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:

@@ -78,7 +78,7 @@ class CrossValidation:
         return values
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``folds.json`` holds it. The pooled evaluation in full is in ``evaluation.json``."""
+        """Return the figures as JSON values. The pooled evaluation in full is in ``evaluation.json``."""
         return {
             "folds": [asdict(fold) for fold in self.folds],
             "pooled": {
@@ -91,7 +91,7 @@ class CrossValidation:
 
 
 def spread(values: Sequence[float], *, test_to_train: float, largest: float = math.inf) -> Spread:
-    """Mean, standard deviation and interval of a metric that lies between 0 and `largest`, over at least two folds.
+    """Return mean, standard deviation and interval of a metric that lies between 0 and `largest`, over at least two folds.
 
     Args:
         test_to_train: images a fold was tested on, over images it was trained on.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bundle.predictor import Predictor, read_seen
+from finetune.bundle.predictor import Predictor, Seen, read_seen
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
@@ -27,8 +27,8 @@ class BundleEvaluation:
 
     evaluation: Evaluation
     predictions: Predictions
-    n_trained_on: int  # of these images, by their bytes: those that the weights were fitted on
-    n_chosen_on: int  # and those that chose between weights
+    n_trained_on: int | None  # of these images, by their bytes: those that the weights were fitted on; None: nobody knows
+    n_chosen_on: int | None  # and those that chose between weights
     unseen: Evaluation | None  # on the other images alone; None where all are others, or none
     unreadable: tuple[Unreadable, ...]
     temperature: float  # that the bundle makes probabilities with
@@ -65,16 +65,16 @@ def evaluate_bundle(folder: Path, data: Path, split: str | None = None, progress
         raise DataError(f"{printable(data)}: holds no image that can be read", problems)
     predictions = predictions_of(answers, predictor, split or "given", labelled=True)
     seen = read_seen(folder)
-    digests = predictions.digests()
-    trained_on = np.array([seen.trained_on(digest) for digest in digests])
-    chosen_on = np.array([seen.chosen_on(digest) for digest in digests]) & ~trained_on
+    known, digests = seen or Seen(), predictions.digests()
+    trained_on = np.array([known.trained_on(digest) for digest in digests])
+    chosen_on = np.array([known.chosen_on(digest) for digest in digests]) & ~trained_on
     unseen_rows = np.flatnonzero(~(trained_on | chosen_on))
     partly = 0 < len(unseen_rows) < len(predictions)
     return BundleEvaluation(
         evaluation=evaluate(predictions),
         predictions=predictions,
-        n_trained_on=int(trained_on.sum()),
-        n_chosen_on=int(chosen_on.sum()),
+        n_trained_on=None if seen is None else int(trained_on.sum()),
+        n_chosen_on=None if seen is None else int(chosen_on.sum()),
         unseen=evaluate(predictions.take(unseen_rows)) if partly else None,
         unreadable=tuple(unreadable),
         temperature=float(predictor.manifest.calibration.get("temperature", 1.0)),

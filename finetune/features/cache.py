@@ -54,7 +54,7 @@ class Rows:
         return np.flatnonzero(self.shard_of < 0)
 
     def take(self, positions: NDArray[np.integer]) -> NDArray[Any]:
-        """A copy of the rows at `positions`, (len(positions), *row_shape)."""
+        """Return a copy of the rows at `positions`, (len(positions), *row_shape)."""
         taken = np.empty((len(positions), *self.row_shape), self.dtype)
         shard_of, row_of = self.shard_of[positions], self.row_of[positions]
         for shard in np.unique(shard_of):
@@ -103,11 +103,11 @@ class RowCache:
         return Rows(tuple(shards), shard_of, row_of, self.row_shape, self.dtype)
 
     def writer(self) -> ShardWriter:
-        """Its last rows are stored when it is flushed."""
+        """Return a writer of new rows; its last ones are stored when it is flushed."""
         return ShardWriter(self.folder, self.row_shape, self.dtype)
 
     def _open(self, path: Path) -> NDArray[Any]:
-        """The shard's rows, memory-mapped, their checksum verified at first use."""
+        """Return the shard's rows, memory-mapped, their checksum verified at first use."""
         if path not in self._read:
             self._read[path] = _map_rows(path, self.row_shape, self.dtype)
         mark_used(path)
@@ -165,7 +165,7 @@ def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any])
 
 
 def _describe(stream: IO[bytes], path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
-    """The shard's description and the bytes of its rows; its file has exactly the size that they say."""
+    """Return a shard's description and the bytes of its rows, after checking that the file has the size that they say."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _TAIL_BYTES))
     tail = stream.read(_TAIL_BYTES)
@@ -208,5 +208,5 @@ def _map_rows(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
 
 
 def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """(N, 32) bytes as (N,) strings that sort and compare; zeros at the end are dropped from both sides alike."""
+    """Return (N, 32) bytes as (N,) strings that sort and compare; zeros at the end are dropped from both sides alike."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()

@@ -59,12 +59,12 @@ class Engine(Protocol):
         ...
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, h, w, 3) uint8 -> (B, *shape) float32."""
+        """Return the activations of images (B, h, w, 3) uint8, as (B, *shape) float32."""
         ...
 
 
 def activation_shape(classifier: Classifier, stage: int) -> tuple[int, ...]:
-    """Of one image, at the cut before `stage`."""
+    """Return the shape of one image's activation at the cut before `stage`."""
     stages = classifier.backbone.stages
     return (classifier.head.in_features,) if stage == len(stages) else stages[stage - 1].output_shape
 
@@ -91,7 +91,7 @@ class PixelPrefix(nn.Module):
 
 
 def prefix_digest(classifier: Classifier, stage: int) -> str:
-    """sha256 over all that decides the activation below `stage`: architecture, weights, statistics, and, at the end, pooling."""
+    """Return a sha256 over all that decides the activation below `stage`: architecture, weights, statistics, pooling."""
     backbone = classifier.backbone
     stage_of = backbone.layout.tensor_stage
     pooling = classifier.pooling if stage == len(backbone.stages) else ""
@@ -172,7 +172,7 @@ def open_engine(
     graph: GraphSource | None,
     event: EventCallback,
 ) -> Engine:
-    """The fastest engine that agrees with torch on `images`, a few real ones.
+    """Return the fastest engine that agrees with torch on `images`, a few real ones.
 
     Args:
         store: folder in which the exported graph and the verdict on it are kept for later runs.
@@ -195,7 +195,7 @@ def open_engine(
 
 
 def refused(store: Path) -> str | None:
-    """Why ONNX Runtime was found unfit for this prefix before; None if it was not."""
+    """Return why ONNX Runtime was found unfit for this prefix before; None if it was not."""
     verdict = store / "engine.json"
     refusal: str | None = read_json(verdict).get("refused") if verdict.exists() else None
     return refusal
@@ -234,7 +234,7 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
 
 
 def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """The least of 2ab / (a² + b²) over matching rows: their cosine where they are equally long, less where they are not.
+    """Return the least 2ab / (a² + b²) over matching rows: their cosine where they are equally long, less where they are not.
 
     NaN if anything is not finite.
     """
@@ -244,7 +244,7 @@ def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> floa
 
 
 def export_prefix(module: PixelPrefix) -> bytes:
-    """The prefix as one ONNX file: `images` (B, h, w, 3) uint8 in, its activation out."""
+    """Return the prefix as one ONNX file: `images` (B, h, w, 3) uint8 in, its activation out."""
     height, width = module.input_size_px
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own insides
@@ -266,7 +266,7 @@ def export_prefix(module: PixelPrefix) -> bytes:
 
 
 def _only_embedding(graph: bytes) -> bytes:
-    """The same file with the embedding as its only output; what only served the others is then pruned by the session."""
+    """Return the graph with the embedding as its only output; the session prunes what only served the others."""
     model = onnx.load_model_from_string(graph)
     kept = [output for output in model.graph.output if output.name == OUTPUT_NAME]
     if not kept:

@@ -73,12 +73,12 @@ class Views:
             raise ValueError("more than one view needs an augmentation")
 
     def names(self) -> list[bytes]:
-        """What tells the views apart in keys; the preprocessing is in the space."""
+        """Return what tells the views apart in keys; the preprocessing is in the space."""
         augmented = self.augment.digest() if self.augment is not None and self.count > 1 else ""
         return [b"as evaluated", *(f"{augmented} {number}".encode() for number in range(1, self.count))]
 
     def pixels(self, data: bytes, numbers: Sequence[int]) -> list[NDArray[np.uint8]]:
-        """The views with these numbers of one image file, each (h, w, 3)."""
+        """Return the views with these numbers of one image file, each (h, w, 3)."""
         views = [self.preprocess.load(data) for number in numbers if number == 0]
         augmented = [number for number in numbers if number > 0]
         if augmented and self.augment is not None:
@@ -111,7 +111,7 @@ class FeatureContext:
 def pooled_features(
     classifier: Classifier, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> NDArray[np.float32]:
-    """The embeddings that the head gets: (N, D), or (N, K, D) for K > 1 views.
+    """Return the embeddings that the head gets: (N, D), or (N, K, D) for K > 1 views.
 
     Raises:
         DataError: images that cannot be decoded, each named.
@@ -262,11 +262,11 @@ class FrozenRows:
         return len(self.rows.missing)
 
     def look_up(self) -> None:
-        """See what the cache holds by now."""
+        """Look up which rows the cache holds by now."""
         self.rows = self.cache.find(self.keys)
 
     def settle_engine(self) -> None:
-        """If rows are missing, open the engine that will compute them; it may be another than expected, with other rows."""
+        """Open the engine that will compute missing rows; it may be another than expected, with other rows in the cache."""
         if self.n_missing and self._engine is None:
             module = PixelPrefix(self.classifier, self.stage)
             graph = self.context.graph if self.stage == len(self.classifier.backbone.stages) else None
@@ -278,7 +278,7 @@ class FrozenRows:
                 self._use_space_of(engine.name)
 
     def make_room(self) -> bool:
-        """Whether the missing rows fit the cache; what was used least recently is deleted for them."""
+        """Return whether the missing rows fit the cache; what was used least recently is deleted for them."""
         return self.context.store.reserve(self.n_missing * self.cache.row_bytes)
 
     def why_no_room(self) -> str:
@@ -359,7 +359,7 @@ class FrozenRows:
         return stack.enter_context(contextlib.closing(ordered_map(run, decoded, threads=cores, ahead=2 * cores)))
 
     def rows_per_second(self) -> float | None:
-        """How fast the missing rows will be computed, from a few of them; decoding and network share all cores."""
+        """Measure how fast the missing rows will be computed, on a few of them; decoding and network share all cores."""
         self.settle_engine()
         engine = self._engine
         if engine is None or not self.n_missing:
@@ -390,7 +390,7 @@ class FrozenRows:
         self.look_up()
 
     def _images_to_check(self) -> NDArray[np.uint8]:
-        """A few images from all over the dataset, (n, h, w, 3); those that do not decode are reported later, with all others."""
+        """Return a few images from all over the dataset, (n, h, w, 3); those that do not decode are reported later."""
         images = []
         for index in np.unique(np.linspace(0, len(self.samples) - 1, CHECKED_IMAGES).astype(int)):
             with contextlib.suppress(ImageError):
@@ -398,7 +398,7 @@ class FrozenRows:
         return np.stack(images) if images else np.zeros((1, *self.views.preprocess.input_size_px, 3), np.uint8)
 
     def _tasks(self, n_rows: int) -> Iterator[list[_Task]]:
-        """The missing rows, about `n_rows` at a time, all views of an image together so that it is read once."""
+        """Yield the missing rows, about `n_rows` at a time, all views of an image together so that it is read once."""
         images, numbers = np.divmod(self.rows.missing, self.views.count)
         starts = np.append(np.flatnonzero(np.diff(images, prepend=-1)), len(images))  # of each image, and the end
         per_chunk = max(1, n_rows // self.views.count)
@@ -407,7 +407,7 @@ class FrozenRows:
             yield [_Task(int(images[a]), tuple(numbers[a:b].tolist())) for a, b in itertools.pairwise(bounds)]
 
     def _decode(self, tasks: Sequence[_Task]) -> _Decoded:
-        """Runs in a background thread."""
+        """Decode the views of some images; runs in a background thread."""
         positions: list[int] = []
         keys: list[NDArray[np.uint8]] = []
         images: list[NDArray[np.uint8]] = []
@@ -428,7 +428,7 @@ class FrozenRows:
 
     @contextlib.contextmanager
     def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32]], None]]:
-        """A function that stores rows under keys. What it has got is in the cache after the block, however that ends."""
+        """Yield a function that stores rows under keys; what it was given is in the cache after the block, however that ends."""
         writer = self.cache.writer() if keep else None
 
         def attempt(action: Callable[[ShardWriter], None]) -> None:
@@ -478,7 +478,7 @@ class _Meter:
 
 
 def _row_keys(samples: Sequence[Sample], view_names: Sequence[bytes], threads: int) -> NDArray[np.uint8]:
-    """(N * K, 32); files whose sha256 is not known yet are read for it.
+    """Return the keys of all rows, (N * K, 32); files whose sha256 is not known yet are read for it.
 
     Raises:
         DataError: files that cannot be read, each named.
@@ -504,7 +504,7 @@ def _row_keys(samples: Sequence[Sample], view_names: Sequence[bytes], threads: i
 
 
 def _image_keys(image_sha256: bytes, view_names: Sequence[bytes]) -> NDArray[np.uint8]:
-    """(K, 32)"""
+    """Return the keys of all views of one image, (K, 32)."""
     digests = b"".join(hashlib.sha256(image_sha256 + name).digest() for name in view_names)
     return np.frombuffer(digests, np.uint8).reshape(-1, KEY_BYTES)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select
@@ -93,6 +95,17 @@ class FileStore:
         """One upload; another owner's does not exist (NotFound). `owner` None sees every upload."""
         with reading(self.engine) as connection:
             return _file(_row(connection, file_id, owner))
+
+    def dataset_name(self, training_file: str) -> str | None:
+        """Return what people call the data of a job: for an upload the name of the archive; None where it is no upload."""
+        name = Path(training_file).name
+        if not name.startswith(f"{PREFIX}-"):
+            return None
+        try:
+            filename = self.get(name).filename
+        except NotFound:
+            return None
+        return re.sub(r"(\.tar)?\.\w+$", "", Path(filename).name).strip() or None
 
     def list(self, owner: str | None = None, *, after: str | None = None, limit: int = 20) -> tuple[Sequence[UploadedFile], bool]:
         """Newest first, from the one after `after`; returns the page and whether there is more."""

@@ -28,10 +28,11 @@ from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.executors.endings import Ending, Finish, what_follows
 from finetune.executors.executor import Executor, Handle, Resources
 from finetune.jobs.clock import LeaseTime, machine_time
-from finetune.jobs.closing import Closing
+from finetune.jobs.files import FileStore
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
+from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
 from finetune.storage.files import read_json, write_atomic
 from finetune.storage.journal import read_lines
@@ -43,7 +44,7 @@ _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
 _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
-_CLOSING_SECONDS = 60.0
+_TRACKING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Worker:
         self.home = home
         self.settings = settings
         self._attempts: dict[str, _Attempt] = {}  # by job id
-        self._closing = Closing(store, home)
+        self._tracking = TrackingSync(store, home)
         self._stop_signals = 0
         self._reaped_at = self._claimed_at = -math.inf
 
@@ -117,12 +118,12 @@ class Worker:
             while not self._stop_signals:
                 self.step()
                 if until_idle and not self._attempts and self._nothing_left():
-                    self._closing.finish(_CLOSING_SECONDS)
+                    self._tracking.finish(_TRACKING_SECONDS)
                     return
                 time.sleep(_TICK_SECONDS)
             self._hand_everything_back()
         finally:
-            self._closing.stop()
+            self._tracking.stop()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -139,7 +140,7 @@ class Worker:
             if now - self._claimed_at >= _CLAIM_POLL_SECONDS:
                 self._claimed_at = now
                 self._fill_slots()
-            self._closing.step()
+            self._tracking.step()
         except (StoreError, DiskFull) as error:
             log.warning("%s", error)
 
@@ -174,9 +175,11 @@ class Worker:
         write_lease(lease_file, asked_at, self.store.lease_seconds)
         self._reserve_name(claim.job)
         gpus = self._free_gpu()
+        command = [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"]
+        dataset = FileStore(self.store.engine).dataset_name(str(claim.job.spec.get("training_file", "")))
         handle = self.executor.start(
             claim.job.id,
-            [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"],
+            [*command, *(["--experiment", dataset] if dataset else [])],
             fence=claim.fence,
             environment={"FINETUNE_HOME": str(self.home), LEASE_VARIABLE: str(lease_file)},
             log=run.log,

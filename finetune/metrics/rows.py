@@ -69,7 +69,7 @@ def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[An
 
 
 def log_softmax(scores: Floats) -> Floats:
-    """(N, C) float64 to the logarithms of the softmax over classes."""
+    """Return the logarithms of the softmax over classes of scores (N, C)."""
     shifted = scores - scores.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 

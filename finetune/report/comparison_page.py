@@ -88,7 +88,7 @@ def notebook_view(document: Mapping[str, Any]) -> str:
     metric = next(m for task in TASKS for m in task.metrics if f"{split}/{m.key}" == key)
     svg = figures.forest(document["pairs"], key, document["verdict"]["margin"], metric)
     return render(
-        "comparison_notebook.html",
+        "notebook_comparison.html",
         document=document,
         arms=document["arms"],
         key=key,

@@ -112,9 +112,9 @@ def sha256_file(path: Path) -> str:
 
 
 def delete_temporary(folder: Path) -> None:
-    """Delete what writers that were killed left unfinished under `folder`. Nobody may be writing there."""
+    """Delete what writers that were killed left unfinished under `folder`. Nobody who cannot repeat it may be writing there."""
     for leftover in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -132,6 +132,20 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock on `path`, without trying to take it, which could turn its next owner away.
+
+    The kernel's list of locks is read, so this is always False where there is no such list (outside Linux).
+    """
+    locks = Path("/proc/locks")
+    if not (path.exists() and locks.exists()):
+        return False
+    inode = str(path.stat().st_ino)
+    # "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234567 0 EOF"; a process that waits for the lock is a line with "->".
+    held = (line.split() for line in locks.read_text().splitlines() if "->" not in line)
+    return any(fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode for fields in held)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.errors import Conflict
 from finetune.events import Event
-from finetune.storage.files import delete_temporary, file_lock
+from finetune.storage.files import delete_temporary, file_lock, is_locked
 from finetune.storage.journal import append_line
 
 
@@ -117,6 +117,11 @@ class RunDir:
         return self.root / "options.json"
 
     @property
+    def tracking(self) -> Path:
+        """The folder in which each tracker's follower keeps what it has mirrored (see `finetune.tracking`)."""
+        return self.root / "tracking"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
@@ -148,6 +153,10 @@ class RunDir:
     def log(self) -> Path:
         return self.root / "log.txt"
 
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
     def create(self) -> RunDir:
         self.root.mkdir(parents=True, exist_ok=True)
         return self
@@ -159,11 +168,15 @@ class RunDir:
         Raises:
             RunBusy: another process is in the run.
         """
-        with file_lock(self.create().root / ".lock", wait=False) as had:
+        with file_lock(self.create().lock, wait=False) as had:
             if not had:
                 raise RunBusy(f"{self.root}: another process is working on this run; wait for it, or give another --run-dir")
             delete_temporary(self.root)
             yield
+
+    def is_held(self) -> bool:
+        """Return whether a process is working on this run now."""
+        return is_locked(self.lock)
 
     def record(self, event: Event) -> None:
         """Append one line to ``events.jsonl``."""

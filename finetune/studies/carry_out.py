@@ -62,13 +62,24 @@ class Conclusion:
     folds: CrossValidation | None = None
 
 
-def fine_tune(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None) -> Outcome:
+def fine_tune(
+    spec: JobSpec,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    run_dir: Path | None = None,
+    begun: Callable[[RunDir], object] = lambda run: None,
+) -> Outcome:
     """Do what a request asks for, in `run_dir`, or in the folder of an unfinished run of the same request, or in a new one.
 
     Where the data has changed since that unfinished run began, a new run begins, and the outcome says so.
+
+    Args:
+        begun: called with the folder of a run before anything is done in it.
     """
     if run_dir is not None:
-        return carry_out(spec, RunDir(run_dir.absolute()), shared, progress)
+        run = RunDir(run_dir.absolute())
+        begun(run)
+        return carry_out(spec, run, shared, progress)
     number, why_new = 0, ""
     while True:
         number += 1
@@ -77,6 +88,7 @@ def fine_tune(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent
             continue
         if why_new:
             run.create().record(DataChanged(why_new))
+        begun(run)
         try:
             outcome = carry_out(spec, run, shared, progress)
         except DataChangedError as error:

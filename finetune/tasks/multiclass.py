@@ -26,7 +26,7 @@ class Multiclass:
     headline: Metric[Rows] = TOP1
 
     def encode(self, targets: Sequence[Target], n_classes: int) -> NDArray[np.int64]:
-        """(N,) class indices."""
+        """Return (N,) class indices."""
         several = next((target for target in targets if not isinstance(target, int)), None)
         if several is not None:
             raise InvalidInput(f"task multiclass takes exactly one label per image, given {several}; set task: multilabel")

@@ -63,7 +63,7 @@ class Task(Protocol):
         ...
 
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
-        """(N, C) logits to the probability of each class."""
+        """Return the probability of each class, (N, C), for logits (N, C)."""
         ...
 
     def judge(self, logits: Logits, targets: Targets) -> JudgedRows:
@@ -100,5 +100,5 @@ class Task(Protocol):
         ...
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """(C,) probabilities of one image to class indices, the most probable first, ties in class order."""
+        """Return class indices by their probability for one image, the most probable first, ties in class order."""
         ...

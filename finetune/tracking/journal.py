@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` as points for MLflow: what is new in it, and what counts as the same point."""
+"""``metrics.jsonl`` as points: what is new in it, whatever happens to the file meanwhile."""
 
 from __future__ import annotations
 
@@ -8,58 +8,88 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.tracking.record import key_text
+from finetune.tracking.tracker import Point
 
-_JOURNAL_BYTES = 4_000_000  # read at a time
-
-Identity = tuple[str, int, float | None]  # key, step, value
+_READ_BYTES = 4_000_000
+_REMEMBERED_BYTES = 64
 
 
 class Journal:
-    """Reads the lines that were appended to ``metrics.jsonl`` since they were last accepted."""
+    """Reads the lines that were appended to a journal since they were last accepted.
+
+    A resumed run cuts the journal back to its checkpoint; the journal is then read from the beginning again, and `Marks` tells
+    which of its points have been seen.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._accepted, self._read = path, 0, 0
+        self._path = path
+        self._accepted, self._read = 0, 0  # bytes
+        self._before = b""  # the last bytes of what was accepted
+        self._seen = b""
 
     def unread(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of whole lines; a line that is being written, or that a kill tore, is left out."""
+        """Yield batches of whole lines; a line that is being written, or that a kill left unfinished, is left out."""
         if not self._path.exists():
             return
-        if self._path.stat().st_size < self._accepted:  # a resume cut it back to its checkpoint
-            self._accepted = 0
-        self._read = self._accepted
         with open(self._path, "rb") as stream:
+            if not self._is_continued(stream):
+                self._accepted, self._before = 0, b""
+            self._read, self._seen = self._accepted, self._before
             while True:
                 stream.seek(self._read)
-                chunk = stream.read(_JOURNAL_BYTES)
+                chunk = stream.read(_READ_BYTES)
                 whole = chunk[: chunk.rfind(b"\n") + 1]
                 if not whole:
                     return
                 self._read += len(whole)
-                yield [record for line in whole.splitlines() if (record := _parse(line))]
+                self._seen = (self._seen + whole)[-_REMEMBERED_BYTES:]
+                yield [record for line in whole.split(b"\n") if (record := _parse(line)) is not None]
 
     def accept(self) -> None:
-        self._accepted = self._read
+        """Do not yield again what `unread` has yielded so far."""
+        self._accepted, self._before = self._read, self._seen
+
+    def _is_continued(self, stream: Any) -> bool:
+        """Return whether the file still begins with what was accepted, as far as its last bytes tell."""
+        stream.seek(self._accepted - len(self._before))
+        return bool(stream.read(len(self._before)) == self._before)
 
 
-def points_of(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
-    """(key, value, time in ms, step) of each value of a journal line; the epoch is a metric too, so that charts can use it."""
-    at_ms, step = int(record["at"] * 1000), int(record["step"])
-    values = dict(record["values"])
-    if record.get("epoch") is not None:
-        values["epoch"] = record["epoch"]
+class Marks:
+    """How far each metric has been sent, so that a point which a resumed run computes again is not sent again."""
+
+    def __init__(self, reached: Mapping[str, tuple[int, float | None]]) -> None:
+        self._reached = dict(reached)
+
+    def take(self, point: Point) -> bool:
+        """Note a point; return whether it is new: of a later step, or of the same step with another value.
+
+        A figure of the training steps that depends on the clock, such as images per second, differs when the step is computed
+        again; a step of training is the same step whatever it says.
+        """
+        step, value = self._reached.get(point.key, (-1, None))
+        comparable = None if math.isnan(point.value) else point.value
+        again = point.step == step and (comparable == value or point.key.startswith(("train/", "head/")))
+        if point.step < step or again:
+            return False
+        self._reached[point.key] = (point.step, comparable)
+        return True
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the marks as JSON values."""
+        return {key: list(mark) for key, mark in self._reached.items()}
+
+
+def points_of(record: Mapping[str, Any]) -> Iterator[Point]:
+    """Yield the values of one line. The line with which a run ends is left out: it repeats figures that are not of one step."""
+    values = record["values"]
+    if any(key.startswith("cost/") for key in values):
+        return
+    at, step, epoch = float(record["at"]), int(record["step"]), record.get("epoch")
     for key, value in values.items():
-        if value is None or isinstance(value, int | float):  # the journal writes NaN as null
-            yield key_text(key), math.nan if value is None else float(value), at_ms, step
-
-
-def identity(key: str, step: int, value: float) -> Identity:
-    """What makes two points the same one.
-
-    A resumed run computes some steps again, at another time of day. A step of training is the same step then, whatever a
-    clock-dependent figure such as images per second says; an evaluation is the same only if its value is.
-    """
-    return (key, step, None if key.startswith(("train/", "stage/")) else value)
+        yield Point(key, math.nan if value is None else float(value), at, step, epoch)  # JSON has no NaN: it is null
+    if epoch is not None:
+        yield Point("train/epoch", float(epoch), at, step, epoch)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -67,4 +97,4 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("values"), dict) else None

@@ -19,7 +19,7 @@ StateDict = Mapping[str, Tensor]
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict as tensors of its own, detached from training."""
+    """Return a copy of the module's state dict, detached from training."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -45,7 +45,7 @@ class MovingAverage:
 
 @contextmanager
 def holding(module: nn.Module, state: StateDict) -> Iterator[None]:
-    """Inside the block the module has the values of `state`; after it, its own again, bit for bit."""
+    """Give the module the values of `state` in the block; afterwards it has its own again, bit for bit."""
     own = copy_state(module)
     module.load_state_dict(dict(state))
     try:
@@ -55,7 +55,7 @@ def holding(module: nn.Module, state: StateDict) -> Iterator[None]:
 
 
 def interpolate(start: StateDict, end: StateDict, share: float) -> dict[str, Tensor]:
-    """``(1 - share) * start + share * end`` for float tensors, `end`'s value for the rest."""
+    """Return ``(1 - share) * start + share * end`` for float tensors, and the value of `end` for others."""
     return {
         name: torch.lerp(start[name], tensor, share) if tensor.is_floating_point() else tensor.clone()
         for name, tensor in end.items()

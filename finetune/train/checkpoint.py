@@ -39,7 +39,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def load_newest(folder: Path, on_damaged: DamageReport, map_location: str = "cpu") -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint, None where there is none; each damaged one is passed over and reported."""
+    """Return the state of the newest whole checkpoint, None where there is none; damaged ones are reported and left out."""
     for path in _newest_first(folder):
         if damage := _damage(path):
             on_damaged(path, damage)
@@ -47,11 +47,6 @@ def load_newest(folder: Path, on_damaged: DamageReport, map_location: str = "cpu
         state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return state
     return None
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether `load_newest` would find a whole checkpoint."""
-    return any(_damage(path) is None for path in _newest_first(folder))
 
 
 def check_belongs(found: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:

@@ -270,7 +270,7 @@ class _Training:
             self.average = MovingAverage(self.classifier, self.recipe.ema_half_life_steps)
 
     def _frozen_digest(self) -> str:
-        """sha256 over everything that this recipe never trains."""
+        """Return the sha256 over everything that this recipe never trains."""
         apply_freeze(self.classifier, widest_plan(self.recipe))
         return frozen_digest(self.classifier)
 
@@ -313,7 +313,7 @@ class _Training:
         )
 
     def _advance(self) -> None:
-        """The next thing that the state calls for. An evaluation or a finish that is interrupted is done again from its start."""
+        """Do what comes next: evaluate, train an epoch, or finish. What is interrupted, steps aside, is done again."""
         state = self.state
         if self._sample_is_due():
             self._answer_sample()
@@ -335,7 +335,7 @@ class _Training:
         return self.val.n_epochs * self.recipe.steps_per_epoch if isinstance(self.val, Choices) else self.recipe.n_steps
 
     def _train_epoch(self) -> None:
-        """From the present step to the end of its epoch."""
+        """Take the steps from the present one to the end of its epoch."""
         epoch, start_step = divmod(self.state.step, self.recipe.steps_per_epoch)
         phase, _ = self.recipe.phase_at(self.state.step)
         self.classifier.train()
@@ -416,7 +416,7 @@ class _Training:
         self._save()
 
     def _finish(self) -> None:
-        """Where training moved the weights, try what lies between start and end, then fresh statistics; keep the best."""
+        """Try weights between the start and the best epoch, then fresh running statistics, and keep the best on val."""
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
         if isinstance(self.val, Choices):
@@ -440,7 +440,7 @@ class _Training:
         return self._with_fresh_statistics(kept) if decided.recalibrated else kept
 
     def _pulled_back(self, kept: _Weights, share: float) -> _Weights:
-        """`share` of what training ended with, the rest of where it began."""
+        """Return the weights with `share` of what training ended with and the rest of where it began."""
         name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
         tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
         return replace(kept, name=name, tensors=tensors, share=share)
@@ -455,7 +455,7 @@ class _Training:
         return replace(other, values=values) if self._improves(values, kept.values) else kept
 
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` with the running statistics of what trains estimated anew, over one more epoch of training images."""
+        """Return `tensors` with the running statistics of trained stages estimated anew, over one more epoch of images."""
         with holding(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
             self.classifier.train()
             apply_freeze(self.classifier, FreezePlan(frozenset(self.recipe.trainable), bn="train"))
@@ -469,7 +469,7 @@ class _Training:
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def _shipping_weights(self) -> AbstractContextManager[None]:
-        """What would ship now: the moving average, where there is one."""
+        """Put the weights that would ship now into the classifier: the moving average, where there is one."""
         return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
 
     @torch.no_grad()
@@ -525,7 +525,7 @@ class _Training:
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
-        """Images per second since the epoch began in this session."""
+        """Return images per second since the epoch began in this session."""
         return self.epoch_images / (time.perf_counter() - self.epoch_began_at)
 
     def _log(self, values: Mapping[str, float]) -> None:
@@ -565,7 +565,7 @@ class _Training:
         return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
 
     def _seconds(self) -> float:
-        """Seconds of this session and of those before it."""
+        """Return the seconds of this session and of those before it."""
         return self.seconds_before + time.perf_counter() - self.began_at
 
     def _save(self) -> None:
@@ -596,7 +596,7 @@ def improves(values: Mapping[str, float], best: Mapping[str, float], headline: s
 
 @contextmanager
 def closed_after(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
-    """The batches, and when the block ends, however it ends, the threads that load them stop."""
+    """Yield an iterator over the batches; when the block ends, the threads that load them stop."""
     iterator = iter(batches)
     try:
         yield iterator

@@ -21,7 +21,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Outside the main thread Python delivers no signals: there the request is never set."""
+        """Receive signals in the block. Outside the main thread Python delivers none: there the request is never set."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -33,9 +33,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """
+        """Stop here if a signal has arrived.
+
         Raises:
-            Interrupted: a signal has arrived.
+            Interrupted: one has.
         """
         if self.received is not None:
             raise Interrupted(f"stopped by {self.received.name}")

@@ -62,7 +62,8 @@ class Timing:
 
 
 def resolve_device(asked: Device | Literal["auto"]) -> Device:
-    """
+    """Return the device that a request means.
+
     Raises:
         InvalidInput: a GPU is asked for and PyTorch sees none.
     """
@@ -74,7 +75,7 @@ def resolve_device(asked: Device | Literal["auto"]) -> Device:
 
 
 def computes_bfloat16(device: Device) -> bool:
-    """Whether the hardware itself multiplies bfloat16; emulation does not count."""
+    """Return whether the hardware itself multiplies bfloat16; emulation does not count."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -89,7 +90,7 @@ def plain_numerics(compute: Compute) -> Numerics:
 def candidate_numerics(
     device: Device, precision: Precision | Literal["auto"], threads: int, *, bfloat16: bool
 ) -> tuple[Numerics, ...]:
-    """The numerics to choose among, the plainest first."""
+    """Return the numerics to choose among, the plainest first."""
     precisions: tuple[Precision, ...] = (
         (precision,) if precision != "auto" else ("float32", "bfloat16") if bfloat16 else ("float32",)
     )
@@ -104,7 +105,7 @@ def choose_numerics(
     precision: Precision | Literal["auto"] = "auto",
     threads: int,
 ) -> tuple[Numerics, tuple[Timing, ...]]:
-    """The fastest candidate for `recipe`'s last phase, and the evidence; short runs get float32, channels last, unmeasured.
+    """Return the fastest numerics for the last phase of `recipe`, and the timings; short runs are not measured.
 
     On a CPU the fastest is then measured beside itself with half of the threads: two on one core can be slower than one.
     The classifier is left as it was: the measured steps are taken by a copy.
@@ -121,7 +122,7 @@ def choose_numerics(
 
 
 def fastest(timings: Sequence[Timing]) -> Numerics:
-    """The fastest; of two within `CLEARLY_FASTER` the plainer, so that noise seldom makes equal runs compute differently."""
+    """Return the fastest numerics; of two within `CLEARLY_FASTER` the plainer, so that noise seldom decides."""
     best = timings[0]
     for timing in timings[1:]:
         if timing.images_per_second >= CLEARLY_FASTER * best.images_per_second:
@@ -130,7 +131,7 @@ def fastest(timings: Sequence[Timing]) -> Numerics:
 
 
 def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Numerics]) -> tuple[Timing, ...]:
-    """Training steps of each candidate in turn, so that what else the machine does hits all of them alike."""
+    """Time training steps of each candidate in turn, so that other load on the machine affects all of them alike."""
     trial = copy.deepcopy(classifier).to(candidates[0].device)
     trial.train()
     apply_freeze(trial, freeze_plan(recipe, recipe.phases[-1]))
@@ -147,7 +148,7 @@ def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Numeric
 
 
 def _seconds_of_a_step(trial: Classifier, images: Tensor, numerics: Numerics) -> float:
-    """Forward and backward; the optimiser's part does not depend on the numerics."""
+    """Return the seconds of one forward and backward pass; the optimiser's part does not depend on the numerics."""
     started = time.perf_counter()
     with autocast(numerics):
         logits = trial(prepare_images(trial, images, numerics))
@@ -171,13 +172,13 @@ def place(classifier: Classifier, numerics: Numerics) -> Classifier:
 
 
 def prepare_images(classifier: Classifier, images: Tensor, numerics: Numerics) -> Tensor:
-    """(B, h, w, 3) u8 -> (B, 3, h, w) float32, normalised, laid out as the weights are."""
+    """Return images (B, h, w, 3) uint8 as (B, 3, h, w) float32, normalised, laid out as the weights are."""
     layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
     return classifier.normalise(images).contiguous(memory_format=layout)
 
 
 def to_device(array: np.ndarray, numerics: Numerics) -> Tensor:
-    """The array as a tensor on the device; a copy to a GPU runs beside the computation."""
+    """Return the array as a tensor on the device; a copy to a GPU runs beside the computation."""
     tensor = torch.from_numpy(array)
     if numerics.device == "cpu":
         return tensor
@@ -190,7 +191,7 @@ def autocast(numerics: Numerics) -> torch.autocast:
 
 @contextmanager
 def computing_with(numerics: Numerics) -> Iterator[None]:
-    """Inside the block PyTorch uses the numerics' threads and, on CPU, only algorithms that give the same bits each time."""
+    """Use the numerics' threads in the block and, on a CPU, only algorithms that give the same bits each time."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(numerics.device == "cpu")

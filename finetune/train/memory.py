@@ -21,7 +21,7 @@ _RETAINING = {_TRIM_THRESHOLD: -1, _TOP_PAD: 64 * 1024 * 1024, _MMAP_MAX: 0}  # 
 
 @contextmanager
 def retaining_memory() -> Iterator[None]:
-    """Inside the block freed memory stays with the process; afterwards what is free goes back to the kernel."""
+    """Keep freed memory in the process while the block runs; afterwards what is free goes back to the kernel."""
     if platform.libc_ver()[0] != "glibc":
         yield
         return

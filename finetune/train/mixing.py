@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of everything that is random inside optimiser step `step`: dropout, drop path, mixup. Below 2**63."""
+    """Return the seed of everything that is random inside optimiser step `step`: dropout, drop path, mixup. Below 2**63."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def mix(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor, float]:
-    """Mixup (Zhang et al. 2018, arXiv:1710.09412): each image blended with another of the batch.
+    """Blend each image with another of the batch: mixup (Zhang et al. 2018, arXiv:1710.09412). `alpha` 0 changes nothing.
 
-    Returns (images, the other images' targets, the share of the image's own target). `alpha` 0 changes nothing.
+    Returns:
+        The images, the targets of the images that were blended in, and the share of each image's own target.
     """
     if alpha == 0.0:
         return images, targets, 1.0

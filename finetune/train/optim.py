@@ -19,12 +19,12 @@ from finetune.train.recipe import Recipe, learning_rates, stage_key, widest_plan
 
 
 def group_key(group: ParameterGroup) -> str:
-    """The key of the group's learning rate, and of what is logged about it: ``stage0``, ``stage1`` …, ``head``."""
+    """Return the key of a group's learning rate, and of what is logged about it: ``stage0``, ``stage1`` …, ``head``."""
     return HEAD if group.stage is None else stage_key(group.stage)
 
 
 def build_optimizer(classifier: Classifier, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the head and every stage that trains in some phase. Leaves the classifier frozen as in `widest_plan`."""
+    """Return AdamW over the head and every stage that trains in some phase; the classifier is left frozen as in `widest_plan`."""
     apply_freeze(classifier, widest_plan(recipe))
     exempt = _exempt_by_architecture(classifier.backbone.module)
     groups: list[dict[str, Any]] = []
@@ -45,6 +45,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
 
 
 def _exempt_by_architecture(module: nn.Module) -> set[str]:
-    """What the architecture wants undecayed besides vectors (biases, norms): position embeddings and the like."""
+    """Return the names of what the architecture wants undecayed besides vectors: position embeddings and the like."""
     listed = getattr(module, "no_weight_decay", None)
     return {f"backbone.module.{name}" for name in listed()} if callable(listed) else set()

@@ -113,7 +113,7 @@ class Recipe:
         return tuple(sorted({index for phase in self.phases for index in phase.trainable}))
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
-        """The phase that optimiser step `step` (from 0) belongs to, and the step's number within it."""
+        """Return the phase that optimiser step `step` (from 0) belongs to, and the step's number within it."""
         first = 0
         for phase in self.phases:
             if first <= step < first + phase.n_steps:
@@ -137,7 +137,7 @@ class Recipe:
 
 
 def schedule_factor(step: int, n_steps: int, warmup_fraction: float, decay: Decay) -> float:
-    """The share of the peak learning rate at step `step` (from 0) of a phase: linear warm-up, then `decay` towards zero."""
+    """Return the share of the peak learning rate at `step` (from 0) of a phase: linear warm-up, then `decay` towards zero."""
     warmup = round(n_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -148,43 +148,35 @@ def schedule_factor(step: int, n_steps: int, warmup_fraction: float, decay: Deca
 
 
 def stage_key(index: int) -> str:
-    """What a stage is called among learning rates and in logs."""
+    """Return the name of a stage among learning rates and in logs."""
     return f"stage{index}"
 
 
 def learning_rates(recipe: Recipe, step: int) -> dict[str, float]:
-    """The learning rates at `step` of what trains then: ``head``, and ``stage0``, ``stage1`` …"""
+    """Return the learning rates at `step` of what trains then: ``head``, and ``stage0``, ``stage1`` …"""
     phase, within = recipe.phase_at(step)
     factor = schedule_factor(within, phase.n_steps, phase.warmup_fraction, phase.decay)
     return {HEAD: phase.head_lr * factor, **{stage_key(index): peak * factor for index, peak in phase.stage_lr.items()}}
 
 
 def freeze_plan(recipe: Recipe, phase: Phase) -> FreezePlan:
-    """What trains in `phase`. Nothing but the recipe decides, so a resumed run rebuilds it instead of remembering it."""
+    """Return what trains in `phase`; nothing but the recipe decides it, so a resumed run computes it again."""
     return FreezePlan(frozenset(phase.trainable), bn="train" if recipe.bn == "train" else "frozen")
 
 
 def widest_plan(recipe: Recipe) -> FreezePlan:
-    """Every stage that trains in some phase."""
+    """Return a plan in which every stage trains that trains in some phase."""
     return FreezePlan(frozenset(recipe.trainable))
 
 
-def candidates(spec: JobSpec, stages: Sequence[StageLike]) -> tuple[JobSpec, ...]:
-    """For method ``auto`` the requests to try, from the cheapest up; any other request is its own only candidate."""
-    if spec.method.type != "auto":
-        return (spec,)
-    methods: list[Method] = [LinearProbe(), *([Partial(stages=1)] if len(stages) > 1 else []), Full()]
-    return tuple(spec.model_copy(update={"method": method}) for method in methods)
-
-
 def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> Recipe:
-    """The recipe of one method; for method ``auto`` resolve each of `candidates` instead.
+    """Return the recipe of one method; method ``auto`` is a study of several (`finetune.studies.escalate`).
 
     Raises:
         SpecError: the method names a stage that this backbone does not have, or images are asked for that it cannot take.
     """
     if spec.method.type == "auto":
-        raise ValueError("method auto has several recipes: resolve each of candidates(spec, stages)")
+        raise ValueError("method auto has no recipe of its own: it is a study of several methods")
     method, hyper = spec.method, spec.hyperparameters
     batch_size = _batch_size(hyper, facts)
     _refuse_batches_of_one(method, facts, batch_size.value)
@@ -230,7 +222,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
 
 
 def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
-    """`recipe` for the `n_train` images of train and val together: the same in epochs, with the L2 strength that was chosen.
+    """Return `recipe` for the `n_train` images of train and val together: as many epochs, the L2 strength that was chosen.
 
     An epoch of more images has more steps, and what is counted in steps grows with them.
     """
@@ -243,9 +235,10 @@ def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
 
 
 def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:
-    """Stages thaw from the top, one phase each, several at once where there are fewer epochs than stages.
+    """Return which stages train in each phase and for how many epochs, thawing from the top.
 
-    Returns (trainable stages, epochs) of each phase; the last phase trains every stage and takes the epochs that are left.
+    Several thaw at once where there are fewer epochs than stages; the last phase trains every stage and takes the epochs that
+    are left.
     """
     n_phases = min(n_stages, max(1, n_epochs // (epochs_per_stage or 1)))
     each = epochs_per_stage or n_epochs // n_phases
@@ -255,7 +248,10 @@ def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = N
 
 
 def default_layer_decay(n_stages: int) -> float:
-    """0.6 for the default backbone's 8 stages; the same ratio from top to bottom for others, within 0.5 to 0.85."""
+    """Return the factor from a stage's learning rate to that of the one below.
+
+    It is 0.6 for the default backbone's 8 stages; others have the same ratio from top to bottom, within 0.5 to 0.85.
+    """
     ratio: float = 0.6 ** (7 / max(n_stages - 1, 1))
     return round(min(max(ratio, 0.5), 0.85), 2)
 
@@ -273,7 +269,7 @@ def _pick(given: Any, default: _Choice[Any]) -> _Choice[Any]:
 def _stepped_phases(
     method: Stepped, hyper: Hyperparameters, facts: Facts, stages: Sequence[StageLike], batch_size: int, epoch_steps: int
 ) -> tuple[tuple[Phase, ...], dict[str, _Choice[Any]]]:
-    """The phases that take steps, and the choices they rest on."""
+    """Return the phases that take steps, and the choices that they rest on."""
     n_epochs = _pick(hyper.n_epochs, _default_epochs(method, facts, epoch_steps, len(stages)))
     multiplier = _pick(hyper.learning_rate_multiplier, _Choice(1.0, "default: 1"))
     lr = _pick(hyper.learning_rate, _default_learning_rate(facts, batch_size))
@@ -332,7 +328,7 @@ def _refuse_batches_of_one(method: Method, facts: Facts, batch_size: int) -> Non
 
 
 def _train_size(hyper: Hyperparameters, method: Method, facts: Facts) -> _Choice[tuple[int, int]]:
-    """The size of the images that steps are taken on.
+    """Return the size of the images that steps are taken on.
 
     A random crop shows things larger than evaluation does, so that a somewhat smaller training image shows them as evaluation
     will (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), at little more than half the cost of a step.
@@ -359,7 +355,7 @@ def _train_size(hyper: Hyperparameters, method: Method, facts: Facts) -> _Choice
 
 
 def _scaled(size_px: tuple[int, int], short_side_px: int) -> tuple[int, int]:
-    """A size of the same shape."""
+    """Return the size of the same shape with this shorter side."""
     height, width = (round(side * short_side_px / min(size_px)) for side in size_px)
     return height, width
 

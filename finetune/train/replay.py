@@ -34,11 +34,11 @@ class Activations:
     views: int
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return len(self.rows) // self.views
 
     def train_batches(self, batch_size: int, seed: int) -> Callable[[int, int], Iterator[Batch]]:
-        """The training batches for `fit`. Order and steps are those of `TrainLoader`; image i shows view (i + epoch) mod K."""
+        """Return the training batches for `fit`, in the order of `TrainLoader`; image i shows view (i + epoch) mod K."""
 
         def batches(epoch: int, start_step: int) -> Iterator[Batch]:
             order = epoch_order(len(self), seed, epoch)
@@ -49,7 +49,7 @@ class Activations:
         return batches
 
     def eval_batches(self, batch_size: int, images: NDArray[np.int64] | None = None) -> EvalBatches:
-        """Every image once, in order, as evaluation sees it.
+        """Return batches of every image once, in order, as evaluation sees it.
 
         Args:
             images: these alone; the batches' indices then count among them.
@@ -76,7 +76,7 @@ class EvalBatches:
 
 
 def prepare_activation(classifier: Classifier, activation: Tensor, numerics: Numerics) -> Tensor:
-    """Cached activations on the device -> float32, laid out as the weights are; for `fit(prepare=…)`."""
+    """Return cached activations as float32, laid out as the weights are; for `fit(prepare=…)`."""
     layout = torch.channels_last if numerics.channels_last and activation.ndim == 4 else torch.contiguous_format
     return activation.float().contiguous(memory_format=layout)
 
@@ -97,7 +97,7 @@ class ForwardFrom:
 def cached_activations(
     classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations | None:
-    """The activation before `stage` for every image and view; None, with an event that says why, where the disk has no room.
+    """Return the activations before `stage` for every image and view; None, with an event, where the disk has no room.
 
     Raises:
         DataError: images that cannot be decoded, each named.

@@ -23,7 +23,7 @@ class StepMeter:
         self.gradient_norms = {key: _norm([p.grad for p in members if p.grad is not None]) for key, members in parameters.items()}
 
     def measure(self) -> dict[str, float]:
-        """``grad_norm/OWNER``, ``weight_norm/OWNER`` and ``update_ratio/OWNER``."""
+        """Return ``grad_norm/KEY``, ``weight_norm/KEY`` and ``update_ratio/KEY`` for each key."""
         values = {}
         for key, members in self.parameters.items():
             weight_norm = _norm(self.before[key])
@@ -35,5 +35,5 @@ class StepMeter:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    """The Euclidean norm of all elements together."""
+    """Return the Euclidean norm of all elements together."""
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))) if tensors else 0.0

@@ -175,6 +175,7 @@ def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) ->
     with live_server(home, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
         headers = {"X-Request-Id": "mine-1", "Authorization": "Bearer ft_secretsecret"}
         assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers).status_code == 200
+        until(lambda: '"mine-1"' in server.log.read_text())  # the line is written after the answer has left
         text = server.log.read_text()
     entries = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     (entry,) = [entry for entry in entries if entry.get("request_id") == "mine-1"]

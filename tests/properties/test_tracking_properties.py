@@ -1,4 +1,4 @@
-"""Whatever a metric, a param or a journal holds, MLflow takes what is made of it."""
+"""Whatever a metric, a param or a journal holds, MLflow takes what is made of it; a journal is read once, however it grows."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param
 
-from finetune.tracking.journal import Journal
-from finetune.tracking.record import key_text, value_text
+from finetune.tracking.journal import Journal, Marks, points_of
+from finetune.tracking.mlflow.names import key_text, metric_key, value_text
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=300))
 def test_every_name_becomes_one_that_mlflow_accepts(name: str) -> None:
-    _validate_metric_name(key_text(name))
+    for made in (key_text(name), metric_key(name)):
+        if made is not None:
+            _validate_metric_name(made)
     _validate_param(key_text(name), "value")
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.from_regex(r"(train|val|test|stage/[a-z]+\.[0-9]|cost)/[a-z0-9_]+", fullmatch=True))
+@given(st.from_regex(r"(train|val|test)/[a-z0-9_]+|[a-z]+_(seconds|mib|ms)", fullmatch=True))
 def test_our_own_names_stay_as_they_are(name: str) -> None:
     assert key_text(name) == name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["train", "val", "test"]), st.from_regex(r"[a-z0-9_]+", fullmatch=True))
+def test_a_course_never_has_the_name_of_a_result(split: str, name: str) -> None:
+    made = metric_key(f"{split}/{name}")
+    assert made is not None
+    assert made.startswith("train/")
+    assert split == "train" or made != f"{split}/{name}"
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,3 +60,35 @@ def test_a_journal_is_read_once_and_whole_however_it_is_cut_while_being_written(
             seen += [record["step"] for record in records]
             journal.accept()
     assert seen == numbers
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=6), st.data())
+def test_each_step_is_sent_once_however_often_a_run_goes_back_to_a_checkpoint(
+    tmp_path_factory, attempts: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Each attempt cuts the journal back to `start` steps and goes on to `end`; it is looked at whenever that may be."""
+    path: Path = tmp_path_factory.mktemp("journal") / "metrics.jsonl"
+    path.touch()
+    journal, marks, sent, reached = Journal(path), Marks({}), [], 0
+
+    def look() -> None:
+        for records in journal.unread():
+            sent.extend(point.step for record in records for point in points_of(record) if marks.take(point))
+            journal.accept()
+
+    for number, (start, end) in enumerate(attempts):
+        lines = path.read_text().splitlines(keepends=True)
+        start = min(start, len(lines))
+        path.write_text("".join(lines[:start]))
+        for step in range(start, max(start, end)):
+            line = {"at": number, "step": step, "epoch": None, "values": {"train/loss": float(step)}}
+            with open(path, "a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            reached = max(reached, step + 1)
+            if data.draw(st.booleans()):
+                look()
+    look()
+    assert sorted(sent) == sent == sorted(set(sent))
+    assert set(range(len(path.read_text().splitlines()))) <= set(sent)
+    assert max(sent, default=-1) < max(reached, 1)

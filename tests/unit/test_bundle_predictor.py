@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -13,7 +14,8 @@ from awkward import AWKWARD, READABLE, REFUSED
 from onnx import external_data_helper, helper, numpy_helper
 from tiny_bundle import CLASSES, PREPROCESS, logits_of, probe_files, reseal, tiny_model, weights, write_tiny_bundle
 
-from finetune.bundle.predictor import PIXELS_TOLERANCE, Predictor, read_probe, write_probe
+from finetune.bundle.manifest import PROBE
+from finetune.bundle.predictor import PIXELS_TOLERANCE, Predictor, Seen, read_probe, read_seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput
 
@@ -356,3 +358,28 @@ def test_a_probe_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert probe.encoded == tuple(files)
     np.testing.assert_array_equal(probe.images, arrays)
     np.testing.assert_array_equal(probe.logits, logits)
+
+
+def test_a_bundle_knows_the_images_that_it_was_made_with_by_their_bytes(tmp_path: Path) -> None:
+    train, val, other = (hashlib.sha256(name.encode()).hexdigest() for name in ("train", "val", "other"))
+    (tmp_path / "one").mkdir()
+    arrays = [b"x"], np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2), np.float32)
+    write_probe(tmp_path / "one" / PROBE, *arrays, Seen.of([train, ""], [val]))
+    seen = read_seen(tmp_path / "one")
+    assert seen is not None
+    assert seen == Seen.of([train], [val])
+    assert [(seen.trained_on(digest), seen.chosen_on(digest)) for digest in (train, val, other)] == [
+        (True, False), (False, True), (False, False),
+    ]  # fmt: skip
+
+
+def test_equal_sets_of_images_are_equal_files_and_an_older_bundle_does_not_say(tmp_path: Path) -> None:
+    digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(9)]
+    for folder, order in (("one", digests), ("two", digests[::-1])):
+        (tmp_path / folder).mkdir()
+        arrays = [b"x"], np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2), np.float32)
+        write_probe(tmp_path / folder / PROBE, *arrays, Seen.of(order, []))
+    assert (tmp_path / "one" / PROBE).read_bytes() == (tmp_path / "two" / PROBE).read_bytes()
+    with np.load(tmp_path / "one" / PROBE) as arrays:
+        np.savez(tmp_path / "two" / PROBE, **{name: arrays[name] for name in arrays if not name.startswith("seen")})
+    assert read_seen(tmp_path / "two") is None

@@ -46,12 +46,10 @@ def commands_of(program: str) -> list[list[str]]:
 @pytest.mark.parametrize("arguments", commands_of("finetune"), ids=" ".join)
 def test_a_command_of_the_documentation_can_be_given_like_that(arguments: list[str]) -> None:
     command, context, rest = cli, click.Context(cli), list(arguments)
-    while isinstance(command, click.Group):
-        found = command.get_command(context, rest[0])
-        assert found, f"there is no command {rest[0]!r}"
-        command, context, rest = found, click.Context(found, parent=context, info_name=rest[0]), rest[1:]
-        if not rest and not isinstance(command, click.Group):
-            break
+    while isinstance(command, click.Group) and rest:
+        name, found, rest = command.resolve_command(context, rest)  # raises where there is no such command
+        assert found is not None
+        command, context = found, click.Context(found, parent=context, info_name=name)
     if rest or not named_in_passing(arguments):
         context = command.make_context(context.info_name, rest, parent=context.parent)
     if settings := context.params.get("settings"):
@@ -74,6 +72,8 @@ def test_curl_asks_routes_that_exist_with_bodies_that_are_json(tmp_path: Path) -
     checked = 0
     for words in commands_of("curl"):
         url = next(word for word in words if word.startswith("http://"))
+        if url.endswith("/invocations"):  # MLflow's server
+            continue
         path = re.sub(r"^http://[^/]+|\?.*$", "", url)
         templates = [route for route in routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route), path)]
         assert templates, f"curl {shlex.join(words)}: no such route"

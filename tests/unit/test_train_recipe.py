@@ -14,7 +14,6 @@ from finetune.spec import parse_spec
 from finetune.train.recipe import (
     Facts,
     Recipe,
-    candidates,
     default_layer_decay,
     freeze_plan,
     learning_rates,
@@ -163,18 +162,10 @@ def test_few_images_get_no_smoothing_and_short_schedules_no_early_stop() -> None
     assert recipe_for("full", n_epochs=6, early_stopping_epochs=2).early_stopping_epochs == 2
 
 
-def test_auto_is_a_list_of_requests_from_cheap_to_dear() -> None:
+def test_method_auto_has_no_recipe_of_its_own() -> None:
     spec = parse_spec({"training_file": "photos", "method": "auto"})
-    tried = candidates(spec, STAGES)  # type: ignore[arg-type]
-    assert [candidate.method.type for candidate in tried] == ["linear_probe", "partial", "full"]
-    assert all(candidate.training_file == "photos" for candidate in tried)
-    with pytest.raises(ValueError, match="several recipes"):
+    with pytest.raises(ValueError, match="a study of several methods"):
         resolve_recipe(spec, CLOTHING, STAGES)  # type: ignore[arg-type]
-
-
-def test_only_an_automatic_method_has_several_candidates() -> None:
-    spec = parse_spec({"training_file": "photos", "method": "full"})
-    assert candidates(spec, STAGES) == (spec,)  # type: ignore[arg-type]
 
 
 def test_layer_decay_keeps_the_ratio_between_top_and_bottom_over_depths() -> None:

@@ -80,7 +80,7 @@ def _is_folder(path: Path, notes: Notes) -> bool:
 
 
 def _splits_inside(training: Path, notes: Notes) -> dict[Split | None, Path]:
-    """The train, val and test folders of the second layout; empty for the first.
+    """Return the train, val and test folders of the second layout; an empty mapping for the first.
 
     A class may be called "train" (beside "plane" and "car"): a folder of that name is taken for a split only when it has
     folders of its own, or when every folder beside it is named like a split too.
@@ -169,7 +169,7 @@ def _is_image_name(path: Path) -> bool:
 
 
 def _listing(folder: Path, notes: Notes) -> tuple[list[Path], list[Path]]:
-    """(files, folders) of a folder by name, without hidden files and what operating systems leave behind.
+    """Return files and folders of a folder by name, without hidden files and what operating systems leave behind.
 
     A link to a folder counts as neither: following it could leave the dataset or never end.
     """
@@ -191,7 +191,7 @@ def _listing(folder: Path, notes: Notes) -> tuple[list[Path], list[Path]]:
 
 
 def _walk(folder: Path, notes: Notes) -> Iterator[Path]:
-    """Every file under `folder`, nested folders included, in a fixed order."""
+    """Yield every file under `folder`, nested folders included, in a fixed order."""
     files, folders = _listing(folder, notes)
     yield from files
     for nested in folders:

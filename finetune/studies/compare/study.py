@@ -7,7 +7,7 @@ computed once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,10 +143,19 @@ def _folds_of(run: RunDir, pooled: Predictions) -> tuple[tuple[int, ...], int]:
     return tuple(numbers.tolist()), round(sum(n_train for _, _, n_train in sizes) / len(sizes))
 
 
-def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None) -> Comparison:
+def compare(
+    spec: ComparisonSpec,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    run_dir: Path | None = None,
+    begun: Callable[[RunDir], object] = lambda run: None,
+) -> Comparison:
     """Train every arm with every seed, compare them on the same images, judge, and register the chosen arm's best run.
 
     Where an earlier call with the same request (or in the same `run_dir`) was interrupted, it goes on there.
+
+    Args:
+        begun: called with the folder of the comparison before anything is done in it.
 
     Raises:
         InvalidInput: there are no test images to compare on.
@@ -154,6 +163,7 @@ def compare(spec: ComparisonSpec, shared: Shared, progress: ProgressCallback = s
         KeyboardInterrupt: asked to stop.
     """
     run = RunDir(run_dir.absolute()) if run_dir is not None else _folder_for(spec, shared)
+    begun(run)
     with run.held(), failures_recorded(run):
         if run.comparison.exists():
             return Comparison.from_dict(read_json(run.comparison))

@@ -1,0 +1,183 @@
+"""A bundle as MLflow's ``python_function``: what ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` call.
+
+The same decoder, preprocessing and model as everywhere answer, so that the answers are those of ``/predict``. Knows no
+MLflow, which only asks this module for `_load_pyfunc`, and no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.manifest import Manifest
+from finetune.bundle.predictor import Predictor
+from finetune.errors import InvalidInput
+from finetune.runtime.cores import available_cores
+from finetune.tasks import task_named
+
+DEFAULT_TOP_K = 5
+BATCH_SIZE = 16
+IMAGE_COLUMN = "image"
+TAKEN = (
+    "the bytes of an image file, these in base64, a path, or RGB pixels as uint8 (height, width, 3); one of them, a list, "
+    f"a NumPy array (images, height, width, 3), or a table with a column {IMAGE_COLUMN!r}"
+)
+SCORING_SERVER = "mlflow.pyfunc.scoring_server.app"
+_PATH_CHARACTERS = 4096
+
+
+def _load_pyfunc(path: str) -> BundleModel:
+    """Load the bundle in the folder `path`; MLflow finds this function by its name."""
+    serves = SCORING_SERVER in sys.modules
+    # What a server is sent comes from other people, who must not have files of its machine opened.
+    return BundleModel(Predictor.load(Path(path), threads=1 if serves else available_cores()), may_open_files=not serves)
+
+
+class BundleModel:
+    """Answers with a bundle.
+
+    Args:
+        may_open_files: whether a text may be the path of a file.
+    """
+
+    def __init__(self, predictor: Predictor, *, may_open_files: bool = True) -> None:
+        self._predictor = predictor
+        self._may_open_files = may_open_files
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Classify images; returns a table with a row for each.
+
+        Its columns are ``label`` and ``probability`` of the most probable class, and ``predictions``, the most probable classes
+        with their probabilities, as ``/predict`` gives them.
+
+        Args:
+            model_input: see `TAKEN`.
+            params: ``top_k``: how many classes to give, at most all; 5 by default.
+
+        Raises:
+            InvalidInput: something that is no image in any of these forms.
+            ImageError: an image that cannot be decoded.
+        """
+        import pandas as pd  # MLflow needs it, and nothing else here does
+
+        manifest = self._predictor.manifest
+        top_k = _top_k(params, len(manifest.classes))
+        rows: list[dict[str, Any]] = []
+        for images in _batches(_each(model_input), BATCH_SIZE):
+            probs = self._predictor.run(np.stack([self._pixels(image) for image in images])).probs
+            rows += [_row(one, manifest, top_k) for one in probs]
+        return pd.DataFrame(rows, columns=["label", "probability", "predictions"])
+
+    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+        """Return the (h, w, 3) input of the model for one image in any of the forms that are taken."""
+        preprocess = self._predictor.manifest.preprocess
+        if isinstance(image, bytes | bytearray | memoryview):
+            return preprocess.load(bytes(image))
+        if isinstance(image, str):
+            path = self._path(image)
+            return preprocess.load(_decoded(image)) if path is None else preprocess.load_file(path)
+        if isinstance(image, os.PathLike) and self._may_open_files:
+            return preprocess.load_file(Path(image))
+        if isinstance(image, Mapping) and IMAGE_COLUMN in image:
+            return self._pixels(image[IMAGE_COLUMN])
+        if isinstance(image, np.ndarray | list | tuple):
+            return preprocess(_rgb(image))
+        raise InvalidInput(f"{type(image).__name__} is no image; give {TAKEN}")
+
+    def _path(self, text: str) -> Path | None:
+        """Return the file that a text names, if it names one and files may be opened."""
+        if not self._may_open_files or len(text) > _PATH_CHARACTERS or "\0" in text:
+            return None
+        path = Path(text)
+        try:
+            return path if path.is_file() else None
+        except OSError:  # too long for a name
+            return None
+
+
+def _each(given: Any) -> Iterator[Any]:
+    """Yield the images of whatever was given, one by one."""
+    if hasattr(given, "columns"):  # a table of pandas
+        columns = list(given.columns)
+        if IMAGE_COLUMN not in columns and len(columns) != 1:
+            raise InvalidInput(f"a table needs a column {IMAGE_COLUMN!r}, or only one; this one has {columns}")
+        yield from given[IMAGE_COLUMN if IMAGE_COLUMN in columns else columns[0]]
+    elif isinstance(given, bytes | bytearray | memoryview | str | os.PathLike):
+        yield given
+    elif isinstance(given, Mapping):
+        inner = given.get(IMAGE_COLUMN)
+        if inner is None:
+            raise InvalidInput(f"a mapping needs the key {IMAGE_COLUMN!r}; this one has {sorted(map(str, given))}")
+        yield from _each(inner)
+    elif isinstance(given, np.ndarray) and given.ndim == 0:
+        yield from _each(given.item())
+    elif (isinstance(given, np.ndarray) and given.ndim == 3) or (isinstance(given, list | tuple) and _depth(given) == 3):
+        yield given
+    elif isinstance(given, Sequence | np.ndarray) or hasattr(given, "__iter__"):
+        yield from given
+    else:
+        raise InvalidInput(f"{type(given).__name__} is no image; give {TAKEN}")
+
+
+def _depth(value: Any) -> int:
+    """Return how deep numbers are nested in lists: 3 for the pixels of one image."""
+    depth = 0
+    while isinstance(value, list | tuple) and value:
+        value, depth = value[0], depth + 1
+    return depth if isinstance(value, int | float) else 0
+
+
+def _rgb(pixels: Any) -> NDArray[np.uint8]:
+    """Return pixels as (H, W, 3) uint8."""
+    array = np.asarray(pixels)
+    if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise InvalidInput(f"an array of shape {array.shape} is no image; give {TAKEN}")
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+            raise InvalidInput(f"pixels are whole numbers from 0 to 255 (uint8); these are {array.dtype}")
+        array = array.astype(np.uint8)
+    return array
+
+
+def _decoded(text: str) -> bytes:
+    """Return the bytes of a base64 text; a data URL's head is left off."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError):
+        shown = f"{text[:60]!r}{'…' if len(text) > 60 else ''}"
+        raise InvalidInput(f"{shown} is neither base64 nor a file that may be opened; give {TAKEN}") from None
+
+
+def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
+    asked = (params or {}).get("top_k")
+    if asked is None:
+        return min(DEFAULT_TOP_K, n_classes)
+    if isinstance(asked, bool) or int(asked) != asked or not 1 <= asked <= n_classes:
+        raise InvalidInput(f"top_k must be a whole number from 1 to {n_classes}, the number of classes (given: {asked})")
+    return int(asked)
+
+
+def _row(probs: NDArray[np.float32], manifest: Manifest, top_k: int) -> dict[str, Any]:
+    order = task_named(manifest.task).ranking(probs)[:top_k]
+    predictions = [{"label": manifest.classes[index], "probability": float(probs[index])} for index in order]
+    return {**predictions[0], "predictions": predictions}
+
+
+def _batches(values: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for value in values:
+        batch.append(value)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

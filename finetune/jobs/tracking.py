@@ -1,0 +1,133 @@
+"""Keep MLflow up with what a worker's jobs come to: their runs, also of processes that were killed, and the registry of models.
+
+MLflow is not imported here. A process of its own (`finetune.tracking.sync`) does the work, one at a time, and again later
+while MLflow does not answer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from finetune.jobs.store import JobStore
+from finetune.storage.files import read_json
+from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+
+STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+PULL_SECONDS = 300.0  # how often it is asked whether something has changed in MLflow's registry
+_LOOK_SECONDS = 10.0
+_OVERLAP_SECONDS = 60.0  # a job's end may be committed a little after the time that it says
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 60.0, 3600.0
+
+
+class TrackingSync:
+    """Of one worker: `step` it often; `finish` waits for what is under way."""
+
+    def __init__(self, store: JobStore, home: Path) -> None:
+        self.store = store
+        self.workspace = Workspace.at(home)
+        self._is_installed = importlib.util.find_spec("mlflow") is not None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: set[str] = set()  # job ids
+        self._open: dict[str, str] = {}  # run folder -> status
+        self._asked: dict[str, str] = {}  # those of `_open` that the process was given
+        self._looked_at = self._wait_until = -_LOOK_SECONDS  # monotonic seconds
+        self._ended_after = 0.0  # Unix seconds
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._models: object = None  # what the registries looked like when they were last synchronised
+        self._models_asked: object = None  # the same, when the process was started
+        self._pulled_at = -PULL_SECONDS
+
+    def step(self) -> None:
+        """Look for jobs that have ended and for models that have changed; start a process where there is something to do."""
+        if not self._is_installed:
+            return
+        now = time.monotonic()
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._settle(code)
+        if now - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = now
+        self._look()
+        models = self._models_changed(now)
+        if self._process is None and (self._open or models) and now >= self._wait_until:
+            self._start(models=models)
+
+    def finish(self, seconds: float) -> None:
+        """Synchronise what has ended by now, if that takes no longer than `seconds`."""
+        until = time.monotonic() + seconds
+        self._looked_at = -_LOOK_SECONDS
+        self.step()
+        while self._process is not None and time.monotonic() < until:
+            time.sleep(0.1)
+            self.step()
+
+    def stop(self) -> None:
+        """End a process that is at it; the next worker begins anew."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _look(self) -> None:
+        ended_at = time.time()
+        for job_id, state in self.store.ended_since(self._ended_after):
+            run = RunDir(self.workspace.runs / job_id)
+            if job_id not in self._seen and _lacks_something(run):
+                self._open[str(run.root)] = STATUS[state]
+            self._seen.add(job_id)
+        self._ended_after = ended_at - _OVERLAP_SECONDS
+
+    def _models_changed(self, now: float) -> bool:
+        """Return whether an alias or a version has changed here, or may have changed in MLflow."""
+        elsewhere = "MLFLOW_TRACKING_URI" in os.environ
+        if not elsewhere and not self.workspace.mlflow_database.exists():
+            return False  # nothing was ever tracked
+        if self._registries()[0] != (self._models or ((), None))[0]:  # type: ignore[index]
+            return True
+        pull = now - self._pulled_at >= PULL_SECONDS
+        return pull and (elsewhere or self._registries() != self._models)
+
+    def _registries(self) -> tuple[tuple[tuple[str, int], ...], int | None]:
+        """Return times of change: of each model here, and of the database of an MLflow without a server."""
+        models = sorted(self.workspace.models.glob("*/aliases.json"))
+        database = self.workspace.mlflow_database
+        changed = tuple((str(path), path.stat().st_mtime_ns) for path in models)
+        return changed, database.stat().st_mtime_ns if database.exists() else None
+
+    def _start(self, *, models: bool) -> None:
+        self._asked, self._models_asked = dict(self._open), self._registries()[0] if models else None
+        die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
+        self._process = subprocess.Popen(
+            [*die_with_parent, sys.executable, "-m", "finetune.tracking.sync"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the worker's to handle
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(json.dumps({"home": str(self.workspace.root), "runs": self._asked, "models": models}).encode())
+
+    def _settle(self, code: int) -> None:
+        self._process = None
+        now = time.monotonic()
+        if code != 0:
+            self._wait_until = now + self._pause_seconds
+            self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+            return
+        self._open = {run: status for run, status in self._open.items() if run not in self._asked}
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        if self._models_asked is not None:
+            # What was changed here meanwhile is not among what was asked for, so it is seen as a change again.
+            self._models, self._pulled_at = (self._models_asked, self._registries()[1]), now
+
+
+def _lacks_something(run: RunDir) -> bool:
+    """Return whether a run was to be mirrored in MLflow and, as far as its folder knows, is not."""
+    state = run.tracking / "mlflow.json"
+    return state.exists() and not read_json(state)["complete"]

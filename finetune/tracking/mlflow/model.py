@@ -1,0 +1,155 @@
+"""A bundle as an MLflow model: the bundle's files with MLflow's description of them beside, in two flavours.
+
+``python_function`` answers with the bundle's own decoder and preprocessing (`finetune.bundle.mlflow_model`), ``onnx`` is the
+network alone. A folder that was downloaded from MLflow is therefore a bundle as well. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__
+from finetune.bundle import mlflow_model
+from finetune.bundle.manifest import MANIFEST, MODEL, PROBE, Manifest, read_manifest
+from finetune.bundle.predictor import read_probe
+from finetune.distribution import DISTRIBUTION
+from finetune.tracking.mlflow.names import key_text, value_text
+from finetune.tracking.view import ModelView
+
+BUNDLE_TAG = "finetune.bundle"  # the digest of a bundle's files: what a version is recognised by, whatever its number
+VERSIONS_TAG = "mlflow.modelVersions"  # from which MLflow's page of a model links to its versions
+USAGE = """Answers with the probabilities of the classes of an image:
+
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/NAME@champion")
+model.predict(["some.jpg"])  # or bytes, base64, RGB arrays, a table with a column "image"
+```
+
+`mlflow models serve -m models:/NAME@champion --env-manager local` takes `{"inputs": ["<base64>"]}` on `/invocations`.
+The artifacts are a bundle of finetune: `finetune predict some.jpg --model FOLDER` answers with them as well."""
+REQUIRED = ("onnxruntime", "numpy", "pillow")  # with what the answers are computed, to the version
+
+
+def bundle_digest(manifest: Manifest) -> str:
+    """Return what a bundle is recognised by: a digest of its files' checksums. Name and version do not change it."""
+    listed = "\n".join(f"{name} {digest}" for name, digest in sorted(manifest.files.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def log_model(
+    client: Any, model: ModelView, experiment_id: str, run_id: str | None, params: Mapping[str, Any] | None = None
+) -> str:
+    """Store a bundle as a model, if its run or experiment has not stored it yet; return its id in MLflow."""
+    from mlflow.entities import LoggedModelOutput
+
+    digest = bundle_digest(read_manifest(model.bundle))
+    if (known := stored_model(client, [experiment_id], digest)) is not None:
+        return known
+    logged = client.create_logged_model(
+        experiment_id,
+        name=model.name,
+        source_run_id=run_id,
+        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE},
+        params={key_text(key): value_text(value) for key, value in (params or {}).items()},
+        model_type="finetune bundle",
+    )
+    model_id = str(logged.model_id)
+    with tempfile.TemporaryDirectory(prefix="finetune-mlflow-") as scratch:
+        folder = Path(scratch) / "model"
+        write_model(folder, model.bundle, model_id=model_id, run_id=run_id)
+        client.log_model_artifacts(model_id, str(folder))
+    client.finalize_logged_model(model_id, "READY")
+    if run_id is not None:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    return model_id
+
+
+def stored_model(client: Any, experiment_ids: list[str], digest: str) -> str | None:
+    """Return the id of a model with this bundle in these experiments."""
+    found = client.search_logged_models(experiment_ids, filter_string=f"tags.`{BUNDLE_TAG}` = '{digest}'", max_results=10)
+    ready = [model.model_id for model in found if str(model.status) == "READY"]
+    return str(ready[0]) if ready else None
+
+
+def link_version(client: Any, model_id: str, name: str, number: str) -> None:
+    """Let MLflow's page of a model name a version that was made of it."""
+    known = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS_TAG, "[]"))
+    version = {"name": name, "version": number}
+    if version not in known:
+        client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([*known, version])})
+
+
+def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
+    """Write the folder that MLflow loads."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    manifest = read_manifest(bundle)
+    described = Model(run_id=run_id, model_id=model_id)
+    described.add_flavor(
+        "onnx",
+        onnx_version=version("onnx"),
+        data=MODEL,
+        providers=["CUDAExecutionProvider", "CPUExecutionProvider"],
+        onnx_session_options=None,
+        code=None,
+    )
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        loader_module=mlflow_model.__name__,
+        mlflow_model=described,
+        signature=signature(),
+        input_example=[example(bundle)],
+        pip_requirements=[f"{DISTRIBUTION}=={__version__}", *(f"{name}=={version(name)}" for name in REQUIRED)],
+        metadata={"classes": list(manifest.classes), "preprocess": manifest.preprocess.to_dict()},
+    )
+    for name in (*manifest.files, MANIFEST):
+        shutil.copyfile(bundle / name, folder / name)
+    described.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    described.save(str(folder / "MLmodel"))
+
+
+def signature() -> Any:
+    """Return what the model takes and gives, in MLflow's words.
+
+    It is marked as given by type hints: MLflow then hands the input on as it is, instead of forcing it into a table of one type,
+    which would refuse paths and arrays. Over HTTP that means ``{"inputs": [base64, …]}``.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, Object, Property
+
+    answer = Object([Property("label", DataType.string), Property("probability", DataType.double)])
+    found = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string)]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "label"),
+                ColSpec(DataType.double, "probability"),
+                ColSpec(Array(answer), "predictions"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("top_k", DataType.long, default=None)]),
+    )
+    found._is_signature_from_type_hint = True
+    return found
+
+
+def example(bundle: Path) -> str:
+    """Return a small image in base64: one of the bundle's known images, as the model saw it."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(read_probe(bundle / PROBE).images[0]).save(stream, "JPEG", quality=90)
+    return base64.b64encode(stream.getvalue()).decode("ascii")
