@@ -14,7 +14,7 @@ import fcntl
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,9 +195,9 @@ def on_clothes(lab: Lab, seed: int, method: Any, data: Path | None = None, **mor
     return request | more
 
 
-def healthy_cases(n_seeds: int) -> Iterator[Case]:
+def healthy_cases(seeds: Iterable[int]) -> Iterator[Case]:
     """Yield runs with which nothing is wrong."""
-    for seed in range(n_seeds):
+    for seed in seeds:
         named = partial(Case, expected=frozenset())
         for method in ("linear_probe", "partial", "full", "gradual"):
             asked = {"type": "partial", "stages": 2} if method == "partial" else method
@@ -206,23 +206,23 @@ def healthy_cases(n_seeds: int) -> Iterator[Case]:
             yield named(f"scratch-{backbone}-{seed}", request=partial(on_digits, seed=seed, backbone=backbone))
         for method in ("linear_probe", "partial"):
             yield named(f"clothes-{method}-{seed}", request=partial(on_clothes, seed=seed, method=method), needs_photographs=True)
-        if seed < 3:
-            yield named(
-                f"digits-lite0-probe-{seed}",
-                request=lambda lab, seed=seed: {
-                    "training_file": str(lab.digits()),
-                    "model": {"input_size_px": 64},
-                    "method": "linear_probe",
-                    "augmentation": "none",
-                    "compute": {"threads": 1},
-                    "data": {"split_seed": seed},
-                },
-            )
+        yield named(f"digits-lite0-{seed}", request=partial(_on_lite_digits, seed=seed))
 
 
-def faulty_cases(n_seeds: int) -> Iterator[Case]:
+def _on_lite_digits(lab: Lab, seed: int) -> dict[str, Any]:
+    return {
+        "training_file": str(lab.digits()),
+        "model": {"input_size_px": 64},
+        "method": "linear_probe",
+        "augmentation": "none",
+        "compute": {"threads": 1},
+        "data": {"split_seed": seed},
+    }
+
+
+def faulty_cases(seeds: Iterable[int]) -> Iterator[Case]:
     """Yield runs with one fault each; the first word of a name is the fault."""
-    for seed in range(n_seeds):
+    for seed in seeds:
 
         def case(fault: str, setting: str, expected: str, seed: int = seed, **more: Any) -> Case:
             return Case(f"{fault}-{setting}-{seed}", frozenset(expected.split("|")), **more)
@@ -254,7 +254,9 @@ def faulty_cases(n_seeds: int) -> Iterator[Case]:
         yield case(
             "shuffled", "transfer-probe", "shuffled_labels", request=partial(_on_shuffled, seed=seed, method="linear_probe")
         )
-        yield case("few", "transfer", "overfitting", request=partial(_on_few, seed=seed, setting="transfer"))
+        yield case(
+            "few", "clothes", "overfitting", request=partial(_on_few, seed=seed, setting="clothes"), needs_photographs=True
+        )
         yield case("few", "scratch", "overfitting", request=partial(_on_few, seed=seed, setting="scratch"))
         yield case(
             "frozen", "gradient", "frozen_stage", request=partial(transfer, seed=seed), inject=partial(faults.stage_left_out, 3)
@@ -265,16 +267,8 @@ def faulty_cases(n_seeds: int) -> Iterator[Case]:
         )  # fmt: skip
         for share in (0.4, 1.0):
             yield case("leak", f"transfer-{share:g}", "leakage", request=partial(_on_leaked, seed=seed, share=share))
-        yield case("collapse", "probe", "collapsed_classes", request=partial(transfer, seed=seed, method="linear_probe"),
-            inject=partial(faults.classes_merged, 3),
-        )  # fmt: skip
-        yield case(
-            "collapse",
-            "full",
-            "collapsed_classes",
-            request=partial(transfer, seed=seed),
-            inject=partial(faults.classes_merged, 3),
-        )
+        for method in ("linear_probe", "full"):
+            yield case("collapse", method, "collapsed_classes", request=partial(_on_merged, seed=seed, method=method))
         for name, expected in (("imagenet", IMAGENET), ("bytes", BYTES), ("bgr", BLUE_FIRST)):
             yield case(
                 "preprocessing", name, "preprocessing", request=partial(_on_wrong_weights, seed=seed, expected=expected),
@@ -294,12 +288,12 @@ def _on_shuffled(lab: Lab, seed: int, method: str) -> dict[str, Any]:
 
 def _on_few(lab: Lab, seed: int, setting: str) -> dict[str, Any]:
     folder = lab.out / "data" / f"few-{setting}-{seed}"
-    source, per_class = (lab.new_digits(), 3) if setting == "transfer" else (lab.digits(), 4)
+    source, per_class = (lab.clothes(), 3) if setting == "clothes" else (lab.digits(), 4)
     if not folder.exists():
         faults.few_images(source, folder, seed, per_class)
-    if setting == "transfer":
-        return divided(transfer(lab, seed, n_epochs=30), folder)
-    return divided(on_digits(lab, seed, "residual8_bn", n_epochs=60, batch_size=8), folder)
+    if setting == "clothes":
+        return divided(on_clothes(lab, seed, "partial", hyperparameters={"n_epochs": 30}), folder)
+    return divided(on_digits(lab, seed, "residual8_bn", n_epochs=60, batch_size=8, learning_rate=1e-2), folder)
 
 
 def _on_leaked(lab: Lab, seed: int, share: float) -> dict[str, Any]:
@@ -307,6 +301,13 @@ def _on_leaked(lab: Lab, seed: int, share: float) -> dict[str, Any]:
     if not folder.exists():
         faults.leaked(lab.new_digits(), folder, seed, share)
     return divided(transfer(lab, seed), folder)
+
+
+def _on_merged(lab: Lab, seed: int, method: str) -> dict[str, Any]:
+    folder = lab.out / "data" / f"merged-{seed}"
+    if not folder.exists():
+        faults.classes_merged(lab.new_digits(), folder, seed, kept=3)
+    return divided(transfer(lab, seed, method), folder)
 
 
 def _on_wrong_weights(lab: Lab, seed: int, expected: Normalisation) -> dict[str, Any]:
@@ -346,15 +347,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--photographs", type=Path, default=PHOTOGRAPHS if PHOTOGRAPHS.exists() else None)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each fault")
-    parser.add_argument("--healthy-seeds", type=int, default=7)
+    parser.add_argument("--first-seed", type=int, default=1, help="seed 0 is the one that the rules were tried on")
+    parser.add_argument("--seeds", type=int, default=5, help="of each fault and of each healthy setting")
+    parser.add_argument("--more-healthy-seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose name begins so")
     parser.add_argument("--judge-only", action="store_true")
     parser.add_argument("--lock", type=Path)
     options = parser.parse_args()
     out = options.out.absolute()
     lab = Lab(out, options.photographs, Shared.of(Workspace.at(out / "home")))
-    cases = [*faulty_cases(options.seeds), *healthy_cases(options.healthy_seeds)]
+    last = options.first_seed + options.seeds
+    cases = [case for seed in range(options.first_seed, last) for case in (*faulty_cases([seed]), *healthy_cases([seed]))]
+    cases += healthy_cases(range(last, last + options.more_healthy_seeds))
     cases = [case for case in cases if case.name.startswith(options.only) and (lab.photographs or not case.needs_photographs)]
     torch.set_num_threads(1)
     if not options.judge_only:

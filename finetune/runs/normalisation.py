@@ -3,7 +3,8 @@
 Weights do not say how they were trained: with which mean and deviation, in which order the channels come, whether pixels are 0 to
 1 or 0 to 255. Where that is wrong the network still works, only worse. What tells is how well its features separate the user's
 classes: for each normalisation a ridge head is fitted, and every image is answered by the head that was fitted without it, which
-a closed form gives for nothing (Allen 1974, PRESS). The images are the same, so differences are paired.
+a closed form gives for nothing (Allen 1974, PRESS). Where the network has batch normalisation, its remembered statistics tell
+more: `finetune.features.batch_statistics`. The images are the same, so differences are paired.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finetune.data.dataset import Sample
 from finetune.export import DeployModule
 from finetune.export.graph import fill
+from finetune.features.batch_statistics import divergences
 from finetune.features.prefix import prefix_digest
 from finetune.model.classifier import Classifier
 from finetune.progress import ProgressCallback, silent
@@ -34,7 +37,10 @@ from finetune.storage.store import Store
 from finetune.train.sample import SHARE_OF_TRAINING, STEP_COST, choose_sample
 
 FIRST_IMAGES, ALL_IMAGES = 96, 288  # a normalisation that is worse on the first is not tried on all
+STATISTICS_IMAGES = 160
+MEASUREMENT = 2  # raise it where what is measured changes
 BATCH_SIZE = 16
+SMALLEST_DIVERGENCE = 1e-3  # so that layers which agree anyway do not count
 STRENGTHS = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 1.1, 0.5))  # of the ridge, relative to the mean kernel
 
 Features = NDArray[np.float64]
@@ -95,32 +101,52 @@ def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback
 
 
 def compare_normalisations(built: Built) -> dict[str, Any]:
-    """Return how many images are answered rightly when left out, as pixels are normalised now and as they could be."""
+    """Return what speaks for each other normalisation of pixels, against the present one.
+
+    Returns:
+        ``own`` and, for each of ``others``, its ``name``; ``statistics``, null where the network has no batch normalisation; and
+        ``left_out``, null where the statistics speak against it, so that nothing was fitted.
+    """
     samples = _samples(built)
     pixels = np.stack([sample.decode(built.resolved.preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
     targets = built.task.encode([sample.target for sample in samples], len(built.dataset.classes))
     one_hot = np.eye(len(built.dataset.classes))[targets]
-    own, others = _own(built), _others(built)
+    own = _own(built)
+    remembered = _divergences(built, own, pixels[:STATISTICS_IMAGES])
+    others = [(other, _nearer(remembered, _divergences(built, other, pixels[:STATISTICS_IMAGES]))) for other in _others(built)]
+    tried = [other for other, statistics in others if statistics is None or statistics["gain"] > 0]
+    left_out = _compare_left_out(built, own, tried, pixels, one_hot)
+    return {
+        "own": {"name": own.name, "n": len(samples)},
+        "others": [
+            {"name": other.name, "statistics": statistics, "left_out": left_out.get(other.name)} for other, statistics in others
+        ],
+    }
+
+
+def _compare_left_out(
+    built: Built, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], one_hot: Features
+) -> dict[str, dict[str, float]]:
+    """Return by name how well images are answered by heads that were fitted without them."""
+    if not others:
+        return {}
     of_own = _LeftOut.of(_features(built, own, pixels), one_hot)
-    judged = []
+    found = {}
     for other in others:
-        n = min(FIRST_IMAGES, len(samples))
+        n = min(FIRST_IMAGES, len(pixels))
         features = _features(built, other, pixels[:n])
         first = _LeftOut.of(features, one_hot[:n])
         reference = _LeftOut.of(of_own.features[:n], one_hot[:n])
-        if first.better_than(reference) > 0 and n < len(samples):
+        if first.better_than(reference) > 0 and n < len(pixels):
             features = np.concatenate([features, _features(built, other, pixels[n:])])
             first, reference = _LeftOut.of(features, one_hot), of_own
-        judged.append(
-            {
-                "name": other.name,
-                "n": len(first.right),
-                "top1": float(first.right.mean()),
-                "own_top1": float(reference.right.mean()),
-                "z": first.better_than(reference),
-            }
-        )
-    return {"own": {"name": own.name, "n": len(samples), "top1": float(of_own.right.mean())}, "others": judged}
+        found[other.name] = {
+            "n": len(first.right),
+            "top1": float(first.right.mean()),
+            "own_top1": float(reference.right.mean()),
+            "z": first.better_than(reference),
+        }
+    return found
 
 
 @dataclass(frozen=True)
@@ -154,6 +180,26 @@ class _LeftOut:
         gains = other.squared_errors - self.squared_errors
         error = float(gains.std(ddof=1)) / np.sqrt(len(gains))
         return float(gains.mean() / error) if error > 0 else 0.0
+
+
+def _divergences(built: Built, given: Normalisation, pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+    ordered = np.ascontiguousarray(pixels[..., ::-1]) if given.blue_first else pixels
+    with _normalising(built.classifier, given):
+        return divergences(built.classifier, ordered)
+
+
+def _nearer(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> dict[str, float] | None:
+    """Return how much nearer the statistics of activations come to those that the weights remember, given another normalisation.
+
+    Returns:
+        gain: the mean over layers of the natural logarithm of the ratio of divergences; above 0: nearer.
+        z: the gain in standard errors over groups of images.
+    """
+    if own is None or other is None:
+        return None
+    gains = np.log((own + SMALLEST_DIVERGENCE) / (other + SMALLEST_DIVERGENCE)).mean(axis=1)  # (groups,)
+    error = float(gains.std(ddof=1)) / np.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return {"gain": float(gains.mean()), "z": float(gains.mean() / error) if error > 0 else 0.0}
 
 
 def _own(built: Built) -> Normalisation:
@@ -193,9 +239,11 @@ def _normalising(classifier: Classifier, given: Normalisation) -> Iterator[None]
         classifier._shift.copy_(own[1])
 
 
-def _samples(built: Built) -> Sequence[Any]:
+def _samples(built: Built) -> Sequence[Sample]:
+    """Return a sample of the training images in an order that has nothing to do with their classes."""
     train = built.dataset.of("train")
-    return [train[index] for index in choose_sample(train, ALL_IMAGES)]
+    chosen = [train[index] for index in choose_sample(train, ALL_IMAGES)]
+    return sorted(chosen, key=lambda sample: (sample.sha256, sample.id))
 
 
 def _costs_little(built: Built) -> bool:
@@ -207,5 +255,10 @@ def _costs_little(built: Built) -> bool:
 def _digest(built: Built) -> str:
     """sha256 of all that the measurement depends on."""
     samples: Mapping[str, Any] = {sample.sha256: sample.target for sample in _samples(built)}
-    parts = (prefix_digest(built.classifier, len(built.classifier.backbone.stages)), built.resolved.preprocess.digest(), samples)
+    parts = (
+        MEASUREMENT,
+        prefix_digest(built.classifier, len(built.classifier.backbone.stages)),
+        built.resolved.preprocess.digest(),
+        samples,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -10,6 +10,7 @@ from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
 GROWTH = 30.0  # of a stage's gradient norm, from the first third of the steps to any later point
+CLIPPED_AT = 1.0  # a gradient norm that growth must exceed: from next to nothing, as at the start from a head of zeros, is none
 DECADES = 3.0  # from the upper stages to the lower ones
 
 
@@ -69,6 +70,6 @@ def _largest_growth(records: RunRecords) -> tuple[str, float]:
             continue
         early = float(np.median(values[: max(len(values) // 3, 1)]))
         later = values[max(len(values) // 3, 1) :]
-        if early > 0 and np.isfinite(later).any():
+        if early > 0 and np.isfinite(later).any() and np.nanmax(later) > CLIPPED_AT:
             found.append((owner, float(np.nanmax(later)) / early))
     return max(found, key=lambda one: one[1])

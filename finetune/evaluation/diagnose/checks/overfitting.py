@@ -1,4 +1,8 @@
-"""Overfitting: the training images are answered almost without mistakes, held-out ones with many more."""
+"""Overfitting: the training images are answered almost without mistakes, held-out ones with many more.
+
+A gap alone is a note: with few images every head on pretrained features has one, and the model may still be the best there is.
+It is a problem where training went on after the validation loss had turned, or where the gap is very large.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of
 
 GAP = 0.15  # of the headline metric, between training and held-out images
+LARGE_GAP = 0.3
 CLEARLY = 3.0  # standard errors
+EVALUATIONS_LEFT, RISE = 3, 2.0  # evaluations after the lowest val loss; standard errors by which it has risen since
 FITTED = 0.9  # on training images: below, the model does not even fit those
 
 
@@ -35,16 +41,21 @@ class Overfitting:
         figure += f"{records.headline.text(there.value)} on {split}"
         if here.value < FITTED or gap < GAP or gap < CLEARLY * error:
             return Clear(self.code, self.title, figure)
+        rise = _rise_of_val_loss(records)
+        problem = gap >= LARGE_GAP or rise >= 1
+        certain = min(gap / GAP, gap / (CLEARLY * error)) ** 2
         return Finding(
             self.code,
             self.title,
-            "problem",
-            confidence(min(gap / GAP, gap / (CLEARLY * error)) ** 2),
+            "problem" if problem else "note",
+            confidence(certain),
             f"{figure}: it has learnt its {records.n_train:,} training images, and less about others",
             tuple(self._evidence(records, here, there, split, gap, error)),
             (
                 "more training images, or stronger augmentation (augmentation: strong)",
-                "train less of the network (method: linear_probe or partial), or for fewer epochs",
+                "train less of the network (method: linear_probe or partial), or for fewer epochs"
+                if records.n_planned_steps
+                else "a backbone whose features fit these images better (finetune compare --models)",
                 "more weight decay, or dropout (model.head.dropout)",
             ),
             "gap between training and held-out error: Goodfellow, Bengio & Courville 2016, Deep Learning, section 5.2",
@@ -63,6 +74,18 @@ class Overfitting:
                 Evidence("val loss", f"{min(losses):.3g} at evaluation {at + 1} of {len(losses)}, {losses[-1]:.3g} at the end")
             )
         return found
+
+
+def _rise_of_val_loss(records: RunRecords) -> float:
+    """Return how many times the threshold the val loss has risen since its lowest; 0 if it was lowest just before the end."""
+    losses = [value for _, value in records.curve("val/loss")]
+    table = records.held_out.get("val")
+    if table is None or not losses or not all(map(math.isfinite, losses)):
+        return 0.0
+    lowest = int(np.argmin(losses))
+    if len(losses) - 1 - lowest < EVALUATIONS_LEFT:
+        return 0.0
+    return (losses[-1] - losses[lowest]) / (RISE * mean_of(records.losses(table)).error)
 
 
 def held_out_score(records: RunRecords) -> tuple[str, Mean] | None:
