@@ -75,7 +75,7 @@ def leaked(source: Path, out: Path, seed: int, share: float) -> Path:
 
 
 def classes_merged(source: Path, out: Path, seed: int, kept: int, left: int = 2) -> Path:
-    """Make a third of the images val; in train, put all but `left` images of the classes after the first `kept` into the first."""
+    """Make a third val; in train, put all but `left` images of each class after the first `kept` into the first class."""
     generator = np.random.default_rng(seed)
     classes = sorted(path for path in source.iterdir() if path.is_dir())
     for number, folder in enumerate(classes):
