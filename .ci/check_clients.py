@@ -31,11 +31,13 @@ PYTHON_CLIENT = """
 import io, sys
 from pathlib import Path
 from finetune_client import Client
+from finetune_client.api.comparisons import cancel_comparison, comparison_runs, create_comparison
 from finetune_client.api.files import upload_file
 from finetune_client.api.jobs import cancel_job, create_job, get_job, job_events, list_jobs
 from finetune_client.api.models import get_version, list_models
 from finetune_client.api.predict import predict_with_default_model
-from finetune_client.models import JobCreate, JobDocument, PredictionAnswer, UploadFileBody
+from finetune_client.models import ComparisonCreate, ComparisonDocument, JobCreate, JobDocument, PredictionAnswer, UploadFileBody
+from finetune_client.models import ComparisonCreateMethodsItem as Method
 from finetune_client.types import File
 
 client = Client(base_url=sys.argv[1])
@@ -49,6 +51,12 @@ assert cancel_job.sync(job.id, client=client).status == "cancelled"
 kinds = [event.kind for event in job_events.sync(job.id, client=client).data]
 assert kinds == ["cancelled", "queued"], kinds
 assert [one.id for one in list_jobs.sync(client=client).data][0] == job.id
+asked = ComparisonCreate(training_file=file.id, methods=[Method.LINEAR_PROBE, Method.FULL], seeds=2)
+comparison = create_comparison.sync(client=client, body=asked)
+assert isinstance(comparison, ComparisonDocument), comparison
+assert [arm.name for arm in comparison.arms] == ["linear_probe", "full"], comparison
+assert len(comparison_runs.sync(comparison.id, client=client).data) == 4
+assert cancel_comparison.sync(comparison.id, client=client).status == "cancelled"
 (model,) = list_models.sync(client=client).data
 version = get_version.sync(model.id, model.versions[0].version, client=client)
 assert len(version.classes) > 1, version
@@ -99,6 +107,17 @@ async function main(): Promise<void> {
   check(page.data.map((event) => event.kind).join() === "queued,cancelled", events);
   const wrong = await client.POST("/v1/fine_tuning/jobs", { body: { ...body, seed: -1 } });
   check(wrong.error?.code === "invalid_spec", wrong);
+  const compared = await client.POST("/v1/fine_tuning/comparisons", {
+    body: {
+      training_file: file.data.id, models: ["resnet18", "resnet50"], seeds: 1,
+    } as components["schemas"]["ComparisonCreate"],
+  });
+  check(compared.data?.arms.length === 2, compared);
+  const comparison = { comparison_id: compared.data.id };
+  const runs = await client.GET("/v1/fine_tuning/comparisons/{comparison_id}/runs", { params: { path: comparison } });
+  check(runs.data?.data.map((run) => run.status).join() === "waiting,waiting", runs);
+  const ended = await client.POST("/v1/fine_tuning/comparisons/{comparison_id}/cancel", { params: { path: comparison } });
+  check(ended.data?.status === "cancelled", ended);
   const answer = await client.POST("/predict", {
     body: {}, bodySerializer: () => form({ image: new File([readFileSync(image)], "a.png", { type: "image/png" }) }),
   });

@@ -27,7 +27,7 @@ from finetune.comparison_spec import parse_comparison
 from finetune.evaluation import compare
 from finetune.evaluation.compare import ArmPredictions, compare_pairs
 from finetune.evaluation.predictions import Predictions
-from finetune.runs.build import Shared
+from finetune.runs.shared import Shared
 from finetune.storage.workspace import Workspace
 from finetune.studies.compare import compare as run_comparison
 

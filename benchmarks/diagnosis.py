@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from finetune.demo import write_digits
 from finetune.errors import FinetuneError
-from finetune.runs.build import Shared
 from finetune.runs.options import RunOptions
+from finetune.runs.shared import Shared
 from finetune.spec import parse_spec
 from finetune.storage.files import atomic_path
 from finetune.storage.rundir import RunDir

@@ -141,7 +141,7 @@ def weights_expecting(
 @contextmanager
 def stage_left_out(stage: int) -> Iterator[None]:
     """No parameter of this stage gets a gradient, whatever the recipe says."""
-    from finetune.train import fit
+    from finetune.training import fit
 
     original = fit.apply_freeze
 
@@ -159,7 +159,7 @@ def stage_left_out(stage: int) -> Iterator[None]:
 @contextmanager
 def stage_without_learning_rate(stage: int) -> Iterator[None]:
     """The optimiser's rate for this stage is zero at every step."""
-    from finetune.train import fit
+    from finetune.training import fit
 
     original = fit.set_learning_rates
 
@@ -177,7 +177,7 @@ def stage_without_learning_rate(stage: int) -> Iterator[None]:
 @contextmanager
 def biases_sunk(stage: int, at_step: int, by: float = 20.0) -> Iterator[None]:
     """Before one step, the biases of the stage's normalisations (else of its convolutions) fall by `by`: its ReLUs are dead."""
-    from finetune.train import fit
+    from finetune.training import fit
 
     original = fit._Training._take_step
 

@@ -298,7 +298,7 @@ def train(
     Raises:
         FinetuneError: the request, the data or the training; the message says what to do.
     """
-    from finetune.runs.build import Shared
+    from finetune.runs.shared import Shared
     from finetune.studies.carry_out import fine_tune
 
     spec = _spec(data, method, model, epochs, folds, seed, name, settings)
@@ -345,7 +345,7 @@ def compare(
     """
     from finetune.comparison_spec import parse_comparison
     from finetune.executors.places import Places
-    from finetune.runs.build import Shared
+    from finetune.runs.shared import Shared
     from finetune.studies.compare import compare as run_comparison
     from finetune.studies.compare import compare_runs
 
@@ -387,7 +387,7 @@ def check(
     progress: bool = True,
 ) -> Plan:
     """Show what `train` would do with these arguments, and about what it would cost; nothing is trained."""
-    from finetune.runs.build import Shared
+    from finetune.runs.shared import Shared
     from finetune.studies.plan import plan
 
     spec = _spec(data, method, model, None, folds, None, None, settings)

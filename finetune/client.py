@@ -27,6 +27,7 @@ import httpx
 
 from finetune.errors import Conflict
 from finetune.jobs.http import Connection, RequestRefused, ServerUnreachable, refusal
+from finetune.jobs.kinds import COMPARISON, TRAINING, Kind, kind_of_id
 from finetune.storage.files import atomic_folder
 
 __all__ = ["Client", "JobFailed", "RequestRefused", "ServerUnreachable"]
@@ -34,7 +35,6 @@ __all__ = ["Client", "JobFailed", "RequestRefused", "ServerUnreachable"]
 Document = dict[str, Any]
 Image = str | Path | bytes | BinaryIO
 
-_JOBS = "/v1/fine_tuning/jobs"
 _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -108,15 +108,38 @@ class Client:
     def create_job(self, training_file: str, *, idempotency_key: str | None = None, **spec: Any) -> Document:
         """Queue a fine-tuning job; `spec` holds the other keys of a job spec (``model``, ``method``, ``suffix`` …)."""
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return self._json("POST", _JOBS, json={"training_file": training_file, **spec}, headers=headers)
+        return self._json("POST", TRAINING.path, json={"training_file": training_file, **spec}, headers=headers)
+
+    def create_comparison(
+        self,
+        training_file: str | None = None,
+        *,
+        runs: Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+        **request: Any,
+    ) -> Document:
+        """Queue a comparison of several ways to train, or of jobs that have finished.
+
+        Args:
+            runs: ids of finished jobs, in place of `training_file`.
+            request: the other keys: ``methods``, ``models``, ``arms``, ``seeds``, and those of a job spec that all arms share.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        given = {"training_file": training_file, "runs": None if runs is None else list(runs)}
+        body = {**{key: value for key, value in given.items() if value is not None}, **request}
+        return self._json("POST", COMPARISON.path, json=body, headers=headers)
 
     def job(self, job_id: str) -> Document:
+        """Return a job or a comparison as it is now. The methods below take the id of either, too."""
         return self._json("GET", _job(job_id))
 
     def jobs(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
-        """Yield your jobs, newest first."""
-        query = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
-        yield from self._pages(_JOBS, {**query, **({} if status is None else {"status": status})})
+        """Yield your fine-tuning jobs, newest first."""
+        yield from self._listed(TRAINING, status, metadata)
+
+    def comparisons(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
+        """Yield your comparisons, newest first."""
+        yield from self._listed(COMPARISON, status, metadata)
 
     def cancel(self, job_id: str) -> Document:
         return self._json("POST", f"{_job(job_id)}/cancel")
@@ -156,8 +179,20 @@ class Client:
         return job
 
     def result(self, job_id: str) -> Document:
-        """Return what a job that has succeeded came to: figures with n and intervals, resolved hyperparameters."""
+        """Return what a job that has succeeded came to.
+
+        Of a fine-tuning job: figures with n and intervals, resolved hyperparameters. Of a comparison: arms, pairs, the verdict.
+        """
         return self._json("GET", f"{_job(job_id)}/result")
+
+    def runs(self, comparison_id: str) -> list[Document]:
+        """Return the runs of a comparison in their order: which have finished, and what they came to."""
+        found: list[Document] = self._json("GET", f"{_job(comparison_id)}/runs")["data"]
+        return found
+
+    def report(self, comparison_id: str) -> str:
+        """Return the page of a finished comparison as HTML, one file that loads nothing."""
+        return self._connection.ask("GET", f"{_job(comparison_id)}/report").text
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────
 
@@ -199,6 +234,10 @@ class Client:
     def _json(self, method: str, path: str, **request: Any) -> Document:
         document: Document = self._connection.ask(method, path, **request).json()
         return document
+
+    def _listed(self, kind: Kind, status: str | None, metadata: Mapping[str, str] | None) -> Iterator[Document]:
+        query = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        return self._pages(kind.path, {**query, **({} if status is None else {"status": status})})
 
     def _pages(self, path: str, query: Mapping[str, str]) -> Iterator[Document]:
         after: dict[str, str] = {}
@@ -244,7 +283,7 @@ def _predict_path(model: str | None) -> str:
 
 
 def _job(job_id: str) -> str:
-    return f"{_JOBS}/{quote(job_id, safe='')}"
+    return f"{kind_of_id(job_id).path}/{quote(job_id, safe='')}"
 
 
 def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, Document]]:

@@ -2,6 +2,7 @@
 
 A comparison is a job spec that all arms share, and what differs between the arms: methods, backbones, or any settings. As a
 mapping it is the job spec with a few keys more, so that a spec file of a job becomes one of a comparison by adding ``methods``.
+A mapping with the key ``runs`` asks instead to compare runs that exist (`ComparedRuns`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from finetune.spec import JobSpec, MethodName, Section, merged_mapping, parse_sp
 
 DEFAULT_METHODS: tuple[MethodName, ...] = ("linear_probe", "partial", "full")
 MOST_ARMS = 20
+SHARED = ("training_file", "validation_file", "test_file", "task", "suffix", "metadata")  # no arm may change these
 
 
 class ArmSpec(Section):
@@ -49,12 +51,33 @@ class ComparisonSettings(Section):
     register_chosen: Annotated[bool, Field(description="make the chosen arm's best run a version in the registry")] = True
 
 
+class ComparedRuns(Section):
+    """The request to compare finished runs as they are."""
+
+    runs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2, max_length=100)]
+    margin: Annotated[float, Field(gt=0.0, lt=0.5, description="a difference of the headline metric that does not matter")] = 0.01
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, as a job spec; its runs differ in the seed alone."""
+    """One way to train, as a job spec; its runs differ in the seed alone.
+
+    Args:
+        asked_in: the field of the request that asks for it.
+    """
 
     name: str
     spec: JobSpec
+    asked_in: str
+
+    def problem(self, found: Problem) -> Problem:
+        """Return what is wrong with a field of this arm's spec as a problem of the request."""
+        return _problem_of_arm(self.asked_in, self.name, found)
+
+    def run_name(self, number: int) -> str:
+        """Return the name of the arm's run with this number; seeds count from 0."""
+        return f"{self.slug}-seed{number}"
 
     @property
     def slug(self) -> str:
@@ -74,10 +97,32 @@ class ComparisonSpec:
         """Return the request as one mapping, as `parse_comparison` takes it."""
         return {**self.job.model_dump(mode="json"), **self.settings.model_dump(mode="json")}
 
+    def given(self) -> dict[str, Any]:
+        """Return what was given of the request, as one mapping, without what is default."""
+        return {
+            **self.job.model_dump(mode="json", exclude_unset=True),
+            **self.settings.model_dump(mode="json", exclude_unset=True),
+        }
+
     def digest(self) -> str:
         """Return a sha256: equal requests have equal digests."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def with_job(self, job: JobSpec) -> ComparisonSpec:
+        """Return the request with another shared spec; the arms change with it."""
+        return parse_comparison({**job.model_dump(mode="json"), **self.settings.model_dump(mode="json")})
+
+    def with_absolute_paths(self) -> ComparisonSpec:
+        """Return the request with paths that mean the same in another folder; see `JobSpec.with_absolute_paths`."""
+        arms = [{"name": arm.name, "set": {key: _absolute(key, arm.set[key]) for key in arm.set}} for arm in self.settings.arms]
+        job = self.job.with_absolute_paths()
+        return parse_comparison({**job.model_dump(mode="json"), **self.settings.model_dump(mode="json"), "arms": arms})
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Return the value of an arm's setting, as an absolute path where it is a file with weights."""
+    return str(Path(value).absolute()) if key == "model.weights" and Path(str(value)).is_file() else value
 
 
 def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
@@ -86,7 +131,7 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     Raises:
         SpecError: with one `Problem` for each thing that is wrong, each with its field path.
     """
-    own = {key: value for key, value in given.items() if key in ComparisonSettings.model_fields}
+    own = _own(given)
     shared = {key: value for key, value in given.items() if key not in own}
     problems: list[Problem] = []
     job: JobSpec | None = None
@@ -111,30 +156,71 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     return ComparisonSpec(job, settings, arms)
 
 
-def load_comparison(
+def settings_of(request: Mapping[str, Any]) -> ComparisonSettings:
+    """Return the settings in a request that `parse_comparison` has accepted before."""
+    return ComparisonSettings.model_validate(_own(request))
+
+
+def _own(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key in ComparisonSettings.model_fields}
+
+
+def parse_request(given: Mapping[str, Any]) -> ComparisonSpec | ComparedRuns:
+    """Validate a mapping: of runs to compare if it has the key ``runs``, else as `parse_comparison` does.
+
+    Raises:
+        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+    """
+    if "runs" not in given:
+        return parse_comparison(given)
+    try:
+        return ComparedRuns.model_validate(dict(given))
+    except ValidationError as error:
+        problems = problems_of(error, given)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise SpecError(f"the comparison of runs has {count}", problems) from None
+
+
+def load_request(
     path: Path | None = None, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
-) -> ComparisonSpec:
+) -> ComparisonSpec | ComparedRuns:
     """Read a YAML file, lay `overrides` over it, then `settings` (``key.path=value``); see `finetune.spec.load_spec`."""
-    return parse_comparison(merged_mapping(path, overrides, settings))
+    return parse_request(merged_mapping(path, overrides, settings))
+
+
+def arms_asked_for(settings: ComparisonSettings) -> list[tuple[str, ArmSpec]]:
+    """Return every arm by its settings, methods and models included, each with the field that asks for it."""
+    asked: list[tuple[str, ArmSpec]] = []
+    methods = settings.methods or (() if settings.models or settings.arms else DEFAULT_METHODS)
+    for (m, method), (b, model) in itertools.product(enumerate(methods or ("",)), enumerate(settings.models or ("",))):
+        if method or model:
+            changes = {**({"method": method} if method else {}), **({"model.backbone": model} if model else {})}
+            where = f"methods[{m}]" if settings.methods else f"models[{b}]" if settings.models else "methods"
+            asked.append((where, ArmSpec.model_construct(name=f"{model} {method}".strip(), set=changes)))
+    return asked + [(f"arms[{index}]", arm) for index, arm in enumerate(settings.arms)]
 
 
 def _arms(job: JobSpec, settings: ComparisonSettings) -> tuple[tuple[Arm, ...], list[Problem]]:
     problems: list[Problem] = []
-    named: list[tuple[str, str, dict[str, Any]]] = []  # where, name, settings
-    methods = settings.methods or (() if settings.models or settings.arms else DEFAULT_METHODS)
-    for method, model in itertools.product(methods or ("",), settings.models or ("",)):
-        if method or model:
-            changes = {**({"method": method} if method else {}), **({"model.backbone": model} if model else {})}
-            named.append(("methods" if method else "models", f"{model} {method}".strip(), changes))
-    named += [(f"arms[{index}]", arm.name, arm.set) for index, arm in enumerate(settings.arms)]
     arms: list[Arm] = []
-    for where, name, changes in named:
+    for where, asked in arms_asked_for(settings):
+        shared = [key for key in asked.set if key.split(".")[0] in SHARED]
+        wrong = [Problem(key, "all arms share this; give it beside the arms, not inside one") for key in sorted(shared)]
         try:
-            arms.append(Arm(name, with_settings(job, changes)))
+            spec = with_settings(job, {key: asked.set[key] for key in asked.set if key not in shared})
+            arms.append(Arm(asked.name, spec, where))
         except SpecError as error:
-            problems += [Problem(f"{where} {name!r}: {problem.where}", problem.message) for problem in error.problems]
+            wrong += error.problems
+        problems += [_problem_of_arm(where, asked.name, one) for one in wrong]
     problems += _between(arms)
     return tuple(arms), problems
+
+
+def _problem_of_arm(where: str, name: str, found: Problem) -> Problem:
+    """Return a problem of an arm's spec with a path in the request."""
+    if where.startswith("arms"):
+        return Problem(f"{where}.set.{found.where}", f"arm {name!r}: {found.message}")
+    return Problem(where, f"arm {name!r}: {found.where}: {found.message}")
 
 
 def _between(arms: list[Arm]) -> list[Problem]:
@@ -148,12 +234,6 @@ def _between(arms: list[Arm]) -> list[Problem]:
     if twice := sorted({arm.name for arm in arms if slugs.count(arm.slug) > 1}):
         problems.append(Problem("arms", f"names must differ: {', '.join(twice)}"))
     for arm in arms[1:]:
-        if (arm.spec.training_file, arm.spec.validation_file, arm.spec.test_file) != (
-            arms[0].spec.training_file,
-            arms[0].spec.validation_file,
-            arms[0].spec.test_file,
-        ):
-            problems.append(Problem(f"arm {arm.name!r}", "has other data; arms are compared on the same images"))
         split = ("val_fraction", "test_fraction", "split_seed", "folds", "group_column")
         if any(getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key) for key in split):
             problems.append(Problem(f"arm {arm.name!r}", f"divides the data otherwise; {', '.join(split)} must be the same"))

@@ -22,7 +22,7 @@ import httpx
 from finetune.comparison_spec import ComparisonSpec, parse_comparison
 from finetune.errors import FinetuneError
 from finetune.progress import ProgressCallback
-from finetune.runs.build import Shared
+from finetune.runs.shared import Shared
 from finetune.storage.files import atomic_path, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace

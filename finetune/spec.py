@@ -2,7 +2,7 @@
 
 A YAML file, CLI flags with ``--set key.path=value``, Python keywords and an HTTP body all become a mapping, and
 `parse_spec` turns a mapping into a `JobSpec` or reports every problem at once. ``auto`` stays ``auto`` here: it is resolved
-in `finetune.train.recipe`, from facts about the data, the backbone and the machine that this module does not know. Torch-free.
+in `finetune.training.recipe`, from facts about the data, the backbone and the machine that this module does not know. Torch-free.
 """
 
 from __future__ import annotations
@@ -428,6 +428,9 @@ def _requirement(detail: Any) -> str:
         return str(context["expected"])
     if kind == "string_pattern_mismatch":
         return f"a text that matches {context['pattern']}"
+    if kind in ("too_short", "too_long"):
+        bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return f"{'a mapping' if context['field_type'] == 'Dictionary' else 'a list'} of {bound}"
     return _REQUIREMENTS.get(kind) or str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value should be ")
 
 

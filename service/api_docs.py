@@ -8,7 +8,10 @@ from typing import Any
 from service.web import render
 
 _METHODS = ("get", "post", "put", "patch", "delete")
-_EXAMPLES = {"file_id": "file-…", "job_id": "ftjob-…", "name": "flowers", "version": "1", "alias": "champion"}
+_EXAMPLES = {
+    "file_id": "file-…", "job_id": "ftjob-…", "comparison_id": "ftcmp-…", "run_name": "full-seed0", "name": "flowers",
+    "version": "1", "alias": "champion",
+}  # fmt: skip
 
 
 def docs_page(document: Mapping[str, Any], base_url: str) -> str:

@@ -38,6 +38,7 @@ from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
+from service.routes.comparisons import comparisons_router
 from service.routes.deployment import deployment_router
 from service.routes.files import files_router
 from service.routes.inference_v2 import inference_v2_router
@@ -173,6 +174,7 @@ def create_api(settings: Settings) -> FastAPI:
     api.include_router(deployment_router)
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(jobs_router)
+    api.include_router(comparisons_router)
     api.include_router(server_router)
     api.mount("/static", StaticFiles(directory=STATIC), name="static")
     return api

@@ -1,4 +1,4 @@
-"""The body of a job's creation → a JobSpec that a worker can carry out.
+"""The body of a job's creation → a JobSpec that a worker can carry out; what other requests share is here too.
 
 Two vocabularies meet in it: the JobSpec's own, and what the stock client of the public fine-tuning API sends (`method` of type
 ``supervised``, ``"auto"``, nulls for what is not given). Whatever is wrong is reported at once, with field paths as the client
@@ -7,7 +7,6 @@ wrote them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,10 +14,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
+from finetune.jobs.creation import digest_of
 from finetune.jobs.files import PREFIX
 from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec, parse_spec
@@ -33,7 +34,11 @@ FILE_FIELDS = ("training_file", "validation_file", "test_file")
 NAMED_WEIGHTS = ("auto", "package", "hub", "none")
 STOCK_METHOD = "supervised"
 NO_SUCH_DATASET = f"is neither the id of a file of yours ({PREFIX}-…, from POST /v1/files) nor a dataset folder of this server"
-_MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
+MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
+
+T = TypeVar("T")
+LocateFile = Callable[[str], Path]  # an uploaded file's id → its contents' folder; NotFound where the caller has no such file
+CheckNames = Callable[[Sequence[JobSpec]], Sequence[Sequence[Problem]]]  # what only the training libraries know of each spec
 
 
 @dataclass(frozen=True)
@@ -70,36 +75,43 @@ def read_body(raw: bytes) -> dict[str, Any]:
 def read_request(
     body: Mapping[str, Any],
     *,
-    locate: Callable[[str], Path],
+    locate: LocateFile,
     data_roots: Sequence[Path],
-    check_names: Callable[[JobSpec], Sequence[Problem]] = lambda spec: (),
+    check_names: CheckNames = lambda specs: [() for _ in specs],
 ) -> JobRequest:
     """Understand a creation's body.
 
     Args:
-        locate: an uploaded file's id → the folder with its contents; NotFound where the caller has no such file.
         data_roots: folders of this server that datasets and weights may be read from.
-        check_names: what only the training libraries know: backbones and transforms.
+        check_names: what is wrong with the backbones and transforms of specs.
 
     Raises:
         SpecError: with one problem for each field that is wrong.
         DataError: the dataset cannot be trained on.
     """
-    folders, problems = _folders(body, locate, data_roots)
+    folders, problems = find_folders(body, locate, data_roots)
     try:
-        spec = _parse(body)
-        problems += _weights_problems(spec, data_roots)
-        problems += _limit_problems(spec)
+        spec = parse_body(body, parse_spec, lambda spec: spec.model_dump(mode="json"))
+        problems += server_problems(spec, data_roots)
         if not problems:
-            problems += check_names(spec)
+            problems += check_names([spec])[0]
     except SpecError as error:
-        problems += [one for one in error.problems if one.where not in {known.where for known in problems}]
+        problems += others(error.problems, problems)
     if problems:
-        raise SpecError(_count(problems), problems)
-    _check_dataset(spec, folders)
-    resolved = spec.model_copy(update={name: str(path) for name, path in folders.items()})
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return JobRequest(dict(body), resolved, digest)
+        raise SpecError(summary(problems), problems)
+    read_dataset(spec, folders)
+    return JobRequest(dict(body), with_folders(spec, folders), digest_of(body))
+
+
+def others(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Problem]:
+    """Return the problems of fields about which nothing is known to be wrong yet."""
+    fields = {problem.where for problem in known}
+    return [problem for problem in problems if problem.where not in fields]
+
+
+def with_folders(spec: JobSpec, folders: Mapping[str, Path]) -> JobSpec:
+    """Return the spec with the folders on this machine that its files lie in."""
+    return spec.model_copy(update={name: str(path) for name, path in folders.items()})
 
 
 def metadata_filter(query: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -121,9 +133,23 @@ def metadata_filter(query: Sequence[tuple[str, str]]) -> dict[str, str]:
     return wanted
 
 
-def _parse(body: Mapping[str, Any]) -> JobSpec:
-    """The spec, with the stock client's vocabulary put into our own."""
-    given = {key: value for key, value in body.items() if value is not None or key not in _MAY_BE_NULL}
+def parse_body(
+    body: Mapping[str, Any],
+    parse: Callable[[Mapping[str, Any]], T],
+    dump: Callable[[T], Mapping[str, Any]],
+    may_be_null: Sequence[str] = MAY_BE_NULL,
+) -> T:
+    """Return what a body asks for, with the stock client's vocabulary put into our own.
+
+    Args:
+        parse: our own vocabulary, validated.
+        dump: what was parsed as JSON again, to compare it with what was given.
+        may_be_null: fields in which null means that nothing is given.
+
+    Raises:
+        SpecError: with one problem for each field that is wrong.
+    """
+    given = {key: value for key, value in body.items() if value is not None or key not in may_be_null}
     problems = _stock_problems(given)
     given.pop("integrations", None)
     method = given.get("method")
@@ -135,14 +161,14 @@ def _parse(body: Mapping[str, Any]) -> JobSpec:
             given["hyperparameters"] = {**(outer or {}), **inner}
             nested = frozenset(inner)
     try:
-        spec = parse_spec(given)
+        parsed = parse(given)
     except SpecError as error:
         problems += [_as_written(one, nested) for one in error.problems]
-        raise SpecError(_count(problems), problems) from None
-    problems += [_as_written(one, nested) for one in _coerced(given, spec.model_dump(mode="json"))]
+        raise SpecError(summary(problems), problems) from None
+    problems += [_as_written(one, nested) for one in _coerced(given, dump(parsed))]
     if problems:
-        raise SpecError(_count(problems), problems)
-    return spec
+        raise SpecError(summary(problems), problems)
+    return parsed
 
 
 def _stock_problems(given: Mapping[str, Any]) -> list[Problem]:
@@ -192,9 +218,8 @@ def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
     return []
 
 
-def _folders(
-    body: Mapping[str, Any], locate: Callable[[str], Path], roots: Sequence[Path]
-) -> tuple[dict[str, Path], list[Problem]]:
+def find_folders(body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path]) -> tuple[dict[str, Path], list[Problem]]:
+    """Return where on this machine the datasets of a body are, and what is wrong with those that are nowhere."""
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
     for name in FILE_FIELDS:
@@ -212,6 +237,11 @@ def _folders(
     return folders, problems
 
 
+def server_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
+    """Return what a server does not allow although the vocabulary does."""
+    return [*_weights_problems(spec, roots), *metadata_problems(spec.metadata), *_limit_problems(spec)]
+
+
 def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
     weights = spec.model.weights
     if weights in NAMED_WEIGHTS or _under_a_root(weights, roots) is not None:
@@ -220,17 +250,19 @@ def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
     return [Problem("model.weights", f"must be {allowed}, given {weights[:200]!r}")]
 
 
+def metadata_problems(metadata: Mapping[str, str]) -> list[Problem]:
+    """Return which metadata are too long to be kept."""
+    said = f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}"
+    return [
+        Problem(f"metadata.{key[:MAX_METADATA_KEY]}", said)
+        for key, value in metadata.items()
+        if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE
+    ]
+
+
 def _limit_problems(spec: JobSpec) -> list[Problem]:
-    """Return what a server does not allow a job although the vocabulary does: it shares its memory, cores and database."""
+    """Return what would take more memory or cores than a job may have: it shares them."""
     problems = []
-    for key, value in spec.metadata.items():
-        if not 0 < len(key) <= MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            problems.append(
-                Problem(
-                    f"metadata.{key[:MAX_METADATA_KEY]}",
-                    f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}",
-                )
-            )
     cores = available_cores()
     if spec.compute.threads != "auto" and spec.compute.threads > cores:
         problems.append(Problem("compute.threads", f"must be auto or at most {cores} here, given {spec.compute.threads}"))
@@ -267,10 +299,14 @@ def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
     return real if any(real.is_relative_to(os.path.realpath(root)) for root in roots) else None
 
 
-def _check_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> None:
-    """Everything that can be seen without opening an image, told before the job waits in a queue for it."""
+def read_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> Dataset:
+    """Return what can be seen of the data without opening an image.
+
+    Raises:
+        DataError: it cannot be trained on; told before the job waits in a queue.
+    """
     try:
-        index_dataset(folders["training_file"], folders.get("validation_file"), folders.get("test_file"))
+        return index_dataset(folders["training_file"], folders.get("validation_file"), folders.get("test_file"))
     except DataError as error:
         shown = {str(path): getattr(spec, name) for name, path in folders.items()}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
@@ -292,7 +328,8 @@ def _as_written(problem: Problem, nested: frozenset[str]) -> Problem:
     return Problem(f"method.supervised.{problem.where}", problem.message) if inside else problem
 
 
-def _count(problems: Sequence[Problem]) -> str:
+def summary(problems: Sequence[Problem]) -> str:
+    """Return the problems in one sentence: how many there are, and the first."""
     first = f"{problems[0]}"
     return first if len(problems) == 1 else f"{len(problems)} problems, the first: {first}"
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastapi.responses import HTMLResponse
+
 from finetune.bundle.manifest import MANIFEST, Manifest
 from finetune.bundle.registry import ModelVersion
+from finetune.errors import NotFound
+from finetune.jobs.kinds import COMPARISON, TRAINING
 from finetune.storage.rundir import RunDir
 
+# A report is one file with its style and figures in it, and without scripts.
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; sandbox"
+)
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 
@@ -26,12 +35,39 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def run_of(runs: Path, version: ModelVersion) -> RunDir | None:
-    """Return the run that made a registered version, if its folder is still there."""
-    for outcome in sorted(runs.glob("*/outcome.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+    """Return the run that made a registered version, one of a comparison included, if its folder is still there."""
+    outcomes = [*runs.glob("*/outcome.json"), *runs.glob("*/runs/*/outcome.json")]
+    for outcome in sorted(outcomes, key=lambda path: path.stat().st_mtime, reverse=True):
         found = read_object(outcome)
         if (found.get("model"), found.get("version")) == (version.name, version.version):
             return RunDir(outcome.parent)
     return None
+
+
+def link_of_run(runs: Path, folder: Path) -> str | None:
+    """Return the path on this server of what made a run's folder: a job, or a run of a comparison; None for anything else."""
+    match folder.relative_to(runs).parts if folder.is_relative_to(runs) else ():
+        case (name,) if name.startswith(f"{TRAINING.prefix}-"):
+            return f"{TRAINING.path}/{name}"
+        case (name, "runs", child) if name.startswith(f"{COMPARISON.prefix}-"):
+            return f"{COMPARISON.path}/{name}/runs/{child}"
+    return None
+
+
+def report_answer(run: RunDir, within: Callable[[str], str]) -> HTMLResponse:
+    """Return the report in a run's folder as a page that loads nothing.
+
+    Args:
+        within: hides where on this machine things lie.
+
+    Raises:
+        NotFound: the run has none.
+    """
+    try:
+        page = run.report.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise NotFound(f"{run.name} has no report") from None
+    return HTMLResponse(within(page), headers={"Content-Security-Policy": REPORT_POLICY})
 
 
 def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:

@@ -25,17 +25,18 @@ class SpecChecker:
     def __init__(self) -> None:
         self._known_backbones = {DEFAULT_BACKBONE}
 
-    def problems(self, spec: JobSpec) -> Sequence[Problem]:
-        """Return what is wrong; nothing where this installation cannot train and so cannot know."""
-        if not can_train() or (spec.model.backbone in self._known_backbones and spec.augmentation.transforms is None):
-            return ()
-        found = self._ask(spec)
-        if not found:
-            self._known_backbones.add(spec.model.backbone)
-        return found
+    def problems(self, specs: Sequence[JobSpec]) -> Sequence[Sequence[Problem]]:
+        """Return what is wrong with each spec; nothing where this installation cannot train and so cannot know."""
+        asked = [] if not can_train() else [spec for spec in specs if not self._is_known(spec)]
+        found = dict(zip(map(id, asked), self._ask(asked), strict=True)) if asked else {}
+        self._known_backbones |= {spec.model.backbone for spec in asked if not found[id(spec)]}
+        return [found.get(id(spec), ()) for spec in specs]
 
-    def _ask(self, spec: JobSpec) -> list[Problem]:
-        given = json.dumps(spec.model_dump(mode="json"))
+    def _is_known(self, spec: JobSpec) -> bool:
+        return spec.model.backbone in self._known_backbones and spec.augmentation.transforms is None
+
+    def _ask(self, specs: Sequence[JobSpec]) -> list[list[Problem]]:
+        given = json.dumps([spec.model_dump(mode="json") for spec in specs])
         try:
             ran = subprocess.run(
                 [sys.executable, "-m", "finetune.cli.spec_check"],
@@ -45,12 +46,9 @@ class SpecChecker:
             raise Overloaded(f"checking the job took more than {SECONDS} s. Try again in a moment") from None
         if ran.returncode != 0:
             log.error("the check of a job's spec failed:\n%s", ran.stderr[-2000:])
-            return (
-                [Problem("augmentation.transforms", "cannot be built with these parameters")]
-                if spec.augmentation.transforms
-                else []
-            )
-        return [Problem(**problem) for problem in json.loads(ran.stdout)]
+            cannot = Problem("augmentation.transforms", "cannot be built with these parameters")
+            return [[cannot] if spec.augmentation.transforms else [] for spec in specs]
+        return [[Problem(**problem) for problem in problems] for problems in json.loads(ran.stdout)]
 
 
 def _limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from dataclasses import dataclass
@@ -101,9 +102,16 @@ class ServerState:
     def run_of(self, job_id: str) -> RunDir:
         return RunDir(self.home / "runs" / job_id)
 
+    def dataset_name(self, folder: Path) -> str:
+        """Return what the client calls its dataset: the uploaded file's name without its ending, or the folder's."""
+        if folder.parent == self.uploads.folder.resolve():
+            return self.database.files.get(folder.name).filename.split(".")[0]
+        return folder.name
+
     def without_home(self, text: str) -> str:
-        """Return `text` without the path of the workspace on this machine."""
-        return text.replace(f"{self.home}{os.sep}", "")
+        """Return a text or a page without the path of the workspace on this machine."""
+        home = f"{self.home}{os.sep}"
+        return text.replace(home, "").replace(html.escape(home), "")
 
     def still_valid(self, caller: Caller) -> bool:
         """Return whether the key of a caller is still accepted; for answers that last long."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from folders import local_sample
 from PIL import Image
 
+from finetune.bundle.manifest import Manifest
 from finetune.data.dataset import Sample
-from finetune.export import BundleFacts
-from finetune.export.graph import INPUT_NAME, DeployModule, evaluating
+from finetune.export.graph import EXPORTER, DeployModule, Graph, evaluating, fill, trace
+from finetune.export.pack import BundleFacts, ExportedNetwork, export_bundle
+from finetune.export.reference import torch_reference
+from finetune.export.template import INPUT_NAME
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
+from finetune.runs.build import facts_of
 from finetune.runtime.session import open_session
 
 CLASSES = ("ash", "beech", "cedar", "elm")
@@ -32,6 +37,26 @@ def classifier_of(
     classifier = Classifier(build_backbone(architecture, weights="none", input_size_px=input_size_px), num_classes)
     scatter(classifier, seed)
     return classifier.train()
+
+
+def network_of(module: DeployModule, graph: Graph | None = None) -> ExportedNetwork:
+    """A classifier with its present weights, as it is shipped."""
+    classifier = module.classifier
+    return ExportedNetwork(
+        model=fill(graph or trace(module), module),
+        backbone=facts_of(classifier),
+        preprocess=classifier.backbone.preprocess,
+        exporter=EXPORTER,
+        reference=lambda _, images: torch_reference(module, images),
+    )
+
+
+def export_classifier(
+    classifier: Classifier, facts: BundleFacts, samples: Sequence[Sample], out: Path, *, graph: Graph | None = None, **given: Any
+) -> Manifest:
+    """Export a classifier as a run does."""
+    module = DeployModule(classifier, facts.temperature, facts.task)
+    return export_bundle(network_of(module, graph), facts, samples, out, **given)
 
 
 def scatter(classifier: Classifier, seed: int) -> None:

@@ -19,6 +19,7 @@ from training_standin import next_state
 from finetune.executors.executor import Executor, Handle
 from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database
+from finetune.jobs.kinds import TRAINING, Kind
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.storage.journal import read_lines
@@ -33,22 +34,22 @@ QUICK = {
 
 
 class StandinExecutor(LocalExecutor):
-    """Starts the stand-in wherever the worker asks for ``finetune train``."""
+    """Starts the stand-in wherever the worker asks for ``finetune train`` or ``finetune compare``."""
 
     def start(self, job_id: str, command: Sequence[str], **given: Any) -> Handle:
         return super().start(job_id, standin_for(command), **given)
 
 
 def standin_for(command: Sequence[str]) -> list[str]:
-    assert list(command[1:4]) == ["-m", "finetune", "train"], command
-    return [command[0], str(Path(__file__).with_name("training_standin.py")), *command[4:]]
+    assert list(command[1:3]) == ["-m", "finetune"], command
+    return [command[0], str(Path(__file__).with_name("training_standin.py")), *command[3:]]
 
 
-def submit(store: JobStore, *, steps: int = 3, owner: str = "ada", **behaviour: Any) -> Job:
-    """Queue a job of `steps` steps; for `behaviour` see `training_standin.train`."""
+def submit(store: JobStore, *, steps: int = 3, owner: str = "ada", kind: Kind = TRAINING, **behaviour: Any) -> Job:
+    """Queue a job of `steps` steps; for `behaviour` see `training_standin.carry_out`."""
     metadata = {key: json.dumps(value) for key, value in {"steps": steps, **behaviour}.items()}
     spec = {"model": {"backbone": "standin"}, "method": {"type": "full"}, "training_file": "none", "metadata": metadata}
-    job, _ = store.create(owner, spec, spec_digest="0" * 64)
+    job, _ = store.create(owner, spec, kind=kind, spec_digest="0" * 64)
     return job
 
 

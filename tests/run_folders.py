@@ -16,14 +16,14 @@ from finetune.bundle.registry import Registry
 from finetune.data.dataset import Dataset
 from finetune.data.split import split_dataset
 from finetune.events import Finished, Planned, Registered
-from finetune.runs.facts import BackboneFacts, StageFacts
+from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.runs.outcome import Outcome
 from finetune.runs.resolve import Resolved, resolve
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.train.compute import Compute
+from finetune.training.compute import Compute
 
 CLASSES = ("rose", "tulip", "iris")
 N_IMAGES = 90

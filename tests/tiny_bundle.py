@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from finetune.bundle.manifest import Manifest, write_manifest
-from finetune.bundle.predictor import write_probe
+from finetune.bundle.predictor import Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 
 CLASSES = ("ash", "beech", "cedar", 'Dörrobst & "quotes"', "elm")
@@ -123,6 +123,7 @@ def write_tiny_bundle(
     classes: tuple[str, ...] = CLASSES,
     name: str = "trees",
     preprocess: Preprocess = PREPROCESS,
+    seen: Seen | None = None,
     **changes: object,
 ) -> Manifest:
     """Write a bundle that loads; give its manifest back."""
@@ -134,7 +135,7 @@ def write_tiny_bundle(
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     files = probe_files()
     images = np.stack([preprocess.load(data) for data in files])
-    write_probe(folder / "probe.npz", files, images, logits_of(model, images))
+    write_probe(folder / "probe.npz", files, images, logits_of(model, images), seen or Seen())
     return write_manifest(folder, manifest)
 
 

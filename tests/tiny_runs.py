@@ -14,8 +14,8 @@ from onnx import numpy_helper
 from tiny_training import write_images
 
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Shared
 from finetune.runs.outcome import Outcome
+from finetune.runs.shared import Shared
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace

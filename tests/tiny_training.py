@@ -23,11 +23,11 @@ from finetune.progress import ProgressCallback, silent
 from finetune.spec import parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
-from finetune.train.choices import Choices
-from finetune.train.fit import Fitted, Saving, TrainBatches, fit
-from finetune.train.machine import Numerics
-from finetune.train.objectives import objective_of
-from finetune.train.recipe import Facts, Recipe, resolve_recipe
+from finetune.training.choices import Choices
+from finetune.training.fit import Fitted, Saving, TrainBatches, fit
+from finetune.training.machine import Numerics
+from finetune.training.objectives import objective_of
+from finetune.training.recipe import Facts, Recipe, resolve_recipe
 
 CLASSES = 3
 WALL_CLOCK = ("train/images_per_second",)

@@ -1,7 +1,8 @@
-"""A training command that takes milliseconds and keeps the contract of the real one: run folder, lock, lease, exit codes.
+"""Commands that take milliseconds and keep the contract of the real ones: run folder, lock, lease, exit codes.
 
-``python training_standin.py REQUEST.yaml --run-dir FOLDER --json`` takes the steps that the request's ``metadata`` asks for, with
-a checkpoint after each, and behaves as badly as it says. What it did is left in ``trace.jsonl`` in the run folder.
+``python training_standin.py train REQUEST.yaml --run-dir FOLDER --json`` takes the steps that the request's ``metadata`` asks
+for, with a checkpoint after each, and behaves as badly as it says. ``compare`` does the same with a child run in place of each
+step. What was done is left in ``trace.jsonl`` in the run folder.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def next_state(state: str, step: int) -> str:
     return hashlib.sha256(f"{state}{step}".encode()).hexdigest()
 
 
-def train(request: Path, run: RunDir) -> int:
+def carry_out(command: str, request: Path, run: RunDir) -> int:
     """Take the steps that are left; returns the exit code.
 
     The request's ``metadata`` (each value JSON) may say:
@@ -54,17 +55,18 @@ def train(request: Path, run: RunDir) -> int:
     watch_lease_from_environment()
     try:
         with run.held(), _alone(run):
-            return _train(run, asked)
+            return _carry_out(command, run, asked)
     except RunBusy:
         return RunBusy.exit_code
     except KeyboardInterrupt:
         return 130
 
 
-def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
-    if run.outcome.exists():
+def _carry_out(command: str, run: RunDir, asked: Mapping[str, Any]) -> int:
+    compares = command == "compare"
+    if (run.comparison if compares else run.outcome).exists():
         return 0
-    state, first = _newest_checkpoint(run)
+    state, first = _newest_child(run) if compares else _newest_checkpoint(run)
     _trace(run, "start", step=first, environment={name: os.environ.get(name) for name in SEEN_VARIABLES})
     not_json: dict[str, Any] = {"loss": float("nan")}  # a journal must hold whatever a run has to say
     run.record(Planned(f"{asked['steps']} steps, from {first}", not_json, 0))
@@ -80,11 +82,17 @@ def _train(run: RunDir, asked: Mapping[str, Any]) -> int:
                 signal.pause()
         time.sleep(asked.get("step_seconds", 0.0))
         state = next_state(state, step)
-        _save(run, step + 1, state)
+        if compares:
+            write_json(run.child(f"run-{step:04d}").create().outcome, {"state": state})
+        else:
+            _save(run, step + 1, state)
     if "error" in asked:
         write_json(run.error, asked["error"])
         return int(asked.get("exit_code", 1))
     _trace(run, "complete")
+    if compares:
+        write_json(run.comparison, {"verdict": {"sentence": "both are equal."}, "registered": "standin@1", "state": state})
+        return 0
     write_json(run.outcome, {"model": "standin", "version": "1", "metrics": {"val/top1": 1.0}, "state": state})
     run.record(Registered("the run's own word for it", "standin", "1", {}))
     return 0
@@ -120,6 +128,11 @@ def _newest_checkpoint(run: RunDir) -> tuple[str, int]:
     return str(read_json(whole[-1].with_suffix(""))["state"]), int(whole[-1].name[5:13])
 
 
+def _newest_child(run: RunDir) -> tuple[str, int]:
+    finished = sorted(run.root.glob("runs/*/outcome.json"))
+    return (str(read_json(finished[-1])["state"]), len(finished)) if finished else ("", 0)
+
+
 @contextmanager
 def _alone(run: RunDir) -> Iterator[None]:
     """Note when another process is in the same run at the same time. Knows nothing of the run folder's lock."""
@@ -140,6 +153,7 @@ def _trace(run: RunDir, what: str, **data: Any) -> None:
 
 
 if __name__ == "__main__":
-    request, flag, folder, as_json = sys.argv[1:]
+    asked_command, request, flag, folder, as_json = sys.argv[1:]
+    assert asked_command in ("train", "compare"), asked_command
     assert (flag, as_json) == ("--run-dir", "--json")
-    sys.exit(train(Path(request), RunDir(Path(folder))))
+    sys.exit(carry_out(asked_command, Path(request), RunDir(Path(folder))))

@@ -61,6 +61,7 @@ class Entry:
     commands: Callable[[Setting], list[Command]]
     before: Callable[[Setting], list[Command]] = lambda _: []  # not timed
     scored: bool = True
+    of_peer: bool = False  # runs in the peers' environment
 
 
 def all_entries() -> dict[str, Entry]:
@@ -74,16 +75,16 @@ def all_entries() -> dict[str, Entry]:
         Entry("ours-partial", "finetune train --method partial, nothing cached", _ours_cold("partial")),
         Entry("ours-full", "finetune train --method full, nothing cached", _ours_cold("full")),
         Entry("ours-auto", "finetune train --method auto, nothing cached", _ours_cold("auto")),
-        Entry("sklearn", "scikit-learn LogisticRegression on eager timm features", _peer("sklearn_features.py")),
-        Entry("sklearn-tuned", "the same, C of six chosen on validation", _peer("sklearn_features.py", "--tune")),
-        Entry("plain-loop", "PyTorch as the Keras guide: 2 epochs head, 1 epoch all", _peer("plain_loop.py")),
-        Entry("fastai-frozen", "fastai vision_learner, 3 frozen epochs", _peer("fastai_learner.py", "--recipe", "frozen")),
-        Entry("fastai-finetune", "fastai vision_learner, fine_tune(3)", _peer("fastai_learner.py", "--recipe", "fine_tune")),
+        _peer("sklearn", "scikit-learn LogisticRegression on eager timm features", "sklearn_features.py"),
+        _peer("sklearn-tuned", "the same, C of six chosen on validation", "sklearn_features.py", "--tune"),
+        _peer("plain-loop", "PyTorch as the Keras guide: 2 epochs head, 1 epoch all", "plain_loop.py"),
+        _peer("fastai-frozen", "fastai vision_learner, 3 frozen epochs", "fastai_learner.py", "--recipe", "frozen"),
+        _peer("fastai-finetune", "fastai vision_learner, fine_tune(3)", "fastai_learner.py", "--recipe", "fine_tune"),
     )
     return {entry.name: entry for entry in entries}
 
 
-def _peer(script: str, *options: str) -> Callable[[Setting], list[Command]]:
+def _peer(name: str, what: str, script: str, *options: str) -> Entry:
     def commands(setting: Setting) -> list[Command]:
         given = {
             "train": setting.data.train,
@@ -96,7 +97,7 @@ def _peer(script: str, *options: str) -> Callable[[Setting], list[Command]]:
         words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
         return [Command("run", (str(PEERS_PYTHON), str(HERE / script), *options, *words))]
 
-    return commands
+    return Entry(name, what, commands, of_peer=True)
 
 
 def _train(setting: Setting, home: Path, seed: int, *options: str) -> Command:

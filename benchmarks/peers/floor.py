@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.index import index_dataset
-from finetune.features.prefix import OnnxEngine, PixelPrefix, export_prefix
+from finetune.features.engine import OnnxEngine
+from finetune.features.prefix import PixelPrefix, export_prefix
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.runtime.session import open_session

@@ -7,7 +7,7 @@ these files to a file with the class probabilities of every validation image; on
 into ``--out``, so that a long comparison can be run in parts; a repeat that is run again replaces the one before. Offline, on the
 CPU.
 
-The peers' environment is made on first use, in ``benchmarks/peers/.venv`` from ``benchmarks/peers/requirements.txt``.
+The peers' environment is made when an entry first needs it: ``.venv`` beside this file, from ``requirements.txt`` there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def main() -> None:
 
 def compare(given: argparse.Namespace, entries: Mapping[str, Entry]) -> None:
     data = find_data(given.data)
-    prepare_peers()
+    if any(entries[name].of_peer for name in given.only):
+        prepare_peers()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])  # all children inherit it
     setting = {"machine": machine(given.threads), "data": describe(data)}
     results = read_results(given.out, setting)  # so that a mismatch is said at once
@@ -177,9 +178,12 @@ def machine(threads: int) -> dict[str, Any]:
 
 def versions() -> dict[str, dict[str, str]]:
     ask = "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
-    answer = subprocess.run([PEERS_PYTHON, "-c", ask, *PEER_PACKAGES], check=True, capture_output=True, text=True).stdout
     ours = {name: importlib.metadata.version(name) for name in OUR_PACKAGES}
-    return {"python": {"both": platform.python_version()}, "ours": ours, "peers": json.loads(answer)}
+    found = {"python": {"both": platform.python_version()}, "ours": ours}
+    if not PEERS_PYTHON.exists():
+        return found
+    answer = subprocess.run([PEERS_PYTHON, "-c", ask, *PEER_PACKAGES], check=True, capture_output=True, text=True).stdout
+    return {**found, "peers": json.loads(answer)}
 
 
 def commit() -> str:

@@ -1,4 +1,5 @@
-"""The models folder: ``<name>/<version>/`` holds a bundle, ``<name>/aliases.json`` says which version an alias means.
+"""The models folder: ``<name>/<version>/`` holds a bundle, ``<name>/aliases.json`` says which version an alias means, and
+``<name>/predictions/<version>.npz`` is what a version answered to its test images.
 
 Registering never deploys: a new version moves only the alias ``latest``. What a bare model name means (``champion``) and what the
 server answers with (``default.json``, see `finetune.bundle.deployment`) change by promotion alone; only the first version of a
@@ -40,6 +41,7 @@ Visibility = Literal["private", "shared"]
 _ALIASES = "aliases.json"
 _JOURNAL = "aliases.jsonl"  # every move of every alias, append-only: rollback reads it, and no version number is given twice
 _ACCESS = "access.json"
+_PREDICTIONS = "predictions"  # a folder: ``<version>.npz``
 _ARRIVING, _LEAVING = ".arriving-", ".leaving-"
 _ALIAS_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
 REFERENCE = r"[a-z0-9][a-z0-9._-]{0,62}(@[a-z0-9][a-z0-9._-]{0,62})?"  # checked before it becomes part of a path
@@ -88,7 +90,7 @@ class Registry:
 
     root: Path
 
-    def register(self, bundle: Path, name: str, *, once: bool = False) -> ModelVersion:
+    def register(self, bundle: Path, name: str, *, once: bool = False, predictions: Path | None = None) -> ModelVersion:
         """Copy a bundle in as the next version of `name` and point ``latest`` at it.
 
         The first version of a model also becomes its champion, and the first model of an empty folder the server's default.
@@ -96,6 +98,8 @@ class Registry:
         Args:
             once: a bundle that is a version of `name` already stays that version: a job that died between registering and
                 reporting it registers again.
+            predictions: the table of the model's answers to test images. A copy is kept beside the version, so that a later
+                version can be compared with it on the same images before it is promoted.
 
         Raises:
             InvalidInput: a name that cannot be one.
@@ -116,9 +120,14 @@ class Registry:
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))
+            _keep_predictions(predictions, folder / _PREDICTIONS / f"{version}.npz")
             arriving.rename(folder / version)
             self._announce(name, version)
         return self._describe(name, version, _aliases(folder))
+
+    def predictions_of(self, version: ModelVersion) -> Path:
+        """Return where the version's answers to test images are; a version that was judged on none has no such file."""
+        return self.root / version.name / _PREDICTIONS / f"{version.version}.npz"
 
     def _announce(self, name: str, version: str) -> None:
         """Point ``latest`` at a new version, and promote it where nothing was promoted before."""
@@ -256,6 +265,7 @@ class Registry:
                 gone = folder / f"{_LEAVING}{found.version}"
                 found.path.rename(gone)
                 shutil.rmtree(gone)
+                self.predictions_of(found).unlink(missing_ok=True)
 
     def access(self, name: str) -> Access:
         """Return who may use a model. Where the record is damaged, only administrators may."""
@@ -350,6 +360,16 @@ def _is_version(value: object) -> TypeGuard[str]:
 def _move_alias(folder: Path, alias: str, version: str, **audit: Any) -> None:
     write_json(folder / _ALIASES, {**_aliases(folder), alias: version})
     append_line(folder / _JOURNAL, {"alias": alias, "version": version, "at": time.time(), **audit})
+
+
+def _keep_predictions(predictions: Path | None, target: Path) -> None:
+    """Copy a table of answers; without one, make sure that no table of a killed registration is taken for this version's."""
+    if predictions is None:
+        target.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(exist_ok=True)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(predictions, temporary)
 
 
 def _copy_bundle(bundle: Path, target: Path, manifest: Manifest) -> None:

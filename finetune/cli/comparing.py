@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from finetune.runtime.collector import objects_exempt
 
 
 @click.command()
-@click.argument("what", nargs=-1, metavar="[DATA | SPEC.yaml | RUN RUN…]", type=click.Path(path_type=Path))
+@click.argument("what", nargs=-1, metavar="[DATA | SPEC.yaml | RUN RUN… | COMPARISON]", type=click.Path(path_type=Path))
 @job_options
 @click.option("--methods", help="Arms, separated by commas (default linear_probe,partial,full).")
 @click.option("--models", help="Arms by backbone, separated by commas; times the methods.")
@@ -27,12 +28,15 @@ from finetune.runtime.collector import objects_exempt
 @click.option("--no-register", is_flag=True, help="Do not register the chosen arm's best run.")
 @places_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
+@click.option("--server", metavar="URL", help="Compare on a server and follow it from here; key in FINETUNE_API_KEY.")
+@click.option("--detach", is_flag=True, help="Queue it, on --server or for this workspace's worker, print its id and leave.")
 @tracking_options
 @json_option
-def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given: Any) -> None:
+def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, detach: bool, as_json: bool, **given: Any) -> None:
     """Train in several ways on the same images and compare them.
 
-    WHAT is the data, a spec file, or the folders of two or more finished runs, which are then compared as they are.
+    WHAT is the data, a spec file, or the folders of two or more finished runs, which are then compared as they are. A server
+    knows finished runs by the ids of their jobs. With the id of a queued comparison, it is followed and what it came to is shown.
 
     By default the arms are linear_probe, partial and full, with three seeds each. Others, for example:
 
@@ -42,15 +46,19 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
     finetune compare photos --arm light:augmentation=light \\
                             --arm strong:augmentation=strong
     finetune compare .finetune/runs/photos-full-… .finetune/runs/photos-partial-…
+    finetune compare photos --server http://gpu-box:3000
     """
+    if server is not None or detach or _is_queued_comparison(what):
+        _in_the_queue(what, server, detach, as_json, run_dir, given)
+        return
     from finetune.jobs.lease import watch_lease_from_environment
 
     with objects_exempt():
         from finetune.cli.show import show_comparison
-        from finetune.cli.terminal import print_json
-        from finetune.comparison_spec import load_comparison
+        from finetune.cli.terminal import print_json, shortened
+        from finetune.comparison_spec import ComparedRuns, load_request
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison
@@ -61,24 +69,72 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, as_json: bool, **given
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
-    margin, places = given.pop("margin"), take_places(given)
-    trackers = take_trackers(given)
-    if len(what) > 1 or (len(what) == 1 and (what[0] / "outcome.json").exists()):
-        found = compare_runs(what, workspace, **({"margin": margin} if margin is not None else {}), out=run_dir)
+    places, trackers = take_places(given), take_trackers(given)
+    asked = load_request(*_request(what, given))
+    if isinstance(asked, ComparedRuns):
+        found = compare_runs([Path(run) for run in asked.runs], workspace, asked.margin, run_dir)
         with trackers.follow(workspace, found.dataset) as begun:
             begun(RunDir(found.folder))
     else:
-        spec = load_comparison(*_request(what[0] if what else None, margin, given))
-        with trackers.follow(workspace, experiment_name(spec.job)) as begun, progress_bars(shown=not as_json) as progress:
-            found = run_comparison(spec, Shared.of(workspace, places), progress, run_dir, begun)
+        with trackers.follow(workspace, experiment_name(asked.job)) as begun, progress_bars(shown=not as_json) as progress:
+            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begun)
     found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
-    print_json(found.to_dict()) if as_json else show_comparison(found)
+    print_json(found.to_dict()) if as_json else show_comparison(found.to_dict(), shortened(found.report))
 
 
-def _request(
-    what: Path | None, margin: float | None, given: dict[str, Any]
-) -> tuple[Path | None, dict[str, Any], tuple[str, ...]]:
-    """Return the spec file, what is laid over it, and the settings."""
+def _is_queued_comparison(what: tuple[Path, ...]) -> bool:
+    from finetune.jobs.kinds import COMPARISON
+
+    return len(what) == 1 and str(what[0]).startswith(f"{COMPARISON.prefix}-") and not what[0].exists()
+
+
+def _in_the_queue(
+    what: tuple[Path, ...], server: str | None, detach: bool, as_json: bool, run_dir: Path | None, given: dict[str, Any]
+) -> None:
+    """Queue a comparison, or find one that is queued; follow it to its end and show what it came to."""
+    from finetune.cli.follow import follow
+    from finetune.cli.jobs import EXIT_CODES, client_of
+    from finetune.cli.show import show_comparison
+    from finetune.cli.terminal import print_json, shortened
+    from finetune.comparison_spec import load_request
+    from finetune.progress_bars import console, progress_bars
+
+    tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
+    if run_dir is not None or take_places(given) is not None or any(tracked):
+        raise click.UsageError(
+            "--run-dir, --slots, --executor and the tracking options are for a comparison in this process; a worker has its own"
+        )
+    client = client_of(server)
+    if _is_queued_comparison(what):
+        job = client.get(str(what[0]))
+    else:
+        asked = load_request(*_request(what, given))
+        with progress_bars(shown=not as_json) as progress:
+            job = client.submit(asked, progress=progress)
+        if not as_json:
+            console.print(f"comparison {job.id}", markup=False)
+    if detach:
+        print_json(job.to_dict()) if as_json else click.echo(job.id)
+        return
+    job = follow(client, job, shown=not as_json)
+    if job.state != "succeeded":
+        if as_json:
+            print_json(job.to_dict())
+        sys.exit(EXIT_CODES[job.state])
+    found = client.result(job.id)
+    report = f"{server.rstrip('/')}{found['report']}" if server is not None else shortened(Path(found["report"]))
+    print_json(found) if as_json else show_comparison(found, report)
+
+
+def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None, dict[str, Any], tuple[str, ...]]:
+    """Return the spec file, what is laid over it, and the settings.
+
+    Two or more arguments are runs to compare, and so is one that is the folder of a finished run.
+    """
+    margin = given.pop("margin")
+    if len(what) > 1 or (len(what) == 1 and (what[0] / "outcome.json").exists()):
+        return None, {"runs": [str(run) for run in what], **({} if margin is None else {"margin": margin})}, ()
+    path = what[0] if what else None
     budget, no_register = given.pop("budget"), given.pop("no_register")
     own: dict[str, Any] = {
         "methods": _split(given.pop("methods")),
@@ -90,9 +146,9 @@ def _request(
         "register_chosen": False if no_register else None,
     }
     overrides, settings = take_job_options(given)
-    spec_file = what if what is not None and what.suffix.lower() in (".yaml", ".yml", ".json") else None
-    if what is not None and spec_file is None:
-        overrides["training_file"] = str(what)
+    spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
+    if path is not None and spec_file is None:
+        overrides["training_file"] = str(path)
     return spec_file, {**overrides, **{key: value for key, value in own.items() if value is not None}}, settings
 
 

@@ -54,8 +54,8 @@ def _kept(run: RunDir) -> RunDir:
 
 def _measure_preprocessing(run: RunDir, as_json: bool) -> None:
     from finetune.progress_bars import progress_bars
-    from finetune.runs.build import Shared
-    from finetune.runs.normalisation import measure_finished_run
+    from finetune.runs.preprocessing import measure_finished_run
+    from finetune.runs.shared import Shared
     from finetune.storage.workspace import Workspace
 
     with progress_bars(shown=not as_json) as progress:

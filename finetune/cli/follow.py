@@ -62,8 +62,7 @@ def show_event(event: EventView) -> None:
 
 def show_job(job: JobView, events: Sequence[EventView]) -> None:
     """`finetune jobs show`: state, result or error, history."""
-    facts = [["state", _state(job)], ["backbone", job.backbone]]
-    facts += [["method", job.method], ["created", _date(job.created_at)]]
+    facts = [["state", _state(job)], ["what", job.what], ["created", _date(job.created_at)]]
     if job.started_at is not None:
         facts.append(["took" if job.finished_at else "runs since", _running_time(job)])
     if job.attempts > 1:
@@ -73,6 +72,8 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
     if job.model is not None:
         facts.append(["model", job.model])
     facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name.endswith("/top1")]
+    if job.conclusion is not None:
+        facts.append(["verdict", job.conclusion])
     if job.error_message is not None:
         facts.append([f"error ({job.error_code})", job.error_message])
     table(job.id, ["what", "value"], facts)
@@ -84,10 +85,7 @@ def show_jobs(jobs: Sequence[JobView]) -> None:
     if not jobs:
         console.print("no job yet: finetune jobs submit --data FOLDER queues one")
         return
-    rows = [
-        [job.id, _state(job), f"{job.backbone}, {job.method}", _date(job.created_at), job.model or job.error_code or ""]
-        for job in jobs
-    ]
+    rows = [[job.id, _state(job), job.what, _date(job.created_at), job.model or job.error_code or ""] for job in jobs]
     table("", ["job", "state", "what", "created", "model or error"], rows)
 
 

@@ -77,14 +77,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @click.group()
 def jobs() -> None:
-    """Queue and watch fine-tuning jobs, here or on a server."""
+    """Queue and watch jobs and comparisons, here or on a server."""
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--server``; the command gets a `client` of that server, or of the workspace."""
 
     def build(*, server: str | None, **given: Any) -> Any:
-        return command(client=_client(server), **given)
+        return command(client=client_of(server), **given)
 
     option = click.option(
         "--server", metavar="URL", envvar="FINETUNE_SERVER", help="A server instead of this workspace; key in FINETUNE_API_KEY."
@@ -92,7 +92,8 @@ def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(functools.update_wrapper(build, command))
 
 
-def _client(server: str | None) -> JobsClient:
+def client_of(server: str | None) -> JobsClient:
+    """Return the jobs of a server, with the key in the environment, or those of this workspace."""
     from finetune.jobs.client import LocalJobs
     from finetune.jobs.remote import RemoteJobs
     from finetune.storage.workspace import Workspace
@@ -130,7 +131,7 @@ def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1))
 @json_option
 def list_jobs(client: JobsClient, limit: int, as_json: bool) -> None:
-    """List the newest jobs."""
+    """List the newest jobs and comparisons."""
     from finetune.cli.follow import show_jobs
     from finetune.cli.terminal import print_json
 

@@ -222,12 +222,13 @@ def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
     """Check a version and point an alias at it.
 
-    The version must load and give its known answers, have been exported exactly, know the same classes, and reach every --min.
+    The version must load and give its known answers, have been exported exactly, know the same classes, reach every --min, and
+    not be worse than the version that it replaces on the test images of both (paired test, p < 0.05).
     A running server switches to it between requests. Registering a model never changes what answers; promoting it does.
     """
     from finetune.bundle.deployment import Deployment
-    from finetune.bundle.promotion import promote as promote_version
-    from finetune.bundle.promotion import promote_to_default
+    from finetune.promotion import promote as promote_version
+    from finetune.promotion import promote_to_default
 
     registry = _registry()
     name, _, inside = name.partition("@")
@@ -235,7 +236,9 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
     if version is None and not as_default:
         raise click.UsageError(f"Give the version to promote: finetune models promote {name} 2 (finetune models list shows them)")
     if version is not None:
-        promoted, _ = promote_version(registry, name, version, alias, minimum=_minimum(minimum), force=force, by=_by())
+        promoted, checks = promote_version(registry, name, version, alias, minimum=_minimum(minimum), force=force, by=_by())
+        for check in checks:
+            click.echo(f"{'passed' if check.passed else 'forced'}  {check.name}: {check.detail}", err=True)
         click.echo(f"{name}@{alias} is now version {promoted.version}", err=True)
     if as_default:
         reference = f"{name}@{alias}"
@@ -254,7 +257,7 @@ def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tupl
     MODEL is a name, name@version or name@alias. A canary or a shadow that is not given is switched off.
     """
     from finetune.bundle.deployment import Deployment
-    from finetune.bundle.promotion import promote_to_default
+    from finetune.promotion import promote_to_default
 
     registry = _registry()
     wanted = Deployment(reference, canary=_share(canary, "--canary"), shadow=_share(shadow, "--shadow"))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.runs.outcome import Outcome
     from finetune.storage.rundir import RunDir
-    from finetune.studies.compare.result import Comparison
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
@@ -197,58 +196,60 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     )
 
 
-def show_comparison(found: Comparison) -> None:
-    """`finetune compare`: the arms, the differences, the verdict, and where to look."""
+def show_comparison(found: Mapping[str, Any], report: str) -> None:
+    """`finetune compare`: the arms, the differences, the verdict, and where to look.
+
+    Args:
+        found: the document, as ``comparison.json`` and a server have it.
+        report: where the page is.
+    """
     _show_arms(found)
     _show_verdict(found)
-    lines = [f"report    {shortened(found.report)}"]
-    if found.registered:
-        lines += [f"model     {found.registered}", f"serve     finetune serve --model {found.registered}"]
+    lines = [f"report    {report}"]
+    if found["registered"]:
+        lines += [f"model     {found['registered']}", f"serve     finetune serve --model {found['registered']}"]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _show_verdict(found: Comparison) -> None:
-    console.print(f"\n[bold]{escape(found.verdict.sentence)}[/]\n")
+def _show_verdict(found: Mapping[str, Any]) -> None:
+    console.print(f"\n[bold]{escape(found['verdict']['sentence'])}[/]\n")
 
 
-def _show_arms(found: Comparison) -> None:
-    """Each arm, then each pair, and what must be said of them."""
-    metric = task_metric(found.headline)
-    key = f"{found.split}/{found.headline}"
+def _show_arms(found: Mapping[str, Any]) -> None:
+    """Print each arm, then each pair, and what must be said of them."""
+    key, split = found["headline"], found["split"]
+    metric = task_metric(key.removeprefix(f"{split}/"))
     rows = []
-    for arm in found.arms:
-        figure = arm.metrics[key]
-        interval = "" if figure.low is None or figure.high is None else f"{metric.text(figure.low)} – {metric.text(figure.high)}"
-        spread = "–" if figure.sd is None else f"± {100 * figure.sd:.1f}" if metric.percent else f"± {figure.sd:.3f}"
-        chosen = "▸ " if arm.name == found.verdict.choose else "  "
-        cost = arm.cost
-        rows.append(
-            [f"{chosen}{arm.name}", len(arm.runs), metric.text(figure.value), interval, spread, duration(cost["train_seconds"])]
-        )
-    n = next(iter(found.arms)).metrics[key].n
-    table(f"{metric.label} on {n:,} {found.split} images", ["arm", "runs", "mean", "95 % interval", "sd", "training"], rows)
-    pairs = []
-    for pair in found.pairs:
-        head = pair.headline
-        scale = 100 if metric.percent else 1
-        pairs.append(
-            [
-                f"{pair.a} − {pair.b}",
-                f"{scale * head.difference:+.1f}",
-                f"{scale * head.low:+.1f} to {scale * head.high:+.1f}",
-                f"{pair.p_adjusted:.2g}",
-                f"{scale * pair.smallest_detectable:.1f}",
-                pair.outcome,
-            ]
-        )
+    for arm in found["arms"]:
+        figure, training = arm["metrics"][key], duration(arm["cost"]["train_seconds"])
+        low, high, sd = figure["low"], figure["high"], figure["sd"]
+        interval = "" if low is None or high is None else f"{metric.text(low)} – {metric.text(high)}"
+        spread = "–" if sd is None else f"± {100 * sd:.1f}" if metric.percent else f"± {sd:.3f}"
+        name = f"{'▸' if arm['name'] == found['verdict']['choose'] else ' '} {arm['name']}"
+        rows.append([name, len(arm["runs"]), metric.text(figure["value"]), interval, spread, training])
+    n = found["arms"][0]["metrics"][key]["n"]
+    table(f"{metric.label} on {n:,} {split} images", ["arm", "runs", "mean", "95 % interval", "sd", "training"], rows)
+    scale = 100 if metric.percent else 1
+    pairs = [
+        [
+            f"{pair['a']} − {pair['b']}",
+            f"{scale * pair['difference']:+.1f}",
+            f"{scale * pair['low']:+.1f} to {scale * pair['high']:+.1f}",
+            f"{pair['p_adjusted']:.2g}",
+            "–" if pair["smallest_detectable"] is None else f"{scale * pair['smallest_detectable']:.1f}",
+            pair["outcome"],
+        ]
+        for pair in found["pairs"]
+        if pair["metric"] == key
+    ]
     unit = "points" if metric.percent else metric.label
     table(f"Differences in {unit}", ["pair", "difference", "95 % interval", "p", "detectable", "so"], pairs)
-    for arm in found.arms:
-        if arm.note:
-            console.print(f"[yellow]note[/] {escape(arm.name)}: {escape(arm.note)}")
-    if found.left_out:
-        console.print(f"[yellow]note[/] {found.left_out:,} images are left out: one of the runs had trained or chosen on them")
+    for arm in found["arms"]:
+        if arm["note"]:
+            console.print(f"[yellow]note[/] {escape(arm['name'])}: {escape(arm['note'])}")
+    if found["left_out"]:
+        console.print(f"[yellow]note[/] {found['left_out']:,} images are left out: one of the runs had trained or chosen on them")
 
 
 def task_metric(key: str) -> Metric[Any]:
@@ -365,18 +366,17 @@ def show_manifest(manifest: Manifest) -> None:
 
 def show_demo(result: DemoResult) -> None:
     """The comparison, the answer of the chosen model over HTTP, the verdict, and where to look next."""
-    found = result.comparison
+    found = result.comparison.to_dict()
     _show_arms(found)
-    console.print(
-        f"{found.registered} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:", markup=False
-    )
+    asked = f"{found['registered']} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:"
+    console.print(asked, markup=False)
     for row in result.answer["predictions"]:
         console.print(f"  {row['probability']:7.2%}  {row['label']}", markup=False)
     _show_verdict(found)
     console.print(
         textwrap.dedent(f"""
         all of it took {duration(result.seconds)}. Where to look next:
-          report    {shortened(found.report)}
+          report    {shortened(result.comparison.report)}
           runs      make mlflow      (then open http://127.0.0.1:5000)
           serve     make serve       (then open http://127.0.0.1:3000)
           your own  finetune compare FOLDER_OF_CLASS_FOLDERS

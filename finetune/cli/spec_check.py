@@ -1,7 +1,7 @@
-"""``python -m finetune.cli.spec_check``: check the parts of a job's spec that only the training libraries know.
+"""``python -m finetune.cli.spec_check``: check the parts of job specs that only the training libraries know.
 
-Reads a spec as JSON from standard input and writes its problems as JSON. The server runs it in a child process before it
-accepts a job, because the server itself imports nothing that trains.
+Reads a list of specs as JSON from standard input and writes a list of each spec's problems as JSON. The server runs it in a child
+process before it accepts a job, because the server itself imports nothing that trains.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def problems_of(spec: JobSpec) -> list[Problem]:
 
 
 def main() -> None:
-    given: dict[str, Any] = json.load(sys.stdin)
-    found = [{"where": problem.where, "message": problem.message} for problem in problems_of(parse_spec(given))]
+    given: list[dict[str, Any]] = json.load(sys.stdin)
+    found = [[{"where": one.where, "message": one.message} for one in problems_of(parse_spec(spec))] for spec in given]
     sys.stdout.write(json.dumps(found))
 
 

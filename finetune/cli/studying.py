@@ -44,7 +44,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
         from finetune.cli.terminal import print_json
         from finetune.demo import write_digits
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.workspace import Workspace
         from finetune.studies.depth import DepthRequest, study_depth
 

@@ -90,7 +90,7 @@ def check(spec: JobSpec, as_json: bool) -> None:
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.workspace import Workspace
         from finetune.studies.plan import plan
 
@@ -118,7 +118,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
         from finetune.cli.show import show_outcome
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
-        from finetune.runs.build import Shared
+        from finetune.runs.shared import Shared
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.carry_out import fine_tune

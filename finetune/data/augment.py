@@ -19,20 +19,24 @@ bilinear interpolation, which aliases; here a crop is shrunk by averaging areas,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import importlib.metadata
 import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.bundle.preprocess import Preprocess
-from finetune.errors import Problem, SpecError
+from finetune.errors import DiskFull, Problem, SpecError
+from finetune.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from finetune.data.transforms import Policy
@@ -50,8 +54,10 @@ class Augment:
         preprocess: Preprocess,
         smallest_crop: float,
         rebuilt: Callable[[Preprocess], Augment],
+        notes: Path | None = None,
     ) -> None:
         self.name = name
+        self._notes = notes
         self._rebuilt = rebuilt
         self.preprocess = preprocess
         self._make_transforms = make_transforms
@@ -92,9 +98,25 @@ class Augment:
         return {"name": self.name, "preprocess": self.preprocess.to_dict(), "pipeline": _transforms().described(self._pipeline)}
 
     def digest(self) -> str:
-        """sha256 of `to_dict`: equal digests mean equal views of the same image and seed."""
+        """Return the sha256 of `to_dict`: equal digests mean equal views of the same image and seed.
+
+        It is noted in a file where there is a folder for that, so that it can be had again without importing albumentations.
+        """
+        note = self._notes / f"views-{self._identity()}.txt" if self._notes and self.name in _SMALLEST_CROP else None
+        if note is not None and note.is_file():
+            return note.read_text("ascii")
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        if note is not None:
+            with contextlib.suppress(DiskFull):
+                write_atomic(note, lambda stream: stream.write(digest.encode("ascii")))
+        return digest
+
+    def _identity(self) -> str:
+        """Return what decides the digest of a named policy: what it is applied for, the code here, and the library's version."""
+        code = [Path(__file__).with_name(name).read_bytes() for name in ("augment.py", "transforms.py")]
+        parts = (self.name, self.preprocess.to_dict(), importlib.metadata.version("albumentations"), code)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -108,20 +130,28 @@ class Augment:
 
 
 def build_augment(
-    policy: Policy, transforms: Sequence[Mapping[str, Mapping[str, Any]]] | None, preprocess: Preprocess
+    policy: Policy,
+    transforms: Sequence[Mapping[str, Mapping[str, Any]]] | None,
+    preprocess: Preprocess,
+    notes: Path | None = None,
 ) -> Augment:
-    """The augmentation of a policy; explicit `transforms` take its place when given.
+    """Return the augmentation of a policy; explicit `transforms` take its place when given.
+
+    Args:
+        notes: a folder that keeps the digests of policies.
 
     Raises:
         SpecError: unknown transforms (with near misses), parameters they refuse, or a result that is not repeatable 8-bit RGB.
     """
 
     def rebuilt(preprocess: Preprocess) -> Augment:
-        return build_augment(policy, transforms, preprocess)
+        return build_augment(policy, transforms, preprocess, notes)
 
     if transforms is None:
         smallest = _SMALLEST_CROP[policy]
-        return Augment(policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, rebuilt)
+        return Augment(
+            policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, rebuilt, notes
+        )
     problems: list[Problem] = []
     built = _transforms().build_all(transforms, "augmentation.transforms", problems)
     augment = Augment("transforms", lambda: built, preprocess, smallest_crop=0.25, rebuilt=rebuilt)

@@ -28,6 +28,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from finetune.errors import InvalidInput
+from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p
 from finetune.evaluation.predictions import Predictions
 from finetune.tasks import task_named
 
@@ -130,21 +131,6 @@ def compare_pairs(arms: Sequence[ArmPredictions], margin: float = DEFAULT_MARGIN
     found = [_compare(first, second, margin, seed, ALPHA / len(pairs)) for first, second in pairs]
     adjusted = holm([pair.p_value for pair in found])
     return tuple(replace(pair, p_adjusted=p) for pair, p in zip(found, adjusted, strict=True))
-
-
-def mcnemar_mid_p(only_a: int, only_b: int) -> float:
-    """Return McNemar's two-sided mid-p value for discordant counts (Fagerland, Lydersen & Laake 2013, equation 7)."""
-    n, smaller = only_a + only_b, min(only_a, only_b)
-    if n == 0:
-        return 1.0
-    exact = 2 * float(stats.binom.cdf(smaller, n, 0.5)) - float(stats.binom.pmf(smaller, n, 0.5))
-    return 1.0 if only_a == only_b else min(1.0, exact)
-
-
-def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Return the exact binomial two-sided p value for discordant counts."""
-    n = only_a + only_b
-    return 1.0 if n == 0 else float(stats.binomtest(only_a, n, 0.5).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -27,7 +27,7 @@ class Ending:
     Args:
         exit_code: negative: the signal that ended it.
         error: the run's ``error.json``, if it wrote one.
-        complete: the run's ``outcome.json`` is there, so the model is registered.
+        complete: the run's result is there, which is written last: whatever it was to register is registered.
         stalled_attempts: attempts in a row, this one included, that wrote no new checkpoint.
         lost_attempts: the same, if this one counts as lost.
         cancelling: the job's owner asked for the end.

@@ -1,11 +1,5 @@
-"""A trained classifier becomes a bundle: ONNX graph, manifest and probe, compared with torch on real files before it counts.
+"""A trained network becomes a bundle: ONNX graph, manifest and probe, compared with torch on real files before it counts.
 
-`dry_run_export` runs before training and hands its graph to `export_bundle`, which only puts the trained weights in.
+Torch traces a network (`graph`, tried before training by `dry_run`) and gives the answers to compare with (`reference`).
+Everything after that is torch-free (`template`, `agreement`, `quantize`, `pack`).
 """
-
-from finetune.export.agreement import Parity, parity
-from finetune.export.dry_run import dry_run_export
-from finetune.export.graph import DeployModule, Graph
-from finetune.export.pack import BundleFacts, export_bundle
-
-__all__ = ["BundleFacts", "DeployModule", "Graph", "Parity", "dry_run_export", "export_bundle", "parity"]

@@ -1,26 +1,38 @@
-"""Does the exported model say what the trained one says? Measured on real files: torch, ONNX and raw bytes side by side."""
+"""Compare an exported model with the trained one on real files: torch, ONNX and encoded bytes side by side.
+
+The caller gives torch's answers as a `Reference`. Torch-free.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from finetune.bundle.predictor import Outputs, Predictor
+from finetune.data.dataset import Sample
 from finetune.errors import Problem
-from finetune.export.graph import DeployModule, evaluating
 
 BATCH_SIZES = (1, 2, 7, 32)
 N_IMAGES = 32
-_TORCH_BATCH = 32
 
 PROB_TOLERANCE = 1e-4
 TIE_LOGITS = 1e-4  # two classes whose torch logits are closer than this are tied; which of them comes first is not a flip
 CAM_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Torch's answers to some images, which the exported model is compared with."""
+
+    outputs: Outputs  # without a cam: the exported one is checked by its mean
+    head_bias: NDArray[np.float32]  # (C,)
+    source: str  # in words: which torch, and in which process
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Parity:
     n_from_bytes: int
     max_prob_difference_from_bytes: float
     n_flips_from_bytes: int
+    reference: str  # as `Reference.source`
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it, with the tolerances that were applied."""
@@ -60,14 +73,30 @@ class Parity:
         return found
 
 
-def parity(module: DeployModule, predictor: Predictor, files: Sequence[bytes], *, n_from_bytes: int = 8) -> Parity:
-    """Compare `module` (torch) with `predictor` on all `files` in batches of each size, and on the first of them file by file.
+def parity_samples(samples: Sequence[Sample], n: int = N_IMAGES) -> list[Sample]:
+    """Return the images that an export is compared on: of all classes alike, in an order that only their bytes decide.
 
-    The torch side reads its images with the classifier's own preprocessing, so a bundle that carries another one is found out.
+    So two runs on the same images compare the same ones, whatever their seeds.
     """
-    preprocess = module.classifier.backbone.preprocess
-    images = np.stack([preprocess.load(data) for data in files])  # (N, h, w, 3) uint8
-    expected = torch_outputs(module, images)
+    ranks: Counter[tuple[int, ...]] = Counter()
+    ranked: list[tuple[int, Sample]] = []
+    for sample in sorted(samples, key=lambda sample: sample.sha256 or sample.id):
+        ranks[sample.labels] += 1
+        ranked.append((ranks[sample.labels], sample))
+    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])[:n]]
+
+
+def parity(
+    reference: Reference, images: NDArray[np.uint8], predictor: Predictor, files: Sequence[bytes], *, n_from_bytes: int = 8
+) -> Parity:
+    """Compare `predictor` with the reference on all images in batches of each size, and on the first files one by one.
+
+    Args:
+        images: (N, h, w, 3) what torch was shown; framed by the predictor itself only where it reads `files`, so that a bundle
+            which frames images otherwise is found out.
+        files: the encoded images.
+    """
+    expected = reference.outputs
     batch_sizes = (*BATCH_SIZES, *[BATCH_SIZES[-1]] * ((len(images) - 1) // BATCH_SIZES[-1]))
     taken = np.arange(sum(batch_sizes)) % len(images)  # where images run out, they start over
     given = _onnx_outputs(predictor, images[taken], batch_sizes)
@@ -83,28 +112,18 @@ def parity(module: DeployModule, predictor: Predictor, files: Sequence[bytes], *
         n_flips=n_flips,
         n_ties=n_ties,
         min_embedding_cosine=_least_cosine(expected.embedding[taken], given.embedding),
-        max_cam_error=_cam_error(given, module.classifier.head.bias.detach().cpu().numpy()),
+        max_cam_error=_cam_error(given, reference.head_bias),
         n_from_bytes=len(from_bytes),
         max_prob_difference_from_bytes=_furthest(expected.probs[: len(from_bytes)], from_bytes),
         n_flips_from_bytes=n_flips_from_bytes,
+        reference=reference.source,
     )
-
-
-def torch_outputs(module: DeployModule, images: np.ndarray) -> Outputs:
-    """(N, h, w, 3) uint8 through torch in eval mode: the reference that everything else is compared with."""
-    parts = []
-    with evaluating(module), torch.no_grad():
-        for start in range(0, len(images), _TORCH_BATCH):
-            batch = torch.from_numpy(images[start : start + _TORCH_BATCH]).to(module.temperature.device)
-            values = (output.cpu().numpy() for output in module(batch))
-            parts.append(Outputs(**{"cam": None, **dict(zip(module.outputs, values, strict=True))}))
-    return _joined(parts)
 
 
 def _onnx_outputs(predictor: Predictor, images: np.ndarray, batch_sizes: Sequence[int]) -> Outputs:
     """(N, h, w, 3) uint8, N the sum of `batch_sizes`, through ONNX Runtime in batches of just these sizes."""
     ends = np.cumsum(batch_sizes)
-    return _joined([predictor.run(images[end - size : end]) for end, size in zip(ends, batch_sizes, strict=True)])
+    return joined([predictor.run(images[end - size : end]) for end, size in zip(ends, batch_sizes, strict=True)])
 
 
 def _probs_from_bytes(predictor: Predictor, files: Sequence[bytes]) -> np.ndarray:
@@ -114,7 +133,8 @@ def _probs_from_bytes(predictor: Predictor, files: Sequence[bytes]) -> np.ndarra
     return np.array([[answer[name] for name in classes] for answer in answers], np.float32)
 
 
-def _joined(parts: Sequence[Outputs]) -> Outputs:
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of several batches as those of one."""
     cams = [part.cam for part in parts if part.cam is not None]
     return Outputs(
         probs=np.concatenate([part.probs for part in parts]),

@@ -17,15 +17,8 @@ import finetune.export.graph as graph_code
 import finetune.model.backbone as backbone_code
 import finetune.model.classifier as classifier_code
 from finetune.errors import ExportError
-from finetune.export.graph import (
-    INPUT_NAME,
-    DeployModule,
-    Graph,
-    evaluating,
-    fill,
-    named_weights,
-    trace,
-)
+from finetune.export.graph import DeployModule, Graph, evaluating, fill, named_weights, trace
+from finetune.export.template import INPUT_NAME
 from finetune.model.classifier import Classifier
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic

@@ -1,8 +1,9 @@
 """A classifier as one ONNX graph: uint8 images in; probabilities, logits, class activation map and embedding out.
 
-The graph is traced once, with every weight as a named input, and then filled with the weights of the moment. Training changes
-weights and nothing else, so the graph that proved exportable before training is the graph that ships after it, and filling it
-costs a fraction of tracing it. This module knows torch and ONNX; it does not know images, files or bundles.
+The graph is traced once, with every weight as a named input, and then filled with the weights of the moment: first those of the
+backbone (`fold`), then the head (`finetune.export.template`). Training changes weights and nothing else, so the graph that proved
+exportable before training is the graph that ships after it, and filling it costs a fraction of tracing it. This module knows
+torch and ONNX; it does not know images, files or bundles.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx
@@ -22,14 +23,14 @@ from torch import nn
 
 from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
+from finetune.export.template import HEAD_BIAS, HEAD_WEIGHT, INPUT_NAME, OPSET, TEMPERATURE, Head, serialized, with_head
 from finetune.model.classifier import Classifier
 from finetune.runtime.collector import collection_paused
-from finetune.train.objectives import objective_of
+from finetune.training.objectives import objective_of
 
-OPSET = 20  # the first with Gelu; every onnxruntime since 1.17 runs it
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
-INPUT_NAME = "images"
 
+_OF_HEAD = (HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE)
 _TRACE_BATCH = 2  # with 1 the exporter takes the batch for a constant
 _LARGEST_FILE_BYTES = 2**31 - 1  # what one protobuf message, and so one ONNX file without external data, can hold
 
@@ -100,23 +101,29 @@ def trace(module: DeployModule) -> Graph:
     return Graph(_weights_as_inputs(program.model, module), module.outputs)
 
 
-def fill(graph: Graph, module: DeployModule) -> bytes:
-    """The graph with the present weights of `module`, batch norms folded, as one ONNX file; equal weights give equal bytes."""
+def fold(graph: Graph, module: DeployModule) -> bytes:
+    """Return the graph with the present weights of the backbone, batch norms folded, as a template for any head.
+
+    Equal weights give equal bytes.
+    """
     model = ir.from_proto(onnx.load_model_from_string(graph.proto))
-    weights = named_weights(module)
+    weights = {name: weight for name, weight in named_weights(module).items() if name not in _OF_HEAD}
     for value in [value for value in model.graph.inputs if value.name in weights]:
         array = weights[str(value.name)].detach().cpu().contiguous().numpy()
         model.graph.inputs.remove(value)
         value.const_value = ir.tensor(array, name=value.name)
         model.graph.register_initializer(value)
-    return _serialized(ir.to_proto(optimizer.optimize(model)))
+    return serialized(ir.to_proto(optimizer.optimize(model)))
 
 
-def with_metadata(model: bytes, metadata: Mapping[str, str]) -> bytes:
-    """The same ONNX file with `metadata` as its ``metadata_props``."""
-    proto = onnx.load_model_from_string(model)
-    onnx.helper.set_model_props(proto, dict(metadata))
-    return _serialized(proto)
+def fill(graph: Graph, module: DeployModule) -> bytes:
+    """Return the graph with all present weights of `module` as one ONNX file."""
+    return with_head(fold(graph, module), head_of(module.classifier), module.temperature.item())
+
+
+def head_of(classifier: Classifier) -> Head:
+    """Return the present head of a classifier."""
+    return Head(*(parameter.detach().cpu().numpy() for parameter in (classifier.head.weight, classifier.head.bias)))
 
 
 @contextlib.contextmanager
@@ -154,12 +161,7 @@ def _weights_as_inputs(model: ir.Model, module: nn.Module) -> bytes:
         value.const_value = None
         model.graph.inputs.append(value)
     _forget_origins(model)
-    return _serialized(ir.to_proto(model))
-
-
-def _serialized(model: onnx.ModelProto) -> bytes:
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
+    return serialized(ir.to_proto(model))
 
 
 def _forget_origins(model: ir.Model) -> None:

@@ -1,4 +1,7 @@
-"""The bundle written: model, manifest and probe into a folder that is complete or absent, and that was asked before it counts."""
+"""The bundle written: model, manifest and probe into a folder that is complete or absent, and that was asked before it counts.
+
+Torch-free: the model is given as an ONNX file, and torch's answers as a `Reference`.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,24 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from finetune import __version__
-from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
+from finetune.bundle.manifest import MODEL, PROBE, Manifest, OutputName, write_manifest
 from finetune.bundle.predictor import Predictor, Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
-from finetune.export.agreement import N_IMAGES, parity
-from finetune.export.graph import EXPORTER, INPUT_NAME, OPSET, DeployModule, Graph, fill, trace, with_metadata
+from finetune.export.agreement import Reference, parity, parity_samples
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
-from finetune.model.classifier import Classifier
+from finetune.export.template import INPUT_NAME, OPSET, with_metadata
+from finetune.model.facts import BackboneFacts
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.session import open_session
 from finetune.storage.files import atomic_folder, write_atomic
@@ -35,8 +38,25 @@ _N_JUDGED = 1000  # images that int8 is judged on, where there are as many
 
 
 @dataclass(frozen=True)
+class ExportedNetwork:
+    """A trained network as one ONNX file, what is known of it, and torch's answers to compare it with."""
+
+    model: bytes = field(repr=False)
+    backbone: BackboneFacts
+    preprocess: Preprocess
+    exporter: str
+    reference: Callable[[Sequence[Sample], NDArray[np.uint8]], Reference]
+    """Returns torch's answers to samples; the second argument holds their preprocessed pixels, (N, h, w, 3)."""
+
+    @property
+    def outputs(self) -> tuple[OutputName, ...]:
+        """The names of the model's outputs, in their order."""
+        return ("probs", "logits", "cam", "embedding") if self.backbone.cam_kind else ("probs", "logits", "embedding")
+
+
+@dataclass(frozen=True)
 class BundleFacts:
-    """What the manifest says and the classifier does not know."""
+    """What the manifest says and the network does not know."""
 
     name: str
     task: str  # multiclass, multilabel
@@ -55,55 +75,60 @@ class BundleFacts:
 
 
 def export_bundle(
-    classifier: Classifier,
+    network: ExportedNetwork,
     facts: BundleFacts,
     samples: Sequence[Sample],
     out: Path,
     *,
-    graph: Graph | None = None,
+    threads: int = 1,
     quantize: Literal["none", "int8"] = "none",
     training: Sequence[Sample] = (),
     progress: ProgressCallback = silent,
 ) -> Manifest:
-    """Export `classifier` with its present weights as the bundle folder `out`, replacing one that is there.
+    """Write a network as the bundle folder `out`, replacing one that is there.
 
     Args:
         samples: real images, best those of validation; parity is measured on them and the probe is made of them.
-        graph: what `dry_run_export` gave for this classifier; saves tracing it again.
+        threads: cores to run the model on.
         quantize: int8 is kept only if it answers as well on `samples`; ``manifest.model["quantization"]`` says what became of it.
         training: images that int8 is calibrated on; `samples` where there are none.
 
     Raises:
-        ExportError: ONNX cannot express the classifier, or what was exported answers otherwise than torch.
+        ExportError: what was exported answers otherwise than torch.
     """
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
-    files = [sample.read() for sample in _spread(samples, N_IMAGES)]
-    module = DeployModule(classifier, facts.temperature, facts.task)
-    progress(Progress("exporting", 0, 3, "steps", message="writing the ONNX graph"))
-    model = fill(graph or trace(module), module)
-    manifest = _manifest(module, facts)
-    predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
-    progress(Progress("exporting", 1, 3, "steps", message="comparing torch, ONNX and image files"))
-    report = parity(module, predictor, files)
+    progress(Progress("exporting", 0, 3, "steps", message="comparing torch, ONNX and image files"))
+    compared = parity_samples(samples)
+    files = [sample.read() for sample in compared]
+    images = np.stack([network.preprocess.load(data) for data in files])  # (N, h, w, 3) uint8
+    manifest = _manifest(network, facts)
+    model = network.model
+    predictor = Predictor(manifest, open_session(model, threads=threads))
+    report = parity(network.reference(compared, images), images, predictor, files)
     if problems := report.problems():
-        raise ExportError(f"{classifier.backbone.name}: the exported model does not answer as the trained one does", problems)
+        raise ExportError(f"{network.backbone.name}: the exported model does not answer as the trained one does", problems)
     manifest = dataclasses.replace(manifest, parity=report.to_dict())
     if quantize == "int8":
-        progress(Progress("exporting", 2, 3, "steps", message="quantising to int8"))
-        model, outcome = _quantised(model, facts, manifest.preprocess, samples, training or samples)
+        progress(Progress("exporting", 1, 3, "steps", message="quantising to int8"))
+        model, outcome = _quantised(model, facts, manifest.preprocess, samples, training or samples, threads)
         manifest = dataclasses.replace(manifest, model={**manifest.model, **_said_of(outcome)})
-        predictor = Predictor(manifest, open_session(model, threads=torch.get_num_threads()))
+        predictor = Predictor(manifest, open_session(model, threads=threads))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with atomic_folder(out) as folder:
-        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], facts.seen)
+        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], images[:_N_PROBES], facts.seen)
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message="bundle written"))
     return manifest
 
 
 def _quantised(
-    model: bytes, facts: BundleFacts, preprocess: Preprocess, samples: Sequence[Sample], training: Sequence[Sample]
+    model: bytes,
+    facts: BundleFacts,
+    preprocess: Preprocess,
+    samples: Sequence[Sample],
+    training: Sequence[Sample],
+    threads: int,
 ) -> tuple[bytes, Quantization]:
     """int8 if it is as good on `samples`, else the model as it is."""
     judged = _spread(samples, _N_JUDGED)
@@ -113,7 +138,7 @@ def _quantised(
         images=np.stack([sample.decode(preprocess.load) for sample in judged]),
         targets=task_named(facts.task).encode([sample.target for sample in judged], len(facts.classes)),
         task=task_named(facts.task),
-        threads=torch.get_num_threads(),
+        threads=threads,
     )
 
 
@@ -123,39 +148,40 @@ def _said_of(outcome: Quantization) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, model: bytes, manifest: Manifest, predictor: Predictor, encoded: Sequence[bytes], seen: Seen
+    folder: Path,
+    model: bytes,
+    manifest: Manifest,
+    predictor: Predictor,
+    encoded: Sequence[bytes],
+    images: NDArray[np.uint8],
+    seen: Seen,
 ) -> Manifest:
-    """The three files, the manifest last."""
+    """Write the three files, the manifest last."""
     described = with_metadata(model, manifest.model_metadata())
     write_atomic(folder / MODEL, lambda stream: stream.write(described))
-    images = np.stack([manifest.preprocess.load(data) for data in encoded])  # (N, h, w, 3) uint8
     write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, seen)
     return write_manifest(folder, manifest)
 
 
-def _manifest(module: DeployModule, facts: BundleFacts) -> Manifest:
-    classifier = module.classifier
+def _manifest(network: ExportedNetwork, facts: BundleFacts) -> Manifest:
+    backbone = network.backbone
     return Manifest(
         name=facts.name,
         version=None,
         created_at=facts.created_at,
         task=facts.task,
         classes=facts.classes,
-        preprocess=classifier.backbone.preprocess,
-        backbone={
-            "name": classifier.backbone.name,
-            "weights": classifier.backbone.weights.to_dict(),
-            "n_parameters": classifier.backbone.n_parameters,
-        },
+        preprocess=network.preprocess,
+        backbone={"name": backbone.name, "weights": dict(backbone.weights), "n_parameters": backbone.n_parameters},
         method=dict(facts.method),
         spec_digest=facts.spec_digest,
-        outputs=module.outputs,
-        cam={"available": classifier.cam_kind is not None, "kind": classifier.cam_kind, "reason": classifier.cam_reason},
+        outputs=network.outputs,
+        cam={"available": backbone.cam_kind is not None, "kind": backbone.cam_kind, "reason": backbone.cam_reason},
         metrics=dict(facts.metrics),
         calibration=dict(facts.calibration),
         frozen=dict(facts.frozen),
         versions=_versions(),
-        model={"input_name": INPUT_NAME, "opset": OPSET, "exporter": EXPORTER},
+        model={"input_name": INPUT_NAME, "opset": OPSET, "exporter": network.exporter},
     )
 
 
@@ -168,6 +194,6 @@ def _versions() -> dict[str, str]:
 
 
 def _spread(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
-    """At most `n` of them, evenly over their order, and so over the classes."""
+    """Return at most `n` of them, evenly over their order, and so over the classes."""
     chosen = np.linspace(0, len(samples) - 1, min(n, len(samples))).round().astype(int)
     return [samples[index] for index in chosen]

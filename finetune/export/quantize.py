@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from finetune.export.graph import INPUT_NAME
+from finetune.export.template import INPUT_NAME
 from finetune.runtime.session import open_session
 from finetune.tasks import Task
 

@@ -11,56 +11,78 @@ import copy
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune.events import EventCallback, PrefixEngine
+from finetune.features.engine import (
+    INPUT_NAME,
+    LEAST_AGREEMENT,
+    OUTPUT_NAME,
+    Engine,
+    GraphSource,
+    OnnxEngine,
+    agreement,
+    only_embedding,
+    onnx_engine_name,
+    refused,
+)
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
 from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import read_json, sha256_file, write_atomic, write_json
 
-GraphSource = Callable[[], bytes]  # an ONNX file with an output `embedding`, made when it is asked for
-
-LEAST_AGREEMENT = 0.9999
 OPSET = 20
-INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
 _GRAPH_ERRORS = (torch.onnx.errors.OnnxExporterError, *ORT_ERRORS)
 
 
-class Engine(Protocol):
-    """Runs a prefix."""
+@dataclass(frozen=True)
+class ClassifierPrefix:
+    """The stages of a classifier below `stage`, as a `Prefix`; with `stage` equal to the number of stages, all, with pooling.
+
+    Args:
+        graph: where an ONNX file with the embedding comes from, if the classifier was exported already; exporting takes seconds.
+    """
+
+    classifier: Classifier
+    stage: int
+    graph: GraphSource | None = None
 
     @property
-    def name(self) -> str:
-        """Part of the keys of what it computes: another engine rounds otherwise."""
-        ...
+    def backbone(self) -> str:
+        return self.classifier.backbone.name
 
     @property
-    def batch_size(self) -> int:
-        """Images a call, for speed."""
-        ...
+    def row_shape(self) -> tuple[int, ...]:
+        return activation_shape(self.classifier, self.stage)
 
-    @property
-    def concurrent(self) -> bool:
-        """Whether several threads should call `run` at once, each for one core."""
-        ...
+    @cached_property
+    def digest(self) -> str:
+        return prefix_digest(self.classifier, self.stage)
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the activations of images (B, h, w, 3) uint8, as (B, *shape) float32."""
-        ...
+    def expected_engine(self, device: Device, folder: Path) -> str:
+        usable = device == "cpu" and refused(folder) is None
+        return onnx_engine_name() if usable else torch_engine_name(device, autocast=True)
+
+    def open_engine(self, images: NDArray[np.uint8], device: Device, folder: Path, event: EventCallback) -> Engine:
+        whole = self.stage == len(self.classifier.backbone.stages)
+        graph = self.graph if whole else None
+        return open_engine(PixelPrefix(self.classifier, self.stage), images, device, folder, graph, event)
+
+
+def embedding_prefix(classifier: Classifier, graph: GraphSource | None = None) -> ClassifierPrefix:
+    """Return the whole backbone with pooling as a prefix: from pixels to what the head gets."""
+    return ClassifierPrefix(classifier, len(classifier.backbone.stages), graph)
 
 
 def activation_shape(classifier: Classifier, stage: int) -> tuple[int, ...]:
@@ -134,32 +156,6 @@ class TorchEngine:
         return rows
 
 
-@dataclass(frozen=True)
-class OnnxEngine:
-    """ONNX Runtime, one core a call.
-
-    As many batches at once as there are cores cost less than one batch spread over all of them: on two cores and with decoding
-    in the same threads 11.5 ms of CPU an image, against 13.5, or 17 with spinning.
-    """
-
-    session: onnxruntime.InferenceSession
-
-    concurrent = True
-    batch_size = 8  # per thread; more falls out of the cores' caches (8.3 ms an image at 4, 9.4 at 16)
-
-    @property
-    def name(self) -> str:
-        return onnx_engine_name()
-
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = self.session.run(None, {INPUT_NAME: images})[0]
-        return output
-
-
-def onnx_engine_name() -> str:
-    return f"onnxruntime {onnxruntime.__version__}"
-
-
 def torch_engine_name(device: Device, autocast: bool) -> str:
     return f"torch {torch.__version__} {device} {'float16' if autocast and device == 'cuda' else 'float32'}"
 
@@ -194,13 +190,6 @@ def open_engine(
     return plain
 
 
-def refused(store: Path) -> str | None:
-    """Return why ONNX Runtime was found unfit for this prefix before; None if it was not."""
-    verdict = store / "engine.json"
-    refusal: str | None = read_json(verdict).get("refused") if verdict.exists() else None
-    return refusal
-
-
 class _Disagreement(Exception):
     """An engine whose output is not torch's."""
 
@@ -211,7 +200,7 @@ def _open_onnx(
     file, verdict = store / "prefix.onnx", store / "engine.json"
     if file.exists() and verdict.exists() and read_json(verdict).get("sha256") == sha256_file(file):
         return OnnxEngine(open_session(file.read_bytes()))
-    model = export_prefix(module) if graph is None else _only_embedding(graph())
+    model = export_prefix(module) if graph is None else only_embedding(graph())
     engine = OnnxEngine(open_session(model))
     cosine = agreement(engine.run(images), plain.run(images))
     if not cosine > LEAST_AGREEMENT:
@@ -231,16 +220,6 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
         PrefixEngine(f"the frozen part of {module.backbone_name} runs in float32: float16 has a cosine of {cosine:.6f} with it")
     )
     return plain
-
-
-def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Return the least 2ab / (a² + b²) over matching rows: their cosine where they are equally long, less where they are not.
-
-    NaN if anything is not finite.
-    """
-    a, b = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (first, second))
-    squares = (a * a).sum(axis=1) + (b * b).sum(axis=1)
-    return float(np.where(squares == 0, 1.0, 2 * (a * b).sum(axis=1) / np.where(squares == 0, 1.0, squares)).min())
 
 
 def export_prefix(module: PixelPrefix) -> bytes:
@@ -263,18 +242,6 @@ def export_prefix(module: PixelPrefix) -> bytes:
     stream = io.BytesIO()
     onnx.save_model(program.model_proto, stream)
     return stream.getvalue()
-
-
-def _only_embedding(graph: bytes) -> bytes:
-    """Return the graph with the embedding as its only output; the session prunes what only served the others."""
-    model = onnx.load_model_from_string(graph)
-    kept = [output for output in model.graph.output if output.name == OUTPUT_NAME]
-    if not kept:
-        raise ValueError(f"the graph has no output named {OUTPUT_NAME!r}")
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def _first_line(error: Exception) -> str:

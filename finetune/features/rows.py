@@ -1,8 +1,8 @@
 """The frozen prefix, computed once: its output for every image and view, read from the cache where it was computed before.
 
 A frozen stage's output for one view of an image never changes. `pooled_features` gives the embeddings that a head is solved on;
-`FrozenRows` is the general case, any cut, which `finetune.train.replay` trains on; `plan_prefix` says beforehand what either will
-cost. Decoding runs beside the network, on all cores; rows stream to disk as they come.
+`FrozenRows` is the general case, any cut, which `finetune.training.replay` trains on. Decoding runs beside the network, on all
+cores; rows stream to disk as they come. Torch-free: what computes the rows is behind `finetune.features.engine.Prefix`.
 
 A row's key holds the image's bytes and the view; its space holds the prefix's weights, the preprocessing, the cut, the number
 format and the engine. So rows are found again when the dataset grows, is split otherwise or trains another head, and never when
@@ -16,7 +16,8 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,20 +30,8 @@ from finetune.data.dataset import Sample
 from finetune.data.parallel import ordered_map
 from finetune.errors import DataError, DiskFull, ImageError, Problem, TrainingError
 from finetune.events import CacheFull, EventCallback, ignore_event
-from finetune.features.cache import KEY_BYTES, RowCache, ShardWriter
-from finetune.features.prefix import (
-    Engine,
-    GraphSource,
-    PixelPrefix,
-    activation_shape,
-    onnx_engine_name,
-    open_engine,
-    prefix_digest,
-    refused,
-    torch_engine_name,
-)
-from finetune.model.classifier import Classifier
-from finetune.model.cut import why_not_cut
+from finetune.features.cache import KEY_BYTES, RowCache, Rows, ShardWriter
+from finetune.features.engine import Engine, Prefix, onnx_engine_name
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.cores import available_cores
 from finetune.runtime.device import Device
@@ -51,7 +40,7 @@ from finetune.storage.store import Store
 RowType = Literal["float16", "float32"]
 
 CHECKED_IMAGES = 16  # on which an engine must agree with torch
-TIMED_IMAGES = 8  # from which `plan_prefix` estimates
+TIMED_IMAGES = 8  # from which speed is estimated
 COPIED_ROWS = 1024  # at a time out of the cache
 CPU_BATCH = 8  # rows a call of an engine on a CPU
 DECODED_AHEAD_BYTES = 128 * 1024**2  # of pixels that wait for the engine, which may still be under construction
@@ -99,7 +88,6 @@ class FeatureContext:
     store: Store
     device: Device = "cpu"
     threads: int | None = None
-    graph: GraphSource | None = None  # where the classifier has been exported already
     progress: ProgressCallback = silent
     event: EventCallback = ignore_event
 
@@ -108,17 +96,15 @@ class FeatureContext:
         return self.threads or available_cores()
 
 
-def pooled_features(
-    classifier: Classifier, samples: Sequence[Sample], views: Views, context: FeatureContext
-) -> NDArray[np.float32]:
-    """Return the embeddings that the head gets: (N, D), or (N, K, D) for K > 1 views.
+def pooled_features(prefix: Prefix, samples: Sequence[Sample], views: Views, context: FeatureContext) -> NDArray[np.float32]:
+    """Return what `prefix` makes of samples, (N, *row_shape); of K > 1 views of each, (N, K, *row_shape).
 
     Raises:
         DataError: images that cannot be decoded, each named.
     """
-    wanted = FrozenRows(classifier, len(classifier.backbone.stages), "float32", samples, views, context)
+    wanted = FrozenRows(prefix, "float32", samples, views, context)
     wanted.settle_engine()
-    features = np.empty((len(wanted.keys), *wanted.shape), np.float32)
+    features = np.empty((len(wanted.keys), *prefix.row_shape), np.float32)
     stored = np.flatnonzero(wanted.rows.shard_of >= 0)
     for start in range(0, len(stored), COPIED_ROWS):
         positions = stored[start : start + COPIED_ROWS]
@@ -128,18 +114,18 @@ def pooled_features(
         if not keep:
             context.event(CacheFull(f"the features are not kept for later runs: {wanted.why_no_room()}"))
         wanted.compute(features, keep)
-    return features if views.count == 1 else features.reshape(len(samples), views.count, -1)
+    return features if views.count == 1 else features.reshape(len(samples), views.count, *prefix.row_shape)
 
 
 def decode_into_features(
-    classifier: Classifier, views: Views, context: FeatureContext, samples: Sequence[Sample]
+    prefix: Prefix, views: Views, context: FeatureContext, samples: Sequence[Sample]
 ) -> dict[int, ImageError]:
     """Decode samples and keep their pooled features, so that whoever asks for these later decodes nothing.
 
     Returns:
         The samples that cannot be decoded, by position. Where the cache has no room, samples are only decoded.
     """
-    wanted = FrozenRows(classifier, len(classifier.backbone.stages), "float32", samples, views, context)
+    wanted = FrozenRows(prefix, "float32", samples, views, context)
     if not wanted.n_missing:
         return {}
     if wanted.make_room():
@@ -147,89 +133,41 @@ def decode_into_features(
     return wanted.decode_only()
 
 
-@dataclass(frozen=True)
-class PrefixPlan:
-    """What will be computed once and kept, and what that costs: a line of ``finetune check``."""
-
-    stage: int | None  # the cut is before this stage; None: nothing is kept
-    after: str  # the last frozen stage, by name
-    row_shape: tuple[int, ...]
-    dtype: RowType
-    views: int  # per training image; fewer than asked for where the disk has no room for all
-    n_rows: int
-    n_missing: int  # rows not in the cache yet
-    n_bytes: int  # of all rows
-    seconds: float | None  # to compute what is missing; None where it was not measured
-    rows_per_second: float | None
-    engine: str
-    reason: str
-
-    def __str__(self) -> str:
-        if self.stage is None:
-            return f"nothing is computed once: {self.reason}"
-        text = f"frozen up to {self.after}: {self.n_rows:,} rows of {self.dtype} {self.row_shape}, {self.n_bytes / 1e6:,.1f} MB"
-        if not self.n_missing:
-            return f"{text}, all in the cache"
-        text += f", {self.n_missing:,} to compute with {self.engine}"
-        if self.seconds is None or self.rows_per_second is None:
-            return text
-        return f"{text}, about {self.seconds:,.0f} s at {self.rows_per_second:,.0f} images/s"
+def engine_folder(prefix: Prefix, preprocess: Preprocess, store: Store) -> Path:
+    """Return the folder that holds the exported graph of a prefix and the verdict on it; a graph takes images of one size."""
+    return store.folder("engines") / _digest("graph", prefix.digest, str(preprocess.input_size_px), onnx_engine_name())
 
 
-def plan_prefix(
-    classifier: Classifier,
-    first_trainable: int,
-    train: Sequence[Sample],
-    val: Sequence[Sample],
-    views: Views,
-    context: FeatureContext,
-    *,
-    measure: bool = True,
-) -> PrefixPlan:
-    """Choose the cut and say what it costs.
-
-    The deepest cut at or below the first trainable stage wins, for what lies between runs again in every epoch. Where its rows
-    do not fit the cache, a smaller activation further down is taken, then fewer views.
-
-    Args:
-        first_trainable: its stage index; the number of stages when only the head trains.
-        measure: time a few images, through the engine that will be used (it is exported for that, and kept).
-    """
-    stages = classifier.backbone.stages
-    dtype: RowType = "float32" if first_trainable == len(stages) else "float16"
-    at_or_below = range(first_trainable, 0, -1)
-    cuts = [stage for stage in at_or_below if not why_not_cut(classifier.backbone, stage)]
-    for count in _halvings(views.count):
-        for stage in cuts:
-            of_train = FrozenRows(classifier, stage, dtype, train, replace(views, count=count), context)
-            if len(of_train.keys) * of_train.cache.row_bytes > context.store.budget_bytes:
-                continue
-            rate = of_train.rows_per_second() if measure else None
-            of_val = FrozenRows(classifier, stage, dtype, val, replace(views, count=1), context)
-            n_missing, n_rows = of_train.n_missing + of_val.n_missing, len(of_train.keys) + len(of_val.keys)
-            return PrefixPlan(
-                stage=stage,
-                after=stages[stage - 1].name,
-                row_shape=of_train.shape,
-                dtype=dtype,
-                views=count,
-                n_rows=n_rows,
-                n_missing=n_missing,
-                n_bytes=n_rows * of_train.cache.row_bytes,
-                seconds=0.0 if not n_missing else n_missing / rate if rate else None,
-                rows_per_second=rate,
-                engine=of_train.engine_name,
-                reason="" if count == views.count else f"{views.count} views do not fit the cache",
-            )
-    if not at_or_below:
-        reason = "the first stage trains"
-    else:
-        reason = "no cut fits into the cache" if cuts else why_not_cut(classifier.backbone, first_trainable)
-    return PrefixPlan(None, "", (), dtype, views.count, 0, 0, 0, None, None, "", reason)
+def rows_of(prefix: Prefix, preprocess: Preprocess, dtype: RowType, engine_name: str, store: Store) -> RowCache:
+    """Return the space of a cache that holds what one engine makes of images that are framed in one way."""
+    space = _digest("rows", DECODER, prefix.digest, preprocess.digest(), dtype, engine_name)
+    return RowCache(store, space, prefix.row_shape, dtype)
 
 
-def _halvings(count: int) -> list[int]:
-    return [count] if count == 1 else [count, *_halvings(count // 2)]
+def find_rows(prefix: Prefix, samples: Sequence[Sample], preprocess: Preprocess, engine_name: str, store: Store) -> Rows:
+    """Return what one engine has made of samples as evaluated, as far as that is stored."""
+    keys = _row_keys(samples, Views(preprocess).names(), available_cores())
+    return rows_of(prefix, preprocess, "float32", engine_name, store).find(keys)
+
+
+def keep_rows(
+    rows: NDArray[np.float32],
+    prefix: Prefix,
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    engine_name: str,
+    store: Store,
+) -> bool:
+    """Store what one engine has made of samples as evaluated; return whether there was room."""
+    keys = _row_keys(samples, Views(preprocess).names(), available_cores())
+    cache = rows_of(prefix, preprocess, "float32", engine_name, store)
+    missing = cache.find(keys).missing
+    if not store.reserve(len(missing) * cache.row_bytes):
+        return False
+    writer = cache.writer()
+    writer.append(keys[missing], rows[missing])
+    writer.flush()
+    return True
 
 
 class DoesNotFit(Exception):
@@ -242,20 +180,14 @@ class FrozenRows:
     Row ``i * K + k`` is view k of image i.
     """
 
-    def __init__(
-        self, classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext
-    ) -> None:
-        self.classifier, self.stage, self.dtype = classifier, stage, dtype
+    def __init__(self, prefix: Prefix, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext) -> None:
+        self.prefix, self.dtype = prefix, dtype
         self.samples, self.views, self.context = samples, views, context
-        self.shape = activation_shape(classifier, stage)
         self._view_names = views.names()
         self.keys = _row_keys(samples, self._view_names, context.cores)  # (N * K, 32)
-        self._prefix = prefix_digest(classifier, stage)
-        size = str(views.preprocess.input_size_px)  # a graph takes images of one size
-        self._graph_store = context.store.folder("engines") / _digest("graph", self._prefix, size, onnx_engine_name())
+        self._engine_folder = engine_folder(prefix, views.preprocess, context.store)
         self._engine: Engine | None = None
-        usable = context.device == "cpu" and refused(self._graph_store) is None
-        self._use_space_of(onnx_engine_name() if usable else torch_engine_name(context.device, autocast=True))
+        self._use_space_of(prefix.expected_engine(context.device, self._engine_folder))
 
     @property
     def n_missing(self) -> int:
@@ -268,10 +200,8 @@ class FrozenRows:
     def settle_engine(self) -> None:
         """Open the engine that will compute missing rows; it may be another than expected, with other rows in the cache."""
         if self.n_missing and self._engine is None:
-            module = PixelPrefix(self.classifier, self.stage)
-            graph = self.context.graph if self.stage == len(self.classifier.backbone.stages) else None
-            engine = open_engine(
-                module, self._images_to_check(), self.context.device, self._graph_store, graph, self.context.event
+            engine = self.prefix.open_engine(
+                self._images_to_check(), self.context.device, self._engine_folder, self.context.event
             )
             self._engine = engine
             if engine.name != self.engine_name:
@@ -379,14 +309,13 @@ class FrozenRows:
     def _check_range(self, rows: NDArray[np.float32]) -> None:
         largest = np.abs(rows).max()
         if not np.isfinite(largest):
-            raise TrainingError(f"{self.classifier.backbone.name} gives values that are not finite: check its weights file")
+            raise TrainingError(f"{self.prefix.backbone} gives values that are not finite: check its weights file")
         if largest > np.finfo(self.dtype).max:
             raise DoesNotFit
 
     def _use_space_of(self, engine_name: str) -> None:
         self.engine_name = engine_name
-        space = _digest("rows", DECODER, self._prefix, self.views.preprocess.digest(), self.dtype, engine_name)
-        self.cache = RowCache(self.context.store, space, self.shape, self.dtype)
+        self.cache = rows_of(self.prefix, self.views.preprocess, self.dtype, engine_name, self.context.store)
         self.look_up()
 
     def _images_to_check(self) -> NDArray[np.uint8]:

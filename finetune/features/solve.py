@@ -84,7 +84,7 @@ def solve_softmax_head(
     num_classes: int,
     *,
     val_features: NDArray[np.floating[Any]] | None = None,
-    val_labels: NDArray[np.integer[Any]] | None = None,
+    val_targets: NDArray[np.integer[Any]] | None = None,
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
@@ -110,8 +110,8 @@ def solve_softmax_head(
     with _threads_for(features):
         matrix = _standardise(features.reshape(n_train, -1), val_features)
         row_labels = np.repeat(labels, views).astype(np.int64)
-        if val_labels is not None:
-            row_labels = np.concatenate([row_labels, val_labels.astype(np.int64)])
+        if val_targets is not None:
+            row_labels = np.concatenate([row_labels, val_targets.astype(np.int64)])
         problem = _Problem(matrix.rows, row_labels, num_classes, label_smoothing)
         all_weights = _row_weights(row_labels, views, n_train, class_weights)
         weights = all_weights * (np.arange(n_train + n_val) < n_train)

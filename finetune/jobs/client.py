@@ -7,24 +7,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.comparison_spec import ComparedRuns, ComparisonSpec
+from finetune.errors import Conflict
+from finetune.jobs.creation import digest_of
 from finetune.jobs.database import open_jobs
+from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.jobs.schema import TERMINAL
 from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
+from finetune.jobs.tracking import mlflow_run_of
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
 
+Asked = JobSpec | ComparisonSpec | ComparedRuns
+
 
 @dataclass(frozen=True)
 class JobView:
-    """One job. Times are Unix seconds; `model` is ``name@version`` of what it made."""
+    """One job. Times are Unix seconds; `what` is the request in a few words, `model` is ``name@version`` of what it made."""
 
     id: str
+    kind: str
+    what: str
     state: str
     phase: str | None
-    backbone: str
-    method: str
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -33,6 +40,9 @@ class JobView:
     model: str | None = None
     error_code: str | None = None
     error_message: str | None = None
+    conclusion: str | None = None  # what a comparison came to, in a sentence
+    backbone: str | None = None  # of a fine-tuning job
+    method: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -54,13 +64,16 @@ class EventView:
 
 
 class JobsClient(Protocol):
-    """What `finetune jobs` needs of either place."""
+    """What `finetune jobs` and `finetune compare` need of either place."""
 
-    def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView: ...
+    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView: ...
     def list(self, limit: int) -> Sequence[JobView]: ...
     def get(self, job_id: str) -> JobView: ...
     def cancel(self, job_id: str) -> JobView: ...
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]: ...
+
+    def result(self, job_id: str) -> Mapping[str, Any]:
+        """Return the document of what a job that has succeeded came to."""
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         """What the job's processes have printed, from byte `offset` on."""
@@ -73,24 +86,23 @@ class LocalJobs:
         self.home = home
         self.store = JobStore(open_jobs(home))
 
-    def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; a worker on this machine will find its files by their absolute paths."""
-        spec = spec.with_absolute_paths()
-        spec = spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(Path(spec.training_file)))})
-        digest = spec.digest()
+        kind, spec, suffix = _as_queued(asked)
+        digest = digest_of(spec)
         job, _ = self.store.create(
             LOCAL_OWNER,
-            spec.model_dump(mode="json"),
+            spec,
+            kind=kind,
             spec_digest=digest,
-            suffix=spec.suffix,
+            suffix=suffix,
             idempotency_key=idempotency_key,
             body_sha256=digest,
         )
         return view(job)
 
     def list(self, limit: int) -> Sequence[JobView]:
-        jobs, _ = self.store.list(limit=limit)
-        return [view(job) for job in jobs]
+        return [view(job) for job in self.store.newest(limit)]
 
     def get(self, job_id: str) -> JobView:
         return view(self.store.get(job_id))
@@ -100,6 +112,12 @@ class LocalJobs:
 
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
         return [_event_view(event) for event in self.store.events(job_id, after=after)]
+
+    def result(self, job_id: str) -> Mapping[str, Any]:
+        job = self.store.get(job_id)
+        if job.result is None:
+            raise Conflict(f"{job_id} is {job.state}; only a job that has succeeded has a result")
+        return {**job.result, "mlflow_run_id": mlflow_run_of(RunDir(self.home / "runs" / job_id))}
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         self.store.get(job_id)  # an unknown job is an error, not an empty log
@@ -111,23 +129,45 @@ class LocalJobs:
             return stream.read()
 
 
+def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
+    """Return a request as the queue holds it: its kind, the mapping that the command takes, the name that it may register."""
+    if isinstance(asked, ComparedRuns):
+        absolute = [str(Path(run).absolute()) for run in asked.runs]
+        return COMPARISON, {**asked.model_dump(mode="json"), "runs": absolute}, None
+    if isinstance(asked, ComparisonSpec):
+        located = asked.with_absolute_paths()
+        job = _named(located.job)
+        return COMPARISON, located.with_job(job).to_dict(), job.suffix if asked.settings.register_chosen else None
+    spec = _named(asked.with_absolute_paths())
+    return TRAINING, spec.model_dump(mode="json"), spec.suffix
+
+
+def _named(spec: JobSpec) -> JobSpec:
+    """Return a spec with the name that its model will be registered under."""
+    return spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(Path(spec.training_file)))})
+
+
 def view(job: Job) -> JobView:
     """A stored job as its owner sees it."""
-    spec, result = job.spec, job.result or {}
+    spec, result, kind = job.spec, job.result or {}, job.kind
+    is_training = kind is TRAINING
     return JobView(
         id=job.id,
+        kind=kind.name,
+        what=kind.describe(spec),
         state=job.state,
         phase=job.phase,
-        backbone=spec["model"]["backbone"],
-        method=spec["method"]["type"],
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
         attempts=job.attempts,
         progress=job.progress if job.state in ("running", "cancelling") else None,
-        model=f"{result['model']}@{result['version']}" if result else None,
+        model=kind.registered(result) if result else None,
         error_code=job.error_code,
         error_message=job.error_message,
+        conclusion=kind.conclude(result) if result and not is_training else None,
+        backbone=spec["model"]["backbone"] if is_training else None,
+        method=spec["method"]["type"] if is_training else None,
         metrics=result.get("metrics", {}),
     )
 

@@ -5,8 +5,12 @@ Everything here runs inside the transaction that makes the object, so that what 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
@@ -22,6 +26,11 @@ def new_id(prefix: str) -> str:
     """``ftjob-0c3t…``: 130 bits in 26 characters, sorted by creation time to the microsecond, then at random (72 bits)."""
     number = (time.time_ns() // 1_000 << 72) | secrets.randbits(72)
     return f"{prefix}-" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def digest_of(spec: Mapping[str, Any]) -> str:
+    """Return a sha256: equal specs have equal digests."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def one_creation_at_a_time(connection: Connection, owner: str, model_name: str | None = None) -> None:

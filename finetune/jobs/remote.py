@@ -10,8 +10,10 @@ from urllib.parse import quote
 
 import httpx
 
-from finetune.jobs.client import EventView, JobView
+from finetune.comparison_spec import ComparisonSpec
+from finetune.jobs.client import Asked, EventView, JobView
 from finetune.jobs.http import Connection
+from finetune.jobs.kinds import COMPARISON, KINDS, TRAINING, Kind, kind_of_id
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 
@@ -24,21 +26,27 @@ class RemoteJobs:
     def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.connection = Connection(server, api_key, transport)
 
-    def submit(self, spec: JobSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
-        """Upload what the spec names on this machine, then create the job, once however often the connection breaks."""
-        body = spec.model_dump(mode="json", exclude_unset=True)
+    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+        """Upload what the request names on this machine, then create the job, once however often the connection breaks."""
+        body = asked.given() if isinstance(asked, ComparisonSpec) else asked.model_dump(mode="json", exclude_unset=True)
         for name in ("training_file", "validation_file", "test_file"):
             if (given := body.get(name)) is not None and Path(given).exists():
                 body[name] = self.connection.upload(Path(given), progress)["id"]
         key = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return _job_view(self.connection.ask("POST", "/v1/fine_tuning/jobs", json=body, headers=key).json())
+        path = (TRAINING if isinstance(asked, JobSpec) else COMPARISON).path
+        return _job_view(self.connection.ask("POST", path, json=body, headers=key).json())
 
     def list(self, limit: int) -> Sequence[JobView]:
+        """Return the newest jobs of all kinds, newest first."""
+        found = [view for kind in KINDS.values() for view in self._newest(kind, limit)]
+        return sorted(found, key=lambda view: (view.created_at, view.id.partition("-")[2]), reverse=True)[:limit]
+
+    def _newest(self, kind: Kind, limit: int) -> Sequence[JobView]:
         found: list[JobView] = []
         more = True
         while more and len(found) < limit:
             page = {"limit": min(limit - len(found), _PAGE)} | ({"after": found[-1].id} if found else {})
-            answer = self.connection.ask("GET", "/v1/fine_tuning/jobs", params=page).json()
+            answer = self.connection.ask("GET", kind.path, params=page).json()
             found += [_job_view(document) for document in answer["data"]]
             more = answer["has_more"]
         return found
@@ -48,6 +56,10 @@ class RemoteJobs:
 
     def cancel(self, job_id: str) -> JobView:
         return _job_view(self.connection.ask("POST", f"{_path(job_id)}/cancel").json())
+
+    def result(self, job_id: str) -> Mapping[str, Any]:
+        document: Mapping[str, Any] = self.connection.ask("GET", f"{_path(job_id)}/result").json()
+        return document
 
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
         found: list[EventView] = []
@@ -67,17 +79,19 @@ class RemoteJobs:
 
 
 def _path(job_id: str) -> str:
-    return f"/v1/fine_tuning/jobs/{quote(job_id, safe='')}"
+    return f"{kind_of_id(job_id).path}/{quote(job_id, safe='')}"
 
 
 def _job_view(document: Mapping[str, Any]) -> JobView:
     error, name = document["error"] or {}, document["fine_tuned_model"]
+    kind = kind_of_id(document["id"])
+    is_training = kind is TRAINING
     return JobView(
         id=document["id"],
+        kind=kind.name,
+        what=f"{document['model']}, {document['method']['type']}" if is_training else document["description"],
         state=document["status"],
         phase=document["phase"],
-        backbone=document["model"],
-        method=document["method"]["type"],
         created_at=document["created_at"],
         started_at=document["started_at"],
         finished_at=document["finished_at"],
@@ -86,7 +100,10 @@ def _job_view(document: Mapping[str, Any]) -> JobView:
         model=None if name is None else f"{name}@{document['fine_tuned_version']}",
         error_code=error.get("code"),
         error_message=error.get("message"),
-        metrics=document["metrics"],
+        conclusion=None if is_training else (document["verdict"] or {}).get("sentence"),
+        backbone=document["model"] if is_training else None,
+        method=document["method"]["type"] if is_training else None,
+        metrics=document["metrics"] if is_training else {},
     )
 
 

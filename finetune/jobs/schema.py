@@ -35,7 +35,7 @@ jobs = Table(
     Column("state", String(16), nullable=False),
     Column("phase", String(16)),
     Column("priority", Integer, nullable=False, default=0),
-    Column("spec", Text, nullable=False),  # the JobSpec as JSON
+    Column("spec", Text, nullable=False),  # the request as the command takes it, as JSON
     Column("spec_digest", String(64), nullable=False),
     Column("request", Text),  # the body as the client sent it, where the client speaks another dialect than JobSpec
     Column("suffix", String(64)),
@@ -58,9 +58,11 @@ jobs = Table(
     Column("error_code", String(64)),
     Column("error_message", Text),
     Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # of the run's folder, once the job has ended
+    Column("kind", String(16), nullable=False, server_default="training"),  # see `finetune.jobs.kinds`
     CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
     CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
-    Index("jobs_claim", "state", text("priority DESC"), "id"),  # the order in which jobs are claimed
+    Index("jobs_claim", "state", text("priority DESC"), "created_at", "id"),  # the order in which jobs are claimed
+    Index("jobs_kind", "kind", "id"),
     Index("jobs_owner", "owner", "id"),
     Index("jobs_suffix", "suffix", "id"),
 )

@@ -1,4 +1,4 @@
-"""The durable rows behind fine-tuning jobs, and the only code that changes a job's state.
+"""The durable rows behind jobs of every kind, and the only code that changes a job's state.
 
     queued ──claim──▶ running ──▶ succeeded | failed | cancelled        terminal states never change
       ▲                  │ ▲
@@ -45,6 +45,7 @@ from finetune.executors.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.clock import LeaseTime, lease_time
 from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
+from finetune.jobs.kinds import KINDS, TRAINING, Kind, kind_of_id
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
@@ -60,6 +61,7 @@ class Job:
     """One row, decoded."""
 
     id: str
+    kind: Kind
     owner: str
     state: str
     phase: str | None
@@ -123,6 +125,7 @@ class JobStore:
         owner: str,
         spec: Mapping[str, Any],
         *,
+        kind: Kind = TRAINING,
         spec_digest: str,
         request: Mapping[str, Any] | None = None,
         suffix: str | None = None,
@@ -152,37 +155,44 @@ class JobStore:
                 raise NameTaken(suffix)
             if max_queued is not None:
                 _check_quota(connection, owner, max_queued)
-            job_id = new_id("ftjob")
+            job_id = new_id(kind.prefix)
             connection.execute(
                 insert(jobs).values(
-                    id=job_id, owner=owner, state="queued", priority=priority, spec=_dumps(spec), spec_digest=spec_digest,
-                    request=None if request is None else _dumps(request), suffix=suffix, created_at=now,
+                    id=job_id, kind=kind.name, owner=owner, state="queued", priority=priority, spec=_dumps(spec),
+                    spec_digest=spec_digest, request=None if request is None else _dumps(request), suffix=suffix, created_at=now,
                 )
             )  # fmt: skip
             remember_object(connection, owner, idempotency_key, body_sha256, job_id)
             _record(connection, job_id, now, "queued", "The job is queued.")
             return _job(_row(connection, job_id, owner)), True
 
-    def get(self, job_id: str, owner: str | None = None) -> Job:
-        """One job; another owner's job does not exist (NotFound). `owner` None sees every job."""
+    def get(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> Job:
+        """Return one job; another owner's, or one of another `kind`, does not exist (NotFound). `owner` None sees every job."""
         with reading(self.engine) as connection:
-            return _job(_row(connection, job_id, owner))
+            return _job(_row(connection, job_id, owner, kind))
+
+    def newest(self, limit: int) -> Sequence[Job]:
+        """Return the newest jobs of all kinds and owners, newest first."""
+        query = select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        with reading(self.engine) as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
 
     def list(
         self,
         owner: str | None = None,
         *,
+        kind: Kind = TRAINING,
         after: str | None = None,
         limit: int = 20,
         state: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """Return a page of jobs, newest first, from the one after `after`, and whether there is more.
+        """Return a page of jobs of one kind, newest first, from the one after `after`, and whether there is more.
 
         Args:
             metadata: only jobs whose metadata has all of these values.
         """
-        query = select(jobs).order_by(jobs.c.id.desc()).limit(limit + 1)
+        query = select(jobs).where(jobs.c.kind == kind.name).order_by(jobs.c.id.desc()).limit(limit + 1)
         if owner is not None:
             query = query.where(jobs.c.owner == owner)
         if after is not None:
@@ -201,10 +211,11 @@ class JobStore:
             return None
         with reading(self.engine) as connection:
             mine = connection.execute(select(jobs.c.priority).where(jobs.c.id == job.id)).scalar_one()
-            before = or_(jobs.c.priority > mine, and_(jobs.c.priority == mine, jobs.c.id < job.id))
+            older = or_(jobs.c.created_at < job.created_at, and_(jobs.c.created_at == job.created_at, jobs.c.id < job.id))
+            before = or_(jobs.c.priority > mine, and_(jobs.c.priority == mine, older))
             return connection.execute(select(func.count()).where(jobs.c.state == "queued", before)).scalar_one()
 
-    def request_cancel(self, job_id: str, owner: str | None = None) -> Job:
+    def request_cancel(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> Job:
         """A queued job is cancelled at once, a running one becomes ``cancelling``; asking again changes nothing.
 
         Raises:
@@ -212,7 +223,7 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            row = _row(connection, job_id, owner, lock=True)
+            row = _row(connection, job_id, owner, kind, lock=True)
             if row["state"] in ("succeeded", "failed"):
                 raise Conflict(f"{job_id} has already {row['state']}; a finished job cannot be cancelled")
             if row["state"] == "queued":
@@ -224,17 +235,20 @@ class JobStore:
                 _record(connection, job_id, now, "cancelling", "Cancelling was asked for.")
             return _job(_row(connection, job_id, owner))
 
-    def delete(self, job_id: str, owner: str | None = None) -> None:
+    def delete(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> None:
         """Forget a job that has ended, with its events. The model that it made stays.
 
         Raises:
             NotFound: no such job.
-            Conflict: it has not ended.
+            Conflict: it has not ended, or another job that has not ended reads its run.
         """
         with writing(self.engine) as connection:
-            row = _row(connection, job_id, owner, lock=True)
+            row = _row(connection, job_id, owner, kind, lock=True)
             if row["state"] not in TERMINAL:
                 raise Conflict(f"{job_id} is {row['state']}; cancel it and wait for its end before you delete it")
+            reads = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED), jobs.c.spec.contains(job_id, autoescape=True)).limit(1)
+            if (reader := connection.execute(reads).scalar_one_or_none()) is not None:
+                raise Conflict(f"{job_id} is read by {reader}, which has not finished; cancel that one or wait for its end")
             connection.execute(delete(idempotency).where(idempotency.c.object_id == job_id))
             connection.execute(delete(job_events).where(job_events.c.job_id == job_id))
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
@@ -425,7 +439,7 @@ def _claimable(clock: LeaseTime) -> Select[str]:
         .group_by(jobs.c.owner)
         .subquery()
     )
-    turn = (jobs.c.priority.desc(), owners.c.running, owners.c.served_at, jobs.c.id)
+    turn = (jobs.c.priority.desc(), owners.c.running, owners.c.served_at, jobs.c.created_at, jobs.c.id)
     return (
         select(jobs.c.id)
         .join(owners, owners.c.owner == jobs.c.owner)
@@ -517,12 +531,13 @@ def _check_quota(connection: Connection, owner: str, max_queued: int) -> None:
         raise QueueFull(f"{max_queued} jobs of yours have not finished yet, and that is the limit; wait for one or cancel one")
 
 
-def _row(connection: Connection, job_id: str, owner: str | None, *, lock: bool = False) -> RowMapping:
+def _row(connection: Connection, job_id: str, owner: str | None, kind: Kind | None = None, *, lock: bool = False) -> RowMapping:
     query = select(jobs).where(jobs.c.id == job_id)
     found = connection.execute(query.with_for_update() if lock else query) if "\0" not in job_id else None
     row = None if found is None else found.mappings().one_or_none()
-    if row is None or (owner is not None and row["owner"] != owner):
-        raise NotFound(f"no fine-tuning job {job_id!r}; finetune jobs list shows yours, and so does GET /v1/fine_tuning/jobs")
+    if row is None or owner not in (None, row["owner"]) or (kind is not None and row["kind"] != kind.name):
+        asked = kind or kind_of_id(job_id)
+        raise NotFound(f"no {asked.title} {job_id!r}; finetune jobs list shows yours, and so does GET {asked.path}")
     return row
 
 
@@ -551,7 +566,8 @@ def _record(
 
 def _job(row: RowMapping) -> Job:
     return Job(
-        id=row["id"], owner=row["owner"], state=row["state"], phase=row["phase"], spec=json.loads(row["spec"]),
+        id=row["id"], kind=KINDS[row["kind"]], owner=row["owner"], state=row["state"], phase=row["phase"],
+        spec=json.loads(row["spec"]),
         request=_loads(row["request"]), suffix=row["suffix"], created_at=row["created_at"], started_at=row["started_at"],
         finished_at=row["finished_at"], attempts=row["attempts"], progress=_loads(row["progress"]), result=_loads(row["result"]),
         error_code=row["error_code"], error_message=row["error_message"], cancel_requested_at=row["cancel_requested_at"],

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from finetune.jobs.store import JobStore
 from finetune.storage.files import read_json
@@ -127,7 +128,21 @@ class TrackingSync:
             self._models, self._pulled_at = (self._models_asked, self._registries()[1]), now
 
 
+def mlflow_run_of(run: RunDir) -> str | None:
+    """Return the id of a run or a comparison in MLflow; None where it is not there (yet)."""
+    sent = _state_of(run)["runs"].get(".")
+    return None if sent is None else sent["id"]
+
+
 def _lacks_something(run: RunDir) -> bool:
     """Return whether a run was to be mirrored in MLflow and, as far as its folder knows, is not."""
-    state = run.tracking / "mlflow.json"
-    return state.exists() and not read_json(state)["complete"]
+    return not _state_of(run)["complete"]
+
+
+def _state_of(run: RunDir) -> dict[str, Any]:
+    """Return what MLflow has of a run: what `finetune.tracking.mirror` wrote down in its folder."""
+    try:
+        found: dict[str, Any] = read_json(run.tracking / "mlflow.json")
+    except FileNotFoundError:
+        return {"runs": {}, "complete": True}
+    return found

@@ -85,7 +85,7 @@ class _Attempt:
     handle: Handle
     lease_file: Path  # one for each claim: a worker that lost the job must not touch its successor's
     gpus: tuple[int, ...]
-    checkpoints_before: frozenset[str]
+    milestones_before: frozenset[str]
     memory_kills_before: int
     exit_code: int | None = None
     beat_at: float = -math.inf  # monotonic seconds, as all times here
@@ -98,7 +98,7 @@ class _Attempt:
 
 
 class Worker:
-    """Call `run` from the main thread: children are bound to the thread that starts them."""
+    """Carries out queued jobs. Call `run` from the main thread: children are bound to the thread that starts them."""
 
     def __init__(self, store: JobStore, executor: Executor, home: Path, settings: WorkerSettings) -> None:
         self.store = store
@@ -175,7 +175,7 @@ class Worker:
         write_lease(lease_file, asked_at, self.store.lease_seconds)
         self._reserve_name(claim.job)
         gpus = self._free_gpu()
-        command = [sys.executable, "-m", "finetune", "train", str(spec_file), "--run-dir", str(run.root), "--json"]
+        command = [sys.executable, "-m", "finetune", claim.job.kind.command, str(spec_file), "--run-dir", str(run.root), "--json"]
         dataset = FileStore(self.store.engine).dataset_name(str(claim.job.spec.get("training_file", "")))
         handle = self.executor.start(
             claim.job.id,
@@ -186,7 +186,7 @@ class Worker:
             resources=Resources(max(1, self.settings.threads // self.settings.slots), gpus),
         )
         log.info("%s: attempt %d started, process %s", claim.job.id, claim.job.attempts, handle.reference)
-        return _Attempt(claim, run, handle, lease_file, gpus, _checkpoints(run), _memory_kills())
+        return _Attempt(claim, run, handle, lease_file, gpus, _milestones(run), _memory_kills())
 
     def _reserve_name(self, job: Job) -> None:
         """Record whose model the run will register, so that it is that owner's even if the job dies right after registering."""
@@ -239,7 +239,7 @@ class Worker:
             attempt.claim,
             phase=None if progress is None else str(progress["phase"]),
             progress=progress,
-            progressed=bool(_checkpoints(attempt.run) - attempt.checkpoints_before),
+            progressed=bool(_milestones(attempt.run) - attempt.milestones_before),
             records=records if len(records) != attempt.n_records else (),
         )
         attempt.n_records = len(records)
@@ -267,12 +267,13 @@ class Worker:
 
     def _settle(self, attempt: _Attempt, exit_code: int) -> None:
         """The attempt has ended: end the job, or queue it again."""
-        run, claim = attempt.run, attempt.claim
+        run, claim, kind = attempt.run, attempt.claim, attempt.claim.job.kind
+        complete = (run.root / kind.result).exists()
         stalled_attempts, lost_attempts = self.store.fruitless_attempts(claim)
         ending = Ending(
             exit_code=exit_code,
             error=read_json(run.error) if run.error.exists() else None,
-            complete=run.outcome.exists(),
+            complete=complete,
             stalled_attempts=stalled_attempts,
             lost_attempts=lost_attempts,
             cancelling=attempt.cancelling,
@@ -285,11 +286,11 @@ class Worker:
         follows = what_follows(ending, self.settings.retry_base_seconds)
         log.info("%s: exit code %d; %s", claim.job.id, exit_code, follows)
         if isinstance(follows, Finish):
-            result: Mapping[str, Any] | None = read_json(run.outcome) if ending.complete else None
+            result: Mapping[str, Any] | None = read_json(run.root / kind.result) if complete else None
             self.store.finish(
                 claim,
                 follows.state,
-                message=None if result is None else f"{result['model']} version {result['version']} is registered.",
+                message=None if result is None else kind.conclude(result),
                 result=result,
                 error_code=follows.error_code,
                 error_message=follows.error_message,
@@ -358,9 +359,10 @@ def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
     return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
-def _checkpoints(run: RunDir) -> frozenset[str]:
-    """The whole checkpoints, of folds, candidates and refits too: their checksums are written last."""
-    return frozenset(str(path.relative_to(run.root)) for path in run.root.glob("**/checkpoints/step-*.sha256"))
+def _milestones(run: RunDir) -> frozenset[str]:
+    """Return what need not be done again: whole checkpoints (their checksums are written last) and finished children."""
+    found = (run.root.glob(pattern) for pattern in ("**/checkpoints/step-*.sha256", "runs/**/outcome.json"))
+    return frozenset(str(path.relative_to(run.root)) for paths in found for path in paths)
 
 
 def _memory_kills(counters: Path = Path("/proc/vmstat")) -> int:

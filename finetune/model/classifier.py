@@ -6,6 +6,7 @@ map plus the bias is the logit. Knows nothing of losses, optimisers or files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -71,6 +72,16 @@ class Classifier(nn.Module):
         super().train(mode)
         hold_frozen(self)
         return self
+
+    def with_head(self, weight: Tensor, bias: Tensor) -> Classifier:
+        """Return a classifier with this head, (C, D) and (C,), that shares everything else with this one."""
+        twin = copy.copy(self)
+        head = nn.Linear(self.head.in_features, self.head.out_features)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        twin._modules = {**self._modules, "head": head.to(self.head.weight.device)}
+        return twin
 
     def normalise(self, images_u8: Tensor) -> Tensor:
         """(B, h, w, 3) uint8 pixels to (B, 3, h, w) float32, normalised as the weights expect."""

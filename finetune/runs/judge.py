@@ -8,50 +8,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
-from finetune.data.loader import EvalLoader
 from finetune.errors import NoBetterThanChance
 from finetune.evaluation.evaluate import Judgement, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
-from finetune.progress import Progress
-from finetune.runs.build import Built
-from finetune.runtime.session import open_session
+from finetune.runs.learner import Learner
 from finetune.tasks import task_named
-from finetune.train.train import Trained, TrainingContext, solved_outputs
+from finetune.training.context import TrainingContext
 
-BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 MIN_IMAGES_TO_CALIBRATE = 100
 LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
 MIN_IMAGES_TO_REFUSE = 20  # on fewer, a good model is as bad as chance by accident too often
 
 
-def predict_splits(built: Built, trained: Trained, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
+def predict_splits(learner: Learner, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
     """Answer every image of these splits, as the exported graph computes it."""
     found = {}
     for split in splits:
-        samples = built.dataset.of(split)
+        samples = context.dataset.of(split)
         if samples:
-            logits, embedding = _outputs(built, trained, context, samples, split)
-            found[split] = table_of(built, split, samples, logits, embedding)
+            logits, embedding = learner.answer(samples, context, split)
+            found[split] = table_of(context, split, samples, logits, embedding)
     return found
 
 
 def table_of(
-    built: Built,
+    context: TrainingContext,
     split: str,
-    samples: Sequence[Sample],
+    samples: tuple[Sample, ...],
     logits: NDArray[np.float32],
-    embedding: NDArray[np.float32] | None = None,
+    embedding: NDArray[np.float32],
 ) -> Predictions:
     """Return the answers to `samples` as a table."""
     return Predictions(
         split=split,
-        task=built.task.name,
-        classes=built.dataset.classes,
+        task=context.task.name,
+        classes=context.dataset.classes,
         ids=tuple(sample.id for sample in samples),
         sha256=digests_as_rows([sample.sha256 for sample in samples]),
-        targets=built.task.encode([sample.target for sample in samples], len(built.dataset.classes)),
+        targets=context.targets(samples),
         logits=logits,
         embedding=embedding,
     )
@@ -127,22 +123,3 @@ def _no_better_than_chance(predictions: Predictions) -> str | None:
         f"its {evaluation.headline} on the {len(predictions):,} {predictions.split} images is {value:.3f}; one answer to all of "
         f"them has {chance:.3f}"
     )
-
-
-def _outputs(
-    built: Built, trained: Trained, context: TrainingContext, samples: tuple[Sample, ...], what: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return logits and embeddings. Where only the head is new, the images need not go through the backbone again."""
-    if trained.only_the_head and context.compute.device == "cpu":  # a GPU's features are rounded otherwise than the graph's
-        return solved_outputs(built.classifier, samples, context)
-    session = open_session(built.exported(), threads=context.compute.threads)
-    logits: list[NDArray[np.float32]] = []
-    embedding: list[NDArray[np.float32]] = []
-    done = 0
-    for batch in EvalLoader(samples, built.resolved.preprocess, BATCH_SIZE, context.compute.threads):
-        outputs = session.run(["logits", "embedding"], {"images": batch.images})
-        logits.append(outputs[0])
-        embedding.append(outputs[1])
-        done += len(batch.indices)
-        context.progress(Progress("evaluating", done, len(samples), "images", message=f"evaluating {what}"))
-    return np.concatenate(logits), np.concatenate(embedding)

@@ -9,8 +9,8 @@ more: `finetune.features.batch_statistics`. The images are the same, so differen
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,26 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Sample
-from finetune.export import DeployModule
-from finetune.export.graph import fill
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import targets_of
 from finetune.features.batch_statistics import divergences
-from finetune.features.prefix import prefix_digest
 from finetune.model.classifier import Classifier
-from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Built, Shared
-from finetune.runs.options import RunOptions
-from finetune.runs.prepare import prepare
-from finetune.runtime.session import open_session
-from finetune.spec import load_spec
-from finetune.storage.files import read_json, write_json
-from finetune.storage.rundir import RunDir
-from finetune.storage.store import Store
-from finetune.train.sample import SHARE_OF_TRAINING, STEP_COST, choose_sample
+from finetune.runs.prepare import Prepared
 
-FIRST_IMAGES, ALL_IMAGES = 96, 288  # a normalisation that is worse on the first is not tried on all
+FIRST_IMAGES = 96  # a normalisation that is worse on these is not tried on all
 STATISTICS_IMAGES = 160
-MEASUREMENT = 2  # raise it where what is measured changes
 BATCH_SIZE = 16
 SMALLEST_DIVERGENCE = 1e-3  # so that layers which agree anyway do not count
 STRENGTHS = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 1.1, 0.5))  # of the ridge, relative to the mean kernel
@@ -72,50 +60,27 @@ CANDIDATES = (
 )
 
 
-def check_normalisation(built: Built, run: RunDir, store: Store, *, at_any_cost: bool = False) -> None:
-    """Measure, and write ``measurements/preprocessing.json``; what was measured of these weights and images before is taken over.
-
-    Done where the weights come from a file, of which nobody knows how it was trained, and where it costs a hundredth of the
-    training at most; with `at_any_cost` always. Weights that are drawn at random expect nothing.
-    """
-    if run.preprocessing.exists() or not built.resolved.backbone.is_pretrained:
-        return
-    known = store.folder("notes") / f"normalisation-{_digest(built)}.json"
-    from_a_file = built.resolved.backbone.weights["source"] == "file"
-    if known.exists():
-        write_json(run.preprocessing, read_json(known))
-    elif from_a_file or at_any_cost or _costs_little(built):
-        measured = compare_normalisations(built)
-        write_json(known, measured)
-        write_json(run.preprocessing, measured)
-
-
-def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback = silent) -> None:
-    """Measure for a run whose folder exists, from its data and weights, which must be where they were.
-
-    Raises:
-        InvalidInput: the data or the weights are no longer there.
-    """
-    built = prepare(load_spec(run.spec), shared, progress, run, RunOptions.read(run))
-    check_normalisation(built, run, shared.store, at_any_cost=True)
-
-
-def compare_normalisations(built: Built) -> dict[str, Any]:
+def compare_normalisations(network: Classifier, prepared: Prepared, indices: Sequence[int]) -> dict[str, Any]:
     """Return what speaks for each other normalisation of pixels, against the present one.
+
+    Args:
+        indices: of the training images to measure with.
 
     Returns:
         ``own`` and, for each of ``others``, its ``name``; ``statistics``, null where the network has no batch normalisation; and
         ``left_out``, null where the statistics speak against it, so that nothing was fitted.
     """
-    samples = _samples(built)
-    pixels = np.stack([sample.decode(built.resolved.preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
-    targets = built.task.encode([sample.target for sample in samples], len(built.dataset.classes))
-    one_hot = np.eye(len(built.dataset.classes))[targets]
-    own = _own(built)
-    remembered = _divergences(built, own, pixels[:STATISTICS_IMAGES])
-    others = [(other, _nearer(remembered, _divergences(built, other, pixels[:STATISTICS_IMAGES]))) for other in _others(built)]
+    train, preprocess = prepared.dataset.of("train"), prepared.resolved.preprocess
+    samples = [train[index] for index in indices]
+    pixels = np.stack([sample.decode(preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
+    targets = prepared.task.encode(targets_of(samples), len(prepared.dataset.classes))
+    one_hot = np.eye(len(prepared.dataset.classes))[targets] if targets.ndim == 1 else targets.astype(np.float64)
+    classifier = copy.deepcopy(network).eval()
+    own = _own(preprocess)
+    remembered = _divergences(classifier, own, pixels[:STATISTICS_IMAGES])
+    others = [(other, _nearer(remembered, _divergences(classifier, other, pixels[:STATISTICS_IMAGES]))) for other in _others(own)]
     tried = [other for other, statistics in others if statistics is None or statistics["gain"] > 0]
-    left_out = _compare_left_out(built, own, tried, pixels, one_hot)
+    left_out = _compare_left_out(classifier, own, tried, pixels, one_hot)
     return {
         "own": {"name": own.name, "n": len(samples)},
         "others": [
@@ -125,20 +90,20 @@ def compare_normalisations(built: Built) -> dict[str, Any]:
 
 
 def _compare_left_out(
-    built: Built, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], one_hot: Features
+    classifier: Classifier, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], one_hot: Features
 ) -> dict[str, dict[str, float]]:
     """Return by name how well images are answered by heads that were fitted without them."""
     if not others:
         return {}
-    of_own = _LeftOut.of(_features(built, own, pixels), one_hot)
+    of_own = _LeftOut.of(_features(classifier, own, pixels), one_hot)
     found = {}
     for other in others:
         n = min(FIRST_IMAGES, len(pixels))
-        features = _features(built, other, pixels[:n])
+        features = _features(classifier, other, pixels[:n])
         first = _LeftOut.of(features, one_hot[:n])
         reference = _LeftOut.of(of_own.features[:n], one_hot[:n])
         if first.better_than(reference) > 0 and n < len(pixels):
-            features = np.concatenate([features, _features(built, other, pixels[n:])])
+            features = np.concatenate([features, _features(classifier, other, pixels[n:])])
             first, reference = _LeftOut.of(features, one_hot), of_own
         found[other.name] = {
             "n": len(first.right),
@@ -182,10 +147,10 @@ class _LeftOut:
         return float(gains.mean() / error) if error > 0 else 0.0
 
 
-def _divergences(built: Built, given: Normalisation, pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+def _divergences(classifier: Classifier, given: Normalisation, pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
     ordered = np.ascontiguousarray(pixels[..., ::-1]) if given.blue_first else pixels
-    with _normalising(built.classifier, given):
-        return divergences(built.classifier, ordered)
+    with _normalising(classifier, given):
+        return divergences(classifier, ordered)
 
 
 def _nearer(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> dict[str, float] | None:
@@ -202,27 +167,26 @@ def _nearer(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) 
     return {"gain": float(gains.mean()), "z": float(gains.mean() / error) if error > 0 else 0.0}
 
 
-def _own(built: Built) -> Normalisation:
-    preprocess = built.resolved.preprocess
+def _own(preprocess: Preprocess) -> Normalisation:
     own = Normalisation("", preprocess.mean, preprocess.std)
     known = next((one.name for one in CANDIDATES if one.same_as(own)), None)
     numbers = "mean " + ", ".join(f"{value:.3g}" for value in own.mean) + ", deviation " + ", ".join(f"{v:.3g}" for v in own.std)
     return Normalisation(known or f"RGB with {numbers}", own.mean, own.std)
 
 
-def _others(built: Built) -> list[Normalisation]:
-    own = _own(built)
+def _others(own: Normalisation) -> list[Normalisation]:
     swapped = Normalisation(f"{own.name.replace('RGB', 'BGR', 1)}", own.mean, own.std, blue_first=True)
     return [swapped, *(one for one in CANDIDATES if not one.same_as(own))]
 
 
-def _features(built: Built, given: Normalisation, pixels: NDArray[np.uint8]) -> Features:
+@torch.no_grad()
+def _features(classifier: Classifier, given: Normalisation, pixels: NDArray[np.uint8]) -> Features:
     """Return the embeddings (N, D) of pixels that are normalised as `given`."""
-    with _normalising(built.classifier, given):
-        session = open_session(fill(built.graph, DeployModule(built.classifier, task=built.task.name)))
     ordered = np.ascontiguousarray(pixels[..., ::-1]) if given.blue_first else pixels
-    batches = (ordered[start : start + BATCH_SIZE] for start in range(0, len(ordered), BATCH_SIZE))
-    return np.concatenate([session.run(["embedding"], {"images": batch})[0] for batch in batches]).astype(np.float64)
+    with _normalising(classifier, given):
+        batches = [ordered[start : start + BATCH_SIZE] for start in range(0, len(ordered), BATCH_SIZE)]
+        rows = [classifier.embed(classifier.normalise(torch.from_numpy(batch))).numpy() for batch in batches]
+    return np.concatenate(rows).astype(np.float64)
 
 
 @contextmanager
@@ -237,28 +201,3 @@ def _normalising(classifier: Classifier, given: Normalisation) -> Iterator[None]
     finally:
         classifier._scale.copy_(own[0])
         classifier._shift.copy_(own[1])
-
-
-def _samples(built: Built) -> Sequence[Sample]:
-    """Return a sample of the training images in an order that has nothing to do with their classes."""
-    train = built.dataset.of("train")
-    chosen = [train[index] for index in choose_sample(train, ALL_IMAGES)]
-    return sorted(chosen, key=lambda sample: (sample.sha256, sample.id))
-
-
-def _costs_little(built: Built) -> bool:
-    recipe = built.resolved.recipe
-    n_passes = FIRST_IMAGES * (len(CANDIDATES) + 1) + ALL_IMAGES
-    return n_passes <= SHARE_OF_TRAINING * STEP_COST * recipe.n_steps * recipe.batch_size
-
-
-def _digest(built: Built) -> str:
-    """sha256 of all that the measurement depends on."""
-    samples: Mapping[str, Any] = {sample.sha256: sample.target for sample in _samples(built)}
-    parts = (
-        MEASUREMENT,
-        prefix_digest(built.classifier, len(built.classifier.backbone.stages)),
-        built.resolved.preprocess.digest(),
-        samples,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -26,7 +26,7 @@ class Outcome:
     n_train: int  # images that the weights were fitted on
     warnings: tuple[str, ...]
     quarantined: int
-    choices: Mapping[str, Any] = field(default_factory=dict)  # see `finetune.train.choices.Choices`
+    choices: Mapping[str, Any] = field(default_factory=dict)  # see `finetune.training.choices.Choices`
     frozen: Mapping[str, Any] = field(default_factory=dict)
     bundle: Path | None = None
     model: str | None = None

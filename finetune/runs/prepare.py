@@ -1,33 +1,66 @@
-"""Everything before training: read the data, build the network, split, resolve. `finetune check` ends here."""
+"""Everything before training: read the data, find or build the network, split, resolve. `finetune check` ends here.
+
+Torch is imported only where a network has to be built.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
-from finetune.data.check import scan, verify
-from finetune.data.dataset import Dataset
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.augment import Augment, build_augment
+from finetune.data.check import Scanned, scan, verify
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
 from finetune.data.split import read_split, split_dataset, write_split
-from finetune.errors import InvalidInput, Problem
-from finetune.features.rows import FeatureContext, Views, decode_into_features
-from finetune.model.classifier import Classifier
+from finetune.errors import ImageError, InvalidInput, Problem
+from finetune.export.agreement import parity_samples
+from finetune.features.engine import onnx_engine_name
+from finetune.features.rows import FeatureContext, Views, decode_into_features, find_rows
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.build import Built, Network, Shared, build, build_classifier, seeded_backbone, trace_network
+from finetune.runs.known import KnownNetwork, find_known, network_key
+from finetune.runs.network import Network
 from finetune.runs.options import RunOptions
 from finetune.runs.resolve import Resolved, resolve, resolve_compute, resolve_resize, resolve_task
+from finetune.runs.shared import Shared
 from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
-from finetune.train.choices import Choices
-from finetune.train.machine import resolve_device
+from finetune.storage.store import Store
+from finetune.tasks import Task, task_named
+from finetune.training.choices import Choices
+from finetune.training.compute import resolve_device
+
+if TYPE_CHECKING:
+    from finetune.runs.build import BuiltNetwork
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with every choice made, its data read and split, and the network that it begins with."""
+
+    resolved: Resolved
+    dataset: Dataset
+    checked_on: tuple[Sample, ...]  # what the export is compared on: the val images, also where they are trained on
+    network: Network
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.resolved.task)
+
+
+def augment_of(resolved: Resolved, store: Store) -> Augment:
+    """Return the augmentation of a run's training images."""
+    asked = resolved.spec.augmentation
+    return build_augment(asked.policy, asked.transforms, resolved.preprocess, store.folder("notes"))
 
 
 def prepare(
@@ -36,64 +69,67 @@ def prepare(
     progress: ProgressCallback = silent,
     run: RunDir | None = None,
     options: RunOptions | None = None,
-) -> Built:
-    """Read, split and resolve; build the network. The files are read in a thread of their own meanwhile.
+) -> Prepared:
+    """Read, split and resolve; find or build the network while another thread reads the files.
 
     Args:
         run: where the split is written, or read back if the run was interrupted or its study has drawn the split.
 
     Raises:
         InvalidInput: what is wrong with the data and what with the model, in one error; else what is wrong with the files.
-        ExportError: the backbone could be trained, but not served.
+        ExportError: the backbone can be trained, but not exported.
     """
+    options = options or RunOptions()
     compute = resolve_compute(spec, resolve_device(spec.compute.device), available_cores())
     dataset, network = read_and_build(spec, shared, progress)
     dataset = split_for(spec, dataset, run)
     checked_on = dataset.of("val") or dataset.of("train")
-    if options is not None and options.decided_by is not None:
+    if options.decided_by is not None:
         dataset = with_val_as_train(dataset)
-    earlier, choices = _decisions(run, options or RunOptions())
+    earlier, choices = _decisions(run, options)
     resolved = resolve(spec, dataset, network.facts, compute, earlier, choices.l2 if choices else None)
-    return build(resolved, dataset, network.copy(), checked_on)
+    if options.reaches("exported") and not network.has_reference(parity_samples(checked_on), resolved.preprocess):
+        network = built_network(spec, len(dataset.classes), shared)
+    return Prepared(resolved, dataset, checked_on, network)
 
 
 def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:
-    """Return the checked dataset, not split yet, and the untrained network; each once in a process.
+    """Return the checked dataset, not split yet, and the untrained network; both are kept for later runs of this process.
 
-    The files are read in a thread of their own, while the network is built and traced here. Where the method needs the pooled
-    features of all images, they are computed in the same pass that checks the files, so that each is decoded once.
+    Another thread reads the files while the network is built and traced here. Where the method needs the pooled features of all
+    images, they are computed in the same pass that checks the files, so that each is decoded once. Where an earlier run has
+    recorded the network and the features of all images, and the request is only for a solved head, nothing is built.
     """
-    data_key, network_key = _data_key(spec), _network_key(spec)
-    if data_key in shared.datasets and network_key in shared.networks:
-        return shared.datasets[data_key], shared.networks[network_key]
+    data_key = _data_key(spec)
+    if data_key in shared.datasets:
+        dataset = shared.datasets[data_key]
+        network = _network_in_memory(spec, dataset, shared) or _network_on_disk(spec, dataset, shared, lambda: dataset)
+        network = network or built_network(spec, len(dataset.classes), shared)
+        network.try_export()
+        return dataset, network
     indexed = _index(spec)
-    known = shared.networks.get(network_key)
-    network = _Awaited(known) if known else _Awaited()
-    with _reading(spec, indexed, shared, network, progress) as reading:
-        if known is None:
-            classifier = build_classifier(spec, len(indexed.classes))
-            network.built.set_result(classifier)
-            known = shared.networks[network_key] = trace_network(classifier, resolve_task(spec), shared.workspace)
-            network.traced.set_result(known)
-        shared.datasets[data_key] = reading.result()
-    return shared.datasets[data_key], known
+    with _reading(spec, indexed, shared, progress) as reading:
+        network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
+        network = network or built_network(spec, len(indexed.classes), shared)
+        reading.network.set_result(network)
+        network.try_export()
+        shared.datasets[data_key] = reading.dataset.result()
+    return shared.datasets[data_key], network
 
 
-class _Awaited:
-    """A network that another thread builds and traces."""
+def built_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
+    """Return the network as a torch module, built if this process has not built it yet.
 
-    def __init__(self, known: Network | None = None) -> None:
-        self.built: Future[Classifier] = Future()
-        self.traced: Future[Network] = Future()
-        if known is not None:
-            self.built.set_result(known.classifier)
-            self.traced.set_result(known)
+    Raises:
+        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
+    """
+    from finetune.runs.build import BuiltNetwork, build_network
 
-    def give_up(self) -> None:
-        """Let nobody wait for it any longer."""
-        for future in (self.built, self.traced):
-            if not future.done():
-                future.set_exception(CancelledError())
+    key = network_key(spec, resolve_task(spec), n_classes)
+    network = shared.networks.get(key)
+    if not isinstance(network, BuiltNetwork):
+        network = shared.networks[key] = build_network(spec, n_classes, shared)
+    return network
 
 
 def decisions_of(run: RunDir) -> tuple[Resolved, Choices]:
@@ -111,11 +147,6 @@ def _data_key(spec: JobSpec) -> str:
     """Return what decides which files are read and which of them are left out."""
     parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.on_bad_image, spec.data.max_bad_fraction)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _network_key(spec: JobSpec) -> str:
-    parts = (spec.model.model_dump_json(), spec.seed, _data_key(spec))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
@@ -140,6 +171,8 @@ def _index(spec: JobSpec) -> Dataset:
     try:
         return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
     except InvalidInput as of_data:
+        from finetune.runs.build import seeded_backbone
+
         try:
             seeded_backbone(spec)
         except InvalidInput as of_model:
@@ -148,12 +181,66 @@ def _index(spec: JobSpec) -> Dataset:
         raise
 
 
+# ---------------------------------------------------------------------------------------------- networks of earlier runs
+
+
+def _network_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
+    """Return the network that an earlier run of this process has built or loaded, if it suffices for this request."""
+    found = shared.networks.get(network_key(spec, resolve_task(spec), len(dataset.classes)))
+    return None if isinstance(found, KnownNetwork) and not _only_solves(spec) else found
+
+
+def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Callable[[], Dataset | None]) -> Network | None:
+    """Return the network that an earlier run has recorded, if that suffices and the features of all images are stored too.
+
+    Args:
+        decoded: returns the dataset with the digests of all files; None where some files have never been decoded.
+    """
+    key = network_key(spec, resolve_task(spec), len(indexed.classes))
+    known = find_known(key, shared.store) if _only_solves(spec) else None
+    dataset = None if known is None else decoded()
+    if known is None or dataset is None:
+        return None
+    preprocess = framing(spec, dataset, known.facts.preprocess)
+    features = find_rows(known.prefix, dataset.samples, preprocess, onnx_engine_name(), shared.store)
+    if len(features.missing):
+        return None
+    shared.networks[key] = known
+    return known
+
+
+def _only_solves(spec: JobSpec) -> bool:
+    """Return whether a request is for a solved head on a CPU, without optimiser steps."""
+    return spec.method.type == "linear_probe" and resolve_device(spec.compute.device) == "cpu"
+
+
+def framing(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> Preprocess:
+    """Return the preprocessing of a request: that of the pretrained weights, with the resizing that suits the dataset."""
+    return replace(preprocess, resize=resolve_resize(spec, dataset, preprocess).resize)
+
+
+# --------------------------------------------------------------------------------------------------------------- reading files
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Files that another thread reads, and the network that this thread waits for."""
+
+    scanned: Future[Scanned]
+    dataset: Future[Dataset]
+    network: Future[Network]  # set by the caller, who finds or builds it
+
+    def nothing_to_decode(self) -> Dataset | None:
+        """Return the dataset with the digests of all files; None where some files have never been decoded."""
+        scanned = self.scanned.result()
+        return None if scanned.undecoded else scanned.dataset
+
+
 @contextmanager
-def _reading(
-    spec: JobSpec, indexed: Dataset, shared: Shared, network: _Awaited, progress: ProgressCallback
-) -> Iterator[Future[Dataset]]:
-    """Check the images in a thread of its own; where the block ends by an exception, it is given up soon."""
+def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: ProgressCallback) -> Iterator[_Reading]:
+    """Check the images in another thread, which stops at its next report of progress if the block raises."""
     given_up = Event()
+    network: Future[Network] = Future()
 
     def report(update: Progress) -> None:
         if given_up.is_set():
@@ -162,36 +249,40 @@ def _reading(
 
     with ThreadPoolExecutor(1, "reading") as pool:
         try:
-            yield pool.submit(_read, spec, indexed, shared, network, report)
+            scanned = pool.submit(scan, indexed, progress=report, memory=shared.store.folder("notes"))
+            dataset = pool.submit(_verify, spec, scanned, network, shared, report)
+            yield _Reading(scanned, dataset, network)
         except BaseException:
             given_up.set()
-            network.give_up()
+            if not network.done():
+                network.set_exception(CancelledError())
             raise
 
 
-def _read(spec: JobSpec, indexed: Dataset, shared: Shared, network: _Awaited, progress: ProgressCallback) -> Dataset:
-    """Read, decode and judge the files."""
-    scanned = scan(indexed, progress=progress, memory=shared.store.folder("notes"))
-    decode = None
-    if needs_features(spec) and resolve_device(spec.compute.device) == "cpu":
-        classifier = network.built.result()
-        preprocess = classifier.backbone.preprocess
-        resize = resolve_resize(spec, scanned.dataset, preprocess).resize
-        views = Views(replace(preprocess, resize=resize))
-        context = FeatureContext(
-            shared.store,
-            threads=resolve_compute(spec, "cpu", available_cores()).threads,
-            graph=lambda: network.traced.result().filled(),
-            progress=progress,
-        )
-        decode = partial(decode_into_features, classifier, views, context)
+def _verify(
+    spec: JobSpec, scanning: Future[Scanned], building: Future[Network], shared: Shared, progress: ProgressCallback
+) -> Dataset:
+    """Decode what has not been decoded before; compute its features in the same pass where the request needs them."""
+    scanned = scanning.result()
+
+    def decode(samples: Sequence[Sample]) -> Mapping[int, ImageError]:
+        network = building.result()
+        threads = resolve_compute(spec, "cpu", available_cores()).threads
+        context = FeatureContext(shared.store, threads=threads, progress=progress)
+        views = Views(framing(spec, scanned.dataset, network.facts.preprocess))
+        return decode_into_features(network.prefix, views, context, samples)
+
     return verify(
-        scanned, on_bad=spec.data.on_bad_image, max_bad_fraction=spec.data.max_bad_fraction, decode=decode, progress=progress
+        scanned,
+        on_bad=spec.data.on_bad_image,
+        max_bad_fraction=spec.data.max_bad_fraction,
+        decode=decode if needs_features(spec) and resolve_device(spec.compute.device) == "cpu" else None,
+        progress=progress,
     )
 
 
 def needs_features(spec: JobSpec) -> bool:
-    """Return whether a request begins with the head solved on the frozen features of all images."""
+    """Return whether a request starts with a head solved on the frozen features of all images."""
     return getattr(spec.method, "warm_head", True)
 
 

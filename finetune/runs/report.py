@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from finetune.bundle.manifest import Manifest
-from finetune.data.dataset import Dataset
 from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
@@ -14,17 +13,17 @@ from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
-from finetune.runs.build import Built
 from finetune.runs.outcome import Outcome
+from finetune.runs.prepare import Prepared
 from finetune.storage.rundir import RunDir
-from finetune.train.train import Trained
+from finetune.training.context import Trained
 
 SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
 GALLERY_SIZE = 12
 
 
 def write_run_report(
-    built: Built,
+    prepared: Prepared,
     trained: Trained,
     judgement: Judgement,
     predictions: Mapping[str, Predictions],
@@ -36,7 +35,7 @@ def write_run_report(
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
-    resolved, head = built.resolved, trained.head
+    resolved, head = prepared.resolved, trained.head
     judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
     inputs = ReportInputs(
@@ -61,21 +60,21 @@ def write_run_report(
         temperature=judgement.temperature,
         l2_path=[asdict(point) for point in head.path] if head else (),
         l2=head.l2 if head else None,
-        mistakes=shown_mistakes(predictions[pictured], built.dataset, built) if pictured else (),
+        mistakes=shown_mistakes(predictions[pictured], prepared) if pictured else (),
         mistakes_of=pictured or "",
     )
     write_report(run, inputs)
 
 
-def shown_mistakes(predictions: Predictions, dataset: Dataset, built: Built) -> list[ShownMistake]:
+def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:
     """Return the mistakes that the model is surest of, with what it saw."""
-    sample_of = {sample.id: sample for sample in dataset.samples}
+    sample_of = {sample.id: sample for sample in prepared.dataset.samples}
     shown = []
     for mistake in confident_mistakes(predictions, GALLERY_SIZE):
         sample = sample_of[predictions.ids[mistake.index]]
         shown.append(
             ShownMistake(
-                image=sample.decode(built.resolved.preprocess.load),
+                image=sample.decode(prepared.resolved.preprocess.load),
                 file=printable(sample.id),
                 true=predictions.classes[mistake.true],
                 predicted=predictions.classes[mistake.predicted],

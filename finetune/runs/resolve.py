@@ -13,12 +13,12 @@ from typing import Any
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
 from finetune.data.dataset import Dataset, unmeasured
+from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
-from finetune.runs.facts import BackboneFacts
 from finetune.runtime.device import Device
 from finetune.spec import JobSpec, parse_spec
-from finetune.train.compute import Compute
-from finetune.train.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
+from finetune.training.compute import Compute
+from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
 _WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub"}
 

@@ -23,25 +23,27 @@ from finetune.evaluation.evaluate import Judgement, write_judgement
 from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
-from finetune.export import BundleFacts, export_bundle
+from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
-from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Built, Shared
+from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.judge import doubt, judge, predict_splits, refuse_diverged, refuse_nonsense
-from finetune.runs.normalisation import check_normalisation
+from finetune.runs.learner import Learner
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
-from finetune.runs.prepare import decisions_of, prepare
+from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
+from finetune.runs.preprocessing import check_preprocessing
 from finetune.runs.report import SHOWN_FIRST, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
+from finetune.runs.shared import Shared
+from finetune.runs.solved import SolvedLearner
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.train.choices import Choices
-from finetune.train.train import Trained, TrainingContext, train
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
 
 LATENCY_ROUNDS = 20
 
@@ -93,31 +95,34 @@ def run_job(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         options.write(run)
 
-        built = prepare(spec, shared, progress, run, options)
-        write_json(run.resolved, built.resolved.to_dict())
-        announce(built.resolved.dataset, run)
-        context = training_context(built, run, shared, progress, options.sample_size)
-        check_normalisation(built, run, shared.store)
-        trained = train(built.classifier, built.resolved.recipe, context, _decided(run, options))
-        predictions = predict_splits(built, trained, context, options.judged)
+        prepared = prepare(spec, shared, progress, run, options)
+        write_json(run.resolved, prepared.resolved.to_dict())
+        announce(prepared.resolved.dataset, run)
+        context = training_context(prepared, run, shared, progress, options.sample_size)
+        check_preprocessing(prepared, run, shared, progress)
+        learner = learner_for(prepared, shared)
+        trained = learner.train(context, _decided(run, options))
+        predictions = predict_splits(learner, context, options.judged)
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
         carried = carried or Carried()
         judgement = carry_over(judge(predictions), carried.judgement)
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
-        outcome = outcome_of(built, trained, judgement, run, stopwatch, options)
+        outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
 
         if options.reaches("registered"):
-            refuse_if_diverged(built.resolved, {**carried.predictions, **predictions})
+            refuse_if_diverged(prepared.resolved, {**carried.predictions, **predictions})
         if options.reaches("exported"):
-            manifest = export(built, trained, judgement, carried, run, progress)
-            cost = {**outcome.cost, **stopwatch.read(), **model_cost(built, run)}
+            manifest = export(prepared, learner, trained, judgement, carried, run, progress)
+            cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             answers = {**carried.predictions, **predictions}
-            write_run_report(built, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds)
+            write_run_report(
+                prepared, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
+            )
         if options.reaches("registered"):
-            outcome = register(outcome, built.resolved, predictions, shared.workspace)
+            outcome = register(outcome, prepared.resolved, predictions, shared.workspace)
         finish(outcome, run)
         return outcome
 
@@ -132,22 +137,31 @@ def announce(dataset: DatasetFacts, run: RunDir) -> None:
 
 
 def training_context(
-    built: Built, run: RunDir, shared: Shared, progress: ProgressCallback, sample_size: int | None = None
+    prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback, sample_size: int | None = None
 ) -> TrainingContext:
     """Return what all training of this run shares."""
-    resolved = built.resolved
+    resolved = prepared.resolved
     return TrainingContext(
-        dataset=built.dataset,
-        task=built.task,
-        augment=built.augment,
+        dataset=prepared.dataset,
+        task=prepared.task,
+        augment=augment_of(resolved, shared.store),
         run=run,
         compute=resolved.compute,
         identity={"spec": resolved.spec.digest(), "dataset": resolved.dataset.digest},
         store=shared.store,
-        graph=built.exported,
         progress=progress,
         sample_size=sample_size,
     )
+
+
+def learner_for(prepared: Prepared, shared: Shared) -> Learner:
+    """Return what carries out the recipe that was resolved; torch is imported only for one that takes steps."""
+    resolved = prepared.resolved
+    if not resolved.recipe.n_steps:
+        return SolvedLearner(prepared)
+    from finetune.runs.stepped import SteppedLearner
+
+    return SteppedLearner(built_network(resolved.spec, len(prepared.dataset.classes), shared), resolved)
 
 
 def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
@@ -156,15 +170,21 @@ def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
 
 
 def export(
-    built: Built, trained: Trained, judgement: Judgement, carried: Carried, run: RunDir, progress: ProgressCallback
+    prepared: Prepared,
+    learner: Learner,
+    trained: Trained,
+    judgement: Judgement,
+    carried: Carried,
+    run: RunDir,
+    progress: ProgressCallback,
 ) -> Manifest:
     """Write the bundle. One that an interrupted run has already written is complete and stays."""
     if run.bundle.exists():
         return read_manifest(run.bundle)
-    spec, dataset = built.resolved.spec, built.dataset
+    spec, dataset = prepared.resolved.spec, prepared.dataset
     facts = BundleFacts(
-        name=built.resolved.model_name,
-        task=built.task.name,
+        name=prepared.resolved.model_name,
+        task=prepared.task.name,
         classes=dataset.classes,
         method={**spec.method.model_dump(mode="json"), **({"notes": list(carried.notes)} if carried.notes else {})},
         spec_digest=spec.digest(),
@@ -173,12 +193,13 @@ def export(
         frozen=trained.frozen,
         seen=Seen.of([s.sha256 for s in dataset.of("train")], [s.sha256 for s in dataset.of("val")]),
     )
+    progress(Progress("exporting", 0, 3, "steps", message="writing the ONNX graph"))
     manifest = export_bundle(
-        built.classifier,
+        learner.exported(facts.temperature),
         facts,
-        built.checked_on,
+        prepared.checked_on,
         run.bundle,
-        graph=built.graph,
+        threads=prepared.resolved.compute.threads,
         quantize=spec.export.quantize,
         training=dataset.of("train"),
         progress=progress,
@@ -219,15 +240,17 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
         if resolved.spec.export.register_model == "auto":
             refuse_nonsense(judged)
         warnings = (*warnings, *filter(None, [doubt(judged)]))
-    version = Registry(workspace.models).register(outcome.bundle, resolved.model_name, once=True)
+    answers = RunDir(outcome.run).predictions_of("test")
+    version = Registry(workspace.models).register(
+        outcome.bundle, resolved.model_name, once=True, predictions=answers if answers.exists() else None
+    )
     return replace(outcome, bundle=version.path, model=version.name, version=version.version, warnings=warnings)
 
 
 def outcome_of(
-    built: Built, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
+    resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
     """Return what the run came to, before anything is exported."""
-    resolved = built.resolved
     # A run that is exported later finds its features and weights; what they took is in the outcome that it has already.
     earlier = Outcome.read(run).cost["train_seconds"] if run.outcome.exists() else 0.0
     return Outcome(
@@ -240,11 +263,11 @@ def outcome_of(
             **stopwatch.read(),
             "train_seconds": max(trained.seconds, earlier),
             "trainable_parameters": float(trained.n_trainable),
-            "total_parameters": float(sum(parameter.numel() for parameter in built.classifier.parameters())),
+            "total_parameters": float(trained.n_parameters),
         },
         summary=trained.summary,
         classes=resolved.dataset.classes,
-        n_train=len(built.dataset.of("train")),
+        n_train=resolved.dataset.sizes.get("train", 0),
         warnings=resolved.dataset.warnings,
         quarantined=len(resolved.dataset.quarantined),
         choices=trained.choices.to_dict(),
@@ -252,10 +275,10 @@ def outcome_of(
     )
 
 
-def model_cost(built: Built, run: RunDir) -> dict[str, float]:
+def model_cost(run: RunDir) -> dict[str, float]:
     """Return what the exported model takes: bytes on disk, seconds for one image on one core (the median of some rounds)."""
     predictor = Predictor.load(run.bundle)
-    image = np.zeros((1, *built.resolved.preprocess.input_size_px, 3), np.uint8)
+    image = np.zeros((1, *predictor.manifest.preprocess.input_size_px, 3), np.uint8)
     rounds = []
     for _ in range(LATENCY_ROUNDS):
         started = time.perf_counter()

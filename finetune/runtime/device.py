@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 
+_AMD_DRIVER = Path("/dev/kfd")  # PyTorch calls AMD's GPUs cuda too
 _GPU_DEVICES = "nvidia[0-9]*"
 
 
@@ -20,3 +23,19 @@ def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
     if chosen is not None:
         return tuple(int(number) for number in chosen.split(",") if number.strip().isdecimal())
     return tuple(sorted(int(device.name.removeprefix("nvidia")) for device in devices.glob(_GPU_DEVICES)))
+
+
+def may_have_gpu() -> bool:
+    """Return False where PyTorch cannot find a GPU because there is no driver for one; else only PyTorch knows.
+
+    Asking the loader for the driver takes a millisecond, asking PyTorch its import.
+    """
+    if sys.platform == "darwin":
+        return False  # Metal is another device
+    if _AMD_DRIVER.exists():
+        return True
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -23,13 +23,13 @@ from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Shared
 from finetune.runs.judge import calibrate
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize
 from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
+from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
 from finetune.storage.files import read_json, write_atomic, write_json

@@ -9,10 +9,10 @@ from typing import Any
 from finetune.data.dataset import Dataset
 from finetune.data.split import fold_datasets
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Built, Shared
 from finetune.runs.estimate import Estimate, estimate, together
 from finetune.runs.options import RunOptions
-from finetune.runs.prepare import prepare, read_and_build
+from finetune.runs.prepare import Prepared, prepare, read_and_build
+from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
 from finetune.studies.escalate import escalation
@@ -23,12 +23,12 @@ class Plan:
     """The runs that a request would make, each resolved, and about what they take."""
 
     spec: JobSpec
-    candidates: tuple[Built, ...]  # what is tried, from the cheapest up; more than one only for method auto
+    candidates: tuple[Prepared, ...]  # what is tried, from the cheapest up; more than one only for method auto
     folds: tuple[Dataset, ...]  # for cross-validation: what each fold trains, chooses and is tested on
     cost: Estimate
 
     @property
-    def deepest(self) -> Built:
+    def deepest(self) -> Prepared:
         """The candidate that trains the most."""
         return self.candidates[-1]
 
@@ -38,7 +38,7 @@ class Plan:
             **self.deepest.resolved.to_dict(),
             "spec": self.spec.model_dump(mode="json"),
             "folds": [dataset.counts() for dataset in self.folds],
-            "candidates": [built.resolved.recipe.method for built in self.candidates],
+            "candidates": [candidate.resolved.recipe.method for candidate in self.candidates],
             "estimate": asdict(self.cost),
         }
 
@@ -56,7 +56,7 @@ def plan(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> 
     if n_folds is not None:
         folds = fold_datasets(candidates[0].dataset, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
     rounds = (1 + len(folds)) * (2 if spec.refits else 1)
-    cost = together([estimate(built, shared.store, rounds=rounds) for built in candidates])
+    cost = together([estimate(candidate, shared, rounds=rounds) for candidate in candidates])
     return Plan(spec, candidates, folds, cost)
 
 

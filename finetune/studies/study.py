@@ -14,9 +14,9 @@ from finetune.data.dataset import Dataset, Sample
 from finetune.data.split import write_split
 from finetune.events import ChildFinished
 from finetune.progress import Progress, ProgressCallback
-from finetune.runs.build import Shared
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
+from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir

@@ -1,8 +1,8 @@
 """What a task is: everything that depends on what a label means, for everything that does not know it.
 
 A task with one label per image and one with several differ in how targets are encoded, in the function from logits to
-probabilities, in what is decided from them, in the metrics, and in the shape of an answer. All of that is here, without torch;
-the training loss and the solved head of each task are in `finetune.train.objectives`, under the same name.
+probabilities, in what is decided from them, in the metrics, and in the shape of an answer. All of that is here, without torch.
+The training loss of each task is in `finetune.training.objectives`, its solved head in `finetune.features.heads`, under its name.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from finetune.comparison_spec import parse_comparison
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
@@ -207,7 +208,7 @@ def _name(run: RunDir, spec: Mapping[str, Any], comparison: Mapping[str, Any]) -
     if run.parent is not None:
         return _OF_SEED.sub(r"\1, seed \2", run.name)
     if run.request.exists() or comparison:
-        arms = [arm["name"] for arm in comparison.get("arms", ())] or spec.get("methods") or []
+        arms = [arm["name"] for arm in comparison.get("arms", ())] or _asked_arms(spec)
         text = " vs ".join(arms)
         return text if arms and len(text) <= LONGEST_NAME else f"comparison of {len(arms) or 'several'} arms"
     if not spec:
@@ -226,6 +227,11 @@ def _name(run: RunDir, spec: Mapping[str, Any], comparison: Mapping[str, Any]) -
     if spec["seed"] != usual["seed"]:
         parts.append(f"seed {spec['seed']}")
     return ", ".join(parts)
+
+
+def _asked_arms(request: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arms that a comparison was asked to run."""
+    return [arm.name for arm in parse_comparison(request).arms] if "training_file" in request else []
 
 
 def _chosen_figures(comparison: Mapping[str, Any]) -> dict[str, float]:

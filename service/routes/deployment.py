@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from finetune.bundle.deployment import Deployment, Share, roll_back
-from finetune.bundle.promotion import promote_to_default
 from finetune.errors import Conflict, NotReady
+from finetune.promotion import promote_to_default
 from service.middleware.auth import Administering, Caller, Reading
 from service.problems import RESPONSES
 from service.schemas.models import DeploymentChange, DeploymentDocument, ShareDocument

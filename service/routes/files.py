@@ -5,29 +5,18 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from finetune.jobs.files import UploadedFile, check_quota
+from service.creation import REPLAYED, IdempotencyKey
 from service.limits import MULTIPART_OVERHEAD_BYTES
 from service.middleware.auth import Submitting
 from service.problems import RESPONSES
 from service.schemas.lists import After, Limit, ListItem, Page
 from service.state import Server, ServerState
 from service.uploads import PURPOSE, Received, examine, move_to, receive
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        pattern=r"^[!-~]+$",
-        description="Of your choosing: the same key and body, sent again within a day, give the object of the first time.",
-    ),
-]
-REPLAYED = "Idempotent-Replayed"
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {

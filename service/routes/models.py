@@ -11,12 +11,12 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from finetune.bundle.manifest import read_manifest
-from finetune.bundle.promotion import promote
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
+from finetune.promotion import promote
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
-from service.results import bundle_archive, evaluated_splits, resolved_hyperparameters, run_of
+from service.results import bundle_archive, evaluated_splits, link_of_run, report_answer, resolved_hyperparameters, run_of
 from service.schemas.models import (
     AliasTarget,
     ModelChange,
@@ -28,11 +28,6 @@ from service.schemas.models import (
 )
 from service.state import Server, ServerState
 
-# A report is one file with its style and figures in it, and without scripts.
-REPORT_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'; sandbox"
-)
 BUNDLE_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -68,7 +63,6 @@ def get_version(caller: Reading, server: Server, name: str, version: str) -> Ver
     access = server.models.registry.access(found.name)
     place = f"/v1/models/{found.name}/versions/{found.version}"
     weights = dict(manifest.backbone.get("weights") or {})
-    is_job = run is not None and run.root.name.startswith("ftjob-")
     return VersionDocument(
         id=f"{found.name}@{found.version}",
         model=found.name,
@@ -94,7 +88,7 @@ def get_version(caller: Reading, server: Server, name: str, version: str) -> Ver
         links={
             "report": f"{place}/report" if run is not None and run.report.exists() else None,
             "bundle": f"{place}/bundle",
-            "job": f"/v1/fine_tuning/jobs/{run.root.name}" if run is not None and is_job else None,
+            "job": None if run is None else link_of_run(server.home / "runs", run.root),
         },
     )
 
@@ -108,7 +102,7 @@ def get_report(caller: Reading, server: Server, name: str, version: str) -> HTML
         raise NotFound(
             f"{found.name}@{found.version} has no report here: the folder of its run is gone, or it was registered by hand"
         )
-    return HTMLResponse(run.report.read_bytes(), headers={"Content-Security-Policy": REPORT_POLICY})
+    return report_answer(run, server.without_home)
 
 
 @models_router.get("/{name}/versions/{version}/bundle", response_class=StreamingResponse, responses=BUNDLE_ANSWER)

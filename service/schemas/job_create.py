@@ -1,9 +1,11 @@
-"""The body of a job's creation as the OpenAPI document shows it: the JobSpec's own schema, and what the stock client may send."""
+"""The bodies of creations as the OpenAPI document shows them: the specs' own schemas, and what the stock client may send."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from finetune.comparison_spec import ComparedRuns, ComparisonSettings
 from finetune.spec import JobSpec
 
 _REFERENCES = "#/components/schemas/{model}"
@@ -47,11 +49,47 @@ def _job_schemas() -> dict[str, Any]:
     return {**definitions, "JobCreate": {**schema, "title": "JobCreate"}}
 
 
+def _comparison_schemas(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Schemas of the two forms of a comparison's creation."""
+    settings = ComparisonSettings.model_json_schema(ref_template=_REFERENCES)
+    runs = ComparedRuns.model_json_schema(ref_template=_REFERENCES)
+    definitions = settings.pop("$defs")
+    for properties in (settings["properties"], runs["properties"]):
+        for field in properties.values():
+            field.pop("title", None)
+    runs["properties"]["runs"] |= {"description": "Ids of fine-tuning jobs of yours that have succeeded."}
+    description = "A job spec that all arms share, and what differs between the arms (docs/comparison.md)."
+    create = {
+        **job,
+        "title": "ComparisonCreate",
+        "description": description,
+        "properties": {**job["properties"], **settings["properties"]},
+    }
+    return {**definitions, "ComparisonCreate": create, "RunsComparisonCreate": {**runs, "title": "RunsComparisonCreate"}}
+
+
 JOB_SCHEMAS = _job_schemas()
+JOB_SCHEMAS |= _comparison_schemas(JOB_SCHEMAS["JobCreate"])
 JOB_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A JobSpec (docs/spec.md); the stock client's `method` of type `supervised` is understood too.",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobCreate"}}},
+    }
+}
+COMPARISON_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A job spec with what differs between the arms (docs/comparison.md); or finished jobs to compare.",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "anyOf": [
+                        {"$ref": "#/components/schemas/ComparisonCreate"},
+                        {"$ref": "#/components/schemas/RunsComparisonCreate"},
+                    ]
+                }
+            }
+        },
     }
 }

@@ -39,19 +39,25 @@ class ProgressDocument(BaseModel):
     message: str = ""
 
 
-class JobDocument(ListItem):
-    """A fine-tuning job. `status` is the job's state by its fixed name, `cancelling` included."""
+class JobState(ListItem):
+    """Where a job of any kind is. `status` is its state by its fixed name, `cancelling` included."""
 
-    object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int = Field(description="Unix seconds, as all times.")
     started_at: int | None
     finished_at: int | None
     estimated_finish: int | None
     status: State
-    phase: str | None = Field(description="preparing, features, training, evaluating, exporting or registering.")
+    phase: str | None = Field(description="preparing, features, training, evaluating, exporting, registering or runs.")
     progress: ProgressDocument | None
     attempts: int = Field(description="How often it was started; a job whose worker dies is started again and resumes.")
     queue_position: int | None = Field(description="How many jobs are before it, while it is queued.")
+    organization_id: str = Field(description="Whose job it is.")
+
+
+class JobDocument(JobState):
+    """A fine-tuning job."""
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
     model: str = Field(description="The backbone.")
     fine_tuned_model: str | None = Field(description="The registered model's name, once there is one.")
     fine_tuned_version: str | None
@@ -65,7 +71,6 @@ class JobDocument(ListItem):
     metadata: dict[str, str]
     metrics: dict[str, float | None] = Field(description="Of the finished model, by `split/name`.")
     error: JobError | None
-    organization_id: str = Field(description="Whose job it is.")
     result_files: list[str] = Field(default=[], description="Paths on this server: result, report, bundle.")
     integrations: list[dict[str, Any]] = Field(default=[])
     trained_tokens: int | None = None
@@ -138,18 +143,8 @@ def job_document(
     """
     spec, result = job.spec, job.result or {}
     asked = job.request or spec
-    progress = ProgressDocument.model_validate(job.progress) if job.progress and not job.finished else None
     return JobDocument(
-        id=job.id,
-        created_at=int(job.created_at),
-        started_at=_whole(job.started_at),
-        finished_at=_whole(job.finished_at),
-        estimated_finish=_estimated_finish(progress),
-        status=job.state,  # type: ignore[arg-type]
-        phase=job.phase,
-        progress=progress,
-        attempts=job.attempts,
-        queue_position=queue_position,
+        **job_state(job, queue_position),
         model=spec["model"]["backbone"],
         fine_tuned_model=result.get("model"),
         fine_tuned_version=result.get("version"),
@@ -162,10 +157,27 @@ def job_document(
         test_file=asked.get("test_file"),
         metadata=dict(spec["metadata"]),
         metrics=dict(result.get("metrics", {})),
-        error=_error(job, within),
-        organization_id=job.owner,
+        error=job_error(job, within),
         result_files=result_links(job.id, result),
     )
+
+
+def job_state(job: Job, queue_position: int | None) -> dict[str, Any]:
+    """Return the fields of `JobState`."""
+    progress = ProgressDocument.model_validate(job.progress) if job.progress and not job.finished else None
+    return {
+        "id": job.id,
+        "created_at": int(job.created_at),
+        "started_at": _whole(job.started_at),
+        "finished_at": _whole(job.finished_at),
+        "estimated_finish": _estimated_finish(progress),
+        "status": job.state,
+        "phase": job.phase,
+        "progress": progress,
+        "attempts": job.attempts,
+        "queue_position": queue_position,
+        "organization_id": job.owner,
+    }
 
 
 def _decided(asked: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +202,8 @@ def _estimated_finish(progress: ProgressDocument | None) -> int | None:
     return None if seconds is None else int(time.time() + seconds)
 
 
-def _error(job: Job, within: Callable[[str], str]) -> JobError | None:
+def job_error(job: Job, within: Callable[[str], str]) -> JobError | None:
+    """Return why a job failed, if it did; `within` hides where on this machine things lie."""
     if job.error_code is None:
         return None
     param = "training_file" if job.error_code in _ABOUT_THE_DATA else "model" if job.error_code in _ABOUT_THE_MODEL else None

@@ -75,7 +75,8 @@ class ModelDeleted(BaseModel):
 
 
 class PromotionConditions(BaseModel):
-    """What a version must fulfil to be promoted, besides loading, parity and the same classes."""
+    """What a version must fulfil to be promoted, besides loading, parity, the same classes, and not being worse than the version
+    that it replaces on the test images of both (paired test, p < 0.05)."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -291,7 +291,7 @@ def test_the_log_is_answered_as_text(client: TestClient, file_id: str, tmp_path:
 def test_a_log_longer_than_an_answer_is_read_in_parts_to_the_byte(
     client: TestClient, file_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.routes.jobs.LARGEST_LOG_BYTES", 1000)
+    monkeypatch.setattr("service.routes.lifecycle.LARGEST_LOG_BYTES", 1000)
     job_id = create(client, file_id)["id"]
     log = tmp_path / "runs" / job_id / "log.txt"
     log.parent.mkdir(parents=True)

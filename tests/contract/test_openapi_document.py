@@ -26,6 +26,16 @@ SURFACE = {
     "/v1/fine_tuning/jobs/{job_id}/events": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/checkpoints": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/logs": {"get"},
+    "/v1/fine_tuning/comparisons": {"get", "post"},
+    "/v1/fine_tuning/comparisons/{comparison_id}": {"get", "delete"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/cancel": {"post"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/events": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/logs": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/result": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/report": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/runs": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/runs/{run_name}": {"get"},
+    "/v1/fine_tuning/comparisons/{comparison_id}/runs/{run_name}/report": {"get"},
     "/v1/models": {"get"},
     "/v1/models/{name}": {"get", "patch", "delete"},
     "/v1/models/{name}/aliases/{alias}": {"put"},
@@ -52,6 +62,8 @@ CONFIG = """
 [parameters]
 "path.file_id" = "{file_id}"
 "path.job_id" = "{job_id}"
+"path.comparison_id" = "{comparison_id}"
+"path.run_name" = "full-seed0"
 "path.name" = "colours"
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", "503"]
@@ -93,8 +105,9 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
         files = {"file": ("flowers.zip", zip_of(photographs()))}
         file_id = client.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
         job_id = client.post("/v1/fine_tuning/jobs", json={"training_file": file_id}).json()["id"]
+        comparison_id = client.post("/v1/fine_tuning/comparisons", json={"training_file": file_id}).json()["id"]
         config = tmp_path / "schemathesis.toml"
-        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id))
+        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id, comparison_id=comparison_id))
         ran = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{server.url}/docs.json"),

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from answers import table
 from serving import in_process, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
@@ -17,6 +19,7 @@ from finetune.bundle.manifest import MODEL
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Registry
 from finetune.errors import BundleError, NotFound, NotReady
+from finetune.evaluation import predictions as tables
 from service.models import LoadedModels
 
 
@@ -256,6 +259,27 @@ def test_a_job_that_ends_never_takes_over_and_a_promotion_does(tmp_path: Path) -
         assert client.post("/v1/models/hats/aliases/champion/rollback").status_code == 200
         assert client.post("/predict", content=picture()).json()["version"] == "1"
         assert client.get("/readyz").json()["version"] == "1"
+
+
+def test_a_version_that_is_worse_on_the_same_images_is_promoted_by_force_alone(tmp_path: Path) -> None:
+    registry, targets = Registry(tmp_path / "models"), np.arange(60) % 3
+    for version, right in ((1, 60), (2, 40)):
+        logits = np.eye(3, dtype=np.float32)[np.where(np.arange(60) < right, targets, (targets + 1) % 3)]
+        tables.write(tmp_path / "test.npz", table(logits, targets))
+        registry.register(
+            write_bundle(tmp_path / f"bundle-{version}", ("c0", "c1", "c2")), "hats", predictions=tmp_path / "test.npz"
+        )
+    with in_process(tmp_path) as client:
+        refused = client.put("/v1/models/hats/aliases/champion", json={"version": "2"})
+        assert (refused.status_code, refused.json()["code"]) == (409, "promotion_refused")
+        (error,) = refused.json()["errors"]
+        assert error["field"] == "not_worse"
+        assert "top1 0.667 on the same 60 test images where version 1 has 1.000" in error["detail"]
+        assert client.put("/v1/deployments/default", json={"reference": "hats@2"}).status_code == 409
+        assert client.post("/predict", content=picture()).json()["version"] == "1"
+        forced = client.put("/v1/models/hats/aliases/champion", json={"version": "2", "force": True})
+        assert forced.status_code == 200
+        assert client.post("/predict", content=picture()).json()["version"] == "2"
 
 
 def test_a_server_that_was_given_a_model_refuses_to_be_promoted(tmp_path: Path) -> None:

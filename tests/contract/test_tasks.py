@@ -1,4 +1,4 @@
-"""What every task and its objective must do, whatever a label means to it."""
+"""What every task, its objective and its solved head must do, whatever a label means to it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from finetune.errors import InvalidInput, TrainingError
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.paired import paired_gain
 from finetune.evaluation.predictions import Predictions
+from finetune.features.heads import HEAD_SOLVERS, head_solver
 from finetune.spec import JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
-from finetune.train.objectives import OBJECTIVES, objective_of
+from finetune.training.objectives import OBJECTIVES, objective_of
 
 N_CLASSES = 4
 
@@ -52,10 +53,11 @@ def predictions(task: Task, logits: np.ndarray, targets: np.ndarray) -> Predicti
     return Predictions("val", task.name, classes, ids, np.zeros((len(ids), 32), np.uint8), targets, logits)
 
 
-def test_every_task_has_a_name_an_objective_and_labels_in_this_suite() -> None:
+def test_every_task_has_a_name_an_objective_a_solved_head_and_labels_in_this_suite() -> None:
     names = [task.name for task in TASKS]
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
+    assert sorted(HEAD_SOLVERS) == sorted(names)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 
 
@@ -279,7 +281,7 @@ def test_the_head_is_solved_for_the_task(task: Task, judged: bool) -> None:
     directions = chance.normal(size=(N_CLASSES, 12))
     one_hot = np.eye(N_CLASSES)[encoded] if encoded.ndim == 1 else encoded
     features = (one_hot @ directions + 0.3 * chance.normal(size=(120, 12))).astype(np.float32)
-    head = objective_of(task.name).solve_head(
+    head = head_solver(task.name)(
         features[:90],
         encoded[:90],
         N_CLASSES,
@@ -311,9 +313,9 @@ def test_only_tasks_and_metrics_decide_which_class_an_answer_is() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Compare) and any(_is_argmax(part) for part in ast.walk(node))
     ]
-    allowed = ("train/objectives/", "export/agreement.py", "export/dry_run.py")  # the last two compare answers, not labels
+    allowed = ("training/objectives/", "export/agreement.py", "export/dry_run.py")  # the last two compare answers, not labels
     assert [place for place in found if not place.startswith(allowed)] == []
-    assert any(place.startswith("train/objectives/") for place in found), "the search finds something"
+    assert any(place.startswith("training/objectives/") for place in found), "the search finds something"
 
 
 def _is_argmax(node: ast.AST) -> bool:

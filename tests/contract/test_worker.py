@@ -20,6 +20,7 @@ from job_standin import LEASE_SECONDS, Trace, drive, result_of, submit, wait, wo
 from finetune.errors import InvalidInput, StoreError
 from finetune.jobs import worker as worker_module
 from finetune.jobs.database import open_database
+from finetune.jobs.kinds import COMPARISON
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import WorkerSettings
 from finetune.runtime.device import visible_gpus
@@ -108,6 +109,24 @@ def test_a_job_is_run_to_its_end_and_its_result_and_history_are_kept(store: JobS
     assert store.events(job.id)[-1].message == "standin version 1 is registered."
     assert not list(run.root.glob("lease-*"))
     assert Trace.of(run).environments[0]["FINETUNE_HOME"] == str(home)
+
+
+def test_a_comparison_is_a_command_of_its_own_and_ends_with_its_verdict(store: JobStore, home: Path) -> None:
+    job = submit(store, steps=3, kind=COMPARISON)
+    drive(worker(store, home), until=finished(store, job))
+    done = store.get(job.id)
+    assert (done.id.partition("-")[0], done.state, done.result and done.result["state"]) == ("ftcmp", "succeeded", result_of(3))
+    assert store.events(job.id)[-1].message == "both are equal."
+
+
+def test_a_comparison_that_dies_after_each_run_is_no_crash_loop_because_finished_runs_are_kept(
+    store: JobStore, home: Path
+) -> None:
+    job = submit(store, steps=6, kind=COMPARISON, die_once_at={str(step): -signal.SIGKILL for step in range(1, 6)})
+    drive(worker(store, home), until=finished(store, job))
+    done = store.get(job.id)
+    assert (done.state, done.attempts, done.result and done.result["state"]) == ("succeeded", 6, result_of(6))
+    assert Trace.of(run_of(home, job)).starts == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_run_that_dies_goes_on_from_its_newest_checkpoint(store: JobStore, home: Path) -> None:

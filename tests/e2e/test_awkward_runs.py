@@ -16,6 +16,7 @@ from tiny_runs import carry_out_at, shared_at, tiny_spec, workspace_at, write_st
 from finetune.bundle.registry import Registry
 from finetune.errors import DataChangedError, NoBetterThanChance, SpecError
 from finetune.evaluation.predictions import read
+from finetune.runs.build import BuiltNetwork
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import prepare
@@ -24,7 +25,7 @@ from finetune.storage.files import read_json, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import fine_tune
-from finetune.train import checkpoint
+from finetune.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -95,9 +96,10 @@ def test_another_seed_trains_otherwise_on_the_same_images(pictures: Path, home: 
     splits, weights = [], []
     for seed in (0, 1):
         run = RunDir(home / "runs" / str(seed)).create()
-        built = prepare(tiny_spec(pictures, seed=seed), shared_at(home), run=run)
+        network = prepare(tiny_spec(pictures, seed=seed), shared_at(home), run=run).network
+        assert isinstance(network, BuiltNetwork)
         splits.append(run.split.read_bytes())
-        weights.append(built.classifier.state_dict()["head.weight"].numpy())
+        weights.append(network.fresh_classifier(seed).head.weight.detach().numpy())
     assert splits[0] == splits[1]
     assert not np.array_equal(weights[0], weights[1])
     other = RunDir(home / "runs" / "split").create()

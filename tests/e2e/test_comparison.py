@@ -6,17 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from serving import live_server
 from tiny_runs import TINY, shared_at, weights_of, workspace_at, write_stripes
 
 import finetune
 from finetune.bundle.registry import Registry
 from finetune.cli import cli
+from finetune.client import Client
 from finetune.comparison_spec import ComparisonSpec, parse_comparison
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
@@ -55,9 +58,9 @@ def compared(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return compare(spec_of(pictures), shared_at(home), seen.append, home / "runs" / "whole"), home, seen
 
 
-def bits_of(run: RunDir) -> dict[str, bytes]:
-    """What the comparison's statistics are computed from."""
-    return {name: run.child(name).predictions_of("test").read_bytes() for name in RUNS}
+def bits_of(run: RunDir, names: Sequence[str] = RUNS) -> dict[str, bytes]:
+    """Return what the comparison's statistics are computed from."""
+    return {name: run.child(name).predictions_of("test").read_bytes() for name in names}
 
 
 def test_every_arm_and_seed_is_a_run_of_its_own_judged_on_the_same_images(compared: Any) -> None:
@@ -106,6 +109,8 @@ def test_the_chosen_arms_run_that_val_likes_best_is_registered_and_no_other(comp
     kept = RunDir(home / "runs" / "whole").child(read_json(RunDir(home / "runs" / "whole").study)["kept"])
     assert kept.name.startswith(found.verdict.choose)
     assert weights_of(kept.bundle) == weights_of(Registry(home / "models").locate(found.registered))
+    answers = Registry(home / "models").predictions_of(version)
+    assert answers.read_bytes() == kept.predictions_of("test").read_bytes(), "a later version is compared with these"
 
 
 class Killed(BaseException):
@@ -178,6 +183,69 @@ def test_the_command_prints_the_same_document_and_a_table_for_people(
     shown = CliRunner().invoke(cli, ["compare", *runs], catch_exceptions=False, env={"COLUMNS": "80"})
     assert "top-1 accuracy on 15 test images" in shown.output
     assert max(len(line) for line in shown.output.splitlines() if "report" not in line) <= 80
+
+
+def test_a_request_to_compare_runs_is_carried_out_in_the_folder_that_it_is_given(
+    compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, home, _ = compared
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    request, run = tmp_path / "request.yaml", RunDir(tmp_path / "comparison")
+    runs = [str(RunDir(home / "runs" / "whole").child(name).root) for name in RUNS]
+    request.write_text(json.dumps({"runs": runs, "margin": 0.2, "metadata": {}}))
+    command = ["compare", str(request), "--run-dir", str(run.root), "--json"]
+    printed = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert json.loads(printed.stdout) == read_json(run.comparison)
+    assert (read_json(run.comparison)["id"], read_json(run.comparison)["verdict"]["margin"]) == ("comparison", 0.2)
+    assert [arm["runs"] for arm in read_json(run.comparison)["arms"]] == [runs[:2], runs[2:]]
+    assert found.verdict.sentence
+
+
+def test_a_servers_result_is_the_document_of_the_command_line(
+    compared: Any, pictures: Path, mlflow_workspace: Path, tmp_path: Path
+) -> None:
+    """A server and its worker, driven by the command, by HTTP, and looked at in the worker's folder."""
+    asked, home, tracked = tmp_path / "asked.yaml", mlflow_workspace, {"FINETUNE_TRACKERS": "mlflow"}
+    asked.write_text(json.dumps({**REQUEST, "training_file": str(pictures), "seeds": 1}))
+    with live_server(home, worker=True, ready=False, environment=tracked) as server, Client(server.url) as client:
+        printed = command_line("compare", str(asked), "--server", server.url, "--json")
+        document = json.loads(printed.stdout)
+        run, place = RunDir(home / "runs" / document["id"]), f"/v1/fine_tuning/comparisons/{document['id']}"
+        written = read_json(run.comparison)
+        arms = [
+            {**arm, "runs": [f"{place}/runs/{Path(child).name}" for child in arm["runs"]]} for arm in written["arms"]
+        ]  # fmt: skip
+        assert document["mlflow_run_id"], "the worker's command has tracked it"
+        other = {"dataset": "stripes", "report": f"{place}/report", "mlflow_run_id": document["mlflow_run_id"]}
+        assert document == {**written, "arms": arms, **other}
+        assert document == client.result(document["id"])
+        first_runs = ("frozen-seed0", "full-seed0")
+        here, there = (bits_of(one, first_runs) for one in (run, RunDir(compared[1] / "runs" / "whole")))
+        assert here == there, "trained as if on the command line"
+        assert document["verdict"]["sentence"] in client.report(document["id"])
+        runs = client.runs(document["id"])
+        assert [(one["name"], one["status"]) for one in runs] == [(name, "finished") for name in first_runs]
+        comparison = client.job(document["id"])
+        assert (comparison["status"], comparison["attempts"]) == ("succeeded", 1)
+        registered = f"{comparison['fine_tuned_model']}@{comparison['fine_tuned_version']}"
+        assert registered == document["registered"] == "stripes@1"
+        made_by = client.version("stripes", "1")["links"]["job"]
+        assert made_by in [one["links"]["run"] for one in runs if one["arm"] == document["verdict"]["choose"]]
+        (picture, *_) = sorted((pictures / "class0").iterdir())
+        assert client.predict(picture, model="stripes")["model"].startswith("stripes")
+        shown = command_line("compare", document["id"], "--server", server.url).stderr
+        assert f"{server.url}{place}/report" in shown.replace("\n", "")
+        assert "top-1 accuracy on 15 test images" in shown
+        listed = json.loads(command_line("jobs", "list", "--server", server.url, "--json").stdout)["jobs"]
+        assert [(job["id"], job["kind"], job["what"]) for job in listed] == [(document["id"], "comparison", "frozen, full")]
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "finetune", *arguments]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran
 
 
 def test_the_python_door_compares_and_draws_itself(compared: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from finetune.spec import JobSpec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.train import checkpoint
+from finetune.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

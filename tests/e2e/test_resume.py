@@ -19,7 +19,7 @@ from tiny_training import fingerprint, train_tiny, write_images
 from finetune.data.loader import Batch
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.train.fit import TrainBatches
+from finetune.training.fit import TrainBatches
 
 N_IMAGES = 38
 EVERYTHING_RANDOM = {
@@ -49,7 +49,7 @@ def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Co
 def processes() -> Iterator[ForkServerContext]:
     """Start processes from one that has imported everything and computed nothing, which is quick and safe to fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.train.fit", "finetune.data.transforms", "finetune.model.backbone"])
+    context.set_forkserver_preload(["finetune.training.fit", "finetune.data.transforms", "finetune.model.backbone"])
     forkserver.ensure_running()
     yield context
     forkserver._forkserver._stop()

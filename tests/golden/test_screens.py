@@ -20,7 +20,7 @@ from finetune.cli import cli
 from finetune.progress import Progress, silent
 from finetune.runs.estimate import Estimate
 from finetune.studies import plan
-from finetune.train.interrupt import Interrupted, StopRequest
+from finetune.training.interrupt import Interrupted, StopRequest
 
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:

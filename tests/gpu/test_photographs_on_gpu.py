@@ -10,6 +10,7 @@ import pytest
 import torch
 from folders import local_sample
 
+from finetune.features.prefix import embedding_prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
@@ -29,7 +30,9 @@ def test_features_of_photographs_point_the_same_way_on_both_devices(
     backbone = build_backbone("tf_efficientnet_lite0", weights="package")
     classifier = Classifier(backbone, 2).eval()
     found = {
-        device: pooled_features(classifier, samples, Views(backbone.preprocess), FeatureContext(Store(tmp_path / device), device))
+        device: pooled_features(
+            embedding_prefix(classifier), samples, Views(backbone.preprocess), FeatureContext(Store(tmp_path / device), device)
+        )
         for device in ("cuda", "cpu")
     }
     on_gpu, on_cpu = found["cuda"], found["cpu"]

@@ -11,9 +11,9 @@ from tiny_training import CLASSES, MULTICLASS, epochs_of, targets_of, tiny_class
 
 from finetune.data.loader import EvalLoader
 from finetune.storage.rundir import RunDir
-from finetune.train.fit import Fitted, Saving, fit
-from finetune.train.interrupt import Interrupted
-from finetune.train.machine import Numerics, choose_numerics, computes_bfloat16
+from finetune.training.fit import Fitted, Saving, fit
+from finetune.training.interrupt import Interrupted
+from finetune.training.machine import Numerics, choose_numerics, computes_bfloat16
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exporting import FACTS, classifier_of, exact_logits, pictures, torch_answers
+from exporting import FACTS, classifier_of, exact_logits, export_classifier, pictures, torch_answers
 from folders import path_of
 from torch.nn import functional
 
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
-from finetune.export import DeployModule, dry_run_export, export_bundle
+from finetune.export.dry_run import dry_run_export
+from finetune.export.graph import DeployModule
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import plan_freeze
@@ -64,7 +65,7 @@ def test_a_family_trains_and_exports_faithfully(
     n_moved = take_a_step(classifier)
 
     samples = pictures(tmp_path, 5)
-    manifest = export_bundle(classifier, FACTS, samples, tmp_path / "bundle", graph=graph)
+    manifest = export_classifier(classifier, FACTS, samples, tmp_path / "bundle", graph=graph)
     from_onnx, from_torch = errors_against_float64(classifier, Predictor.load(tmp_path / "bundle"), samples)
 
     assert frozen_digest(classifier) == frozen

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.features.prefix import OnnxEngine, PixelPrefix, TorchEngine, activation_shape, agreement, export_prefix
+from finetune.features.engine import OnnxEngine, agreement
+from finetune.features.prefix import PixelPrefix, TorchEngine, activation_shape, export_prefix
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.cut import why_not_cut

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from awkward import READABLE_FILES, REFUSED_FILES
-from exporting import CLASSES, FACTS, give_opinions, pictures, torch_answers
+from exporting import CLASSES, FACTS, export_classifier, give_opinions, pictures, torch_answers
 
 from finetune.bundle.predictor import Predictor
 from finetune.errors import ImageError
-from finetune.export import DeployModule, dry_run_export, export_bundle
+from finetune.export.dry_run import dry_run_export
+from finetune.export.graph import DeployModule
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.spec import DEFAULT_BACKBONE
@@ -40,7 +41,7 @@ def deployed() -> DeployModule:
 @pytest.fixture(scope="module")
 def predictor(deployed: DeployModule, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     folder = tmp_path_factory.mktemp("exported")
-    export_bundle(deployed.classifier, FACTS, pictures(folder), folder / "bundle", graph=dry_run_export(deployed.classifier))
+    export_classifier(deployed.classifier, FACTS, pictures(folder), folder / "bundle", graph=dry_run_export(deployed.classifier))
     return Predictor.load(folder / "bundle")
 
 

@@ -15,9 +15,8 @@ from finetune.evaluation.compare import (
     compare_pairs,
     holm,
     images_needed,
-    mcnemar_exact,
-    mcnemar_mid_p,
 )
+from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p
 from finetune.evaluation.predictions import Predictions
 
 CLASSES = ("a", "b", "c")
@@ -52,7 +51,7 @@ def simulated(
     return arms
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (5, 1), (12, 12), (30, 17), (3, 40)])
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (5, 1), (12, 12), (30, 17), (3, 40), (2600, 2400), (0, 5000)])
 def test_the_exact_test_is_scipys_and_the_mid_p_value_is_the_one_between_its_neighbours(only_a: int, only_b: int) -> None:
     n = only_a + only_b
     exact = 1.0 if n == 0 else stats.binomtest(only_a, n).pvalue

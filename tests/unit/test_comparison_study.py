@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_runs import workspace_at
 
-from finetune.comparison_spec import ComparisonSpec, load_comparison, parse_comparison
+from finetune.comparison_spec import ComparisonSpec, load_request, parse_comparison, parse_request
 from finetune.errors import InvalidInput, NotFound, SpecError
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.predictions import Predictions
@@ -159,14 +159,22 @@ def test_a_request_names_everything_that_is_wrong_with_it(tmp_path: Path) -> Non
         spec_of(methods=["full"])
     with pytest.raises(SpecError, match=r"divides the data otherwise"):
         spec_of(methods=[], arms=[{"name": "a"}, {"name": "b", "set": {"data.split_seed": 4}}])
-    with pytest.raises(SpecError, match=r"arm 'b'.*other data"):
-        spec_of(methods=[], arms=[{"name": "a"}, {"name": "b", "set": {"training_file": "elsewhere"}}])
+    for key in ("training_file", "suffix", "metadata.team"):
+        with pytest.raises(SpecError, match=rf"arms\[1\]\.set\.{key}: arm 'b': all arms share this"):
+            spec_of(methods=[], arms=[{"name": "a"}, {"name": "b", "set": {key: "elsewhere"}}])
+    with pytest.raises(SpecError, match=r"models\[1\]: arm 'r+': model\.backbone: must be"):
+        spec_of(methods=[], models=["resnet18", 201 * "r"])
+    with pytest.raises(SpecError, match=r"runs: must be a list of at least 2, given \['one'\]"):
+        parse_request({"runs": ["one"]})
+    with pytest.raises(SpecError, match=r"seeds: unknown key"):
+        parse_request({"runs": ["one", "two"], "seeds": 3})
 
 
 def test_arms_are_methods_times_models_and_settings_beside_them(tmp_path: Path) -> None:
     request = tmp_path / "request.yaml"
     request.write_text("training_file: photos\nmethods: [linear_probe]\nmodels: [resnet18, resnet50]\n")
-    spec = load_comparison(request, {"arms": [{"name": "light", "set": {"augmentation": "light"}}]}, ["seed=3"])
+    spec = load_request(request, {"arms": [{"name": "light", "set": {"augmentation": "light"}}]}, ["seed=3"])
+    assert isinstance(spec, ComparisonSpec)
     assert [arm.name for arm in spec.arms] == ["resnet18 linear_probe", "resnet50 linear_probe", "light"]
     assert [arm.spec.model.backbone for arm in spec.arms][:2] == ["resnet18", "resnet50"]
     assert spec.arms[2].spec.augmentation.policy == "light"

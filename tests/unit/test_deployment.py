@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_bundle import CLASSES, write_tiny_bundle
 
 from finetune.bundle.deployment import Deployment, Share, deploy, read_deployment, roll_back
-from finetune.bundle.promotion import PromotionRefused, promote, promote_to_default
+from finetune.bundle.predictor import Seen
 from finetune.bundle.registry import Access, Registry
 from finetune.errors import Conflict, NotFound
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.promotion import PromotionRefused, promote, promote_to_default
 
 
 @pytest.fixture
@@ -113,7 +118,7 @@ def test_a_version_that_does_not_reach_a_minimum_is_refused_unless_forced(regist
     last = json.loads((registry.root / "trees" / "aliases.jsonl").read_text().splitlines()[-1])
     assert (last["by"], last["forced"], last["version"]) == ("ann", True, "2")
     assert {check["name"]: check["passed"] for check in last["checks"]} == {
-        "loads": True, "parity": True, "val/top1": False, "classes": True,
+        "loads": True, "parity": True, "val/top1": False, "classes": True, "not_worse": True,
     }  # fmt: skip
 
 
@@ -136,6 +141,91 @@ def test_a_version_whose_export_was_not_exact_is_refused_unless_forced(registry:
     registry.register(tmp_path / "inexact", "trees")
     with pytest.raises(PromotionRefused, match=r"parity: probabilities of ONNX and torch differ by 0.1"):
         promote(registry, "trees", "2", by="ann")
+
+
+def answers_of(path: Path, right: int, *, of: int = 100, first: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
+    """The table of a model that is right on the first `right` of the images `first`, `first` + 1 …"""
+    targets = np.arange(of) % 5
+    says = np.where(np.arange(of) < right, targets, (targets + 1) % 5)
+    digests = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(first, first + of)]
+    order = [classes.index(name) for name in CLASSES]
+    logits = np.zeros((of, 5), np.float32)
+    logits[np.arange(of), np.array(order)[says]] = 1.0
+    ids = tuple(f"{number}.png" for number in range(of))
+    labels = np.array(order)[targets]
+    tables.write(path, Predictions("test", "multiclass", classes, ids, digests_as_rows(digests), labels, logits))
+    return path
+
+
+def register_two(registry: Registry, bundle: Path, *predictions: Path | None) -> None:
+    for table in predictions:
+        registry.register(bundle, "trees", predictions=table)
+
+
+def checked(registry: Registry) -> str:
+    """What the last promotion found out about the answers to the same images."""
+    last = json.loads((registry.root / "trees" / "aliases.jsonl").read_text().splitlines()[-1])
+    (found,) = [check["detail"] for check in last["checks"] if check["name"] == "not_worse"]
+    return str(found)
+
+
+def test_a_version_that_is_worse_on_the_same_images_is_refused_unless_forced(
+    registry: Registry, bundle: Path, tmp_path: Path
+) -> None:
+    register_two(registry, bundle, answers_of(tmp_path / "good.npz", 95), answers_of(tmp_path / "bad.npz", 80))
+    said = r"not_worse: worse than version 1: top1 0\.800 on the same 100 test images where version 1 has 0\.950 \(p = 3\.1e-05"
+    for promoting in (
+        lambda force: promote(registry, "trees", "2", force=force, by="ann"),
+        lambda force: promote_to_default(registry, Deployment("trees@2"), force=force, by="ann"),
+    ):
+        with pytest.raises(PromotionRefused, match=said):
+            promoting(False)
+    assert means(registry) == "trees@1"
+    promote(registry, "trees", "2", force=True, by="ann")
+    assert checked(registry).startswith("worse than version 1: ")
+    promote(registry, "trees", "1", by="ann")
+    assert checked(registry).startswith("top1 0.950 on the same 100 test images where version 2 has 0.800")
+
+
+def test_a_difference_that_may_be_chance_does_not_hold_a_version_back(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    register_two(registry, bundle, answers_of(tmp_path / "a.npz", 95), answers_of(tmp_path / "b.npz", 91))
+    promote(registry, "trees", "2", by="ann")
+    assert checked(registry) == ("top1 0.910 on the same 100 test images where version 1 has 0.950 (p = 0.062, McNemar, mid-p)")
+
+
+def test_images_are_paired_by_their_bytes_and_classes_by_name(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    """The second version answered other images too, and its classes are in another order."""
+    write_tiny_bundle(tmp_path / "turned", classes=CLASSES[::-1])
+    registry.register(bundle, "trees", predictions=answers_of(tmp_path / "a.npz", 100))
+    shifted = answers_of(tmp_path / "b.npz", 60, first=50, classes=CLASSES[::-1])
+    registry.register(tmp_path / "turned", "trees", predictions=shifted)
+    promote(registry, "trees", "2", by="ann")
+    assert checked(registry).startswith("top1 1.000 on the same 50 test images where version 1 has 1.000 (p = 1,")
+
+
+def test_images_that_one_of_the_versions_has_seen_do_not_count(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    """What it answers wrongly, the first version was trained on."""
+    digests = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(80, 100)]
+    write_tiny_bundle(tmp_path / "knowing", seen=Seen.of(digests[:10], digests[10:]))
+    registry.register(tmp_path / "knowing", "trees", predictions=answers_of(tmp_path / "a.npz", 100))
+    registry.register(bundle, "trees", predictions=answers_of(tmp_path / "b.npz", 80))
+    promote(registry, "trees", "2", by="ann")
+    assert checked(registry).startswith("top1 1.000 on the same 80 test images where version 1 has 1.000")
+
+
+def test_what_cannot_be_compared_is_said_and_not_held_against_a_version(registry: Registry, bundle: Path, tmp_path: Path) -> None:
+    tables_given = (answers_of(tmp_path / "a.npz", 95), None, answers_of(tmp_path / "c.npz", 0, first=100))
+    register_two(registry, bundle, *tables_given)
+    promote(registry, "trees", "2", by="ann")
+    assert checked(registry) == "not compared: no answers to test images are kept of version 2"
+    promote(registry, "trees", "1", by="ann")
+    promote(registry, "trees", "3", by="ann")
+    assert checked(registry) == "not compared: no test image in common with version 1 that neither has seen"
+    registry.predictions_of(registry.resolve("trees", "1")).write_bytes(b"not a table")
+    promote(registry, "trees", "1", by="ann")
+    assert checked(registry).startswith("not compared: ")
+    registry.delete("trees", "1", force=True)
+    assert sorted(path.name for path in (registry.root / "trees" / "predictions").iterdir()) == ["3.npz"]
 
 
 def test_a_version_that_cannot_be_loaded_is_refused_even_by_force(registry: Registry, bundle: Path) -> None:

@@ -45,7 +45,7 @@ def commands_of(program: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", commands_of("finetune"), ids=" ".join)
 def test_a_command_of_the_documentation_can_be_given_like_that(arguments: list[str]) -> None:
-    command, context, rest = cli, click.Context(cli), list(arguments)
+    command, context, rest = cli, click.Context(cli, **cli.context_settings), list(arguments)
     while isinstance(command, click.Group) and rest:
         name, found, rest = command.resolve_command(context, rest)  # raises where there is no such command
         assert found is not None

@@ -12,16 +12,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exporting import CLASSES, FACTS, classifier_of, pictures, scatter
+from exporting import CLASSES, FACTS, classifier_of, export_classifier, network_of, pictures, scatter
 from folders import path_of
 
 from finetune.bundle.manifest import MODEL, read_manifest
 from finetune.bundle.predictor import Predictor, read_probe
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
-from finetune.export import DeployModule, Graph, Parity, agreement, export_bundle, parity
-from finetune.export.graph import fill, trace
+from finetune.export import agreement
+from finetune.export.agreement import Parity, parity
+from finetune.export.graph import DeployModule, Graph, trace
 from finetune.export.pack import _manifest
+from finetune.export.reference import torch_reference
 from finetune.model.classifier import Classifier
 from finetune.runtime.session import open_session
 from finetune.storage.files import sha256_file
@@ -54,7 +56,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 def bundle(classifier: Classifier, graph: Graph, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "bundle"
     facts = dataclasses.replace(FACTS, metrics={"val/top1": 0.5}, calibration={"temperature": 1.5}, frozen={"stages": ["stem"]})
-    export_bundle(classifier, facts, samples, out, graph=graph)
+    export_classifier(classifier, facts, samples, out, graph=graph)
     return out
 
 
@@ -119,7 +121,7 @@ def test_the_same_classifier_exports_to_the_same_model(
     bundle: Path, classifier: Classifier, samples: list[Sample], tmp_path: Path
 ) -> None:
     facts = dataclasses.replace(FACTS, metrics={"val/top1": 0.5}, calibration={"temperature": 1.5}, frozen={"stages": ["stem"]})
-    again = export_bundle(classifier, facts, samples, tmp_path / "bundle")  # traced anew
+    again = export_classifier(classifier, facts, samples, tmp_path / "bundle")  # traced anew
     assert again == read_manifest(bundle)
 
 
@@ -129,7 +131,7 @@ def test_an_export_that_differs_from_torch_leaves_what_was_there(
     before = read_manifest(bundle)
     monkeypatch.setattr(agreement, "PROB_TOLERANCE", 0.0)
     with pytest.raises(ExportError, match="test_resnet: the exported model does not answer as the trained one does") as raised:
-        export_bundle(classifier, FACTS, samples, bundle, graph=graph)
+        export_classifier(classifier, FACTS, samples, bundle, graph=graph)
     assert [problem.where for problem in raised.value.problems] == ["torch against ONNX", "torch against bytes"]
     assert read_manifest(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
@@ -140,23 +142,27 @@ def test_a_new_export_replaces_the_old_bundle(
 ) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "left_over").write_text("half an export")
-    export_bundle(classifier, FACTS, samples[:1], tmp_path / "bundle", graph=graph)
+    export_classifier(classifier, FACTS, samples[:1], tmp_path / "bundle", graph=graph)
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
 
 
 def test_an_export_without_images_to_check_it_on_is_refused(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="pass validation samples"):
-        export_bundle(classifier, FACTS, [], tmp_path / "bundle")
+        export_classifier(classifier, FACTS, [], tmp_path / "bundle")
 
 
 @pytest.fixture(scope="module")
 def compared(classifier: Classifier, graph: Graph) -> tuple[DeployModule, Predictor]:
     module = DeployModule(classifier)
-    return module, Predictor(_manifest(module, FACTS), open_session(fill(graph, module)))
+    network = network_of(module, graph)
+    return module, Predictor(_manifest(network, FACTS), open_session(network.model))
 
 
-def report_of(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> Parity:
-    return parity(*compared, [sample.read() for sample in samples])
+def report_of(compared: tuple[DeployModule, Predictor], samples: list[Sample], **given: int) -> Parity:
+    module, predictor = compared
+    files = [sample.read() for sample in samples]
+    images = np.stack([module.classifier.backbone.preprocess.load(data) for data in files])
+    return parity(torch_reference(module, images), images, predictor, files, **given)
 
 
 def test_a_faithful_model_has_no_problems(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
@@ -200,6 +206,6 @@ def test_a_tie_in_torch_is_not_a_flip() -> None:
 def test_more_images_than_the_batches_hold_are_all_compared(
     compared: tuple[DeployModule, Predictor], samples: list[Sample]
 ) -> None:
-    many = parity(*compared, [sample.read() for sample in samples] * 8, n_from_bytes=2)
+    many = report_of(compared, samples * 8, n_from_bytes=2)
     assert many.n_images == 72
     assert many.n_from_bytes == 2

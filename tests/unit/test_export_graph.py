@@ -15,11 +15,11 @@ from exporting import classifier_of, onnx_answers, scatter, torch_answers
 from torch import nn
 
 from finetune.errors import ExportError
-from finetune.export import DeployModule, Graph, dry_run_export
 from finetune.export import dry_run as dry_run_module
 from finetune.export import graph as graph_module
-from finetune.export.dry_run import fingerprint, noise
-from finetune.export.graph import fill, trace, with_metadata
+from finetune.export.dry_run import dry_run_export, fingerprint, noise
+from finetune.export.graph import DeployModule, Graph, fill, trace
+from finetune.export.template import with_metadata
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.selection import FreezePlan

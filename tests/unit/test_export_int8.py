@@ -10,15 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exporting import FACTS, classifier_of, onnx_answers, picture
+from exporting import FACTS, classifier_of, export_classifier, onnx_answers, picture
 from folders import local_sample, path_of
 
 from finetune.bundle.manifest import MODEL
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
-from finetune.export import DeployModule, Graph, export_bundle
 from finetune.export import quantize as quantize_module
-from finetune.export.graph import fill, trace
+from finetune.export.graph import DeployModule, Graph, fill, trace
 from finetune.export.quantize import quantize
 from finetune.model.classifier import Classifier
 
@@ -107,7 +106,7 @@ def test_a_bundle_is_int8_where_that_answers_as_well(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING)
-    manifest = export_bundle(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8", training=sure)
+    manifest = export_classifier(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8", training=sure)
     said = manifest.model["quantization"]
     assert (said["kept"], said["metric"], said["float32"], said["int8"], said["n_images"]) == (True, "top1", 1.0, 1.0, 12)
     assert said["sentence"].startswith("quantised to int8: top1 on 12 images is 1.0000, in float32 1.0000; ")
@@ -122,7 +121,7 @@ def test_a_bundle_stays_float32_where_int8_costs_too_much_and_says_so(
     classifier: Classifier, graph: Graph, model: bytes, sure: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module, "MAX_LOSS", -0.01)  # it would have to be better
-    manifest = export_bundle(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8")
+    manifest = export_classifier(classifier, FACTS, sure, tmp_path / "bundle", graph=graph, quantize="int8")
     said = manifest.model["quantization"]
     assert not said["kept"]
     assert said["sentence"].startswith("not quantised, the model stays float32: in int8 top1 on 12 images is")

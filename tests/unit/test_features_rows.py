@@ -22,7 +22,9 @@ from finetune.errors import DataError, DiskFull, TrainingError
 from finetune.events import CacheFull, Event
 from finetune.features import prefix
 from finetune.features.cache import ShardWriter
-from finetune.features.rows import FeatureContext, Views, plan_prefix, pooled_features
+from finetune.features.plan import plan_prefix
+from finetune.features.prefix import embedding_prefix
+from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
 from finetune.storage.store import Store
@@ -80,7 +82,7 @@ def filled(
 ) -> Path:
     """A cache that holds the features of all samples."""
     cache = tmp_path_factory.mktemp("cache")
-    pooled_features(classifier, samples, views, Watcher().context(cache, graph=lambda: graph))
+    pooled_features(embedding_prefix(classifier, lambda: graph), samples, views, Watcher().context(cache))
     return cache
 
 
@@ -108,7 +110,7 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph))
+    features = pooled_features(embedding_prefix(classifier, lambda: graph), samples, views, watcher.context(tmp_path))
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert watcher.n_computed == N_IMAGES
@@ -120,10 +122,10 @@ def test_features_are_what_torch_computes_on_the_images_that_evaluation_sees(
 def test_what_was_computed_is_read_back_bit_for_bit_without_decoding_or_running_anything(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pooled_features(classifier, samples, views, Watcher().context(tmp_path, graph=lambda: graph))
-    monkeypatch.setattr("finetune.features.rows.open_engine", must_not_run)
+    first = pooled_features(embedding_prefix(classifier, lambda: graph), samples, views, Watcher().context(tmp_path))
+    monkeypatch.setattr("finetune.features.prefix.open_engine", must_not_run)
     monkeypatch.setattr(Views, "pixels", must_not_run)
-    again = pooled_features(classifier, samples, views, Watcher().context(tmp_path))
+    again = pooled_features(embedding_prefix(classifier), samples, views, Watcher().context(tmp_path))
     assert again.tobytes() == first.tobytes()
 
 
@@ -134,7 +136,7 @@ def test_another_split_order_head_or_labels_find_the_same_rows(
     chosen = [replace(sample, target=0, split="val") for sample in samples[::-2]]
     other_head = tiny_classifier()
     other_head.head.weight.data.normal_()
-    features = pooled_features(other_head, chosen, views, watcher.context(cache))
+    features = pooled_features(embedding_prefix(other_head), chosen, views, watcher.context(cache))
     assert watcher.n_computed == 0
     np.testing.assert_allclose(features, expected(classifier, samples)[::-2], rtol=1e-3, atol=1e-5)
 
@@ -144,7 +146,7 @@ def test_a_copied_file_is_found_by_its_bytes_and_only_new_images_are_computed(
 ) -> None:
     new = write_images(tmp_path / "grown", N_IMAGES + 3)  # the first are the same pictures at other paths
     watcher = Watcher()
-    features = pooled_features(classifier, new, views, watcher.context(cache))
+    features = pooled_features(embedding_prefix(classifier), new, views, watcher.context(cache))
     assert watcher.n_computed == 3
     np.testing.assert_allclose(features, expected(classifier, new), rtol=1e-3, atol=1e-5)
 
@@ -168,7 +170,7 @@ def test_anything_that_changes_the_features_computes_them_anew(
     if change == "pooling":
         changed = Classifier(backbone, 3, pooling="gem").eval()
     watcher = Watcher()
-    features = pooled_features(changed, samples[:4], Views(backbone.preprocess), watcher.context(cache))
+    features = pooled_features(embedding_prefix(changed), samples[:4], Views(backbone.preprocess), watcher.context(cache))
     assert watcher.n_computed == 4
     np.testing.assert_allclose(features, expected(changed, samples[:4]), rtol=1e-3, atol=1e-5)
 
@@ -178,14 +180,14 @@ def test_view_0_is_the_evaluated_one_and_the_others_depend_on_image_and_number_a
 ) -> None:
     three = replace(views, augment=augment, count=3)
     watcher = Watcher()
-    features = pooled_features(classifier, samples[:6], three, watcher.context(cache))
+    features = pooled_features(embedding_prefix(classifier), samples[:6], three, watcher.context(cache))
     assert features.shape == (6, 3, classifier.head.in_features)
     assert watcher.n_computed == 12  # view 0 was there
     np.testing.assert_allclose(features[:, 0], expected(classifier, samples[:6]), rtol=1e-3, atol=1e-5)
     assert not np.allclose(features[:, 1], features[:, 0], rtol=1e-2)
     assert not np.allclose(features[:, 2], features[:, 1], rtol=1e-2)
     watcher = Watcher()
-    reordered = pooled_features(classifier, samples[5::-1], replace(three, count=2), watcher.context(cache))
+    reordered = pooled_features(embedding_prefix(classifier), samples[5::-1], replace(three, count=2), watcher.context(cache))
     assert watcher.n_computed == 0
     np.testing.assert_array_equal(reordered, features[::-1, :2])
 
@@ -194,9 +196,9 @@ def test_another_augmentation_keeps_view_0_and_computes_the_rest(
     cache: Path, classifier: Classifier, samples: list[Sample], views: Views, augment: Augment
 ) -> None:
     light = build_augment("light", None, classifier.backbone.preprocess)
-    pooled_features(classifier, samples[:4], replace(views, augment=augment, count=2), Watcher().context(cache))
+    pooled_features(embedding_prefix(classifier), samples[:4], replace(views, augment=augment, count=2), Watcher().context(cache))
     watcher = Watcher()
-    pooled_features(classifier, samples[:4], replace(views, augment=light, count=2), watcher.context(cache))
+    pooled_features(embedding_prefix(classifier), samples[:4], replace(views, augment=light, count=2), watcher.context(cache))
     assert watcher.n_computed == 4
 
 
@@ -207,10 +209,10 @@ def test_undecodable_images_are_all_named_and_the_others_are_kept(
     for sample in samples[-2:]:
         path_of(sample).write_bytes(b"not an image, but the right length of text")
     with pytest.raises(DataError, match="2 of 30 images") as caught:
-        pooled_features(classifier, samples, views, Watcher().context(cache))
+        pooled_features(embedding_prefix(classifier), samples, views, Watcher().context(cache))
     assert {problem.where for problem in caught.value.problems} == {str(path_of(sample)) for sample in samples[-2:]}
     watcher = Watcher()
-    pooled_features(classifier, samples[:-2], views, watcher.context(cache))
+    pooled_features(embedding_prefix(classifier), samples[:-2], views, watcher.context(cache))
     assert watcher.n_computed == 0
 
 
@@ -219,7 +221,7 @@ def test_a_missing_file_is_named_before_anything_is_computed(
 ) -> None:
     gone = local_sample(Path("/nowhere/shirt.jpg"), 0, None)
     with pytest.raises(DataError, match="1 of 25 files") as caught:
-        pooled_features(classifier, [*samples, gone], views, Watcher().context(cache))
+        pooled_features(embedding_prefix(classifier), [*samples, gone], views, Watcher().context(cache))
     assert "/nowhere/shirt.jpg" in str(caught.value)
 
 
@@ -227,7 +229,9 @@ def test_where_the_cache_has_no_room_features_are_computed_and_an_event_says_so(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph, budget_bytes=1000))
+    features = pooled_features(
+        embedding_prefix(classifier, lambda: graph), samples, views, watcher.context(tmp_path, budget_bytes=1000)
+    )
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert [event.kind for event in watcher.events] == ["cache_full"]
     assert "may hold 0.00 GB" in watcher.events[0].message
@@ -242,7 +246,7 @@ def test_a_disk_that_fills_up_costs_the_cache_and_not_the_run(
 
     monkeypatch.setattr(ShardWriter, "flush", fills_up)
     watcher = Watcher()
-    features = pooled_features(classifier, samples, views, watcher.context(tmp_path, graph=lambda: graph))
+    features = pooled_features(embedding_prefix(classifier, lambda: graph), samples, views, watcher.context(tmp_path))
     np.testing.assert_allclose(features, expected(classifier, samples), rtol=1e-3, atol=1e-5)
     assert watcher.events == [CacheFull("the features are not kept for later runs: the disk is full")]
 
@@ -275,12 +279,12 @@ def test_an_engine_that_is_not_torch_is_replaced_by_torch_and_stays_so(
     with monkeypatch.context() as patched:
         patched.setattr(f"finetune.features.prefix.{target}", replacement)
         watcher = Watcher()
-        features = pooled_features(classifier, samples[:8], views, watcher.context(tmp_path, graph=lambda: graph))
+        features = pooled_features(embedding_prefix(classifier, lambda: graph), samples[:8], views, watcher.context(tmp_path))
     np.testing.assert_allclose(features, expected(classifier, samples[:8]), rtol=1e-6, atol=1e-6)
     assert [event.kind for event in watcher.events] == ["prefix_engine"]
     assert reason in watcher.events[0].message
     watcher = Watcher()
-    pooled_features(classifier, samples[:10], views, watcher.context(tmp_path, graph=lambda: graph))
+    pooled_features(embedding_prefix(classifier, lambda: graph), samples[:10], views, watcher.context(tmp_path))
     assert watcher.n_computed == 2  # found under torch's name, and ONNX Runtime was not tried again
     assert reason in watcher.events[0].message
 
@@ -291,7 +295,7 @@ def test_a_damaged_graph_on_disk_is_exported_again(
     (stored,) = cache.rglob("prefix.onnx")
     stored.write_bytes(stored.read_bytes()[:-100])
     more = write_images(tmp_path / "more", N_IMAGES + 2)
-    features = pooled_features(classifier, more, views, Watcher().context(cache, graph=lambda: graph))
+    features = pooled_features(embedding_prefix(classifier, lambda: graph), more, views, Watcher().context(cache))
     np.testing.assert_allclose(features, expected(classifier, more), rtol=1e-3, atol=1e-5)
 
 
@@ -299,7 +303,7 @@ def test_runs_at_the_same_time_share_a_cache(
     tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
 ) -> None:
     def run(part: list[Sample]) -> np.ndarray:
-        return pooled_features(classifier, part, views, Watcher().context(tmp_path, graph=lambda: graph))
+        return pooled_features(embedding_prefix(classifier, lambda: graph), part, views, Watcher().context(tmp_path))
 
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(run, [samples[:16], samples[8:], samples]))
@@ -307,7 +311,7 @@ def test_runs_at_the_same_time_share_a_cache(
     for features, part in zip(results, [whole[:16], whole[8:], whole], strict=True):
         np.testing.assert_allclose(features, part, rtol=1e-3, atol=1e-5)
     watcher = Watcher()
-    pooled_features(classifier, samples, views, watcher.context(tmp_path))
+    pooled_features(embedding_prefix(classifier), samples, views, watcher.context(tmp_path))
     assert watcher.n_computed == 0
 
 
@@ -316,7 +320,7 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path: Path, samples: list[S
     broken = tiny_classifier().eval()
     next(broken.backbone.module.parameters()).data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite"):
-        pooled_features(broken, samples, Views(broken.backbone.preprocess), Watcher().context(tmp_path))
+        pooled_features(embedding_prefix(broken), samples, Views(broken.backbone.preprocess), Watcher().context(tmp_path))
 
 
 def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample], graph: bytes) -> None:
@@ -325,7 +329,7 @@ def test_the_classifier_is_left_as_it_was(tmp_path: Path, samples: list[Sample],
     modes = [module.training for module in classifier.modules()]
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     seen = Views(classifier.backbone.preprocess)
-    pooled_features(classifier, samples[:8], seen, Watcher().context(tmp_path, graph=lambda: graph))
+    pooled_features(embedding_prefix(classifier, lambda: graph), samples[:8], seen, Watcher().context(tmp_path))
     assert [module.training for module in classifier.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
     assert all(parameter.requires_grad for parameter in classifier.parameters())
@@ -337,7 +341,10 @@ def test_more_views_than_one_need_an_augmentation(views: Views) -> None:
 
 
 def test_no_images_give_no_rows(tmp_path: Path, classifier: Classifier, views: Views) -> None:
-    assert pooled_features(classifier, [], views, Watcher().context(tmp_path)).shape == (0, classifier.head.in_features)
+    assert pooled_features(embedding_prefix(classifier), [], views, Watcher().context(tmp_path)).shape == (
+        0,
+        classifier.head.in_features,
+    )
 
 
 def test_the_plan_counts_rows_and_bytes_and_measures_the_time(
@@ -388,7 +395,7 @@ def test_an_engine_for_one_input_size_is_not_taken_for_another(
         larger, len(larger.backbone.stages), samples, [], Views(preprocess), FeatureContext(Store(cache), threads=1)
     ).seconds
     assert np.allclose(
-        pooled_features(larger, samples, Views(preprocess), FeatureContext(Store(cache), threads=1)),
+        pooled_features(embedding_prefix(larger), samples, Views(preprocess), FeatureContext(Store(cache), threads=1)),
         expected(larger, samples),
         atol=1e-5,
     )

@@ -72,7 +72,7 @@ def test_two_solutions_of_the_same_problem_are_bit_identical() -> None:
 def test_the_strength_is_the_one_with_the_least_validation_loss() -> None:
     features, labels = blobs(120, 60, 3, spread=4.0)
     val_features, val_labels = features[:60], labels[:60]
-    head = solve_softmax_head(features[60:], labels[60:], 3, val_features=val_features, val_labels=val_labels)
+    head = solve_softmax_head(features[60:], labels[60:], 3, val_features=val_features, val_targets=val_labels)
     assert head.chosen_by == "validation"
     assert 3 <= len(head.path) <= len(L2_PATH)
     assert head.l2 == min(head.path, key=lambda point: point.val_nll).l2
@@ -85,7 +85,7 @@ def test_the_strength_is_the_one_with_the_least_validation_loss() -> None:
 def test_validation_rows_do_not_influence_the_fit() -> None:
     features, labels = blobs(150, 10, 3)
     alone = solve_softmax_head(features[:100], labels[:100], 3, l2=0.01)
-    judged = solve_softmax_head(features[:100], labels[:100], 3, l2=0.01, val_features=features[100:], val_labels=labels[100:])
+    judged = solve_softmax_head(features[:100], labels[:100], 3, l2=0.01, val_features=features[100:], val_targets=labels[100:])
     np.testing.assert_allclose(alone.logits(features), judged.logits(features), atol=1e-3)
 
 

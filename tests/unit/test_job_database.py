@@ -33,7 +33,7 @@ def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path) ->
     expected = create_engine(f"sqlite:///{tmp_path / 'expected.db'}")
     metadata.create_all(expected)
     made = [_schema(engine) for engine in (expected, open_database(tmp_path / "jobs.db"))]
-    assert len(made[0]) == 10, "5 tables and 5 indexes"
+    assert len(made[0]) == 11, "5 tables and 6 indexes"
     assert made[1] == made[0]
 
 
@@ -76,11 +76,12 @@ def test_an_older_database_is_upgraded_and_keeps_its_jobs(tmp_path: Path) -> Non
     claim = store.claim("worker of the older release")
     assert claim is not None
     migrations = shutil.copytree(module._MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "0004_next.py").write_text(
-        textwrap.dedent("""
+    newest = max(path.name.partition("_")[0] for path in (migrations / "versions").glob("0*.py"))
+    (migrations / "versions" / "9998_next.py").write_text(
+        textwrap.dedent(f"""
         import sqlalchemy as sa
         from alembic import op
-        revision, down_revision = "0004", "0003"
+        revision, down_revision = "9998", "{newest}"
         def upgrade():
             with op.batch_alter_table("jobs") as batch:
                 batch.add_column(sa.Column("colour", sa.String(8), nullable=False, server_default="green"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import UsageError
 from click.testing import CliRunner, Result
 from job_standin import StandinExecutor, wait
 
@@ -18,6 +19,20 @@ from finetune.cli import cli
 from finetune.cli.terminal import console
 from finetune.errors import Conflict, InvalidInput, NotFound, SpecError
 from finetune.jobs.client import LocalJobs
+
+_FIGURE = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 40, "sd": 0.01}
+COMPARED: dict[str, Any] = {
+    "object": "comparison", "split": "test", "headline": "test/top1", "left_out": 0, "registered": "my-flowers@1",
+    "arms": [
+        {"name": name, "runs": ["a", "b"], "metrics": {"test/top1": _FIGURE}, "cost": {"train_seconds": 2.0}, "note": ""}
+        for name in ("linear_probe", "full")
+    ],
+    "pairs": [{
+        "a": "linear_probe", "b": "full", "metric": "test/top1", "difference": -0.1, "low": -0.2, "high": 0.0,
+        "p_adjusted": 0.03, "smallest_detectable": None, "outcome": "better",
+    }],
+    "verdict": {"choose": "full", "outcome": "better", "sentence": "full is better."},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -151,6 +166,39 @@ def test_a_finished_job_cannot_be_cancelled(home: Path) -> None:
     client.store.finish(claim, "failed", error_code="x", error_message="y")
     with pytest.raises(Conflict, match="already failed"):
         invoke("jobs", "cancel", job_id)
+
+
+def test_a_comparison_that_is_queued_here_is_listed_followed_and_shown_with_its_verdict(home: Path) -> None:
+    made = invoke("compare", "My Flowers", "--methods", "linear_probe,full", "--seeds", "2", "--detach")
+    comparison_id = made.stdout.strip()
+    assert comparison_id.startswith("ftcmp-")
+    client = LocalJobs(home)
+    stored = client.store.get(comparison_id)
+    assert (stored.suffix, stored.spec["training_file"]) == ("my-flowers", str(home.parent / "My Flowers"))
+    job_id = queued()
+    (newest, older) = json.loads(invoke("jobs", "list", "--json").stdout)["jobs"]
+    assert ([newest["id"], older["id"]], older["what"]) == ([job_id, comparison_id], "linear_probe, full")
+    with pytest.raises(Conflict, match="only a job that has succeeded has a result"):
+        client.result(comparison_id)
+    claim = client.store.claim("worker")
+    assert claim is not None
+    result = {**COMPARED, "id": comparison_id, "report": str(home / "runs" / comparison_id / "report.html")}
+    client.store.finish(claim, "succeeded", message="full is better.", result=result)
+    assert json.loads(invoke("compare", comparison_id, "--json").stdout) == {**result, "mlflow_run_id": None}
+    shown = invoke("compare", comparison_id).stderr
+    for text in ("full is better.", "▸ full", "linear_probe − full", f"{comparison_id}/report.html", "my-flowers@1"):
+        assert text in shown, text
+
+
+def test_a_comparison_in_the_queue_takes_no_places_and_a_cancelled_one_exits_as_interrupted(home: Path) -> None:
+    with pytest.raises(UsageError, match="a worker has its own"):
+        invoke("compare", "My Flowers", "--detach", "--slots", "2")
+    comparison_id = invoke("compare", "My Flowers", "--detach", "--json").stdout
+    comparison_id = json.loads(comparison_id)["id"]
+    invoke("jobs", "cancel", comparison_id)
+    assert invoke("compare", comparison_id).exit_code == 130
+    with pytest.raises(NotFound, match="ftcmp-none"):
+        invoke("compare", "ftcmp-none")
 
 
 def test_what_a_job_printed_is_printed(home: Path) -> None:

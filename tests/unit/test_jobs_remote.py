@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from finetune.comparison_spec import parse_request
 from finetune.errors import InvalidInput
 from finetune.jobs import remote
 from finetune.jobs.http import RequestRefused, ServerUnreachable
@@ -27,6 +28,11 @@ JOB = {
     "metrics": {}, "error": None,
 }  # fmt: skip
 DONE = {**JOB, "status": "succeeded", "finished_at": 1009, "fine_tuned_model": "flowers", "fine_tuned_version": "3"}
+COMPARED = {
+    **{key: JOB[key] for key in ("created_at", "started_at", "finished_at", "attempts", "error")}, "id": "ftcmp-1",
+    "object": "fine_tuning.comparison", "status": "succeeded", "phase": None, "progress": None, "fine_tuned_model": "flowers",
+    "fine_tuned_version": "3", "description": "linear_probe, full", "verdict": {"sentence": "full is better."},
+}  # fmt: skip
 PROBLEM = {
     "code": "invalid_spec", "detail": "the job spec has 2 problems",
     "errors": [{"field": "method.stages", "detail": "must be at least 1"}, {"field": "seed", "detail": "must be a number"}],
@@ -75,6 +81,29 @@ def test_a_job_document_becomes_a_view() -> None:
         Server(ok({**JOB, "status": "failed", "error": {"code": "crash_loop", "message": "it died"}})).client().get("ftjob-1")
     )
     assert (failed.error_code, failed.error_message) == ("crash_loop", "it died")
+
+
+def test_a_comparison_has_an_address_of_its_own_and_its_verdict_in_the_view() -> None:
+    server = Server(ok(COMPARED), ok({"object": "comparison"}))
+    job = server.client().get("ftcmp-1")
+    assert (job.kind, job.what, job.conclusion, job.model) == ("comparison", "linear_probe, full", "full is better.", "flowers@3")
+    assert (job.backbone, job.method, job.metrics) == (None, None, {})
+    assert server.client().result("ftcmp-1") == {"object": "comparison"}
+    paths = [request.url.path for request in server.asked]
+    assert paths == ["/v1/fine_tuning/comparisons/ftcmp-1", "/v1/fine_tuning/comparisons/ftcmp-1/result"]
+
+
+def test_of_a_comparison_only_what_was_given_is_sent_and_its_data_goes_up_once(tmp_path: Path) -> None:
+    archive = tmp_path / "photos.zip"
+    archive.write_bytes(b"an archive")
+    asked = {"training_file": str(archive), "methods": ["linear_probe", "full"], "seeds": 2, "data": {"test_fraction": 0.2}}
+    server = Server(ok({"id": "file-a"}), ok(COMPARED), ok(COMPARED))
+    server.client().submit(parse_request(asked), "my-key")
+    _, created = server.asked
+    assert (created.url.path, created.headers["Idempotency-Key"]) == ("/v1/fine_tuning/comparisons", "my-key")
+    assert json.loads(created.content) == {**asked, "training_file": "file-a"}
+    server.client().submit(parse_request({"runs": ["ftjob-1", "ftjob-2"]}))
+    assert json.loads(server.asked[-1].content) == {"runs": ["ftjob-1", "ftjob-2"]}
 
 
 def test_the_key_goes_along_and_only_what_was_given_is_sent() -> None:
@@ -156,12 +185,16 @@ def test_an_empty_folder_is_not_sent(tmp_path: Path) -> None:
         Server().client().submit(parse_spec({"training_file": str(tmp_path)}))
 
 
-def test_lists_are_read_page_by_page_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_every_kind_are_read_page_by_page_and_merged_by_age(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_PAGE", 2)
-    pages = [{"data": [{**JOB, "id": f"ftjob-{n}"} for n in numbers], "has_more": True} for numbers in ([9, 8], [7])]
-    server = Server(*map(ok, pages))
-    assert [job.id for job in server.client().list(3)] == ["ftjob-9", "ftjob-8", "ftjob-7"]
-    assert [dict(request.url.params) for request in server.asked] == [{"limit": "2"}, {"limit": "1", "after": "ftjob-8"}]
+    jobs = [
+        {"data": [{**JOB, "id": f"ftjob-{n}", "created_at": n} for n in numbers], "has_more": True} for numbers in ([9, 7], [5])
+    ]
+    comparisons = {"data": [{**COMPARED, "id": f"ftcmp-{n}", "created_at": n} for n in (8, 1)], "has_more": False}
+    server = Server(*map(ok, [*jobs, comparisons]))
+    assert [job.id for job in server.client().list(3)] == ["ftjob-9", "ftcmp-8", "ftjob-7"]
+    asked = [(request.url.path.rpartition("/")[2], dict(request.url.params)) for request in server.asked]
+    assert asked == [("jobs", {"limit": "2"}), ("jobs", {"limit": "1", "after": "ftjob-7"}), ("comparisons", {"limit": "2"})]
 
 
 def test_events_are_read_from_the_last_one_that_is_known() -> None:

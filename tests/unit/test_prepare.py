@@ -14,8 +14,8 @@ from finetune.data.dataset import Dataset
 from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.progress import Progress
 from finetune.runs import prepare as module
-from finetune.runs.build import Shared
 from finetune.runs.prepare import prepare
+from finetune.runs.shared import Shared
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
 

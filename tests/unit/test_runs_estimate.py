@@ -17,7 +17,7 @@ def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(tmp
     pictures, shared = write_stripes(tmp_path, 15), shared_at(tmp_path / "home")
 
     def of(**given: object) -> Estimate:
-        return estimate(prepare(tiny_spec(pictures, data={"test_fraction": 0}, **given), shared), shared.store)
+        return estimate(prepare(tiny_spec(pictures, data={"test_fraction": 0}, **given), shared), shared)
 
     probe = of(hyperparameters={"views": 1})
     short = of(method={"type": "full", "warm_head": False}, hyperparameters={"n_epochs": 100})

@@ -14,10 +14,10 @@ from folders import local_sample
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Dataset
 from finetune.data.split import split_dataset
-from finetune.runs.facts import BackboneFacts, StageFacts
+from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.runs.resolve import Resolved, resolve, resolve_compute
 from finetune.spec import parse_spec
-from finetune.train.compute import Compute
+from finetune.training.compute import Compute
 
 METHODS: tuple[Any, ...] = (
     "linear_probe",

@@ -11,8 +11,8 @@ import pytest
 from run_folders import registered_run
 from tiny_bundle import CLASSES, write_tiny_bundle
 
-from finetune.bundle.promotion import promote
 from finetune.bundle.registry import Registry
+from finetune.promotion import promote
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import Mirror, tracked_as

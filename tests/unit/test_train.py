@@ -15,8 +15,9 @@ from finetune.data.split import split_dataset
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import task_named
-from finetune.train.compute import Compute
-from finetune.train.train import TrainingContext, train
+from finetune.training.compute import Compute
+from finetune.training.context import TrainingContext
+from finetune.training.train import train
 
 
 @pytest.mark.usefixtures("one_torch_thread")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune.errors import CheckpointError, DiskFull
-from finetune.train import checkpoint
+from finetune.training import checkpoint
 
 STATE: dict[str, Any] = {
     "weights": {"w": torch.arange(6.0).reshape(2, 3)},

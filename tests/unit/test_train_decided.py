@@ -16,17 +16,19 @@ from tiny_training import CLASSES, targets_of, tiny_classifier, tiny_recipe, tra
 from finetune.data.augment import build_augment
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.split import split_dataset
+from finetune.features.prefix import embedding_prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve import solve_softmax_head
+from finetune.features.solve import SolvedHead, solve_softmax_head
 from finetune.model.classifier import Classifier
 from finetune.runs.prepare import with_val_as_train
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import task_named
-from finetune.train.choices import Choices
-from finetune.train.compute import Compute
-from finetune.train.recipe import Recipe, refit_recipe
-from finetune.train.train import TrainingContext, solved_outputs, train
+from finetune.training.choices import Choices
+from finetune.training.compute import Compute
+from finetune.training.context import TrainingContext
+from finetune.training.head import solve_head
+from finetune.training.recipe import Recipe, refit_recipe
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -63,43 +65,34 @@ def context_of(dataset: Dataset, classifier: Classifier, folder: Path, cache: Pa
     )
 
 
-def head_solved(dataset: Dataset, folder: Path, cache: Path) -> tuple[Classifier, Recipe, TrainingContext, Choices]:
+def head_solved(dataset: Dataset, folder: Path, cache: Path) -> tuple[SolvedHead, Classifier, Recipe]:
     """A linear probe that has chosen its strength on val."""
     classifier = tiny_classifier()
     recipe = tiny_recipe(classifier, len(dataset.of("train")), hyperparameters={"views": 1})
-    context = context_of(dataset, classifier, folder, cache)
-    return classifier, recipe, context, train(classifier, recipe, context).choices
+    return solve(classifier, recipe, context_of(dataset, classifier, folder, cache)), classifier, recipe
+
+
+def solve(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> SolvedHead:
+    return solve_head(embedding_prefix(classifier), classifier.backbone.preprocess, recipe, context)
 
 
 def test_a_refitted_probe_is_the_head_solved_on_all_images_with_the_chosen_strength(
     dataset: Dataset, tmp_path: Path, cache: Path
 ) -> None:
-    chose, recipe, _, choices = head_solved(dataset, tmp_path / "choose", cache)
-    assert choices.l2 is not None
+    chose, classifier, recipe = head_solved(dataset, tmp_path / "choose", cache)
     whole = with_val_as_train(dataset)
     pool = whole.of("train")
     assert len(pool) == len(dataset.of("train")) + len(dataset.of("val"))
-    refitted = tiny_classifier()
-    again = refit_recipe(recipe, len(pool), choices.l2)
-    trained = train(refitted, again, context_of(whole, refitted, tmp_path / "refit", cache), choices)
-    assert trained.head is not None
-    assert trained.head.chosen_by == "given"
-    features = pooled_features(refitted, pool, Views(refitted.backbone.preprocess), FeatureContext(Store(cache)))
-    trusted = solve_softmax_head(features, targets_of(pool), CLASSES, l2=choices.l2)
-    np.testing.assert_allclose(refitted.head.weight.detach().numpy(), trusted.weight, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(refitted.head.bias.detach().numpy(), trusted.bias, rtol=0, atol=1e-6)
-    assert np.abs(chose.head.weight.detach().numpy() - trusted.weight).max() > 1e-4, "the images of val have changed nothing"
-
-
-def test_the_cached_answer_of_a_solved_head_is_that_of_the_whole_network(dataset: Dataset, tmp_path: Path, cache: Path) -> None:
-    classifier, _, context, _ = head_solved(dataset, tmp_path, cache)
-    images = np.stack([classifier.backbone.preprocess.load_file(path_of(sample)) for sample in dataset.of("test")])
-    with torch.no_grad():
-        pixels = classifier.eval().normalise(torch.from_numpy(images))
-        logits, embedding = classifier(pixels).numpy(), classifier.embed(pixels).numpy()
-    found = solved_outputs(classifier, dataset.of("test"), context)
-    np.testing.assert_allclose(found[0], logits, atol=1e-4)
-    np.testing.assert_allclose(found[1], embedding, rtol=1e-3, atol=1e-4)
+    again = refit_recipe(recipe, len(pool), chose.l2)
+    refitted = solve(classifier, again, context_of(whole, classifier, tmp_path / "refit", cache))
+    assert refitted.chosen_by == "given"
+    features = pooled_features(
+        embedding_prefix(classifier), pool, Views(classifier.backbone.preprocess), FeatureContext(Store(cache))
+    )
+    trusted = solve_softmax_head(features, targets_of(pool), CLASSES, l2=chose.l2)
+    np.testing.assert_allclose(refitted.weight, trusted.weight, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(refitted.bias, trusted.bias, rtol=0, atol=1e-6)
+    assert np.abs(chose.weight - trusted.weight).max() > 1e-4, "the images of val have changed nothing"
 
 
 @pytest.mark.parametrize(

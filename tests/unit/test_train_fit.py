@@ -27,10 +27,10 @@ from finetune.errors import CheckpointError, TrainingError
 from finetune.progress import Progress
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.train import checkpoint, fit
-from finetune.train.fit import TrainBatches, improves
-from finetune.train.interrupt import Interrupted
-from finetune.train.objectives.multiclass import MulticlassObjective
+from finetune.training import checkpoint, fit
+from finetune.training.fit import TrainBatches, improves
+from finetune.training.interrupt import Interrupted
+from finetune.training.objectives.multiclass import MulticlassObjective
 
 TWO_EPOCHS = {"method": "partial", "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate": 0.003}}
 

@@ -11,7 +11,7 @@ import pytest
 
 from finetune.errors import SpecError
 from finetune.spec import parse_spec
-from finetune.train.recipe import (
+from finetune.training.recipe import (
     Facts,
     Recipe,
     default_layer_decay,

@@ -20,9 +20,9 @@ from finetune.features.rows import FeatureContext, Views
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.train.fit import Fitted, Saving, fit
-from finetune.train.machine import Numerics
-from finetune.train.replay import Activations, ForwardFrom, cached_activations, prepare_activation
+from finetune.training.fit import Fitted, Saving, fit
+from finetune.training.machine import Numerics
+from finetune.training.replay import Activations, ForwardFrom, cached_activations, prepare_activation
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

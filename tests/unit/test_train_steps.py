@@ -17,9 +17,10 @@ from torch import nn
 from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
-from finetune.train import machine
-from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
-from finetune.train.machine import (
+from finetune.training import machine
+from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.training.compute import resolve_device
+from finetune.training.machine import (
     Numerics,
     Timing,
     candidate_numerics,
@@ -28,13 +29,12 @@ from finetune.train.machine import (
     fastest,
     place,
     prepare_images,
-    resolve_device,
 )
-from finetune.train.mixing import mix, step_seed
-from finetune.train.objectives import objective_of
-from finetune.train.optim import build_optimizer, set_learning_rates
-from finetune.train.recipe import Recipe, freeze_plan
-from finetune.train.signals import StepMeter
+from finetune.training.mixing import mix, step_seed
+from finetune.training.objectives import objective_of
+from finetune.training.optim import build_optimizer, set_learning_rates
+from finetune.training.recipe import Recipe, freeze_plan
+from finetune.training.signals import StepMeter
 
 LOSS = objective_of("multiclass").loss
 
@@ -290,7 +290,7 @@ def test_while_memory_is_retained_large_blocks_come_from_the_heap_instead_of_fre
     program = textwrap.dedent("""
         import ctypes
         import torch
-        from finetune.train.memory import retaining_memory
+        from finetune.training.memory import retaining_memory
 
         class Mallinfo2(ctypes.Structure):
             names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "u", "f", "uo", "fo", "k")

@@ -17,6 +17,7 @@ from finetune.evaluation import predictions as tables
 from finetune.evaluation.compare import DEFAULT_MARGIN, ArmPredictions
 from finetune.evaluation.predictions import Predictions
 from finetune.runs.outcome import Outcome
+from finetune.runs.watch import failures_recorded
 from finetune.spec import JobSpec, load_spec
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
@@ -43,6 +44,13 @@ def compare_runs(
         InvalidInput: fewer than two arms, other classes, or no image in common.
     """
     folders = [RunDir(run.absolute()) for run in runs]
+    digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]
+    folder = RunDir(out.absolute() if out is not None else workspace.runs / f"comparison-{digest}")
+    with folder.held(), failures_recorded(folder):
+        return _compare(folders, folder, margin)
+
+
+def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Comparison:
     outcomes = [_outcome(run) for run in folders]
     answers = [_test_answers(run) for run in folders]
     kept, left_out = _common_images(folders, answers)
@@ -55,8 +63,6 @@ def compare_runs(
         ArmRuns(ArmPredictions(name, tuple(_rows(answers[i], kept) for i in indices)), tuple(outcomes[i] for i in indices))
         for name, indices in zip(names, arms.values(), strict=True)
     ]
-    digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]
-    folder = RunDir(out.absolute() if out is not None else workspace.runs / f"comparison-{digest}").create()
     found = conclude(
         compared,
         identifier=folder.name,

@@ -22,10 +22,10 @@ from finetune.evaluation.predictions import Predictions
 from finetune.events import StudyConcluded
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.build import Shared
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
+from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.storage.files import json_text, read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
@@ -56,7 +56,7 @@ class ArmsTimesSeeds:
 
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for number in range(self.spec.settings.seeds):
-            waiting = [arm for arm in self.spec.arms if child_name(arm, number) not in finished]
+            waiting = [arm for arm in self.spec.arms if arm.run_name(number) not in finished]
             possible = [arm for arm in waiting if not self.given_up(arm, finished)]
             if possible:
                 return (
@@ -104,7 +104,7 @@ class ArmsTimesSeeds:
 
     def _finished_of(self, arm: Arm, finished: Mapping[str, Outcome]) -> list[str]:
         """Return the names of an arm's finished runs, by seed."""
-        names = (child_name(arm, number) for number in range(self.spec.settings.seeds))
+        names = (arm.run_name(number) for number in range(self.spec.settings.seeds))
         return [name for name in names if name in finished]
 
     def _predictions(self, arm: Arm, names: Sequence[str]) -> ArmPredictions:
@@ -112,17 +112,12 @@ class ArmsTimesSeeds:
 
     def _child(self, arm: Arm, number: int) -> Child:
         return Child(
-            name=child_name(arm, number),
+            name=arm.run_name(number),
             title=f"{arm.name}, seed {number + 1} of {self.spec.settings.seeds}",
             spec=arm.spec.model_copy(update={"seed": arm.spec.seed + number}),
             # one run of each arm is exported, for its size and its latency; the one that is chosen in the end, then
             options=RunOptions(goal="exported" if number == 0 else "judged"),
         )
-
-
-def child_name(arm: Arm, number: int) -> str:
-    """Return the name of an arm's run; seeds count from 0."""
-    return f"{arm.slug}-seed{number}"
 
 
 def arm_predictions(name: str, runs: Sequence[RunDir], split: str) -> ArmPredictions:
@@ -211,7 +206,7 @@ def _register(
     spec: ComparisonSpec, chosen: RunDir, outcomes: Mapping[str, Outcome], shared: Shared, progress: ProgressCallback
 ) -> str:
     arm, number = next(
-        (arm, number) for arm in spec.arms for number in range(spec.settings.seeds) if child_name(arm, number) == chosen.root.name
+        (arm, number) for arm in spec.arms for number in range(spec.settings.seeds) if arm.run_name(number) == chosen.root.name
     )
     of_run = arm.spec.model_copy(update={"seed": arm.spec.seed + number})
     outcome = carry_out(of_run, chosen, shared, progress, RunOptions(goal="registered"))

@@ -17,10 +17,10 @@ from finetune.events import StudyConcluded
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.report.depth_page import render_depth
-from finetune.runs.build import Shared
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
+from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.storage.files import json_text, read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
@@ -192,19 +193,24 @@ def is_healthy(url: str) -> bool:
 
 @contextlib.contextmanager
 def _running(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
-    server = subprocess.Popen(command.arguments, env={**os.environ, **command.environment})
-    try:
-        yield server
-    finally:
-        server.terminate()
-        server.wait()
+    """Run MLflow's server; what it says of itself is shown only if it does not start."""
+    with tempfile.TemporaryFile() as said:
+        server = subprocess.Popen(command.arguments, env={**os.environ, **command.environment}, stdout=said, stderr=said)
+        try:
+            yield server
+        except ServerFailed as error:
+            said.seek(0)
+            raise ServerFailed(f"{error}\n{said.read().decode(errors='replace').strip()}") from None
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not is_healthy(url):
         if server.poll() is not None:
-            raise ServerFailed(f"MLflow's server ended with exit code {server.returncode}; what it said is above")
+            raise ServerFailed(f"MLflow's server ended with exit code {server.returncode}:")
         if time.monotonic() > deadline:
             raise ServerFailed(f"MLflow's server did not answer at {url} within {START_SECONDS:.0f} s")
         time.sleep(0.2)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bundle.manifest import Manifest, read_manifest
-from finetune.bundle.promotion import PromotionRefused, promote
 from finetune.bundle.registry import LATEST, Access, ModelVersion, Registry
 from finetune.errors import InvalidInput, NotFound
+from finetune.promotion import PromotionRefused, promote
 from finetune.spec import SUFFIX_PATTERN
 from finetune.storage.files import file_lock, read_json, write_json
 from finetune.storage.workspace import Workspace

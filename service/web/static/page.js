@@ -130,21 +130,24 @@ async function showServing() {
 }
 
 async function showJobs() {
-  const answer = await send(`v1/fine_tuning/jobs?limit=${JOBS_SHOWN}`);
-  const told = await answer.json();
-  const jobs = answer.ok ? told.data : [];
+  const answers = await Promise.all(["jobs", "comparisons"].map((kind) => send(`v1/fine_tuning/${kind}?limit=${JOBS_SHOWN}`)));
+  const told = await Promise.all(answers.map((answer) => answer.json()));
+  const refused = answers.findIndex((answer) => !answer.ok);
+  const jobs = refused >= 0 ? [] : told.flatMap(({ data }) => data).sort((a, b) => b.created_at - a.created_at).slice(0, JOBS_SHOWN);
   find("jobs").replaceChildren(...jobs.map(row));
   find("jobs").parentElement.hidden = jobs.length === 0;
   find("no-jobs").hidden = jobs.length > 0;
-  find("no-jobs").textContent = answer.ok ? "There are none yet." : told.detail;
+  find("no-jobs").textContent = refused >= 0 ? told[refused].detail : "There are none yet.";
 }
 
 function row(job) {
   const { done, total } = job.progress ?? {};
-  const doing = job.phase ? `${job.phase}${total ? ` ${Math.round((100 * done) / total)} %` : ""}` : (job.error?.message ?? "");
+  const percent = total ? ` ${Math.round((100 * done) / total)} %` : "";
+  const doing = job.phase ? `${job.phase}${percent}` : (job.error?.message ?? job.verdict?.sentence ?? "");
+  const what = job.object === "fine_tuning.job" ? `${job.model} · ${job.method.type}` : `comparison: ${job.description}`;
   const made = job.fine_tuned_model ? `${job.fine_tuned_model}@${job.fine_tuned_version}` : "";
   const line = document.createElement("tr");
-  for (const text of [job.id, `${job.model} · ${job.method.type}`, job.status, doing, made]) {
+  for (const text of [job.id, what, job.status, doing, made]) {
     const cell = document.createElement("td");
     cell.textContent = text;
     line.append(cell);

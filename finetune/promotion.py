@@ -1,22 +1,26 @@
 """Promote a version: check it first, then move the alias or the server's default, and write who did it and what was checked.
 
 What is checked: the bundle's checksums and both of its probes (by loading it), the parity that was measured when it was exported,
-metrics that must reach a minimum, and that it knows the classes of the version that it replaces. Torch-free.
+metrics that must reach a minimum, that it knows the classes of the version that it replaces, and that it is not worse than that
+version on the test images that both have answered and neither has seen. Torch-free.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.bundle.deployment import Deployment, deploy, read_deployment
 from finetune.bundle.manifest import Manifest, read_manifest
-from finetune.bundle.predictor import Predictor
+from finetune.bundle.predictor import Predictor, read_seen
 from finetune.bundle.registry import CHAMPION, ModelVersion, Registry
-from finetune.errors import BundleError, Conflict, NotFound, Problem
+from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, Problem
+from finetune.evaluation.paired import compare_two
+from finetune.evaluation.predictions import read
 
+ALPHA = 0.05  # a version is worse if the paired test says so with a smaller p value
 _SHOWN_CLASSES = 5
 
 
@@ -35,7 +39,9 @@ class PromotionRefused(Conflict):
     code = "promotion_refused"
 
 
-def check_version(candidate: ModelVersion, present: ModelVersion | None, minimum: Mapping[str, float]) -> list[Check]:
+def check_version(
+    registry: Registry, candidate: ModelVersion, present: ModelVersion | None, minimum: Mapping[str, float]
+) -> list[Check]:
     """Return all checks of `candidate`, which would replace `present`.
 
     Args:
@@ -49,6 +55,8 @@ def check_version(candidate: ModelVersion, present: ModelVersion | None, minimum
     checks += [_reaches(manifest, metric, least) for metric, least in sorted(minimum.items())]
     if present is not None and present.path != candidate.path:
         checks.append(_same_classes(manifest, present))
+        if checks[-1].passed:
+            checks.append(_not_worse(registry, candidate, present))
     return checks
 
 
@@ -71,7 +79,7 @@ def promote(
         PromotionRefused: a check failed; the alias means what it meant before.
     """
     candidate = registry.resolve(name, version)
-    checks = check_version(candidate, _present(registry, name, alias), minimum or {})
+    checks = check_version(registry, candidate, _present(registry, name, alias), minimum or {})
     _refuse_if_failed(f"{name}@{candidate.version}", checks, force)
     audit = {"by": by, "forced": force, "checks": [dataclasses.asdict(check) for check in checks]}
     return registry.set_alias(name, alias, candidate.version, **audit), checks
@@ -97,7 +105,7 @@ def promote_to_default(
     except NotFound:
         present = None
     same_model = present is not None and present.name == candidate.name
-    checks = check_version(candidate, present if same_model else None, minimum or {})
+    checks = check_version(registry, candidate, present if same_model else None, minimum or {})
     shares = [share.reference for share in (deployment.canary, deployment.shadow) if share is not None]
     private = [name for name in _names([deployment.reference, *shares]) if registry.access(name).visibility == "private"]
     if private and read_deployment(registry) != deployment:
@@ -106,7 +114,7 @@ def promote_to_default(
             f"Share it first: finetune models share {private[0]}"
         )
     for reference in shares:
-        checks += [check for check in check_version(registry.lookup(reference), None, {}) if check.name == "loads"]
+        checks += [check for check in check_version(registry, registry.lookup(reference), None, {}) if check.name == "loads"]
     _refuse_if_failed(deployment.reference, checks, force)
     deploy(registry, deployment, by=by, forced=force, checks=[dataclasses.asdict(check) for check in checks])
     return checks
@@ -162,3 +170,29 @@ def _same_classes(manifest: Manifest, present: ModelVersion) -> Check:
         return Check("classes", True, f"the same {len(now)} as version {present.version}")
     parts = [f"{word} {', '.join(names[:_SHOWN_CLASSES])}" for word, names in (("without", gone), ("with the new", new)) if names]
     return Check("classes", False, f"other classes than version {present.version}: {' and '.join(parts)}")
+
+
+def _not_worse(registry: Registry, candidate: ModelVersion, present: ModelVersion) -> Check:
+    """Compare the answers of both versions to the same test images. What cannot be compared is not held against a version."""
+    name = "not_worse"
+    tables = [registry.predictions_of(version) for version in (candidate, present)]
+    missing = [version.version for version, table in zip((candidate, present), tables, strict=True) if not table.exists()]
+    if missing:
+        return Check(name, True, f"not compared: no answers to test images are kept of version {' and '.join(missing)}")
+    try:
+        found = compare_two(read(tables[0]), read(tables[1]), _seen_by(candidate, present))
+    except InvalidInput as error:
+        return Check(name, True, f"not compared: {error.message}")
+    if found is None:
+        return Check(name, True, f"not compared: no test image in common with version {present.version} that neither has seen")
+    worse = found.second > found.first and found.p_value < ALPHA
+    detail = (
+        f"{found.metric} {found.first:.3f} on the same {found.n:,} test images where version {present.version} has "
+        f"{found.second:.3f} (p = {found.p_value:.2g}, McNemar, mid-p)"
+    )
+    return Check(name, not worse, f"worse than version {present.version}: {detail}" if worse else detail)
+
+
+def _seen_by(*versions: ModelVersion) -> Callable[[str], bool]:
+    known = [seen for version in versions if (seen := read_seen(version.path)) is not None]
+    return lambda sha256: any(seen.trained_on(sha256) or seen.chosen_on(sha256) for seen in known)

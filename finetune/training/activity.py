@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model.classifier import Classifier
-from finetune.train.recipe import stage_key
+from finetune.training.recipe import stage_key
 
 CONSTANT = 1e-6  # of the layer's largest value: what varies less is a constant
 FEWEST_VALUES = 64  # of a channel, images times positions; with fewer, a quiet channel may look dead

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
-
-from finetune.features.solve import SolvedHead
 
 
 class Objective(Protocol):
-    """Loss, link function and solved head of one task. Targets are encoded as the task encodes them."""
+    """Loss and link function of one task. Targets are encoded as the task encodes them."""
 
     @property
     def task(self) -> str:
@@ -33,19 +29,4 @@ class Objective(Protocol):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, C) logits to probabilities: the link function, as it is exported."""
-        ...
-
-    def solve_head(
-        self,
-        features: NDArray[np.floating[Any]],
-        targets: NDArray[Any],
-        n_classes: int,
-        *,
-        val_features: NDArray[np.floating[Any]] | None,
-        val_targets: NDArray[Any] | None,
-        l2: float | None,
-        label_smoothing: float,
-        seed: int,
-    ) -> SolvedHead:
-        """Fit a linear head to features (N, D) or (N, K, D); see `finetune.features.solve`."""
         ...

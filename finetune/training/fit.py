@@ -34,19 +34,19 @@ from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
-from finetune.train import checkpoint
-from finetune.train.activity import listening
-from finetune.train.average import MovingAverage, copy_state, holding, interpolate, recalibrate
-from finetune.train.choices import Choices
-from finetune.train.interrupt import Interrupted, StopRequest
-from finetune.train.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
-from finetune.train.memory import retaining_memory
-from finetune.train.mixing import mix, step_seed
-from finetune.train.objectives import Objective
-from finetune.train.optim import build_optimizer, group_key, set_learning_rates
-from finetune.train.recipe import Recipe, freeze_plan, learning_rates, widest_plan
-from finetune.train.sample import TrainSample
-from finetune.train.signals import Parameters, StepMeter
+from finetune.training import checkpoint
+from finetune.training.activity import listening
+from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.training.choices import Choices
+from finetune.training.interrupt import Interrupted, StopRequest
+from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
+from finetune.training.memory import retaining_memory
+from finetune.training.mixing import mix, step_seed
+from finetune.training.objectives import Objective
+from finetune.training.optim import build_optimizer, group_key, set_learning_rates
+from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
+from finetune.training.sample import TrainSample
+from finetune.training.signals import Parameters, StepMeter
 
 SIGNAL_EVERY_STEPS = 20
 REPORT_EVERY_STEPS = 5

@@ -1,7 +1,7 @@
 """The recipe: what was asked, every ``auto`` resolved, as phases counted in optimiser steps.
 
 Pure functions of the request, of facts about data, backbone and machine, and of the backbone's stages. Beside each resolved
-value the recipe keeps where it came from, in words. Knows no tensors and no files: `finetune.train.fit` carries a recipe out.
+value the recipe keeps where it came from, in words. Knows no tensors and no files: `finetune.training.fit` carries a recipe out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from finetune.features.neighbours import nearest_training_images
 from finetune.storage.files import write_atomic
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
-from finetune.train.sample import choose_sample
+from finetune.training.sample import choose_sample
 
 NEIGHBOURS_COLUMNS = ("split", "path", "label", "nearest", "nearest_label", "ratio")
 MOST_HELD_OUT = 2000  # images of a split whose neighbours are looked for

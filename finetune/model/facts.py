@@ -1,4 +1,4 @@
-"""What is known of a network once it has been built, as plain values: enough to resolve a request without building it again."""
+"""A backbone described by plain values, enough to resolve a request without building the network again. Torch-free."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ from finetune.data.loader import Batch, epoch_order, steps_per_epoch
 from finetune.errors import DiskFull
 from finetune.events import CacheFormat, CacheFull
 from finetune.features.cache import Rows
+from finetune.features.prefix import ClassifierPrefix
 from finetune.features.rows import DoesNotFit, FeatureContext, FrozenRows, RowType, Views
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
-from finetune.train.machine import Numerics
+from finetune.training.machine import Numerics
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class _NoRoom(Exception):
 def _activations(
     classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations:
-    wanted = FrozenRows(classifier, stage, dtype, samples, views, context)
+    wanted = FrozenRows(ClassifierPrefix(classifier, stage), dtype, samples, views, context)
     wanted.settle_engine()
     if wanted.n_missing:
         if not wanted.make_room():

@@ -1,9 +1,9 @@
-"""What training minimises, for each task: its loss in torch and its solved head. One module for each task, under its name."""
+"""What training minimises, for each task: its loss in torch. One module for each task, under its name."""
 
 from __future__ import annotations
 
-from finetune.train.objectives.multiclass import MulticlassObjective
-from finetune.train.objectives.objective import Objective
+from finetune.training.objectives.multiclass import MulticlassObjective
+from finetune.training.objectives.objective import Objective
 
 OBJECTIVES: tuple[Objective, ...] = (MulticlassObjective(),)
 

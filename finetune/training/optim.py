@@ -15,7 +15,7 @@ from torch import nn
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import ParameterGroup, apply_freeze, parameter_groups
 from finetune.model.selection import HEAD
-from finetune.train.recipe import Recipe, learning_rates, stage_key, widest_plan
+from finetune.training.recipe import Recipe, learning_rates, stage_key, widest_plan
 
 
 def group_key(group: ParameterGroup) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch
-from finetune.train.recipe import Recipe
+from finetune.training.recipe import Recipe
 
 SHARE_OF_TRAINING = 0.01  # that the sample may cost, in forward passes
 STEP_COST = 3  # forward passes that a training step costs an image
@@ -32,7 +32,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """The sample as `finetune.train.fit` uses it."""
+    """The sample as `finetune.training.fit` uses it."""
 
     plan: SamplePlan
     batches: Iterable[Batch]  # their ``indices`` count within the sample

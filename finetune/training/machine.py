@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.threads import on_threads
 from finetune.runtime.device import Device
-from finetune.train.compute import Compute
-from finetune.train.memory import retaining_memory
-from finetune.train.recipe import Recipe, freeze_plan
+from finetune.training.compute import Compute
+from finetune.training.memory import retaining_memory
+from finetune.training.recipe import Recipe, freeze_plan
 
 WORTH_MEASURING_STEPS = 200  # shorter runs cost less than the measurement
 MEASURED_IMAGES = 16  # at most, per step
@@ -59,19 +58,6 @@ class Timing:
 
     numerics: Numerics
     images_per_second: float
-
-
-def resolve_device(asked: Device | Literal["auto"]) -> Device:
-    """Return the device that a request means.
-
-    Raises:
-        InvalidInput: a GPU is asked for and PyTorch sees none.
-    """
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput("compute.device: cuda is asked for, but PyTorch sees no CUDA device here. Use device: cpu, or auto.")
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return asked
 
 
 def computes_bfloat16(device: Device) -> bool:

@@ -1,0 +1,37 @@
+"""The solved head of each task, under the task's name: a linear layer fitted on frozen features. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.features.solve import SolvedHead, solve_softmax_head
+
+
+class HeadSolver(Protocol):
+    """Fits a linear head to features (N, D) or (N, K, D) of N images in K views; see `finetune.features.solve`."""
+
+    def __call__(
+        self,
+        features: NDArray[np.floating[Any]],
+        targets: NDArray[Any],
+        n_classes: int,
+        /,
+        *,
+        val_features: NDArray[np.floating[Any]] | None,
+        val_targets: NDArray[Any] | None,
+        l2: float | None,
+        label_smoothing: float,
+        seed: int,
+    ) -> SolvedHead: ...
+
+
+HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head}
+
+
+def head_solver(task: str) -> HeadSolver:
+    """Return what solves the head of the task with this name; every task in `finetune.tasks` has one."""
+    return HEAD_SOLVERS[task]

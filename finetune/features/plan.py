@@ -1,0 +1,101 @@
+"""Choose the cut between what is computed once and what trains, and estimate its cost, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from finetune.data.dataset import Sample
+from finetune.features.engine import GraphSource
+from finetune.features.prefix import ClassifierPrefix
+from finetune.features.rows import FeatureContext, FrozenRows, RowType, Views
+from finetune.model.classifier import Classifier
+from finetune.model.cut import why_not_cut
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """What will be computed once and kept, and what that costs: a line of ``finetune check``."""
+
+    stage: int | None  # the cut is before this stage; None: nothing is kept
+    after: str  # the last frozen stage, by name
+    row_shape: tuple[int, ...]
+    dtype: RowType
+    views: int  # per training image; fewer than asked for where the disk has no room for all
+    n_rows: int
+    n_missing: int  # rows not in the cache yet
+    n_bytes: int  # of all rows
+    seconds: float | None  # to compute what is missing; None where it was not measured
+    rows_per_second: float | None
+    engine: str
+    reason: str
+
+    def __str__(self) -> str:
+        if self.stage is None:
+            return f"nothing is computed once: {self.reason}"
+        text = f"frozen up to {self.after}: {self.n_rows:,} rows of {self.dtype} {self.row_shape}, {self.n_bytes / 1e6:,.1f} MB"
+        if not self.n_missing:
+            return f"{text}, all in the cache"
+        text += f", {self.n_missing:,} to compute with {self.engine}"
+        if self.seconds is None or self.rows_per_second is None:
+            return text
+        return f"{text}, about {self.seconds:,.0f} s at {self.rows_per_second:,.0f} images/s"
+
+
+def plan_prefix(
+    classifier: Classifier,
+    first_trainable: int,
+    train: Sequence[Sample],
+    val: Sequence[Sample],
+    views: Views,
+    context: FeatureContext,
+    *,
+    graph: GraphSource | None = None,
+    measure: bool = True,
+) -> PrefixPlan:
+    """Return the cut that a run should make, and what it costs.
+
+    The deepest cut at or below the first trainable stage wins, for what lies between runs again in every epoch. Where its rows
+    do not fit the cache, a smaller activation further down is taken, then fewer views.
+
+    Args:
+        first_trainable: its stage index; the number of stages when only the head trains.
+        graph: gives the exported classifier, if it was exported already.
+        measure: time a few images, through the engine that will be used (it is exported for that, and kept).
+    """
+    stages = classifier.backbone.stages
+    dtype: RowType = "float32" if first_trainable == len(stages) else "float16"
+    at_or_below = range(first_trainable, 0, -1)
+    cuts = [stage for stage in at_or_below if not why_not_cut(classifier.backbone, stage)]
+    for count in _halvings(views.count):
+        for stage in cuts:
+            prefix = ClassifierPrefix(classifier, stage, graph)
+            of_train = FrozenRows(prefix, dtype, train, replace(views, count=count), context)
+            if len(of_train.keys) * of_train.cache.row_bytes > context.store.budget_bytes:
+                continue
+            rate = of_train.rows_per_second() if measure else None
+            of_val = FrozenRows(prefix, dtype, val, replace(views, count=1), context)
+            n_missing, n_rows = of_train.n_missing + of_val.n_missing, len(of_train.keys) + len(of_val.keys)
+            return PrefixPlan(
+                stage=stage,
+                after=stages[stage - 1].name,
+                row_shape=prefix.row_shape,
+                dtype=dtype,
+                views=count,
+                n_rows=n_rows,
+                n_missing=n_missing,
+                n_bytes=n_rows * of_train.cache.row_bytes,
+                seconds=0.0 if not n_missing else n_missing / rate if rate else None,
+                rows_per_second=rate,
+                engine=of_train.engine_name,
+                reason="" if count == views.count else f"{views.count} views do not fit the cache",
+            )
+    if not at_or_below:
+        reason = "the first stage trains"
+    else:
+        reason = "no cut fits into the cache" if cuts else why_not_cut(classifier.backbone, first_trainable)
+    return PrefixPlan(None, "", (), dtype, views.count, 0, 0, 0, None, None, "", reason)
+
+
+def _halvings(count: int) -> list[int]:
+    return [count] if count == 1 else [count, *_halvings(count // 2)]

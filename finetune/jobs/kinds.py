@@ -1,0 +1,90 @@
+"""The kinds of jobs in the queue: what each is called, which command carries it out, and which file says that it is done.
+
+The store, the worker, the clients and the server read this table, so that a further kind is a further entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.comparison_spec import arms_asked_for, settings_of
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of job.
+
+    Args:
+        name: as it stands in the database.
+        prefix: of its ids.
+        path: of its routes.
+        title: for people.
+        command: of `finetune`; it takes the request's file, ``--run-dir`` and ``--json``.
+        result: the file in the run folder that is written last.
+        describe: the request in a few words.
+        conclude: a result as one sentence.
+        registered: a result's model as ``name@version``, if it made one.
+    """
+
+    name: str
+    prefix: str
+    path: str
+    title: str
+    command: str
+    result: str
+    describe: Callable[[Mapping[str, Any]], str]
+    conclude: Callable[[Mapping[str, Any]], str]
+    registered: Callable[[Mapping[str, Any]], str | None]
+
+
+def _training(spec: Mapping[str, Any]) -> str:
+    return f"{spec['model']['backbone']}, {spec['method']['type']}"
+
+
+def _comparison(spec: Mapping[str, Any]) -> str:
+    if "runs" in spec:
+        return f"{len(spec['runs'])} runs"
+    return ", ".join(arm.name for _, arm in arms_asked_for(settings_of(spec)))
+
+
+def _trained_model(result: Mapping[str, Any]) -> str | None:
+    return None if result.get("model") is None else f"{result['model']}@{result['version']}"
+
+
+def _trained(result: Mapping[str, Any]) -> str:
+    if result.get("model") is None:
+        return "The run is finished. No model was registered."
+    return f"{result['model']} version {result['version']} is registered."
+
+
+TRAINING = Kind(
+    name="training",
+    prefix="ftjob",
+    path="/v1/fine_tuning/jobs",
+    title="fine-tuning job",
+    command="train",
+    result="outcome.json",
+    describe=_training,
+    conclude=_trained,
+    registered=_trained_model,
+)
+COMPARISON = Kind(
+    name="comparison",
+    prefix="ftcmp",
+    path="/v1/fine_tuning/comparisons",
+    title="comparison",
+    command="compare",
+    result="comparison.json",
+    describe=_comparison,
+    conclude=lambda result: str(result["verdict"]["sentence"]),
+    registered=lambda result: result.get("registered"),
+)
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON)}
+
+
+def kind_of_id(job_id: str) -> Kind:
+    """Return the kind that an id is of; what is nobody's id is looked for among the fine-tuning jobs."""
+    prefix = job_id.partition("-")[0]
+    return next((kind for kind in KINDS.values() if kind.prefix == prefix), TRAINING)

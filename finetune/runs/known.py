@@ -1,0 +1,231 @@
+"""A network that an earlier run recorded: another head can be solved on it and exported without torch in the process.
+
+A run that exports a solved head writes two files into the store's namespace ``engines``: a template, which is the exported graph
+without its head (`finetune.export.template`), and a record with the backbone's facts and digests and the state of its weights
+file. Their key is everything that decides what the network computes: the model section of the request, the task and the number of
+classes, the versions of the libraries, and the source code here that builds and traces networks. The embeddings that torch gave
+for the images on which the export was compared are kept with the features, under an engine name of their own, so that an export
+without torch is still compared with torch's answers. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.predictor import Outputs
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Sample
+from finetune.errors import DiskFull
+from finetune.events import EventCallback
+from finetune.export.agreement import Reference
+from finetune.export.template import Head, with_head
+from finetune.features.cache import Rows
+from finetune.features.engine import Engine, OnnxEngine, Prefix, only_embedding, onnx_engine_name
+from finetune.features.rows import find_rows, keep_rows
+from finetune.features.solve import head_logits
+from finetune.model.facts import BackboneFacts
+from finetune.model.packages import package_of
+from finetune.runtime.device import Device
+from finetune.runtime.session import open_session
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json, write_atomic, write_json
+from finetune.storage.store import Store, mark_used
+from finetune.tasks import task_named
+
+SCHEMA_VERSION = 1
+
+_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CODE = ("model/*.py", "training/objectives/*.py", "features/prefix.py", "export/graph.py", "export/template.py")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded of a network beside its template."""
+
+    task: str
+    n_classes: int
+    facts: BackboneFacts
+    embedding_digest: str  # of the whole backbone with pooling, as `Prefix.digest` gives it
+    frozen_digest: str
+    exporter: str
+    torch: str  # version
+    weights_file: Mapping[str, Any] | None  # as `file_state` gives it; None where there are no pretrained weights
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "facts": self.facts.to_dict()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Record:
+        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        return cls(**{**given, "facts": BackboneFacts.from_dict(given["facts"])})
+
+
+@dataclass(frozen=True)
+class KnownNetwork:
+    """A network that an earlier run recorded, as a `Network`."""
+
+    record: Record
+    template: bytes
+    store: Store
+
+    @property
+    def facts(self) -> BackboneFacts:
+        return self.record.facts
+
+    @property
+    def exporter(self) -> str:
+        return self.record.exporter
+
+    @property
+    def prefix(self) -> Prefix:
+        return _KnownPrefix(self)
+
+    def try_export(self) -> None:
+        """Do nothing: the network was exported when it was recorded."""
+
+    def frozen_digest(self) -> str:
+        """Return the digest that torch computed when the network was recorded; `find_known` verifies the template."""
+        return self.record.frozen_digest
+
+    def with_head(self, head: Head, temperature: float) -> bytes:
+        return with_head(self.template, head, temperature)
+
+    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
+        return not len(self._stored(samples, preprocess).missing)
+
+    def reference(
+        self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
+    ) -> Reference:
+        """Apply the head to the embeddings that torch computed in an earlier run.
+
+        Raises:
+            KeyError: some samples have no stored embedding; `has_reference` says so beforehand.
+        """
+        embedding = self._stored(samples, preprocess).take(np.arange(len(samples)))
+        logits = head_logits(embedding, head.weight, head.bias)
+        probs = task_named(self.record.task).probabilities(logits, temperature).astype(np.float32)
+        source = f"embeddings by torch {self.record.torch} in an earlier process, with this head"
+        return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, source)
+
+    def _stored(self, samples: Sequence[Sample], preprocess: Preprocess) -> Rows:
+        return find_rows(self.prefix, samples, preprocess, reference_engine(self.record.torch), self.store)
+
+
+@dataclass(frozen=True)
+class _KnownPrefix:
+    """From pixels to the embedding through the template, whose agreement with torch was checked when it was recorded."""
+
+    network: KnownNetwork
+
+    @property
+    def backbone(self) -> str:
+        return self.network.facts.name
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.network.facts.n_features,)
+
+    @property
+    def digest(self) -> str:
+        return self.network.record.embedding_digest
+
+    def expected_engine(self, device: Device, folder: Path) -> str:
+        return onnx_engine_name()
+
+    def open_engine(self, images: NDArray[np.uint8], device: Device, folder: Path, event: EventCallback) -> Engine:
+        n_classes = self.network.record.n_classes
+        any_head = Head(np.zeros((n_classes, *self.row_shape), np.float32), np.zeros(n_classes, np.float32))
+        return OnnxEngine(open_session(only_embedding(self.network.with_head(any_head, 1.0))))
+
+
+def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
+    """Return the key of the network that a request starts from: a digest of everything that decides what it computes."""
+    package = package_of(spec.model.backbone)
+    parts = (
+        SCHEMA_VERSION,
+        spec.model.model_dump_json(),
+        str(Path(spec.model.weights).absolute()),  # two folders may hold different files of one name
+        task,
+        n_classes,
+        spec.seed if spec.model.weights == "none" else None,  # the first values of a backbone that was not pretrained
+        package.version() if package else None,
+        *(importlib.metadata.version(name) for name in _LIBRARIES),
+        _code_digest(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def find_known(key: str, store: Store) -> KnownNetwork | None:
+    """Return the network recorded under `key`; None where there is none or where its weights file has changed since."""
+    folder = _folder(key, store)
+    if not (folder / "network.json").is_file() or not (folder / "template.onnx").is_file():
+        return None
+    document = read_json(folder / "network.json")
+    template = (folder / "template.onnx").read_bytes()
+    if document["template_sha256"] != hashlib.sha256(template).hexdigest():
+        return None
+    record = Record.from_dict(document["record"])
+    if record.weights_file != file_state(record.weights_file["path"] if record.weights_file else None):
+        return None
+    mark_used(folder / "network.json")
+    mark_used(folder / "template.onnx")
+    return KnownNetwork(record, template, store)
+
+
+def keep_known(
+    key: str,
+    record: Record,
+    template: bytes,
+    prefix: Prefix,
+    embedding: NDArray[np.float32],
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    store: Store,
+) -> None:
+    """Record a network for later runs, if the store has room, with torch's embeddings (N, D) of N samples."""
+    folder = _folder(key, store)
+    document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
+    # Without room on the disk nothing is recorded, and the next run builds the network in torch.
+    with contextlib.suppress(DiskFull):
+        kept = keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
+        if kept and store.reserve(len(template)):
+            write_atomic(folder / "template.onnx", lambda stream: stream.write(template))
+            write_json(folder / "network.json", document)
+
+
+def file_state(path: str | None) -> dict[str, Any] | None:
+    """Return path, size and time of change, which show whether a file is still the same; None where there is no file."""
+    if path is None or not Path(path).is_file():
+        return None
+    status = Path(path).stat()
+    return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def reference_engine(torch_version: str) -> str:
+    """Return the engine name of the embeddings that exports are compared with; heads are never solved on these rows."""
+    return f"torch {torch_version} cpu float32, as the reference of exports"
+
+
+def _folder(key: str, store: Store) -> Path:
+    return store.folder("engines") / f"network-{key}"
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Return the sha256 of the source code that decides what a network computes and how it is traced."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _CODE for path in _PACKAGE.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""A learner that takes optimiser steps in torch, from a solved head or from a random one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Sample
+from finetune.export.agreement import Reference
+from finetune.export.graph import EXPORTER, DeployModule, fold, head_of
+from finetune.export.pack import ExportedNetwork
+from finetune.export.reference import torch_reference
+from finetune.export.template import with_head
+from finetune.runs.build import BuiltNetwork
+from finetune.runs.learner import run_model
+from finetune.runs.resolve import Resolved
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
+from finetune.training.train import train
+
+
+class SteppedLearner:
+    """An independent copy of a built network's classifier, which is trained."""
+
+    def __init__(self, network: BuiltNetwork, resolved: Resolved) -> None:
+        self.network = network
+        self.recipe, self.preprocess = resolved.recipe, resolved.preprocess
+        self.classifier = network.fresh_classifier(resolved.spec.seed)
+        self.classifier.backbone.preprocess = resolved.preprocess
+        self.classifier.dropout.p = resolved.recipe.dropout
+
+    def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
+        return train(self.classifier, self.recipe, context, decided, self.network.untrained)
+
+    def answer(
+        self, samples: tuple[Sample, ...], context: TrainingContext, split: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        model = with_head(self._trained, head_of(self.classifier))
+        return run_model(model, samples, self.preprocess, context, split)
+
+    def exported(self, temperature: float) -> ExportedNetwork:
+        module = DeployModule(self.classifier, temperature, self.network.task)
+
+        def reference(samples: Sequence[Sample], images: NDArray[np.uint8]) -> Reference:
+            return torch_reference(module, images)
+
+        model = with_head(self._trained, head_of(self.classifier), temperature)
+        return ExportedNetwork(model, self.network.facts, self.preprocess, EXPORTER, reference)
+
+    @cached_property
+    def _trained(self) -> bytes:
+        """The trained network as a template (`finetune.export.template`), made once: ask for it only after training."""
+        return fold(self.network.traced(), DeployModule(self.classifier, task=self.network.task))

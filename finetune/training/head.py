@@ -1,0 +1,91 @@
+"""Solve the head of a run on the frozen features of its images, and record how. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Sample
+from finetune.events import HeadSolved
+from finetune.features.engine import Prefix
+from finetune.features.heads import head_solver
+from finetune.features.rows import Views, pooled_features
+from finetune.features.solve import SolvedHead, head_logits
+from finetune.progress import Progress
+from finetune.training.context import TrainingContext
+from finetune.training.measurements import write_neighbours, write_sample_answers
+from finetune.training.recipe import Recipe
+from finetune.training.sample import LARGEST, choose_sample
+
+
+def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext) -> SolvedHead:
+    """Fit the head that `recipe` begins with, or consists of, and record how it was found.
+
+    Args:
+        prefix: from pixels to the embedding that the head is given.
+    """
+    train, val = context.dataset.of("train"), context.dataset.of("val")
+    seen = Views(preprocess)
+    n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
+    views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
+    features = _features(prefix, train, views, "training", context)
+    val_features = _features(prefix, val, seen, "validation", context) if val else None
+    head = head_solver(context.task.name)(
+        features,
+        context.targets(train),
+        len(context.dataset.classes),
+        val_features=val_features,
+        val_targets=context.targets(val) if val else None,
+        l2=recipe.l2,
+        label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
+        seed=recipe.seed,
+    )
+    _record(head, recipe, context)
+    first_view = features if n_views == 1 else features[:, 0]
+    if not recipe.n_steps:  # else the training loop answers the sample itself
+        _answer_sample(head, first_view, context)
+    _compare_with_training(prefix, seen, first_view, val_features, context)
+    return head
+
+
+def _answer_sample(head: SolvedHead, features: NDArray[np.float32], context: TrainingContext) -> None:
+    """Write down the answers to a sample of training images, which the diagnosis needs."""
+    chosen = choose_sample(context.dataset.of("train"), context.sample_size or LARGEST)
+    logits = head_logits(features[chosen], head.weight, head.bias)
+    write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
+
+
+def _compare_with_training(
+    prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
+) -> None:
+    """Write down the nearest training image of each held-out one, from which the diagnosis tells a leak."""
+    train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
+    held_out = [(val, val_features)] if val_features is not None else []
+    if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
+        held_out.append((test, _features(prefix, test, seen, "test", context)))
+    write_neighbours(context.run, context.dataset, (train, features), held_out)
+
+
+def _features(
+    prefix: Prefix, samples: Sequence[Sample], views: Views, what: str, context: TrainingContext
+) -> NDArray[np.float32]:
+    def progress(update: Progress) -> None:
+        context.progress(replace(update, message=f"features, {what}"))
+
+    return pooled_features(prefix, samples, views, context.features(progress))
+
+
+def _record(head: SolvedHead, recipe: Recipe, context: TrainingContext) -> None:
+    values = {"head/l2": head.l2, "head/seconds": head.seconds, "head/iterations": float(head.iterations)}
+    if not recipe.n_steps:  # before steps the training loop evaluates the head itself
+        for point in head.path:
+            if point.l2 == head.l2:
+                values |= {"val/loss": point.val_nll, f"val/{context.task.headline.key}": point.val_score}
+    context.run.metric(0, values, epoch=0.0)
+    path = [{"l2": point.l2, "val_nll": point.val_nll, "val_score": point.val_score} for point in head.path]
+    message = f"the head is solved: L2 {head.l2:g} ({head.chosen_by}), {head.iterations} passes, {head.seconds:.1f} s"
+    context.run.record(HeadSolved(message, path, head.converged))

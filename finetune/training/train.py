@@ -1,0 +1,196 @@
+"""Carry out a recipe that takes optimiser steps, after a solved head or without one.
+
+Brings together the solved head (`finetune.training.head`), the frozen prefix (`finetune.features.rows`) and the training loop
+(`finetune.training.fit`), which do not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Sample
+from finetune.data.loader import Batch, EvalLoader, TrainLoader
+from finetune.data.pixels import PixelStore
+from finetune.events import PrefixPlanned, SettingsMeasured
+from finetune.features.engine import GraphSource
+from finetune.features.plan import plan_prefix
+from finetune.features.prefix import embedding_prefix
+from finetune.features.rows import Views
+from finetune.features.solve import SolvedHead
+from finetune.model.classifier import Classifier
+from finetune.model.freeze import apply_freeze, frozen_digest
+from finetune.progress import Progress
+from finetune.training.choices import Choices
+from finetune.training.context import Trained, TrainingContext
+from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.training.head import solve_head
+from finetune.training.machine import Numerics, choose_numerics, prepare_images
+from finetune.training.measurements import write_sample_answers
+from finetune.training.objectives import objective_of
+from finetune.training.recipe import Recipe, widest_plan
+from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
+from finetune.training.sample import TrainSample, plan_sample
+
+
+def train(
+    classifier: Classifier,
+    recipe: Recipe,
+    context: TrainingContext,
+    decided: Choices | None = None,
+    graph: GraphSource | None = None,
+) -> Trained:
+    """Train `classifier` in place, as `recipe` says, or go on where an earlier session of the same run stopped.
+
+    Afterwards it holds the chosen weights and is in eval mode.
+
+    Args:
+        decided: what an earlier run chose; then nothing is chosen here, and the dataset needs no val split.
+        graph: gives the untrained classifier as one ONNX file; spares the prefix engine an export of its own.
+    """
+    apply_freeze(classifier, widest_plan(recipe))
+    before = frozen_digest(classifier)
+    solver = _HeadSolver(recipe, context, graph)
+    fitted = _take_steps(classifier, recipe, context, decided, solver)
+    classifier.eval()
+    apply_freeze(classifier, widest_plan(recipe))
+    stopped = ", stopped early" if fitted.stopped_early else ""
+    return Trained(
+        summary=f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}",
+        seconds=fitted.seconds,
+        n_trainable=sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad),
+        n_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        frozen={
+            "stages": [stage.name for stage in classifier.backbone.stages if stage.index not in recipe.trainable],
+            "digest_before": before,
+            "digest_after": frozen_digest(classifier),
+        },
+        choices=fitted.choices,
+        head=solver.head,
+    )
+
+
+@dataclass
+class _HeadSolver:
+    """Puts the solved head into a classifier, and remembers how it was found."""
+
+    recipe: Recipe
+    context: TrainingContext
+    graph: GraphSource | None
+    head: SolvedHead | None = None
+
+    def __call__(self, classifier: Classifier) -> None:
+        prefix = embedding_prefix(classifier, self.graph)
+        self.head = solve_head(prefix, classifier.backbone.preprocess, self.recipe, self.context)
+        with torch.no_grad():
+            classifier.head.weight.copy_(torch.from_numpy(self.head.weight))
+            classifier.head.bias.copy_(torch.from_numpy(self.head.bias))
+
+
+def _take_steps(
+    classifier: Classifier, recipe: Recipe, context: TrainingContext, decided: Choices | None, solver: _HeadSolver
+) -> Fitted:
+    """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
+
+    def numerics() -> Numerics:
+        if decided is not None:
+            return Numerics(**(decided.numerics or {}))
+        return _measured_numerics(classifier, recipe, context)
+
+    source = _cached_source(classifier, recipe, context) or _image_source(classifier, recipe, context)
+    dataset = context.dataset
+    return fit(
+        classifier,
+        recipe,
+        source.train,
+        source.val if decided is None else decided,
+        context.run,
+        Saving(context.identity),
+        task=context.task,
+        objective=objective_of(context.task.name),
+        train_targets=context.targets(dataset.of("train")),
+        val_targets=context.targets(dataset.of("val")),
+        numerics=numerics,
+        solve_head=solver,
+        sample=_train_sample(classifier, recipe, context, source),
+        prepare=source.prepare,
+        forward=source.forward,
+        progress=context.progress,
+    )
+
+
+def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
+    train = context.dataset.of("train")
+    plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
+
+    def keep(step: int, logits: NDArray[np.float32]) -> None:
+        write_sample_answers(context.run, context.task, context.dataset, plan.indices, step, logits)
+
+    return TrainSample(plan, source.sample(plan.indices), keep)
+
+
+def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
+    compute = context.compute
+    measuring = Progress("preparing", 0, 1, "measurements", message="timing this machine")
+    context.progress(measuring)
+    chosen, timings = choose_numerics(
+        classifier, recipe, device=compute.device, precision=compute.precision, threads=compute.threads
+    )
+    if timings:
+        rates = [{**timing.numerics.to_dict(), "images_per_second": timing.images_per_second} for timing in timings]
+        context.run.record(SettingsMeasured(f"fastest on this machine: {chosen}", rates))
+    context.progress(replace(measuring, done=1))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _BatchSource:
+    """Where batches come from, and how one of them becomes logits."""
+
+    train: TrainBatches
+    val: Iterable[Batch]
+    sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # these training images, as evaluation sees them
+    prepare: Prepare
+    forward: Forward
+
+
+def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource:
+    train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
+    augment = context.augment.at_size(recipe.train_size_px)
+    pixels = PixelStore(context.store)
+
+    def batches(epoch: int, start_step: int) -> Iterable[Batch]:
+        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)
+
+    def sample(indices: NDArray[np.int64]) -> Iterable[Batch]:
+        return evaluated([train[index] for index in indices])
+
+    def evaluated(samples: Sequence[Sample]) -> EvalLoader:
+        return EvalLoader(samples, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
+
+    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images)
+
+
+def _cached_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource | None:
+    """Return batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
+    if recipe.mixup or classifier.aux is not None:  # both need the images themselves
+        return None
+    train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features()
+    seen = Views(classifier.backbone.preprocess)
+    views = replace(seen, augment=context.augment, count=recipe.views)
+    plan = plan_prefix(classifier, min(recipe.trainable), train, val, views, features, measure=False)
+    context.run.record(PrefixPlanned(str(plan)))
+    if plan.stage is None:
+        return None
+    trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), features)
+    judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # none where nothing is chosen
+    if trained_on is None or judged_on is None:
+        return None
+    batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
+    sample = partial(trained_on.eval_batches, recipe.batch_size)
+    return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))

@@ -1,0 +1,114 @@
+"""Put a client's request into the queue: whose it is, what its model will be called, and once however often it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Header, Request, Response
+from starlette.exceptions import HTTPException
+
+from finetune.jobs.creation import digest_of
+from finetune.jobs.kinds import TRAINING, Kind
+from finetune.jobs.store import Job, NameTaken
+from finetune.naming import as_model_name
+from finetune.storage.rundir import RunDir
+from service.middleware.auth import Caller
+from service.state import ServerState
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[!-~]+$",
+        description="Of your choosing: the same key and body, sent again within a day, give the object of the first time.",
+    ),
+]
+REPLAYED = "Idempotent-Replayed"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One request to create a job, by one caller."""
+
+    server: ServerState
+    caller: Caller
+    idempotency_key: str | None
+
+    def locate(self, file_id: str) -> Path:
+        """Return the folder of an upload's contents; raise `NotFound` where the caller has no such file."""
+        return self.server.uploads.place_of(self.server.database.files.get(file_id, self.caller.sees).id).resolve()
+
+    def find_run(self, job_id: str) -> tuple[Job, RunDir]:
+        """Return a fine-tuning job and its run; raise `NotFound` where the caller has no such job."""
+        job = self.server.database.jobs.get(job_id, self.caller.sees, TRAINING)
+        return job, self.server.run_of(job.id)
+
+    def create(self, kind: Kind, spec: Mapping[str, Any], body: Mapping[str, Any], digest: str) -> tuple[Job, bool]:
+        """Queue a job that registers no model; return it and whether it is new."""
+        return self._create(kind, spec, body, digest, None)
+
+    def create_named(
+        self,
+        kind: Kind,
+        spec_called: Callable[[str], Mapping[str, Any]],
+        body: Mapping[str, Any],
+        digest: str,
+        *,
+        suffix: str | None,
+        training_file: str,
+    ) -> tuple[Job, bool]:
+        """Queue a job whose model is called `suffix`, or after its data where that is None.
+
+        Args:
+            spec_called: the spec with the model's name in it.
+
+        Raises:
+            NameTaken: the model of that name is another owner's.
+        """
+        if suffix is not None:
+            return self._create(kind, spec_called(suffix), body, digest, suffix)
+        name = as_model_name(self.server.dataset_name(Path(training_file)))
+        try:
+            return self._create(kind, spec_called(name), body, digest, name)
+        except NameTaken:
+            name = f"{name[:50]}-{digest[:8]}"
+            return self._create(kind, spec_called(name), body, digest, name)
+
+    def _create(
+        self, kind: Kind, spec: Mapping[str, Any], body: Mapping[str, Any], digest: str, name: str | None
+    ) -> tuple[Job, bool]:
+        server, caller = self.server, self.caller
+        if name is not None and server.models.registry.has(name) and not server.may_change(caller, name):
+            raise NameTaken(name)
+        return server.database.jobs.create(
+            caller.owner,
+            spec,
+            kind=kind,
+            spec_digest=digest_of(spec),
+            request=body,
+            suffix=name,
+            idempotency_key=self.idempotency_key,
+            body_sha256=digest,
+            max_queued=server.max_unfinished_jobs,
+            any_suffix=caller.is_admin,
+        )
+
+
+async def json_body(request: Request, what: str) -> bytes:
+    """Return the body of a request that must be JSON; `what` it is, for people who sent something else."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not a {what}; send application/json")
+    return await request.body()
+
+
+def announce(response: Response, job: Job, *, new: bool) -> None:
+    """Say in the answer's head where the job is, and whether this was a repetition."""
+    response.headers["Location"] = f"{job.kind.path}/{job.id}"
+    if not new:
+        response.headers[REPLAYED] = "true"

@@ -1,0 +1,178 @@
+"""Comparisons as clients see them: the request, the state, the verdict, and the runs behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from finetune.comparison_spec import arms_asked_for, settings_of
+from finetune.jobs.kinds import COMPARISON
+from finetune.jobs.store import Job
+from service.schemas.jobs import JobError, JobState, job_error, job_state
+from service.schemas.lists import Page
+
+
+class ArmDocument(BaseModel):
+    name: str
+    set: dict[str, Any] = Field(description="What the arm changes of the request, `key.path` to value.")
+
+
+class VerdictDocument(BaseModel):
+    choose: str = Field(description="The name of the arm.")
+    outcome: Literal["better", "equivalent", "undecided"]
+    sentence: str
+    pareto: list[str] = Field(description="Arms that no other arm equals in quality and undercuts in cost.")
+    margin: float
+
+
+class ComparisonDocument(JobState):
+    """A comparison. `status` is its state by its fixed name, as a job's; `verdict` is there once it has succeeded."""
+
+    object: Literal["fine_tuning.comparison"] = "fine_tuning.comparison"
+    description: str = Field(description="The request in a few words.")
+    arms: list[ArmDocument] = Field(description="Every arm, those of `methods` and `models` included; empty for `runs`.")
+    seeds: int | None = Field(description="Runs of each arm.")
+    runs: list[str] | None = Field(description="The jobs whose runs are compared, where that was asked for.")
+    margin: float = Field(description="A difference of the headline metric that does not matter.")
+    budget_seconds: float | None
+    register_chosen: bool
+    training_file: str | None
+    validation_file: str | None
+    test_file: str | None
+    suffix: str | None
+    metadata: dict[str, str]
+    verdict: VerdictDocument | None
+    fine_tuned_model: str | None = Field(description="The model that the chosen arm's best run was registered as.")
+    fine_tuned_version: str | None
+    error: JobError | None
+    result_files: list[str] = Field(description="Paths on this server: result and report.")
+
+
+ComparisonList = Page[ComparisonDocument]
+
+
+class FigureDocument(BaseModel):
+    value: float | None
+    low: float | None = Field(description="Of the 95 % interval.")
+    high: float | None
+    n: int
+    sd: float | None = Field(description="Over runs; null with one run.")
+
+
+class ArmResultDocument(BaseModel):
+    name: str
+    runs: list[str] = Field(description="Paths on this server of the runs, by seed.")
+    metrics: dict[str, FigureDocument] = Field(description="By `split/name`: the mean over runs.")
+    cost: dict[str, float | None] = Field(description="Means over runs; names end in their unit.")
+    per_class_recall: list[float | None]
+    note: str = Field(description="Why the arm has fewer runs than was asked for.")
+
+
+class PairDocument(BaseModel):
+    """One metric of two arms on the same images. Only the headline metric is tested; others have an interval alone."""
+
+    a: str
+    b: str
+    metric: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    degrees_of_freedom: float | None
+    seed_share: float | None
+    p_value: float | None
+    p_exact: float | None
+    p_adjusted: float | None = Field(description="Holm's adjustment for the number of pairs.")
+    test: str | None
+    smallest_detectable: float | None
+    n: int | None
+    only_a: float | None = Field(description="Images that only `a` answers rightly, on average over runs.")
+    only_b: float | None
+    outcome: str | None
+
+
+class ComparisonResult(BaseModel):
+    """What a comparison came to: the document that `finetune compare --json` prints, with paths on this server."""
+
+    object: Literal["comparison"] = "comparison"
+    id: str
+    dataset: str
+    split: str = Field(description="What the arms were judged on: test, or cv.")
+    classes: list[str]
+    headline: str
+    arms: list[ArmResultDocument]
+    pairs: list[PairDocument]
+    verdict: VerdictDocument
+    left_out: int = Field(description="Images that one of the runs had trained or chosen on.")
+    cost: dict[str, float | None] = Field(description="Of the whole comparison.")
+    registered: str | None
+    report: str
+    mlflow_run_id: str | None
+
+
+class ComparedRun(BaseModel):
+    """One run of a comparison."""
+
+    object: Literal["fine_tuning.comparison.run"] = "fine_tuning.comparison.run"
+    name: str
+    arm: str
+    seed: int
+    status: Literal["waiting", "begun", "finished", "left_out"]
+    metrics: dict[str, float | None] = {}
+    cost: dict[str, float | None] = {}
+    links: dict[str, str | None] = Field({}, description="Paths on this server: the run, its report where it has one.")
+
+
+class RunList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ComparedRun]
+
+
+class RunResult(ComparedRun):
+    """One finished run with everything that was measured."""
+
+    classes: list[str]
+    hyperparameters: dict[str, Any] = Field(description="As resolved: what every `auto` became.")
+    splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
+    warnings: list[str]
+    summary: str
+
+
+def comparison_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> ComparisonDocument:
+    """Return a comparison as its owner sees it; `within` hides where on this machine things lie."""
+    result, asked = job.result or {}, job.request or job.spec
+    registered = COMPARISON.registered(result) if result else None
+    model, _, version = (registered or "").partition("@")
+    return ComparisonDocument(
+        **job_state(job, queue_position),
+        description=COMPARISON.describe(job.spec),
+        **(_of_runs(job.spec, asked) if "runs" in job.spec else _of_arms(job.spec, asked)),
+        metadata=dict(job.spec["metadata"]),
+        verdict=VerdictDocument.model_validate(result["verdict"]) if result else None,
+        fine_tuned_model=model or None,
+        fine_tuned_version=version or None,
+        error=job_error(job, within),
+        result_files=[f"{COMPARISON.path}/{job.id}/{name}" for name in ("result", "report")] if result else [],
+    )
+
+
+def _of_arms(spec: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    settings = settings_of(spec)
+    return {
+        "arms": [ArmDocument(name=arm.name, set=arm.set) for _, arm in arms_asked_for(settings)],
+        "seeds": settings.seeds,
+        "runs": None,
+        "margin": settings.margin,
+        "budget_seconds": settings.budget_seconds,
+        "register_chosen": settings.register_chosen,
+        "suffix": spec["suffix"],
+        **{name: asked.get(name) for name in ("training_file", "validation_file", "test_file")},
+    }
+
+
+def _of_runs(spec: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    absent = ("seeds", "budget_seconds", "training_file", "validation_file", "test_file", "suffix")
+    runs = [run.rpartition("/")[2] for run in asked["runs"]]
+    return {**dict.fromkeys(absent), "arms": [], "runs": runs, "margin": spec["margin"], "register_chosen": False}

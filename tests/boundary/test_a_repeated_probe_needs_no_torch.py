@@ -1,0 +1,123 @@
+"""A probe whose features and network are known runs in a process where torch and its companions cannot be imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from tiny_runs import write_stripes
+
+from finetune.model.backbone import build_backbone
+from finetune.storage.files import read_json
+
+FORBIDDEN = ("torch", "torchvision", "timm", "onnxscript", "onnx_ir", "albumentations", "cv2", "mlflow", "sklearn")
+
+REFUSING = f"""
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {FORBIDDEN!r}:
+            raise ModuleNotFoundError(f"{{name}} was imported", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from finetune.cli import main
+main()
+"""
+FREELY = "from finetune.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in a file, as pretrained ones are: not another network for another seed."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    safetensors.torch.save_file(build_backbone("test_efficientnet", weights="none", input_size_px=64).module.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
+    """A workspace in which a probe was trained, with torch, and the request beside it."""
+    home = tmp_path_factory.mktemp("home")
+    request: dict[str, Any] = {
+        "training_file": str(write_stripes(home, 48).relative_to(home)),
+        "model": {"backbone": "test_efficientnet", "weights": str(weights), "input_size_px": 64},
+        "compute": {"device": "auto", "threads": 1},
+        "suffix": "stripes",
+    }
+    (home / "request.yaml").write_text(yaml.safe_dump(request))
+    done = finetune(FREELY, home)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def home(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that workspace."""
+    return Path(shutil.copytree(trained, tmp_path / "home"))
+
+
+def finetune(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, "train", str(home / "request.yaml"), "--json", *arguments]
+    environment = {**os.environ, "FINETUNE_HOME": str(home / "workspace"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, timeout=240, check=False)
+
+
+def outcome_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    outcome: dict[str, Any] = json.loads(done.stdout)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("--seed", "1"), id="another seed"),
+        # in folds and in a refit other images train, whose augmented views nobody has computed
+        pytest.param(("--folds", "3", "--set", "hyperparameters.views=1"), id="folds"),
+        pytest.param(("--seed", "2", "--set", "hyperparameters.refit=true", "--set", "hyperparameters.views=1"), id="refit"),
+        pytest.param(("--seed", "3", "--set", "export.quantize=int8"), id="int8"),
+    ],
+)
+def test_a_repeated_probe_imports_nothing_of_torch(home: Path, arguments: Sequence[str]) -> None:
+    outcome = outcome_of(finetune(REFUSING, home, *arguments))
+    manifest = read_json(Path(outcome["bundle"]) / "bundle.json")
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
+    assert "in an earlier process" in manifest["parity"]["reference"]
+    assert manifest["parity"]["n_images"] > 0
+    assert manifest["frozen"]["digest_before"] == manifest["frozen"]["digest_after"]
+    assert (Path(outcome["run"]) / "report.html").exists()
+
+
+@pytest.mark.parametrize("what", ["method", "classes", "input size", "weights", "image", "references"])
+def test_what_is_not_known_needs_torch(home: Path, weights: Path, what: str, tmp_path: Path) -> None:
+    arguments = {
+        "method": ("--method", "partial"),
+        "input size": ("--set", "model.input_size_px=96"),
+    }.get(what, ())
+    if what == "classes":
+        shutil.copytree(home / "stripes" / "class0", home / "stripes" / "class3")
+    elif what == "weights":
+        os.utime(weights, (1, 1))
+    elif what == "image":
+        shutil.copy(next((home / "stripes" / "class0").iterdir()), tmp_path / "new.png")
+        with open(tmp_path / "new.png", "ab") as stream:
+            stream.write(b"other bytes")
+        shutil.move(tmp_path / "new.png", home / "stripes" / "class0" / "new.png")
+    elif what == "references":
+        arguments = ("--set", "data.split_seed=1")  # other val images, so others are compared
+    done = finetune(REFUSING, home, "--seed", "4", *arguments)
+    assert done.returncode != 0
+    assert "this command needs t" in done.stderr or "this command needs t" in done.stdout
