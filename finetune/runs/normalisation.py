@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.bundle.preprocess import Preprocess
-from finetune.data.dataset import targets_of
+from finetune.data.dataset import Sample, targets_of
 from finetune.features.batch_statistics import divergences
 from finetune.model.classifier import Classifier
 from finetune.runs.prepare import Prepared
+from finetune.tasks import Task
 
 FIRST_IMAGES = 96  # a normalisation that is worse on these is not tried on all
 STATISTICS_IMAGES = 160
@@ -60,27 +62,22 @@ CANDIDATES = (
 )
 
 
-def compare_normalisations(network: Classifier, prepared: Prepared, indices: Sequence[int]) -> dict[str, Any]:
+def compare_normalisations(network: Classifier, prepared: Prepared, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return what speaks for each other normalisation of pixels, against the present one.
-
-    Args:
-        indices: of the training images to measure with.
 
     Returns:
         ``own`` and, for each of ``others``, its ``name``; ``statistics``, null where the network has no batch normalisation; and
         ``left_out``, null where the statistics speak against it, so that nothing was fitted.
     """
-    train, preprocess = prepared.dataset.of("train"), prepared.resolved.preprocess
-    samples = [train[index] for index in indices]
+    preprocess = prepared.resolved.preprocess
     pixels = np.stack([sample.decode(preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
-    targets = prepared.task.encode(targets_of(samples), len(prepared.dataset.classes))
-    one_hot = np.eye(len(prepared.dataset.classes))[targets] if targets.ndim == 1 else targets.astype(np.float64)
+    labels = _Labels(prepared.task, prepared.task.encode(targets_of(samples), len(prepared.dataset.classes)))
     classifier = copy.deepcopy(network).eval()
     own = _own(preprocess)
     remembered = _divergences(classifier, own, pixels[:STATISTICS_IMAGES])
     others = [(other, _nearer(remembered, _divergences(classifier, other, pixels[:STATISTICS_IMAGES]))) for other in _others(own)]
     tried = [other for other, statistics in others if statistics is None or statistics["gain"] > 0]
-    left_out = _compare_left_out(classifier, own, tried, pixels, one_hot)
+    left_out = _compare_left_out(classifier, own, tried, pixels, labels)
     return {
         "own": {"name": own.name, "n": len(samples)},
         "others": [
@@ -90,28 +87,51 @@ def compare_normalisations(network: Classifier, prepared: Prepared, indices: Seq
 
 
 def _compare_left_out(
-    classifier: Classifier, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], one_hot: Features
+    classifier: Classifier, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], labels: _Labels
 ) -> dict[str, dict[str, float]]:
     """Return by name how well images are answered by heads that were fitted without them."""
     if not others:
         return {}
-    of_own = _LeftOut.of(_features(classifier, own, pixels), one_hot)
+    of_own = _LeftOut.of(_features(classifier, own, pixels), labels)
     found = {}
     for other in others:
         n = min(FIRST_IMAGES, len(pixels))
         features = _features(classifier, other, pixels[:n])
-        first = _LeftOut.of(features, one_hot[:n])
-        reference = _LeftOut.of(of_own.features[:n], one_hot[:n])
+        first = _LeftOut.of(features, labels.first(n))
+        reference = _LeftOut.of(of_own.features[:n], labels.first(n))
         if first.better_than(reference) > 0 and n < len(pixels):
             features = np.concatenate([features, _features(classifier, other, pixels[n:])])
-            first, reference = _LeftOut.of(features, one_hot), of_own
+            first, reference = _LeftOut.of(features, labels), of_own
         found[other.name] = {
-            "n": len(first.right),
-            "top1": float(first.right.mean()),
-            "own_top1": float(reference.right.mean()),
+            "n": len(first.scores),
+            "top1": float(first.scores.mean()),
+            "own_top1": float(reference.scores.mean()),
             "z": first.better_than(reference),
         }
     return found
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What images show, as a ridge head is fitted to it and as its answers are judged."""
+
+    task: Task
+    targets: NDArray[Any]  # encoded by the task
+
+    @cached_property
+    def indicators(self) -> Features:
+        """(N, C) 1 where an image has the label"""
+        if self.targets.ndim > 1:
+            return np.asarray(self.targets, dtype=np.float64)
+        one_hot: Features = np.eye(int(self.targets.max()) + 1)[self.targets]
+        return one_hot
+
+    def first(self, n: int) -> _Labels:
+        return _Labels(self.task, self.targets[:n])
+
+    def judge(self, answers: Features) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.task.judge(answers.astype(np.float32), self.targets).score
+        return found
 
 
 @dataclass(frozen=True)
@@ -120,10 +140,10 @@ class _LeftOut:
 
     features: Features  # (N, D)
     squared_errors: NDArray[np.float64]  # (N,) summed over the classes
-    right: NDArray[np.bool_]  # (N,)
+    scores: NDArray[np.float64]  # (N,) how well each image is answered, 0 to 1
 
     @classmethod
-    def of(cls, features: Features, one_hot: Features) -> _LeftOut:
+    def of(cls, features: Features, labels: _Labels) -> _LeftOut:
         """Fit with the strength that answers left-out images best."""
         spread = features.std(axis=0)
         rows = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
@@ -132,9 +152,8 @@ class _LeftOut:
         best: _LeftOut | None = None
         for strength in STRENGTHS:
             inverse = (vectors / (values.clip(min=0) + strength)) @ vectors.T
-            residuals = (inverse @ one_hot) / np.diagonal(inverse)[:, None]  # (N, C), of the left-out image
-            right = (one_hot - residuals).argmax(axis=1) == one_hot.argmax(axis=1)
-            found = cls(features, (residuals**2).sum(axis=1), right)
+            residuals = (inverse @ labels.indicators) / np.diagonal(inverse)[:, None]  # (N, C), of the left-out image
+            found = cls(features, (residuals**2).sum(axis=1), labels.judge(labels.indicators - residuals))
             if best is None or found.squared_errors.mean() < best.squared_errors.mean():
                 best = found
         assert best is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from finetune.data.dataset import Sample
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.options import RunOptions
 from finetune.runs.prepare import Prepared, built_network, prepare
@@ -52,10 +53,11 @@ def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback
     check_preprocessing(prepared, run, shared, progress, at_any_cost=True)
 
 
-def sampled(prepared: Prepared) -> list[int]:
-    """Return the positions of some training images, in an order that has nothing to do with their classes."""
-    train = prepared.dataset.of("train")
-    return sorted(choose_sample(train, N_IMAGES).tolist(), key=lambda index: (train[index].sha256, train[index].id))
+def sampled(prepared: Prepared) -> tuple[Sample, ...]:
+    """Return some images, in an order that has nothing to do with their classes: the same in all folds and for all splits."""
+    samples = prepared.dataset.samples
+    chosen = [samples[index] for index in choose_sample(samples, N_IMAGES)]
+    return tuple(sorted(chosen, key=lambda sample: (sample.sha256, sample.id)))
 
 
 def _costs_little(prepared: Prepared) -> bool:
@@ -65,7 +67,6 @@ def _costs_little(prepared: Prepared) -> bool:
 
 def _digest(prepared: Prepared) -> str:
     """sha256 of all that the measurement depends on."""
-    train = prepared.dataset.of("train")
-    samples = [(train[index].sha256, train[index].labels) for index in sampled(prepared)]
+    samples = [(sample.sha256, sample.labels) for sample in sampled(prepared)]
     parts = (MEASUREMENT, prepared.network.prefix.digest, prepared.resolved.preprocess.digest(), samples)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
