@@ -93,7 +93,7 @@ class Check(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What the records of one run say: ``diagnosis.json``, the same document on the command line and over HTTP.
 
@@ -125,6 +125,9 @@ class Diagnosis:
     def finding(self, code: str) -> Finding | None:
         """Return the finding with this code, if it was made."""
         return next((finding for finding in self.findings if finding.code == code), None)
+
+    def __repr__(self) -> str:
+        return f"<diagnosis of {self.run}: {self.sentence}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document."""
