@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 )
 @json_option
 def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json: bool) -> None:
-    """Say what is wrong with a run, with evidence, confidence and advice.
+    """Say what is wrong with a run, from its own records.
 
-    RUN is the folder of a run, finished or not. It looks for overfitting, underfitting, degradation, vanishing and exploding
-    gradients, dead units, learning rates, shuffled labels, leakage, lost classes, frozen stages and wrong preprocessing.
+    RUN is the folder of a run, finished or not. Each finding comes with evidence, confidence and advice. Looked for are
+    overfitting, underfitting, degradation, vanishing and exploding gradients, dead units, learning rates, shuffled labels,
+    leakage, collapsed classes, frozen stages and wrong preprocessing.
     """
     from finetune.cli.show_diagnosis import show_diagnosis
     from finetune.cli.terminal import print_json

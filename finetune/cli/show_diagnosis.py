@@ -7,6 +7,7 @@ import textwrap
 from rich.markup import escape
 
 from finetune.evaluation.diagnose import Diagnosis, Finding
+from finetune.messages import plural
 from finetune.progress_bars import console
 
 WIDTH = 78
@@ -15,9 +16,11 @@ WIDTH = 78
 def show_diagnosis(found: Diagnosis) -> None:
     """Print the findings with evidence and advice, then what is fine and what was not looked at."""
     console.print(f"[bold]{escape(found.run)}[/]" + (f", against {escape(found.against)}" if found.against else ""))
+    if found.problems:
+        console.print(_count(found), highlight=False)
     for finding in found.findings:
         _show_finding(found, finding)
-    if not found.findings:
+    if not found.problems:
         console.print("\nNothing is wrong with this run, as far as its records tell.")
     if found.clear:
         console.print("\nLooked at and fine")
@@ -27,6 +30,12 @@ def show_diagnosis(found: Diagnosis) -> None:
         console.print("\nNot looked at")
         for unknown in found.not_checked:
             _paragraph(f"{unknown.title}: {unknown.reason}", "  – ", "    ")
+
+
+def _count(found: Diagnosis) -> str:
+    n_causes = sum(finding.caused_by is None for finding in found.problems)
+    n_following = len(found.problems) - n_causes
+    return plural(n_causes, "problem") + (f", and {n_following} more that may follow from it" if n_following else "")
 
 
 def _show_finding(found: Diagnosis, finding: Finding) -> None:

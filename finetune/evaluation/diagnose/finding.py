@@ -138,7 +138,13 @@ class Diagnosis:
             "against": self.against,
             "sentence": self.sentence,
             "findings": [
-                {**asdict(finding), "certainty": finding.certainty, "advice": list(finding.advice)} for finding in self.findings
+                {
+                    **asdict(finding),
+                    "certainty": finding.certainty,
+                    "evidence": [asdict(evidence) for evidence in finding.evidence],
+                    "advice": list(finding.advice),
+                }
+                for finding in self.findings
             ],
             "clear": [asdict(one) for one in self.clear],
             "not_checked": [asdict(one) for one in self.not_checked],

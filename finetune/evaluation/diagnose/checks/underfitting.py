@@ -38,7 +38,7 @@ class Underfitting:
             self.title,
             "problem",
             confidence((train_error / TRAIN_ERROR) ** 2),
-            f"{figure}, as many as of {split}: the model does not fit what it was shown",
+            f"{figure}, about as many as of {split}: the model does not fit what it was shown",
             (
                 Evidence(f"error on {here.n} training images, as evaluated", f"{train_error:.1%}", f"below {TRAIN_ERROR:.0%}"),
                 Evidence(f"error on {there.n} {split} images", f"{1 - there.value:.1%}"),

@@ -25,7 +25,7 @@ class VanishingGradients:
         worst = max(found, key=lambda profile: profile.rise)
         lost = worst.rise - reference
         harm = harm_of(records)
-        figure = f"the lowest stages get {10**-worst.rise:.1g} of the largest relative gradient"
+        figure = f"the relative gradient of the lowest stages is {10**-worst.rise:.1g} times the largest"
         if lost < DECADES or harm is None:
             return Clear(self.code, self.title, figure)
         return Finding(
