@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
+_HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
 ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 
@@ -140,7 +141,7 @@ class Model:
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
         """Measure the model on labelled images; says how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
-            return evaluate_bundle(self.folder, Path(data), split, update)
+            return evaluate_bundle(self.folder, data, split, update)
 
     def _of(self, answer: Answer) -> Answered:
         return self._answered(answer.probs, answer.embedding, answer.cam, answer.image)
@@ -260,7 +261,7 @@ class Run:
         return render(
             "notebook_run.html",
             title=repr(self)[1:-1],
-            splits=[split for split in ("cv", "test", "val") if split in evaluations],
+            splits=[split for split in _HONEST_FIRST if split in evaluations],
             metrics=task_named(self._honest()[1].task).metrics,
             evaluations=evaluations,
         )
@@ -268,7 +269,7 @@ class Run:
     def _honest(self) -> tuple[str, Evaluation]:
         """Return the split to judge by, and its evaluation."""
         evaluations = self.judgement.evaluations
-        split = next(split for split in ("cv", "test", "val") if split in evaluations)
+        split = next(split for split in _HONEST_FIRST if split in evaluations)
         return split, evaluations[split]
 
 

@@ -23,6 +23,10 @@ from finetune.spec import JobSpec, MethodName, Section, merged_mapping, parse_sp
 
 DEFAULT_METHODS: tuple[MethodName, ...] = ("linear_probe", "partial", "full")
 MOST_ARMS = 20
+_READING = (
+    *("revision", "file_column", "label_column", "split_column", "group_column", "weight_column", "label_separator", "splits"),
+    *("class_folder", "name_encoding"),
+)
 SHARED = ("training_file", "validation_file", "test_file", "task", "suffix", "metadata")  # no arm may change these
 
 
@@ -234,7 +238,8 @@ def _between(arms: list[Arm]) -> list[Problem]:
     if twice := sorted({arm.name for arm in arms if slugs.count(arm.slug) > 1}):
         problems.append(Problem("arms", f"names must differ: {', '.join(twice)}"))
     for arm in arms[1:]:
-        split = ("val_fraction", "test_fraction", "split_seed", "folds", "group_column")
+        split = ("val_fraction", "test_fraction", "split_seed", "split_file", "folds", *_READING)
         if any(getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key) for key in split):
-            problems.append(Problem(f"arm {arm.name!r}", f"divides the data otherwise; {', '.join(split)} must be the same"))
+            differing = [key for key in split if getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key)]
+            problems.append(Problem(f"arm {arm.name!r}", f"divides the data otherwise: {', '.join(differing)} must be the same"))
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +24,21 @@ def plural(count: int, noun: str) -> str:
 
 
 def printable(path: Path | str) -> str:
-    """Return a file name that is safe to print and log: undecodable bytes and control characters become escapes."""
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in encodable(str(path)))
+    """Return a file name as text that a terminal, a page and JSON can all hold.
+
+    Bytes that are no UTF-8, control characters and characters that turn the direction of writing become escapes; everything else
+    stays, also joiners, without which Persian, Hindi and composed emoji fall apart.
+    """
+    text = str(path)
+    return text if text.isprintable() else "".join(letter if is_safe(letter) else _escaped(letter) for letter in text)
+
+
+def is_safe(letter: str) -> bool:
+    """Return whether a character can be shown as it is."""
+    return letter.isprintable() or (unicodedata.category(letter) in ("Cf", "Cn", "Co", "Zs") and letter not in _MISLEADING)
+
+
+_MISLEADING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")  # they turn the direction of writing
 
 
 def encodable(text: str) -> str:

@@ -15,10 +15,32 @@ def model_name(suffix: str | None, dataset: str) -> str:
     return suffix or as_model_name(dataset)
 
 
-def dataset_name(location: Path) -> str:
-    """Return what the data in `location` is called: the name of its folder, or of its file without the ending."""
-    place = location.resolve()
-    return place.stem if place.is_file() else place.name
+_ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
+_SAYS_NOTHING = frozenset(
+    {"labels", "metadata", "annotations", "data", "dataset", "images", "train", "index", "result", "results"}
+)
+
+_SPLITS = ("train", "training")
+
+
+def dataset_name(location: Path | str) -> str:
+    """Return what the data in `location` is called: the name of its folder, or of its file without the ending.
+
+    Where that says nothing, as of ``flowers/labels.csv`` and ``flowers/train``, it is the name of the folder around it.
+    """
+    if "://" in str(location):
+        return _without_ending(str(location).rstrip("/").rpartition("/")[2]) or "data"
+    place = Path(location).resolve()
+    if not place.is_file():
+        return place.parent.name or place.name if place.name.casefold() in _SPLITS else place.name
+    name = _without_ending(place.name)
+    says_nothing = name.casefold() in _SAYS_NOTHING and not place.name.lower().endswith(_ENDINGS)
+    return place.parent.name or name if says_nothing else name
+
+
+def _without_ending(name: str) -> str:
+    ending = next((ending for ending in _ENDINGS if name.lower().endswith(ending)), None)
+    return name[: -len(ending)] if ending is not None else Path(name).stem
 
 
 def as_model_name(text: str) -> str:

@@ -11,16 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from finetune.errors import InvalidInput, NotFound, Problem, SpecError, did_you_mean
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
-T = TypeVar("T")
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SUFFIX_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -30,13 +29,6 @@ class Section(BaseModel):
     """Unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _refuse_unless(accepted: bool, value: T, why: str) -> T:
-    """For values that belong to the vocabulary and that this release cannot act on: better an error than to ignore them."""
-    if not accepted:
-        raise ValueError(why)
-    return value
 
 
 class HeadSpec(Section):
@@ -62,6 +54,9 @@ class ModelSpec(Section):
     head: HeadSpec = HeadSpec()
 
 
+Column = Annotated[str | None, Field(min_length=1, max_length=1000)]
+
+
 class DataSpec(Section):
     """How the labelled images are read and divided."""
 
@@ -72,7 +67,34 @@ class DataSpec(Section):
     split_seed: Annotated[
         int, Field(ge=0, lt=2**32, description="of the split alone: runs with another seed are compared on the same images")
     ] = 0
-    group_column: str | None = None
+    split_file: Annotated[
+        str | None, Field(min_length=1, description="a split.csv of an earlier run: its images stay on the side they were on")
+    ] = None
+    revision: Annotated[
+        str | None,
+        Field(pattern=r"^[0-9a-f]{8,64}$", description="what finetune data show calls the data: anything else is refused"),
+    ] = None
+    file_column: Column = None
+    label_column: Column = None
+    split_column: Column = None
+    group_column: Annotated[Column, Field(description="images of one group are on one side of every split")] = None
+    weight_column: Column = None
+    label_separator: Annotated[
+        str | None, Field(min_length=1, max_length=8, description="between several labels in one cell of a table")
+    ] = None
+    splits: Annotated[
+        dict[str, Literal["train", "val", "test", "none", "class"]],
+        Field(max_length=1000, description="what folder names, or values of the split column, mean; none leaves out"),
+    ] = Field(default_factory=dict)
+    class_folder: Annotated[
+        Literal["auto", "first", "last"], Field(description="which of nested folders names the class: the outermost or innermost")
+    ] = "auto"
+    name_encoding: Annotated[
+        str, Field(max_length=40, description="of names in archives that do not tell it, such as cp437, cp932 or gbk")
+    ] = "auto"
+    within: Annotated[
+        tuple[str, ...] | None, Field(description="folders that links and tables may lead into; a server sets it for its jobs")
+    ] = None
     on_bad_image: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: Fraction = 0.05
     resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
@@ -80,13 +102,6 @@ class DataSpec(Section):
         Annotated[int, Field(ge=2, le=50)] | None,
         Field(description="cross-validation: the whole job is done so many times, each time tested on other images"),
     ] = None
-
-    @field_validator("group_column")
-    @classmethod
-    def _has_columns(cls, group_column: str | None) -> str | None:
-        return _refuse_unless(
-            group_column is None, group_column, "splits do not keep groups of images together yet; leave it out"
-        )
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
@@ -250,13 +265,16 @@ class JobSpec(Section):
         """
         found = {}
         for name in ("training_file", "validation_file", "test_file"):
-            if (given := getattr(self, name)) is not None:
+            if (given := getattr(self, name)) is not None and "://" not in given:
                 if not Path(given).exists():
                     raise InvalidInput(f"{name}: {given}: no such file or folder")
                 found[name] = str(Path(given).absolute())
         weights = Path(self.model.weights)
         model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
-        return self.model_copy(update={**found, "model": model})
+        data = self.data
+        if data.split_file is not None:
+            data = data.model_copy(update={"split_file": str(Path(data.split_file).absolute())})
+        return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

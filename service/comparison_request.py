@@ -75,10 +75,11 @@ def _read_arms(
     if problems:
         raise SpecError(summary(problems), problems)
     data = spec.job.data
-    dataset = read_dataset(spec.job, folders)
-    if data.folds is None and data.held_out_fraction == 0 and not dataset.of("test"):
+    resolved = with_folders(spec.job, folders, data_roots)
+    sizes = read_dataset(spec.job, resolved)
+    if data.folds is None and data.held_out_fraction == 0 and not sizes.get("test"):
         raise SpecError(NO_TEST_IMAGES, [Problem("data.test_fraction", NO_TEST_IMAGES)])
-    return spec.with_job(with_folders(spec.job, folders))
+    return spec.with_job(resolved)
 
 
 def _of_arms(spec: ComparisonSpec, check: CheckNames) -> list[Problem]:

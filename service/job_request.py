@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.data.dataset import Dataset
-from finetune.data.index import index_dataset
+from finetune.data.intake import check
 from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
 from finetune.jobs.creation import digest_of
 from finetune.jobs.files import PREFIX
@@ -32,6 +31,7 @@ MAX_TRANSFORM_NUMBER = 10_000
 MAX_SHOWN_PROBLEMS = 100
 FILE_FIELDS = ("training_file", "validation_file", "test_file")
 NAMED_WEIGHTS = ("auto", "package", "hub", "none")
+DATASET_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".csv", ".tsv", ".jsonl", ".parquet", ".json")
 STOCK_METHOD = "supervised"
 NO_SUCH_DATASET = f"is neither the id of a file of yours ({PREFIX}-…, from POST /v1/files) nor a dataset folder of this server"
 MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
@@ -99,8 +99,9 @@ def read_request(
         problems += others(error.problems, problems)
     if problems:
         raise SpecError(summary(problems), problems)
-    read_dataset(spec, folders)
-    return JobRequest(dict(body), with_folders(spec, folders), digest_of(body))
+    resolved = with_folders(spec, folders, data_roots)
+    read_dataset(spec, resolved)
+    return JobRequest(dict(body), resolved, digest_of(body))
 
 
 def others(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Problem]:
@@ -109,9 +110,12 @@ def others(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Proble
     return [problem for problem in problems if problem.where not in fields]
 
 
-def with_folders(spec: JobSpec, folders: Mapping[str, Path]) -> JobSpec:
-    """Return the spec with the folders on this machine that its files lie in."""
-    return spec.model_copy(update={name: str(path) for name, path in folders.items()})
+def with_folders(spec: JobSpec, folders: Mapping[str, Path], roots: Sequence[Path]) -> JobSpec:
+    """Return the spec with the folders on this machine that its files lie in, and those that links and tables may lead into."""
+    uploads = [str(path) for name, path in folders.items() if str(getattr(spec, name)).startswith(f"{PREFIX}-")]
+    within = (*(os.path.realpath(root) for root in roots), *uploads)
+    located = {name: str(path) for name, path in folders.items()}
+    return spec.model_copy(update={**located, "data": spec.data.model_copy(update={"within": within})})
 
 
 def metadata_filter(query: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -230,7 +234,7 @@ def find_folders(body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Pa
             found = locate(given) if given.startswith(f"{PREFIX}-") else _under_a_root(given, roots)
         except NotFound:
             found = None
-        if found is not None and found.is_dir():
+        if found is not None and (found.is_dir() or (found.is_file() and found.name.lower().endswith(DATASET_ENDINGS))):
             folders[name] = found
         else:  # one answer for missing and forbidden: it tells nothing about this server's disk
             problems.append(Problem(name, f"{given[:200]!r} {NO_SUCH_DATASET}"))
@@ -263,6 +267,12 @@ def metadata_problems(metadata: Mapping[str, str]) -> list[Problem]:
 def _limit_problems(spec: JobSpec) -> list[Problem]:
     """Return what would take more memory or cores than a job may have: it shares them."""
     problems = []
+    for name, why in (
+        ("within", "is set by the server"),
+        ("split_file", "is a file of another machine; name the splits in the data itself"),
+    ):
+        if getattr(spec.data, name) is not None:
+            problems.append(Problem(f"data.{name}", why))
     cores = available_cores()
     if spec.compute.threads != "auto" and spec.compute.threads > cores:
         problems.append(Problem("compute.threads", f"must be auto or at most {cores} here, given {spec.compute.threads}"))
@@ -299,16 +309,20 @@ def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
     return real if any(real.is_relative_to(os.path.realpath(root)) for root in roots) else None
 
 
-def read_dataset(spec: JobSpec, folders: Mapping[str, Path]) -> Dataset:
-    """Return what can be seen of the data without opening an image.
+def read_dataset(spec: JobSpec, resolved: JobSpec) -> Mapping[str, int]:
+    """Return how many images each split has (``all``: those in none yet), as can be seen without opening one.
+
+    Args:
+        spec: as it was asked for, with the names that the client knows.
+        resolved: the same with folders on this machine.
 
     Raises:
         DataError: it cannot be trained on; told before the job waits in a queue.
     """
     try:
-        return index_dataset(folders["training_file"], folders.get("validation_file"), folders.get("test_file"))
+        return check({name: Path(path) for name in FILE_FIELDS if (path := getattr(resolved, name))}, resolved.data)
     except DataError as error:
-        shown = {str(path): getattr(spec, name) for name, path in folders.items()}
+        shown = {getattr(resolved, name): getattr(spec, name) for name in FILE_FIELDS if getattr(resolved, name)}
         problems = [Problem(_shown(one.where, shown), _shown(one.message, shown)) for one in error.problems]
         left_out = len(problems) - MAX_SHOWN_PROBLEMS
         told = [Problem("training_file", str(one)) for one in problems[:MAX_SHOWN_PROBLEMS]]

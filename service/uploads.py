@@ -181,7 +181,7 @@ def examine(archive: Path, filename: str) -> Received:
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
-    intake = take_in(archive, contents)
+    intake = take_in(archive, contents, filename=filename)
     archive.unlink()
     return Received(filename, size_bytes, sha256, intake, folder_bytes(contents), contents)
 

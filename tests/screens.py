@@ -123,9 +123,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run nothing else where the screens are renewed."""
+    """Run nothing else where the golden files are renewed."""
     if config.getoption("renew_golden"):
-        kept = [item for item in items if "golden" in getattr(item, "fixturenames", ())]
+        kept = [item for item in items if "golden" in getattr(item, "fixturenames", ()) or "golden_bits" in item.name]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 

@@ -163,7 +163,7 @@ def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLim
 def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     """The bytes of an image file, its size checked before reading. Errors do not name the file: see `naming`."""
     try:
-        _check_bytes(path.stat().st_size, limits)
+        check_bytes(path.stat().st_size, limits)
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"the file cannot be read: {error.strerror or error}") from None
@@ -216,7 +216,7 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
     """The file with its header read and found to be within `limits`, no pixel decoded yet; and its bytes from the first of it."""
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
-    _check_bytes(len(data), limits)
+    check_bytes(len(data), limits)
     data = _from_first_byte(data)
     name = sniff(data)
     if name == "TIFF":
@@ -360,7 +360,8 @@ def _likeness(data: bytes) -> str:
     return "this is not an image file that can be read"
 
 
-def _check_bytes(size: int, limits: ImageLimits) -> None:
+def check_bytes(size: int, limits: ImageLimits) -> None:
+    """Raises `ImageTooLarge` for a file of more bytes than allowed."""
     if size > limits.max_bytes:
         raise ImageTooLarge(f"the file has {size:,} bytes, more than the {limits.max_bytes:,} allowed. Make it smaller first")
 

@@ -13,6 +13,7 @@ import click
 
 from finetune import __version__
 from finetune.cli.comparing import compare
+from finetune.cli.data import data
 from finetune.cli.demo import demo
 from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
@@ -38,8 +39,9 @@ def cli() -> None:
     """
 
 
-COMMANDS = (
+for command in (
     check,
+    data,
     train,
     compare,
     evaluate,
@@ -55,8 +57,7 @@ COMMANDS = (
     worker,
     jobs,
     keys,
-)
-for command in COMMANDS:
+):
     cli.add_command(command)
 
 

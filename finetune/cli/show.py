@@ -10,10 +10,11 @@ from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
 from finetune.evaluation.diagnose import read_diagnosis
-from finetune.evaluation.evaluate import Evaluation, read_judgement
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
+from finetune.storage.files import read_json
 from finetune.tasks import TASKS, task_named
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
-HONEST_FIRST = ("cv", "test", "val")  # val has chosen between weights
+HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val has chosen between weights
 JUDGED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
     "test": "{n:,} test images",
     "val": "{n:,} val images, which also chose the weights",
+    "test_unseen": "the {n:,} test images that it was not trained on",
+    "val_unseen": "the {n:,} val images that it was not trained on, which also chose the weights",
 }
 
 
@@ -65,7 +68,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
     costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
     table("Training, estimated by measuring on this machine", ["what", "about"], costs)
-    _show_warnings(data["warnings"], data["quarantined"])
+    show_notes(data["understood"], data["warnings"], data["quarantined"])
+    console.print(f"data revision {data['revision'][:12]} (finetune data show, data.revision)", markup=False)
 
 
 def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[list[str]]:
@@ -89,9 +93,18 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     console.print(f"\n{outcome.summary}\n", markup=False)
     _show_headline(first, JUDGED_ON[splits[0]])
     _show_figures({split: judgement.evaluations[split] for split in splits})
+    for split in splits:
+        if split.endswith(UNSEEN):
+            whole = split.removesuffix(UNSEEN)
+            n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
+            console.print(
+                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too: {whole} figures flatter the model, "
+                f"{split} figures do not.\n"
+            )
     if "val" in splits[1:]:
         console.print("The val images have chosen the weights, so val figures flatter the model.\n")
-    _show_warnings(outcome.warnings, [None] * outcome.quarantined)
+    understood = read_json(run.resolved)["dataset"].get("understood", ()) if run.resolved.exists() else ()
+    show_notes(understood, outcome.warnings, [None] * outcome.quarantined)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
@@ -385,7 +398,10 @@ def show_demo(result: DemoResult) -> None:
     )
 
 
-def _show_warnings(warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
+def show_notes(understood: Sequence[str], warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
+    """Print how the data was read, what is odd about it, and which files were left out."""
+    for sentence in understood:
+        console.print(f"[cyan]read[/] {escape(sentence)}")
     for warning in warnings:
         console.print(f"[yellow]note[/] {escape(warning)}")
     if quarantined:

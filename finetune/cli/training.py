@@ -24,9 +24,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the short forms of a job spec as flags, and ``--set`` for the rest."""
     for decorate in reversed(
         [
-            click.option("--data", metavar="FOLDER", help="Class folders, or train/val/test folders of them (training_file)."),
-            click.option("--validation", metavar="FOLDER", help="Class folders to validate on (validation_file)."),
-            click.option("--test", metavar="FOLDER", help="Class folders to test on once, at the end (test_file)."),
+            click.option("--data", metavar="DATA", help="Labelled images: a folder, archive, table or address (training_file)."),
+            click.option("--validation", metavar="DATA", help="Labelled images to validate on (validation_file)."),
+            click.option("--test", metavar="DATA", help="Labelled images to test on once, at the end (test_file)."),
             click.option("--name", help="Name of the registered model (suffix)."),
             click.option("--model", metavar="BACKBONE", help="A timm name; see finetune backbones."),
             click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
@@ -78,6 +78,13 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))(decorated)
 
 
+reading_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="data.KEY=VALUE",
+    help="How the data is read, such as data.label_column=species; repeatable.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
@@ -132,11 +139,12 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 
 @click.command()
 @click.argument("model")
-@click.option("--data", required=True, metavar="DATA", type=click.Path(path_type=Path), help="Labelled images.")
+@click.option("--data", required=True, metavar="DATA", help="A folder, archive, table or address of labelled images.")
 @click.option("--split", help="Which part, where the data has train, val and test (default test, else val, else all).")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
+@reading_option
 @json_option
-def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_json: bool) -> None:
+def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None, out: Path | None, as_json: bool) -> None:
     """Measure MODEL on labelled images.
 
     MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
@@ -145,16 +153,21 @@ def evaluate(model: str, data: Path, split: str | None, out: Path | None, as_jso
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
     from finetune.cli.terminal import print_json
+    from finetune.data.reading import reading_of
     from finetune.evaluation.of_bundle import evaluate_bundle
     from finetune.evaluation.tables import check_ending, write_table
     from finetune.progress_bars import progress_bars
+    from finetune.spec import load_spec
+    from finetune.storage.store import Store
     from finetune.storage.workspace import Workspace
 
     if out is not None:
         check_ending(out)
-    folder = Registry(Workspace.from_environment().models).locate(model)
+    workspace = Workspace.from_environment()
+    spec = load_spec(None, {"training_file": data}, settings)
+    folder = Registry(workspace.models).locate(model)
     with progress_bars(shown=not as_json) as progress:
-        found = evaluate_bundle(folder, data, split, progress)
+        found = evaluate_bundle(folder, data, split, progress, reading_of(spec.data, Store(workspace.cache)))
     if out is not None:
         write_table(out, found.predictions, found.temperature)
     print_json(found.to_dict()) if as_json else show_evaluation(found)

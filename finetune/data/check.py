@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,9 @@ import numpy as np
 
 from finetune.bundle.image import DECODER, header_size, image_size
 from finetune.data.dataset import BadImage, Dataset, Sample
+from finetune.data.files import SourceFile
 from finetune.data.parallel import ordered_map
+from finetune.data.places.remote import RemoteFile
 from finetune.errors import DataError, ImageError, Problem
 from finetune.messages import natural_list, plural, printable
 from finetune.progress import Progress, ProgressCallback, silent
@@ -62,8 +64,8 @@ def check_images(
     Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
 
     Args:
-        memory: a folder where it is noted which bytes decoded. Files are still read and hashed in the next check, but only
-            new bytes are decoded.
+        memory: a folder where it is noted which bytes decoded, and the digests of files by their state (place, size, times).
+            In the next check only files whose state is another are read, and only new bytes are decoded.
 
     Raises:
         DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
@@ -76,16 +78,21 @@ def scan(
     dataset: Dataset, *, progress: ProgressCallback = silent, threads: int | None = None, memory: Path | None = None
 ) -> Scanned:
     """Read every file: its digest, and the size that its header gives; see `check_images`."""
-    threads = threads or available_cores()
+    threads = threads or _scan_threads(dataset)
     known = _recall(memory)
     good: list[Sample] = []
     bad: list[BadImage] = []
     total = len(dataset.samples)
-    results = ordered_map(lambda sample: _scan_one(sample, known), dataset.samples, threads=threads, ahead=64 * threads)
-    for done, found in enumerate(results, start=1):
+    read_before = _KnownFiles.recall(memory, dataset.root)
+    as_before = [read_before.look_up(sample) for sample in dataset.samples]
+    others = [sample for sample, found in zip(dataset.samples, as_before, strict=True) if found is None]
+    results = ordered_map(lambda sample: _scan_one(sample, known, read_before), others, threads=threads, ahead=64 * threads)
+    for done, before in enumerate(as_before, start=1):
+        found = before or next(results)
         good.append(found) if isinstance(found, Sample) else bad.append(found)
         if done % 256 == 0 or done == total:
             progress(Progress("preparing", done, total, "images", message="reading images"))
+    read_before.remember()
     scanned = replace(dataset, samples=tuple(good), bad=dataset.bad + tuple(bad))
     return Scanned(dataset, scanned, tuple(sample for sample in good if sample.sha256 not in known), memory)
 
@@ -178,15 +185,83 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 # ---------------------------------------------------------------------------------------------------------------- internals
 
 
-def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]]) -> Sample | BadImage:
+_REMOTE_THREADS = 16  # they wait for the network, not for a core
+
+
+def _scan_threads(dataset: Dataset) -> int:
+    waits = any(isinstance(sample.file, RemoteFile) for sample in dataset.samples)
+    return max(available_cores(), _REMOTE_THREADS) if waits else available_cores()
+
+
+def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]], read_before: _KnownFiles) -> Sample | BadImage:
     """Read one file; runs in a background thread."""
+    key = read_before.key(sample)  # from before the bytes are read: what changes meanwhile has another one
     try:
         data = sample.file.read()
         sha256 = hashlib.sha256(data).hexdigest()
         size_px = known.get(sha256) or header_size(data)
     except ImageError as error:
         return BadImage(str(sample.file), error.message)
+    if key is not None:
+        read_before.new[key] = (sha256, *size_px)
     return replace(sample, sha256=sha256, size_px=size_px)
+
+
+@dataclass
+class _KnownFiles:
+    """Digest and size of the files of one dataset that were read before, by their state, which changes with the bytes.
+
+    Args:
+        files: state -> sha256, width, height.
+        new: what was read in this scan.
+    """
+
+    path: Path | None
+    files: dict[str, tuple[str, int, int]]
+    new: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def recall(cls, memory: Path | None, root: str) -> _KnownFiles:
+        """Return what is noted of the dataset that lies in `root`."""
+        if memory is None:
+            return cls(None, {})
+        path = memory / f"files-{hashlib.sha256(root.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{DECODER}.txt"
+        if not path.exists():
+            return cls(path, {})
+        lines = re.findall(r"^([0-9a-f]{32}) ([0-9a-f]{64}) (\d+) (\d+);$", path.read_text("ascii", "replace"), re.MULTILINE)
+        return cls(path, {key: (sha256, int(width), int(height)) for key, sha256, width, height in lines})
+
+    def key(self, sample: Sample) -> str | None:
+        """Return what a file's state is noted under; None where its state cannot be told without reading it."""
+        state = sample.file.state() if self.path is not None and isinstance(sample.file, SourceFile) else None
+        if state is None:
+            return None
+        return hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    def look_up(self, sample: Sample) -> Sample | None:
+        """Return a sample with its digest and size where its file is as it was when it was last read."""
+        if not self.files or (key := self.key(sample)) is None or (before := self.files.get(key)) is None:
+            return None
+        sha256, width, height = before
+        return replace(sample, sha256=sha256, size_px=(width, height))
+
+    def remember(self) -> None:
+        """Note what was read in this scan."""
+        if self.path is not None:
+            append_note(self.path, "".join(f"{key} {sha} {width} {height};\n" for key, (sha, width, height) in self.new.items()))
+
+
+def append_note(path: Path, lines: str) -> None:
+    """Append lines to a note; without room on the disk nothing is noted."""
+    if not lines:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="ascii") as stream:
+            stream.write(f"\n{lines}")  # a torn line of a killed process ends here
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _decode_all(samples: Sequence[Sample], *, progress: ProgressCallback, threads: int | None) -> dict[int, ImageError]:
@@ -230,16 +305,8 @@ def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
 def _remember(memory: Path | None, samples: Sequence[Sample]) -> None:
     """Note that these samples were decoded; without room on the disk that is just not noted."""
     sizes = {sample.sha256: sample.size_px for sample in samples if sample.size_px}
-    if memory is None or not sizes:
-        return
-    lines = "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items())
-    try:
-        memory.mkdir(parents=True, exist_ok=True)
-        with open(_notes(memory), "a", encoding="ascii") as stream:
-            stream.write(f"\n{lines}")  # a torn line of a killed process ends here
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    if memory is not None:
+        append_note(_notes(memory), "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items()))
 
 
 def _quantiles(values: np.ndarray, *percents: int) -> dict[str, float]:

@@ -7,10 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits, naming, read_bytes
+from finetune.bundle.image import naming
+from finetune.data.files import ImageFile, LocalFile, MemberFile, StoredFile
 from finetune.errors import ImageError
 from finetune.messages import natural_list, plural
 from finetune.tasks import Target
@@ -18,31 +18,6 @@ from finetune.tasks import Target
 T = TypeVar("T")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
-class ImageFile(Protocol):
-    """The encoded bytes of one image, wherever they are kept. ``str()`` says where, for messages."""
-
-    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-        """Return the file's bytes.
-
-        Raises:
-            ImageError: it cannot be read, or is larger than `limits` allow.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """An image file on a local disk."""
-
-    path: Path
-
-    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-        return read_bytes(self.path, limits)
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +31,8 @@ class Sample:
     file: ImageFile
     target: Target
     split: str | None = None  # train, val or test; None until the dataset is split
-    group: str | None = None  # what it belongs together with, such as one object's photographs; splits do not heed it yet
+    group: str | None = None  # samples of one group, such as photographs of one object, are on one side of every split
+    weight: float = 1.0  # how much it counts in training
     sha256: str = ""
     size_px: tuple[int, int] | None = None
 
@@ -99,6 +75,8 @@ class Dataset:
     samples: tuple[Sample, ...] = field(repr=False)
     bad: tuple[BadImage, ...] = ()
     warnings: tuple[str, ...] = ()
+    understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
+    revision: str = ""  # the digest of the checked data before it was split
 
     def of(self, split: str) -> tuple[Sample, ...]:
         """Return the samples of one split, in their order."""
@@ -127,18 +105,31 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """The sha256 over classes, labels, splits and contents. Where the data lies and the order of files do not matter.
+        """The sha256 over classes, labels, splits and contents, and groups and weights where there are any.
 
-        Before `check_images` has read the files, their ids stand in for their contents.
+        Where the data lies, what files are called and their order do not matter. Before `check_images` has read the files, their
+        ids stand in for their contents.
         """
-        rows = sorted((self.label_text(sample), sample.split or "", sample.sha256 or sample.id) for sample in self.samples)
+        rows = sorted(
+            (self.label_text(sample), sample.split or "", sample.sha256 or sample.id, *_group_and_weight(sample))
+            for sample in self.samples
+        )
         canonical = json.dumps([self.classes, rows], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _group_and_weight(sample: Sample) -> tuple[str, ...]:
+    return () if sample.group is None and sample.weight == 1.0 else (sample.group or "", repr(sample.weight))
 
 
 def unmeasured(split: str, classes: Sequence[str]) -> str:
     """Return the warning that a split has no image of these classes."""
     return f"{split}: no images of {plural(len(classes), 'class')}, which it cannot measure: {natural_list(classes)}"
+
+
+__all__ = [
+    "SPLITS", "BadImage", "Dataset", "ImageFile", "LocalFile", "MemberFile", "Sample", "Split", "StoredFile", "targets_of",
+]  # fmt: skip
 
 
 def targets_of(samples: Sequence[Sample]) -> list[Target]:

@@ -1,25 +1,39 @@
 """Labelled data, wherever it comes from, as one dataset: samples, classes, and everything that is wrong with it at once.
 
-Sources list what they hold (`finetune.data.sources`); here classes are aligned over splits and sources by name, never by
-position. No image is opened. Torch-free.
+Places are opened (`finetune.data.places`), formats list what they hold (`finetune.data.sources`); here classes are aligned over
+splits and sources by name, never by position. No image is decoded. Torch-free.
 """
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import Dataset, Sample, Split, unmeasured
-from finetune.data.sources import Notes, Record, Source, source_of
+from finetune.data.names import same_class, why_no_class_name
+from finetune.data.notes import Notes
+from finetune.data.places import Place, open_place
+from finetune.data.reading import Reading
+from finetune.data.sources import Listing, Record, Source, source_of
+from finetune.data.tables import SUFFIXES
 from finetune.errors import DataError, Problem, did_you_mean
 from finetune.messages import natural_list, plural, printable
 from finetune.naming import dataset_name
 
-_ByClass = Mapping[str, tuple[Record, ...]]
+Location = Path | str
 
 
 def index_dataset(
-    training: Path, validation: Path | None = None, test: Path | None = None, *, for_training: bool = True
+    training: Location,
+    validation: Location | None = None,
+    test: Location | None = None,
+    *,
+    for_training: bool = True,
+    reading: Reading | None = None,
 ) -> Dataset:
     """Find the classes and samples of `training`, and of separate `validation` and `test` data when given.
 
@@ -31,94 +45,236 @@ def index_dataset(
     Raises:
         DataError: with one `Problem` for everything that keeps the data from being used.
     """
+    reading = reading or Reading()
     notes = Notes()
-    source = source_of(training)
-    base = (training if training.is_dir() else training.parent).resolve()
-    found, places = _read_all(training, validation, test, base, notes)
+    main = _opened(training, reading)
+    found = _read_all(main, validation, test, reading, notes)
     if for_training:
-        classes = tuple(sorted(found.get("train") or found.get(None) or {}))
-        _check_classes(found, places, notes)
+        classes = tuple(sorted(found.counts("train") or found.counts(None)))
+        _check_classes(found, main.shown, notes)
     else:
-        classes = tuple(sorted({name for by_class in found.values() for name, records in by_class.items() if records}))
+        classes = tuple(sorted({name for record in found.records for name in record.labels}))
         if not classes:
-            notes.problem(training, "holds no labelled image")
+            notes.problem(main.shown, "holds no labelled image")
     if notes.problems:
-        raise DataError(_refusal(training, source, notes.problems, for_training), notes.problems)
+        raise DataError(_refusal(main, notes.problems, for_training), notes.problems)
     label_of = {name: label for label, name in enumerate(classes)}
-    samples = [
-        Sample(record.id, record.file, label_of[name], split)
-        for split, by_class in found.items()
-        for name, records in sorted(by_class.items())
-        for record in records
-        if name in label_of
-    ]
-    return Dataset(dataset_name(training), str(base), classes, tuple(samples), tuple(notes.bad), notes.warnings())
+    samples = tuple(
+        _sample(record, label_of, several=found.several)
+        for record in found.records
+        if found.several or record.labels[0] in label_of
+    )
+    return Dataset(
+        name=dataset_name(training),
+        root=main.shown,
+        classes=classes,
+        samples=samples,
+        bad=tuple(notes.bad),
+        warnings=notes.warnings(),
+        understood=tuple(notes.understood),
+    )
 
 
-def _refusal(training: Path, source: Source, problems: Sequence[Problem], for_training: bool) -> str:
+def _sample(record: Record, label_of: Mapping[str, int], *, several: bool) -> Sample:
+    labels = tuple(sorted({label_of[name] for name in record.labels if name in label_of}))
+    return Sample(
+        id=record.id,
+        file=record.file,
+        target=labels if several else labels[0],
+        split=record.split,
+        group=record.group,
+        weight=record.weight,
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A location, opened, and the format that it is in."""
+
+    location: Location
+    place: Place
+    source: Source
+
+    @property
+    def shown(self) -> str:
+        return self.place.shown
+
+
+def _opened(location: Location, reading: Reading) -> _Opened:
+    place = open_place(location, reading)
+    return _Opened(location, place, source_of(place, reading))
+
+
+def _refusal(main: _Opened, problems: Sequence[Problem], for_training: bool) -> str:
+    expected = main.source.expected(main.shown)
     use = "cannot be trained on" if for_training else "cannot be measured on"
-    return f"{printable(training)}: {use}, {plural(len(problems), 'problem')}. Expected {source.expected(training)}."
+    return f"{main.shown}: {use}, {plural(len(problems), 'problem')}. Expected {expected}."
 
 
-def _read_all(
-    training: Path, validation: Path | None, test: Path | None, base: Path, notes: Notes
-) -> tuple[dict[Split | None, _ByClass], dict[Split | None, str]]:
+@dataclass
+class _Found:
+    """Everything that was listed, of all locations."""
+
+    records: list[Record]
+    classes: dict[Split | None, tuple[str, ...]]
+    places: dict[Split | None, str]
+    several: bool
+
+    def counts(self, split: Split | None) -> dict[str, int]:
+        """Count the images of each class of one split; classes without images are there with zero."""
+        return self._counted()[split]
+
+    def splits(self) -> list[Split | None]:
+        return list(dict.fromkeys([*self.places, *(record.split for record in self.records)]))
+
+    def _counted(self) -> Mapping[Split | None, dict[str, int]]:
+        found: dict[Split | None, Counter[str]] = defaultdict(Counter)
+        for split, names in self.classes.items():
+            found[split].update(dict.fromkeys(names, 0))
+        for record in self.records:
+            found[record.split].update(record.labels)
+        counted: dict[Split | None, dict[str, int]] = defaultdict(dict)
+        counted.update({split: dict(sorted(counts.items())) for split, counts in found.items()})
+        return counted
+
+
+def _read_all(main: _Opened, validation: Location | None, test: Location | None, reading: Reading, notes: Notes) -> _Found:
     """Read the training data, and what was given for validation and testing beside it."""
-    main = source_of(training).read(training, base, notes)
-    found, places = dict(main.splits), dict(main.places)
-    separate: tuple[tuple[Split, Path | None], ...] = (("val", validation), ("test", test))
+    listing = _listed(main, reading, notes)
+    found = _Found(list(listing.records), dict(listing.classes), dict(listing.places), listing.several)
+    separate: tuple[tuple[Split, Location | None], ...] = (("val", validation), ("test", test))
     for split, location in separate:
         if location is None:
             continue
-        if split in found:
-            notes.problem(
-                training, f"two sets for {split}: {places[split]} inside and {printable(location)} given separately; give one"
-            )
-        listed = source_of(location).read(location, base, notes)
-        if not listed.splits:  # its problem is noted
+        try:
+            other = _opened(location, reading)
+        except DataError as error:
+            notes.problem(str(location), error.message.partition(": ")[2] or error.message)
             continue
-        found[split] = _merged(tuple(listed.splits.values()))
-        places[split] = str(location.resolve())
-        if any(name is not None for name in listed.splits):
-            notes.problem(location, f"has splits of its own, but is given as {split} data; give the folder of one split")
-    # Test data of one's own does not spare the cut of a validation set: then the training data is still to be split.
-    if "val" in found and None in found:
-        found = {"train" if split is None else split: by_class for split, by_class in found.items()}
-        places = {"train" if split is None else split: place for split, place in places.items()}
-    return found, places
-
-
-def _merged(parts: Sequence[_ByClass]) -> _ByClass:
-    names = {name for part in parts for name in part}
-    return {name: tuple(record for part in parts for record in part.get(name, ())) for name in sorted(names)}
-
-
-def _check_classes(found: Mapping[Split | None, _ByClass], places: Mapping[Split | None, str], notes: Notes) -> None:
-    """Note problems and warnings about the classes of each split and their counts."""
-    key: Split | None = "train" if "train" in found else None
-    if key not in found:
-        if not notes.problems:
-            notes.problem(next(iter(places.values()), ""), "nothing to train on: all of it is for validation or testing")
-        return
-    train, place = found[key], places[key]
-    _check_number_of_classes(train, place, notes)
-    for name, records in train.items():
-        if not records:
-            unusable = _unusable(f"{place}/{name}/", notes)
-            notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
-        elif len(records) == 1 and "val" not in found:
+        if split in found.splits():
             notes.problem(
-                _inside(place, name), f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on"
+                main.shown, f"two sets for {split}: {found.places[split]} inside and {other.shown} given separately; give one"
+            )
+        _add(found, _listed(other, reading, notes), split, other, main, notes)
+    # Test data of one's own does not spare the cut of a validation set: then the training data is still to be split.
+    if "val" in found.splits() and None in found.splits():
+        _rename_split(found, None, "train")
+    found.records[:] = _with_unique_ids(found.records)
+    _unite_spellings(found, notes)
+    return found
+
+
+def _listed(opened: _Opened, reading: Reading, notes: Notes) -> Listing:
+    for sentence in opened.place.tree.said:
+        notes.say(sentence)
+    listing = opened.source.read(opened.place, reading, notes)
+    if opened.source.name != "class folders" and listing.records:
+        notes.say(f"{opened.shown} was read as {opened.source.name}")
+    return listing
+
+
+def _add(found: _Found, listing: Listing, split: Split, other: _Opened, main: _Opened, notes: Notes) -> None:
+    """Add what lies in a location of its own as one split."""
+    if not listing.places and not listing.records:  # its problem is noted
+        return
+    if any(name is not None for name in listing.places):
+        notes.problem(other.shown, f"has splits of its own, but is given as {split} data; give the folder of one split")
+    above = _seen_from(main, other)
+    found.records += [replace(record, id=f"{above}{record.id}", split=split) for record in listing.records]
+    found.classes[split] = tuple(sorted({name for names in listing.classes.values() for name in names}))
+    found.places[split] = other.shown
+    found.several = found.several or listing.several
+
+
+def _seen_from(main: _Opened, other: _Opened) -> str:
+    """Return what comes before the ids of another location's samples: the way to it, or its name."""
+    if main.place.local is None or other.place.local is None:
+        return f"{other.place.tree.name}/"
+    here, there = (Path(opened.place.local or ".").resolve() for opened in (main, other))
+    return printable(os.path.relpath(there, here)).replace(os.sep, "/") + "/"
+
+
+def _rename_split(found: _Found, old: Split | None, new: Split) -> None:
+    found.records[:] = [replace(record, split=new) if record.split == old else record for record in found.records]
+    names = (*found.classes.get(new, ()), *found.classes.pop(old, ()))
+    found.classes[new] = tuple(sorted(set(names)))
+    found.places.setdefault(new, found.places.pop(old, ""))
+
+
+def _with_unique_ids(records: Sequence[Record]) -> list[Record]:
+    """Return the records with another id for each: a table may name a file in several rows, which are samples of their own."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for record in records:
+        seen[record.id] += 1
+        unique.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}#{seen[record.id]}"))
+    return unique
+
+
+def _unite_spellings(found: _Found, notes: Notes) -> None:
+    """Make one class of names that differ only in how their accents are encoded; in any other spelling they stay."""
+    names = {name for names in found.classes.values() for name in names} | {name for r in found.records for name in r.labels}
+    composed: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        composed[unicodedata.normalize("NFC", name)].append(name)
+    renamed = {name: united for united, spellings in composed.items() if len(spellings) > 1 for name in spellings}
+    if not renamed:
+        return
+    notes.say(
+        f"class names that differ only in how accents are encoded are one class: {natural_list(sorted(set(renamed.values())))}"
+    )
+    found.records[:] = [
+        replace(record, labels=tuple(dict.fromkeys(renamed.get(name, name) for name in record.labels)))
+        for record in found.records
+    ]
+    found.classes.update({split: tuple(sorted({renamed.get(n, n) for n in names})) for split, names in found.classes.items()})
+
+
+def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
+    """Note problems and warnings about the classes of each split and their counts."""
+    key: Split | None = "train" if "train" in found.splits() else None
+    if key not in found.splits():
+        if not notes.problems and found.records:
+            notes.problem(shown, "nothing to train on: all of it is for validation or testing")
+        return
+    train, place = found.counts(key), found.places.get(key, "")
+    _check_names(found, place, notes)
+    _check_number_of_classes(found, train, place, notes)
+    for name, count in train.items():
+        if not count:
+            unusable = _unusable(f"{place}/{printable(name)}/", notes)
+            notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
+        elif count == 1 and "val" not in found.splits():
+            notes.problem(
+                _inside(place, name),
+                f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on",
             )
     others: tuple[Split, ...] = ("val", "test")
     for split in others:
-        if split in found:
-            _compare_classes(split, found[split], train, places[split], notes)
+        if split in found.splits():
+            _compare_classes(split, found.counts(split), train, found.places.get(split, place), notes)
+
+
+def _check_names(found: _Found, place: str, notes: Notes) -> None:
+    """Note classes whose names nobody could tell apart, or show."""
+    for split in found.splits():
+        spelled: dict[str, list[str]] = defaultdict(list)
+        for name in found.counts(split):
+            spelled[same_class(name)].append(name)
+            if (why := why_no_class_name(name)) is not None:
+                notes.problem(found.places.get(split, place), f"a class name that {why}: '{printable(name)}'")
+        for names in spelled.values():
+            if len(names) > 1:
+                same = " and ".join(repr(name) for name in names)
+                notes.problem(
+                    found.places.get(split, place),
+                    f"classes {same} differ only in case, spaces or accent encoding; merge or rename them",
+                )
 
 
 def _inside(place: str, name: str) -> str:
     """Return where a class is: a folder of its own, unless it is rows of a table."""
-    return f"{place}/{name}" if Path(place).is_dir() else place
+    return place if place.lower().endswith(tuple(SUFFIXES)) else f"{place}/{printable(name)}"
 
 
 def _unusable(inside: str, notes: Notes) -> str:
@@ -130,25 +286,22 @@ def _unusable(inside: str, notes: Notes) -> str:
     return f" ({printable(Path(bad[0].where).name)}: {bad[0].reason}{others})"
 
 
-def _check_number_of_classes(train: _ByClass, place: str, notes: Notes) -> None:
-    if not train:
+def _check_number_of_classes(found: _Found, train: Mapping[str, int], place: str, notes: Notes) -> None:
+    if not train and not notes.problems:
         notes.problem(place, "no class folders found")
-    if len(train) != 1:
+    if len(train) != 1 or found.several:
         return
-    ((name, records),) = train.items()
-    inside = [record.id.rpartition(f"{name}/")[2].split("/") for record in records]
-    nested = sorted({parts[0] for parts in inside if len(parts) > 1})
-    hint = f" If {natural_list(nested)} are the classes, give {printable(place)}/{name} instead" if nested else ""
-    notes.problem(place, f"only one class, {name!r} with {plural(len(records), 'image')}; it takes at least two.{hint}")
+    ((name, count),) = train.items()
+    notes.problem(place, f"only one class, {name!r} with {plural(count, 'image')}; it takes at least two.")
 
 
-def _compare_classes(split: str, by_class: _ByClass, train: _ByClass, place: str, notes: Notes) -> None:
-    for name in sorted(set(by_class) - set(train)):
-        if by_class[name]:
-            n_images, known = plural(len(by_class[name]), "image"), did_you_mean(name, sorted(train))
+def _compare_classes(split: str, counts: Mapping[str, int], train: Mapping[str, int], place: str, notes: Notes) -> None:
+    for name in sorted(set(counts) - set(train)):
+        if counts[name]:
+            n_images, known = plural(counts[name], "image"), did_you_mean(name, sorted(train))
             notes.problem(_inside(place, name), f"class {name!r} with {n_images} is not among the training classes.{known}")
-    missing = [name for name in sorted(train) if not by_class.get(name)]
-    if not any(by_class.values()):
+    missing = [name for name in sorted(train) if not counts.get(name)]
+    if not any(counts.values()):
         notes.problem(place, f"the {split} data has no images in class folders")
     elif missing:
         notes.left_out.append(unmeasured(split, missing))

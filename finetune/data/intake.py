@@ -1,7 +1,7 @@
 """Taking in an uploaded dataset: unpack it, look at its classes, say what was found. In a child process with narrow limits.
 
-An archive comes from a stranger, and its readers are the standard library's: whatever they do with a malformed one, it costs the
-child its memory or its time, not the server. Torch-free.
+Archives and tables come from strangers, and their readers are other people's: whatever they do with a malformed one, it costs
+the child its memory or its time, not the server. Torch-free.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,20 +17,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetune.data.archive import DEFAULT_LIMITS, ArchiveError, ArchiveLimits, unpack_archive
+from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, ArchiveLimits, archive_kind
+from finetune.data.contents import hold_file, unpack_archive
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
-from finetune.errors import DataError, DiskFull, FinetuneError, Problem
+from finetune.data.places import open_place
+from finetune.data.reading import Reading, reading_of
+from finetune.data.tables import SUFFIXES
+from finetune.errors import DataError, DiskFull, FinetuneError, MissingExtra, Problem
+from finetune.spec import DataSpec
 
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 3 << 29  # of address space, of which the readers of tables reserve much and use little
 _OPEN_FILES = 64
 _PR_SET_NO_NEW_PRIVS = 38
-_REFUSALS: dict[str, type[FinetuneError]] = {kind.code: kind for kind in (ArchiveError, DataError, DiskFull)}
+_REFUSALS: dict[str, type[FinetuneError]] = {kind.code: kind for kind in (ArchiveError, DataError, DiskFull, MissingExtra)}
+_TABLE_ALONE = (
+    "a table alone holds no images, and this server fetches none: put it into a zip together with the images that it names"
+)
 
 
 @dataclass(frozen=True)
 class Intake:
-    """What an archive held. `counts` are images by split (``all`` where there is none yet) and class."""
+    """What an upload held.
+
+    Args:
+        kind: of the upload: zip, tar, tar.gz, parquet or jsonl.
+        counts: images by split (``all`` where there is none yet) and class.
+        understood: how it was read, where there was something to understand.
+    """
 
     kind: str
     n_files: int
@@ -37,51 +52,116 @@ class Intake:
     classes: tuple[str, ...]
     counts: Mapping[str, Mapping[str, int]]
     warnings: tuple[str, ...]
+    understood: tuple[str, ...] = ()
 
 
-def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Intake:
-    """Unpack `archive` into the folder `target`, which must not exist yet, and describe it. On any error there is no `target`.
+def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, filename: str = "") -> Intake:
+    """Unpack an upload into the folder `target`, which must not exist yet, and describe it. On any error there is no `target`.
+
+    Args:
+        filename: what the client called it; it tells tables apart, whose first bytes do not.
 
     Raises:
         ArchiveError: the archive is refused; the message names the member.
-        DataError: it holds no folder of images for each class.
+        DataError: it holds no labelled images in a layout that is known.
         DiskFull: no room for the contents.
     """
-    command = [sys.executable, "-m", "finetune.data.intake", str(archive), str(target), json.dumps(asdict(limits))]
+    request = {"archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename}
+    answer = _ask(request, limits, "archive")
+    lists = {name: tuple(answer[name]) for name in ("classes", "warnings", "understood")}
+    return Intake(**{**answer, **lists})
+
+
+def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> Mapping[str, int]:
+    """Return how many images each split has (``all``: those in none yet); refuse data as `index_dataset` does.
+
+    Tables and annotations are read in a child process.
+
+    Args:
+        locations: ``training_file`` and, where given, ``validation_file`` and ``test_file``.
+
+    Raises:
+        DataError: with one problem for everything that keeps the data from being used.
+        ArchiveError: an archive is refused; the message names the member.
+    """
+    if any(map(_needs_care, locations.values())):
+        paths = {name: str(path) for name, path in locations.items()}
+        sizes: dict[str, int] = _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
+        return sizes
+    return _index(locations, data).sizes()
+
+
+def _index(locations: Mapping[str, Path], data: DataSpec) -> Dataset:
+    paths = [locations.get(name) for name in ("training_file", "validation_file", "test_file")]
+    assert paths[0] is not None
+    return index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
+
+
+def _needs_care(location: Path) -> bool:
+    """Return whether reading a location takes more than listing names: it is a file, or has tables or annotations in it."""
+    if location.is_file():
+        return True
+    root = open_place(location, Reading()).tree.root()
+    return any(node.suffix == ".json" or node.suffix in SUFFIXES for node in root.all_files())
+
+
+def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
+    """Return a child process's answer; raise what it refused."""
+    command = [sys.executable, "-m", "finetune.data.intake", json.dumps(request)]
     try:
         ran = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds + 30)
     except subprocess.TimeoutExpired:
-        raise ArchiveError(f"the archive took more than {limits.seconds:.0f} s to read; pack it again, or split it") from None
+        raise ArchiveError(f"the {what} took more than {limits.seconds:.0f} s to read; pack it again, or split it") from None
     if ran.returncode < 0:
-        raise ArchiveError(f"reading the archive took too much time or memory (signal {-ran.returncode}); pack it again")
+        raise ArchiveError(f"reading the {what} took too much time or memory (signal {-ran.returncode}); pack it again")
     if ran.returncode != 0:
-        raise RuntimeError(f"reading {archive} failed: {ran.stderr.decode('utf-8', 'replace')}")
-    answer = json.loads(ran.stdout)
+        raise RuntimeError(f"reading the {what} failed: {ran.stderr.decode('utf-8', 'replace')}")
+    answer: dict[str, Any] = json.loads(ran.stdout)
     if "refused" in answer:
         _refuse(**answer["refused"])
-    return Intake(**{**answer, "classes": tuple(answer["classes"]), "warnings": tuple(answer["warnings"])})
+    return answer
 
 
 def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn:
     raise _REFUSALS[code](message, [Problem(**problem) for problem in problems])
 
 
-def _look(archive: Path, target: Path, limits: ArchiveLimits) -> dict[str, Any]:
+def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -> dict[str, Any]:
     """In the child: what `take_in` answers, as JSON holds it."""
     try:
-        unpacked = unpack_archive(archive, target, limits=limits)
+        kind, n_files, size_bytes = _unpack(archive, target, limits, filename)
         dataset = describe(target)
     except MemoryError:
         return _refusal(ArchiveError("reading the archive takes too much memory; its table of contents is not plausible"), target)
-    except (ArchiveError, DataError, DiskFull) as error:
+    except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
         return _refusal(error, target)
     left_out = [f"{bad.where}: {bad.reason}" for bad in dataset.bad]
     warnings = tuple(_without(target, warning) for warning in (*dataset.warnings, *left_out))
-    return asdict(Intake(unpacked.kind, unpacked.n_files, unpacked.size_bytes, dataset.classes, dataset.counts(), warnings[:100]))
+    understood = tuple(_without(target, sentence) for sentence in dataset.understood)
+    return asdict(
+        Intake(kind, n_files, size_bytes, dataset.classes, dataset.counts(), warnings[:100], understood=understood[:100])
+    )
+
+
+def _unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -> tuple[str, int, int]:
+    """Return the kind of an upload, its files and their size, after writing them into `target`."""
+    with open(archive, "rb") as stream:
+        head = stream.read(512)
+    if archive_kind(head) is not None:
+        unpacked = unpack_archive(archive, target, limits=limits)
+        return unpacked.kind, unpacked.n_files, unpacked.size_bytes
+    ending = f".{filename.rpartition('.')[2].lower()}"
+    if head.startswith(b"PAR1"):
+        return "parquet", 1, hold_file(archive, "data.parquet", target)
+    if ending in (".jsonl", ".ndjson") and head.lstrip().startswith(b"{"):
+        return "jsonl", 1, hold_file(archive, "data.jsonl", target)
+    if ending in (".csv", ".tsv"):
+        raise DataError(_TABLE_ALONE)
+    raise ArchiveError(NOT_AN_ARCHIVE)
 
 
 def describe(folder: Path) -> Dataset:
-    """The dataset in `folder`. A class may have a single image where it only validates, so that alone is not refused here."""
+    """Return the dataset in `folder`. A class may have a single image where it only validates, so that is not refused here."""
     try:
         return index_dataset(folder)
     except DataError as original:
@@ -92,13 +172,17 @@ def describe(folder: Path) -> Dataset:
         return replace(dataset, samples=dataset.of("val"))
 
 
-def _refusal(error: FinetuneError, target: Path) -> dict[str, Any]:
+def _refusal(error: FinetuneError, target: Path | None) -> dict[str, Any]:
+    if target is not None:
+        shutil.rmtree(target, ignore_errors=True)
     problems = [{"where": _without(target, one.where), "message": _without(target, one.message)} for one in error.problems]
     return {"refused": {"code": error.code, "message": _without(target, error.message), "problems": problems}}
 
 
-def _without(folder: Path, text: str) -> str:
-    """`text` as seen from inside the archive: where the server keeps it is nobody's business."""
+def _without(folder: Path | None, text: str) -> str:
+    """Return `text` as seen from inside the archive: where the server keeps it is nobody's business."""
+    if folder is None:
+        return text
     return text.replace(f"{folder}/", "").replace(str(folder), "the archive")
 
 
@@ -107,7 +191,7 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
     for what, most in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, limits.member_bytes + 1),
+        (resource.RLIMIT_FSIZE, max(limits.member_bytes, limits.table_bytes) + 1),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -116,10 +200,27 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+    """In the child: what `check` answers."""
+    try:
+        dataset = _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
+    except MemoryError:
+        return _refusal(DataError("reading the data takes too much memory"), None)
+    except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
+        return _refusal(error, None)
+    return {"sizes": dataset.sizes()}
+
+
 def main() -> None:
-    archive, target, limits = Path(sys.argv[1]), Path(sys.argv[2]), ArchiveLimits(**json.loads(sys.argv[3]))
+    request = json.loads(sys.argv[1])
+    if "locations" in request:
+        _limit_this_process(DEFAULT_LIMITS)
+        sys.stdout.write(json.dumps(_look_again(**request)))
+        return
+    limits = ArchiveLimits(**request["limits"])
     _limit_this_process(limits)
-    sys.stdout.write(json.dumps(_look(archive, target, limits)))
+    answer = _look(Path(request["archive"]), Path(request["target"]), limits, request["filename"])
+    sys.stdout.write(json.dumps(answer))
 
 
 if __name__ == "__main__":

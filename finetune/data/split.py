@@ -1,8 +1,12 @@
-"""Which images train, which choose, which judge: stratified splits and folds, pure functions of (contents, numbers, seed).
+"""Which images train, which choose, which judge: splits and folds that stay as they are when the data grows.
 
-Where the folder lies, what files are called and in which order they were found have no influence: images are drawn by a hash of
-the seed and their bytes. Files with the same bytes are one draw, so no photograph is on two sides. Knows nothing about pixels;
-images that merely look alike are not kept together here. Torch-free.
+Each image's side depends on nothing but itself and the seed: a hash of both, a number between 0 and 1, falls into the part of
+the range that belongs to val, to test or to train. So where the data lies, what files are called, in which order they were found
+and what else is there have no influence; files that are added or removed move nobody else. What belongs together (a group, files
+with the same bytes) is drawn as one. The shares are those asked for on average over the images of each class, not to the image.
+
+One exception keeps every class measurable: where a class would be in one of the splits with no image at all, the image whose
+number is nearest goes there. Only such an image may move when others of its class come. Knows nothing about pixels. Torch-free.
 """
 
 from __future__ import annotations
@@ -21,52 +25,69 @@ from finetune.errors import DataChangedError, DataError, Problem
 from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 
-COLUMNS = ("path", "label", "split", "sha256")
+COLUMNS = ("path", "label", "split", "sha256", "group")
+_WITHOUT_GROUPS = COLUMNS[:4]  # of files that earlier releases wrote
+_FAR_FROM_ASKED, _ENOUGH_IMAGES = 2.0, 50  # times the share that was asked for, from which it is worth a warning
 
 
-def split_dataset(dataset: Dataset, *, val_fraction: float = 0.15, test_fraction: float = 0.15, seed: int = 0) -> Dataset:
-    """Return the dataset with every sample in a split, sorted by split, class and path.
+def split_dataset(
+    dataset: Dataset,
+    *,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 0,
+    recorded: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Return the dataset with every sample in a split, sorted by split, class and contents.
 
-    A split that the user made stays as it is: with a validation folder nothing is cut at all, with only a test folder the
-    validation set is cut from the rest. Every class with two images or more is in train and in val; with three or more, also
-    in test when there is one.
+    A split that the user made stays as it is: with validation data nothing is cut at all, with only test data the validation
+    set is cut from the rest. Every class with two distinct images or more is in train and in val; with three or more, also in
+    test when there is one.
+
+    Args:
+        recorded: the side of images by the sha256 of their bytes, from an earlier split; only others are drawn.
 
     Raises:
         DataError: a class has a single distinct image, so that it cannot be both trained on and validated on.
     """
     given = {sample.split for sample in dataset.samples}
     if "val" in given:
+        if recorded is not None:
+            raise DataError(
+                f"{printable(dataset.root)}: validation images are given, so data.split_file has nothing to say; leave out one"
+            )
         return _sorted(dataset, (replace(sample, split=sample.split or "train") for sample in dataset.samples))
     kept = [sample for sample in dataset.samples if sample.split == "test"]
     loose = [sample for sample in dataset.samples if sample.split != "test"]
-    by_class = _draws_by_class(dataset, loose, seed)
-    _refuse_single_images(dataset, by_class)
-    for draws in by_class.values():
-        sizes = [len(draw) for draw in draws]
-        for draw, split in zip(draws, cut(sizes, val_fraction, 0.0 if "test" in given else test_fraction), strict=True):
-            kept += [replace(sample, split=split) for sample in draw]
-    return _sorted(dataset, kept)
+    units = _units(loose, seed, "split")
+    _refuse_single_images(dataset, units)
+    shares = {"val": val_fraction, "test": 0.0 if "test" in given else test_fraction}
+    sides = _sides(units, shares, recorded or {})
+    for unit, side in zip(units, sides, strict=True):
+        kept += [replace(sample, split=(recorded or {}).get(sample.sha256) or side) for sample in unit.samples]
+    divided = _sorted(dataset, kept)
+    return replace(divided, warnings=(*divided.warnings, *_far_from_asked(divided, loose, shares)))
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
     """Return one dataset for each fold of the train and val images: a part held out as ``test``, the rest train and val.
 
-    Every image of the pool is held out in exactly one fold. What was ``test`` before is in none of them: it stays untouched.
+    Every image of the pool is held out in exactly one fold, which depends on itself and the seed. What was ``test`` before is in
+    none of them: it stays untouched.
 
     Raises:
         DataError: a class has too few distinct images to be in every fold's train, val and test.
     """
     pool = [sample for sample in dataset.samples if sample.split != "test"]
-    by_class = _draws_by_class(dataset, pool, seed)
-    _refuse_too_many_folds(dataset, by_class, n_folds)
-    fold_of_draw = deal({label: [len(draw) for draw in draws] for label, draws in by_class.items()}, n_folds)
+    units = _units(pool, seed, "fold")
+    _refuse_too_many_folds(dataset, units, n_folds)
+    dealt = _deal(units, n_folds)
     folds = []
     for fold in range(n_folds):
         samples = [
             replace(sample, split="test" if dealt_to == fold else None)
-            for label, draws in by_class.items()
-            for draw, dealt_to in zip(draws, fold_of_draw[label], strict=True)
-            for sample in draw
+            for unit, dealt_to in zip(units, dealt, strict=True)
+            for sample in unit.samples
         ]
         # The seed of another fold would choose with much the same images again.
         divided = replace(dataset, samples=tuple(samples))
@@ -74,49 +95,23 @@ def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15,
     return tuple(folds)
 
 
-def deal(sizes: Mapping[int, Sequence[int]], n_folds: int) -> dict[int, list[int]]:
-    """Return the fold of each draw of each class, given how many images each holds; draws come in random order.
+def leaked(dataset: Dataset) -> dict[str, frozenset[str]]:
+    """Return, for val and test, the ids of samples that were trained on: the same bytes, or the same group, are in train.
 
-    Of each class all folds get the same number of draws, or one more. The largest draws go first, each to the fold with the
-    fewest images so far, of its class and then of all: so sizes stay close, and the odd ones do not all land in the first folds.
+    What was cut here has none; a validation set that somebody gives may have.
     """
-    images = [0] * n_folds
-    folds: dict[int, list[int]] = {}
-    for label in sorted(sizes):
-        draws_of_class, images_of_class = [0] * n_folds, [0] * n_folds
-        folds[label] = [0] * len(sizes[label])
-        for position in sorted(range(len(sizes[label])), key=lambda position: -sizes[label][position]):
-            fold = min(range(n_folds), key=lambda fold: (draws_of_class[fold], images_of_class[fold], images[fold]))
-            draws_of_class[fold] += 1
-            images_of_class[fold] += sizes[label][position]
-            images[fold] += sizes[label][position]
-            folds[label][position] = fold
-    return folds
-
-
-def cut(sizes: Sequence[int], val_fraction: float, test_fraction: float) -> list[str]:
-    """Return the split of each draw of one class, given how many images each holds; draws come in random order.
-
-    A draw that would overshoot what is left of a split's share goes on to the next one, in the end to train. A split that
-    every draw would overshoot gets the smallest draw that another split can spare.
-    """
-    wanted = ("val", "test") if test_fraction > 0 and len(sizes) > 2 else ("val",)
-    left = _shares(sum(sizes), val_fraction, test_fraction if "test" in wanted else 0.0)
-    splits: list[str] = []
-    for size in sizes:
-        split = next((name for name in wanted if size <= left[name]), "train")
-        left[split] -= size
-        splits.append(split)
-    for name in wanted:
-        counts = Counter(splits)
-        spare = [position for position, split in enumerate(splits) if counts[split] > 1]
-        if not counts[name] and spare:
-            splits[min(spare, key=lambda position: sizes[position])] = name
-    return splits
+    train = [sample for sample in dataset.samples if sample.split == "train"]
+    seen = {_content(sample) for sample in train} | {f"group {sample.group}" for sample in train if sample.group is not None}
+    found = {}
+    for split in ("val", "test"):
+        keys = {sample.id: {_content(sample), f"group {sample.group}"} for sample in dataset.of(split)}
+        if ids := frozenset(sample_id for sample_id, own in keys.items() if own & seen):
+            found[split] = ids
+    return found
 
 
 def write_split(path: Path, dataset: Dataset, left_out: Sequence[Sample] = ()) -> None:
-    """Write CSV with a header: path (the sample's id), label (the class name), split, sha256 (of the file's bytes).
+    """Write CSV with a header: path (the sample's id), label (the class name), split, sha256 (of the file's bytes), group.
 
     Args:
         left_out: samples of the same data that the split does not use; their column ``split`` is empty.
@@ -124,11 +119,8 @@ def write_split(path: Path, dataset: Dataset, left_out: Sequence[Sample] = ()) -
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for sample in dataset.samples:
-        rows.writerow((sample.id, dataset.label_text(sample), sample.split or "", sample.sha256))
-    for sample in left_out:
-        rows.writerow((sample.id, dataset.label_text(sample), "", sample.sha256))
-    # File names may be any bytes: surrogateescape writes back the very bytes that the file system gave.
+    for sample, split in [*((one, one.split or "") for one in dataset.samples), *((one, "") for one in left_out)]:
+        rows.writerow((sample.id, dataset.label_text(sample), split, sample.sha256, sample.group or ""))
     write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
@@ -139,20 +131,20 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
         DataChangedError: its rows and the dataset's files are not the same.
         DataError: the file is not such a CSV.
     """
-    recorded = _read_rows(path)
+    recorded = {row.id: row for row in read_recorded_split(path)}
     problems = []
     samples = []
     for sample in dataset.samples:
         name = sample.id
-        label, split, sha256 = recorded.pop(name, ("", "", ""))
-        if not label:
+        row = recorded.pop(name, None)
+        if row is None:
             problems.append(Problem(printable(name), "is in the dataset, but not in the recorded split"))
-        elif label != dataset.label_text(sample):
-            problems.append(Problem(printable(name), f"was {label!r}, now {dataset.label_text(sample)!r}"))
-        elif sha256 and sample.sha256 and sha256 != sample.sha256:
+        elif row.label != dataset.label_text(sample):
+            problems.append(Problem(printable(name), f"was {row.label!r}, now {dataset.label_text(sample)!r}"))
+        elif row.sha256 and sample.sha256 and row.sha256 != sample.sha256:
             problems.append(Problem(printable(name), "has other bytes than when the split was recorded"))
-        if split:
-            samples.append(replace(sample, split=split))
+        if row is not None and row.split:
+            samples.append(replace(sample, split=row.split))
     problems += [Problem(printable(name), "is in the recorded split, but no longer in the dataset") for name in recorded]
     if problems:
         raise DataChangedError(
@@ -171,6 +163,7 @@ class RecordedSample:
     label: str
     split: str  # empty where the sample was left out
     sha256: str
+    group: str = ""
 
 
 def read_recorded_split(path: Path) -> list[RecordedSample]:
@@ -179,76 +172,194 @@ def read_recorded_split(path: Path) -> list[RecordedSample]:
     Raises:
         DataError: it cannot be read, or is not such a file.
     """
-    return [RecordedSample(name, *row) for name, row in _read_rows(path).items()]
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise DataError(f"{printable(path)}: the split cannot be read: {error.strerror}") from None
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    columns = tuple(rows[0]) if rows else ()
+    whole = all(len(row) == len(columns) and row[2] in (*SPLITS, "") for row in rows[1:])
+    if columns not in (COLUMNS, _WITHOUT_GROUPS) or not whole:
+        raise DataError(f"{printable(path)}: not a recorded split; expected the columns {','.join(COLUMNS)}")
+    return [RecordedSample(*row) for row in rows[1:]]
 
 
-# ---------------------------------------------------------------------------------------------------------------- internals
+def recorded_sides(path: Path) -> dict[str, str]:
+    """Return the side of each image in a recorded split by the sha256 of its bytes, for `split_dataset`.
+
+    Raises:
+        DataError: it is no recorded split, or has no digests.
+    """
+    rows = read_recorded_split(path)
+    sides = {row.sha256: row.split for row in rows if row.sha256 and row.split}
+    if rows and not sides:
+        raise DataError(f"{printable(path)}: has no sha256 of any image, so it cannot be used for other data")
+    return sides
 
 
-def _identity(dataset: Dataset, sample: Sample) -> str:
-    """Return what identifies an image in the draw: the digest of its bytes, or its id where nobody has read them."""
+# ------------------------------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Samples that are never on two sides: one image, all files with its bytes, everything in its group."""
+
+    samples: tuple[Sample, ...]
+    lot: float  # from 0 to 1, decided by the unit itself and the seed
+
+    @property
+    def labels(self) -> frozenset[int]:
+        return frozenset(label for sample in self.samples for label in sample.labels)
+
+
+def _content(sample: Sample) -> str:
+    """Return what an image is: its bytes; its id for datasets that nobody has checked."""
     return sample.sha256 or sample.id
 
 
-def _draws_by_class(dataset: Dataset, samples: Iterable[Sample], seed: int) -> dict[int, list[list[Sample]]]:
-    """Return the draws of each class, in an order that only seed and bytes decide.
+def _units(samples: Iterable[Sample], seed: int, purpose: str) -> list[_Unit]:
+    """Return what is drawn as one, in the order of lots."""
+    found: dict[str, str] = {}  # key -> a key of the same unit, in the end its smallest
 
-    Samples with the same bytes are one draw, which counts for its most frequent class.
-    """
-    draws: dict[str, list[Sample]] = defaultdict(list)
+    def first_of(key: str) -> str:
+        while found[key] != key:
+            found[key] = key = found[found[key]]
+        return key
+
+    keys_of: list[tuple[Sample, str]] = []
     for sample in samples:
-        draws[_identity(dataset, sample)].append(sample)
-    by_class: dict[int, list[list[Sample]]] = defaultdict(list)
-    for identity in sorted(draws, key=lambda identity: _lot(seed, identity)):
-        by_class[_main_label(draws[identity])].append(draws[identity])
-    return by_class
+        content = f"image {_content(sample)}"
+        keys = [content] if sample.group is None else [f"group {sample.group}", content]
+        for key in keys:
+            found.setdefault(key, key)
+        first, second = sorted((first_of(keys[0]), first_of(keys[-1])))
+        found[second] = first  # "group" comes before "image": a group's lot does not change when images join it
+        keys_of.append((sample, content))
+    together: dict[str, list[Sample]] = defaultdict(list)
+    for sample, content in keys_of:
+        together[first_of(content)].append(sample)
+    units = [_Unit(tuple(members), _lot(seed, purpose, key)) for key, members in together.items()]
+    return sorted(units, key=lambda unit: (unit.lot, _content(unit.samples[0])))
 
 
-def _lot(seed: int, identity: str) -> bytes:
-    return hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16, key=seed.to_bytes(8, "little")).digest()
+def _lot(seed: int, purpose: str, key: str) -> float:
+    text = f"{purpose} {key}".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") / 2**64
 
 
-def _stratum(sample: Sample) -> int:
-    """Return the class that a sample is drawn with: its first label, -1 for a sample without labels."""
-    return sample.labels[0] if sample.labels else -1
+def _sides(units: Sequence[_Unit], shares: Mapping[str, float], recorded: Mapping[str, str]) -> list[str]:
+    """Return the split of each unit: as recorded, else by its lot; then see to it that every class is everywhere."""
+
+    def by_lot(unit: _Unit) -> str:
+        known = [side for sample in unit.samples if (side := recorded.get(sample.sha256))]
+        if known:
+            return known[0]
+        if unit.lot < shares["val"]:
+            return "val"
+        return "test" if unit.lot < shares["val"] + shares["test"] else "train"
+
+    filling = _Filling(
+        [by_lot(unit) for unit in units],
+        fixed=[any(sample.sha256 in recorded for sample in unit.samples) for unit in units],
+        labels=[unit.labels for unit in units],
+        of_class=_of_class(units),
+    )
+    filling.fill("train", from_the_end=True)
+    filling.fill("val")
+    if shares["test"] > 0:
+        filling.fill("test")
+    return filling.sides
 
 
-def _main_label(draw: Sequence[Sample]) -> int:
-    counts = Counter(_stratum(sample) for sample in draw)
-    return min(counts, key=lambda label: (-counts[label], label))
+def _of_class(units: Sequence[_Unit]) -> dict[int, list[int]]:
+    """Return the positions of the units that hold each class, by class."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for position, unit in enumerate(units):
+        for label in unit.labels:
+            found[label].append(position)
+    return dict(sorted(found.items()))
 
 
-def _shares(n_images: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
-    """Return how many of a class's images each split should get: at least one each, if there are as many."""
-    n_test = max(1, round(n_images * test_fraction)) if test_fraction > 0 else 0
-    n_val = max(1, min(round(n_images * val_fraction), n_images - 1 - min(n_test, 1)))
-    n_test = min(n_test, max(0, n_images - 1 - n_val))
-    return {"val": n_val, "test": n_test, "train": n_images - n_val - n_test}
+_NEEDED = {"train": 1, "val": 2, "test": 3}  # units of a class from which it is in this split too
 
 
-def _refuse_single_images(dataset: Dataset, by_class: dict[int, list[list[Sample]]]) -> None:
+@dataclass
+class _Filling:
+    """Moves single units to where a class has none. Positions of units are in the order of their lots."""
+
+    sides: list[str]
+    fixed: Sequence[bool]
+    labels: Sequence[frozenset[int]]
+    of_class: Mapping[int, Sequence[int]]
+
+    def fill(self, side: str, *, from_the_end: bool = False) -> None:
+        """Give `side` a unit of every class that has enough of them: the one whose lot is nearest."""
+        for positions in self.of_class.values():
+            if len(positions) < _NEEDED[side] or any(self.sides[position] == side for position in positions):
+                continue
+            nearest = reversed(positions) if from_the_end else iter(positions)
+            spare = next((position for position in nearest if self._is_spare(position)), None)
+            if spare is not None:
+                self.sides[spare] = side
+
+    def _is_spare(self, position: int) -> bool:
+        """Return whether a unit may leave its split without leaving there none of one of its classes."""
+        donor = self.sides[position]
+        return not self.fixed[position] and all(self._has_more(donor, label) for label in self.labels[position])
+
+    def _has_more(self, donor: str, label: int) -> bool:
+        positions = self.of_class[label]
+        return len(positions) < _NEEDED[donor] or sum(self.sides[other] == donor for other in positions) > 1
+
+
+def _deal(units: Sequence[_Unit], n_folds: int) -> list[int]:
+    """Return the fold of each unit: by its lot, but every class that has as many units is in every fold."""
+    folds = [min(int(unit.lot * n_folds), n_folds - 1) for unit in units]
+    least = 2 if n_folds == 2 else 1  # so that the other folds leave two of each class, to train and to choose on
+    for positions in _of_class(units).values():
+        for fold in range(n_folds):
+            while sum(folds[position] == fold for position in positions) < min(least, len(positions) // n_folds):
+                counts = Counter(folds[position] for position in positions)
+                donor = max(counts, key=lambda one: (counts[one], -one))
+                folds[next(position for position in positions if folds[position] == donor)] = fold
+    return folds
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals, words
+
+
+def _refuse_single_images(dataset: Dataset, units: Sequence[_Unit]) -> None:
+    if not _exclusive(dataset):
+        return
     problems = []
+    found_of_class = _of_class(units)
     for label, name in enumerate(dataset.classes):
-        draws = by_class.get(label, [])
-        if len(draws) < 2:
-            n_files = sum(len(draw) for draw in draws)
-            found = (
-                f"{plural(n_files, 'readable file')} of {len(draws)} distinct image"
-                if n_files
-                else "no image that is not in another class too"
-            )
-            problems.append(Problem(name, f"{found}; it takes at least 2, one to train on and one to validate on"))
+        of_class = [units[position] for position in found_of_class.get(label, ())]
+        if len(of_class) >= 2:
+            continue
+        n_files = sum(label in sample.labels for unit in of_class for sample in unit.samples)
+        grouped = any(sample.group is not None for unit in of_class for sample in unit.samples)
+        what = "group" if grouped else "distinct image"
+        found = f"{plural(n_files, 'readable file')} of {len(of_class)} {what}"
+        problems.append(Problem(name, f"{found}; it takes at least 2, one to train on and one to validate on"))
     if problems:
         names = natural_list(problem.where for problem in problems)
         raise DataError(
-            f"{printable(dataset.root)}: too few distinct images to split: {names}. Add images, remove the folders, "
-            "or give a validation folder of your own (validation_file).",
+            f"{printable(dataset.root)}: too few distinct images to split: {names}. Add images, remove the classes, "
+            "or give validation data of your own (validation_file).",
             problems,
         )
 
 
-def _refuse_too_many_folds(dataset: Dataset, by_class: Mapping[int, Sequence[object]], n_folds: int) -> None:
-    counts = {label: len(by_class.get(label, ())) for label in range(len(dataset.classes))}
+def _exclusive(dataset: Dataset) -> bool:
+    """Return whether an image has exactly one label; where it may have several, a rare label is no reason to refuse all."""
+    return all(isinstance(sample.target, int) for sample in dataset.samples)
+
+
+def _refuse_too_many_folds(dataset: Dataset, units: Sequence[_Unit], n_folds: int) -> None:
+    of_class = _of_class(units)
+    counts = {label: len(of_class.get(label, ())) for label in range(len(dataset.classes))}
     problems = [
         Problem(dataset.classes[label], f"{plural(count, 'distinct image')}; {_foldable(count)}")
         for label, count in counts.items()
@@ -265,31 +376,37 @@ def _refuse_too_many_folds(dataset: Dataset, by_class: Mapping[int, Sequence[obj
 
 
 def _folds_fit(count: int, n_folds: int) -> bool:
-    """Return whether each fold can test on one of a class's `count` images, train on another and choose on a third."""
+    """Whether each fold can test on one of a class's `count` images, and train on another and choose on a third."""
     return n_folds <= count and count - math.ceil(count / n_folds) >= 2
 
 
 def _foldable(count: int) -> str:
-    """Return in words which numbers of folds a class with `count` distinct images allows."""
+    """The numbers of folds that a class with `count` distinct images allows, in words."""
     if count < 3:
         return "folds need at least 3"
     return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
 
 
+def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[str, float]) -> list[str]:
+    """Return a warning for each share that large groups keep far from what was asked for."""
+    if len(loose) < _ENOUGH_IMAGES or all(sample.group is None for sample in loose):
+        return []
+    sizes = divided.sizes()
+    told = []
+    for split, share in shares.items():
+        got = sizes.get(split, 0) / len(loose)
+        if share > 0 and not share / _FAR_FROM_ASKED <= got <= share * _FAR_FROM_ASKED:
+            told.append(
+                f"{split} has {got:.0%} of the images, where data.{split}_fraction asks for {share:.0%}: the groups are large. "
+                "Another data.split_seed may come nearer"
+            )
+    return told
+
+
 def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:
-    def key(sample: Sample) -> tuple[int, tuple[int, ...], str]:
-        return SPLITS.index(sample.split or "train"), sample.labels, sample.id
+    """Return the dataset with these samples, in an order that does not depend on where or in what format they lay."""
+
+    def key(sample: Sample) -> tuple[int, tuple[int, ...], str, str]:
+        return SPLITS.index(sample.split or "train"), sample.labels, _content(sample), sample.id
 
     return replace(dataset, samples=tuple(sorted(samples, key=key)))
-
-
-def _read_rows(path: Path) -> dict[str, tuple[str, str, str]]:
-    """Return label, split and sha256 by sample id."""
-    try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"{printable(path)}: the split cannot be read: {error.strerror}") from None
-    rows = list(csv.reader(io.StringIO(text, newline="")))
-    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) or row[2] not in (*SPLITS, "") for row in rows[1:]):
-        raise DataError(f"{printable(path)}: not a recorded split; expected the columns {','.join(COLUMNS)}")
-    return {name: (label, split, sha256) for name, label, split, sha256 in rows[1:]}

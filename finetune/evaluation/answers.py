@@ -15,7 +15,7 @@ from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample, targets_of
 from finetune.data.parallel import ordered_map
-from finetune.data.sources.folder import image_files
+from finetune.data.places import image_files
 from finetune.errors import ImageError
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.progress import Progress, ProgressCallback, silent

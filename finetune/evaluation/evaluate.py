@@ -16,6 +16,9 @@ from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
 
+UNSEEN = "_unseen"
+"""Ends the name of a split's evaluation without the images that the model was trained on, where some were (a given set leaks)."""
+
 
 @dataclass(frozen=True)
 class ClassMetrics:

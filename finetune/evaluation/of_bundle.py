@@ -12,6 +12,7 @@ import numpy as np
 from finetune.bundle.predictor import Predictor, Seen, read_seen
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
+from finetune.data.reading import Reading
 from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
 from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
 from finetune.evaluation.evaluate import Evaluation, evaluate
@@ -44,17 +45,24 @@ class BundleEvaluation:
         }
 
 
-def evaluate_bundle(folder: Path, data: Path, split: str | None = None, progress: ProgressCallback = silent) -> BundleEvaluation:
+def evaluate_bundle(
+    folder: Path,
+    data: Path | str,
+    split: str | None = None,
+    progress: ProgressCallback = silent,
+    reading: Reading | None = None,
+) -> BundleEvaluation:
     """Measure the bundle in `folder` on the labelled images in `data`; classes are matched by name.
 
     Args:
+        data: a folder, an archive, a table or an address, as for training.
         split: chooses among train, val and test inside `data`; by default test, else val, else everything.
 
     Raises:
         DataError: no such split, no readable image, or classes that the bundle does not know.
     """
     predictor = Predictor.load(folder, threads=available_cores())
-    dataset = index_dataset(data, for_training=False)
+    dataset = index_dataset(data, for_training=False, reading=reading)
     samples = _relabelled(dataset, _chosen(dataset, split), predictor.manifest.classes)
     answers: list[Answer] = []
     unreadable: list[Unreadable] = []

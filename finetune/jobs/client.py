@@ -144,7 +144,7 @@ def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
 
 def _named(spec: JobSpec) -> JobSpec:
     """Return a spec with the name that its model will be registered under."""
-    return spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(Path(spec.training_file)))})
+    return spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(spec.training_file))})
 
 
 def view(job: Job) -> JobView:

@@ -31,7 +31,12 @@ _MAX_PAIRS = 12
 _NAMED_ABSENT = 10
 _FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, to be scrolled
 
-_SPLIT_TITLES = {"cv": "cross-validation", "val": "val (which chose the weights)"}
+_SPLIT_TITLES = {
+    "cv": "cross-validation",
+    "val": "val (which chose the weights)",
+    "test_unseen": "test, without images that were trained on",
+    "val_unseen": "val, without images that were trained on",
+}
 _CARD_METRICS = ("macro_f1", "mean_per_class_accuracy", "ece")
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.errors import NoBetterThanChance
-from finetune.evaluation.evaluate import Judgement, evaluate
+from finetune.evaluation.evaluate import UNSEEN, Judgement, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
@@ -53,9 +53,20 @@ def table_of(
     )
 
 
-def judge(predictions: Mapping[str, Predictions]) -> Judgement:
-    """Evaluate every table, and fit the temperature on val."""
+def judge(predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset[str]] | None = None) -> Judgement:
+    """Evaluate every table, and fit the temperature on val.
+
+    Args:
+        leaked: ids of images in a split that were trained on; beside such a split's figures stand those without them, under the
+            split's name with ``_unseen``.
+    """
     evaluations = {split: evaluate(table) for split, table in predictions.items()}
+    for split, ids in (leaked or {}).items():
+        if split in predictions:
+            table = predictions[split]
+            unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
+            if 0 < len(unseen) < len(table):
+                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen))
     return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None)
 
 

@@ -19,8 +19,10 @@ from finetune.data.augment import Augment, build_augment
 from finetune.data.check import Scanned, scan, verify
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
-from finetune.data.split import read_split, split_dataset, write_split
-from finetune.errors import ImageError, InvalidInput, Problem
+from finetune.data.manifest import keep, require
+from finetune.data.reading import reading_of
+from finetune.data.split import read_split, recorded_sides, split_dataset, write_split
+from finetune.errors import DataError, ImageError, InvalidInput, Problem
 from finetune.export.agreement import parity_samples
 from finetune.features.engine import onnx_engine_name
 from finetune.features.rows import FeatureContext, Views, decode_into_features, find_rows
@@ -107,14 +109,22 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
         network = network or built_network(spec, len(dataset.classes), shared)
         network.try_export()
         return dataset, network
-    indexed = _index(spec)
+    indexed = _index(spec, shared.store)
     with _reading(spec, indexed, shared, progress) as reading:
         network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
         network = network or built_network(spec, len(indexed.classes), shared)
         reading.network.set_result(network)
         network.try_export()
-        shared.datasets[data_key] = reading.dataset.result()
+        shared.datasets[data_key] = _of_a_revision(spec, reading.dataset.result(), shared)
     return shared.datasets[data_key], network
+
+
+def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
+    """Return checked data with its revision, which is kept; refuse it where the request names another one."""
+    if spec.data.revision is not None:
+        require(dataset, spec.data.revision, shared.workspace.datasets)
+    keep(shared.workspace.datasets, dataset)
+    return replace(dataset, revision=dataset.digest)
 
 
 def built_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
@@ -143,9 +153,12 @@ def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))
 
 
+_OF_THE_SPLIT = {"val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize"}
+
+
 def _data_key(spec: JobSpec) -> str:
     """Return what decides which files are read and which of them are left out."""
-    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.on_bad_image, spec.data.max_bad_fraction)
+    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.model_dump_json(exclude=_OF_THE_SPLIT))
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -154,7 +167,13 @@ def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
     if run is not None and run.split.exists():
         return read_split(run.split, dataset)
     data = spec.data
-    split = split_dataset(dataset, val_fraction=data.val_fraction, test_fraction=data.held_out_fraction, seed=data.split_seed)
+    split = split_dataset(
+        dataset,
+        val_fraction=data.val_fraction,
+        test_fraction=data.held_out_fraction,
+        seed=data.split_seed,
+        recorded=recorded_sides(Path(data.split_file)) if data.split_file is not None else None,
+    )
     if run is not None:
         write_split(run.split, split)
     return split
@@ -166,10 +185,12 @@ def with_val_as_train(dataset: Dataset) -> Dataset:
     return replace(dataset, samples=tuple(samples))
 
 
-def _index(spec: JobSpec) -> Dataset:
+def _index(spec: JobSpec, store: Store) -> Dataset:
     """List the samples; where that fails, the error also tells what is wrong with the model."""
     try:
-        return index_dataset(Path(spec.training_file), _path(spec.validation_file), _path(spec.test_file))
+        dataset = index_dataset(spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, store))
+        _refuse_what_is_not_learnt(spec, dataset)
+        return dataset
     except InvalidInput as of_data:
         from finetune.runs.build import seeded_backbone
 
@@ -179,6 +200,19 @@ def _index(spec: JobSpec) -> Dataset:
             problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
             raise InvalidInput("two things are wrong with this request", problems) from of_data
         raise
+
+
+def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
+    """Refuse what data may say and no task of this release acts on: better an error than to ignore it."""
+    several = next((sample for sample in dataset.samples if not isinstance(sample.target, int)), None)
+    if several is not None:
+        names = ", ".join(dataset.label_names(several)) or "none"
+        raise DataError(
+            f"{dataset.root}: images have several labels, or none ({several.id}: {names}), and this release learns exactly one "
+            "for each image"
+        )
+    if spec.data.weight_column is not None:
+        raise DataError("data.weight_column: weights are read, but nothing is trained with them yet; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------- networks of earlier runs
@@ -284,7 +318,3 @@ def _verify(
 def needs_features(spec: JobSpec) -> bool:
     """Return whether a request starts with a head solved on the frozen features of all images."""
     return getattr(spec.method, "warm_head", True)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

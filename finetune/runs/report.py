@@ -18,7 +18,8 @@ from finetune.runs.prepare import Prepared
 from finetune.storage.rundir import RunDir
 from finetune.training.context import Trained
 
-SHOWN_FIRST = (POOLED, "test", "val")  # the split that a model is judged by comes first: val has chosen its weights
+# The split that a model is judged by comes first: val has chosen its weights.
+SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 

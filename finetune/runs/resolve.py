@@ -35,6 +35,8 @@ class DatasetFacts:
     sizes: Mapping[str, int]  # images by split
     quarantined: tuple[Mapping[str, str], ...]  # file and reason
     warnings: tuple[str, ...]
+    understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
+    revision: str = ""  # the digest before the split
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> DatasetFacts:
@@ -57,6 +59,8 @@ class DatasetFacts:
             sizes=dataset.sizes(),
             quarantined=tuple({"file": bad.where, "reason": bad.reason} for bad in dataset.bad),
             warnings=tuple(dict.fromkeys(warnings)),
+            understood=dataset.understood,
+            revision=dataset.revision,
         )
 
 

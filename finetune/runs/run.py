@@ -16,6 +16,7 @@ import numpy as np
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, Seen
 from finetune.bundle.registry import Registry
+from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.diagnose import write_diagnosis
@@ -106,7 +107,7 @@ def run_job(
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
         carried = carried or Carried()
-        judgement = carry_over(judge(predictions), carried.judgement)
+        judgement = carry_over(judge(predictions, leaked(prepared.dataset)), carried.judgement)
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)

@@ -1,4 +1,4 @@
-"""The store of what can be computed again: features, decoded pixels, exported prefixes. One folder, one byte budget.
+"""The store of what can be made again: features, decoded pixels, exported prefixes, unpacked data. One folder, one byte budget.
 
 Each kind of content has a namespace, a folder inside the store. When room is needed, the least recently used files of all
 namespaces are deleted together, but never what was used since this `Store` was made: a run does not delete what it works on.
@@ -19,8 +19,8 @@ from typing import Literal
 
 from finetune.storage.files import TEMPORARY_SUFFIX
 
-Namespace = Literal["features", "pixels", "engines", "notes"]
-BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines")
+Namespace = Literal["features", "pixels", "engines", "sources", "notes"]
+BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines", "sources")
 
 LARGEST_BUDGET_BYTES = 20 * 1024**3
 _CLOCK_STEP_SECONDS = 0.1  # file systems stamp files with a clock that may be this much behind

@@ -45,6 +45,11 @@ class Workspace:
         return self.root / "models"
 
     @property
+    def datasets(self) -> Path:
+        """Manifests of the data that was read, by their digests."""
+        return self.root / "datasets"
+
+    @property
     def files(self) -> Path:
         return self.root / "files"
 

@@ -276,6 +276,6 @@ def _tables_in(run: RunDir) -> dict[str, Predictions]:
 
 def _numbered(spec: JobSpec, workspace: Workspace, number: int) -> RunDir:
     """Return the folder of run `number` (from 1) of a request."""
-    name = model_name(spec.suffix, dataset_name(Path(spec.training_file)))
+    name = model_name(spec.suffix, dataset_name(spec.training_file))
     stem = f"{name}-{spec.method.type}-{spec.digest()[:8]}"
     return RunDir(workspace.runs / (stem if number == 1 else f"{stem}-{number}"))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.comparison_spec import parse_comparison
+from finetune.naming import dataset_name
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
@@ -148,7 +149,7 @@ def files_of(run: RunDir) -> list[Path]:
 
 def experiment_name(spec: JobSpec) -> str:
     """Return what the runs on one dataset are gathered under: the dataset's name, for an upload the model's, where it has one."""
-    return _gathered_under(Path(spec.training_file).absolute().name, spec.suffix)
+    return _gathered_under(dataset_name(spec.training_file), spec.suffix)
 
 
 def _gathered_under(name: str, suffix: str | None, dataset: str = "") -> str:
@@ -161,8 +162,8 @@ def experiment_of(run: RunDir) -> str:
     """Return the name of the experiment of a run that nothing was said about."""
     dataset = read_object(run.resolved).get("dataset") or {"name": read_object(run.comparison).get("dataset")}
     spec = _spec(run)
-    given = Path(str(spec.get("training_file") or dataset["name"] or "images")).name
-    return _gathered_under(given, spec.get("suffix"), str(dataset["name"] or ""))
+    given = str(spec.get("training_file") or dataset["name"] or "images")
+    return _gathered_under(dataset_name(given), spec.get("suffix"), str(dataset["name"] or ""))
 
 
 def read_object(path: Path) -> dict[str, Any]:

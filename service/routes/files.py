@@ -21,7 +21,8 @@ from service.uploads import PURPOSE, Received, examine, move_to, receive
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), or of train/, val/ and test/ with them.",
+        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and test/ with them, or "
+        "of images with a table of labels; or one Parquet or JSON lines file with the images inside.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -39,12 +40,13 @@ UPLOAD_BODY: dict[str, Any] = {
 class SummaryDocument(BaseModel):
     """What was found in an upload."""
 
-    kind: Literal["zip", "tar", "tar.gz"]
+    kind: Literal["zip", "tar", "tar.gz", "parquet", "jsonl"]
     n_files: int
     size_bytes: int = Field(description="Unpacked.")
     classes: list[str]
     counts: dict[str, dict[str, int]] = Field(description="Images by split (`all` where there is none yet) and class.")
     warnings: list[str]
+    understood: list[str] = Field(default_factory=list, description="How it was read, where there was something to understand.")
 
 
 class FileDocument(ListItem):

@@ -24,7 +24,16 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 
 OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
-JOBS = "/v1/fine_tuning/jobs"
+JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
+ABSENT = {
+    "file_id": "file-x",
+    "job_id": "ftjob-x",
+    "comparison_id": "ftcmp-x",
+    "run_name": "full-seed0",
+    "name": "other",
+    "alias": "champion",
+    "version": "1",
+}
 
 
 @pytest.fixture
@@ -179,7 +188,7 @@ def test_a_key_may_do_what_its_scopes_say(client: TestClient, home: Path) -> Non
 
 
 def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]:
-    """One of everything, made by this key's owner: a file, a job that has ended, and its model."""
+    """One of everything, made by this key's owner: a file, a job that has ended with its model, and a comparison."""
     file_id = upload(client, key)
     job_id = client.post(JOBS, json={"training_file": file_id, "suffix": "mine"}, headers=key).json()["id"]
     store = JobStore(open_jobs(home))
@@ -188,7 +197,10 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     Registry(home / "models").reserve("mine", Access(claim.job.owner, "private"))  # as the worker does
     registered(home, write_bundle(home / "second"), "mine")
     store.finish(claim, "succeeded", result={"model": "mine", "version": "1"})
-    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1"}
+    comparison_id = client.post(COMPARISONS, json={"training_file": file_id, "suffix": "other"}, headers=key).json()["id"]
+    client.post(f"{COMPARISONS}/{comparison_id}/cancel", headers=key)
+    of_runs = {"comparison_id": comparison_id, "run_name": "full-seed0"}
+    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **of_runs}
 
 
 def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -> None:
@@ -208,13 +220,13 @@ def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -
     }
     for method, template in addressed:
         path = template.format(**hers)
-        missing = template.format(file_id="file-x", job_id="ftjob-x", name="other", alias="champion", version="1")
+        missing = template.format(**ABSENT)
         strange = client.request(method, path, headers=bob, **bodies.get(method, {}))
         nothing = client.request(method, missing, headers=bob, **bodies.get(method, {}))
         assert (
             (strange.status_code, strange.json()["code"]) == (nothing.status_code, nothing.json()["code"]) == (404, "not_found")
         ), path
-    for path in ("/v1/files", JOBS):
+    for path in ("/v1/files", JOBS, COMPARISONS):
         assert client.get(path, headers=bob).json()["data"] == []
         assert len(client.get(path, headers=ann).json()["data"]) == len(client.get(path, headers=admin).json()["data"]) == 1
     names = [[one["id"] for one in client.get("/v1/models", headers=key).json()["data"]] for key in (bob, ann, admin)]

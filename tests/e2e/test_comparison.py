@@ -68,14 +68,14 @@ def test_every_arm_and_seed_is_a_run_of_its_own_judged_on_the_same_images(compar
     run = RunDir(home / "runs" / "whole")
     answers = [tables.read(run.child(name).predictions_of("test")) for name in RUNS]
     assert len({table.ids for table in answers}) == 1
-    assert len(answers[0]) == 15
+    assert len(answers[0]) == 18
     assert not np.array_equal(answers[2].logits, answers[3].logits), "another seed is another training"
     seeds = [read_json(run.child(name).resolved)["spec"]["seed"] for name in RUNS]
     assert seeds == [0, 1, 0, 1]
     for arm, names in zip(found.arms, (RUNS[:2], RUNS[2:]), strict=True):
         values = [read_json(run.child(name).outcome)["metrics"]["test/top1"] for name in names]
         figure = arm.metrics["test/top1"]
-        assert (figure.value, figure.n) == (pytest.approx(np.mean(values)), 15)
+        assert (figure.value, figure.n) == (pytest.approx(np.mean(values)), 18)
         assert figure.sd == pytest.approx(np.std(values, ddof=1))
         assert figure.low <= figure.value <= figure.high
     assert [update.done for update in seen if update.phase == "runs"] == [0, 1, 2, 2, 3, 4]
@@ -181,7 +181,7 @@ def test_the_command_prints_the_same_document_and_a_table_for_people(
     (row,) = [pair for pair in document["pairs"] if pair["p_value"] is not None]
     assert row["p_value"] == pytest.approx(found.pairs[0].p_value), "paired by digest or in their order: the same images"
     shown = CliRunner().invoke(cli, ["compare", *runs], catch_exceptions=False, env={"COLUMNS": "80"})
-    assert "top-1 accuracy on 15 test images" in shown.output
+    assert "top-1 accuracy on 18 test images" in shown.output
     assert max(len(line) for line in shown.output.splitlines() if "report" not in line) <= 80
 
 
@@ -235,7 +235,7 @@ def test_a_servers_result_is_the_document_of_the_command_line(
         assert client.predict(picture, model="stripes")["model"].startswith("stripes")
         shown = command_line("compare", document["id"], "--server", server.url).stderr
         assert f"{server.url}{place}/report" in shown.replace("\n", "")
-        assert "top-1 accuracy on 15 test images" in shown
+        assert "top-1 accuracy on 18 test images" in shown
         listed = json.loads(command_line("jobs", "list", "--server", server.url, "--json").stdout)["jobs"]
         assert [(job["id"], job["kind"], job["what"]) for job in listed] == [(document["id"], "comparison", "frozen, full")]
 

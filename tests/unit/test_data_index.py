@@ -7,10 +7,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from folders import encoded, path_of, write_classes
+from folders import path_of, write_classes
 
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.reading import Reading
 from finetune.errors import DataError
 from finetune.messages import natural_list, plural, printable
 
@@ -112,9 +113,9 @@ def test_what_operating_systems_and_people_leave_behind_is_ignored_and_other_fil
 
 def test_images_in_formats_that_are_not_read_are_quarantined_with_what_to_do(tmp_path: Path) -> None:
     write_classes(tmp_path, {"a": 2, "b": 2})
-    (tmp_path / "a" / "IMG_1.HEIC").write_bytes(b"heic")
+    (tmp_path / "a" / "IMG_1.PSD").write_bytes(b"8BPS")
     (bad,) = index_dataset(tmp_path).bad
-    assert (Path(bad.where).name, bad.reason) == ("IMG_1.HEIC", "HEIC files are not read; convert it to JPEG or PNG")
+    assert (Path(bad.where).name, bad.reason) == ("IMG_1.PSD", "PSD files are not read; convert it to JPEG or PNG")
 
 
 def test_accents_stored_in_two_ways_are_one_class(tmp_path: Path) -> None:
@@ -133,11 +134,6 @@ def test_one_class_is_refused_with_its_count_and_an_example_of_the_layout(tmp_pa
     assert problems(error) == {"flowers": "only one class, 'rose' with 3 images; it takes at least two."}
     assert f"{tmp_path}/flowers/daisy/1.jpg" in error.message
     assert f"{tmp_path}/flowers/val/daisy/2.jpg" in error.message
-
-
-def test_a_folder_around_the_class_folders_is_recognised_in_the_hint(tmp_path: Path) -> None:
-    error = refusal(write_classes(tmp_path / "download", {"flowers/rose": 2, "flowers/daisy": 2}))
-    assert f"If daisy, rose are the classes, give {tmp_path}/download/flowers instead" in str(error)
 
 
 def test_no_class_folders_are_refused(tmp_path: Path) -> None:
@@ -181,13 +177,16 @@ def test_a_class_that_was_never_trained_on_is_refused_with_the_near_miss(tmp_pat
 def test_a_validation_folder_without_train_is_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "val", {"a": 2, "b": 2})
     write_classes(tmp_path / "test", {"a": 2, "b": 2})
-    assert problems(refusal(tmp_path))[tmp_path.name] == "has test/ and val/ but no train/ folder"
+    assert problems(refusal(tmp_path))[tmp_path.name] == "nothing to train on: all of it is for validation or testing"
+    assert index_dataset(tmp_path, for_training=False).sizes() == {"val": 4, "test": 4}
 
 
 def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
     for split in ("train", "val", "valid"):
         write_classes(tmp_path / split, {"a": 2, "b": 2})
-    assert problems(refusal(tmp_path))[tmp_path.name] == "val/ and valid/ both mean val; keep one of them"
+    assert problems(refusal(tmp_path))[tmp_path.name] == (
+        "val/ and valid/ both mean val; keep one of them, or say what each is with data.splits"
+    )
 
 
 def test_a_validation_folder_inside_and_another_given_are_refused(tmp_path: Path) -> None:
@@ -205,12 +204,12 @@ def test_a_folder_with_images_beside_the_splits_is_refused_and_one_without_is_na
     assert "2 images in a folder beside train/" in problems(refusal(tmp_path))["extra"]
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("missing", "no such folder"), ("archive.zip", "is a file, not a folder of images")]
-)
-def test_what_is_not_a_folder_is_refused(tmp_path: Path, path: str, message: str) -> None:
+def test_what_is_not_a_folder_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path}/missing: no such folder or file. Give a folder with one folder" in refusal(tmp_path / "missing").message
     (tmp_path / "archive.zip").write_bytes(b"PK")
-    assert message in problems(refusal(tmp_path / path))[path]
+    assert problems(refusal(tmp_path / "archive.zip")) == {"archive.zip": "is no folder, no zip or tar, and no table of images"}
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a folder nor a regular file" in refusal(tmp_path / "pipe").message
 
 
 def test_control_characters_and_undecodable_bytes_in_class_names_are_refused(tmp_path: Path) -> None:
@@ -243,41 +242,60 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- links
 
 
-def test_links_to_files_inside_are_followed_and_links_that_lead_out_are_quarantined(tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "data", {"a": 2, "b": 2})
-    (tmp_path / "secret.png").write_bytes(encoded("secret"))
-    (root / "a" / "again.png").symlink_to(root / "b" / "0.png")
-    (root / "a" / "out.png").symlink_to(tmp_path / "secret.png")
+def linked(tmp_path: Path) -> Path:
+    """Data whose classes, files and one nested folder are links to what lies elsewhere."""
+    store = write_classes(tmp_path / "store", {"a": 2, "b": 2, "more": 3})
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "a").symlink_to(store / "a")
+    (root / "b").mkdir()
+    (root / "b" / "0.png").symlink_to("../../store/b/0.png")
+    (root / "b" / "1.png").symlink_to(store / "b" / "1.png")
+    (root / "b" / "nested").symlink_to(store / "more")
+    return root
+
+
+def test_links_to_classes_files_and_folders_are_followed_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    root = linked(tmp_path)
+    dataset = index_dataset(root)
+    assert dataset.counts() == {"all": {"a": 2, "b": 5}}
+    assert {path_of(sample).relative_to(root).parts[0] for sample in dataset.samples} == {"a", "b"}
+    assert (dataset.bad, dataset.warnings) == ((), ())
+
+
+def test_links_to_splits_are_followed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_classes(tmp_path / "store" / name, {"a": 2, "b": 2})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "store" / "one")
+    (tmp_path / "data" / "val").symlink_to("../store/two")
+    assert index_dataset(tmp_path / "data").sizes() == {"train": 4, "val": 4}
+
+
+def test_a_link_to_a_folder_around_it_ends_the_walk_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, {"a": 2, "b": 2})
+    (root / "a" / "loop").symlink_to(root)
+    (root / "a" / "self").symlink_to("self")
     (root / "b" / "broken.png").symlink_to(root / "nowhere.png")
     dataset = index_dataset(root)
-    assert dataset.counts() == {"all": {"a": 3, "b": 2}}
+    assert dataset.counts() == {"all": {"a": 2, "b": 2}}
     reasons = {Path(bad.where).name: bad.reason for bad in dataset.bad}
-    assert reasons == {"out.png": f"a link that leads out of {root}; copy the file there", "broken.png": "not a regular file"}
+    assert reasons == {
+        "loop": "a link to a folder that it lies in, which would never end",
+        "self": "a link to nothing",
+        "broken.png": "a link to nothing",
+    }
 
 
-def test_a_class_of_nothing_but_links_that_lead_out_says_so(tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "data", {"a": 2, "b": 2})
-    elsewhere = write_classes(tmp_path / "elsewhere", {"c": 2})
-    (root / "c").mkdir()
-    for number in range(2):
-        (root / "c" / f"{number}.png").symlink_to(elsewhere / "c" / f"{number}.png")
+def test_within_given_folders_no_link_leads_out(tmp_path: Path) -> None:
+    root = linked(tmp_path)
+    reading = Reading(roots=(root,))
     with pytest.raises(DataError) as caught:
-        index_dataset(root)
-    (problem,) = caught.value.problems
-    assert problem.message == (
-        f"class 'c' has no images (0.png: a link that leads out of {root}; copy the file there; and 1 more). "
-        "Add some, or remove the folder"
-    )
-
-
-def test_links_to_folders_are_refused_so_that_nothing_outside_is_read_and_no_walk_is_endless(tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "data", {"a": 2, "b": 2})
-    write_classes(tmp_path / "elsewhere", {"c": 2})
-    (root / "c").symlink_to(tmp_path / "elsewhere" / "c")
-    (root / "a" / "loop").symlink_to(root)
-    found = problems(refusal(root))
-    assert set(found) == {"c", "loop"}
-    assert "a link to a folder, which is not followed" in found["c"]
+        index_dataset(root, reading=reading)
+    found = problems(caught.value)
+    assert found["a"] == "a link that leads out of the folders that may be read; copy it there"
+    assert "class 'b' has no images (0.png: a link that leads out of the folders" in found["b"]
+    assert len(index_dataset(root, reading=Reading(roots=(root, tmp_path / "store"))).samples) == 7
 
 
 # --------------------------------------------------------------------------------------------------------------- digest

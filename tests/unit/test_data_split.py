@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folders import local_sample, path_of, write_classes
+from folders import encoded, local_sample, path_of, write_classes
 
 from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
-from finetune.data.split import read_split, split_dataset, write_split
+from finetune.data.split import leaked, read_split, recorded_sides, split_dataset, write_split
 from finetune.errors import DataChangedError, DataError
 
 
@@ -26,13 +26,11 @@ def sides(dataset: Dataset) -> dict[str, str | None]:
     return {sample.sha256: sample.split for sample in dataset.samples}
 
 
-def test_every_class_is_divided_in_the_same_proportions(tmp_path: Path) -> None:
-    split = split_dataset(dataset_of(tmp_path, {"a": 40, "b": 20, "c": 100}), val_fraction=0.2, test_fraction=0.1)
-    assert split.counts() == {
-        "train": {"a": 28, "b": 14, "c": 70},
-        "val": {"a": 8, "b": 4, "c": 20},
-        "test": {"a": 4, "b": 2, "c": 10},
-    }
+def test_every_class_is_divided_in_about_the_same_proportions(tmp_path: Path) -> None:
+    split = split_dataset(dataset_of(tmp_path, {"a": 200, "b": 100, "c": 300}), val_fraction=0.2, test_fraction=0.1)
+    for name, share in (("val", 0.2), ("test", 0.1)):
+        for label, total in (("a", 200), ("b", 100), ("c", 300)):
+            assert abs(split.counts()[name][label] / total - share) < 4 * (share * (1 - share) / total) ** 0.5
 
 
 def test_two_images_are_one_to_train_and_one_to_validate_and_the_third_tests(tmp_path: Path) -> None:
@@ -103,7 +101,10 @@ def test_with_only_a_test_set_of_ones_own_the_validation_set_is_cut(tmp_path: Pa
     else:
         dataset = index_dataset(tmp_path / "data" / "train", test=write_classes(tmp_path / "mine", {"a": 3, "b": 3}))
     split = split_dataset(check_images(dataset), val_fraction=0.2, test_fraction=0.4)
-    assert split.counts() == {"train": {"a": 8, "b": 8}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}}
+    counts = split.counts()
+    assert counts["test"] == {"a": 3, "b": 3}
+    assert all(counts["val"].values())
+    assert all(counts["train"][name] + counts["val"][name] == 10 for name in "ab")
     assert {path_of(sample).parts[-3] for sample in split.of("test")} == {"test" if layout == "inside" else "mine"}
 
 
@@ -117,7 +118,7 @@ def test_a_written_split_is_read_back_the_same(tmp_path: Path) -> None:
     assert len(split.samples) == 18
     assert read_split(tmp_path / "split.csv", dataset) == split
     header, first = (tmp_path / "split.csv").read_bytes().split(b"\n")[:2]
-    assert header == b"path,label,split,sha256"
+    assert header == b"path,label,split,sha256,group"
     assert first.startswith(b'"a ""b"", c/')
 
 
@@ -138,5 +139,55 @@ def test_a_changed_dataset_does_not_fit_a_recorded_split(tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["", "path,label\n", "path,label,split,sha256\na,b,c\n", "path,label,split,sha256\na,b,dev,\n"])
 def test_what_is_no_recorded_split_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "split.csv").write_text(text)
-    with pytest.raises(DataError, match="not a recorded split; expected the columns path,label,split,sha256"):
+    with pytest.raises(DataError, match="not a recorded split; expected the columns path,label,split,sha256,group"):
         read_split(tmp_path / "split.csv", Dataset("pictures", str(tmp_path), ("a",), (local_sample(tmp_path / "a", 0, None),)))
+
+
+def test_a_split_of_an_earlier_release_without_groups_is_read(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", {"a": 5, "b": 5})
+    split = split_dataset(check_images(index_dataset(root)))
+    rows = [f"{sample.id},{split.label_text(sample)},{sample.split},{sample.sha256}" for sample in split.samples]
+    (tmp_path / "split.csv").write_text("\n".join(["path,label,split,sha256", *rows]) + "\n")
+    assert read_split(tmp_path / "split.csv", check_images(index_dataset(root))) == split
+
+
+def test_an_earlier_split_is_kept_for_its_images_wherever_they_are_now_and_only_new_ones_are_drawn(tmp_path: Path) -> None:
+    before = split_dataset(dataset_of(tmp_path / "old", {"a": 30, "b": 30}), seed=9)
+    write_split(tmp_path / "split.csv", before)
+    (tmp_path / "old" / "a").rename(tmp_path / "old" / "moved")
+    (tmp_path / "old" / "moved").rename(tmp_path / "old" / "a")
+    for number in range(30, 60):
+        (tmp_path / "old" / "a" / f"new-{number}.png").write_bytes(encoded(f"new {number}"))
+    recorded = recorded_sides(tmp_path / "split.csv")
+    after = split_dataset(check_images(index_dataset(tmp_path / "old")), seed=1, recorded=recorded)
+    kept = {content: side for content, side in sides(after).items() if content in sides(before)}
+    assert kept == sides(before)
+    drawn = [sample.split for sample in after.samples if sample.sha256 not in sides(before)]
+    assert len(drawn) == 30
+    assert set(drawn) == {"train", "val", "test"}
+
+
+def test_an_earlier_split_beside_validation_images_of_ones_own_is_refused(tmp_path: Path) -> None:
+    training, validation = write_classes(tmp_path / "t", {"a": 3, "b": 3}), write_classes(tmp_path / "v", {"a": 1, "b": 1})
+    with pytest.raises(DataError, match=r"data\.split_file has nothing to say"):
+        split_dataset(check_images(index_dataset(training, validation)), recorded={"00": "train"})
+
+
+def test_what_was_trained_on_is_found_in_validation_images_of_ones_own(tmp_path: Path) -> None:
+    training, validation = write_classes(tmp_path / "t", {"a": 6, "b": 6}), write_classes(tmp_path / "v", {"a": 3, "b": 3})
+    shutil.copy(training / "a" / "0.png", validation / "a" / "copy.png")
+    dataset = split_dataset(check_images(index_dataset(training, validation)))
+    assert leaked(dataset) == {"val": frozenset({"../v/a/copy.png"})}
+    grouped = replace(
+        dataset, samples=tuple(replace(s, group="one") if s.id in ("a/1.png", "../v/b/0.png") else s for s in dataset.samples)
+    )
+    assert leaked(grouped) == {"val": frozenset({"../v/a/copy.png", "../v/b/0.png"})}
+
+
+def test_large_groups_that_spoil_the_shares_are_told(tmp_path: Path) -> None:
+    samples = [
+        replace(local_sample(tmp_path / f"{n}.png", n % 2, None, f"image {n}"), group=f"{n % 2}-{n // 50}") for n in range(100)
+    ]
+    dataset = Dataset("pictures", str(tmp_path), ("a", "b"), tuple(samples))
+    split = split_dataset(dataset, val_fraction=0.05, test_fraction=0.0)
+    assert any(told.startswith("val has 50% of the images") for told in split.warnings), split.warnings

@@ -9,6 +9,7 @@ from folders import encoded
 
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.reading import Columns, Reading
 from finetune.errors import DataError
 
 
@@ -84,49 +85,117 @@ def test_rows_without_a_split_are_divided_where_only_test_images_are_named(tmp_p
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        ("file_name,kind", "no column for the label; name one of them label (the columns are file_name, kind)"),
-        ("photo,label", "no column for the image file; name one of them file_name (the columns are photo, label)"),
-        ("file,image,label", "several columns may hold the image file: file, image; name one of them file_name"),
-        ("file,label,class", "several columns may hold the label: label, class; name one of them label"),
-        ("file,label,label", "several columns may hold the label: label, label"),
+        (
+            "file_name,kind,notes",
+            "no column for the label; name it with data.label_column (its columns are file_name, kind, notes)",
+        ),
+        ("file,label,class", "several columns may hold the label: label, class; name it with data.label_column"),
+        ("file,label,label", "the column 'label' is there more than once"),
     ],
 )
 def test_columns_that_are_missing_or_doubtful_are_asked_for(tmp_path: Path, header: str, says: str) -> None:
-    found = problems_of(write_table(tmp_path, f"{header}\nimages/0.png,a,a\n"))
-    assert any(message.startswith(says) for message in found.values()), found
+    rows = "".join(f"images/{number}.png,{label},{label}\n" for number, label in enumerate("abab"))
+    with pytest.raises(DataError) as caught:
+        index_dataset(write_table(tmp_path, f"{header}\n{rows}"))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["photo,label,n", "a,label,n", "n,label,image"])
+def test_where_names_do_not_tell_the_contents_do(tmp_path: Path, header: str) -> None:
+    rows = "".join(f"images/{number}.png,{label},{label}\n" for number, label in enumerate("abab"))
+    if header.endswith("image"):
+        rows = "".join(f"x,{label},images/{number}.png\n" for number, label in enumerate("abab"))
+    assert labels_of(index_dataset(write_table(tmp_path, f"{header}\n{rows}"))) == ["a", "b", "a", "b"]
+
+
+def test_columns_are_found_by_what_is_in_them_and_then_that_is_said(tmp_path: Path) -> None:
+    rows = "".join(f"{number},images/{number}.png,{label}\n" for number, label in enumerate("abab"))
+    with pytest.raises(DataError, match="no column for the label"):
+        index_dataset(write_table(tmp_path, f"number,picture_of,kind\n{rows}"))
+    table = write_table(
+        tmp_path,
+        "picture_of,kind\n" + rows.replace("0,im", "im", 1).replace("1,im", "im").replace("2,im", "im").replace("3,im", "im"),
+    )
+    dataset = index_dataset(table)
+    assert labels_of(dataset) == ["a", "b", "a", "b"]
+    assert f"{table}: the column 'picture_of' names images; data.file_column names another" in dataset.understood
+    assert f"{table}: the column 'kind' was taken for the label; data.label_column names another" in dataset.understood
+
+
+def test_columns_are_those_that_were_named(tmp_path: Path) -> None:
+    text = "file,label,image,class,part,who,share\n"
+    text += "".join(
+        f"x,1,images/{n}.png,{label},{part},{n % 3},{n / 2}\n"
+        for n, (label, part) in enumerate(zip("ababab", "111122", strict=True))
+    )
+    table = write_table(tmp_path, text)
+    columns = Columns(file="image", label="Class", split="part", group="who", weight="share")
+    dataset = index_dataset(table, reading=Reading(columns=columns, splits={"1": "train", "2": "val"}))
+    assert dataset.sizes() == {"train": 4, "val": 2}
+    assert [(sample.group, sample.weight) for sample in dataset.samples] == [(str(n % 3), n / 2) for n in range(6)]
+    with pytest.raises(DataError) as caught:
+        index_dataset(table, reading=Reading(columns=Columns(file="imag")))
+    assert "data.file_column 'imag' is no column of it. Did you mean 'image'?" in str(caught.value)
+
+
+def test_a_group_column_is_taken_and_one_that_may_be_is_said(tmp_path: Path) -> None:
+    text = rows_of("a,1", "b,1", "a,2", "b,2", header="file_name,label,group")
+    assert [sample.group for sample in index_dataset(write_table(tmp_path, text)).samples] == ["1", "1", "2", "2"]
+    told = index_dataset(write_table(tmp_path, text.replace("group", "patient_id"))).understood
+    assert any("data.group_column=patient_id keeps them on one side" in sentence for sentence in told)
+
+
+def test_splits_of_another_name_ask_and_are_told(tmp_path: Path) -> None:
+    text = rows_of("a,A", "b,A", "a,A", "b,A", "a,B", "b,B", header="file_name,label,split")
+    table = write_table(tmp_path, text)
+    assert "holds 'A', 'B', which are not train, val or test; say what they mean with data.splits" in str(problems_of(table))
+    assert index_dataset(table, reading=Reading(splits={"A": "train", "B": "test"})).sizes() == {"train": 4, "test": 2}
+    assert index_dataset(table, reading=Reading(splits={"A": "train", "B": "none"})).sizes() == {"train": 4}
+    subset = index_dataset(
+        write_table(tmp_path, text.replace("split", "subset").replace(",A", ",dev_set").replace(",B", ",training"))
+    )
+    assert subset.sizes() == {"train": 2, "val": 4}
+
+
+@pytest.mark.parametrize("weight", ["-1", "much", "", "inf", "nan"])
+def test_a_weight_that_is_none_is_refused(tmp_path: Path, weight: str) -> None:
+    table = write_table(tmp_path, rows_of("a,1", f"b,{weight}", "a,1", "b,1", header="file_name,label,w"))
+    with pytest.raises(DataError, match=r"weights must be numbers from 0 up: labels\.csv, row 3"):
+        index_dataset(table, reading=Reading(columns=Columns(label="label", weight="w")))
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     assert list(problems_of(write_table(tmp_path, "file_name,label\n")).values()) == ["has a header and no rows"]
-    assert "the columns are none" in " ".join(problems_of(write_table(tmp_path, "")).values())
+    with pytest.raises(DataError, match=r"labels\.csv: the table is empty"):
+        index_dataset(write_table(tmp_path, ""))
 
 
-def test_every_wrong_row_is_named_at_once(tmp_path: Path) -> None:
-    text = "\n".join(
-        [
-            "file_name,label,split",
-            "images/0.png,a,train",
-            "images/gone.png,a,train",
-            "images/1.png,,train",
-            ",b,train",
-            "images/2.png,b,holdout",
-            "images/3.png,b,train,more",
-            "images/0.png,b,train",
-            "images/0.png,a,test",
-            "images/4.png,b,train",
-            "images/5.png,a,train",
-            "images/1.png,b,train",
-        ]
-    )
-    assert problems_of(write_table(tmp_path, text)) == {
-        "row 3": f"{tmp_path}/images/gone.png: no such file; paths are relative to the table",
-        "row 4": "has no label",
-        "row 5": "has no file_name",
-        "row 6": "split 'holdout' is not one of train, val and test",
-        "row 7": "has more fields than the header; put quotes around a name with a separator in it",
-        "row 8": "images/0.png has the label 'b' here and 'a' in row 2",
-        "row 9": "images/0.png has the split 'test' here and 'train' in row 2",
+def test_what_rows_lack_is_counted_and_named(tmp_path: Path) -> None:
+    lacking = ["images/gone.png,a,train", "images/1.png,,train", ",b,train"]
+    whole = [f"images/{n}.png,{label},train" for n, label in enumerate("ababab")]
+    table = write_table(tmp_path, "\n".join(["file_name,label,split", *lacking, *whole]))
+    dataset = index_dataset(table)
+    assert dataset.sizes() == {"train": 6}
+    assert {bad.where: bad.reason for bad in dataset.bad} == {
+        "labels.csv, row 2: images/gone.png": "no such file",
+        "labels.csv, row 4": "names no image file",
     }
+    assert dataset.warnings == (f"{table}: 1 row without a label left out",)
+
+
+def test_rows_that_contradict_each_other_are_all_named(tmp_path: Path) -> None:
+    whole = [f"images/{n}.png,{label},train" for n, label in enumerate("abab")]
+    table = write_table(tmp_path, "\n".join(["file_name,label,split", *whole, "images/0.png,b,train", "images/0.png,a,test"]))
+    assert problems_of(table) == {
+        "labels.csv, row 6": "images/0.png has the label 'b' here and 'a' in row 2",
+        "labels.csv, row 7": "images/0.png has the split 'test' here and 'train' in row 2",
+    }
+
+
+def test_a_row_with_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path, rows_of("a", "b", "a, or b"))
+    with pytest.raises(DataError, match="row 4: has 3 cells, but the table has 2 columns; put quotes"):
+        index_dataset(table)
 
 
 def test_a_row_that_says_the_same_again_counts_once(tmp_path: Path) -> None:
@@ -137,16 +206,52 @@ def test_a_row_that_says_the_same_again_counts_once(tmp_path: Path) -> None:
 
 
 def test_labels_that_no_terminal_can_show_are_refused(tmp_path: Path) -> None:
-    table = write_table(tmp_path, rows_of("a", "b", "a", "b").encode() + b"images/4.png,caf\xe9\nimages/5.png,a\x07\n")
-    assert problems_of(table) == dict.fromkeys(
-        ("row 6", "row 7"), "a label with undecodable bytes or control characters; save the table as UTF-8"
-    )
+    table = write_table(tmp_path, rows_of("a", "b", "a\x07", "a\u202eb", "a\x07", "a\u202eb"))
+    with pytest.raises(DataError) as caught:
+        index_dataset(table)
+    told = str(caught.value)
+    assert "a class name that has control or direction characters: 'a\\x07'" in told
+    assert "a class name that has control or direction characters: 'a\\u202eb'" in told
+    assert not set(told) & set("\x07\u202e")
+
+
+def test_a_table_in_another_encoding_is_read_and_said(tmp_path: Path) -> None:
+    text = rows_of("thé", "café", "thé", "café")
+    for encoding in ("cp1252", "utf-16", "utf-8-sig"):
+        dataset = index_dataset(write_table(tmp_path, text.encode(encoding)))
+        assert dataset.classes == ("café", "thé")
+        assert any("no UTF-8 text; it was read as cp1252" in told for told in dataset.understood) == (encoding == "cp1252")
+
+
+def test_a_table_of_a_spreadsheet_may_be_separated_by_semicolons_and_may_have_no_header(tmp_path: Path) -> None:
+    text = rows_of("a", "b", "a", "b")
+    assert labels_of(index_dataset(write_table(tmp_path, text.replace(",", ";")))) == ["a", "b", "a", "b"]
+    dataset = index_dataset(write_table(tmp_path, text.partition("\n")[2]))
+    assert labels_of(dataset) == ["a", "b", "a", "b"]
+    assert any("has no line with the names of its columns" in told for told in dataset.understood)
+
+
+def test_files_are_found_where_paths_were_written_on_another_machine(tmp_path: Path) -> None:
+    rows = ["C:\\photos\\images\\0.png,a", "/home/ann/images/1.png,b", "2.png,a", "3,b"]
+    dataset = index_dataset(write_table(tmp_path, "image_id,label\n" + "\n".join(rows)))
+    assert [sample.id for sample in dataset.samples] == [f"images/{number}.png" for number in range(4)]
+    told = " ".join(dataset.understood)
+    assert "2 files found by name alone" in told or "1 file found by name alone" in told
+    assert "found by name without its ending" in told
+
+
+def test_a_name_that_several_files_have_is_not_guessed(tmp_path: Path) -> None:
+    table = write_table(tmp_path, rows_of("a", "b", "a", "b") + "far/away/0.png,a\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.png").write_bytes(encoded("x"))
+    dataset = index_dataset(table)
+    assert [bad.reason for bad in dataset.bad] == ["no such file"]
 
 
 def test_what_the_reader_of_tables_cannot_read_is_told_with_its_line(tmp_path: Path) -> None:
-    table = write_table(tmp_path, rows_of("a", "b") + f'images/2.png,"{"x" * 200_000}"\n')
-    (found,) = [message for message in problems_of(table).values() if "cannot be read as a table" in message]
-    assert "field larger than field limit" in found
+    table = write_table(tmp_path, rows_of("a", "b") + f'images/2.png,"{"x" * (1 << 25)}"\n')
+    with pytest.raises(DataError, match="row 4: cannot be read as a table: field larger than field limit"):
+        index_dataset(table)
 
 
 def test_a_table_of_nothing_but_test_images_is_not_trained_on(tmp_path: Path) -> None:

@@ -63,3 +63,4 @@ def test_a_dataset_is_called_after_its_folder_or_its_table(tmp_path: Path) -> No
     assert dataset_name(folder / "labels.train.csv") == "labels.train"
     assert dataset_name(tmp_path / "latest") == "photos.v2"
     assert dataset_name(tmp_path / "not there yet") == "not there yet"
+    assert dataset_name(tmp_path / "clothes" / "Train") == "clothes"

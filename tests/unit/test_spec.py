@@ -132,12 +132,6 @@ def test_the_documented_defaults_are_the_defaults():
     assert documented == parse_spec({"training_file": "photos"}).model_dump(mode="json")
 
 
-def test_what_is_not_built_yet_is_refused_and_not_ignored():
-    found = problems_of({"training_file": "x", "data": {"group_column": "patient"}})
-    assert set(found) == {"data.group_column"}
-    assert "do not keep groups of images together yet" in found["data.group_column"]
-
-
 @pytest.mark.parametrize(("folds", "allowed"), [(1, "greater than or equal to 2"), (51, "less than or equal to 50")])
 def test_folds_are_two_to_fifty(folds: int, allowed: str):
     assert problems_of({"training_file": "x", "data": {"folds": folds}}) == {"data.folds": f"must be {allowed}, given {folds}"}

@@ -45,7 +45,7 @@ def test_a_refit_takes_the_chosen_epochs_of_more_images(method: str, pictures: P
     assert (Outcome.read(chose).n_train, done.n_train, outcome.n_train) == (sizes["train"], pool, pool)
     assert Resolved.from_dict(read_json(refitted.resolved)).dataset.sizes == {"train": pool, "test": sizes["test"]}
     steps = [line["step"] for line in read_lines(refitted.metrics)]
-    assert max(steps) == chosen["n_epochs"] * (pool // 5)
+    assert max(steps) == chosen["n_epochs"] * -(-pool // 5)
 
 
 def test_val_speaks_before_the_refit_and_test_after_it(pictures: Path, home: Path) -> None:

@@ -1,20 +1,33 @@
-"""Sources of labelled images, one module for each kind. A new kind is a new module and a line in `SOURCES`. Torch-free."""
+"""Sources of labelled images, one module for each format. A new one is a new module and a line in `SOURCES`. Torch-free."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from finetune.data.sources.folder import FolderSource
-from finetune.data.sources.listing import Listing, Notes, Record, Source
+from finetune.data.places.tree import Place
+from finetune.data.reading import Reading
+from finetune.data.sources.class_folders import ClassFoldersSource
+from finetune.data.sources.coco import CocoSource
+from finetune.data.sources.imagenet_text import ImagenetTextSource
+from finetune.data.sources.label_studio import LabelStudioSource
+from finetune.data.sources.metadata import MetadataSource
+from finetune.data.sources.saved_dataset import SavedDatasetSource
+from finetune.data.sources.source import Listing, Record, Source
 from finetune.data.sources.table import TableSource
 
-SOURCES: tuple[Source, ...] = (TableSource(), FolderSource())
+SOURCES: tuple[Source, ...] = (
+    TableSource(),
+    SavedDatasetSource(),
+    CocoSource(),
+    LabelStudioSource(),
+    ImagenetTextSource(),
+    MetadataSource(),
+    ClassFoldersSource(),
+)
 """In the order in which they are asked; the last one takes what no other recognises, and says what is wrong with it."""
 
 
-def source_of(location: Path) -> Source:
-    """Return the first source that recognises `location`, else the last of all."""
-    return next((source for source in SOURCES if source.recognises(location)), SOURCES[-1])
+def source_of(place: Place, reading: Reading | None = None) -> Source:
+    """Return the first source that recognises a place, else the last of all."""
+    return next((source for source in SOURCES if source.recognises(place)), SOURCES[-1])
 
 
-__all__ = ["SOURCES", "Listing", "Notes", "Record", "Source", "source_of"]
+__all__ = ["SOURCES", "Listing", "Record", "Source", "source_of"]

@@ -11,11 +11,13 @@ import numpy as np
 
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
+from finetune.data.reading import reading_of
 from finetune.data.split import read_recorded_split
 from finetune.errors import InvalidInput, NotFound, Problem
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.compare import DEFAULT_MARGIN, ArmPredictions
 from finetune.evaluation.predictions import Predictions
+from finetune.naming import dataset_name
 from finetune.runs.outcome import Outcome
 from finetune.runs.watch import failures_recorded
 from finetune.spec import JobSpec, load_spec
@@ -67,7 +69,7 @@ def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Compar
         compared,
         identifier=folder.name,
         folder=folder.root,
-        dataset=Path(specs[0].training_file).name,
+        dataset=dataset_name(specs[0].training_file),
         split=SPLIT,
         margin=margin,
         left_out=left_out,
@@ -80,9 +82,10 @@ def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Compar
 
 def _samples(spec: JobSpec, table: Predictions) -> dict[str, Sample]:
     """Return the images that a run was judged on by their digests, as far as its data is still there."""
-    validation, test = (None if path is None else Path(path) for path in (spec.validation_file, spec.test_file))
     try:
-        dataset = index_dataset(Path(spec.training_file), validation, test, for_training=False)
+        dataset = index_dataset(
+            spec.training_file, spec.validation_file, spec.test_file, for_training=False, reading=reading_of(spec.data)
+        )
     except InvalidInput:
         return {}
     digest_of = dict(zip(table.ids, table.digests(), strict=True))

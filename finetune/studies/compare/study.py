@@ -224,7 +224,7 @@ def _command(spec: ComparisonSpec) -> str:
 
 def _folder_for(spec: ComparisonSpec, shared: Shared) -> RunDir:
     """Return the folder of an unfinished comparison of the same request, or a new one."""
-    name = model_name(spec.job.suffix, dataset_name(Path(spec.job.training_file)))
+    name = model_name(spec.job.suffix, dataset_name(spec.job.training_file))
     stem = f"{name}-comparison-{spec.digest()[:8]}"
     number = 1
     while (run := RunDir(shared.workspace.runs / (stem if number == 1 else f"{stem}-{number}"))).comparison.exists():

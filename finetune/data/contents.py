@@ -1,0 +1,167 @@
+"""A folder that holds what an archive held: each file under the sha256 of its bytes, its name only in a list.
+
+No name from an archive ever becomes a path, so none can lead anywhere, be too long, or differ from another only by case; files
+that are there twice are stored once; and their digests are known without reading them again. Torch-free.
+
+    members.jsonl   one line for each member: name (or raw, in hexadecimal, where its encoding is not told), sha256, bytes
+    objects/ab/…    the files, named by their sha256
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.data.archive import (
+    DEFAULT_LIMITS,
+    ArchiveError,
+    ArchiveLimits,
+    Kind,
+    kind_of_file,
+    reading_errors_named,
+    stream_members,
+)
+from finetune.errors import DataError, DiskFull
+
+MEMBERS, OBJECTS = "members.jsonl", "objects"
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What was written."""
+
+    kind: Kind
+    n_files: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One line of the list: a file, or a folder that the archive lists."""
+
+    name: bytes
+    is_utf8: bool
+    sha256: str  # empty for a folder
+    size_bytes: int = 0
+
+
+def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
+    """Write every regular file of the archive `source` into the folder `target`, which must not exist yet.
+
+    `target` appears only when all of it has been written.
+
+    Raises:
+        ArchiveError: not an archive that is read, a refused member (named), or a limit that was passed (named with its value).
+        DiskFull: no room for the contents.
+    """
+    with reading_errors_named(), _appearing(target) as writer:
+        for member, chunks in stream_members(source, limits):
+            if member.is_folder:
+                writer.folder(member.name, member.is_utf8)
+            else:
+                writer.file(member.name, member.is_utf8, chunks)
+        if writer.n_files == 0:
+            raise ArchiveError("the archive holds no files; put one folder of images for each class into it")
+    kind = kind_of_file(source)
+    assert kind is not None
+    return Unpacked(kind, writer.n_files, writer.size_bytes)
+
+
+def hold_file(source: Path, name: str, target: Path) -> int:
+    """Write a single file into the folder `target`, as the only member, under `name`; return its size."""
+    with _appearing(target) as writer, open(source, "rb") as stream:
+        writer.file(name.encode("utf-8", "surrogateescape"), True, iter(lambda: stream.read(1 << 20), b""))
+    return writer.size_bytes
+
+
+def is_contents(folder: Path) -> bool:
+    """Return whether a folder is one that `unpack_archive` wrote."""
+    return (folder / MEMBERS).is_file() and (folder / OBJECTS).is_dir()
+
+
+def read_members(folder: Path) -> list[Held]:
+    """Return the list of such a folder.
+
+    Raises:
+        DataError: the list is damaged.
+    """
+    held = []
+    with open(folder / MEMBERS, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                held.append(_held(json.loads(line)))
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{folder}: its list of members is damaged; upload the archive again") from None
+    return held
+
+
+def object_path(folder: Path, sha256: str) -> Path:
+    """Return where the file with this digest lies."""
+    return folder / OBJECTS / sha256[:2] / sha256
+
+
+def _held(line: dict[str, Any]) -> Held:
+    name = bytes.fromhex(line["raw"]) if "raw" in line else str(line["name"]).encode("utf-8", "surrogateescape")
+    sha256 = str(line.get("sha256", ""))
+    if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(sha256)
+    return Held(name, "raw" not in line, sha256, int(line.get("bytes", 0)))
+
+
+class _Writer:
+    def __init__(self, folder: Path, members: IO[str]) -> None:
+        self.root, self.members = folder, members
+        self.n_files = self.size_bytes = 0
+        (folder / OBJECTS).mkdir()
+
+    def folder(self, name: bytes, is_utf8: bool) -> None:
+        self._list(name, is_utf8, {})
+
+    def file(self, name: bytes, is_utf8: bool, chunks: Iterable[bytes]) -> None:
+        temporary = self.root / OBJECTS / ".arriving"
+        digest, n_bytes = hashlib.sha256(), 0
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as output:
+            for chunk in chunks:
+                digest.update(chunk)
+                n_bytes += len(chunk)
+                output.write(chunk)
+        place = object_path(self.root, digest.hexdigest())
+        place.parent.mkdir(exist_ok=True)
+        os.replace(temporary, place)
+        self.n_files += 1
+        self.size_bytes += n_bytes
+        self._list(name, is_utf8, {"sha256": digest.hexdigest(), "bytes": n_bytes})
+
+    def _list(self, name: bytes, is_utf8: bool, facts: dict[str, Any]) -> None:
+        told = {"name": name.decode()} if is_utf8 or name.isascii() else {"raw": name.hex()}
+        self.members.write(json.dumps({**told, **facts}, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[_Writer]:
+    """Yield a writer into a new folder beside `target` that becomes `target` at the end of the block; on an error it is gone."""
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    staging.mkdir(parents=True)
+    try:
+        with open(staging / MEMBERS, "w", encoding="utf-8") as members:
+            yield _Writer(staging, members)
+        (staging / OBJECTS / ".arriving").unlink(missing_ok=True)
+        os.rename(staging, target)
+    except UnicodeDecodeError:
+        raise ArchiveError("the archive is malformed (a name that is said to be UTF-8 is not); pack it again") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the disk is full; free some space and upload the archive again") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

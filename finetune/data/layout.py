@@ -1,0 +1,382 @@
+"""Class folders: which folder is the root, which are splits, which are classes. One step for every place of data.
+
+Zips of a folder, downloads with a folder in a folder, and splits called ``training_set`` mean the same thing, and what was
+understood is said. Where folder names look like splits and nothing is certain, that is a problem that asks: a split that is
+taken for a class trains on nonsense without a word.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from finetune.data.dataset import SPLITS, BadImage, Split
+from finetune.data.names import class_name, in_encoding, possible_readings, why_no_class_name
+from finetune.data.notes import Notes
+from finetune.data.places.tree import Folder, Node, Tree, shown_path
+from finetune.data.reading import Reading
+from finetune.data.splits_by_name import Meaning, split_meaning
+from finetune.messages import natural_list, plural, printable
+
+_UNLABELLED = "no_label"
+ByClass = dict[str, list[Node]]
+
+
+@dataclass
+class Layout:
+    """Image files by split and class; a class may have none. `root` is the folder that paths are counted from."""
+
+    root: Folder
+    splits: dict[Split | None, ByClass] = field(default_factory=dict)
+    places: dict[Split | None, str] = field(default_factory=dict)
+
+
+def understand(tree: Tree, reading: Reading, notes: Notes) -> Layout:
+    """Find splits and classes in a tree of folders."""
+    return _Reader(tree, reading, notes).read()
+
+
+def without_wrapping(folder: Folder, reading: Reading) -> Folder:
+    """Return the innermost of folders that hold nothing but one folder with all the images."""
+    while (inner := _only_folder(folder)) is not None:
+        meaning = split_meaning(inner.name, reading.splits)
+        if meaning is not None and meaning.certain:
+            break
+        folder = inner
+    return folder
+
+
+def _only_folder(folder: Folder) -> Folder | None:
+    """Return the folder around everything: the only one with images, and with folders of them, not images, in it."""
+    if any(node.is_image for node in folder.files):
+        return None
+    full = [inner for inner in folder.folders if inner.has_images()]
+    if len(full) != 1 or any(node.is_image for node in full[0].files):
+        return None
+    # Beside empty folders, which may be classes that somebody forgot to fill, it takes more to be sure.
+    is_sure = len(folder.folders) == 1 or sum(inner.has_images() for inner in full[0].folders) > 1
+    return full[0] if is_sure else None
+
+
+@dataclass
+class _Reader:
+    tree: Tree
+    reading: Reading
+    notes: Notes
+
+    def read(self) -> Layout:
+        whole = self.tree.root()
+        root = without_wrapping(whole, self.reading)
+        if root is not whole:
+            self.notes.say(f"the folder around everything, {printable(root.path)}/, was left out")
+        self._say_left_out(whole)
+        root = self._without_left_out(root)
+        layout = Layout(root)
+        found = self._splits_in(root)
+        if found is None:
+            return layout  # its problem is noted
+        if not found:
+            found = {None: [root]} if not (inside := self._splits_in_classes(root)) else {}
+            layout.splits.update(inside)
+            layout.places.update(dict.fromkeys(inside, self._shown(root)))
+        for split, folders in found.items():
+            merged: ByClass = defaultdict(list)
+            for folder in folders:
+                for name, nodes in self._classes_of(folder, within=split).items():
+                    merged[name] += nodes
+            layout.splits[split] = dict(merged)
+            layout.places[split] = self._shown(folders[0])
+        return layout
+
+    def _shown(self, folder: Folder) -> str:
+        return shown_path(self.tree, folder.path)
+
+    def _say_left_out(self, whole: Folder) -> None:
+        names = sorted(printable(path) for folder in whole.walk() for path in folder.left_out)
+        if names:
+            self.notes.say(f"left out, as systems and programs leave them behind: {natural_list(names, 8)}")
+
+    # ---------------------------------------------------------------------------------------------------------------- splits
+
+    def _splits_in(self, root: Folder) -> dict[Split | None, list[Folder]] | None:
+        """Return the folders of each split that lie in `root`; none where its folders are classes; None for a problem."""
+        meanings = {folder.name: split_meaning(folder.name, self.reading.splits) for folder in root.folders}
+        folders = root.folders
+        named = [folder for folder in folders if (meaning := meanings[folder.name]) and meaning.split]
+        others = [folder for folder in folders if folder not in named]
+        if not named:
+            return {}
+        deep = [folder for folder in named if self._class_names(folder)]
+        told = [folder for folder in named if self._is_told(folder)]
+        full_others = [folder for folder in others if folder.has_images()]
+        if not deep and not told:
+            return self._flat(root, named, full_others)
+        unsure = [folder for folder in named if not self._certain(meanings[folder.name])]
+        if unsure and not self._same_classes(deep):
+            self._ask(root, named, "their names look like splits, and what is in them does not settle it")
+            return None
+        if full_others and not any(self._meant(folder) == "train" for folder in deep):
+            if told:  # a test folder beside the classes, and somebody has said so
+                return {**self._by_split(root, named), None: [_with_only(root, others)]}
+            self._ask(root, named, f"beside {_slashed(full_others[:5])} they may be splits or classes")
+            return None
+        if unsure:
+            self.notes.say(f"{_slashed(named)} were taken for splits: their names say so, and the same class folders lie in them")
+        return self._checked(root, named, deep, others)
+
+    def _without_left_out(self, folder: Folder) -> Folder:
+        """Return a folder without those inside that a person, or a tool's convention, leaves out."""
+        kept = [inner for inner in folder.folders if not self._is_left_out(inner)]
+        return folder if len(kept) == len(folder.folders) else _with_only(folder, kept)
+
+    def _is_left_out(self, folder: Folder) -> bool:
+        meaning = split_meaning(folder.name, self.reading.splits)
+        if folder.name == _UNLABELLED and meaning is None:  # CVAT's name for images that nobody has labelled
+            self.notes.say(
+                f"{printable(folder.path)}/ was left out; --set 'data.splits={{{folder.name}: class}}' makes it a class"
+            )
+            return True
+        if meaning is None or meaning.meaning != "none":
+            return False
+        self.notes.say(f"{printable(folder.path)}/ was left out, as data.splits says")
+        return True
+
+    def _is_told(self, folder: Folder) -> bool:
+        return folder.name.casefold() in {name.casefold() for name in self.reading.splits}
+
+    def _certain(self, meaning: Meaning | None) -> bool:
+        return meaning is not None and meaning.certain
+
+    def _meant(self, folder: Folder) -> Split | None:
+        meaning = split_meaning(folder.name, self.reading.splits)
+        return None if meaning is None else meaning.split
+
+    def _flat(self, root: Folder, named: Sequence[Folder], others: Sequence[Folder]) -> dict[Split | None, list[Folder]] | None:
+        """Decide on folders that are named like splits and hold images directly, so that they may be classes."""
+        full = [folder for folder in named if folder.has_images()]
+        if not full:  # empty folders of that name
+            return {} if others else self._checked(root, named, [], others)
+        certain = {self._meant(folder) for folder in full if self._certain(split_meaning(folder.name, self.reading.splits))}
+        if others and len(certain) < 2:
+            return {}  # "train" beside "plane" and "car"
+        self._ask(root, full, "they hold images directly, and no class folders: are they classes?")
+        return None
+
+    def _ask(self, root: Folder, named: Sequence[Folder], why: str) -> None:
+        guesses = ", ".join(f"{printable(folder.name)}: {self._meant(folder)}" for folder in named)
+        self.notes.problem(
+            self._shown(root),
+            f"{_slashed(named)}: {why}. Say what they are with data.splits, for example "
+            f"--set 'data.splits={{{guesses}}}' (train, val, test, class, or none to leave a folder out)",
+        )
+
+    def _same_classes(self, folders: Sequence[Folder]) -> bool:
+        """Return whether folders that may be splits hold class folders of the same names, by and large."""
+        if len(folders) < 2 or len({self._meant(folder) for folder in folders}) < 2:
+            return False
+        names = [self._class_names(folder) for folder in folders]
+        fewest = min(len(one) for one in names)
+        return len(frozenset.intersection(*names)) * 2 >= fewest
+
+    def _class_names(self, folder: Folder) -> frozenset[str]:
+        inner = self._inside_split(folder)
+        return frozenset(class_name(one.name) for one in inner.folders if one.has_images())
+
+    def _inside_split(self, folder: Folder) -> Folder:
+        """Return where the class folders of a split begin: below folders around them, also of the split's own name."""
+        split = self._meant(folder)
+        while (inner := _only_folder(folder)) is not None and self._meant(inner) in (None, split):
+            folder = inner
+        return folder
+
+    def _by_split(self, root: Folder, named: Sequence[Folder]) -> dict[Split | None, list[Folder]]:
+        by_split: dict[Split | None, list[Folder]] = {}
+        for split in SPLITS:
+            if of_split := [folder for folder in named if self._meant(folder) == split]:
+                by_split[split] = of_split
+                if len(of_split) > 1 and not all(map(self._is_told, of_split)):
+                    self.notes.problem(
+                        self._shown(root),
+                        f"{_slashed(of_split)} both mean {split}; keep one of them, or say what each is with data.splits",
+                    )
+        return by_split
+
+    def _checked(
+        self, root: Folder, named: Sequence[Folder], deep: Sequence[Folder], others: Sequence[Folder]
+    ) -> dict[Split | None, list[Folder]]:
+        """Return split folders, with a note of everything beside them that is not in a split."""
+        unlabelled = [
+            folder for folder in named if folder not in deep and folder.has_images() and self._meant(folder) == "test" and deep
+        ]
+        for folder in unlabelled:
+            n_images = sum(node.is_image for node in folder.all_files())
+            self.notes.left_out.append(
+                f"{self._shown(folder)}: {plural(n_images, 'image')} without class folders, so without labels, left out"
+            )
+        self._note_loose(root)
+        for folder in others:
+            self._note_stray(folder)
+        by_split = self._by_split(root, [folder for folder in named if folder not in unlabelled])
+        shown = natural_list(f"{printable(folders[0].path)}/ is {split}" for split, folders in by_split.items())
+        if any(folders[0].name.casefold() != split for split, folders in by_split.items()):
+            self.notes.say(f"splits: {shown}")
+        return by_split
+
+    def _splits_in_classes(self, root: Folder) -> dict[Split | None, ByClass]:
+        """Read class folders that each hold splits (cat/train, cat/val, dog/train …); nothing where they do not."""
+        full = [folder for folder in root.folders if folder.has_images()]
+        found: dict[Split | None, ByClass] = {}
+        if len(full) < 2 or any(node.is_image for folder in full for node in folder.files):
+            return {}
+        for folder in full:
+            for inner in folder.folders:
+                meaning = split_meaning(inner.name, self.reading.splits)
+                if meaning is None or meaning.split is None or not meaning.certain:
+                    if inner.has_images():
+                        return {}
+                    continue
+                name = self._checked_name(folder)
+                if name is not None:
+                    found.setdefault(meaning.split, {}).setdefault(name, []).extend(self._images(inner))
+        if found:
+            self.notes.say(f"each class folder holds splits ({natural_list(str(split) for split in found)})")
+        return found
+
+    # --------------------------------------------------------------------------------------------------------------- classes
+
+    def _classes_of(self, folder: Folder, within: Split | None) -> ByClass:
+        """Return the images of each class in one folder of class folders."""
+        root = self._without_left_out(self._inside_split(folder)) if within is not None else folder
+        if root.path != folder.path:
+            self.notes.say(f"the folder around the classes of {within}, {printable(root.path)}/, was left out")
+        self._note_loose(root)
+        for path, why in root.unusual:
+            note = self.notes.problem if "leads out" in why or "listed" in why else self._note_left_out
+            note(shown_path(self.tree, path), why)
+        full = [inner for inner in root.folders if inner.has_images()]
+        which = self.reading.class_folder
+        if which == "auto":
+            if (repeated := _repeated_inside(full)) is not None:
+                self._ask_for_level(root, full, repeated)
+                return {}
+            self._say_nested(full)
+        return self._innermost(root) if which == "last" else self._outermost(root)
+
+    def _outermost(self, root: Folder) -> ByClass:
+        found: ByClass = {}
+        spelled: dict[str, list[str]] = defaultdict(list)
+        for folder in root.folders:
+            name = self._checked_name(folder)
+            if name is not None:
+                spelled[name].append(folder.name)
+                found[name] = found.get(name, []) + self._images(folder)
+        for names in spelled.values():
+            if len(names) > 1:
+                same = " and ".join(map(repr, names))
+                self.notes.problem(
+                    self._shown(root),
+                    f"class folders {same} differ only in case, spaces or accent encoding; merge or rename them",
+                )
+        return found
+
+    def _innermost(self, root: Folder) -> ByClass:
+        found: ByClass = {}
+        for folder in (inner for top in root.folders for inner in top.walk()):
+            images = self._images_directly_in(folder)
+            name = self._checked_name(folder) if images else None
+            if name is not None:
+                found[name] = found.get(name, []) + images
+        return found
+
+    def _checked_name(self, folder: Folder) -> str | None:
+        """Return what the class of a folder is called; note a problem where the name cannot be one's."""
+        name = class_name(in_encoding(folder.name, self.reading.name_encoding))
+        why = why_no_class_name(name)
+        if why is None:
+            return name
+        self.notes.problem(self._shown(folder), f"a class name that {why}; rename the folder{_hint_for_bytes(folder.name)}")
+        return None
+
+    def _ask_for_level(self, root: Folder, full: Sequence[Folder], repeated: Sequence[str]) -> None:
+        tops = [printable(folder.name) for folder in full]
+        self.notes.problem(
+            self._shown(root),
+            f"the same folders ({natural_list(map(printable, repeated))}) lie in each of {natural_list(tops)}, so either may be "
+            f"the classes. --set data.class_folder=last takes {natural_list(map(printable, repeated))}; "
+            f"--set data.class_folder=first takes {natural_list(tops)}; if they are splits, say so with data.splits",
+        )
+
+    def _say_nested(self, full: Iterable[Folder]) -> None:
+        nested = [inner for folder in full for inner in folder.folders if inner.has_images()]
+        if nested:
+            examples = natural_list((printable(one.path) for one in nested), 3)
+            self.notes.say(
+                f"folders inside class folders belong to their class ({examples}); "
+                "--set data.class_folder=last makes the innermost folder the class"
+            )
+
+    def _images(self, folder: Folder) -> list[Node]:
+        return [node for inner in folder.walk() for node in self._images_directly_in(inner)]
+
+    def _images_directly_in(self, folder: Folder) -> list[Node]:
+        images = []
+        for path, why in folder.unusual:
+            self.notes.bad.append(BadImage(shown_path(self.tree, path), why))
+        for node in folder.files:
+            if not node.is_image:
+                self.notes.not_images.append(shown_path(self.tree, node.path))
+            elif node.is_foreign:
+                reason = f"{node.suffix[1:].upper()} files are not read; convert it to JPEG or PNG"
+                self.notes.bad.append(BadImage(shown_path(self.tree, node.path), reason))
+            else:
+                images.append(node)
+        return images
+
+    def _note_left_out(self, where: str, why: str) -> None:
+        self.notes.left_out.append(f"{where}: {why}, left out")
+
+    def _note_loose(self, folder: Folder) -> None:
+        loose = [printable(node.name) for node in folder.files if node.is_image]
+        if loose:
+            self.notes.problem(
+                self._shown(folder),
+                f"{plural(len(loose), 'image')} in no class folder, so without a label: {natural_list(loose)}",
+            )
+
+    def _note_stray(self, folder: Folder) -> None:
+        n_images = sum(node.is_image for node in folder.all_files())
+        if n_images:
+            self.notes.problem(
+                self._shown(folder),
+                f"{plural(n_images, 'image')} in a folder beside train/ that is not named train, val or test; "
+                f"--set 'data.splits={{{printable(folder.name)}: none}}' leaves it out",
+            )
+        else:
+            self.notes.left_out.append(f"{self._shown(folder)}: a folder without images beside train/, left out")
+
+
+def _repeated_inside(full: Sequence[Folder]) -> list[str] | None:
+    """Return the names of folders that lie in every one of several would-be class folders, which hold no images themselves."""
+    if len(full) < 2 or any(node.is_image for folder in full for node in folder.files):
+        return None
+    inside = [{inner.name for inner in folder.folders if inner.has_images()} for folder in full]
+    shared = set.intersection(*inside)
+    if len(shared) < 2 or 2 * len(shared) < max(len(names) for names in inside):
+        return None
+    return sorted(shared)
+
+
+def _with_only(root: Folder, folders: Sequence[Folder]) -> Folder:
+    return Folder(root.name, root.path, root.files, list(folders), root.unusual)
+
+
+def _slashed(folders: Iterable[Folder]) -> str:
+    return " and ".join(f"{printable(folder.name)}/" for folder in folders)
+
+
+def _hint_for_bytes(name: str) -> str:
+    if not any("\ud800" <= letter <= "\udfff" for letter in name):
+        return ""
+    readings = possible_readings(name.encode("utf-8", "surrogateescape"))
+    return f", or set data.name_encoding: it reads {readings}" if readings else ""

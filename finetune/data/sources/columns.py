@@ -1,0 +1,163 @@
+"""Which column of a table holds what: as named, else by its name and contents, and then it is said."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from finetune.data.notes import Notes
+from finetune.data.reading import Columns, Reading
+from finetune.data.splits_by_name import split_meaning
+from finetune.data.tables import Cell, Table
+from finetune.errors import did_you_mean
+from finetune.messages import natural_list
+
+_FILE = (
+    *("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "imagepath", "img", "img_path"),
+    *("image_file", "image_name", "imagename", "image_id", "photo", "picture", "url", "uri"),
+)
+_LABEL = ("label", "labels", "class", "classes", "class_name", "classname", "category", "target", "tag", "tags", "choice")
+_SPLIT = ("split", "subset", "partition", "set", "usage", "phase")
+_GROUP = ("group", "group_id", "groups")
+_PERHAPS_GROUPS = (
+    "patient",
+    "patient_id",
+    "subject",
+    "subject_id",
+    "session",
+    "session_id",
+    "video",
+    "video_id",
+    "case_id",
+    "site",
+)
+_SAMPLE_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Found:
+    """The columns of one table. `label` is None where the table has none and may do without."""
+
+    file: str
+    label: str | None
+    split: str | None
+    group: str | None
+    weight: str | None
+
+
+def find_columns(
+    table: Table, shown: str, reading: Reading, notes: Notes, is_file: Callable[[Cell], bool], *, label_needed: bool = True
+) -> Found | None:
+    """Find the columns; None, and a problem noted, where the file or the label is in none, or perhaps in several.
+
+    Args:
+        shown: what messages call the table.
+        is_file: whether a cell holds an image, or names one that is there.
+    """
+    chooser = _Chooser(table, shown, reading.columns, notes)
+    sample = [row.cells for row in itertools.islice(table.rows(), _SAMPLE_ROWS)]
+    file = chooser.named("file") or chooser.file(sample, is_file)
+    split = chooser.named("split") or chooser.split(reading, file)
+    group = chooser.named("group") or chooser.alias(_GROUP, "group", said=True)
+    weight = chooser.named("weight")
+    label = chooser.named("label") or chooser.label({file, split, group, weight}, needed=label_needed)
+    if chooser.failed or file is None or (label is None and label_needed):
+        return None
+    chooser.say(file, label, split, group, weight)
+    return Found(file, label, split, group, weight)
+
+
+class _Chooser:
+    def __init__(self, table: Table, shown: str, asked: Columns, notes: Notes) -> None:
+        self.table, self.shown, self.asked, self.notes = table, shown, asked, notes
+        self.failed = False
+
+    def named(self, what: str) -> str | None:
+        """Return the column that a person named for `what`."""
+        name: str | None = getattr(self.asked, what)
+        if name is None or name in self.table.columns:
+            return name
+        same = [column for column in self.table.columns if column.casefold() == name.casefold()]
+        if len(same) == 1:
+            return same[0]
+        self.problem(f"data.{what}_column {name!r} is no column of it.{did_you_mean(name, self.table.columns)}")
+        return None
+
+    def problem(self, message: str) -> None:
+        """Note what is wrong, with the columns that are there."""
+        self.failed = True
+        self.notes.problem(self.shown, f"{message} (its columns are {natural_list(self.table.columns, 20)})")
+
+    def aliases(self, names: Sequence[str]) -> list[str]:
+        """Return the columns that have one of these names, in any case of letters."""
+        return [column for column in self.table.columns if column.strip().casefold().replace(" ", "_") in names]
+
+    def alias(self, names: Sequence[str], what: str, *, said: bool) -> str | None:
+        """Return the column of one of these names, where there is exactly one."""
+        found = self.aliases(names)
+        if len(found) == 1 and said and found[0] != what:
+            self.notes.say(f"{self.shown}: the column {found[0]!r} was taken for the {what}; data.{what}_column names another")
+        return found[0] if len(found) == 1 else None
+
+    def file(self, sample: Sequence[object], is_file: Callable[[Cell], bool]) -> str | None:
+        """Return the column of images."""
+        if self.failed:
+            return None
+        by_name = self.aliases(_FILE)
+        if len(by_name) == 1:
+            return by_name[0]
+        candidates = by_name or list(self.table.columns)
+        holding = [column for column in candidates if _mostly(sample, column, is_file)]
+        if len(holding) == 1:
+            if not by_name:
+                self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; data.file_column names another")
+            return holding[0]
+        which = f"several columns may hold the image file: {natural_list(holding or by_name)}" if holding or by_name else None
+        self.problem(f"{which or 'no column for the image file'}; name it with data.file_column")
+        return None
+
+    def label(self, taken: set[str | None], *, needed: bool) -> str | None:
+        """Return the column of labels."""
+        by_name = [column for column in self.aliases(_LABEL) if column not in taken]
+        if len(by_name) == 1:
+            return by_name[0]
+        left = [column for column in self.table.columns if column not in taken and column]
+        if not by_name and len(left) == 1:
+            self.notes.say(f"{self.shown}: the column {left[0]!r} was taken for the label; data.label_column names another")
+            return left[0]
+        if self.failed or not (needed or by_name):
+            return None
+        which = f"several columns may hold the label: {natural_list(by_name)}" if by_name else "no column for the label"
+        self.problem(f"{which}; name it with data.label_column")
+        return None
+
+    def split(self, reading: Reading, file: str | None) -> str | None:
+        """Return the column of splits: one that is called so, or whose values are all names of splits."""
+        for column in self.aliases(_SPLIT):
+            if column == file:
+                continue
+            values = {cell for row in self.table.rows() if isinstance(cell := row.cells.get(column), str)}
+            if column.strip().casefold() == "split":
+                return column
+            meanings = [split_meaning(value, reading.splits) for value in values]
+            if values and all(meaning is not None and meaning.certain for meaning in meanings):
+                self.notes.say(f"{self.shown}: the column {column!r} was taken for the split; data.split_column names another")
+                return column
+        return None
+
+    def say(self, file: str, label: str | None, split: str | None, group: str | None, weight: str | None) -> None:
+        """Say which columns are used, and which could be."""
+        used = {"images": file, "labels": label, "splits": split, "groups": group, "weights": weight}
+        told = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
+        self.notes.say(f"{self.shown}: {told}")
+        if group is None and (perhaps := self.aliases(_PERHAPS_GROUPS)):
+            self.notes.say(
+                f"{self.shown}: if {perhaps[0]!r} says which images belong together, data.group_column={perhaps[0]} keeps them "
+                "on one side of the split"
+            )
+
+
+def _mostly(sample: Sequence[object], column: str, is_file: Callable[[Cell], bool]) -> bool:
+    cells = [row[column] for row in sample if isinstance(row, dict) and row.get(column) is not None]
+    return bool(cells) and sum(map(is_file, cells)) * 5 >= len(cells) * 4

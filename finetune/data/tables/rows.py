@@ -1,0 +1,97 @@
+"""What a table is, whatever it is written in: named columns, and rows of cells that are still what the file says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from finetune.bundle.image import ImageLimits
+from finetune.data.files import LocalFile, SourceFile, StoredFile
+from finetune.data.places.remote import RemoteFile
+from finetune.data.places.tree import Node
+from finetune.data.reading import Reading
+from finetune.errors import DataError
+from finetune.messages import printable
+from finetune.storage.files import write_atomic
+
+WHOLE_FILE = ImageLimits(max_bytes=1 << 40)
+MISSING = None
+
+
+class Embedded(Protocol):
+    """An image whose bytes are in the table itself."""
+
+    @property
+    def file(self) -> SourceFile: ...
+
+    @property
+    def name(self) -> str | None:
+        """What the table calls it, if it does."""
+        ...
+
+
+Cell = str | Sequence[str] | Embedded | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `place` says where it is, for messages."""
+
+    place: str
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that has been opened.
+
+    Args:
+        rows: starts over at each call.
+        class_names: of label columns that hold numbers and say what they mean.
+        said: what had to be understood to read it.
+    """
+
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]
+    said: tuple[str, ...] = ()
+
+
+class TableDamaged(DataError):
+    code = "invalid_data"
+
+
+def open_table(node: Node, reading: Reading) -> Table:
+    """Open a table by its ending.
+
+    Raises:
+        DataError: it cannot be read as what its ending says.
+    """
+    from finetune.data.tables import columnar, text
+
+    openers: Mapping[str, Callable[[Node, Reading], Table]] = {
+        ".csv": text.open_separated,
+        ".tsv": text.open_separated,
+        ".jsonl": text.open_json_lines,
+        ".ndjson": text.open_json_lines,
+        ".parquet": columnar.open_parquet,
+    }
+    return openers[node.suffix](node, reading)
+
+
+SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
+
+
+def local_path(node: Node, reading: Reading) -> Path:
+    """Return a file on disk with a node's contents, for readers that need to jump in it; a copy where it has none of its own."""
+    if isinstance(node.file, LocalFile | StoredFile):
+        return node.file.path
+    if isinstance(node.file, RemoteFile):
+        return node.file.fetch()
+    copy = reading.scratch(f"copy {node.file} {node.file.state()}") / f"table{node.suffix}"
+    if not copy.exists() or node.file.state() is None:
+        data = node.file.read(WHOLE_FILE)
+        reading.make_room(len(data), printable(node.path))
+        write_atomic(copy, lambda stream: stream.write(data))
+    return copy
