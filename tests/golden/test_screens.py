@@ -175,10 +175,11 @@ def test_a_run_that_is_stopped_says_where_and_goes_on_there(
 
 
 def stop_after_three_steps() -> Callable[[StopRequest], None]:
-    asked = iter(range(1, 5))
+    """Return a check that stops a run after three batches of the training sample, and three steps."""
+    asked = iter(range(1, 8))
 
     def check(request: StopRequest) -> None:
-        if next(asked) == 4:
+        if next(asked) == 7:
             raise Interrupted("stopped by SIGINT")
 
     return check
