@@ -21,7 +21,7 @@ def show_depth(found: DepthStudy) -> None:
             one.network.name,
             f"{one.train_error:.1%}",
             f"{one.val_error:.1%}",
-            "zero" if one.decades is None else f"10^{one.decades:+.1f}",
+            f"10^{one.decades:+.1f}" if one.decades is not None else "zero" if one.gradients else "–",
             one.findings[0].replace("_", " ") if one.findings else "–",
         ]
         for one in found.networks

@@ -38,13 +38,14 @@ def render_depth(document: Mapping[str, Any], command: str) -> str:
 
 
 def _row(one: Mapping[str, Any]) -> list[str]:
-    decades = one["gradient_decades"]
+    gain = one["gradient_decades"]
+    gradient = f"10^{gain:+.1f}" if gain is not None else "zero" if one["gradients"] else "–"
     return [
         one["name"],
         f"{one['parameters']:,}",
         f"{one['train_error']:.1%} ± {100 * one['train_error_se']:.1f}",
         f"{one['val_error']:.1%}",
-        "zero" if decades is None else f"10^{decades:+.1f}",
+        gradient,
         f"{one['seconds']:.0f} s",
         ", ".join(code.replace("_", " ") for code in one["findings"]) or "nothing wrong",
     ]

@@ -45,6 +45,8 @@ class NetworkResult:
     @property
     def decades(self) -> float | None:
         """How many powers of ten the gradient gains from the upper third of the blocks to the lower third."""
+        if not self.gradients:
+            return None
         third = max(len(self.gradients) // 3, 1)
         low, high = np.median(self.gradients[:third]), np.median(self.gradients[-third:])
         return float(np.log10(low / high)) if low > 0 and high > 0 else None

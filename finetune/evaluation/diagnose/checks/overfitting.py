@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from finetune.evaluation.diagnose.checks.degradation import Degradation
 from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of
@@ -39,6 +40,8 @@ class Overfitting:
         error = math.hypot(here.error, there.error)
         figure = f"{records.headline.label} {records.headline.text(here.value)} on training images, "
         figure += f"{records.headline.text(there.value)} on {split}"
+        if isinstance(Degradation().look(records), Finding):
+            return Clear(self.code, self.title, "the training error rose, which overfitting never does")
         if here.value < FITTED or gap < GAP or gap < CLEARLY * error:
             return Clear(self.code, self.title, figure)
         rise = _rise_of_val_loss(records)
