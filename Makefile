@@ -10,7 +10,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-browser test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -40,6 +40,9 @@ test: $(READY)  ## The default tests, under five minutes on two cores
 
 test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, against real ones; a skip is a failure
 	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services
+
+test-browser: $(READY)  ## The page in a real Chromium (Debian: apt-get install chromium)
+	$(TEST_ENV) FINETUNE_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser tests/browser
 
 test-all: $(READY)  ## The default tests and the slow ones
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m ''

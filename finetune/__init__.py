@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.api import Model, Run, check, compare, load, train
+    from finetune.bundle.calibration import Asked
     from finetune.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Model", "Run", "__version__", "check", "compare", "load", "train"]
+__all__ = ["Asked", "Client", "Model", "Run", "__version__", "check", "compare", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

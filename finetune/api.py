@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Certainty
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Registry
 from finetune.data.dataset import LocalFile, Sample
@@ -58,6 +59,7 @@ class Answered:
     embedding: NDArray[np.float32]  # (D,)
     cam: NDArray[np.float32] | None  # (h', w') evidence for the first label, where the model has a map
     image: NDArray[np.uint8]  # (h, w, 3) what the model saw
+    certainty: Certainty = NOTHING_SAID  # as far as it was asked for: `labels` is the set, then abstained, reason, novelty
 
     @property
     def label(self) -> str:
@@ -114,37 +116,45 @@ class Model:
         """What the model was measured to be when it was made, under ``split/name`` keys."""
         return self._predictor.manifest.metrics
 
-    def predict(self, image: ImageLike) -> Answered:
+    def predict(self, image: ImageLike, asked: Asked = NOTHING) -> Answered:
         """Classify one image: a path, the bytes of an image file, or (H, W, 3) uint8 RGB pixels.
+
+        Args:
+            asked: how far to rely on the answer: ``finetune.Asked(coverage=0.9, abstain=True)``.
 
         Raises:
             ImageError: it cannot be read.
+            InvalidInput: the model's held-out images cannot show what is asked.
         """
+        asked = self._predictor.judge.resolved(asked)
         if isinstance(image, np.ndarray):
             pixels = self._predictor.manifest.preprocess(image)
             outputs = self._predictor.run(pixels[None])
             cam = None if outputs.cam is None else outputs.cam[0]
-            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels)
+            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels, asked)
         sample = Sample("image", _Bytes(image) if isinstance(image, bytes) else LocalFile(Path(image)), ())
         (answer,) = ask(self._predictor, [sample])
         if isinstance(answer, Unreadable):
             raise answer.error
-        return self._of(answer)
+        return self._of(answer, asked)
 
-    def predict_many(self, images: Sequence[str | Path], *, progress: bool = True) -> list[Answered | Unreadable]:
+    def predict_many(
+        self, images: Sequence[str | Path], asked: Asked = NOTHING, *, progress: bool = True
+    ) -> list[Answered | Unreadable]:
         """Classify many image files; what cannot be read comes back as `Unreadable`, in its place."""
+        asked = self._predictor.judge.resolved(asked)
         samples = [Sample(str(path), LocalFile(Path(path)), ()) for path in images]
         with progress_bars(shown=progress) as update:
             answers = list(ask(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
-        return [answer if isinstance(answer, Unreadable) else self._of(answer) for answer in answers]
+        return [answer if isinstance(answer, Unreadable) else self._of(answer, asked) for answer in answers]
 
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
         """Measure the model on labelled images; says how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
             return evaluate_bundle(self.folder, data, split, update)
 
-    def _of(self, answer: Answer) -> Answered:
-        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image)
+    def _of(self, answer: Answer, asked: Asked) -> Answered:
+        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image, asked)
 
     def _answered(
         self,
@@ -152,10 +162,11 @@ class Model:
         embedding: NDArray[np.float32],
         cam: NDArray[np.float32] | None,
         image: NDArray[np.uint8],
+        asked: Asked,
     ) -> Answered:
         order = task_named(self._predictor.manifest.task).ranking(probs)
         labels = tuple((self.classes[index], float(probs[index])) for index in order)
-        return Answered(labels, embedding, cam, image)
+        return Answered(labels, embedding, cam, image, self._predictor.judge.certainty(probs, embedding, asked))
 
     def __repr__(self) -> str:
         version = "" if self.version is None else f"@{self.version}"
@@ -240,9 +251,9 @@ class Run:
             raise InvalidInput(f"{self.folder} was not judged on {split!r}; it has {found}")
         return tables.read(path)
 
-    def predict(self, image: ImageLike) -> Answered:
+    def predict(self, image: ImageLike, asked: Asked = NOTHING) -> Answered:
         """Classify one image with the trained model; see `Model.predict`."""
-        return self.model.predict(image)
+        return self.model.predict(image, asked)
 
     def __repr__(self) -> str:
         split, evaluation = self._honest()

@@ -75,15 +75,27 @@ class Client:
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
     def predict(
-        self, image: Image, *, model: str | None = None, top_k: int | None = None, explain: bool = False, embedding: bool = False
+        self,
+        image: Image,
+        *,
+        model: str | None = None,
+        top_k: int | None = None,
+        explain: bool = False,
+        embedding: bool = False,
+        coverage: float | None = None,
+        per_class: bool = False,
+        abstain: bool | None = None,
+        precision: float | None = None,
     ) -> Document:
         """Classify one image: a path, its bytes, or an open file.
 
         Args:
             model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
+            coverage: also answer a set of labels that holds the right one with this probability; per_class: for each class.
+            abstain, precision: also answer whether to rely on the answer, so that this share of those given is right.
         """
         named = _named(image)
-        options = _options(top_k, explain, embedding)
+        options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
         return self._json("POST", _predict_path(model), files={"image": named}, params=options)
 
     def predict_many(
@@ -94,10 +106,15 @@ class Client:
         top_k: int | None = None,
         explain: bool = False,
         embedding: bool = False,
+        coverage: float | None = None,
+        per_class: bool = False,
+        abstain: bool | None = None,
+        precision: float | None = None,
     ) -> Document:
         """Classify up to 64 images in one request; one that cannot be read has an ``error`` where others have a ``result``."""
         files = [("images", _named(image)) for image in images]
-        return self._json("POST", _predict_path(model), files=files, params=_options(top_k, explain, embedding))
+        options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
+        return self._json("POST", _predict_path(model), files=files, params=options)
 
     # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────
 
@@ -276,10 +293,25 @@ def _named(image: Image) -> tuple[str, bytes]:
     return Path(str(getattr(image, "name", "image"))).name, image.read()
 
 
-def _options(top_k: int | None, explain: bool, embedding: bool) -> dict[str, str]:
-    options = {"top_k": None if top_k is None else str(top_k), "explain": "true" if explain else None}
-    options["embedding"] = "true" if embedding else None
-    return {name: value for name, value in options.items() if value is not None}
+def _options(
+    top_k: int | None,
+    explain: bool,
+    embedding: bool,
+    coverage: float | None,
+    per_class: bool,
+    abstain: bool | None,
+    precision: float | None,
+) -> dict[str, str]:
+    given = {
+        "top_k": top_k,
+        "explain": explain or None,
+        "embedding": embedding or None,
+        "coverage": coverage,
+        "per_class": per_class or None,
+        "abstain": abstain,
+        "precision": precision,
+    }
+    return {name: str(value).lower() for name, value in given.items() if value is not None}
 
 
 def _predict_path(model: str | None) -> str:

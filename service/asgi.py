@@ -18,7 +18,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from finetune import __version__
@@ -37,6 +36,7 @@ from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
+from service.pictures import PictureIndex
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.routes.comparisons import comparisons_router
 from service.routes.deployment import deployment_router
@@ -44,6 +44,7 @@ from service.routes.files import files_router
 from service.routes.inference_v2 import inference_v2_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
+from service.routes.pictures import pictures_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.schemas.job_create import JOB_SCHEMAS
@@ -53,7 +54,7 @@ from service.shadows import Shadows
 from service.spec_check import SpecChecker
 from service.state import Database, ModelAccess, ServerState
 from service.uploads import Uploads
-from service.web import STATIC
+from service.web import PageFiles
 from service.worker import WorkerProcess
 
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
@@ -129,6 +130,7 @@ def create_api(settings: Settings) -> FastAPI:
         uploads=Uploads(settings.files_folder),
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
+        pictures=PictureIndex(settings.image_limits),
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
@@ -175,8 +177,9 @@ def create_api(settings: Settings) -> FastAPI:
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
+    api.include_router(pictures_router)
     api.include_router(server_router)
-    api.mount("/static", StaticFiles(directory=STATIC), name="static")
+    api.mount("/static", PageFiles(), name="static")
     return api
 
 

@@ -68,7 +68,7 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
             state: ServerState = api.state.server
             upload = Upload(
                 ((image.name, image.read_bytes()),),
-                PredictOptions(top_k=top_k, explain=explain, embedding=False),
+                PredictOptions.model_validate({"top_k": top_k, "explain": explain}),
                 time.perf_counter(),
             )
             answer = predict(state.models.default(), upload, state.image_limits)

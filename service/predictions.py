@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from finetune.bundle.calibration import Certainty
 from finetune.bundle.image import ImageLimits
-from finetune.bundle.overlay import overlay_png
+from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
 from service.forms import Part, read_form
@@ -31,6 +32,7 @@ from service.schemas.predictions import (
     ImageResult,
     LabelProbability,
     PredictionAnswer,
+    PredictionSet,
     PredictOptions,
     Timings,
 )
@@ -139,6 +141,10 @@ def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> Predicti
         predictions=found.predictions,
         explanation=found.explanation,
         embedding=found.embedding,
+        prediction_set=found.prediction_set,
+        abstained=found.abstained,
+        reason=found.reason,
+        novelty=found.novelty,
         timings=Timings(
             predict_ms=_ms(done - started - explain_seconds),
             explain_ms=_ms(explain_seconds),
@@ -174,7 +180,7 @@ def predict_image(
     """
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
-    prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits)
+    prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
     predicted = time.perf_counter()
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
@@ -184,18 +190,47 @@ def predict_image(
         ],
         explanation=explanation,
         embedding=prediction.embedding.tolist() if options.embedding else None,
+        prediction_set=_prediction_set(prediction.certainty),
+        abstained=prediction.certainty.abstained,
+        reason=prediction.certainty.reason,
+        novelty=prediction.certainty.novelty,
     )
     return found, seconds, (prediction.load_seconds, prediction.run_seconds)
+
+
+def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:
+    """Return the parts of an answer that are left out because nobody asked for them.
+
+    Raises:
+        InvalidInput: the model's held-out images cannot show what is asked.
+    """
+    asked = model.predictor.judge.resolved(options.asked)
+    parts = {
+        "embedding": options.embedding,
+        "prediction_set": asked.coverage is not None,
+        **dict.fromkeys(("abstained", "reason", "novelty"), asked.abstain),
+    }
+    return {part for part, wanted in parts.items() if not wanted}
+
+
+def _prediction_set(certainty: Certainty) -> PredictionSet | None:
+    if certainty.labels is None or certainty.coverage is None:
+        return None
+    return PredictionSet(coverage=certainty.coverage, labels=list(certainty.labels))
 
 
 def _explanation(model: LoadedModel, prediction: Prediction) -> Explanation:
     label = prediction.labels[0][0]
     if prediction.cam is None:
         reason = model.predictor.manifest.cam.get("reason") or "this bundle has no class activation map"
-        return Explanation(label=label, cam=None, overlay_png_base64=None, reason=reason)
+        return Explanation(label=label, cam=None, overlay_png_base64=None, image_jpeg_base64=None, reason=reason)
     png = overlay_png(prediction.image, prediction.cam)
     return Explanation(
-        label=label, cam=prediction.cam.tolist(), overlay_png_base64=base64.b64encode(png).decode("ascii"), reason=None
+        label=label,
+        cam=prediction.cam.tolist(),
+        overlay_png_base64=base64.b64encode(png).decode("ascii"),
+        image_jpeg_base64=base64.b64encode(image_jpeg(prediction.image)).decode("ascii"),
+        reason=None,
     )
 
 

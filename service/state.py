@@ -26,6 +26,7 @@ from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
 from service.models import LoadedModel, LoadedModels
+from service.pictures import PictureIndex
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
 from service.uploads import Uploads
@@ -95,6 +96,7 @@ class ServerState:
     uploads: Uploads
     checks: WorkQueue
     spec_checker: SpecChecker
+    pictures: PictureIndex
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100

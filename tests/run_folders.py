@@ -44,6 +44,9 @@ COST = {
     "cpu_seconds": 30.0,
     "peak_memory_bytes": 2.0**30,
     "train_seconds": 12.5,
+    "train_cpu_seconds": 20.0,
+    "feature_seconds": 5.0,
+    "feature_cpu_seconds": 9.0,
     "trainable_parameters": 51.0,
     "total_parameters": 1051.0,
 }

@@ -16,9 +16,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from finetune.bundle.manifest import MODEL, PROBE, Manifest, write_manifest
+from finetune.bundle.calibration import HELD_OUT, Calibration, write_subspace
+from finetune.bundle.manifest import MODEL, NOVELTY, PROBE, Manifest, write_manifest
 from finetune.bundle.predictor import write_probe
 from finetune.bundle.preprocess import Preprocess
+from finetune.metrics.novelty import Subspace
 
 SIDE_PX = 16
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -34,7 +36,15 @@ def picture(colour: str = "red", size_px: tuple[int, int] = (32, 24), file_forma
     return stream.getvalue()
 
 
-def write_bundle(folder: Path, classes: Sequence[str] = tuple(COLOURS), *, cam: bool = True, name: str = "colours") -> Path:
+def write_bundle(
+    folder: Path,
+    classes: Sequence[str] = tuple(COLOURS),
+    *,
+    cam: bool = True,
+    name: str = "colours",
+    calibration: Calibration | None = None,
+    subspace: Subspace | None = None,
+) -> Path:
     """A valid bundle that says ``classes[i]`` for the colour number i."""
     folder.mkdir(parents=True)
     outputs = ("probs", "logits", "cam", "embedding") if cam else ("probs", "logits", "embedding")
@@ -43,6 +53,8 @@ def write_bundle(folder: Path, classes: Sequence[str] = tuple(COLOURS), *, cam: 
     images = np.stack([PREPROCESS.load(data) for data in encoded])
     logits = (images / np.float32(255)).mean(axis=(1, 2)) @ WEIGHT
     write_probe(folder / PROBE, encoded, images, logits.astype(np.float32))
+    if subspace is not None:
+        write_subspace(folder / NOVELTY, subspace)
     write_manifest(
         folder,
         Manifest(
@@ -55,6 +67,7 @@ def write_bundle(folder: Path, classes: Sequence[str] = tuple(COLOURS), *, cam: 
             method={"type": "linear_probe"},
             spec_digest="",
             outputs=outputs,
+            calibration={} if calibration is None else {HELD_OUT: calibration.to_dict()},
             cam={"available": cam, "kind": "linear" if cam else None, "reason": "" if cam else NO_CAM_REASON},
         ),
     )

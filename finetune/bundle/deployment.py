@@ -141,12 +141,28 @@ def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:
     append_line(registry.root / _JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
 
 
-def _history(registry: Registry) -> list[Deployment]:
+@dataclass(frozen=True)
+class Deployed:
+    """One deployment of the journal: what, when and by whom."""
+
+    deployment: Deployment
+    at: float  # Unix seconds
+    by: str
+
+
+def deployments(registry: Registry) -> list[Deployed]:
+    """Return every deployment there was, oldest first."""
     found = []
     for line in read_lines(registry.root / _JOURNAL):
         with contextlib.suppress(ValidationError):
-            found.append(_ADAPTER.validate_python(line.get("deployment") if isinstance(line, dict) else None))
+            if isinstance(line, dict):
+                deployment = _ADAPTER.validate_python(line.get("deployment"))
+                found.append(Deployed(deployment, float(line.get("at", 0.0)), str(line.get("by", ""))))
     return found
+
+
+def _history(registry: Registry) -> list[Deployment]:
+    return [one.deployment for one in deployments(registry)]
 
 
 @contextlib.contextmanager

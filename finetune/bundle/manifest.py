@@ -23,9 +23,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
 PROBE = "probe.npz"
+NOVELTY = "novelty.npz"  # where the embeddings of known images lie; not in every bundle
+CARD = "README.md"  # the model card; not in bundles of earlier versions
 
 METADATA_PREFIX = "finetune."
-_NOT_IN_MODEL = ("name", "version", "files")  # set after model.onnx is written: where the bundle is kept, and what it hashes to
+_NOT_IN_MODEL = ("name", "version", "files", "abstain")  # set after model.onnx is written: by who keeps it, and what it hashes to
 
 OutputName = Literal["probs", "logits", "cam", "embedding"]
 _REQUIRED_OUTPUTS = ("probs", "logits", "embedding")
@@ -52,12 +54,13 @@ class Manifest:
     outputs: tuple[OutputName, ...]  # in the order of the model's outputs
     cam: dict[str, Any]  # available, kind: linear | layernorm | None, reason
     metrics: dict[str, float] = field(default_factory=dict)  # val/top1 …
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)  # the temperature; held_out: see `calibration`
     parity: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
     model: dict[str, Any] = field(default_factory=lambda: {"input_name": "images"})  # opset, exporter, input_name
     files: dict[_FileName, _Sha256] = field(default_factory=dict)
+    abstain: dict[Literal["precision"], float] = field(default_factory=dict)  # what the owner has switched on
     task: str = "multiclass"  # what a label means; bundles of earlier versions do not say it
     schema_version: int = SCHEMA_VERSION
 
@@ -132,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Make the folder a bundle: put the sha256 of the model and the probe into the manifest, validate it, write it last.
+    """Make the folder a bundle: put the sha256 of each of its files into the manifest, validate it, write it last.
 
     Raises:
         BundleError: a file is missing, or the manifest would not be readable.
@@ -140,7 +143,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
-    hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in (MODEL, PROBE)})
+    present = [name for name in (MODEL, PROBE, NOVELTY, CARD) if (folder / name).is_file()]
+    hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in present})
     checked = Manifest.from_json(hashed.to_json())
     write_json(folder / MANIFEST, checked.to_dict())
     return checked

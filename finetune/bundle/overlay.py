@@ -53,6 +53,13 @@ def overlay_png(image: np.ndarray, cam: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def image_jpeg(image: np.ndarray) -> bytes:
+    """Return an image (H, W, 3) uint8 RGB as a small JPEG, to be shown beside or under its map."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
 def write_overlay(path: Path, image: np.ndarray, cam: np.ndarray) -> Path:
     """`overlay_png` into a file, whole or not at all; gives the path back."""
     png = overlay_png(image, cam)

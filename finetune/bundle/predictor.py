@@ -18,10 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 
+from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Calibration, Certainty, Judge, parse_subspace
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
-from finetune.bundle.manifest import MANIFEST, MODEL, PROBE, Manifest, metadata_problems, read_manifest
+from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
+from finetune.metrics.novelty import Subspace
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
 from finetune.tasks import task_named
@@ -67,6 +69,7 @@ class Prediction:
     version: str | None
     load_seconds: float = 0.0  # decoding and preprocessing
     run_seconds: float = 0.0  # the model
+    certainty: Certainty = NOTHING_SAID  # as far as it was asked for
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,16 @@ class Probe:
 class Predictor:
     """A verified bundle, ready to answer. Safe to share between threads: `run` holds no state."""
 
-    def __init__(self, manifest: Manifest, session: onnxruntime.InferenceSession, *, model_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: onnxruntime.InferenceSession,
+        *,
+        model_bytes: int = 0,
+        subspace: Subspace | None = None,
+    ) -> None:
         self.manifest = manifest
+        self.judge = Judge(manifest.classes, Calibration.of(manifest.calibration), subspace, manifest.abstain.get("precision"))
         self.model_bytes = model_bytes  # the size of model.onnx, about what the session holds in memory
         self._session = session
 
@@ -100,7 +111,8 @@ class Predictor:
         contents = _verified_contents(folder, manifest)
         session = _open_session(folder, contents[MODEL], threads, provider)
         _check_signature(folder, manifest, session)
-        predictor = cls(manifest, session, model_bytes=len(contents[MODEL]))
+        subspace = parse_subspace(folder, contents[NOVELTY]) if NOVELTY in contents else None
+        predictor = cls(manifest, session, model_bytes=len(contents[MODEL]), subspace=subspace)
         _check_probes(folder, predictor, _parse_probe(folder, contents[PROBE]))
         return predictor
 
@@ -113,14 +125,16 @@ class Predictor:
         values = dict(zip(names, self._session.run(list(names), {self.manifest.model["input_name"]: images}), strict=True))
         return Outputs(values["probs"], values["logits"], values["embedding"], values.get("cam"))
 
-    def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS) -> Prediction:
-        """The `top_k` most probable classes of one encoded image (all of them where there are fewer).
+    def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS, asked: Asked = NOTHING) -> Prediction:
+        """The `top_k` most probable classes of one encoded image (all of them where there are fewer), and what else is asked.
 
         Raises:
             ImageError: the bytes are not an image that can be read under `limits`.
+            InvalidInput: this bundle's held-out images cannot show what is asked.
         """
         if top_k < 1:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
+        asked = self.judge.resolved(asked)
         began = time.perf_counter()
         image = self.manifest.preprocess.load(data, limits=limits)
         loaded = time.perf_counter()
@@ -131,7 +145,15 @@ class Predictor:
         labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
         cam = None if outputs.cam is None else outputs.cam[0]
         return Prediction(
-            labels, cam, image, outputs.embedding[0], self.manifest.name, self.manifest.version, loaded - began, ran - loaded
+            labels,
+            cam,
+            image,
+            outputs.embedding[0],
+            self.manifest.name,
+            self.manifest.version,
+            loaded - began,
+            ran - loaded,
+            self.judge.certainty(probs, outputs.embedding[0], asked),
         )
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -27,6 +28,7 @@ from typing import Any, Literal, TypeGuard
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.bundle import deployment
+from finetune.bundle.calibration import Asked, Calibration, Judge
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
@@ -266,6 +268,25 @@ class Registry:
                 found.path.rename(gone)
                 shutil.rmtree(gone)
                 self.predictions_of(found).unlink(missing_ok=True)
+
+    def set_abstention(self, name: str, version: str | None, precision: float | None) -> ModelVersion:
+        """Switch on that a version abstains where its answers would not be right with this probability; None: off.
+
+        Raises:
+            NotFound: no such model, version or alias.
+            InvalidInput: the version's held-out images cannot show that precision.
+        """
+        found = self.resolve(name, version)
+        with _locked(self.root / name):
+            manifest = read_manifest(found.path)
+            if precision is not None:
+                Judge(manifest.classes, Calibration.of(manifest.calibration), None).resolved(Asked(precision=precision))
+            abstain: dict[Literal["precision"], float] = {} if precision is None else {"precision": precision}
+            written = (found.path / MANIFEST).stat()
+            write_json(found.path / MANIFEST, dataclasses.replace(manifest, abstain=abstain).to_dict())
+            # Its age in seconds stays the version's age; a server sees that it has changed, and loads it again.
+            os.utime(found.path / MANIFEST, ns=(written.st_atime_ns, written.st_mtime_ns + 1000))
+        return found
 
     def access(self, name: str) -> Access:
         """Return who may use a model. Where the record is damaged, only administrators may."""

@@ -24,18 +24,34 @@ QUIET_IMAGES = 64  # so many take a second: no progress bar
 @click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the workspace's default model.")
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option(
+    "--coverage", type=float, metavar="SHARE", help="Also give the labels of which one is right with this probability, as in 0.9."
+)
+@click.option("--per-class", is_flag=True, help="The coverage holds for each class by itself: larger sets.")
+@click.option("--abstain/--answer-always", default=None, help="Say where not to rely on an answer. Default: the model's setting.")
+@click.option("--precision", type=float, metavar="SHARE", help="Share of the answers given that shall be right. Default: 0.95.")
+@click.option(
     "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write each image's activation map there as PNG."
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
 @json_option
 def predict(
-    images: tuple[Path, ...], model: str | None, top_k: int, explain: Path | None, out: Path | None, as_json: bool
+    images: tuple[Path, ...],
+    model: str | None,
+    top_k: int,
+    coverage: float | None,
+    per_class: bool,
+    abstain: bool | None,
+    precision: float | None,
+    explain: Path | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Classify images with a bundle, exactly as the server does.
 
     IMAGES are files, folders (with everything inside) and patterns such as 'holiday/*.jpg'. The exit code is 2 if any image
     cannot be read.
     """
+    from finetune.bundle.calibration import Asked
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
@@ -47,8 +63,11 @@ def predict(
 
     if out is not None:
         check_ending(out)
+        if coverage is not None or abstain or precision is not None:
+            raise click.UsageError("--out writes probabilities alone: ask for --coverage, --abstain and --precision with --json")
     predictor = Predictor.load(_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
+    asked = predictor.judge.resolved(Asked(coverage, per_class, abstain, precision))
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
@@ -65,6 +84,7 @@ def predict(
             order = task_named(manifest.task).ranking(answer.probs)[:top_k]
             labels = [{"label": manifest.classes[label], "probability": float(answer.probs[label])} for label in order]
             document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+            document |= predictor.judge.certainty(answer.probs, answer.embedding, asked).to_dict()
             if explain is not None and answer.cam is not None:
                 picture = explain / f"{Path(answer.sample.id).stem}.cam.png"
                 document["explanation"] = str(write_overlay(picture, answer.image, answer.cam))
@@ -79,6 +99,8 @@ def predict(
     else:
         _show_predictions([document for document in documents if "error" in document])
         console.print(f"{len(answers):,} answers are in {out}", markup=False)
+        if asked.abstain:
+            console.print("its owner has switched abstention on: --json says which of these not to rely on", markup=False)
     sys.exit(2 if any("error" in document for document in documents) else 0)
 
 
@@ -96,6 +118,11 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
             console.print(f"  {printable(document['error']['message'])}", style="red", markup=False)
         for row in document.get("predictions", ()):
             click.echo(f"  {row['probability']:7.2%}  {row['label']}")
+        if document.get("abstained"):
+            why = {"unsure": "not sure enough", "unlike": "unlike anything seen"}[document["reason"]]
+            console.print(f"  abstains: {why}", style="yellow", markup=False)
+        if found := document.get("prediction_set"):
+            click.echo(f"  {found['coverage']:.0%} set: {', '.join(found['labels'])}")
 
 
 @click.command()
@@ -175,6 +202,32 @@ def show_model(model: str, as_json: bool) -> None:
 
     manifest = read_manifest(_registry().locate(model))
     print_json(manifest.to_dict()) if as_json else show_manifest(manifest)
+
+
+@models.command()
+@click.argument("model")
+def card(model: str) -> None:
+    """Print the model card: what the bundle records, as Markdown."""
+    from finetune.bundle.card import model_card
+    from finetune.bundle.manifest import read_manifest
+
+    click.echo(model_card(read_manifest(_registry().locate(model))), nl=False)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
+@click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
+@click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
+def abstain(reference: str, precision: float, off: bool) -> None:
+    """Choose that a version abstains without being asked to.
+
+    MODEL is a name, name@version or name@alias. A running server follows between requests.
+    """
+    registry = _registry()
+    name, _, version = reference.partition("@")
+    found = registry.set_abstention(name, version or None, None if off else precision)
+    said = "answers every image" if off else f"abstains, so that {precision:.0%} of its answers are right"
+    click.echo(f"{found.name}@{found.version} {said}", err=True)
 
 
 def _by() -> str:

@@ -172,7 +172,8 @@ def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
 def _show_cost(cost: Mapping[str, float]) -> None:
     rows = [
         ["wall time", duration(cost["wall_seconds"])],
-        ["of which training", duration(cost["train_seconds"])],
+        ["training from nothing", duration(cost["train_seconds"])],
+        ["of it, frozen features", duration(cost["feature_seconds"])],
         ["peak memory", byte_size(cost["peak_memory_bytes"])],
         ["trainable parameters", f"{cost['trainable_parameters']:,.0f} of {cost['total_parameters']:,.0f}"],
     ]

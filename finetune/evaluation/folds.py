@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.special import stdtrit
-
 from finetune.evaluation.evaluate import Evaluation
 from finetune.tasks import task_named
 
@@ -96,6 +94,8 @@ def spread(values: Sequence[float], *, test_to_train: float, largest: float = ma
     Args:
         test_to_train: images a fold was tested on, over images it was trained on.
     """
+    from scipy.special import stdtrit  # importing it takes a third of a second, which runs without folds do not need
+
     k = len(values)
     mean = math.fsum(values) / k
     variance = math.fsum((value - mean) ** 2 for value in values) / (k - 1)

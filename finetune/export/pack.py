@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune import __version__
-from finetune.bundle.manifest import MODEL, PROBE, Manifest, OutputName, write_manifest
+from finetune.bundle.calibration import write_subspace
+from finetune.bundle.card import model_card
+from finetune.bundle.manifest import CARD, MODEL, NOVELTY, PROBE, Manifest, OutputName, write_manifest
 from finetune.bundle.predictor import Predictor, Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
@@ -26,6 +28,7 @@ from finetune.errors import ExportError
 from finetune.export.agreement import Reference, parity, parity_samples
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
 from finetune.export.template import INPUT_NAME, OPSET, with_metadata
+from finetune.metrics.novelty import Subspace
 from finetune.model.facts import BackboneFacts
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.session import open_session
@@ -65,6 +68,7 @@ class BundleFacts:
     spec_digest: str
     metrics: Mapping[str, float] = field(default_factory=dict)  # val/top1 …
     calibration: Mapping[str, Any] = field(default_factory=dict)  # its temperature, if any, divides the logits in the graph
+    subspace: Subspace | None = None  # where the embeddings of known images lie
     frozen: Mapping[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
     seen: Seen = field(default_factory=Seen)  # which images the weights were fitted and chosen on
     created_at: float = field(default_factory=time.time)
@@ -116,7 +120,7 @@ def export_bundle(
         predictor = Predictor(manifest, open_session(model, threads=threads))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with atomic_folder(out) as folder:
-        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], images[:_N_PROBES], facts.seen)
+        manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], images[:_N_PROBES], facts)
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message="bundle written"))
     return manifest
@@ -154,12 +158,15 @@ def _write(
     predictor: Predictor,
     encoded: Sequence[bytes],
     images: NDArray[np.uint8],
-    seen: Seen,
+    facts: BundleFacts,
 ) -> Manifest:
-    """Write the three files, the manifest last."""
+    """Write all files, the manifest last."""
     described = with_metadata(model, manifest.model_metadata())
     write_atomic(folder / MODEL, lambda stream: stream.write(described))
-    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, seen)
+    write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, facts.seen)
+    if facts.subspace is not None:
+        write_subspace(folder / NOVELTY, facts.subspace)
+    write_atomic(folder / CARD, lambda stream: stream.write(model_card(manifest).encode()))
     return write_manifest(folder, manifest)
 
 

@@ -2,8 +2,9 @@
 
 A cache is a folder of spaces; the rows of one space have one shape and were computed in one way. Rows are written in shards,
 each under a temporary name, flushed and renamed, with checksums, so a process that is killed leaves no half shard, and any
-number of processes may read and write at once: what two of them compute twice is stored twice and read once. The folder is
-bounded: the least recently used files go first. Knows keys and arrays; does not know images or networks.
+number of processes may read and write at once: what two of them compute twice is stored twice and read once. Each shard also says
+how many seconds its rows took to compute, so that whoever reads them knows what they would have cost. The folder is bounded: the
+least recently used files go first. Knows keys and arrays; does not know images or networks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.runtime.seconds import Seconds
 from finetune.storage.files import write_atomic
 from finetune.storage.store import Store, mark_used
 
@@ -27,7 +29,7 @@ KEY_BYTES = 32
 SHARD_BYTES = 64 * 1024**2  # what a writer holds in memory before it becomes a file
 SHARD_SECONDS = 30.0  # … or this much work, so that a killed process loses no more
 
-_MAGIC = b"ftrows01"
+_MAGIC = b"ftrows02"
 _TAIL_BYTES = 4 + 4 + len(_MAGIC)  # checksum and length of the description, then the magic
 
 
@@ -36,10 +38,18 @@ class DamagedShard(ValueError):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The rows of one file, and what computing them took."""
+
+    rows: NDArray[Any]  # (n, *row_shape), memory-mapped
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
 class Rows:
     """Where the row of each key is. Reading goes through memory maps: only what is taken is in memory."""
 
-    shards: tuple[NDArray[Any], ...]  # each (n, *row_shape), memory-mapped
+    shards: tuple[Shard, ...]
     shard_of: NDArray[np.int32]  # (N,), -1 where no row is stored
     row_of: NDArray[np.int32]  # (N,)
     row_shape: tuple[int, ...]
@@ -53,6 +63,13 @@ class Rows:
         """Positions of the keys without a row."""
         return np.flatnonzero(self.shard_of < 0)
 
+    @property
+    def seconds(self) -> Seconds:
+        """Return what computing the stored rows took when they were computed."""
+        counts = np.bincount(self.shard_of[self.shard_of >= 0], minlength=len(self.shards))
+        parts = (shard.seconds * (int(count) / len(shard.rows)) for shard, count in zip(self.shards, counts, strict=True))
+        return sum(parts, Seconds())
+
     def take(self, positions: NDArray[np.integer]) -> NDArray[Any]:
         """Return a copy of the rows at `positions`, (len(positions), *row_shape)."""
         taken = np.empty((len(positions), *self.row_shape), self.dtype)
@@ -61,7 +78,7 @@ class Rows:
             here = np.flatnonzero(shard_of == shard)
             if shard < 0:
                 raise KeyError(f"{len(here)} of {len(positions)} rows are not stored")
-            taken[here] = self.shards[shard][row_of[here]]
+            taken[here] = self.shards[shard].rows[row_of[here]]
         return taken
 
 
@@ -72,7 +89,7 @@ class RowCache:
         self.folder = store.folder("features") / space
         self.row_shape = row_shape
         self.dtype = np.dtype(dtype)
-        self._read: dict[Path, NDArray[Any]] = {}  # verified shards
+        self._read: dict[Path, Shard] = {}  # verified
 
     @property
     def row_bytes(self) -> int:
@@ -81,7 +98,7 @@ class RowCache:
     def find(self, keys: NDArray[np.uint8]) -> Rows:
         """Look up `keys`, (N, 32). A shard that fails its checksums is deleted, and its rows are missing."""
         shard_of, row_of = np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32)
-        shards: list[NDArray[Any]] = []
+        shards: list[Shard] = []
         wanted = _as_strings(keys)
         for path in sorted(self.folder.glob("*.shard")):
             missing = np.flatnonzero(shard_of < 0)
@@ -93,9 +110,9 @@ class RowCache:
                 at = order[np.minimum(np.searchsorted(stored, wanted[missing], sorter=order), len(stored) - 1)]
                 hit = stored[at] == wanted[missing]
                 if hit.any():
-                    rows = self._open(path)
+                    shard = self._open(path)
                     shard_of[missing[hit]], row_of[missing[hit]] = len(shards), at[hit]
-                    shards.append(rows)
+                    shards.append(shard)
             except FileNotFoundError:
                 continue  # another process made room
             except DamagedShard:
@@ -106,10 +123,10 @@ class RowCache:
         """Return a writer of new rows; its last ones are stored when it is flushed."""
         return ShardWriter(self.folder, self.row_shape, self.dtype)
 
-    def _open(self, path: Path) -> NDArray[Any]:
-        """Return the shard's rows, memory-mapped, their checksum verified at first use."""
+    def _open(self, path: Path) -> Shard:
+        """Return a shard; the checksum of its rows is verified at first use."""
         if path not in self._read:
-            self._read[path] = _map_rows(path, self.row_shape, self.dtype)
+            self._read[path] = _open_shard(path, self.row_shape, self.dtype)
         mark_used(path)
         return self._read[path]
 
@@ -124,9 +141,15 @@ class ShardWriter:
         self._rows = np.empty((capacity, *row_shape), dtype)  # memory is taken as it fills
         self._count = 0
         self._began_at = 0.0
+        self._seconds = Seconds()
 
-    def append(self, keys: NDArray[np.uint8], rows: NDArray[Any]) -> None:
-        """Add rows, (n, *row_shape), under their keys, (n, 32)."""
+    def append(self, keys: NDArray[np.uint8], rows: NDArray[Any], seconds: Seconds) -> None:
+        """Add rows, (n, *row_shape), under their keys, (n, 32).
+
+        Args:
+            seconds: what computing them took.
+        """
+        of_row = seconds * (1 / max(len(keys), 1))
         if rows.shape != (len(keys), *self._rows.shape[1:]):
             raise ValueError(f"rows of shape {rows.shape} do not fit {len(keys)} keys and row shape {self._rows.shape[1:]}")
         while len(keys):
@@ -135,22 +158,23 @@ class ShardWriter:
             end = min(self._count + len(keys), len(self._keys))
             taken = end - self._count
             self._keys[self._count : end], self._rows[self._count : end] = keys[:taken], rows[:taken]
+            self._seconds += of_row * taken
             self._count, keys, rows = end, keys[taken:], rows[taken:]
             if self._count == len(self._keys) or time.monotonic() - self._began_at >= SHARD_SECONDS:
                 self.flush()
 
     def flush(self) -> None:
         """Store what has been collected."""
-        keys, rows = self._keys[: self._count], self._rows[: self._count]
-        self._count = 0
+        keys, rows, seconds = self._keys[: self._count], self._rows[: self._count], self._seconds
+        self._count, self._seconds = 0, Seconds()
         if len(keys):
-            write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows))
+            write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows, seconds))
 
 
 # A shard is the rows, then their keys, then a JSON description with the checksums of both, then the tail.
 
 
-def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any]) -> None:
+def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any], seconds: Seconds) -> None:
     stream.write(rows.data)
     stream.write(keys.data)
     description = {
@@ -159,6 +183,8 @@ def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any])
         "dtype": rows.dtype.str,
         "rows_crc32": zlib.crc32(rows.data),
         "keys_crc32": zlib.crc32(keys.data),
+        "wall_seconds": seconds.wall,
+        "cpu_seconds": seconds.cpu,
     }
     text = json.dumps(description).encode()
     stream.write(text + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + _MAGIC)
@@ -194,7 +220,7 @@ def _read_keys(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
     return np.frombuffer(data, np.uint8).reshape(-1, KEY_BYTES)
 
 
-def _map_rows(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _open_shard(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shard:
     with open(path, "rb") as stream:
         description, rows_bytes = _describe(stream, path, row_shape, dtype)
         rows = np.memmap(stream, dtype, mode="r", shape=(description["rows"], *row_shape))
@@ -204,7 +230,7 @@ def _map_rows(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
             checksum = zlib.crc32(stream.read(min(2**20, rows_bytes - start)), checksum)
     if checksum != description["rows_crc32"]:
         raise DamagedShard(f"{path}: rows differ from their checksum")
-    return rows
+    return Shard(rows, Seconds(description["wall_seconds"], description["cpu_seconds"]))
 
 
 def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:

@@ -143,6 +143,10 @@ class TorchEngine:
         return torch_engine_name(self.device, self.autocast)
 
     @property
+    def cores(self) -> int:
+        return 1 if self.device == "cuda" else torch.get_num_threads()
+
+    @property
     def batch_size(self) -> int:
         return 64 if self.device == "cuda" else 8
 

@@ -35,6 +35,7 @@ from finetune.features.engine import Engine, Prefix, onnx_engine_name
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.cores import available_cores
 from finetune.runtime.device import Device
+from finetune.runtime.seconds import Seconds, thread_clock
 from finetune.storage.store import Store
 
 RowType = Literal["float16", "float32"]
@@ -83,13 +84,18 @@ def _view_seed(image_sha256: bytes, number: int) -> int:
 
 @dataclass(frozen=True)
 class FeatureContext:
-    """Where and with what features are computed; by default on all cores of this process, without telling anybody."""
+    """Where and with what features are computed; by default on all cores of this process, without telling anybody.
+
+    Args:
+        spent: told what computing the rows that are used takes, also where they were found and took that in an earlier run.
+    """
 
     store: Store
     device: Device = "cpu"
     threads: int | None = None
     progress: ProgressCallback = silent
     event: EventCallback = ignore_event
+    spent: Callable[[Seconds], None] = lambda _: None
 
     @property
     def cores(self) -> int:
@@ -114,6 +120,7 @@ def pooled_features(prefix: Prefix, samples: Sequence[Sample], views: Views, con
         if not keep:
             context.event(CacheFull(f"the features are not kept for later runs: {wanted.why_no_room()}"))
         wanted.compute(features, keep)
+    context.spent(wanted.rows.seconds + wanted.computed)
     return features if views.count == 1 else features.reshape(len(samples), views.count, *prefix.row_shape)
 
 
@@ -165,7 +172,7 @@ def keep_rows(
     if not store.reserve(len(missing) * cache.row_bytes):
         return False
     writer = cache.writer()
-    writer.append(keys[missing], rows[missing])
+    writer.append(keys[missing], rows[missing], Seconds())  # no features that a method would have to compute
     writer.flush()
     return True
 
@@ -187,6 +194,7 @@ class FrozenRows:
         self.keys = _row_keys(samples, self._view_names, context.cores)  # (N * K, 32)
         self._engine_folder = engine_folder(prefix, views.preprocess, context.store)
         self._engine: Engine | None = None
+        self.computed = Seconds()  # what the rows that were computed here took
         self._use_space_of(prefix.expected_engine(context.device, self._engine_folder))
 
     @property
@@ -236,13 +244,19 @@ class FrozenRows:
         with contextlib.ExitStack() as stack:
             decoded = self._decoded_chunks(stack)
             store = stack.enter_context(self._keeping(keep, required=out is None))
-            for chunk, rows in self._run_chunks(decoded, stack):
+            ready_at = before = time.perf_counter()
+            for chunk, rows, running in self._run_chunks(decoded, stack):
                 failed |= chunk.failed
+                now = time.perf_counter()
+                ahead = chunk.seconds.wall / self.context.cores if chunk.decoded_at < ready_at else 0.0
+                seconds = Seconds(now - before + ahead, chunk.seconds.cpu + running.cpu)
+                before = now
+                self.computed += seconds
                 if rows is not None:
                     self._check_range(rows)
                     if out is not None:
                         out[chunk.positions] = rows
-                    store(chunk.keys, rows)
+                    store(chunk.keys, rows, seconds)
                 meter.advance(len(chunk.images) + len(chunk.failed))
         return failed
 
@@ -276,13 +290,15 @@ class FrozenRows:
 
     def _run_chunks(
         self, decoded: Iterator[_Decoded], stack: contextlib.ExitStack
-    ) -> Iterator[tuple[_Decoded, NDArray[np.float32] | None]]:
-        """Run the engine on decoded chunks, on several cores at once where it computes on one."""
+    ) -> Iterator[tuple[_Decoded, NDArray[np.float32] | None, Seconds]]:
+        """Run the engine on decoded chunks, on several cores at once where it computes on one; the seconds are the engine's."""
         engine, cores = self._engine, self.context.cores
 
-        def run(chunk: _Decoded) -> tuple[_Decoded, NDArray[np.float32] | None]:
+        def run(chunk: _Decoded) -> tuple[_Decoded, NDArray[np.float32] | None, Seconds]:
             assert engine is not None, "an engine is opened when rows are missing"
-            return chunk, engine.run(chunk.images) if len(chunk.images) else None
+            began = thread_clock()
+            rows = engine.run(chunk.images) if len(chunk.images) else None
+            return chunk, rows, (thread_clock() - began) * engine.cores
 
         if engine is None or not engine.concurrent:
             return map(run, decoded)
@@ -337,6 +353,7 @@ class FrozenRows:
 
     def _decode(self, tasks: Sequence[_Task]) -> _Decoded:
         """Decode the views of some images; runs in a background thread."""
+        began = thread_clock()
         positions: list[int] = []
         keys: list[NDArray[np.uint8]] = []
         images: list[NDArray[np.uint8]] = []
@@ -352,12 +369,14 @@ class FrozenRows:
             # Under the key of the bytes that were decoded, should the file have changed since it was looked up.
             keys.append(_image_keys(hashlib.sha256(data).digest(), self._view_names)[list(task.views)])
         if not images:
-            return _Decoded(np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8), failed)
-        return _Decoded(np.array(positions), np.concatenate(keys), np.stack(images), failed)
+            nothing = np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8)
+            return _Decoded(*nothing, failed, thread_clock() - began, time.perf_counter())
+        found = np.array(positions), np.concatenate(keys), np.stack(images)
+        return _Decoded(*found, failed, thread_clock() - began, time.perf_counter())
 
     @contextlib.contextmanager
-    def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32]], None]]:
-        """Yield a function that stores rows under keys; what it was given is in the cache after the block, however that ends."""
+    def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32], Seconds], None]]:
+        """Yield a function that stores rows under keys; after the block, however it ends, they are in the cache."""
         writer = self.cache.writer() if keep else None
 
         def attempt(action: Callable[[ShardWriter], None]) -> None:
@@ -372,7 +391,7 @@ class FrozenRows:
                 self.context.event(CacheFull(f"the features are not kept for later runs: {error.message}"))
 
         try:
-            yield lambda keys, rows: attempt(lambda open_writer: open_writer.append(keys, rows))
+            yield lambda keys, rows, seconds: attempt(lambda open_writer: open_writer.append(keys, rows, seconds))
         finally:
             attempt(lambda open_writer: open_writer.flush())
 
@@ -391,6 +410,8 @@ class _Decoded:
     keys: NDArray[np.uint8]  # (B, 32)
     images: NDArray[np.uint8]  # (B, h, w, 3)
     failed: Mapping[int, ImageError]  # positions of images that cannot be decoded
+    seconds: Seconds  # that decoding took in its thread
+    decoded_at: float  # as `time.perf_counter` tells the time
 
 
 class _Meter:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -25,15 +24,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from finetune.bundle.calibration import Calibration
+from finetune.evaluation.calibrate import AccuracyCoverage
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
-from finetune.messages import encodable
-from finetune.storage.files import write_atomic
+from finetune.report.text import SHOWN_CLASSES
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
 WIDTH_INCHES = 9.3
-MAX_BARS = 40
 MAX_LABELLED_CLASSES = 100
 
 _STYLE = {
@@ -82,12 +81,6 @@ def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]
             return draw(*args, **kwargs)
 
     return drawn
-
-
-def save_svg(svg: str, path: Path) -> None:
-    """Write what `to_svg` gave as a file of its own, on white."""
-    on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
-    write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
 
 
 def to_svg(figure: Figure) -> str:
@@ -258,9 +251,9 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 
 @styled
 def per_class_bars(evaluation: Evaluation) -> Figure:
-    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `MAX_BARS`."""
+    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `SHOWN_CLASSES`."""
     rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
-    shown = rows[:MAX_BARS]
+    shown = rows[:SHOWN_CLASSES]
     figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.2 * len(shown)))
     axes = figure.subplots()
     places = range(len(shown))
@@ -277,21 +270,51 @@ def per_class_bars(evaluation: Evaluation) -> Figure:
 
 
 @styled
-def reliability_diagram(evaluation: Evaluation) -> Figure:
-    """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below."""
-    figure = Figure(figsize=(5.2, 4.8))
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]
-    centres = [(b.lower + b.upper) / 2 for b, _, _ in filled]
-    width = 0.92 / len(evaluation.bins)
-    top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
-    top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
-    top.plot([c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence")
-    top.set(title=f"ECE {evaluation.values['ece']:.3f} on {evaluation.n} images", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
-    top.legend(loc="upper left")
-    bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
-    bottom.set(xlabel="confidence in the given label", ylabel="images")
-    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> Figure:
+    """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below; also after calibration."""
+    shown = [("", before)] if after is None else [("Before: ", before), ("After temperature: ", after)]
+    figure = Figure(figsize=(5.2 if after is None else WIDTH_INCHES, 4.6))
+    columns = figure.subplots(2, len(shown), sharex=True, sharey="row", height_ratios=(3, 1), squeeze=False)
+    for (title, evaluation), top, bottom in zip(shown, columns[0], columns[1], strict=True):
+        filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]
+        centres = [(b.lower + b.upper) / 2 for b, _, _ in filled]
+        width = 0.92 / len(evaluation.bins)
+        top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
+        top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
+        top.plot(
+            [c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence"
+        )
+        top.set(title=f"{title}ECE {evaluation.values['ece']:.3f} on {evaluation.n:,} images", ylim=(0, 1.02), xlim=(0, 1))
+        bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
+        bottom.set(xlabel="confidence in the given label")
+        bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    columns[0, 0].set_ylabel("accuracy")
+    figure.legend(*columns[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    columns[1, 0].set_ylabel("images")
+    return figure
+
+
+@styled
+def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None = None) -> Figure:
+    """The accuracy of the surest answers by the share of images that they are, with the checked operating point."""
+    figure = Figure(figsize=(WIDTH_INCHES, 3.4))
+    axes = figure.subplots()
+    axes.fill_between(curve.answered, curve.low, curve.high, color=VAL, alpha=0.15, linewidth=0, label="95 % interval")
+    axes.plot(curve.answered, curve.accuracy, color=VAL, label="accuracy of the answers given")
+    checked = calibration.checked.get("precision") if calibration is not None else None
+    if checked:
+        axes.axhline(checked["asked"], color=FAINT, linewidth=1, linestyle="--", label=f"{checked['asked']:.0%} asked")
+        if "value" in checked:
+            errors = [[checked["value"] - checked["low"]], [checked["high"] - checked["value"]]]
+            axes.errorbar(
+                [checked["answered"]], [checked["value"]], yerr=errors, fmt="D", color=TRAIN, markersize=6, capsize=4,
+                label=f"where it abstains: answers {checked['answered']:.0%}",
+            )  # fmt: skip
+    axes.set(xlabel="share of images answered, the surest first", ylabel="accuracy", xlim=(0, 1.01))
+    axes.set_ylim(max(0.0, min(curve.accuracy) - 0.12), 1.01)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="lower left")
     return figure
 
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.calibration import Calibration
+from finetune.bundle.card import checked_sentences
+from finetune.evaluation.calibrate import AccuracyCoverage
 from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.messages import encodable, natural_list
 from finetune.metrics.temperature import Temperature
-from finetune.report import figures
 from finetune.report.pictures import data_uri, thumbnail
 from finetune.report.templates import render
-from finetune.report.text import cost_label, cost_text, flat, value_text
+from finetune.report.text import SHOWN_CLASSES, cost_label, cost_text, flat, value_text
 from finetune.storage.files import write_atomic
-from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 
@@ -47,6 +49,7 @@ _CAPTIONS = {
     "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
     "confusion": "Rows are true classes, columns what was predicted; shade is the share of the row.",
     "reliability": "Below the dashed line the model is surer than it is right. Small bins are noisy.",
+    "accuracy_coverage": "Answering only the images that the model is surest of: the fewer, the more accurate.",
 }
 
 
@@ -85,35 +88,25 @@ class ReportInputs:
     weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
     versions: Mapping[str, str] = field(default_factory=dict)
     temperature: Temperature | None = None
+    after: Evaluation | None = None  # the first evaluation with its temperature, which these images did not fit
+    curve: AccuracyCoverage | None = None  # of the first evaluation's images
+    calibration: Calibration | None = None
     l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_score
     l2: float | None = None  # the chosen one
     mistakes: Sequence[ShownMistake] = ()
     mistakes_of: str = ""  # the split that they are of
 
 
-def write_report(run: RunDir, inputs: ReportInputs) -> None:
-    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides."""
-    drawn = draw_figures(read_lines(run.metrics), inputs)
+def write_report(run: RunDir, inputs: ReportInputs, drawn: Mapping[str, str]) -> None:
+    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides.
+
+    Args:
+        drawn: what `finetune.report.run_figures.draw_figures` gave.
+    """
     for name, svg in drawn.items():
-        figures.save_svg(svg, run.figures / f"{name}.svg")
+        _save_on_white(svg, run.figures / f"{name}.svg")
     page = render_report(inputs, drawn)
     write_atomic(run.report, lambda stream: stream.write(encodable(page).encode()))
-
-
-def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
-    """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
-    judged = next(iter(inputs.evaluations.values()))
-    candidates = {
-        "learning_curves": figures.learning_curves(records, inputs.phases),
-        "learning_rate": figures.learning_rate(records),
-        "stage_signals": figures.stage_signals(records, inputs.stage_names),
-        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
-        "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
-        "confusion": figures.confusion_matrix(judged),
-        "per_class": figures.per_class_bars(judged),
-        "reliability": figures.reliability_diagram(judged),
-    }
-    return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}
 
 
 def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
@@ -135,6 +128,8 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         cards=_cards(split, judged),
         splits=_splits(inputs.evaluations),
         temperature=_temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
+        reliance=checked_sentences(inputs.calibration) if inputs.calibration else [],
+        scaled=_scaled(judged, inputs.after),
         folds=None if inputs.folds is None else _folds(inputs.folds),
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
         classes=_classes(judged),
@@ -153,11 +148,16 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
     )
 
 
+def _save_on_white(svg: str, path: Path) -> None:
+    on_white = svg.replace("<svg ", '<svg style="background: white" ', 1)
+    write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
+
+
 def _caption(name: str, judged: Evaluation) -> str:
     if name != "per_class":
         return _CAPTIONS[name]
     n_present = len(judged.classes) - len(judged.absent)
-    which = f"the {figures.MAX_BARS} worst of {n_present} classes" if n_present > figures.MAX_BARS else "worst class first"
+    which = f"the {SHOWN_CLASSES} worst of {n_present} classes" if n_present > SHOWN_CLASSES else "worst class first"
     return f"Recall (share of a class's images that were found) and precision, {which}; number of images in brackets."
 
 
@@ -250,6 +250,15 @@ def _temperature(fitted: Temperature | None, which: str) -> str:
         f"Temperature {fitted.temperature:.3f}, fitted on the {fitted.n} {which} images: NLL {fitted.nll_before:.3f} → "
         f"{fitted.nll_after:.3f}, ECE {fitted.ece_before:.3f} → {fitted.ece_after:.3f} on those same images (so optimistic)."
     )
+
+
+def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
+    """Return the table of figures that a temperature changes, before and after."""
+    if after is None:
+        return {"head": [], "rows": []}
+    changed = [metric for metric in task_named(before.task).metrics if before.values[metric.key] != after.values[metric.key]]
+    rows = [[metric.label, metric.text(before.values[metric.key]), metric.text(after.values[metric.key])] for metric in changed]
+    return {"head": [f"on {before.n:,} images", "before", "after temperature"], "rows": rows}
 
 
 def _classes(judged: Evaluation) -> list[list[str]]:

@@ -7,10 +7,15 @@ from typing import Any
 
 from finetune.messages import byte_size, duration
 
+SHOWN_CLASSES = 40  # in one picture or table, the worst first
+
 _COSTS = {
     "wall_seconds": "the whole run",
-    "train_seconds": "training",
-    "cpu_seconds": "processor time",
+    "train_seconds": "training from nothing",
+    "train_cpu_seconds": "training from nothing, processor time",
+    "feature_seconds": "of it, computing frozen features",
+    "feature_cpu_seconds": "of it, computing frozen features, processor time",
+    "cpu_seconds": "the whole run, processor time",
     "peak_memory_bytes": "peak memory",
     "trainable_parameters": "trained parameters",
     "total_parameters": "all parameters",

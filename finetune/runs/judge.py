@@ -19,6 +19,7 @@ from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
 LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
+N_COMPARED_EMBEDDINGS = 40  # evenly over a table, and so over all folds
 MIN_IMAGES_TO_REFUSE = 20  # on fewer, a good model is as bad as chance by accident too often
 
 
@@ -76,6 +77,22 @@ def calibrate(predictions: Predictions) -> Temperature | None:
         return None
     temperature = task_named(predictions.task).fit_temperature(predictions.logits, predictions.labels)
     return None if temperature.at_limit else temperature
+
+
+def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictions) -> bool:
+    """Return whether the embeddings in a table, which other runs may have made, are those that this model gives.
+
+    The model of a fold, or the one before a refit, has the embeddings of this one only if none of them trained its backbone.
+    """
+    if table.embedding is None or not len(table):
+        return False
+    rows = np.linspace(0, len(table) - 1, min(N_COMPARED_EMBEDDINGS, len(table))).round().astype(int)
+    sample_of = {sample.id: sample for sample in context.dataset.samples}
+    if any(table.ids[row] not in sample_of for row in rows):
+        return False
+    _, own = learner.answer(tuple(sample_of[table.ids[row]] for row in rows), context, table.split)
+    stored = table.embedding[rows]
+    return own.shape == stored.shape and bool(np.allclose(own, stored, rtol=1e-2, atol=1e-2 * float(np.abs(stored).max())))
 
 
 def refuse_nonsense(predictions: Predictions) -> None:

@@ -226,6 +226,9 @@ def _folder(key: str, store: Store) -> Path:
 def _code_digest() -> str:
     """Return the sha256 of the source code that decides what a network computes and how it is traced."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _CODE for path in _PACKAGE.glob(pattern)):
-        digest.update(path.read_bytes())
+    for pattern in _CODE:
+        paths = sorted(_PACKAGE.glob(pattern))
+        assert paths, f"{pattern} is the code of no network: it was moved"
+        for path in paths:
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
+from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import Judgement
+from finetune.evaluation.evaluate import Evaluation, Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
@@ -15,12 +18,22 @@ from finetune.messages import printable
 from finetune.report.run_page import ReportInputs, ShownMistake, write_report
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
+from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training.context import Trained
 
 # The split that a model is judged by comes first: val has chosen its weights.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
+
+
+def import_drawing() -> None:
+    """Import in a thread of its own what draws figures: matplotlib takes a third of a second, which training has to spare."""
+
+    def load() -> None:
+        import finetune.report.run_figures  # noqa: F401
+
+    threading.Thread(target=load, name="import of matplotlib").start()
 
 
 def write_run_report(
@@ -36,9 +49,12 @@ def write_run_report(
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
+    from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only judged does not need
+
     resolved, head = prepared.resolved, trained.head
     judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
+    calibration = Calibration.of(manifest.calibration)
     inputs = ReportInputs(
         title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
         evaluations={split: judgement.evaluations[split] for split in judged},
@@ -59,12 +75,29 @@ def write_run_report(
         weights=resolved.backbone.weights,
         versions=manifest.versions,
         temperature=judgement.temperature,
+        after=_after(predictions[pictured], judgement, calibration) if pictured == judged[0] else None,
+        curve=_curve(predictions[pictured], judgement) if pictured == judged[0] else None,
+        calibration=calibration,
         l2_path=[asdict(point) for point in head.path] if head else (),
         l2=head.l2 if head else None,
         mistakes=shown_mistakes(predictions[pictured], prepared) if pictured else (),
         mistakes_of=pictured or "",
     )
-    write_report(run, inputs)
+    write_report(run, inputs, draw_figures(read_lines(run.metrics), inputs))
+
+
+def _after(judged: Predictions, judgement: Judgement, calibration: Calibration | None) -> Evaluation | None:
+    """Return the evaluation with the temperature; None where there is none."""
+    if judgement.temperature is None:
+        return None
+    fitted_on = calibration.split if calibration else "val"
+    return reliability_after(judged, judgement.temperature.temperature, fitted_on_these=judged.split == fitted_on)
+
+
+def _curve(judged: Predictions, judgement: Judgement) -> AccuracyCoverage | None:
+    """Return the accuracy-coverage curve; None where an image may have several labels."""
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    return accuracy_coverage(judged, temperature) if judged.labels.ndim == 1 else None
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:

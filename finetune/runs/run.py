@@ -13,27 +13,29 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from finetune.bundle.calibration import HELD_OUT
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, Seen
 from finetune.bundle.registry import Registry
 from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
+from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.evaluate import Judgement, write_judgement
-from finetune.evaluation.folds import CrossValidation
+from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.judge import doubt, judge, predict_splits, refuse_diverged, refuse_nonsense
+from finetune.runs.judge import doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.learner import Learner
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
 from finetune.runs.preprocessing import check_preprocessing
-from finetune.runs.report import SHOWN_FIRST, write_run_report
+from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -102,6 +104,8 @@ def run_job(
         context = training_context(prepared, run, shared, progress, options.sample_size)
         check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
+        if options.reaches("exported"):
+            import_drawing()
         trained = learner.train(context, _decided(run, options))
         predictions = predict_splits(learner, context, options.judged)
         for split, table in predictions.items():
@@ -115,10 +119,11 @@ def run_job(
         if options.reaches("registered"):
             refuse_if_diverged(prepared.resolved, {**carried.predictions, **predictions})
         if options.reaches("exported"):
-            manifest = export(prepared, learner, trained, judgement, carried, run, progress)
+            answers = {**carried.predictions, **predictions}
+            fitted = calibration_of(learner, context, judgement, answers, own_val="val" in predictions)
+            manifest = export(prepared, learner, trained, judgement, carried, fitted, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
-            answers = {**carried.predictions, **predictions}
             write_run_report(
                 prepared, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
             )
@@ -170,12 +175,37 @@ def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
     return own if carried is None else Judgement({**carried.evaluations, **own.evaluations}, carried.temperature)
 
 
+def calibration_of(
+    learner: Learner,
+    context: TrainingContext,
+    judgement: Judgement,
+    answers: Mapping[str, Predictions],
+    *,
+    own_val: bool,
+) -> Fitted | None:
+    """Return what the held-out answers (of all folds, else to val) show of new ones, checked on test where there is one.
+
+    Args:
+        own_val: the model that is exported has itself answered val.
+    """
+    held_out = answers.get(POOLED, answers.get("val"))
+    if held_out is None:
+        return None
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    hold = (own_val and held_out.split == "val") or embeddings_hold(learner, context, held_out)
+    fitted = calibrate_answers(held_out, temperature, embeddings_hold=hold)
+    if fitted is None or "test" not in answers:
+        return fitted
+    return replace(fitted, calibration=check_calibration(fitted, answers["test"], temperature))
+
+
 def export(
     prepared: Prepared,
     learner: Learner,
     trained: Trained,
     judgement: Judgement,
     carried: Carried,
+    fitted: Fitted | None,
     run: RunDir,
     progress: ProgressCallback,
 ) -> Manifest:
@@ -190,7 +220,11 @@ def export(
         method={**spec.method.model_dump(mode="json"), **({"notes": list(carried.notes)} if carried.notes else {})},
         spec_digest=spec.digest(),
         metrics={**judgement.metrics, **(carried.folds.metrics if carried.folds else {})},
-        calibration=asdict(judgement.temperature) if judgement.temperature else {},
+        calibration={
+            **(asdict(judgement.temperature) if judgement.temperature else {}),
+            **({HELD_OUT: fitted.calibration.to_dict()} if fitted else {}),
+        },
+        subspace=fitted.subspace if fitted else None,
         frozen=trained.frozen,
         seen=Seen.of([s.sha256 for s in dataset.of("train")], [s.sha256 for s in dataset.of("val")]),
     )
@@ -252,8 +286,9 @@ def outcome_of(
     resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
     """Return what the run came to, before anything is exported."""
-    # A run that is exported later finds its features and weights; what they took is in the outcome that it has already.
-    earlier = Outcome.read(run).cost["train_seconds"] if run.outcome.exists() else 0.0
+    # A run that is exported later finds its weights; what training took is in the outcome that it has already.
+    earlier = Outcome.read(run).cost if run.outcome.exists() else {}
+    training = trained.cost.to_dict()
     return Outcome(
         run=run.root,
         method=resolved.spec.method.type,
@@ -262,7 +297,7 @@ def outcome_of(
         metrics=judgement.metrics,
         cost={
             **stopwatch.read(),
-            "train_seconds": max(trained.seconds, earlier),
+            **{name: earlier.get(name, value) for name, value in training.items()},
             "trainable_parameters": float(trained.n_trainable),
             "total_parameters": float(trained.n_parameters),
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,16 +36,15 @@ class SolvedLearner:
         return self._head
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
-        began = time.perf_counter()
         before = self.network.frozen_digest()
         # an earlier attempt that was killed may have written its own lines
         write_atomic(context.run.metrics, lambda stream: stream.write(b""))
-        head = solve_head(self.network.prefix, self.preprocess, self.recipe, context)
+        head, cost = solve_head(self.network.prefix, self.preprocess, self.recipe, context)
         self._head = Head(head.weight, head.bias)
         facts, n_of_head = self.network.facts, head.weight.size + head.bias.size
         return Trained(
             summary=f"{self.recipe.method}: the head is solved on frozen features, L2 {head.l2:g} ({head.chosen_by})",
-            seconds=time.perf_counter() - began,
+            cost=cost,
             n_trainable=n_of_head,
             n_parameters=facts.n_parameters + n_of_head,
             frozen={

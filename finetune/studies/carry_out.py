@@ -8,7 +8,7 @@ is exported at the very end, when all that its bundle should say is known.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,18 +241,30 @@ def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: S
     children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
     kept = Outcome.read(run.child(conclusion.kept))
     folds = conclusion.folds
-    train_seconds = sum(child.cost["train_seconds"] for child in children)
     return replace(
         kept,
         run=run.root,
         method=spec.method.type,
         goal=options.goal,
         metrics={**conclusion.judgement.metrics, **(folds.metrics if folds else {})},
-        cost={**kept.cost, **stopwatch.read(), "train_seconds": train_seconds},
+        cost={**kept.cost, **stopwatch.read(), **training_cost([child.cost for child in children])},
         summary=conclusion.summary,
         bundle=None,
         cross_validation=folds.to_dict() if folds else None,
     )
+
+
+def training_cost(children: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what training all children of a study takes from nothing.
+
+    They use the same features, which one computes for all: these count once, as the child that uses the most of them.
+    """
+    found: dict[str, float] = {}
+    for kind in ("seconds", "cpu_seconds"):
+        features = max(cost[f"feature_{kind}"] for cost in children)
+        own = sum(cost[f"train_{kind}"] - cost[f"feature_{kind}"] for cost in children)
+        found |= {f"train_{kind}": own + features, f"feature_{kind}": features}
+    return found
 
 
 def _write_resolved(spec: JobSpec, run: RunDir) -> None:

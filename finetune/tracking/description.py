@@ -150,7 +150,9 @@ def _cost(view: RunView) -> str:
     costs = view.costs
     said = []
     if "train_seconds" in costs:
-        said.append(f"training {_seconds(costs['train_seconds'])} of {_seconds(costs.get('wall_seconds'))}")
+        features = f", {_seconds(costs['feature_seconds'])} of it for frozen features" if "feature_seconds" in costs else ""
+        said.append(f"training from nothing {_seconds(costs['train_seconds'])}{features}")
+        said.append(f"this run {_seconds(costs.get('wall_seconds'))}")
     labels = {
         "peak_memory_bytes": "peak memory {}",
         "trainable_parameters": "{} trainable parameters",

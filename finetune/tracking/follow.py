@@ -114,7 +114,9 @@ def main() -> None:
     os.nice(NICENESS)
     door = Door(sys.stdin.fileno(), given.parent)
     complete = follow(RunDir(given.run), parse_choice(given.tracker), Workspace.at(Path(given.home)), given.experiment, door)
-    sys.exit(0 if complete else 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if complete else 1)  # everything is sent; taking MLflow's modules down takes a second, and the run waits for it
 
 
 if __name__ == "__main__":

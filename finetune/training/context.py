@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.features.rows import FeatureContext
 from finetune.features.solve import SolvedHead
 from finetune.progress import ProgressCallback, silent
+from finetune.runtime.seconds import Seconds
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import Task
@@ -41,14 +42,17 @@ class TrainingContext:
     progress: ProgressCallback = silent
     sample_size: int | None = None
 
-    def features(self, progress: ProgressCallback | None = None) -> FeatureContext:
-        """Return the context in which features are computed."""
+    def features(
+        self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None
+    ) -> FeatureContext:
+        """Return the context in which features are computed; `spent` is told what they take."""
         return FeatureContext(
             self.store,
             self.compute.device,
             self.compute.threads,
             progress=progress or self.progress,
             event=self.run.record,
+            spent=spent,
         )
 
     def targets(self, samples: tuple[Sample, ...]) -> NDArray[Any]:
@@ -57,11 +61,35 @@ class TrainingContext:
 
 
 @dataclass(frozen=True)
+class TrainingCost:
+    """What training would take if no earlier run had computed anything, so that methods can be compared.
+
+    Args:
+        own: solving the head and taking steps, in all attempts.
+        features: computing what frozen stages give for the training and validation images. Where an earlier run has done that,
+            the seconds that it took then.
+    """
+
+    own: Seconds
+    features: Seconds
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the cost under the names that it has in outcomes and journals."""
+        total = self.own + self.features
+        return {
+            "train_seconds": total.wall,
+            "train_cpu_seconds": total.cpu,
+            "feature_seconds": self.features.wall,
+            "feature_cpu_seconds": self.features.cpu,
+        }
+
+
+@dataclass(frozen=True)
 class Trained:
     """The result of training."""
 
     summary: str  # one sentence
-    seconds: float  # of all attempts at the steps
+    cost: TrainingCost
     n_trainable: int  # parameters, the head's included
     n_parameters: int  # of the whole network
     frozen: Mapping[str, Any]  # which stages never trained, and the sha256 of their parameters and buffers before and after

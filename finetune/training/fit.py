@@ -30,6 +30,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import HEAD, FreezePlan
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.seconds import Seconds, process_clock
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
@@ -73,7 +74,7 @@ class Fitted:
     stopped_early: bool
     numerics: Numerics
     choices: Choices
-    seconds: float  # of all sessions together
+    seconds: Seconds  # of all sessions together, without those of computing features
     frozen_before: str  # sha256 over what never trains
     frozen_after: str
     resumed_at_step: int | None
@@ -110,6 +111,7 @@ class _State:
     frozen_before: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # of the sessions before this one
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def fit(
     train_targets: NDArray[Any],
     val_targets: NDArray[Any],
     numerics: Callable[[], Numerics] = Numerics,
-    solve_head: Callable[[Classifier], object] | None = None,
+    solve_head: Callable[[Classifier], Seconds] | None = None,
     sample: TrainSample | None = None,
     prepare: Prepare = prepare_images,
     forward: Forward = forward_images,
@@ -147,6 +149,7 @@ def fit(
         train_targets, val_targets: encoded by `task`; a batch's ``indices`` are rows of these.
         numerics: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
+            Returns its seconds without those of computing the features, which are not counted here.
         sample: training images that are answered now and then as evaluation would; changes no bit of training.
         prepare, forward: how a batch becomes logits; by default its arrays are images.
 
@@ -221,13 +224,14 @@ class _Training:
         self.average: MovingAverage | None = None
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.numerics.device)  # see _State.epoch_totals
         self.resumed_at_step: int | None = None
-        self.began_at = self.saved_at = self.epoch_began_at = time.perf_counter()
-        self.seconds_before = 0.0
+        self.saved_at = self.epoch_began_at = time.perf_counter()
+        self.began = process_clock()
+        self.seconds_before = Seconds()
         self.session_steps = self.epoch_images = 0  # of this session, of the epoch within this session
 
     # beginning and resuming ---------------------------------------------------------------------------------------
 
-    def begin(self, solve_head: Callable[[Classifier], object] | None) -> None:
+    def begin(self, solve_head: Callable[[Classifier], Seconds] | None) -> None:
         state = self.state
         state.frozen_before = self._frozen_digest()
         if not self.recipe.solves_head_first:
@@ -235,7 +239,9 @@ class _Training:
             nn.init.zeros_(self.classifier.head.bias)
             state.evaluated_step = 0  # what an untrained head says is not worth an evaluation
         elif solve_head is not None:
-            solve_head(self.classifier)
+            before = process_clock()
+            solving = solve_head(self.classifier)
+            self.began += process_clock() - before - solving
         if self.recipe.solves_head_first and self.recipe.n_steps:
             state.start_weights = copy_state(self.classifier)
         state.history = read_lines(self.run.metrics)
@@ -245,7 +251,7 @@ class _Training:
 
     def resume(self, found: Mapping[str, Any]) -> None:
         state = self.state = _State(**found["state"])
-        self.seconds_before = state.seconds
+        self.seconds_before = Seconds(state.seconds, state.cpu_seconds)
         state.best_weights = self._on_device(state.best_weights)
         state.start_weights = self._on_device(state.start_weights)
         self.classifier.load_state_dict(found["model"])
@@ -537,7 +543,7 @@ class _Training:
     def _report(self, lr: float) -> None:
         loss, correct, count = self.totals.tolist()
         step, total = self.state.step, self._last_step
-        eta = (time.perf_counter() - self.began_at) / self.session_steps * (total - step)
+        eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
         values = {
             "loss": loss / count,
             self.targets.task.headline.key: correct / count,
@@ -564,13 +570,14 @@ class _Training:
         by_steps = every is not None and self.state.step % every == 0
         return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
 
-    def _seconds(self) -> float:
+    def _seconds(self) -> Seconds:
         """Return the seconds of this session and of those before it."""
-        return self.seconds_before + time.perf_counter() - self.began_at
+        return self.seconds_before + (process_clock() - self.began)
 
     def _save(self) -> None:
         self.state.epoch_totals = tuple(self.totals.tolist())
-        self.state.seconds = self._seconds()
+        seconds = self._seconds()
+        self.state.seconds, self.state.cpu_seconds = seconds.wall, seconds.cpu
         content = {
             "state": dict(vars(self.state)),
             "model": self.classifier.state_dict(),

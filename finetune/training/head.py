@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,17 @@ from finetune.features.heads import head_solver
 from finetune.features.rows import Views, pooled_features
 from finetune.features.solve import SolvedHead, head_logits
 from finetune.progress import Progress
-from finetune.training.context import TrainingContext
+from finetune.runtime.seconds import Seconds, process_clock
+from finetune.training.context import TrainingContext, TrainingCost
 from finetune.training.measurements import write_neighbours, write_sample_answers
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
 
 
-def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext) -> SolvedHead:
-    """Fit the head that `recipe` begins with, or consists of, and record how it was found.
+def solve_head(
+    prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext
+) -> tuple[SolvedHead, TrainingCost]:
+    """Fit the head that `recipe` begins with, or consists of, and record how; return it with what it takes.
 
     Args:
         prefix: from pixels to the embedding that the head is given.
@@ -32,10 +36,12 @@ def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: 
     seen = Views(preprocess)
     n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
     views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
-    features = _features(prefix, train, views, "training", context)
-    val_features = _features(prefix, val, seen, "validation", context) if val else None
+    spent: list[Seconds] = []
+    train_features = _features(prefix, train, views, "training", context, spent.append)
+    val_features = _features(prefix, val, seen, "validation", context, spent.append) if val else None
+    began = process_clock()
     head = head_solver(context.task.name)(
-        features,
+        train_features,
         context.targets(train),
         len(context.dataset.classes),
         val_features=val_features,
@@ -44,12 +50,13 @@ def solve_head(prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: 
         label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
         seed=recipe.seed,
     )
-    _record(head, recipe, context)
-    first_view = features if n_views == 1 else features[:, 0]
+    cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
+    _record(head, cost, recipe, context)
+    first_view = train_features if n_views == 1 else train_features[:, 0]
     if not recipe.n_steps:  # else the training loop answers the sample itself
         _answer_sample(head, first_view, context)
     _compare_with_training(prefix, seen, first_view, val_features, context)
-    return head
+    return head, cost
 
 
 def _answer_sample(head: SolvedHead, features: NDArray[np.float32], context: TrainingContext) -> None:
@@ -66,21 +73,38 @@ def _compare_with_training(
     train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
     held_out = [(val, val_features)] if val_features is not None else []
     if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
-        held_out.append((test, _features(prefix, test, seen, "test", context)))
+        held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
 
 
 def _features(
-    prefix: Prefix, samples: Sequence[Sample], views: Views, what: str, context: TrainingContext
+    prefix: Prefix,
+    samples: Sequence[Sample],
+    views: Views,
+    what: str,
+    context: TrainingContext,
+    spent: Callable[[Seconds], None],
 ) -> NDArray[np.float32]:
     def progress(update: Progress) -> None:
         context.progress(replace(update, message=f"features, {what}"))
 
-    return pooled_features(prefix, samples, views, context.features(progress))
+    return pooled_features(prefix, samples, views, context.features(spent, progress))
 
 
-def _record(head: SolvedHead, recipe: Recipe, context: TrainingContext) -> None:
-    values = {"head/l2": head.l2, "head/seconds": head.seconds, "head/iterations": float(head.iterations)}
+def features_of_head(journal: Sequence[Mapping[str, Any]]) -> Seconds:
+    """Return what the features of a solved head take, from the lines of the run's ``metrics.jsonl``; zero without such a head."""
+    values: Mapping[str, float] = next((line["values"] for line in journal if "head/l2" in line["values"]), {})
+    return Seconds(values.get("head/feature_seconds", 0.0), values.get("head/feature_cpu_seconds", 0.0))
+
+
+def _record(head: SolvedHead, cost: TrainingCost, recipe: Recipe, context: TrainingContext) -> None:
+    values = {
+        "head/l2": head.l2,
+        "head/seconds": head.seconds,
+        "head/iterations": float(head.iterations),
+        "head/feature_seconds": cost.features.wall,
+        "head/feature_cpu_seconds": cost.features.cpu,
+    }
     if not recipe.n_steps:  # before steps the training loop evaluates the head itself
         for point in head.path:
             if point.l2 == head.l2:

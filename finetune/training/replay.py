@@ -132,4 +132,5 @@ def _activations(
         wanted.look_up()
     if wanted.n_missing:
         raise _NoRoom("other processes took the room in the cache")
+    context.spent(wanted.rows.seconds)
     return Activations(stage, wanted.rows, views.count)

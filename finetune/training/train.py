@@ -26,10 +26,11 @@ from finetune.features.solve import SolvedHead
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress
+from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
-from finetune.training.context import Trained, TrainingContext
+from finetune.training.context import Trained, TrainingContext, TrainingCost
 from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
-from finetune.training.head import solve_head
+from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
 from finetune.training.measurements import write_sample_answers
 from finetune.training.objectives import objective_of
@@ -56,13 +57,13 @@ def train(
     apply_freeze(classifier, widest_plan(recipe))
     before = frozen_digest(classifier)
     solver = _HeadSolver(recipe, context, graph)
-    fitted = _take_steps(classifier, recipe, context, decided, solver)
+    fitted, activations = _take_steps(classifier, recipe, context, decided, solver)
     classifier.eval()
     apply_freeze(classifier, widest_plan(recipe))
     stopped = ", stopped early" if fitted.stopped_early else ""
     return Trained(
         summary=f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}",
-        seconds=fitted.seconds,
+        cost=TrainingCost(fitted.seconds, features_of_head(fitted.history) + activations),
         n_trainable=sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad),
         n_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
         frozen={
@@ -84,27 +85,36 @@ class _HeadSolver:
     graph: GraphSource | None
     head: SolvedHead | None = None
 
-    def __call__(self, classifier: Classifier) -> None:
+    def __call__(self, classifier: Classifier) -> Seconds:
+        """Solve the head; return the seconds without those of its features."""
         prefix = embedding_prefix(classifier, self.graph)
-        self.head = solve_head(prefix, classifier.backbone.preprocess, self.recipe, self.context)
+        self.head, cost = solve_head(prefix, classifier.backbone.preprocess, self.recipe, self.context)
         with torch.no_grad():
             classifier.head.weight.copy_(torch.from_numpy(self.head.weight))
             classifier.head.bias.copy_(torch.from_numpy(self.head.bias))
+        return cost.own
 
 
 def _take_steps(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, decided: Choices | None, solver: _HeadSolver
-) -> Fitted:
-    """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images."""
+) -> tuple[Fitted, Seconds]:
+    """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images.
+
+    Returns:
+        What it came to, and what computing the activations takes.
+    """
+    spent: list[Seconds] = []
 
     def numerics() -> Numerics:
         if decided is not None:
             return Numerics(**(decided.numerics or {}))
         return _measured_numerics(classifier, recipe, context)
 
-    source = _cached_source(classifier, recipe, context) or _image_source(classifier, recipe, context)
+    source = _cached_source(classifier, recipe, context, spent.append)
+    activations = sum(spent, Seconds()) if source else Seconds()
+    source = source or _image_source(classifier, recipe, context)
     dataset = context.dataset
-    return fit(
+    fitted = fit(
         classifier,
         recipe,
         source.train,
@@ -122,6 +132,7 @@ def _take_steps(
         forward=source.forward,
         progress=context.progress,
     )
+    return fitted, activations
 
 
 def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
@@ -176,11 +187,13 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images)
 
 
-def _cached_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource | None:
+def _cached_source(
+    classifier: Classifier, recipe: Recipe, context: TrainingContext, spent: Callable[[Seconds], None]
+) -> _BatchSource | None:
     """Return batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
     if recipe.mixup or classifier.aux is not None:  # both need the images themselves
         return None
-    train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features()
+    train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features(spent)
     seen = Views(classifier.backbone.preprocess)
     views = replace(seen, augment=context.augment, count=recipe.views)
     plan = plan_prefix(classifier, min(recipe.trainable), train, val, views, features, measure=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from finetune.bundle.deployment import Deployment, Share, roll_back
+from finetune.bundle.deployment import Deployment, Share, deployments, roll_back
 from finetune.errors import Conflict, NotReady
 from finetune.promotion import promote_to_default
 from service.middleware.auth import Administering, Caller, Reading
 from service.problems import RESPONSES
-from service.schemas.models import DeploymentChange, DeploymentDocument, ShareDocument
+from service.schemas.models import DeploymentChange, DeploymentDocument, DeploymentHistory, PastDeployment, ShareDocument
 from service.state import Server, ServerState
 
 deployment_router = APIRouter(prefix="/v1/deployments", tags=["models"], responses=RESPONSES)
@@ -19,6 +19,17 @@ deployment_router = APIRouter(prefix="/v1/deployments", tags=["models"], respons
 def get_default(caller: Reading, server: Server) -> DeploymentDocument:
     """Return what answers requests that name no model."""
     return _document(server, caller)
+
+
+@deployment_router.get("/default/history")
+def default_history(caller: Reading, server: Server) -> DeploymentHistory:
+    """List what has answered requests that name no model, since when and by whose decision; of models that you may use."""
+    past = [
+        PastDeployment(reference=one.deployment.reference, at=int(one.at), by=one.by)
+        for one in reversed(deployments(server.models.registry))
+        if server.may_use(caller, one.deployment.reference.partition("@")[0])
+    ]
+    return DeploymentHistory(data=past)
 
 
 @deployment_router.put("/default")

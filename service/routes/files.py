@@ -121,6 +121,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
         """Delete an upload that no unfinished job reads. Models made from it stay."""
         server.database.files.delete(file_id, caller.sees)
         server.uploads.discard(file_id)
+        server.pictures.forget(server.uploads.place_of(file_id).resolve())
         return FileDeleted(id=file_id)
 
     return router

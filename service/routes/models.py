@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
@@ -18,6 +19,7 @@ from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
 from service.results import bundle_archive, evaluated_splits, link_of_run, report_answer, resolved_hyperparameters, run_of
 from service.schemas.models import (
+    Abstention,
     AliasTarget,
     ModelChange,
     ModelDeleted,
@@ -31,6 +33,8 @@ from service.state import Server, ServerState
 BUNDLE_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
+
+CARD_ANSWER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}}
 
 models_router = APIRouter(prefix="/v1/models", tags=["models"], responses=RESPONSES)
 
@@ -57,7 +61,26 @@ def get_model(caller: Reading, server: Server, name: str) -> ModelDocument:
 @models_router.get("/{name}/versions/{version}")
 def get_version(caller: Reading, server: Server, name: str, version: str) -> VersionDocument:
     """Return everything about one version: classes, method, figures with n and intervals, licence, parity, calibration."""
+    return _version_document(server, find_model(server, caller, f"{name}@{version}"))
+
+
+@models_router.put("/{name}/versions/{version}/abstention")
+def set_abstention(caller: Submitting, server: Server, name: str, version: str, wanted: Abstention) -> VersionDocument:
+    """Choose when a version abstains without being asked to; every answer then says `abstained`."""
+    found = find_model(server, caller, f"{name}@{version}", to_change=True)
+    server.models.registry.set_abstention(found.name, found.version, wanted.precision)
+    server.models.refresh()
+    return _version_document(server, found)
+
+
+@models_router.get("/{name}/versions/{version}/card", response_class=PlainTextResponse, responses=CARD_ANSWER)
+def get_card(caller: Reading, server: Server, name: str, version: str) -> PlainTextResponse:
+    """Return the model card as Markdown: what the bundle records of how it was made, how good it is, and its licence."""
     found = find_model(server, caller, f"{name}@{version}")
+    return PlainTextResponse(model_card(read_manifest(found.path)), media_type="text/markdown")
+
+
+def _version_document(server: ServerState, found: ModelVersion) -> VersionDocument:
     manifest = read_manifest(found.path)
     run = run_of(server.home / "runs", found)
     access = server.models.registry.access(found.name)
@@ -81,6 +104,7 @@ def get_version(caller: Reading, server: Server, name: str, version: str) -> Ver
         metrics=dict(manifest.metrics),
         splits=evaluated_splits(run),
         calibration=dict(manifest.calibration),
+        abstain_precision=manifest.abstain.get("precision"),
         parity=dict(manifest.parity),
         explanation=dict(manifest.cam),
         versions=dict(manifest.versions),
@@ -88,6 +112,7 @@ def get_version(caller: Reading, server: Server, name: str, version: str) -> Ver
         links={
             "report": f"{place}/report" if run is not None and run.report.exists() else None,
             "bundle": f"{place}/bundle",
+            "card": f"{place}/card",
             "job": None if run is None else link_of_run(server.home / "runs", run.root),
         },
     )

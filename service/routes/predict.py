@@ -14,18 +14,31 @@ from fastapi import APIRouter, Request, Response
 from finetune.errors import NotFound
 from service.middleware.auth import caller_with
 from service.models import LoadedModel
-from service.predictions import Upload, predict, predict_one_of_several, read_upload, timings
+from service.predictions import Upload, predict, predict_one_of_several, read_upload, timings, unasked_fields
 from service.problems import RESPONSES
 from service.schemas.predictions import PredictionAnswer, PredictionList, PredictOptions
 from service.state import ServerState
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _OPTIONS = PredictOptions.model_json_schema()["properties"]
-_QUERY = {"top_k": {"type": "integer", "minimum": 1}, "explain": {"type": "boolean"}, "embedding": {"type": "boolean"}}
+_LEVEL = {"type": "number", "minimum": 0.5, "maximum": 0.99}
+_QUERY: dict[str, dict[str, Any]] = {
+    "top_k": {"type": "integer", "minimum": 1},
+    "explain": {"type": "boolean"},
+    "embedding": {"type": "boolean"},
+    "coverage": _LEVEL,
+    "per_class": {"type": "boolean"},
+    "abstain": {"type": "boolean"},
+    "precision": _LEVEL,
+}
+_MAY_BE_NULL = ("top_k", "coverage", "abstain", "precision")  # in a form, as BentoML's client writes what is not given
 _FORM_OPTIONS = {
-    "top_k": {"type": ["integer", "null"], "minimum": 1, "description": _OPTIONS["top_k"]["description"]},
-    "explain": {"type": "boolean", "description": _OPTIONS["explain"]["description"]},
-    "embedding": {"type": "boolean", "description": _OPTIONS["embedding"]["description"]},
+    name: {
+        **schema,
+        "type": [schema["type"], "null"] if name in _MAY_BE_NULL else schema["type"],
+        "description": _OPTIONS[name]["description"],
+    }
+    for name, schema in _QUERY.items()
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": PredictionAnswer | PredictionList, "description": "A list where the request had the field `images`."}
@@ -57,9 +70,6 @@ PREDICT_EXTRA: dict[str, Any] = {
 }
 
 
-_WITHOUT_EMBEDDING: dict[bool, Any] = {False: {"embedding"}, True: {"data": {"__all__": {"result": {"embedding"}}}}}
-
-
 def predict_router(max_body_bytes: int) -> APIRouter:
     """Return the two predict routes, whose bodies may be as large as images."""
     router = APIRouter(tags=["predict"], responses=RESPONSES)
@@ -89,6 +99,7 @@ async def _answer(
     request: Request, server: ServerState, model: LoadedModel, role: str = "named", shadow: LoadedModel | None = None
 ) -> Response:
     upload = await read_upload(request)
+    unasked = unasked_fields(model, upload.options)
     if upload.several:
         answer: PredictionAnswer | PredictionList = await _predict_several(server, model, upload)
     else:
@@ -99,8 +110,8 @@ async def _answer(
     for load_seconds, run_seconds in upload.stages:
         server.metrics.stage_seconds.labels("load").observe(load_seconds)
         server.metrics.stage_seconds.labels("run").observe(run_seconds)
-    unasked = None if upload.options.embedding else _WITHOUT_EMBEDDING[upload.several]
-    return Response(answer.model_dump_json(exclude=unasked), media_type="application/json")
+    excluded: Any = {"data": {"__all__": {"result": unasked}}} if upload.several else unasked
+    return Response(answer.model_dump_json(exclude=excluded), media_type="application/json")
 
 
 async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:

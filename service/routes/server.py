@@ -11,10 +11,10 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api_docs import docs_page
 from service.metrics import CONTENT_TYPE
-from service.middleware.auth import Measuring
+from service.middleware.auth import AnyCaller, KeyScope, Measuring
 from service.problems import RESPONSES
 from service.state import Server
-from service.web import render
+from service.web import main_page
 
 
 class Status(BaseModel):
@@ -27,6 +27,15 @@ class ReadyStatus(Status):
     reference: str | None = Field(description="What was promoted, as in `flowers@champion`.")
     model: str | None
     version: str | None
+
+
+class CallerDocument(BaseModel):
+    """Who asks, and what they may do here."""
+
+    object: Literal["caller"] = "caller"
+    owner: str
+    scopes: list[KeyScope]
+    needs_key: bool = Field(description="Whether this server has keys, so that it answers nobody without one.")
 
 
 server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
@@ -49,6 +58,12 @@ async def ready(server: Server) -> ReadyStatus:
     reference = server.models.pinned or (deployed.reference if deployed is not None else model.name)
     shown = str(model) if server.models.serves_a_folder else reference
     return ReadyStatus(reference=shown, model=model.name, version=model.version)
+
+
+@server_router.get("/v1/caller", responses={"4XX": RESPONSES["4XX"]})
+async def get_caller(caller: AnyCaller) -> CallerDocument:
+    """Return who you are for this server: the owner that your key stands for, and what it may do."""
+    return CallerDocument(owner=caller.owner, scopes=sorted(caller.scopes), needs_key=caller.key_id is not None)  # type: ignore[arg-type]
 
 
 @server_router.get(
@@ -81,5 +96,6 @@ async def docs(request: Request) -> HTMLResponse:
 
 
 @server_router.get("/", include_in_schema=False)
-async def page() -> HTMLResponse:
-    return HTMLResponse(render("index.html"), headers={"Cache-Control": "no-cache"})
+async def page(request: Request) -> HTMLResponse:
+    text = main_page(request.headers.get("accept-language", ""))
+    return HTMLResponse(text, headers={"Cache-Control": "no-cache", "Vary": "Accept-Language"})

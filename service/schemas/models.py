@@ -51,12 +51,13 @@ class VersionDocument(BaseModel):
     input_size_px: list[int] = Field(description="Height and width that the model takes.")
     metrics: dict[str, float | None] = Field(description="By `split/name`.")
     splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
-    calibration: dict[str, Any]
+    calibration: dict[str, Any] = Field(description="Temperature; under `held_out`, how far answers may be relied on.")
+    abstain_precision: float | None = Field(description="At which precision the owner has switched abstention on; null: off.")
     parity: dict[str, Any] = Field(description="How exactly the exported model answers as the trained one.")
     explanation: dict[str, Any] = Field(description="Whether there is an activation map, and if not, why.")
     versions: dict[str, str] = Field(description="Of the libraries that made it.")
     bundle_bytes: int
-    links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, job. Null where there is none.")
+    links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, card, job. Null where there is none.")
 
 
 ModelList = Page[ModelDocument]
@@ -66,6 +67,14 @@ class ModelChange(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     visibility: Visibility
+
+
+class Abstention(BaseModel):
+    """When a version abstains without being asked to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    precision: float | None = Field(ge=0.5, le=0.99, description="The share of its answers that shall be right; null: never.")
 
 
 class ModelDeleted(BaseModel):
@@ -113,3 +122,19 @@ class DeploymentDocument(BaseModel):
     pinned: bool = Field(description="Chosen when the server was started (--model), so promotions do not change it.")
     canary: ShareDocument | None
     shadow: ShareDocument | None
+
+
+class PastDeployment(BaseModel):
+    """One change of what answers requests that name no model."""
+
+    object: Literal["deployment.change"] = "deployment.change"
+    reference: str
+    at: int = Field(description="Unix seconds.")
+    by: str = Field(description="The owner of the key that changed it.")
+
+
+class DeploymentHistory(BaseModel):
+    """Every change, newest first; the first entry is what is deployed now."""
+
+    object: Literal["list"] = "list"
+    data: list[PastDeployment]

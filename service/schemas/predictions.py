@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from finetune.bundle.calibration import Asked
 from service.problems import FieldProblem
 
 
@@ -17,6 +18,28 @@ class PredictOptions(BaseModel):
     top_k: int | None = Field(None, ge=1, description="How many classes to answer; all where there are fewer. Default: 5.")
     explain: bool = Field(False, description="Also answer where the model looked: the class activation map of the top class.")
     embedding: bool = Field(False, description="Also answer the image's embedding: what the last linear layer sees.")
+    coverage: float | None = Field(
+        None,
+        ge=0.5,
+        le=0.99,
+        description="Also answer a set of labels that holds the right one with this probability, as in 0.9.",
+    )
+    per_class: bool = Field(False, description="The coverage holds for each class by itself, not only on average: larger sets.")
+    abstain: bool | None = Field(
+        None,
+        description="Also answer whether to rely on the answer: `abstained`. Default: what the model's owner has switched on.",
+    )
+    precision: float | None = Field(
+        None,
+        ge=0.5,
+        le=0.99,
+        description="Abstain, so that this share of the answers given is right. Default: the owner's choice, else 0.95.",
+    )
+
+    @property
+    def asked(self) -> Asked:
+        """What is asked about how far to rely on the answer."""
+        return Asked(self.coverage, self.per_class, self.abstain, self.precision)
 
 
 class LabelProbability(BaseModel):
@@ -30,6 +53,7 @@ class Explanation(BaseModel):
     label: str = Field(description="The class that is explained: the most probable one.")
     cam: list[list[float]] | None = Field(description="h' × w' contributions to the class's logit, over the preprocessed image.")
     overlay_png_base64: str | None = Field(description="The preprocessed image with the map drawn over it, as PNG.")
+    image_jpeg_base64: str | None = Field(description="The preprocessed image alone: what the model saw, as JPEG.")
     reason: str | None = Field(description="Why there is no map.")
 
 
@@ -39,12 +63,30 @@ class Timings(BaseModel):
     total_ms: float = Field(description="From the complete body to the answer, waiting for a free core included.")
 
 
+class PredictionSet(BaseModel):
+    """Labels of which one is right with a chosen probability."""
+
+    coverage: float = Field(description="That the set has: what was asked, rounded up to what the bundle knows.")
+    labels: list[str] = Field(description="Most probable first; never empty.")
+
+
 class ImagePrediction(BaseModel):
     """What the model says about one image."""
 
     predictions: list[LabelProbability] = Field(description="Most probable first.")
     explanation: Explanation | None
     embedding: list[float] | None = None
+    prediction_set: PredictionSet | None = Field(None, description="Only where a `coverage` was asked for.")
+    abstained: bool | None = Field(
+        None,
+        description="Do not rely on this answer. Only where that was asked for, or where the model's owner has switched it on.",
+    )
+    reason: Literal["unsure", "unlike"] | None = Field(
+        None, description="Why it abstained: not sure enough for the precision, or an image unlike anything seen."
+    )
+    novelty: float | None = Field(
+        None, description="Share of held-out images that are less unlike the known ones; from 0.95 on it is unlike anything seen."
+    )
 
 
 class PredictionAnswer(ImagePrediction):

@@ -120,6 +120,18 @@ def test_training_a_finished_run_again_gives_the_same_bits(case: Case) -> None:
     assert learner.exported(1.0).model == case.learner.exported(1.0).model
 
 
+def test_features_cost_what_they_took_when_they_were_computed(case: Case) -> None:
+    """Also where an earlier run computed them, or an earlier process of this run."""
+    found = case.again().train(case.context, None).cost.features
+    first = case.trained.cost.features
+    assert first.wall > 0
+    assert first.cpu > 0
+    assert (found.wall, found.cpu) == pytest.approx((first.wall, first.cpu))
+    cost = case.trained.cost.to_dict()
+    assert cost["train_seconds"] == pytest.approx(case.trained.cost.own.wall + cost["feature_seconds"])
+    assert cost["train_cpu_seconds"] == pytest.approx(case.trained.cost.own.cpu + cost["feature_cpu_seconds"])
+
+
 def test_what_is_frozen_is_proved_and_what_trains_is_counted(case: Case) -> None:
     facts, recipe = case.prepared.network.facts, case.prepared.resolved.recipe
     trains = set(recipe.trainable if recipe.n_steps else ())

@@ -112,7 +112,12 @@ def test_a_version_says_what_it_is_and_how_good(client: TestClient, tmp_path: Pa
     assert found["links"]["job"] == f"{JOBS}/{job_id}"
     assert found["bundle_bytes"] > 0
     by_hand = client.get("/v1/models/colours/versions/1").json()
-    assert by_hand["links"] == {"report": None, "bundle": "/v1/models/colours/versions/1/bundle", "job": None}
+    assert by_hand["links"] == {
+        "report": None,
+        "bundle": "/v1/models/colours/versions/1/bundle",
+        "card": "/v1/models/colours/versions/1/card",
+        "job": None,
+    }
     assert client.get("/v1/models/colours/versions/1/report").status_code == 404
     assert client.get("/v1/models/colours/versions/9").status_code == 404
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import SECURITY_HEADERS, ResponseMiddleware
 from service.problems import ProblemDocument
 from service.schemas.predictions import PredictionAnswer
+from service.web import STATIC, strings
 
 LIMITS = ImageLimits(max_bytes=100_000)
 
@@ -77,7 +79,7 @@ def test_a_wrong_method_says_which_one_is_allowed(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/livez", "/", "/static/page.js", "/v1/models", "/metrics", "/docs.json", "/schema.json", "/nothing"]
+    "path", ["/livez", "/", "/static/app.js", "/v1/models", "/metrics", "/docs.json", "/schema.json", "/nothing"]
 )
 def test_every_answer_has_security_headers_and_a_request_id_of_its_own(client: TestClient, path: str) -> None:
     first, second = client.get(path), client.get(path)
@@ -370,7 +372,10 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
     }
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "application/octet-stream"}
-    assert {one["name"] for one in predict["parameters"]} == {"top_k", "explain", "embedding"}
+    assert {one["name"] for one in predict["parameters"]} == {
+        *("top_k", "explain", "embedding"),
+        *("coverage", "per_class", "abstain", "precision"),
+    }
     answers = predict["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]
     assert [one["$ref"].rpartition("/")[2] for one in answers] == ["PredictionAnswer", "PredictionList"]
     for path, operations in document["paths"].items():
@@ -386,14 +391,46 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
 def test_the_page_loads_nothing_from_elsewhere_and_runs_no_inline_code(client: TestClient) -> None:
     page = client.get("/")
     assert page.status_code == 200
-    script, style = client.get("/static/page.js").text, client.get("/static/page.css").text
-    for text in (page.text, script, style):
-        assert "http:" not in text
-        assert "https:" not in text
+    files = [file for file in STATIC.rglob("*") if file.is_file()]
+    assert len(files) > 15
+    for file in files:
+        answer = client.get(f"/static/{file.relative_to(STATIC)}")
+        assert answer.status_code == 200, file
+        assert answer.headers["cache-control"] == "no-cache"
+    scripts = {file.name: file.read_text() for file in files if file.suffix == ".js"}
+    for text in (page.text, *scripts.values(), (STATIC / "page.css").read_text()):
+        assert not re.findall(r"https?:(?!//www\.w3\.org/2000/svg)", text)
     assert "<script>" not in page.text
     assert "style=" not in page.text
     assert "onclick" not in page.text
-    assert "innerHTML" not in script
-    assert "sessionStorage" in script, "a key that is typed in stays in its tab"
-    assert "localStorage" not in script
-    assert "document.cookie" not in script
+    for name, text in scripts.items():
+        assert "innerHTML" not in text, name
+        assert "sessionStorage" not in text, "a key that is typed in is in memory alone"
+        assert "document.cookie" not in text, name
+        assert "localStorage" not in text or name == "preferences.js", name
+
+
+@pytest.mark.parametrize(
+    ("asked", "language"),
+    [("de-AT,de;q=0.9,en;q=0.8", "de"), ("fr, en;q=0.5", "en"), ("en, de;q=0", "en"), ("", "en"), ("de;q=x", "en")],
+)
+def test_the_page_comes_in_the_language_that_the_browser_asks_for(client: TestClient, asked: str, language: str) -> None:
+    page = client.get("/", headers={"Accept-Language": asked})
+    assert f'<html lang="{language}">' in page.text
+    assert page.headers["vary"] == "Accept-Language"
+
+
+def test_every_sentence_of_the_page_is_there_in_each_language_and_is_used() -> None:
+    english, german = (strings(language) for language in ("en", "de"))
+    assert english.keys() == german.keys()
+    code = "".join(file.read_text() for file in STATIC.rglob("*.js")) + (STATIC.parent / "templates" / "index.html").read_text()
+    families = {one.partition("$")[0] for one in re.findall(r"(?:known|t)\(`([a-z_.]+\.\$\{)", code)} | {"nav.", "page."}
+    for key, sentence in english.items():
+        forms, others = (one if isinstance(one, dict) else {"other": one} for one in (sentence, german[key]))
+        assert forms.keys() == others.keys(), key
+        for form in forms:
+            assert set(re.findall(r"\{(\w+)\}", forms[form])) == set(re.findall(r"\{(\w+)\}", others[form])), key
+        assert f'"{key}"' in code or any(key.startswith(family) for family in families), f"{key} is used nowhere"
+    used = set(re.findall(r"""\bt\(\s*"([a-z_.]+)\"""", code)) | set(re.findall(r'data-t(?:-label)?="([a-z_.]+)"', code))
+    assert len(used) > 100
+    assert used <= english.keys()

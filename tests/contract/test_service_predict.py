@@ -25,6 +25,7 @@ from service.bento import build_service
 from service.schemas.predictions import PredictionAnswer
 from service.settings import Settings
 
+UNASKED = ("embedding", "prediction_set", "abstained", "reason", "novelty")  # parts of an answer that were not asked for
 PATHS = ("/predict", "/v1/models/colours/predict")
 
 
@@ -110,7 +111,7 @@ def test_the_bentoml_method_gives_the_same_answer_without_http(home: Path, tmp_p
         until(lambda: client.get("/readyz").status_code == 200)
         called = service().predict(image=file, top_k=2, explain=True)
         posted = PredictionAnswer.model_validate(client.post("/predict?top_k=2&explain=1", content=picture("blue")).json())
-    assert called.model_dump(exclude={"timings"}) == posted.model_dump(exclude={"timings", "embedding"})
+    assert called.model_dump(exclude={"timings"}) == posted.model_dump(exclude={"timings", *UNASKED})
 
 
 # --- explain --------------------------------------------------------------------------------------
@@ -122,13 +123,20 @@ def test_explain_gives_the_map_as_numbers_and_as_a_picture(client: TestClient, p
     assert explanation["label"] == "red"
     np.testing.assert_array_equal(np.array(explanation["cam"], np.float32), expected.cam)
     overlay = Image.open(io.BytesIO(base64.b64decode(explanation["overlay_png_base64"])))
+    assert Image.open(io.BytesIO(base64.b64decode(explanation["image_jpeg_base64"]))).size == overlay.size
     assert (overlay.format, overlay.size) == ("PNG", expected.image.shape[1::-1])
 
 
 def test_explain_on_a_model_without_a_map_answers_null_and_says_why(client: TestClient) -> None:
     answer = client.post("/v1/models/mapless/predict?explain=true", content=picture())
     assert answer.status_code == 200
-    assert answer.json()["explanation"] == {"label": "red", "cam": None, "overlay_png_base64": None, "reason": NO_CAM_REASON}
+    assert answer.json()["explanation"] == {
+        "label": "red",
+        "cam": None,
+        "overlay_png_base64": None,
+        "image_jpeg_base64": None,
+        "reason": NO_CAM_REASON,
+    }
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def test_the_document_says_what_was_found_and_can_be_read_again(compared: Any, p
     assert document["object"] == "comparison"
     assert {arm["name"]: len(arm["runs"]) for arm in document["arms"]} == {"frozen": 2, "full": 2}
     assert {"train_seconds", "latency_seconds", "bundle_bytes", "trainable_parameters"} <= set(document["arms"][0]["cost"])
+    frozen = next(arm for arm in document["arms"] if arm["name"] == "frozen")["cost"]
+    assert 0 < frozen["feature_seconds"] < frozen["train_seconds"], "the second seed found them, and they count all the same"
     (headline,) = [pair for pair in document["pairs"] if pair["p_value"] is not None]
     assert (headline["a"], headline["b"], headline["metric"]) == ("frozen", "full", "test/top1")
     assert headline["low"] <= headline["difference"] <= headline["high"]

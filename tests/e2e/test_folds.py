@@ -103,7 +103,11 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     manifest = read_manifest(outcome.bundle)
     assert manifest.metrics["cv/top1"] == outcome.metrics["cv/top1"]
     assert any("had not seen it" in note for note in manifest.method["notes"])
+    held_out = manifest.calibration["held_out"]
+    assert (held_out["split"], held_out["n"], held_out["checked"]) == ("cv", 30, {})
+    assert "calibrated on 30 held-out images (cv)" in (outcome.bundle / "README.md").read_text(encoding="utf-8")
     report = run.report.read_text(encoding="utf-8")
+    assert "How far to rely on an answer (cv)" in report
     assert "Cross-validation" in report
     assert "Expect a top-1 of" in report
     assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
@@ -112,11 +116,15 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     assert bundles == [Path("runs/final/runs/refit/bundle")], "folds export nothing"
 
 
-def test_training_seconds_are_those_of_all_folds(cross_validated: Any) -> None:
+def test_training_seconds_are_those_of_all_folds_with_the_features_once(cross_validated: Any) -> None:
     outcome, run, _ = cross_validated
     children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
     assert [child.run.name for child in children] == ["fold-1", "fold-2", "fold-3", "final"]
-    assert outcome.cost["train_seconds"] == pytest.approx(sum(child.cost["train_seconds"] for child in children))
+    features = [child.cost["feature_seconds"] for child in children]
+    own = [child.cost["train_seconds"] - child.cost["feature_seconds"] for child in children]
+    assert min(features) > 0
+    assert outcome.cost["feature_seconds"] == max(features), "they share their features"
+    assert outcome.cost["train_seconds"] == pytest.approx(sum(own) + max(features))
     assert outcome.cost["wall_seconds"] > sum(child.cost["wall_seconds"] for child in children)
 
 

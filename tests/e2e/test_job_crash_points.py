@@ -32,7 +32,7 @@ from finetune.spec import JobSpec, parse_spec
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
-WALL_CLOCK = ("train/images_per_second", "head/seconds")
+WALL_CLOCK = ("train/images_per_second", "head/seconds", "head/feature_seconds", "head/feature_cpu_seconds")
 
 TRAINING_POINTS = [
     "before replace spec.yaml",

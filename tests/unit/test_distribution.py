@@ -41,7 +41,7 @@ def tracked_texts() -> dict[str, str]:
 def test_the_project_file_has_the_name_that_messages_give() -> None:
     assert PROJECT["name"] == DISTRIBUTION
     asked = set(re.findall(r"install_command\(['\"](\w+)['\"]\)", "".join(tracked_texts().values())))
-    assert asked == {"train", "ray", "postgres"}
+    assert asked == {"train", "ray", "postgres", "tables", "s3"}
     for extra in asked:
         assert extra in PROJECT["optional-dependencies"]
         assert install_command(extra) == f"pip install '{DISTRIBUTION}[{extra}]'"

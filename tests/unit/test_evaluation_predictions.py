@@ -185,7 +185,7 @@ def test_a_row_is_the_answer_to_the_image_that_it_names(run: RunDir) -> None:
     rows = [line.split(",") for line in run.split.read_text().splitlines()[1:]]
     for split in ("val", "test"):
         found = read(run.predictions_of(split))
-        assert list(found.ids) == [path for path, _, part, _ in rows if part == split]
-        assert found.digests() == [sha256 for _, _, part, sha256 in rows if part == split]
-        assert [found.classes[label] for label in found.labels] == [label for _, label, part, _ in rows if part == split]
+        assert list(found.ids) == [path for path, _, part, *_ in rows if part == split]
+        assert found.digests() == [sha256 for _, _, part, sha256, *_ in rows if part == split]
+        assert [found.classes[label] for label in found.labels] == [label for _, label, part, *_ in rows if part == split]
         assert evaluate(found) == read_judgement(run.evaluation).evaluations[split]

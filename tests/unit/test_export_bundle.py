@@ -75,9 +75,9 @@ def test_an_exported_bundle_answers_what_the_classifier_answers(
         assert dict(prediction.labels) == pytest.approx(dict(zip(CLASSES, row.tolist(), strict=True)), abs=1e-5)
 
 
-def test_a_bundle_is_three_files_with_checksums_that_anybody_may_read(bundle: Path) -> None:
-    assert sorted(path.name for path in bundle.iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
-    assert read_manifest(bundle).files == {name: sha256_file(bundle / name) for name in ("model.onnx", "probe.npz")}
+def test_a_bundle_is_files_with_checksums_that_anybody_may_read(bundle: Path) -> None:
+    assert sorted(path.name for path in bundle.iterdir()) == ["README.md", "bundle.json", "model.onnx", "probe.npz"]
+    assert read_manifest(bundle).files == {name: sha256_file(bundle / name) for name in ("model.onnx", "probe.npz", "README.md")}
     assert {path.stat().st_mode & 0o777 for path in bundle.iterdir()} == {0o644}
     assert bundle.stat().st_mode & 0o777 == 0o755
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
@@ -106,7 +106,7 @@ def test_the_manifest_says_what_was_exported_and_how_well_it_matches(bundle: Pat
 def test_a_lone_model_file_explains_itself(bundle: Path) -> None:
     said = {entry.key: json.loads(entry.value) for entry in onnx.load(bundle / MODEL).metadata_props}
     manifest = read_manifest(bundle).to_dict()
-    assert said == {f"finetune.{key}": manifest[key] for key in manifest if key not in ("name", "version", "files")}
+    assert said == {f"finetune.{key}": manifest[key] for key in manifest if key not in ("name", "version", "files", "abstain")}
     assert said["finetune.classes"] == list(CLASSES)
 
 
@@ -143,7 +143,12 @@ def test_a_new_export_replaces_the_old_bundle(
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "left_over").write_text("half an export")
     export_classifier(classifier, FACTS, samples[:1], tmp_path / "bundle", graph=graph)
-    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "model.onnx", "probe.npz"]
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
+        "README.md",
+        "bundle.json",
+        "model.onnx",
+        "probe.npz",
+    ]
 
 
 def test_an_export_without_images_to_check_it_on_is_refused(classifier: Classifier, tmp_path: Path) -> None:

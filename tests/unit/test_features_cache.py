@@ -12,6 +12,7 @@ import pytest
 
 from finetune.features import cache as cache_module
 from finetune.features.cache import RowCache
+from finetune.runtime.seconds import Seconds
 from finetune.storage.store import Store
 
 SHAPE = (3, 5)
@@ -31,7 +32,7 @@ def keys_and_rows(numbers: range) -> tuple[np.ndarray, np.ndarray]:
 
 def fill(cache: RowCache, numbers: range) -> None:
     writer = cache.writer()
-    writer.append(*keys_and_rows(numbers))
+    writer.append(*keys_and_rows(numbers), Seconds())
     writer.flush()
 
 
@@ -57,6 +58,24 @@ def test_keys_that_are_not_stored_are_missing_and_cannot_be_taken(tmp_path: Path
         found.take(np.array([0, 7]))
 
 
+def test_rows_cost_what_computing_them_took(tmp_path: Path) -> None:
+    for numbers, seconds in ((range(10), Seconds(10.0, 20.0)), (range(10, 30), Seconds(60.0, 100.0))):
+        writer = open_cache(tmp_path).writer()
+        for part in np.array_split(numbers, 4):  # chunks of unequal sizes
+            share = len(part) / len(numbers)
+            writer.append(*keys_and_rows(range(part[0], part[-1] + 1)), seconds * share)
+        writer.flush()
+
+    def cost_of(numbers: range) -> tuple[float, float]:
+        seconds = open_cache(tmp_path).find(keys_and_rows(numbers)[0]).seconds
+        return seconds.wall, seconds.cpu
+
+    assert cost_of(range(30)) == pytest.approx((70.0, 120.0))
+    assert cost_of(range(5, 12)) == pytest.approx((5 + 2 * 3, 10 + 2 * 5))
+    assert cost_of(range(25, 40)) == pytest.approx((5 * 3, 5 * 5)), "missing rows cost nothing yet"
+    assert cost_of(range(30, 40)) == (0, 0)
+
+
 def test_other_spaces_are_not_read(tmp_path: Path) -> None:
     fill(open_cache(tmp_path, space="one"), range(10))
     assert len(open_cache(tmp_path, space="two").find(keys_and_rows(range(10))[0]).missing) == 10
@@ -64,8 +83,8 @@ def test_other_spaces_are_not_read(tmp_path: Path) -> None:
 
 def test_rows_of_two_writers_are_both_found(tmp_path: Path) -> None:
     first, second = open_cache(tmp_path).writer(), open_cache(tmp_path).writer()
-    first.append(*keys_and_rows(range(20)))
-    second.append(*keys_and_rows(range(10, 30)))
+    first.append(*keys_and_rows(range(20)), Seconds())
+    second.append(*keys_and_rows(range(10, 30)), Seconds())
     second.flush()
     first.flush()
     keys, rows = keys_and_rows(range(30))
@@ -76,16 +95,17 @@ def test_a_full_writer_stores_by_itself(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 4 * (30 + 32))
     cache = open_cache(tmp_path)
     keys, rows = keys_and_rows(range(10))
-    cache.writer().append(keys, rows)  # never flushed
+    cache.writer().append(keys, rows, Seconds(10.0, 20.0))  # never flushed
     found = cache.find(keys)
     np.testing.assert_array_equal(found.missing, [8, 9])
     np.testing.assert_array_equal(found.take(np.arange(8)), rows[:8])
+    assert (found.seconds.wall, found.seconds.cpu) == (pytest.approx(8.0), pytest.approx(16.0))
 
 
 def test_a_slow_writer_stores_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "SHARD_SECONDS", 0.0)
     cache = open_cache(tmp_path)
-    cache.writer().append(*keys_and_rows(range(3)))  # never flushed
+    cache.writer().append(*keys_and_rows(range(3)), Seconds())  # never flushed
     assert len(cache.find(keys_and_rows(range(3))[0]).missing) == 0
 
 
@@ -155,4 +175,4 @@ def test_rows_stay_readable_after_another_process_made_room(tmp_path: Path) -> N
 
 def test_rows_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        open_cache(tmp_path).writer().append(np.zeros((2, 32), np.uint8), np.zeros((2, 4), np.float16))
+        open_cache(tmp_path).writer().append(np.zeros((2, 32), np.uint8), np.zeros((2, 4), np.float16), Seconds())

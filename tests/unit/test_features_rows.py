@@ -27,6 +27,7 @@ from finetune.features.prefix import embedding_prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.model.classifier import Classifier
 from finetune.progress import Progress
+from finetune.runtime.seconds import Seconds
 from finetune.storage.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -100,6 +101,47 @@ def expected(classifier: Classifier, samples: list[Sample]) -> np.ndarray:
             for batch in EvalLoader(samples, classifier.backbone.preprocess, batch_size=5)
         ]
     return torch.cat(batches).numpy()
+
+
+def spent_on(
+    classifier: Classifier, graph: bytes, samples: list[Sample], views: Views, cache: Path, budget_bytes: int | None = None
+) -> Seconds:
+    """What features are said to take."""
+    spent: list[Seconds] = []
+    context = Watcher().context(cache, budget_bytes, spent=spent.append)
+    pooled_features(embedding_prefix(classifier, lambda: graph), samples, views, context)
+    (seconds,) = spent
+    return seconds
+
+
+def test_features_that_are_found_cost_what_they_took_when_they_were_computed(
+    tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, augment: Augment, graph: bytes
+) -> None:
+    several = replace(views, augment=augment, count=3)
+    for name, wanted in (("one view", views), ("several views", several)):
+        computed = spent_on(classifier, graph, samples, wanted, tmp_path / name)
+        assert computed.wall > 0
+        assert computed.cpu > 0
+        found = spent_on(classifier, graph, samples, wanted, tmp_path / name)
+        assert (found.wall, found.cpu) == pytest.approx((computed.wall, computed.cpu))
+        half = spent_on(classifier, graph, samples[: N_IMAGES // 2], wanted, tmp_path / name)
+        assert (half.wall, half.cpu) == pytest.approx((computed.wall / 2, computed.cpu / 2))
+
+
+def test_features_that_are_partly_found_cost_both_parts(
+    tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
+) -> None:
+    half = spent_on(classifier, graph, samples[:12], views, tmp_path / "cache")
+    whole = spent_on(classifier, graph, samples, views, tmp_path / "cache")
+    assert whole.wall > half.wall
+    again = spent_on(classifier, graph, samples, views, tmp_path / "cache")
+    assert (again.wall, again.cpu) == pytest.approx((whole.wall, whole.cpu))
+
+
+def test_features_that_are_not_kept_cost_something_too(
+    tmp_path: Path, classifier: Classifier, samples: list[Sample], views: Views, graph: bytes
+) -> None:
+    assert spent_on(classifier, graph, samples, views, tmp_path / "cache", budget_bytes=10).cpu > 0
 
 
 def must_not_run(*_: object) -> object:

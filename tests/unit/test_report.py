@@ -18,7 +18,8 @@ from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.metrics.temperature import fit_softmax_temperature
 from finetune.report import figures
-from finetune.report.run_page import ReportInputs, ShownMistake, draw_figures, render_report, write_report
+from finetune.report.run_figures import draw_figures
+from finetune.report.run_page import ReportInputs, ShownMistake, render_report, write_report
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -105,10 +106,14 @@ def embedded_svgs(page: Page) -> list[str]:
     return [base64.b64decode(source.removeprefix(prefix)).decode() for source in sources if source.startswith(prefix)]
 
 
+def write_with_figures(run: RunDir, shown: ReportInputs) -> None:
+    write_report(run, shown, draw_figures(read_lines(run.metrics), shown))
+
+
 def test_a_report_holds_every_figure_and_loads_nothing(tmp_path: Path) -> None:
     run = trained_run(tmp_path)
     path = [{"l2": 10.0**k, "val_nll": 1.0 + k * k, "val_score": 0.5} for k in range(-3, 2)]
-    write_report(run, inputs(l2_path=path, l2=1.0, phases=[{"name": "top", "n_epochs": 2}, {"name": "all", "n_epochs": 2}]))
+    write_with_figures(run, inputs(l2_path=path, l2=1.0, phases=[{"name": "top", "n_epochs": 2}, {"name": "all", "n_epochs": 2}]))
     names = {"learning_curves", "learning_rate", "stage_signals", "l2_path", "confusion", "per_class", "reliability"}
     assert {file.stem for file in run.figures.iterdir()} == names
     for file in run.figures.iterdir():
@@ -131,7 +136,7 @@ def test_a_report_holds_every_figure_and_loads_nothing(tmp_path: Path) -> None:
 
 def test_names_that_users_may_give_are_shown_and_never_run(tmp_path: Path) -> None:
     run = RunDir(tmp_path).create()
-    write_report(run, inputs(NASTY, title=NASTY[0], spec={"metadata": {NASTY[0]: NASTY[1]}}, warnings=[NASTY[4]]))
+    write_with_figures(run, inputs(NASTY, title=NASTY[0], spec={"metadata": {NASTY[0]: NASTY[1]}}, warnings=[NASTY[4]]))
     page = Page(run.report.read_text())
     assert not any(tag == "script" for tag, _ in page.tags)
     for name in NASTY:
@@ -242,7 +247,7 @@ def test_a_cross_validation_is_shown_fold_by_fold_with_what_to_expect(tmp_path: 
     )
     found = CrossValidation(scores, judged(("cat", "dog")))
     run = RunDir(tmp_path).create()
-    write_report(run, inputs(evaluations={"cv": found.pooled}, folds=found, note="what these figures are of"))
+    write_with_figures(run, inputs(evaluations={"cv": found.pooled}, folds=found, note="what these figures are of"))
     page = Page(run.report.read_text(encoding="utf-8"))
     assert "what these figures are of" in page.text
     assert f"Expect a top-1 of {found.spreads['top1'].mean:.1%}" in page.text

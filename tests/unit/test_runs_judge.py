@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from answers import made_up, table
@@ -9,7 +13,15 @@ from answers import made_up, table
 from finetune.errors import NoBetterThanChance
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.predictions import Predictions
-from finetune.runs.judge import MIN_IMAGES_TO_CALIBRATE, calibrate, doubt, judge, refuse_diverged, refuse_nonsense
+from finetune.runs.judge import (
+    MIN_IMAGES_TO_CALIBRATE,
+    calibrate,
+    doubt,
+    embeddings_hold,
+    judge,
+    refuse_diverged,
+    refuse_nonsense,
+)
 
 
 def answered(n_right: int, n: int, *, sure: float = 1.0) -> Predictions:
@@ -26,6 +38,28 @@ def test_a_model_that_is_no_better_than_one_answer_to_all_is_refused_with_both_f
         refuse_nonsense(answered(n_right, 100))
     assert "--set export.register_model=always" in caught.value.message
     assert says.replace("\\", "") in str(doubt(answered(n_right, 100))), "and where the request insists, it is said"
+
+
+def test_embeddings_hold_only_where_this_model_gives_the_same_ones() -> None:
+    """As of a fold or of the run before a refit: with a frozen backbone they do, with one that was trained they do not."""
+    own = np.random.default_rng(0).random((60, 8)).astype(np.float32)
+    answers = replace(answered(60, 60), embedding=own)
+    context: Any = SimpleNamespace(dataset=SimpleNamespace(samples=tuple(SimpleNamespace(id=name) for name in answers.ids)))
+
+    def learner(embedding: np.ndarray) -> Any:
+        def answer(samples: Any, *_: Any) -> tuple[None, np.ndarray]:
+            return None, embedding[[answers.ids.index(sample.id) for sample in samples]]
+
+        return SimpleNamespace(answer=answer)
+
+    assert embeddings_hold(learner(own), context, answers)
+    assert embeddings_hold(learner(own * np.float32(1.0001)), context, answers), "a GPU rounds otherwise"
+    one_fold_differs = own.copy()
+    one_fold_differs[40:] += 0.5
+    assert not embeddings_hold(learner(one_fold_differs), context, answers)
+    assert not embeddings_hold(learner(own), context, replace(answers, embedding=None))
+    context.dataset.samples = context.dataset.samples[:30]
+    assert not embeddings_hold(learner(own), context, answers)
 
 
 def test_a_model_that_is_better_passes_without_a_word() -> None:

@@ -112,7 +112,11 @@ def test_figures_are_those_of_the_kept_candidate_and_costs_those_of_all(escalate
     assert len(children) >= 2
     kept = next(child for child in children if child.carried_out == outcome.carried_out)
     assert {key: outcome.metrics[key] for key in kept.metrics} == kept.metrics
-    assert outcome.cost["train_seconds"] == pytest.approx(sum(child.cost["train_seconds"] for child in children))
+    features = [child.cost["feature_seconds"] for child in children]
+    own = [child.cost["train_seconds"] - child.cost["feature_seconds"] for child in children]
+    assert min(features) > 0
+    assert outcome.cost["feature_seconds"] == max(features), "they share their features"
+    assert outcome.cost["train_seconds"] == pytest.approx(sum(own) + max(features))
     for split in ("val", "test"):
         assert (read(run.predictions_of(split)).logits == read(run.child(kept.carried_out).predictions_of(split)).logits).all()
     assert [line["kind"] for line in read_lines(run.events)].count("compared") == len(children) - 1

@@ -73,7 +73,7 @@ def head_solved(dataset: Dataset, folder: Path, cache: Path) -> tuple[SolvedHead
 
 
 def solve(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> SolvedHead:
-    return solve_head(embedding_prefix(classifier), classifier.backbone.preprocess, recipe, context)
+    return solve_head(embedding_prefix(classifier), classifier.backbone.preprocess, recipe, context)[0]
 
 
 def test_a_refitted_probe_is_the_head_solved_on_all_images_with_the_chosen_strength(

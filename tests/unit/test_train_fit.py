@@ -25,6 +25,7 @@ from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader
 from finetune.errors import CheckpointError, TrainingError
 from finetune.progress import Progress
+from finetune.runtime.seconds import Seconds
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training import checkpoint, fit
@@ -87,6 +88,16 @@ def test_a_method_without_steps_solves_the_head_and_evaluates_it(tmp_path: Path,
     class_means(expected, samples[:-6])
     torch.testing.assert_close(classifier.head.weight, expected.head.weight)
     assert (fitted.n_steps, fitted.chosen) == (0, "the solved head on the pretrained backbone")
+
+
+def test_solving_the_head_counts_for_the_seconds_that_it_says(tmp_path: Path, samples: list[Sample]) -> None:
+    """Without those of computing its features, which are counted elsewhere; also in a run that is resumed."""
+    run = RunDir(tmp_path)
+    fitted, _ = train_tiny(run, samples, TWO_EPOCHS, head_seconds=Seconds(1e6, 2e6))
+    again, _ = train_tiny(run, samples, TWO_EPOCHS)
+    for seconds in (fitted.seconds, again.seconds):
+        assert seconds.wall == pytest.approx(1e6, abs=1e5)
+        assert seconds.cpu == pytest.approx(2e6, abs=1e5)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, samples: list[Sample]) -> None:

@@ -23,9 +23,9 @@ def metric_key(journal_key: str) -> str | None:
 
 
 def key_text(name: str) -> str:
-    """Return a name that MLflow takes: its characters, no empty or dotted path part, at most 250 long."""
+    """Return a name that MLflow takes: its characters, no empty or dotted path part, no two dots first, at most 250 long."""
     parts = (part for part in re.sub(r"[^\w.\-: /]", "_", name).split("/") if part.strip(". "))
-    return "/".join(parts)[:_MAX_KEY_CHARACTERS] or "_"
+    return re.sub(r"^\.{2,}", "", "/".join(parts))[:_MAX_KEY_CHARACTERS].rstrip("/") or "_"
 
 
 def value_text(value: object, limit: int = _MAX_VALUE_CHARACTERS) -> str:

@@ -1,0 +1,271 @@
+"""What held-out images showed about a model's answers, and what follows for a new one: a set of labels, or no answer at all.
+
+The numbers stand in ``bundle.json`` under ``calibration.held_out``, the directions of known images in ``novelty.npz``. How they
+are found is in `finetune.evaluation.calibrate`; here they are only looked up. Torch-free.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from finetune.bundle.manifest import NOVELTY
+from finetune.errors import BundleError, InvalidInput, Problem
+from finetune.metrics.novelty import Subspace
+from finetune.storage.files import write_atomic
+
+HELD_OUT = "held_out"  # the key in ``calibration``
+
+LEVELS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100))
+"""The coverages and precisions that a bundle knows; what is asked for between two of them becomes the higher one."""
+
+CLASS_LEVELS = ("0.80", "0.90", "0.95")
+NOVEL = 0.95
+"""An image that is more unlike the known ones than this share of held-out images counts as unlike anything seen."""
+
+DEFAULT_PRECISION = 0.95
+
+Reason = Literal["unsure", "unlike"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an answer besides labels and probabilities.
+
+    Args:
+        coverage: the probability with which the set of labels shall hold the right one; None: no set.
+        per_class: whether that shall hold for each class by itself.
+        abstain: whether to say where the model should not be relied on; None: what the model's owner has chosen.
+        precision: the share of the answers given that shall be right; None: what the owner has chosen, else `DEFAULT_PRECISION`.
+    """
+
+    coverage: float | None = None
+    per_class: bool = False
+    abstain: bool | None = None
+    precision: float | None = None
+
+
+NOTHING = Asked()
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """What can be said of one answer. Parts that were not asked for are None."""
+
+    labels: tuple[str, ...] | None = None  # the set, the most probable first; never empty
+    coverage: float | None = None  # that the set has
+    abstained: bool | None = None
+    reason: Reason | None = None  # why: not sure enough, or unlike anything seen
+    novelty: float | None = None  # the share of held-out images that are less unlike the known ones than this one
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked for as JSON values, under the keys of an answer of ``/predict``."""
+        found: dict[str, Any] = {}
+        if self.labels is not None:
+            found["prediction_set"] = {"coverage": self.coverage, "labels": list(self.labels)}
+        if self.abstained is not None:
+            found |= {"abstained": self.abstained, "reason": self.reason, "novelty": self.novelty}
+        return found
+
+
+NOTHING_SAID = Certainty()
+
+
+@dataclass(frozen=True)
+class Operating:
+    """Where to abstain for one precision."""
+
+    threshold: float  # of the probability of the most probable class
+    answered: float  # share of the held-out images that are answered
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the held-out images showed."""
+
+    split: str  # which images: val, or cv for those of all folds
+    n: int
+    coverage: Mapping[str, float] = field(default_factory=dict)  # level -> least probability of a label in the set
+    class_coverage: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # level -> one for each class
+    precision: Mapping[str, Operating] = field(default_factory=dict)  # level -> where to abstain
+    novelty: tuple[float, ...] = ()  # distances that 1 %, 2 % … of held-out images do not exceed; none where not known
+    checked: Mapping[str, Any] = field(default_factory=dict)  # what came of it on images that had no part in it
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, calibration: Mapping[str, Any]) -> Calibration | None:
+        """Read what stands in a manifest under ``calibration``; None for bundles that do not say it.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        if HELD_OUT not in calibration:
+            return None
+        try:
+            return _ADAPTER.validate_python(calibration[HELD_OUT])
+        except ValidationError as error:
+            raise BundleError(f"calibration.{HELD_OUT} of the bundle is not valid: {error.errors()[0]['msg']}") from None
+
+    def threshold_of_coverage(self, coverage: float) -> tuple[float, float]:
+        """Return the least probability of a label in the set, and the coverage that it has.
+
+        Raises:
+            InvalidInput: a coverage that is no share between 0.5 and 0.99, or that so few images cannot show.
+        """
+        level = _level(LEVELS, coverage, "coverage")
+        if level not in self.coverage:
+            raise self._too_few("coverage", coverage, max(self.coverage, default=None))
+        return self.coverage[level], float(level)
+
+    def thresholds_of_classes(self, coverage: float) -> tuple[tuple[float, ...], float]:
+        """Return the least probability for each class, and the coverage that each has; 0 for a class of too few images."""
+        level = _level(CLASS_LEVELS, coverage, "coverage", " for each class")
+        return tuple(threshold or 0.0 for threshold in self.class_coverage[level]), float(level)
+
+    def operating(self, precision: float) -> Operating:
+        """Return where to abstain.
+
+        Raises:
+            InvalidInput: a precision that is no share between 0.5 and 0.99, or that these images cannot show.
+        """
+        level = _level(LEVELS, precision, "precision")
+        if level not in self.precision:
+            raise self._too_few("precision", precision, max(self.precision, default=None))
+        return self.precision[level]
+
+    def novelty_of(self, distance: float) -> float:
+        """Return the share of held-out images, in whole percent, that are less unlike the known ones."""
+        return bisect.bisect_left(self.novelty, distance) / 100
+
+    def _too_few(self, what: str, asked: float, best: str | None) -> InvalidInput:
+        known = f"ask for at most {best}" if best else "none can be shown"
+        return InvalidInput(
+            f"The {self.n:,} held-out images of this model cannot show a {what} of {asked:g}: {known}",
+            [Problem(what, f"is more than the held-out images can show; {known}")],
+        )
+
+
+_ADAPTER = TypeAdapter(Calibration)
+
+
+def _level(levels: tuple[str, ...], asked: float, what: str, of: str = "") -> str:
+    """Return the lowest level that is at least what was asked."""
+    found = next((level for level in levels if float(level) >= asked - 1e-9), None)
+    if found is None or not float(LEVELS[0]) <= asked:
+        message = f"must be between {LEVELS[0]} and {levels[-1]}{of}"
+        raise InvalidInput(f"{what} {message} (given: {asked:g})", [Problem(what, message)])
+    return found
+
+
+class Judge:
+    """Says how far one model's answers may be relied on.
+
+    Args:
+        classes: in the order of the probabilities.
+        calibration: None where the bundle holds none; then nothing can be asked.
+        subspace: None where embeddings of known images are not described.
+        owner_precision: what the model's owner has switched abstention on with; None: it is off.
+    """
+
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        calibration: Calibration | None,
+        subspace: Subspace | None,
+        owner_precision: float | None = None,
+    ) -> None:
+        self.calibration = calibration
+        self._classes = classes
+        self._subspace = subspace
+        self._owner_precision = owner_precision
+
+    def resolved(self, asked: Asked) -> Asked:
+        """Return what is asked with the owner's choice in place of what is left open; refuse what cannot be answered.
+
+        Raises:
+            InvalidInput: the bundle holds no calibration, or its held-out images cannot show what is asked.
+        """
+        switched_on = asked.precision is not None or self._owner_precision is not None
+        abstain = switched_on if asked.abstain is None else asked.abstain
+        precision = asked.precision if asked.precision is not None else self._owner_precision or DEFAULT_PRECISION
+        if asked.per_class and asked.coverage is None:
+            raise InvalidInput("per_class needs a coverage, as in coverage=0.9", [Problem("per_class", "needs a coverage")])
+        if abstain or asked.coverage is not None:
+            calibration = self._calibration("abstain" if asked.coverage is None else "coverage")
+            if abstain:
+                calibration.operating(precision)
+            if asked.coverage is not None:
+                _ = (
+                    calibration.thresholds_of_classes(asked.coverage)
+                    if asked.per_class
+                    else calibration.threshold_of_coverage(asked.coverage)
+                )
+        return Asked(asked.coverage, asked.per_class, abstain, precision if abstain else None)
+
+    def certainty(self, probs: NDArray[np.floating[Any]], embedding: NDArray[np.floating[Any]], asked: Asked) -> Certainty:
+        """Say what was asked of one answer.
+
+        Args:
+            probs, embedding: (C,) and (D,) of the image.
+            asked: what `resolved` gave.
+        """
+        labels, coverage = (None, None) if asked.coverage is None else self._set(probs, asked.coverage, asked.per_class)
+        if not asked.abstain or asked.precision is None:
+            return Certainty(labels, coverage)
+        calibration = self._calibration("abstain")
+        novelty = None
+        if self._subspace is not None and calibration.novelty:
+            novelty = calibration.novelty_of(float(self._subspace.distances(embedding[None])[0]))
+        unsure = float(probs.max()) < calibration.operating(asked.precision).threshold
+        reason: Reason | None = "unlike" if novelty is not None and novelty >= NOVEL else "unsure" if unsure else None
+        return Certainty(labels, coverage, reason is not None, reason, novelty)
+
+    def _set(self, probs: NDArray[np.floating[Any]], coverage: float, per_class: bool) -> tuple[tuple[str, ...], float]:
+        calibration = self._calibration("coverage")
+        thresholds, level = (
+            calibration.thresholds_of_classes(coverage) if per_class else calibration.threshold_of_coverage(coverage)
+        )
+        order = np.argsort(-probs, kind="stable")
+        inside = probs >= np.asarray(thresholds)
+        # The most probable label always belongs to the set: that can only raise the coverage, and nobody can use an empty set.
+        return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
+
+    def _calibration(self, what: str) -> Calibration:
+        if self.calibration is None:
+            raise InvalidInput(
+                "This model cannot say how far to rely on its answers: its bundle was made without calibration on held-out "
+                f"images (before there was one, or with too few of them). Train it again, or ask without {what}",
+                [Problem(what, "needs a bundle with calibration on held-out images")],
+            )
+        return self.calibration
+
+
+def write_subspace(path: Path, subspace: Subspace) -> None:
+    """Write where the embeddings of known images lie, as plain arrays, without pickle."""
+    arrays: dict[str, Any] = {"mean": subspace.mean, "components": subspace.components}
+    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
+
+
+def parse_subspace(folder: Path, data: bytes) -> Subspace:
+    """Return the inverse of `write_subspace`.
+
+    Raises:
+        BundleError: the file is not one.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return Subspace(arrays["mean"], arrays["components"])
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{folder}: {NOVELTY} cannot be read: {error}. Export the bundle again") from None

@@ -1,0 +1,230 @@
+"""The model card: what a bundle records of itself, as Markdown that people and model hubs read. Torch-free.
+
+Every sentence is a fact of the manifest. What is not recorded is left out or said to be unknown, never guessed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.bundle.calibration import DEFAULT_PRECISION, Calibration
+from finetune.bundle.manifest import Manifest
+from finetune.messages import encodable, natural_list, plural
+from finetune.tasks import task_named
+
+SHOWN_CLASSES = 100
+IMAGES_LICENCE = "The licence of the training images is not recorded."
+SPLITS = {
+    "cv": "cross-validation: each image was answered by a model that had not seen it",
+    "test": "test: images that had no part in training",
+    "val": "val: images that chose between weights, so these figures flatter the model",
+}
+
+
+def model_card(manifest: Manifest) -> str:
+    """Return the card of a bundle, with a head that model hubs read."""
+    reference = manifest.name if manifest.version is None else f"{manifest.name}@{manifest.version}"
+    parts = [
+        _head(manifest),
+        f"# {_text(reference)}\n\n{_what(manifest)}",
+        _section("Classes", _classes(manifest.classes)),
+        _section("How good it is", _figures(manifest)),
+        _section("How far to rely on an answer", _reliance(manifest)),
+        _section("How it was made", _table(_made(manifest))),
+        _section("Licence", _licence(manifest)),
+        _section("Limits", "\n".join(f"- {line}" for line in _limits(manifest))),
+        _section("Use", _use(manifest, reference)),
+    ]
+    return encodable("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _head(manifest: Manifest) -> str:
+    """The YAML that hubs read; JSON strings are YAML strings."""
+    licence = _weights(manifest).get("license")
+    lines = [
+        "---",
+        "pipeline_tag: image-classification",
+        "library_name: onnx",
+        *([f"license: {json.dumps(str(licence).lower())}"] if licence else []),
+        f"base_model: {json.dumps(str(manifest.backbone['name']))}",
+        "tags: [image-classification, transfer-learning, finetune]",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _what(manifest: Manifest) -> str:
+    height, width = manifest.preprocess.input_size_px
+    made = datetime.datetime.fromtimestamp(manifest.created_at, datetime.UTC).strftime("%Y-%m-%d")
+    return (
+        f"An image classifier for {plural(len(manifest.classes), 'class')} ({manifest.task}), made on {made}: the backbone "
+        f"{_text(manifest.backbone['name'])} with a linear head, trained by the method "
+        f"{_text(manifest.method.get('type', 'unknown'))}. It takes images of any size, which become {height} × {width} pixels."
+    )
+
+
+def _classes(classes: Sequence[str]) -> str:
+    shown = ", ".join(_text(name) for name in classes[:SHOWN_CLASSES])
+    rest = len(classes) - SHOWN_CLASSES
+    return f"{shown} … and {rest:,} more" if rest > 0 else shown
+
+
+def _figures(manifest: Manifest) -> str:
+    task, metrics = task_named(manifest.task), manifest.metrics
+    splits = [split for split in SPLITS if f"{split}/{task.headline.key}" in metrics]
+    if not splits:
+        return "The bundle records no figures."
+    rows = [["", *splits]]
+    rows.append(["images", *(f"{metrics[f'{split}/n']:,.0f}" if f"{split}/n" in metrics else "–" for split in splits)])
+    for metric in task.metrics:
+        if len(manifest.classes) >= metric.least_classes:
+            rows.append([metric.label, *(_figure(metrics, split, metric) for split in splits)])
+    told = "\n".join(f"- {SPLITS[split]}" for split in splits)
+    notes = "".join(f"\n- {_text(note)}" for note in manifest.method.get("notes", ()))
+    return f"{_table(rows)}\n\nIn brackets: the 95 % interval.\n\n{told}{notes}"
+
+
+def _figure(metrics: Mapping[str, float], split: str, metric: Any) -> str:
+    key = f"{split}/{metric.key}"
+    if key not in metrics:
+        return "–"
+    bounds = [metrics.get(f"{key}_{end}") for end in ("low", "high")]
+    interval = "" if None in bounds else f" ({metric.text(bounds[0])} – {metric.text(bounds[1])})"
+    return f"{metric.text(metrics[key])}{interval}"
+
+
+def _reliance(manifest: Manifest) -> str:
+    calibration = Calibration.of(manifest.calibration)
+    if calibration is None:
+        return "The bundle holds no calibration on held-out images, so it gives neither sets of labels nor abstains."
+    lines = []
+    if temperature := manifest.calibration.get("temperature"):
+        lines.append(f"Probabilities are scaled by a temperature of {temperature:.3f}, fitted on held-out images.")
+    lines.append(f"Sets of labels and abstention are calibrated on {calibration.n:,} held-out images ({calibration.split}).")
+    lines += checked_sentences(calibration)
+    chosen = manifest.abstain.get("precision")
+    lines.append(
+        f"Its owner has switched abstention on, at a precision of {chosen:.0%}."
+        if chosen
+        else "It abstains only when asked to: its owner has not switched abstention on."
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def checked_sentences(calibration: Calibration) -> list[str]:
+    """Return in sentences what the calibration promises, and what came of it on images that had no part in it."""
+    sentences = []
+    level = f"{DEFAULT_PRECISION:.2f}"
+    if level in calibration.precision:
+        answered = calibration.precision[level].answered
+        sentences.append(
+            f"Asked for a precision of {DEFAULT_PRECISION:.0%} it answers {answered:.0%} of the held-out images; the precision "
+            "of these answers is at least that with a confidence of 90 %."
+        )
+    elif best := max(calibration.precision, default=None):
+        sentences.append(f"Its held-out images can show a precision of {float(best):.0%} at most.")
+    else:
+        sentences.append("Its held-out images cannot show a precision of 50 % or more, so it cannot abstain by confidence.")
+    if not calibration.novelty:
+        sentences.append("It has no score for images unlike anything seen.")
+    checked = calibration.checked
+    where = f"On {checked.get('n', 0):,} {checked.get('split')} images"
+    if found := checked.get("coverage"):
+        sentences.append(
+            f"{where}, sets of {found['asked']:.0%} coverage held the right label for {_interval(found)} of the images, with "
+            f"{found['mean_size']:.2f} labels on average."
+        )
+    if found := checked.get("precision"):
+        right = f", and {_interval(found)} of these answers were right" if "value" in found else ""
+        sentences.append(f"{where}, asked for {found['asked']:.0%} precision, it answered {found['answered']:.1%}{right}.")
+    if found := checked.get("unlike"):
+        sentences.append(f"{where}, {_interval(found)} counted as unlike anything seen ({found['asked']:.0%} are meant to).")
+    return sentences
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.1%} ({found['low']:.1%} – {found['high']:.1%})"
+
+
+def _made(manifest: Manifest) -> list[list[str]]:
+    weights, preprocess = _weights(manifest), manifest.preprocess
+    size = manifest.backbone.get("n_parameters")
+    frozen = manifest.frozen.get("stages")
+    before, after = manifest.frozen.get("digest_before"), manifest.frozen.get("digest_after")
+    rows = [
+        ["what", "recorded"],
+        ["backbone", f"{_text(manifest.backbone['name'])}{f', {size:,} parameters' if isinstance(size, int) else ''}"],
+        ["pretrained weights", _text(weights.get("identifier") or "unknown")],
+        ["sha256 of the weights", f"`{weights['sha256']}`" if weights.get("sha256") else "unknown"],
+        ["method", _method(manifest.method)],
+        ["preprocessing", f"{preprocess.resize}, {preprocess.interpolation}"],
+        ["request", f"`{manifest.spec_digest[:12]}`" if manifest.spec_digest else "unknown"],
+        ["libraries", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or "unknown"],
+    ]
+    if frozen:
+        proof = " (their digest before and after training is the same)" if before and before == after else ""
+        rows.insert(5, ["frozen stages", f"{natural_list([_text(stage) for stage in frozen])}{proof}"])
+    return rows
+
+
+def _method(method: Mapping[str, Any]) -> str:
+    settings = {key: value for key, value in method.items() if key not in ("type", "notes") and value is not None}
+    told = "; ".join(f"{key}: {value}" for key, value in settings.items())
+    return _text(f"{method.get('type', 'unknown')}{f' ({told})' if told else ''}")
+
+
+def _licence(manifest: Manifest) -> str:
+    weights = _weights(manifest)
+    if weights.get("source") == "none":
+        return (
+            "The backbone was not pretrained: no licence of weights applies. The licence of the training images is not recorded."
+        )
+    licence = weights.get("license")
+    said = f"come under {_text(licence)}" if licence else "come under a licence that is not recorded: ask their author before use"
+    return f"The pretrained weights {said}. {IMAGES_LICENCE}"
+
+
+def _limits(manifest: Manifest) -> list[str]:
+    split = next((split for split in SPLITS if f"{split}/n" in manifest.metrics), None)
+    lines = ["Unless it abstains, it answers with one of its classes for every image, also for one that shows none of them."]
+    if split is not None:
+        n = manifest.metrics[f"{split}/n"]
+        lines.append(f"Its figures hold for images like the {n:,.0f} that it was judged on; measure it again on any others.")
+    if split == "val":
+        lines.append("No image was kept apart from all choices, so how good it is on new images was not measured.")
+    if reason := manifest.cam.get("reason"):
+        lines.append(f"It has no class activation map: {_text(reason)}.")
+    if manifest.model.get("quantization", {}).get("kept"):
+        lines.append("It is quantised to int8; calibration was done on the answers of the float model.")
+    return lines
+
+
+def _use(manifest: Manifest, reference: str) -> str:
+    return (
+        f"```sh\nfinetune predict some.jpg --model {reference} --coverage 0.9 --abstain\nfinetune serve --model {reference}\n```"
+    )
+
+
+def _weights(manifest: Manifest) -> Mapping[str, Any]:
+    return manifest.backbone.get("weights") or {}
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    line = " ".join(str(value).split())
+    escaped = "".join(f"\\{character}" if character in "\\`*[]<>#|~" else character for character in line)
+    return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", escaped)  # inside a word it means nothing

@@ -1,0 +1,184 @@
+"""From held-out answers to what a bundle can say of new ones: sets of a chosen coverage, where to abstain, what is unlike.
+
+Also how well that holds on other images, and what temperature scaling does to the probabilities of images that it was not fitted
+on. Pure functions of tables of predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.calibration import CLASS_LEVELS, LEVELS, NOVEL, Asked, Calibration, Judge, Operating
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.selective import operating_point
+from finetune.metrics.conformal import class_thresholds, conformal_quantile, coverage_threshold
+from finetune.metrics.intervals import wilson_interval
+from finetune.metrics.novelty import Subspace, fit_subspace, held_out_distances, known_images
+from finetune.tasks import task_named
+
+MIN_IMAGES = 20  # fewer show no precision and hardly any coverage
+MIN_IMAGES_FOR_NOVELTY = 40
+N_PARTS = 5
+CHECKED_COVERAGE, CHECKED_PRECISION = 0.90, 0.95
+_ROUNDING = 1e-6  # the exported graph computes in float32: what was exactly at a threshold must stay inside
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is exported with a model."""
+
+    calibration: Calibration
+    subspace: Subspace | None
+
+
+def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_hold: bool) -> Fitted | None:
+    """Learn from held-out answers how far new ones may be relied on; None where they are too few, or may have several labels.
+
+    Args:
+        temperature: that the bundle makes probabilities with.
+        embeddings_hold: whether the embeddings in the table are those that the exported model gives.
+    """
+    if len(held_out) < MIN_IMAGES or held_out.labels.ndim != 1:
+        return None
+    task = task_named(held_out.task)
+    probs = task.probabilities(held_out.logits, temperature)
+    targets = held_out.labels.astype(np.int64)
+    of_true = probs[np.arange(len(targets)), targets]
+    covered = {level: coverage_threshold(of_true, float(level)) for level in LEVELS}
+    by_class = {level: class_thresholds(of_true, targets, len(held_out.classes), float(level)) for level in CLASS_LEVELS}
+    subspace, novelty, unlike = _novelty(held_out if embeddings_hold else replace(held_out, embedding=None))
+    confidence = np.where(unlike, 0.0, probs.max(axis=1))  # what is unlike is not answered, however sure the model is
+    right = task.judge(held_out.logits, held_out.labels).score > 0
+    operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
+    return Fitted(
+        Calibration(
+            split=held_out.split,
+            n=len(held_out),
+            coverage={level: _below(threshold) for level, threshold in covered.items() if threshold is not None},
+            class_coverage={
+                level: tuple(None if threshold is None else _below(threshold) for threshold in thresholds)
+                for level, thresholds in by_class.items()
+            },
+            precision={
+                level: Operating(_below(point.threshold), point.n_answered / len(held_out))
+                for level, point in operating.items()
+                if point is not None and point.threshold > 0.0
+            },
+            novelty=novelty,
+        ),
+        subspace,
+    )
+
+
+def _below(threshold: float) -> float:
+    return threshold * (1.0 - _ROUNDING)
+
+
+def _novelty(held_out: Predictions) -> tuple[Subspace | None, tuple[float, ...], NDArray[np.bool_]]:
+    """Return the subspace, the distances that 1 %, 2 % … of new images do not exceed, and which held-out images are unlike."""
+    nothing = np.zeros(len(held_out), bool)
+    if held_out.embedding is None or len(held_out) < MIN_IMAGES_FOR_NOVELTY or not np.isfinite(held_out.embedding).all():
+        return None, (), nothing
+    rows = known_images(len(held_out))
+    subspace = fit_subspace(held_out.embedding[rows])
+    distances = held_out_distances(held_out.embedding[rows])
+    quantiles = [conformal_quantile(distances, percent / 100) for percent in range(1, 100)]
+    known = tuple(quantile for quantile in quantiles if quantile is not None)
+    limit = conformal_quantile(distances, NOVEL)
+    if limit is None:
+        return None, (), nothing
+    everywhere = subspace.distances(held_out.embedding)
+    everywhere[rows] = distances
+    return subspace, known, everywhere > limit
+
+
+def check_calibration(fitted: Fitted, others: Predictions, temperature: float) -> Calibration:
+    """Return the calibration with what came of it on images that had no part in it."""
+    calibration = fitted.calibration
+    judge = Judge(others.classes, calibration, fitted.subspace)
+    probs = task_named(others.task).probabilities(others.logits, temperature)
+    truth = [others.classes[label] for label in others.labels]
+    embedding = np.zeros((len(others), 1)) if others.embedding is None else others.embedding
+    wanted = Asked(
+        coverage=CHECKED_COVERAGE if f"{CHECKED_COVERAGE:.2f}" in calibration.coverage else None,
+        abstain=f"{CHECKED_PRECISION:.2f}" in calibration.precision,
+        precision=CHECKED_PRECISION,
+    )
+    found = [judge.certainty(p, e, wanted) for p, e in zip(probs, embedding, strict=True)]
+    checked: dict[str, Any] = {"split": others.split, "n": len(others)}
+    if wanted.coverage is not None:
+        sets = [one.labels or () for one in found]
+        covered = sum(label in labels for label, labels in zip(truth, sets, strict=True))
+        checked["coverage"] = {
+            "asked": CHECKED_COVERAGE,
+            **_share(covered, len(others)),
+            "mean_size": sum(map(len, sets)) / len(sets),
+        }
+    if wanted.abstain:
+        best = [others.classes[label] for label in probs.argmax(axis=1)]
+        answered = [row for row, one in enumerate(found) if not one.abstained]
+        right = sum(best[row] == truth[row] for row in answered)
+        checked["precision"] = {
+            "asked": CHECKED_PRECISION,
+            **(_share(right, len(answered)) if answered else {}),
+            "answered": len(answered) / len(others),
+        }
+    if fitted.subspace is not None:
+        unlike = fitted.subspace.distances(embedding) > calibration.novelty[round(100 * NOVEL) - 1]
+        checked["unlike"] = {"asked": round(1 - NOVEL, 2), **_share(int(unlike.sum()), len(others))}
+    return replace(calibration, checked=checked)
+
+
+def _share(count: int, n: int) -> dict[str, float]:
+    low, high = wilson_interval(count, n)
+    return {"value": count / n, "low": low, "high": high}
+
+
+def reliability_after(judged: Predictions, temperature: float, *, fitted_on_these: bool) -> Evaluation:
+    """Judge answers with their temperature, which no image has helped to fit by which its own probability is judged.
+
+    Args:
+        fitted_on_these: whether the temperature was fitted on these images. Then each part of them is judged with a temperature
+            that is fitted on the other parts.
+    """
+    factors = np.full(len(judged), 1.0 / temperature)
+    if fitted_on_these:
+        part = np.arange(len(judged)) % N_PARTS
+        for number in range(N_PARTS):
+            others = judged.take(np.flatnonzero(part != number))
+            found = task_named(judged.task).fit_temperature(others.logits, others.labels)
+            factors[part == number] = 1.0 if found.at_limit else 1.0 / found.temperature
+    scaled = (judged.logits.astype(np.float64) * factors[:, None]).astype(np.float32)
+    return evaluate(replace(judged, logits=scaled))
+
+
+@dataclass(frozen=True)
+class AccuracyCoverage:
+    """How accurate the surest answers are, by the share of images that they are."""
+
+    answered: tuple[float, ...]  # share of images, growing
+    accuracy: tuple[float, ...]  # of those
+    low: tuple[float, ...]  # 95 % interval
+    high: tuple[float, ...]
+
+
+def accuracy_coverage(judged: Predictions, temperature: float, n_points: int = 100) -> AccuracyCoverage:
+    """Return the accuracy of the n surest answers for growing n, at `n_points` places."""
+    task = task_named(judged.task)
+    confidence = task.probabilities(judged.logits, temperature).max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    right = np.cumsum(task.judge(judged.logits, judged.labels).score[order])
+    counts: Sequence[int] = sorted({max(1, round(len(judged) * place / n_points)) for place in range(1, n_points + 1)})
+    intervals = [wilson_interval(int(right[count - 1]), count) for count in counts]
+    return AccuracyCoverage(
+        answered=tuple(count / len(judged) for count in counts),
+        accuracy=tuple(float(right[count - 1] / count) for count in counts),
+        low=tuple(low for low, _ in intervals),
+        high=tuple(high for _, high in intervals),
+    )

@@ -1,0 +1,25 @@
+"""Choose and draw the figures of a run's report. Imports matplotlib, which takes half a second: import this where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.report import figures
+from finetune.report.run_page import ReportInputs
+
+
+def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
+    """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
+    judged = next(iter(inputs.evaluations.values()))
+    candidates = {
+        "learning_curves": figures.learning_curves(records, inputs.phases),
+        "learning_rate": figures.learning_rate(records),
+        "stage_signals": figures.stage_signals(records, inputs.stage_names),
+        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
+        "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
+        "confusion": figures.confusion_matrix(judged),
+        "per_class": figures.per_class_bars(judged),
+        "reliability": figures.reliability_diagram(judged, inputs.after),
+        "accuracy_coverage": figures.accuracy_coverage(inputs.curve, inputs.calibration) if inputs.curve else None,
+    }
+    return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}

@@ -1,0 +1,33 @@
+"""Wall and CPU seconds: of this process, of one thread, and of work that is recorded and added up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What some work takes. The difference of two readings of one clock is such a value."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.wall * factor, self.cpu * factor)
+
+
+def process_clock() -> Seconds:
+    """Read the clock of this process; its CPU seconds are those of all threads."""
+    return Seconds(time.perf_counter(), time.process_time())
+
+
+def thread_clock() -> Seconds:
+    """Read the clock of the calling thread."""
+    return Seconds(time.perf_counter(), time.thread_time())

@@ -1,0 +1,142 @@
+"""The pictures of datasets, for people who look at them: found by the id of their sample, given as they are or as thumbnails.
+
+An id is looked up among the samples that the dataset has; it is never taken for a path.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune.bundle.image import ImageLimits, decode_image, sniff
+from finetune.data.dataset import Dataset, Sample
+from finetune.data.index import index_dataset
+from finetune.errors import DataError, NotFound, UnsupportedImage
+from finetune.evaluation.predictions import Predictions
+from finetune.metrics.rows import judge_rows
+
+DATASETS_REMEMBERED = 8
+DECODED_AT_ONCE = 2
+_JPEG_QUALITY = 80
+_SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One dataset's samples by id."""
+
+    dataset: Dataset
+    samples: Mapping[str, Sample]
+
+    def sample(self, sample_id: str) -> Sample:
+        found = self.samples.get(sample_id)
+        if found is None:
+            raise NotFound(f"no image {sample_id[:200]!r} in this dataset")
+        return found
+
+
+class PictureIndex:
+    """Datasets that were looked at lately. Uploads never change, so what was listed once is remembered."""
+
+    def __init__(self, limits: ImageLimits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._decoding = threading.Semaphore(DECODED_AT_ONCE)
+        self._known: OrderedDict[tuple[Path, ...], Pictures] = OrderedDict()
+
+    def of(self, training: Path, validation: Path | None = None, test: Path | None = None) -> Pictures:
+        """Return the pictures of a dataset.
+
+        Raises:
+            NotFound: the data is no longer there.
+        """
+        key = tuple(path for path in (training, validation, test) if path is not None)
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        try:
+            dataset = index_dataset(training, validation, test, for_training=False)
+        except DataError:
+            raise NotFound("The pictures are gone: the dataset was deleted, or can no longer be read") from None
+        found = Pictures(dataset, {sample.id: sample for sample in dataset.samples})
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > DATASETS_REMEMBERED:
+                self._known.popitem(last=False)
+        return found
+
+    def forget(self, training: Path) -> None:
+        """Drop what is remembered of a dataset that was deleted."""
+        with self._lock:
+            for key in [key for key in self._known if training in key]:
+                del self._known[key]
+
+    def encoded(self, sample: Sample, side_px: int | None) -> tuple[bytes, str]:
+        """Return a picture and its media type: the file as it is, or a JPEG that is at most `side_px` wide and high.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        data = sample.read()
+        if side_px is None:
+            return data, _media_type(data)
+        with self._decoding:
+            return sample.decode(
+                lambda data: _thumbnail(decode_image(data, short_side_px=side_px, limits=self._limits), side_px)
+            ), "image/jpeg"
+
+
+def _media_type(data: bytes) -> str:
+    try:
+        return _SHOWN.get(sniff(data), "application/octet-stream")
+    except UnsupportedImage:
+        return "application/octet-stream"
+
+
+def _thumbnail(pixels: np.ndarray, side_px: int) -> bytes:
+    image = Image.fromarray(pixels)
+    image.thumbnail((side_px, side_px), Image.Resampling.BOX, reducing_gap=None)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=_JPEG_QUALITY)
+    return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said about one image of a split."""
+
+    id: str
+    label: str
+    answer: str
+    probability: float  # of the answer
+    label_probability: float
+
+
+def answers_of(table: Predictions, keep: Callable[[Answer], bool]) -> list[Answer]:
+    """Return the answers that are wanted, those given with the most confidence first.
+
+    Raises:
+        NotFound: the images have several labels each, so that no answer is simply right or wrong.
+    """
+    if table.task != "multiclass":
+        raise NotFound("Answers are listed for one label per image")
+    rows = judge_rows(table.logits, table.labels)
+    found = [
+        Answer(
+            id=sample_id,
+            label=table.classes[int(rows.targets[row])],
+            answer=table.classes[int(rows.predicted[row])],
+            probability=float(rows.confidence[row]),
+            label_probability=float(np.exp(-rows.nll[row])),
+        )
+        for row, sample_id in enumerate(table.ids)
+    ]
+    return sorted(filter(keep, found), key=lambda answer: (-answer.probability, answer.id))

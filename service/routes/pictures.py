@@ -1,0 +1,214 @@
+"""Pictures and answers for people who look at data and results: what an upload holds, and what a run said about each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, Field
+
+from finetune.errors import InvalidInput, NotFound
+from finetune.evaluation.predictions import read
+from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from service.middleware.auth import Caller, Submitting
+from service.pictures import Answer, Pictures, answers_of
+from service.problems import RESPONSES
+from service.schemas.lists import ListItem, Page
+from service.state import Server, ServerState
+
+MAX_SIDE_PX = 1024
+LONG_PAGE = 1000
+ONE_YEAR = "private, max-age=31536000, immutable"  # of an upload: its contents never change
+PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}}
+
+D = TypeVar("D", bound=ListItem)
+SidePx = Annotated[
+    int | None, Query(ge=16, le=MAX_SIDE_PX, description="The largest width and height of a JPEG. The file as it is without.")
+]
+MAX_ID_CHARACTERS = 4096
+ImageId = Annotated[
+    str, Query(alias="id", max_length=MAX_ID_CHARACTERS, description="As the lists of images and answers name it.")
+]
+AfterImage = Annotated[str | None, Query(max_length=MAX_ID_CHARACTERS, description="The `last_id` of the page before.")]
+Split = Literal["val", "test", "cv"]
+SplitName = Annotated[Split, Query(description="Of which images the answers are.")]
+Label = Annotated[str | None, Query(max_length=500, description="Only images of this class.")]
+Given = Annotated[str | None, Query(max_length=500, description="Only images that were given this class.", alias="answer")]
+Wrong = Annotated[bool | None, Query(description="Only wrong answers, or only right ones.")]
+PageLength = Annotated[int, Query(ge=1, le=LONG_PAGE)]
+
+
+class ImageDocument(ListItem):
+    """One image of an upload."""
+
+    object: Literal["file.image"] = "file.image"
+    labels: list[str]
+    split: Literal["train", "val", "test"] | None = Field(description="Null where the upload has no splits.")
+
+
+class AnswerDocument(ListItem):
+    """What a run answered to one image."""
+
+    object: Literal["fine_tuning.answer"] = "fine_tuning.answer"
+    label: str = Field(description="What the image is labelled as.")
+    answer: str
+    probability: float = Field(description="Of the answer, before calibration.")
+    label_probability: float = Field(description="Of the label, before calibration.")
+
+
+class MetricsRow(BaseModel):
+    """What a run measured at one step."""
+
+    step: int
+    epoch: float | None
+    values: dict[str, float | None] = Field(description="By `split/name`.")
+
+
+class MetricsHistory(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[MetricsRow]
+
+
+ImageList = Page[ImageDocument]
+AnswerList = Page[AnswerDocument]
+
+pictures_router = APIRouter(prefix="/v1", tags=["pictures"], responses=RESPONSES)
+
+
+@pictures_router.get("/files/{file_id}/images")
+def list_file_images(
+    caller: Submitting,
+    server: Server,
+    file_id: str,
+    label: Label = None,
+    after: AfterImage = None,
+    limit: PageLength = 100,
+) -> ImageList:
+    """List the images of an upload, or those of one class, in the order of the dataset."""
+    dataset = _of_upload(server, caller, file_id).dataset
+    documents = [
+        ImageDocument(id=sample.id, labels=list(names), split=sample.split)  # type: ignore[arg-type]
+        for sample in dataset.samples
+        if label in (None, *(names := dataset.label_names(sample)))
+    ]
+    return ImageList.of(*_page(documents, after, limit))
+
+
+@pictures_router.get("/files/{file_id}/image", response_class=Response, responses=PICTURE)
+def get_file_image(caller: Submitting, server: Server, file_id: str, image_id: ImageId = "", side_px: SidePx = None) -> Response:
+    """Return one image of an upload, as it is or as a thumbnail."""
+    return _picture(server, _of_upload(server, caller, file_id), image_id, side_px)
+
+
+@pictures_router.get("/fine_tuning/jobs/{job_id}/metrics")
+def job_metrics(caller: Submitting, server: Server, job_id: str) -> MetricsHistory:
+    """Return what a job has measured so far, oldest first."""
+    return _metrics(server.run_of(server.database.jobs.get(job_id, caller.sees, TRAINING).id))
+
+
+@pictures_router.get("/fine_tuning/jobs/{job_id}/answers")
+def job_answers(
+    caller: Submitting,
+    server: Server,
+    job_id: str,
+    split: SplitName = "test",
+    label: Label = None,
+    answer: Given = None,
+    wrong: Wrong = None,
+    after: AfterImage = None,
+    limit: PageLength = 100,
+) -> AnswerList:
+    """List what a job's run answered to the images of a split, those answered with the most confidence first."""
+    job = server.database.jobs.get(job_id, caller.sees, TRAINING)
+    return _answers(server.run_of(job.id), split, _wanted(label, answer, wrong), after, limit)
+
+
+@pictures_router.get("/fine_tuning/jobs/{job_id}/image", response_class=Response, responses=PICTURE)
+def get_job_image(caller: Submitting, server: Server, job_id: str, image_id: ImageId = "", side_px: SidePx = None) -> Response:
+    """Return one image of the data that a job was given, as it is or as a thumbnail."""
+    return _picture(server, _of_job(server, caller, TRAINING, job_id), image_id, side_px)
+
+
+@pictures_router.get("/fine_tuning/comparisons/{comparison_id}/runs/{run_name}/answers")
+def comparison_run_answers(
+    caller: Submitting,
+    server: Server,
+    comparison_id: str,
+    run_name: str,
+    split: SplitName = "test",
+    label: Label = None,
+    answer: Given = None,
+    wrong: Wrong = None,
+    after: AfterImage = None,
+    limit: PageLength = 100,
+) -> AnswerList:
+    """List what one run of a comparison answered to the images of a split, most confident answers first."""
+    study = server.run_of(server.database.jobs.get(comparison_id, caller.sees, COMPARISON).id)
+    if run_name not in {child.name for child in (study.root / "runs").glob("*")}:
+        raise NotFound(f"{comparison_id} has no run {run_name[:100]!r}")
+    return _answers(study.child(run_name), split, _wanted(label, answer, wrong), after, limit)
+
+
+@pictures_router.get("/fine_tuning/comparisons/{comparison_id}/image", response_class=Response, responses=PICTURE)
+def get_comparison_image(
+    caller: Submitting, server: Server, comparison_id: str, image_id: ImageId = "", side_px: SidePx = None
+) -> Response:
+    """Return one image of the data that a comparison was given, as it is or as a thumbnail."""
+    return _picture(server, _of_job(server, caller, COMPARISON, comparison_id), image_id, side_px)
+
+
+def _of_upload(server: ServerState, caller: Caller, file_id: str) -> Pictures:
+    file = server.database.files.get(file_id, caller.sees)
+    return server.pictures.of(server.uploads.place_of(file.id).resolve())
+
+
+def _of_job(server: ServerState, caller: Caller, kind: Kind, job_id: str) -> Pictures:
+    spec = server.database.jobs.get(job_id, caller.sees, kind).spec
+    paths = [None if spec.get(name) is None else Path(spec[name]) for name in ("training_file", "validation_file", "test_file")]
+    training, validation, test = paths
+    if training is None:
+        raise NotFound(f"{job_id} compares jobs that exist; the images are theirs")
+    return server.pictures.of(training, validation, test)
+
+
+def _picture(server: ServerState, pictures: Pictures, image_id: str, side_px: int | None) -> Response:
+    data, media_type = server.pictures.encoded(pictures.sample(image_id), side_px)
+    return Response(data, media_type=media_type, headers={"Cache-Control": ONE_YEAR})
+
+
+def _metrics(run: RunDir) -> MetricsHistory:
+    rows = [MetricsRow(step=row["step"], epoch=row.get("epoch"), values=row["values"]) for row in read_lines(run.metrics)]
+    return MetricsHistory(data=rows)
+
+
+def _wanted(label: str | None, given: str | None, wrong: bool | None) -> Callable[[Answer], bool]:
+    def wanted(one: Answer) -> bool:
+        return (
+            label in (None, one.label) and given in (None, one.answer) and (wrong is None or wrong == (one.answer != one.label))
+        )
+
+    return wanted
+
+
+def _answers(run: RunDir, split: str, wanted: Callable[[Answer], bool], after: str | None, limit: int) -> AnswerList:
+    try:
+        table = read(run.predictions_of(split))
+    except InvalidInput:
+        raise NotFound(f"{run.name} has no answers to {split} images") from None
+    documents = [AnswerDocument(**vars(one)) for one in answers_of(table, wanted)]
+    return AnswerList.of(*_page(documents, after, limit))
+
+
+def _page(documents: list[D], after: str | None, limit: int) -> tuple[list[D], bool]:
+    """Return the documents that follow `after`, as many as `limit`, and whether there are more."""
+    start = 0
+    if after is not None:
+        ids = [one.id for one in documents]
+        if after not in ids:
+            raise NotFound(f"no entry {after[:200]!r} in this list")
+        start = ids.index(after) + 1
+    return documents[start : start + limit], len(documents) > start + limit

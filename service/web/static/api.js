@@ -1,0 +1,159 @@
+// Requests to the server that the page came from. An API key is a variable of this module: it is in no storage and no address.
+
+let key = null;
+const listeners = new Set();
+
+export class Refused extends Error {
+  /** @param {{status: number, code: string, detail: string, errors: {field: string, detail: string}[], requestId: string}} said */
+  constructor(said) {
+    super(said.detail);
+    Object.assign(this, said);
+  }
+}
+
+export function useKey(text) {
+  key = text || null;
+}
+
+export function hasKey() {
+  return key !== null;
+}
+
+/** Call `listener` when the server refuses the key, or its absence. */
+export function onUnauthorised(listener) {
+  listeners.add(listener);
+}
+
+function headers(more = {}) {
+  return key === null ? more : { ...more, Authorization: `Bearer ${key}` };
+}
+
+async function refusal(response) {
+  let said = {};
+  try {
+    said = await response.json();
+  } catch {
+    // not a problem document: a proxy in between may answer with a page of its own
+  }
+  if (response.status === 401) for (const listener of listeners) listener();
+  return new Refused({
+    status: response.status, code: said.code ?? "", detail: said.detail ?? response.statusText, errors: said.errors ?? [],
+    requestId: said.request_id ?? response.headers.get("x-request-id") ?? "",
+  });
+}
+
+async function send(path, { method = "GET", json, body, headers: more = {}, signal } = {}) {
+  const given = json === undefined ? body : JSON.stringify(json);
+  const typed = json === undefined ? more : { "Content-Type": "application/json", ...more };
+  let response;
+  try {
+    response = await fetch(path, { method, body: given, headers: headers(typed), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused({ status: 0, code: "offline", detail: "", errors: [], requestId: "" });
+  }
+  if (!response.ok) throw await refusal(response);
+  return response;
+}
+
+/** Return the JSON answer of a request. */
+export async function request(path, options) {
+  return (await send(path, options)).json();
+}
+
+export async function requestText(path, options) {
+  return (await send(path, options)).text();
+}
+
+export async function requestBlob(path, options) {
+  return (await send(path, options)).blob();
+}
+
+/** Return every entry of a list, page by page; at most `most`. */
+export async function all(path, { signal, most = 1000 } = {}) {
+  const found = [];
+  let after = "";
+  for (;;) {
+    const separator = path.includes("?") ? "&" : "?";
+    const page = await request(`${path}${separator}limit=100${after}`, { signal });
+    found.push(...page.data);
+    if (!page.has_more || found.length >= most) return found;
+    after = `&after=${encodeURIComponent(page.last_id)}`;
+  }
+}
+
+/** Send a form with its progress (0 to 1); `fetch` cannot tell how much has been sent. */
+export function upload(path, form, { onprogress, signal, headers: more = {} } = {}) {
+  return new Promise((resolve, reject) => {
+    const sending = new XMLHttpRequest();
+    sending.open("POST", path);
+    sending.responseType = "json";
+    for (const [name, value] of Object.entries(headers(more))) sending.setRequestHeader(name, value);
+    sending.upload.addEventListener("progress", (event) => onprogress?.(event.loaded / Math.max(1, event.total)));
+    sending.addEventListener("load", () => {
+      const said = sending.response ?? {};
+      if (sending.status < 300) return resolve(said);
+      if (sending.status === 401) for (const listener of listeners) listener();
+      return reject(new Refused({
+        status: sending.status, code: said.code ?? "", detail: said.detail ?? sending.statusText, errors: said.errors ?? [],
+        requestId: said.request_id ?? "",
+      }));
+    });
+    sending.addEventListener("error", () => reject(new Refused({ status: 0, code: "offline", detail: "", errors: [], requestId: "" })));
+    sending.addEventListener("abort", () => reject(new DOMException("the upload was stopped", "AbortError")));
+    signal?.addEventListener("abort", () => sending.abort());
+    sending.send(form);
+  });
+}
+
+/** Follow a stream of events until it says that it is done; after a lost connection it goes on where it was.
+ *
+ * `EventSource` cannot send an Authorization header.
+ * @param {(kind: string, data: object) => void} onevent kinds: message, progress, done.
+ * @param {(connected: boolean) => void} onconnection
+ */
+export async function follow(path, { onevent, onconnection = () => {}, signal }) {
+  let last = "";
+  for (let failures = 0; !signal.aborted;) {
+    try {
+      const more = { Accept: "text/event-stream", ...(last ? { "Last-Event-ID": last } : {}) };
+      const response = await send(path, { headers: more, signal });
+      onconnection(true);
+      failures = 0;
+      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      let rest = "";
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) break;
+        const frames = (rest + value).split("\n\n");
+        rest = frames.pop();
+        for (const frame of frames) {
+          const lines = Object.fromEntries(frame.split("\n").filter((line) => /^\w+:/.test(line)).map((line) => {
+            const at = line.indexOf(":");
+            return [line.slice(0, at), line.slice(at + 1).trim()];
+          }));
+          if (lines.id) last = lines.id;
+          if (!lines.data) continue;
+          onevent(lines.event ?? "message", JSON.parse(lines.data));
+          if (lines.event === "done") return;
+        }
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Refused && error.status >= 400 && error.status < 500) throw error;
+      failures += 1;
+    }
+    onconnection(false);
+    await new Promise((resolve) => setTimeout(resolve, Math.min(10_000, 500 * 2 ** failures)));
+  }
+}
+
+/** Open what lies at a path in a new tab, or save it: with a key, a plain link would be refused. */
+export async function saveFile(path, name) {
+  const address = URL.createObjectURL(await requestBlob(path));
+  const link = document.createElement("a");
+  link.href = address;
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}

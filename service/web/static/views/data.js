@@ -1,0 +1,121 @@
+// Datasets on the server: classes with counts, what was found in them, and their pictures.
+
+import { all, request } from "../api.js";
+import { bars } from "../charts.js";
+import { ask, field, h, put } from "../dom.js";
+import { bytes, list, number, t, when } from "../i18n.js";
+import { virtualGrid } from "../pictures.js";
+
+const PAGE = 1000;
+const LARGE_PX = 1024;
+const UNEVEN = 10; // the largest class has so many times the pictures of the smallest
+const FEW = 10;
+
+export async function open(root, [id], signal) {
+  return id ? openOne(root, id, signal) : openList(root, signal);
+}
+
+async function openList(root, signal) {
+  const files = await all("v1/files", { signal });
+  put(root, h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, t("data.title")),
+    h("a", { class: "button primary", href: "#/train" }, t("data.new"))),
+  files.length
+    ? h("ul", { class: "cards" }, files.map((file) => h("li", { class: "card" },
+      h("h2", {}, h("a", { href: `#/data/${file.id}` }, file.filename)),
+      h("p", {}, t("data.summary", { n: total(countsOf(file)), classes: file.summary.classes.length })),
+      h("p", { class: "hint" }, `${bytes(file.stored_bytes)} · ${when(file.created_at)}`),
+      h("a", { class: "button", href: `#/train/${file.id}` }, t("data.train")))))
+    : h("div", { class: "empty" }, h("p", {}, t("data.empty")), h("a", { class: "button primary", href: "#/train" }, t("data.new"))));
+}
+
+async function openOne(root, id, signal) {
+  const file = await request(`v1/files/${id}`, { signal });
+  const counts = countsOf(file);
+  const most = Math.max(...Object.values(counts));
+  const label = h("select", { onchange: () => showPictures() },
+    h("option", { value: "" }, t("data.every_class")), file.summary.classes.map((name) => h("option", {}, name)));
+  const grid = h("div", {});
+  let shown = new AbortController();
+
+  function showPictures() {
+    shown.abort();
+    shown = new AbortController();
+    signal.addEventListener("abort", () => shown.abort(), { once: true });
+    const count = label.value ? counts[label.value] : total(counts);
+    put(grid, virtualGrid(count, cells(file.id, label.value, shown.signal), { signal: shown.signal }));
+  }
+
+  async function remove() {
+    const sure = await ask(t("data.delete_title", { name: file.filename }), (answer) => [
+      h("p", {}, t("data.delete_what")),
+      h("div", { class: "row" }, h("button", { type: "button", class: "danger", onclick: () => answer(true) }, t("delete")),
+        h("button", { type: "button", onclick: () => answer(null) }, t("keep")))]);
+    if (!sure) return;
+    await request(`v1/files/${file.id}`, { method: "DELETE" });
+    location.hash = "#/data";
+  }
+
+  put(root,
+    h("p", { class: "crumbs" }, h("a", { href: "#/data" }, t("data.title"))),
+    h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, file.filename),
+      h("a", { class: "button primary", href: `#/train/${file.id}` }, t("data.train")),
+      h("button", { type: "button", class: "quiet", onclick: remove }, t("delete"))),
+    h("p", { class: "hint" }, `${t("pictures", { n: total(counts) })} · ${bytes(file.stored_bytes)} · ${when(file.created_at)}`),
+    findings(file, counts),
+    h("section", {}, h("h2", {}, t("data.classes")),
+      bars(Object.entries(counts).map(([name, n]) => ({ label: name, share: n / most, note: number(n) })), { label: t("data.classes") })),
+    Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
+      splits: list(Object.entries(file.summary.counts).map(([split, some]) => `${split} ${number(total(some))}`)) })),
+    h("section", {}, h("div", { class: "row" }, h("h2", {}, t("data.pictures")), field(t("data.class"), label)), grid));
+  showPictures();
+}
+
+/** Return what stands out, one card each. */
+function findings(file, counts) {
+  const few = Object.entries(counts).filter(([, n]) => n < FEW).map(([name]) => name);
+  const sizes = Object.values(counts);
+  const cards = [
+    ...file.summary.warnings.map((text) => h("li", { class: "notice" }, text)),
+    few.length > 0 && h("li", { class: "notice" }, t("data.few", { names: list(few), n: FEW })),
+    Math.max(...sizes) > UNEVEN * Math.min(...sizes) && h("li", { class: "notice" }, t("data.uneven")),
+  ].filter(Boolean);
+  return h("section", {}, h("h2", {}, t("data.findings")),
+    cards.length ? h("ul", { class: "notices" }, cards) : h("p", { class: "notice good" }, t("data.no_findings")));
+}
+
+function countsOf(file) {
+  const counts = Object.fromEntries(file.summary.classes.map((name) => [name, 0]));
+  for (const byClass of Object.values(file.summary.counts)) for (const [name, n] of Object.entries(byClass)) counts[name] = (counts[name] ?? 0) + n;
+  return counts;
+}
+
+function total(counts) {
+  return Object.values(counts).reduce((sum, n) => sum + n, 0);
+}
+
+/** Return what a cell of the grid shows; the list of pictures is read in pages, as far as it is looked at. */
+function cells(fileId, label, signal) {
+  const pages = [];
+  const pageAfter = (after) => {
+    const query = new URLSearchParams({ limit: PAGE, ...(label ? { label } : {}), ...(after ? { after } : {}) });
+    return request(`v1/files/${fileId}/images?${query}`, { signal });
+  };
+  async function page(number_) {
+    pages[number_] ??= number_ === 0 ? pageAfter(null) : page(number_ - 1).then((before) => pageAfter(before.last_id));
+    return pages[number_];
+  }
+  return async (index) => {
+    const { data } = await page(Math.floor(index / PAGE));
+    const one = data[index % PAGE];
+    const place = `v1/files/${fileId}/image?id=${encodeURIComponent(one.id)}`;
+    const name = `${one.labels.join(", ")} · ${one.id.split("/").at(-1)}`;
+    return { path: `${place}&side_px=160`, label: name, open: () => enlarge(`${place}&side_px=${LARGE_PX}`, one.id, one.labels) };
+  };
+}
+
+async function enlarge(path, id, labels) {
+  const { picture } = await import("../pictures.js");
+  await ask(labels.join(", "), (answer) => [
+    picture(path, id, { class: "large" }), h("p", { class: "hint" }, id),
+    h("button", { type: "button", onclick: () => answer(null) }, t("close"))]);
+}

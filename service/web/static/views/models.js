@@ -1,0 +1,105 @@
+// What answers now, since when and by whose decision; every model with its versions; promotion and the way back.
+
+import { request, hasKey, saveFile } from "../api.js";
+import { alertBox, ask, h, put } from "../dom.js";
+import { bytes, percent, t, when } from "../i18n.js";
+import { classNames, methodName } from "../jobs.js";
+import { promoteButton } from "../promotion.js";
+import { reportButton } from "../result.js";
+import { session } from "../session.js";
+
+export async function open(root, [name], signal) {
+  const again = () => open(root, [name], signal);
+  const [models, deployed, history] = await Promise.all([
+    request("v1/models?limit=1000", { signal }), request("v1/deployments/default", { signal }), request("v1/deployments/default/history", { signal }),
+  ]);
+  const shown = models.data.filter(({ id }) => !name || id === name);
+  put(root,
+    name && h("p", { class: "crumbs" }, h("a", { href: "#/models" }, t("models.title"))),
+    h("h1", { tabindex: "-1" }, name ?? t("models.title")),
+    live(deployed, history.data, again),
+    shown.length ? shown.map((model) => modelCard(model, deployed, again, signal))
+      : h("div", { class: "empty" }, h("p", {}, t("models.empty")), session.may("jobs") && h("a", { class: "button primary", href: "#/train" }, t("runs.new"))));
+}
+
+function live(deployed, history, again) {
+  if (!deployed.model) return h("section", { class: "card" }, h("h2", {}, t("models.live")), h("p", {}, t("models.nothing_live")));
+  const messages = h("div", {});
+  const [now, ...past] = history;
+  const back = async () => {
+    try {
+      await request("v1/deployments/default/rollback", { method: "POST" });
+      await again();
+    } catch (error) {
+      put(messages, alertBox(session.words(error)));
+    }
+  };
+  return h("section", { class: "card live" }, h("h2", {}, t("models.live")),
+    h("p", { class: "figure" }, h("a", { href: `#/models/${encodeURIComponent(deployed.model)}` }, `${deployed.model} @ ${deployed.version}`)),
+    now && h("p", { class: "hint" }, t("models.since", { when: when(now.at), by: now.by })),
+    deployed.pinned && h("p", { class: "hint" }, t("models.pinned")),
+    messages,
+    h("div", { class: "row" }, h("a", { class: "button", href: "#/try" }, t("result.try")),
+      session.may("admin") && !deployed.pinned && past.length > 0 && h("button", { type: "button", onclick: back }, t("models.back"))),
+    past.length > 0 && h("details", {}, h("summary", {}, t("models.history")),
+      h("ol", { class: "events" }, history.map((one) => h("li", {}, h("time", {}, when(one.at)), ` ${one.reference} · ${one.by}`)))));
+}
+
+function modelCard(model, deployed, again, signal) {
+  return h("section", { class: "card" },
+    h("div", { class: "row" }, h("h2", {}, h("a", { href: `#/models/${encodeURIComponent(model.id)}` }, model.id)),
+      h("span", { class: "tag" }, t(`models.${model.visibility}`)), h("span", { class: "hint" }, model.owned_by)),
+    h("ul", { class: "versions" }, model.versions.map((one) => versionRow(model, one, deployed, again, signal))));
+}
+
+function versionRow(model, one, deployed, again, signal) {
+  const isLive = deployed.model === model.id && deployed.version === one.version;
+  const path = `v1/models/${encodeURIComponent(model.id)}/versions/${encodeURIComponent(one.version)}`;
+  const more = h("div", {});
+  const details = h("details", { ontoggle: () => details.open && !more.children.length && showMore() }, h("summary", {}, t("models.details")), more);
+  const save = () => saveFile(`${path}/bundle`, `${model.id}-${one.version}.tar`);
+
+  async function showMore() {
+    const version = await request(path, { signal });
+    const accuracy = version.metrics["test/top1"];
+    put(more,
+      h("dl", { class: "figures" }, [
+        [t("result.accuracy"), accuracy === undefined || accuracy === null ? "–" : t("models.accuracy", { share: percent(accuracy, 1), n: version.metrics["test/n"] ?? 0 })],
+        [t("data.classes"), classNames(version.classes)], [t("models.method"), methodName(version.method.type)],
+        [t("models.backbone"), version.backbone], [t("models.license"), version.license ?? t("unknown")], [t("models.size"), bytes(version.bundle_bytes)],
+      ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
+        version.links.job?.startsWith("/v1/fine_tuning/jobs/") && session.may("jobs") && h("a", { class: "button", href: `#/runs/${version.links.job.split("/").at(-1)}` }, t("models.run"))));
+  }
+
+  return h("li", {},
+    h("div", { class: "row" }, h("strong", {}, t("models.version", { version: one.version })),
+      isLive && h("span", { class: "tag on" }, t("models.is_live")),
+      one.aliases.includes("champion") && h("span", { class: "tag" }, t("models.champion")),
+      h("span", { class: "hint" }, when(one.created)),
+      one.refused && h("span", { class: "tag bad" }, one.refused)),
+    h("div", { class: "row" },
+      h("a", { class: "button", href: `#/try/${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("result.try")),
+      hasKey() ? h("button", { type: "button", onclick: save }, t("models.download")) : h("a", { class: "button", href: `${path}/bundle`, download: true }, t("models.download")),
+      !isLive && !deployed.pinned && promoteButton(model.id, one.version, again),
+      session.may("jobs") && !isLive && h("button", { type: "button", class: "quiet", onclick: () => remove(model, one, again) }, t("delete"))),
+    details);
+}
+
+async function remove(model, one, again) {
+  const reference = `${model.id}@${one.version}`;
+  await ask(t("models.delete_title", { name: reference }), (answer) => {
+    const messages = h("div", {});
+    const go = async () => {
+      try {
+        await request(`v1/models/${encodeURIComponent(model.versions.length === 1 ? model.id : reference)}`, { method: "DELETE" });
+        answer(true);
+        await again();
+      } catch (error) {
+        put(messages, alertBox(session.words(error)));
+      }
+    };
+    return [h("p", {}, t("models.delete_what")), messages, h("div", { class: "row" },
+      h("button", { type: "button", class: "danger", onclick: go }, t("delete")), h("button", { type: "button", onclick: () => answer(null) }, t("keep")))];
+  });
+}

@@ -1,0 +1,92 @@
+"""A real Chromium on a real server with a worker. Run with `make test-browser`; the default tests leave these out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from browsing import CLASSES, Visit, photograph
+from serving import LiveServer, live_server
+
+if TYPE_CHECKING:  # the service tests have no Playwright
+    from playwright.sync_api import Browser, ConsoleMessage, Error, Request
+
+WAIT_MS = 120_000  # for a condition to come true: jobs share two cores with other tests
+CHROMIUM_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders, some of whose pictures lie in the wrong one, so that a model makes mistakes."""
+    folder = tmp_path_factory.mktemp("flowers")
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir()
+        for number in range(24):
+            shown = (label + 1) % len(CLASSES) if number % 8 == 0 else label
+            (folder / name / f"{number:02d}.jpg").write_bytes(photograph(shown, number))
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        (pytest.fail if "FINETUNE_BROWSER_REQUIRED" in os.environ else pytest.skip)("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=WAIT_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LiveServer]:
+    """A server with a worker and nothing in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"FINETUNE_TRACKERS": "none", "OMP_NUM_THREADS": "1", "FINETUNE_THREADS": "1"}
+    with live_server(home, worker=True, ready=False, environment=environment) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(browser: Browser, server: LiveServer, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """A tab of the width and theme that the test asks for by `@pytest.mark.parametrize("visit", [...], indirect=True)`."""
+    options = getattr(request, "param", {})
+    context = browser.new_context(
+        viewport={"width": options.get("width", 1280), "height": 850},
+        color_scheme=options.get("theme", "light"),
+        locale=options.get("language", "en"),
+        reduced_motion="reduce",
+    )
+    context.set_default_timeout(WAIT_MS)
+    page = context.new_page()
+    visit = Visit(page, server)
+
+    def requested(asked: Request) -> None:
+        if not asked.url.startswith((server.url, "blob:", "data:")):
+            visit.elsewhere.append(asked.url)
+
+    def printed(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            visit.errors.append(message.text)
+
+    def raised(error: Error) -> None:
+        visit.errors.append(str(error))
+
+    page.on("request", requested)
+    page.on("console", printed)
+    page.on("pageerror", raised)
+    yield visit
+    context.close()
+    assert visit.elsewhere == []

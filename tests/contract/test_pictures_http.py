@@ -1,0 +1,121 @@
+"""What people look at can be read over HTTP: the images of an upload and of a run, what a run answered, what it measured."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from archives import photographs, zip_of
+from PIL import Image
+from serving import in_process, registered
+from standin import write_bundle
+from starlette.testclient import TestClient
+
+from finetune.evaluation.predictions import Predictions, digests_as_rows, write
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+from finetune.jobs.store import JobStore
+from finetune.storage.rundir import RunDir
+
+JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    with in_process(tmp_path) as client:
+        yield client
+
+
+def uploaded(client: TestClient, key: dict[str, str] | None = None) -> str:
+    sent = {"file": ("photos.zip", zip_of(photographs()))}
+    return str(client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}, headers=key).json()["id"])
+
+
+def test_the_images_of_an_upload_are_listed_by_class_in_pages_and_shown_small_or_whole(client: TestClient) -> None:
+    file = uploaded(client)
+    everything = client.get(f"/v1/files/{file}/images").json()
+    names = [one["id"] for one in everything["data"]]
+    assert len(names) == len(photographs())
+    first = client.get(f"/v1/files/{file}/images", params={"limit": 2}).json()
+    assert first["has_more"]
+    rest = client.get(f"/v1/files/{file}/images", params={"after": first["last_id"]}).json()
+    assert [one["id"] for one in (*first["data"], *rest["data"])] == names
+    label = everything["data"][0]["labels"][0]
+    of_label = client.get(f"/v1/files/{file}/images", params={"label": label}).json()["data"]
+    assert 0 < len(of_label) < len(names)
+    assert {tuple(one["labels"]) for one in of_label} == {(label,)}
+
+    whole = client.get(f"/v1/files/{file}/image", params={"id": names[0]})
+    assert whole.headers["content-type"] == "image/png"
+    assert whole.content == photographs()[names[0]]
+    small = client.get(f"/v1/files/{file}/image", params={"id": names[0], "side_px": 16})
+    assert max(Image.open(io.BytesIO(small.content)).size) == 16
+    assert "immutable" in small.headers["cache-control"]
+
+
+@pytest.mark.parametrize("name", ["../photos.zip", "/etc/passwd", "no/such.jpg", "daisy"])
+def test_an_id_that_is_no_image_of_the_dataset_leads_nowhere(client: TestClient, name: str) -> None:
+    assert client.get(f"/v1/files/{uploaded(client)}/image", params={"id": name}).status_code == 404
+
+
+def test_a_deleted_upload_has_no_images_any_more(client: TestClient) -> None:
+    file = uploaded(client)
+    assert client.get(f"/v1/files/{file}/images").status_code == 200
+    client.delete(f"/v1/files/{file}")
+    assert client.get(f"/v1/files/{file}/images").status_code == 404
+
+
+def test_another_owner_sees_neither_images_nor_answers(client: TestClient, tmp_path: Path) -> None:
+    keys = KeyStore(open_jobs(tmp_path))
+    hers, stranger = ({"Authorization": f"Bearer {keys.create(owner, ('jobs',))[0]}"} for owner in ("ann", "bob"))
+    file = uploaded(client, hers)
+    job = client.post(JOBS, json={"training_file": file}, headers=hers).json()["id"]
+    assert client.get(f"/v1/files/{file}/images", headers=hers).status_code == 200
+    for path in (f"/v1/files/{file}/images", f"{JOBS}/{job}/answers", f"{JOBS}/{job}/metrics", f"{JOBS}/{job}/image?id=x"):
+        assert client.get(path, headers=stranger).status_code == 404, path
+    assert client.get("/v1/caller", headers=stranger).json() == {
+        "object": "caller", "owner": "bob", "scopes": ["jobs"], "needs_key": True,
+    }  # fmt: skip
+
+
+def test_the_answers_of_a_run_come_most_confident_first_and_can_be_chosen(client: TestClient, tmp_path: Path) -> None:
+    file = uploaded(client)
+    images = [one["id"] for one in client.get(f"/v1/files/{file}/images").json()["data"]][:4]
+    job = client.post(JOBS, json={"training_file": file}).json()["id"]
+    assert client.get(f"{JOBS}/{job}/answers").status_code == 404  # it has not run
+    assert client.get(f"{JOBS}/{job}/metrics").json()["data"] == []
+    assert JobStore(open_jobs(tmp_path)).claim("worker") is not None
+    run = RunDir(tmp_path / "runs" / job).create()
+    logits = np.array([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 4.0]], np.float32)
+    targets = np.array([0, 1, 0, 1])
+    write(
+        run.predictions_of("test"),
+        Predictions("test", "multiclass", ("a", "b"), tuple(images), digests_as_rows([""] * 4), targets, logits),
+    )
+    run.metric(5, {"train/loss": 0.5}, epoch=1.0)
+
+    answers = client.get(f"{JOBS}/{job}/answers").json()["data"]
+    assert [one["id"] for one in answers] == [images[3], images[1], images[0], images[2]]
+    assert answers[0]["probability"] == pytest.approx(1 / (1 + np.exp(-4)))
+    wrong = client.get(f"{JOBS}/{job}/answers", params={"wrong": True}).json()["data"]
+    assert [(one["id"], one["label"], one["answer"]) for one in wrong] == [(images[1], "b", "a"), (images[2], "a", "b")]
+    assert wrong[0]["label_probability"] == pytest.approx(1 / (1 + np.exp(3)))
+    cell = client.get(f"{JOBS}/{job}/answers", params={"label": "b", "answer": "b"}).json()["data"]
+    assert [one["id"] for one in cell] == [images[3]]
+    shown = client.get(f"{JOBS}/{job}/image", params={"id": images[1]})
+    assert shown.content == photographs()[images[1]]
+    assert client.get(f"{JOBS}/{job}/metrics").json()["data"] == [{"step": 5, "epoch": 1.0, "values": {"train/loss": 0.5}}]
+
+
+def test_who_deployed_what_and_when_is_listed_newest_first(client: TestClient, tmp_path: Path) -> None:
+    registered(tmp_path, tmp_path / "bundle", "other")
+    before = client.get("/v1/deployments/default/history").json()["data"]
+    assert client.put("/v1/deployments/default", json={"reference": "other@1"}).status_code == 200
+    history = client.get("/v1/deployments/default/history").json()["data"]
+    assert [one["reference"] for one in history] == ["other@1", *(one["reference"] for one in before)]
+    assert history[0]["by"] == "local"
+    assert history[0]["at"] > 1_700_000_000
