@@ -29,6 +29,7 @@ class TrainingContext:
         dataset: the train split is learnt from, the val split chooses.
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
         store: where frozen features and decoded photographs are kept.
+        sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
     """
 
     dataset: Dataset
@@ -39,6 +40,7 @@ class TrainingContext:
     identity: Mapping[str, str]
     store: Store
     progress: ProgressCallback = silent
+    sample_size: int | None = None
 
     def features(
         self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None

@@ -15,11 +15,13 @@ from finetune.events import HeadSolved
 from finetune.features.engine import Prefix
 from finetune.features.heads import head_solver
 from finetune.features.rows import Views, pooled_features
-from finetune.features.solve import SolvedHead
+from finetune.features.solve import SolvedHead, head_logits
 from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds, process_clock
 from finetune.training.context import TrainingContext, TrainingCost
+from finetune.training.measurements import write_neighbours, write_sample_answers
 from finetune.training.recipe import Recipe
+from finetune.training.sample import LARGEST, choose_sample
 
 
 def solve_head(
@@ -53,7 +55,29 @@ def solve_head(
     )
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
+    first_view = train_features if n_views == 1 else train_features[:, 0]
+    if not recipe.n_steps:  # else the training loop answers the sample itself
+        _answer_sample(head, first_view, context)
+    _compare_with_training(prefix, seen, first_view, val_features, context)
     return head, cost
+
+
+def _answer_sample(head: SolvedHead, features: NDArray[np.float32], context: TrainingContext) -> None:
+    """Write down the answers to a sample of training images, which the diagnosis needs."""
+    chosen = choose_sample(context.dataset.of("train"), context.sample_size or LARGEST)
+    logits = head_logits(features[chosen], head.weight, head.bias)
+    write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
+
+
+def _compare_with_training(
+    prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
+) -> None:
+    """Write down the nearest training image of each held-out one, from which the diagnosis tells a leak."""
+    train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
+    held_out = [(val, val_features)] if val_features is not None else []
+    if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
+        held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
+    write_neighbours(context.run, context.dataset, (train, features), held_out)
 
 
 def _features(
