@@ -41,6 +41,10 @@ def solve_head(
     of_train, of_val = np.split(matrix, [len(train) * n_views])
     train_features = _features(prefix, train, views, "training", context, spent.append, of_train)
     val_features = _features(prefix, val, seen, "validation", context, spent.append, of_val) if val else None
+    first_view = train_features if n_views == 1 else train_features[:, 0]
+    _compare_with_training(prefix, seen, first_view, val_features, context)
+    chosen = choose_sample(train, context.sample_size or LARGEST)
+    sampled = first_view[chosen]  # a copy: the solver overwrites the features
     began = process_clock()
     head = head_solver(context.task.name)(
         train_features,
@@ -55,18 +59,10 @@ def solve_head(
     )
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
-    first_view = train_features if n_views == 1 else train_features[:, 0]
     if not recipe.n_steps:  # else the training loop answers the sample itself
-        _answer_sample(head, first_view, context)
-    _compare_with_training(prefix, seen, first_view, val_features, context)
+        logits = head_logits(sampled, head.weight, head.bias)
+        write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
     return head, cost
-
-
-def _answer_sample(head: SolvedHead, features: NDArray[np.float32], context: TrainingContext) -> None:
-    """Write down the answers to a sample of training images, which the diagnosis needs."""
-    chosen = choose_sample(context.dataset.of("train"), context.sample_size or LARGEST)
-    logits = head_logits(features[chosen], head.weight, head.bias)
-    write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
 
 
 def _compare_with_training(
@@ -87,7 +83,7 @@ def _features(
     what: str,
     context: TrainingContext,
     spent: Callable[[Seconds], None],
-    out: NDArray[np.float32],
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     def progress(update: Progress) -> None:
         context.progress(replace(update, message=f"features, {what}"))
