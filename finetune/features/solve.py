@@ -100,7 +100,7 @@ def solve_softmax_head(
         labels: (N,) in [0, num_classes).
         val_features: (M, D). Without them the L2 strength is chosen by `folds`-fold cross-validation over `features`.
         l2: strength of (l2 / 2) * |W|² on standardised features beside the mean loss; None chooses it.
-        class_weights: (C,) multiplies the weight of each row by its class's, in the fit and in the loss that chooses the strength.
+        class_weights: (C,) multiplies the weight of each row by its class's, in the fit and in the loss that chooses.
         overwrite: (N * K + M, D) the array of which `features` and `val_features` are the rows, in this order, if it may be
             overwritten; that spares a copy of all features.
 

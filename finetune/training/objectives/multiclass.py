@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ class MulticlassObjective:
     """Cross entropy over classes that exclude each other, with what is done about classes of different size."""
 
     task: ClassVar[str] = "multiclass"
-    balance: Balance = Balance()
+    balance: Balance = field(default_factory=Balance)
 
     def balanced(self, balance: Balance) -> MulticlassObjective:
         return replace(self, balance=balance)
