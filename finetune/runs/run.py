@@ -45,6 +45,7 @@ from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
+from finetune.training.balance import Balance, balance_of
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 
@@ -157,7 +158,15 @@ def training_context(
         store=shared.store,
         progress=progress,
         sample_size=sample_size,
+        balance=_balance(prepared),
     )
+
+
+def _balance(prepared: Prepared) -> Balance:
+    """Return what the request does about classes of different size, for the training images of this run."""
+    data, dataset = prepared.resolved.spec.data, prepared.dataset
+    labels = np.array([label for sample in dataset.of("train") for label in sample.labels], dtype=np.int64)
+    return balance_of(labels, len(dataset.classes), data.class_weights, data.logit_adjustment)
 
 
 def learner_for(prepared: Prepared, shared: Shared) -> Learner:

@@ -56,7 +56,11 @@ def solve_head(
         label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
         seed=recipe.seed,
         overwrite=matrix,
+        class_weights=context.balance.weights,
     )
+    if (offsets := context.balance.offsets) is not None:
+        held_out = None if head.held_out_logits is None else (head.held_out_logits - offsets).astype(np.float32)
+        head = replace(head, bias=(head.bias - offsets).astype(np.float32), held_out_logits=held_out)
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
     if not recipe.n_steps:  # else the training loop answers the sample itself
