@@ -72,12 +72,13 @@ export async function open(root, [wanted], signal) {
     const { explanation } = said;
     if (!live) showPictures(explanation);
     put(answer,
+      said.abstained && h("p", { class: "notice" }, said.reason === "unlike" ? t("try.unlike") : t("try.unsure")),
       bars(said.predictions.map(({ label, probability }, at) => ({ label, share: probability, strong: at === 0 })), { label: t("try.classes") }),
       h("p", { class: "hint" }, t("try.facts", {
         model: said.model, version: said.version, inside: duration(said.timings.total_ms / 1000), whole: duration(roundTripMs / 1000),
       })),
       explanation?.reason && h("p", { class: "hint" }, t("try.no_map", { reason: explanation.reason })),
-      h("p", { class: "hint" }, t("try.always_answers")),
+      said.abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
       !live && code());
   }
 
