@@ -13,6 +13,7 @@ from serving import LiveServer
 if TYPE_CHECKING:  # the service tests have no Playwright
     from playwright.sync_api import Page
 
+ENVIRONMENT = {"FINETUNE_TRACKERS": "none", "OMP_NUM_THREADS": "1", "FINETUNE_THREADS": "1"}  # of the server and its worker
 CLASSES = ("daisy", "rose", "tulip")
 
 

@@ -58,12 +58,17 @@ class LiveServer:
 
 @contextlib.contextmanager
 def live_server(
-    home: Path, *arguments: str, worker: bool = False, ready: bool = True, environment: dict[str, str] | None = None
+    home: Path,
+    *arguments: str,
+    worker: bool = False,
+    ready: bool = True,
+    port: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[LiveServer]:
     """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = port or free.getsockname()[1]
     log = home / "server.log"
     environment = {**os.environ, "FINETUNE_HOME": str(home), **(environment or {})}
     command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from browsing import CLASSES, Visit, photograph
+from browsing import CLASSES, ENVIRONMENT, Visit, photograph
 from serving import LiveServer, live_server
 
 if TYPE_CHECKING:  # the service tests have no Playwright
@@ -54,8 +54,7 @@ def server(tmp_path: Path) -> Iterator[LiveServer]:
     """A server with a worker and nothing in it."""
     home = tmp_path / "home"
     home.mkdir()
-    environment = {"FINETUNE_TRACKERS": "none", "OMP_NUM_THREADS": "1", "FINETUNE_THREADS": "1"}
-    with live_server(home, worker=True, ready=False, environment=environment) as server:
+    with live_server(home, worker=True, ready=False, environment=ENVIRONMENT) as server:
         yield server
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
+import httpx
 import pytest
+from archives import zip_of
 from axe_playwright_python.sync_playwright import Axe
-from browsing import CLASSES, Visit, photograph
+from browsing import CLASSES, ENVIRONMENT, Visit, photograph
 from playwright.sync_api import Page, expect
+from serving import live_server, registered, until
+from standin import write_bundle
+
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
 
 pytestmark = pytest.mark.browser
 
@@ -136,3 +144,76 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     accessible(page)
     expected = ("422", "409")  # the refusals above, which the console reports too
     assert [error for error in visit.errors if not any(code in error for code in expected)] == []
+
+
+def test_a_key_is_asked_for_kept_in_memory_alone_and_decides_what_is_shown(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    keys = KeyStore(open_jobs(tmp_path / "home"))
+    trainer, _ = keys.create("ann", ("jobs", "predict"))
+    asker, _ = keys.create("bob", ("predict",))
+    until(lambda: httpx.get(f"{visit.server.url}/v1/caller").status_code == 401)
+    page.goto(visit.server.url)
+    accessible(page)
+    page.get_by_label("API key").fill("ft_wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("alert")).to_contain_text("not accepted")
+    page.get_by_label("API key").fill(trainer)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#who")).to_contain_text("ann")
+    expect(page.locator("nav li:visible")).to_have_count(6)
+    accessible(page)
+    stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
+    assert trainer not in stored
+    page.reload()
+    page.get_by_label("API key").fill(asker)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("nav li:visible")).to_have_text(["Models", "Try"])
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_a_run_is_found_again_after_server_and_worker_were_killed(visit: Visit, photographs: Path, tmp_path: Path) -> None:
+    page = visit.page
+    visit.go("train")
+    page.locator("#train-folder").set_input_files(photographs)
+    choose_a_tiny_network(page)
+    page.get_by_label("n_epochs", exact=True).fill("60")
+    page.get_by_text("Better", exact=True).click()
+    page.locator("button[type=submit]").click()
+    page.wait_for_url(re.compile("#/runs/ftjob-"))
+    expect(page.locator(".phases .now")).to_have_text("Training")
+    for process in reversed(visit.server.process_tree()):
+        os.kill(process, signal.SIGKILL)
+    visit.server.process.wait()
+    expect(page.get_by_text("The connection is lost.")).to_be_visible()
+    port = int(visit.server.url.rpartition(":")[2])
+    with live_server(tmp_path / "home", worker=True, ready=False, port=port, environment=ENVIRONMENT):
+        expect(page.get_by_text("The connection is lost.")).to_have_count(0)
+        page.get_by_role("button", name="Stop training").click()
+        expect(page.locator(".state-cancelled")).to_be_visible()
+
+
+def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    picture = photograph(0, 0, 32)
+    archive = zip_of({f"{name}/{number:04d}.jpg": picture for name in ("a", "b") for number in range(1200)})
+    sent = {"file": ("many.zip", archive)}
+    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    visit.go(f"data/{file['id']}")
+    for position in (0.25, 0.5, 0.75, 1):
+        page.evaluate(f"scrollTo(0, {position} * document.documentElement.scrollHeight)")
+        expect(page.locator(".cell img[src]").first).to_be_visible()
+        assert page.locator(".cell").count() < 400
+    expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
+
+
+def test_a_webcam_is_answered_live(visit: Visit, tmp_path: Path) -> None:
+    registered(tmp_path / "home", write_bundle(tmp_path / "bundle"))
+    page = visit.page
+    visit.go("try")
+    page.get_by_role("button", name="Use the webcam").click()
+    expect(page.locator(".answer .bars li")).to_have_count(3)
+    accessible(page)
+    page.get_by_role("button", name="Stop the webcam").click()
+    expect(page.get_by_role("button", name="Use the webcam")).to_be_visible()
+    assert visit.errors == [error for error in visit.errors if "422" in error]

@@ -1,12 +1,14 @@
 // What answers now, since when and by whose decision; every model with its versions; promotion and the way back.
 
 import { request, hasKey, saveFile } from "../api.js";
-import { alertBox, ask, h, put } from "../dom.js";
+import { alertBox, ask, field, h, put } from "../dom.js";
 import { bytes, percent, t, when } from "../i18n.js";
 import { classNames, methodName } from "../jobs.js";
 import { promoteButton } from "../promotion.js";
 import { reportButton } from "../result.js";
 import { session } from "../session.js";
+
+const PRECISIONS = [0.8, 0.9, 0.95, 0.99]; // of the answers that are given, how many are right
 
 export async function open(root, [name], signal) {
   const again = () => open(root, [name], signal);
@@ -68,8 +70,26 @@ function versionRow(model, one, deployed, again, signal) {
         [t("data.classes"), classNames(version.classes)], [t("models.method"), methodName(version.method.type)],
         [t("models.backbone"), version.backbone], [t("models.license"), version.license ?? t("unknown")], [t("models.size"), bytes(version.bundle_bytes)],
       ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      abstention(version),
       h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
         version.links.job?.startsWith("/v1/fine_tuning/jobs/") && session.may("jobs") && h("a", { class: "button", href: `#/runs/${version.links.job.split("/").at(-1)}` }, t("models.run"))));
+  }
+
+  /** Return the switch that makes a version say by itself when it is unsure. */
+  function abstention({ abstain_precision: precision }) {
+    if (!session.may("jobs")) return null;
+    const messages = h("div", {});
+    const choice = h("select", { value: precision === null ? "" : String(precision), onchange: async () => {
+      put(messages);
+      try {
+        await request(`${path}/abstention`, { method: "PUT", json: { precision: choice.value === "" ? null : Number(choice.value) } });
+      } catch (error) {
+        choice.value = precision === null ? "" : String(precision);
+        put(messages, alertBox(session.words(error)));
+      }
+    } }, h("option", { value: "" }, t("models.abstain_off")), [...new Set([...PRECISIONS, precision])].filter(Boolean).map((one) =>
+      h("option", { value: String(one) }, t("models.abstain_at", { share: percent(one) }))));
+    return [field(t("models.abstain"), choice, { hint: t("models.abstain_hint") }), messages];
   }
 
   return h("li", {},

@@ -3,12 +3,13 @@
 import { hasKey, Refused, request } from "../api.js";
 import { bars } from "../charts.js";
 import { alertBox, field, h, put } from "../dom.js";
-import { duration, t } from "../i18n.js";
+import { duration, list, percent, t } from "../i18n.js";
 import { session } from "../session.js";
 
 const LIVE_PAUSE_MS = 250;
 const TOP_K = [1, 3, 5, 10];
 const CAMERA_SIDE_PX = 640;
+const RELIANCE = { abstain: "true", coverage: "0.9" };
 
 export async function open(root, [wanted], signal) {
   const [models, deployed] = await Promise.all([
@@ -19,6 +20,7 @@ export async function open(root, [wanted], signal) {
   let file = null;
   let asked = 0;
   let live = null; // the camera's stream
+  const silent = new Map(); // model → why it cannot say when it is unsure
   const model = h("select", { onchange: () => ask() },
     deployed.model && h("option", { value: "" }, t("try.model_default", { model: deployed.model, version: deployed.version })),
     models.data.flatMap(({ id, versions }) => versions.map(({ version, aliases }) =>
@@ -27,6 +29,7 @@ export async function open(root, [wanted], signal) {
   if (!model.value && !deployed.model) model.selectedIndex = 0;
   const topK = h("select", { onchange: () => ask(), value: "5" }, TOP_K.map((k) => h("option", {}, String(k))));
   const explain = h("input", { type: "checkbox", checked: true, onchange: () => ask() });
+  const reliance = h("input", { type: "checkbox", checked: true, onchange: () => ask() });
   const opacity = h("input", { type: "range", min: "0", max: "100", value: "70", oninput: () => fade() });
   const chooser = h("input", { type: "file", accept: "image/*,.heic,.heif", class: "visually-hidden", id: "try-file", onchange: () => choose(chooser.files[0]) });
   const camera = h("input", { type: "file", accept: "image/*", capture: "environment", class: "visually-hidden", id: "try-photo", onchange: () => choose(camera.files[0]) });
@@ -41,7 +44,10 @@ export async function open(root, [wanted], signal) {
   const webcam = h("button", { type: "button", onclick: () => (live ? stopLive() : startLive()) }, t("try.webcam"));
 
   function fields() {
-    return { top_k: topK.value, ...(explain.checked ? { explain: "true" } : {}) };
+    return {
+      top_k: topK.value, ...(explain.checked ? { explain: "true" } : {}),
+      ...(reliance.checked && !silent.has(model.value) ? RELIANCE : {}),
+    };
   }
 
   function path() {
@@ -61,6 +67,12 @@ export async function open(root, [wanted], signal) {
       if (question === asked) showAnswer(said, performance.now() - started);
     } catch (error) {
       if (signal.aborted) return;
+      const about = error instanceof Refused && error.errors.some((one) => one.field in { ...RELIANCE, precision: "" });
+      if (about && !silent.has(model.value)) {
+        silent.set(model.value, error.detail);
+        await ask();
+        return;
+      }
       if (question === asked) put(answer, alertBox(session.words(error)));
       if (!(error instanceof Refused)) throw error;
     } finally {
@@ -71,14 +83,17 @@ export async function open(root, [wanted], signal) {
   function showAnswer(said, roundTripMs) {
     const { explanation } = said;
     if (!live) showPictures(explanation);
+    const { abstained, reason, prediction_set: set } = said;
     put(answer,
-      said.abstained && h("p", { class: "notice" }, said.reason === "unlike" ? t("try.unlike") : t("try.unsure")),
+      abstained && h("p", { class: "notice", role: "status" }, h("strong", {}, t(`try.abstained_${reason}`)), ` ${t("try.abstained_what")}`),
       bars(said.predictions.map(({ label, probability }, at) => ({ label, share: probability, strong: at === 0 })), { label: t("try.classes") }),
       h("p", { class: "hint" }, t("try.facts", {
         model: said.model, version: said.version, inside: duration(said.timings.total_ms / 1000), whole: duration(roundTripMs / 1000),
       })),
+      set && h("p", {}, t("try.set", { n: set.labels.length, share: percent(set.coverage), labels: list(set.labels) })),
+      reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, silent.get(model.value)),
       explanation?.reason && h("p", { class: "hint" }, t("try.no_map", { reason: explanation.reason })),
-      said.abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
+      abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
       !live && code());
   }
 
@@ -181,7 +196,8 @@ export async function open(root, [wanted], signal) {
           navigator.mediaDevices && webcam)),
       h("section", {},
         h("div", { class: "row controls" }, field(t("try.model"), model, { wide: true }), field(t("try.top_k"), topK),
-          h("label", { class: "check" }, explain, t("try.explain")), opacityField),
+          h("label", { class: "check" }, explain, t("try.explain")),
+          h("label", { class: "check" }, reliance, t("try.reliance")), opacityField),
         answer)));
   return undefined;
 }
