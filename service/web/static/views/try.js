@@ -85,7 +85,7 @@ export async function open(root, [wanted], signal) {
     if (!live) showPictures(explanation);
     const { abstained, reason, prediction_set: set } = said;
     put(answer,
-      abstained && h("p", { class: "notice", role: "status" }, h("strong", {}, t(`try.abstained_${reason}`)), ` ${t("try.abstained_what")}`),
+      abstained && h("p", { class: "notice", role: "status" }, h("strong", {}, t(`abstained.${reason}`)), ` ${t("abstained.what")}`),
       bars(said.predictions.map(({ label, probability }, at) => ({ label, share: probability, strong: at === 0 })), { label: t("try.classes") }),
       h("p", { class: "hint" }, t("try.facts", {
         model: said.model, version: said.version, inside: duration(said.timings.total_ms / 1000), whole: duration(roundTripMs / 1000),
