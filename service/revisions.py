@@ -17,7 +17,7 @@ from finetune.data.contents import hold_again
 from finetune.data.dataset import Sample
 from finetune.data.files import StoredFile
 from finetune.data.intake import Intake, describe
-from finetune.errors import InvalidInput, NotFound, Problem
+from finetune.errors import DataError, InvalidInput, NotFound, Problem
 from finetune.jobs.files import UploadedFile
 from finetune.jobs.worker import folder_bytes
 from service.pictures import Pictures
@@ -60,14 +60,16 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     if not members:
         raise InvalidInput("no image is left", [Problem("labels", "leave out every image")])
     n_bytes = hold_again(members.items(), contents)
-    described = describe(contents)
+    try:
+        described = describe(contents)
+    except DataError as error:
+        problems = [Problem(_shown(one.where, contents), _shown(one.message, contents)) for one in error.problems]
+        raise DataError(_shown(error.message, contents), problems) from None
     listing = json.dumps([original.sha256, wanted.model_dump(mode="json")], sort_keys=True)
-    intake = Intake(
-        str(original.summary["kind"]), len(members), n_bytes, described.classes, described.counts(), described.warnings
-    )
-    return Received(
-        original.filename, n_bytes, hashlib.sha256(listing.encode()).hexdigest(), intake, folder_bytes(contents), contents
-    )
+    kind = str(original.summary["kind"])
+    intake = Intake(kind, len(members), n_bytes, described.classes, described.counts(), described.warnings)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return Received(original.filename, n_bytes, digest, intake, folder_bytes(contents), contents)
 
 
 def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | None:
@@ -77,6 +79,11 @@ def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | Non
         raise NotFound("Only uploaded images in class folders can be corrected here")
     label = wanted.labels.get(sample.id, wanted.renamed.get(labels[0], labels[0]))
     return None if label is None else f"{sample.split}/{label}" if sample.split else label
+
+
+def _shown(text: str, contents: Path) -> str:
+    """Return a text without where on this machine the copy lies."""
+    return text.replace(f"{contents}/", "").replace(str(contents), "the corrected data")
 
 
 def _unused(name: str, taken: Collection[str]) -> str:

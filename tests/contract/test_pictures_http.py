@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import photographs, zip_of
+from folders import encoded
 from PIL import Image
 from serving import in_process, registered
 from standin import write_bundle
@@ -30,8 +31,8 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-def uploaded(client: TestClient, key: dict[str, str] | None = None) -> str:
-    sent = {"file": ("photos.zip", zip_of(photographs()))}
+def uploaded(client: TestClient, key: dict[str, str] | None = None, images: dict[str, bytes] | None = None) -> str:
+    sent = {"file": ("photos.zip", zip_of(images or photographs()))}
     return str(client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}, headers=key).json()["id"])
 
 
@@ -122,16 +123,19 @@ def test_who_deployed_what_and_when_is_listed_newest_first(client: TestClient, t
 
 
 def test_a_corrected_copy_has_other_labels_and_the_original_stays_as_it_is(client: TestClient) -> None:
-    file = uploaded(client)
+    file = uploaded(client, images=photographs({"daisy": 6, "rose": 3}))
     before = client.get(f"/v1/files/{file}").json()["summary"]["counts"]
-    wanted = {"labels": {"daisy/0.png": "rose", "daisy/1.png": None}, "renamed": {"rose": "Rosa"}}
+    labels = {"daisy/0.png": "rose", "daisy/1.png": "rose", "daisy/2.png": None}
+    wanted = {"labels": labels, "renamed": {"rose": "Rosa"}}
     answer = client.post(f"/v1/files/{file}/revisions", json=wanted)
     assert answer.status_code == 201, answer.text
     copy = answer.json()
     assert answer.headers["location"] == f"/v1/files/{copy['id']}"
-    assert copy["summary"]["counts"] == {"all": {"Rosa": 3, "daisy": 1, "rose": 1}}
+    assert copy["summary"]["counts"] == {"all": {"Rosa": 3, "daisy": 3, "rose": 2}}
     images = {one["id"] for one in client.get(f"/v1/files/{copy['id']}/images").json()["data"]}
-    assert images == {"Rosa/0.png", "Rosa/1.png", "Rosa/2.png", "daisy/2.png", "rose/0.png"}
+    assert images == {
+        f"{name}.png" for name in ("Rosa/0", "Rosa/1", "Rosa/2", "daisy/3", "daisy/4", "daisy/5", "rose/0", "rose/1")
+    }
     assert client.get(f"/v1/files/{file}").json()["summary"]["counts"] == before
     client.delete(f"/v1/files/{file}")
     shown = client.get(f"/v1/files/{copy['id']}/image", params={"id": "rose/0.png"})
@@ -168,8 +172,9 @@ def test_a_correction_that_cannot_be_made_says_why_and_leaves_nothing(
 
 
 def test_pictures_of_data_with_tables_are_not_read_in_the_server(client: TestClient) -> None:
-    table = b"filename,label\ndaisy/0.png,a\ndaisy/1.png,a\nrose/0.png,b\nrose/1.png,b\n"
-    sent = {"file": ("p.zip", zip_of({**photographs(), "labels.csv": table, "notes.txt": b"x"}))}
+    table = b"file_name,label\n0.png,a\n1.png,a\n2.png,b\n3.png,b\n"
+    images = {f"{number}.png": encoded(f"{number}") for number in range(4)}
+    sent = {"file": ("p.zip", zip_of({**images, "metadata.csv": table}))}
     file = client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}).json()
     assert "id" in file, file
     answer = client.get(f"/v1/files/{file['id']}/images")
