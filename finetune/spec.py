@@ -74,6 +74,10 @@ class DataSpec(Section):
         str | None,
         Field(pattern=r"^[0-9a-f]{8,64}$", description="what finetune data show calls the data: anything else is refused"),
     ] = None
+    manifest: Annotated[
+        str | None,
+        Field(min_length=1, description="corrections of finetune check --fix: labels, groups, images left out"),
+    ] = None
     file_column: Column = None
     label_column: Column = None
     split_column: Column = None
@@ -272,8 +276,8 @@ class JobSpec(Section):
         weights = Path(self.model.weights)
         model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
         data = self.data
-        if data.split_file is not None:
-            data = data.model_copy(update={"split_file": str(Path(data.split_file).absolute())})
+        named = {name: getattr(data, name) for name in ("split_file", "manifest")}
+        data = data.model_copy(update={name: str(Path(path).absolute()) for name, path in named.items() if path is not None})
         return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:

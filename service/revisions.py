@@ -69,7 +69,7 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     kind = str(original.summary["kind"])
     intake = Intake(kind, len(members), n_bytes, described.classes, described.counts(), described.warnings)
     digest = hashlib.sha256(listing.encode()).hexdigest()
-    return Received(original.filename, n_bytes, digest, intake, folder_bytes(contents), contents)
+    return Received(original.filename, original.purpose, n_bytes, digest, intake, folder_bytes(contents), contents)
 
 
 def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from finetune import __version__
+from finetune.cli.backup import backup, restore
 from finetune.cli.comparing import compare
 from finetune.cli.data import data
 from finetune.cli.demo import demo
@@ -53,6 +54,8 @@ for command in (
     worker,
     jobs,
     keys,
+    backup,
+    restore,
 ):
     cli.add_command(command)
 

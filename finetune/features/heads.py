@@ -26,6 +26,7 @@ class HeadSolver(Protocol):
         l2: float | None,
         label_smoothing: float,
         seed: int,
+        overwrite: NDArray[np.float32] | None = None,
     ) -> SolvedHead: ...
 
 

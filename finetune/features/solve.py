@@ -90,6 +90,7 @@ def solve_softmax_head(
     class_weights: NDArray[np.floating[Any]] | None = None,
     folds: int = 5,
     seed: int = 0,
+    overwrite: NDArray[np.float32] | None = None,
 ) -> SolvedHead:
     """Fit softmax(W x + b) to `labels`.
 
@@ -100,6 +101,8 @@ def solve_softmax_head(
         val_features: (M, D). Without them the L2 strength is chosen by `folds`-fold cross-validation over `features`.
         l2: strength of (l2 / 2) * |W|² on standardised features beside the mean loss; None chooses it.
         class_weights: (C,) multiplies the weight of each row by its class's; see `balanced_class_weights`.
+        overwrite: (N * K + M, D) the array of which `features` and `val_features` are the rows, in this order, if it may be
+            overwritten; that spares a copy of all features.
 
     Raises:
         TrainingError: features that are not finite.
@@ -108,7 +111,7 @@ def solve_softmax_head(
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(labels) * views, 0 if val_features is None else len(val_features)
     with _threads_for(features):
-        matrix = _standardise(features.reshape(n_train, -1), val_features)
+        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite)
         row_labels = np.repeat(labels, views).astype(np.int64)
         if val_targets is not None:
             row_labels = np.concatenate([row_labels, val_targets.astype(np.int64)])
@@ -247,10 +250,15 @@ class _Standardised:
         return weight.astype(np.float32), bias.astype(np.float32)
 
 
-def _standardise(train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None) -> _Standardised:
+def _standardise(
+    train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None, overwrite: Float32s | None
+) -> _Standardised:
     mean, inverse_std = _moments(train)
     parts = [train] if val is None else [train, val]
-    rows = np.empty((sum(len(part) for part in parts), train.shape[1]), dtype=np.float32)
+    shape = (sum(len(part) for part in parts), train.shape[1])
+    rows = np.empty(shape, np.float32) if overwrite is None else overwrite
+    if rows.shape != shape:
+        raise ValueError(f"an array of shape {rows.shape} does not hold {shape[0]} rows of {shape[1]} features")
     filled = 0
     for part in parts:
         for chunk in _chunks(part):

@@ -35,8 +35,10 @@ def solve_head(
     n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
     views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
     spent: list[Seconds] = []
-    train_features = _features(prefix, train, views, "training", context, spent.append)
-    val_features = _features(prefix, val, seen, "validation", context, spent.append) if val else None
+    matrix = np.empty((len(train) * n_views + len(val), *prefix.row_shape), np.float32)
+    of_train, of_val = np.split(matrix, [len(train) * n_views])
+    train_features = _features(prefix, train, views, "training", context, spent.append, of_train)
+    val_features = _features(prefix, val, seen, "validation", context, spent.append, of_val) if val else None
     began = process_clock()
     head = head_solver(context.task.name)(
         train_features,
@@ -47,6 +49,7 @@ def solve_head(
         l2=recipe.l2,
         label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
         seed=recipe.seed,
+        overwrite=matrix,
     )
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
@@ -60,11 +63,12 @@ def _features(
     what: str,
     context: TrainingContext,
     spent: Callable[[Seconds], None],
+    out: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     def progress(update: Progress) -> None:
         context.progress(replace(update, message=f"features, {what}"))
 
-    return pooled_features(prefix, samples, views, context.features(spent, progress))
+    return pooled_features(prefix, samples, views, context.features(spent, progress), out)
 
 
 def features_of_head(journal: Sequence[Mapping[str, Any]]) -> Seconds:

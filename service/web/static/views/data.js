@@ -17,7 +17,7 @@ export async function open(root, [id, imageId], signal) {
 }
 
 async function openList(root, signal) {
-  const files = await all("v1/files", { signal });
+  const files = (await all("v1/files", { signal })).filter(({ purpose }) => purpose === "fine-tune");
   put(root, h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, t("data.title")),
     h("a", { class: "button primary", href: "#/train" }, t("data.new"))),
   files.length
