@@ -99,6 +99,13 @@ class DataSpec(Section):
     within: Annotated[
         tuple[str, ...] | None, Field(description="folders that links and tables may lead into; a server sets it for its jobs")
     ] = None
+    class_weights: Annotated[
+        Literal["none", "balanced", "effective_number"],
+        Field(description="weight of an image in the loss by its class: balanced is one over the class's images"),
+    ] = "none"
+    logit_adjustment: Annotated[
+        float, Field(ge=0.0, le=2.0, description="1 aims at the mean of the classes' recall, whatever their sizes; 0 is off")
+    ] = 0.0
     on_bad_image: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: Fraction = 0.05
     resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
@@ -106,6 +113,12 @@ class DataSpec(Section):
         Annotated[int, Field(ge=2, le=50)] | None,
         Field(description="cross-validation: the whole job is done so many times, each time tested on other images"),
     ] = None
+
+    @model_validator(mode="after")
+    def _balances_once(self) -> DataSpec:
+        if self.class_weights != "none" and self.logit_adjustment > 0:
+            raise ValueError("give either class_weights or logit_adjustment: both make up for the classes' sizes")
+        return self
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:

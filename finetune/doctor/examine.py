@@ -22,7 +22,7 @@ from finetune.doctor.shortcuts import find_shortcuts
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 
-VERSION = 4  # of what is found: examinations of another one are not read
+VERSION = 5  # of what is found: examinations of another one are not read
 FEW_IMAGES = 20  # of a class, below which its figures say little
 UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
@@ -294,7 +294,7 @@ class _Examining:
                 1,
                 f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Accuracy over all images hides what happens to "
                 "small classes: read the mean over classes (macro) figures first.",
-                "Add images of the small classes, and judge by the figures that are means over classes.",
+                "Add images of the small classes, or set data.class_weights: balanced or data.logit_adjustment: 1.",
                 (
                     Case(
                         (),

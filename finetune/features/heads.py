@@ -27,6 +27,7 @@ class HeadSolver(Protocol):
         label_smoothing: float,
         seed: int,
         overwrite: NDArray[np.float32] | None = None,
+        class_weights: NDArray[np.floating[Any]] | None = None,
     ) -> SolvedHead: ...
 
 

@@ -157,13 +157,15 @@ def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))
 
 
-_OF_THE_SPLIT = {"val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize"}
+_NOT_OF_THE_FILES = {
+    *("val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize", "class_weights", "logit_adjustment"),
+}
 
 
 def _data_key(spec: JobSpec) -> str:
     """Return what decides which files are read and which of them are left out."""
     manifest = state_of(Path(spec.data.manifest)) if spec.data.manifest is not None else None
-    data = spec.data.model_dump_json(exclude=_OF_THE_SPLIT)
+    data = spec.data.model_dump_json(exclude=_NOT_OF_THE_FILES)
     parts = (spec.training_file, spec.validation_file, spec.test_file, data, manifest)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import TrainingError
-from finetune.features.solve import L2_PATH, SolvedHead, balanced_class_weights, minimise, solve_softmax_head
+from finetune.features.solve import L2_PATH, SolvedHead, minimise, solve_softmax_head
+from finetune.training.balance import balance_of
 
 
 def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +150,8 @@ def test_class_weights_act_like_repeated_images() -> None:
 
 def test_balanced_weights_give_every_class_the_same_mass() -> None:
     labels = np.array([0] * 90 + [1] * 9 + [3])
-    weights = balanced_class_weights(labels, 4)
+    weights = balance_of(labels, 4, "balanced", 0.0).weights
+    assert weights is not None
     np.testing.assert_allclose(weights[labels].mean(), 1.0)
     np.testing.assert_allclose(weights[[0, 1, 3]] * [90, 9, 1], 100 / 3)
     assert weights[2] == 0.0
