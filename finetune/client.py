@@ -238,6 +238,10 @@ class Client:
         """
         return self._json("GET", f"{_job(job_id)}/result")
 
+    def diagnosis(self, job_id: str) -> Document:
+        """Return what is wrong with a fine-tuning job's run: findings with evidence, confidence and advice."""
+        return self._json("GET", f"{_job(job_id)}/diagnosis")
+
     def runs(self, comparison_id: str) -> list[Document]:
         """Return the runs of a comparison in their order: which have finished, and what they came to."""
         found: list[Document] = self._json("GET", f"{_job(comparison_id)}/runs")["data"]

@@ -90,7 +90,7 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
         DataError: with one problem for everything that keeps the data from being used.
         ArchiveError: an archive is refused; the message names the member.
     """
-    if any(map(_needs_care, locations.values())):
+    if any(map(needs_care, locations.values())):
         paths = {name: str(path) for name, path in locations.items()}
         sizes: dict[str, int] = _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
         return sizes
@@ -103,7 +103,7 @@ def _index(locations: Mapping[str, Path], data: DataSpec) -> Dataset:
     return index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
 
 
-def _needs_care(location: Path) -> bool:
+def needs_care(location: Path) -> bool:
     """Return whether reading a location takes more than listing names: it is a file, or has tables or annotations in it."""
     if location.is_file():
         return True

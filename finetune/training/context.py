@@ -31,6 +31,7 @@ class TrainingContext:
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
         balance: what is done about classes of different size.
         store: where frozen features and decoded photographs are kept.
+        sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
     """
 
     dataset: Dataset
@@ -41,6 +42,7 @@ class TrainingContext:
     identity: Mapping[str, str]
     store: Store
     progress: ProgressCallback = silent
+    sample_size: int | None = None
     balance: Balance = field(default_factory=Balance)
 
     def features(

@@ -98,11 +98,11 @@ def files_router(max_body_bytes: int) -> APIRouter:
         with server.uploads.arriving(announced, caller.owner) as folder:
             filename, purpose = await receive(request, folder / "archive")
             received = await run_in_threadpool(examine, folder / "archive", filename, purpose)
-            file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
+            file, new = await run_in_threadpool(record_upload, server, caller.owner, received, idempotency_key)
         response.headers["Location"] = f"/v1/files/{file.id}"
         if not new:
             response.headers[REPLAYED] = "true"
-        return _document(file)
+        return file_document(file)
 
     @router.get("")
     def list_files(
@@ -114,13 +114,13 @@ def files_router(max_body_bytes: int) -> APIRouter:
     ) -> FileList:
         """Your uploads, newest first."""
         page, more = server.database.files.list(caller.sees, after=after, limit=limit)
-        documents = [_document(file) for file in page if purpose in (None, file.purpose)]
+        documents = [file_document(file) for file in page if purpose in (None, file.purpose)]
         return FileList.of(documents, more)
 
     @router.get("/{file_id}")
     def get_file(caller: Submitting, server: Server, file_id: str) -> FileDocument:
         """One upload with what was found in it."""
-        return _document(server.database.files.get(file_id, caller.sees))
+        return file_document(server.database.files.get(file_id, caller.sees))
 
     @router.delete("/{file_id}")
     def delete_file(caller: Submitting, server: Server, file_id: str) -> FileDeleted:
@@ -133,7 +133,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
     return router
 
 
-def _record(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
+def record_upload(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
     body = f"{received.filename}\0{received.purpose}\0{received.sha256}"
     return server.database.files.create(
         owner,
@@ -151,7 +151,7 @@ def _record(server: ServerState, owner: str, received: Received, idempotency_key
     )
 
 
-def _document(file: UploadedFile) -> FileDocument:
+def file_document(file: UploadedFile) -> FileDocument:
     return FileDocument(
         id=file.id,
         bytes=file.size_bytes,

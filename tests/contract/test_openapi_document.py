@@ -57,6 +57,7 @@ SURFACE = {
     "/v1/models/{name}/versions/{version}/bundle": {"get"},
     "/v1/models/{name}/versions/{version}/predictions": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/result": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/diagnosis": {"get"},
     "/v2": {"get"},
     "/v2/models/{name}": {"get"},
     "/v2/models/{name}/infer": {"post"},

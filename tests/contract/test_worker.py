@@ -374,7 +374,7 @@ def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(sh
     assert (done.state, done.result and done.result["state"]) == ("succeeded", result_of(40))
     assert (trace.completions, trace.overlaps) == (1, 0)
     workers = [event.data["worker"] for event in short_leases.events(job.id) if event.kind == "running"]
-    assert workers == ["sleeper", "second"]
+    assert workers[:2] == ["sleeper", "second"]  # a machine so busy that the second loses its lease too may give it back
     assert kinds(short_leases, job).count("succeeded") == 1
 
 
