@@ -28,6 +28,7 @@ from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.answers import Answer, Unreadable, ask
+from finetune.evaluation.diagnose import Diagnosis, diagnose, read_diagnosis
 from finetune.evaluation.evaluate import Evaluation, Judgement, read_judgement
 from finetune.evaluation.of_bundle import BundleEvaluation, evaluate_bundle
 from finetune.evaluation.predictions import Predictions
@@ -230,6 +231,13 @@ class Run:
     def judgement(self) -> Judgement:
         """The evaluation of every split: metrics with intervals, classes, confusion."""
         return read_judgement(self._run.evaluation)
+
+    @cached_property
+    def diagnosis(self) -> Diagnosis:
+        """What is wrong with the run, from its own records: `findings` with evidence, confidence and advice."""
+        from finetune.studies.study import kept_run
+
+        return read_diagnosis(self._run) or diagnose(kept_run(self._run).root)
 
     def predictions(self, split: str = "test") -> Predictions:
         """Return the answers to every image of a split.

@@ -27,7 +27,7 @@ import httpx
 
 from finetune.errors import Conflict
 from finetune.jobs.http import Connection, RequestRefused, ServerUnreachable, refusal
-from finetune.jobs.kinds import COMPARISON, TRAINING, Kind, kind_of_id
+from finetune.jobs.kinds import BATCH, COMPARISON, TRAINING, Kind, kind_of_id
 from finetune.storage.files import atomic_folder
 
 __all__ = ["Client", "JobFailed", "RequestRefused", "ServerUnreachable"]
@@ -116,11 +116,46 @@ class Client:
         options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
         return self._json("POST", _predict_path(model), files=files, params=options)
 
+    def create_batch(
+        self,
+        input_file: str,
+        *,
+        model: str | None = None,
+        embedding: bool = False,
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Document:
+        """Queue the images of an upload to be answered; `wait` waits, `download_answers` fetches the answers.
+
+        Args:
+            input_file: the id that ``upload(folder, purpose="batch")`` returned.
+            model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
+            embedding: keep each image's embedding in the ``.npz`` answers.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        body = {"input_file": input_file, "model": model, "embedding": embedding, "metadata": dict(metadata or {})}
+        return self._json("POST", BATCH.path, json=body, headers=headers)
+
+    def download_answers(self, batch_id: str, path: str | Path) -> Path:
+        """Write the answers of a batch prediction to a file: ``.csv``, ``.npz`` or ``.parquet``."""
+        target = Path(path)
+        self._connection.download(f"{_job(batch_id)}/answers", target, format=target.suffix.removeprefix("."))
+        return target
+
+    def batches(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
+        """Yield your batch predictions, newest first."""
+        yield from self._listed(BATCH, status, metadata)
+
     # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────
 
-    def upload(self, path: str | Path) -> str:
-        """Upload a folder or an archive of labelled images; return the file's id."""
-        return str(self._connection.upload(Path(path))["id"])
+    def upload(self, path: str | Path, *, purpose: str = "fine-tune") -> str:
+        """Upload a folder or an archive; return the file's id.
+
+        Args:
+            purpose: ``fine-tune`` for labelled images to train on, ``batch`` for any images, to be answered.
+        """
+        document = self._connection.upload(Path(path), purpose=purpose)
+        return str(document["id"])
 
     def create_job(self, training_file: str, *, idempotency_key: str | None = None, **spec: Any) -> Document:
         """Queue a fine-tuning job; `spec` holds the other keys of a job spec (``model``, ``method``, ``suffix`` …)."""
@@ -147,7 +182,7 @@ class Client:
         return self._json("POST", COMPARISON.path, json=body, headers=headers)
 
     def job(self, job_id: str) -> Document:
-        """Return a job or a comparison as it is now. The methods below take the id of either, too."""
+        """Return a job, a comparison or a batch prediction as it is now. The methods below take the id of any of them."""
         return self._json("GET", _job(job_id))
 
     def jobs(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
@@ -199,8 +234,13 @@ class Client:
         """Return what a job that has succeeded came to.
 
         Of a fine-tuning job: figures with n and intervals, resolved hyperparameters. Of a comparison: arms, pairs, the verdict.
+        Of a batch prediction: how many images were answered, and which could not be read.
         """
         return self._json("GET", f"{_job(job_id)}/result")
+
+    def diagnosis(self, job_id: str) -> Document:
+        """Return what is wrong with a fine-tuning job's run: findings with evidence, confidence and advice."""
+        return self._json("GET", f"{_job(job_id)}/diagnosis")
 
     def runs(self, comparison_id: str) -> list[Document]:
         """Return the runs of a comparison in their order: which have finished, and what they came to."""

@@ -24,7 +24,17 @@ from finetune.spec import JobSpec, MethodName, Section, merged_mapping, parse_sp
 DEFAULT_METHODS: tuple[MethodName, ...] = ("linear_probe", "partial", "full")
 MOST_ARMS = 20
 _READING = (
-    *("revision", "file_column", "label_column", "split_column", "group_column", "weight_column", "label_separator", "splits"),
+    *(
+        "revision",
+        "manifest",
+        "file_column",
+        "label_column",
+        "split_column",
+        "group_column",
+        "weight_column",
+        "label_separator",
+        "splits",
+    ),
     *("class_folder", "name_encoding"),
 )
 SHARED = ("training_file", "validation_file", "test_file", "task", "suffix", "metadata")  # no arm may change these

@@ -141,6 +141,14 @@ class Trained(Event):
 
 
 @dataclass(frozen=True)
+class Diagnosed(Event):
+    """What the records of the run say about it; the codes of the problems that were found."""
+
+    kind = "diagnosed"
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
 class ChildFinished(Event):
     """A run of a study has ended."""
 

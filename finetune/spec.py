@@ -74,6 +74,10 @@ class DataSpec(Section):
         str | None,
         Field(pattern=r"^[0-9a-f]{8,64}$", description="what finetune data show calls the data: anything else is refused"),
     ] = None
+    manifest: Annotated[
+        str | None,
+        Field(min_length=1, description="corrections of finetune check --fix: labels, groups, images left out"),
+    ] = None
     file_column: Column = None
     label_column: Column = None
     split_column: Column = None
@@ -95,6 +99,13 @@ class DataSpec(Section):
     within: Annotated[
         tuple[str, ...] | None, Field(description="folders that links and tables may lead into; a server sets it for its jobs")
     ] = None
+    class_weights: Annotated[
+        Literal["none", "balanced", "effective_number"],
+        Field(description="weight of an image in the loss by its class: balanced is one over the class's images"),
+    ] = "none"
+    logit_adjustment: Annotated[
+        float, Field(ge=0.0, le=2.0, description="1 aims at the mean of the classes' recall, whatever their sizes; 0 is off")
+    ] = 0.0
     on_bad_image: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: Fraction = 0.05
     resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
@@ -102,6 +113,12 @@ class DataSpec(Section):
         Annotated[int, Field(ge=2, le=50)] | None,
         Field(description="cross-validation: the whole job is done so many times, each time tested on other images"),
     ] = None
+
+    @model_validator(mode="after")
+    def _balances_once(self) -> DataSpec:
+        if self.class_weights != "none" and self.logit_adjustment > 0:
+            raise ValueError("give either class_weights or logit_adjustment: both make up for the classes' sizes")
+        return self
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> DataSpec:
@@ -272,8 +289,8 @@ class JobSpec(Section):
         weights = Path(self.model.weights)
         model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
         data = self.data
-        if data.split_file is not None:
-            data = data.model_copy(update={"split_file": str(Path(data.split_file).absolute())})
+        named = {name: getattr(data, name) for name in ("split_file", "manifest")}
+        data = data.model_copy(update={name: str(Path(path).absolute()) for name, path in named.items() if path is not None})
         return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:

@@ -9,9 +9,15 @@ from service.web import render
 
 _METHODS = ("get", "post", "put", "patch", "delete")
 _EXAMPLES = {
-    "file_id": "file-…", "job_id": "ftjob-…", "comparison_id": "ftcmp-…", "run_name": "full-seed0", "name": "flowers",
-    "version": "1", "alias": "champion",
-}  # fmt: skip
+    "file_id": "file-…",
+    "job_id": "ftjob-…",
+    "comparison_id": "ftcmp-…",
+    "run_name": "full-seed0",
+    "batch_id": "batch-…",
+    "name": "flowers",
+    "version": "1",
+    "alias": "champion",
+}
 
 
 def docs_page(document: Mapping[str, Any], base_url: str) -> str:

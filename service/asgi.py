@@ -38,6 +38,7 @@ from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
 from service.pictures import PictureIndex
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
+from service.routes.batch_predictions import batch_router
 from service.routes.comparisons import comparisons_router
 from service.routes.deployment import deployment_router
 from service.routes.files import files_router
@@ -47,6 +48,7 @@ from service.routes.models import models_router
 from service.routes.pictures import pictures_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
+from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
 from service.settings import Settings
@@ -69,7 +71,7 @@ class Api(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS}
+        document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS, **BATCH_SCHEMAS}
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
         document["security"] = [{"key": []}] if self._needs_key() else [{"key": []}, {}]
         for path in PROBES:
@@ -177,6 +179,7 @@ def create_api(settings: Settings) -> FastAPI:
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
+    api.include_router(batch_router)
     api.include_router(pictures_router)
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")

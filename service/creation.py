@@ -96,6 +96,8 @@ class Submission:
             body_sha256=digest,
             max_queued=server.max_unfinished_jobs,
             any_suffix=caller.is_admin,
+            models_bytes=server.models.registry.owned_bytes(caller.owner),
+            max_owner_bytes=server.max_files_bytes,
         )
 
 

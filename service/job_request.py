@@ -222,11 +222,13 @@ def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
     return []
 
 
-def find_folders(body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path]) -> tuple[dict[str, Path], list[Problem]]:
+def find_folders(
+    body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path], fields: Sequence[str] = FILE_FIELDS
+) -> tuple[dict[str, Path], list[Problem]]:
     """Return where on this machine the datasets of a body are, and what is wrong with those that are nowhere."""
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
-    for name in FILE_FIELDS:
+    for name in fields:
         given = body.get(name)
         if not isinstance(given, str) or not given:
             continue  # the spec says what is wrong with it
@@ -270,6 +272,7 @@ def _limit_problems(spec: JobSpec) -> list[Problem]:
     for name, why in (
         ("within", "is set by the server"),
         ("split_file", "is a file of another machine; name the splits in the data itself"),
+        ("manifest", "is a file of another machine; correct the data that you upload"),
     ):
         if getattr(spec.data, name) is not None:
             problems.append(Problem(f"data.{name}", why))

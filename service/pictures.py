@@ -18,6 +18,7 @@ from PIL import Image
 from finetune.bundle.image import ImageLimits, decode_image, sniff
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
+from finetune.data.intake import needs_care
 from finetune.errors import DataError, NotFound, UnsupportedImage
 from finetune.evaluation.predictions import Predictions
 from finetune.metrics.rows import judge_rows
@@ -62,6 +63,8 @@ class PictureIndex:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
+        if any(map(needs_care, key)):
+            raise NotFound("The pictures of data with tables or annotations in it are not shown here")
         try:
             dataset = index_dataset(training, validation, test, for_training=False)
         except DataError:

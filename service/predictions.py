@@ -121,7 +121,13 @@ def _refuse_repetitions(form: Sequence[Part], several: bool) -> None:
 
 
 def _options(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
-    """Return the query's options with the form's over them."""
+    """Return the query's options with the form's over them. One that is given in both places must be right in both."""
+    if query.keys() & fields.keys():
+        _validated(query, {})
+    return _validated(query, fields)
+
+
+def _validated(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
     try:
         return PredictOptions.model_validate({**query, **fields})
     except ValidationError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.responses import HTMLResponse
 
@@ -21,6 +21,16 @@ REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; sandbox"
 )
+Format = Literal["csv", "npz", "parquet"]
+MEDIA_TYPES: Mapping[Format, str] = {
+    "csv": "text/csv; charset=utf-8",
+    "npz": "application/octet-stream",
+    "parquet": "application/vnd.apache.parquet",
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+TABLE_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {name.partition(";")[0]: _BINARY for name in MEDIA_TYPES.values()}}
+}
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 

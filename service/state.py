@@ -104,6 +104,10 @@ class ServerState:
     def run_of(self, job_id: str) -> RunDir:
         return RunDir(self.home / "runs" / job_id)
 
+    def stored_bytes(self, owner: str) -> int:
+        """Return what an owner's uploads, finished jobs and models take on disk."""
+        return self.database.files.stored_bytes(owner) + self.models.registry.owned_bytes(owner)
+
     def dataset_name(self, folder: Path) -> str:
         """Return what the client calls its dataset: the uploaded file's name without its ending, or the folder's."""
         if folder.parent == self.uploads.folder.resolve():

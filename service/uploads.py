@@ -29,7 +29,8 @@ from finetune.jobs.store import LOCAL_OWNER
 from finetune.jobs.worker import folder_bytes
 from finetune.storage.files import sha256_file
 
-PURPOSE = "fine-tune"
+TO_TRAIN_ON, TO_ANSWER = "fine-tune", "batch"
+PURPOSES = (TO_TRAIN_ON, TO_ANSWER)
 FIELDS = ("file", "purpose")
 HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
 MAX_AT_ONCE = 8
@@ -45,6 +46,7 @@ class Received:
     """An upload on disk."""
 
     filename: str
+    purpose: str
     size_bytes: int
     sha256: str
     intake: Intake
@@ -134,8 +136,8 @@ class _ToDisk(MultiPartParser):
             self._files_to_close_on_error.append(upload.file)  # type: ignore[arg-type]
 
 
-async def receive(request: Request, target: Path) -> str:
-    """Stream the form's file to `target`; returns the name that the client gave it.
+async def receive(request: Request, target: Path) -> tuple[str, str]:
+    """Stream the form's file to `target`; return the name that the client gave it, and its purpose.
 
     Raises:
         HTTPException: 415 for a body that is no form, 400 for a broken one.
@@ -154,19 +156,20 @@ async def receive(request: Request, target: Path) -> str:
         await form.close()
 
 
-def _checked_form(form: FormData) -> str:
+def _checked_form(form: FormData) -> tuple[str, str]:
     problems = [Problem(name, "unknown field") for name in sorted({*form} - set(FIELDS))]
     problems += [Problem(name, "is given more than once") for name in FIELDS if len(form.getlist(name)) > 1]
     problems += [Problem(name, "is missing") for name in FIELDS if name not in form]
     purpose, file = form.get("purpose"), form.get("file")
-    if purpose is not None and purpose != PURPOSE:
-        problems.append(Problem("purpose", f"must be {PURPOSE!r}: files are datasets to train on"))
+    if purpose is not None and purpose not in PURPOSES:
+        said = f"must be {TO_TRAIN_ON!r} for a dataset to train on, or {TO_ANSWER!r} for images to be answered"
+        problems.append(Problem("purpose", said))
     if file is not None and not isinstance(file, UploadFile):
         problems.append(Problem("file", "must be an uploaded file, not text; the server fetches nothing"))
     if problems:
         raise InvalidInput(f"{'; '.join(map(str, problems))}. {HOW_TO_SEND}", problems)
     assert isinstance(file, UploadFile)
-    return _plain(file.filename or "dataset")
+    return _plain(file.filename or "dataset"), str(purpose)
 
 
 def _plain(filename: str) -> str:
@@ -175,15 +178,15 @@ def _plain(filename: str) -> str:
     return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARACTERS] or "dataset"
 
 
-def examine(archive: Path, filename: str) -> Received:
+def examine(archive: Path, filename: str, purpose: str) -> Received:
     """Unpack beside the archive and describe; see `take_in` for what is refused."""
     contents = archive.with_name("contents")
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
-    intake = take_in(archive, contents, filename=filename)
+    intake = take_in(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
     archive.unlink()
-    return Received(filename, size_bytes, sha256, intake, folder_bytes(contents), contents)
+    return Received(filename, purpose, size_bytes, sha256, intake, folder_bytes(contents), contents)
 
 
 def move_to(contents: Path, place: Path) -> None:

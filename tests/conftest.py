@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    other = collection_path.name.startswith("test_") and collection_path.name not in SERVICE_TESTS
+    other = collection_path.name == "browser" or (
+        collection_path.name.startswith("test_") and collection_path.name not in SERVICE_TESTS
+    )
     return True if config.getoption("services") and other else None
 
 

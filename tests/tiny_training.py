@@ -29,6 +29,7 @@ from finetune.training.fit import Fitted, Saving, TrainBatches, fit
 from finetune.training.machine import Numerics
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Facts, Recipe, resolve_recipe
+from finetune.training.sample import SamplePlan, TrainSample
 
 CLASSES = 3
 WALL_CLOCK = ("train/images_per_second",)
@@ -98,11 +99,13 @@ def train_tiny(
     wrap: Callable[[TrainBatches], TrainBatches] = lambda train: train,
     decided: Choices | None = None,
     head_seconds: Seconds | None = None,
+    sampled: dict[int, int] | None = None,
 ) -> tuple[Fitted, Classifier]:
-    """Train for real.
+    """Train for real, on all `samples` but the last six.
 
     Args:
         head_seconds: what solving the head is said to take; by default nothing.
+        sampled: gets, for each epoch's end, how many images of a sample of training images were answered; None: no sample.
     """
 
     def solve_head(fresh: Classifier) -> Seconds:
@@ -112,6 +115,11 @@ def train_tiny(
     train, val = samples[:-6], samples[-6:]
     classifier = tiny_classifier()
     recipe = tiny_recipe(classifier, len(train), **given)
+    sample = None
+    if sampled is not None:
+        batches = EvalLoader(train[:5], classifier.backbone.preprocess, threads=loader_threads)
+        plan = SamplePlan(np.arange(5), frozenset(range(0, recipe.n_steps + 1, recipe.steps_per_epoch)))
+        sample = TrainSample(plan, batches, lambda step, logits: sampled.update({step: len(logits)}))
     fitted = fit(
         classifier,
         recipe,
@@ -124,6 +132,7 @@ def train_tiny(
         val_targets=targets_of(val),
         numerics=lambda: Numerics(threads=1),
         solve_head=solve_head,
+        sample=sample,
         progress=progress,
     )
     return fitted, classifier

@@ -46,6 +46,7 @@ def carry_out(command: str, request: Path, run: RunDir) -> int:
         error: an error document to fail with, and its exit code under ``exit_code``.
         deaf: ignore SIGTERM.
         noisy: print so many lines.
+        hoard_bytes: take so much memory in each step, and keep it.
     """
     asked = {key: json.loads(value) for key, value in yaml.safe_load(request.read_text())["metadata"].items()}
     if asked.get("deaf"):
@@ -72,7 +73,9 @@ def _carry_out(command: str, run: RunDir, asked: Mapping[str, Any]) -> int:
     run.record(Planned(f"{asked['steps']} steps, from {first}", not_json, 0))
     for number in range(asked.get("noisy", 0)):
         sys.stdout.write(f"line {number}\n")
+    hoard = []
     for step in range(first, asked["steps"]):
+        hoard.append(b"x" * asked.get("hoard_bytes", 0))
         counts = {"phase": "training", "done": step, "total": asked["steps"], "unit": "steps"}
         write_json(run.progress, {**counts, "values": {}, "message": ""})
         if (code := _death(run, asked, step)) is not None:

@@ -109,6 +109,7 @@ def run_entry(entry: Entry, data: Data, threads: int, repeat: int, timeout_secon
         row |= {
             "seconds": sum(cost.seconds for cost in costs.values()),
             "commands": {name: cost.seconds for name, cost in costs.items()},
+            "commands_cpu": {name: cost.cpu_seconds for name, cost in costs.items()},
             "cpu_seconds": sum(cost.cpu_seconds for cost in costs.values()),
             "others_cpu_seconds": sum(cost.others_cpu_seconds for cost in costs.values()),
             "peak_bytes": max(cost.peak_bytes for cost in costs.values()),

@@ -23,7 +23,7 @@ def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
         if chosen:
             seconds, cpu_seconds, memory = (_median(chosen, key) for key in ("seconds", "cpu_seconds", "peak_bytes"))
             if name == FLOOR:  # importing and exporting the graph are not part of it
-                seconds, cpu_seconds = _floor_seconds(runs), None
+                seconds, cpu_seconds = _floor(runs, "floor"), _floor(runs, "floor, CPU")
             cells = [
                 _text(seconds, ".1f"),
                 _text(_ratio(seconds, _median(reference, "seconds")), ".2f"),
@@ -59,22 +59,23 @@ def breakdown(runs: Sequence[Run]) -> list[str]:
     measured = _good(runs, STEPS)
     if not measured:
         return []
-    floor = _floor_seconds(runs)
+    floor = _floor(runs, "floor")
     rows = {
         name: statistics.median(run["steps"].get(name, 0.0) for run in measured)
         for name in dict.fromkeys(name for run in measured for name in run["steps"])
     }
     rows["leaving the process"] = statistics.median(run["seconds"] - run["steps"]["whole command"] for run in measured)
-    if plain := [run["commands"]["train"] for run in _good(runs, REFERENCE)]:
-        rows[f"*`finetune train` of {REFERENCE}, without a stopwatch*"] = statistics.median(plain)
+    for name in (REFERENCE, "ours-probe-warm"):
+        if plain := [run["commands"]["train"] for run in _good(runs, name)]:
+            rows[f"*`finetune train` of {name}, without a stopwatch*"] = statistics.median(plain)
     if floor is not None:
         rows["*the floor*"] = floor
     lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
     return lines + [f"| {name} | {taken:.2f} | {_text(_ratio(taken, floor), '.3f')} |" for name, taken in rows.items()]
 
 
-def _floor_seconds(runs: Sequence[Run]) -> float | None:
-    floors = [run["steps"]["floor"] for run in _good(runs, FLOOR)]
+def _floor(runs: Sequence[Run], key: str) -> float | None:
+    floors = [run["steps"][key] for run in _good(runs, FLOOR) if key in run["steps"]]
     return statistics.median(floors) if floors else None
 
 

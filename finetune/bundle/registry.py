@@ -299,6 +299,15 @@ class Registry:
         except ValidationError:
             return Access(owner=None, visibility="private")
 
+    def owned_bytes(self, owner: str) -> int:
+        """Return what the models of an owner take on disk."""
+        total = 0
+        for name in self.names():
+            for path in (self.root / name).rglob("*") if self.access(name).owner == owner else ():
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    total += path.lstat().st_size if path.is_file() else 0
+        return total
+
     def set_access(self, name: str, access: Access) -> None:
         """Record who may use a model; it need not have a version yet."""
         with _locked(self.root / name):

@@ -12,11 +12,14 @@ from typing import NoReturn
 import click
 
 from finetune import __version__
+from finetune.cli.backup import backup, restore
 from finetune.cli.comparing import compare
 from finetune.cli.data import data
 from finetune.cli.demo import demo
+from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
+from finetune.cli.studying import study
 from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.distribution import install_command
@@ -43,6 +46,8 @@ for command in (
     train,
     compare,
     evaluate,
+    diagnose,
+    study,
     predict,
     serve,
     build,
@@ -53,6 +58,8 @@ for command in (
     worker,
     jobs,
     keys,
+    backup,
+    restore,
 ):
     cli.add_command(command)
 

@@ -26,6 +26,12 @@ SECONDS_PER_DAY = 86400.0
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for all of them (default: this machine's cores).")
 @click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may; with Ray, none).")
 @click.option("--stall-minutes", default=30.0, show_default=True, help="A job that writes nothing for so long is restarted.")
+@click.option(
+    "--max-memory-gib",
+    type=click.FloatRange(min=0.0, min_open=True),
+    envvar="FINETUNE_MAX_JOB_MEMORY_GIB",
+    help="A job that takes more memory than this fails (default: no limit).",
+)
 @click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
 @executor_options("Where jobs run.")
 def worker(
@@ -33,6 +39,7 @@ def worker(
     threads: int | None,
     gpus: str | None,
     stall_minutes: float,
+    max_memory_gib: float | None,
     until_idle: bool,
     executor: str,
     ray_address: str | None,
@@ -63,6 +70,7 @@ def worker(
         threads=threads or available_cores(),
         gpus=devices,
         stall_seconds=60 * stall_minutes,
+        max_memory_bytes=None if max_memory_gib is None else int(max_memory_gib * 2**30),
     )
     runs = open_executor(executor, ray_address=ray_address, stop_seconds=settings.cancel_grace_seconds)
     Worker(JobStore(open_jobs(workspace.root)), runs, workspace.root, settings).run(until_idle=until_idle)

@@ -33,6 +33,8 @@ QUIET_IMAGES = 64  # so many take a second: no progress bar
     "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write each image's activation map there as PNG."
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
+@click.option("--server", metavar="URL", help="Have a server answer one folder or archive, into --out; key in FINETUNE_API_KEY.")
+@click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: IMAGES is a request file.")
 @json_option
 def predict(
     images: tuple[Path, ...],
@@ -44,13 +46,28 @@ def predict(
     precision: float | None,
     explain: Path | None,
     out: Path | None,
+    server: str | None,
+    run_dir: Path | None,
     as_json: bool,
 ) -> None:
     """Classify images with a bundle, exactly as the server does.
 
     IMAGES are files, folders (with everything inside) and patterns such as 'holiday/*.jpg'. The exit code is 2 if any image
-    cannot be read.
+    cannot be read. With --server, they wait in the server's queue, and --out gets the answers.
     """
+    if run_dir is not None:
+        from finetune.cli.batch import carry_out
+        from finetune.cli.terminal import print_json
+
+        print_json(carry_out(images[0], run_dir))
+        return
+    if server is not None:
+        from finetune.cli.batch import ask_server
+
+        if out is None or explain is not None:
+            raise click.UsageError("--server needs --out FILE for the answers, and draws no maps (--explain)")
+        ask_server(images, model, server, out, as_json=as_json)
+        return
     from finetune.bundle.calibration import Asked
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor

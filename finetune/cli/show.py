@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
+from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
@@ -108,6 +109,7 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
     _show_cost(outcome.cost)
+    _show_problems(run)
     lines = [f"report    {shortened(run.report)}"]
     if outcome.model is not None:
         reference = f"{outcome.model}@{outcome.version}"
@@ -121,6 +123,16 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
         ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _show_problems(run: RunDir) -> None:
+    """Print what the run's diagnosis found, the causes only; all of it is one command away."""
+    found = read_diagnosis(run)
+    causes = [finding for finding in found.problems if finding.caused_by is None] if found else []
+    for finding in causes:
+        console.print(f"[yellow]{escape(finding.title)}[/] ({finding.certainty}): {escape(finding.sentence)}")
+    if causes:
+        console.print(f"          finetune diagnose {shortened(run.root)}\n", markup=False, soft_wrap=True)
 
 
 def _show_headline(evaluation: Evaluation, images: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -64,18 +65,23 @@ def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command a spec file, its short forms as flags, and ``--set`` for the rest; it gets one `spec`."""
+    """Give a command a spec file or data, its short forms as flags, and ``--set`` for the rest; it gets one `spec`."""
 
     def build(ctx: click.Context, **given: Any) -> Any:
         from finetune.spec import load_spec
 
         overrides, settings = take_job_options(given)
-        spec = load_spec(given.pop("spec_file"), overrides, settings)
-        return ctx.invoke(command, spec=spec, **given)
+        what: str | None = given.pop("what")
+        spec_file = Path(what) if what is not None and what.lower().endswith((".yaml", ".yml")) else None
+        if what is not None and spec_file is None:
+            if "training_file" in overrides:
+                raise click.UsageError(f"the data is given twice: {what} and --data {overrides['training_file']}")
+            overrides["training_file"] = what
+        return ctx.invoke(command, spec=load_spec(spec_file, overrides, settings), **given)
 
     functools.update_wrapper(build, command)  # with the options that `command` has already
     decorated: Callable[..., Any] = job_options(click.pass_context(build))
-    return click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))(decorated)
+    return click.argument("what", required=False, metavar="[SPEC.yaml|DATA]")(decorated)
 
 
 reading_option = click.option(
@@ -90,20 +96,45 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 @click.command()
 @spec_options
+@click.option("--quick", is_flag=True, help="The plan alone; copies, labels and shortcuts are not looked for.")
+@click.option(
+    "--fix", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write a corrected manifest; no image is touched."
+)
+@click.option("--acknowledge", multiple=True, metavar="KIND|KEY", help="Never report these cases again; repeatable.")
+@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page with pictures is written.")
 @json_option
-def check(spec: JobSpec, as_json: bool) -> None:
-    """Show the plan: data, what trains, memory and time. Nothing is trained."""
+def check(spec: JobSpec, quick: bool, fix: Path | None, acknowledge: tuple[str, ...], page: Path | None, as_json: bool) -> None:
+    """Examine the data and show the plan. Nothing is trained.
+
+    What is wrong with the data: unreadable files, copies within and across splits and under several labels, labels that are
+    probably wrong, labels that a file's size, name or camera gives away, small classes, pictures of nothing. Then what would
+    train, and what it would take.
+    """
+    if quick and (fix or acknowledge or page):
+        raise click.UsageError("--quick leaves the examination out, which --fix, --acknowledge and --page are about")
     with objects_exempt():
+        from finetune.cli.examining import data_problems, show_examination
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
         from finetune.storage.workspace import Workspace
+        from finetune.studies.examination import examine_request
         from finetune.studies.plan import plan
 
-    with progress_bars(shown=not as_json) as progress:
-        document = plan(spec, Shared.of(Workspace.from_environment()), progress).to_dict()
-    print_json(document) if as_json else show_plan(document)
+    shared = Shared.of(Workspace.from_environment())
+    with progress_bars(shown=not as_json) as progress, data_problems(shared, progress):
+        document = plan(spec, shared, progress).to_dict()
+        found = None
+        if not quick:
+            command = f"finetune check {shlex.quote(spec.training_file)}"
+            found = examine_request(spec, shared, progress, accept=acknowledge, page=page, fix=fix, command=command)
+    if as_json:
+        print_json({**document, "examination": None if found is None else found.to_dict()})
+    else:
+        show_plan(document)
+        if found is not None:
+            show_examination(found)
 
 
 @click.command()

@@ -55,6 +55,7 @@ def check_images(
     *,
     on_bad: OnBadImage = "quarantine",
     max_bad_fraction: float = 0.05,
+    may_empty: bool = False,
     progress: ProgressCallback = silent,
     threads: int | None = None,
     memory: Path | None = None,
@@ -64,6 +65,7 @@ def check_images(
     Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
 
     Args:
+        may_empty: accept classes and splits of which nothing can be read.
         memory: a folder where it is noted which bytes decoded, and the digests of files by their state (place, size, times).
             In the next check only files whose state is another are read, and only new bytes are decoded.
 
@@ -71,7 +73,9 @@ def check_images(
         DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
     """
     scanned = scan(dataset, progress=progress, threads=threads, memory=memory)
-    return verify(scanned, on_bad=on_bad, max_bad_fraction=max_bad_fraction, progress=progress, threads=threads)
+    return verify(
+        scanned, on_bad=on_bad, max_bad_fraction=max_bad_fraction, may_empty=may_empty, progress=progress, threads=threads
+    )
 
 
 def scan(
@@ -102,6 +106,7 @@ def verify(
     *,
     on_bad: OnBadImage = "quarantine",
     max_bad_fraction: float = 0.05,
+    may_empty: bool = False,
     decode: Decode | None = None,
     progress: ProgressCallback = silent,
     threads: int | None = None,
@@ -125,7 +130,8 @@ def verify(
         warnings=indexed.warnings + _warnings(indexed, good),
     )
     _judge_bad(checked, on_bad, max_bad_fraction)
-    _refuse_emptied(indexed, checked)
+    if not may_empty:
+        _refuse_emptied(indexed, checked)
     return checked
 
 

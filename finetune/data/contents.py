@@ -83,6 +83,18 @@ def hold_file(source: Path, name: str, target: Path) -> int:
     return writer.size_bytes
 
 
+def hold_again(members: Iterable[tuple[str, Path]], target: Path) -> int:
+    """Write a folder that holds files of another such folder under names of its own, without copying them; return their size.
+
+    Args:
+        members: names, and where the files lie in the other folder, which is on the same disk.
+    """
+    with _appearing(target) as writer:
+        for name, path in members:
+            writer.again(name, path)
+    return writer.size_bytes
+
+
 def is_contents(folder: Path) -> bool:
     """Return whether a folder is one that `unpack_archive` wrote."""
     return (folder / MEMBERS).is_file() and (folder / OBJECTS).is_dir()
@@ -141,6 +153,16 @@ class _Writer:
         self.n_files += 1
         self.size_bytes += n_bytes
         self._list(name, is_utf8, {"sha256": digest.hexdigest(), "bytes": n_bytes})
+
+    def again(self, name: str, path: Path) -> None:
+        place = object_path(self.root, path.name)
+        place.parent.mkdir(exist_ok=True)
+        if not place.exists():
+            os.link(path, place)
+        n_bytes = place.stat().st_size
+        self.n_files += 1
+        self.size_bytes += n_bytes
+        self._list(name.encode("utf-8", "surrogateescape"), True, {"sha256": path.name, "bytes": n_bytes})
 
     def _list(self, name: bytes, is_utf8: bool, facts: dict[str, Any]) -> None:
         told = {"name": name.decode()} if is_utf8 or name.isascii() else {"raw": name.hex()}

@@ -56,15 +56,13 @@ def index_dataset(
         classes = tuple(sorted({name for record in found.records for name in record.labels}))
         if not classes:
             notes.problem(main.shown, "holds no labelled image")
-    if notes.problems:
-        raise DataError(_refusal(main, notes.problems, for_training), notes.problems)
     label_of = {name: label for label, name in enumerate(classes)}
     samples = tuple(
         _sample(record, label_of, several=found.several)
         for record in found.records
-        if found.several or record.labels[0] in label_of
+        if found.several or (record.labels and record.labels[0] in label_of)
     )
-    return Dataset(
+    dataset = Dataset(
         name=dataset_name(training),
         root=main.shown,
         classes=classes,
@@ -73,6 +71,17 @@ def index_dataset(
         warnings=notes.warnings(),
         understood=tuple(notes.understood),
     )
+    if notes.problems:
+        raise IndexRefused(_refusal(main, notes.problems, for_training), notes.problems, dataset)
+    return dataset
+
+
+class IndexRefused(DataError):
+    """Data that cannot be used, with what could be listed of it all the same."""
+
+    def __init__(self, message: str, problems: Sequence[Problem], listed: Dataset) -> None:
+        super().__init__(message, problems)
+        self.listed = listed
 
 
 def _sample(record: Record, label_of: Mapping[str, int], *, several: bool) -> Sample:

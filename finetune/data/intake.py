@@ -1,4 +1,5 @@
-"""Taking in an uploaded dataset: unpack it, look at its classes, say what was found. In a child process with narrow limits.
+"""Taking in an upload: unpack it, look at its classes or count its images, say what was found. In a child process with narrow
+limits.
 
 Archives and tables come from strangers, and their readers are other people's: whatever they do with a malformed one, it costs
 the child its memory or its time, not the server. Torch-free.
@@ -55,18 +56,23 @@ class Intake:
     understood: tuple[str, ...] = ()
 
 
-def take_in(archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, filename: str = "") -> Intake:
+def take_in(
+    archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, filename: str = "", *, labelled: bool = True
+) -> Intake:
     """Unpack an upload into the folder `target`, which must not exist yet, and describe it. On any error there is no `target`.
 
     Args:
         filename: what the client called it; it tells tables apart, whose first bytes do not.
+        labelled: it must be a dataset to train on; else an archive of any image files.
 
     Raises:
         ArchiveError: the archive is refused; the message names the member.
-        DataError: it holds no labelled images in a layout that is known.
+        DataError: it holds no labelled images in a layout that is known, or, where they need no labels, no image.
         DiskFull: no room for the contents.
     """
-    request = {"archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename}
+    request = {
+        "archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename, "labelled": labelled,
+    }  # fmt: skip
     answer = _ask(request, limits, "archive")
     lists = {name: tuple(answer[name]) for name in ("classes", "warnings", "understood")}
     return Intake(**{**answer, **lists})
@@ -84,7 +90,7 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
         DataError: with one problem for everything that keeps the data from being used.
         ArchiveError: an archive is refused; the message names the member.
     """
-    if any(map(_needs_care, locations.values())):
+    if any(map(needs_care, locations.values())):
         paths = {name: str(path) for name, path in locations.items()}
         sizes: dict[str, int] = _ask({"locations": paths, "data": data.model_dump(mode="json")}, limits, "data")["sizes"]
         return sizes
@@ -97,7 +103,7 @@ def _index(locations: Mapping[str, Path], data: DataSpec) -> Dataset:
     return index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
 
 
-def _needs_care(location: Path) -> bool:
+def needs_care(location: Path) -> bool:
     """Return whether reading a location takes more than listing names: it is a file, or has tables or annotations in it."""
     if location.is_file():
         return True
@@ -126,10 +132,12 @@ def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn
     raise _REFUSALS[code](message, [Problem(**problem) for problem in problems])
 
 
-def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -> dict[str, Any]:
+def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, labelled: bool) -> dict[str, Any]:
     """In the child: what `take_in` answers, as JSON holds it."""
     try:
         kind, n_files, size_bytes = _unpack(archive, target, limits, filename)
+        if not labelled:
+            return asdict(Intake(kind, n_files, size_bytes, (), {"all": {"": _count_images(target)}}, ()))
         dataset = describe(target)
     except MemoryError:
         return _refusal(ArchiveError("reading the archive takes too much memory; its table of contents is not plausible"), target)
@@ -158,6 +166,13 @@ def _unpack(archive: Path, target: Path, limits: ArchiveLimits, filename: str) -
     if ending in (".csv", ".tsv"):
         raise DataError(_TABLE_ALONE)
     raise ArchiveError(NOT_AN_ARCHIVE)
+
+
+def _count_images(folder: Path) -> int:
+    found = sum(node.is_image for node in open_place(folder, Reading()).tree.root().all_files())
+    if not found:
+        raise DataError("the archive holds no image file", [Problem("file", "holds no image file")])
+    return found
 
 
 def describe(folder: Path) -> Dataset:
@@ -219,7 +234,7 @@ def main() -> None:
         return
     limits = ArchiveLimits(**request["limits"])
     _limit_this_process(limits)
-    answer = _look(Path(request["archive"]), Path(request["target"]), limits, request["filename"])
+    answer = _look(Path(request["archive"]), Path(request["target"]), limits, request["filename"], labelled=request["labelled"])
     sys.stdout.write(json.dumps(answer))
 
 

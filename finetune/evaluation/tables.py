@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finetune.storage.files import write_atomic
 from finetune.tasks import task_named
 
 SUFFIXES = (".csv", ".parquet", ".npz")
+_ROWS_AT_ONCE = 1024
 
 
 def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) -> None:
@@ -35,14 +37,23 @@ def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) 
     if suffix == ".npz":
         write_npz(path, predictions)
     elif suffix == ".csv":
-        text = io.StringIO(newline="")
-        rows = rows_of(predictions, temperature)
-        writer = csv.DictWriter(text, fieldnames=columns_of(predictions), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(path, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
+        write_atomic(path, lambda stream: stream.writelines(csv_lines(predictions, temperature)))
     else:
         _write_parquet(path, predictions, temperature)
+
+
+def csv_lines(predictions: Predictions, temperature: float = 1.0) -> Iterator[bytes]:
+    """Yield the table as CSV, some rows at a time; it need not fit into memory."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns_of(predictions), lineterminator="\n")
+    writer.writeheader()
+    for number, row in enumerate(rows_of(predictions, temperature), 1):
+        writer.writerow(row)
+        if number % _ROWS_AT_ONCE == 0:
+            yield text.getvalue().encode("utf-8", "surrogateescape")
+            text.seek(0)
+            text.truncate()
+    yield text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def check_ending(path: Path) -> str:
@@ -87,5 +98,21 @@ def _write_parquet(path: Path, predictions: Predictions, temperature: float) -> 
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise MissingExtra(f"Parquet needs pyarrow: {install_command('train')}, or write a .csv file") from None
-    table = pa.Table.from_pylist(list(rows_of(predictions, temperature)))
-    write_atomic(path, lambda stream: pq.write_table(table, stream))
+    columns = columns_of(predictions)
+
+    def write(stream: Any) -> None:
+        writer = None
+        for rows in _blocks(rows_of(predictions, temperature)):
+            block = pa.Table.from_pylist(rows)
+            writer = writer or pq.ParquetWriter(stream, block.schema)
+            writer.write_table(block)
+        if writer is None:
+            writer = pq.ParquetWriter(stream, pa.schema([(name, pa.string()) for name in columns]))
+        writer.close()
+
+    write_atomic(path, write)
+
+
+def _blocks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while block := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        yield block

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.executors.executor import EXIT_BUSY
+from finetune.messages import byte_size
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 MAX_STALLED_ATTEMPTS = 3  # in a row without a new checkpoint, after which the job is a crash loop
@@ -35,6 +36,8 @@ class Ending:
         hung: the worker ended it, because it showed no progress for too long.
         disk_full: (almost) no space is left where the run writes.
         memory_kills: processes that the kernel killed for want of memory meanwhile, on the whole machine.
+        memory_bytes: what it took, if the worker ended it because that was more than it allows.
+        max_memory_bytes: what the worker allows.
         log_tail: the last lines of what it printed.
     """
 
@@ -48,6 +51,8 @@ class Ending:
     hung: bool = False
     disk_full: bool = False
     memory_kills: int = 0
+    memory_bytes: int | None = None
+    max_memory_bytes: int | None = None
     log_tail: str = ""
 
 
@@ -76,6 +81,9 @@ def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Tr
         return Finish("succeeded")
     if ending.cancelling:
         return Finish("cancelled")
+    if ending.memory_bytes is not None and ending.max_memory_bytes is not None:
+        taken, allowed = byte_size(ending.memory_bytes), byte_size(ending.max_memory_bytes)
+        return Finish("failed", "out_of_memory", f"The run took {taken} of memory; its worker allows {allowed} a job. {_SMALLER}")
     if ending.exit_code == EXIT_BAD_INPUT:
         return _failed(ending, code or "invalid_input")
     if ending.handing_back:

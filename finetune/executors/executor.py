@@ -55,5 +55,8 @@ class Executor(Protocol):
     def poll(self, handle: Handle) -> int | None:
         """None while it runs, then, once, its exit code (negative: the signal that ended it)."""
 
+    def memory_bytes(self, handle: Handle) -> int | None:
+        """Return the memory that the attempt takes now; None where the executor cannot say."""
+
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
         """Ask it to stop (SIGTERM) and return; a `poll` after `grace_seconds` ends it for good. The shortest grace counts."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.executors.executor import Handle, Resources
+from finetune.executors.memory import memory_of_tree
 
 
 @dataclass
@@ -62,6 +63,9 @@ class LocalExecutor:
             _signal_group(child.process, signal.SIGKILL)  # whatever the attempt itself started
             del self._children[handle.reference]
         return code
+
+    def memory_bytes(self, handle: Handle) -> int | None:
+        return memory_of_tree(int(handle.reference))
 
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
         child = self._children[handle.reference]

@@ -93,6 +93,10 @@ class RayExecutor:
             log.write(f"Ray: {job.message}\n")
         return exit_code(job.status.value, job.driver_exit_code, began=job.driver_node_id is not None)
 
+    def memory_bytes(self, handle: Handle) -> int | None:
+        """Return None: what a job of a cluster takes is the cluster's to watch."""
+        return None
+
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
         with self._failures_named(f"stop {handle.reference}"):
             self._client.stop_job(handle.reference)

@@ -10,6 +10,7 @@ least recently used files go first. Knows keys and arrays; does not know images 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 import uuid
@@ -42,6 +43,7 @@ class Shard:
     """The rows of one file, and what computing them took."""
 
     rows: NDArray[Any]  # (n, *row_shape), memory-mapped
+    mapped: mmap.mmap  # the memory map behind `rows`
     seconds: Seconds
 
 
@@ -80,6 +82,12 @@ class Rows:
                 raise KeyError(f"{len(here)} of {len(positions)} rows are not stored")
             taken[here] = self.shards[shard].rows[row_of[here]]
         return taken
+
+    def release(self) -> None:
+        """Give back the memory of all pages that were read; they come from the disk again when they are next taken."""
+        for shard in self.shards:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                shard.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class RowCache:
@@ -223,14 +231,15 @@ def _read_keys(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
 def _open_shard(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shard:
     with open(path, "rb") as stream:
         description, rows_bytes = _describe(stream, path, row_shape, dtype)
-        rows = np.memmap(stream, dtype, mode="r", shape=(description["rows"], *row_shape))
+        mapped = mmap.mmap(stream.fileno(), rows_bytes, access=mmap.ACCESS_READ)
+        rows = np.frombuffer(mapped, dtype).reshape(-1, *row_shape)
         stream.seek(0)
         checksum = 0
         for start in range(0, rows_bytes, 2**20):
             checksum = zlib.crc32(stream.read(min(2**20, rows_bytes - start)), checksum)
     if checksum != description["rows_crc32"]:
         raise DamagedShard(f"{path}: rows differ from their checksum")
-    return Shard(rows, Seconds(description["wall_seconds"], description["cpu_seconds"]))
+    return Shard(rows, mapped, Seconds(description["wall_seconds"], description["cpu_seconds"]))
 
 
 def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:

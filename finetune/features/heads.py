@@ -26,6 +26,8 @@ class HeadSolver(Protocol):
         l2: float | None,
         label_smoothing: float,
         seed: int,
+        overwrite: NDArray[np.float32] | None = None,
+        class_weights: NDArray[np.floating[Any]] | None = None,
     ) -> SolvedHead: ...
 
 

@@ -102,19 +102,29 @@ class FeatureContext:
         return self.threads or available_cores()
 
 
-def pooled_features(prefix: Prefix, samples: Sequence[Sample], views: Views, context: FeatureContext) -> NDArray[np.float32]:
+def pooled_features(
+    prefix: Prefix,
+    samples: Sequence[Sample],
+    views: Views,
+    context: FeatureContext,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
     """Return what `prefix` makes of samples, (N, *row_shape); of K > 1 views of each, (N, K, *row_shape).
+
+    Args:
+        out: where the rows are written, (N * K, *row_shape); by default a new array.
 
     Raises:
         DataError: images that cannot be decoded, each named.
     """
     wanted = FrozenRows(prefix, "float32", samples, views, context)
     wanted.settle_engine()
-    features = np.empty((len(wanted.keys), *prefix.row_shape), np.float32)
+    features = np.empty((len(wanted.keys), *prefix.row_shape), np.float32) if out is None else out
     stored = np.flatnonzero(wanted.rows.shard_of >= 0)
     for start in range(0, len(stored), COPIED_ROWS):
         positions = stored[start : start + COPIED_ROWS]
         features[positions] = wanted.rows.take(positions)
+        wanted.rows.release()
     if wanted.n_missing:
         keep = wanted.make_room()
         if not keep:

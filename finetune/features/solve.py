@@ -90,6 +90,7 @@ def solve_softmax_head(
     class_weights: NDArray[np.floating[Any]] | None = None,
     folds: int = 5,
     seed: int = 0,
+    overwrite: NDArray[np.float32] | None = None,
 ) -> SolvedHead:
     """Fit softmax(W x + b) to `labels`.
 
@@ -99,7 +100,9 @@ def solve_softmax_head(
         labels: (N,) in [0, num_classes).
         val_features: (M, D). Without them the L2 strength is chosen by `folds`-fold cross-validation over `features`.
         l2: strength of (l2 / 2) * |W|² on standardised features beside the mean loss; None chooses it.
-        class_weights: (C,) multiplies the weight of each row by its class's; see `balanced_class_weights`.
+        class_weights: (C,) multiplies the weight of each row by its class's, in the fit and in the loss that chooses.
+        overwrite: (N * K + M, D) the array of which `features` and `val_features` are the rows, in this order, if it may be
+            overwritten; that spares a copy of all features.
 
     Raises:
         TrainingError: features that are not finite.
@@ -108,7 +111,7 @@ def solve_softmax_head(
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(labels) * views, 0 if val_features is None else len(val_features)
     with _threads_for(features):
-        matrix = _standardise(features.reshape(n_train, -1), val_features)
+        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite)
         row_labels = np.repeat(labels, views).astype(np.int64)
         if val_targets is not None:
             row_labels = np.concatenate([row_labels, val_targets.astype(np.int64)])
@@ -121,7 +124,7 @@ def solve_softmax_head(
             splits = [_Split(weights, np.arange(n_train, n_train + n_val))]
         elif l2 is None:
             splits = _fold_splits(labels, weights, views, folds, seed)
-        path, held_out_logits, start = _walk_path(problem, splits)
+        path, held_out_logits, start = _walk_path(problem, splits, class_weights)
         best = min(path, key=lambda point: point.val_nll, default=None)
         chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
 
@@ -141,13 +144,6 @@ def solve_softmax_head(
         converged=solution.converged,
         seconds=time.perf_counter() - started,
     )
-
-
-def balanced_class_weights(labels: NDArray[np.integer[Any]], num_classes: int) -> Floats:
-    """(C,) inverse class frequencies, one on average over the rows; an absent class gets zero."""
-    counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
-    weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
-    return weights * (len(labels) / max(float((weights * counts).sum()), 1.0))
 
 
 def _threads_for(features: NDArray[np.floating[Any]]) -> AbstractContextManager[object]:
@@ -197,7 +193,9 @@ def _held_out_images(splits: Sequence[_Split], views: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(rows)) // views if rows else np.empty(0, dtype=np.int64)
 
 
-def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[PathPoint], Float32s | None, Floats | None]:
+def _walk_path(
+    problem: _Problem, splits: Sequence[_Split], class_weights: NDArray[np.floating[Any]] | None
+) -> tuple[list[PathPoint], Float32s | None, Floats | None]:
     """Try the strengths from strong to weak on every split.
 
     Returns: the points; the best point's held-out logits in the order of rows, and its parameters on the first split.
@@ -215,7 +213,8 @@ def _walk_path(problem: _Problem, splits: Sequence[_Split]) -> tuple[list[PathPo
             trail[:] = [*trail[-1:], found.parameters]
         logits = np.concatenate([problem.logits(trail[-1])[split.held_out] for split, trail in zip(splits, trails, strict=True)])
         judged = judge_rows(logits, labels)
-        path.append(PathPoint(l2, nll(judged), top1(judged)))
+        loss = nll(judged) if class_weights is None else float(np.average(judged.nll, weights=class_weights[labels]))
+        path.append(PathPoint(l2, loss, top1(judged)))
         best = min(range(len(path)), key=lambda index: path[index].val_nll)
         if best == len(path) - 1:
             best_logits, best_start = logits[np.argsort(rows, kind="stable")], trails[0][-1]
@@ -247,10 +246,15 @@ class _Standardised:
         return weight.astype(np.float32), bias.astype(np.float32)
 
 
-def _standardise(train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None) -> _Standardised:
+def _standardise(
+    train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None, overwrite: Float32s | None
+) -> _Standardised:
     mean, inverse_std = _moments(train)
     parts = [train] if val is None else [train, val]
-    rows = np.empty((sum(len(part) for part in parts), train.shape[1]), dtype=np.float32)
+    shape = (sum(len(part) for part in parts), train.shape[1])
+    rows = np.empty(shape, np.float32) if overwrite is None else overwrite
+    if rows.shape != shape:
+        raise ValueError(f"an array of shape {rows.shape} does not hold {shape[0]} rows of {shape[1]} features")
     filled = 0
     for part in parts:
         for chunk in _chunks(part):

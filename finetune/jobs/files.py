@@ -18,6 +18,10 @@ from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import UNFINISHED, files, idempotency, jobs
 
 PREFIX = "file"
+_WAY_OUT = (
+    "Delete what is not needed any more: DELETE /v1/files/{id}, DELETE /v1/fine_tuning/jobs/{id} (its model stays), "
+    "DELETE /v1/models/{name}@{version}"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class FileStore:
         place: Callable[[str], object],
         idempotency_key: str | None = None,
         body_sha256: str = "",
+        models_bytes: int = 0,
         max_owner_bytes: int | None = None,
     ) -> tuple[UploadedFile, bool]:
         """Record an upload; return it and whether it is new. The same key and body give the upload of the first time.
@@ -67,6 +72,7 @@ class FileStore:
         Args:
             place: puts the contents where this id's contents belong. It runs before the row is committed, so a row never
                 stands for contents that are not there.
+            models_bytes: what the owner's models take; they lie in the registry, not in the database.
 
         Raises:
             InvalidInput: the key was used with another body.
@@ -79,7 +85,7 @@ class FileStore:
             if earlier is not None:
                 return _file(_row(connection, earlier, owner)), False
             if max_owner_bytes is not None:
-                check_quota(_stored(connection, owner), stored_bytes or size_bytes, max_owner_bytes)
+                check_quota(stored_by(connection, owner) + models_bytes, stored_bytes or size_bytes, max_owner_bytes)
             file_id = new_id(PREFIX)
             values = {
                 "id": file_id, "owner": owner, "filename": filename, "purpose": purpose, "size_bytes": size_bytes,
@@ -137,7 +143,7 @@ class FileStore:
     def stored_bytes(self, owner: str) -> int:
         """Return what the owner's uploads and finished runs take on disk."""
         with reading(self.engine) as connection:
-            return _stored(connection, owner)
+            return stored_by(connection, owner)
 
     def ids(self) -> frozenset[str]:
         """The ids of all uploads, of every owner."""
@@ -150,16 +156,25 @@ class FilesFull(Conflict):
 
 
 def check_quota(stored_bytes: int, more_bytes: int, max_bytes: int) -> None:
-    """Raises `FilesFull` where `more_bytes` do not fit."""
+    """Raise `FilesFull` where an owner who stores `stored_bytes` may not store `more_bytes` more."""
     if stored_bytes + more_bytes > max_bytes:
         raise FilesFull(
-            f"this takes {more_bytes:,} bytes on disk, your other uploads and finished jobs take {stored_bytes:,}, and"
-            f" {max_bytes:,} are allowed in all. Delete what is not needed any more (DELETE /v1/files/{{id}},"
-            " DELETE /v1/fine_tuning/jobs/{id}; models made from it stay)"
+            f"this takes {more_bytes:,} bytes on disk, your uploads, finished jobs and models take {stored_bytes:,}, and"
+            f" {max_bytes:,} are allowed in all. {_WAY_OUT}"
         )
 
 
-def _stored(connection: Connection, owner: str) -> int:
+def check_not_full(stored_bytes: int, max_bytes: int) -> None:
+    """Raise `FilesFull` where an owner stores more than is allowed, so that what they start cannot add to it."""
+    if stored_bytes > max_bytes:
+        raise FilesFull(
+            f"your uploads, finished jobs and models take {stored_bytes:,} bytes on disk, and {max_bytes:,} are allowed."
+            f" {_WAY_OUT}"
+        )
+
+
+def stored_by(connection: Connection, owner: str) -> int:
+    """Return what the owner's uploads and finished runs take on disk."""
     totals = [select(func.coalesce(func.sum(table.c.stored_bytes), 0)).where(table.c.owner == owner) for table in (files, jobs)]
     return sum(int(connection.execute(total).scalar_one()) for total in totals)
 

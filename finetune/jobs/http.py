@@ -14,6 +14,7 @@ import httpx
 
 from finetune.errors import FinetuneError, InvalidInput, Problem
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.storage.files import write_atomic
 
 _TRIES = 4  # of a request that got no answer, or was answered "later"
 _FIRST_PAUSE_SECONDS = 0.5
@@ -39,12 +40,12 @@ class Connection:
         self.server = server.rstrip("/")
         self.http = httpx.Client(base_url=self.server, headers=headers, timeout=_TIMEOUT, transport=transport)
 
-    def upload(self, path: Path, progress: ProgressCallback = silent) -> dict[str, Any]:
-        """Send a dataset and return the file's document. A folder is packed first, an archive goes as it is."""
+    def upload(self, path: Path, progress: ProgressCallback = silent, purpose: str = "fine-tune") -> dict[str, Any]:
+        """Send a dataset, or images to be answered (``batch``), and return the file's document. A folder is packed first."""
         with packed(path, progress) as archive:
             archive.seek(0)
             named = (path.name + ".tar" if path.is_dir() else path.name, _Reported(archive, progress))
-            answer = self.ask("POST", "/v1/files", files={"file": named}, data={"purpose": "fine-tune"}, tries=1)
+            answer = self.ask("POST", "/v1/files", files={"file": named}, data={"purpose": purpose}, tries=1)
             document: dict[str, Any] = answer.json()
             return document
 
@@ -73,6 +74,18 @@ class Connection:
             time.sleep(pause)
             pause *= 2
         raise AssertionError("the last try returns or raises")
+
+    def download(self, path: str, target: Path, **query: str) -> None:
+        """Write what the server answers to a file, whole or not at all.
+
+        Raises:
+            RequestRefused: the server refuses; its own words.
+        """
+        with self.http.stream("GET", path, params=query) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise refusal(answer)
+            write_atomic(target, lambda stream: stream.writelines(answer.iter_bytes()))
 
 
 class _Reported:

@@ -81,7 +81,18 @@ COMPARISON = Kind(
     conclude=lambda result: str(result["verdict"]["sentence"]),
     registered=lambda result: result.get("registered"),
 )
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON)}
+BATCH = Kind(
+    name="batch",
+    prefix="batch",
+    path="/v1/batch_predictions",
+    title="batch prediction",
+    command="predict",
+    result="batch.json",
+    describe=lambda spec: f"images answered by {spec['model']}",
+    conclude=lambda result: f"{result['summary']}.",
+    registered=lambda result: None,
+)
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON, BATCH)}
 
 
 def kind_of_id(job_id: str) -> Kind:

@@ -10,14 +10,16 @@ from urllib.parse import quote
 
 import httpx
 
+from finetune.batch_spec import BatchSpec
 from finetune.comparison_spec import ComparisonSpec
 from finetune.jobs.client import Asked, EventView, JobView
 from finetune.jobs.http import Connection
-from finetune.jobs.kinds import COMPARISON, KINDS, TRAINING, Kind, kind_of_id
+from finetune.jobs.kinds import BATCH, COMPARISON, KINDS, TRAINING, Kind, kind_of_id
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 
 _PAGE = 100
+_FILE_FIELDS = {"training_file": "fine-tune", "validation_file": "fine-tune", "test_file": "fine-tune", "input_file": "batch"}
 
 
 class RemoteJobs:
@@ -26,15 +28,17 @@ class RemoteJobs:
     def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.connection = Connection(server, api_key, transport)
 
-    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(
+        self, asked: Asked | BatchSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent
+    ) -> JobView:
         """Upload what the request names on this machine, then create the job, once however often the connection breaks."""
         body = asked.given() if isinstance(asked, ComparisonSpec) else asked.model_dump(mode="json", exclude_unset=True)
-        for name in ("training_file", "validation_file", "test_file"):
+        for name, purpose in _FILE_FIELDS.items():
             if (given := body.get(name)) is not None and Path(given).exists():
-                body[name] = self.connection.upload(Path(given), progress)["id"]
+                body[name] = self.connection.upload(Path(given), progress, purpose)["id"]
         key = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        path = (TRAINING if isinstance(asked, JobSpec) else COMPARISON).path
-        return _job_view(self.connection.ask("POST", path, json=body, headers=key).json())
+        kind = TRAINING if isinstance(asked, JobSpec) else BATCH if isinstance(asked, BatchSpec) else COMPARISON
+        return _job_view(self.connection.ask("POST", kind.path, json=body, headers=key).json())
 
     def list(self, limit: int) -> Sequence[JobView]:
         """Return the newest jobs of all kinds, newest first."""
@@ -61,6 +65,10 @@ class RemoteJobs:
         document: Mapping[str, Any] = self.connection.ask("GET", f"{_path(job_id)}/result").json()
         return document
 
+    def download_answers(self, job_id: str, table_format: str, target: Path) -> None:
+        """Write the answers of a batch prediction to a file: ``csv``, ``npz`` or ``parquet``."""
+        self.connection.download(f"{_path(job_id)}/answers", target, format=table_format)
+
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
         found: list[EventView] = []
         more = True
@@ -83,7 +91,7 @@ def _path(job_id: str) -> str:
 
 
 def _job_view(document: Mapping[str, Any]) -> JobView:
-    error, name = document["error"] or {}, document["fine_tuned_model"]
+    error, name = document["error"] or {}, document.get("fine_tuned_model")
     kind = kind_of_id(document["id"])
     is_training = kind is TRAINING
     return JobView(
@@ -100,11 +108,18 @@ def _job_view(document: Mapping[str, Any]) -> JobView:
         model=None if name is None else f"{name}@{document['fine_tuned_version']}",
         error_code=error.get("code"),
         error_message=error.get("message"),
-        conclusion=None if is_training else (document["verdict"] or {}).get("sentence"),
+        conclusion=_conclusion(document),
         backbone=document["model"] if is_training else None,
         method=document["method"]["type"] if is_training else None,
         metrics=document["metrics"] if is_training else {},
     )
+
+
+def _conclusion(document: Mapping[str, Any]) -> str | None:
+    """Return what a comparison or a batch prediction came to, in a sentence."""
+    verdict = document.get("verdict") or {}
+    found: str | None = document.get("conclusion", verdict.get("sentence"))
+    return found
 
 
 def _event_view(document: Mapping[str, Any]) -> EventView:

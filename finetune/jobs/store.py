@@ -45,6 +45,7 @@ from finetune.executors.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.clock import LeaseTime, lease_time
 from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
 from finetune.jobs.database import reading, writing
+from finetune.jobs.files import check_not_full, stored_by
 from finetune.jobs.kinds import KINDS, TRAINING, Kind, kind_of_id
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
@@ -134,16 +135,21 @@ class JobStore:
         body_sha256: str = "",
         max_queued: int | None = None,
         any_suffix: bool = False,
+        models_bytes: int = 0,
+        max_owner_bytes: int | None = None,
     ) -> tuple[Job, bool]:
         """Queue a job; returns it and whether it is new. The same key and body give the job that was made the first time.
 
         Args:
             any_suffix: the model may become a version of one that another owner's job makes or made.
+            models_bytes: what the owner's models take; they lie in the registry, not in the database.
+            max_owner_bytes: what the owner's uploads, finished jobs and models may take on disk.
 
         Raises:
             InvalidInput: the key was used with another body.
             QueueFull: the owner already has `max_queued` jobs that have not finished.
             NameTaken: the suffix is another owner's.
+            FilesFull: the owner stores more than is allowed.
         """
         now = time.time()
         with writing(self.engine) as connection:
@@ -155,6 +161,8 @@ class JobStore:
                 raise NameTaken(suffix)
             if max_queued is not None:
                 _check_quota(connection, owner, max_queued)
+            if max_owner_bytes is not None:
+                check_not_full(stored_by(connection, owner) + models_bytes, max_owner_bytes)
             job_id = new_id(kind.prefix)
             connection.execute(
                 insert(jobs).values(

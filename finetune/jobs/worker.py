@@ -44,6 +44,7 @@ _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
 _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
+_WEIGH_SECONDS = 1.0
 _TRACKING_SECONDS = 60.0
 
 
@@ -58,6 +59,7 @@ class WorkerSettings:
         cancel_grace_seconds: how long a run may take to write a checkpoint when it is asked to stop.
         stall_seconds: a run that writes nothing for so long hangs.
         retry_base_seconds: the first pause after a death; it doubles with each one without progress.
+        max_memory_bytes: a job whose processes take more fails; None for no limit.
         min_free_bytes: with less left on the workspace's disk it counts as full, and nothing new is started.
     """
 
@@ -69,6 +71,7 @@ class WorkerSettings:
     cancel_grace_seconds: float = 20.0
     stall_seconds: float = 1800.0
     retry_base_seconds: float = 2.0
+    max_memory_bytes: int | None = None
     min_free_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class _Attempt:
     n_records: int = 0
     cancelling: bool = False
     hung: bool = False
+    weighed_at: float = -math.inf  # when its memory was last looked at
+    memory_bytes: int | None = None  # what it took when that was too much
 
 
 class Worker:
@@ -219,6 +224,7 @@ class Worker:
             attempt.exit_code = self.executor.poll(attempt.handle)
             if attempt.exit_code is not None:
                 attempt.beat_at = -math.inf  # settle at once
+        self._weigh(attempt, now)
         if now - attempt.beat_at >= self.settings.beat_seconds:
             self._beat(attempt)
             if attempt.exit_code is not None:
@@ -258,6 +264,17 @@ class Worker:
             attempt.hung = True
             self.executor.cancel(attempt.handle, grace_seconds=0)
 
+    def _weigh(self, attempt: _Attempt, now: float) -> None:
+        """End an attempt that takes more memory than a job may."""
+        most = self.settings.max_memory_bytes
+        if most is None or attempt.exit_code is not None or now - attempt.weighed_at < _WEIGH_SECONDS:
+            return
+        attempt.weighed_at = now
+        taken = self.executor.memory_bytes(attempt.handle)
+        if taken is not None and taken > most:
+            attempt.memory_bytes = taken
+            self.executor.cancel(attempt.handle, grace_seconds=0)
+
     def _cancel(self, attempt: _Attempt) -> None:
         if attempt.exit_code is None:
             self.executor.cancel(attempt.handle, grace_seconds=self.settings.cancel_grace_seconds)
@@ -281,6 +298,8 @@ class Worker:
             hung=attempt.hung,
             disk_full=self._disk_is_full(),
             memory_kills=_memory_kills() - attempt.memory_kills_before,
+            memory_bytes=attempt.memory_bytes,
+            max_memory_bytes=self.settings.max_memory_bytes,
             log_tail=_tail(run.log),
         )
         follows = what_follows(ending, self.settings.retry_base_seconds)
@@ -359,9 +378,13 @@ def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
     return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
+# whole checkpoints (their checksums are written last), finished children, answered parts of a batch
+_MILESTONES = ("**/checkpoints/step-*.sha256", "runs/**/outcome.json", "parts/*.npz")
+
+
 def _milestones(run: RunDir) -> frozenset[str]:
-    """Return what need not be done again: whole checkpoints (their checksums are written last) and finished children."""
-    found = (run.root.glob(pattern) for pattern in ("**/checkpoints/step-*.sha256", "runs/**/outcome.json"))
+    """Return what need not be done again."""
+    found = (run.root.glob(pattern) for pattern in _MILESTONES)
     return frozenset(str(path.relative_to(run.root)) for paths in found for path in paths)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 
+import finetune.model.depth  # noqa: F401  # registers our own networks
 from finetune.errors import UnknownBackbone, did_you_mean
 
 _SHOWN = 5

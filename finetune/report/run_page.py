@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from finetune.bundle.calibration import Calibration
 from finetune.bundle.card import checked_sentences
 from finetune.evaluation.calibrate import AccuracyCoverage
+from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.messages import encodable, natural_list
@@ -74,6 +75,7 @@ class ReportInputs:
     folds: CrossValidation | None = None
     note: str = ""  # on what the figures are of, below them
     warnings: Sequence[str] = ()
+    diagnosis: Diagnosis | None = None
     spec: Mapping[str, Any] = field(default_factory=dict)  # as asked, nested
     sources: Mapping[str, str] = field(default_factory=dict)  # field path -> where its value came from
     resolved: Mapping[str, Any] = field(default_factory=dict)  # what every auto became, nested

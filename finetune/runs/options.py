@@ -21,11 +21,13 @@ class RunOptions:
         decided_by: path, relative to the run folder, of a finished run of the same request whose choices are taken over:
             then nothing is chosen on validation images, and all of them may be trained on.
         judged: the splits that the model is judged on, of those that there are.
+        sample_size: training images that are answered now and then for the diagnosis; None: as many as cost little.
     """
 
     goal: Goal = "registered"
     decided_by: str | None = None
     judged: tuple[str, ...] = ("val", "test")
+    sample_size: int | None = None
 
     def reaches(self, goal: Goal) -> bool:
         """Return whether a run with these options goes as far as `goal`."""

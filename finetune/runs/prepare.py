@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment, build_augment
 from finetune.data.check import Scanned, scan, verify
+from finetune.data.corrections import corrected
 from finetune.data.dataset import Dataset, Sample
+from finetune.data.files import state_of
 from finetune.data.index import index_dataset
 from finetune.data.manifest import keep, require
 from finetune.data.reading import reading_of
@@ -120,7 +122,9 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
 
 
 def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
-    """Return checked data with its revision, which is kept; refuse it where the request names another one."""
+    """Return checked data, as a manifest corrects it, with its revision; refuse it where the request names another one."""
+    if spec.data.manifest is not None:
+        dataset = corrected(dataset, Path(spec.data.manifest))
     if spec.data.revision is not None:
         require(dataset, spec.data.revision, shared.workspace.datasets)
     keep(shared.workspace.datasets, dataset)
@@ -153,12 +157,16 @@ def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))
 
 
-_OF_THE_SPLIT = {"val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize"}
+_NOT_OF_THE_FILES = {
+    *("val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize", "class_weights", "logit_adjustment"),
+}
 
 
 def _data_key(spec: JobSpec) -> str:
     """Return what decides which files are read and which of them are left out."""
-    parts = (spec.training_file, spec.validation_file, spec.test_file, spec.data.model_dump_json(exclude=_OF_THE_SPLIT))
+    manifest = state_of(Path(spec.data.manifest)) if spec.data.manifest is not None else None
+    data = spec.data.model_dump_json(exclude=_NOT_OF_THE_FILES)
+    parts = (spec.training_file, spec.validation_file, spec.test_file, data, manifest)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 

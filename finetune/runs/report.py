@@ -9,6 +9,7 @@ from dataclasses import asdict
 from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
+from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Evaluation, Judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
@@ -44,6 +45,7 @@ def write_run_report(
     manifest: Manifest,
     outcome: Outcome,
     run: RunDir,
+    diagnosis: Diagnosis | None = None,
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
@@ -60,6 +62,7 @@ def write_run_report(
         summary=outcome.summary,
         note=" ".join(notes),
         warnings=resolved.dataset.warnings,
+        diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,
         resolved=resolved.values(),

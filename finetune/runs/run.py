@@ -21,6 +21,7 @@ from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
+from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.evaluate import Judgement, write_judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
@@ -33,6 +34,7 @@ from finetune.runs.learner import Learner
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
+from finetune.runs.preprocessing import check_preprocessing
 from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
@@ -43,6 +45,7 @@ from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
+from finetune.training.balance import Balance, balance_of
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 
@@ -99,7 +102,8 @@ def run_job(
         prepared = prepare(spec, shared, progress, run, options)
         write_json(run.resolved, prepared.resolved.to_dict())
         announce(prepared.resolved.dataset, run)
-        context = training_context(prepared, run, shared, progress)
+        context = training_context(prepared, run, shared, progress, options.sample_size)
+        check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
             import_drawing()
@@ -110,6 +114,7 @@ def run_job(
         carried = carried or Carried()
         judgement = carry_over(judge(predictions, leaked(prepared.dataset)), carried.judgement)
         write_judgement(run.evaluation, judgement)
+        diagnosis = write_diagnosis(run)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
 
         if options.reaches("registered"):
@@ -120,7 +125,9 @@ def run_job(
             manifest = export(prepared, learner, trained, judgement, carried, fitted, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
-            write_run_report(prepared, trained, judgement, answers, carried.notes, manifest, outcome, run, carried.folds)
+            write_run_report(
+                prepared, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
+            )
         if options.reaches("registered"):
             outcome = register(outcome, prepared.resolved, predictions, shared.workspace)
         finish(outcome, run)
@@ -136,7 +143,9 @@ def announce(dataset: DatasetFacts, run: RunDir) -> None:
         run.record(DataWarning(warning))
 
 
-def training_context(prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback) -> TrainingContext:
+def training_context(
+    prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback, sample_size: int | None = None
+) -> TrainingContext:
     """Return what all training of this run shares."""
     resolved = prepared.resolved
     return TrainingContext(
@@ -148,7 +157,16 @@ def training_context(prepared: Prepared, run: RunDir, shared: Shared, progress: 
         identity={"spec": resolved.spec.digest(), "dataset": resolved.dataset.digest},
         store=shared.store,
         progress=progress,
+        sample_size=sample_size,
+        balance=_balance(prepared),
     )
+
+
+def _balance(prepared: Prepared) -> Balance:
+    """Return what the request does about classes of different size, for the training images of this run."""
+    data, dataset = prepared.resolved.spec.data, prepared.dataset
+    labels = np.array([label for sample in dataset.of("train") for label in sample.labels], dtype=np.int64)
+    return balance_of(labels, len(dataset.classes), data.class_weights, data.logit_adjustment)
 
 
 def learner_for(prepared: Prepared, shared: Shared) -> Learner:

@@ -62,6 +62,29 @@ class RunDir:
         return self.predictions / f"{split}.npz"
 
     @property
+    def measurements(self) -> Path:
+        """The folder of what a run measures for its diagnosis alone."""
+        return self.root / "measurements"
+
+    def train_sample_at(self, step: int) -> Path:
+        """The answers to a fixed sample of training images after this step."""
+        return self.measurements / f"train-step-{step:08d}.npz"
+
+    @property
+    def neighbours(self) -> Path:
+        """The training image that is most like each held-out image."""
+        return self.measurements / "neighbours.csv"
+
+    @property
+    def preprocessing(self) -> Path:
+        """How well the frozen features separate the classes when pixels are normalised otherwise."""
+        return self.measurements / "preprocessing.json"
+
+    @property
+    def diagnosis(self) -> Path:
+        return self.root / "diagnosis.json"
+
+    @property
     def study(self) -> Path:
         return self.root / "study.json"
 

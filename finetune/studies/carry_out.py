@@ -275,8 +275,8 @@ def _write_resolved(spec: JobSpec, run: RunDir) -> None:
 
 
 def _copy_report(leaf: RunDir, run: RunDir) -> None:
-    """Give the study's folder the report and the journal of the run that it kept."""
-    for source, target in ((leaf.report, run.report), (leaf.metrics, run.metrics)):
+    """Give the study's folder the report, the journal and the diagnosis of the run that it kept."""
+    for source, target in ((leaf.report, run.report), (leaf.metrics, run.metrics), (leaf.diagnosis, run.diagnosis)):
         data = source.read_bytes()
         write_atomic(target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
     shutil.copytree(leaf.figures, run.figures, dirs_exist_ok=True)

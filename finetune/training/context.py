@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from finetune.runtime.seconds import Seconds
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import Task
+from finetune.training.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.compute import Compute
 
@@ -28,7 +29,9 @@ class TrainingContext:
     Args:
         dataset: the train split is learnt from, the val split chooses.
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
+        balance: what is done about classes of different size.
         store: where frozen features and decoded photographs are kept.
+        sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
     """
 
     dataset: Dataset
@@ -39,6 +42,8 @@ class TrainingContext:
     identity: Mapping[str, str]
     store: Store
     progress: ProgressCallback = silent
+    sample_size: int | None = None
+    balance: Balance = field(default_factory=Balance)
 
     def features(
         self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None

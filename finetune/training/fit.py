@@ -36,6 +36,7 @@ from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.training import checkpoint
+from finetune.training.activity import listening
 from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
@@ -45,6 +46,7 @@ from finetune.training.mixing import mix, step_seed
 from finetune.training.objectives import Objective
 from finetune.training.optim import build_optimizer, group_key, set_learning_rates
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
+from finetune.training.sample import TrainSample
 from finetune.training.signals import Parameters, StepMeter
 
 SIGNAL_EVERY_STEPS = 20
@@ -94,6 +96,7 @@ class _State:
 
     step: int = 0
     evaluated_step: int = -1
+    sampled_step: int = -1
     epoch_totals: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss, correct and images, summed over the epoch so far
     epochs_without_gain: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -134,6 +137,7 @@ def fit(
     val_targets: NDArray[Any],
     numerics: Callable[[], Numerics] = Numerics,
     solve_head: Callable[[Classifier], Seconds] | None = None,
+    sample: TrainSample | None = None,
     prepare: Prepare = prepare_images,
     forward: Forward = forward_images,
     progress: ProgressCallback = silent,
@@ -146,6 +150,7 @@ def fit(
         numerics: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
             Returns its seconds without those of computing the features, which are not counted here.
+        sample: training images that are answered now and then as evaluation would; changes no bit of training.
         prepare, forward: how a batch becomes logits; by default its arrays are images.
 
     Raises:
@@ -161,7 +166,7 @@ def fit(
         targets = _Targets(task, objective, train_targets, val_targets)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
-            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, prepare, forward, progress)
+            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
             if found is None:
                 training.begin(solve_head)
             else:
@@ -207,6 +212,7 @@ class _Training:
     saving: Saving
     numerics: Numerics
     targets: _Targets
+    sample: TrainSample | None
     prepare: Prepare
     forward: Forward
     progress: ProgressCallback
@@ -260,7 +266,8 @@ class _Training:
         exact = self.numerics.device == "cpu" and found["torch"] == torch.__version__
         message = f"training goes on at step {state.step} of {self.recipe.n_steps}"
         self.run.record(Resumed(message, state.step, exact))
-        self.progress(Progress("training", state.step, self._last_step, "steps", message=f"going on at step {state.step}"))
+        said = f"going on at step {state.step}" if state.step < self._last_step else "trained before"
+        self.progress(Progress("training", state.step, self._last_step, "steps", message=said))
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.numerics.device) for name, tensor in tensors.items()}
@@ -315,12 +322,20 @@ class _Training:
     def _advance(self) -> None:
         """Do what comes next: evaluate, train an epoch, or finish. What is interrupted, steps aside, is done again."""
         state = self.state
-        if state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
+        if self._sample_is_due():
+            self._answer_sample()
+        elif state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
             self._end_epoch()
         elif state.step < self._last_step and not state.stopped_early:
             self._train_epoch()
         else:
             self._finish()
+
+    def _sample_is_due(self) -> bool:
+        state = self.state
+        if self.sample is None or state.sampled_step == state.step:
+            return False
+        return state.step in self.sample.plan.steps or state.step == self._last_step or state.stopped_early
 
     @property
     def _last_step(self) -> int:
@@ -476,6 +491,26 @@ class _Training:
         task = self.targets.task
         rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
         return {"val/loss": float(rows.nll.mean()), f"val/{task.headline.key}": task.headline.compute(rows)}
+
+    @torch.no_grad()
+    def _answer_sample(self) -> None:
+        """Answer the sample with the weights that would ship now; listen to the first batch for channels that are dead."""
+        assert self.sample is not None
+        logits: list[np.ndarray] = []
+        with self._shipping_weights(), closed_after(self.sample.batches) as batches:
+            self.classifier.eval()
+            for batch in batches:
+                with nullcontext() if logits else listening(self.classifier) as heard:
+                    logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
+                if heard is not None:
+                    activity = heard
+        answers = np.concatenate(logits)
+        self.sample.keep(self.state.step, answers)
+        task = self.targets.task
+        rows = task.judge(answers, self.targets.train[self.sample.plan.indices])
+        values = {"train_sample/loss": float(rows.nll.mean()), f"train_sample/{task.headline.key}": task.headline.compute(rows)}
+        self._log(values | {f"train/dead_channels/{stage}": share for stage, share in activity.dead_fractions.items()})
+        self.state.sampled_step = self.state.step
 
     def _improves(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
         return improves(values, best, self.targets.task.headline.key)

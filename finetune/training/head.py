@@ -15,11 +15,13 @@ from finetune.events import HeadSolved
 from finetune.features.engine import Prefix
 from finetune.features.heads import head_solver
 from finetune.features.rows import Views, pooled_features
-from finetune.features.solve import SolvedHead
+from finetune.features.solve import SolvedHead, head_logits
 from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds, process_clock
 from finetune.training.context import TrainingContext, TrainingCost
+from finetune.training.measurements import write_neighbours, write_sample_answers
 from finetune.training.recipe import Recipe
+from finetune.training.sample import LARGEST, choose_sample
 
 
 def solve_head(
@@ -35,8 +37,14 @@ def solve_head(
     n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
     views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
     spent: list[Seconds] = []
-    train_features = _features(prefix, train, views, "training", context, spent.append)
-    val_features = _features(prefix, val, seen, "validation", context, spent.append) if val else None
+    matrix = np.empty((len(train) * n_views + len(val), *prefix.row_shape), np.float32)
+    of_train, of_val = np.split(matrix, [len(train) * n_views])
+    train_features = _features(prefix, train, views, "training", context, spent.append, of_train)
+    val_features = _features(prefix, val, seen, "validation", context, spent.append, of_val) if val else None
+    first_view = train_features if n_views == 1 else train_features[:, 0]
+    _compare_with_training(prefix, seen, first_view, val_features, context)
+    chosen = choose_sample(train, context.sample_size or LARGEST)
+    sampled = first_view[chosen]  # a copy: the solver overwrites the features
     began = process_clock()
     head = head_solver(context.task.name)(
         train_features,
@@ -47,10 +55,29 @@ def solve_head(
         l2=recipe.l2,
         label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
         seed=recipe.seed,
+        overwrite=matrix,
+        class_weights=context.balance.weights,
     )
+    if (offsets := context.balance.offsets) is not None:
+        held_out = None if head.held_out_logits is None else (head.held_out_logits - offsets).astype(np.float32)
+        head = replace(head, bias=(head.bias - offsets).astype(np.float32), held_out_logits=held_out)
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
+    if not recipe.n_steps:  # else the training loop answers the sample itself
+        logits = head_logits(sampled, head.weight, head.bias)
+        write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
     return head, cost
+
+
+def _compare_with_training(
+    prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
+) -> None:
+    """Write down the nearest training image of each held-out one, from which the diagnosis tells a leak."""
+    train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
+    held_out = [(val, val_features)] if val_features is not None else []
+    if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
+        held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
+    write_neighbours(context.run, context.dataset, (train, features), held_out)
 
 
 def _features(
@@ -60,11 +87,12 @@ def _features(
     what: str,
     context: TrainingContext,
     spent: Callable[[Seconds], None],
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     def progress(update: Progress) -> None:
         context.progress(replace(update, message=f"features, {what}"))
 
-    return pooled_features(prefix, samples, views, context.features(spent, progress))
+    return pooled_features(prefix, samples, views, context.features(spent, progress), out)
 
 
 def features_of_head(journal: Sequence[Mapping[str, Any]]) -> Seconds:

@@ -49,9 +49,13 @@ class Activations:
 
         return batches
 
-    def eval_batches(self, batch_size: int) -> EvalBatches:
-        """Return batches of every image once, in order, as evaluation sees it."""
-        return EvalBatches(self, batch_size)
+    def eval_batches(self, batch_size: int, images: NDArray[np.int64] | None = None) -> EvalBatches:
+        """Return batches of every image once, in order, as evaluation sees it.
+
+        Args:
+            images: these alone; the batches' indices then count among them.
+        """
+        return EvalBatches(self, batch_size, np.arange(len(self)) if images is None else images)
 
     def _batch(self, images: NDArray[np.int64], view: NDArray[np.int64]) -> Batch:
         return Batch(self.rows.take(images * self.views + view), images)
@@ -63,10 +67,13 @@ class EvalBatches:
 
     activations: Activations
     batch_size: int
+    images: NDArray[np.int64]
 
     def __iter__(self) -> Iterator[Batch]:
-        for images in np.split(indices := np.arange(len(self.activations)), indices[self.batch_size :: self.batch_size]):
-            yield self.activations._batch(images, np.zeros_like(images))
+        for start in range(0, len(self.images), self.batch_size):
+            images = self.images[start : start + self.batch_size]
+            rows = self.activations._batch(images, np.zeros_like(images)).images
+            yield Batch(rows, np.arange(start, start + len(images)))
 
 
 def prepare_activation(classifier: Classifier, activation: Tensor, numerics: Numerics) -> Tensor:

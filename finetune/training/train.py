@@ -6,11 +6,15 @@ Brings together the solved head (`finetune.training.head`), the frozen prefix (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader
 from finetune.data.pixels import PixelStore
 from finetune.events import PrefixPlanned, SettingsMeasured
@@ -28,9 +32,11 @@ from finetune.training.context import Trained, TrainingContext, TrainingCost
 from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
+from finetune.training.measurements import write_sample_answers
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Recipe, widest_plan
 from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
+from finetune.training.sample import TrainSample, plan_sample
 
 
 def train(
@@ -116,16 +122,27 @@ def _take_steps(
         context.run,
         Saving(context.identity),
         task=context.task,
-        objective=objective_of(context.task.name),
+        objective=objective_of(context.task.name).balanced(context.balance),
         train_targets=context.targets(dataset.of("train")),
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,
         solve_head=solver,
+        sample=_train_sample(classifier, recipe, context, source),
         prepare=source.prepare,
         forward=source.forward,
         progress=context.progress,
     )
     return fitted, activations
+
+
+def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
+    train = context.dataset.of("train")
+    plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
+
+    def keep(step: int, logits: NDArray[np.float32]) -> None:
+        write_sample_answers(context.run, context.task, context.dataset, plan.indices, step, logits)
+
+    return TrainSample(plan, source.sample(plan.indices), keep)
 
 
 def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
@@ -148,6 +165,7 @@ class _BatchSource:
 
     train: TrainBatches
     val: Iterable[Batch]
+    sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # these training images, as evaluation sees them
     prepare: Prepare
     forward: Forward
 
@@ -160,8 +178,13 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
         return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)
 
-    evaluated = EvalLoader(val, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
-    return _BatchSource(batches, evaluated, prepare_images, forward_images)
+    def sample(indices: NDArray[np.int64]) -> Iterable[Batch]:
+        return evaluated([train[index] for index in indices])
+
+    def evaluated(samples: Sequence[Sample]) -> EvalLoader:
+        return EvalLoader(samples, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
+
+    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images)
 
 
 def _cached_source(
@@ -182,4 +205,5 @@ def _cached_source(
     if trained_on is None or judged_on is None:
         return None
     batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
-    return _BatchSource(batches, evaluated, prepare_activation, ForwardFrom(plan.stage))
+    sample = partial(trained_on.eval_batches, recipe.batch_size)
+    return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))

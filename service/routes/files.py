@@ -16,20 +16,24 @@ from service.middleware.auth import Submitting
 from service.problems import RESPONSES
 from service.schemas.lists import After, Limit, ListItem, Page
 from service.state import Server, ServerState
-from service.uploads import PURPOSE, Received, examine, move_to, receive
+from service.uploads import PURPOSES, Received, examine, move_to, receive
 
 UPLOAD_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "A zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and test/ with them, or "
-        "of images with a table of labels; or one Parquet or JSON lines file with the images inside.",
+        "description": "With `fine-tune`: a zip, tar or tar.gz of class folders (daisy/1.jpg, rose/2.jpg), of train/, val/ and "
+        "test/ with them, or of images with a table of labels; or one Parquet or JSON lines file with the images inside. With "
+        "`batch`: a zip, tar or tar.gz of any image files.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
-                    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": PURPOSE}},
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(PURPOSES)},
+                    },
                 }
             }
         },
@@ -44,7 +48,9 @@ class SummaryDocument(BaseModel):
     n_files: int
     size_bytes: int = Field(description="Unpacked.")
     classes: list[str]
-    counts: dict[str, dict[str, int]] = Field(description="Images by split (`all` where there is none yet) and class.")
+    counts: dict[str, dict[str, int]] = Field(
+        description="Images by split (`all` where there is none yet) and class (an empty name where nobody said)."
+    )
     warnings: list[str]
     understood: list[str] = Field(default_factory=list, description="How it was read, where there was something to understand.")
 
@@ -57,7 +63,7 @@ class FileDocument(ListItem):
     stored_bytes: int = Field(description="Unpacked on disk: what counts against your quota.")
     created_at: int = Field(description="Unix seconds.")
     filename: str
-    purpose: Literal["fine-tune"] = "fine-tune"
+    purpose: Literal["fine-tune", "batch"] = Field(description="A dataset to train on, or images to be answered.")
     status: Literal["processed"] = "processed"
     status_details: str | None = None
     expires_at: int | None = None
@@ -87,16 +93,16 @@ def files_router(max_body_bytes: int) -> APIRouter:
         announced = int(given) if given.isdecimal() else 0
         if idempotency_key is None:  # else this may be a repetition, which adds nothing
             least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
-            stored = await run_in_threadpool(server.database.files.stored_bytes, caller.owner)
+            stored = await run_in_threadpool(server.stored_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
         with server.uploads.arriving(announced, caller.owner) as folder:
-            filename = await receive(request, folder / "archive")
-            received = await run_in_threadpool(examine, folder / "archive", filename)
-            file, new = await run_in_threadpool(_record, server, caller.owner, received, idempotency_key)
+            filename, purpose = await receive(request, folder / "archive")
+            received = await run_in_threadpool(examine, folder / "archive", filename, purpose)
+            file, new = await run_in_threadpool(record_upload, server, caller.owner, received, idempotency_key)
         response.headers["Location"] = f"/v1/files/{file.id}"
         if not new:
             response.headers[REPLAYED] = "true"
-        return _document(file)
+        return file_document(file)
 
     @router.get("")
     def list_files(
@@ -108,13 +114,13 @@ def files_router(max_body_bytes: int) -> APIRouter:
     ) -> FileList:
         """Your uploads, newest first."""
         page, more = server.database.files.list(caller.sees, after=after, limit=limit)
-        documents = [_document(file) for file in page if purpose in (None, file.purpose)]
+        documents = [file_document(file) for file in page if purpose in (None, file.purpose)]
         return FileList.of(documents, more)
 
     @router.get("/{file_id}")
     def get_file(caller: Submitting, server: Server, file_id: str) -> FileDocument:
         """One upload with what was found in it."""
-        return _document(server.database.files.get(file_id, caller.sees))
+        return file_document(server.database.files.get(file_id, caller.sees))
 
     @router.delete("/{file_id}")
     def delete_file(caller: Submitting, server: Server, file_id: str) -> FileDeleted:
@@ -127,12 +133,12 @@ def files_router(max_body_bytes: int) -> APIRouter:
     return router
 
 
-def _record(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
-    body = f"{received.filename}\0{PURPOSE}\0{received.sha256}"
+def record_upload(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
+    body = f"{received.filename}\0{received.purpose}\0{received.sha256}"
     return server.database.files.create(
         owner,
         filename=received.filename,
-        purpose=PURPOSE,
+        purpose=received.purpose,
         size_bytes=received.size_bytes,
         stored_bytes=received.stored_bytes,
         sha256=received.sha256,
@@ -140,17 +146,19 @@ def _record(server: ServerState, owner: str, received: Received, idempotency_key
         place=lambda file_id: move_to(received.contents, server.uploads.place_of(file_id)),
         idempotency_key=idempotency_key,
         body_sha256=hashlib.sha256(body.encode()).hexdigest(),
+        models_bytes=server.models.registry.owned_bytes(owner),
         max_owner_bytes=server.max_files_bytes,
     )
 
 
-def _document(file: UploadedFile) -> FileDocument:
+def file_document(file: UploadedFile) -> FileDocument:
     return FileDocument(
         id=file.id,
         bytes=file.size_bytes,
         stored_bytes=file.stored_bytes,
         created_at=int(file.created_at),
         filename=file.filename,
+        purpose=file.purpose,  # type: ignore[arg-type]
         sha256=file.sha256,
         summary=SummaryDocument.model_validate(file.summary),
     )

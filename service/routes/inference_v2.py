@@ -39,19 +39,19 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         caller_with(request, "predict")
         return JSONResponse(server_metadata(__version__))
 
-    @router.get("/health/live")
+    @router.get("/health/live", response_class=Response)
     async def v2_live() -> Response:
         """Whether the process answers."""
         return Response()
 
-    @router.get("/health/ready")
+    @router.get("/health/ready", response_class=Response)
     async def v2_ready(request: Request) -> Response:
         """Whether the default model has passed its probes."""
         _state(request).models.check_ready()
         return Response()
 
-    @router.get("/models/{name}/ready")
-    @router.get("/models/{name}/versions/{version}/ready", name="v2_version_ready")
+    @router.get("/models/{name}/ready", response_class=Response)
+    @router.get("/models/{name}/versions/{version}/ready", name="v2_version_ready", response_class=Response)
     async def v2_model_ready(request: Request, name: str, version: str = "") -> Response:
         """Whether a model can be loaded; loads it."""
         try:

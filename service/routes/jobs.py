@@ -6,11 +6,14 @@ kinds of jobs share is in `service.routes.lifecycle`.
 
 from __future__ import annotations
 
+import json
+
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from finetune.bundle.manifest import read_manifest
 from finetune.errors import BundleError, Conflict, NotFound
+from finetune.evaluation.diagnose import diagnose, read_diagnosis
 from finetune.jobs.kinds import TRAINING
 from finetune.jobs.store import Job
 from service.creation import IdempotencyKey, Submission, announce, json_body
@@ -19,6 +22,7 @@ from service.middleware.auth import Submitting
 from service.problems import RESPONSES
 from service.results import evaluated_splits, read_object, resolved_hyperparameters
 from service.routes.lifecycle import add_lifecycle
+from service.schemas.diagnosis import DiagnosisDocument
 from service.schemas.job_create import JOB_BODY
 from service.schemas.jobs import (
     CheckpointList,
@@ -118,6 +122,18 @@ def job_result(caller: Submitting, server: Server, job_id: str) -> ResultDocumen
         license=_license(server, model, version),
         links=dict(zip(("result", "report", "bundle"), [*result_links(job.id, outcome), None, None], strict=False)),
     )
+
+
+@jobs_router.get("/{job_id}/diagnosis")
+def job_diagnosis(caller: Submitting, server: Server, job_id: str) -> DiagnosisDocument:
+    """Return what is wrong with a job's run, from its own records: also while it is running, and after it has failed."""
+    job = server.database.jobs.get(job_id, caller.sees, TRAINING)
+    run = server.run_of(job.id)
+    try:
+        found = read_diagnosis(run) or diagnose(run.root)
+    except NotFound:
+        raise Conflict(f"{job_id} is {job.state} and has not begun to train, so there is nothing to diagnose yet") from None
+    return DiagnosisDocument.model_validate_json(server.without_home(json.dumps(found.to_dict())))
 
 
 def _license(server: ServerState, model: str | None, version: str | None) -> str | None:

@@ -41,7 +41,7 @@ D = TypeVar("D", bound=JobState)
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["fine_tuning.job", "fine_tuning.comparison"]
+    object: Literal["fine_tuning.job", "fine_tuning.comparison", "batch_prediction"]
     deleted: Literal[True] = True
 
 
@@ -54,10 +54,10 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
     """
     path = f"/{{{noun}_id}}"
     Id = Annotated[str, PathParameter(alias=f"{noun}_id")]
-    title = kind.title
+    title, plural = kind.title, f"{noun}es" if noun.endswith("h") else f"{noun}s"
     object_name: Any = model.model_fields["object"].default
 
-    @router.get("", name=f"list_{noun}s", description=f"List your {noun}s, newest first. {_FILTER}", response_model=Page[model])  # type: ignore[valid-type]
+    @router.get("", name=f"list_{plural}", description=f"List your {plural}, newest first. {_FILTER}", response_model=Page[model])  # type: ignore[valid-type]
     def list_(
         request: Request,
         caller: Submitting,

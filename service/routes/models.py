@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
-from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
+from finetune.evaluation.predictions import read
+from finetune.evaluation.tables import csv_lines
 from finetune.promotion import promote
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
-from service.results import bundle_archive, evaluated_splits, link_of_run, report_answer, resolved_hyperparameters, run_of
+from service.results import (
+    MEDIA_TYPES,
+    TABLE_ANSWER,
+    bundle_archive,
+    evaluated_splits,
+    link_of_run,
+    report_answer,
+    resolved_hyperparameters,
+    run_of,
+)
 from service.schemas.models import (
     Abstention,
     AliasTarget,
@@ -112,6 +123,7 @@ def _version_document(server: ServerState, found: ModelVersion) -> VersionDocume
         links={
             "report": f"{place}/report" if run is not None and run.report.exists() else None,
             "bundle": f"{place}/bundle",
+            "predictions": f"{place}/predictions" if server.models.registry.predictions_of(found).exists() else None,
             "card": f"{place}/card",
             "job": None if run is None else link_of_run(server.home / "runs", run.root),
         },
@@ -137,6 +149,27 @@ def get_bundle(caller: Reading, server: Server, name: str, version: str) -> Stre
     pieces, size = bundle_archive(found, read_manifest(found.path))
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
     return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
+
+
+@models_router.get("/{name}/versions/{version}/predictions", response_class=StreamingResponse, responses=TABLE_ANSWER)
+def get_predictions(
+    caller: Reading,
+    server: Server,
+    name: str,
+    version: str,
+    format: Annotated[Literal["csv", "npz"], Query(description="`npz` holds the logits and embeddings.")] = "csv",
+) -> Response:
+    """Download what a version answered to its test images, one row an image: what a later version is compared with."""
+    found = find_model(server, caller, f"{name}@{version}")
+    path = server.models.registry.predictions_of(found)
+    if not path.exists():
+        raise NotFound(f"{found.name}@{found.version} has no answers here: it was judged on no test images")
+    filename = f"{found.name}-{found.version}.{format}"
+    if format == "npz":
+        return FileResponse(path, media_type=MEDIA_TYPES[format], filename=filename)
+    temperature = float(read_manifest(found.path).calibration.get("temperature", 1.0))
+    headers = {"Content-Disposition": f'attachment; filename="{filename}"'}
+    return StreamingResponse(csv_lines(read(path), temperature), media_type=MEDIA_TYPES[format], headers=headers)
 
 
 @models_router.patch("/{name}")

@@ -1,4 +1,4 @@
-"""Pictures and answers for people who look at data and results: what an upload holds, and what a run said about each image."""
+"""Pictures and answers for people who look at data and results: what an upload holds, its corrections, and what a run said."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from finetune.evaluation.predictions import read
 from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
+from service.creation import IdempotencyKey
 from service.middleware.auth import Caller, Submitting
 from service.pictures import Answer, Pictures, answers_of
 from service.problems import RESPONSES
+from service.revisions import Corrections, write_corrected
+from service.routes.files import FileDocument, file_document, record_upload
 from service.schemas.lists import ListItem, Page
 from service.state import Server, ServerState
 
@@ -85,6 +88,7 @@ def list_file_images(
     server: Server,
     file_id: str,
     label: Label = None,
+    image_id: Annotated[str | None, Query(alias="id", max_length=MAX_ID_CHARACTERS, description="Only this image.")] = None,
     after: AfterImage = None,
     limit: PageLength = 100,
 ) -> ImageList:
@@ -93,9 +97,28 @@ def list_file_images(
     documents = [
         ImageDocument(id=sample.id, labels=list(names), split=sample.split)  # type: ignore[arg-type]
         for sample in dataset.samples
-        if label in (None, *(names := dataset.label_names(sample)))
+        if label in (None, *(names := dataset.label_names(sample))) and image_id in (None, sample.id)
     ]
     return ImageList.of(*_page(documents, after, limit))
+
+
+@pictures_router.post("/files/{file_id}/revisions", status_code=201)
+def correct_file(
+    caller: Submitting,
+    server: Server,
+    response: Response,
+    file_id: str,
+    wanted: Corrections,
+    idempotency_key: IdempotencyKey = None,
+) -> FileDocument:
+    """Make a corrected copy of an upload: other labels, images left out, classes renamed. It is an upload of its own."""
+    file = server.database.files.get(file_id, caller.sees)
+    pictures = server.pictures.of(server.uploads.place_of(file.id).resolve())
+    with server.uploads.arriving(0, caller.owner) as folder:
+        received = write_corrected(pictures, file, wanted, folder / "contents")
+        made, _ = record_upload(server, caller.owner, received, idempotency_key)
+    response.headers["Location"] = f"/v1/files/{made.id}"
+    return file_document(made)
 
 
 @pictures_router.get("/files/{file_id}/image", response_class=Response, responses=PICTURE)

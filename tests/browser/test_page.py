@@ -27,13 +27,14 @@ WORDS = {
         "compare": "Compare them", "try": "Try it",
         "live": "Make it live", "back": "Back to what was live before", "settings": "More settings", "name": "Name of the model",
         "source": "Pictures to train on", "seeds": "Runs of each way", "look": "Where did it look?",
-        "close": "Close",
+        "close": "Close", "correct": "Correct the label", "relabel": "Change its class", "save": "Save as a new version",
     },
     "de": {
         "compare": "Vergleichen", "try": "Testen",
         "live": "Live schalten", "back": "Zurück zu dem, was vorher live war", "settings": "Weitere Einstellungen",
         "name": "Name des Modells", "source": "Bilder zum Trainieren", "seeds": "Läufe je Weg",
         "look": "Wohin hat es geschaut?", "close": "Schließen",
+        "correct": "Beschriftung berichtigen", "relabel": "Klasse ändern", "save": "Als neue Version speichern",
     },
 }  # fmt: skip
 
@@ -101,6 +102,22 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     page.get_by_role("button", name=say["look"]).click()
     expect(page.locator("dialog .bars li").first).to_be_visible()
     page.keyboard.press("Escape")
+
+    # A mistake may be a wrong label: correct it, in a new version of the data.
+    page.locator(".gallery .tile").first.click()
+    page.get_by_role("link", name=say["correct"]).click()
+    page.wait_for_url(re.compile("#/data/file-"))
+    before = page.url.split("/")[5]
+    chosen = page.locator("dialog select").input_value()
+    page.locator("dialog select").select_option(next(name for name in CLASSES if name != chosen))
+    page.locator("dialog").get_by_role("button", name=say["relabel"]).click()
+    expect(page.locator(".pending")).to_contain_text("1 ")
+    accessible(page)
+    page.get_by_role("button", name=say["save"]).click()
+    page.wait_for_url(lambda url: "#/data/file-" in url and before not in url)
+    expect(page.locator(".pending:empty")).to_have_count(1)
+    visit.go("runs")
+    page.locator(".card a").first.click()
 
     # Try it.
     page.get_by_role("link", name=say["try"]).first.click()

@@ -108,7 +108,7 @@ def test_an_owners_uploads_stay_within_the_quota_also_when_they_come_at_once(sto
         thread.join()
     assert len(refused) == 4
     assert (
-        "takes 5,368,709,120 bytes on disk, your other uploads and finished jobs take 10,737,418,240, and 10,737,418,241"
+        "takes 5,368,709,120 bytes on disk, your uploads, finished jobs and models take 10,737,418,240, and 10,737,418,241"
         in refused[0]
     )
     assert store.stored_bytes("ada") == 2 * LARGE

@@ -78,7 +78,7 @@ def test_a_dataset_without_classes_is_refused_with_the_right_layout(client: Test
     ("form", "status", "field"),
     [
         ({"files": {"file": ("a.zip", GOOD["zip"])}}, 422, "purpose"),
-        ({"files": {"file": ("a.zip", GOOD["zip"])}, "data": {"purpose": "batch"}}, 422, "purpose"),
+        ({"files": {"file": ("a.zip", GOOD["zip"])}, "data": {"purpose": "vision"}}, 422, "purpose"),
         ({"files": {"file": ("a.zip", GOOD["zip"])}, "data": {"purpose": "fine-tune", "extra": "1"}}, 422, "extra"),
         ({"files": {"other": ("a.zip", GOOD["zip"])}, "data": {"purpose": "fine-tune"}}, 422, "other"),
         ({"files": {"x": ("", b"")}, "data": {"purpose": "fine-tune", "file": "http://127.0.0.1:1/a.zip"}}, 422, "file"),

@@ -15,6 +15,7 @@ from standin import write_bundle
 
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
+from finetune.jobs.store import JobStore
 from service.limits import PROBES
 
 SURFACE = {
@@ -36,6 +37,13 @@ SURFACE = {
     "/v1/fine_tuning/comparisons/{comparison_id}/runs": {"get"},
     "/v1/fine_tuning/comparisons/{comparison_id}/runs/{run_name}": {"get"},
     "/v1/fine_tuning/comparisons/{comparison_id}/runs/{run_name}/report": {"get"},
+    "/v1/batch_predictions": {"get", "post"},
+    "/v1/batch_predictions/{batch_id}": {"get", "delete"},
+    "/v1/batch_predictions/{batch_id}/cancel": {"post"},
+    "/v1/batch_predictions/{batch_id}/events": {"get"},
+    "/v1/batch_predictions/{batch_id}/logs": {"get"},
+    "/v1/batch_predictions/{batch_id}/result": {"get"},
+    "/v1/batch_predictions/{batch_id}/answers": {"get"},
     "/v1/models": {"get"},
     "/v1/models/{name}": {"get", "patch", "delete"},
     "/v1/models/{name}/aliases/{alias}": {"put"},
@@ -47,7 +55,9 @@ SURFACE = {
     "/v1/models/{name}/versions/{version}": {"get"},
     "/v1/models/{name}/versions/{version}/report": {"get"},
     "/v1/models/{name}/versions/{version}/bundle": {"get"},
+    "/v1/models/{name}/versions/{version}/predictions": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/result": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/diagnosis": {"get"},
     "/v2": {"get"},
     "/v2/models/{name}": {"get"},
     "/v2/models/{name}/infer": {"post"},
@@ -64,6 +74,7 @@ CONFIG = """
 "path.job_id" = "{job_id}"
 "path.comparison_id" = "{comparison_id}"
 "path.run_name" = "full-seed0"
+"path.batch_id" = "{batch_id}"
 "path.name" = "colours"
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", "503"]
@@ -106,8 +117,12 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
         file_id = client.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
         job_id = client.post("/v1/fine_tuning/jobs", json={"training_file": file_id}).json()["id"]
         comparison_id = client.post("/v1/fine_tuning/comparisons", json={"training_file": file_id}).json()["id"]
+        batch_id = client.post("/v1/batch_predictions", json={"input_file": file_id}).json()["id"]
+        store = JobStore(open_jobs(tmp_path))
+        for _ in range(3):  # what a worker holds cannot be deleted, so the identifiers below mean something to the end
+            assert store.claim("worker") is not None
         config = tmp_path / "schemathesis.toml"
-        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id, comparison_id=comparison_id))
+        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id, comparison_id=comparison_id, batch_id=batch_id))
         ran = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{server.url}/docs.json"),
@@ -118,7 +133,7 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
             check=False, capture_output=True, text=True, cwd=tmp_path, timeout=850,
         )  # fmt: skip
         log = server.log.read_text()
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]
     generated = re.search(r"(\d+) generated", ran.stdout)
     assert generated is not None
     assert int(generated[1]) >= 2000

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import photographs, zip_of
+from folders import encoded
 from PIL import Image
 from serving import in_process, registered
 from standin import write_bundle
@@ -30,8 +31,8 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-def uploaded(client: TestClient, key: dict[str, str] | None = None) -> str:
-    sent = {"file": ("photos.zip", zip_of(photographs()))}
+def uploaded(client: TestClient, key: dict[str, str] | None = None, images: dict[str, bytes] | None = None) -> str:
+    sent = {"file": ("photos.zip", zip_of(images or photographs()))}
     return str(client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}, headers=key).json()["id"])
 
 
@@ -119,3 +120,62 @@ def test_who_deployed_what_and_when_is_listed_newest_first(client: TestClient, t
     assert [one["reference"] for one in history] == ["other@1", *(one["reference"] for one in before)]
     assert history[0]["by"] == "local"
     assert history[0]["at"] > 1_700_000_000
+
+
+def test_a_corrected_copy_has_other_labels_and_the_original_stays_as_it_is(client: TestClient) -> None:
+    file = uploaded(client, images=photographs({"daisy": 6, "rose": 3}))
+    before = client.get(f"/v1/files/{file}").json()["summary"]["counts"]
+    labels = {"daisy/0.png": "rose", "daisy/1.png": "rose", "daisy/2.png": None}
+    wanted = {"labels": labels, "renamed": {"rose": "Rosa"}}
+    answer = client.post(f"/v1/files/{file}/revisions", json=wanted)
+    assert answer.status_code == 201, answer.text
+    copy = answer.json()
+    assert answer.headers["location"] == f"/v1/files/{copy['id']}"
+    assert copy["summary"]["counts"] == {"all": {"Rosa": 3, "daisy": 3, "rose": 2}}
+    images = {one["id"] for one in client.get(f"/v1/files/{copy['id']}/images").json()["data"]}
+    assert images == {
+        f"{name}.png" for name in ("Rosa/0", "Rosa/1", "Rosa/2", "daisy/3", "daisy/4", "daisy/5", "rose/0", "rose/1")
+    }
+    assert client.get(f"/v1/files/{file}").json()["summary"]["counts"] == before
+    client.delete(f"/v1/files/{file}")
+    shown = client.get(f"/v1/files/{copy['id']}/image", params={"id": "rose/0.png"})
+    assert shown.content == photographs()["daisy/0.png"]
+
+
+def test_two_images_of_one_name_in_one_class_are_both_kept(client: TestClient) -> None:
+    file = uploaded(client)
+    copy = client.post(f"/v1/files/{file}/revisions", json={"labels": {"daisy/0.png": "rose"}}).json()
+    assert copy["summary"]["counts"] == {"all": {"daisy": 2, "rose": 4}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({}, "nothing is changed"),
+        ({"labels": {"daisy/9.png": "rose"}}, "no such image"),
+        ({"renamed": {"tulip": "x"}}, "no such class"),
+        ({"renamed": {"rose": "../x"}}, "pattern"),
+        ({"labels": {"daisy/0.png": ".hidden"}}, "pattern"),
+        ({"renamed": {"rose": "daisy"}}, "only one class"),
+    ],
+)
+def test_a_correction_that_cannot_be_made_says_why_and_leaves_nothing(
+    client: TestClient, tmp_path: Path, wanted: dict[str, object], said: str
+) -> None:
+    file = uploaded(client)
+    answer = client.post(f"/v1/files/{file}/revisions", json=wanted)
+    assert answer.status_code == 422, answer.text
+    assert said in answer.text
+    assert str(tmp_path) not in answer.text  # where the server keeps it is nobody's business
+    assert len(client.get("/v1/files").json()["data"]) == 1
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [file]
+
+
+def test_pictures_of_data_with_tables_are_not_read_in_the_server(client: TestClient) -> None:
+    table = b"file_name,label\n0.png,a\n1.png,a\n2.png,b\n3.png,b\n"
+    images = {f"{number}.png": encoded(f"{number}") for number in range(4)}
+    sent = {"file": ("p.zip", zip_of({**images, "metadata.csv": table}))}
+    file = client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}).json()
+    assert "id" in file, file
+    answer = client.get(f"/v1/files/{file['id']}/images")
+    assert (answer.status_code, "tables" in answer.json()["detail"]) == (404, True)

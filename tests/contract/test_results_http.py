@@ -7,11 +7,13 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from archives import photographs, zip_of
+from diagnosed import neighbours, run_records, write_run
 from serving import in_process, live_server, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
@@ -20,6 +22,7 @@ import finetune
 from finetune.bundle.predictor import Predictor
 from finetune.client import Client, JobFailed, RequestRefused
 from finetune.errors import Conflict
+from finetune.evaluation.diagnose import diagnose
 from finetune.jobs.database import open_jobs
 from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
@@ -55,6 +58,27 @@ def finished_job(client: TestClient | httpx.Client, home: Path) -> str:
     write_json(run.outcome, outcome)
     store.finish(claim, "succeeded", result=outcome)
     return str(job_id)
+
+
+def test_a_jobs_diagnosis_is_the_document_of_the_command_line(client: TestClient, tmp_path: Path) -> None:
+    job_id = finished_job(client, tmp_path)
+    path, folder = f"{JOBS}/{job_id}/diagnosis", tmp_path / "runs" / job_id
+    records = run_records(neighbours=neighbours(60))
+    write_run(folder, replace(records, outcome=None))
+    found = client.get(path).json()
+    assert [finding["code"] for finding in found["findings"]] == ["leakage"]
+    assert found == diagnose(folder).to_dict()
+    write_json(RunDir(folder).diagnosis, {**found, "sentence": f"see {tmp_path}/runs/x"})  # a finished run has written its own
+    assert client.get(path).json()["sentence"] == found["sentence"]
+
+
+def test_a_job_that_has_not_begun_to_train_has_no_diagnosis(client: TestClient) -> None:
+    file = client.post("/v1/files", files={"file": ("photos.zip", zip_of(photographs()))}, data={"purpose": "fine-tune"}).json()
+    job_id = client.post(JOBS, json={"training_file": file["id"]}).json()["id"]
+    answer = client.get(f"{JOBS}/{job_id}/diagnosis")
+    assert answer.status_code == 409
+    assert "nothing to diagnose yet" in answer.json()["detail"]
+    assert client.get(f"{JOBS}/ftjob-unknown/diagnosis").status_code == 404
 
 
 def test_a_jobs_result_has_its_figures_and_its_resolved_hyperparameters(client: TestClient, tmp_path: Path) -> None:

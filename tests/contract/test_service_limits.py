@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 from archives import photographs, zip_of
+from folders import write_classes
 from job_standin import submit
 from serving import in_process, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.registry import Access
 from finetune.errors import StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
@@ -120,6 +122,33 @@ def test_an_upload_counts_as_what_it_takes_on_disk(tmp_path: Path) -> None:
         assert (second.status_code, second.json()["code"]) == (413, "files_full")
         assert client.delete(f"/v1/files/{first.json()['id']}").status_code == 200
         assert upload(client, stream.getvalue(), "again.zip").status_code == 201
+
+
+def test_models_count_and_who_is_over_the_quota_starts_nothing_more(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    registry.reserve("hers", Access("ann", "private"))
+    registry.register(tmp_path / "bundle", "hers")
+    size = registry.owned_bytes("ann")
+    assert size > sum(path.stat().st_size for path in (tmp_path / "bundle").iterdir()) * 0.9
+    assert registry.owned_bytes("bob") == 0
+    keys = KeyStore(open_jobs(tmp_path))
+    ann, bob = ({"Authorization": f"Bearer {keys.create(who, ['jobs', 'predict'])[0]}"} for who in ("ann", "bob"))
+    birds = str(write_classes(tmp_path / "birds", {"owl": 2, "wren": 2}))
+    for room, status in ((-1, 413), (1 << 20, 201)):
+        with in_process(tmp_path, wait=False, max_files_bytes=size + room, data_roots=(tmp_path,)) as client:
+            for path, body in (
+                (JOBS, {"training_file": birds}),
+                ("/v1/batch_predictions", {"input_file": birds, "model": "hers"}),
+            ):
+                answer = client.post(path, json=body, headers=ann)
+                assert answer.status_code == status, answer.text
+            assert client.post(JOBS, json={"training_file": birds}, headers=bob).status_code == 201
+            if status == 413:
+                assert answer.json()["code"] == "files_full"
+                assert "models take" in answer.json()["detail"]
+                archive = {"file": ("a.zip", zip_of(photographs()))}
+                full = client.post("/v1/files", files=archive, data={"purpose": "fine-tune"}, headers=ann)
+                assert full.status_code == 413
 
 
 def test_a_finished_job_counts_until_it_is_deleted_with_its_folder(client: TestClient, tmp_path: Path) -> None:

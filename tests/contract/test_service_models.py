@@ -276,6 +276,11 @@ def test_a_version_that_is_worse_on_the_same_images_is_promoted_by_force_alone(t
         assert error["field"] == "not_worse"
         assert "top1 0.667 on the same 60 test images where version 1 has 1.000" in error["detail"]
         assert client.put("/v1/deployments/default", json={"reference": "hats@2"}).status_code == 409
+        place = "/v1/models/hats/versions/2/predictions"
+        assert client.get("/v1/models/hats/versions/2").json()["links"]["predictions"] == place
+        lines = client.get(place).text.splitlines()
+        assert (len(lines), lines[0].split(",")[:4]) == (61, ["file", "sha256", "label", "predicted"])
+        assert client.get(f"{place}?format=npz").content == (tmp_path / "models/hats/predictions/2.npz").read_bytes()
         assert client.post("/predict", content=picture()).json()["version"] == "1"
         forced = client.put("/v1/models/hats/aliases/champion", json={"version": "2", "force": True})
         assert forced.status_code == 200

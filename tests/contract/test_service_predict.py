@@ -94,6 +94,7 @@ def test_options_come_from_the_query_or_the_form_and_the_form_wins(client: TestC
     assert len(labels(client.post("/predict?top_k=1", content=picture()).json())) == 1
     assert len(labels(client.post("/predict", files=image, data={"top_k": "2"}).json())) == 2
     assert len(labels(client.post("/predict?top_k=1", files=image, data={"top_k": "2"}).json())) == 2
+    assert client.post("/predict?top_k=0", files=image, data={"top_k": "2"}).status_code == 422
 
 
 def test_every_version_and_alias_can_be_asked_for_by_name(client: TestClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,21 @@ def test_a_job_is_run_to_its_end_and_its_result_and_history_are_kept(store: JobS
     assert store.events(job.id)[-1].message == "standin version 1 is registered."
     assert not list(run.root.glob("lease-*"))
     assert Trace.of(run).environments[0]["FINETUNE_HOME"] == str(home)
+
+
+def test_a_job_that_takes_more_memory_than_allowed_fails_and_says_so_and_the_next_one_is_run(
+    store: JobStore, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_WEIGH_SECONDS", 0.0)
+    greedy = submit(store, steps=100_000, step_seconds=0.02, hoard_bytes=50 << 20)
+    modest = submit(store, steps=3)
+    drive(worker(store, home, max_memory_bytes=600 << 20), until=finished(store, greedy, modest))
+    ended = store.get(greedy.id)
+    assert (ended.state, ended.error_code, ended.attempts) == ("failed", "out_of_memory", 1)
+    assert re.match(
+        r"The run took [\d.]+ MiB of memory; its worker allows 600\.0 MiB a job\. Try a smaller", str(ended.error_message)
+    )
+    assert store.get(modest.id).state == "succeeded"
 
 
 def test_a_comparison_is_a_command_of_its_own_and_ends_with_its_verdict(store: JobStore, home: Path) -> None:
@@ -358,7 +374,7 @@ def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(sh
     assert (done.state, done.result and done.result["state"]) == ("succeeded", result_of(40))
     assert (trace.completions, trace.overlaps) == (1, 0)
     workers = [event.data["worker"] for event in short_leases.events(job.id) if event.kind == "running"]
-    assert workers == ["sleeper", "second"]
+    assert workers[:2] == ["sleeper", "second"]  # a machine so busy that the second loses its lease too may give it back
     assert kinds(short_leases, job).count("succeeded") == 1
 
 

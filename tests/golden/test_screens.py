@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from diagnosed import N_STEPS, answered, journal, neighbours, resolved, run_records, write_run
 from PIL import Image
 from screens import FOLDER, Compare, Run
 from tiny_bundle import write_tiny_bundle
@@ -174,13 +175,34 @@ def test_a_run_that_is_stopped_says_where_and_goes_on_there(
 
 
 def stop_after_three_steps() -> Callable[[StopRequest], None]:
-    asked = iter(range(1, 5))
+    """Return a check that stops a run after three batches of the training sample, and three steps."""
+    asked = iter(range(1, 8))
 
     def check(request: StopRequest) -> None:
-        if next(asked) == 4:
+        if next(asked) == 7:
             raise Interrupted("stopped by SIGINT")
 
     return check
+
+
+# ── diagnosing ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_diagnosis_of_a_run_with_which_nothing_is_wrong(screen: Run, golden: Compare) -> None:
+    write_run(Path("run"), run_records())
+    golden(screen("diagnose", "run"), "diagnose-healthy")
+
+
+def test_a_diagnosis_of_a_run_with_a_cause_and_what_follows_from_it(screen: Run, golden: Compare) -> None:
+    samples = {0: answered(200, 0.9, sureness=2.0), N_STEPS: answered(200, 0.5)}
+    lines = journal(dead={"stage3": (0.0, 0.9)}, val=[(1.0, 0.5)] * 6)
+    write_run(Path("run"), run_records(samples=samples, resolved=resolved(rate=0.1), lines=lines, neighbours=neighbours(60)))
+    golden(screen("diagnose", "run"), "diagnose-problems")
+
+
+def test_a_folder_that_cannot_be_diagnosed(screen: Run, golden: Compare) -> None:
+    Path("photos").mkdir()
+    golden(screen("diagnose", "photos"), "diagnose-no-run", wide=True)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────

@@ -47,6 +47,8 @@ def test_rows_come_back_under_their_keys_in_any_order(tmp_path: Path) -> None:
     taken = found.take(np.arange(70))
     assert taken.dtype == np.float16
     np.testing.assert_array_equal(taken, rows[order])
+    found.release()
+    np.testing.assert_array_equal(found.take(np.arange(70)), rows[order])
 
 
 def test_keys_that_are_not_stored_are_missing_and_cannot_be_taken(tmp_path: Path) -> None:

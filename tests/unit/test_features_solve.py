@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import TrainingError
-from finetune.features.solve import L2_PATH, balanced_class_weights, minimise, solve_softmax_head
+from finetune.features.solve import L2_PATH, SolvedHead, minimise, solve_softmax_head
+from finetune.training.balance import balance_of
 
 
 def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -19,6 +20,28 @@ def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0
     features = centres[labels] + spread * generator.normal(size=(n_images, n_features))
     features = features * 10.0 ** generator.uniform(-2, 2, n_features) + generator.normal(size=n_features)
     return features.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("n_val", [0, 40])
+def test_a_head_that_may_overwrite_its_features_has_the_same_bits(n_val: int) -> None:
+    chance = np.random.default_rng(0)
+    labels = chance.integers(0, 3, 120)
+    matrix = (chance.normal(size=(240 + n_val, 8)) + np.eye(8)[np.append(np.repeat(labels, 2), labels[:n_val])]).astype(
+        np.float32
+    )
+    given = matrix.copy()
+
+    def solve(rows: np.ndarray, overwrite: np.ndarray | None) -> SolvedHead:
+        val = {"val_features": rows[240:], "val_targets": labels[:n_val]} if n_val else {}
+        return solve_softmax_head(rows[:240].reshape(120, 2, 8), labels, 3, overwrite=overwrite, **val)
+
+    plain, in_place = solve(given, None), solve(matrix, matrix)
+    np.testing.assert_array_equal(in_place.weight, plain.weight)
+    np.testing.assert_array_equal(in_place.bias, plain.bias)
+    assert in_place.path == plain.path
+    assert not np.array_equal(matrix, given), "it was overwritten"
+    with pytest.raises(ValueError, match="does not hold"):
+        solve(given, matrix[1:])
 
 
 def test_it_finds_the_same_optimum_as_scikit_learn() -> None:
@@ -127,7 +150,8 @@ def test_class_weights_act_like_repeated_images() -> None:
 
 def test_balanced_weights_give_every_class_the_same_mass() -> None:
     labels = np.array([0] * 90 + [1] * 9 + [3])
-    weights = balanced_class_weights(labels, 4)
+    weights = balance_of(labels, 4, "balanced", 0.0).weights
+    assert weights is not None
     np.testing.assert_allclose(weights[labels].mean(), 1.0)
     np.testing.assert_allclose(weights[[0, 1, 3]] * [90, 9, 1], 100 / 3)
     assert weights[2] == 0.0

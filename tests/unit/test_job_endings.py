@@ -31,6 +31,15 @@ def test_an_incomplete_run_whose_end_was_asked_for_is_cancelled(exit_code: int) 
     assert follows(exit_code, cancelling=True, error=DIVERGED if exit_code == 1 else None) == Finish("cancelled")
 
 
+def test_a_run_that_took_more_memory_than_allowed_fails_at_once() -> None:
+    facts = {"memory_bytes": 9 << 30, "max_memory_bytes": 8 << 30}
+    ended = follows(KILLED, **facts)
+    assert isinstance(ended, Finish)
+    assert (ended.state, ended.error_code) == ("failed", "out_of_memory")
+    assert "took 9.0 GiB of memory; its worker allows 8.0 GiB a job" in str(ended.error_message)
+    assert follows(KILLED, cancelling=True, **facts) == Finish("cancelled")
+
+
 def test_a_users_mistake_fails_at_once_with_every_problem() -> None:
     assert follows(2, error=BAD_SPEC) == Finish("failed", "invalid_data", "no class folder\ntraining_file: is empty")
 

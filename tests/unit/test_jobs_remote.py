@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from finetune.batch_spec import BatchSpec
 from finetune.comparison_spec import parse_request
 from finetune.errors import InvalidInput
 from finetune.jobs import remote
@@ -32,6 +33,11 @@ COMPARED = {
     **{key: JOB[key] for key in ("created_at", "started_at", "finished_at", "attempts", "error")}, "id": "ftcmp-1",
     "object": "fine_tuning.comparison", "status": "succeeded", "phase": None, "progress": None, "fine_tuned_model": "flowers",
     "fine_tuned_version": "3", "description": "linear_probe, full", "verdict": {"sentence": "full is better."},
+}  # fmt: skip
+ANSWERED = {
+    **{key: COMPARED[key] for key in ("created_at", "started_at", "finished_at", "attempts", "error", "phase", "progress")},
+    "id": "batch-1", "object": "batch_prediction", "status": "succeeded", "description": "images answered by flowers@3",
+    "conclusion": "3 images answered.", "model": "flowers@3",
 }  # fmt: skip
 PROBLEM = {
     "code": "invalid_spec", "detail": "the job spec has 2 problems",
@@ -91,6 +97,25 @@ def test_a_comparison_has_an_address_of_its_own_and_its_verdict_in_the_view() ->
     assert server.client().result("ftcmp-1") == {"object": "comparison"}
     paths = [request.url.path for request in server.asked]
     assert paths == ["/v1/fine_tuning/comparisons/ftcmp-1", "/v1/fine_tuning/comparisons/ftcmp-1/result"]
+
+
+def test_images_to_be_answered_go_up_for_that_purpose_and_the_answers_come_down(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"an archive")
+    server = Server(ok({"id": "file-a"}), ok(ANSWERED), httpx.Response(200, content=b"file\n"), httpx.Response(404, json={}))
+    client = server.client()
+    job = client.submit(BatchSpec(input_file=str(tmp_path / "photos.zip"), model="flowers"), "my-key")
+    assert (job.kind, job.conclusion, job.what) == ("batch", "3 images answered.", "images answered by flowers@3")
+    sent, created = server.asked
+    assert b'name="purpose"\r\n\r\nbatch' in sent.content
+    assert (created.url.path, json.loads(created.content)) == (
+        "/v1/batch_predictions", {"input_file": "file-a", "model": "flowers"},
+    )  # fmt: skip
+    client.download_answers("batch-1", "csv", tmp_path / "answers.csv")
+    assert (tmp_path / "answers.csv").read_bytes() == b"file\n"
+    assert str(server.asked[-1].url).endswith("/v1/batch_predictions/batch-1/answers?format=csv")
+    with pytest.raises(RequestRefused):
+        client.download_answers("batch-1", "npz", tmp_path / "answers.npz")
+    assert not (tmp_path / "answers.npz").exists()
 
 
 def test_of_a_comparison_only_what_was_given_is_sent_and_its_data_goes_up_once(tmp_path: Path) -> None:
@@ -191,10 +216,16 @@ def test_lists_of_every_kind_are_read_page_by_page_and_merged_by_age(monkeypatch
         {"data": [{**JOB, "id": f"ftjob-{n}", "created_at": n} for n in numbers], "has_more": True} for numbers in ([9, 7], [5])
     ]
     comparisons = {"data": [{**COMPARED, "id": f"ftcmp-{n}", "created_at": n} for n in (8, 1)], "has_more": False}
-    server = Server(*map(ok, [*jobs, comparisons]))
+    batches = {"data": [{**ANSWERED, "created_at": 6}], "has_more": False}
+    server = Server(*map(ok, [*jobs, comparisons, batches]))
     assert [job.id for job in server.client().list(3)] == ["ftjob-9", "ftcmp-8", "ftjob-7"]
     asked = [(request.url.path.rpartition("/")[2], dict(request.url.params)) for request in server.asked]
-    assert asked == [("jobs", {"limit": "2"}), ("jobs", {"limit": "1", "after": "ftjob-7"}), ("comparisons", {"limit": "2"})]
+    assert asked == [
+        ("jobs", {"limit": "2"}),
+        ("jobs", {"limit": "1", "after": "ftjob-7"}),
+        ("comparisons", {"limit": "2"}),
+        ("batch_predictions", {"limit": "2"}),
+    ]
 
 
 def test_events_are_read_from_the_last_one_that_is_known() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finetune.messages import duration
 from finetune.metrics import Metric
 from finetune.report.text import cost_text
 
@@ -25,7 +26,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "cost": cost_text, "count": count, "pvalue": pvalue}
+    environment.filters |= {"points": points, "cost": cost_text, "count": count, "pvalue": pvalue, "duration": duration}
     return environment
 
 

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.training.balance import Balance
 
+
+@dataclass(frozen=True, eq=False)
 class MulticlassObjective:
-    """Cross entropy over classes that exclude each other."""
+    """Cross entropy over classes that exclude each other, with what is done about classes of different size."""
 
-    task = "multiclass"
+    task: ClassVar[str] = "multiclass"
+    balance: Balance = field(default_factory=Balance)
+
+    def balanced(self, balance: Balance) -> MulticlassObjective:
+        return replace(self, balance=balance)
 
     def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
         logits = logits.float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        if self.balance.offsets is not None:
+            logits = logits + torch.as_tensor(self.balance.offsets, dtype=torch.float32, device=logits.device)
+        loss = self._cross_entropy(logits, targets, label_smoothing)
         if share == 1.0:
             return loss
-        return share * loss + (1.0 - share) * F.cross_entropy(logits, other_targets, label_smoothing=label_smoothing)
+        return share * loss + (1.0 - share) * self._cross_entropy(logits, other_targets, label_smoothing)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        if self.balance.weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        weights = torch.as_tensor(self.balance.weights, dtype=torch.float32, device=logits.device)
+        # Torch's own class weights divide by the weights in the batch, which lets a batch without rare classes count as much.
+        return (weights[targets] * F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")).mean()
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (logits.argmax(dim=1) == targets).sum()

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from finetune.training.balance import Balance
+
 
 class Objective(Protocol):
     """Loss and link function of one task. Targets are encoded as the task encodes them."""
@@ -13,6 +15,10 @@ class Objective(Protocol):
     @property
     def task(self) -> str:
         """The name of the task."""
+        ...
+
+    def balanced(self, balance: Balance) -> Objective:
+        """Return the objective with this done about classes of different size."""
         ...
 
     def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:

@@ -15,7 +15,7 @@ export function bars(rows, { label } = {}) {
 
 /** Return lines over steps. `series`: `{name, dashed, values: [[x, y]]}`. */
 export function lines(title, series, { asShare = false, xName } = {}) {
-  const shown = series.filter(({ values }) => values.length > 1); // a single point is no curve
+  const shown = series.filter(({ values }) => new Set(values.map(([x]) => x)).size > 1); // a single point is no curve
   const all = shown.flatMap(({ values }) => values);
   if (!all.length) return null;
   const [width, height, left, bottom, top, right] = [480, 200, 46, 26, 10, 12];

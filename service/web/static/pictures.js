@@ -62,7 +62,7 @@ export function picture(path, alt, attributes = {}) {
 /** Return a grid of any number of cells, of which only those near the visible part of the page exist.
  *
  * @param {number} count
- * @param {(index: number) => Promise<{path: string, label: string, open?: () => void}>} cell
+ * @param {(index: number) => Promise<{path: string, label: string, note?: string, open?: () => void}>} cell
  * @param {AbortSignal} signal ends when the view is left.
  */
 export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
@@ -107,10 +107,11 @@ export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
     const stop = new AbortController();
     made.set(index, { element, stop });
     grid.append(element);
-    cell(index).then(({ path, label, open }) => {
+    cell(index).then(({ path, label, open, note }) => {
       if (stop.signal.aborted) return;
       image.alt = label;
       button.title = label;
+      if (note) button.append(h("span", { class: "tile-note" }, note));
       button.addEventListener("click", () => open?.());
       const loading = load(image, path);
       stop.signal.addEventListener("abort", () => loading.abort());

@@ -26,9 +26,9 @@ export async function showResult(root, job, signal) {
     judged && accuracy(judged, split),
     result.warnings.length > 0 && h("section", {}, h("h2", {}, t("result.warnings")),
       h("ul", { class: "notices" }, result.warnings.map((text) => h("li", { class: "notice" }, text)))),
-    judged && await mistakes(path, split, version, signal),
+    judged && await mistakes(path, split, version, job.training_file, signal),
     judged?.confusion && h("section", {}, h("h2", {}, t("result.confusion")),
-      confusion(judged.confusion, judged.classes, (label, answer) => showCell(path, split, label, answer, version))),
+      confusion(judged.confusion, judged.classes, (label, answer) => showCell(path, split, label, answer, version, job.training_file))),
     judged && perClass(judged),
     cost(result),
     h("section", {}, h("h2", {}, t("result.how")), h("p", {}, result.summary),
@@ -50,36 +50,36 @@ function accuracy(judged, split) {
     h("p", { class: "hint" }, t("result.alike")));
 }
 
-async function mistakes(path, split, version, signal) {
+async function mistakes(path, split, version, dataset, signal) {
   const wrong = await request(`${path}/answers?split=${split}&wrong=true&limit=${WORST}`, { signal }).catch((error) => {
     if (error.status === 404) return null; // the run's folder is gone, or each image has several labels
     throw error;
   });
   if (wrong === null) return null;
   return h("section", {}, h("h2", {}, t("result.mistakes")),
-    wrong.data.length ? [h("p", { class: "hint" }, t("result.mistakes_how")), gallery(path, wrong.data, version)]
+    wrong.data.length ? [h("p", { class: "hint" }, t("result.mistakes_how")), gallery(path, wrong.data, version, dataset)]
       : h("p", { class: "notice good" }, t("result.no_mistakes", { split: t(`split.${split}`) })));
 }
 
 /** Return pictures with what they are and what the model said. */
-export function gallery(path, answers, version) {
+export function gallery(path, answers, version, dataset = null) {
   return h("ul", { class: "gallery" }, answers.map((one) => {
     const alt = t("result.picture", { label: one.label, answer: one.answer });
-    return h("li", {}, h("button", { type: "button", class: "tile", onclick: () => showPicture(path, one, version) },
+    return h("li", {}, h("button", { type: "button", class: "tile", onclick: () => showPicture(path, one, version, dataset) },
       picture(`${path}/image?id=${encodeURIComponent(one.id)}&side_px=160`, alt)),
     h("span", { class: "tile-words" }, h("span", {}, t("result.is", { label: one.label })),
       h("span", {}, t("result.said", { answer: one.answer, share: percent(one.probability) }))));
   }));
 }
 
-async function showCell(path, split, label, answer, version) {
+async function showCell(path, split, label, answer, version, dataset) {
   const query = new URLSearchParams({ split, label, answer, limit: CELL });
   const found = await request(`${path}/answers?${query}`);
   await ask(label === answer ? t("result.cell_right", { label }) : t("result.cell_wrong", { label, answer }), (done) => [
-    gallery(path, found.data, version), h("button", { type: "button", onclick: () => done(null) }, t("close"))]);
+    gallery(path, found.data, version, dataset), h("button", { type: "button", onclick: () => done(null) }, t("close"))]);
 }
 
-async function showPicture(path, one, version) {
+async function showPicture(path, one, version, dataset) {
   const address = `${path}/image?id=${encodeURIComponent(one.id)}`;
   await ask(t("result.picture", { label: one.label, answer: one.answer }), (done) => {
     const map = h("div", { "aria-live": "polite" });
@@ -96,6 +96,7 @@ async function showPicture(path, one, version) {
       picture(`${address}&side_px=1024`, one.id, { class: "large" }), map,
       h("p", { class: "hint" }, one.id),
       h("div", { class: "row" }, version && h("button", { type: "button", onclick: look }, t("result.look")),
+        dataset?.startsWith("file-") && h("a", { class: "button", href: `#/data/${dataset}/${encodeURIComponent(one.id)}`, onclick: () => done(null) }, t("result.correct")),
         h("button", { type: "button", onclick: () => done(null) }, t("close")))];
   });
 }

@@ -2,21 +2,22 @@
 
 import { all, request } from "../api.js";
 import { bars } from "../charts.js";
-import { ask, field, h, put } from "../dom.js";
+import { alertBox, ask, field, h, put } from "../dom.js";
 import { bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
+import { session } from "../session.js";
 
 const PAGE = 1000;
 const LARGE_PX = 1024;
 const UNEVEN = 10; // the largest class has so many times the pictures of the smallest
 const FEW = 10;
 
-export async function open(root, [id], signal) {
-  return id ? openOne(root, id, signal) : openList(root, signal);
+export async function open(root, [id, imageId], signal) {
+  return id ? openOne(root, id, imageId, signal) : openList(root, signal);
 }
 
 async function openList(root, signal) {
-  const files = await all("v1/files", { signal });
+  const files = (await all("v1/files", { signal })).filter(({ purpose }) => purpose === "fine-tune");
   put(root, h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, t("data.title")),
     h("a", { class: "button primary", href: "#/train" }, t("data.new"))),
   files.length
@@ -28,12 +29,15 @@ async function openList(root, signal) {
     : h("div", { class: "empty" }, h("p", {}, t("data.empty")), h("a", { class: "button primary", href: "#/train" }, t("data.new"))));
 }
 
-async function openOne(root, id, signal) {
+async function openOne(root, id, imageId, signal) {
   const file = await request(`v1/files/${id}`, { signal });
   const counts = countsOf(file);
   const most = Math.max(...Object.values(counts));
+  const changes = []; // {image, label} or {from, to}, oldest first: what the next version will have otherwise
   const label = h("select", { onchange: () => showPictures() },
-    h("option", { value: "" }, t("data.every_class")), file.summary.classes.map((name) => h("option", {}, name)));
+    h("option", { value: "" }, t("data.every_class")), file.summary.classes.map((name) => h("option", { value: name }, name)));
+  const rename = h("button", { type: "button", onclick: () => renameClass(label.value) }, t("data.rename"));
+  const pending = h("div", { class: "pending", role: "status" });
   const grid = h("div", {});
   let shown = new AbortController();
 
@@ -41,8 +45,63 @@ async function openOne(root, id, signal) {
     shown.abort();
     shown = new AbortController();
     signal.addEventListener("abort", () => shown.abort(), { once: true });
+    rename.hidden = label.value === "";
     const count = label.value ? counts[label.value] : total(counts);
-    put(grid, virtualGrid(count, cells(file.id, label.value, shown.signal), { signal: shown.signal }));
+    put(grid, virtualGrid(count, cells(file.id, label.value, shown.signal, { enlarge, mark }), { signal: shown.signal }));
+  }
+
+  function change(one) {
+    changes.push(one);
+    showPending();
+    showPictures();
+  }
+
+  function showPending() {
+    const messages = h("div", {});
+    const save = async () => {
+      try {
+        const made = await request(`v1/files/${file.id}/revisions`, { method: "POST", json: corrections(changes) });
+        changes.length = 0;
+        location.hash = `#/data/${made.id}`;
+      } catch (error) {
+        put(messages, alertBox(session.words(error)));
+      }
+    };
+    const undo = () => { changes.pop(); showPending(); showPictures(); };
+    put(pending, changes.length > 0 && h("div", { class: "notice row" },
+      h("strong", {}, t("data.changes", { n: changes.length })),
+      h("button", { type: "button", class: "primary", onclick: save }, t("data.save")),
+      h("button", { type: "button", onclick: undo }, t("data.undo")), messages));
+  }
+
+  /** Return what was decided about an image: a label, null where it is left out, undefined where nothing was. */
+  function mark(image) {
+    return changes.findLast((one) => one.image === image)?.label;
+  }
+
+  async function renameClass(from) {
+    const to = await ask(t("data.rename_title", { name: from }), (answer) => {
+      const input = h("input", { type: "text", value: from, maxlength: "200" });
+      return h("form", { onsubmit: (event) => { event.preventDefault(); answer(input.value.trim()); } }, field(t("data.new_name"), input),
+        h("div", { class: "row" }, h("button", { type: "submit", class: "primary" }, t("done")),
+          h("button", { type: "button", onclick: () => answer(null) }, t("stop"))));
+    });
+    if (to && to !== from) change({ from, to });
+  }
+
+  async function enlarge(one) {
+    const { picture } = await import("../pictures.js");
+    const decided = await ask(one.labels.join(", "), (answer) => {
+      const is = h("select", { value: mark(one.id) ?? one.labels[0] }, file.summary.classes.map((name) => h("option", { value: name }, name)));
+      return [
+        picture(`v1/files/${file.id}/image?id=${encodeURIComponent(one.id)}&side_px=${LARGE_PX}`, one.id, { class: "large" }),
+        h("p", { class: "hint" }, one.id),
+        h("div", { class: "row" }, field(t("data.is"), is),
+          h("button", { type: "button", class: "primary", onclick: () => answer({ image: one.id, label: is.value }) }, t("data.relabel")),
+          h("button", { type: "button", class: "danger", onclick: () => answer({ image: one.id, label: null }) }, t("data.leave_out")),
+          h("button", { type: "button", onclick: () => answer(null) }, t("close")))];
+    });
+    if (decided && decided.label !== (mark(one.id) ?? one.labels[0])) change(decided);
   }
 
   async function remove() {
@@ -55,6 +114,9 @@ async function openOne(root, id, signal) {
     location.hash = "#/data";
   }
 
+  addEventListener("beforeunload", (event) => { if (changes.length) event.preventDefault(); }, { signal });
+  const first = await request(`v1/files/${file.id}/images?limit=1`, { signal }).catch((error) => error);
+  const visible = Array.isArray(first.data);
   put(root,
     h("p", { class: "crumbs" }, h("a", { href: "#/data" }, t("data.title"))),
     h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, file.filename),
@@ -66,8 +128,27 @@ async function openOne(root, id, signal) {
       bars(Object.entries(counts).map(([name, n]) => ({ label: name, share: n / most, note: number(n) })), { label: t("data.classes") })),
     Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
       splits: list(Object.entries(file.summary.counts).map(([split, some]) => `${split} ${number(total(some))}`)) })),
-    h("section", {}, h("div", { class: "row" }, h("h2", {}, t("data.pictures")), field(t("data.class"), label)), grid));
+    h("section", {}, h("h2", {}, t("data.pictures")),
+      visible ? [h("p", { class: "hint" }, t("data.pictures_how")), h("div", { class: "row" }, field(t("data.class"), label), rename), pending, grid]
+        : h("p", { class: "notice" }, session.words(first))));
+  if (!visible) return;
   showPictures();
+  if (imageId) {
+    const known = (await request(`v1/files/${file.id}/images?id=${encodeURIComponent(imageId)}`, { signal })).data[0];
+    if (known) setTimeout(() => { if (!signal.aborted) enlarge(known); });
+  }
+}
+
+/** Return changes as the server takes them; a later one wins. */
+function corrections(changes) {
+  const labels = {};
+  const renamed = {};
+  for (const { image, label, from, to } of changes) {
+    if (image) labels[image] = label;
+    else renamed[from] = to;
+  }
+  for (const [image, label] of Object.entries(labels)) if (label in renamed) labels[image] = renamed[label];
+  return { labels, renamed };
 }
 
 /** Return what stands out, one card each. */
@@ -76,6 +157,7 @@ function findings(file, counts) {
   const sizes = Object.values(counts);
   const cards = [
     ...file.summary.warnings.map((text) => h("li", { class: "notice" }, text)),
+    ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good" }, text)),
     few.length > 0 && h("li", { class: "notice" }, t("data.few", { names: list(few), n: FEW })),
     Math.max(...sizes) > UNEVEN * Math.min(...sizes) && h("li", { class: "notice" }, t("data.uneven")),
   ].filter(Boolean);
@@ -94,7 +176,7 @@ function total(counts) {
 }
 
 /** Return what a cell of the grid shows; the list of pictures is read in pages, as far as it is looked at. */
-function cells(fileId, label, signal) {
+function cells(fileId, label, signal, { enlarge, mark }) {
   const pages = [];
   const pageAfter = (after) => {
     const query = new URLSearchParams({ limit: PAGE, ...(label ? { label } : {}), ...(after ? { after } : {}) });
@@ -107,15 +189,11 @@ function cells(fileId, label, signal) {
   return async (index) => {
     const { data } = await page(Math.floor(index / PAGE));
     const one = data[index % PAGE];
-    const place = `v1/files/${fileId}/image?id=${encodeURIComponent(one.id)}`;
+    const decided = mark(one.id);
     const name = `${one.labels.join(", ")} · ${one.id.split("/").at(-1)}`;
-    return { path: `${place}&side_px=160`, label: name, open: () => enlarge(`${place}&side_px=${LARGE_PX}`, one.id, one.labels) };
+    return {
+      path: `v1/files/${fileId}/image?id=${encodeURIComponent(one.id)}&side_px=160`, label: name, open: () => enlarge(one),
+      note: decided === undefined ? null : (decided ?? t("data.left_out")),
+    };
   };
-}
-
-async function enlarge(path, id, labels) {
-  const { picture } = await import("../pictures.js");
-  await ask(labels.join(", "), (answer) => [
-    picture(path, id, { class: "large" }), h("p", { class: "hint" }, id),
-    h("button", { type: "button", onclick: () => answer(null) }, t("close"))]);
 }

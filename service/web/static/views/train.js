@@ -22,7 +22,8 @@ const BURST_PAUSE_MS = 150;
 const OFTEN_ENOUGH = 10; // pictures of a class; with fewer, the page says so
 
 export async function open(root, [wanted], signal) {
-  const [files, settings] = await Promise.all([all("v1/files", { signal }), settingsForm(signal)]);
+  const [uploads, settings] = await Promise.all([all("v1/files", { signal }), settingsForm(signal)]);
+  const files = uploads.filter(({ purpose }) => purpose === "fine-tune");
   const state = { classes: new Map(), layout: [], archive: null, skipped: 0, busy: false, attempt: null };
   const dataset = h("select", { onchange: () => showSource() },
     h("option", { value: "" }, t("train.new_pictures")),

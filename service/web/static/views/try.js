@@ -39,7 +39,7 @@ export async function open(root, [wanted], signal) {
   const invitation = h("p", { class: "invitation" }, h("strong", {}, t("try.drop")), h("br"), t("try.drop_more"));
   const stage = h("label", { class: "drop square", for: "try-file" }, invitation, seen, map, video);
   const answer = h("div", { class: "answer", "aria-live": "polite" }, h("p", { class: "hint" }, t("try.nothing_yet")));
-  const opacityField = field(t("try.opacity"), opacity);
+  const opacityField = field(t("try.opacity"), opacity, { wide: true });
   opacityField.hidden = true;
   const webcam = h("button", { type: "button", onclick: () => (live ? stopLive() : startLive()) }, t("try.webcam"));
 

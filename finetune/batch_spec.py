@@ -1,0 +1,42 @@
+"""BatchSpec: the validated request to answer a whole folder of images, whatever door it came through. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from finetune.errors import SpecError
+from finetune.spec import Section, merged_mapping, problems_of
+
+
+class BatchSpec(Section):
+    """Which images, and what answers them."""
+
+    input_file: Annotated[str, Field(min_length=1, max_length=4096, description="A folder of images; on a server a `file-…` id.")]
+    model: Annotated[
+        str | None, Field(min_length=1, max_length=127, description="name, name@version or name@alias; null for the default.")
+    ] = None
+    embedding: Annotated[bool, Field(description="Keep each image's embedding in the .npz answers.")] = False
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+
+def parse_batch(given: Mapping[str, Any]) -> BatchSpec:
+    """Validate a mapping.
+
+    Raises:
+        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+    """
+    try:
+        return BatchSpec.model_validate(dict(given))
+    except ValidationError as error:
+        problems = problems_of(error, given)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise SpecError(f"the batch prediction has {count}", problems) from None
+
+
+def load_batch(path: Path) -> BatchSpec:
+    """Read a request from a YAML file."""
+    return parse_batch(merged_mapping(path))

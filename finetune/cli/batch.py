@@ -1,0 +1,63 @@
+"""`predict` for many images at once: a worker's part of a batch prediction, and asking a server for one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
+    """Answer what a request asks for, in the folder `run_dir`; where an earlier process was killed, go on from there."""
+    from finetune.batch_spec import load_batch
+    from finetune.bundle.predictor import Predictor
+    from finetune.bundle.registry import Registry
+    from finetune.evaluation.batch import answer_folder
+    from finetune.jobs.lease import watch_lease_from_environment
+    from finetune.progress import silent
+    from finetune.runs.watch import Stopwatch, failures_recorded, recorded
+    from finetune.runtime.cores import available_cores
+    from finetune.storage.rundir import RunDir
+    from finetune.storage.workspace import Workspace
+
+    watch_lease_from_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    spec, run = load_batch(request), RunDir(run_dir.absolute())
+    with run.create().held(), failures_recorded(run):
+        bundle = Registry(Workspace.from_environment().models).locate(spec.model)
+        predictor = Predictor.load(bundle, threads=available_cores())
+        progress = recorded(silent, run, Stopwatch(run))
+        return answer_folder(predictor, Path(spec.input_file), run.root, embedding=spec.embedding, progress=progress)
+
+
+def ask_server(images: tuple[Path, ...], model: str | None, server: str, out: Path, *, as_json: bool) -> None:
+    """Upload a folder or an archive, follow the batch prediction to its end, and download the answers to `out`."""
+    from finetune.batch_spec import BatchSpec
+    from finetune.cli.follow import follow
+    from finetune.cli.jobs import EXIT_CODES
+    from finetune.cli.terminal import print_json
+    from finetune.evaluation.tables import check_ending
+    from finetune.jobs.remote import RemoteJobs
+    from finetune.progress_bars import console, progress_bars
+
+    ending = check_ending(out)
+    if len(images) != 1:
+        raise click.UsageError("--server takes one folder, one archive, or the id of one file on the server")
+    client = RemoteJobs(server, os.environ.get("FINETUNE_API_KEY"))
+    with progress_bars(shown=not as_json) as progress:
+        job = client.submit(BatchSpec(input_file=str(images[0]), model=model), progress=progress)
+    job = follow(client, job, shown=not as_json)
+    if job.state != "succeeded":
+        if as_json:
+            print_json(job.to_dict())
+        sys.exit(EXIT_CODES[job.state])
+    client.download_answers(job.id, ending.removeprefix("."), out)
+    found = client.result(job.id)
+    if as_json:
+        print_json(found)
+    console.print(f"{found['summary']}; the answers are in {out}", markup=False, soft_wrap=True)
+    sys.exit(2 if found["n_unreadable"] else 0)

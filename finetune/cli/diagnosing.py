@@ -1,0 +1,63 @@
+"""`diagnose`: what is wrong with a run, from its own records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from finetune.cli.training import json_option
+
+if TYPE_CHECKING:
+    from finetune.storage.rundir import RunDir
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="A shallower run, or one with more frozen, on the same data: its training error is the one to reach.",
+)
+@click.option(
+    "--check-preprocessing",
+    is_flag=True,
+    help="Measure whether the pretrained weights expect pixels as they are given, if the run did not (seconds).",
+)
+@json_option
+def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json: bool) -> None:
+    """Say what is wrong with a run, from its own records.
+
+    RUN is the folder of a run, finished or not. Each finding comes with evidence, confidence and advice. Looked for are
+    overfitting, underfitting, degradation, vanishing and exploding gradients, dead units, learning rates, shuffled labels,
+    leakage, collapsed classes, frozen stages and wrong preprocessing.
+    """
+    from finetune.cli.show_diagnosis import show_diagnosis
+    from finetune.cli.terminal import print_json
+    from finetune.evaluation.diagnose import diagnose as diagnose_run
+    from finetune.storage.rundir import RunDir
+
+    folder = _kept(RunDir(run.absolute()))
+    if check_preprocessing:
+        _measure_preprocessing(folder, as_json)
+    found = diagnose_run(folder.root, None if against is None else _kept(RunDir(against.absolute())).root)
+    print_json(found.to_dict()) if as_json else show_diagnosis(found)
+
+
+def _kept(run: RunDir) -> RunDir:
+    """Return the run itself, or the child whose weights a study keeps."""
+    from finetune.studies.study import kept_run
+
+    return kept_run(run)
+
+
+def _measure_preprocessing(run: RunDir, as_json: bool) -> None:
+    from finetune.progress_bars import progress_bars
+    from finetune.runs.preprocessing import measure_finished_run
+    from finetune.runs.shared import Shared
+    from finetune.storage.workspace import Workspace
+
+    with progress_bars(shown=not as_json) as progress:
+        measure_finished_run(run, Shared.of(Workspace.from_environment()), progress)

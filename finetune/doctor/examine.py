@@ -1,0 +1,386 @@
+"""All examinations of one dataset, as findings; the worst first."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.check import advise_resize, image_facts
+from finetune.data.dataset import Dataset, Sample
+from finetune.doctor.duplicates import Pair, clusters, near_duplicates, same_bytes
+from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
+from finetune.doctor.labels import doubt_labels
+from finetune.doctor.looks import Look, look_at_all
+from finetune.doctor.shortcuts import find_shortcuts
+from finetune.messages import natural_list, plural
+from finetune.progress import ProgressCallback, silent
+
+VERSION = 5  # of what is found: examinations of another one are not read
+FEW_IMAGES = 20  # of a class, below which its figures say little
+UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
+_ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
+
+_BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
+_BLURRED_SHARPNESS = 0.008  # of pictures that are 128 px on their longer side
+
+
+def examine(
+    dataset: Dataset,
+    embeddings: NDArray[np.float32],
+    *,
+    backbone: str,
+    memory: Path | None = None,
+    progress: ProgressCallback = silent,
+) -> Examination:
+    """Examine a checked dataset that is split.
+
+    Args:
+        embeddings: (N, D), one row for each sample.
+        memory: a folder where facts about images are kept for the next examination.
+    """
+    work = _Examining(dataset, embeddings, memory, progress)
+    findings = list(work.findings())
+    findings.sort(key=lambda finding: (_ORDER[finding.severity], -finding.count))
+    return Examination(
+        revision=dataset.revision or dataset.digest,
+        n_images=len(dataset.samples),
+        classes=dataset.classes,
+        findings=tuple(findings),
+        backbone=backbone,
+        confidence=work.confidence,
+        seconds=work.seconds,
+    )
+
+
+def without_accepted(finding: Finding, accepted: frozenset[str]) -> Finding:
+    """Return a finding without the cases whose keys a person has acknowledged."""
+    left = tuple(case for case in finding.cases if case.key not in accepted)
+    done = len(finding.cases) - len(left)
+    return replace(finding, cases=left, count=finding.count - done, acknowledged=done)
+
+
+@dataclass
+class _Examining:
+    dataset: Dataset
+    embeddings: NDArray[np.float32]
+    memory: Path | None
+    progress: ProgressCallback
+    seconds: dict[str, float] = field(default_factory=dict)
+    confidence: tuple[float, ...] = ()
+
+    def findings(self) -> Iterator[Finding]:
+        with self._timed("looks"):
+            looks = look_at_all(self.samples, memory=self.memory, progress=self.progress)
+        with self._timed("near duplicates"):
+            near = near_duplicates(self.samples, self.embeddings, self.progress)
+        exclusive = all(isinstance(sample.target, int) for sample in self.samples)
+        yield from self._unreadable()
+        yield from self._copies(same_bytes(self.samples), near)
+        if exclusive:
+            with self._timed("labels"):
+                yield from self._labels()
+            with self._timed("shortcuts"):
+                yield from self._shortcuts(looks)
+        yield from self._classes()
+        yield from self._pictures(looks)
+        yield from self._framing()
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        return self.dataset.samples
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = round(time.perf_counter() - started, 3)
+
+    def _case(
+        self, kind: str, positions: Sequence[int], score: float = 1.0, said: str = "", suggested: str | None = None
+    ) -> Case:
+        ids = tuple(self.samples[one].id for one in positions)
+        return Case(ids, score, said, suggested, case_key(kind, [self.samples[one].sha256 for one in positions]))
+
+    def _label(self, position: int) -> str:
+        return " + ".join(self.dataset.label_names(self.samples[position]))
+
+    # ------------------------------------------------------------------------------------------------------------ files
+
+    def _unreadable(self) -> Iterator[Finding]:
+        bad = self.dataset.bad
+        if bad:
+            cases = tuple(Case((one.where,), 1.0, one.reason, key=case_key("unreadable", [one.where])) for one in bad)
+            yield Finding(
+                "unreadable",
+                "problem",
+                "Files that cannot be read",
+                len(bad),
+                f"{plural(len(bad), 'file')} of {len(bad) + len(self.samples):,} cannot be decoded; they are left out.",
+                "Copy them again from where they came from, or delete them.",
+                cases,
+            )
+
+    # ----------------------------------------------------------------------------------------------------------- copies
+
+    def _copies(self, same: Sequence[Sequence[int]], near: Sequence[Pair]) -> Iterator[Finding]:
+        scores = {frozenset((pair.first, pair.second)): pair.score for pair in near}
+        groups = clusters(len(self.samples), [*same, *((pair.first, pair.second) for pair in near)])
+        conflicting = [group for group in groups if len({self.samples[one].target for one in group}) > 1]
+        if conflicting:
+            yield Finding(
+                "conflicting_labels",
+                "problem",
+                "The same picture under different labels",
+                len(conflicting),
+                f"In more than one class: {plural(len(conflicting), 'picture')}. No model can get all of them right.",
+                "Decide which label is right, and remove the others or correct them in the manifest.",
+                tuple(
+                    self._case("conflicting_labels", group, said=" / ".join(sorted({self._label(one) for one in group})))
+                    for group in conflicting
+                ),
+            )
+        across = [group for group in groups if len({self.samples[one].split for one in group}) > 1]
+        if across:
+            n_test = sum(self.samples[one].split in ("val", "test") for group in across for one in group)
+            yield Finding(
+                "leaks",
+                "problem",
+                "The same picture on both sides of the split",
+                len(across),
+                f"In the training data too: {plural(n_test, 'validation or test image')}. Figures flatter the model.",
+                "Give copies one group (the manifest does), so that they are drawn together; of splits of your own, the manifest "
+                "leaves out the copies in the training data.",
+                tuple(self._case("leaks", group, said=_sides(self.samples, group)) for group in across),
+                "group",
+            )
+        exact = [group for group in same if len({self.samples[one].target for one in group}) == 1]
+        if exact:
+            extra = sum(len(group) - 1 for group in exact)
+            yield Finding(
+                "duplicates",
+                "note",
+                "Files with the same bytes",
+                len(exact),
+                f"{plural(extra, 'file')} more than there are pictures. They count twice in training.",
+                "Leave one of each.",
+                tuple(self._case("duplicates", group) for group in exact),
+                "leave_out",
+            )
+        alike = [group for group in groups if len({self.samples[one].sha256 for one in group}) > 1]
+        if alike:
+            yield Finding(
+                "near_duplicates",
+                "doubt",
+                "The same picture in different files",
+                len(alike),
+                "Re-encoded, resized, cropped, mirrored or framed copies: near in the embedding, and of the same fine structure "
+                "when they are laid over each other.",
+                "Give them one group (the manifest does), so that they are never on two sides of a split.",
+                tuple(
+                    sorted(
+                        (
+                            self._case("near_duplicates", group, _surest(group, scores), _sizes(self.samples, group))
+                            for group in alike
+                        ),
+                        key=lambda case: -case.score,
+                    )
+                ),
+                "group",
+            )
+
+    # ----------------------------------------------------------------------------------------------------------- labels
+
+    def _labels(self) -> Iterator[Finding]:
+        doubts = doubt_labels(self.samples, self.embeddings, len(self.dataset.classes))
+        if doubts is None:
+            return
+        self.confidence = tuple(round(float(one), 6) for one in doubts.confidence)
+        if not doubts.doubted:
+            return
+        classes = self.dataset.classes
+        yield Finding(
+            "label_errors",
+            "doubt",
+            "Labels that are probably wrong",
+            len(doubts.doubted),
+            f"Of {plural(len(self.samples), 'label')}, {len(doubts.doubted):,} are doubted by a linear head on frozen features "
+            "that has not seen the image. A doubt is no proof: look at the first ones.",
+            "Correct the label in the manifest, or acknowledge the case.",
+            tuple(
+                self._case(
+                    "label_errors",
+                    [one],
+                    round(1 - float(doubts.confidence[one]), 4),
+                    f"labelled {self._label(one)} ({doubts.confidence[one]:.1%} likely)",
+                    classes[doubts.suggested[one]],
+                )
+                for one in doubts.doubted
+            ),
+            "relabel",
+        )
+
+    def _shortcuts(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
+        found = find_shortcuts(self.samples, looks, len(self.dataset.classes))
+        if not found:
+            return
+        classes, chance = self.dataset.classes, 1 / len(self.dataset.classes)
+        cases = []
+        for one in found:
+            told = natural_list([f"{classes[label]} ({share:.0%})" for label, share in one.given_away], 5)
+            said = f"{one.fact} alone gives away {told}; right for {one.accuracy:.0%} of a class's images, by chance {chance:.0%}"
+            cases.append(Case((), one.given_away[0][1], said, key=case_key("shortcuts", [one.fact, *classes])))
+        yield Finding(
+            "shortcuts",
+            "problem",
+            "The label can be told without looking at the picture",
+            len(cases),
+            f"{natural_list([one.fact for one in found])}: a model may learn this instead of what the pictures show, and fail on "
+            "pictures from elsewhere.",
+            "Collect every class in the same way, or bring the files to one size, format and compression; test on pictures from "
+            "another source.",
+            tuple(cases),
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- classes
+
+    def _classes(self) -> Iterator[Finding]:
+        counts = self.dataset.counts()
+        totals = Counter[str]()
+        for of_split in counts.values():
+            totals.update(of_split)
+        small = {name: count for name, count in totals.items() if count < FEW_IMAGES}
+        if small:
+            said = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
+            yield Finding(
+                "small_classes",
+                "doubt",
+                "Classes with few images",
+                len(small),
+                f"{said}: figures of classes with fewer than {FEW_IMAGES} images say little.",
+                "Add images, or merge classes.",
+                tuple(
+                    Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
+                    for name, count in small.items()
+                ),
+            )
+        missing = [(split, name) for split, of in counts.items() for name, count in of.items() if not count and split != "all"]
+        if missing:
+            yield Finding(
+                "missing_in_split",
+                "problem",
+                "Classes that a split cannot measure",
+                len(missing),
+                natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
+                "Add images of these classes, or draw the split anew.",
+                tuple(
+                    Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
+                    for split, name in missing
+                ),
+            )
+        present = [count for count in totals.values() if count]
+        if present and max(present) >= UNEQUAL * min(present):
+            most, least = totals.most_common(1)[0], min(totals.items(), key=lambda pair: pair[1])
+            yield Finding(
+                "imbalance",
+                "note",
+                "Classes of very different size",
+                1,
+                f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Accuracy over all images hides what happens to "
+                "small classes: read the mean over classes (macro) figures first.",
+                "Add images of the small classes, or set data.class_weights: balanced or data.logit_adjustment: 1.",
+                (
+                    Case(
+                        (),
+                        most[1] / max(least[1], 1),
+                        f"{most[0]} {most[1]:,}, {least[0]} {least[1]:,}",
+                        key=case_key("imbalance", []),
+                    ),
+                ),
+            )
+
+    # --------------------------------------------------------------------------------------------------------- pictures
+
+    def _pictures(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
+        yield from self._those(
+            looks, "blank", "Pictures of nothing", lambda sample, look: look.contrast < _BLANK_CONTRAST,
+            lambda look: look.contrast, "Almost no contrast", "Look at them, and leave out what shows nothing.", "leave_out",
+        )  # fmt: skip
+        yield from self._those(
+            looks, "dark", "Very dark pictures", lambda sample, look: look.contrast >= _BLANK_CONTRAST and look.brightest < _DARK,
+            lambda look: look.brightest, "Black in nineteen of twenty pixels", "Leave out what nobody could recognise.",
+        )  # fmt: skip
+        yield from self._those(
+            looks, "bright", "Very bright pictures",
+            lambda sample, look: look.darkest > _BRIGHT and look.contrast >= _BLANK_CONTRAST,
+            lambda look: -look.darkest, "White in nineteen of twenty pixels", "Leave out what nobody could recognise.",
+        )  # fmt: skip
+        yield from self._those(
+            looks, "blurred", "Blurred pictures",
+            lambda sample, look: look.contrast >= _BLANK_CONTRAST
+            and look.sharpness < _BLURRED_SHARPNESS
+            and min(sample.size_px or (0,)) >= 2 * _TINY_PX,
+            lambda look: look.sharpness, "No fine structure even at 128 pixels", "Leave out what nobody could recognise.",
+        )  # fmt: skip
+        yield from self._those(
+            looks, "tiny", "Very small pictures", lambda sample, look: min(sample.size_px or (_TINY_PX,)) < _TINY_PX,
+            lambda look: look.n_bytes, f"Less than {_TINY_PX} pixels wide or high", "Look for larger originals.",
+        )  # fmt: skip
+        turned = [sample for sample in self.samples if sample.sha256 in looks and looks[sample.sha256].orientation != 1]
+        formats = Counter(f"{look.format or 'other'} ({look.mode})" for look in looks.values())
+        if len(formats) > 1 or turned:
+            said = natural_list([f"{count:,} {name}" for name, count in formats.most_common()], 6)
+            upright = f" Stored turned, shown upright: {plural(len(turned), 'file')}." if turned else ""
+            yield Finding("formats", "note", "Formats", len(formats), f"{said}.{upright}", "Nothing: all of them are read.")
+
+    def _those(
+        self,
+        looks: Mapping[str, Look],
+        kind: str,
+        title: str,
+        has_it: Callable[[Sample, Look], bool],
+        how: Callable[[Look], float],
+        said: str,
+        advice: str,
+        fix: Fix = "none",
+    ) -> Iterator[Finding]:
+        found = [
+            (how(look), position)
+            for position, sample in enumerate(self.samples)
+            if (look := looks.get(sample.sha256)) is not None and has_it(sample, look)
+        ]
+        if found:
+            cases = tuple(self._case(kind, [position]) for _, position in sorted(found))
+            yield Finding(kind, "doubt", title, len(found), f"{said}: {plural(len(found), 'picture')}.", advice, cases, fix)
+
+    def _framing(self) -> Iterator[Finding]:
+        advice = advise_resize(image_facts(self.samples))
+        if advice.resize != "crop":
+            yield Finding(
+                "framing",
+                "note",
+                "How pictures are brought to the model's square",
+                1,
+                f"{advice.reason[0].upper()}{advice.reason[1:]}; so data.resize: auto means {advice.resize}.",
+                "Look at the pictures under 'What the model sees'.",
+            )
+
+
+def _surest(group: Sequence[int], scores: Mapping[frozenset[int], float]) -> float:
+    return max((score for pair, score in scores.items() if pair <= set(group)), default=1.0)
+
+
+def _sizes(samples: Sequence[Sample], group: Iterable[int]) -> str:
+    sizes = dict.fromkeys(f"{size[0]} × {size[1]}" for one in group if (size := samples[one].size_px))
+    return "one size" if len(sizes) == 1 else " and ".join(list(sizes)[:3])
+
+
+def _sides(samples: Sequence[Sample], group: Sequence[int]) -> str:
+    sides = Counter(samples[one].split or "" for one in group)
+    return ", ".join(f"{count} in {side}" for side, count in sorted(sides.items()))

@@ -1,0 +1,97 @@
+"""What an examination found: one kind of fault, with the images that have it, the evidence, and what to do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Severity = Literal["problem", "doubt", "note"]
+"""A problem makes figures or models wrong; a doubt is for a person to look at; a note is only worth knowing."""
+Fix = Literal["leave_out", "group", "relabel", "none"]
+"""What the corrected manifest does about it. Only `leave_out` and `group` are done without a person's word for each image."""
+
+LISTED = 200  # cases of a finding that JSON for people and programs names; `count` says how many there are
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, or images that belong together, with the fault.
+
+    Args:
+        ids: of the samples.
+        score: how certain it is; larger is more.
+        said: what was seen, in a few words.
+        suggested: another label, where one is likelier.
+    """
+
+    ids: tuple[str, ...]
+    score: float = 1.0
+    said: str = ""
+    suggested: str | None = None
+    key: str = ""  # over the kind and the bytes of the images: the same case in another copy of the data
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault.
+
+    Args:
+        kind: a word that stays the same between releases, such as ``near_duplicates``.
+        count: how many cases there are.
+        evidence: what was measured, as a sentence.
+        advice: what to do.
+        cases: the strongest first.
+    """
+
+    kind: str
+    severity: Severity
+    title: str
+    count: int
+    evidence: str
+    advice: str
+    cases: tuple[Case, ...] = ()
+    fix: Fix = "none"
+    acknowledged: int = 0  # cases that a person has looked at and accepted; they are not among `cases`
+
+    def to_dict(self, most: int | None = None) -> dict[str, Any]:
+        """Return the finding as JSON values, with at most `most` of its cases."""
+        return asdict(replace(self, cases=self.cases[:most]))
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings about one revision of a dataset, the worst first."""
+
+    revision: str
+    n_images: int
+    classes: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    backbone: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    confidence: tuple[float, ...] = ()  # in the label of each sample, in their order, by a head that has not seen it
+
+    def to_dict(self, most: int | None = None) -> dict[str, Any]:
+        """Return all findings as JSON values, with at most `most` cases of each."""
+        values = asdict(replace(self, findings=(), confidence=self.confidence if most is None else ()))
+        return {**values, "findings": [finding.to_dict(most) for finding in self.findings]}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Examination:
+        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        findings = []
+        for one in given["findings"]:
+            cases = tuple(Case(**{**case, "ids": tuple(case["ids"])}) for case in one["cases"])
+            findings.append(Finding(**{**one, "cases": cases}))
+        tuples = {"classes": tuple(given["classes"]), "findings": tuple(findings), "confidence": tuple(given["confidence"])}
+        return cls(**{**given, **tuples})
+
+    def of(self, kind: str) -> Finding | None:
+        """Return the finding of a kind, if there is one."""
+        return next((finding for finding in self.findings if finding.kind == kind), None)
+
+
+def case_key(kind: str, digests: Sequence[str]) -> str:
+    """Return the key of a case: 12 hexadecimal digits over its kind and the sha256 of its images."""
+    return hashlib.sha256(" ".join([kind, *sorted(digests)]).encode()).hexdigest()[:12]

@@ -1,0 +1,144 @@
+"""What each image looks like as a file: format, mode, brightness, contrast, sharpness; and a small grey picture of it.
+
+Computed from the bytes once and kept by their sha256, so a second examination decodes nothing. Torch-free.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.bundle.image import DECODER, decode_image
+from finetune.data.check import append_note
+from finetune.data.dataset import Sample
+from finetune.data.parallel import ordered_map
+from finetune.errors import ImageError
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.cores import available_cores
+
+_VERSION = 1
+_SIDE_PX = 128  # of the picture that is judged; blur is a matter of scale
+_ORIENTATION, _MODEL = 0x0112, 0x0110  # EXIF tags
+
+
+@dataclass(frozen=True)
+class Look:
+    """Facts about one image file.
+
+    Args:
+        brightness: mean of the grey values, 0 to 255; `darkest` and `brightest` are their 5th and 95th percentile.
+        contrast: standard deviation of the grey values.
+        sharpness: share of the grey values' variation that is between neighbouring pixels.
+        orientation: 1 where the file is stored upright.
+    """
+
+    format: str
+    mode: str
+    n_bytes: int
+    brightness: float
+    darkest: float
+    brightest: float
+    contrast: float
+    sharpness: float
+    orientation: int = 1
+    camera: str = ""
+
+
+def look_at_all(samples: Sequence[Sample], *, memory: Path | None = None, progress: ProgressCallback = silent) -> dict[str, Look]:
+    """Return what the images look like by the sha256 of their bytes; what cannot be read is left out."""
+    known = _recall(memory)
+    new = {sample.sha256: sample for sample in samples if sample.sha256 not in known}
+    threads = available_cores()
+    lines: list[str] = []
+    for done, (sha256, look) in enumerate(
+        zip(new, ordered_map(_look, new.values(), threads=threads, ahead=16 * threads), strict=True), start=1
+    ):
+        if look is not None:
+            known[sha256] = look
+            lines.append(json.dumps({"sha256": sha256, **asdict(look)}))
+        if done % 64 == 0 or done == len(new):
+            progress(Progress("preparing", done, len(new), "images", message="looking at images"))
+    if memory is not None:
+        append_note(_notes(memory), "".join(f"{line}\n" for line in lines))
+    wanted = {sample.sha256 for sample in samples}
+    return {sha256: look for sha256, look in known.items() if sha256 in wanted}
+
+
+def grey(sample: Sample, side_px: int) -> NDArray[np.uint8]:
+    """Return an image as grey values, (h, w), its longer side `side_px`.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    rgb = sample.decode(partial(decode_image, short_side_px=side_px))
+    picture = Image.fromarray(rgb).convert("L")
+    scale = side_px / max(picture.size)
+    size = (max(8, round(picture.width * scale)), max(8, round(picture.height * scale)))
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
+def _look(sample: Sample) -> Look | None:
+    try:
+        data = sample.file.read()
+        values = grey(sample, _SIDE_PX).astype(np.float32)
+    except ImageError:
+        return None
+    facts = _facts_of_file(data)
+    between = [np.diff(values, axis=axis).var() for axis in (0, 1)]
+    variance = float(values.var())
+    return Look(
+        **facts,
+        n_bytes=len(data),
+        brightness=round(float(values.mean()), 2),
+        darkest=float(np.percentile(values, 5)),
+        brightest=float(np.percentile(values, 95)),
+        contrast=round(variance**0.5, 2),
+        sharpness=round(float(np.mean(between)) / variance, 5) if variance > 0 else 0.0,
+    )
+
+
+def _facts_of_file(data: bytes) -> dict[str, Any]:
+    """Return what a file's header says; nothing of it where Pillow does not know the header of a format."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            exif = picture.getexif()
+            camera = exif.get(_MODEL)
+            return {
+                "format": picture.format or "",
+                "mode": picture.mode,
+                "orientation": int(exif.get(_ORIENTATION, 1) or 1),
+                "camera": camera.strip("\x00 ")[:80] if isinstance(camera, str) else "",
+            }
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+        return {"format": "", "mode": "", "orientation": 1, "camera": ""}
+
+
+def _notes(memory: Path) -> Path:
+    return memory / f"looks-{_VERSION}-{DECODER}.jsonl"
+
+
+def _recall(memory: Path | None) -> dict[str, Look]:
+    if memory is None or not _notes(memory).exists():
+        return {}
+    found = {}
+    for line in _lines(_notes(memory)):
+        try:
+            facts: Mapping[str, Any] = json.loads(line)
+            found[str(facts["sha256"])] = Look(**{key: value for key, value in facts.items() if key != "sha256"})
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a killed process left torn
+    return found
+
+
+def _lines(path: Path) -> Iterable[str]:
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        yield from stream

@@ -1,0 +1,148 @@
+"""Findings → a manifest that corrects the data (`finetune.data.corrections`), and the list of what a person has accepted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from finetune.data.corrections import Row, write_corrections
+from finetune.data.dataset import Dataset, Sample
+from finetune.doctor.duplicates import clusters
+from finetune.doctor.finding import Examination, Finding
+from finetune.errors import InvalidInput, did_you_mean
+from finetune.storage.files import file_lock, write_atomic
+
+
+def write_manifest(path: Path, dataset: Dataset, examination: Examination, *, given_splits: bool) -> tuple[int, int, int]:
+    """Write a manifest of all images; return how many it leaves out, groups anew, and suggests another label for.
+
+    It leaves out what certainly does no good (second files of the same bytes, blank pictures, copies in the training data of
+    validation and test images that the data gives), and gives copies one group. Labels stay: a suggestion stands beside them.
+
+    Args:
+        given_splits: the data says itself which images validate and test.
+    """
+    out = _left_out(dataset, examination, given_splits)
+    groups = _groups(dataset, examination)
+    suggested, whys = _suggestions(examination), _whys(examination)
+    rows = []
+    confidences = examination.confidence or (None,) * len(dataset.samples)
+    for sample, confidence in zip(dataset.samples, confidences, strict=True):
+        group = groups.get(sample.id, sample.group or "")
+        rows.append(
+            Row(
+                file=sample.id,
+                label=dataset.label_text(sample),
+                use="no" if sample.id in out else "yes",
+                group=group,
+                why=" ".join(whys.get(sample.id, ())),
+                suggested=suggested.get(sample.id, ""),
+                confidence="" if confidence is None else f"{confidence:.4f}",
+                sha256=sample.sha256,
+            )
+        )
+    write_corrections(path, sorted(rows, key=lambda row: (not row.why, row.confidence, row.file)))
+    return len(out), len(groups), len(suggested)
+
+
+def _left_out(dataset: Dataset, examination: Examination, given_splits: bool) -> set[str]:
+    split_of = {sample.id: sample.split for sample in dataset.samples}
+    out: set[str] = set()
+    for finding in examination.findings:
+        for case in finding.cases:
+            if finding.kind == "duplicates":
+                out.update(_but_one(case.ids, split_of))
+            elif finding.kind == "leaks" and given_splits:
+                out.update(one for one in case.ids if split_of[one] == "train")
+            elif finding.fix == "leave_out":
+                out.update(case.ids)
+    return out
+
+
+def _but_one(ids: Sequence[str], split_of: dict[str, str | None]) -> list[str]:
+    """Return all but the one that is kept: of a split that judges, if there is one, so that nothing is trained on what judges."""
+    order = {"test": 0, "val": 1}
+    kept = min(ids, key=lambda one: (order.get(split_of[one] or "", 2), one))
+    return [one for one in ids if one != kept]
+
+
+def _groups(dataset: Dataset, examination: Examination) -> dict[str, str]:
+    """Return the group of every image that belongs to others: copies, with all that is already in a group with one of them."""
+    position = {sample.id: number for number, sample in enumerate(dataset.samples)}
+    pairs = [
+        [position[one] for one in case.ids]
+        for finding in examination.findings
+        if finding.fix == "group"
+        for case in finding.cases
+    ]
+    touched = {one for pair in pairs for one in pair}
+    pairs += _given_groups(dataset.samples)
+    found: dict[str, str] = {}
+    for members in clusters(len(dataset.samples), pairs):
+        if touched.intersection(members):
+            name = f"copies of {dataset.samples[members[0]].id}"
+            found.update(dict.fromkeys((dataset.samples[one].id for one in members), name))
+    return found
+
+
+def _given_groups(samples: Sequence[Sample]) -> list[list[int]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        if sample.group is not None:
+            groups[sample.group].append(number)
+    return list(groups.values())
+
+
+def _suggestions(examination: Examination) -> dict[str, str]:
+    finding = examination.of("label_errors")
+    return {case.ids[0]: case.suggested for case in (finding.cases if finding else ()) if case.suggested}
+
+
+def _whys(examination: Examination) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for finding in examination.findings:
+        for case in finding.cases:
+            for one in case.ids:
+                if finding.kind not in found[one]:
+                    found[one].append(finding.kind)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- what is accepted
+
+
+def accepted_in(path: Path) -> frozenset[str]:
+    """Return the keys of the cases that were acknowledged."""
+    if not path.exists():
+        return frozenset()
+    return frozenset(line.split()[0] for line in path.read_text("utf-8").splitlines() if line.strip())
+
+
+def acknowledge(path: Path, examination: Examination, what: Iterable[str]) -> int:
+    """Note cases as looked at and accepted, so that no later examination reports them; return how many are new.
+
+    Args:
+        what: kinds of findings, which stands for all their present cases, or keys of cases.
+
+    Raises:
+        InvalidInput: neither.
+    """
+    lines: list[str] = []
+    for one in what:
+        keys = _keys_of(one, examination.findings)
+        if not keys:
+            kinds = [finding.kind for finding in examination.findings]
+            raise InvalidInput(f"{one!r}: neither a kind of finding nor the key of a case here.{did_you_mean(one, kinds)}")
+        lines += [f"{key} {kind}" for key, kind in keys]
+    with file_lock(path.with_suffix(".lock")):
+        known = accepted_in(path)
+        new = [line for line in dict.fromkeys(lines) if line.split()[0] not in known]
+        before = path.read_text("utf-8") if path.exists() else ""
+        write_atomic(path, lambda stream: stream.write((before + "".join(f"{line}\n" for line in new)).encode()))
+    return len(new)
+
+
+def _keys_of(what: str, findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    cases = [(case.key, finding.kind) for finding in findings for case in finding.cases]
+    return [(key, kind) for key, kind in cases if what in (key, kind)]

@@ -1,0 +1,130 @@
+"""Answer a whole folder of images, in parts, so that a process that was killed goes on where it was. Torch-free.
+
+A part is ``parts/<number>.npz``, the table of its answers, with ``parts/<number>.json`` beside it, which names what could not be
+read. Whole, the answers become ``answers.csv``, ``answers.npz`` and, where pyarrow is installed, ``answers.parquet``; the result,
+``batch.json``, is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.bundle.predictor import Predictor
+from finetune.data.dataset import Sample
+from finetune.data.places import open_place
+from finetune.data.reading import Reading
+from finetune.errors import DataError, MissingExtra
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.tables import write_table
+from finetune.messages import plural, printable
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.storage.files import read_json, write_json
+
+FORMATS = (".csv", ".npz", ".parquet")
+PART_IMAGES = 512
+SHOWN_UNREADABLE = 1000
+
+
+def answer_folder(
+    predictor: Predictor, images: Path, out: Path, *, embedding: bool = False, progress: ProgressCallback = silent
+) -> dict[str, Any]:
+    """Answer every image under `images` and write the answers into the folder `out`; return what ``batch.json`` holds.
+
+    Args:
+        images: a folder, an archive, or what an upload is kept as.
+        embedding: keep the embeddings too.
+
+    Raises:
+        DataError: there is no image file under `images`.
+    """
+    result = out / "batch.json"
+    if result.exists():
+        found: dict[str, Any] = read_json(result)
+        return found
+    files = open_place(images, Reading()).tree.root().all_files()
+    samples = [Sample(node.path, node.file, ()) for node in files if node.is_image]
+    if not samples:
+        raise DataError(f"{printable(images)}: holds no image file")
+    parts, unreadable = out / "parts", []
+    parts.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(samples), PART_IMAGES)):
+        part = parts / f"{number:06d}.npz"
+        if not part.exists():
+            moved = _moved(progress, start, len(samples))
+            _answer_part(predictor, samples[start : start + PART_IMAGES], part, embedding, moved)
+        unreadable += read_json(part.with_suffix(".json"))
+    answers = _joined([tables.read(part) for part in sorted(parts.glob("*.npz"))])
+    manifest = predictor.manifest
+    written = _write_answers(answers, out, float(manifest.calibration.get("temperature", 1.0)))
+    document = {
+        "object": "batch_prediction",
+        "id": out.name,
+        "model": manifest.name,
+        "version": manifest.version,
+        "classes": list(manifest.classes),
+        "n_answered": len(answers),
+        "n_unreadable": len(unreadable),
+        "unreadable": unreadable[:SHOWN_UNREADABLE],
+        "files": written,
+        "summary": f"{plural(len(answers), 'image')} answered by {manifest.name}@{manifest.version}"
+        + (f", {len(unreadable):,} could not be read" if unreadable else ""),
+    }
+    write_json(result, document)
+    shutil.rmtree(parts)
+    return document
+
+
+def _moved(progress: ProgressCallback, start: int, total: int) -> ProgressCallback:
+    """Return a callback for the progress of a part that begins at image `start`."""
+
+    def report(update: Progress) -> None:
+        progress(replace(update, done=start + update.done, total=total, message=""))
+
+    return report
+
+
+def _answer_part(
+    predictor: Predictor, samples: Sequence[Sample], part: Path, embedding: bool, progress: ProgressCallback
+) -> None:
+    answers: list[Answer] = []
+    unreadable: list[dict[str, str]] = []
+    for answer in ask(predictor, samples, progress=progress):
+        if isinstance(answer, Unreadable):
+            unreadable.append(_refused(answer))
+        else:
+            answers.append(answer)
+    table = predictions_of(answers, predictor, "given", labelled=False)
+    write_json(part.with_suffix(".json"), unreadable)
+    tables.write(part, table if embedding else replace(table, embedding=None))
+
+
+def _refused(answer: Unreadable) -> dict[str, str]:
+    return {"file": printable(answer.sample.id), "code": answer.error.code, "message": printable(answer.error.message)}
+
+
+def _joined(parts: Sequence[Predictions]) -> Predictions:
+    embeddings = [part.embedding for part in parts if part.embedding is not None]
+    return replace(
+        parts[0],
+        ids=tuple(sample for part in parts for sample in part.ids),
+        sha256=np.concatenate([part.sha256 for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        embedding=np.concatenate(embeddings) if embeddings else None,
+    )
+
+
+def _write_answers(answers: Predictions, out: Path, temperature: float) -> list[str]:
+    """Write the answers in every format that is installed; return the names of the files."""
+    for suffix in FORMATS:
+        with contextlib.suppress(MissingExtra):
+            write_table(out / f"answers{suffix}", answers, temperature)
+    return [f"answers{suffix}" for suffix in FORMATS if (out / f"answers{suffix}").exists()]

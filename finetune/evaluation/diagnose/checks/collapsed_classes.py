@@ -1,0 +1,73 @@
+"""Collapsed classes: classes that the model never answers with, although it is shown images of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.harm import harm_of
+from finetune.evaluation.diagnose.records import RunRecords
+from finetune.messages import natural_list
+
+FEWEST_IMAGES = 5  # of a class
+RARE = 0.1  # answers with a class, of its images
+UNLIKELY = math.log(1e-3)
+LEAST_RECALL = 0.2  # of the other classes: a model that recognises nothing has no classes to lose
+
+
+class CollapsedClasses:
+    """Asks how probable so few answers are at the recall that the other classes have."""
+
+    code = "collapsed_classes"
+    title = "Collapsed classes"
+    explains = frozenset({"underfitting"})
+
+    def look(self, records: RunRecords) -> Verdict:
+        judged = records.judged
+        if judged is None or records.task.name != "multiclass":
+            return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
+        harm = harm_of(records)
+        if harm is not None and harm.kind != "worse":
+            return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
+        split, table = judged
+        n_classes = len(table.classes)
+        answers = table.logits.argmax(axis=1)
+        true, given = np.bincount(table.labels, minlength=n_classes), np.bincount(answers, minlength=n_classes)
+        right = np.bincount(table.labels[answers == table.labels], minlength=n_classes)
+        rare = (true >= FEWEST_IMAGES) & (given <= RARE * true)
+        others = ~rare & (true > 0)
+        recall = float(right[others].sum() / max(true[others].sum(), 1))
+        lost = [index for index in np.flatnonzero(rare) if int(true[index]) * math.log1p(-min(recall, 0.99)) < UNLIKELY]
+        figure = f"{int((given > 0).sum())} of {int((true > 0).sum())} classes are answered with"
+        if not lost or (recall < LEAST_RECALL and len(lost) < n_classes - 1):
+            return Clear(self.code, self.title, figure)
+        names = natural_list([table.classes[index] for index in lost])
+        return Finding(
+            self.code,
+            self.title,
+            "problem",
+            confidence(2.0 * float(true[lost].sum()) * math.log1p(-min(recall, 0.99)) / UNLIKELY / max(len(lost), 1)),
+            f"it hardly ever answers {names}, although {int(true[lost].sum())} of {len(answers)} {split} images show "
+            f"{'it' if len(lost) == 1 else 'them'}",
+            (
+                *(
+                    Evidence(
+                        f"answers {table.classes[index]}", f"{given[index]} for {true[index]} images", "about as many as images"
+                    )
+                    for index in lost[:5]
+                ),
+                Evidence("recall of the other classes", f"{recall:.0%}"),
+                Evidence("training images of these classes", self._trained_on(records, [table.classes[index] for index in lost])),
+            ),
+            (
+                "see whether the training labels of these classes are what they should be",
+                "more images of these classes, or equal weights for all classes, where they are few",
+            ),
+            "per-class recall and its mean: Brodersen et al. 2010, The balanced accuracy and its posterior distribution",
+        )
+
+    def _trained_on(self, records: RunRecords, names: list[str]) -> str:
+        counts = records.resolved["dataset"]["counts"].get("train", {})
+        return ", ".join(f"{name} {counts.get(name, 0):,}" for name in names[:5])

@@ -1,0 +1,56 @@
+"""Dead units: channels that answered to images before the first step and are constant for all of them now."""
+
+from __future__ import annotations
+
+from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.harm import harm_of
+from finetune.evaluation.diagnose.records import Curve, RunRecords
+
+DIED = 0.3  # of the channels of one layer, since the first step
+
+
+class DeadUnits:
+    """A network may have constant channels from the start (padding, pruning), so only those that died count."""
+
+    code = "dead_units"
+    title = "Dead units"
+    explains = frozenset({"collapsed_classes", "degradation", "underfitting"})
+
+    def look(self, records: RunRecords) -> Verdict:
+        curves = _curves(records)
+        if not curves:
+            return NotChecked(self.code, self.title, "no activations were listened to at two points of training")
+        died = {owner: curve[-1][1] - curve[0][1] for owner, curve in curves.items()}
+        worst = max(died, key=lambda owner: died[owner])
+        figure = f"at most {max(died[worst], 0.0):.0%} of a layer's channels died"
+        if died[worst] < DIED:
+            return Clear(self.code, self.title, figure)
+        harm = harm_of(records)
+        others = sum(share >= DIED for share in died.values()) - 1
+        also = f", and so many in {others} other stage{'s' if others > 1 else ''}" if others else ""
+        return Finding(
+            self.code,
+            self.title,
+            "problem" if harm else "note",
+            confidence((died[worst] / DIED) ** 2),
+            f"{died[worst]:.0%} of the channels of a layer in {records.called(worst)} have died since the first step{also}",
+            (
+                Evidence(
+                    f"constant channels in the worst layer of {records.called(worst)}",
+                    ", ".join(f"{value:.0%} after step {step:.0f}" for step, value in curves[worst]),
+                    f"less than {DIED:.0%} more than at the start",
+                ),
+                *([harm.evidence] if harm else []),
+            ),
+            (
+                "a lower learning rate, with a longer warm-up (hyperparameters.warmup_fraction)",
+                "for a network of your own: leaky or smooth activations (LeakyReLU, GELU), batch normalisation before them",
+            ),
+            "Lu et al. 2019, Dying ReLU and initialization, arXiv:1903.06733",
+        )
+
+
+def _curves(records: RunRecords) -> dict[str, Curve]:
+    """Return the share of constant channels in the worst layer of each stage, where it was measured twice."""
+    found = {owner: records.signal("dead_channels", owner) for owner in records.stage_names}
+    return {owner: curve for owner, curve in found.items() if len(curve) > 1}

@@ -1,0 +1,75 @@
+"""Exploding gradients: they grow as training goes on, or from the top of the network to its stem, or beyond all numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from finetune.evaluation.diagnose.checks.gradient_profile import profiles
+from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.harm import harm_of
+from finetune.evaluation.diagnose.records import RunRecords
+
+GROWTH = 30.0  # of a stage's gradient norm, from the first third of the steps to any later point
+CLIPPED_AT = 1.0  # a gradient norm that growth must exceed: from next to nothing, as at the start from a head of zeros, is none
+DECADES = 3.0  # from the upper stages to the lower ones
+
+
+class ExplodingGradients:
+    """Needs harm to be a problem: gradients are clipped, and Adam divides by their size."""
+
+    code = "exploding_gradients"
+    title = "Exploding gradients"
+    explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
+
+    def look(self, records: RunRecords) -> Verdict:
+        harm = harm_of(records)
+        if not records.owners and harm is None:
+            return NotChecked(self.code, self.title, "no gradients were measured")
+        owner, growth = _largest_growth(records)
+        found = profiles(records)
+        fall = max((profile.fall for profile in found), default=0.0)
+        strength = max(growth / GROWTH, (fall / DECADES) ** 2 if fall > 0 else 0.0)
+        diverged = harm is not None and harm.kind == "diverged"
+        if harm is None or (strength < 1 and not diverged):
+            return Clear(self.code, self.title, f"gradient norms grow at most {growth:.2g} times" if owner else "")
+        grown = growth / GROWTH >= (fall / DECADES) ** 2
+        what = (
+            f"the gradient of {records.called(owner)} grows {growth:,.0f} times"
+            if grown and owner
+            else f"the lowest stages get {10**fall:,.0f} times the relative gradient of the highest"
+        )
+        if diverged and strength < 1:
+            what = "the loss is no longer a number"
+        return Finding(
+            self.code,
+            self.title,
+            "problem",
+            confidence(9.0 if diverged else strength),
+            what,
+            (
+                Evidence("gradient norms", what, f"within {GROWTH:.0f} times, and {DECADES:.0f} decades between stages"),
+                harm.evidence,
+            ),
+            (
+                "a lower learning rate (hyperparameters.learning_rate_multiplier: 0.1) with a longer warm-up",
+                "compute.precision: float32, if it was bfloat16",
+                "for a network of your own: identity shortcuts whose blocks begin at zero, batch normalisation",
+            ),
+            "Pascanu, Mikolov & Bengio 2013, On the difficulty of training recurrent neural networks, arXiv:1211.5063",
+        )
+
+
+def _largest_growth(records: RunRecords) -> tuple[str, float]:
+    """Return the stage whose gradient norm grows most beyond its early median, and how many times."""
+    found = [("", 1.0)]
+    for owner in records.owners:
+        values = np.array(
+            [value for step, value in records.signal("grad_norm", owner) if step > 0 or records.begins_with_solved_head]
+        )
+        if len(values) < 2:
+            continue
+        early = float(np.median(values[: max(len(values) // 3, 1)]))
+        later = values[max(len(values) // 3, 1) :]
+        if early > 0 and np.isfinite(later).any() and np.nanmax(later) > CLIPPED_AT:
+            found.append((owner, float(np.nanmax(later)) / early))
+    return max(found, key=lambda one: one[1])

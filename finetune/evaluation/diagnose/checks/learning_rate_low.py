@@ -1,0 +1,50 @@
+"""Learning rate too low: all steps together hardly moved the weights, and changed nothing."""
+
+from __future__ import annotations
+
+from finetune.evaluation.diagnose.checks.update_sizes import moved
+from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.records import RunRecords
+from finetune.evaluation.diagnose.statistics import paired
+
+MOVED = 1e-3  # of their size, all steps together; healthy fine-tuning moves the upper stages by a hundredth and more
+CHANGED = 0.02  # of the training loss
+
+
+class LearningRateLow:
+    """A run that need not move, because the solved head is right already, is told apart by its training loss near zero."""
+
+    code = "learning_rate_low"
+    title = "Learning rate too low"
+    explains = frozenset({"underfitting", "collapsed_classes"})
+
+    def look(self, records: RunRecords) -> Verdict:
+        distances = moved(records)
+        first, last = records.first_sample, records.last_sample
+        if not distances or first is None or last is None or max(records.samples) == 0:
+            return NotChecked(self.code, self.title, "no steps were measured")
+        furthest = max(distances, key=lambda stage: distances[stage])
+        before = records.losses(first)
+        change = paired(first, last, before, records.losses(last))
+        relative = 0.0 if change is None else abs(change.value) / max(float(before.mean()), 1e-12)
+        figure = f"the stage that moved most moved by {distances[furthest]:.1g} of its size"
+        if distances[furthest] >= MOVED or relative > CHANGED:
+            return Clear(self.code, self.title, figure)
+        peak = max(phase["head_lr"] for phase in records.phases)
+        return Finding(
+            self.code,
+            self.title,
+            "problem",
+            confidence(MOVED / max(distances[furthest], 1e-12)),
+            f"in {records.n_steps:,} steps with a learning rate of {peak:.2g}, {figure}: as good as frozen",
+            (
+                Evidence(f"way of {records.called(furthest)} in all steps", f"{distances[furthest]:.1g}", f"above {MOVED:g}"),
+                Evidence("learning rate of the head, at its peak", f"{peak:.2g}"),
+                Evidence("training loss", f"changed by {relative:.2%}", f"by more than {CHANGED:.0%}"),
+            ),
+            (
+                "leave hyperparameters.learning_rate at auto, or raise it tenfold until the training loss falls",
+                "method: linear_probe, if nothing but the head should train: it gives the same model in seconds",
+            ),
+            "size of an update against size of the weights: Stanford CS231n notes, Neural networks part 3",
+        )

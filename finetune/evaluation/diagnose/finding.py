@@ -1,0 +1,184 @@
+"""What a diagnosis consists of: findings with their evidence, what was looked at and is fine, and what could not be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from finetune.evaluation.diagnose.records import RunRecords
+
+Severity = Literal["problem", "note"]
+SURE, LIKELY = 0.9, 0.7  # confidence from which a finding is called sure, or likely
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One figure that a finding rests on, and what it would be where nothing is wrong."""
+
+    what: str
+    value: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a run.
+
+    Args:
+        code: stable, for programs.
+        severity: a problem costs quality or makes a figure untrue; a note does neither, and should be known.
+        confidence: 0.5 where the evidence just reaches the threshold, towards 1 the further it lies beyond; see `confidence`.
+        caused_by: the code of another finding that explains this one.
+    """
+
+    code: str
+    title: str
+    severity: Severity
+    confidence: float
+    sentence: str
+    evidence: tuple[Evidence, ...]
+    advice: tuple[str, ...]
+    source: str
+    caused_by: str | None = None
+
+    @property
+    def certainty(self) -> str:
+        """The confidence in a word."""
+        return "sure" if self.confidence >= SURE else "likely" if self.confidence >= LIKELY else "possible"
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Something that was looked at and is fine; `figure` says how fine, where a figure does."""
+
+    code: str
+    title: str
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """Something that could not be looked at, and why."""
+
+    code: str
+    title: str
+    reason: str
+
+
+Verdict = Finding | Clear | NotChecked
+
+
+class Check(Protocol):
+    """Looks at the records of a run for one thing that may be wrong. Stateless: a pure function of the records."""
+
+    @property
+    def code(self) -> str:
+        """Of the finding; also the name of the check's module."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """A few words for people."""
+        ...
+
+    @property
+    def explains(self) -> frozenset[str]:
+        """Codes of findings that follow from this one where both are made."""
+        ...
+
+    def look(self, records: RunRecords) -> Verdict:
+        """Return what is found."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What the records of one run say: ``diagnosis.json``, the same document on the command line and over HTTP.
+
+    `findings` come in the order in which a person should read them: problems before notes, causes before what follows from them,
+    surer ones first.
+    """
+
+    run: str
+    against: str | None
+    findings: tuple[Finding, ...]
+    clear: tuple[Clear, ...]
+    not_checked: tuple[NotChecked, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "problem")
+
+    @property
+    def sentence(self) -> str:
+        """The whole diagnosis in one sentence."""
+        causes = [finding for finding in self.problems if finding.caused_by is None]
+        n_looked_at = len(self.clear) + len(self.findings)
+        if not causes:
+            return f"nothing is wrong with this run, as far as its records tell ({n_looked_at} things looked at)"
+        first, more = causes[0], len(self.problems) - 1
+        rest = "" if not more else f"; {more} more finding{'s' if more > 1 else ''}"
+        return f"{first.title.lower()} ({first.certainty}): {first.sentence}{rest}"
+
+    def finding(self, code: str) -> Finding | None:
+        """Return the finding with this code, if it was made."""
+        return next((finding for finding in self.findings if finding.code == code), None)
+
+    def __repr__(self) -> str:
+        return f"<diagnosis of {self.run}: {self.sentence}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document."""
+        return {
+            "object": "diagnosis",
+            "schema_version": 1,
+            "run": self.run,
+            "against": self.against,
+            "sentence": self.sentence,
+            "findings": [
+                {
+                    **asdict(finding),
+                    "certainty": finding.certainty,
+                    "evidence": [asdict(evidence) for evidence in finding.evidence],
+                    "advice": list(finding.advice),
+                }
+                for finding in self.findings
+            ],
+            "clear": [asdict(one) for one in self.clear],
+            "not_checked": [asdict(one) for one in self.not_checked],
+        }
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Diagnosis:
+        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        return cls(
+            run=given["run"],
+            against=given["against"],
+            findings=tuple(_finding(one) for one in given["findings"]),
+            clear=tuple(Clear(**one) for one in given["clear"]),
+            not_checked=tuple(NotChecked(**one) for one in given["not_checked"]),
+        )
+
+
+def _finding(given: Mapping[str, Any]) -> Finding:
+    values = {key: value for key, value in given.items() if key != "certainty"}
+    evidence = tuple(Evidence(**one) for one in given["evidence"])
+    return Finding(**{**values, "evidence": evidence, "advice": tuple(given["advice"])})
+
+
+def confidence(strength: float) -> float:
+    """Return the confidence of evidence that reaches `strength` times its threshold: 0.5 at once, 0.9 at nine times."""
+    return round(min(max(strength, 0.0) / (1.0 + max(strength, 0.0)), 0.99), 2)
+
+
+def in_order(findings: Sequence[Finding], causes: Mapping[str, frozenset[str]]) -> tuple[Finding, ...]:
+    """Return the findings with their causes named, problems first, causes before what follows from them.
+
+    Args:
+        causes: code -> codes of the findings that it explains.
+    """
+    present = [finding.code for finding in findings]
+    named = [replace(one, caused_by=next((code for code in present if one.code in causes[code]), None)) for one in findings]
+    return tuple(sorted(named, key=lambda one: (one.severity != "problem", one.caused_by is not None, -one.confidence)))

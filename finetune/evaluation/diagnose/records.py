@@ -1,0 +1,225 @@
+"""The records of one run, read from its folder: all that a diagnosis may look at. NumPy alone, so that a server can diagnose too.
+
+A run that is still going on, or that failed, has fewer records; each is empty or None then.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import NotFound
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.predictions import Predictions
+from finetune.metrics import Metric
+from finetune.storage.files import read_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
+from finetune.tasks import Task, task_named
+
+HEAD = "head"
+JUDGED_BY = ("test", "val")  # the more independent split first
+
+Curve = list[tuple[float, float]]  # (epoch or step, value)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A held-out image and the training image that is most like it."""
+
+    split: str
+    id: str
+    label: str
+    nearest: str
+    nearest_label: str
+    ratio: float  # of its distance to that of the fifth nearest
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What is known of a run."""
+
+    run: RunDir
+    resolved: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]  # of metrics.jsonl
+    samples: Mapping[int, Predictions]  # answers to a fixed sample of training images, by step
+    held_out: Mapping[str, Predictions]  # answers of the weights that were kept, by split
+    neighbours: Sequence[Neighbour]
+    preprocessing: Mapping[str, Any] | None
+    outcome: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+    against: RunRecords | None = field(default=None, repr=False)  # a run to compare with: shallower, or with more of it frozen
+
+    @classmethod
+    def read(cls, folder: Path, against: RunRecords | None = None) -> RunRecords:
+        """Read the folder of a run.
+
+        Raises:
+            NotFound: it is not the folder of a run that has come as far as its plan.
+        """
+        run = RunDir(folder.absolute())
+        if not run.resolved.exists() and not run.error.exists():
+            raise NotFound(
+                f"{folder}: not the folder of a run that has begun to train (it has no resolved.json). Give a folder in "
+                ".finetune/runs, such as the one that finetune train named at its end"
+            )
+        return cls(
+            run=run,
+            resolved=_json(run.resolved) or {},
+            lines=read_lines(run.metrics),
+            samples=_samples(run),
+            held_out={path.stem: tables.read(path) for path in sorted(run.predictions.glob("*.npz"))},
+            neighbours=_neighbours(run.neighbours),
+            preprocessing=_json(run.preprocessing),
+            outcome=_json(run.outcome),
+            error=_json(run.error),
+            against=against,
+        )
+
+    # the plan -----------------------------------------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.resolved.get("recipe", {})
+        return found
+
+    @property
+    def phases(self) -> Sequence[Mapping[str, Any]]:
+        """The phases that take steps."""
+        return [phase for phase in self.recipe.get("phases", []) if phase["n_steps"]]
+
+    @property
+    def n_planned_steps(self) -> int:
+        return sum(phase["n_steps"] for phase in self.phases)
+
+    @property
+    def begins_with_solved_head(self) -> bool:
+        """Whether the first weights are the best linear head on frozen features."""
+        phases = self.recipe.get("phases", [])
+        return bool(phases) and bool(phases[0]["solved"])
+
+    @property
+    def is_pretrained(self) -> bool:
+        weights = self.resolved.get("backbone", {}).get("weights", {})
+        return bool(weights) and weights["source"] != "none"
+
+    @property
+    def stage_names(self) -> Mapping[str, str]:
+        """Stage key to the name that the backbone gives it."""
+        return {f"stage{stage['index']}": stage["name"] for stage in self.resolved.get("backbone", {}).get("stages", [])}
+
+    @property
+    def stage_sizes(self) -> Mapping[str, int]:
+        """Stage key to its number of parameters."""
+        return {f"stage{stage['index']}": stage["n_parameters"] for stage in self.resolved.get("backbone", {}).get("stages", [])}
+
+    @property
+    def n_train(self) -> int:
+        return int(self.resolved.get("dataset", {}).get("sizes", {}).get("train", 0))
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.resolved.get("dataset", {}).get("classes", ()))
+
+    def called(self, owner: str) -> str:
+        """Return what people call a stage: its key with the backbone's own name."""
+        name = self.stage_names.get(owner)
+        return owner if name is None else f"{owner} ({name})"
+
+    # what happened ------------------------------------------------------------------------------------------------
+
+    def curve(self, key: str, by: str = "epoch") -> Curve:
+        """Return (epoch or step, value) of every line that has both; of a step that was computed twice, the last."""
+        points = {
+            float(line[by]): math.nan if line["values"][key] is None else float(line["values"][key])
+            for line in self.lines
+            if key in line["values"] and line.get(by) is not None
+        }
+        return sorted(points.items())
+
+    def signal(self, kind: str, owner: str) -> Curve:
+        """Return (step, value) of what is measured of a stage: grad_norm, weight_norm, update_ratio or dead_channels."""
+        return self.curve(f"train/{kind}/{owner}", by="step")
+
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """What had gradients: stage keys from the stem up, then the head."""
+        found = {
+            match[1] for line in self.lines for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))
+        }
+        return tuple(sorted(found, key=lambda owner: (owner == HEAD, int(owner.removeprefix("stage")) if owner != HEAD else 0)))
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that were taken."""
+        return max((int(line["step"]) for line in self.lines), default=0)
+
+    # answers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.resolved.get("task", "multiclass"))
+
+    @property
+    def headline(self) -> Metric[Any]:
+        return self.task.headline
+
+    @property
+    def first_sample(self) -> Predictions | None:
+        """Answers to the training sample before the first step."""
+        return self.samples.get(0)
+
+    @property
+    def last_sample(self) -> Predictions | None:
+        """Answers to the training sample at the latest point; the same as the first where no step was taken."""
+        return self.samples[max(self.samples)] if self.samples else None
+
+    @property
+    def judged(self) -> tuple[str, Predictions] | None:
+        """The answers on the most independent split, with its name."""
+        return next(((split, self.held_out[split]) for split in JUDGED_BY if split in self.held_out), None)
+
+    @property
+    def last_val(self) -> tuple[float, float] | None:
+        """Loss and headline metric on val at the end of training, whether these weights were kept or not."""
+        losses, scores = self.curve("val/loss"), self.curve(f"val/{self.headline.key}")
+        return (losses[-1][1], scores[-1][1]) if losses and scores else None
+
+    def scores(self, table: Predictions) -> NDArray[np.float64]:
+        """(N,) how well each image was answered, 0 to 1."""
+        found: NDArray[np.float64] = self.task.judge(table.logits, table.labels).score
+        return found
+
+    def losses(self, table: Predictions) -> NDArray[np.float64]:
+        """(N,) the loss of each image, in nats."""
+        found: NDArray[np.float64] = self.task.judge(table.logits, table.labels).nll
+        return found
+
+
+def _json(path: Path) -> Mapping[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _samples(run: RunDir) -> dict[int, Predictions]:
+    """Return the tables of the training sample by step; one whose logits are not finite is of a run that diverged."""
+    found = {int(path.stem.rpartition("-")[2]): tables.read(path) for path in sorted(run.measurements.glob("train-step-*.npz"))}
+    return {step: table for step, table in found.items() if np.isfinite(table.logits).all()}
+
+
+def _neighbours(path: Path) -> list[Neighbour]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        return [
+            Neighbour(row["split"], row["path"], row["label"], row["nearest"], row["nearest_label"], float(row["ratio"]))
+            for row in csv.DictReader(stream)
+        ]

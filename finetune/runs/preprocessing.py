@@ -1,0 +1,72 @@
+"""Decide whether to measure how pretrained weights expect their pixels, and keep the result. Torch-free where it is known."""
+
+from __future__ import annotations
+
+import hashlib
+
+from finetune.data.dataset import Sample
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runs.options import RunOptions
+from finetune.runs.prepare import Prepared, built_network, prepare
+from finetune.runs.shared import Shared
+from finetune.spec import load_spec
+from finetune.storage.files import read_json, write_json
+from finetune.storage.rundir import RunDir
+from finetune.training.sample import SHARE_OF_TRAINING, STEP_COST, choose_sample
+
+MEASUREMENT = 2  # raise it where what is measured changes
+N_IMAGES = 288
+N_PASSES = 5  # of the images through the whole network, about
+
+
+def check_preprocessing(
+    prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback = silent, *, at_any_cost: bool = False
+) -> None:
+    """Measure, and write ``measurements/preprocessing.json``; what was measured of these weights and images before is taken over.
+
+    Done where the weights come from a file, of which nobody knows how it was trained, and where it costs a hundredth of the
+    training at most; with `at_any_cost` always. Weights that are drawn at random expect nothing.
+    """
+    backbone = prepared.resolved.backbone
+    if run.preprocessing.exists() or not backbone.is_pretrained:
+        return
+    known = shared.store.folder("notes") / f"preprocessing-{_digest(prepared)}.json"
+    if known.exists():
+        write_json(run.preprocessing, read_json(known))
+    elif at_any_cost or backbone.weights["source"] == "file" or _costs_little(prepared):
+        from finetune.runs.normalisation import compare_normalisations
+
+        progress(Progress("preparing", 0, 1, "measurements", message="preprocessing"))
+        network = built_network(prepared.resolved.spec, len(prepared.dataset.classes), shared)
+        measured = compare_normalisations(network.classifier, prepared, sampled(prepared))
+        write_json(known, measured)
+        write_json(run.preprocessing, measured)
+
+
+def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback = silent) -> None:
+    """Measure for a run whose folder exists, from its data and weights, which must be where they were.
+
+    Raises:
+        InvalidInput: the data or the weights are no longer there.
+    """
+    prepared = prepare(load_spec(run.spec), shared, progress, run, RunOptions.read(run))
+    check_preprocessing(prepared, run, shared, progress, at_any_cost=True)
+
+
+def sampled(prepared: Prepared) -> tuple[Sample, ...]:
+    """Return some images, in an order that has nothing to do with their classes: the same in all folds and for all splits."""
+    samples = prepared.dataset.samples
+    chosen = [samples[index] for index in choose_sample(samples, N_IMAGES)]
+    return tuple(sorted(chosen, key=lambda sample: (sample.sha256, sample.id)))
+
+
+def _costs_little(prepared: Prepared) -> bool:
+    recipe = prepared.resolved.recipe
+    return SHARE_OF_TRAINING * STEP_COST * recipe.n_steps * recipe.batch_size >= N_PASSES * N_IMAGES
+
+
+def _digest(prepared: Prepared) -> str:
+    """sha256 of all that the measurement depends on."""
+    samples = [(sample.sha256, sample.labels) for sample in sampled(prepared)]
+    parts = (MEASUREMENT, prepared.network.prefix.digest, prepared.resolved.preprocess.digest(), samples)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

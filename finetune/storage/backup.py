@@ -1,0 +1,224 @@
+"""A workspace in one tar file, and back: databases, uploads, runs, models and what MLflow keeps. Torch-free.
+
+The databases are copied first, each as one consistent state, while others may go on using them; what their rows stand for is in
+its place before a row is committed, so everything that the copied rows name is in the backup, unless it was deleted meanwhile.
+What is computed again when it is missing (``cache/``) and what belongs to processes that run now (locks, leases, uploads that are
+arriving) is left out. ``backup.json``, written last, lists every file with its sha256: without it a backup is not whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from finetune.errors import Conflict, InvalidInput
+from finetune.messages import printable
+from finetune.storage.files import TEMPORARY_SUFFIX, atomic_path
+
+MANIFEST = "backup.json"
+SCHEMA_VERSION = 1
+FOLDERS = ("files", "runs", "models", "mlartifacts")
+JOBS, MLFLOW = "jobs.db", "mlflow.db"
+_LEFT_OUT = re.compile(rf"\.lock|\..*\.lock|\.arriving-.*|\.leaving-.*|lease-\d+|\..*{re.escape(TEMPORARY_SUFFIX)}")
+_WITH_PATHS = (".json", ".jsonl", ".yaml")  # files of a run that name places in the workspace
+_LARGEST_REWRITTEN_BYTES = 256 << 20
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Backup:
+    """What a backup holds."""
+
+    root: Path  # of the workspace that it was made of
+    created_at: float
+    n_files: int
+    size_bytes: int  # of the files, unpacked
+
+
+def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Backup:
+    """Write the workspace in the folder `root` to the tar file `target`, whole or not at all.
+
+    Args:
+        jobs_database: the SQLite file of the jobs; None where they are kept elsewhere.
+
+    Raises:
+        InvalidInput: there is no workspace.
+    """
+    root = root.absolute()
+    if not any((root / name).exists() for name in (*FOLDERS, JOBS)):
+        raise InvalidInput(f"{printable(root)}: holds no workspace (none of {', '.join((*FOLDERS, JOBS))})")
+    files: dict[str, dict[str, Any]] = {}
+    with atomic_path(target) as temporary, tarfile.open(temporary, "w") as archive:
+        for name, database in ((JOBS, jobs_database), (MLFLOW, root / MLFLOW)):
+            if database is not None and database.exists():
+                with _copied(database) as copy:
+                    files[name] = _add(archive, name, copy)
+        for path in _files_of(root):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                name = path.relative_to(root).as_posix()
+                files[name] = _add(archive, name, path)
+        made = Backup(root, time.time(), len(files), sum(file["bytes"] for file in files.values()))
+        document = {
+            "schema_version": SCHEMA_VERSION, "root": str(root), "created_at": made.created_at, "files": files,
+        }  # fmt: skip
+        text = json.dumps(document).encode()
+        _add_stream(archive, MANIFEST, io.BytesIO(text), len(text), made.created_at)
+    return made
+
+
+def restore_backup(source: Path, root: Path) -> Backup:
+    """Make the folder `root` a workspace again, which must not exist yet or be empty; it appears whole or not at all.
+
+    In another place than before, paths of the old workspace become paths of the new one in the databases and in the runs.
+
+    Raises:
+        Conflict: there is something in `root`.
+        InvalidInput: not a backup, not all of it, or changed since it was written.
+    """
+    root = root.absolute()
+    if root.exists() and any(root.iterdir()):
+        raise Conflict(f"{printable(root)} is not empty; restore into a new folder (FINETUNE_HOME names it)")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    arriving = root.with_name(f".{root.name}-restoring-{os.getpid()}")
+    arriving.mkdir()
+    try:
+        made, files = _unpack(source, arriving)
+        for name, file in files.items():
+            _check(source, arriving, name, file)
+        if made.root != root:
+            _move_paths(arriving, str(made.root), str(root))
+        if root.exists():
+            root.rmdir()
+        arriving.rename(root)
+    except BaseException:
+        shutil.rmtree(arriving, ignore_errors=True)
+        raise
+    return made
+
+
+@contextlib.contextmanager
+def _copied(database: Path) -> Iterator[Path]:
+    """Yield a copy of an SQLite database as it is at one moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy.db"
+        with closing(sqlite3.connect(database)) as given, closing(sqlite3.connect(copy)) as taken:
+            given.backup(taken)
+        yield copy
+
+
+def _files_of(root: Path) -> Iterator[Path]:
+    for folder in FOLDERS:
+        for path, folders, names in os.walk(root / folder):
+            folders[:] = sorted(name for name in folders if not _LEFT_OUT.fullmatch(name))
+            yield from (
+                Path(path) / name
+                for name in sorted(names)
+                if not _LEFT_OUT.fullmatch(name) and not (Path(path) / name).is_symlink()
+            )
+
+
+def _add(archive: tarfile.TarFile, name: str, path: Path) -> dict[str, Any]:
+    """Add a file as long as it is now: others may be writing on at its end."""
+    with open(path, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        return {"bytes": status.st_size, "sha256": _add_stream(archive, name, stream, status.st_size, status.st_mtime)}
+
+
+def _add_stream(archive: tarfile.TarFile, name: str, stream: IO[bytes], size: int, modified_at: float) -> str:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, modified_at, 0o600
+    reader = _Digesting(stream)
+    archive.addfile(info, reader)
+    return reader.digest.hexdigest()
+
+
+class _Digesting:
+    """A stream that remembers the sha256 of what was read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.digest.update(data)
+        return data
+
+
+def _unpack(source: Path, target: Path) -> tuple[Backup, dict[str, dict[str, Any]]]:
+    manifest: bytes | None = None
+    try:
+        with tarfile.open(source, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if not member.isreg() or path.is_absolute() or ".." in path.parts:
+                    raise InvalidInput(f"{printable(source)}: not a backup of a workspace ({printable(member.name)})")
+                stream = archive.extractfile(member)
+                assert stream is not None
+                if member.name == MANIFEST:
+                    manifest = stream.read()
+                    continue
+                place = target / path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with open(place, "wb") as written:
+                    shutil.copyfileobj(stream, written, _CHUNK_BYTES)
+                os.utime(place, (member.mtime, member.mtime))  # when a model was registered is told by its files
+    except tarfile.TarError as error:
+        raise InvalidInput(f"{printable(source)}: cannot be read as a backup ({error})") from None
+    if manifest is None:
+        raise InvalidInput(f"{printable(source)}: has no {MANIFEST}: it was cut short, or is not a backup")
+    found = json.loads(manifest)
+    if found["schema_version"] != SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{printable(source)}: of schema version {found['schema_version']}, this version reads {SCHEMA_VERSION}"
+        )
+    files: dict[str, dict[str, Any]] = found["files"]
+    size = sum(file["bytes"] for file in files.values())
+    return Backup(Path(found["root"]), found["created_at"], len(files), size), files
+
+
+def _check(source: Path, target: Path, name: str, file: dict[str, Any]) -> None:
+    with contextlib.suppress(FileNotFoundError), open(target / name, "rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() == file["sha256"]:
+            return
+    raise InvalidInput(f"{printable(source)}: {printable(name)} is missing or not what was written; the backup is damaged")
+
+
+def _move_paths(arriving: Path, before: str, after: str) -> None:
+    """Put the new workspace's path in place of the old one's, in the databases and the records of runs."""
+    for name in (JOBS, MLFLOW):
+        if (arriving / name).exists():
+            with closing(sqlite3.connect(arriving / name)) as connection, connection:
+                _move_in_database(connection, before, after)
+    for path in (arriving / "runs").rglob("*"):
+        if path.suffix in _WITH_PATHS and path.is_file() and path.stat().st_size <= _LARGEST_REWRITTEN_BYTES:
+            text = path.read_bytes()
+            moved = text
+            for old, new in ((before, after), (json.dumps(before)[1:-1], json.dumps(after)[1:-1])):  # JSON may escape letters
+                moved = moved.replace(os.fsencode(f"{old}/"), os.fsencode(f"{new}/"))
+            if moved != text:
+                path.write_bytes(moved)
+
+
+def _move_in_database(connection: sqlite3.Connection, before: str, after: str) -> None:
+    tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    for table in tables:
+        for _, column, kind, *_ in connection.execute(f'PRAGMA table_info("{table}")').fetchall():
+            if "CHAR" in kind.upper() or "TEXT" in kind.upper():
+                connection.execute(
+                    f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) WHERE instr("{column}", ?)',
+                    (f"{before}/", f"{after}/", f"{before}/"),
+                )

@@ -1,0 +1,96 @@
+"""The examination of a request's data: `finetune check` after the plan. What was examined before is read, not computed again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.bundle.preprocess import Preprocess
+from finetune.data.dataset import Dataset
+from finetune.doctor.examine import VERSION, examine, without_accepted
+from finetune.doctor.finding import LISTED, Examination
+from finetune.doctor.page import write_page
+from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
+from finetune.errors import DataError
+from finetune.features.engine import Prefix
+from finetune.features.rows import FeatureContext, Views, pooled_features
+from finetune.progress import ProgressCallback, silent
+from finetune.runs.prepare import framing, read_and_build, split_for
+from finetune.runs.shared import Shared
+from finetune.spec import JobSpec
+from finetune.storage.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An examination, and what it was of."""
+
+    examination: Examination
+    dataset: Dataset
+    preprocess: Preprocess
+    page: Path | None = None
+    manifest: Path | None = None
+    changes: tuple[int, int, int] = (0, 0, 0)  # of the manifest: left out, grouped, with a suggested label
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as JSON values, with where the page and the manifest were written."""
+        paths = {name: None if path is None else str(path) for name, path in (("page", self.page), ("manifest", self.manifest))}
+        return {**self.examination.to_dict(LISTED), **paths}
+
+
+def examine_request(
+    spec: JobSpec,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    *,
+    accept: Sequence[str] = (),
+    page: Path | None = None,
+    fix: Path | None = None,
+    command: str = "finetune check",
+) -> Examined:
+    """Examine the data of a request; write the page, and the corrected manifest where it is asked for.
+
+    Args:
+        accept: kinds or keys of cases to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
+        page: where the page is written; by default in the workspace.
+        fix: where the manifest is written.
+    """
+    dataset, network = read_and_build(spec, shared, progress)
+    given_splits = any(sample.split is not None for sample in dataset.samples)
+    dataset = split_for(spec, dataset, None)
+    preprocess = framing(spec, dataset, network.facts.preprocess)
+    whole = _examined(dataset, network.prefix, preprocess, shared, progress)
+    accepted_file = shared.workspace.datasets / "acknowledged.txt"
+    if accept:
+        acknowledge(accepted_file, whole, accept)
+    accepted = accepted_in(accepted_file)
+    examination = replace(whole, findings=tuple(without_accepted(finding, accepted) for finding in whole.findings))
+    examination = replace(examination, findings=tuple(one for one in examination.findings if one.count > 0 or one.acknowledged))
+    page = page or shared.workspace.datasets / f"{examination.revision[:12]}.html"
+    write_page(page, examination, dataset, preprocess, command)
+    changes = (0, 0, 0)
+    if fix is not None:
+        if spec.data.manifest is not None and Path(spec.data.manifest).resolve() == fix.resolve():
+            raise DataError(f"{fix}: is the manifest that the data is read with; name another file")
+        changes = write_manifest(fix, dataset, examination, given_splits=given_splits)
+    return Examined(examination, dataset, preprocess, page, fix, changes)
+
+
+def _examined(
+    dataset: Dataset, prefix: Prefix, preprocess: Preprocess, shared: Shared, progress: ProgressCallback
+) -> Examination:
+    """Return all findings, also those that were acknowledged; from the last time where nothing has changed since."""
+    notes = shared.store.folder("notes")
+    ids = hashlib.sha256("\n".join(sample.id for sample in dataset.samples).encode("utf-8", "surrogatepass")).hexdigest()
+    parts = (VERSION, dataset.revision, dataset.digest, ids, prefix.digest, preprocess.digest(), repr(dataset.bad))
+    kept = notes / f"examined-{hashlib.sha256(repr(parts).encode('utf-8', 'surrogatepass')).hexdigest()[:24]}.json"
+    if kept.exists():
+        return Examination.from_dict(read_json(kept))
+    context = FeatureContext(shared.store, progress=progress)
+    embeddings = pooled_features(prefix, dataset.samples, Views(preprocess), context)
+    found = examine(dataset, embeddings, backbone=prefix.backbone, memory=notes, progress=progress)
+    write_json(kept, found.to_dict())
+    return found

@@ -1,0 +1,85 @@
+"""Dead channels: the share of a layer's channels that give one constant, whatever image and position they see.
+
+A channel of a ReLU that is zero everywhere passes no gradient back, so it stays as it is (Lu et al. 2019, arXiv:1903.06733). Only
+the outputs of activation functions are looked at: the output of a convolution is negative half of the time and means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.model.classifier import Classifier
+from finetune.training.recipe import stage_key
+
+CONSTANT = 1e-6  # of the layer's largest value: what varies less is a constant
+FEWEST_VALUES = 64  # of a channel, images times positions; with fewer, a quiet channel may look dead
+# in torch's module of activations, but no functions of one value
+_NOT_OF_ONE_VALUE = ("Softmax", "MultiheadAttention", "Threshold", "GLU")
+
+
+@dataclass
+class Activity:
+    """What was heard of each stage: the largest share of dead channels of one of its layers."""
+
+    dead_fractions: dict[str, float] = field(default_factory=dict)  # stage key -> share
+
+    def hear(self, stage: str, output: Tensor, channel_axis: int) -> None:
+        """Take in the output of one activation function."""
+        axis = channel_axis % output.ndim
+        others = [dim for dim in range(output.ndim) if dim != axis]
+        n_values = output.numel() // max(output.shape[axis], 1)
+        if not others or n_values < FEWEST_VALUES:
+            return
+        high, low = output.amax(others), output.amin(others)  # (C,)
+        largest = torch.maximum(high.abs().max(), low.abs().max())
+        dead = float(((high - low) <= CONSTANT * largest).float().mean())
+        self.dead_fractions[stage] = max(self.dead_fractions.get(stage, 0.0), dead)
+
+
+@contextmanager
+def listening(classifier: Classifier) -> Iterator[Activity]:
+    """Inside the block, every forward pass through the backbone is heard."""
+    activity = Activity()
+    handles = [module.register_forward_hook(_hook(activity, stage, axis)) for module, stage, axis in _layers(classifier)]
+    try:
+        yield activity
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(activity: Activity, stage: str, axis: int) -> Any:
+    def hear(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim > 2 and max(output.shape[2:]) > 1:
+            activity.hear(stage, output, axis)
+
+    return hear
+
+
+def _layers(classifier: Classifier) -> Sequence[tuple[nn.Module, str, int]]:
+    """Return the activation functions of the backbone with their stage and the axis that counts channels."""
+    backbone, found = classifier.backbone.module, []
+    stages_of = classifier.backbone.layout.module_stages
+    for name, module in backbone.named_modules():
+        if _is_activation(module) and len(stages_of[name]) == 1:
+            (stage,) = stages_of[name]
+            found.append((module, stage_key(stage), _channel_axis(backbone.get_submodule(name.rpartition(".")[0]))))
+    return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    origin, kind = type(module).__module__, type(module).__name__
+    return (origin == "torch.nn.modules.activation" or origin.startswith("timm.layers.activations")) and not any(
+        part in kind for part in _NOT_OF_ONE_VALUE
+    )
+
+
+def _channel_axis(parent: nn.Module) -> int:
+    """A perceptron's channels are last; a convolution's come after the batch."""
+    return -1 if any(isinstance(child, nn.Linear) for child in parent.children()) else 1

@@ -1,0 +1,66 @@
+"""What a run measures for its diagnosis alone, as files in ``measurements/`` of the run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Dataset, Sample, targets_of
+from finetune.evaluation import predictions as tables
+from finetune.evaluation.predictions import Predictions, digests_as_rows
+from finetune.features.neighbours import nearest_training_images
+from finetune.storage.files import write_atomic
+from finetune.storage.rundir import RunDir
+from finetune.tasks import Task
+from finetune.training.sample import choose_sample
+
+NEIGHBOURS_COLUMNS = ("split", "path", "label", "nearest", "nearest_label", "ratio")
+MOST_HELD_OUT = 2000  # images of a split whose neighbours are looked for
+
+Features = NDArray[np.floating[Any]]
+
+
+def write_sample_answers(
+    run: RunDir, task: Task, dataset: Dataset, indices: NDArray[np.int64], step: int, logits: NDArray[np.float32]
+) -> None:
+    """Write the answers (m, C) to the training images at `indices`, given after `step`."""
+    train = dataset.of("train")
+    chosen = [train[index] for index in indices]
+    table = Predictions(
+        split="train",
+        task=task.name,
+        classes=dataset.classes,
+        ids=tuple(sample.id for sample in chosen),
+        sha256=digests_as_rows([sample.sha256 for sample in chosen]),
+        targets=task.encode(targets_of(chosen), len(dataset.classes)),
+        logits=logits,
+    )
+    tables.write(run.train_sample_at(step), table)
+
+
+def write_neighbours(
+    run: RunDir,
+    dataset: Dataset,
+    train: tuple[Sequence[Sample], Features],
+    held_out: Sequence[tuple[Sequence[Sample], Features]],
+) -> None:
+    """Write the training image that is most like each image of val and test: a line of ``neighbours.csv`` each."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(NEIGHBOURS_COLUMNS)
+    of_train, train_features = train
+    for samples, features in held_out:
+        chosen = choose_sample(samples, MOST_HELD_OUT)
+        found = nearest_training_images(train_features, features[chosen])
+        if found is None:
+            continue
+        for index, nearest, ratio in zip(chosen, found.nearest, found.ratio, strict=True):
+            one, other = samples[index], of_train[nearest]
+            labels = dataset.label_text(one), dataset.label_text(other)
+            rows.writerow((one.split, one.id, labels[0], other.id, labels[1], f"{ratio:.4f}"))
+    write_atomic(run.neighbours, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))

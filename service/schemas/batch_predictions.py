@@ -1,0 +1,90 @@
+"""Batch predictions as clients see them: the request, the state, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from finetune.batch_spec import BatchSpec
+from finetune.jobs.kinds import BATCH
+from finetune.jobs.store import Job
+from service.schemas.jobs import JobError, JobState, job_error, job_state
+from service.schemas.lists import Page
+
+
+class BatchDocument(JobState):
+    """Images that are answered in the queue of the jobs."""
+
+    object: Literal["batch_prediction"] = "batch_prediction"
+    description: str = Field(description="The request in a few words.")
+    input_file: str
+    model: str = Field(description="The version that answers, `name@version`: decided when the request was made.")
+    embedding: bool
+    metadata: dict[str, str]
+    conclusion: str | None = Field(description="What came of it, in a sentence; null before it has succeeded.")
+    error: JobError | None
+    result_files: list[str] = Field(description="Paths on this server: the result, and the answers in each format.")
+
+
+BatchList = Page[BatchDocument]
+
+
+class UnreadableDocument(BaseModel):
+    file: str
+    code: str
+    message: str
+
+
+class BatchResult(BaseModel):
+    """What a batch prediction came to."""
+
+    object: Literal["batch_prediction"] = "batch_prediction"
+    id: str
+    model: str
+    version: str
+    classes: list[str]
+    n_answered: int
+    n_unreadable: int
+    unreadable: list[UnreadableDocument] = Field(description="The first 1,000 of them.")
+    summary: str
+    answers: list[str] = Field(description="Paths on this server, one a format.")
+
+
+def _schema() -> dict[str, Any]:
+    schema = BatchSpec.model_json_schema()
+    for field in schema["properties"].values():
+        field.pop("title", None)
+    return {**schema, "title": "BatchCreate"}
+
+
+BATCH_SCHEMAS = {"BatchCreate": _schema()}
+BATCH_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Which images, and which model answers them.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchCreate"}}},
+    }
+}
+
+
+def batch_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> BatchDocument:
+    """Return a batch prediction as its owner sees it; `within` hides where on this machine things lie."""
+    asked, result = job.request or job.spec, job.result
+    return BatchDocument(
+        **job_state(job, queue_position),
+        description=BATCH.describe(job.spec),
+        input_file=str(asked["input_file"]),
+        model=str(job.spec["model"]),
+        embedding=bool(job.spec["embedding"]),
+        metadata=dict(job.spec["metadata"]),
+        conclusion=BATCH.conclude(result) if result else None,
+        error=job_error(job, within),
+        result_files=[] if result is None else [f"{BATCH.path}/{job.id}/result", *answer_links(job.id, result["files"])],
+    )
+
+
+def answer_links(job_id: str, files: list[str]) -> list[str]:
+    """Return the path of the answers in each format."""
+    return [f"{BATCH.path}/{job_id}/answers?format={name.rpartition('.')[2]}" for name in files]
