@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 from finetune.demo import write_digits
 from finetune.errors import FinetuneError
+from finetune.evaluation.diagnose import diagnose
 from finetune.runs.options import RunOptions
 from finetune.runs.shared import Shared
 from finetune.spec import parse_spec
@@ -342,6 +344,33 @@ def make(case: Case, lab: Lab) -> None:
     print(f"{case.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
+def judged(case: Case, lab: Lab) -> dict[str, Any] | None:
+    """Return what the diagnosis of the case's run says and whether it is right; None where there is no finished run."""
+    runs = lab.out / "runs"
+    folder, against = runs / case.name, None if case.against is None else runs / case.against
+    if not any((folder / name).exists() for name in ("diagnosis.json", "error.json")):
+        return None
+    found = diagnose(folder, against)
+    problems = [finding.code for finding in found.problems]
+    expected = {code for code in case.expected if code}
+    right = problems[:1] != [] and problems[0] in expected if expected else not problems
+    return {"case": case.name, "expected": sorted(expected), "problems": problems, "right": right}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Count the runs, those named rightly, false alarms, and degradation taken for overfitting or the reverse."""
+    faulty, healthy = ([row for row in rows if bool(row["expected"]) == wanted] for wanted in (True, False))
+    confused = [row for row in faulty if {"degradation", "overfitting"} <= {*row["problems"], *row["expected"]}]
+    return {
+        "faulty": len(faulty),
+        "named_rightly": sum(row["right"] for row in faulty),
+        "healthy": len(healthy),
+        "false_alarms": sum(not row["right"] for row in healthy),
+        "degradation_and_overfitting_confused": len(confused),
+        "not_right": [row for row in rows if not row["right"]],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -365,6 +394,11 @@ def main() -> None:
         for case in cases:
             with waiting_for(options.lock):
                 make(case, lab)
+    rows = [row for row in (judged(case, lab) for case in cases) if row is not None]
+    found = {"cases": len(cases), **summary(rows)}
+    print(json.dumps(found, indent=2))
+    if options.results:
+        options.results.write_text(json.dumps({**found, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ export async function open(root, [wanted], signal) {
   let file = null;
   let asked = 0;
   let live = null; // the camera's stream
-  const silent = new Map(); // model → why it cannot say when it is unsure
+  const silent = new Set(); // models that cannot say when they are unsure
   const model = h("select", { onchange: () => ask() },
     deployed.model && h("option", { value: "" }, t("try.model_default", { model: deployed.model, version: deployed.version })),
     models.data.flatMap(({ id, versions }) => versions.map(({ version, aliases }) =>
@@ -69,7 +69,7 @@ export async function open(root, [wanted], signal) {
       if (signal.aborted) return;
       const about = error instanceof Refused && error.errors.some((one) => one.field in { ...RELIANCE, precision: "" });
       if (about && !silent.has(model.value)) {
-        silent.set(model.value, error.detail);
+        silent.add(model.value);
         await ask();
         return;
       }
@@ -91,7 +91,7 @@ export async function open(root, [wanted], signal) {
         model: said.model, version: said.version, inside: duration(said.timings.total_ms / 1000), whole: duration(roundTripMs / 1000),
       })),
       set && h("p", {}, t("try.set", { n: set.labels.length, share: percent(set.coverage), labels: list(set.labels) })),
-      reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, silent.get(model.value)),
+      reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, t("try.no_reliance")),
       explanation?.reason && h("p", { class: "hint" }, t("try.no_map", { reason: explanation.reason })),
       abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
       !live && code());
