@@ -25,11 +25,14 @@ from finetune.jobs.store import JobStore
 
 OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
+BATCHES = "/v1/batch_predictions"
+OWN_BODIES: dict[str, Any] = {"/abstention": {"precision": 0.9}, "/revisions": {"renamed": {"daisy": "tulip"}}}
 ABSENT = {
     "file_id": "file-x",
     "job_id": "ftjob-x",
     "comparison_id": "ftcmp-x",
     "run_name": "full-seed0",
+    "batch_id": "batch-x",
     "name": "other",
     "alias": "champion",
     "version": "1",
@@ -199,8 +202,9 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     store.finish(claim, "succeeded", result={"model": "mine", "version": "1"})
     comparison_id = client.post(COMPARISONS, json={"training_file": file_id, "suffix": "other"}, headers=key).json()["id"]
     client.post(f"{COMPARISONS}/{comparison_id}/cancel", headers=key)
-    of_runs = {"comparison_id": comparison_id, "run_name": "full-seed0"}
-    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **of_runs}
+    batch = client.post(BATCHES, json={"input_file": file_id, "model": "mine"}, headers=key).json()
+    others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"]}
+    return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **others}
 
 
 def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -> None:
@@ -221,7 +225,8 @@ def test_what_another_owner_has_does_not_exist(client: TestClient, home: Path) -
     for method, template in addressed:
         path = template.format(**hers)
         missing = template.format(**ABSENT)
-        body = {"json": {"precision": 0.9}} if path.endswith("/abstention") else bodies.get(method, {})
+        own = next((body for end, body in OWN_BODIES.items() if path.endswith(end)), None)
+        body = bodies.get(method, {}) if own is None else {"json": own}
         strange = client.request(method, path, headers=bob, **body)
         nothing = client.request(method, missing, headers=bob, **body)
         assert (

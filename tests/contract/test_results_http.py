@@ -117,6 +117,7 @@ def test_a_version_says_what_it_is_and_how_good(client: TestClient, tmp_path: Pa
         "bundle": "/v1/models/colours/versions/1/bundle",
         "card": "/v1/models/colours/versions/1/card",
         "job": None,
+        "predictions": None,
     }
     assert client.get("/v1/models/colours/versions/1/report").status_code == 404
     assert client.get("/v1/models/colours/versions/9").status_code == 404

@@ -47,6 +47,6 @@ def test_steps_are_taken_on_small_images_and_judged_on_large_ones(tmp_path: Path
         store=Store(tmp_path / "cache"),
     )
     train(classifier, recipe, context)
-    assert seen[True, 48] == recipe.n_steps == 3
+    assert seen[True, 48] == recipe.n_steps > 0
     assert seen[False, 64] > 0
     assert set(seen) == {(True, 48), (False, 64)}
