@@ -111,3 +111,9 @@ def third_party_imports() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add((node.module or "").partition(".")[0])
     return found - set(sys.stdlib_module_names) - {"finetune", "service"}
+
+
+def test_every_constraint_is_one_exact_version_of_one_distribution() -> None:
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    names = [canonicalize_name(re.fullmatch(r"([A-Za-z0-9_.-]+)==[^\s;]+", line)[1]) for line in lines]  # type: ignore[index]
+    assert len(names) == len(set(names)) > 100
