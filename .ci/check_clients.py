@@ -38,11 +38,12 @@ from finetune_client.api.models import get_version, list_models
 from finetune_client.api.predict import predict_with_default_model
 from finetune_client.models import ComparisonCreate, ComparisonDocument, JobCreate, JobDocument, PredictionAnswer, UploadFileBody
 from finetune_client.models import ComparisonCreateMethodsItem as Method
+from finetune_client.models import UploadFileBodyPurpose
 from finetune_client.types import File
 
 client = Client(base_url=sys.argv[1])
 archive, image = Path(sys.argv[2]), Path(sys.argv[3])
-body = UploadFileBody(file=File(io.BytesIO(archive.read_bytes()), "photos.zip"), purpose="fine-tune")
+body = UploadFileBody(file=File(io.BytesIO(archive.read_bytes()), "photos.zip"), purpose=UploadFileBodyPurpose.FINE_TUNE)
 file = upload_file.sync(client=client, body=body)
 job = create_job.sync(client=client, body=JobCreate(training_file=file.id, suffix="python"))
 assert isinstance(job, JobDocument), job

@@ -26,7 +26,10 @@ from service.state import Server, ServerState
 MAX_SIDE_PX = 1024
 LONG_PAGE = 1000
 ONE_YEAR = "private, max-age=31536000, immutable"  # of an upload: its contents never change
-PICTURE: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}}
+BYTES = {"schema": {"type": "string", "format": "binary"}}
+PICTURE: dict[int | str, dict[str, Any]] = {  # the type that is sent is the picture's own; generators of clients know no image/*
+    200: {"description": "The picture's bytes, with its own media type.", "content": {"application/octet-stream": BYTES}}
+}
 
 D = TypeVar("D", bound=ListItem)
 SidePx = Annotated[
