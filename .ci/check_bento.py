@@ -12,11 +12,7 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +21,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from processes import free_port, run, serving
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-READY_SECONDS = 120
 UNPRIVILEGED = 10001  # the user id in docker/serve.Dockerfile
 REGISTER = (
     "import sys; from pathlib import Path; from finetune.bundle.registry import Registry; "
@@ -52,7 +49,7 @@ def main() -> None:
         step(began, "installed what the bento asks for")
         expected = json.loads(finetune("predict", str(image), "--json", environment=store))[0]
         for one in (tag, plain):
-            with serving([str(python), "-m", "bentoml", "serve", str(path_of(one, store))], folder / "served") as url:
+            with serving_as([str(python), "-m", "bentoml", "serve", str(path_of(one, store))], folder / "served") as url:
                 check_answer(url, image, expected)
             step(began, f"{one} answers as the model does")
         check_image(folder / "image", image, bundle, expected)
@@ -153,13 +150,13 @@ def check_image(folder: Path, image: Path, bundle: Path, expected: dict) -> None
     python = str(installed / "bin" / "python")
     assert run([python, "-c", NO_TRAINING]).strip() == "[]", "something that trains is in the serving image"
     environment = {"PATH": f"{installed / 'bin'}:/usr/bin:/bin", "FINETUNE_HOME": str(data), "HOME": "/tmp"}
-    as_user: dict = {"environment": environment, "unprivileged": True, "cwd": data}
+    as_user: dict = {"environment": environment, "rights": rights(unprivileged=True), "cwd": data}
     key = run(["finetune", "keys", "create", "admin", "--scope", "admin"], **as_user).strip()
     run([python, "-c", REGISTER, str(data / "models"), str(bundle)], **as_user)
     entry = json.loads(next(rest for word, rest in instructions if word == "ENTRYPOINT"))
     command = json.loads(next(rest for word, rest in instructions if word == "CMD"))
     health = json.loads(re.search(r"HEALTHCHECK.*?CMD (\[.*\])", dockerfile)[1])
-    with serving([*entry, *command], data, environment=environment, unprivileged=True) as url:
+    with serving_as([*entry, *command], data, environment=environment, unprivileged=True) as url:
         run([word.replace("http://127.0.0.1:3000", url) for word in health], **as_user)
         check_answer(url, image, expected, key=key)
         assert status_without_key(url, image) == 401, "a server on a network address answered without a key"
@@ -189,74 +186,25 @@ def ask(url: str, image: Path, key: str | None = None) -> dict:
 
 
 @contextlib.contextmanager
-def serving(
+def serving_as(
     command: list[str], cwd: Path, environment: dict[str, str] | None = None, *, unprivileged: bool = False
 ) -> Iterator[str]:
-    """Run a server on a free port of this machine until the block ends; yield its address."""
+    """Run a server, whose command may name port 3000, on a free port of this machine until the block ends; yield its address."""
     cwd.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+    port = free_port()
     words = [word if word != "3000" else str(port) for word in command]
     words += [] if "--port" in words else ["--port", str(port), "--host", "127.0.0.1"]
-    log = cwd / "server.log"
-    with open(log, "wb") as stream:
-        server = subprocess.Popen(
-            words, cwd=cwd, env=clean_environment({"FINETUNE_HOME": str(cwd), **(environment or {})}),
-            stdout=stream, stderr=stream, start_new_session=True, **rights(unprivileged),
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not answers(f"{url}/readyz"):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with serving(words, port, cwd, {"FINETUNE_HOME": str(cwd), **(environment or {})}, rights(unprivileged=unprivileged)) as url:
         yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
 
 
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
-def run(
-    command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None, unprivileged: bool = False
-) -> str:
-    """Run a command to its end and return its stdout; show all of its output where it fails."""
-    ended = subprocess.run(
-        command, cwd=cwd, env=clean_environment(environment or {}), capture_output=True, text=True, check=False,
-        **rights(unprivileged),
-    )  # fmt: skip
-    if ended.returncode != 0:
-        sys.exit(f"bento: exit code {ended.returncode} of {shlex.join(command)}\n{ended.stdout}\n{ended.stderr}")
-    return ended.stdout
-
-
-def rights(unprivileged: bool) -> dict:
+def rights(*, unprivileged: bool) -> dict:
     """Return what starts a process as the image's user, where this process may choose and that user can read this Python."""
     python = Path(sys.base_prefix).resolve()
     readable = all(folder.stat().st_mode & 0o005 == 0o005 for folder in (python, *python.parents))
     if not unprivileged or os.geteuid() != 0 or not readable:
         return {}
     return {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []}
-
-
-def clean_environment(more: dict[str, str]) -> dict[str, str]:
-    """This process's environment without what would point back into the checkout."""
-    dropped = ("PYTHONPATH", "FINETUNE_", "MLFLOW_", "BENTOML_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
-    return {**kept, "BENTOML_DO_NOT_TRACK": "True", **more}
 
 
 if __name__ == "__main__":

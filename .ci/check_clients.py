@@ -7,25 +7,19 @@ Run it with a Python that has the core and dev dependencies, where `npm` is.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+
+from processes import free_port, run, serving
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GENERATOR = "openapi-python-client==0.29.1"
 NPM_PACKAGES = ("openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3")
-READY_SECONDS = 120
 
 PYTHON_CLIENT = """
 import io, sys
@@ -135,7 +129,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="finetune-clients-") as name:
         folder = Path(name)
         archive, image = make_material(folder)
-        with serving(folder / "home", folder) as url:
+        port = free_port()
+        server = [sys.executable, "-m", "service", "--no-worker", "--port", str(port)]
+        own = {"PYTHONPATH": str(REPOSITORY), "FINETUNE_HOME": str(folder / "home")}
+        with serving(server, port, folder, own) as url:
             with urllib.request.urlopen(f"{url}/docs.json", timeout=30) as response:
                 (folder / "openapi.json").write_bytes(response.read())
             print("clients: Python:", drive_python(folder, url, archive, image), flush=True)
@@ -148,7 +145,7 @@ def drive_python(folder: Path, url: str, archive: Path, image: Path) -> str:
     python = folder / "environment" / "bin" / "python"
     run([str(python), "-m", "pip", "install", "--quiet", GENERATOR])
     generate = [str(python.with_name("openapi-python-client")), "generate", "--path", str(folder / "openapi.json")]
-    said = run([*generate, "--output-path", str(folder / "python")], cwd=folder)
+    said = run([*generate, "--output-path", str(folder / "python")], cwd=folder, stderr_too=True)
     assert "WARNING" not in said, f"the generator leaves something out:\n{said}"
     bodies = re.findall(
         r"class (\w+FilesBody|\w+Body)\b", "".join(path.read_text() for path in (folder / "python").rglob("*.py"))
@@ -198,59 +195,6 @@ def make_material(folder: Path) -> tuple[Path, Path]:
     )
     run([sys.executable, "-c", script, str(folder)], environment={"PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY}"})
     return folder / "photos.zip", folder / "red.png"
-
-
-@contextlib.contextmanager
-def serving(home: Path, folder: Path) -> Iterator[str]:
-    """Run the checkout's server, without a worker, on a free port of this machine until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    with open(log, "wb") as stream:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "service", "--no-worker", "--port", str(port)], cwd=folder, stdout=stream, stderr=stream,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "FINETUNE_HOME": str(home)}, start_new_session=True,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not answers(f"{url}/readyz"):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
-
-def run(command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
-    """Run a command to its end and return its output; show all of it where it fails."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**kept, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if ended.returncode != 0:
-        sys.exit(f"clients: exit code {ended.returncode} of {command}\n{ended.stdout}")
-    return ended.stdout
 
 
 if __name__ == "__main__":

@@ -8,12 +8,8 @@ the extra "train": the demonstration, from images to an answer over HTTP. Run it
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,8 +19,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from processes import answers, clean_environment, free_port, run, serving
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-READY_SECONDS = 120
 
 
 def main() -> None:
@@ -109,7 +106,7 @@ def check_core(python: Path, bundle: Path, image: Path, folder: Path) -> None:
     for arguments in (["--help"], ["--version"], ["models", "list"], ["train", "--help"], ["jobs", "--help"]):
         run([finetune, *arguments], cwd=outside)
     training = [finetune, "train", "--data", str(image.parent)]
-    refused = subprocess.run(training, cwd=outside, env=environment_without({}), capture_output=True, text=True, check=False)
+    refused = subprocess.run(training, cwd=outside, env=clean_environment({}), capture_output=True, text=True, check=False)
     assert refused.returncode == 2, refused
     assert "pip install 'finetune-images[train]'" in refused.stderr, refused.stderr
     (answer,) = json.loads(run([finetune, "predict", str(image), "--model", str(bundle), "--json"], cwd=outside))
@@ -118,71 +115,24 @@ def check_core(python: Path, bundle: Path, image: Path, folder: Path) -> None:
 
 
 def ask_server(finetune: str, bundle: Path, image: Path, outside: Path) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with open(outside / "server.log", "wb") as log:
-        server = subprocess.Popen(
-            [finetune, "serve", "--no-worker", "--port", str(port), "--model", str(bundle)],
-            cwd=outside, env=environment_without({}), stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + READY_SECONDS
-        while not answers(f"{url}/readyz"):
-            ended = server.poll() is not None or time.monotonic() > deadline
-            assert not ended, (outside / "server.log").read_text()
-            time.sleep(0.2)
+    port = free_port()
+    with serving([finetune, "serve", "--no-worker", "--port", str(port), "--model", str(bundle)], port, outside) as url:
         assert answers(f"{url}/"), "the page is not served: are the static files in the wheel?"
         request = urllib.request.Request(f"{url}/predict", image.read_bytes(), {"Content-Type": "image/png"})
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        finally:
-            end_group(server.pid)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def check_demo(python: Path, folder: Path) -> None:
     outside = folder / "demo"
     outside.mkdir()
     result = json.loads(run([str(python.with_name("finetune")), "demo", "--json"], cwd=outside))
-    accuracies = {method: outcome["metrics"]["val/top1"] for method, outcome in result["runs"].items()}
-    assert len(accuracies) == 2, accuracies
-    assert min(accuracies.values()) > 0.9, accuracies
+    accuracies = {arm["name"]: arm["metrics"]["test/top1"]["value"] for arm in result["comparison"]["arms"]}
+    assert set(accuracies) == {"linear_probe", "partial", "full"}, accuracies
+    assert min(accuracies.values()) > 0.85, accuracies
+    assert result["comparison"]["verdict"]["choose"] in accuracies, result["comparison"]["verdict"]
     assert result["answer"]["predictions"], result["answer"]
     print(f"wheel: demo accuracies {accuracies}", flush=True)
-
-
-def run(command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
-    """Run a command to its end and return its stdout; show all that it said where it fails."""
-    clean = environment_without(environment or {})
-    ended = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        sys.exit(f"wheel: exit code {ended.returncode} of {command}\n{ended.stdout}\n{ended.stderr}")
-    return ended.stdout
-
-
-def environment_without(more: dict[str, str]) -> dict[str, str]:
-    """This process's environment without what would point back into the checkout."""
-    dropped = ("PYTHONPATH", "FINETUNE_", "MLFLOW_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
-    return {**kept, "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "True", **more}
-
-
-def end_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Names of models: the one place that makes them."""
+"""Names of models and of data: the one place that makes them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,15 @@ def dataset_name(location: Path | str) -> str:
     return place.parent.name or name if says_nothing else name
 
 
+def without_archive_ending(name: str) -> str:
+    """Return an archive's name without its ending, and any other name as it is."""
+    ending = next((ending for ending in _ENDINGS if name.lower().endswith(ending)), "")
+    return name.removesuffix(name[len(name) - len(ending) :]) or name
+
+
 def _without_ending(name: str) -> str:
-    ending = next((ending for ending in _ENDINGS if name.lower().endswith(ending)), None)
-    return name[: -len(ending)] if ending is not None else Path(name).stem
+    stripped = without_archive_ending(name)
+    return Path(name).stem if stripped == name else stripped
 
 
 def as_model_name(text: str) -> str:

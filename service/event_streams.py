@@ -112,10 +112,6 @@ class EventStreams:
         for channel in self._channels.values():
             channel.wake()
 
-    @property
-    def n_readers(self) -> int:
-        return sum(channel.readers for channel in self._channels.values())
-
     def _join(self, job_id: str) -> _Channel:
         channel = self._channels.setdefault(job_id, _Channel())
         channel.readers += 1

@@ -145,11 +145,6 @@ class Difference:
         """Count the changes of each kind."""
         return {key: len(value) for key, value in asdict(self).items()}
 
-    @property
-    def is_same(self) -> bool:
-        """Whether nothing changed that the digest depends on."""
-        return not any(count for kind, count in self.counts().items() if kind != "renamed")
-
     def sentence(self) -> str:
         """Return the changes as one phrase, such as ``3 images added, 1 relabelled``."""
         counts = {kind: count for kind, count in self.counts().items() if count}

@@ -200,12 +200,6 @@ def _fine(picture: Grey) -> NDArray[np.float32]:
     return np.asarray(cv2.GaussianBlur(values, (0, 0), 1.0) - cv2.GaussianBlur(values, (0, 0), 4.0), np.float32)
 
 
-def changed_how(samples: Sequence[Sample], group: Sequence[int]) -> str:
-    """Return in a few words how the files of a group differ: their sizes and the bytes they take."""
-    sizes = {samples[one].size_px for one in group}
-    return "of one size" if len(sizes) == 1 else " and ".join(sorted(f"{w} × {h} px" for w, h in filter(None, sizes))[:3])
-
-
 def by_content(samples: Sequence[Sample]) -> Mapping[str, list[int]]:
     """Return the positions of samples by the sha256 of their bytes."""
     found: dict[str, list[int]] = defaultdict(list)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.comparison_spec import parse_comparison
-from finetune.naming import dataset_name
+from finetune.naming import dataset_name, without_archive_ending
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
@@ -155,7 +155,7 @@ def experiment_name(spec: JobSpec) -> str:
 def _gathered_under(name: str, suffix: str | None, dataset: str = "") -> str:
     if _UPLOAD.fullmatch(name):
         return suffix or name
-    return re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", name, flags=re.IGNORECASE).strip(".") or dataset or suffix or "images"
+    return without_archive_ending(name).strip(".") or dataset or suffix or "images"
 
 
 def experiment_of(run: RunDir) -> str:

@@ -11,11 +11,12 @@ from finetune.data.archive import OWN_LIMITS, ArchiveError, kind_of_file
 from finetune.data.contents import OBJECTS, is_contents, object_path, read_members, unpack_archive
 from finetune.data.files import LocalFile, state_of
 from finetune.data.places.local_folder import LocalFolder
-from finetune.data.places.packed import PackedTree, dataset_name, open_archive, open_contents
+from finetune.data.places.packed import PackedTree, open_archive, open_contents
 from finetune.data.places.tree import Node, Place
 from finetune.data.reading import Reading
 from finetune.errors import DataError
 from finetune.messages import printable
+from finetune.naming import without_archive_ending
 from finetune.storage.store import mark_used
 
 _WHAT_IS_READ = "Give a folder with one folder of images per class, an archive of one, or a table that names images"
@@ -67,7 +68,7 @@ def open_packed(path: Path, kind: str, reading: Reading, shown: str) -> PackedTr
             return open_archive(path, name_encoding=reading.name_encoding, shown=shown)
         folder = _unpacked(path, reading)
         tree = open_contents(folder, name_encoding=reading.name_encoding, shown=shown)
-        tree.name = dataset_name(Path(shown))
+        tree.name = without_archive_ending(Path(shown).name)
         return tree
     except ArchiveError as error:
         raise ArchiveError(f"{shown}: {error.message}") from None

@@ -13,6 +13,7 @@ from finetune.data.names import NameRefused, checked_parts, decode_names
 from finetune.data.places.tree import Folder, Node, build_folder, find_in
 from finetune.errors import DataError
 from finetune.messages import printable
+from finetune.naming import without_archive_ending
 
 
 @dataclass
@@ -52,7 +53,7 @@ def open_archive(
             folders.append(parts)
         else:
             files.append((parts, MemberFile(path, member, f"{shown}/{printable('/'.join(parts))}")))
-    return PackedTree(dataset_name(Path(shown)), shown, names.said, build_folder(files, folders))
+    return PackedTree(without_archive_ending(Path(shown).name), shown, names.said, build_folder(files, folders))
 
 
 def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | None = None) -> PackedTree:
@@ -73,15 +74,6 @@ def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | Non
         else:
             folders.append(parts)
     return PackedTree(folder.name, shown, names.said, build_folder(files, folders))
-
-
-def dataset_name(archive: Path) -> str:
-    """Return an archive's name without its endings."""
-    name = archive.name
-    for ending in (".tar.gz", ".tgz", ".tar", ".zip"):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)] or name
-    return name
 
 
 @dataclass(frozen=True)

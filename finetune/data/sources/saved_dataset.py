@@ -23,6 +23,7 @@ from finetune.data.splits_by_name import split_meaning
 from finetune.data.tables import Row, Table
 from finetune.data.tables.columnar import (
     EmbeddedCell,
+    ImageCell,
     as_cell,
     class_names,
     holds_images,
@@ -195,13 +196,8 @@ def _field(table: Any, column: str, name: str, *, is_there: bool = False) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class InArrow:
+class InArrow(ImageCell):
     """The bytes of an image in an Arrow file, read where they lie."""
-
-    table: Path
-    shown: str
-    column: str
-    row: int
 
     def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         with _READING:  # the opened files are shared between threads
@@ -214,19 +210,6 @@ class InArrow:
             raise ImageError("the cell is empty: the table holds no bytes for this image")
         check_bytes(len(data), limits)
         return data
-
-    def head(self) -> bytes:
-        try:
-            return self.read()[:HEAD_BYTES]
-        except ImageError:
-            return b""
-
-    def state(self) -> str | None:
-        state = state_of(self.table)
-        return None if state is None else f"{state} {self.column} {self.row}"
-
-    def __str__(self) -> str:
-        return f"{self.shown}, row {self.row + 1}"
 
 
 _READING = threading.Lock()

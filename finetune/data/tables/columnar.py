@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,24 +186,26 @@ class EmbeddedCell:
 
 
 @dataclass(frozen=True, slots=True)
-class InParquet:
-    """The bytes of an image in a Parquet file.
+class ImageCell(ABC):
+    """The bytes of an image in a cell of a table file.
 
-    Pages of Parquet are compressed as a whole, so one image cannot be read by itself. The first that is asked for writes all
-    images of its column into the store, each under the sha256 of its bytes.
+    Args:
+        shown: how messages name the table.
+        row: counted from 0.
     """
 
     table: Path
     shown: str
     column: str
     row: int
-    reading: Reading
 
+    @abstractmethod
     def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-        data = _COLUMNS.read(self, limits)
-        if data is None:
-            raise ImageError("the cell is empty: the table holds no bytes for this image, and no file of its name is there")
-        return data
+        """Return the bytes.
+
+        Raises:
+            ImageError: the cell is empty, damaged or larger than the limits.
+        """
 
     def head(self) -> bytes:
         try:
@@ -216,6 +219,23 @@ class InParquet:
 
     def __str__(self) -> str:
         return f"{self.shown}, row {self.row + 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class InParquet(ImageCell):
+    """The bytes of an image in a Parquet file.
+
+    Pages of Parquet are compressed as a whole, so one image cannot be read by itself. The first that is asked for writes all
+    images of its column into the store, each under the sha256 of its bytes.
+    """
+
+    reading: Reading
+
+    def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+        data = _COLUMNS.read(self, limits)
+        if data is None:
+            raise ImageError("the cell is empty: the table holds no bytes for this image, and no file of its name is there")
+        return data
 
 
 class _Columns:

@@ -12,7 +12,6 @@ from finetune.data.files import LocalFile, SourceFile, StoredFile
 from finetune.data.places.remote import RemoteFile
 from finetune.data.places.tree import Node
 from finetune.data.reading import Reading
-from finetune.errors import DataError
 from finetune.messages import printable
 from finetune.storage.files import write_atomic
 
@@ -56,10 +55,6 @@ class Table:
     columns: tuple[str, ...]
     rows: Callable[[], Iterator[Row]]
     said: tuple[str, ...] = ()
-
-
-class TableDamaged(DataError):
-    code = "invalid_data"
 
 
 def open_table(node: Node, reading: Reading) -> Table:
