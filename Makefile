@@ -10,7 +10,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-browser test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-longer test-browser test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -37,6 +37,9 @@ demo: $(READY)  ## Fine-tune, compare, serve and ask over HTTP, on real data (DA
 
 test: $(READY)  ## The default tests, under five minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-longer: $(READY)  ## The tests that take longest, which CI runs beside the default ones
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m longer
 
 test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, against real ones; a skip is a failure
 	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services

@@ -231,6 +231,7 @@ def test_a_worker_answers_every_image_as_predict_does(tmp_path: Path) -> None:
         assert not list((tmp_path / "runs" / batch_id).glob("parts*"))
 
 
+@pytest.mark.longer
 def test_the_command_asks_a_server_and_writes_what_it_answers(tmp_path: Path) -> None:
     registered(tmp_path, write_bundle(tmp_path / "bundle"))
     folder, out = tmp_path / "holiday", tmp_path / "answers.csv"

@@ -53,6 +53,7 @@ def test_every_good_archive_is_taken_and_described(kind: str, client: TestClient
     assert left_in(tmp_path) == [file["id"]]
 
 
+@pytest.mark.longer
 def test_every_bad_archive_is_refused_in_one_sentence_and_leaves_nothing(client: TestClient, tmp_path: Path) -> None:
     for what, (data, _) in BAD.items():
         answer = upload(client, data)

@@ -406,6 +406,7 @@ def queued_job(home: Path, name: str) -> str:
     return job.id
 
 
+@pytest.mark.longer
 def test_two_hundred_readers_see_every_event_and_the_server_still_stops_at_once(server: LiveServer, home: Path) -> None:
     readers = 200
     job_id = queued_job(home, "many")

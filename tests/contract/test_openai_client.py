@@ -161,6 +161,7 @@ def test_our_errors_are_its_own_exceptions(place: Place, client: OpenAI, file_id
         place.client(narrow).fine_tuning.jobs.list()
 
 
+@pytest.mark.longer
 def test_a_full_queue_is_its_rate_limit_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_MAX_UNFINISHED_JOBS", "1")
     registered(tmp_path, write_bundle(tmp_path / "bundle"))

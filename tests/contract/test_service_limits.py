@@ -50,6 +50,15 @@ def file_id(client: TestClient) -> str:
 # --- specs ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def checking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, str]]:
+    """A server that nothing is queued on, whose process that knows the training libraries starts once, and the id of an upload."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spec_check, "SECONDS", 240)  # on a busy machine the imports alone can take longer than the product waits
+        with in_process(tmp_path_factory.mktemp("checking"), wait=False) as client:
+            yield client, str(upload(client, zip_of(photographs())).json()["id"])
+
+
 def nested(levels: int) -> Any:
     value: Any = []
     for _ in range(levels):
@@ -73,8 +82,9 @@ def nested(levels: int) -> Any:
     ],
 )
 def test_a_job_that_cannot_or_must_not_run_is_refused_before_it_is_queued(
-    client: TestClient, file_id: str, changes: dict[str, Any], said: str
+    checking: tuple[TestClient, str], changes: dict[str, Any], said: str
 ) -> None:
+    client, file_id = checking
     answer = client.post(JOBS, json={"training_file": file_id, **changes})
     assert answer.status_code == 422
     assert said in json.dumps(answer.json(), ensure_ascii=False)
@@ -82,7 +92,8 @@ def test_a_job_that_cannot_or_must_not_run_is_refused_before_it_is_queued(
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
-def test_a_number_that_is_not_finite_is_refused(client: TestClient, file_id: str, number: str) -> None:
+def test_a_number_that_is_not_finite_is_refused(checking: tuple[TestClient, str], number: str) -> None:
+    client, file_id = checking
     body = f'{{"training_file": "{file_id}", "augmentation": {{"transforms": [{{"HorizontalFlip": {{"p": {number}}}}}]}}}}'
     answer = client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422

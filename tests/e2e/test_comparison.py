@@ -203,6 +203,7 @@ def test_a_request_to_compare_runs_is_carried_out_in_the_folder_that_it_is_given
     assert found.verdict.sentence
 
 
+@pytest.mark.longer
 def test_a_servers_result_is_the_document_of_the_command_line(
     compared: Any, pictures: Path, mlflow_workspace: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def _folder(root: Path, name: str) -> Path:
     return root / name
 
 
+@pytest.mark.longer
 def test_a_run_killed_at_random_steps_ends_bit_equal_to_an_uninterrupted_one(
     processes: ForkServerContext, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from finetune.tracking.mirror import read_state, tracked_as
 from finetune.tracking.mlflow.connection import connect, destination_of
 
 
+@pytest.mark.longer
 @pytest.mark.timeout(300)
 def test_a_run_is_tracked_from_its_beginning_to_its_registered_model(mlflow_workspace: Path, tmp_path: Path) -> None:
     pictures = write_stripes(tmp_path, 60)

@@ -64,6 +64,7 @@ def pictures(home: Path) -> Path:
     return write_stripes(home, 36)
 
 
+@pytest.mark.longer
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=specs)
 def test_a_run_on_a_known_network_has_the_bits_of_the_run_that_built_it(

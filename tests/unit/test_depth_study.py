@@ -164,6 +164,7 @@ def stop_in(child: str) -> Callable[[Progress], None]:
     return stop
 
 
+@pytest.mark.longer
 def test_a_study_that_was_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path: Path, small_request: DepthRequest) -> None:
     straight = study_depth(small_request, shared_at(tmp_path / "a"), silent, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
