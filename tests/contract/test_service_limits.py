@@ -52,7 +52,7 @@ def file_id(client: TestClient) -> str:
 
 @pytest.fixture(scope="module")
 def checking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, str]]:
-    """A server that nothing is queued on, whose process that knows the training libraries starts once, and the id of an upload."""
+    """A server whose process that knows the training libraries is started once, with nothing queued, and the id of an upload."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(spec_check, "SECONDS", 240)  # on a busy machine the imports alone can take longer than the product waits
         with in_process(tmp_path_factory.mktemp("checking"), wait=False) as client:
