@@ -22,9 +22,10 @@ from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import Mirror, read_state, tracked_as
+from finetune.tracking.mlflow.tracker import MlflowTracker
 from finetune.tracking.sync import find_run, in_order, incomplete_runs, sync_run
-from finetune.tracking.tracker import Choice
-from finetune.tracking.view import experiment_name
+from finetune.tracking.tracker import Choice, Place
+from finetune.tracking.view import RunView, experiment_name
 
 MLFLOW = Choice("mlflow")
 METHODS: tuple[Any, ...] = (
@@ -135,6 +136,29 @@ def test_what_a_run_is_judged_by_comes_first_also_while_nothing_is_known(
     end_run(run, resolved, top1=0.75)
     assert mirror(run, workspace) == ""
     assert next(iter(stored(client, run).data.metrics.items())) == ("test/top1", 0.75)
+
+
+def test_what_a_run_is_judged_by_comes_first_also_if_it_trains_while_mlflow_is_being_connected(
+    workspace: Workspace, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first connection takes seconds, in which a run that had only begun resolves its job and takes its first steps."""
+    run = run_at(workspace)
+    run.create().spec.write_text(spec_of("full").to_yaml())
+    begin = MlflowTracker.begin
+
+    def slow_begin(tracker: MlflowTracker, view: RunView, place: Place) -> tuple[str, bool]:
+        begun = begin(tracker, view, place)
+        begin_run(run, spec_of("full"))
+        train_steps(run, range(2))
+        return begun
+
+    monkeypatch.setattr(MlflowTracker, "begin", slow_begin)
+    assert mirror(run, workspace, alive=True) == ""
+    monkeypatch.undo()
+    assert stored(client, run).data.metrics == {}
+    assert mirror(run, workspace, alive=True) == ""
+    assert next(iter(stored(client, run).data.metrics)) == "test/top1"
+    assert "train/loss" in stored(client, run).data.metrics
 
 
 def test_each_split_is_an_input_with_its_context_and_the_digest_of_the_manifest(
