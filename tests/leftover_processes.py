@@ -61,8 +61,8 @@ class Processes:
 def environment_of(pid: int) -> bytes:
     """Return the environment that a process began with.
 
-    While a process becomes another program, it shows none for a moment, in which its parent may go on already. So that it has none
-    is believed only of a process that keeps showing none.
+    While a process becomes another program, it shows none for a moment, in which its parent may go on already. So that it has
+    none is believed only of a process that keeps showing none.
     """
     deadline = time.monotonic() + EXEC_SECONDS
     with suppress(OSError):
