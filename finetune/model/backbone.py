@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import timm
 import torch
@@ -26,6 +26,9 @@ from finetune.model.weights import Weights, load_weights, resolve_weights
 
 # timm's word for how an image of another shape is framed, and ours.
 _RESIZE: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "letterbox"}
+
+# CrossViT and CoaT end in a sequence of tokens for each of their branches, which their own heads join.
+_SEVERAL_MAPS_NOTE = "the network ends in several feature maps, which its own pooling joins, so its logits are not a mean over positions"
 
 # VGG's pretrained layers after pooling are left out on purpose.
 _VGG_NOTE = (
@@ -103,7 +106,10 @@ class Backbone(nn.Module):
         return not self.weights.pretrained_cfg.get("fixed_input_size", False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w)."""
+        """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w).
+
+        A few networks give a list of such features, which only `own_embedding` takes.
+        """
         features: Tensor = self.module.forward_features(images)  # type: ignore[operator]
         return features
 
@@ -213,11 +219,19 @@ def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: 
         trace = watch(module.eval(), image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _wrong_size(name, weights, input_size_px[0], str(error)) from None
-    if not isinstance(trace.features, Tensor) or trace.features.ndim not in (3, 4):
+    if not _is_feature_map(trace.features) and not _are_feature_maps(trace.features):
         raise UnknownBackbone(
-            f"model.backbone: {name} does not end in one feature map, which a head needs; take another architecture."
+            f"model.backbone: {name} does not end in a feature map, which a head needs; take another architecture."
         )
     return trace
+
+
+def _is_feature_map(features: Any) -> TypeGuard[Tensor]:
+    return isinstance(features, Tensor) and features.ndim in (3, 4)
+
+
+def _are_feature_maps(features: Any) -> bool:
+    return isinstance(features, list | tuple) and len(features) > 0 and all(map(_is_feature_map, features))
 
 
 def _wrong_size(name: str, weights: Weights, given: int | str, why: str) -> InvalidInput:
@@ -233,22 +247,28 @@ def _feature_format(module: nn.Module, trace: Trace) -> FeatureFormat:
     height, width = trace.image.shape[2:]
     return FeatureFormat(
         channels_last=str(getattr(module, "output_fmt", "NCHW")) == "NHWC",
-        n_prefix_tokens=_n_prefix_tokens(module, trace) if trace.features.ndim == 3 else 0,
+        n_prefix_tokens=_n_prefix_tokens(module, trace.features) if _is_tokens(trace.features) else 0,
         aspect=height / width,
     )
 
 
-def _n_prefix_tokens(module: nn.Module, trace: Trace) -> int:
+def _is_tokens(features: Any) -> TypeGuard[Tensor]:
+    return isinstance(features, Tensor) and features.ndim == 3
+
+
+def _n_prefix_tokens(module: nn.Module, features: Tensor) -> int:
     """As timm says; where it does not, what is left over from a square grid."""
     declared: Any = getattr(module, "num_prefix_tokens", None)
     if declared is not None:
         return int(declared)
-    n_tokens = trace.features.shape[1]
+    n_tokens = features.shape[1]
     return n_tokens - math.isqrt(n_tokens) ** 2
 
 
 def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> Readout:
     """Compare what the original classifier gets with the plain mean over positions."""
+    if not _is_feature_map(trace.features):
+        return Readout("own", note=_SEVERAL_MAPS_NOTE)
     if isinstance(module, vgg.VGG):
         return Readout("linear", note=_VGG_NOTE)
     mean = feature_format.as_map(trace.features).mean((2, 3))
