@@ -70,11 +70,11 @@ def main() -> None:
         print(json.dumps(dataclasses.asdict(try_backbone(given.child))))
         return
     rows = read_trials(given.out)
-    for family in [family for family in timm.list_modules() if given.only in family and family not in OWN and timm.list_models(module=family)]:
-        if given.again or family not in rows:
-            rows[family] = in_a_process(rows[family].backbone if family in rows else smallest_member(family))
-            print(f"{family:<24} {name:<36} {'works' if rows[family].works else rows[family].reason}", flush=True)
-            write_trials(rows, given.out)
+    families = [family for family in timm.list_modules() if family not in OWN and timm.list_models(module=family)]
+    for family in [family for family in families if given.only in family and (given.again or family not in rows)]:
+        found = rows[family] = in_a_process(rows[family].backbone if family in rows else smallest_member(family))
+        print(f"{family:<24} {found.backbone:<36} {'works' if found.works else found.reason}", flush=True)
+        write_trials(rows, given.out)
 
 
 if __name__ == "__main__":
