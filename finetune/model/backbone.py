@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.bundle.preprocess import Preprocess, Resize
+from finetune.bundle.weights import Origin
 from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.model.stages import Layout, Stage, Trace, lay_out, shares_tensors, watch
-from finetune.model.weights import Weights, load_weights, resolve_weights
+from finetune.model.weights import Weights, load_weights, resolve_weights, weights_of_origin
 
 # timm's word for how an image of another shape is framed, and ours.
 _RESIZE: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "letterbox"}
 
 # CrossViT and CoaT end in a sequence of tokens for each of their branches, which their own heads join.
-_SEVERAL_MAPS_NOTE = "the network ends in several feature maps, which its own pooling joins, so its logits are not a mean over positions"
+_SEVERAL_MAPS_NOTE = (
+    "the network ends in several feature maps, which its own pooling joins, so its logits are not a mean over positions"
+)
 
 # VGG's pretrained layers after pooling are left out on purpose.
 _VGG_NOTE = (
@@ -135,15 +138,18 @@ def build_backbone(
     input_size_px: int | Literal["auto"] = "auto",
     resize: Resize | Literal["auto"] = "auto",
     cache: Path | None = None,
+    origin: Origin | None = None,
 ) -> Backbone:
     """Build a backbone with its weights, in eval mode.
 
     Args:
-        name: any timm architecture, with or without a weights tag (``resnet50``, ``resnet50.a1_in1k``).
+        name: any timm architecture, with or without a weights tag (``resnet50``, ``resnet50.a1_in1k``), or where timm finds
+            another (``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``).
         weights: see `resolve_weights`.
         input_size_px: side of the square input; ``auto`` is what the weights were trained at.
         resize: how images of another shape are framed; ``auto`` is how the weights were evaluated.
         cache: where downloaded weights are kept.
+        origin: one's own model, whose backbone and weights are taken instead; ``auto`` is the input size that it has.
 
     Raises:
         UnknownBackbone, WeightsError: see `resolve_weights`.
@@ -152,7 +158,12 @@ def build_backbone(
     # By default a GPU rounds what it convolves to 10 bits: on an H100 the answers in training then differed from those of the
     # exported model by up to 0.007 of probability. Speed comes from bfloat16, where training chooses it.
     torch.backends.cudnn.allow_tf32 = False
-    found = resolve_weights(name, weights, cache)
+    if origin is None:
+        found = resolve_weights(name, weights, cache)
+    else:
+        name, found = origin.architecture, weights_of_origin(origin, cache)
+        if input_size_px == "auto":
+            input_size_px = _own_size(origin)
     module = _create(name, found, input_size_px)
     preprocess = _preprocess(module, found, input_size_px, resize)
     with torch.no_grad():
@@ -170,14 +181,20 @@ def build_backbone(
     return Backbone(name, module, layout, loaded, preprocess, feature_format, readout, n_features)
 
 
+def _own_size(origin: Origin) -> int | Literal["auto"]:
+    height, width = origin.manifest.preprocess.input_size_px
+    return height if height == width else "auto"
+
+
 def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -> nn.Module:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(weights.pretrained_cfg.get("model_args", {}))
+    architecture = weights.pretrained_cfg["architecture"] if "model_args" in weights.pretrained_cfg else name
     if timm.model_entrypoint(weights.pretrained_cfg["architecture"]).__module__ == vgg.__name__:
         options["mlp_ratio"] = 1 / 4096  # fc6 and fc7, which are left out, one unit wide: 0.1 s to build instead of 3 s
     if input_size_px != "auto" and weights.pretrained_cfg.get("fixed_input_size"):
         options["img_size"] = input_size_px
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        module: nn.Module = timm.create_model(architecture, pretrained=False, **{**options, "num_classes": 0})
     except TypeError as error:
         if "img_size" not in str(error):
             raise

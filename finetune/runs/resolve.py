@@ -20,7 +20,7 @@ from finetune.spec import JobSpec, parse_spec
 from finetune.training.compute import Compute
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
-_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub"}
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Resolved:
             "task": self.task,
             "model.backbone": self.backbone.name,
             "model.weights": self.backbone.weights["identifier"],
+            **({"model.origin": origin["model"]} if (origin := self.backbone.weights.get("origin")) else {}),
             "model.input_size_px": self.preprocess.input_size_px[0],
             "model.head.dropout": recipe.dropout,
             "data.resize": self.preprocess.resize,

@@ -122,7 +122,7 @@ def test_a_network_that_ends_in_several_feature_maps_keeps_its_own_pooling() -> 
     assert logits.shape == (2, 3)
     assert cam is None
     assert "several feature maps" in classifier.cam_reason
-    with pytest.raises(InvalidInput, match="model.head.aux: stage .* ends in several maps"):
+    with pytest.raises(InvalidInput, match=r"model\.head\.aux: stage .* ends in several maps"):
         Classifier(backbone, num_classes=3, aux=True)
 
 
