@@ -12,7 +12,7 @@ import pytest
 from archives import zip_of
 from axe_playwright_python.sync_playwright import Axe
 from browsing import CLASSES, ENVIRONMENT, Visit, photograph
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from serving import live_server, registered, until
 from standin import write_bundle
 
@@ -27,7 +27,7 @@ WORDS = {
         "compare": "Compare them", "try": "Try it",
         "live": "Make it live", "back": "Back to what was live before", "settings": "More settings", "name": "Name of the model",
         "source": "Pictures to train on", "seeds": "Runs of each way", "look": "Where did it look?",
-        "close": "Close", "correct": "Correct the label", "relabel": "Change its class", "save": "Save as a new version",
+        "close": "Close", "correct": "Correct the label", "relabel": "Change the class", "save": "Save as a new version",
     },
     "de": {
         "compare": "Vergleichen", "try": "Testen",
@@ -222,6 +222,75 @@ def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tm
         expect(page.locator(".cell img[src]").first).to_be_visible()
         assert page.locator(".cell").count() < 400
     expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
+
+
+def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    page.on("dialog", lambda dialog: dialog.accept())  # "leave this page?"
+    archive = tmp_path / "large.zip"
+    megabyte = os.urandom(1 << 20)
+    archive.write_bytes(zip_of({f"{name}/{n}.jpg": photograph(n % 2, n, 32) + megabyte for name in "ab" for n in range(13)}))
+    arrived: list[str] = []
+    connected = False
+
+    def on_the_way(route: Route) -> None:
+        if arrived and not connected:
+            route.abort()
+        else:
+            arrived.append(route.request.url)
+            route.continue_()
+
+    page.route("**/v1/uploads/*/parts", on_the_way)
+    page.route("**/v1/fine_tuning/jobs", lambda route: route.abort())
+    visit.go("train")
+    page.locator("#train-files").set_input_files(archive)
+    page.locator("button[type=submit]").click()
+    expect(page.get_by_text("sending goes on by itself")).to_be_visible()
+    accessible(page)
+    page.reload()
+    connected = True
+    page.locator("#train-files").set_input_files(archive)
+    page.locator("button[type=submit]").click()
+    expect(page.get_by_role("alert")).to_be_visible()  # the job cannot be sent; the pictures have arrived
+    (file,) = httpx.get(f"{visit.server.url}/v1/files").json()["data"]
+    assert file["summary"]["counts"] == {"all": {"a": 13, "b": 13}}
+    assert len(arrived) == 4  # parts of 8 MiB, each once
+    assert len(set(arrived)) == 1
+
+
+def test_several_pictures_are_corrected_together_and_taken_back_together(visit: Visit) -> None:
+    page = visit.page
+    archive = zip_of(
+        {f"{name}/{number:02d}.jpg": photograph(label, number, 32) for label, name in enumerate("ab") for number in range(8)}
+    )
+    sent = {"file": ("letters.zip", archive)}
+    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    visit.go(f"data/{file['id']}")
+    page.get_by_role("button", name="Choose several").click()
+    tiles = page.locator(".tile[aria-pressed]")  # a tile can be chosen once its picture is known
+    expect(tiles).to_have_count(16)
+    tiles.nth(0).click()
+    tiles.nth(4).click(modifiers=["Shift"])
+    expect(page.locator('.tile[aria-pressed="true"]')).to_have_count(5)
+    expect(tiles).to_have_count(16)
+    tiles.nth(2).click()
+    expect(page.get_by_text("4 pictures chosen")).to_be_visible()
+    page.get_by_label("These are").fill("c")
+    accessible(page)
+    page.get_by_role("button", name="Change the class").click()
+    expect(page.locator(".tile-note")).to_have_count(4)
+    expect(tiles).to_have_count(16)
+    tiles.nth(15).click()
+    page.get_by_role("button", name="Leave out").click()
+    expect(page.locator(".tile-note")).to_have_text(["c", "c", "c", "c", "left out"])
+    page.get_by_role("button", name="Undo the last").click()
+    expect(page.locator(".tile-note")).to_have_text(["c", "c", "c", "c"])
+    page.get_by_role("button", name="Save as a new version").click()
+    page.wait_for_url(lambda url: "#/data/file-" in url and file["id"] not in url)
+    expect(page.locator("section").filter(has=page.get_by_role("heading", name="Classes")).locator(".bars li")).to_have_text(
+        [re.compile("a.*4"), re.compile("b.*8"), re.compile("c.*4")]
+    )
+    assert visit.errors == []
 
 
 def test_a_webcam_is_answered_live(visit: Visit, tmp_path: Path) -> None:

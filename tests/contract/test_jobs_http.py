@@ -81,7 +81,7 @@ def test_a_job_is_answered_in_the_public_shape_and_in_our_own(client: TestClient
 
 def test_a_job_starts_from_a_registered_model_that_the_caller_may_use(tmp_path: Path) -> None:
     with in_process(tmp_path, wait=False) as client:
-        registry = registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
+        registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
         registered(tmp_path, write_bundle(tmp_path / "old"), "old")
         archive = ("Flowers.zip", zip_of(photographs()))
         file_id = client.post("/v1/files", files={"file": archive}, data={"purpose": "fine-tune"}).json()["id"]
@@ -98,10 +98,15 @@ def test_a_job_starts_from_a_registered_model_that_the_caller_may_use(tmp_path: 
         for model, why in refused.items():
             found = problems(client.post(JOBS, json={"training_file": file_id, "model": model}))
             assert why in next(iter(found.values())), model
-        registry.set_access("colours", Access(owner="ann", visibility="private"))
-        ann, bob = (
-            {"Authorization": f"Bearer {KeyStore(open_jobs(tmp_path)).create(name, ['jobs'])[0]}"} for name in ("ann", "bob")
-        )
+
+
+def test_another_owners_private_model_is_nothing_to_start_from(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
+    registry.set_access("colours", Access(owner="ann", visibility="private"))
+    keys = KeyStore(open_jobs(tmp_path))
+    ann, bob = ({"Authorization": f"Bearer {keys.create(name, ['jobs'])[0]}"} for name in ("ann", "bob"))
+    with in_process(tmp_path, wait=False) as client:
+        archive = ("Flowers.zip", zip_of(photographs()))
         ids = {
             name: client.post("/v1/files", files={"file": archive}, data={"purpose": "fine-tune"}, headers=key).json()["id"]
             for name, key in (("ann", ann), ("bob", bob))
