@@ -11,7 +11,7 @@ FORMATS = ("timm", "safetensors", "onnx", "openvino", "web")
 
 @click.command()
 @click.argument("model")
-@click.option("--format", "name", type=click.Choice(FORMATS), required=True, help="What to write; see below.")
+@click.option("--format", "name", type=click.Choice(FORMATS), required=True, metavar="FORMAT", help="One of those below.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder; by default named after the model.")
 @click.option(
     "--onnxruntime-web",
@@ -21,9 +21,10 @@ FORMATS = ("timm", "safetensors", "onnx", "openvino", "web")
     help="For web: the installed npm package. Default: node_modules/onnxruntime-web.",
 )
 def export(model: str, name: str, out: Path | None, runtime: Path | None) -> None:
-    """Write MODEL for another tool: a folder with its model card, compared with the bundle before it counts.
+    """Write a model for another tool.
 
-    MODEL is a registered name, name@version, or a bundle folder.
+    MODEL is a registered name, name@version, or a bundle folder. What is written, with its model card, is compared with the
+    bundle before it counts.
 
         \b
     timm         a folder that timm.create_model('local-dir:FOLDER') loads
