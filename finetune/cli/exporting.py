@@ -31,7 +31,7 @@ def export(model: str, name: str, out: Path | None, runtime: Path | None) -> Non
     safetensors  backbone and head in one file
     onnx         model.onnx alone
     openvino     OpenVINO's own format (needs the extra openvino)
-    web          one page that classifies pictures in a browser, without a server
+    web          one page that classifies pictures in a browser
     """
     from finetune.bundle.registry import Registry
     from finetune.export.formats import write_format
