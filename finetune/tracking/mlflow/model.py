@@ -60,7 +60,7 @@ def log_model(
         experiment_id,
         name=model.name,
         source_run_id=run_id,
-        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE},
+        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE.replace("NAME", model.name)},
         params={key_text(key): value_text(value) for key, value in (params or {}).items()},
         model_type="finetune bundle",
     )
