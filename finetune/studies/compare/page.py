@@ -36,7 +36,7 @@ def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: M
     answers = {arm.predictions.name: arm.predictions.runs[0] for arm in arms}
     reference = next(iter(answers.values()))
     task = task_named(reference.task)
-    evaluated = np.array([n for n, _, _ in task.class_counts(task.judge(reference.logits, reference.labels))])
+    evaluated = np.array([n for n, _, _ in task.class_counts(reference.judged())])
     page = ComparisonPage(
         document=found.to_dict(),
         metrics=task.metrics,
@@ -54,7 +54,7 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
     task = task_named(next(iter(answers.values())).task)
     names = list(answers)
     probs = {name: task.probabilities(table.logits) for name, table in answers.items()}
-    scores = np.stack([task.judge(table.logits, table.labels).score for table in answers.values()])  # (A, N)
+    scores = np.stack([table.judged().score for table in answers.values()])  # (A, N)
     reference = answers[names[0]]
     sure = np.stack([probs[name].max(axis=1) for name in names])  # (A, N)
     wrongness = (sure * (scores < 1)).max(axis=0) * (scores.max(axis=0) == 1) * (scores.min(axis=0) < 1)
