@@ -24,8 +24,9 @@ class Mistake:
 def confident_mistakes(predictions: Predictions, limit: int) -> tuple[Mistake, ...]:
     """Return the wrong answers given with the most confidence, most confident first, ties in row order."""
     task, rows, classes = task_named(predictions.task), predictions.judged(), predictions.classes
-    confidence, true_probability = task.doubts(rows)
-    order = np.argsort(-confidence, kind="stable")[: min(limit, int(np.count_nonzero(confidence)))]
+    confidence, true_probability = task.sureness(rows)
+    wrong = rows.score < 1
+    order = np.argsort(np.where(wrong, -confidence, np.inf), kind="stable")[: min(limit, int(np.count_nonzero(wrong)))]
     return tuple(
         Mistake(
             index=int(row),

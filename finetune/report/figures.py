@@ -290,23 +290,26 @@ def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> 
     """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below; also after calibration."""
     shown = [("", before)] if after is None else [("Before: ", before), ("After temperature: ", after)]
     figure = Figure(figsize=(5.2 if after is None else WIDTH_INCHES, 4.6))
+    names = ("confidence in the given label", "accuracy", "images")
+    if before.confusion is None:  # an image may have several labels
+        names = ("probability of a label", "share that has it", "answers")
     columns = figure.subplots(2, len(shown), sharex=True, sharey="row", height_ratios=(3, 1), squeeze=False)
     for (title, evaluation), top, bottom in zip(shown, columns[0], columns[1], strict=True):
         filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]
         centres = [(b.lower + b.upper) / 2 for b, _, _ in filled]
         width = 0.92 / len(evaluation.bins)
-        top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
+        top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label=names[1])
         top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
         top.plot(
             [c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence"
         )
         top.set(title=f"{title}ECE {evaluation.values['ece']:.3f} on {evaluation.n:,} images", ylim=(0, 1.02), xlim=(0, 1))
         bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
-        bottom.set(xlabel="confidence in the given label")
+        bottom.set(xlabel=names[0])
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    columns[0, 0].set_ylabel("accuracy")
+    columns[0, 0].set_ylabel(names[1])
     figure.legend(*columns[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    columns[1, 0].set_ylabel("images")
+    columns[1, 0].set_ylabel(names[2])
     return figure
 
 

@@ -136,6 +136,7 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
         classes=_classes(judged, inputs.thresholds),
         confused=_confused(judged),
+        several=not task_named(judged.task).exclusive,
         mistakes=[_mistake(mistake) for mistake in inputs.mistakes],
         phases=[_phase(phase, inputs.stage_names) for phase in inputs.phases if "n_steps" in phase],
         resolved=_facts(inputs.resolved),

@@ -66,8 +66,11 @@ class Multiclass:
     def class_precisions(self, rows: Rows) -> Sequence[tuple[float, Interval] | None]:
         return ()
 
-    def doubts(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return np.where(rows.predicted != rows.targets, rows.confidence, 0.0), np.exp(-rows.nll)
+    def sureness(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return rows.confidence, np.exp(-rows.nll)
+
+    def answered(self, rows: Rows, row: int) -> tuple[int, ...]:
+        return (int(rows.predicted[row]),)
 
     def answer_text(self, rows: Rows, row: int, classes: Sequence[str]) -> str:
         return classes[int(rows.predicted[row])]

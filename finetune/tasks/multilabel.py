@@ -84,10 +84,14 @@ class Multilabel:
             for value, n in zip(average_precisions(rows), counts, strict=True)
         ]
 
-    def doubts(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def sureness(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         said = np.where(rows.given, rows.probs, 1.0 - rows.probs)  # the probability of each yes or no that was answered
-        surest = np.where(rows.given != rows.targets, said, 0.0).max(axis=1)
-        return surest, np.where(surest > 0, 1.0 - surest, np.exp(-rows.nll))
+        surest_mistake = np.where(rows.given != rows.targets, said, 0.0).max(axis=1)
+        wrong = rows.score < 1
+        return np.where(wrong, surest_mistake, said.min(axis=1)), np.where(wrong, 1.0 - surest_mistake, said.min(axis=1))
+
+    def answered(self, rows: LabelRows, row: int) -> tuple[int, ...]:
+        return self.labels_of(rows.given[row])
 
     def answer_text(self, rows: LabelRows, row: int, classes: Sequence[str]) -> str:
         return self.label_text(rows.given[row], classes)

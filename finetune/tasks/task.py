@@ -125,9 +125,16 @@ class Task(Protocol):
         """Return the average precision of each class with its 95 % interval; empty where classes are not ranked by themselves."""
         ...
 
-    def doubts(self, rows: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return for each image the probability of the surest thing that its answer got wrong, 0 where all is right, and that of
-        what is true instead; each (N,)."""
+    def sureness(self, rows: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the probability of each image's answer, and that of what is true; each (N,).
+
+        Where an image may have several labels, these are of one of them: of the surest that was answered wrongly, else of the
+        least sure.
+        """
+        ...
+
+    def answered(self, rows: Any, row: int) -> tuple[int, ...]:
+        """Return the class indices that one image was answered with, in class order."""
         ...
 
     def answer_text(self, rows: Any, row: int, classes: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from sklearn import metrics as trusted
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import InvalidInput
+from finetune.evaluation.compare import ArmPredictions, compare_pairs, headline_error
 from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.mistakes import confident_mistakes
+from finetune.evaluation.paired import compare_two, paired_gain
 from finetune.evaluation.predictions import Predictions, concatenate, read, write
 from finetune.evaluation.tables import rows_of
 from finetune.features.solve_labels import solve_sigmoid_head
@@ -222,3 +227,84 @@ def test_a_label_that_no_training_image_has_becomes_improbable_and_points_nowher
     assert head.bias[3] == pytest.approx(np.log(121), rel=1e-5)
     assert head.held_out_logits is not None
     assert np.isfinite(head.held_out_logits).all()
+
+
+# ── compared ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers(gain: float, seed: int, n: int = 250) -> Predictions:
+    """Answers to the same images, better with a larger gain."""
+    _, targets = made_up(n)
+    chance = np.random.default_rng([seed, 1])
+    return table((gain * targets + chance.normal(size=targets.shape)).astype(np.float32), targets, "test")
+
+
+def test_two_models_are_compared_by_mean_average_precision_over_resampled_images() -> None:
+    good, bad = answers(3.0, 0), answers(1.0, 1)
+    (pair,) = compare_pairs([ArmPredictions("good", (good,)), ArmPredictions("bad", (bad,))])
+    values = [evaluate(one).values["map"] for one in (good, bad)]
+    assert (pair.headline.metric, pair.test, pair.p_exact) == ("map", "paired bootstrap", None)
+    assert pair.headline.difference == pytest.approx(values[0] - values[1])
+    assert pair.winner == "good"
+    assert pair.headline.low < pair.headline.difference < pair.headline.high
+    assert {other.metric for other in pair.others} == {"micro_f1", "macro_f1", "exact_match", "loss", "ece"}
+    assert pair.smallest_detectable > 0
+    gain = paired_gain(good, bad)
+    assert (gain.gain, gain.metric) == (pytest.approx(values[0] - values[1]), "map")
+    assert gain.pays
+    assert not paired_gain(good, good).pays
+
+
+def test_the_bootstrap_is_as_often_wrong_as_it_says() -> None:
+    """Two models that are equally good: a difference is found in about one of twenty comparisons."""
+    found = [
+        compare_pairs([ArmPredictions("a", (answers(2.0, seed, 120),)), ArmPredictions("b", (answers(2.0, seed + 500, 120),))])[0]
+        for seed in range(40)
+    ]
+    assert sum(pair.significant for pair in found) <= 6
+    assert 0.5 < np.std([pair.headline.difference for pair in found]) / np.mean([p.headline.standard_error for p in found]) < 1.6
+
+
+def test_seeds_and_folds_count_as_they_do_for_one_label() -> None:
+    several = [ArmPredictions(str(gain), tuple(answers(gain, 10 * seed) for seed in range(3))) for gain in (3.0, 1.5)]
+    (pair,) = compare_pairs(several)
+    assert pair.test == "t"
+    assert 0 < pair.headline.seed_share < 1
+    error, quantile = headline_error(several[0])
+    assert 0 < error < 0.1 < 1.9 < quantile
+    folds = tuple(number % 5 for number in range(250))
+    arms = [ArmPredictions(str(gain), (answers(gain, 0),), folds=folds, n_train=200) for gain in (3.0, 1.5)]
+    (of_folds,) = compare_pairs(arms)
+    assert (of_folds.test, of_folds.headline.degrees_of_freedom, of_folds.winner) == ("corrected resampled t", 4.0, "3.0")
+
+
+def test_a_promotion_compares_versions_whose_classes_are_in_another_order() -> None:
+    good, bad = answers(3.0, 0), answers(1.0, 1)
+    digests = np.random.default_rng(0).integers(0, 256, (250, 32), dtype=np.uint8)
+    order = [4, 2, 0, 1, 3]
+    shuffled = replace(
+        bad,
+        classes=tuple(bad.classes[o] for o in order),
+        logits=bad.logits[:, order],
+        sha256=digests,
+        targets=bad.labels[:, order],
+    )
+    found = compare_two(replace(good, sha256=digests), shuffled, lambda digest: False)
+    assert found is not None
+    assert (found.metric, found.test, found.n) == ("map", "paired bootstrap", 250)
+    assert found.second == pytest.approx(evaluate(bad).values["map"])
+    assert found.p_value < 1e-6
+
+
+def test_the_surest_mistakes_come_first_with_all_labels_in_words() -> None:
+    logits, targets = made_up(100)
+    found = confident_mistakes(table(logits, targets), 1000)
+    wrong = np.flatnonzero(((logits >= 0) != targets).any(axis=1))
+    assert sorted(one.index for one in found) == list(wrong)
+    assert [one.confidence for one in found] == sorted((one.confidence for one in found), reverse=True)
+    first = found[0]
+    assert first.confidence == pytest.approx(
+        1 / (1 + np.exp(-np.abs(logits[first.index])[(logits[first.index] >= 0) != targets[first.index]].max()))
+    )
+    assert first.true == TASK.label_text(targets[first.index], [f"label {number}" for number in range(5)])
+    assert {one.predicted for one in found} >= {"(no label)"}
