@@ -61,9 +61,7 @@ def main() -> None:
         found["runs"][method] = {
             **{key: round(value, 4) for key, value in run.metrics.items() if key.startswith("test/")},
             "train_seconds": round(run.cost["train_seconds"], 1),
-            "largest_difference": differences(
-                run.bundle, sorted((table.parent / "test").glob("*/*"))
-            ),
+            "largest_difference": differences(run.bundle, sorted((table.parent / "test").glob("*/*"))),
         }
     print(json.dumps(found, indent=2))
     if arguments.out:

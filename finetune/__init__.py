@@ -1,7 +1,7 @@
 """finetune: transfer-learning fine-tuning for image classification, from labelled photographs to a served ONNX bundle.
 
-`train`, `compare`, `check` and `load` are the Python door, `Client` speaks to a server. They are imported when they are first
-used: importing `finetune` itself costs nothing.
+`train`, `compare`, `check`, `suggest` and `load` are the Python door, `Client` speaks to a server. They are imported when
+they are first used: importing `finetune` itself costs nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.api import Model, Run, check, compare, load, train
+    from finetune.api import Model, Run, check, compare, load, suggest, train
     from finetune.bundle.calibration import Asked
     from finetune.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Asked", "Client", "Model", "Run", "__version__", "check", "compare", "load", "train"]
+__all__ = ["Asked", "Client", "Model", "Run", "__version__", "check", "compare", "load", "suggest", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python door: train, compare, check and load, as functions that return things to work with.
+"""The Python door: train, compare, check, suggest and load, as functions that return things to work with.
 
     import finetune
 
@@ -44,6 +44,7 @@ from finetune.tracking.tracker import choose
 from finetune.tracking.view import experiment_name
 
 if TYPE_CHECKING:
+    from finetune.labelling.suggest import Suggestions
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
@@ -423,6 +424,40 @@ def check(
     spec = _spec(data, method, model, None, folds, None, None, settings)
     with progress_bars(shown=progress) as update:
         return plan(spec, Shared.of(_workspace(workspace)), update)
+
+
+def suggest(
+    pictures: str | Path | Sequence[str | Path],
+    model: str | Path,
+    n: int = 50,
+    *,
+    labelled: str | Path | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    workspace: str | Path | None = None,
+    progress: bool = True,
+) -> Suggestions:
+    """Choose the unlabelled pictures whose labels would teach a model most: those it is unsure of, and unlike one another.
+
+    Args:
+        pictures: folders, files and patterns.
+        model: as for `load`.
+        labelled: data that has labels already, in any format; copies of its pictures are not suggested.
+        out: a folder for the table, the page and the import of Label Studio; by default nothing is written.
+
+    Raises:
+        FinetuneError: no such model, or no picture that could be suggested; the message says what to do.
+    """
+    from finetune.labelling.page import write_suggestions
+    from finetune.labelling.suggest import suggest as choose
+
+    folders = [pictures] if isinstance(pictures, str | Path) else pictures
+    bundle = Registry(_workspace(workspace).models).locate(str(model))
+    with progress_bars(shown=progress) as update:
+        found = choose(bundle, [Path(one) for one in folders], n, labelled=labelled, seed=seed, progress=update)
+    if out is not None:
+        write_suggestions(Path(out), found)
+    return found
 
 
 def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model:

@@ -461,7 +461,7 @@ def _plain_sentence(detail: Any) -> str | None:
     """What to say where the error is not of the form "must be …"."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key.{did_you_mean(str(detail['loc'][-1]), _known_keys(detail['loc']))}"
+        return f"unknown key.{_meant_instead(detail['loc'])}"
     if kind == "missing":
         return "required, and not given"
     if kind == "union_tag_invalid":
@@ -495,14 +495,20 @@ def _requirement(detail: Any) -> str:
     return _REQUIREMENTS.get(kind) or str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value should be ")
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys that are allowed beside the unknown one at `location`."""
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "model": ModelSpec, "head": HeadSpec, "data": DataSpec, "hyperparameters": Hyperparameters,
+    "augmentation": AugmentationSpec, "export": ExportSpec, "compute": ComputeSpec,
+}  # fmt: skip
+_METHODS: Mapping[str, type[BaseModel]] = {
+    "linear_probe": LinearProbe, "partial": Partial, "full": Full, "gradual": Gradual, "auto": AutoMethod,
+}  # fmt: skip
+
+
+def _meant_instead(location: Sequence[str | int]) -> str:
+    """Return a question for what an unknown key is probably meant to be: a key beside it, else one of another section."""
     section: type[BaseModel] = JobSpec
-    sections: dict[str, type[BaseModel]] = {
-        "model": ModelSpec, "head": HeadSpec, "data": DataSpec, "hyperparameters": Hyperparameters,
-        "augmentation": AugmentationSpec, "export": ExportSpec, "compute": ComputeSpec,
-        "linear_probe": LinearProbe, "partial": Partial, "full": Full, "gradual": Gradual, "auto": AutoMethod,
-    }  # fmt: skip
     for part in location[:-1]:
-        section = sections.get(str(part), section)
-    return list(section.model_fields)
+        section = {**_SECTIONS, **_METHODS}.get(str(part), section)
+    given = str(location[-1])
+    elsewhere = [f"{name}.{field}" for name, other in _SECTIONS.items() for field in other.model_fields if field == given]
+    return did_you_mean(given, list(section.model_fields)) or (f" Did you mean {elsewhere[0]!r}?" if elsewhere else "")

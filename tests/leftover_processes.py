@@ -22,6 +22,7 @@ import pytest
 VARIABLE = "FINETUNE_TESTS_RUN"
 TAG = f"{VARIABLE}={uuid.uuid4().hex}".encode()
 GRACE_SECONDS = 10.0  # a process that was told to stop may still be stopping
+EXEC_SECONDS = 0.5  # a process that becomes another program is done by then, on a busy machine too
 # Python's own helper lives as long as the pytest process that needed it first.
 EXEMPT = (b"from multiprocessing.resource_tracker import main",)
 
@@ -47,12 +48,28 @@ class Processes:
         return {pid for pid in self.alive() if not kept & lineage(pid)}
 
     def _is_ours(self, pid: int) -> bool:
-        """A fork that became no other program still shows the environment that this process began with; its parent tells."""
-        with suppress(OSError):
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ours = TAG in environment or parent_of(pid) == os.getpid()
-            return ours and not any(mark in command_line(pid) for mark in EXEMPT)
-        return False
+        """A fork that became no other program still shows the environment that this process began with: its parent tells."""
+        if parent_of(pid) != os.getpid():
+            environment = environment_of(pid)
+            if not environment:
+                self.elsewhere.add(pid)
+            if TAG not in environment.split(b"\0"):
+                return False
+        return not any(mark in command_line(pid) for mark in EXEMPT)
+
+
+def environment_of(pid: int) -> bytes:
+    """Return the environment that a process began with.
+
+    While a process becomes another program, it shows none for a moment, in which its parent may go on already. So that it has
+    none is believed only of a process that keeps showing none.
+    """
+    deadline = time.monotonic() + EXEC_SECONDS
+    with suppress(OSError):
+        while not (found := Path(f"/proc/{pid}/environ").read_bytes()) and is_running(pid) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return found
+    return b""
 
 
 def parent_of(pid: int) -> int:

@@ -20,6 +20,7 @@ from finetune.cli.diagnosing import diagnose
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
 from finetune.cli.studying import study
+from finetune.cli.suggesting import suggest
 from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.distribution import install_command
@@ -49,6 +50,7 @@ for command in (
     diagnose,
     study,
     predict,
+    suggest,
     serve,
     build,
     backbones,

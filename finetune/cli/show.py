@@ -384,9 +384,28 @@ def show_manifest(manifest: Manifest) -> None:
         ],
         ["outputs", ", ".join(manifest.outputs)],
         ["activation map", manifest.cam["reason"] or "exact"],
-        *([key, f"{value:.4f}"] for key, value in manifest.metrics.items()),
     ]
     table(f"{manifest.name} version {manifest.version or '–'}", ["what", "value"], facts)
+    _show_recorded_figures(manifest)
+
+
+def _show_recorded_figures(manifest: Manifest) -> None:
+    """Print what a bundle says of its own quality, as the run did: the most independent images first."""
+    task, figures = task_named(manifest.task), manifest.metrics
+    splits = [split for split in HONEST_FIRST if f"{split}/{task.headline.key}" in figures]
+    if not splits:
+        return
+    judged_on = {f"{splits[0]}/{name}" for name in ("n", f"{task.headline.key}_low", f"{task.headline.key}_high")}
+    if judged_on <= figures.keys():
+        value, low, high = (task.headline.text(figures[f"{splits[0]}/{task.headline.key}{end}"]) for end in ("", "_low", "_high"))
+        images = JUDGED_ON[splits[0]].format(n=int(figures[f"{splits[0]}/n"]))
+        console.print(f"[bold]{task.headline.label} {value}[/] on {images} (95 % interval {low} to {high})")
+    rows = []
+    for metric in task.metrics:
+        values = [figures.get(f"{split}/{metric.key}") for split in splits]
+        if len(manifest.classes) >= metric.least_classes and any(value is not None for value in values):
+            rows.append([metric.label, *("–" if value is None else metric.text(value) for value in values)])
+    table("", ["", *splits], rows)
 
 
 def show_demo(result: DemoResult) -> None:

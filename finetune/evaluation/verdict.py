@@ -24,6 +24,9 @@ COSTS = ("train_seconds", "latency_seconds", "bundle_bytes", "trainable_paramete
 
 PROBABLY = 0.2
 
+TIMING_NOISE = 0.1
+"""Times that differ by less than this share count as equal on the Pareto front: one network measured twice differs by as much."""
+
 Outcome = Literal["better", "equivalent", "undecided"]
 
 
@@ -78,8 +81,13 @@ def _other(pair: Pair, name: str) -> str:
 def _dominates(one: Standing, other: Standing) -> bool:
     """Return whether `one` is at least as good as `other` in quality and every cost, and better in one of them."""
     shared = [name for name in COSTS if name in one.cost and name in other.cost]
-    at_least = one.value >= other.value and all(one.cost[name] <= other.cost[name] for name in shared)
-    return at_least and (one.value > other.value or any(one.cost[name] < other.cost[name] for name in shared))
+    at_least = one.value >= other.value and not any(_cheaper(name, other, one) for name in shared)
+    return at_least and (one.value > other.value or any(_cheaper(name, one, other) for name in shared))
+
+
+def _cheaper(name: str, one: Standing, other: Standing) -> bool:
+    noise = TIMING_NOISE if name.endswith("_seconds") else 0.0
+    return one.cost[name] * (1 + noise) < other.cost[name]
 
 
 def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> str:

@@ -6,8 +6,6 @@ goes on where it was when it is called again with the same folder, and ends with
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -15,7 +13,7 @@ import numpy as np
 
 from finetune.bundle.calibration import HELD_OUT
 from finetune.bundle.manifest import THRESHOLDS, Manifest, read_manifest
-from finetune.bundle.predictor import Predictor, Seen
+from finetune.bundle.predictor import Seen
 from finetune.bundle.registry import Registry
 from finetune.data.dataset import targets_of
 from finetune.data.split import leaked
@@ -32,6 +30,7 @@ from finetune.messages import plural
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.judge import decided, doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.learner import Learner
+from finetune.runs.model_cost import model_cost
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
@@ -50,8 +49,6 @@ from finetune.tasks import Task
 from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
-
-LATENCY_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -343,21 +340,6 @@ def outcome_of(
         choices=trained.choices.to_dict(),
         frozen=trained.frozen,
     )
-
-
-def model_cost(run: RunDir) -> dict[str, float]:
-    """Return what the exported model takes: bytes on disk, seconds for one image on one core (the median of some rounds)."""
-    predictor = Predictor.load(run.bundle)
-    image = np.zeros((1, *predictor.manifest.preprocess.input_size_px, 3), np.uint8)
-    rounds = []
-    for _ in range(LATENCY_ROUNDS):
-        started = time.perf_counter()
-        predictor.run(image)
-        rounds.append(time.perf_counter() - started)
-    return {
-        "bundle_bytes": float(sum(path.stat().st_size for path in run.bundle.iterdir())),
-        "latency_seconds": statistics.median(rounds),
-    }
 
 
 def finish(outcome: Outcome, run: RunDir) -> None:

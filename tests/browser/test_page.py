@@ -27,7 +27,7 @@ WORDS = {
         "compare": "Compare them", "try": "Try it",
         "live": "Make it live", "back": "Back to what was live before", "settings": "More settings", "name": "Name of the model",
         "source": "Pictures to train on", "seeds": "Runs of each way", "look": "Where did it look?",
-        "close": "Close", "correct": "Correct the label", "relabel": "Change its class", "save": "Save as a new version",
+        "close": "Close", "correct": "Correct the label", "relabel": "Change the class", "save": "Save as a new version",
     },
     "de": {
         "compare": "Vergleichen", "try": "Testen",
@@ -222,6 +222,37 @@ def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tm
         expect(page.locator(".cell img[src]").first).to_be_visible()
         assert page.locator(".cell").count() < 400
     expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
+
+
+def test_several_pictures_are_corrected_together_and_taken_back_together(visit: Visit) -> None:
+    page = visit.page
+    archive = zip_of(
+        {f"{name}/{number:02d}.jpg": photograph(label, number, 32) for label, name in enumerate("ab") for number in range(8)}
+    )
+    sent = {"file": ("letters.zip", archive)}
+    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    visit.go(f"data/{file['id']}")
+    page.get_by_role("button", name="Choose several").click()
+    tiles = page.locator(".tile")
+    tiles.nth(0).click()
+    tiles.nth(4).click(modifiers=["Shift"])
+    expect(page.locator('.tile[aria-pressed="true"]')).to_have_count(5)
+    tiles.nth(2).click()
+    expect(page.get_by_text("4 pictures chosen")).to_be_visible()
+    page.get_by_label("These are").fill("c")
+    accessible(page)
+    page.get_by_role("button", name="Change the class").click()
+    tiles.nth(15).click()
+    page.get_by_role("button", name="Leave out").click()
+    expect(page.locator(".tile-note")).to_have_text(["c", "c", "c", "c", "left out"])
+    page.get_by_role("button", name="Undo the last").click()
+    expect(page.locator(".tile-note")).to_have_text(["c", "c", "c", "c"])
+    page.get_by_role("button", name="Save as a new version").click()
+    page.wait_for_url(lambda url: "#/data/file-" in url and file["id"] not in url)
+    expect(page.locator("section").filter(has=page.get_by_role("heading", name="Classes")).locator(".bars li")).to_have_text(
+        [re.compile("a.*4"), re.compile("b.*8"), re.compile("c.*4")]
+    )
+    assert visit.errors == []
 
 
 def test_a_webcam_is_answered_live(visit: Visit, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,11 +116,21 @@ def test_the_first_commands_of_the_readme_work_one_after_the_other(tmp_path: Pat
         picture.paste((200, left + 60, 40), (left % 64, left % 48, left % 64 + 50, left % 48 + 50))
         picture.save(folder / f"{number}.jpg")
     picture.save(tmp_path / "some.jpg")
+    shutil.copytree(tmp_path / "photos", tmp_path / "other")
+    (tmp_path / "unsorted").mkdir()
+    for number in range(12):
+        Image.effect_noise((96, 128), 30 + 5 * number).convert("RGB").save(tmp_path / "unsorted" / f"{number}.jpg")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FINETUNE_", "MLFLOW_TRACKING"))}
     for words in ran:
         assert words[0] == "finetune"
+        words = [_found(tmp_path, word) for word in words]
         ended = subprocess.run(
             [sys.executable, "-m", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout}\n{ended.stderr}"
     assert list((tmp_path / "maps").glob("*.png"))
+
+
+def _found(folder: Path, word: str) -> str:
+    """Return what a path that the text cuts short (``photos-full-…``) is there."""
+    return str(next(folder.glob(word.replace("…", "*")))) if "…" in word else word

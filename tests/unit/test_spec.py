@@ -42,7 +42,8 @@ def test_all_problems_are_reported_at_once_each_with_its_path_and_what_is_allowe
             "training_file": 3,
             "sead": 1,
             "hyperparameters": {"n_epochs": "many", "batchsize": 8, "learning_rate": -1},
-            "data": {"resize": "zoom"},
+            "data": {"resize": "zoom", "input_size_px": 64},
+            "n_epochs": 3,
             "model": {"head": {"dropout": 2}},
         }
     )
@@ -52,6 +53,8 @@ def test_all_problems_are_reported_at_once_each_with_its_path_and_what_is_allowe
         "hyperparameters.n_epochs": "must be a whole number or 'auto', given 'many'",
         "hyperparameters.batchsize": "unknown key. Did you mean 'batch_size'?",
         "hyperparameters.learning_rate": "must be greater than 0 or 'auto', given -1",
+        "data.input_size_px": "unknown key. Did you mean 'model.input_size_px'?",
+        "n_epochs": "unknown key. Did you mean 'hyperparameters.n_epochs'?",
         "data.resize": "must be 'auto', 'crop', 'squash' or 'letterbox', given 'zoom'",
         "model.head.dropout": "must be less than 1 or 'auto', given 2",
     }

@@ -85,3 +85,11 @@ def test_an_arm_that_is_worse_in_everything_is_not_on_the_front(latency: float) 
     standings = [standing("a", 0.90, 10), Standing("b", 0.89, {"train_seconds": 20, "latency_seconds": latency})]
     verdict = judge_arms(standings, [pair("a", "b", 0.01, 0.5, error=0.015)], TOP1)
     assert verdict.pareto == (("a", "b") if latency < 0.01 else ("a",))
+
+
+def test_latencies_that_differ_by_less_than_clocks_can_tell_leave_nobody_on_the_front() -> None:
+    standings = [
+        Standing("a", 0.90, {"train_seconds": 10, "latency_seconds": 0.0103}),
+        Standing("b", 0.89, {"train_seconds": 20, "latency_seconds": 0.0100}),
+    ]
+    assert judge_arms(standings, [pair("a", "b", 0.01, 0.5, error=0.015)], TOP1).pareto == ("a",)

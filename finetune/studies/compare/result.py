@@ -13,7 +13,9 @@ from typing import Any
 from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, headline_error
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
+from finetune.runs.model_cost import latencies
 from finetune.runs.outcome import Outcome
+from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 
 
@@ -201,6 +203,12 @@ class ArmRuns:
     outcomes: tuple[Outcome, ...]
     note: str = ""
 
+    @property
+    def exported(self) -> RunDir | None:
+        """The first run whose model was exported."""
+        runs = (RunDir(outcome.run) for outcome in self.outcomes)
+        return next((run for run in runs if run.bundle.is_dir()), None)
+
 
 def conclude(
     arms: Sequence[ArmRuns],
@@ -212,7 +220,10 @@ def conclude(
     margin: float,
     left_out: int = 0,
 ) -> Comparison:
-    """Compare finished arms and judge them. A pure function of predictions and outcomes.
+    """Compare finished arms and judge them: a function of predictions and outcomes, but for the models' latency.
+
+    Each run measured its own when it was exported, beside whatever the machine did then. Here the models of all arms are measured
+    in turns, because arms are compared by it.
 
     Raises:
         InvalidInput: fewer than two arms, or arms that did not answer the same images.
@@ -220,7 +231,7 @@ def conclude(
     reference = arms[0].predictions.runs[0]
     metric = task_named(reference.task).headline
     pairs = compare_pairs([arm.predictions for arm in arms], margin)
-    results = tuple(_arm_result(arm, split) for arm in arms)
+    results = tuple(_arm_result(arm, split, latency) for arm, latency in zip(arms, _latencies(arms), strict=True))
     standings = [
         Standing(arm.name, arm.metrics[f"{split}/{metric.key}"].value, {k: arm.cost[k] for k in COSTS if k in arm.cost})
         for arm in results
@@ -240,7 +251,13 @@ def conclude(
     )
 
 
-def _arm_result(arm: ArmRuns, split: str) -> ArmResult:
+def _latencies(arms: Sequence[ArmRuns]) -> Sequence[float | None]:
+    """Return what one answer takes, by arm; nothing where an arm has no exported model, since then nothing can be compared."""
+    runs = [run for arm in arms if (run := arm.exported) is not None]
+    return latencies(runs) if len(runs) == len(arms) else [None] * len(arms)
+
+
+def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmResult:
     evaluations = [evaluate(run) for run in arm.predictions.runs]
     first, n = evaluations[0], evaluations[0].n
     metrics = {}
@@ -252,13 +269,16 @@ def _arm_result(arm: ArmRuns, split: str) -> ArmResult:
         sd = statistics.stdev(values) if len(values) > 1 else None
         metrics[f"{split}/{key}"] = Figure(statistics.fmean(values), low, high, n, sd)
     costs = [outcome.cost for outcome in arm.outcomes]
-    names = {name for cost in costs for name in cost}
+    names = sorted({name for cost in costs for name in cost})
+    mean_cost = {name: statistics.fmean([cost[name] for cost in costs if name in cost]) for name in names}
+    if latency_seconds is not None:
+        mean_cost["latency_seconds"] = latency_seconds
     recalls = list(zip(*([row.recall for row in found.per_class] for found in evaluations), strict=True))
     return ArmResult(
         name=arm.predictions.name,
         runs=tuple(outcome.run for outcome in arm.outcomes),
         metrics=metrics,
-        cost={name: statistics.fmean([cost[name] for cost in costs if name in cost]) for name in sorted(names)},
+        cost=mean_cost,
         per_class_recall=tuple(None if found[0] is None else statistics.fmean(found) for found in recalls),
         note=arm.note,
     )

@@ -62,7 +62,8 @@ export function picture(path, alt, attributes = {}) {
 /** Return a grid of any number of cells, of which only those near the visible part of the page exist.
  *
  * @param {number} count
- * @param {(index: number) => Promise<{path: string, label: string, note?: string, open?: () => void}>} cell
+ * @param {(index: number) => Promise<{path: string, label: string, note?: string, chosen?: boolean, open?: (event: Event) => void}>} cell
+ *   what is at a place; `chosen` where it can be chosen among others.
  * @param {AbortSignal} signal ends when the view is left.
  */
 export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
@@ -107,12 +108,13 @@ export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
     const stop = new AbortController();
     made.set(index, { element, stop });
     grid.append(element);
-    cell(index).then(({ path, label, open, note }) => {
+    cell(index).then(({ path, label, open, note, chosen }) => {
       if (stop.signal.aborted) return;
       image.alt = label;
       button.title = label;
+      if (chosen !== undefined) button.setAttribute("aria-pressed", chosen);
       if (note) button.append(h("span", { class: "tile-note" }, note));
-      button.addEventListener("click", () => open?.());
+      button.addEventListener("click", (event) => open?.(event));
       const loading = load(image, path);
       stop.signal.addEventListener("abort", () => loading.abort());
     }, () => image.classList.add("missing"));

@@ -31,7 +31,7 @@ class Degradation:
         score = paired(reference, sample, records.scores(reference), records.scores(sample))
         if loss is None or score is None:
             return NotChecked(self.code, self.title, f"{name} was measured on other training images")
-        figure = f"training error {-100 * score.value:+.1f} points against {name}"
+        figure = f"training error {round(-100 * score.value, 1) + 0.0:+.1f} points against {name}"
         if loss.z < CLEARLY or -score.value < max(ADDED_ERROR, HIGHER_ERROR * score.error):
             return Clear(self.code, self.title, figure)
         metric = records.score

@@ -2,7 +2,7 @@
 
 import { all, request } from "../api.js";
 import { bars } from "../charts.js";
-import { alertBox, ask, field, h, put } from "../dom.js";
+import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
 import { session } from "../session.js";
@@ -33,27 +33,89 @@ async function openOne(root, id, imageId, signal) {
   const file = await request(`v1/files/${id}`, { signal });
   const counts = countsOf(file);
   const most = Math.max(...Object.values(counts));
-  const changes = []; // {image, label} or {from, to}, oldest first: what the next version will have otherwise
+  const changes = []; // {images: Set, label} or {from, to}, oldest first: what the next version will have otherwise
+  const chosen = new Set(); // ids of pictures that are to be changed together
+  let choosing = false;
+  let lastChosen = null; // its place in the grid
   const label = h("select", { onchange: () => showPictures() },
     h("option", { value: "" }, t("data.every_class")), file.summary.classes.map((name) => h("option", { value: name }, name)));
   const rename = h("button", { type: "button", onclick: () => renameClass(label.value) }, t("data.rename"));
+  const choose = h("button", { type: "button", class: "toggle", "aria-pressed": "false", onclick: () => chooseSeveral(!choosing) }, t("data.choose"));
+  const known = h("datalist", { id: newId("classes") }, file.summary.classes.map((name) => h("option", { value: name })));
+  const classOfChosen = h("input", { type: "text", list: known.id, autocomplete: "off", maxlength: "200", required: true });
+  const selection = h("div", {});
   const pending = h("div", { class: "pending", role: "status" });
   const grid = h("div", {});
   let shown = new AbortController();
+  let imageAt;
 
   function showPictures() {
     shown.abort();
     shown = new AbortController();
     signal.addEventListener("abort", () => shown.abort(), { once: true });
     rename.hidden = label.value === "";
+    imageAt = imageFinder(file.id, label.value, shown.signal);
+    lastChosen = null;
     const count = label.value ? counts[label.value] : total(counts);
-    put(grid, virtualGrid(count, cells(file.id, label.value, shown.signal, { enlarge, mark }), { signal: shown.signal }));
+    put(grid, virtualGrid(count, cell, { signal: shown.signal }));
+  }
+
+  async function cell(index) {
+    const image = await imageAt(index);
+    const decided = mark(image.id);
+    return {
+      path: `v1/files/${file.id}/image?id=${encodeURIComponent(image.id)}&side_px=160`,
+      label: `${image.labels.join(", ")} · ${image.id.split("/").at(-1)}`,
+      note: decided === undefined ? null : (decided ?? t("data.left_out")),
+      chosen: choosing ? chosen.has(image.id) : undefined,
+      open: (event) => (choosing ? toggle(index, image, event) : enlarge(image)),
+    };
   }
 
   function change(one) {
     changes.push(one);
     showPending();
     showPictures();
+  }
+
+  function chooseSeveral(on) {
+    choosing = on;
+    chosen.clear();
+    choose.setAttribute("aria-pressed", on);
+    showSelection();
+    showPictures();
+  }
+
+  /** Choose a picture or no longer; with the shift key, all from the last one on. */
+  async function toggle(index, image, { currentTarget: tile, shiftKey }) {
+    const on = !chosen.has(image.id);
+    const [first, last] = shiftKey && lastChosen !== null ? [Math.min(index, lastChosen), Math.max(index, lastChosen)] : [index, index];
+    for (let at = first; at <= last; at += 1) {
+      const { id } = await imageAt(at);
+      if (on) chosen.add(id);
+      else chosen.delete(id);
+    }
+    if (first !== last) showPictures();
+    else tile.setAttribute("aria-pressed", on);
+    lastChosen = index;
+    showSelection();
+  }
+
+  function showSelection() {
+    if (!choosing) return put(selection);
+    const decide = (decided) => {
+      const images = new Set(chosen);
+      chosen.clear();
+      change({ images, label: decided });
+      showSelection();
+    };
+    return put(selection, h("form", { class: "notice row", onsubmit: (event) => { event.preventDefault(); decide(classOfChosen.value.trim()); } },
+      h("strong", { role: "status" }, t("data.chosen", { n: chosen.size })),
+      chosen.size > 0
+        ? [known, field(t("data.are"), classOfChosen),
+          h("button", { type: "submit", class: "primary" }, t("data.relabel")),
+          h("button", { type: "button", class: "danger", onclick: () => decide(null) }, t("data.leave_out"))]
+        : h("span", { class: "hint" }, t("data.choose_how"))));
   }
 
   function showPending() {
@@ -76,7 +138,7 @@ async function openOne(root, id, imageId, signal) {
 
   /** Return what was decided about an image: a label, null where it is left out, undefined where nothing was. */
   function mark(image) {
-    return changes.findLast((one) => one.image === image)?.label;
+    return changes.findLast(({ images }) => images?.has(image))?.label;
   }
 
   async function renameClass(from) {
@@ -97,8 +159,8 @@ async function openOne(root, id, imageId, signal) {
         picture(`v1/files/${file.id}/image?id=${encodeURIComponent(one.id)}&side_px=${LARGE_PX}`, one.id, { class: "large" }),
         h("p", { class: "hint" }, one.id),
         h("div", { class: "row" }, field(t("data.is"), is),
-          h("button", { type: "button", class: "primary", onclick: () => answer({ image: one.id, label: is.value }) }, t("data.relabel")),
-          h("button", { type: "button", class: "danger", onclick: () => answer({ image: one.id, label: null }) }, t("data.leave_out")),
+          h("button", { type: "button", class: "primary", onclick: () => answer({ images: new Set([one.id]), label: is.value }) }, t("data.relabel")),
+          h("button", { type: "button", class: "danger", onclick: () => answer({ images: new Set([one.id]), label: null }) }, t("data.leave_out")),
           h("button", { type: "button", onclick: () => answer(null) }, t("close")))];
     });
     if (decided && decided.label !== (mark(one.id) ?? one.labels[0])) change(decided);
@@ -129,7 +191,8 @@ async function openOne(root, id, imageId, signal) {
     Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
       splits: list(Object.entries(file.summary.counts).map(([split, some]) => `${split} ${number(total(some))}`)) })),
     h("section", {}, h("h2", {}, t("data.pictures")),
-      visible ? [h("p", { class: "hint" }, t("data.pictures_how")), h("div", { class: "row" }, field(t("data.class"), label), rename), pending, grid]
+      visible ? [h("p", { class: "hint" }, t("data.pictures_how")), h("div", { class: "row" }, field(t("data.class"), label), rename, choose),
+        h("div", { class: "sticky" }, selection, pending), grid]
         : h("p", { class: "notice" }, session.words(first))));
   if (!visible) return;
   showPictures();
@@ -143,8 +206,8 @@ async function openOne(root, id, imageId, signal) {
 function corrections(changes) {
   const labels = {};
   const renamed = {};
-  for (const { image, label, from, to } of changes) {
-    if (image) labels[image] = label;
+  for (const { images, label, from, to } of changes) {
+    if (images) for (const image of images) labels[image] = label;
     else renamed[from] = to;
   }
   for (const [image, label] of Object.entries(labels)) if (label in renamed) labels[image] = renamed[label];
@@ -175,8 +238,8 @@ function total(counts) {
   return Object.values(counts).reduce((sum, n) => sum + n, 0);
 }
 
-/** Return what a cell of the grid shows; the list of pictures is read in pages, as far as it is looked at. */
-function cells(fileId, label, signal, { enlarge, mark }) {
+/** Return what finds an image by its place in the list of a class, which is read in pages, as far as it is looked at. */
+function imageFinder(fileId, label, signal) {
   const pages = [];
   const pageAfter = (after) => {
     const query = new URLSearchParams({ limit: PAGE, ...(label ? { label } : {}), ...(after ? { after } : {}) });
@@ -186,14 +249,5 @@ function cells(fileId, label, signal, { enlarge, mark }) {
     pages[number_] ??= number_ === 0 ? pageAfter(null) : page(number_ - 1).then((before) => pageAfter(before.last_id));
     return pages[number_];
   }
-  return async (index) => {
-    const { data } = await page(Math.floor(index / PAGE));
-    const one = data[index % PAGE];
-    const decided = mark(one.id);
-    const name = `${one.labels.join(", ")} · ${one.id.split("/").at(-1)}`;
-    return {
-      path: `v1/files/${fileId}/image?id=${encodeURIComponent(one.id)}&side_px=160`, label: name, open: () => enlarge(one),
-      note: decided === undefined ? null : (decided ?? t("data.left_out")),
-    };
-  };
+  return async (index) => (await page(Math.floor(index / PAGE))).data[index % PAGE];
 }

@@ -1,0 +1,70 @@
+"""`suggest`: which unlabelled pictures to label next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from finetune.cli.training import json_option
+
+if TYPE_CHECKING:
+    from finetune.labelling.suggest import Suggestions
+
+SHOWN = 10
+
+
+@click.command()
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the workspace's default model.")
+@click.option("-n", "--number", default=50, show_default=True, type=click.IntRange(min=1), help="How many to suggest.")
+@click.option("--labelled", metavar="DATA", help="Data with labels: copies of its pictures are not suggested.")
+@click.option(
+    "--out", default="suggestions", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Where to write."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the choice among pictures that would do as well.")
+@json_option
+def suggest(
+    pictures: tuple[Path, ...], model: str | None, number: int, labelled: str | None, out: Path, seed: int, as_json: bool
+) -> None:
+    """Choose the unlabelled pictures that are best to label next.
+
+    PICTURES are folders (with everything inside), files and patterns. Chosen are pictures of which the model is unsure and
+    which differ from one another. Writes a table, a page with the pictures and why each was chosen, and an import file for
+    Label Studio with the model's answers. Exact and near copies are left out.
+    """
+    from finetune.bundle.registry import Registry
+    from finetune.cli.terminal import print_json
+    from finetune.labelling.page import write_suggestions
+    from finetune.labelling.suggest import suggest as choose
+    from finetune.progress_bars import progress_bars
+    from finetune.storage.workspace import Workspace
+
+    bundle = Registry(Workspace.from_environment().models).locate(model)
+    with progress_bars(shown=not as_json) as progress:
+        found = choose(bundle, pictures, number, labelled=labelled, seed=seed, progress=progress)
+    paths = write_suggestions(out, found)
+    if as_json:
+        print_json({**found.to_dict(), "files": {what: str(path) for what, path in paths.items()}})
+    else:
+        _show(found, paths)
+
+
+def _show(found: Suggestions, paths: dict[str, Path]) -> None:
+    from finetune.cli.terminal import shortened, table
+    from finetune.messages import plural, printable
+    from finetune.progress_bars import console
+
+    rows = [[one.rank, printable(one.relative), *_guesses(one.likely, one.probabilities)] for one in found.chosen[:SHOWN]]
+    table(f"What to label next, by {found.model}", ["", "picture", "perhaps", "or"], rows)
+    console.print(f"chosen    {len(found.chosen):,} of {plural(found.n_pictures, 'picture')}", markup=False)
+    for text in found.left_out:
+        console.print(f"left out  {text}", markup=False, soft_wrap=True)
+    for what, path in (("page", paths["page"]), ("table", paths["table"]), ("import", paths["label_studio"])):
+        console.print(f"{what:<9} {shortened(path)}", markup=False, soft_wrap=True)
+
+
+def _guesses(likely: tuple[str, ...], probabilities: tuple[float, ...]) -> list[str]:
+    shown = [f"{label} {probability:.0%}" for label, probability in zip(likely, probabilities, strict=True)]
+    return [*shown[:2], *[""] * (2 - len(shown))]

@@ -1,0 +1,52 @@
+"""Suggestions as an import of Label Studio: a task for each picture, the model's answer as its pre-annotation. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+from finetune.labelling.suggest import Suggestion
+
+CONTROL, OBJECT = "label", "image"  # names in the labelling page, which the pre-annotations refer to
+_LOCAL_FILES = "/data/local-files/?d="  # where Label Studio serves files of its own disk
+
+
+def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, Any]]:
+    """Return the tasks; a picture's address is its path below the folder that was given, which Label Studio must serve."""
+    return [
+        {
+            "data": {
+                OBJECT: _LOCAL_FILES + quote(str(PurePosixPath(one.relative)), safe="/", errors="surrogateescape"),
+                "file": one.relative,
+                "rank": one.rank,
+                "reason": one.reason,
+            },
+            "predictions": [
+                {
+                    "model_version": model,
+                    "score": round(one.probabilities[0], 6),
+                    "result": [
+                        {
+                            "from_name": CONTROL,
+                            "to_name": OBJECT,
+                            "type": "choices",
+                            "value": {"choices": [one.likely[0]]},
+                        }
+                    ],
+                }
+            ],
+        }
+        for one in suggestions
+    ]
+
+
+def labelling_page(classes: Sequence[str]) -> str:
+    """Return the configuration of Label Studio's labelling page that the tasks are made for."""
+    choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
+    return (
+        f'<View>\n  <Image name="{OBJECT}" value="${OBJECT}"/>\n'
+        f'  <Choices name="{CONTROL}" toName="{OBJECT}" choice="single" showInline="true">\n{choices}\n  </Choices>\n</View>\n'
+    )

@@ -1,0 +1,297 @@
+"""Choose unlabelled pictures to label next, from what a bundle says of them: its probabilities and its embeddings. Torch-free.
+
+Left out are pictures that nobody need label: files that the model was made with, second files of the same bytes, and near
+copies of a picture that is chosen already or, where labelled data is given, of one that has a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.predictor import Predictor, Seen, read_seen
+from finetune.data.dataset import Sample
+from finetune.data.index import index_dataset
+from finetune.errors import DataError, InvalidInput, Problem
+from finetune.evaluation.answers import Answer, Unreadable, ask, files_under
+from finetune.labelling.choose import choose, margins, unit
+from finetune.messages import plural, printable
+from finetune.progress import ProgressCallback, silent
+from finetune.runtime.cores import available_cores
+from finetune.tasks import task_named
+
+SHOWN_CLASSES = 3
+NEIGHBOURS = 3  # labelled pictures that a suggestion is compared with
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One picture to label, and why.
+
+    Args:
+        file: as it was found.
+        relative: its path below the folder that was given.
+        likely: the most probable classes, with their `probabilities`.
+        margin: between the first two probabilities; 0 is a toss-up.
+        stands_for: pictures of the pool that it is the nearest suggestion to, itself included.
+        reason: the above as a sentence.
+    """
+
+    rank: int
+    file: str
+    relative: str
+    sha256: str
+    likely: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    margin: float
+    stands_for: int
+    reason: str
+    sample: Sample = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the suggestion as JSON values."""
+        return {
+            "rank": self.rank,
+            "file": printable(self.file),
+            "sha256": self.sha256,
+            "predictions": [
+                {"label": label, "probability": probability}
+                for label, probability in zip(self.likely, self.probabilities, strict=True)
+            ],
+            "margin": self.margin,
+            "stands_for": self.stands_for,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """What to label next, the least certain first, and what was left out."""
+
+    model: str
+    classes: tuple[str, ...]
+    n_pictures: int  # that were looked at
+    chosen: tuple[Suggestion, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+    same_bytes: int = 0  # second files of a picture
+    seen: int = 0  # files that the model was made with or that are in the labelled data
+    near_copies: int = 0  # pictures that would have been chosen, and are copies of a chosen or labelled one
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON values."""
+        return {
+            "model": self.model,
+            "n_pictures": self.n_pictures,
+            "suggestions": [one.to_dict() for one in self.chosen],
+            "left_out": {
+                "unreadable": [{"file": printable(bad.sample.id), "reason": bad.error.message} for bad in self.unreadable],
+                "same_bytes": self.same_bytes,
+                "already_labelled": self.seen,
+                "near_copies": self.near_copies,
+            },
+        }
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What was left out, in a few words each."""
+        said = (
+            (len(self.unreadable), "cannot be read"),
+            (self.seen, "labelled already"),
+            (self.same_bytes, "the same bytes as another"),
+            (self.near_copies, "a near copy of a suggested or labelled picture"),
+        )
+        return tuple(f"{plural(count, 'file')}: {what}" for count, what in said if count)
+
+
+def suggest(
+    bundle: Path,
+    folders: Sequence[Path],
+    n: int = 50,
+    *,
+    labelled: Path | str | None = None,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+) -> Suggestions:
+    """Choose `n` pictures below `folders` whose labels would teach the model in `bundle` most.
+
+    Args:
+        folders: folders, files and patterns.
+        labelled: data that has labels already, in any format that is read; copies of its pictures are not suggested.
+
+    Raises:
+        InvalidInput: fewer than one is asked for, or the bundle answers with several labels.
+        DataError: there is no readable picture that has no label yet.
+    """
+    if n < 1:
+        raise InvalidInput(f"the number of suggestions must be at least 1, given {n}")
+    predictor = Predictor.load(bundle, threads=available_cores())
+    manifest = predictor.manifest
+    if not predictor.task.exclusive:
+        raise InvalidInput(f"{manifest.name} gives several labels a picture; suggestions are for models that give exactly one")
+    pool, unreadable = _answers(predictor, files_under(folders), "the pictures", progress)
+    known = _answers(predictor, _labelled(labelled), "the labelled pictures", progress)[0] if labelled is not None else []
+    seen = read_seen(bundle) or Seen()
+    fresh, same_bytes, n_seen = _without_known(pool, {one.sample.sha256 for one in known}, seen)
+    if not fresh:
+        problems = [Problem(printable(bad.sample.id), bad.error.message) for bad in unreadable[:10]]
+        where = ", ".join(printable(folder) for folder in folders)
+        raise DataError(f"{where}: holds no readable picture that is not labelled already", problems)
+    probs = np.stack([one.probs for one in fresh]).astype(np.float64)
+    embeddings = np.stack([one.embedding for one in fresh])
+    rows, near = _chosen_without_copies(fresh, probs, embeddings, known, n, seed, progress)
+    version = "" if manifest.version is None else f"@{manifest.version}"
+    return Suggestions(
+        f"{manifest.name}{version}",
+        manifest.classes,
+        len(pool) + len(unreadable),
+        _described(fresh, rows, probs, embeddings, manifest.classes, folders),
+        tuple(unreadable),
+        same_bytes,
+        n_seen,
+        near,
+    )
+
+
+def _labelled(data: Path | str) -> Sequence[Sample]:
+    return index_dataset(data, for_training=False).samples
+
+
+def _answers(
+    predictor: Predictor, samples: Sequence[Sample], what: str, progress: ProgressCallback
+) -> tuple[list[Answer], list[Unreadable]]:
+    answers: list[Answer] = []
+    unreadable: list[Unreadable] = []
+    for answer in ask(predictor, samples, what=what, progress=progress):
+        # The pictures themselves are not kept: a pool has many.
+        answers.append(_without_picture(answer)) if isinstance(answer, Answer) else unreadable.append(answer)
+    return answers, unreadable
+
+
+def _without_picture(answer: Answer) -> Answer:
+    return Answer(answer.sample, np.empty((0, 0, 3), np.uint8), answer.probs, answer.logits, answer.embedding, None)
+
+
+def _without_known(pool: Sequence[Answer], labelled: set[str], seen: Seen) -> tuple[list[Answer], int, int]:
+    """Return what has no label yet, one of each bytes; how many were second files, and how many have a label."""
+    fresh: dict[str, Answer] = {}
+    same_bytes = n_seen = 0
+    for one in pool:
+        digest = one.sample.sha256
+        if digest in labelled or seen.trained_on(digest) or seen.chosen_on(digest):
+            n_seen += 1
+        elif digest in fresh:
+            same_bytes += 1
+        else:
+            fresh[digest] = one
+    return list(fresh.values()), same_bytes, n_seen
+
+
+def _chosen_without_copies(
+    fresh: Sequence[Answer],
+    probs: NDArray[np.float64],
+    embeddings: NDArray[np.float32],
+    known: Sequence[Answer],
+    n: int,
+    seed: int,
+    progress: ProgressCallback,
+) -> tuple[list[int], int]:
+    """Choose; where a choice is a copy of another one or of a labelled picture, take it out of the pool and choose again."""
+    left = np.arange(len(fresh))
+    while True:
+        picked = left[choose(probs[left], embeddings[left], n, seed)]
+        copies = _copies(fresh, embeddings, picked, known, progress)
+        if not copies:
+            return [int(one) for one in picked], len(fresh) - len(left)
+        left = np.setdiff1d(left, sorted(copies))
+
+
+def _copies(
+    fresh: Sequence[Answer],
+    embeddings: NDArray[np.float32],
+    picked: NDArray[np.int64],
+    known: Sequence[Answer],
+    progress: ProgressCallback,
+) -> set[int]:
+    """Return the choices that show the same picture as an earlier choice or as a labelled picture."""
+    from finetune.doctor.duplicates import clusters, near_duplicates  # needs OpenCV, which only this needs
+
+    near = _nearest(embeddings[picked], known)
+    samples = [*(known[one].sample for one in near), *(fresh[one].sample for one in picked)]
+    vectors = np.concatenate([*(known[one].embedding[None] for one in near), embeddings[picked]])
+    pairs = near_duplicates(samples, vectors, progress)
+    found: set[int] = set()
+    for group in clusters(len(samples), ((pair.first, pair.second) for pair in pairs)):
+        found.update(int(picked[one - len(near)]) for one in group[1:] if one >= len(near))
+    return found
+
+
+def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[int]:
+    """Return the labelled pictures that are nearest to any of the given embeddings."""
+    if not known:
+        return []
+    of_known = np.stack([one.embedding for one in known])
+    centre = of_known.mean(axis=0)
+    near = unit(embeddings - centre) @ unit(of_known - centre).T
+    count = min(NEIGHBOURS, len(known))
+    return sorted({int(one) for row in np.argpartition(-near, count - 1, axis=1)[:, :count] for one in row})
+
+
+def _described(
+    fresh: Sequence[Answer],
+    rows: Sequence[int],
+    probs: NDArray[np.float64],
+    embeddings: NDArray[np.float32],
+    classes: Sequence[str],
+    folders: Sequence[Path],
+) -> tuple[Suggestion, ...]:
+    """Return the choices with their reasons, the least certain first."""
+    centred = unit(embeddings - embeddings.mean(axis=0))
+    nearest = (centred @ centred[list(rows)].T).argmax(axis=1)  # (N,) the suggestion that is nearest to each picture
+    nearest[list(rows)] = np.arange(len(rows))
+    stands_for = np.bincount(nearest, minlength=len(rows))
+    certain = margins(probs[list(rows)])
+    ranking = task_named("multiclass").ranking
+    found = []
+    for rank, place in enumerate(np.argsort(certain, kind="stable"), start=1):
+        row = rows[place]
+        answer = fresh[row]
+        order = ranking(probs[row])[:SHOWN_CLASSES]
+        likely = tuple(classes[one] for one in order)
+        probabilities = tuple(float(probs[row, one]) for one in order)
+        found.append(
+            Suggestion(
+                rank,
+                answer.sample.id,
+                _relative(answer.sample.id, folders),
+                answer.sample.sha256,
+                likely,
+                probabilities,
+                float(certain[place]),
+                int(stands_for[place]),
+                _reason(likely, probabilities, int(stands_for[place])),
+                answer.sample,
+            )
+        )
+    return tuple(found)
+
+
+def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: int) -> str:
+    said = f"{likely[0]} {probabilities[0]:.0%}"
+    if len(likely) > 1:
+        said += f", {likely[1]} {probabilities[1]:.0%}"
+    others = f"; nearest to {plural(stands_for - 1, 'picture')} that were not chosen" if stands_for > 1 else "; unlike the others"
+    return said + others
+
+
+def _relative(file: str, folders: Sequence[Path]) -> str:
+    """Return a file's path below the folder in which it was found; its name where it was given by itself."""
+    path = Path(file)
+    for folder in folders:
+        if path.is_relative_to(folder) and path != folder:
+            return path.relative_to(folder).as_posix()
+    return path.name
