@@ -112,7 +112,7 @@ class Resolved:
             "hyperparameters.train_size_px": recipe.train_size_px[0],
             "hyperparameters.learning_rate": recipe.peak_learning_rate,
             "hyperparameters.weight_decay": recipe.weight_decay,
-            "hyperparameters.loss": recipe.loss,
+            **({"hyperparameters.loss": recipe.loss} if len(task_named(self.task).losses) > 1 else {}),
             "hyperparameters.ema": recipe.ema_half_life_steps is not None,
             "hyperparameters.early_stopping_epochs": recipe.early_stopping_epochs,
         }
