@@ -36,6 +36,7 @@ from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
 from service.models import LoadedModels
+from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.routes.batch_predictions import batch_router
@@ -48,6 +49,7 @@ from service.routes.models import models_router
 from service.routes.pictures import pictures_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
+from service.routes.uploads import uploads_router
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -130,6 +132,7 @@ def create_api(settings: Settings) -> FastAPI:
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
         uploads=Uploads(settings.files_folder),
+        part_uploads=PartUploads(settings.files_folder),
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
         pictures=PictureIndex(settings.image_limits),
@@ -143,6 +146,7 @@ def create_api(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         logging.getLogger("service").setLevel(logging.INFO)
         state.uploads.sweep(database.files.ids)
+        state.part_uploads.sweep()
         models.start()
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
             signal_when_parent_dies(signal.SIGTERM)
@@ -177,6 +181,7 @@ def create_api(settings: Settings) -> FastAPI:
     api.include_router(models_router)
     api.include_router(deployment_router)
     api.include_router(files_router(settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES))
+    api.include_router(uploads_router(settings.max_upload_bytes))
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
     api.include_router(batch_router)
@@ -187,7 +192,7 @@ def create_api(settings: Settings) -> FastAPI:
 
 
 def _streams_to_disk(method: str, path: str) -> bool:
-    return method == "POST" and path == "/v1/files"
+    return method == "POST" and (path == "/v1/files" or (path.startswith("/v1/uploads/") and path.endswith("/parts")))
 
 
 def _shown(state: ServerState, event: Event) -> dict[str, Any]:

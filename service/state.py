@@ -26,6 +26,7 @@ from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
 from service.models import LoadedModel, LoadedModels
+from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
@@ -94,6 +95,7 @@ class ServerState:
     database: Database
     event_streams: EventStreams
     uploads: Uploads
+    part_uploads: PartUploads
     checks: WorkQueue
     spec_checker: SpecChecker
     pictures: PictureIndex

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
 from finetune.jobs.store import LOCAL_OWNER
 from finetune.jobs.worker import folder_bytes
 from finetune.storage.files import sha256_file
+from service.part_uploads import MAX_PARTS
 
 TO_TRAIN_ON, TO_ANSWER = "fine-tune", "batch"
 PURPOSES = (TO_TRAIN_ON, TO_ANSWER)
-FIELDS = ("file", "purpose")
 HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
+HOW_TO_SEND_A_PART = "Send it as a form: curl -F part_number=1 -F data=@part"
 MAX_AT_ONCE = 8
 MAX_AT_ONCE_OF_AN_OWNER = 4
 MIN_FREE_BYTES = 256 << 20
@@ -121,7 +122,7 @@ def _is_abandoned(arriving: Path) -> bool:
 
 
 class _ToDisk(MultiPartParser):
-    """Writes the file straight to where it is unpacked from, instead of a spool in the system's temporary folder."""
+    """Write the file straight to where it is unpacked from, instead of a spool in the system's temporary folder."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: Path) -> None:
         super().__init__(headers, stream, max_files=1, max_fields=8, max_part_size=1024)
@@ -136,6 +137,26 @@ class _ToDisk(MultiPartParser):
             self._files_to_close_on_error.append(upload.file)  # type: ignore[arg-type]
 
 
+@contextlib.asynccontextmanager
+async def _form(request: Request, target: Path, how: str) -> AsyncIterator[FormData]:
+    """Yield the form of a request, whose file has been streamed to `target`.
+
+    Raises:
+        HTTPException: 415 for a body that is no form, 400 for a broken one.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not an upload. {how}")
+    try:
+        form = await _ToDisk(request.headers, request.stream(), target).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"The multipart body cannot be read: {error.message}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 async def receive(request: Request, target: Path) -> tuple[str, str]:
     """Stream the form's file to `target`; return the name that the client gave it, and its purpose.
 
@@ -143,37 +164,52 @@ async def receive(request: Request, target: Path) -> tuple[str, str]:
         HTTPException: 415 for a body that is no form, 400 for a broken one.
         InvalidInput: fields that are missing, unknown, given twice, or not what they should be.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise HTTPException(415, f"A body of type {media_type[:100]!r} is not an upload. {HOW_TO_SEND}")
-    try:
-        form = await _ToDisk(request.headers, request.stream(), target).parse()
-    except MultiPartException as error:
-        raise HTTPException(400, f"The multipart body cannot be read: {error.message}") from None
-    try:
-        return _checked_form(form)
-    finally:
-        await form.close()
+    async with _form(request, target, HOW_TO_SEND) as form:
+        problems = _field_problems(form, "file", required=("purpose",))
+        purpose, file = form.get("purpose"), form.get("file")
+        if purpose is not None and purpose not in PURPOSES:
+            said = f"must be {TO_TRAIN_ON!r} for a dataset to train on, or {TO_ANSWER!r} for images to be answered"
+            problems.append(Problem("purpose", said))
+        _refuse(problems, HOW_TO_SEND)
+        assert isinstance(file, UploadFile)
+        return plain_name(file.filename or "dataset"), str(purpose)
 
 
-def _checked_form(form: FormData) -> tuple[str, str]:
-    problems = [Problem(name, "unknown field") for name in sorted({*form} - set(FIELDS))]
-    problems += [Problem(name, "is given more than once") for name in FIELDS if len(form.getlist(name)) > 1]
-    problems += [Problem(name, "is missing") for name in FIELDS if name not in form]
-    purpose, file = form.get("purpose"), form.get("file")
-    if purpose is not None and purpose not in PURPOSES:
-        said = f"must be {TO_TRAIN_ON!r} for a dataset to train on, or {TO_ANSWER!r} for images to be answered"
-        problems.append(Problem("purpose", said))
-    if file is not None and not isinstance(file, UploadFile):
-        problems.append(Problem("file", "must be an uploaded file, not text; the server fetches nothing"))
+async def receive_part(request: Request, target: Path) -> int | None:
+    """Stream the form's part to `target`; return the number that the client gave it, if it gave one.
+
+    Raises:
+        HTTPException: 415 for a body that is no form, 400 for a broken one.
+        InvalidInput: fields that are missing, unknown, given twice, or not what they should be; an empty part.
+    """
+    async with _form(request, target, HOW_TO_SEND_A_PART) as form:
+        problems = _field_problems(form, "data", optional=("part_number",))
+        number = str(form.get("part_number", "1"))
+        if not (number.isascii() and number.isdecimal() and 1 <= int(number[:9]) <= MAX_PARTS):
+            problems.append(Problem("part_number", f"must be a whole number from 1 to {MAX_PARTS:,}"))
+        if not problems and target.stat().st_size == 0:
+            problems.append(Problem("data", "is empty"))
+        _refuse(problems, HOW_TO_SEND_A_PART)
+        return int(number) if "part_number" in form else None
+
+
+def _field_problems(form: FormData, file: str, required: Sequence[str] = (), optional: Sequence[str] = ()) -> list[Problem]:
+    fields = (file, *required, *optional)
+    problems = [Problem(name, "unknown field") for name in sorted({*form} - set(fields))]
+    problems += [Problem(name, "is given more than once") for name in fields if len(form.getlist(name)) > 1]
+    problems += [Problem(name, "is missing") for name in (file, *required) if name not in form]
+    if file in form and not isinstance(form[file], UploadFile):
+        problems.append(Problem(file, "must be an uploaded file, not text; the server fetches nothing"))
+    return problems
+
+
+def _refuse(problems: Sequence[Problem], how: str) -> None:
     if problems:
-        raise InvalidInput(f"{'; '.join(map(str, problems))}. {HOW_TO_SEND}", problems)
-    assert isinstance(file, UploadFile)
-    return _plain(file.filename or "dataset"), str(purpose)
+        raise InvalidInput(f"{'; '.join(map(str, problems))}. {how}", problems)
 
 
-def _plain(filename: str) -> str:
-    """A name for showing, never a path: printable, without folders."""
+def plain_name(filename: str) -> str:
+    """Return a name for showing, never a path: printable, without folders."""
     name = "".join(character for character in filename.replace("\\", "/").rsplit("/", 1)[-1] if character.isprintable())
     return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARACTERS] or "dataset"
 

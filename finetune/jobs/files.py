@@ -97,6 +97,11 @@ class FileStore:
             place(file_id)
             return _file(_row(connection, file_id, owner)), True
 
+    def has(self, file_id: str) -> bool:
+        """Return whether an upload exists, whoever owns it."""
+        with reading(self.engine) as connection:
+            return connection.execute(select(files.c.id).where(files.c.id == file_id)).first() is not None
+
     def get(self, file_id: str, owner: str | None = None) -> UploadedFile:
         """One upload; another owner's does not exist (NotFound). `owner` None sees every upload."""
         with reading(self.engine) as connection:

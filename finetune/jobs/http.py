@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
 import tempfile
@@ -20,6 +21,8 @@ _TRIES = 4  # of a request that got no answer, or was answered "later"
 _FIRST_PAUSE_SECONDS = 0.5
 _LATER = (429, 502, 503, 504)
 _TIMEOUT = httpx.Timeout(30.0, write=300.0)
+_UNPACKING = httpx.Timeout(30.0, read=600.0)
+PART_BYTES = 16 << 20
 
 
 class RequestRefused(InvalidInput):
@@ -41,13 +44,44 @@ class Connection:
         self.http = httpx.Client(base_url=self.server, headers=headers, timeout=_TIMEOUT, transport=transport)
 
     def upload(self, path: Path, progress: ProgressCallback = silent, purpose: str = "fine-tune") -> dict[str, Any]:
-        """Send a dataset, or images to be answered (``batch``), and return the file's document. A folder is packed first."""
+        """Send a dataset, or images to be answered (``batch``), and return the file's document. A folder is packed first.
+
+        What is large goes in parts: a lost connection costs one part, and sending the same again within a day, from another
+        process too, goes on where it ended.
+        """
         with packed(path, progress) as archive:
+            name = path.name + ".tar" if path.is_dir() else path.name
+            size_bytes = archive.seek(0, os.SEEK_END)
             archive.seek(0)
-            named = (path.name + ".tar" if path.is_dir() else path.name, _Reported(archive, progress))
-            answer = self.ask("POST", "/v1/files", files={"file": named}, data={"purpose": purpose}, tries=1)
+            if size_bytes > PART_BYTES:
+                return self._upload_in_parts(archive, size_bytes, name, purpose, progress)
+            answer = self.ask("POST", "/v1/files", files={"file": (name, archive)}, data={"purpose": purpose}, tries=1)
+            progress(Progress("preparing", size_bytes, size_bytes, "bytes", message="uploading"))
             document: dict[str, Any] = answer.json()
             return document
+
+    def _upload_in_parts(
+        self, archive: IO[bytes], size_bytes: int, name: str, purpose: str, progress: ProgressCallback
+    ) -> dict[str, Any]:
+        wanted = {"filename": name, "purpose": purpose, "bytes": size_bytes}
+        contents = hashlib.sha256(name.encode())
+        for chunk in iter(lambda: archive.read(1 << 20), b""):
+            contents.update(chunk)
+        upload = self.ask("POST", "/v1/uploads", json=wanted, headers={"Idempotency-Key": contents.hexdigest()}).json()
+        known = {part["part_number"]: part for part in upload["parts"]}
+        for number, start in enumerate(range(0, size_bytes, PART_BYTES), 1):
+            n_bytes = min(PART_BYTES, size_bytes - start)
+            if upload["status"] == "pending" and known.get(number, {}).get("bytes") != n_bytes:
+                archive.seek(start)
+                part = {"data": (name, archive.read(n_bytes))}
+                path = f"/v1/uploads/{upload['id']}/parts"
+                known[number] = self.ask("POST", path, files=part, data={"part_number": str(number)}).json()
+            progress(Progress("preparing", start + n_bytes, size_bytes, "bytes", message="uploading"))
+        if upload["status"] == "pending":
+            parts = [known[number]["id"] for number in sorted(known)]
+            upload = self.ask("POST", f"/v1/uploads/{upload['id']}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
+        document: dict[str, Any] = upload["file"]
+        return document
 
     def ask(self, method: str, path: str, *, tries: int = _TRIES, **request: Any) -> httpx.Response:
         """Return a successful answer. What gets no answer, or "later", is asked again after a pause.
@@ -86,23 +120,6 @@ class Connection:
                 answer.read()
                 raise refusal(answer)
             write_atomic(target, lambda stream: stream.writelines(answer.iter_bytes()))
-
-
-class _Reported:
-    """A file that tells how much of it has been read."""
-
-    def __init__(self, stream: IO[bytes], progress: ProgressCallback) -> None:
-        self.stream = stream
-        self.progress = progress
-        self.total = os.fstat(stream.fileno()).st_size
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.progress(Progress("preparing", self.stream.tell(), self.total, "bytes", message="uploading"))
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def packed(path: Path, progress: ProgressCallback) -> IO[bytes]:

@@ -12,7 +12,7 @@ import pytest
 from archives import zip_of
 from axe_playwright_python.sync_playwright import Axe
 from browsing import CLASSES, ENVIRONMENT, Visit, photograph
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from serving import live_server, registered, until
 from standin import write_bundle
 
@@ -224,6 +224,40 @@ def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tm
     expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
 
 
+def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    page.on("dialog", lambda dialog: dialog.accept())  # "leave this page?"
+    archive = tmp_path / "large.zip"
+    megabyte = os.urandom(1 << 20)
+    archive.write_bytes(zip_of({f"{name}/{n}.jpg": photograph(n % 2, n, 32) + megabyte for name in "ab" for n in range(13)}))
+    arrived: list[str] = []
+    connected = False
+
+    def on_the_way(route: Route) -> None:
+        if arrived and not connected:
+            route.abort()
+        else:
+            arrived.append(route.request.url)
+            route.continue_()
+
+    page.route("**/v1/uploads/*/parts", on_the_way)
+    page.route("**/v1/fine_tuning/jobs", lambda route: route.abort())
+    visit.go("train")
+    page.locator("#train-files").set_input_files(archive)
+    page.locator("button[type=submit]").click()
+    expect(page.get_by_text("sending goes on by itself")).to_be_visible()
+    accessible(page)
+    page.reload()
+    connected = True
+    page.locator("#train-files").set_input_files(archive)
+    page.locator("button[type=submit]").click()
+    expect(page.get_by_role("alert")).to_be_visible()  # the job cannot be sent; the pictures have arrived
+    (file,) = httpx.get(f"{visit.server.url}/v1/files").json()["data"]
+    assert file["summary"]["counts"] == {"all": {"a": 13, "b": 13}}
+    assert len(arrived) == 4  # parts of 8 MiB, each once
+    assert len(set(arrived)) == 1
+
+
 def test_several_pictures_are_corrected_together_and_taken_back_together(visit: Visit) -> None:
     page = visit.page
     archive = zip_of(
@@ -233,15 +267,19 @@ def test_several_pictures_are_corrected_together_and_taken_back_together(visit: 
     file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
     visit.go(f"data/{file['id']}")
     page.get_by_role("button", name="Choose several").click()
-    tiles = page.locator(".tile")
+    tiles = page.locator(".tile[aria-pressed]")  # a tile can be chosen once its picture is known
+    expect(tiles).to_have_count(16)
     tiles.nth(0).click()
     tiles.nth(4).click(modifiers=["Shift"])
     expect(page.locator('.tile[aria-pressed="true"]')).to_have_count(5)
+    expect(tiles).to_have_count(16)
     tiles.nth(2).click()
     expect(page.get_by_text("4 pictures chosen")).to_be_visible()
     page.get_by_label("These are").fill("c")
     accessible(page)
     page.get_by_role("button", name="Change the class").click()
+    expect(page.locator(".tile-note")).to_have_count(4)
+    expect(tiles).to_have_count(16)
     tiles.nth(15).click()
     page.get_by_role("button", name="Leave out").click()
     expect(page.locator(".tile-note")).to_have_text(["c", "c", "c", "c", "left out"])

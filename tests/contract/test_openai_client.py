@@ -49,6 +49,20 @@ def file_id(client: OpenAI) -> str:
     return client.files.create(file=("flowers.zip", zip_of(photographs())), purpose="fine-tune").id
 
 
+def test_a_large_file_goes_up_in_parts(client: OpenAI, tmp_path: Path) -> None:
+    archive = tmp_path / "flowers.zip"
+    archive.write_bytes(zip_of(photographs()))
+    size = archive.stat().st_size
+    upload = client.uploads.upload_file_chunked(
+        file=archive, mime_type="application/zip", purpose="fine-tune", part_size=size // 3
+    )
+    assert upload.status == "completed"
+    assert upload.file is not None
+    assert (upload.file.filename, upload.file.bytes) == ("flowers.zip", size)
+    assert client.uploads.cancel(upload.id).status == "cancelled"
+    assert client.files.retrieve(upload.file.id) == upload.file
+
+
 def test_files_go_up_are_listed_and_deleted(client: OpenAI, tmp_path: Path) -> None:
     archive = tmp_path / "flowers.zip"
     archive.write_bytes(zip_of(photographs()))

@@ -82,14 +82,66 @@ export async function all(path, { signal, most = 1000 } = {}) {
   }
 }
 
+const PART_BYTES = 8 * 2 ** 20;
+const LATER = new Set([0, 408, 429, 502, 503, 504]);
+const LONGEST_PAUSE_MS = 15_000;
+
+/** Send a file in parts; resolves to what the server made of it. What is lost on the way is sent again until `signal` ends it.
+ *
+ * @param {Blob} file
+ * @param {{filename: string, purpose: string, key: string}} what `key` says that this is the same file as one whose sending was
+ *   interrupted: the parts that have arrived are not sent again.
+ * @param {(share: number, waiting: boolean) => void} onprogress how much has arrived (0 to 1), and whether the server is not reached.
+ */
+export async function sendInParts(file, { filename, purpose, key: idempotencyKey }, { onprogress, signal }) {
+  let share = 0;
+  const patiently = async (work) => {
+    for (let failures = 0; ; failures += 1) {
+      try {
+        return await work();
+      } catch (error) {
+        if (!(error instanceof Refused) || !LATER.has(error.status)) throw error;
+        onprogress(share, true);
+        await pause(Math.min(LONGEST_PAUSE_MS, 500 * 2 ** failures), signal);
+      }
+    }
+  };
+  const post = (path, options) => patiently(() => request(path, { method: "POST", signal, ...options }));
+  const begun = await post("v1/uploads", { json: { filename, purpose, bytes: file.size }, headers: { "Idempotency-Key": idempotencyKey } });
+  if (begun.file) return begun.file;
+  const arrived = new Map(begun.parts.map((part) => [part.part_number, part]));
+  for (let number_ = 1, start = 0; start < file.size; number_ += 1, start += PART_BYTES) {
+    const part = file.slice(start, start + PART_BYTES);
+    if (arrived.get(number_)?.bytes !== part.size) {
+      const progress = (sent) => { share = (start + sent * part.size) / file.size; onprogress(share, false); };
+      arrived.set(number_, await patiently(() => sendForm(`v1/uploads/${begun.id}/parts`, { part_number: number_, data: part }, { onprogress: progress, signal })));
+    }
+    share = (start + part.size) / file.size;
+    onprogress(share, false);
+  }
+  const ids = [...arrived].sort(([one], [other]) => one - other).map(([, { id }]) => id);
+  return (await post(`v1/uploads/${begun.id}/complete`, { json: { part_ids: ids } })).file;
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const stopped = () => reject(new DOMException("the upload was stopped", "AbortError"));
+    if (signal.aborted) return stopped();
+    signal.addEventListener("abort", stopped, { once: true });
+    return setTimeout(resolve, ms);
+  });
+}
+
 /** Send a form with its progress (0 to 1); `fetch` cannot tell how much has been sent. */
-export function upload(path, form, { onprogress, signal, headers: more = {} } = {}) {
+function sendForm(path, fields, { onprogress, signal }) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
   return new Promise((resolve, reject) => {
     const sending = new XMLHttpRequest();
     sending.open("POST", path);
     sending.responseType = "json";
-    for (const [name, value] of Object.entries(headers(more))) sending.setRequestHeader(name, value);
-    sending.upload.addEventListener("progress", (event) => onprogress?.(event.loaded / Math.max(1, event.total)));
+    for (const [name, value] of Object.entries(headers())) sending.setRequestHeader(name, value);
+    sending.upload.addEventListener("progress", (event) => onprogress(event.loaded / Math.max(1, event.total)));
     sending.addEventListener("load", () => {
       const said = sending.response ?? {};
       if (sending.status < 300) return resolve(said);
@@ -101,7 +153,7 @@ export function upload(path, form, { onprogress, signal, headers: more = {} } = 
     });
     sending.addEventListener("error", () => reject(new Refused({ status: 0, code: "offline", detail: "", errors: [], requestId: "" })));
     sending.addEventListener("abort", () => reject(new DOMException("the upload was stopped", "AbortError")));
-    signal?.addEventListener("abort", () => sending.abort());
+    signal.addEventListener("abort", () => sending.abort(), { once: true });
     sending.send(form);
   });
 }

@@ -19,7 +19,8 @@ function crc32(crc, bytes) {
   return ~value >>> 0;
 }
 
-async function checksum(file) {
+/** Return the CRC-32 of a file. */
+export async function checksum(file) {
   let crc = 0;
   const reader = file.stream().getReader();
   for (;;) {
@@ -36,7 +37,7 @@ function header(signature, size, fields) {
   return view.buffer;
 }
 
-/** Return a zip of `{path, file}` entries as a Blob.
+/** Return a zip of `{path, file}` entries as a Blob, and a number that it has in common with equal ones alone: `{archive, mark}`.
  * @param {(share: number) => void} onprogress
  */
 export async function pack(entries, { onprogress = () => {}, signal } = {}) {
@@ -62,5 +63,6 @@ export async function pack(entries, { onprogress = () => {}, signal } = {}) {
   }
   const size = directory.reduce((sum, part) => sum + part.byteLength, 0);
   const end = [[8, 2, entries.length], [10, 2, entries.length], [12, 4, size], [16, 4, offset]];
-  return new Blob([...parts, ...directory, header(0x06054b50, 22, end)], { type: "application/zip" });
+  const archive = new Blob([...parts, ...directory, header(0x06054b50, 22, end)], { type: "application/zip" });
+  return { archive, mark: await checksum(new Blob(directory)) }; // the directory holds the name and the checksum of every file
 }

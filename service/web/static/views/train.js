@@ -1,13 +1,13 @@
 // From photographs to a job: pictures in named classes, a plain choice, one button.
 
-import { all, Refused, request, upload } from "../api.js";
+import { all, Refused, request, sendInParts } from "../api.js";
 import { alertBox, ask, field, h, newId, put, svg } from "../dom.js";
 import { bytes, number, percent, t } from "../i18n.js";
 import { classNames, linkOf } from "../jobs.js";
 import { session } from "../session.js";
 import { settingsForm } from "../settings.js";
 import { entriesOf, filesOfDrop, filesOfInput, sortOut } from "../dropped.js";
-import { pack, TooLarge } from "../zip.js";
+import { checksum, pack, TooLarge } from "../zip.js";
 
 const CHOICES = {
   quick: { method: "linear_probe" },
@@ -161,20 +161,19 @@ export async function open(root, [wanted], signal) {
     put(progress, said, bar, h("button", { type: "button", class: "quiet", onclick: () => stop.abort() }, t("stop")));
     let archive = state.archive;
     let filename = archive?.name;
+    let mark = archive && await checksum(archive);
     if (!archive) {
       const entries = state.layout.length ? state.layout : entriesOf(state.classes);
-      archive = await pack(entries, { onprogress: (share) => { bar.value = share; }, signal: stop.signal });
+      ({ archive, mark } = await pack(entries, { onprogress: (share) => { bar.value = share; }, signal: stop.signal }));
       filename = `${name.value.trim() || t("train.name_default")}.zip`;
     }
-    const form = new FormData();
-    form.append("purpose", "fine-tune");
-    form.append("file", archive, filename);
     said.textContent = t("train.sending");
-    const file = await upload("v1/files", form, {
+    const key = `page-${archive.size}-${mark}-${digest(filename)}`;
+    const file = await sendInParts(archive, { filename, purpose: "fine-tune", key }, {
       signal: stop.signal,
-      onprogress: (share) => {
+      onprogress: (share, waiting) => {
         bar.value = share;
-        said.textContent = share < 1 ? t("train.sent", { share: percent(share), size: bytes(archive.size) }) : t("train.unpacking");
+        said.textContent = waiting ? t("train.waiting") : share < 1 ? t("train.sent", { share: percent(share), size: bytes(archive.size) }) : t("train.unpacking");
       },
     });
     dataset.append(h("option", { value: file.id }, t("train.dataset", { name: file.filename, n: pictureCount(file) })));

@@ -1,0 +1,232 @@
+"""Uploads that arrive in parts: what has arrived outlives a lost connection, a reload of the page and a restart of the server.
+
+Each is a folder beside the finished uploads, named by its id with a dot before it: what it is (``upload.json``) and its parts,
+one file each. Knows folders; does not know routes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from finetune.errors import Conflict, InvalidInput, NotFound, Overloaded, Problem
+from finetune.jobs.creation import new_id
+from finetune.storage.files import file_lock, read_json, write_json
+
+PREFIX, PART_PREFIX = "upload", "part"
+KEPT_SECONDS = 24 * 3600.0  # from the last part that arrived
+MAX_PENDING_OF_AN_OWNER = 16
+MAX_PARTS = 10_000
+_FOLDERS = f".{PREFIX}-*"
+_ID = re.compile(rf"{PREFIX}-[0-9a-z]+\Z")
+_PART = re.compile(rf"(?P<number>\d+)-(?P<id>{PART_PREFIX}-[0-9a-z]+)\Z")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PartUpload:
+    """What is to arrive.
+
+    Args:
+        size_bytes: of all parts together.
+        idempotency_key: the owner's, who finds the upload again by it.
+        file_id: of the upload that was made of the parts, once they were complete.
+    """
+
+    id: str
+    owner: str
+    filename: str
+    purpose: str
+    size_bytes: int
+    created_at: float
+    idempotency_key: str | None = None
+    file_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part that has arrived."""
+
+    id: str
+    number: int
+    size_bytes: int
+    created_at: float
+    path: Path
+
+
+class PartUploads:
+    """The uploads of one workspace that arrive in parts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def create(
+        self, owner: str, filename: str, purpose: str, size_bytes: int, idempotency_key: str | None = None
+    ) -> tuple[PartUpload, bool]:
+        """Begin an upload; return it and whether it is new. The same key and words give the one that has begun already.
+
+        Raises:
+            InvalidInput: the key was used for something else.
+            Overloaded: this owner has begun too many.
+        """
+        with file_lock(self._folder / ".uploads.lock"):
+            pending = self.pending(owner)
+            if idempotency_key is not None:
+                for known in (one for one in self._all(owner) if one.idempotency_key == idempotency_key):
+                    if (known.filename, known.purpose, known.size_bytes) != (filename, purpose, size_bytes):
+                        raise InvalidInput("this Idempotency-Key was used for an upload of another name, purpose or size")
+                    return known, False
+            if len(pending) >= MAX_PENDING_OF_AN_OWNER:
+                raise Overloaded(f"{len(pending)} uploads of yours have begun and are not complete. Complete or cancel one")
+            made = PartUpload(new_id(PREFIX), owner, filename, purpose, size_bytes, time.time(), idempotency_key)
+            self._place(made.id).mkdir()
+            self._write(made)
+        return made, True
+
+    def get(self, upload_id: str, sees: str | None) -> PartUpload:
+        """Return an upload; another owner's does not exist (`NotFound`). `sees` None sees every owner's."""
+        if _ID.match(upload_id):
+            with contextlib.suppress(FileNotFoundError):
+                found = PartUpload(**read_json(self._place(upload_id) / "upload.json"))
+                if sees in (None, found.owner):
+                    return found
+        raise NotFound(f"no upload {upload_id!r} has begun, or it was cancelled, or its last part is more than a day old")
+
+    def pending(self, owner: str) -> list[PartUpload]:
+        """Return an owner's uploads that are not complete."""
+        return [one for one in self._all(owner) if one.file_id is None]
+
+    def parts(self, upload: PartUpload) -> list[Part]:
+        """Return the parts that have arrived, by their numbers."""
+        found = []
+        for path in self._place(upload.id).iterdir():
+            if (named := _PART.match(path.name)) is not None:
+                stat = path.stat()
+                found.append(Part(named["id"], int(named["number"]), stat.st_size, stat.st_mtime, path))
+        return sorted(found, key=lambda part: (part.number, part.id))
+
+    def add(self, upload: PartUpload, arrived: Path, number: int | None) -> Part:
+        """Take a part that has arrived as a file, which is moved. A part of the same number takes the place of the one before.
+
+        Args:
+            number: from 1; by default the next one.
+
+        Raises:
+            Conflict: the upload is complete.
+            InvalidInput: with it, more would have arrived than was announced, or too many parts.
+        """
+        with self._held(upload):
+            parts = self.parts(self._unfinished(upload))
+            number = number if number is not None else max((part.number for part in parts), default=0) + 1
+            replaced = [part for part in parts if part.number == number]
+            n_bytes = sum(part.size_bytes for part in parts) - sum(part.size_bytes for part in replaced)
+            if n_bytes + arrived.stat().st_size > upload.size_bytes:
+                raise InvalidInput(
+                    f"with this part, more than the {upload.size_bytes:,} bytes would have arrived that were announced",
+                    [Problem("data", "is too large")],
+                )
+            if len(parts) - len(replaced) >= MAX_PARTS:
+                raise InvalidInput(
+                    f"an upload has at most {MAX_PARTS:,} parts; send larger ones", [Problem("data", "too many parts")]
+                )
+            target = self._place(upload.id) / f"{number}-{new_id(PART_PREFIX)}"
+            os.replace(arrived, target)
+            for part in replaced:
+                part.path.unlink()
+            return next(part for part in self.parts(upload) if part.path == target)
+
+    @contextlib.contextmanager
+    def completing(self, upload: PartUpload, part_ids: Sequence[str], archive: Path) -> Iterator[str | None]:
+        """Put the parts together in `archive`; yield the id of the file that was made of them before, None where there is none.
+
+        Nobody else completes or changes the upload inside the block.
+
+        Raises:
+            InvalidInput: a part that has not arrived, is named twice, or parts that do not make up the announced size.
+        """
+        with self._held(upload):
+            known = self.get(upload.id, None)
+            if known.file_id is None:
+                _join(self._chosen(known, part_ids), archive)
+            yield known.file_id
+
+    def completed(self, upload: PartUpload, file_id: str) -> None:
+        """Note what was made of an upload, and forget its parts."""
+        self._write(replace(upload, file_id=file_id))
+        for part in self.parts(upload):
+            part.path.unlink()
+
+    def cancel(self, upload: PartUpload) -> None:
+        """Forget an upload and what has arrived of it."""
+        shutil.rmtree(self._place(upload.id), ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove uploads to which nothing was added for a day."""
+        for folder in self._folder.glob(_FOLDERS):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def expires_at(self, upload: PartUpload) -> float:
+        """Return when an upload is removed if nothing is added to it, in Unix seconds."""
+        return self._place(upload.id).stat().st_mtime + KEPT_SECONDS
+
+    def _all(self, owner: str) -> list[PartUpload]:
+        found = []
+        for file in self._folder.glob(f"{_FOLDERS}/upload.json"):
+            with contextlib.suppress(FileNotFoundError):  # cancelled at this moment
+                found.append(PartUpload(**read_json(file)))
+        return [one for one in found if one.owner == owner]
+
+    def _chosen(self, upload: PartUpload, part_ids: Sequence[str]) -> list[Part]:
+        arrived = {part.id: part for part in self.parts(upload)}
+        problems = [
+            Problem(f"part_ids[{at}]", f"no part {one!r} has arrived" if one not in arrived else "is named twice")
+            for at, one in enumerate(part_ids)
+            if one not in arrived or one in part_ids[:at]
+        ]
+        if problems:
+            raise InvalidInput("; ".join(map(str, problems[:5])), problems[:100])
+        chosen = [arrived[one] for one in part_ids]
+        n_bytes = sum(part.size_bytes for part in chosen)
+        if n_bytes != upload.size_bytes:
+            raise InvalidInput(
+                f"these parts are {n_bytes:,} bytes together, and {upload.size_bytes:,} were announced",
+                [Problem("part_ids", f"make up {n_bytes:,} of {upload.size_bytes:,} bytes")],
+            )
+        return chosen
+
+    def _unfinished(self, upload: PartUpload) -> PartUpload:
+        if (known := self.get(upload.id, None)).file_id is not None:
+            raise Conflict(f"{upload.id} is complete: it is the file {known.file_id}")
+        return known
+
+    def _place(self, upload_id: str) -> Path:
+        return self._folder / f".{upload_id}"
+
+    def _held(self, upload: PartUpload) -> contextlib.AbstractContextManager[bool]:
+        self.get(upload.id, None)  # a lock would make its folder anew
+        return file_lock(self._place(upload.id) / ".lock")
+
+    def _write(self, upload: PartUpload) -> None:
+        write_json(self._place(upload.id) / "upload.json", asdict(upload))
+
+
+def _join(parts: Sequence[Part], archive: Path) -> None:
+    with open(archive, "wb") as joined:
+        for part in parts:
+            with open(part.path, "rb") as stream:
+                shutil.copyfileobj(stream, joined, _CHUNK_BYTES)
+
+
+def md5_of(archive: Path) -> str:
+    """Return what the public API lets clients compare: a check against damage on the way, not against anybody's intent."""
+    with open(archive, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,216 @@
+"""``/v1/uploads``: datasets that arrive in parts, so that a lost connection costs one part. Complete, they are files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from finetune.errors import DataError, InvalidInput, Problem
+from finetune.jobs.files import FilesFull, check_quota
+from service.creation import REPLAYED, IdempotencyKey
+from service.limits import MIB, MULTIPART_OVERHEAD_BYTES
+from service.middleware.auth import Caller, Submitting
+from service.part_uploads import Part, PartUpload, md5_of
+from service.problems import RESPONSES
+from service.routes.files import FileDocument, file_document, record_upload
+from service.state import Server, ServerState
+from service.uploads import examine, plain_name, receive_part
+
+MAX_PART_BYTES = 64 * MIB
+PART_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "data": {"type": "string", "format": "binary", "description": f"At most {MAX_PART_BYTES // MIB} MiB."},
+                        "part_number": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "maximum": 10_000,
+                            "description": "Its place; a part that is sent again under its number takes the place of the first.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class UploadRequest(BaseModel):
+    """What is going to arrive."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    filename: str = Field(min_length=1, max_length=1000)
+    purpose: Literal["fine-tune", "batch"]
+    bytes: int = Field(ge=1, description="Of all parts together.")
+    mime_type: str | None = Field(None, max_length=200, description="Not needed: what the bytes are is seen from them.")
+    expires_after: dict[str, Any] | None = Field(None, description="Taken and not followed: a day after the last part.")
+
+
+class CompletionRequest(BaseModel):
+    """Which parts make up the file, in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    part_ids: list[str] = Field(min_length=1, max_length=10_000)
+    md5: str | None = Field(None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole, in hexadecimal digits.")
+
+
+class PartDocument(BaseModel):
+    """One part that has arrived."""
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int = Field(description="Unix seconds.")
+    upload_id: str
+    part_number: int
+    bytes: int
+
+
+class UploadDocument(BaseModel):
+    """An upload in parts."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int = Field(description="Unix seconds.")
+    filename: str
+    purpose: Literal["fine-tune", "batch"]
+    status: Literal["pending", "completed", "cancelled"]
+    expires_at: int = Field(description="When it is removed if nothing is added to it.")
+    parts: list[PartDocument] = Field(description="That have arrived, in their order; none once it is complete.")
+    file: FileDocument | None = Field(None, description="What was made of the parts.")
+
+
+def uploads_router(max_bytes: int) -> APIRouter:
+    """The routes of uploads in parts.
+
+    Args:
+        max_bytes: what all parts of one may come to.
+    """
+    router = APIRouter(prefix="/v1/uploads", tags=["files"], responses=RESPONSES)
+
+    @router.post("", status_code=201)
+    def begin_upload(
+        caller: Submitting,
+        server: Server,
+        response: Response,
+        wanted: UploadRequest,
+        idempotency_key: IdempotencyKey = None,
+    ) -> UploadDocument:
+        """Begin an upload in parts. The same `Idempotency-Key` finds one that was interrupted, with the parts that arrived."""
+        if wanted.bytes > max_bytes:
+            raise InvalidInput(
+                f"an upload has at most {max_bytes:,} bytes, and {wanted.bytes:,} are announced",
+                [Problem("bytes", "is too large")],
+            )
+        server.part_uploads.sweep()
+        pending = sum(one.size_bytes for one in server.part_uploads.pending(caller.owner))
+        what = (caller.owner, plain_name(wanted.filename), wanted.purpose, wanted.bytes, idempotency_key)
+        made, new = server.part_uploads.create(*what)
+        if made.file_id is not None and not server.database.files.has(made.file_id):  # it was deleted since
+            server.part_uploads.cancel(made)
+            made, new = server.part_uploads.create(*what)
+        if new:
+            try:
+                check_quota(server.stored_bytes(caller.owner) + pending, wanted.bytes, server.max_files_bytes)
+            except FilesFull:
+                server.part_uploads.cancel(made)
+                raise
+        else:
+            response.headers[REPLAYED] = "true"
+        response.headers["Location"] = f"/v1/uploads/{made.id}"
+        return _document(server, made, caller)
+
+    @router.get("/{upload_id}")
+    def get_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
+        """Return an upload in parts with what has arrived of it."""
+        return _document(server, server.part_uploads.get(upload_id, caller.sees), caller)
+
+    @router.post(
+        "/{upload_id}/parts", status_code=201, openapi_extra=PART_BODY, max_body_size=MAX_PART_BYTES + MULTIPART_OVERHEAD_BYTES
+    )
+    async def add_upload_part(request: Request, caller: Submitting, server: Server, upload_id: str) -> PartDocument:
+        """Add a part. Parts may arrive in any order and side by side."""
+        upload = server.part_uploads.get(upload_id, caller.sees)
+        given = request.headers.get("content-length", "")
+        with server.uploads.arriving(int(given) if given.isdecimal() else 0, caller.owner) as folder:
+            number = await receive_part(request, folder / "part")
+            part = await run_in_threadpool(server.part_uploads.add, upload, folder / "part", number)
+        return _part_document(upload, part)
+
+    @router.post("/{upload_id}/complete")
+    def complete_upload(caller: Submitting, server: Server, upload_id: str, wanted: CompletionRequest) -> UploadDocument:
+        """Put the parts together and look through the whole, as `POST /v1/files` does; asked again, it answers the same.
+
+        What is refused for what it holds is forgotten: sent again, it would be refused again.
+        """
+        upload = server.part_uploads.get(upload_id, caller.sees)
+        with server.uploads.arriving(upload.size_bytes, caller.owner) as folder:
+            archive = folder / "archive"
+            with server.part_uploads.completing(upload, wanted.part_ids, archive) as known:
+                if known is None:
+                    _check_md5(archive, wanted.md5)
+                    _make_file(server, upload, archive)
+        return _document(server, server.part_uploads.get(upload.id, caller.sees), caller)
+
+    @router.post("/{upload_id}/cancel")
+    def cancel_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
+        """Forget an upload and what has arrived of it. A file that was made of it stays."""
+        upload = server.part_uploads.get(upload_id, caller.sees)
+        document = _document(server, upload, caller)
+        server.part_uploads.cancel(upload)
+        return document.model_copy(update={"status": "cancelled", "parts": []})
+
+    return router
+
+
+def _make_file(server: ServerState, upload: PartUpload, archive: Path) -> None:
+    try:
+        received = examine(archive, upload.filename, upload.purpose)
+    except (InvalidInput, DataError):
+        server.part_uploads.cancel(upload)
+        raise
+    # Under its own id as the key: should this process die before it is noted, the next attempt finds the same file.
+    file, _ = record_upload(server, upload.owner, received, upload.id)
+    server.part_uploads.completed(upload, file.id)
+
+
+def _check_md5(archive: Path, wanted: str | None) -> None:
+    if wanted is not None and (found := md5_of(archive)) != wanted.lower():
+        raise InvalidInput(
+            f"the parts together have the MD5 {found}, not {wanted}: they were damaged, or are in another order",
+            [Problem("md5", f"is {found}")],
+        )
+
+
+def _document(server: ServerState, upload: PartUpload, caller: Caller) -> UploadDocument:
+    file = file_document(server.database.files.get(upload.file_id, caller.sees)) if upload.file_id is not None else None
+    return UploadDocument(
+        id=upload.id,
+        bytes=upload.size_bytes,
+        created_at=int(upload.created_at),
+        filename=upload.filename,
+        purpose=upload.purpose,  # type: ignore[arg-type]
+        status="pending" if file is None else "completed",
+        expires_at=int(server.part_uploads.expires_at(upload)),
+        parts=[_part_document(upload, part) for part in server.part_uploads.parts(upload)],
+        file=file,
+    )
+
+
+def _part_document(upload: PartUpload, part: Part) -> PartDocument:
+    return PartDocument(
+        id=part.id, created_at=int(part.created_at), upload_id=upload.id, part_number=part.number, bytes=part.size_bytes
+    )
