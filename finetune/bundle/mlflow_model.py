@@ -56,7 +56,8 @@ class BundleModel:
         """Classify images; returns a table with a row for each.
 
         Its columns are ``label`` and ``probability`` of the most probable class, and ``predictions``, the most probable classes
-        with their probabilities, as ``/predict`` gives them.
+        with their probabilities, as ``/predict`` gives them. Where an image may have several labels, ``labels`` holds those that
+        it is given.
 
         Args:
             model_input: see `TAKEN`.
@@ -73,8 +74,8 @@ class BundleModel:
         rows: list[dict[str, Any]] = []
         for images in _batches(_each(model_input), BATCH_SIZE):
             probs = self._predictor.run(np.stack([self._pixels(image) for image in images])).probs
-            rows += [_row(one, manifest, top_k) for one in probs]
-        return pd.DataFrame(rows, columns=["label", "probability", "predictions"])
+            rows += [_row(one, self._predictor, top_k) for one in probs]
+        return pd.DataFrame(rows, columns=columns_of(manifest))
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:
         """Return the (h, w, 3) input of the model for one image in any of the forms that are taken."""
@@ -166,10 +167,16 @@ def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
     return int(asked)
 
 
-def _row(probs: NDArray[np.float32], manifest: Manifest, top_k: int) -> dict[str, Any]:
-    order = task_named(manifest.task).ranking(probs)[:top_k]
-    predictions = [{"label": manifest.classes[index], "probability": float(probs[index])} for index in order]
-    return {**predictions[0], "predictions": predictions}
+def columns_of(manifest: Manifest) -> list[str]:
+    """Return the columns of the table that a bundle's model answers with."""
+    return ["label", "probability", "predictions", *([] if task_named(manifest.task).exclusive else ["labels"])]
+
+
+def _row(probs: NDArray[np.float32], predictor: Predictor, top_k: int) -> dict[str, Any]:
+    classes, order = predictor.manifest.classes, predictor.task.ranking(probs)[:top_k]
+    predictions = [{"label": classes[index], "probability": float(probs[index])} for index in order]
+    several = predictor.several_labels(probs)
+    return {**predictions[0], "predictions": predictions, **({"labels": list(several.given)} if several else {})}
 
 
 def _batches(values: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -29,7 +29,6 @@ from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.model.freeze import frozen_digest
 from finetune.model.threads import on_threads
 from finetune.runs.known import Record, file_state, keep_known, network_key
-from finetune.runs.resolve import resolve_task
 from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 
@@ -41,10 +40,10 @@ class BuiltNetwork:
 
     exporter = EXPORTER
 
-    def __init__(self, classifier: Classifier, spec: JobSpec, shared: Shared) -> None:
+    def __init__(self, classifier: Classifier, spec: JobSpec, task: str, shared: Shared) -> None:
         self.classifier = classifier
         self.facts = facts_of(classifier)
-        self.task = resolve_task(spec)
+        self.task = task
         self._spec, self._shared = spec, shared
         self._tracing = threading.Lock()
         self._traced: Future[Graph] = Future()
@@ -122,7 +121,7 @@ class BuiltNetwork:
         keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, self._shared.store)
 
 
-def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
+def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> BuiltNetwork:
     """Build the backbone that `spec` asks for, with a new head.
 
     Raises:
@@ -132,7 +131,7 @@ def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork
         backbone = seeded_backbone(spec)
         torch.manual_seed(spec.seed)  # initialises the new head
         classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
-    return BuiltNetwork(classifier, spec, shared)
+    return BuiltNetwork(classifier, spec, task, shared)
 
 
 def seeded_backbone(spec: JobSpec) -> Backbone:

@@ -24,7 +24,7 @@ from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.judge import calibrate
+from finetune.runs.judge import calibrate, thresholds_of
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
@@ -179,7 +179,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     own = read_judgement(final.evaluation)
     return Conclusion(
         kept=FINAL,
-        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled)),
+        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
@@ -196,7 +196,7 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
     before, after = read_judgement(chose.evaluation), read_judgement(refitted.evaluation)
     return Conclusion(
         kept=REFIT,
-        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature),
+        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature, before.thresholds),
         predictions={**_tables_in(chose), **_tables_in(refitted)},
         summary=f"{outcomes[CHOOSE].summary}; then fitted once more on train + val with what val chose",
     )

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_
         path=str(folder),
         loader_module=mlflow_model.__name__,
         mlflow_model=described,
-        signature=signature(),
+        signature=signature(mlflow_model.columns_of(manifest)),
         input_example=[example(bundle)],
         pip_requirements=[f"{DISTRIBUTION}=={__version__}", *(f"{name}=={version(name)}" for name in REQUIRED)],
         metadata={"classes": list(manifest.classes), "preprocess": manifest.preprocess.to_dict()},
@@ -120,8 +120,11 @@ def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_
     described.save(str(folder / "MLmodel"))
 
 
-def signature() -> Any:
+def signature(columns: Sequence[str]) -> Any:
     """Return what the model takes and gives, in MLflow's words.
+
+    Args:
+        columns: of the table that it answers with.
 
     It is marked as given by type hints: MLflow then hands the input on as it is, instead of forcing it into a table of one type,
     which would refuse paths and arrays. Over HTTP that means ``{"inputs": [base64, …]}``.
@@ -131,15 +134,15 @@ def signature() -> Any:
     from mlflow.types.schema import Array, Object, Property
 
     answer = Object([Property("label", DataType.string), Property("probability", DataType.double)])
+    kinds = {
+        "label": DataType.string,
+        "probability": DataType.double,
+        "predictions": Array(answer),
+        "labels": Array(DataType.string),
+    }
     found = ModelSignature(
         inputs=Schema([ColSpec(DataType.string)]),
-        outputs=Schema(
-            [
-                ColSpec(DataType.string, "label"),
-                ColSpec(DataType.double, "probability"),
-                ColSpec(Array(answer), "predictions"),
-            ]
-        ),
+        outputs=Schema([ColSpec(kinds[name], name) for name in columns]),
         params=ParamSchema([ParamSpec("top_k", DataType.long, default=None)]),
     )
     found._is_signature_from_type_hint = True
