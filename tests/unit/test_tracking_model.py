@@ -239,7 +239,7 @@ def test_its_description_says_what_it_takes_and_gives(folder: Path, model: mlflo
     assert [str(column.type) for column in signature.inputs.inputs] == ["DataType.string"]
     always = [column.name for column in signature.outputs.inputs if column.required]
     assert always == ["label", "probability", "predictions"]
-    assert [param.name for param in signature.params.params] == ["top_k"]
+    assert [param.name for param in signature.params.params] == ["top_k", "coverage", "per_class", "abstain", "precision"]
     assert set(model.metadata.flavors) == {"python_function", "onnx"}
     example = json.loads((folder / "serving_input_example.json").read_text())
     (row,) = served.post("/invocations", json=example).json()["predictions"]
