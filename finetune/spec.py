@@ -26,6 +26,13 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 SUFFIX_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
 
+LOSSES: Mapping[str, tuple[str, ...]] = {
+    "multiclass": ("cross_entropy",),
+    "multilabel": ("binary_cross_entropy", "asymmetric"),
+}
+"""What the steps of each task can minimise, the default first."""
+
+
 class Section(BaseModel):
     """Unknown keys are errors, values never change after validation."""
 
@@ -240,6 +247,10 @@ class Hyperparameters(Section):
     learning_rate: Auto | Annotated[float, Field(gt=0.0, le=10.0)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=100.0)] = "auto"
     weight_decay: Auto | Annotated[float, Field(ge=0.0, le=10.0)] = "auto"
+    loss: Annotated[
+        Literal["auto", "cross_entropy", "binary_cross_entropy", "asymmetric"],
+        Field(description="that steps minimise; auto: cross_entropy, for multilabel binary_cross_entropy (or asymmetric)"),
+    ] = "auto"
     label_smoothing: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     mixup: Annotated[float, Field(ge=0.0, le=10.0, description="alpha of the Beta distribution; 0 is off")] = 0.0
     warmup_fraction: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
@@ -290,7 +301,10 @@ class JobSpec(Section):
     training_file: str = Field(min_length=1)
     validation_file: str | None = None
     test_file: str | None = None
-    task: Annotated[Literal["auto", "multiclass"], Field(description="what a label means; auto: found from the labels")] = "auto"
+    task: Annotated[
+        Literal["auto", "multiclass", "multilabel"],
+        Field(description="multilabel: an image may have several labels, or none; auto: found from the labels"),
+    ] = "auto"
     data: DataSpec = DataSpec()
     method: Annotated[Method, _name_means("type")] = LinearProbe()
     hyperparameters: Hyperparameters = Hyperparameters()
@@ -300,6 +314,18 @@ class JobSpec(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of training; the split has data.split_seed")
     suffix: str | None = Field(None, pattern=SUFFIX_PATTERN)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> JobSpec:
+        loss = self.hyperparameters.loss
+        if loss == "asymmetric" and self.method.type == "linear_probe":
+            raise ValueError(
+                "hyperparameters.loss: asymmetric is for training by steps, and linear_probe takes none: its head is solved, "
+                "which needs a convex loss. Choose method partial, full or gradual"
+            )
+        if loss != "auto" and loss not in LOSSES.get(self.task, (loss,)):
+            raise ValueError(f"hyperparameters.loss: {loss} is not a loss of task {self.task}; leave it at auto")
+        return self
 
     @property
     def refits(self) -> bool:

@@ -103,7 +103,14 @@ def _figure(metrics: Mapping[str, float], split: str, metric: Any) -> str:
 
 
 def _reliance(manifest: Manifest) -> str:
-    calibration = Calibration.of(manifest.calibration)
+    calibration, thresholds = Calibration.of(manifest.calibration), manifest.thresholds
+    if thresholds is not None:
+        shown = zip(manifest.classes[:SHOWN_CLASSES], thresholds, strict=False)
+        limits = ", ".join(f"{_text(name)} {threshold:.2f}" for name, threshold in shown)
+        return (
+            "An image may have several labels, or none. Each is given where its probability reaches its threshold, which is the "
+            f"one with the highest F1 on held-out images, or 0.5 where these are too few: {limits}."
+        )
     if calibration is None:
         return "The bundle holds no calibration on held-out images, so it gives neither sets of labels nor abstains."
     lines = []

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from finetune.cli.executing import places_options, take_places
-from finetune.cli.training import json_option
+from finetune.cli.training import json_option, spec_options
 from finetune.runtime.collector import objects_exempt
+
+if TYPE_CHECKING:
+    from finetune.spec import JobSpec
 
 
 @click.group()
@@ -53,7 +57,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
     workspace, places = Workspace.from_environment(), take_places(given)
     request = DepthRequest(
         data=data or write_digits(workspace.root / "demo" / "digits"),
-        depths=_numbers(given["depths"]),
+        depths=_numbers(given["depths"], "--depths", "8,20,44"),
         kinds=_names(given["kinds"]),
         aids=tuple("" if name == "none" else name for name in _names(given["aids"])),  # type: ignore[misc]
         n_epochs=given["epochs"],
@@ -66,13 +70,44 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
     print_json(found.to_dict()) if as_json else show_depth(found)
 
 
+@study.command()
+@spec_options
+@click.option("--more", metavar="N,N,…", help="Images a class to foresee (default a quarter, a half and all of a class's).")
+@click.option("--repeats", default=8, show_default=True, type=click.IntRange(min=2), help="Times that images are held out anew.")
+@click.option("--sizes", default=6, show_default=True, type=click.IntRange(min=4), help="Points of the curve.")
+@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page is written.")
+@json_option
+def labels(spec: JobSpec, more: str | None, repeats: int, sizes: int, page: Path | None, as_json: bool) -> None:
+    """Foresee what more labelled images would bring.
+
+    Measures accuracy with growing parts of the data, several times over, and extends the learning curve with its interval:
+    "200 more images a class: +1.4 points, 0.3 to 2.6". Says so when it cannot be told. Heads are solved on the features of the
+    frozen backbone, which are computed once: a minute or less on two cores. Writes a page with the curve.
+    """
+    with objects_exempt():
+        from finetune.cli.show_labels import show_labels
+        from finetune.cli.terminal import print_json
+        from finetune.progress_bars import progress_bars
+        from finetune.runs.shared import Shared
+        from finetune.storage.workspace import Workspace
+        from finetune.studies.labels import study_labels, write_page
+
+    shared = Shared.of(Workspace.from_environment())
+    asked = () if more is None else _numbers(more, "--more", "50,100,200")
+    with progress_bars(shown=not as_json) as progress:
+        found = study_labels(spec, shared, progress, more=asked, repeats=repeats, sizes=sizes)
+    page = page or shared.workspace.datasets / f"{found.revision[:12]}-labels.html"
+    found = write_page(page, found, f"finetune study labels {shlex.quote(spec.training_file)}")
+    print_json(found.to_dict()) if as_json else show_labels(found)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in _names(text))
     except ValueError:
-        message = f"{text!r}: expected numbers separated by commas, such as 8,20,44"
-        raise click.BadParameter(message, param_hint="--depths") from None
+        message = f"{text!r}: expected numbers separated by commas, such as {example}"
+        raise click.BadParameter(message, param_hint=option) from None

@@ -31,7 +31,6 @@ from finetune.model.freeze import frozen_digest
 from finetune.model.tensors import Tensors, read_tensors
 from finetune.model.threads import on_threads
 from finetune.runs.known import Record, file_state, keep_known, network_key
-from finetune.runs.resolve import resolve_task
 from finetune.runs.shared import Shared
 from finetune.spec import JobSpec, is_own_model
 
@@ -43,10 +42,10 @@ class BuiltNetwork:
 
     exporter = EXPORTER
 
-    def __init__(self, classifier: Classifier, spec: JobSpec, shared: Shared) -> None:
+    def __init__(self, classifier: Classifier, spec: JobSpec, task: str, shared: Shared) -> None:
         self.classifier = classifier
         self.facts = facts_of(classifier)
-        self.task = resolve_task(spec)
+        self.task = task
         self._spec, self._shared = spec, shared
         self._tracing = threading.Lock()
         self._traced: Future[Graph] = Future()
@@ -119,7 +118,7 @@ class BuiltNetwork:
     def own_head(self, classes: Sequence[str]) -> Head | None:
         """Return the head of the model that this network is from, if it knows the same classes; its rows in their order."""
         origin = self.classifier.backbone.weights.origin
-        if origin is None or sorted(origin.manifest.classes) != sorted(classes):
+        if origin is None or origin.manifest.task != self.task or sorted(origin.manifest.classes) != sorted(classes):
             return None
         tensors = read_tensors(origin)
         order = [origin.manifest.classes.index(name) for name in classes]
@@ -155,7 +154,7 @@ def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:
     return {name: tensor.detach().cpu().numpy() for name, tensor in backbone.module.state_dict().items()}
 
 
-def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
+def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> BuiltNetwork:
     """Build the backbone that `spec` asks for, with a new head.
 
     Raises:
@@ -166,7 +165,7 @@ def build_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork
         torch.manual_seed(spec.seed)  # initialises the new head
         classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
     _check_random_start(classifier)
-    return BuiltNetwork(classifier, spec, shared)
+    return BuiltNetwork(classifier, spec, task, shared)
 
 
 def _check_random_start(classifier: Classifier) -> None:

@@ -186,7 +186,7 @@ def test_a_job_starts_from_a_model_of_ones_own_and_says_so(tmp_path: Path) -> No
 
     # The same classes: a head that is not solved begins as the model's own.
     spec = tiny_spec(stripes, **{**from_first, "method": {"type": "partial", "warm_head": False}})
-    network = build_network(spec, 3, shared)
+    network = build_network(spec, "multiclass", 3, shared)
     own = network.own_head(("class2", "class0", "class1"))
     assert own is not None
     expected = read_tensors(origin)["head.weight"]

@@ -1,0 +1,55 @@
+"""The page of a labels study, one file that loads nothing: the sentence, the curve, and what more images would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.report.labels_figures import learning_curve
+from finetune.report.pictures import data_uri
+from finetune.report.templates import render
+
+
+def render_labels(
+    document: Mapping[str, Any],
+    course: Sequence[Mapping[str, float]],
+    label: str,
+    projected: Sequence[Sequence[str]],
+    command: str,
+) -> str:
+    """Return the page as one HTML document.
+
+    Args:
+        document: as `LabelsStudy.to_dict` gives it.
+        course: the law along the axis, see `finetune.report.labels_figures`.
+        label: what the metric is called.
+        projected: the rows of the table of projections.
+        command: that makes the study again.
+    """
+    curve = document["curves"][document["metric"]]
+    svg = learning_curve(curve, course, document["projections"], label)
+    measured = [
+        [
+            f"{n:,}",
+            *(f"{one['value'][place]:.1%} ± {100 * one['standard_error'][place]:.1f}" for one in document["curves"].values()),
+        ]
+        for place, n in enumerate(curve["n_train"])
+    ]
+    figure = {
+        "uri": data_uri(svg.encode(), "image/svg+xml"),
+        "wide": False,
+        "caption": "Filled: measured on images that were held out, with two standard errors. Line and hollow points: what all "
+        "learning "
+        "curves that agree with them expect, with the 95 % interval. Right of the dotted line nothing has been measured.",
+    }
+    counts = sorted(document["classes"].items(), key=lambda pair: pair[1])
+    return render(
+        "labels.html",
+        document=document,
+        label=label,
+        figure=figure,
+        projected=projected,
+        measured=measured,
+        counts=[[name, f"{count:,}"] for name, count in counts],
+        command=command,
+    )

@@ -1,0 +1,341 @@
+"""The learning curve of one dataset: heads solved on growing parts of it, and what the curve says of more labels.
+
+Features of frozen stages are computed once, or read from the cache; each point is a solved head, so nothing is trained. In
+every repetition a fifth of the images is held out, another one each time, and the training images of one size are among those
+of the next, with the classes in proportion. What belongs together (a group, files of the same bytes) is held out together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.dataset import Dataset, Sample
+from finetune.doctor.examine import UNEQUAL
+from finetune.errors import InvalidInput
+from finetune.features.heads import head_solver
+from finetune.features.rows import FeatureContext, Views, pooled_features
+from finetune.messages import natural_list, plural
+from finetune.progress import Progress, ProgressCallback, silent
+from finetune.report.labels_page import render_labels
+from finetune.runs.prepare import framing, read_and_build, split_for
+from finetune.runs.shared import Shared
+from finetune.spec import JobSpec
+from finetune.storage.files import write_atomic
+from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
+from finetune.tasks import task_named
+
+HELD_OUT = 0.2
+REPEATS, SIZES = 8, 6
+FARTHEST = 4.0  # times the training images that there are: further on, a curve says nothing
+FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
+COURSE_POINTS = 40  # of the drawn curve
+MATTERS = 0.005  # of accuracy: a gain that is certainly smaller is hardly worth labels
+TOP1, PER_CLASS = "top1", "mean_per_class_accuracy"
+_LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes"}
+Verdict = Literal["helps", "hardly helps", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What so many more images a class would bring."""
+
+    more_per_class: int
+    n_train: int
+    gain: Estimate
+    value: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the projection as JSON values."""
+        spelled = {
+            name: {"value": one.value, "low": one.low, "high": one.high}
+            for name, one in (("gain", self.gain), ("value", self.value))
+        }
+        return {"more_per_class": self.more_per_class, "n_train": self.n_train, **spelled}
+
+
+@dataclass(frozen=True)
+class LabelsStudy:
+    """What a learning curve came to.
+
+    Args:
+        metric: that is judged by; the mean over classes where the largest class has five times the images of the smallest.
+        curves: by metric.
+        projections: of `metric`, for more and more images.
+    """
+
+    dataset: str
+    revision: str
+    backbone: str
+    n_images: int
+    counts: Mapping[str, int]
+    metric: str
+    curves: Mapping[str, LearningCurve]
+    projections: tuple[Projection, ...]
+    too_far: tuple[int, ...] = ()  # amounts that were asked for and are beyond what can be said
+    page: Path | None = field(default=None, compare=False)
+
+    @property
+    def curve(self) -> LearningCurve:
+        return self.curves[self.metric]
+
+    @property
+    def metric_label(self) -> str:
+        return _LABELS[self.metric]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the largest amount brings: a gain that matters, certainly none, or nobody can tell."""
+        gain = self.projections[-1].gain
+        if not self.curve.fits:
+            return "cannot tell"
+        return "helps" if gain.low >= MATTERS else "hardly helps" if gain.high < MATTERS else "cannot tell"
+
+    @property
+    def sentence(self) -> str:
+        """The study in one sentence."""
+        last = self.projections[-1]
+        gain = f"{points(last.gain.value)} points, {points_range(last.gain)}"
+        more = f"{last.more_per_class:,} more images a class"
+        if not self.curve.fits:
+            return f"What {more} would bring cannot be told: the measured accuracies follow no learning curve."
+        return {
+            "helps": f"{more} would help: {gain}.",
+            "hardly helps": f"{more} would hardly help: {gain}.",
+            "cannot tell": f"It cannot be told whether {more} would help: {gain}.",
+        }[self.verdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the study as JSON values."""
+        return {
+            "dataset": self.dataset,
+            "revision": self.revision,
+            "backbone": self.backbone,
+            "n_images": self.n_images,
+            "classes": dict(self.counts),
+            "metric": self.metric,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "fits": self.curve.fits,
+            "curves": {
+                name: {
+                    "n_train": list(curve.sizes),
+                    "value": [round(float(1 - one), 6) for one in curve.mean],
+                    "standard_error": [round(float(one), 6) for one in curve.standard_errors],
+                    "repetitions": [[round(float(1 - one), 6) for one in row] for row in curve.errors],
+                }
+                for name, curve in self.curves.items()
+            },
+            "projections": [one.to_dict() for one in self.projections],
+            "too_far": list(self.too_far),
+            "page": None if self.page is None else str(self.page),
+        }
+
+
+def points(value: float) -> str:
+    """Return a difference of shares as percentage points with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def points_range(one: Estimate) -> str:
+    """Return the interval of a difference in percentage points."""
+    return f"{100 * one.low:.1f} to {100 * one.high:.1f}".replace("-", "−")
+
+
+def study_labels(
+    spec: JobSpec,
+    shared: Shared,
+    progress: ProgressCallback = silent,
+    *,
+    more: Sequence[int] = (),
+    repeats: int = REPEATS,
+    sizes: int = SIZES,
+) -> LabelsStudy:
+    """Measure the learning curve of a request's data and say what more labels would bring.
+
+    Args:
+        more: images a class, ascending; by default a quarter, a half and all of what a class has on average.
+
+    Raises:
+        InvalidInput: several labels an image, too few images for a curve, or amounts that are no numbers of images.
+    """
+    if repeats < 2 or sizes < 4:
+        raise InvalidInput(f"a learning curve needs at least 2 repetitions and 4 sizes, given {repeats} and {sizes}")
+    if any(one < 1 for one in more):
+        raise InvalidInput(f"more images a class: must be at least 1, given {natural_list(more)}")
+    dataset, network = read_and_build(spec, shared, progress)
+    if any(not isinstance(sample.target, int) for sample in dataset.samples):
+        raise InvalidInput("the labels study is for images with exactly one label; these have several")
+    preprocess = framing(spec, split_for(spec, dataset, None), network.facts.preprocess)
+    features = pooled_features(
+        network.prefix, dataset.samples, Views(preprocess), FeatureContext(shared.store, progress=progress)
+    )
+    curves = measured(features, dataset.samples, len(dataset.classes), spec.seed, repeats, sizes, progress)
+    if curves is None:
+        raise InvalidInput(
+            f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), 'class')} are too few for "
+            f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each class. Add images"
+        )
+    return _concluded(dataset, network.prefix.backbone, curves, tuple(sorted(set(more))))
+
+
+def measured(
+    features: NDArray[np.float32],
+    samples: Sequence[Sample],
+    n_classes: int,
+    seed: int,
+    repeats: int = REPEATS,
+    sizes: int = SIZES,
+    progress: ProgressCallback = silent,
+) -> dict[str, LearningCurve] | None:
+    """Return the curve of each metric; None where there are too few images.
+
+    Args:
+        features: (N, D), a row for each sample.
+    """
+    labels = np.array([sample.labels[0] for sample in samples])
+    units = _units(samples, labels)
+    errors: dict[str, list[list[float]]] = {TOP1: [], PER_CLASS: []}
+    strength: dict[int, float] = {}
+    asked: tuple[int, ...] = ()
+    for number in range(repeats):
+        rng = np.random.default_rng([seed, number])
+        train, held_out = _divided(units, rng)
+        if not asked:
+            asked = training_sizes(len(train), n_classes, sizes)
+            if not asked or len(np.unique(labels[train])) < n_classes or not len(held_out):
+                return None
+        row: dict[str, list[float]] = {TOP1: [], PER_CLASS: []}
+        # Held-out shares are of units, so the largest size differs by a few images from one repetition to the next.
+        for place, chosen in enumerate(nested(labels[train], [min(one, len(train)) for one in asked], rng)):
+            rows = train[chosen]
+            right = _right(features, labels, rows, held_out, n_classes, place, strength, seed)
+            row[TOP1].append(1 - float(right.mean()))
+            of_class = [right[labels[held_out] == label].mean() for label in np.unique(labels[held_out])]
+            row[PER_CLASS].append(1 - float(np.mean(of_class)))
+            done = number * len(asked) + place + 1
+            progress(Progress("training", done, repeats * len(asked), "heads", message="solving heads"))
+        for name, values in row.items():
+            errors[name].append(values)
+    share = HELD_OUT / (1 - HELD_OUT)
+    return {name: LearningCurve(asked, np.array(values), share) for name, values in errors.items()}
+
+
+def _right(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    held_out: NDArray[np.int64],
+    n_classes: int,
+    place: int,
+    strength: dict[int, float],
+    seed: int,
+) -> NDArray[np.bool_]:
+    """Return which held-out images a head solved on `rows` answers rightly; the penalty of a size is chosen once."""
+    head = head_solver("multiclass")(
+        features[rows],
+        labels[rows],
+        n_classes,
+        val_features=None,
+        val_targets=None,
+        l2=strength.get(place),
+        label_smoothing=0.0,
+        seed=seed,
+    )
+    strength.setdefault(place, head.l2)
+    probs = task_named("multiclass").probabilities(head.logits(features[held_out]))
+    return np.asarray(probs.argmax(axis=1) == labels[held_out])
+
+
+def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
+    """Return for each class what is held out together: positions of a group, or of files of the same bytes."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for position, sample in enumerate(samples):
+        found[sample.sha256 if sample.group is None else f"group {sample.group}"].append(position)
+    by_class: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
+    for positions in found.values():
+        by_class[int(labels[positions[0]])].append(np.array(positions))
+    return [by_class[label] for label in sorted(by_class)]
+
+
+def _divided(
+    units: Sequence[Sequence[NDArray[np.int64]]], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions to train on and positions that are held out, a fifth of each class's units."""
+    train, held_out = [], []
+    for of_class in units:
+        order = rng.permutation(len(of_class))
+        n_held = min(max(round(HELD_OUT * len(of_class)), 1), len(of_class) - 1)
+        held_out += [of_class[one] for one in order[:n_held]]
+        train += [of_class[one] for one in order[n_held:]]
+    return np.concatenate(train), np.concatenate(held_out) if held_out else np.empty(0, np.int64)
+
+
+def _concluded(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
+    counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
+    metric = PER_CLASS if max(counts.values()) >= UNEQUAL * max(min(counts.values()), 1) else TOP1
+    curve, n_classes = curves[metric], len(dataset.classes)
+    start = curve.sizes[-1]
+    asked = more or tuple(sorted({_rounded(share * start / n_classes) for share in (0.25, 0.5, 1.0)}))
+    near = [one for one in asked if start + one * n_classes <= FARTHEST * start]
+    too_far = tuple(one for one in asked if one not in near)
+    if not near:
+        farthest = int((FARTHEST - 1) * start / n_classes)
+        raise InvalidInput(
+            f"{asked[0]:,} more images a class are more than can be foreseen from {start:,} training images; ask for at most "
+            f"{farthest:,}"
+        )
+    projections = []
+    for one in near:
+        end = start + one * n_classes
+        error = curve.error(end)
+        value = Estimate(1 - error.value, 1 - error.high, 1 - error.low)
+        projections.append(Projection(one, end, curve.gain(start, end), value))
+    revision = dataset.revision or dataset.digest
+    return LabelsStudy(
+        dataset.name, revision, backbone, len(dataset.samples), counts, metric, curves, tuple(projections), too_far
+    )
+
+
+def _rounded(value: float) -> int:
+    """Return a number of images with at most two digits that are not zero."""
+    whole = max(round(value), 1)
+    step = 10 ** max(len(str(whole)) - 2, 0)
+    return int(round(whole / step) * step)
+
+
+def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
+    """Write the page; return the study that knows where it is.
+
+    Args:
+        command: that makes the study again.
+    """
+    found = replace(found, page=path)
+    html = render_labels(found.to_dict(), _course(found), found.metric_label, rows_of(found), command)
+    write_atomic(path, lambda stream: stream.write(html.encode("utf-8", "replace")))
+    return found
+
+
+def rows_of(found: LabelsStudy) -> list[list[str]]:
+    """Return the projections as texts: more a class, training images, gain, its interval, the metric then."""
+    return [
+        [f"+{one.more_per_class:,}", f"{one.n_train:,}", points(one.gain.value), points_range(one.gain), f"{one.value.value:.1%}"]
+        for one in found.projections
+    ]
+
+
+def _course(found: LabelsStudy) -> list[dict[str, float]]:
+    """Return the law from the smallest size to the farthest projection."""
+    curve = found.curve
+    sizes = np.geomspace(curve.sizes[0], found.projections[-1].n_train, COURSE_POINTS)
+    course = []
+    for size in sorted({*sizes.round(), float(curve.sizes[-1])}):
+        error = curve.error(int(size))
+        course.append({"n_train": float(size), "value": 1 - error.value, "low": 1 - error.high, "high": 1 - error.low})
+    return course
