@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats
 
 from finetune.comparison_spec import parse_comparison
-from finetune.evaluation import compare
+from finetune.evaluation import compare, paired
 from finetune.evaluation.compare import ArmPredictions, compare_pairs
 from finetune.evaluation.predictions import Predictions
 from finetune.runs.shared import Shared
@@ -140,7 +140,7 @@ def main() -> None:
     given = parser.parse_args()
     document: dict[str, object] = {}
     if given.simulated:
-        compare.BOOTSTRAP_ROUNDS = 10  # the other metrics' intervals are not looked at here
+        paired.RESAMPLINGS = 10  # the other metrics' intervals are not looked at here
         print("images  runs  common  seed sd   false claims   detectable   power   wrong equivalence", flush=True)
         cells = []
         kinds = [kind for kind in itertools.product(IMAGES, RUNS, COMMON, SEED_SD) if kind[1] > 1 or kind[3] == 0]

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Certainty
-from finetune.bundle.predictor import Predictor
+from finetune.bundle.predictor import Predictor, SeveralLabels
 from finetune.bundle.registry import Registry
 from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
@@ -61,6 +61,7 @@ class Answered:
     cam: NDArray[np.float32] | None  # (h', w') evidence for the first label, where the model has a map
     image: NDArray[np.uint8]  # (h, w, 3) what the model saw
     certainty: Certainty = NOTHING_SAID  # as far as it was asked for: `labels` is the set, then abstained, reason, novelty
+    several: SeveralLabels | None = None  # where an image may have several labels: `given`, `scores` and `thresholds`
 
     @property
     def label(self) -> str:
@@ -72,9 +73,17 @@ class Answered:
         """The probability of the most probable class."""
         return self.labels[0][1]
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The labels that the image is given: the most probable class, or every label that reaches its threshold."""
+        return (self.label,) if self.several is None else self.several.given
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{label} {probability:.1%}" for label, probability in self.labels[:3])
-        return f"<{shown}>"
+        labels = self.labels[:3]
+        if self.several is not None:
+            labels = tuple((name, self.several.scores[name]) for name in self.several.given)
+        shown = ", ".join(f"{label} {probability:.1%}" for label, probability in labels)
+        return f"<{shown or 'no label'}>"
 
     def _repr_html_(self) -> str:
         from finetune.bundle.overlay import overlay_png
@@ -165,9 +174,10 @@ class Model:
         image: NDArray[np.uint8],
         asked: Asked,
     ) -> Answered:
-        order = task_named(self._predictor.manifest.task).ranking(probs)
+        order = self._predictor.task.ranking(probs)
         labels = tuple((self.classes[index], float(probs[index])) for index in order)
-        return Answered(labels, embedding, cam, image, self._predictor.judge.certainty(probs, embedding, asked))
+        certainty = self._predictor.judge.certainty(probs, embedding, asked)
+        return Answered(labels, embedding, cam, image, certainty, self._predictor.several_labels(probs))
 
     def __repr__(self) -> str:
         version = "" if self.version is None else f"@{self.version}"

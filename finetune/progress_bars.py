@@ -22,8 +22,8 @@ PHASES = {
     "exporting": "exporting",
     "registering": "registering",
 }
-SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val"}
-HIDDEN = {"eta_seconds", "lr", "top1"}  # a line has 80 characters; the report shows everything
+SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val", "val/map": "val"}
+HIDDEN = {"eta_seconds", "lr", "top1", "exact_match"}  # a line has 80 characters; the report shows everything
 _DESCRIPTION_CHARACTERS = 26
 
 

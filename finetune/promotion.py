@@ -188,7 +188,7 @@ def _not_worse(registry: Registry, candidate: ModelVersion, present: ModelVersio
     worse = found.second > found.first and found.p_value < ALPHA
     detail = (
         f"{found.metric} {found.first:.3f} on the same {found.n:,} test images where version {present.version} has "
-        f"{found.second:.3f} (p = {found.p_value:.2g}, McNemar, mid-p)"
+        f"{found.second:.3f} (p = {found.p_value:.2g}, {found.test})"
     )
     return Check(name, not worse, f"worse than version {present.version}: {detail}" if worse else detail)
 

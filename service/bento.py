@@ -24,6 +24,7 @@ class ClientAnswer(BaseModel):
     model: str
     version: str
     predictions: list[LabelProbability]
+    labels: list[str] = []  # that the image is given, where it may have several
     explanation: Explanation | None
     timings: Timings
 
@@ -72,7 +73,8 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
                 time.perf_counter(),
             )
             answer = predict(state.models.default(), upload, state.image_limits)
-            return ClientAnswer.model_validate(answer.model_dump(include=set(ClientAnswer.model_fields)))
+            found = answer.model_dump(include=set(ClientAnswer.model_fields))
+            return ClientAnswer.model_validate({**found, "labels": found["labels"] or []})
 
     return FinetuneService
 

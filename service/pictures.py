@@ -21,7 +21,7 @@ from finetune.data.index import index_dataset
 from finetune.data.intake import needs_care
 from finetune.errors import DataError, NotFound, UnsupportedImage
 from finetune.evaluation.predictions import Predictions
-from finetune.metrics.rows import judge_rows
+from finetune.tasks import task_named
 
 DATASETS_REMEMBERED = 8
 DECODED_AT_ONCE = 2
@@ -117,28 +117,27 @@ class Answer:
     """What a model said about one image of a split."""
 
     id: str
-    label: str
+    label: str  # the class; all labels as one text, where an image may have several
     answer: str
+    labels: tuple[str, ...]  # of the image
+    given: tuple[str, ...]  # labels that it was answered with
     probability: float  # of the answer
     label_probability: float
 
 
 def answers_of(table: Predictions, keep: Callable[[Answer], bool]) -> list[Answer]:
-    """Return the answers that are wanted, those given with the most confidence first.
-
-    Raises:
-        NotFound: the images have several labels each, so that no answer is simply right or wrong.
-    """
-    if table.task != "multiclass":
-        raise NotFound("Answers are listed for one label per image")
-    rows = judge_rows(table.logits, table.labels)
+    """Return the answers that are wanted, those given with the most confidence first."""
+    task, rows = task_named(table.task), table.judged()
+    probability, label_probability = task.sureness(rows)
     found = [
         Answer(
             id=sample_id,
-            label=table.classes[int(rows.targets[row])],
-            answer=table.classes[int(rows.predicted[row])],
-            probability=float(rows.confidence[row]),
-            label_probability=float(np.exp(-rows.nll[row])),
+            label=task.label_text(table.labels[row], table.classes),
+            answer=task.answer_text(rows, row, table.classes),
+            labels=tuple(table.classes[one] for one in task.labels_of(table.labels[row])),
+            given=tuple(table.classes[one] for one in task.answered(rows, row)),
+            probability=float(probability[row]),
+            label_probability=float(label_probability[row]),
         )
         for row, sample_id in enumerate(table.ids)
     ]

@@ -146,6 +146,9 @@ def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> Predicti
         version=model.version,
         predictions=found.predictions,
         explanation=found.explanation,
+        labels=found.labels,
+        scores=found.scores,
+        thresholds=found.thresholds,
         embedding=found.embedding,
         prediction_set=found.prediction_set,
         abstained=found.abstained,
@@ -195,6 +198,7 @@ def predict_image(
             LabelProbability.model_construct(label=label, probability=probability) for label, probability in prediction.labels
         ],
         explanation=explanation,
+        **(prediction.several.to_dict() if prediction.several else {}),
         embedding=prediction.embedding.tolist() if options.embedding else None,
         prediction_set=_prediction_set(prediction.certainty),
         abstained=prediction.certainty.abstained,
@@ -205,13 +209,14 @@ def predict_image(
 
 
 def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:
-    """Return the parts of an answer that are left out because nobody asked for them.
+    """Return the parts of an answer that are left out because nobody asked for them, or because the model does not give them.
 
     Raises:
         InvalidInput: the model's held-out images cannot show what is asked.
     """
     asked = model.predictor.judge.resolved(options.asked)
     parts = {
+        **dict.fromkeys(("labels", "scores", "thresholds"), not model.predictor.task.exclusive),
         "embedding": options.embedding,
         "prediction_set": asked.coverage is not None,
         **dict.fromkeys(("abstained", "reason", "novelty"), asked.abstain),

@@ -42,7 +42,9 @@ class Shadows:
             self._count(shadow, "failed")
             return
         first_label, second_label = answer.predictions[0], second.predictions[0]
-        agrees = first_label.label == second_label.label
+        agrees = (first_label.label, answer.labels) == (second_label.label, second.labels)
+        if answer.labels is not None:  # an image may have several: what counts are those that it is given
+            agrees = sorted(answer.labels) == sorted(second.labels or ())
         self._count(shadow, "agrees" if agrees else "differs")
         if not agrees:
             log.info(

@@ -177,6 +177,7 @@ class Judge:
         calibration: None where the bundle holds none; then nothing can be asked.
         subspace: None where embeddings of known images are not described.
         owner_precision: what the model's owner has switched abstention on with; None: it is off.
+        exclusive: whether an image has exactly one label.
     """
 
     def __init__(
@@ -185,7 +186,10 @@ class Judge:
         calibration: Calibration | None,
         subspace: Subspace | None,
         owner_precision: float | None = None,
+        *,
+        exclusive: bool = True,
     ) -> None:
+        self._exclusive = exclusive
         self.calibration = calibration
         self._classes = classes
         self._subspace = subspace
@@ -243,6 +247,12 @@ class Judge:
         return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
 
     def _calibration(self, what: str) -> Calibration:
+        if not self._exclusive:
+            raise InvalidInput(
+                f"This model gives an image any number of labels, each with a threshold of its own, so {what} does not apply to "
+                "it: leave it out, and read the labels and their probabilities",
+                [Problem(what, "is for models that give exactly one label")],
+            )
         if self.calibration is None:
             raise InvalidInput(
                 "This model cannot say how far to rely on its answers: its bundle was made without calibration on held-out "

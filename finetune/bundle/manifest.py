@@ -24,6 +24,9 @@ MANIFEST = "bundle.json"
 MODEL = "model.onnx"
 PROBE = "probe.npz"
 NOVELTY = "novelty.npz"  # where the embeddings of known images lie; not in every bundle
+WEIGHTS = "weights.safetensors"  # to train on from, or to export (`finetune.bundle.weights`); not in bundles of earlier versions
+THRESHOLDS = "thresholds"
+"""The key in ``calibration`` of the probabilities from which on each label is given, in the order of the classes."""
 CARD = "README.md"  # the model card; not in bundles of earlier versions
 
 METADATA_PREFIX = "finetune."
@@ -54,7 +57,7 @@ class Manifest:
     outputs: tuple[OutputName, ...]  # in the order of the model's outputs
     cam: dict[str, Any]  # available, kind: linear | layernorm | None, reason
     metrics: dict[str, float] = field(default_factory=dict)  # val/top1 …
-    calibration: dict[str, Any] = field(default_factory=dict)  # the temperature; held_out: see `calibration`
+    calibration: dict[str, Any] = field(default_factory=dict)  # the temperature; thresholds; held_out: see `calibration`
     parity: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
@@ -76,9 +79,20 @@ class Manifest:
             raise ValueError(f"cam.available is {self.cam.get('available')}, but outputs are {list(self.outputs)}")
         if "name" not in self.backbone:
             raise ValueError("backbone must have a name")
+        thresholds = self.calibration.get(THRESHOLDS)
+        if thresholds is not None and not (
+            len(thresholds) == len(self.classes) and all(isinstance(one, int | float) and 0 <= one <= 1 for one in thresholds)
+        ):
+            raise ValueError(f"calibration.thresholds must be one probability for each of the {len(self.classes)} classes")
         if "input_name" not in self.model:
             raise ValueError("model must have an input_name")
         return self
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """The probability from which on each label is given; None where labels exclude each other."""
+        found = self.calibration.get(THRESHOLDS)
+        return None if found is None else tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -143,7 +157,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
-    present = [name for name in (MODEL, PROBE, NOVELTY, CARD) if (folder / name).is_file()]
+    present = [name for name in (MODEL, PROBE, NOVELTY, WEIGHTS, CARD) if (folder / name).is_file()]
     hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in present})
     checked = Manifest.from_json(hashed.to_json())
     write_json(folder / MANIFEST, checked.to_dict())

@@ -10,7 +10,7 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import onnxruntime
 
 from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Calibration, Certainty, Judge, parse_subspace
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
-from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, Manifest, metadata_problems, read_manifest
+from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
 from finetune.metrics.novelty import Subspace
@@ -70,6 +70,20 @@ class Prediction:
     load_seconds: float = 0.0  # decoding and preprocessing
     run_seconds: float = 0.0  # the model
     certainty: Certainty = NOTHING_SAID  # as far as it was asked for
+    several: SeveralLabels | None = None  # where an image may have several labels
+
+
+@dataclass(frozen=True)
+class SeveralLabels:
+    """The answer for one image that may have several labels, or none."""
+
+    given: tuple[str, ...]  # labels whose probability reaches their threshold, the most probable first
+    scores: Mapping[str, float]  # class -> probability, of all classes
+    thresholds: Mapping[str, float]  # class -> the probability from which on it is given
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as JSON values, under the keys of an answer of ``/predict``."""
+        return {"labels": list(self.given), "scores": dict(self.scores), "thresholds": dict(self.thresholds)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,14 @@ class Predictor:
         subspace: Subspace | None = None,
     ) -> None:
         self.manifest = manifest
-        self.judge = Judge(manifest.classes, Calibration.of(manifest.calibration), subspace, manifest.abstain.get("precision"))
+        self.task = task_named(manifest.task)
+        self.judge = Judge(
+            manifest.classes,
+            Calibration.of(manifest.calibration),
+            subspace,
+            manifest.abstain.get("precision"),
+            exclusive=self.task.exclusive,
+        )
         self.model_bytes = model_bytes  # the size of model.onnx, about what the session holds in memory
         self._session = session
 
@@ -125,6 +146,17 @@ class Predictor:
         values = dict(zip(names, self._session.run(list(names), {self.manifest.model["input_name"]: images}), strict=True))
         return Outputs(values["probs"], values["logits"], values["embedding"], values.get("cam"))
 
+    def several_labels(self, probs: np.ndarray) -> SeveralLabels | None:
+        """Return the labels that one image with probabilities (C,) is given; None where classes exclude each other."""
+        if self.task.exclusive:
+            return None
+        classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
+        return SeveralLabels(
+            tuple(classes[label] for label in self.task.given(probs, thresholds)),
+            {name: float(value) for name, value in zip(classes, probs, strict=True)},
+            dict(zip(classes, thresholds, strict=True)),
+        )
+
     def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS, asked: Asked = NOTHING) -> Prediction:
         """The `top_k` most probable classes of one encoded image (all of them where there are fewer), and what else is asked.
 
@@ -141,7 +173,7 @@ class Predictor:
         outputs = self.run(image[None])
         ran = time.perf_counter()
         probs = outputs.probs[0]
-        order = task_named(self.manifest.task).ranking(probs)[:top_k]
+        order = self.task.ranking(probs)[:top_k]
         labels = tuple((self.manifest.classes[index], float(probs[index])) for index in order)
         cam = None if outputs.cam is None else outputs.cam[0]
         return Prediction(
@@ -154,6 +186,7 @@ class Predictor:
             loaded - began,
             ran - loaded,
             self.judge.certainty(probs, outputs.embedding[0], asked),
+            self.several_labels(probs),
         )
 
 
@@ -231,10 +264,15 @@ def _parse_probe(folder: Path, data: bytes) -> Probe:
 
 
 def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The bytes of every file of the bundle. What is used later is what was hashed here, whatever happens to the folder."""
+    """The bytes of every file of the bundle but its weights, which are verified where they are used.
+
+    What is used later is what was hashed here, whatever happens to the folder.
+    """
     contents: dict[str, bytes] = {}
     problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, PROBE) if name not in manifest.files]
     for name, expected in manifest.files.items():
+        if name == WEIGHTS:
+            continue
         try:
             contents[name] = (folder / name).read_bytes()
         except OSError as error:

@@ -34,6 +34,7 @@ from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_y
 from finetune.spec import SUFFIX_PATTERN
 from finetune.storage.files import atomic_path, sha256_file, write_json
 from finetune.storage.journal import append_line, read_lines
+from finetune.tasks import task_named
 
 LATEST = "latest"  # moves to every new version
 CHAMPION = "champion"  # what the bare name means; moves only by promotion
@@ -280,7 +281,8 @@ class Registry:
         with _locked(self.root / name):
             manifest = read_manifest(found.path)
             if precision is not None:
-                Judge(manifest.classes, Calibration.of(manifest.calibration), None).resolved(Asked(precision=precision))
+                calibration, exclusive = Calibration.of(manifest.calibration), task_named(manifest.task).exclusive
+                Judge(manifest.classes, calibration, None, exclusive=exclusive).resolved(Asked(precision=precision))
             abstain: dict[Literal["precision"], float] = {} if precision is None else {"precision": precision}
             written = (found.path / MANIFEST).stat()
             write_json(found.path / MANIFEST, dataclasses.replace(manifest, abstain=abstain).to_dict())

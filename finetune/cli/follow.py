@@ -11,6 +11,7 @@ from finetune.cli.terminal import table
 from finetune.messages import duration
 from finetune.progress import Progress
 from finetune.progress_bars import console, progress_bars
+from finetune.tasks import TASKS
 
 if TYPE_CHECKING:
     from finetune.jobs.client import EventView, JobsClient, JobView
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 LONELY_SECONDS = 10.0  # queued for so long with nothing happening: perhaps there is no worker
+HEADLINES = {task.headline.key for task in TASKS}
 _COLOURS = {"error": "red", "warning": "yellow", "warn": "yellow"}
 
 
@@ -71,7 +73,7 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
         facts.append(["progress", f"{job.progress['done']} of {job.progress['total']} {job.progress['unit']}"])
     if job.model is not None:
         facts.append(["model", job.model])
-    facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name.endswith("/top1")]
+    facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name.partition("/")[2] in HEADLINES]
     if job.conclusion is not None:
         facts.append(["verdict", job.conclusion])
     if job.error_message is not None:

@@ -76,7 +76,6 @@ def predict(
     from finetune.evaluation.tables import check_ending, write_table
     from finetune.progress_bars import console, progress_bars
     from finetune.runtime.cores import available_cores
-    from finetune.tasks import task_named
 
     if out is not None:
         check_ending(out)
@@ -98,9 +97,11 @@ def predict(
                 continue
             if out is not None:
                 answers.append(answer)
-            order = task_named(manifest.task).ranking(answer.probs)[:top_k]
+            order = predictor.task.ranking(answer.probs)[:top_k]
             labels = [{"label": manifest.classes[label], "probability": float(answer.probs[label])} for label in order]
             document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+            if several := predictor.several_labels(answer.probs):
+                document |= several.to_dict()
             document |= predictor.judge.certainty(answer.probs, answer.embedding, asked).to_dict()
             if explain is not None and answer.cam is not None:
                 picture = explain / f"{Path(answer.sample.id).stem}.cam.png"
@@ -133,8 +134,12 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
         click.echo(printable(document["file"]))
         if "error" in document:
             console.print(f"  {printable(document['error']['message'])}", style="red", markup=False)
+        given = document.get("labels")  # only where an image may have several
         for row in document.get("predictions", ()):
-            click.echo(f"  {row['probability']:7.2%}  {row['label']}")
+            mark = "" if given is None else "✓ " if row["label"] in given else "  "
+            click.echo(f"  {mark}{row['probability']:7.2%}  {row['label']}")
+        if given == []:
+            console.print("  no label reaches its threshold", style="yellow", markup=False)
         if document.get("abstained"):
             why = {"unsure": "not sure enough", "unlike": "unlike anything seen"}[document["reason"]]
             console.print(f"  abstains: {why}", style="yellow", markup=False)

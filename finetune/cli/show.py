@@ -150,6 +150,11 @@ def _show_figures(evaluations: Mapping[str, Evaluation]) -> None:
         ["images", *(f"{found.n:,}" for found in evaluations.values())],
         *([metric.label, *(metric.text(found.values[metric.key]) for found in evaluations.values())] for metric in first.shown),
     ]
+    if "labels_per_image" in first.facts:
+        rows += [
+            [title, *(f"{found.facts[name]:.2f}" for found in evaluations.values())]
+            for name, title in (("labels_per_image", "labels per image"), ("labels_given_per_image", "labels given per image"))
+        ]
     table("", ["", *evaluations], rows)
 
 
@@ -187,7 +192,9 @@ def _show_cost(cost: Mapping[str, float]) -> None:
 
 def _show_folds(found: Mapping[str, Any]) -> None:
     """Each fold on what it held out, and what to expect of the model."""
-    names = ("top1", "macro_f1", "loss")
+    over, pooled = found["over_folds"], found["pooled"]
+    headline = next(task.headline for task in TASKS if task.headline.key in over)
+    names = (headline.key, "macro_f1", "loss")
     rows = [
         [
             f"fold {fold['fold']}",
@@ -197,15 +204,14 @@ def _show_folds(found: Mapping[str, Any]) -> None:
         ]
         for fold in found["folds"]
     ]
-    over, pooled = found["over_folds"], found["pooled"]
     for title, key in (("mean", "mean"), ("± sd", "standard_deviation")):
         rows.append([title, None, *(f"{over[name][key]:.4f}" for name in names), None])
     rows.append(["pooled (cv)", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None])
     table("Cross-validation", ["", "held out", *names, "took"], rows)
-    low, high = over["top1"]["interval"]
+    low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
-        f"Expect top-1 accuracy {over['top1']['mean']:.1%} of this model, 95 % interval {low:.1%} to {high:.1%} (Student's t "
-        "over the folds): it was made as they were, on all images.\n",
+        f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "
+        "(Student's t over the folds): it was made as they were, on all images.\n",
         markup=False,
     )
 
@@ -285,12 +291,17 @@ def show_evaluation(found: BundleEvaluation) -> None:
         _show_headline(found.unseen, "the {n:,} others")
     _show_headline(evaluation, "all {n:,} images" if found.unseen else "{n:,} images")
     _show_figures({"all": evaluation, **({"others": found.unseen} if found.unseen else {})})
-    classes = [
+    classes: list[list[Any]] = [
         [row.name, row.n, row.n_correct, *(_ratio(value) for value in (row.precision, row.recall, row.f1))]
         for row in evaluation.per_class
         if row.n
     ]
-    table("By class", ["class", "images", "correct", "precision", "recall", "F1"], classes)
+    head = ["class", "images", "correct", "precision", "recall", "F1"]
+    if any(row.average_precision is not None for row in evaluation.per_class):
+        head.append("AP")
+        for cells, row in zip(classes, (row for row in evaluation.per_class if row.n), strict=True):
+            cells.append(_ratio(row.average_precision))
+    table("By class", head, classes)
     if evaluation.absent:
         console.print(f"No image of {escape(natural_list(evaluation.absent))}: means over classes leave them out")
     for true, predicted, count in evaluation.confused_pairs(5):

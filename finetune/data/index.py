@@ -57,11 +57,14 @@ def index_dataset(
         if not classes:
             notes.problem(main.shown, "holds no labelled image")
     label_of = {name: label for label, name in enumerate(classes)}
+    several = found.several and any(len(record.labels) != 1 for record in found.records)
     samples = tuple(
-        _sample(record, label_of, several=found.several)
+        _sample(record, label_of, several=several)
         for record in found.records
-        if found.several or (record.labels and record.labels[0] in label_of)
+        if several or (record.labels and record.labels[0] in label_of)
     )
+    if several:
+        notes.say(_cardinality(main.shown, [len(sample.labels) for sample in samples]))
     dataset = Dataset(
         name=dataset_name(training),
         root=main.shown,
@@ -74,6 +77,12 @@ def index_dataset(
     if notes.problems:
         raise IndexRefused(_refusal(main, notes.problems, for_training), notes.problems, dataset)
     return dataset
+
+
+def _cardinality(shown: str, counts: Sequence[int]) -> str:
+    """Return how many labels images have, as one sentence."""
+    mean = sum(counts) / max(len(counts), 1)
+    return f"{shown}: images have {min(counts, default=0)} to {max(counts, default=0)} labels, {mean:.2f} on average"
 
 
 class IndexRefused(DataError):
@@ -253,6 +262,8 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
         if not count:
             unusable = _unusable(f"{place}/{printable(name)}/", notes)
             notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
+        elif count == 1 and "val" not in found.splits() and found.several:
+            notes.left_out.append(f"{place}: only 1 image has the label {name!r}, so it is learnt or measured, not both")
         elif count == 1 and "val" not in found.splits():
             notes.problem(
                 _inside(place, name),

@@ -77,7 +77,7 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
     n_classes = len(manifest.classes)
     samples = [answer.sample for answer in answers]
     task = task_named(manifest.task)
-    return Predictions(
+    table = Predictions(
         split=split,
         task=task.name,
         classes=manifest.classes,
@@ -87,6 +87,10 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
         logits=np.stack([answer.logits for answer in answers]) if answers else np.empty((0, n_classes), np.float32),
         embedding=np.stack([answer.embedding for answer in answers]) if answers else None,
     )
+    if manifest.thresholds is None:
+        return table
+    temperature = float(manifest.calibration.get("temperature", 1.0))
+    return table.with_thresholds(task.logit_thresholds(manifest.thresholds, temperature))
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_h
         temperature: that the bundle makes probabilities with.
         embeddings_hold: whether the embeddings in the table are those that the exported model gives.
     """
-    if len(held_out) < MIN_IMAGES or held_out.labels.ndim != 1:
-        return None
     task = task_named(held_out.task)
+    if len(held_out) < MIN_IMAGES or not task.exclusive:
+        return None
     probs = task.probabilities(held_out.logits, temperature)
     targets = held_out.labels.astype(np.int64)
     of_true = probs[np.arange(len(targets)), targets]
@@ -54,7 +54,7 @@ def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_h
     by_class = {level: class_thresholds(of_true, targets, len(held_out.classes), float(level)) for level in CLASS_LEVELS}
     subspace, novelty, unlike = _novelty(held_out if embeddings_hold else replace(held_out, embedding=None))
     confidence = np.where(unlike, 0.0, probs.max(axis=1))  # what is unlike is not answered, however sure the model is
-    right = task.judge(held_out.logits, held_out.labels).score > 0
+    right = held_out.judged().score > 0
     operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
     return Fitted(
         Calibration(
@@ -121,7 +121,8 @@ def check_calibration(fitted: Fitted, others: Predictions, temperature: float) -
             "mean_size": sum(map(len, sets)) / len(sets),
         }
     if wanted.abstain:
-        best = [others.classes[label] for label in probs.argmax(axis=1)]
+        task = task_named(others.task)
+        best = [others.classes[task.ranking(row)[0]] for row in probs]
         answered = [row for row, one in enumerate(found) if not one.abstained]
         right = sum(best[row] == truth[row] for row in answered)
         checked["precision"] = {
@@ -155,7 +156,8 @@ def reliability_after(judged: Predictions, temperature: float, *, fitted_on_thes
             found = task_named(judged.task).fit_temperature(others.logits, others.labels)
             factors[part == number] = 1.0 if found.at_limit else 1.0 / found.temperature
     scaled = (judged.logits.astype(np.float64) * factors[:, None]).astype(np.float32)
-    return evaluate(replace(judged, logits=scaled))
+    thresholds = None if judged.thresholds is None else (judged.thresholds * factors[:, None]).astype(np.float32)
+    return evaluate(replace(judged, logits=scaled, thresholds=thresholds))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def accuracy_coverage(judged: Predictions, temperature: float, n_points: int = 1
     task = task_named(judged.task)
     confidence = task.probabilities(judged.logits, temperature).max(axis=1)
     order = np.argsort(-confidence, kind="stable")
-    right = np.cumsum(task.judge(judged.logits, judged.labels).score[order])
+    right = np.cumsum(judged.judged().score[order])
     counts: Sequence[int] = sorted({max(1, round(len(judged) * place / n_points)) for place in range(1, n_points + 1)})
     intervals = [wilson_interval(int(right[count - 1]), count) for count in counts]
     return AccuracyCoverage(

@@ -10,7 +10,8 @@ effects, conservatively: their common residual counts twice), with Student's t f
 - Test with one run an arm: McNemar's test, mid-p (Fagerland, Lydersen & Laake 2013), and the exact binomial beside it. With more
   runs: t test with the variance above. With folds: corrected resampled t test (Nadeau & Bengio 2003).
 - Several pairs: Holm's (1979) adjustment.
-- Other metrics (macro F1, loss, calibration): paired bootstrap over images (Efron 1979), seed means, with the same seed part.
+- Other metrics (macro F1, loss, calibration), and a headline that is no mean over images (mean average precision): paired
+  bootstrap over images (Efron 1979), seed means, with the same seed part. With folds such a headline is compared fold by fold.
 - Equivalence: two one-sided tests (Schuirmann 1987) within a margin, so that "no difference found" and "no difference" are told
   apart; the smallest difference that this many images show with 80 % probability says what could have been found at all.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +29,18 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from finetune.errors import InvalidInput
-from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p
+from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p, resampled
 from finetune.evaluation.predictions import Predictions
+from finetune.metrics import Metric
 from finetune.tasks import task_named
 
 ALPHA = 0.05
 POWER = 0.8
 DEFAULT_MARGIN = 0.01  # differences of the headline metric below this do not matter
-BOOTSTRAP_ROUNDS = 2000
-PAIRED_METRICS = ("macro_f1", "loss", "ece")  # compared by bootstrap beside the headline, where the task has them
+PAIRED_METRICS = ("micro_f1", "macro_f1", "exact_match", "loss", "ece")
+"""Compared by bootstrap beside the headline, where the task has them."""
+
+Test = Literal["mcnemar mid-p", "t", "corrected resampled t", "paired bootstrap"]
 
 Floats = NDArray[np.float64]
 
@@ -85,7 +89,7 @@ class Pair:
     others: tuple[Difference, ...]
     p_value: float  # that a difference as large arises by chance where there is none
     p_exact: float | None  # of the exact binomial test; with one run an arm only
-    test: Literal["mcnemar mid-p", "t", "corrected resampled t"]
+    test: Test
     p_adjusted: float  # for the number of pairs (Holm)
     smallest_detectable: float  # difference that is found with 80 % probability, given so many images, runs and pairs
     n: int
@@ -181,19 +185,24 @@ def images_needed(pair: Pair, difference: float) -> int:
 
 
 def paired_scores(arm: ArmPredictions) -> Floats:
-    """(S, N) how well each run answered each image, 0 to 1."""
+    """(S, N) whether each run answered each image rightly, 0 or 1."""
+    return np.stack([run.judged().score for run in arm.runs])
+
+
+def headline_error(arm: ArmPredictions) -> tuple[float, float]:
+    """Return the standard error of an arm's headline over images and runs, and the quantile that its 95 % interval takes."""
     task = task_named(arm.runs[0].task)
-    return np.stack([task.judge(run.logits, run.labels).score for run in arm.runs])
-
-
-def score_variance(arm: ArmPredictions) -> tuple[float, float]:
-    """Return the standard error of an arm's mean score over images and runs, and the quantile that its 95 % interval takes."""
-    scores = paired_scores(arm)
-    n = scores.shape[1]
-    # Agresti & Coull's (1998) two successes and two failures, so that the interval never has width zero
-    adjusted = np.concatenate([scores.mean(axis=0), [1.0, 1.0, 0.0, 0.0]])
-    image_variance = float(adjusted.var()) / len(adjusted)
-    means = scores.mean(axis=1)
+    n = len(arm.runs[0])
+    if task.headline is task.of_images:
+        scores = paired_scores(arm)
+        # Agresti & Coull's (1998) two successes and two failures, so that the interval never has width zero
+        adjusted = np.concatenate([scores.mean(axis=0), [1.0, 1.0, 0.0, 0.0]])
+        image_variance = float(adjusted.var()) / len(adjusted)
+        means = scores.mean(axis=1)
+    else:
+        judged = [run.judged() for run in arm.runs]
+        image_variance = float(np.var(resampled(judged, task.headline))) + 2.0 / (n + 4) ** 2
+        means = np.array([task.headline.compute(rows) for rows in judged])
     seed_variance = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
     df = _satterthwaite((image_variance, n - 1.0), (seed_variance, max(len(means) - 1.0, 1.0)))
     return math.sqrt(image_variance + seed_variance), _t_quantile(1 - ALPHA / 2, df)
@@ -203,12 +212,20 @@ def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed:
     task = task_named(first.runs[0].task)
     scores_a, scores_b = paired_scores(first), paired_scores(second)
     a, b = scores_a.mean(axis=0), scores_b.mean(axis=0)
-    seed_variance, seed_df = _seed_part([s.mean() for s in scores_a], [s.mean() for s in scores_b])
-    headline = _headline(first, second, task.headline.key, a - b, seed_variance, seed_df)
+    by_image = task.headline is task.of_images
+    if by_image:
+        seed_variance, seed_df = _seed_part([s.mean() for s in scores_a], [s.mean() for s in scores_b])
+        headline = _headline(first, second, task.headline.key, a - b, seed_variance, seed_df)
+    else:
+        headline = _resampled_headline(first, second, task.headline, seed)
+    # Connor's correction is for the share of images that two arms disagree on, and other metrics are no such share.
+    disagreement = float(np.square(a - b).mean()) if by_image else 1.0
     p_exact = None
-    test: Literal["mcnemar mid-p", "t", "corrected resampled t"]
+    test: Test
     if first.folds is not None:
         test, p_value = "corrected resampled t", _t_p_value(headline)
+    elif not by_image:
+        test, p_value = "t" if len(first.runs) + len(second.runs) > 2 else "paired bootstrap", _t_p_value(headline)
     elif len(first.runs) == len(second.runs) == 1 and _is_binary(a) and _is_binary(b):
         only_a, only_b = int((a > b).sum()), int((b > a).sum())
         test, p_value, p_exact = "mcnemar mid-p", mcnemar_mid_p(only_a, only_b), mcnemar_exact(only_a, only_b)
@@ -223,7 +240,7 @@ def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed:
         p_exact=p_exact,
         test=test,
         p_adjusted=p_value,
-        smallest_detectable=smallest_detectable(headline, len(a), float(np.square(a - b).mean()), alpha),
+        smallest_detectable=smallest_detectable(headline, len(a), disagreement, alpha),
         n=len(a),
         only_a=float(np.maximum(a - b, 0).sum()),
         only_b=float(np.maximum(b - a, 0).sum()),
@@ -238,7 +255,9 @@ def _headline(
     n = len(differences)
     mean, seed_share = float(differences.mean()), 0.0
     if first.folds is not None:
-        error, df = _corrected_resampled(differences, np.array(first.folds), first.n_train)
+        folds = np.array(first.folds)
+        means = np.array([differences[folds == fold].mean() for fold in np.unique(folds)])
+        error, df = _corrected_resampled(means, n, first.n_train)
     else:
         adjusted = np.concatenate([differences, [1.0, -1.0]])
         image_variance = float(adjusted.var()) / len(adjusted)
@@ -248,12 +267,41 @@ def _headline(
     return replace(_difference(first.name, second.name, metric, mean, error, df), seed_share=seed_share)
 
 
-def _corrected_resampled(differences: Floats, folds: NDArray[np.int64], n_train: int) -> tuple[float, float]:
-    """Return standard error and degrees of freedom of the mean over folds (Nadeau & Bengio 2003, equation 9)."""
-    means = np.array([differences[folds == fold].mean() for fold in np.unique(folds)])
+def _resampled_headline(first: ArmPredictions, second: ArmPredictions, metric: Metric[Any], seed: int) -> Difference:
+    """Return the difference of a headline that is no mean over images: by resampling them, or fold by fold."""
+    judged = [[run.judged() for run in arm.runs] for arm in (first, second)]
+    values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
+    mean, seed_share = float(np.mean(values[0]) - np.mean(values[1])), 0.0
+    n = len(first.runs[0])
+    if first.folds is not None:
+        folds = np.array(first.folds)
+        parts = [folds == fold for fold in np.unique(folds)]
+        of_folds = np.array([_of_fold(first, part, metric) - _of_fold(second, part, metric) for part in parts])
+        error, df = _corrected_resampled(of_folds, n, first.n_train)
+    else:
+        seed_variance, seed_df = _seed_part(values[0], values[1])
+        spread = resampled(judged[0], metric, seed) - resampled(judged[1], metric, seed)
+        image_variance = float(np.var(spread)) + 2.0 / (n + 2) ** 2  # as if two more images disagreed in opposite directions
+        error = math.sqrt(image_variance + seed_variance)
+        df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
+        seed_share = seed_variance / (image_variance + seed_variance)
+    return replace(_difference(first.name, second.name, metric.key, mean, error, df), seed_share=seed_share)
+
+
+def _of_fold(arm: ArmPredictions, inside: NDArray[np.bool_], metric: Metric[Any]) -> float:
+    rows = np.flatnonzero(inside)
+    return float(np.mean([metric.compute(run.take(rows).judged()) for run in arm.runs]))
+
+
+def _corrected_resampled(means: Floats, n: int, n_train: int) -> tuple[float, float]:
+    """Return standard error and degrees of freedom of the mean over folds (Nadeau & Bengio 2003, equation 9).
+
+    Args:
+        means: the difference in each fold; n: images of all folds.
+    """
     k = len(means)
-    variance = float(means.var(ddof=1)) * (1 / k + len(differences) / k / n_train)
-    floor = (2.0 / (len(differences) + 2)) / (len(differences) + 2)  # as if two images had differed
+    variance = float(means.var(ddof=1)) * (1 / k + n / k / n_train)
+    floor = (2.0 / (n + 2)) / (n + 2)  # as if two images had differed
     return math.sqrt(max(variance, floor)), k - 1.0
 
 
@@ -285,13 +333,11 @@ def _bootstrapped(first: ArmPredictions, second: ArmPredictions, seed: int) -> t
     """Return the differences of metrics that are not the headline, with the image part by resampling the images."""
     task = task_named(first.runs[0].task)
     n = len(first.runs[0])
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_ROUNDS).astype(np.float64)
-    judged = [[task.judge(run.logits, run.labels) for run in arm.runs] for arm in (first, second)]
+    judged = [[run.judged() for run in arm.runs] for arm in (first, second)]
     found = []
-    for metric in (metric for metric in task.metrics if metric.key in PAIRED_METRICS):
+    for metric in (metric for metric in task.metrics if metric.key in PAIRED_METRICS and metric is not task.headline):
         values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
-        resampled = [np.mean([metric.weighted(rows, weights) for rows in of_arm], axis=0) for of_arm in judged]
-        image_variance = float(np.var(resampled[0] - resampled[1]))
+        image_variance = float(np.var(resampled(judged[0], metric, seed) - resampled(judged[1], metric, seed)))
         seed_variance, seed_df = _seed_part(values[0], values[1])
         df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
         difference = float(np.mean(values[0]) - np.mean(values[1]))

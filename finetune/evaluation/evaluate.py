@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.predictions import Predictions
-from finetune.metrics import Metric
+from finetune.metrics import Interval, Metric
 from finetune.metrics.calibration import ReliabilityBin
+from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
@@ -31,6 +32,8 @@ class ClassMetrics:
     precision: float | None  # None: this label was never given
     recall: float | None  # None: no image of this class in the split
     f1: float | None  # None: no image of this class in the split
+    average_precision: float | None = None  # where an image may have several labels, and one of the split has this one
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of the ratios that are not None
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Evaluation:
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
+    facts: Mapping[str, float] = field(default_factory=dict)  # of the answers, beside the metrics: labels per image …
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -62,7 +66,8 @@ class Evaluation:
         figures = {f"{split}/{key}": value for key, value in self.values.items()}
         low, high = self.intervals[self.headline]
         bounds = {f"{split}/{self.headline}_low": low, f"{split}/{self.headline}_high": high}
-        return {**figures, **bounds, f"{split}/n": float(self.n)}
+        facts = {f"{split}/{name}": value for name, value in self.facts.items()}
+        return {**figures, **bounds, **facts, f"{split}/n": float(self.n)}
 
     def confused_pairs(self, limit: int) -> list[tuple[str, str, int]]:
         """Return the most frequent mistakes as (true, predicted, count), largest first, ties in class order."""
@@ -89,7 +94,7 @@ class Evaluation:
                 "classes": tuple(data["classes"]),
                 "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
                 "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),
-                "per_class": tuple(ClassMetrics(**row) for row in data["per_class"]),
+                "per_class": tuple(_class_metrics_from(row) for row in data["per_class"]),
                 "bins": tuple(ReliabilityBin(**row) for row in data["bins"]),
             }
         )
@@ -103,7 +108,8 @@ def evaluate(predictions: Predictions) -> Evaluation:
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
-    rows = task.judge(predictions.logits, predictions.labels)
+    rows = predictions.judged()
+    precisions = task.class_precisions(rows) or [None] * len(predictions.classes)
     return Evaluation(
         task=task.name,
         classes=predictions.classes,
@@ -112,14 +118,21 @@ def evaluate(predictions: Predictions) -> Evaluation:
         values={metric.key: metric.compute(rows) for metric in task.metrics},
         intervals={metric.key: metric.interval(rows) for metric in task.metrics if metric.interval},
         per_class=tuple(
-            _class_metrics(name, *counts) for name, counts in zip(predictions.classes, task.class_counts(rows), strict=True)
+            _class_metrics(name, *counts, precision)
+            for name, counts, precision in zip(predictions.classes, task.class_counts(rows), precisions, strict=True)
         ),
         bins=task.reliability_bins(rows),
         confusion=task.confusion(rows),
+        facts=task.facts(rows),
     )
 
 
-def _class_metrics(name: str, n: int, n_predicted: int, n_correct: int) -> ClassMetrics:
+def _class_metrics(
+    name: str, n: int, n_predicted: int, n_correct: int, average_precision: tuple[float, Interval] | None
+) -> ClassMetrics:
+    intervals = {"precision": wilson_interval(n_correct, n_predicted)} if n_predicted else {}
+    intervals |= {"recall": wilson_interval(n_correct, n)} if n else {}
+    intervals |= {"average_precision": average_precision[1]} if average_precision else {}
     return ClassMetrics(
         name=name,
         n=n,
@@ -128,15 +141,23 @@ def _class_metrics(name: str, n: int, n_predicted: int, n_correct: int) -> Class
         precision=n_correct / n_predicted if n_predicted else None,
         recall=n_correct / n if n else None,
         f1=2 * n_correct / (n + n_predicted) if n else None,
+        average_precision=average_precision[0] if average_precision else None,
+        intervals=intervals,
     )
+
+
+def _class_metrics_from(row: Mapping[str, Any]) -> ClassMetrics:
+    intervals = {key: (low, high) for key, (low, high) in row.get("intervals", {}).items()}
+    return ClassMetrics(**{**row, "intervals": intervals})
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The evaluations of a run by split, and the temperature that was fitted on held-out answers: ``evaluation.json``."""
+    """The evaluations of a run by split, and what was fitted on held-out answers: ``evaluation.json``."""
 
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     temperature: Temperature | None = None
+    thresholds: tuple[float, ...] | None = None  # (C,) the logit from which on each label is given, where labels have their own
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -150,6 +171,7 @@ def write_judgement(path: Path, judgement: Judgement) -> None:
         "schema_version": 2,
         "splits": {split: evaluation.to_json() for split, evaluation in judgement.evaluations.items()},
         "temperature": asdict(judgement.temperature) if judgement.temperature else None,
+        **({"thresholds": list(judgement.thresholds)} if judgement.thresholds is not None else {}),
     }
     write_atomic(path, lambda stream: stream.write((json_text(document) + "\n").encode()))
 
@@ -161,4 +183,5 @@ def read_judgement(path: Path) -> Judgement:
     return Judgement(
         {split: Evaluation.from_json(data) for split, data in document["splits"].items()},
         None if temperature is None else Temperature(**temperature),
+        tuple(document["thresholds"]) if "thresholds" in document else None,
     )

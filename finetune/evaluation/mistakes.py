@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from finetune.evaluation.predictions import Predictions
-from finetune.metrics.rows import judge_rows
+from finetune.tasks import task_named
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image that was labelled wrongly; `index` is its row in the predictions."""
+    """One image that was answered wrongly; `index` is its row in the predictions."""
 
     index: int
-    true: int
-    predicted: int
-    confidence: float  # the probability that the wrong label was given
-    true_probability: float
+    true: str  # its class, or all of its labels
+    predicted: str
+    confidence: float  # the probability of what was answered wrongly; of several such labels, the largest
+    true_probability: float  # of what is true instead
 
 
 def confident_mistakes(predictions: Predictions, limit: int) -> tuple[Mistake, ...]:
     """Return the wrong answers given with the most confidence, most confident first, ties in row order."""
-    rows = judge_rows(predictions.logits, predictions.labels)
-    wrong = rows.predicted != rows.targets
-    confidence = np.where(wrong, rows.confidence, -1.0)
-    order = np.argsort(-confidence, kind="stable")[: min(limit, int(np.count_nonzero(wrong)))]
+    task, rows, classes = task_named(predictions.task), predictions.judged(), predictions.classes
+    confidence, true_probability = task.sureness(rows)
+    wrong = rows.score < 1
+    order = np.argsort(np.where(wrong, -confidence, np.inf), kind="stable")[: min(limit, int(np.count_nonzero(wrong)))]
     return tuple(
-        Mistake(int(i), int(rows.targets[i]), int(rows.predicted[i]), float(rows.confidence[i]), math.exp(-rows.nll[i]))
-        for i in order
+        Mistake(
+            index=int(row),
+            true=task.label_text(predictions.labels[row], classes),
+            predicted=task.answer_text(rows, int(row), classes),
+            confidence=float(confidence[row]),
+            true_probability=float(true_probability[row]),
+        )
+        for row in order
     )

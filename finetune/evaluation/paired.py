@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import InvalidInput
 from finetune.evaluation.predictions import Predictions
+from finetune.metrics import Metric
 from finetune.tasks import task_named
+
+RESAMPLINGS = 2000  # of the images, where a metric is no mean over them
+_BLOCK_ELEMENTS = 2**22  # of one weighting matrix at a time
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,10 @@ class Gain:
 
 
 def paired_gain(first: Predictions, than: Predictions) -> Gain:
-    """Return the mean over images of the first model's score minus the other's, with the standard error of that mean.
+    """Return how much higher the first model's headline metric is than the other's, with the standard error of that.
 
-    The standard error is at least what one image that differs would give.
+    A metric that is no mean over images is resampled over them. The standard error is at least what one image that differs would
+    give.
 
     Raises:
         InvalidInput: the two tables are not of the same images.
@@ -42,12 +48,30 @@ def paired_gain(first: Predictions, than: Predictions) -> Gain:
     if first.ids != than.ids:
         raise InvalidInput("only answers to the same images can be compared one by one")
     task = task_named(first.task)
-    scores = [task.judge(table.logits, table.labels).score for table in (first, than)]
-    differences = scores[0] - scores[1]
-    n = len(differences)
+    judged = [first.judged(), than.judged()]
+    n = len(first)
+    if task.headline is not task.of_images:
+        variance = float(np.var(resampled(judged[:1], task.headline) - resampled(judged[1:], task.headline)))
+        gain = task.headline.compute(judged[0]) - task.headline.compute(judged[1])
+        return Gain(gain, math.sqrt(variance + 1.0 / n**2), task.headline.key)
+    differences = judged[0].score - judged[1].score
     gain = math.fsum(differences) / n
     variance = max(math.fsum(differences**2) - n * gain**2, 1.0)
     return Gain(gain, math.sqrt(variance) / n, task.headline.key)
+
+
+def resampled(judged: Sequence[Any], metric: Metric[Any], seed: int = 0) -> NDArray[np.float64]:
+    """Return a metric, the mean over the runs whose judged rows of the same images are given, for each resampling of the images.
+
+    The images of two calls with equal seeds and numbers of images are drawn alike, so that the differences are paired.
+    """
+    n = len(judged[0])
+    chance, found = np.random.default_rng(seed), []
+    size = max(1, min(RESAMPLINGS, _BLOCK_ELEMENTS // n))
+    for start in range(0, RESAMPLINGS, size):
+        weights = chance.multinomial(n, np.full(n, 1 / n), min(size, RESAMPLINGS - start)).astype(np.float64)
+        found.append(np.mean([metric.weighted(rows, weights) for rows in judged], axis=0))
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -56,11 +80,12 @@ class Paired:
 
     metric: str  # key of the headline metric
     n: int
-    first: float  # its mean over these images
+    first: float  # the metric on these images
     second: float
     only_first: int  # images that the first alone answers rightly
     only_second: int
-    p_value: float  # that a difference as large arises by chance where there is none (McNemar, mid-p)
+    p_value: float  # that a difference as large arises by chance where there is none
+    test: str  # how that was computed
     left_out: int  # images that both answered and one of them had seen
 
 
@@ -86,17 +111,27 @@ def compare_two(first: Predictions, second: Predictions, seen: Callable[[str], b
     columns = [second.classes.index(name) for name in first.classes]
     others = second.take([other_rows[digest] for digest in kept])
     task = task_named(first.task)
-    scores = task.judge(answers.logits, answers.labels).score
-    other_scores = task.judge(others.logits[:, columns], answers.labels).score
+    thresholds = None if others.thresholds is None else others.thresholds[:, columns]
+    judged = answers.judged()
+    of_other = task.judge(others.logits[:, columns], answers.labels, thresholds)
+    scores, other_scores = judged.score, of_other.score
     only_first, only_second = (int((one > other).sum()) for one, other in ((scores, other_scores), (other_scores, scores)))
+    if task.headline is task.of_images:
+        test, p_value = "McNemar, mid-p", mcnemar_mid_p(only_first, only_second)
+    else:
+        spread = resampled([judged], task.headline) - resampled([of_other], task.headline)
+        error = math.sqrt(float(np.var(spread)) + 2.0 / (len(kept) + 2) ** 2)
+        difference = task.headline.compute(judged) - task.headline.compute(of_other)
+        test, p_value = "paired bootstrap", math.erfc(abs(difference) / error / math.sqrt(2.0))
     return Paired(
         metric=task.headline.key,
         n=len(kept),
-        first=float(np.mean(scores)),
-        second=float(np.mean(other_scores)),
+        first=task.headline.compute(judged),
+        second=task.headline.compute(of_other),
         only_first=only_first,
         only_second=only_second,
-        p_value=mcnemar_mid_p(only_first, only_second),
+        p_value=p_value,
+        test=test,
         left_out=len(shared) - len(kept),
     )
 

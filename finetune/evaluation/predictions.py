@@ -5,6 +5,7 @@ A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle
     logits      (N, C) float32   the model's outputs before softmax or sigmoid and before any temperature
     targets     (N,) int64 class indices; with several labels per image (N, C) uint8, 1 where the label applies;
                 absent where the images are not labelled
+    thresholds  (N, C) float32   the logit from which on a label is given; absent where labels exclude each other
     sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
     embedding   (N, D) float32   what the head was given; absent where it was not at hand
     header      (L,) uint8       JSON text: schema_version, split, task, classes (in the order of the logits), ids (one a row),
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 
 from finetune.errors import InvalidInput
 from finetune.storage.files import json_text, write_atomic
+from finetune.tasks import task_named
+from finetune.tasks.task import JudgedRows
 
 SCHEMA_VERSION = 1
 SHA256_BYTES = 32
-COLUMNS = ("sha256", "targets", "logits", "embedding")
+COLUMNS = ("sha256", "targets", "logits", "embedding", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,18 @@ class Predictions:
     targets: NDArray[Any] | None  # (N,) int64, or (N, C) uint8; None where the images are not labelled
     logits: NDArray[np.float32]  # (N, C)
     embedding: NDArray[np.float32] | None = None  # (N, D)
+    thresholds: NDArray[np.float32] | None = None  # (N, C) see above; none: what is more probable than not
 
     def __post_init__(self) -> None:
         n, n_classes = len(self.ids), len(self.classes)
         n_targets, n_embeddings = (n if column is None else len(column) for column in (self.targets, self.embedding))
-        shapes = self.logits.shape, self.sha256.shape, n_targets, n_embeddings
-        if shapes != ((n, n_classes), (n, SHA256_BYTES), n, n):
+        of_thresholds = self.logits.shape if self.thresholds is None else self.thresholds.shape
+        shapes = self.logits.shape, self.sha256.shape, n_targets, n_embeddings, of_thresholds
+        if shapes != ((n, n_classes), (n, SHA256_BYTES), n, n, (n, n_classes)):
             raise InvalidInput(
                 f"predictions of {n} images and {n_classes} classes do not fit logits of shape {self.logits.shape}, "
-                f"{n_targets} targets, {n_embeddings} embeddings and digests of shape {self.sha256.shape}"
+                f"{n_targets} targets, {n_embeddings} embeddings, thresholds of shape {of_thresholds} and digests of shape "
+                f"{self.sha256.shape}"
             )
 
     def __len__(self) -> int:
@@ -69,7 +75,23 @@ class Predictions:
             targets=None if self.targets is None else self.targets[chosen],
             logits=self.logits[chosen],
             embedding=None if self.embedding is None else self.embedding[chosen],
+            thresholds=None if self.thresholds is None else self.thresholds[chosen],
         )
+
+    def with_thresholds(self, thresholds: NDArray[np.floating[Any]] | None) -> Predictions:
+        """Return the table with these thresholds, (C,) for all images alike or (N, C); None: with none."""
+        if thresholds is None:
+            return replace(self, thresholds=None)
+        return replace(self, thresholds=np.broadcast_to(np.asarray(thresholds, np.float32), self.logits.shape))
+
+    def judged(self) -> JudgedRows:
+        """Compare the answers with the labels, image by image, as the task does.
+
+        Raises:
+            InvalidInput: the images are not labelled, or there are none.
+            TrainingError: a logit is NaN or infinite.
+        """
+        return task_named(self.task).judge(self.logits, self.labels, self.thresholds)
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -102,6 +124,7 @@ def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
     if not parts or any(part.classes != parts[0].classes or part.task != parts[0].task for part in parts):
         raise InvalidInput("only predictions of the same task and classes can be put together, and at least one table is needed")
     with_embeddings = all(part.embedding is not None for part in parts)
+    with_thresholds = any(part.thresholds is not None for part in parts)
     return Predictions(
         split=split,
         task=parts[0].task,
@@ -111,7 +134,12 @@ def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
         targets=np.concatenate([part.labels for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
         embedding=np.concatenate([part.embedding for part in parts if part.embedding is not None]) if with_embeddings else None,
+        thresholds=np.concatenate([_thresholds(part) for part in parts]) if with_thresholds else None,
     )
+
+
+def _thresholds(table: Predictions) -> NDArray[np.float32]:
+    return np.zeros_like(table.logits) if table.thresholds is None else table.thresholds
 
 
 def write(path: Path, predictions: Predictions) -> None:

@@ -23,8 +23,8 @@ _ROWS_AT_ONCE = 1024
 def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) -> None:
     """Write predictions in the format that the file's ending names: ``.csv``, ``.parquet`` or ``.npz`` (all of the table).
 
-    The columns are file, sha256, label (where it is known), predicted, probability (of the predicted class), and one column
-    ``p(CLASS)`` for each class.
+    The columns are file, sha256, label (where it is known), predicted, probability (of the most probable class), and one column
+    ``p(CLASS)`` for each class. Where an image may have several labels, label and predicted are JSON lists of names.
 
     Args:
         temperature: that the model's probabilities are made with.
@@ -81,12 +81,16 @@ def rows_of(predictions: Predictions, temperature: float = 1.0) -> Iterator[dict
     classes = predictions.classes
     for row, (file, digest) in enumerate(zip(predictions.ids, predictions.digests(), strict=True)):
         best = int(task.ranking(probs[row])[0])
-        label = {} if predictions.targets is None else {"label": task.label_text(predictions.targets[row], classes)}
+        known = predictions.targets is not None
+        label = {"label": task.cell_text(task.labels_of(predictions.labels[row]), classes)} if known else {}
+        thresholds = None
+        if predictions.thresholds is not None:
+            thresholds = task.probability_thresholds(predictions.thresholds[row], temperature)
         yield {
             "file": file,
             "sha256": digest,
             **label,
-            "predicted": classes[best],
+            "predicted": task.cell_text([int(label) for label in task.given(probs[row], thresholds)], classes),
             "probability": round(float(probs[row, best]), 6),
             **{f"p({name})": round(float(value), 6) for name, value in zip(classes, probs[row], strict=True)},
         }

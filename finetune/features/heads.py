@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.features.solve import SolvedHead, solve_softmax_head
+from finetune.features.solve_labels import solve_sigmoid_head
 
 
 class HeadSolver(Protocol):
@@ -31,7 +32,7 @@ class HeadSolver(Protocol):
     ) -> SolvedHead: ...
 
 
-HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head}
+HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head, "multilabel": solve_sigmoid_head}
 
 
 def head_solver(task: str) -> HeadSolver:

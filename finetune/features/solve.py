@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,24 +107,92 @@ def solve_softmax_head(
     Raises:
         TrainingError: features that are not finite.
     """
+
+    def problem_of(rows: Float32s, row_labels: NDArray[Any]) -> _Problem:
+        return _Problem(rows, row_labels.astype(np.int64), num_classes, label_smoothing, class_weights)
+
+    return solve_head(
+        problem_of,
+        features,
+        labels,
+        val_features=val_features,
+        val_targets=val_targets,
+        l2=l2,
+        dealt_by=labels,
+        folds=folds,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+class Problem(Protocol):
+    """One convex loss over a matrix of features. Parameters are (C, D + 1) float64; the last column is the unpenalised bias."""
+
+    passes: int  # over the features, so far
+
+    def row_weights(self, weights: Floats) -> Floats:
+        """Return weights (R,) of the rows with those of their classes in them."""
+        ...
+
+    def start(self, weights: Floats) -> Floats:
+        """Return the optimum under infinite l2."""
+        ...
+
+    def objective(self, weights: Floats, l2: float) -> Objective:
+        """Return the weighted mean loss + (l2 / 2) |W|² as a function of the parameters."""
+        ...
+
+    def logits(self, parameters: Floats) -> Float32s:
+        """(R, C)"""
+        ...
+
+    def complete(self, parameters: Floats, weights: Floats) -> Floats:
+        """Return the parameters with something sensible for classes that no row teaches."""
+        ...
+
+    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+        """Return the loss that chooses the strength, and the headline metric, of logits for these rows."""
+        ...
+
+
+def solve_head(
+    problem_of: Callable[[Float32s, NDArray[Any]], Problem],
+    features: NDArray[np.floating[Any]],
+    targets: NDArray[Any],
+    *,
+    val_features: NDArray[np.floating[Any]] | None,
+    val_targets: NDArray[Any] | None,
+    l2: float | None,
+    dealt_by: NDArray[np.integer[Any]],
+    folds: int,
+    seed: int,
+    overwrite: NDArray[np.float32] | None,
+) -> SolvedHead:
+    """Walk the path of L2 strengths and fit the head with the best; see `solve_softmax_head`.
+
+    Args:
+        problem_of: makes the problem, of standardised rows (R, D) and the encoded target of each.
+        dealt_by: (N,) folds are stratified by these integers.
+    """
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
-    n_train, n_val = len(labels) * views, 0 if val_features is None else len(val_features)
+    n_train, n_val = len(targets) * views, 0 if val_features is None else len(val_features)
     with _threads_for(features):
         matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite)
-        row_labels = np.repeat(labels, views).astype(np.int64)
+        row_targets = np.repeat(targets, views, axis=0)
         if val_targets is not None:
-            row_labels = np.concatenate([row_labels, val_targets.astype(np.int64)])
-        problem = _Problem(matrix.rows, row_labels, num_classes, label_smoothing)
-        all_weights = _row_weights(row_labels, views, n_train, class_weights)
-        weights = all_weights * (np.arange(n_train + n_val) < n_train)
+            row_targets = np.concatenate([row_targets, val_targets])
+        problem = problem_of(matrix.rows, row_targets)
+        # An image weighs one, whatever the number of its views, times its class's weight.
+        of_views = np.where(np.arange(n_train + n_val) < n_train, 1.0 / views, 1.0)
+        weights = problem.row_weights(of_views) * (np.arange(n_train + n_val) < n_train)
 
         splits: list[_Split] = []
         if l2 is None and n_val:
             splits = [_Split(weights, np.arange(n_train, n_train + n_val))]
         elif l2 is None:
-            splits = _fold_splits(labels, weights, views, folds, seed)
-        path, held_out_logits, start = _walk_path(problem, splits, class_weights)
+            splits = _fold_splits(dealt_by, weights, views, folds, seed)
+        path, held_out_logits, start = _walk_path(problem, splits)
         best = min(path, key=lambda point: point.val_nll, default=None)
         chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
 
@@ -159,17 +227,6 @@ class _Split:
     held_out: NDArray[np.int64]  # indices of rows
 
 
-def _row_weights(
-    row_labels: NDArray[np.int64], views: int, n_train: int, class_weights: NDArray[np.floating[Any]] | None
-) -> Floats:
-    """(R,) An image weighs one, whatever the number of its views, times its class's weight."""
-    weights = np.ones(len(row_labels), dtype=np.float64)
-    weights[:n_train] /= views
-    if class_weights is not None:
-        weights *= np.asarray(class_weights, dtype=np.float64)[row_labels]
-    return weights
-
-
 def _fold_splits(labels: NDArray[np.integer[Any]], row_weights: Floats, views: int, folds: int, seed: int) -> list[_Split]:
     """Return stratified folds over images. A class with one image is never held out: no other image could teach it."""
     fold_of_image = np.full(len(labels), -1)
@@ -193,9 +250,7 @@ def _held_out_images(splits: Sequence[_Split], views: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(rows)) // views if rows else np.empty(0, dtype=np.int64)
 
 
-def _walk_path(
-    problem: _Problem, splits: Sequence[_Split], class_weights: NDArray[np.floating[Any]] | None
-) -> tuple[list[PathPoint], Float32s | None, Floats | None]:
+def _walk_path(problem: Problem, splits: Sequence[_Split]) -> tuple[list[PathPoint], Float32s | None, Floats | None]:
     """Try the strengths from strong to weak on every split.
 
     Returns: the points; the best point's held-out logits in the order of rows, and its parameters on the first split.
@@ -205,16 +260,13 @@ def _walk_path(
         return path, None, None
     trails: list[list[Floats]] = [[problem.start(split.weights)] for split in splits]
     rows = np.concatenate([split.held_out for split in splits])
-    labels = problem.labels[rows]
     best_logits = best_start = None
     for l2 in L2_PATH:
         for split, trail in zip(splits, trails, strict=True):
             found = minimise(problem.objective(split.weights, l2), _extrapolate(trail), PATH_TOLERANCE)
             trail[:] = [*trail[-1:], found.parameters]
         logits = np.concatenate([problem.logits(trail[-1])[split.held_out] for split, trail in zip(splits, trails, strict=True)])
-        judged = judge_rows(logits, labels)
-        loss = nll(judged) if class_weights is None else float(np.average(judged.nll, weights=class_weights[labels]))
-        path.append(PathPoint(l2, loss, top1(judged)))
+        path.append(PathPoint(l2, *problem.judge(logits, rows)))
         best = min(range(len(path)), key=lambda index: path[index].val_nll)
         if best == len(path) - 1:
             best_logits, best_start = logits[np.argsort(rows, kind="stable")], trails[0][-1]
@@ -294,19 +346,37 @@ Objective = Callable[[Floats], tuple[float, Floats, float]]  # parameters -> val
 
 
 class _Problem:
-    """Smoothed cross-entropy over one matrix. Parameters are (C, D + 1) float64; the last column is the unpenalised bias."""
+    """Smoothed cross-entropy over one matrix, as a `Problem`."""
 
-    def __init__(self, rows: Float32s, labels: NDArray[np.int64], num_classes: int, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        rows: Float32s,
+        labels: NDArray[np.int64],
+        num_classes: int,
+        label_smoothing: float,
+        class_weights: NDArray[np.floating[Any]] | None,
+    ) -> None:
         self.rows = rows  # (R, D)
         self.labels = labels  # (R,)
+        self.class_weights = class_weights  # (C,)
         self.passes = 0
         self._targets = np.full((num_classes, len(labels)), label_smoothing / num_classes, dtype=np.float32)
         self._targets[labels, np.arange(len(labels))] += np.float32(1.0 - label_smoothing)
 
+    def row_weights(self, weights: Floats) -> Floats:
+        if self.class_weights is None:
+            return weights
+        return weights * np.asarray(self.class_weights, dtype=np.float64)[self.labels]
+
+    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+        labels = self.labels[rows]
+        judged = judge_rows(logits, labels)
+        weights = None if self.class_weights is None else self.class_weights[labels]
+        loss = nll(judged) if weights is None else float(np.average(judged.nll, weights=weights))
+        return loss, top1(judged)
+
     def logits(self, parameters: Floats) -> Float32s:
-        """(R, C)"""
-        narrow = parameters.astype(np.float32)
-        return np.asarray(self.rows @ narrow[:, :-1].T + narrow[:, -1])
+        return linear_logits(self.rows, parameters)
 
     def start(self, weights: Floats) -> Floats:
         """Return the optimum under infinite l2: zero weights, log of the class shares as bias."""
@@ -348,6 +418,12 @@ class _Problem:
     def _class_mass(self, weights: Floats) -> Floats:
         """(C,) the share of the total weight that each class's own rows carry."""
         return np.asarray(np.bincount(self.labels, weights=weights, minlength=len(self._targets)) / weights.sum())
+
+
+def linear_logits(rows: Float32s, parameters: Floats) -> Float32s:
+    """Return (R, C) of parameters (C, D + 1), the last column the bias, on rows (R, D)."""
+    narrow = parameters.astype(np.float32)
+    return np.asarray(rows @ narrow[:, :-1].T + narrow[:, -1])
 
 
 def _log_softmax_columns(scores: Float32s) -> Float32s:

@@ -131,7 +131,7 @@ def suggest(
         raise InvalidInput(f"the number of suggestions must be at least 1, given {n}")
     predictor = Predictor.load(bundle, threads=available_cores())
     manifest = predictor.manifest
-    if manifest.task != "multiclass":
+    if not predictor.task.exclusive:
         raise InvalidInput(f"{manifest.name} gives several labels a picture; suggestions are for models that give exactly one")
     pool, unreadable = _answers(predictor, files_under(folders), "the pictures", progress)
     known = _answers(predictor, _labelled(labelled), "the labelled pictures", progress)[0] if labelled is not None else []

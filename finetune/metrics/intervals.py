@@ -7,7 +7,7 @@ import math
 Z95 = 1.959963984540054  # the 0.975 quantile of the standard normal distribution
 
 
-def wilson_interval(n_correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(n_correct: float, n: int) -> tuple[float, float]:
     """Return the interval of a proportion (Wilson 1927): inside 0..1 and honest also when `n_correct` is 0 or `n`."""
     share = n_correct / n
     centre = share + Z95**2 / (2 * n)

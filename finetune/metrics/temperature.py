@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.metrics import labels
 from finetune.metrics.calibration import ece
 from finetune.metrics.likelihood import nll
 from finetune.metrics.rows import Integers, check, judge_rows, log_softmax
@@ -40,7 +42,7 @@ def fit_softmax_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[
         InvalidInput, TrainingError: as `judge_rows` does.
     """
     checked = check(logits, targets)
-    beta = _best_beta(logits, checked)
+    beta = _best_beta(lambda beta: _derivatives(logits, checked, beta))
     before, after = judge_rows(logits, checked), judge_rows(logits, checked, beta)
     return Temperature(
         temperature=1.0 / beta,
@@ -53,15 +55,39 @@ def fit_softmax_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[
     )
 
 
-def _best_beta(logits: NDArray[np.floating[Any]], targets: Integers) -> float:
-    """Return the inverse temperature of the lowest loss, between the limits; 1 when the loss does not depend on it."""
+def fit_sigmoid_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[Any]) -> Temperature:
+    """Find the T > 0, one for all labels, that minimises the binary cross entropy of ``sigmoid(logits / T)``.
+
+    Raises:
+        InvalidInput, TrainingError: as `judge_labels` does.
+    """
+    rows = labels.judge_labels(logits, targets)
+    beta = _best_beta(lambda beta: _sigmoid_derivatives(rows, beta))
+    after = labels.judge_labels(rows.logits * beta, targets)
+    return Temperature(
+        temperature=1.0 / beta,
+        nll_before=labels.nll(rows),
+        nll_after=labels.nll(after),
+        ece_before=labels.ece(rows),
+        ece_after=labels.ece(after),
+        n=len(rows),
+        at_limit=beta in (1.0 / _BETA_LIMIT, _BETA_LIMIT),
+    )
+
+
+def _best_beta(derivatives: Callable[[float], tuple[float, float]]) -> float:
+    """Return the inverse temperature of the lowest loss, between the limits; 1 when the loss does not depend on it.
+
+    Args:
+        derivatives: first and second derivative of the loss at an inverse temperature.
+    """
     lower, upper, beta = 1.0 / _BETA_LIMIT, _BETA_LIMIT, 1.0
-    if _derivatives(logits, targets, upper)[0] < 0:
+    if derivatives(upper)[0] < 0:
         return upper
-    if _derivatives(logits, targets, lower)[0] > 0:
+    if derivatives(lower)[0] > 0:
         return lower
     for _ in range(100):
-        slope, curvature = _derivatives(logits, targets, beta)
+        slope, curvature = derivatives(beta)
         if slope == 0:
             break
         lower, upper = (lower, beta) if slope > 0 else (beta, upper)
@@ -85,3 +111,10 @@ def _derivatives(logits: NDArray[np.floating[Any]], targets: Integers, beta: flo
         slopes.append(float((mean - true_logit).sum()))
         curvatures.append(float((probs * np.square(block - mean[:, None])).sum()))
     return math.fsum(slopes), math.fsum(curvatures)
+
+
+def _sigmoid_derivatives(rows: labels.LabelRows, beta: float) -> tuple[float, float]:
+    """First and second derivative in beta of the summed loss of ``beta * logits``."""
+    probs = labels.sigmoid(rows.logits * beta)
+    slope = float(((probs - rows.targets) * rows.logits).sum())
+    return slope, float((probs * (1.0 - probs) * np.square(rows.logits)).sum())

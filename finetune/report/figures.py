@@ -28,7 +28,9 @@ from finetune.bundle.calibration import Calibration
 from finetune.evaluation.calibrate import AccuracyCoverage
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
+from finetune.metrics import Metric
 from finetune.report.text import SHOWN_CLASSES
+from finetune.tasks import Task, task_named
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
@@ -102,21 +104,23 @@ def series(records: Sequence[Record], key: str, by: str = "epoch") -> list[tuple
     return sorted(points.items())
 
 
-def best_epoch(records: Sequence[Record]) -> float | None:
-    """The epoch with the highest val top1, by lower val loss among equals."""
+def best_epoch(records: Sequence[Record], headline: str) -> float | None:
+    """The epoch with the highest headline metric on val, by lower val loss among equals."""
     loss = dict(series(records, "val/loss"))
-    top1 = series(records, "val/top1")
-    return max(top1, key=lambda point: (point[1], -loss.get(point[0], math.inf)))[0] if top1 else None
+    values = series(records, f"val/{headline}")
+    return max(values, key=lambda point: (point[1], -loss.get(point[0], math.inf)))[0] if values else None
 
 
 @styled
-def learning_curves(records: Sequence[Record], phases: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
-    """Loss and top1 of train and val by epoch, phases shaded, the best epoch marked. None when nothing was trained by epochs."""
+def learning_curves(records: Sequence[Record], task: Task, phases: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
+    """What training is judged by, and the loss, by epoch, phases shaded, the best marked. None where no epoch was trained."""
     if len(series(records, "val/loss")) < 2:
         return None
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
-    best = best_epoch(records)
-    for axes, name, title in zip(figure.subplots(1, 2), ("top1", "loss"), ("Top-1", "Loss"), strict=True):
+    best = best_epoch(records, task.headline.key)
+    shown = {metric.key: metric for metric in (task.headline, task.of_images)}
+    panels = [*((metric.key, _capital(metric.label), metric.percent) for metric in shown.values()), ("loss", "Loss", False)]
+    for axes, (name, title, percent) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         curves = {split: series(records, f"{split}/{name}") for split in ("train", "val")}
         _shade_phases(axes, phases)
         for split, colour, marker in (("train", TRAIN, "s"), ("val", VAL, "o")):
@@ -125,11 +129,13 @@ def learning_curves(records: Sequence[Record], phases: Sequence[Mapping[str, Any
         value = None if best is None else dict(curves["val"]).get(best)
         if best is not None and value is not None:
             axes.plot([best], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=BEST, markeredgewidth=1.8)
-            title += f" · val {value:.1%} at epoch {best:g}" if name == "top1" else f" · val {value:.3f} there"
+            told = f"{value:.1%}" if percent else f"{value:.3f}"
+            where = f"at epoch {best:g}" if name == task.headline.key else "there"
+            title += f"{chr(10) if len(panels) > 2 else ' · '}val {told} {where}"
         axes.set(title=title, xlabel="epoch")
         axes.margins(y=0.18)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if name == "top1":
+        if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
@@ -215,8 +221,10 @@ def _label_log_axis(axis: Axis) -> None:
 
 
 @styled
-def confusion_matrix(evaluation: Evaluation) -> Figure:
-    """Counts shaded by their share of the true class: right answers blue, mistakes orange."""
+def confusion_matrix(evaluation: Evaluation) -> Figure | None:
+    """Counts shaded by their share of the true class: right answers blue, mistakes orange. None where there is no such matrix."""
+    if evaluation.confusion is None:
+        return None
     matrix = np.array(evaluation.confusion, dtype=np.float64)  # (C, C) true, predicted
     n_classes = len(matrix)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -251,7 +259,10 @@ def confusion_matrix(evaluation: Evaluation) -> Figure:
 
 @styled
 def per_class_bars(evaluation: Evaluation) -> Figure:
-    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `SHOWN_CLASSES`."""
+    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `SHOWN_CLASSES`.
+
+    Where classes are ranked by themselves, their average precision is drawn too.
+    """
     rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
     shown = rows[:SHOWN_CLASSES]
     figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.2 * len(shown)))
@@ -260,12 +271,17 @@ def per_class_bars(evaluation: Evaluation) -> Figure:
     axes.barh(places, [row.recall or 0.0 for row in shown], color=VAL, alpha=0.75, height=0.7, label="recall")
     dots = [(row.precision, place) for place, row in enumerate(shown) if row.precision is not None]
     axes.plot(*zip(*dots, strict=True), "D", color=TRAIN, markersize=4.5, label="precision", zorder=3, clip_on=False)
+    ranked = [(row.average_precision, place) for place, row in enumerate(shown) if row.average_precision is not None]
+    if ranked:
+        axes.plot(
+            *zip(*ranked, strict=True), "|", color=INK, markersize=11, markeredgewidth=2, label="average precision", zorder=4
+        )
     axes.set_yticks(places, [f"{_short(row.name)}  ({row.n})" for row in shown], fontsize=8)
     axes.set(xlim=(0, 1.02), ylim=(len(shown) - 0.4, -0.6))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3 if ranked else 2)
     return figure
 
 
@@ -274,23 +290,26 @@ def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> 
     """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below; also after calibration."""
     shown = [("", before)] if after is None else [("Before: ", before), ("After temperature: ", after)]
     figure = Figure(figsize=(5.2 if after is None else WIDTH_INCHES, 4.6))
+    names = ("confidence in the given label", "accuracy", "images")
+    if before.confusion is None:  # an image may have several labels
+        names = ("probability of a label", "share that has it", "answers")
     columns = figure.subplots(2, len(shown), sharex=True, sharey="row", height_ratios=(3, 1), squeeze=False)
     for (title, evaluation), top, bottom in zip(shown, columns[0], columns[1], strict=True):
         filled = [(b, b.confidence, b.accuracy) for b in evaluation.bins if b.confidence is not None and b.accuracy is not None]
         centres = [(b.lower + b.upper) / 2 for b, _, _ in filled]
         width = 0.92 / len(evaluation.bins)
-        top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label="accuracy")
+        top.bar(centres, [accuracy for _, _, accuracy in filled], width=width, color=VAL, alpha=0.75, label=names[1])
         top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", label="perfect")
         top.plot(
             [c for _, c, _ in filled], [a for _, _, a in filled], "D", color=TRAIN, markersize=4, label="at its mean confidence"
         )
         top.set(title=f"{title}ECE {evaluation.values['ece']:.3f} on {evaluation.n:,} images", ylim=(0, 1.02), xlim=(0, 1))
         bottom.bar(centres, [b.n for b, _, _ in filled], width=width, color=FAINT)
-        bottom.set(xlabel="confidence in the given label")
+        bottom.set(xlabel=names[0])
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    columns[0, 0].set_ylabel("accuracy")
+    columns[0, 0].set_ylabel(names[1])
     figure.legend(*columns[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    columns[1, 0].set_ylabel("images")
+    columns[1, 0].set_ylabel(names[2])
     return figure
 
 
@@ -319,14 +338,14 @@ def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None =
 
 
 @styled
-def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | None:
-    """Held-out loss and accuracy of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
+def l2_path(points: Sequence[Mapping[str, float]], chosen: float, metric: Metric[Any]) -> Figure | None:
+    """Held-out loss and metric of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
     if len(points) < 2:
         return None
     ordered = sorted(points, key=lambda point: point["l2"])
     figure = Figure(figsize=(WIDTH_INCHES, 2.7))
     for axes, name, title in zip(
-        figure.subplots(1, 2), ("val_nll", "val_score"), ("Held-out loss", "Held-out top-1"), strict=True
+        figure.subplots(1, 2), ("val_nll", "val_score"), ("Held-out loss", f"Held-out {metric.label}"), strict=True
     ):
         axes.plot([p["l2"] for p in ordered], [p[name] for p in ordered], color=VAL, marker="o", markersize=3.5)
         axes.axvline(chosen, color=BEST, linewidth=1.2, linestyle="--")
@@ -337,18 +356,19 @@ def l2_path(points: Sequence[Mapping[str, float]], chosen: float) -> Figure | No
             f"chosen {chosen:.2g}", (chosen, 1), xycoords=axes.get_xaxis_transform(), xytext=(5, -4), textcoords="offset points",
             ha="left", va="top", color=BEST,
         )  # fmt: skip
-        if name == "val_score":
+        if name == "val_score" and metric.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 @styled
 def fold_scores(found: CrossValidation) -> Figure:
-    """Each fold's accuracy, F1 and loss on what it held out; their mean and its interval, and the pooled figure."""
+    """Each fold's headline metric, F1 and loss on what it held out; their mean and its interval, and the pooled figure."""
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))
     pooled = found.pooled.metrics("cv")
     numbers = [fold.fold for fold in found.folds]
-    panels = (("top1", "Top-1"), ("macro_f1", "Macro F1"), ("loss", "Loss"))
+    headline = task_named(found.pooled.task).headline
+    panels = ((headline.key, _capital(headline.label)), ("macro_f1", "Macro F1"), ("loss", "Loss"))
     for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
         spread = found.spreads[name]
         axes.axhspan(*spread.interval, color=VAL, alpha=0.13, linewidth=0, label="95 % interval of the mean")
@@ -358,10 +378,14 @@ def fold_scores(found: CrossValidation) -> Figure:
         axes.set(title=title, xlabel="fold", xlim=(0.5, len(numbers) + 0.5))
         axes.margins(y=0.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if name == "top1":
+        if name == headline.key and headline.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _short(name: str, limit: int = 24) -> str:

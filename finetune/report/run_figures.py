@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from finetune.report import figures
 from finetune.report.run_page import ReportInputs
+from finetune.tasks import task_named
 
 
 def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
     """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
     judged = next(iter(inputs.evaluations.values()))
+    task = task_named(judged.task)
     candidates = {
-        "learning_curves": figures.learning_curves(records, inputs.phases),
+        "learning_curves": figures.learning_curves(records, task, inputs.phases),
         "learning_rate": figures.learning_rate(records),
         "stage_signals": figures.stage_signals(records, inputs.stage_names),
-        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2) if inputs.l2 is not None else None,
+        "l2_path": figures.l2_path(inputs.l2_path, inputs.l2, task.headline) if inputs.l2 is not None else None,
         "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
         "confusion": figures.confusion_matrix(judged),
         "per_class": figures.per_class_bars(judged),

@@ -39,11 +39,12 @@ _SPLIT_TITLES = {
     "test_unseen": "test, without images that were trained on",
     "val_unseen": "val, without images that were trained on",
 }
-_CARD_METRICS = ("macro_f1", "mean_per_class_accuracy", "ece")
+_CARD_METRICS = ("micro_f1", "macro_f1", "mean_per_class_accuracy", "exact_match", "ece")
+_FOLD_METRICS = ("macro_f1", "mean_per_class_accuracy", "exact_match", "loss")  # an ECE of few images is biased: only pooled
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
     "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
-    "learning_curves": "Accuracy and loss by epoch. The ring marks the best val accuracy.",
+    "learning_curves": "What training is judged by, and the loss, by epoch. The ring marks the epoch that val chose.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
     "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
@@ -88,6 +89,7 @@ class ReportInputs:
     weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
     versions: Mapping[str, str] = field(default_factory=dict)
     temperature: Temperature | None = None
+    thresholds: Sequence[float] | None = None  # probability from which on each label is given, where labels have their own
     after: Evaluation | None = None  # the first evaluation with its temperature, which these images did not fit
     curve: AccuracyCoverage | None = None  # of the first evaluation's images
     calibration: Calibration | None = None
@@ -132,8 +134,9 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         scaled=_scaled(judged, inputs.after),
         folds=None if inputs.folds is None else _folds(inputs.folds),
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
-        classes=_classes(judged),
+        classes=_classes(judged, inputs.thresholds),
         confused=_confused(judged),
+        several=not task_named(judged.task).exclusive,
         mistakes=[_mistake(mistake) for mistake in inputs.mistakes],
         phases=[_phase(phase, inputs.stage_names) for phase in inputs.phases if "n_steps" in phase],
         resolved=_facts(inputs.resolved),
@@ -158,7 +161,9 @@ def _caption(name: str, judged: Evaluation) -> str:
         return _CAPTIONS[name]
     n_present = len(judged.classes) - len(judged.absent)
     which = f"the {SHOWN_CLASSES} worst of {n_present} classes" if n_present > SHOWN_CLASSES else "worst class first"
-    return f"Recall (share of a class's images that were found) and precision, {which}; number of images in brackets."
+    ranked = any(row.average_precision is not None for row in judged.per_class)
+    others = ", precision and average precision" if ranked else " and precision"
+    return f"Recall (share of a class's images that were found){others}, {which}; number of images in brackets."
 
 
 def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
@@ -198,18 +203,30 @@ def _splits(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
         for split, found in evaluations.items()
         if found.absent
     ]
+    notes += [_cardinality(split, found) for split, found in evaluations.items() if "labels_per_image" in found.facts]
     return {"head": ["split", "images", "95 % interval", *(metric.label for metric in shown)], "rows": rows, "notes": notes}
 
 
+def _cardinality(split: str, found: Evaluation) -> str:
+    true, given = found.facts["labels_per_image"], found.facts["labels_given_per_image"]
+    return f"{split}: images have {true:.2f} labels on average (the label cardinality), and were given {given:.2f}."
+
+
 def _folds(found: CrossValidation) -> dict[str, Any]:
-    top1, pooled = found.spreads["top1"], found.pooled
+    pooled = found.pooled
+    metrics = task_named(pooled.task).metrics
+    headline = task_named(pooled.task).headline
+    expected = found.spreads[headline.key]
+    low, high = (headline.text(bound) for bound in pooled.intervals[headline.key])
     said = (
-        f"Expect a top-1 of {top1.mean:.1%}, 95 % interval {_percents(top1.interval)} (Student's t over the folds, widened as "
-        "they share training images; Nadeau & Bengio 2003), which is for what training in this way comes to on average. Pooled, "
-        f"{pooled.values['top1']:.1%} of {pooled.n:,} images were labelled rightly by a model that had not seen them, 95 % "
-        f"interval {_percents(pooled.intervals['top1'])} (Wilson), which is for these models on more such images."
+        f"Expect {headline.label} {headline.text(expected.mean)}, 95 % interval {headline.text(expected.interval[0])} – "
+        f"{headline.text(expected.interval[1])} (Student's t over the folds, widened as they share training images; Nadeau & "
+        "Bengio 2003), which is for what training in this way comes to on average. Pooled, over the answers of models that had "
+        f"not seen the image, it is {headline.text(pooled.values[headline.key])} on {pooled.n:,} images, 95 % interval {low} – "
+        f"{high}, which is for these models on more such images."
     )
-    names = ("top1", "macro_f1", "mean_per_class_accuracy", "loss")  # an ECE of few images is biased upwards: only pooled
+    shown = [headline, *(metric for metric in metrics if metric.key in _FOLD_METRICS)]
+    names = [metric.key for metric in shown]
     rows = [
         [
             f"fold {fold.fold}",
@@ -230,14 +247,10 @@ def _folds(found: CrossValidation) -> dict[str, Any]:
     rows.append(["pooled", "", f"{pooled.n:,}", *(f"{of_pooled[f'cv/{name}']:.4f}" for name in names), ""])
     return {
         "said": said,
-        "head": ["", "trained on", "held out", "top-1", "macro F1", "per-class accuracy", "NLL", "took"],
+        "head": ["", "trained on", "held out", *(metric.label for metric in shown), "took"],
         "rows": rows,
         "kept": [[str(fold.fold), fold.summary] for fold in found.folds],
     }
-
-
-def _percents(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.1%} – {interval[1]:.1%}"
 
 
 def _temperature(fitted: Temperature | None, which: str) -> str:
@@ -261,11 +274,26 @@ def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
     return {"head": [f"on {before.n:,} images", "before", "after temperature"], "rows": rows}
 
 
-def _classes(judged: Evaluation) -> list[list[str]]:
-    return [
-        [row.name, str(row.n), str(row.n_predicted), str(row.n_correct), *map(_share, (row.precision, row.recall, row.f1))]
-        for row in judged.per_class
-    ]
+def _classes(judged: Evaluation, thresholds: Sequence[float] | None) -> dict[str, Any]:
+    """Return the table of all classes, with intervals; thresholds and average precision where labels have their own."""
+    head = ["class", "images", "predicted", "correct", "precision", "recall", "F1"]
+    rows = []
+    for row in judged.per_class:
+        ratios = [_with_interval(getattr(row, name), row.intervals.get(name)) for name in ("precision", "recall")]
+        rows.append([row.name, str(row.n), str(row.n_predicted), str(row.n_correct), *ratios, _share(row.f1)])
+    if any(row.average_precision is not None for row in judged.per_class):
+        head.append("average precision")
+        for cells, row in zip(rows, judged.per_class, strict=True):
+            cells.append(_with_interval(row.average_precision, row.intervals.get("average_precision")))
+    if thresholds is not None:
+        head.append("given from")
+        for cells, threshold in zip(rows, thresholds, strict=True):
+            cells.append(f"{threshold:.3f}")
+    return {"head": head, "rows": rows}
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    return _share(value) if value is None or interval is None else f"{value:.3f} ({interval[0]:.3f} – {interval[1]:.3f})"
 
 
 def _share(value: float | None) -> str:

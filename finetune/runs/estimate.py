@@ -33,7 +33,7 @@ def estimate(prepared: Prepared, shared: Shared, *, rounds: int = 1) -> Estimate
     """
     resolved, dataset = prepared.resolved, prepared.dataset
     recipe, compute = resolved.recipe, resolved.compute
-    network = built_network(resolved.spec, len(dataset.classes), shared)
+    network = built_network(resolved.spec, dataset, shared)
     classifier = network.classifier
     train, val = dataset.of("train"), dataset.of("val")
     views = Views(resolved.preprocess, augment_of(resolved, shared.store), recipe.views)

@@ -20,6 +20,7 @@ from finetune.training.context import TrainingContext
 MIN_IMAGES_TO_CALIBRATE = 100
 LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
 N_COMPARED_EMBEDDINGS = 40  # evenly over a table, and so over all folds
+N_PARTS = 5  # of the images that thresholds are chosen on, each of which is judged by what the others choose
 MIN_IMAGES_TO_REFUSE = 20  # on fewer, a good model is as bad as chance by accident too often
 
 
@@ -54,10 +55,51 @@ def table_of(
     )
 
 
-def judge(predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset[str]] | None = None) -> Judgement:
+def decided(
+    predictions: Mapping[str, Predictions], given: tuple[float, ...] | None = None
+) -> tuple[dict[str, Predictions], tuple[float, ...] | None]:
+    """Return the tables with the thresholds from which on labels are given, and these; None where labels exclude each other.
+
+    Where val is answered, each part of its images is given labels by thresholds that were chosen on the other parts.
+
+    Args:
+        given: thresholds that another run of the study has chosen; by default they are chosen on val.
+    """
+    chosen = given if given is not None else thresholds_of(predictions["val"]) if "val" in predictions else None
+    if chosen is None:
+        return dict(predictions), None
+    tables = {
+        split: left_out_thresholds(table) if split == "val" else table.with_thresholds(np.asarray(chosen))
+        for split, table in predictions.items()
+    }
+    return tables, chosen
+
+
+def thresholds_of(table: Predictions) -> tuple[float, ...] | None:
+    """Return the logit for each label from which on these held-out answers give it; None where labels exclude each other."""
+    found = task_named(table.task).choose_thresholds(table.logits, table.labels)
+    return None if found is None else tuple(float(one) for one in found)
+
+
+def left_out_thresholds(table: Predictions) -> Predictions:
+    """Return a table that chooses thresholds, each part of it with those that the other parts choose."""
+    part = np.arange(len(table)) % N_PARTS
+    rows = np.zeros_like(table.logits)
+    for number in range(N_PARTS):
+        others = np.flatnonzero(part != number)
+        rows[part == number] = thresholds_of(table.take(others)) or 0.0 if len(others) else 0.0
+    return table.with_thresholds(rows)
+
+
+def judge(
+    predictions: Mapping[str, Predictions],
+    thresholds: tuple[float, ...] | None = None,
+    leaked: Mapping[str, frozenset[str]] | None = None,
+) -> Judgement:
     """Evaluate every table, and fit the temperature on val.
 
     Args:
+        thresholds: that `decided` gave.
         leaked: ids of images in a split that were trained on; beside such a split's figures stand those without them, under the
             split's name with ``_unseen``.
     """
@@ -68,7 +110,7 @@ def judge(predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
                 evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen))
-    return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None)
+    return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
 
 
 def calibrate(predictions: Predictions) -> Temperature | None:
@@ -132,7 +174,7 @@ def _refuse(found: str | None) -> None:
 
 def _divergence(predictions: Predictions) -> str | None:
     evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
-    loss, uniform = evaluation.values["loss"], float(np.log(len(predictions.classes)))
+    loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
     surely_better = evaluation.intervals[evaluation.headline][0] > chance  # then it is only far too sure of its mistakes
     if surely_better or loss <= LOSS_OF_NONSENSE * uniform:
         return None

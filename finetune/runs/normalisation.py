@@ -130,8 +130,8 @@ class _Labels:
         return _Labels(self.task, self.targets[:n])
 
     def judge(self, answers: Features) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = self.task.judge(answers.astype(np.float32), self.targets).score
-        return found
+        # A head fitted to 0 and 1 gives a label from one half on.
+        return self.task.judge(answers.astype(np.float32), self.targets, np.full(answers.shape[1], 0.5)).score
 
 
 @dataclass(frozen=True)

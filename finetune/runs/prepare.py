@@ -28,6 +28,7 @@ from finetune.errors import DataError, ImageError, InvalidInput, Problem
 from finetune.export.agreement import parity_samples
 from finetune.features.engine import onnx_engine_name
 from finetune.features.rows import FeatureContext, Views, decode_into_features, find_rows
+from finetune.messages import printable
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.known import KnownNetwork, find_known, network_key
 from finetune.runs.network import Network
@@ -93,7 +94,7 @@ def prepare(
     earlier, choices = _decisions(run, options)
     resolved = resolve(spec, dataset, network.facts, compute, earlier, choices.l2 if choices else None)
     if options.reaches("exported") and not network.has_reference(parity_samples(checked_on), resolved.preprocess):
-        network = built_network(spec, len(dataset.classes), shared)
+        network = built_network(spec, dataset, shared)
     return Prepared(resolved, dataset, checked_on, network)
 
 
@@ -108,13 +109,13 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
     if data_key in shared.datasets:
         dataset = shared.datasets[data_key]
         network = _network_in_memory(spec, dataset, shared) or _network_on_disk(spec, dataset, shared, lambda: dataset)
-        network = network or built_network(spec, len(dataset.classes), shared)
+        network = network or built_network(spec, dataset, shared)
         network.try_export()
         return dataset, network
-    indexed = _index(spec, shared.store)
+    indexed = _index(spec, shared)
     with _reading(spec, indexed, shared, progress) as reading:
         network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
-        network = network or built_network(spec, len(indexed.classes), shared)
+        network = network or built_network(spec, indexed, shared)
         reading.network.set_result(network)
         network.try_export()
         shared.datasets[data_key] = _of_a_revision(spec, reading.dataset.result(), shared)
@@ -131,18 +132,18 @@ def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
     return replace(dataset, revision=dataset.digest)
 
 
-def built_network(spec: JobSpec, n_classes: int, shared: Shared) -> BuiltNetwork:
-    """Return the network as a torch module, built if this process has not built it yet.
+def built_network(spec: JobSpec, dataset: Dataset, shared: Shared) -> BuiltNetwork:
+    """Return the network for the task and the classes of a dataset as a torch module, built if this process has not yet.
 
     Raises:
         InvalidInput: the backbone, its weights or the head do not exist as the request names them.
     """
     from finetune.runs.build import BuiltNetwork, build_network
 
-    key = network_key(spec, resolve_task(spec), n_classes)
+    key = _network_key(spec, dataset)
     network = shared.networks.get(key)
     if not isinstance(network, BuiltNetwork):
-        network = shared.networks[key] = build_network(spec, n_classes, shared)
+        network = shared.networks[key] = build_network(spec, resolve_task(spec, dataset).name, len(dataset.classes), shared)
     return network
 
 
@@ -193,17 +194,19 @@ def with_val_as_train(dataset: Dataset) -> Dataset:
     return replace(dataset, samples=tuple(samples))
 
 
-def _index(spec: JobSpec, store: Store) -> Dataset:
+def _index(spec: JobSpec, shared: Shared) -> Dataset:
     """List the samples; where that fails, the error also tells what is wrong with the model."""
     try:
-        dataset = index_dataset(spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, store))
+        dataset = index_dataset(
+            spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, shared.store)
+        )
         _refuse_what_is_not_learnt(spec, dataset)
         return dataset
     except InvalidInput as of_data:
         from finetune.runs.build import seeded_backbone
 
         try:
-            seeded_backbone(spec)
+            seeded_backbone(spec, shared)
         except InvalidInput as of_model:
             problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
             raise InvalidInput("two things are wrong with this request", problems) from of_data
@@ -212,12 +215,19 @@ def _index(spec: JobSpec, store: Store) -> Dataset:
 
 def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
     """Refuse what data may say and no task of this release acts on: better an error than to ignore it."""
-    several = next((sample for sample in dataset.samples if not isinstance(sample.target, int)), None)
-    if several is not None:
-        names = ", ".join(dataset.label_names(several)) or "none"
+    task = resolve_task(spec, dataset)
+    if spec.hyperparameters.loss not in ("auto", *task.losses):
+        known = ", ".join(task.losses)
         raise DataError(
-            f"{dataset.root}: images have several labels, or none ({several.id}: {names}), and this release learns exactly one "
-            "for each image"
+            f"hyperparameters.loss: {spec.hyperparameters.loss} is not a loss of the task {task.name}, which the labels of "
+            f"{printable(dataset.root)} ask for; it has {known}"
+        )
+    odd = next((sample for sample in dataset.samples if not task.learns(sample.target)), None)
+    if odd is not None:
+        names = ", ".join(dataset.label_names(odd)) or "none"
+        raise DataError(
+            f"{printable(dataset.root)}: task {task.name} learns exactly one label for each image, and images have several, or "
+            f"none ({printable(odd.id)}: {names}). Set task: multilabel, or leave it out"
         )
     if spec.data.weight_column is not None:
         raise DataError("data.weight_column: weights are read, but nothing is trained with them yet; leave it out")
@@ -228,7 +238,7 @@ def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
 
 def _network_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
     """Return the network that an earlier run of this process has built or loaded, if it suffices for this request."""
-    found = shared.networks.get(network_key(spec, resolve_task(spec), len(dataset.classes)))
+    found = shared.networks.get(_network_key(spec, dataset))
     return None if isinstance(found, KnownNetwork) and not _only_solves(spec) else found
 
 
@@ -238,7 +248,7 @@ def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: C
     Args:
         decoded: returns the dataset with the digests of all files; None where some files have never been decoded.
     """
-    key = network_key(spec, resolve_task(spec), len(indexed.classes))
+    key = _network_key(spec, indexed)
     known = find_known(key, shared.store) if _only_solves(spec) else None
     dataset = None if known is None else decoded()
     if known is None or dataset is None:
@@ -249,6 +259,10 @@ def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: C
         return None
     shared.networks[key] = known
     return known
+
+
+def _network_key(spec: JobSpec, dataset: Dataset) -> str:
+    return network_key(spec, resolve_task(spec, dataset).name, len(dataset.classes))
 
 
 def _only_solves(spec: JobSpec) -> bool:

@@ -37,7 +37,7 @@ def check_preprocessing(
         from finetune.runs.normalisation import compare_normalisations
 
         progress(Progress("preparing", 0, 1, "measurements", message="preprocessing"))
-        network = built_network(prepared.resolved.spec, len(prepared.dataset.classes), shared)
+        network = built_network(prepared.resolved.spec, prepared.dataset, shared)
         measured = compare_normalisations(network.classifier, prepared, sampled(prepared))
         write_json(known, measured)
         write_json(run.preprocessing, measured)

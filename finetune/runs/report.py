@@ -20,6 +20,7 @@ from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
+from finetune.tasks import task_named
 from finetune.training.context import Trained
 
 # The split that a model is judged by comes first: val has chosen its weights.
@@ -75,6 +76,7 @@ def write_run_report(
         weights=resolved.backbone.weights,
         versions=manifest.versions,
         temperature=judgement.temperature,
+        thresholds=manifest.thresholds,
         after=_after(predictions[pictured], judgement, calibration) if pictured == judged[0] else None,
         curve=_curve(predictions[pictured], judgement) if pictured == judged[0] else None,
         calibration=calibration,
@@ -97,7 +99,7 @@ def _after(judged: Predictions, judgement: Judgement, calibration: Calibration |
 def _curve(judged: Predictions, judgement: Judgement) -> AccuracyCoverage | None:
     """Return the accuracy-coverage curve; None where an image may have several labels."""
     temperature = judgement.temperature.temperature if judgement.temperature else 1.0
-    return accuracy_coverage(judged, temperature) if judged.labels.ndim == 1 else None
+    return accuracy_coverage(judged, temperature) if task_named(judged.task).exclusive else None
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:
@@ -110,8 +112,8 @@ def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMi
             ShownMistake(
                 image=sample.decode(prepared.resolved.preprocess.load),
                 file=printable(sample.id),
-                true=predictions.classes[mistake.true],
-                predicted=predictions.classes[mistake.predicted],
+                true=mistake.true,
+                predicted=mistake.predicted,
                 confidence=mistake.confidence,
                 true_probability=mistake.true_probability,
             )

@@ -12,16 +12,17 @@ from typing import Any
 
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
-from finetune.data.dataset import Dataset, unmeasured
+from finetune.data.dataset import Dataset, targets_of, unmeasured
 from finetune.doctor.classes import first_look
 from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
 from finetune.runtime.device import Device
 from finetune.spec import JobSpec, parse_spec
+from finetune.tasks import Task, task_named, task_of
 from finetune.training.compute import Compute
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
-_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub"}
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Resolved:
             "task": self.task,
             "model.backbone": self.backbone.name,
             "model.weights": self.backbone.weights["identifier"],
+            **({"model.origin": origin["model"]} if (origin := self.backbone.weights.get("origin")) else {}),
             "model.input_size_px": self.preprocess.input_size_px[0],
             "model.head.dropout": recipe.dropout,
             "data.resize": self.preprocess.resize,
@@ -113,6 +115,7 @@ class Resolved:
             "hyperparameters.train_size_px": recipe.train_size_px[0],
             "hyperparameters.learning_rate": recipe.peak_learning_rate,
             "hyperparameters.weight_decay": recipe.weight_decay,
+            **({"hyperparameters.loss": recipe.loss} if len(task_named(self.task).losses) > 1 else {}),
             "hyperparameters.ema": recipe.ema_half_life_steps is not None,
             "hyperparameters.early_stopping_epochs": recipe.early_stopping_epochs,
         }
@@ -175,6 +178,7 @@ def resolve(
         SpecError: the request does not fit the backbone.
     """
     advice = resolve_resize(spec, dataset, backbone.preprocess)
+    task = resolve_task(spec, dataset)
     sizes = dataset.sizes()
     facts = Facts(
         n_train=sizes.get("train", 0),
@@ -187,6 +191,8 @@ def resolve(
         pretrained=backbone.is_pretrained,
         input_size_px=backbone.preprocess.input_size_px,
         resizable=backbone.resizable,
+        losses=task.losses,
+        smooths_labels=task.smooths_labels,
     )
     if decided_by is None:
         recipe = resolve_recipe(spec, facts, backbone.stages)
@@ -199,21 +205,21 @@ def resolve(
     return Resolved(
         spec=spec,
         model_name=model_name(spec.suffix, dataset.name),
-        task=resolve_task(spec),
+        task=task.name,
         dataset=DatasetFacts.of(dataset),
         backbone=backbone,
         preprocess=preprocess,
         augmentation=policy if augments else None,
         recipe=recipe,
         compute=compute,
-        sources={**recipe.sources, **_reasons(spec, backbone, compute), "data.resize": reason},
+        sources={**recipe.sources, **_reasons(spec, task, backbone, compute), "data.resize": reason},
     )
 
 
-def _reasons(spec: JobSpec, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
+def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
     """Return where values came from that the recipe does not decide."""
     defaults = {
-        "task": (spec.task, "every image has one label"),
+        "task": (spec.task, "every image has one label" if task.exclusive else "images have several labels, or none"),
         "model.weights": (spec.model.weights, f"default: found in {_WEIGHTS_FROM.get(backbone.weights['source'], 'a file')}"),
         "model.input_size_px": (spec.model.input_size_px, "as the weights were trained"),
         "compute.device": (spec.compute.device, "a GPU" if compute.device == "cuda" else "PyTorch sees no GPU here"),
@@ -227,9 +233,9 @@ def resolve_compute(spec: JobSpec, device: Device, cores: int) -> Compute:
     return Compute(device, spec.compute.precision, cores if spec.compute.threads == "auto" else spec.compute.threads)
 
 
-def resolve_task(spec: JobSpec) -> str:
+def resolve_task(spec: JobSpec, dataset: Dataset) -> Task:
     """Return the task of a request: as asked, else found from the labels."""
-    return "multiclass" if spec.task == "auto" else spec.task
+    return task_of(targets_of(dataset.samples)) if spec.task == "auto" else task_named(spec.task)
 
 
 def resolve_resize(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> ResizeAdvice:

@@ -12,22 +12,23 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from finetune.bundle.calibration import HELD_OUT
-from finetune.bundle.manifest import Manifest, read_manifest
+from finetune.bundle.manifest import THRESHOLDS, Manifest, read_manifest
 from finetune.bundle.predictor import Seen
 from finetune.bundle.registry import Registry
+from finetune.data.dataset import targets_of
 from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
 from finetune.evaluation.diagnose import write_diagnosis
-from finetune.evaluation.evaluate import Judgement, write_judgement
+from finetune.evaluation.evaluate import Judgement, read_judgement, write_judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.judge import doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
+from finetune.runs.judge import decided, doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.learner import Learner
 from finetune.runs.model_cost import model_cost
 from finetune.runs.options import RunOptions
@@ -44,7 +45,8 @@ from finetune.storage.files import write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.training.balance import Balance, balance_of
+from finetune.tasks import Task
+from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 
@@ -105,11 +107,13 @@ def run_job(
         if options.reaches("exported"):
             import_drawing()
         trained = learner.train(context, _decided(run, options))
-        predictions = predict_splits(learner, context, options.judged)
+        carried = carried or Carried()
+        predictions, thresholds = decided(
+            predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
+        )
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        carried = carried or Carried()
-        judgement = carry_over(judge(predictions, leaked(prepared.dataset)), carried.judgement)
+        judgement = carry_over(judge(predictions, thresholds, leaked(prepared.dataset)), carried.judgement)
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
@@ -162,8 +166,18 @@ def training_context(
 def _balance(prepared: Prepared) -> Balance:
     """Return what the request does about classes of different size, for the training images of this run."""
     data, dataset = prepared.resolved.spec.data, prepared.dataset
-    labels = np.array([label for sample in dataset.of("train") for label in sample.labels], dtype=np.int64)
-    return balance_of(labels, len(dataset.classes), data.class_weights, data.logit_adjustment)
+    n_classes = len(dataset.classes)
+    targets = prepared.task.encode(targets_of(dataset.of("train")), n_classes)
+    return prepared.task.balance(targets, n_classes, data.class_weights, data.logit_adjustment)
+
+
+def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
+    """Return the thresholds that the study of a run, or the run that has decided before it, has chosen."""
+    if carried.judgement is not None:
+        return carried.judgement.thresholds
+    if options.decided_by is None:
+        return None
+    return read_judgement(RunDir((run.root / options.decided_by).resolve()).evaluation).thresholds
 
 
 def learner_for(prepared: Prepared, shared: Shared) -> Learner:
@@ -173,12 +187,14 @@ def learner_for(prepared: Prepared, shared: Shared) -> Learner:
         return SolvedLearner(prepared)
     from finetune.runs.stepped import SteppedLearner
 
-    return SteppedLearner(built_network(resolved.spec, len(prepared.dataset.classes), shared), resolved)
+    return SteppedLearner(built_network(resolved.spec, prepared.dataset, shared), resolved)
 
 
 def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
-    """Return a run's own judgement with what its study knows of other splits; the study's temperature counts."""
-    return own if carried is None else Judgement({**carried.evaluations, **own.evaluations}, carried.temperature)
+    """Return a run's own judgement with what its study knows of other splits; the study's temperature and thresholds count."""
+    if carried is None:
+        return own
+    return Judgement({**carried.evaluations, **own.evaluations}, carried.temperature, carried.thresholds)
 
 
 def calibration_of(
@@ -229,6 +245,7 @@ def export(
         calibration={
             **(asdict(judgement.temperature) if judgement.temperature else {}),
             **({HELD_OUT: fitted.calibration.to_dict()} if fitted else {}),
+            **_thresholds(prepared.task, judgement),
         },
         subspace=fitted.subspace if fitted else None,
         frozen=trained.frozen,
@@ -248,6 +265,14 @@ def export(
     if quantization := manifest.model.get("quantization"):
         run.record(Quantised(quantization["sentence"], quantization["kept"]))
     return manifest
+
+
+def _thresholds(task: Task, judgement: Judgement) -> dict[str, list[float]]:
+    """Return what the bundle says of thresholds: those of its probabilities, one for each label."""
+    if judgement.thresholds is None:
+        return {}
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    return {THRESHOLDS: list(task.probability_thresholds(np.asarray(judgement.thresholds), temperature))}
 
 
 def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import Dataset
+from finetune.data.places.opening import check_present
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
@@ -23,7 +24,7 @@ from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.judge import calibrate
+from finetune.runs.judge import calibrate, thresholds_of
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
@@ -75,11 +76,15 @@ def fine_tune(
 
     Args:
         begun: called with the folder of a run before anything is done in it.
+
+    Raises:
+        FinetuneError: whatever went wrong, also written to the run's folder; for data that does not exist, no run begins.
     """
     if run_dir is not None:
         run = RunDir(run_dir.absolute())
         begun(run)
         return carry_out(spec, run, shared, progress)
+    check_present(spec.training_file, spec.validation_file, spec.test_file)
     number, why_new = 0, ""
     while True:
         number += 1
@@ -174,7 +179,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     own = read_judgement(final.evaluation)
     return Conclusion(
         kept=FINAL,
-        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled)),
+        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
@@ -191,7 +196,7 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
     before, after = read_judgement(chose.evaluation), read_judgement(refitted.evaluation)
     return Conclusion(
         kept=REFIT,
-        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature),
+        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature, before.thresholds),
         predictions={**_tables_in(chose), **_tables_in(refitted)},
         summary=f"{outcomes[CHOOSE].summary}; then fitted once more on train + val with what val chose",
     )

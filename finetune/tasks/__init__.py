@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.tasks.multiclass import Multiclass
+from finetune.tasks.multilabel import Multilabel
 from finetune.tasks.task import Target, Task
 
-TASKS: tuple[Task, ...] = (Multiclass(),)
+TASKS: tuple[Task, ...] = (Multiclass(), Multilabel())
 
 
 def task_named(name: str) -> Task:
@@ -22,4 +25,9 @@ def task_named(name: str) -> Task:
     raise InvalidInput(f"no task {name!r}; tasks are {', '.join(names)}.{did_you_mean(name, names)}")
 
 
-__all__ = ["TASKS", "Target", "Task", "task_named"]
+def task_of(targets: Sequence[Target]) -> Task:
+    """Return the task that these labels ask for."""
+    return next(task for task in TASKS if task.describes(targets))
+
+
+__all__ = ["TASKS", "Target", "Task", "task_named", "task_of"]

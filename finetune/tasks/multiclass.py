@@ -2,48 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import InvalidInput
-from finetune.metrics import Metric
+from finetune.metrics import Interval, Metric
 from finetune.metrics.accuracy import MACRO_F1, MEAN_PER_CLASS_ACCURACY, TOP1, TOP5
 from finetune.metrics.calibration import ECE, ReliabilityBin, reliability_bins
 from finetune.metrics.likelihood import BRIER, NLL
 from finetune.metrics.rows import Rows, judge_rows, log_softmax
 from finetune.metrics.temperature import Temperature, fit_softmax_temperature
-from finetune.tasks.task import Logits, Target, Targets
+from finetune.spec import LOSSES
+from finetune.tasks.balance import Balance, ClassWeights, balance_of
+from finetune.tasks.task import Logits, Target, Targets, Thresholds
 
 
 class Multiclass:
     """Classes that exclude each other."""
 
     name = "multiclass"
+    exclusive = True
+    losses = LOSSES["multiclass"]
+    smooths_labels = True
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)
     headline: Metric[Rows] = TOP1
+    of_images: Metric[Rows] = TOP1
+
+    def describes(self, targets: Sequence[Target]) -> bool:
+        return all(isinstance(target, int) for target in targets)
+
+    def learns(self, target: Target) -> bool:
+        return isinstance(target, int)
 
     def encode(self, targets: Sequence[Target], n_classes: int) -> NDArray[np.int64]:
         """Return (N,) class indices."""
         several = next((target for target in targets if not isinstance(target, int)), None)
         if several is not None:
-            raise InvalidInput(f"task multiclass takes exactly one label per image, given {several}; set task: multilabel")
+            raise InvalidInput(
+                f"task multiclass takes exactly one label per image, given {len(several)} for one of them; set task: multilabel"
+            )
         return np.array(targets, dtype=np.int64)
 
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         return np.exp(log_softmax(logits.astype(np.float64) / temperature))
 
-    def judge(self, logits: Logits, targets: Targets) -> Rows:
+    def judge(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> Rows:
         return judge_rows(logits, targets)
 
     def chance(self, targets: Targets) -> float:
         return float(np.bincount(targets).max() / len(targets))
 
+    def blind_loss(self, n_classes: int) -> float:
+        return math.log(n_classes)
+
     def class_counts(self, rows: Rows) -> Sequence[tuple[int, int, int]]:
         true, given, correct = rows.confusion.sum(axis=1), rows.confusion.sum(axis=0), np.diagonal(rows.confusion)
         return [(int(t), int(g), int(c)) for t, g, c in zip(true, given, correct, strict=True)]
+
+    def class_precisions(self, rows: Rows) -> Sequence[tuple[float, Interval] | None]:
+        return ()
+
+    def sureness(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return rows.confidence, np.exp(-rows.nll)
+
+    def answered(self, rows: Rows, row: int) -> tuple[int, ...]:
+        return (int(rows.predicted[row]),)
+
+    def answer_text(self, rows: Rows, row: int, classes: Sequence[str]) -> str:
+        return classes[int(rows.predicted[row])]
+
+    def facts(self, rows: Rows) -> Mapping[str, float]:
+        return {}
 
     def confusion(self, rows: Rows) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(int(count) for count in row) for row in rows.confusion)
@@ -54,8 +87,29 @@ class Multiclass:
     def fit_temperature(self, logits: Logits, targets: Targets) -> Temperature:
         return fit_softmax_temperature(logits, targets)
 
+    def choose_thresholds(self, logits: Logits, targets: Targets) -> None:
+        return None
+
+    def probability_thresholds(self, thresholds: Thresholds, temperature: float) -> tuple[float, ...]:
+        raise ValueError("where classes exclude each other, the most probable one is given, and none has a threshold")
+
+    def logit_thresholds(self, thresholds: Sequence[float], temperature: float) -> Thresholds:
+        raise ValueError("where classes exclude each other, the most probable one is given, and none has a threshold")
+
+    def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
+        return self.ranking(probs)[:1]
+
+    def balance(self, targets: Targets, n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
+        return balance_of(targets, n_classes, class_weights, logit_adjustment)
+
     def label_text(self, target: Any, classes: Sequence[str]) -> str:
         return classes[int(target)]
+
+    def labels_of(self, target: Any) -> tuple[int, ...]:
+        return (int(target),)
+
+    def cell_text(self, labels: Sequence[int], classes: Sequence[str]) -> str:
+        return classes[labels[0]]
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         return np.argsort(-probs, kind="stable")

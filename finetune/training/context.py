@@ -17,7 +17,7 @@ from finetune.runtime.seconds import Seconds
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
 from finetune.tasks import Task
-from finetune.training.balance import Balance
+from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.compute import Compute
 

@@ -35,6 +35,7 @@ from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
+from finetune.tasks.task import JudgedRows
 from finetune.training import checkpoint
 from finetune.training.activity import listening
 from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
@@ -68,7 +69,7 @@ class Fitted:
     """What training came to. The classifier that was trained holds the chosen weights and is in eval mode."""
 
     chosen: str  # which weights, in words
-    best: Mapping[str, float]  # their val/loss and val/top1
+    best: Mapping[str, float]  # their val/loss and the headline metric on val, such as val/top1
     best_step: int
     n_steps: int  # taken, of the recipe's
     stopped_early: bool
@@ -117,7 +118,7 @@ class _State:
 @dataclass(frozen=True)
 class _Weights:
     name: str
-    values: dict[str, float]  # val/loss and val/top1
+    values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are answered rightly
     tensors: dict[str, Tensor]
     share: float = 1.0  # see Choices
     recalibrated: bool = False
@@ -481,7 +482,7 @@ class _Training:
 
     @torch.no_grad()
     def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
-        """Return loss (not smoothed) and headline metric on the validation images, in float32 as the exported model computes."""
+        """Return the loss and metrics on the validation images, in float32 as the exported model computes."""
         self.classifier.eval()
         logits, indices = [], []
         with closed_after(val) as batches:
@@ -490,7 +491,7 @@ class _Training:
                 indices.append(batch.indices)
         task = self.targets.task
         rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
-        return {"val/loss": float(rows.nll.mean()), f"val/{task.headline.key}": task.headline.compute(rows)}
+        return measured("val", task, rows)
 
     @torch.no_grad()
     def _answer_sample(self) -> None:
@@ -508,7 +509,7 @@ class _Training:
         self.sample.keep(self.state.step, answers)
         task = self.targets.task
         rows = task.judge(answers, self.targets.train[self.sample.plan.indices])
-        values = {"train_sample/loss": float(rows.nll.mean()), f"train_sample/{task.headline.key}": task.headline.compute(rows)}
+        values = measured("train_sample", task, rows)
         self._log(values | {f"train/dead_channels/{stage}": share for stage, share in activity.dead_fractions.items()})
         self.state.sampled_step = self.state.step
 
@@ -528,7 +529,7 @@ class _Training:
         if not count:
             return {}
         lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
-        values = {"train/loss": loss / count, f"train/{self.targets.task.headline.key}": correct / count, "train/lr": lr}
+        values = {"train/loss": loss / count, f"train/{self.targets.task.of_images.key}": correct / count, "train/lr": lr}
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
@@ -547,7 +548,7 @@ class _Training:
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
         values = {
             "loss": loss / count,
-            self.targets.task.headline.key: correct / count,
+            self.targets.task.of_images.key: correct / count,
             "lr": lr,
             "images/s": self._rate(),
             "eta_seconds": eta,
@@ -590,6 +591,12 @@ class _Training:
         }
         checkpoint.save(self.run.checkpoints, self.state.step, content)
         self.saved_at = time.perf_counter()
+
+
+def measured(split: str, task: Task, rows: JudgedRows) -> dict[str, float]:
+    """Return the loss (not smoothed), the headline metric, and the share of images that are answered rightly."""
+    told = {metric.key: metric for metric in (task.headline, task.of_images)}
+    return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in told.items()}}
 
 
 def improves(values: Mapping[str, float], best: Mapping[str, float], headline: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.data.loader import steps_per_epoch
-from finetune.errors import SpecError
+from finetune.errors import Problem, SpecError
 from finetune.model.selection import HEAD, FreezePlan, StageLike, plan_freeze
 from finetune.spec import Full, Gradual, Hyperparameters, JobSpec, LinearProbe, Method, Partial
 
@@ -42,6 +42,8 @@ class Facts:
     input_size_px: tuple[int, int] = (224, 224)
     resizable: bool = True  # the backbone takes images of other sizes too
     pretrained: bool = True
+    losses: tuple[str, ...] = ("cross_entropy",)  # that the task has, the default first
+    smooths_labels: bool = True  # whether the task smooths labels by default
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Recipe:
     views: int
     l2: float | None  # None: chosen by validation
     sources: Mapping[str, str] = field(default_factory=dict)
+    loss: str = "cross_entropy"  # that steps minimise; a solved head has the task's own
 
     @property
     def n_steps(self) -> int:
@@ -186,6 +189,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
         "hyperparameters.train_size_px": _train_size(hyper, method, facts),
         "hyperparameters.weight_decay": _pick(hyper.weight_decay, _default_weight_decay(method)),
         "hyperparameters.label_smoothing": _pick(hyper.label_smoothing, _default_label_smoothing(method, facts)),
+        "hyperparameters.loss": _loss(hyper, facts),
         "hyperparameters.views": _pick(hyper.views, _default_views(method, facts)),
         "hyperparameters.l2": _pick(hyper.l2, _Choice(None, "chosen by validation")),
         "model.head.dropout": _pick(
@@ -215,6 +219,7 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
         clip_norm=CLIP_NORM,
         early_stopping_epochs=chosen["hyperparameters.early_stopping_epochs"].value,
         ema_half_life_steps=max(1.0, 0.05 * n_steps) if chosen["hyperparameters.ema"].value and n_steps else None,
+        loss=chosen["hyperparameters.loss"].value,
         views=chosen["hyperparameters.views"].value,
         l2=chosen["hyperparameters.l2"].value,
         sources={path: choice.source for path, choice in chosen.items()},
@@ -391,9 +396,22 @@ def _default_weight_decay(method: Method) -> _Choice[float]:
     )
 
 
+def _loss(hyper: Hyperparameters, facts: Facts) -> _Choice[str]:
+    if hyper.loss == "auto":
+        return _Choice(facts.losses[0], "default of the task")
+    if hyper.loss not in facts.losses:
+        raise SpecError(
+            "the loss does not fit the task",
+            [Problem("hyperparameters.loss", f"{hyper.loss} is not a loss of this task; it has {', '.join(facts.losses)}")],
+        )
+    return _Choice(hyper.loss, GIVEN)
+
+
 def _default_label_smoothing(method: Method, facts: Facts) -> _Choice[float]:
     if isinstance(method, LinearProbe):
         return _Choice(0.0, "none: the head is solved with L2")
+    if not facts.smooths_labels:
+        return _Choice(0.0, "none where an image may have several labels: smoothing raises every absent one")
     if facts.n_train < 1000 or facts.n_classes < 5:
         return _Choice(0.0, "none below 1,000 images or 5 classes")
     return _Choice(0.05 if isinstance(method, Partial) else 0.1, f"default for {method.type} from 1,000 images and 5 classes up")

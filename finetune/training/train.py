@@ -122,7 +122,7 @@ def _take_steps(
         context.run,
         Saving(context.identity),
         task=context.task,
-        objective=objective_of(context.task.name).balanced(context.balance),
+        objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance),
         train_targets=context.targets(dataset.of("train")),
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,

@@ -60,10 +60,14 @@ class AnswerDocument(ListItem):
     """What a run answered to one image."""
 
     object: Literal["fine_tuning.answer"] = "fine_tuning.answer"
-    label: str = Field(description="What the image is labelled as.")
+    label: str = Field(description="What the image is labelled as; all labels, with commas, where there may be several.")
     answer: str
-    probability: float = Field(description="Of the answer, before calibration.")
-    label_probability: float = Field(description="Of the label, before calibration.")
+    labels: list[str] = Field(description="The labels of the image: one, or any number where it may have several.")
+    given: list[str] = Field(description="The labels that it was answered with.")
+    probability: float = Field(
+        description="Of the answer, before calibration; with several labels that of the surest mistake, or of the least sure one."
+    )
+    label_probability: float = Field(description="Of what is true instead, before calibration.")
 
 
 class MetricsRow(BaseModel):
@@ -214,7 +218,9 @@ def _metrics(run: RunDir) -> MetricsHistory:
 def _wanted(label: str | None, given: str | None, wrong: bool | None) -> Callable[[Answer], bool]:
     def wanted(one: Answer) -> bool:
         return (
-            label in (None, one.label) and given in (None, one.answer) and (wrong is None or wrong == (one.answer != one.label))
+            (label is None or label in one.labels)
+            and (given is None or given in one.given)
+            and (wrong is None or wrong == (one.given != one.labels))
         )
 
     return wanted

@@ -75,6 +75,15 @@ class ImagePrediction(BaseModel):
 
     predictions: list[LabelProbability] = Field(description="Most probable first.")
     explanation: Explanation | None
+    labels: list[str] | None = Field(
+        None,
+        description="Only of models for which an image may have several labels, or none: those that it is given, the most "
+        "probable first. A label is given where its probability reaches its threshold.",
+    )
+    scores: dict[str, float] | None = Field(None, description="With `labels`: the probability of every class, by name.")
+    thresholds: dict[str, float] | None = Field(
+        None, description="With `labels`: the probability from which on each class is given, by name."
+    )
     embedding: list[float] | None = None
     prediction_set: PredictionSet | None = Field(None, description="Only where a `coverage` was asked for.")
     abstained: bool | None = Field(

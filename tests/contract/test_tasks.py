@@ -20,7 +20,7 @@ from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.paired import paired_gain
 from finetune.evaluation.predictions import Predictions
 from finetune.features.heads import HEAD_SOLVERS, head_solver
-from finetune.spec import JobSpec
+from finetune.spec import LOSSES, JobSpec
 from finetune.tasks import TASKS, Target, Task, task_named
 from finetune.training.objectives import OBJECTIVES, objective_of
 
@@ -29,6 +29,7 @@ N_CLASSES = 4
 # How many answers of a shape each task's labels have: what a suite that knows no task draws its labels from.
 TARGETS: dict[str, Callable[[np.random.Generator, int], list[Target]]] = {
     "multiclass": lambda chance, n: [int(label) for label in chance.integers(0, N_CLASSES, n)],
+    "multilabel": lambda chance, n: [tuple(np.flatnonzero(row).tolist()) for row in chance.random((n, N_CLASSES)) < 0.4],
 }
 
 
@@ -57,7 +58,8 @@ def test_every_task_has_a_name_an_objective_a_solved_head_and_labels_in_this_sui
     names = [task.name for task in TASKS]
     assert len(set(names)) == len(names) >= 1
     assert sorted(objective.task for objective in OBJECTIVES) == sorted(names) == sorted(TARGETS)
-    assert sorted(HEAD_SOLVERS) == sorted(names)
+    assert sorted(HEAD_SOLVERS) == sorted(LOSSES) == sorted(names)
+    assert all(task.losses == LOSSES[task.name] for task in TASKS)
     assert all(task_named(name).name == objective_of(name).task == name for name in names)
 
 
@@ -67,7 +69,9 @@ def test_the_job_spec_offers_the_tasks_that_there_are() -> None:
 
 
 def test_a_task_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(InvalidInput, match=r"no task 'multiclas'; tasks are multiclass.* Did you mean 'multiclass'\?"):
+    with pytest.raises(
+        InvalidInput, match=r"no task 'multiclas'; tasks are multiclass.* Did you mean 'multiclass' or 'multilabel'\?"
+    ):
         task_named("multiclas")
 
 
@@ -75,6 +79,8 @@ def test_the_headline_is_one_of_the_metrics_and_more_of_it_is_better(task: Task)
     keys = [metric.key for metric in task.metrics]
     assert len(set(keys)) == len(keys)
     assert task.headline in task.metrics
+    assert task.of_images in task.metrics
+    assert task.of_images.interval is not None
     assert task.headline.higher_is_better
     assert task.headline.interval is not None
     assert "loss" in keys, "the loss of every split is reported"
@@ -107,18 +113,18 @@ def test_probabilities_are_probabilities_and_a_temperature_changes_no_order(task
     assert list(task.ranking(np.full(N_CLASSES, 0.5))) == list(range(N_CLASSES)), "ties go in class order"
 
 
-def test_the_score_of_an_image_averages_to_the_headline_and_right_answers_score_1(task: Task) -> None:
+def test_the_score_of_an_image_averages_to_the_metric_of_images_and_right_answers_score_1(task: Task) -> None:
     logits, encoded, _ = labelled(task)
     rows = task.judge(logits, encoded)
     assert len(rows) == len(logits) == len(rows.score) == len(rows.nll)
     assert ((rows.score >= 0) & (rows.score <= 1)).all()
-    assert rows.score.mean() == pytest.approx(task.headline.compute(rows))
+    assert rows.score.mean() == pytest.approx(task.of_images.compute(rows))
     assert (rows.nll >= 0).all()
     (loss,) = [metric for metric in task.metrics if metric.key == "loss"]
     assert rows.nll.mean() == pytest.approx(loss.compute(rows))
     best = task.judge(sure(task, encoded), encoded)
     assert (best.score == 1).all()
-    assert task.headline.compute(best) == 1.0
+    assert task.headline.compute(best) == task.of_images.compute(best) == 1.0
     assert loss.compute(best) < 1e-6
 
 
@@ -234,10 +240,10 @@ def test_an_evaluation_and_a_comparison_work_from_a_table(task: Task) -> None:
 # ── the objective ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_training_counts_as_right_is_what_the_headline_counts(task: Task) -> None:
+def test_what_training_counts_as_right_is_what_the_metric_of_images_counts(task: Task) -> None:
     logits, encoded, _ = labelled(task)
     n_correct = float(objective_of(task.name).n_correct(torch.from_numpy(logits), torch.from_numpy(encoded)))
-    assert n_correct == pytest.approx(len(logits) * task.headline.compute(task.judge(logits, encoded)))
+    assert n_correct == pytest.approx(len(logits) * task.of_images.compute(task.judge(logits, encoded)))
 
 
 def test_what_is_exported_are_the_task_s_probabilities(task: Task) -> None:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from finetune.errors import InvalidInput
-from finetune.evaluation import compare
+from finetune.evaluation import paired
 from finetune.evaluation.compare import (
     ArmPredictions,
     compare_pairs,
@@ -184,7 +184,7 @@ def test_claims_are_rarely_wrong_and_what_is_said_to_be_detectable_is_detected(
     n: int, runs: int, seed_sd: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small copy of benchmarks/comparison_claims.py; the seeds are fixed, so this never fails by chance."""
-    monkeypatch.setattr(compare, "BOOTSTRAP_ROUNDS", 1)
+    monkeypatch.setattr(paired, "RESAMPLINGS", 1)
     rng = np.random.default_rng(4)
     rounds = 150
     same = {"accuracy": 0.9, "correlation": 0.5, "seed_sd": seed_sd, "runs": runs}

@@ -166,9 +166,9 @@ def test_mistakes_come_most_confident_first_and_never_include_a_right_answer() -
     assert sorted(m.index for m in mistakes) == list(wrong)
     assert [m.confidence for m in mistakes] == sorted((m.confidence for m in mistakes), reverse=True)
     for mistake in mistakes:
-        assert mistake.true == labels[mistake.index] != mistake.predicted
+        assert mistake.true == f"class {labels[mistake.index]}" != mistake.predicted
         assert mistake.confidence == pytest.approx(probs[mistake.index].max(), **EXACT)
-        assert mistake.true_probability == pytest.approx(probs[mistake.index, mistake.true], **EXACT)
+        assert mistake.true_probability == pytest.approx(probs[mistake.index, labels[mistake.index]], **EXACT)
     assert confident_mistakes(table(logits, labels), 3) == mistakes[:3]
 
 

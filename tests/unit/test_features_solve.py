@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import TrainingError
 from finetune.features.solve import L2_PATH, SolvedHead, minimise, solve_softmax_head
-from finetune.training.balance import balance_of
+from finetune.tasks.balance import balance_of
 
 
 def blobs(n_images: int, n_features: int, n_classes: int, *, spread: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

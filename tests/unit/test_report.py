@@ -65,9 +65,9 @@ def inputs(classes: tuple[str, ...] = ("cat", "dog", "owl"), **more) -> ReportIn
     mistakes = [
         ShownMistake(
             np.full((40, 60, 3), 7, dtype=np.uint8),
-            f"{classes[m.true]}/{m.index}.jpg",
-            classes[m.true],
-            classes[m.predicted],
+            f"{m.true}/{m.index}.jpg",
+            m.true,
+            m.predicted,
             m.confidence,
             m.true_probability,
         )
@@ -220,8 +220,8 @@ def test_the_best_epoch_is_the_most_accurate_and_among_equals_the_one_with_the_l
         {"epoch": e, "values": {"val/top1": t, "val/loss": n}}
         for e, t, n in [(1, 0.7, 0.9), (2, 0.8, 0.9), (3, 0.8, 0.5), (4, 0.6, 0.1)]
     ]
-    assert figures.best_epoch(lines) == 3
-    assert figures.best_epoch([]) is None
+    assert figures.best_epoch(lines, "top1") == 3
+    assert figures.best_epoch([], "top1") is None
 
 
 def test_of_a_step_that_was_computed_twice_the_last_value_counts() -> None:
@@ -250,7 +250,7 @@ def test_a_cross_validation_is_shown_fold_by_fold_with_what_to_expect(tmp_path: 
     write_with_figures(run, inputs(evaluations={"cv": found.pooled}, folds=found, note="what these figures are of"))
     page = Page(run.report.read_text(encoding="utf-8"))
     assert "what these figures are of" in page.text
-    assert f"Expect a top-1 of {found.spreads['top1'].mean:.1%}" in page.text
+    assert f"Expect top-1 accuracy {found.spreads['top1'].mean:.1%}" in page.text
     assert all(f"fold {number}" in page.text and f"kept {number}" in page.text for number in (1, 2, 3))
     assert "fitted on the 120 held-out images" in page.text
     assert (run.figures / "fold_scores.svg").stat().st_size > 1000

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from finetune.errors import SpecError
 from finetune.features.solve import solve_softmax_head
 from finetune.spec import parse_spec
-from finetune.training.balance import Balance, ClassWeights, balance_of
+from finetune.tasks.balance import Balance, ClassWeights, balance_of
 from finetune.training.objectives import objective_of
 
 LABELS = np.repeat([0, 1, 2], [180, 16, 4])

@@ -127,7 +127,7 @@ def test_every_resolved_value_says_where_it_came_from() -> None:
         f"hyperparameters.{name}"
         for name in (
             "n_epochs", "batch_size", "train_size_px", "learning_rate", "learning_rate_multiplier", "weight_decay",
-            "label_smoothing",
+            "label_smoothing", "loss",
             "warmup_fraction", "early_stopping_epochs", "ema", "l2", "views",
         )
     }  # fmt: skip

@@ -174,6 +174,11 @@ class RunRecords:
         return self.task.headline
 
     @property
+    def score(self) -> Metric[Any]:
+        """The metric that is the mean over images of their scores."""
+        return self.task.of_images
+
+    @property
     def first_sample(self) -> Predictions | None:
         """Answers to the training sample before the first step."""
         return self.samples.get(0)
@@ -190,19 +195,21 @@ class RunRecords:
 
     @property
     def last_val(self) -> tuple[float, float] | None:
-        """Loss and headline metric on val at the end of training, whether these weights were kept or not."""
-        losses, scores = self.curve("val/loss"), self.curve(f"val/{self.headline.key}")
+        """Loss and mean score on val at the end of training, whether these weights were kept or not."""
+        losses, scores = self.curve("val/loss"), self.curve(f"val/{self.score.key}")
         return (losses[-1][1], scores[-1][1]) if losses and scores else None
 
     def scores(self, table: Predictions) -> NDArray[np.float64]:
-        """(N,) how well each image was answered, 0 to 1."""
-        found: NDArray[np.float64] = self.task.judge(table.logits, table.labels).score
-        return found
+        """(N,) whether each image was answered rightly, 0 or 1; `score` is their mean.
+
+        Labels are given from a probability of one half on, also where a table has thresholds of its own: what is compared here
+        are training and held-out images, and training images have none.
+        """
+        return self.task.judge(table.logits, table.labels).score
 
     def losses(self, table: Predictions) -> NDArray[np.float64]:
         """(N,) the loss of each image, in nats."""
-        found: NDArray[np.float64] = self.task.judge(table.logits, table.labels).nll
-        return found
+        return table.judged().nll
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

@@ -36,7 +36,7 @@ def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: M
     answers = {arm.predictions.name: arm.predictions.runs[0] for arm in arms}
     reference = next(iter(answers.values()))
     task = task_named(reference.task)
-    evaluated = np.array([n for n, _, _ in task.class_counts(task.judge(reference.logits, reference.labels))])
+    evaluated = np.array([n for n, _, _ in task.class_counts(reference.judged())])
     page = ComparisonPage(
         document=found.to_dict(),
         metrics=task.metrics,
@@ -53,10 +53,11 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
     """Return images that some arms answer rightly and others wrongly, those first where the wrong ones are surest."""
     task = task_named(next(iter(answers.values())).task)
     names = list(answers)
-    probs = {name: task.probabilities(table.logits) for name, table in answers.items()}
-    scores = np.stack([task.judge(table.logits, table.labels).score for table in answers.values()])  # (A, N)
+    judged = {name: table.judged() for name, table in answers.items()}
+    sureness = {name: task.sureness(rows)[0] for name, rows in judged.items()}
+    scores = np.stack([rows.score for rows in judged.values()])  # (A, N)
     reference = answers[names[0]]
-    sure = np.stack([probs[name].max(axis=1) for name in names])  # (A, N)
+    sure = np.stack([sureness[name] for name in names])  # (A, N)
     wrongness = (sure * (scores < 1)).max(axis=0) * (scores.max(axis=0) == 1) * (scores.min(axis=0) < 1)
     order = [int(row) for row in np.argsort(-wrongness, kind="stable") if wrongness[row] > 0]
     predictors = {name: _predictor(run) for name, run in runs.items()}
@@ -70,14 +71,14 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
         shown = []
         image = None
         for name in names:
-            label = int(task.ranking(probs[name][row])[0])
             predictor = predictors[name]
             png = None
             if predictor is not None:
                 image = sample.decode(predictor.manifest.preprocess.load)
                 cam = predictor.run(image[None]).cam
                 png = None if cam is None else overlay_png(image, cam[0])
-            shown.append((name, reference.classes[label], float(probs[name][row, label]), png))
+            answer = task.answer_text(judged[name], row, reference.classes)
+            shown.append((name, answer, float(sureness[name][row]), png))
         if image is not None:
             true = task.label_text(reference.labels[row], reference.classes)
             found.append(Disputed(image, sample.id, true, tuple(shown)))

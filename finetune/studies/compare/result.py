@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, score_variance
+from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, headline_error
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
 from finetune.runs.model_cost import latencies
@@ -289,6 +289,6 @@ def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[
     headline = task_named(arm.predictions.runs[0].task).headline
     if key != headline.key:
         return None, None
-    error, quantile = score_variance(arm.predictions)
+    error, quantile = headline_error(arm.predictions)
     mean = statistics.fmean(values)
     return headline.bounded(mean - quantile * error, mean + quantile * error)

@@ -183,7 +183,7 @@ def _result(network: Network, records: RunRecords, seconds: float, shallower: tu
         train_error=1.0 - score.value,
         train_error_se=score.error,
         val_error=1.0 - last_val[1] if last_val else float("nan"),
-        errors=tuple((epoch, 1.0 - value) for epoch, value in records.curve(f"train/{records.headline.key}")),
+        errors=tuple((epoch, 1.0 - value) for epoch, value in records.curve(f"train/{records.score.key}")),
         gradients=gradients,
         gradients_at_step=step,
         seconds=seconds,

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def log_model(
         experiment_id,
         name=model.name,
         source_run_id=run_id,
-        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE},
+        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE.replace("NAME", model.name)},
         params={key_text(key): value_text(value) for key, value in (params or {}).items()},
         model_type="finetune bundle",
     )
@@ -109,7 +109,7 @@ def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_
         path=str(folder),
         loader_module=mlflow_model.__name__,
         mlflow_model=described,
-        signature=signature(),
+        signature=signature(mlflow_model.columns_of(manifest)),
         input_example=[example(bundle)],
         pip_requirements=[f"{DISTRIBUTION}=={__version__}", *(f"{name}=={version(name)}" for name in REQUIRED)],
         metadata={"classes": list(manifest.classes), "preprocess": manifest.preprocess.to_dict()},
@@ -120,8 +120,11 @@ def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_
     described.save(str(folder / "MLmodel"))
 
 
-def signature() -> Any:
+def signature(columns: Sequence[str]) -> Any:
     """Return what the model takes and gives, in MLflow's words.
+
+    Args:
+        columns: of the table that it answers with.
 
     It is marked as given by type hints: MLflow then hands the input on as it is, instead of forcing it into a table of one type,
     which would refuse paths and arrays. Over HTTP that means ``{"inputs": [base64, …]}``.
@@ -131,16 +134,33 @@ def signature() -> Any:
     from mlflow.types.schema import Array, Object, Property
 
     answer = Object([Property("label", DataType.string), Property("probability", DataType.double)])
+    kinds = {
+        "label": DataType.string,
+        "probability": DataType.double,
+        "predictions": Array(answer),
+        "labels": Array(DataType.string),
+        "prediction_set": Object([Property("coverage", DataType.double), Property("labels", Array(DataType.string))]),
+        "abstained": DataType.boolean,
+        "reason": DataType.string,
+        "novelty": DataType.double,
+    }
     found = ModelSignature(
         inputs=Schema([ColSpec(DataType.string)]),
         outputs=Schema(
             [
-                ColSpec(DataType.string, "label"),
-                ColSpec(DataType.double, "probability"),
-                ColSpec(Array(answer), "predictions"),
+                *(ColSpec(kinds[name], name) for name in columns),
+                *(ColSpec(kinds[name], name, required=False) for name in mlflow_model.CERTAINTY),
             ]
         ),
-        params=ParamSchema([ParamSpec("top_k", DataType.long, default=None)]),
+        params=ParamSchema(
+            [
+                ParamSpec("top_k", DataType.long, default=None),
+                ParamSpec("coverage", DataType.double, default=None),
+                ParamSpec("per_class", DataType.boolean, default=False),
+                ParamSpec("abstain", DataType.boolean, default=None),
+                ParamSpec("precision", DataType.double, default=None),
+            ]
+        ),
     )
     found._is_signature_from_type_hint = True
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from finetune.training.objectives.multiclass import MulticlassObjective
+from finetune.training.objectives.multilabel import MultilabelObjective
 from finetune.training.objectives.objective import Objective
 
-OBJECTIVES: tuple[Objective, ...] = (MulticlassObjective(),)
+OBJECTIVES: tuple[Objective, ...] = (MulticlassObjective(), MultilabelObjective())
 
 
 def objective_of(task: str) -> Objective:

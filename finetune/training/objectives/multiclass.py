@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.training.balance import Balance
+from finetune.tasks.balance import Balance
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,9 @@ class MulticlassObjective:
 
     task: ClassVar[str] = "multiclass"
     balance: Balance = field(default_factory=Balance)
+
+    def minimising(self, loss: str) -> MulticlassObjective:
+        return self
 
     def balanced(self, balance: Balance) -> MulticlassObjective:
         return replace(self, balance=balance)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from finetune.training.balance import Balance
+from finetune.tasks.balance import Balance
 
 
 class Objective(Protocol):
@@ -15,6 +15,10 @@ class Objective(Protocol):
     @property
     def task(self) -> str:
         """The name of the task."""
+        ...
+
+    def minimising(self, loss: str) -> Objective:
+        """Return the objective with this loss, one of those that the task names."""
         ...
 
     def balanced(self, balance: Balance) -> Objective:
@@ -30,7 +34,7 @@ class Objective(Protocol):
         ...
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return how many of B images are answered rightly, as the task's headline metric counts; a scalar tensor."""
+        """Return how many of B images are answered rightly, as the task's `of_images` counts; a scalar tensor."""
         ...
 
     def probabilities(self, logits: Tensor) -> Tensor:

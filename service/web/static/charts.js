@@ -3,14 +3,24 @@
 import { h, newId, svg } from "./dom.js";
 import { number, percent, points, t } from "./i18n.js";
 
-/** Return horizontal bars of `{label, share, note, interval, strong}`, each with its number. */
+/** Return horizontal bars of `{label, share, note, strong, given, threshold}`, each with its number. A row that is `given` has a
+ * mark, one with a `threshold` a line where that is. */
 export function bars(rows, { label } = {}) {
   return h("ul", { class: "bars", "aria-label": label }, rows.map((row) =>
     h("li", { class: row.strong ? "strong" : null },
-      h("span", { class: "bar-name" }, row.label),
+      h("span", { class: "bar-name" }, row.given && h("span", { class: "given", role: "img", "aria-label": t("try.given") }, "✓ "), row.label),
       h("span", { class: "bar-track", "aria-hidden": "true" },
-        h("span", { class: "bar-fill", style: { width: `${100 * Math.max(0, Math.min(1, row.share ?? 0))}%` } })),
+        h("span", { class: "bar-fill", style: { width: `${100 * Math.max(0, Math.min(1, row.share ?? 0))}%` } }),
+        row.threshold !== undefined && h("span", { class: "bar-threshold", style: { left: `${100 * row.threshold}%` } })),
       h("span", { class: "bar-value" }, row.note ?? percent(row.share, 1)))));
+}
+
+/** Return bars of an answer of the server: the most probable class is strong, or every label that is given. */
+export function answerBars({ predictions, labels, thresholds }) {
+  return bars(predictions.map(({ label, probability }, at) => ({
+    label, share: probability, strong: labels ? labels.includes(label) : at === 0,
+    given: labels?.includes(label), threshold: thresholds?.[label],
+  })), { label: t("try.classes") });
 }
 
 /** Return lines over steps. `series`: `{name, dashed, values: [[x, y]]}`. */

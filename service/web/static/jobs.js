@@ -1,6 +1,7 @@
 // What a job or a comparison is called, where it is, and its state in words and a mark.
 
 import { h } from "./dom.js";
+import { inWords } from "./figures.js";
 import { duration, known, list, percent, t } from "./i18n.js";
 
 const MARKS = { queued: "○", running: "◐", cancelling: "◌", succeeded: "●", failed: "✕", cancelled: "–" };
@@ -51,8 +52,7 @@ export function progressSentence(job) {
 }
 
 function accuracyOf(job) {
-  const found = job.metrics?.["test/top1"] ?? job.metrics?.["cv/top1"];
-  return found === undefined || found === null ? "" : t("runs.accuracy", { share: percent(found, 1) });
+  return inWords(job.metrics, "runs.accuracy");
 }
 
 export function classNames(names, most = 6) {

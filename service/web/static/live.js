@@ -3,6 +3,7 @@
 import { follow, request, requestText } from "./api.js";
 import { lines } from "./charts.js";
 import { alertBox, h, put } from "./dom.js";
+import { headline, OF_IMAGES } from "./figures.js";
 import { duration, known, number, percent, t, when } from "./i18n.js";
 import { hasEnded, isComparison, pathOf, stateMark, titleOf } from "./jobs.js";
 import { session } from "./session.js";
@@ -50,7 +51,8 @@ export function watch(root, job, signal, ended) {
     const parts = [known(`phase.${progress.phase}`, progress.phase), total ? t("run.done", { done, total, unit: known(`unit.${unit}`, unit) }) : "", message];
     if (values?.eta_seconds) parts.push(t("run.eta", { time: duration(values.eta_seconds) }));
     if (values?.loss !== undefined && values.loss !== null) parts.push(t("run.loss", { loss: number(values.loss, 3) }));
-    if (values?.["val/top1"] !== undefined) parts.push(t("run.val", { share: percent(values["val/top1"], 1) }));
+    const judged = headline(values, ["val"]);
+    if (judged) parts.push(t(`run.val.${judged[0]}`, { share: percent(judged[1], 1) }));
     detail.textContent = parts.filter(Boolean).join(" · ");
     return undefined;
   }
@@ -135,6 +137,8 @@ export function curvesOf(rows) {
   const xName = t("run.step");
   return [
     lines(t("run.loss_curve"), [{ name: t("run.train"), values: series("train/loss") }, { name: t("run.validation"), values: series("val/loss") }], { xName }),
-    lines(t("run.accuracy_curve"), [{ name: t("run.train"), values: series("train/top1") }, { name: t("run.validation"), values: series("val/top1") }], { xName, asShare: true }),
+    ...OF_IMAGES.map((name) => lines(t("run.accuracy_curve"), [
+      { name: t("run.train"), values: series(`train/${name}`) }, { name: t("run.validation"), values: series(`val/${name}`) }], { xName, asShare: true })),
+    lines(t("run.map_curve"), [{ name: t("run.validation"), values: series("val/map") }], { xName, asShare: true }),
   ].filter(Boolean);
 }

@@ -2,6 +2,7 @@
 
 import { Refused, request } from "./api.js";
 import { alertBox, ask, field, h, put } from "./dom.js";
+import { headline } from "./figures.js";
 import { t } from "./i18n.js";
 import { session } from "./session.js";
 
@@ -21,13 +22,19 @@ export function promoteButton(model, version, promoted) {
   return button;
 }
 
+/** Return the least value of the figure that this version is judged by. */
+async function atLeast(model, version, value) {
+  const found = await request(`v1/models/${encodeURIComponent(model)}/versions/${encodeURIComponent(version)}`);
+  return { [`test/${headline(found.metrics)?.[0] ?? "top1"}`]: value };
+}
+
 function confirmPromotion(model, version, wholeServer) {
   return ask(t("promote.title", { model, version }), (answer) => {
     const least = h("input", { type: "number", min: "0", max: "100", step: "any", placeholder: "–" });
     const messages = h("div", {});
     const send = async (force) => {
-      const minimum = least.value === "" ? {} : { "test/top1": Number(least.value) / 100 };
       try {
+        const minimum = least.value === "" ? {} : await atLeast(model, version, Number(least.value) / 100);
         if (wholeServer) await request("v1/deployments/default", { method: "PUT", json: { reference: `${model}@${version}`, minimum, force } });
         else await request(`v1/models/${encodeURIComponent(model)}/aliases/champion`, { method: "PUT", json: { version, minimum, force } });
         answer(true);

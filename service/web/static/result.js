@@ -1,7 +1,7 @@
 // What a run came to: how good in words, where it fails with the pictures, what it cost, and what to do next.
 
 import { hasKey, request, requestBlob, saveFile } from "./api.js";
-import { bars, confusion, intervalBar } from "./charts.js";
+import { answerBars, bars, confusion, intervalBar } from "./charts.js";
 import { ask, h, put } from "./dom.js";
 import { bytes, duration, known, number, percent, t } from "./i18n.js";
 import { curvesOf } from "./live.js";
@@ -37,9 +37,10 @@ export async function showResult(root, job, signal) {
 }
 
 function accuracy(judged, split) {
-  const value = judged.values.top1 ?? judged.values[judged.headline];
-  const [low, high] = judged.intervals.top1 ?? judged.intervals[judged.headline];
+  const value = judged.values[judged.headline];
+  const [low, high] = judged.intervals[judged.headline];
   const right = Math.round(value * judged.n);
+  if (judged.headline === "map") return severalLabels(judged, split, value, low, high);
   return h("section", { class: "accuracy" },
     h("h2", {}, t("result.accuracy")),
     h("p", { class: "figure" }, percent(value, 1)),
@@ -48,6 +49,19 @@ function accuracy(judged, split) {
     h("p", { class: "lead" }, t("result.in_words", { low: Math.floor(100 * low), high: Math.ceil(100 * high) })),
     judged.n < 100 && h("p", { class: "hint" }, t("result.few_test", { n: judged.n })),
     h("p", { class: "hint" }, t("result.alike")));
+}
+
+function severalLabels(judged, split, value, low, high) {
+  const { exact_match: exact, micro_f1: f1 } = judged.values;
+  return h("section", { class: "accuracy" },
+    h("h2", {}, t("result.accuracy")),
+    h("p", { class: "figure" }, percent(value, 1)),
+    intervalBar(value, low, high),
+    h("p", {}, t("result.map", { low: percent(low, 1), high: percent(high, 1) })),
+    h("p", { class: "lead" }, t("result.exact", { right: Math.round(exact * judged.n), n: judged.n, split: t(`split.${split}`), f1: number(f1, 2) })),
+    h("p", {}, t("result.cardinality", {
+      true: number(judged.facts.labels_per_image, 2), given: number(judged.facts.labels_given_per_image, 2) })),
+    judged.n < 100 && h("p", { class: "hint" }, t("result.few_test", { n: judged.n })));
 }
 
 async function mistakes(path, split, version, dataset, signal) {
@@ -90,7 +104,7 @@ async function showPicture(path, one, version, dataset) {
       put(map, said.explanation.overlay_png_base64
         ? h("img", { class: "large", alt: t("try.map"), src: `data:image/png;base64,${said.explanation.overlay_png_base64}` })
         : h("p", {}, t("try.no_map", { reason: said.explanation.reason })),
-      bars(said.predictions.map(({ label, probability }, at) => ({ label, share: probability, strong: at === 0 })), { label: t("try.classes") }));
+      answerBars(said));
     };
     return [
       picture(`${address}&side_px=1024`, one.id, { class: "large" }), map,

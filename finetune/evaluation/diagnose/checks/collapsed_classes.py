@@ -26,14 +26,14 @@ class CollapsedClasses:
 
     def look(self, records: RunRecords) -> Verdict:
         judged = records.judged
-        if judged is None or records.task.name != "multiclass":
+        if judged is None or not records.task.exclusive:
             return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
         harm = harm_of(records)
         if harm is not None and harm.kind != "worse":
             return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
         split, table = judged
         n_classes = len(table.classes)
-        answers = table.logits.argmax(axis=1)
+        answers = np.array([records.task.ranking(row)[0] for row in table.logits])
         true, given = np.bincount(table.labels, minlength=n_classes), np.bincount(answers, minlength=n_classes)
         right = np.bincount(table.labels[answers == table.labels], minlength=n_classes)
         rare = (true >= FEWEST_IMAGES) & (given <= RARE * true)

@@ -34,7 +34,7 @@ class Degradation:
         figure = f"training error {round(-100 * score.value, 1) + 0.0:+.1f} points against {name}"
         if loss.z < CLEARLY or -score.value < max(ADDED_ERROR, HIGHER_ERROR * score.error):
             return Clear(self.code, self.title, figure)
-        metric = records.headline
+        metric = records.score
         of_reference, of_this = 1 - float(records.scores(reference).mean()), 1 - float(records.scores(sample).mean())
         return Finding(
             self.code,

@@ -68,8 +68,8 @@ class Leakage:
             with_twin = [scores[one.id] for one in all_of if one.id in scores and one.id in has_twin]
             without = [scores[one.id] for one in all_of if one.id in scores and one.id not in has_twin]
             if with_twin and without:
-                means = [records.headline.text(float(sum(part) / len(part))) for part in (with_twin, without)]
-                found.append(Evidence(f"{records.headline.label} on those, and on the others", f"{means[0]} and {means[1]}"))
+                means = [records.score.text(float(sum(part) / len(part))) for part in (with_twin, without)]
+                found.append(Evidence(f"{records.score.label} on those, and on the others", f"{means[0]} and {means[1]}"))
         nearest = sorted(twins, key=lambda one: one.ratio)[:SHOWN]
         found += [Evidence(one.id, f"is {one.nearest} ({one.nearest_label})") for one in nearest]
         return found

@@ -38,8 +38,8 @@ class Overfitting:
         here = mean_of(records.scores(sample))
         gap = here.value - there.value
         error = math.hypot(here.error, there.error)
-        figure = f"{records.headline.label} {records.headline.text(here.value)} on training images, "
-        figure += f"{records.headline.text(there.value)} on {split}"
+        figure = f"{records.score.label} {records.score.text(here.value)} on training images, "
+        figure += f"{records.score.text(there.value)} on {split}"
         if isinstance(Degradation().look(records), Finding):
             return Clear(self.code, self.title, "the training error rose, which overfitting never does")
         if here.value < FITTED or gap < GAP or gap < CLEARLY * error:
@@ -66,8 +66,8 @@ class Overfitting:
 
     def _evidence(self, records: RunRecords, here: Mean, there: Mean, split: str, gap: float, error: float) -> list[Evidence]:
         found = [
-            Evidence(f"{records.headline.label} on {here.n} training images, as evaluated", records.headline.text(here.value)),
-            Evidence(f"{records.headline.label} on {there.n} {split} images", records.headline.text(there.value)),
+            Evidence(f"{records.score.label} on {here.n} training images, as evaluated", records.score.text(here.value)),
+            Evidence(f"{records.score.label} on {there.n} {split} images", records.score.text(there.value)),
             Evidence("gap", f"{100 * gap:.0f} ± {100 * error:.0f} points", f"below {100 * GAP:.0f}"),
         ]
         losses = [value for _, value in records.curve("val/loss")]
@@ -92,7 +92,7 @@ def _rise_of_val_loss(records: RunRecords) -> float:
 
 
 def held_out_score(records: RunRecords) -> tuple[str, Mean] | None:
-    """Return the headline metric on held-out images of the weights that training ended with, and the split.
+    """Return the mean score on held-out images of the weights that training ended with, and the split.
 
     Those weights answered val at the last evaluation. Where no steps were taken, or nothing was chosen on val, the answers of the
     weights that were kept are taken.

@@ -25,7 +25,7 @@ class ShuffledLabels:
 
     def look(self, records: RunRecords) -> Verdict:
         judged = records.judged
-        if judged is None or records.task.name != "multiclass":
+        if judged is None or not records.task.exclusive:
             return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
         split, table = judged
         scores = records.scores(table)

@@ -27,6 +27,8 @@ class Underfitting:
         sample, held_out = records.last_sample, held_out_score(records)
         if sample is None or held_out is None:
             return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")
+        if not records.task.exclusive:
+            return NotChecked(self.code, self.title, "its limits are for images that have exactly one label")
         here, (split, there) = mean_of(records.scores(sample)), held_out
         train_error, gap = 1 - here.value, here.value - there.value
         figure = f"{train_error:.1%} of training images answered wrongly"

@@ -2,6 +2,7 @@
 
 import { request, hasKey, saveFile } from "../api.js";
 import { alertBox, ask, field, h, put } from "../dom.js";
+import { inWords } from "../figures.js";
 import { bytes, percent, t, when } from "../i18n.js";
 import { classNames, methodName } from "../jobs.js";
 import { promoteButton } from "../promotion.js";
@@ -63,10 +64,10 @@ function versionRow(model, one, deployed, again, signal) {
 
   async function showMore() {
     const version = await request(path, { signal });
-    const accuracy = version.metrics["test/top1"];
+    const accuracy = inWords(version.metrics, "models.accuracy", { n: version.metrics["test/n"] ?? 0 });
     put(more,
       h("dl", { class: "figures" }, [
-        [t("result.accuracy"), accuracy === undefined || accuracy === null ? "–" : t("models.accuracy", { share: percent(accuracy, 1), n: version.metrics["test/n"] ?? 0 })],
+        [t("result.accuracy"), accuracy || "–"],
         [t("data.classes"), classNames(version.classes)], [t("models.method"), methodName(version.method.type)],
         [t("models.backbone"), version.backbone], [t("models.license"), version.license ?? t("unknown")], [t("models.size"), bytes(version.bundle_bytes)],
       ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),

@@ -1,7 +1,7 @@
 // Ask a model about one picture: bars, where it looked, how long it took, and the same request as code.
 
 import { hasKey, Refused, request } from "../api.js";
-import { bars } from "../charts.js";
+import { answerBars } from "../charts.js";
 import { alertBox, field, h, put } from "../dom.js";
 import { duration, list, percent, t } from "../i18n.js";
 import { session } from "../session.js";
@@ -83,17 +83,19 @@ export async function open(root, [wanted], signal) {
   function showAnswer(said, roundTripMs) {
     const { explanation } = said;
     if (!live) showPictures(explanation);
-    const { abstained, reason, prediction_set: set } = said;
+    const { abstained, reason, prediction_set: set, labels } = said;
     put(answer,
+      labels && h("p", { role: "status" }, labels.length ? h("strong", {}, t("try.labels", { labels: list(labels) })) : t("try.no_labels")),
       abstained && h("p", { class: "notice", role: "status" }, h("strong", {}, t(`abstained.${reason}`)), ` ${t("abstained.what")}`),
-      bars(said.predictions.map(({ label, probability }, at) => ({ label, share: probability, strong: at === 0 })), { label: t("try.classes") }),
+      answerBars(said),
+      labels && h("p", { class: "hint" }, t("try.thresholds")),
       h("p", { class: "hint" }, t("try.facts", {
         model: said.model, version: said.version, inside: duration(said.timings.total_ms / 1000), whole: duration(roundTripMs / 1000),
       })),
       set && h("p", {}, t("try.set", { n: set.labels.length, share: percent(set.coverage), labels: list(set.labels) })),
-      reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, t("try.no_reliance")),
+      !labels && reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, t("try.no_reliance")),
       explanation?.reason && h("p", { class: "hint" }, t("try.no_map", { reason: explanation.reason })),
-      abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
+      !labels && abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
       !live && code());
   }
 

@@ -1,0 +1,147 @@
+"""The head solved where an image may have several labels: one logistic regression a label, all of them in one matrix product.
+
+The labels share nothing but the L2 strength, which is the one with the lowest mean loss over all of them. NumPy alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.features.solve import Float32s, Floats, Objective, SolvedHead, linear_logits, solve_head
+from finetune.metrics.labels import binary_cross_entropy, judge_labels, mean_average_precision, nll
+
+
+def solve_sigmoid_head(
+    features: NDArray[np.floating[Any]],
+    targets: NDArray[np.integer[Any]],
+    num_classes: int,
+    *,
+    val_features: NDArray[np.floating[Any]] | None = None,
+    val_targets: NDArray[np.integer[Any]] | None = None,
+    l2: float | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: NDArray[np.floating[Any]] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    overwrite: NDArray[np.float32] | None = None,
+) -> SolvedHead:
+    """Fit sigmoid(W x + b) to `targets` (N, C), 1 where a label applies.
+
+    Args:
+        l2: strength of (l2 / 2) * |w|² beside each label's mean loss; scikit-learn's C is 1 / (l2 * N).
+        class_weights: (C,) of the images that have a label, in the fit and in the loss that chooses; the others weigh one.
+        features, val_features, overwrite: see `finetune.features.solve.solve_softmax_head`.
+
+    Raises:
+        TrainingError: features that are not finite.
+    """
+
+    def problem_of(rows: Float32s, row_targets: NDArray[Any]) -> _Problem:
+        return _Problem(rows, row_targets, label_smoothing, class_weights)
+
+    return solve_head(
+        problem_of,
+        features,
+        targets,
+        val_features=val_features,
+        val_targets=val_targets,
+        l2=l2,
+        dealt_by=_rarest_label(targets),
+        folds=folds,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+def _rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Return (N,) the rarest label of each image, C without any label: folds that are stratified by it keep rare labels."""
+    n_classes = targets.shape[1]
+    counts = targets.sum(axis=0, dtype=np.int64)
+    masked = np.where(targets > 0, counts, np.iinfo(np.int64).max)
+    return np.asarray(np.where(targets.any(axis=1), masked.argmin(axis=1), n_classes), np.int64)
+
+
+class _Problem:
+    """The sum over labels of their weighted mean binary cross entropy, as a `finetune.features.solve.Problem`."""
+
+    def __init__(
+        self,
+        rows: Float32s,
+        targets: NDArray[Any],
+        label_smoothing: float,
+        class_weights: NDArray[np.floating[Any]] | None,
+    ) -> None:
+        self.rows = rows  # (R, D)
+        self.targets = targets  # (R, C)
+        self.passes = 0
+        self._wanted = (targets.T * (1.0 - label_smoothing) + 0.5 * label_smoothing).astype(np.float32)  # (C, R)
+        self._of_present = None if class_weights is None else np.asarray(class_weights, np.float32)[:, None]  # (C, 1)
+
+    def row_weights(self, weights: Floats) -> Floats:
+        return weights  # those of the labels differ from label to label: see `_weighted`
+
+    def logits(self, parameters: Floats) -> Float32s:
+        return linear_logits(self.rows, parameters)
+
+    def start(self, weights: Floats) -> Floats:
+        """Return the optimum under infinite l2: zero weights, log-odds of the label's share of the weight as bias."""
+        parameters = np.zeros((len(self._wanted), self.rows.shape[1] + 1))
+        present = self._share_present(weights)
+        least = 1e-3 / len(weights)
+        parameters[:, -1] = np.log(np.maximum(present, least)) - np.log(np.maximum(1.0 - present, least))
+        return parameters
+
+    def objective(self, weights: Floats, l2: float) -> Objective:
+        share = (weights / weights.sum()).astype(np.float32)  # (R,)
+        learnable = self._learnable(weights).astype(np.float64)[:, None]  # the bias of a constant label would run away
+        penalty = np.full((1, self.rows.shape[1] + 1), l2)
+        penalty[0, -1] = 0.0
+
+        def evaluate(parameters: Floats) -> tuple[float, Floats, float]:
+            self.passes += 1
+            logits = np.ascontiguousarray(self.logits(parameters).T)  # (C, R)
+            small = np.exp(-np.abs(logits))
+            absent_loss = np.maximum(logits, 0.0) + np.log1p(small)  # softplus
+            present_loss = absent_loss - logits
+            probs = np.where(logits >= 0, 1.0, small) / (1.0 + small)
+            of_present = self._wanted if self._of_present is None else self._wanted * self._of_present
+            of_absent = 1.0 - self._wanted
+            losses = (of_present * present_loss + of_absent * absent_loss) * share * learnable.astype(np.float32)
+            value = float(losses.sum(dtype=np.float64)) + 0.5 * float((penalty * parameters**2).sum())
+            error = (probs * (of_present + of_absent) - of_present) * share  # (C, R)
+            slope = np.concatenate([error @ self.rows, error.sum(axis=1, keepdims=True)], axis=1)
+            gradient = (slope.astype(np.float64) + penalty * parameters) * learnable
+            squared = float((gradient**2).sum())
+            return value, gradient, squared / (2.0 * l2) if l2 > 0 else math.inf
+
+        return evaluate
+
+    def complete(self, parameters: Floats, weights: Floats) -> Floats:
+        """Give labels that no image has, or that every image has, what one image to the contrary would earn them."""
+        completed = parameters.copy()
+        constant = ~self._learnable(weights)
+        n_seen = float((weights > 0).sum())
+        completed[constant, :-1] = 0.0
+        completed[constant, -1] = np.where(self._share_present(weights)[constant] > 0, 1.0, -1.0) * math.log(n_seen + 1.0)
+        return completed
+
+    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+        judged = judge_labels(logits, self.targets[rows])
+        if self._of_present is None:
+            return nll(judged), mean_average_precision(judged)
+        weights = np.where(judged.targets, self._of_present.T, 1.0)
+        losses = binary_cross_entropy(judged.logits, judged.targets)
+        return float((weights * losses).mean()), mean_average_precision(judged)
+
+    def _share_present(self, weights: Floats) -> Floats:
+        """(C,) the share of the weight of the images that have each label."""
+        return np.asarray(weights @ self.targets / weights.sum())
+
+    def _learnable(self, weights: Floats) -> NDArray[np.bool_]:
+        """(C,) whether there are images with the label and images without it."""
+        seen = self.targets[weights > 0]
+        return np.asarray(seen.any(axis=0) & ~seen.all(axis=0))

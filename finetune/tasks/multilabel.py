@@ -1,0 +1,160 @@
+"""Any number of labels per image, none included: a sigmoid for each label, given where its probability reaches its threshold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.metrics import Interval, Metric
+from finetune.metrics.calibration import ReliabilityBin, reliability_bins
+from finetune.metrics.labels import (
+    BRIER,
+    ECE,
+    EXACT_MATCH,
+    MACRO_F1,
+    MAP,
+    MICRO_F1,
+    NLL,
+    LabelRows,
+    average_precision_interval,
+    average_precisions,
+    check_labels,
+    judge_labels,
+    sigmoid,
+)
+from finetune.metrics.temperature import Temperature, fit_sigmoid_temperature
+from finetune.spec import LOSSES
+from finetune.tasks.balance import Balance, ClassWeights, balance_of_labels
+from finetune.tasks.task import Logits, Target, Targets, Thresholds
+
+NO_LABEL = "(no label)"
+_LEAST = 1e-12  # a threshold of 0 or 1 has no finite logit
+FEWEST_OF_EACH = 10  # images with a label and without it from which a threshold is chosen for it; below, it stays at one half
+
+
+class Multilabel:
+    """Classes of which an image may show several, or none."""
+
+    name = "multilabel"
+    exclusive = False
+    losses = LOSSES["multilabel"]
+    smooths_labels = False
+    metrics: Sequence[Metric[LabelRows]] = (MAP, MICRO_F1, MACRO_F1, EXACT_MATCH, NLL, ECE, BRIER)
+    headline: Metric[LabelRows] = MAP
+    of_images: Metric[LabelRows] = EXACT_MATCH
+
+    def describes(self, targets: Sequence[Target]) -> bool:
+        return any(not isinstance(target, int) for target in targets)
+
+    def learns(self, target: Target) -> bool:
+        return True
+
+    def encode(self, targets: Sequence[Target], n_classes: int) -> NDArray[np.uint8]:
+        """Return (N, C), 1 where a label applies."""
+        encoded = np.zeros((len(targets), n_classes), np.uint8)
+        for row, target in enumerate(targets):
+            encoded[row, [target] if isinstance(target, int) else list(target)] = 1
+        return encoded
+
+    def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
+        return sigmoid(logits.astype(np.float64) / temperature)
+
+    def judge(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> LabelRows:
+        return judge_labels(logits, targets, thresholds)
+
+    def chance(self, targets: Targets) -> float:
+        shares = targets.mean(axis=0)
+        return float(shares[shares > 0].mean()) if shares.any() else 0.0
+
+    def blind_loss(self, n_classes: int) -> float:
+        return math.log(2.0)
+
+    def class_counts(self, rows: LabelRows) -> Sequence[tuple[int, int, int]]:
+        return [(int(t), int(g), int(b)) for t, g, b in zip(*rows.counts, strict=True)]
+
+    def class_precisions(self, rows: LabelRows) -> Sequence[tuple[float, Interval] | None]:
+        counts, _, _ = rows.counts
+        return [
+            (float(value), average_precision_interval(float(value), int(n))) if n else None
+            for value, n in zip(average_precisions(rows), counts, strict=True)
+        ]
+
+    def sureness(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        said = np.where(rows.given, rows.probs, 1.0 - rows.probs)  # the probability of each yes or no that was answered
+        surest_mistake = np.where(rows.given != rows.targets, said, 0.0).max(axis=1)
+        wrong = rows.score < 1
+        return np.where(wrong, surest_mistake, said.min(axis=1)), np.where(wrong, 1.0 - surest_mistake, said.min(axis=1))
+
+    def answered(self, rows: LabelRows, row: int) -> tuple[int, ...]:
+        return self.labels_of(rows.given[row])
+
+    def answer_text(self, rows: LabelRows, row: int, classes: Sequence[str]) -> str:
+        return self.label_text(rows.given[row], classes)
+
+    def facts(self, rows: LabelRows) -> Mapping[str, float]:
+        true, given, _ = (int(count.sum()) for count in rows.counts)
+        return {"labels_per_image": true / len(rows), "labels_given_per_image": given / len(rows)}
+
+    def confusion(self, rows: LabelRows) -> None:
+        return None
+
+    def reliability_bins(self, rows: LabelRows) -> tuple[ReliabilityBin, ...]:
+        return reliability_bins(rows.probs.ravel(), rows.targets.ravel())
+
+    def fit_temperature(self, logits: Logits, targets: Targets) -> Temperature:
+        return fit_sigmoid_temperature(logits, targets)
+
+    def choose_thresholds(self, logits: Logits, targets: Targets) -> NDArray[np.float32]:
+        """Return for each label the logit from which on giving it has the highest F1 here; 0 where the images are too few."""
+        checked = check_labels(logits, targets)
+        return np.array([_best_threshold(logits[:, label], checked[:, label]) for label in range(logits.shape[1])], np.float32)
+
+    def probability_thresholds(self, thresholds: NDArray[np.floating[Any]], temperature: float) -> tuple[float, ...]:
+        return tuple(float(one) for one in self.probabilities(thresholds[None], temperature)[0])
+
+    def logit_thresholds(self, thresholds: Sequence[float], temperature: float) -> NDArray[np.float64]:
+        values = np.clip(np.asarray(thresholds, np.float64), _LEAST, 1.0 - _LEAST)
+        return np.asarray(temperature * (np.log(values) - np.log1p(-values)))
+
+    def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
+        limits = np.full(len(probs), 0.5) if thresholds is None else np.asarray(thresholds)
+        return np.asarray([label for label in self.ranking(probs) if probs[label] >= limits[label]], np.int64)
+
+    def balance(self, targets: Targets, n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
+        return balance_of_labels(targets, class_weights, logit_adjustment)
+
+    def label_text(self, target: Any, classes: Sequence[str]) -> str:
+        return ", ".join(classes[label] for label in self.labels_of(target)) or NO_LABEL
+
+    def labels_of(self, target: Any) -> tuple[int, ...]:
+        return tuple(int(label) for label in np.flatnonzero(target))
+
+    def cell_text(self, labels: Sequence[int], classes: Sequence[str]) -> str:
+        return json.dumps([classes[label] for label in labels], ensure_ascii=False)
+
+    def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        return np.argsort(-probs, kind="stable")
+
+
+def _best_threshold(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_]) -> float:
+    """Return the logit from which on giving the label has the highest F1: between two images', the nearest to 0 of equals."""
+    n_positive = int(targets.sum())
+    if n_positive < FEWEST_OF_EACH or len(targets) - n_positive < FEWEST_OF_EACH:
+        return 0.0
+    order = np.argsort(-logits, kind="stable")
+    values = logits[order].astype(np.float64)
+    right = np.cumsum(targets[order])
+    lasts = np.flatnonzero(values[1:] != values[:-1])  # the label may be given to all images up to one of these, but not to all
+    at_half = targets & (logits >= 0)
+    best, threshold = 2 * int(at_half.sum()) / (int((logits >= 0).sum()) + n_positive), 0.0
+    scores = 2 * right[lasts] / (lasts + 1 + n_positive)
+    if not len(lasts) or scores.max() <= best:
+        return threshold
+    between = (values[lasts] + values[lasts + 1]) / 2
+    highest = between[scores == scores.max()]
+    return float(highest[np.argmin(np.abs(highest))])

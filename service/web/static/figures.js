@@ -1,0 +1,24 @@
+// Which figure a model is judged by: the server's tasks say it, and each has its own.
+
+import { percent, t } from "./i18n.js";
+
+/** Names of the figures that a model is judged by first, and what is counted image by image. Both are shares. */
+export const HEADLINES = ["top1", "map"];
+export const OF_IMAGES = ["top1", "exact_match"];
+
+/** Return `[name, value]` of the figure to judge by among metrics such as `test/top1`; null where none was measured. */
+export function headline(metrics, splits = ["test", "cv"]) {
+  for (const split of splits) {
+    for (const name of HEADLINES) {
+      const value = metrics?.[`${split}/${name}`];
+      if (typeof value === "number") return [name, value];
+    }
+  }
+  return null;
+}
+
+/** Return the figure to judge by as a sentence: how many pictures were right, or how well labels are told apart. */
+export function inWords(metrics, key, values = {}) {
+  const found = headline(metrics);
+  return found === null ? "" : t(`${key}.${found[0]}`, { share: percent(found[1], 1), ...values });
+}
