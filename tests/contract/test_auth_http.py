@@ -36,6 +36,8 @@ ABSENT = {
     "name": "other",
     "alias": "champion",
     "version": "1",
+    "file": "model.onnx",
+    "webhook_id": "whk-x",
 }
 
 
@@ -203,7 +205,9 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     comparison_id = client.post(COMPARISONS, json={"training_file": file_id, "suffix": "other"}, headers=key).json()["id"]
     client.post(f"{COMPARISONS}/{comparison_id}/cancel", headers=key)
     batch = client.post(BATCHES, json={"input_file": file_id, "model": "mine"}, headers=key).json()
-    others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"]}
+    webhook = client.post("/v1/webhooks", json={"url": "https://example.org/hooks"}, headers=key).json()
+    others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"], "file": "model.onnx"}
+    others["webhook_id"] = webhook["id"]
     return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **others}
 
 
