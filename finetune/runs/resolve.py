@@ -13,6 +13,7 @@ from typing import Any
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
 from finetune.data.dataset import Dataset, targets_of, unmeasured
+from finetune.doctor.classes import first_look
 from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
 from finetune.runtime.device import Device
@@ -50,7 +51,8 @@ class DatasetFacts:
         """Return the facts of a dataset that is split."""
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
-        warnings = [*dataset.warnings, *(unmeasured(split, names) for split, names in missing.items() if names)]
+        unmeasurable = (unmeasured(split, names) for split, names in missing.items() if names)
+        warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]
         return cls(
             name=dataset.name,
             root=dataset.root,
