@@ -155,6 +155,13 @@ def _best_threshold(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_
     scores = 2 * right[lasts] / (lasts + 1 + n_positive)
     if not len(lasts) or scores.max() <= best:
         return threshold
-    between = (values[lasts] + values[lasts + 1]) / 2
-    highest = between[scores == scores.max()]
-    return float(highest[np.argmin(np.abs(highest))])
+    places = lasts[scores == scores.max()]
+    between = np.array([_between(values[place + 1], values[place]) for place in places])
+    return float(between[np.argmin(np.abs(between))])
+
+
+def _between(low: float, high: float) -> float:
+    """Return the logit whose probability is in the middle of two others: far out, logits differ much and mean nearly the same."""
+    middle = float(sigmoid(np.array([low, high])).mean())
+    found = math.log(middle / (1.0 - middle)) if 0.0 < middle < 1.0 else math.inf
+    return found if low < found < high else (low + high) / 2
