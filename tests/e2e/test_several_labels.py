@@ -92,6 +92,20 @@ def test_every_door_gives_the_same_labels_with_the_same_probabilities(home: Path
         model.predict(files[0], finetune.Asked(coverage=0.9))
 
 
+def test_the_mlflow_model_says_that_it_gives_labels_and_gives_them(home: Path, probe: Outcome, tmp_path: Path) -> None:
+    import mlflow.pyfunc
+
+    from finetune.tracking.mlflow.model import write_model
+
+    write_model(tmp_path / "model", Path(str(probe.bundle)))
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    assert model.metadata.signature.outputs.input_names() == ["label", "probability", "predictions", "labels"]
+    files = sorted((home / "pictures").glob("*.png"))[:3]
+    predictor = Predictor.load(Path(str(probe.bundle)))
+    expected = [list(predictor.predict(file.read_bytes()).several.given) for file in files]  # type: ignore[union-attr]
+    assert [list(labels) for labels in model.predict([str(file) for file in files]).labels] == expected
+
+
 def test_a_bundle_is_measured_on_other_labelled_images(home: Path, probe: Outcome) -> None:
     table = write_colours(home / "others", 40, seed=7)
     model = finetune.load(Path(str(probe.bundle)))
