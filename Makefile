@@ -10,7 +10,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-longer test-browser test-all check-wheel golden lint format gpu-check bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-services test-longer test-browser test-all check-wheel check-formats golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -62,6 +62,9 @@ check-clients: $(READY)  ## Generate a Python and a TypeScript client from the O
 
 check-bento: $(READY)  ## Build bentos and the serving image's contents, install each without torch, and ask them
 	$(BIN)/python .ci/check_bento.py
+
+check-formats: $(READY)  ## Run exported models in OpenVINO and in ONNX Runtime Web, and open the exported page
+	$(BIN)/python .ci/check_formats.py
 
 lint: $(READY)  ## Style, types and import contracts
 	$(BIN)/ruff check .

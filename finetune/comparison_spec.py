@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from finetune.errors import Problem, SpecError
-from finetune.spec import JobSpec, MethodName, Section, merged_mapping, parse_spec, problems_of, with_settings
+from finetune.spec import JobSpec, MethodName, Section, absolute_backbone, merged_mapping, parse_spec, problems_of, with_settings
 
 DEFAULT_METHODS: tuple[MethodName, ...] = ("linear_probe", "partial", "full")
 MOST_ARMS = 20
@@ -131,11 +131,14 @@ class ComparisonSpec:
         """Return the request with paths that mean the same in another folder; see `JobSpec.with_absolute_paths`."""
         arms = [{"name": arm.name, "set": {key: _absolute(key, arm.set[key]) for key in arm.set}} for arm in self.settings.arms]
         job = self.job.with_absolute_paths()
-        return parse_comparison({**job.model_dump(mode="json"), **self.settings.model_dump(mode="json"), "arms": arms})
+        own = {"arms": arms, "models": [absolute_backbone(model) for model in self.settings.models]}
+        return parse_comparison({**job.model_dump(mode="json"), **self.settings.model_dump(mode="json"), **own})
 
 
 def _absolute(key: str, value: Any) -> Any:
-    """Return the value of an arm's setting, as an absolute path where it is a file with weights."""
+    """Return the value of an arm's setting, as an absolute path where it is a file with weights or a folder with a model."""
+    if key == "model.backbone" and isinstance(value, str):
+        return absolute_backbone(value)
     return str(Path(value).absolute()) if key == "model.weights" and Path(str(value)).is_file() else value
 
 

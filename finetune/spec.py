@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -49,16 +50,52 @@ class HeadSpec(Section):
     ] = None
 
 
+LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"  # timm's own prefixes of models that lie elsewhere
+_REGISTERED = r"[a-z0-9][a-z0-9._-]{0,62}@[1-9][0-9]*"
+
+
+def is_own_model(backbone: str) -> bool:
+    """Return whether ``model.backbone`` means one's own model: ``name@version``, or a folder of a run or a bundle."""
+    if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
+        return False
+    return "@" in backbone or "/" in backbone or backbone.startswith(".")
+
+
+def is_registered_model(backbone: str) -> bool:
+    """Return whether ``model.backbone`` means a registered version, by its number."""
+    return re.fullmatch(_REGISTERED, backbone) is not None
+
+
 class ModelSpec(Section):
     """Which pretrained backbone, where its weights come from, and the head."""
 
-    backbone: str = Field(DEFAULT_BACKBONE, min_length=1, max_length=200)
+    backbone: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=1000,
+            description="a timm name, local-dir:FOLDER or hf-hub:OWNER/NAME; or one's own model: name@version, or a run's folder",
+        ),
+    ] = DEFAULT_BACKBONE
     weights: Annotated[
         str,
         Field(description="auto (installed package, else timm's hub) | package | hub | none | path of .pth or .safetensors"),
     ] = "auto"
     input_size_px: Auto | Annotated[int, Field(ge=32, le=1024)] = "auto"
     head: HeadSpec = HeadSpec()
+
+    @model_validator(mode="after")
+    def _own_models_bring_their_weights(self) -> ModelSpec:
+        if not is_own_model(self.backbone):
+            return self
+        if self.weights != "auto":
+            raise ValueError(f"{self.backbone} brings its own weights: leave model.weights at auto")
+        if "@" in self.backbone and "/" not in self.backbone and not is_registered_model(self.backbone):
+            raise ValueError(
+                f"{self.backbone!r}: give a registered model with the number of its version, as in flowers@3; what an alias "
+                "means can change while a job waits"
+            )
+        return self
 
 
 Column = Annotated[str | None, Field(min_length=1, max_length=1000)]
@@ -314,6 +351,7 @@ class JobSpec(Section):
                 found[name] = str(Path(given).absolute())
         weights = Path(self.model.weights)
         model = self.model.model_copy(update={"weights": str(weights.absolute())}) if weights.is_file() else self.model
+        model = model.model_copy(update={"backbone": absolute_backbone(model.backbone)})
         data = self.data
         named = {name: getattr(data, name) for name in ("split_file", "manifest")}
         data = data.model_copy(update={name: str(Path(path).absolute()) for name, path in named.items() if path is not None})
@@ -321,6 +359,14 @@ class JobSpec(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def absolute_backbone(backbone: str) -> str:
+    """Return ``model.backbone`` with a folder that means the same in another one."""
+    if backbone.startswith(LOCAL_FOLDER):
+        return f"{LOCAL_FOLDER}{Path(backbone.removeprefix(LOCAL_FOLDER)).absolute()}"
+    is_folder = is_own_model(backbone) and not is_registered_model(backbone)
+    return str(Path(backbone).absolute()) if is_folder else backbone
 
 
 def parse_spec(given: Mapping[str, Any]) -> JobSpec:

@@ -15,6 +15,7 @@ from finetune.storage.rundir import RunDir
 from service.job_request import (
     MAY_BE_NULL,
     CheckNames,
+    FindModel,
     LocateFile,
     find_folders,
     metadata_problems,
@@ -46,6 +47,7 @@ def read_comparison(
     *,
     locate: LocateFile,
     find_run: FindRun,
+    find_model: FindModel,
     data_roots: Sequence[Path],
     check_names: CheckNames,
 ) -> ComparisonRequest:
@@ -55,18 +57,24 @@ def read_comparison(
         SpecError: with one problem for each field that is wrong.
         DataError: the dataset cannot be trained on.
     """
-    asked = _read_runs(body, find_run) if body.get("runs") is not None else _read_arms(body, locate, data_roots, check_names)
+    if body.get("runs") is not None:
+        return ComparisonRequest(dict(body), _read_runs(body, find_run), digest_of({"comparison": body}))
+    asked = _read_arms(body, locate, find_model, data_roots, check_names)
     return ComparisonRequest(dict(body), asked, digest_of({"comparison": body}))
 
 
 def _read_arms(
-    body: Mapping[str, Any], locate: LocateFile, data_roots: Sequence[Path], check_names: CheckNames
+    body: Mapping[str, Any],
+    locate: LocateFile,
+    find_model: FindModel,
+    data_roots: Sequence[Path],
+    check_names: CheckNames,
 ) -> ComparisonSpec:
     folders, problems = find_folders(body, locate, data_roots)
     may_be_null = (*MAY_BE_NULL, *ComparisonSettings.model_fields, "runs")
     try:
         spec = parse_body(body, parse_comparison, ComparisonSpec.to_dict, may_be_null)
-        problems += _of_arms(spec, lambda specs: [server_problems(one, data_roots) for one in specs])
+        problems += _of_arms(spec, lambda specs: [server_problems(one, data_roots, find_model) for one in specs])
         problems += _too_many_runs(spec)
         if not problems:
             problems += _of_arms(spec, check_names)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import Header, Request, Response
 from starlette.exceptions import HTTPException
 
+from finetune.bundle.weights import Origin, find_origin
 from finetune.jobs.creation import digest_of
 from finetune.jobs.kinds import TRAINING, Kind
 from finetune.jobs.store import Job, NameTaken
@@ -42,6 +43,16 @@ class Submission:
     def locate(self, file_id: str) -> Path:
         """Return the folder of an upload's contents; raise `NotFound` where the caller has no such file."""
         return self.server.uploads.place_of(self.server.database.files.get(file_id, self.caller.sees).id).resolve()
+
+    def find_model(self, reference: str) -> Origin:
+        """Return a registered version to start from.
+
+        Raises:
+            NotFound: the caller has no such model.
+            WeightsError: it was made by an earlier release, which kept no weights.
+        """
+        self.server.check_may_use(self.caller, reference.partition("@")[0])
+        return find_origin(reference, self.server.models.registry.root)
 
     def find_run(self, job_id: str) -> tuple[Job, RunDir]:
         """Return a fine-tuning job and its run; raise `NotFound` where the caller has no such job."""

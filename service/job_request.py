@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.data.intake import check
-from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError
+from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecError, WeightsError
 from finetune.jobs.creation import digest_of
 from finetune.jobs.files import PREFIX
 from finetune.runtime.cores import available_cores
-from finetune.spec import JobSpec, parse_spec
+from finetune.spec import LOCAL_FOLDER, JobSpec, is_own_model, is_registered_model, parse_spec
 
 MAX_DEPTH = 16
 METADATA_KEY = r"[A-Za-z0-9._-]{1,64}"  # of keys that can be filtered by
@@ -38,6 +38,7 @@ MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "valid
 
 T = TypeVar("T")
 LocateFile = Callable[[str], Path]  # an uploaded file's id → its contents' folder; NotFound where the caller has no such file
+FindModel = Callable[[str], object]  # name@version → the version; NotFound where the caller may not use it
 CheckNames = Callable[[Sequence[JobSpec]], Sequence[Sequence[Problem]]]  # what only the training libraries know of each spec
 
 
@@ -76,12 +77,14 @@ def read_request(
     body: Mapping[str, Any],
     *,
     locate: LocateFile,
+    find_model: FindModel,
     data_roots: Sequence[Path],
     check_names: CheckNames = lambda specs: [() for _ in specs],
 ) -> JobRequest:
     """Understand a creation's body.
 
     Args:
+        find_model: looks up a registered version that the caller may use.
         data_roots: folders of this server that datasets and weights may be read from.
         check_names: what is wrong with the backbones and transforms of specs.
 
@@ -92,7 +95,7 @@ def read_request(
     folders, problems = find_folders(body, locate, data_roots)
     try:
         spec = parse_body(body, parse_spec, lambda spec: spec.model_dump(mode="json"))
-        problems += server_problems(spec, data_roots)
+        problems += server_problems(spec, data_roots, find_model)
         if not problems:
             problems += check_names([spec])[0]
     except SpecError as error:
@@ -243,9 +246,30 @@ def find_folders(
     return folders, problems
 
 
-def server_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
+def server_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel) -> list[Problem]:
     """Return what a server does not allow although the vocabulary does."""
-    return [*_weights_problems(spec, roots), *metadata_problems(spec.metadata), *_limit_problems(spec)]
+    return [
+        *_backbone_problems(spec, roots, find_model),
+        *_weights_problems(spec, roots),
+        *metadata_problems(spec.metadata),
+        *_limit_problems(spec),
+    ]
+
+
+def _backbone_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel) -> list[Problem]:
+    """Return why a job may not start from its backbone: a folder of this machine, or a model that the caller does not have."""
+    backbone, shown = spec.model.backbone, spec.model.backbone[:200]
+    if backbone.startswith(LOCAL_FOLDER):
+        within = _under_a_root(backbone.removeprefix(LOCAL_FOLDER), roots)
+        return [] if within else [Problem("model.backbone", f"{shown!r} is not a folder in this server's data folders")]
+    if is_registered_model(backbone):
+        try:
+            find_model(backbone)
+        except (NotFound, WeightsError) as error:
+            return [Problem("model.backbone", error.message)]
+    elif is_own_model(backbone):
+        return [Problem("model.backbone", f"{shown!r} is neither a timm name nor a registered model such as flowers@3")]
+    return []
 
 
 def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from finetune.errors import Overloaded, Problem
-from finetune.spec import DEFAULT_BACKBONE, JobSpec
+from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
 from service.worker import can_train
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class SpecChecker:
         return [found.get(id(spec), ()) for spec in specs]
 
     def _is_known(self, spec: JobSpec) -> bool:
-        return spec.model.backbone in self._known_backbones and spec.augmentation.transforms is None
+        known = is_own_model(spec.model.backbone) or spec.model.backbone in self._known_backbones
+        return known and spec.augmentation.transforms is None
 
     def _ask(self, specs: Sequence[JobSpec]) -> list[list[Problem]]:
         given = json.dumps([spec.model_dump(mode="json") for spec in specs])

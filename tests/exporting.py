@@ -14,13 +14,13 @@ from PIL import Image
 
 from finetune.bundle.manifest import Manifest
 from finetune.data.dataset import Sample
-from finetune.export.graph import EXPORTER, DeployModule, Graph, evaluating, fill, trace
-from finetune.export.pack import BundleFacts, ExportedNetwork, export_bundle
+from finetune.export.graph import EXPORTER, DeployModule, Graph, evaluating, fill, head_of, trace
+from finetune.export.pack import BundleFacts, ExportedNetwork, KeptWeights, export_bundle
 from finetune.export.reference import torch_reference
 from finetune.export.template import INPUT_NAME
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
-from finetune.runs.build import facts_of
+from finetune.runs.build import carried_tensors, facts_of
 from finetune.runtime.session import open_session
 
 CLASSES = ("ash", "beech", "cedar", "elm")
@@ -48,6 +48,7 @@ def network_of(module: DeployModule, graph: Graph | None = None) -> ExportedNetw
         preprocess=classifier.backbone.preprocess,
         exporter=EXPORTER,
         reference=lambda _, images: torch_reference(module, images),
+        kept=KeptWeights(head_of(classifier), classifier.pooling, 0, carried_tensors(classifier.backbone, trained=True)),
     )
 
 

@@ -7,6 +7,7 @@ so its mean is the logit, as in a real bundle.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from finetune.bundle.calibration import HELD_OUT, Calibration, write_subspace
-from finetune.bundle.manifest import MODEL, NOVELTY, PROBE, Manifest, write_manifest
+from finetune.bundle.manifest import MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, write_manifest
 from finetune.bundle.predictor import write_probe
 from finetune.bundle.preprocess import Preprocess
+from finetune.bundle.weights import METADATA_KEY
 from finetune.metrics.novelty import Subspace
 
 SIDE_PX = 16
@@ -44,8 +46,9 @@ def write_bundle(
     name: str = "colours",
     calibration: Calibration | None = None,
     subspace: Subspace | None = None,
+    with_weights: bool = False,
 ) -> Path:
-    """A valid bundle that says ``classes[i]`` for the colour number i."""
+    """A valid bundle that says ``classes[i]`` for the colour number i; `with_weights`, with a file of weights without tensors."""
     folder.mkdir(parents=True)
     outputs = ("probs", "logits", "cam", "embedding") if cam else ("probs", "logits", "embedding")
     (folder / MODEL).write_bytes(_model(outputs).SerializeToString())
@@ -55,6 +58,9 @@ def write_bundle(
     write_probe(folder / PROBE, encoded, images, logits.astype(np.float32))
     if subspace is not None:
         write_subspace(folder / NOVELTY, subspace)
+    if with_weights:
+        header = json.dumps({"__metadata__": {METADATA_KEY: json.dumps({"pooling": "avg", "seed": 0})}}).encode()
+        (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
     write_manifest(
         folder,
         Manifest(

@@ -25,11 +25,16 @@ SPLITS = {
 }
 
 
-def model_card(manifest: Manifest) -> str:
-    """Return the card of a bundle, with a head that model hubs read."""
+def model_card(manifest: Manifest, library: str = "onnx", use: str | None = None) -> str:
+    """Return the card of a bundle, with a head that model hubs read.
+
+    Args:
+        library: what loads the files that the card lies beside.
+        use: how, in Markdown; by default how finetune uses the bundle.
+    """
     reference = manifest.name if manifest.version is None else f"{manifest.name}@{manifest.version}"
     parts = [
-        _head(manifest),
+        _head(manifest, library),
         f"# {_text(reference)}\n\n{_what(manifest)}",
         _section("Classes", _classes(manifest.classes)),
         _section("How good it is", _figures(manifest)),
@@ -37,18 +42,18 @@ def model_card(manifest: Manifest) -> str:
         _section("How it was made", _table(_made(manifest))),
         _section("Licence", _licence(manifest)),
         _section("Limits", "\n".join(f"- {line}" for line in _limits(manifest))),
-        _section("Use", _use(manifest, reference)),
+        _section("Use", use or _use(manifest, reference)),
     ]
     return encodable("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _head(manifest: Manifest) -> str:
+def _head(manifest: Manifest, library: str) -> str:
     """The YAML that hubs read; JSON strings are YAML strings."""
     licence = _weights(manifest).get("license")
     lines = [
         "---",
         "pipeline_tag: image-classification",
-        "library_name: onnx",
+        f"library_name: {library}",
         *([f"license: {json.dumps(str(licence).lower())}"] if licence else []),
         f"base_model: {json.dumps(str(manifest.backbone['name']))}",
         "tags: [image-classification, transfer-learning, finetune]",
@@ -166,6 +171,7 @@ def _made(manifest: Manifest) -> list[list[str]]:
         ["what", "recorded"],
         ["backbone", f"{_text(manifest.backbone['name'])}{f', {size:,} parameters' if isinstance(size, int) else ''}"],
         ["pretrained weights", _text(weights.get("identifier") or "unknown")],
+        *([["started from", _started_from(weights)]] if weights.get("origin") else []),
         ["sha256 of the weights", f"`{weights['sha256']}`" if weights.get("sha256") else "unknown"],
         ["method", _method(manifest.method)],
         ["preprocessing", f"{preprocess.resize}, {preprocess.interpolation}"],
@@ -174,8 +180,27 @@ def _made(manifest: Manifest) -> list[list[str]]:
     ]
     if frozen:
         proof = " (their digest before and after training is the same)" if before and before == after else ""
-        rows.insert(5, ["frozen stages", f"{natural_list([_text(stage) for stage in frozen])}{proof}"])
+        rows.insert(
+            rows.index(["method", _method(manifest.method)]) + 1,
+            ["frozen stages", f"{natural_list([_text(stage) for stage in frozen])}{proof}"],
+        )
     return rows
+
+
+def _first(weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the first of the models began with that led to these weights."""
+    while origin := weights.get("origin"):
+        weights = origin.get("weights") or {}
+    return weights
+
+
+def _started_from(weights: Mapping[str, Any]) -> str:
+    """Return the models that this one was made from, the nearest first, and the pretrained weights of the first."""
+    names, first = [], _first(weights)
+    while origin := weights.get("origin"):
+        names.append(_text(origin["model"]))
+        weights = origin.get("weights") or {}
+    return f"{', which started from '.join(names)}; pretrained weights: {_text(first.get('identifier') or 'unknown')}"
 
 
 def _method(method: Mapping[str, Any]) -> str:
@@ -186,7 +211,7 @@ def _method(method: Mapping[str, Any]) -> str:
 
 def _licence(manifest: Manifest) -> str:
     weights = _weights(manifest)
-    if weights.get("source") == "none":
+    if _first(weights).get("source") == "none":
         return (
             "The backbone was not pretrained: no licence of weights applies. The licence of the training images is not recorded."
         )

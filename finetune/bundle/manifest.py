@@ -24,6 +24,7 @@ MANIFEST = "bundle.json"
 MODEL = "model.onnx"
 PROBE = "probe.npz"
 NOVELTY = "novelty.npz"  # where the embeddings of known images lie; not in every bundle
+WEIGHTS = "weights.safetensors"  # to train on from, or to export (`finetune.bundle.weights`); not in bundles of earlier versions
 THRESHOLDS = "thresholds"
 """The key in ``calibration`` of the probabilities from which on each label is given, in the order of the classes."""
 CARD = "README.md"  # the model card; not in bundles of earlier versions
@@ -156,7 +157,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
-    present = [name for name in (MODEL, PROBE, NOVELTY, CARD) if (folder / name).is_file()]
+    present = [name for name in (MODEL, PROBE, NOVELTY, WEIGHTS, CARD) if (folder / name).is_file()]
     hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in present})
     checked = Manifest.from_json(hashed.to_json())
     write_json(folder / MANIFEST, checked.to_dict())

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.calibration import Asked
 from finetune.bundle.manifest import Manifest
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
@@ -30,6 +31,8 @@ TAKEN = (
     "the bytes of an image file, these in base64, a path, or RGB pixels as uint8 (height, width, 3); one of them, a list, "
     f"a NumPy array (images, height, width, 3), or a table with a column {IMAGE_COLUMN!r}"
 )
+ASKED = ("coverage", "per_class", "abstain", "precision")
+CERTAINTY = ("prediction_set", "abstained", "reason", "novelty")  # columns that are there where they were asked for
 SCORING_SERVER = "mlflow.pyfunc.scoring_server.app"
 _PATH_CHARACTERS = 4096
 
@@ -57,25 +60,31 @@ class BundleModel:
 
         Its columns are ``label`` and ``probability`` of the most probable class, and ``predictions``, the most probable classes
         with their probabilities, as ``/predict`` gives them. Where an image may have several labels, ``labels`` holds those that
-        it is given.
+        it is given. What is asked for with ``coverage`` is in ``prediction_set``, and with ``abstain`` in ``abstained``,
+        ``reason`` and ``novelty``; these three are there too where the model's owner has switched abstention on.
 
         Args:
             model_input: see `TAKEN`.
-            params: ``top_k``: how many classes to give, at most all; 5 by default.
+            params: ``top_k``: how many classes to give, at most all; 5 by default. ``coverage``, ``per_class``, ``abstain`` and
+                ``precision`` as for ``/predict``.
 
         Raises:
-            InvalidInput: something that is no image in any of these forms.
+            InvalidInput: something that is no image in any of these forms; what this bundle's held-out images cannot show.
             ImageError: an image that cannot be decoded.
         """
         import pandas as pd  # MLflow needs it, and nothing else here does
 
         manifest = self._predictor.manifest
         top_k = _top_k(params, len(manifest.classes))
+        asked = self._predictor.judge.resolved(_asked(params))
         rows: list[dict[str, Any]] = []
         for images in _batches(_each(model_input), BATCH_SIZE):
-            probs = self._predictor.run(np.stack([self._pixels(image) for image in images])).probs
-            rows += [_row(one, self._predictor, top_k) for one in probs]
-        return pd.DataFrame(rows, columns=columns_of(manifest))
+            outputs = self._predictor.run(np.stack([self._pixels(image) for image in images]))
+            for probs, embedding in zip(outputs.probs, outputs.embedding, strict=True):
+                certainty = self._predictor.judge.certainty(probs, embedding, asked)
+                rows.append({**_row(probs, self._predictor, top_k), **certainty.to_dict()})
+        said = [name for name in CERTAINTY if rows and name in rows[0]]
+        return pd.DataFrame(rows, columns=[*columns_of(manifest), *said])
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:
         """Return the (h, w, 3) input of the model for one image in any of the forms that are taken."""
@@ -167,8 +176,14 @@ def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
     return int(asked)
 
 
+def _asked(params: Mapping[str, Any] | None) -> Asked:
+    """Return what is asked of the answers besides labels; MLflow fills in what a param is by default."""
+    given = {name: value for name in ASKED if (value := (params or {}).get(name)) is not None}
+    return Asked(**given)
+
+
 def columns_of(manifest: Manifest) -> list[str]:
-    """Return the columns of the table that a bundle's model answers with."""
+    """Return the columns of the table that a bundle's model answers with, whatever is asked."""
     return ["label", "probability", "predictions", *([] if task_named(manifest.task).exclusive else ["labels"])]
 
 

@@ -20,7 +20,7 @@ import onnxruntime
 
 from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Calibration, Certainty, Judge, parse_subspace
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
-from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, Manifest, metadata_problems, read_manifest
+from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
 from finetune.metrics.novelty import Subspace
@@ -264,10 +264,15 @@ def _parse_probe(folder: Path, data: bytes) -> Probe:
 
 
 def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The bytes of every file of the bundle. What is used later is what was hashed here, whatever happens to the folder."""
+    """The bytes of every file of the bundle but its weights, which are verified where they are used.
+
+    What is used later is what was hashed here, whatever happens to the folder.
+    """
     contents: dict[str, bytes] = {}
     problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, PROBE) if name not in manifest.files]
     for name, expected in manifest.files.items():
+        if name == WEIGHTS:
+            continue
         try:
             contents[name] = (folder / name).read_bytes()
         except OSError as error:

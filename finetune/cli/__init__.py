@@ -17,6 +17,7 @@ from finetune.cli.comparing import compare
 from finetune.cli.data import data
 from finetune.cli.demo import demo
 from finetune.cli.diagnosing import diagnose
+from finetune.cli.exporting import export
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
 from finetune.cli.studying import study
@@ -55,6 +56,7 @@ for command in (
     build,
     backbones,
     models,
+    export,
     mlflow,
     demo,
     worker,

@@ -10,18 +10,19 @@ import json
 import sys
 from typing import Any
 
-from finetune.errors import Problem, UnknownBackbone
-from finetune.spec import JobSpec, parse_spec
+from finetune.errors import Problem, UnknownBackbone, WeightsError
+from finetune.spec import JobSpec, is_own_model, parse_spec
 
 
 def problems_of(spec: JobSpec) -> list[Problem]:
     """Return what is wrong with the backbone's name and with explicit transforms."""
     problems: list[Problem] = []
     try:
-        from finetune.model.catalog import pretrained_cfg
+        if not is_own_model(spec.model.backbone):  # the server has looked those up
+            from finetune.model.weights import find_cfg
 
-        pretrained_cfg(spec.model.backbone)
-    except UnknownBackbone as error:
+            find_cfg(spec.model.backbone)
+    except (UnknownBackbone, WeightsError) as error:
         problems.append(Problem("model.backbone", error.message.removeprefix("model.backbone: ")))
     if spec.augmentation.transforms is not None:
         from finetune.data.transforms import build_all

@@ -29,7 +29,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--validation", metavar="DATA", help="Labelled images to validate on (validation_file)."),
             click.option("--test", metavar="DATA", help="Labelled images to test on once, at the end (test_file)."),
             click.option("--name", help="Name of the registered model (suffix)."),
-            click.option("--model", metavar="BACKBONE", help="A timm name; see finetune backbones."),
+            click.option(
+                "--model", metavar="BACKBONE", help="A timm name (see finetune backbones), or your own model: flowers@3."
+            ),
             click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
             click.option("--epochs", type=int, help="Epochs of training (hyperparameters.n_epochs)."),
             click.option("--folds", type=int, help="Cross-validate with so many folds, then train on all images (data.folds)."),

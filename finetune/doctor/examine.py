@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from finetune.data.check import advise_resize, image_facts
 from finetune.data.dataset import Dataset, Sample
+from finetune.doctor.classes import class_findings
 from finetune.doctor.duplicates import Pair, clusters, near_duplicates, same_bytes
 from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
 from finetune.doctor.labels import doubt_labels
@@ -22,9 +23,7 @@ from finetune.doctor.shortcuts import find_shortcuts
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 
-VERSION = 5  # of what is found: examinations of another one are not read
-FEW_IMAGES = 20  # of a class, below which its figures say little
-UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
+VERSION = 6  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
@@ -88,7 +87,7 @@ class _Examining:
                 yield from self._labels()
             with self._timed("shortcuts"):
                 yield from self._shortcuts(looks)
-        yield from self._classes()
+        yield from class_findings(self.dataset)
         yield from self._pictures(looks)
         yield from self._framing()
 
@@ -247,63 +246,6 @@ class _Examining:
             "another source.",
             tuple(cases),
         )
-
-    # ---------------------------------------------------------------------------------------------------------- classes
-
-    def _classes(self) -> Iterator[Finding]:
-        counts = self.dataset.counts()
-        totals = Counter[str]()
-        for of_split in counts.values():
-            totals.update(of_split)
-        small = {name: count for name, count in totals.items() if count < FEW_IMAGES}
-        if small:
-            said = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
-            yield Finding(
-                "small_classes",
-                "doubt",
-                "Classes with few images",
-                len(small),
-                f"{said}: figures of classes with fewer than {FEW_IMAGES} images say little.",
-                "Add images, or merge classes.",
-                tuple(
-                    Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
-                    for name, count in small.items()
-                ),
-            )
-        missing = [(split, name) for split, of in counts.items() for name, count in of.items() if not count and split != "all"]
-        if missing:
-            yield Finding(
-                "missing_in_split",
-                "problem",
-                "Classes that a split cannot measure",
-                len(missing),
-                natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
-                "Add images of these classes, or draw the split anew.",
-                tuple(
-                    Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
-                    for split, name in missing
-                ),
-            )
-        present = [count for count in totals.values() if count]
-        if present and max(present) >= UNEQUAL * min(present):
-            most, least = totals.most_common(1)[0], min(totals.items(), key=lambda pair: pair[1])
-            yield Finding(
-                "imbalance",
-                "note",
-                "Classes of very different size",
-                1,
-                f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Accuracy over all images hides what happens to "
-                "small classes: read the mean over classes (macro) figures first.",
-                "Add images of the small classes, or set data.class_weights: balanced or data.logit_adjustment: 1.",
-                (
-                    Case(
-                        (),
-                        most[1] / max(least[1], 1),
-                        f"{most[0]} {most[1]:,}, {least[0]} {least[1]:,}",
-                        key=case_key("imbalance", []),
-                    ),
-                ),
-            )
 
     # --------------------------------------------------------------------------------------------------------- pictures
 

@@ -81,24 +81,34 @@ def trace(module: DeployModule) -> Graph:
     images = torch.zeros((_TRACE_BATCH, height, width, 3), dtype=torch.uint8, device=module.temperature.device)
     copied = copy.deepcopy(module)
     _work_out_of_place(copied)
-    with evaluating(copied), torch.no_grad(), collection_paused(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own insides
-        try:
-            program = torch.onnx.export(
-                copied,
-                (images,),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[INPUT_NAME],
-                output_names=list(module.outputs),
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
+    try:
+        program = _exported(copied, images)
+    except torch.onnx.errors.OnnxExporterError as error:
+        if not _unfuse_attention(copied):
             raise ExportError(_why(name, error)) from error
-    assert program is not None
+        try:
+            program = _exported(copied, images)
+        except torch.onnx.errors.OnnxExporterError:
+            raise ExportError(_why(name, error)) from error
     return Graph(_weights_as_inputs(program.model, module), module.outputs)
+
+
+def _exported(module: DeployModule, images: torch.Tensor) -> torch.onnx.ONNXProgram:
+    with evaluating(module), torch.no_grad(), collection_paused(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about its own insides
+        program = torch.onnx.export(
+            module,
+            (images,),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[INPUT_NAME],
+            output_names=list(module.outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        )
+    assert program is not None
+    return program
 
 
 def fold(graph: Graph, module: DeployModule) -> bytes:
@@ -152,6 +162,18 @@ def _work_out_of_place(module: nn.Module) -> None:
     for part in module.modules():
         if getattr(part, "inplace", False) is True:
             part.inplace = False  # type: ignore[assignment]  # a plain attribute of activations and dropout
+
+
+def _unfuse_attention(module: nn.Module) -> bool:
+    """Write attention out as products and a softmax; return whether there was any to change.
+
+    The exporter takes torch's fused attention on 4 dimensions only. HieRa, NesT, SAM and Twins attend inside windows, which are a
+    fifth dimension. Everything else keeps the fused form, which becomes fewer operators.
+    """
+    fused = [part for part in module.modules() if getattr(part, "fused_attn", False) is True]
+    for part in fused:
+        part.fused_attn = False  # type: ignore[assignment]  # timm's plain attribute
+    return bool(fused)
 
 
 def _weights_as_inputs(model: ir.Model, module: nn.Module) -> bytes:

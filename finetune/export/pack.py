@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 from finetune import __version__
 from finetune.bundle.calibration import write_subspace
 from finetune.bundle.card import model_card
-from finetune.bundle.manifest import CARD, MODEL, NOVELTY, PROBE, Manifest, OutputName, write_manifest
+from finetune.bundle.manifest import CARD, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, OutputName, write_manifest
 from finetune.bundle.predictor import Predictor, Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import Reference, parity, parity_samples
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
-from finetune.export.template import INPUT_NAME, OPSET, with_metadata
+from finetune.export.template import INPUT_NAME, OPSET, Head, with_metadata
 from finetune.metrics.novelty import Subspace
 from finetune.model.facts import BackboneFacts
+from finetune.model.tensors import Tensors, serialised_tensors
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.session import open_session
 from finetune.storage.files import atomic_folder, write_atomic
@@ -38,6 +39,25 @@ from finetune.tasks import task_named
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
 _N_JUDGED = 1000  # images that int8 is judged on, where there are as many
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """What the bundle keeps so that the network can be trained on or leave in another format.
+
+    Args:
+        backbone: its tensors under timm's names; none where they are the pretrained ones still.
+        seed: what a backbone without pretrained weights was drawn with.
+    """
+
+    head: Head
+    pooling: str
+    seed: int
+    backbone: Tensors = field(default_factory=dict, repr=False)
+
+    def serialised(self) -> bytes:
+        """Return the file ``weights.safetensors``."""
+        return serialised_tensors(self.head.weight, self.head.bias, self.backbone, pooling=self.pooling, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,7 @@ class ExportedNetwork:
     exporter: str
     reference: Callable[[Sequence[Sample], NDArray[np.uint8]], Reference]
     """Returns torch's answers to samples; the second argument holds their preprocessed pixels, (N, h, w, 3)."""
+    kept: KeptWeights
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:
@@ -120,6 +141,8 @@ def export_bundle(
         predictor = Predictor(manifest, open_session(model, threads=threads))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with atomic_folder(out) as folder:
+        kept = network.kept.serialised()
+        write_atomic(folder / WEIGHTS, lambda stream: stream.write(kept))
         manifest = _write(folder, model, manifest, predictor, files[:_N_PROBES], images[:_N_PROBES], facts)
         Predictor.load(folder)
     progress(Progress("exporting", 3, 3, "steps", message="bundle written"))

@@ -27,6 +27,9 @@ class AuxiliaryHead(nn.Module):
         self._format = backbone.feature_format
         self._last_module = _last_link(backbone, stage)
         shape = backbone.stages[stage].output_shape
+        if not shape:
+            name = backbone.stages[stage].name
+            raise InvalidInput(f"model.head.aux: stage {name!r} of {backbone.name} ends in several maps; leave aux at null")
         self.linear = nn.Linear(shape[-1] if len(shape) == 2 or self._format.channels_last else shape[0], num_classes)
 
     def forward(self, activation: Tensor) -> Tensor:

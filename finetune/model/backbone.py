@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import timm
 import torch
@@ -20,12 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.bundle.preprocess import Preprocess, Resize
+from finetune.bundle.weights import Origin
 from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.model.stages import Layout, Stage, Trace, lay_out, shares_tensors, watch
-from finetune.model.weights import Weights, load_weights, resolve_weights
+from finetune.model.weights import Weights, load_weights, resolve_weights, weights_of_origin
 
 # timm's word for how an image of another shape is framed, and ours.
 _RESIZE: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "letterbox"}
+
+# CrossViT and CoaT end in a sequence of tokens for each of their branches, which their own heads join.
+_SEVERAL_MAPS_NOTE = (
+    "the network ends in several feature maps, which its own pooling joins, so its logits are not a mean over positions"
+)
 
 # VGG's pretrained layers after pooling are left out on purpose.
 _VGG_NOTE = (
@@ -103,7 +109,10 @@ class Backbone(nn.Module):
         return not self.weights.pretrained_cfg.get("fixed_input_size", False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w)."""
+        """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w).
+
+        A few networks give a list of such features, which only `own_embedding` takes.
+        """
         features: Tensor = self.module.forward_features(images)  # type: ignore[operator]
         return features
 
@@ -129,15 +138,18 @@ def build_backbone(
     input_size_px: int | Literal["auto"] = "auto",
     resize: Resize | Literal["auto"] = "auto",
     cache: Path | None = None,
+    origin: Origin | None = None,
 ) -> Backbone:
     """Build a backbone with its weights, in eval mode.
 
     Args:
-        name: any timm architecture, with or without a weights tag (``resnet50``, ``resnet50.a1_in1k``).
+        name: any timm architecture, with or without a weights tag (``resnet50``, ``resnet50.a1_in1k``), or where timm finds
+            another (``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``).
         weights: see `resolve_weights`.
         input_size_px: side of the square input; ``auto`` is what the weights were trained at.
         resize: how images of another shape are framed; ``auto`` is how the weights were evaluated.
         cache: where downloaded weights are kept.
+        origin: one's own model, whose backbone and weights are taken instead; ``auto`` is the input size that it has.
 
     Raises:
         UnknownBackbone, WeightsError: see `resolve_weights`.
@@ -146,7 +158,12 @@ def build_backbone(
     # By default a GPU rounds what it convolves to 10 bits: on an H100 the answers in training then differed from those of the
     # exported model by up to 0.007 of probability. Speed comes from bfloat16, where training chooses it.
     torch.backends.cudnn.allow_tf32 = False
-    found = resolve_weights(name, weights, cache)
+    if origin is None:
+        found = resolve_weights(name, weights, cache)
+    else:
+        name, found = origin.architecture, weights_of_origin(origin, cache)
+        if input_size_px == "auto":
+            input_size_px = _own_size(origin)
     module = _create(name, found, input_size_px)
     preprocess = _preprocess(module, found, input_size_px, resize)
     with torch.no_grad():
@@ -164,14 +181,20 @@ def build_backbone(
     return Backbone(name, module, layout, loaded, preprocess, feature_format, readout, n_features)
 
 
+def _own_size(origin: Origin) -> int | Literal["auto"]:
+    height, width = origin.manifest.preprocess.input_size_px
+    return height if height == width else "auto"
+
+
 def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -> nn.Module:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(weights.pretrained_cfg.get("model_args", {}))
+    architecture = weights.pretrained_cfg["architecture"] if "model_args" in weights.pretrained_cfg else name
     if timm.model_entrypoint(weights.pretrained_cfg["architecture"]).__module__ == vgg.__name__:
         options["mlp_ratio"] = 1 / 4096  # fc6 and fc7, which are left out, one unit wide: 0.1 s to build instead of 3 s
     if input_size_px != "auto" and weights.pretrained_cfg.get("fixed_input_size"):
         options["img_size"] = input_size_px
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        module: nn.Module = timm.create_model(architecture, pretrained=False, **{**options, "num_classes": 0})
     except TypeError as error:
         if "img_size" not in str(error):
             raise
@@ -213,11 +236,19 @@ def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: 
         trace = watch(module.eval(), image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _wrong_size(name, weights, input_size_px[0], str(error)) from None
-    if not isinstance(trace.features, Tensor) or trace.features.ndim not in (3, 4):
+    if not _is_feature_map(trace.features) and not _are_feature_maps(trace.features):
         raise UnknownBackbone(
-            f"model.backbone: {name} does not end in one feature map, which a head needs; take another architecture."
+            f"model.backbone: {name} does not end in a feature map, which a head needs; take another architecture."
         )
     return trace
+
+
+def _is_feature_map(features: Any) -> TypeGuard[Tensor]:
+    return isinstance(features, Tensor) and features.ndim in (3, 4)
+
+
+def _are_feature_maps(features: Any) -> bool:
+    return isinstance(features, list | tuple) and len(features) > 0 and all(map(_is_feature_map, features))
 
 
 def _wrong_size(name: str, weights: Weights, given: int | str, why: str) -> InvalidInput:
@@ -233,22 +264,28 @@ def _feature_format(module: nn.Module, trace: Trace) -> FeatureFormat:
     height, width = trace.image.shape[2:]
     return FeatureFormat(
         channels_last=str(getattr(module, "output_fmt", "NCHW")) == "NHWC",
-        n_prefix_tokens=_n_prefix_tokens(module, trace) if trace.features.ndim == 3 else 0,
+        n_prefix_tokens=_n_prefix_tokens(module, trace.features) if _is_tokens(trace.features) else 0,
         aspect=height / width,
     )
 
 
-def _n_prefix_tokens(module: nn.Module, trace: Trace) -> int:
+def _is_tokens(features: Any) -> TypeGuard[Tensor]:
+    return isinstance(features, Tensor) and features.ndim == 3
+
+
+def _n_prefix_tokens(module: nn.Module, features: Tensor) -> int:
     """As timm says; where it does not, what is left over from a square grid."""
     declared: Any = getattr(module, "num_prefix_tokens", None)
     if declared is not None:
         return int(declared)
-    n_tokens = trace.features.shape[1]
+    n_tokens = features.shape[1]
     return n_tokens - math.isqrt(n_tokens) ** 2
 
 
 def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> Readout:
     """Compare what the original classifier gets with the plain mean over positions."""
+    if not _is_feature_map(trace.features):
+        return Readout("own", note=_SEVERAL_MAPS_NOTE)
     if isinstance(module, vgg.VGG):
         return Readout("linear", note=_VGG_NOTE)
     mean = feature_format.as_map(trace.features).mean((2, 3))

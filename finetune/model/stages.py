@@ -95,7 +95,7 @@ class Trace:
     calls: tuple[Call, ...]  # during forward_features
     head_calls: tuple[str, ...]  # names of the modules called by forward_head
     image: Tensor
-    features: Tensor
+    features: Any  # a tensor, or a list of them where the network ends in several
     pre_logits: Tensor  # (1, D) what the original classifier would get
 
 

@@ -11,21 +11,27 @@ import pickle
 import sys
 import urllib.error
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import huggingface_hub
+import numpy as np
 import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
-from finetune.errors import Problem, WeightsError, did_you_mean
+from finetune.bundle.manifest import WEIGHTS
+from finetune.bundle.weights import Origin
+from finetune.errors import Problem, UnknownBackbone, WeightsError, did_you_mean
 from finetune.model.catalog import pretrained_cfg, split_name
 from finetune.model.packages import PACKAGES, package_of
+from finetune.model.tensors import backbone_tensors, read_tensors
+from finetune.spec import LOCAL_FOLDER, ON_HUB
 from finetune.storage.files import sha256_file
 
 StateDict = dict[str, Tensor]
@@ -35,6 +41,7 @@ FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 _CONNECT_SECONDS = 5.0
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONFIG = "config.json"
 _SHOWN = 5
 
 # Where checkpoints keep the tensors, most wanted first: averaged weights are what their authors evaluated.
@@ -47,24 +54,26 @@ _CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretra
 class Weights:
     """What a backbone starts from: `identifier` says where it was found, `sha256` is of the file, `license` None if not known."""
 
-    source: Literal["package", "hub", "file", "none"]
+    source: Literal["package", "hub", "file", "none", "model"]
     identifier: str
     sha256: str | None
     license: str | None
     state_dict: StateDict | None = field(repr=False, compare=False)
     pretrained_cfg: dict[str, Any] = field(repr=False, compare=False)
     file: Path | None = field(default=None, repr=False, compare=False)  # that they were read from
+    origin: Origin | None = field(default=None, repr=False, compare=False)  # one's own model that they are from
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what the manifest and the tracker say: where the weights are from, not where they lie."""
-        return {"source": self.source, "identifier": self.identifier, "sha256": self.sha256, "license": self.license}
+        found = {"source": self.source, "identifier": self.identifier, "sha256": self.sha256, "license": self.license}
+        return found if self.origin is None else {**found, "origin": self.origin.lineage()}
 
 
 def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = None) -> Weights:
     """Find and read the weights of a backbone.
 
     Args:
-        backbone: a timm name, with or without a tag.
+        backbone: a timm name, with or without a tag, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
         weights: ``auto`` (the installed package that carries this architecture, else the hub), ``package``, ``hub``, ``none``,
             or the path of a checkpoint.
         cache: where downloads are kept; None is the hub's own default.
@@ -73,6 +82,8 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
         UnknownBackbone: no such architecture or tag.
         WeightsError: they cannot be had; the message says in one sentence how to supply them.
     """
+    if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
+        return _of_another_place(backbone, weights, cache)
     cfg = pretrained_cfg(backbone)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
@@ -83,6 +94,80 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
     if weights == "auto":
         return _from_package(backbone, cfg) if _package_file(backbone) else _from_hub(backbone, cfg, cache)
     return _from_file(Path(weights), cfg)
+
+
+def weights_of_origin(origin: Origin, cache: Path | None = None) -> Weights:
+    """Find and read the backbone's weights of one's own model: its bundle keeps those that were trained.
+
+    A backbone that stayed frozen is found where the model found it, and must be the same bytes.
+
+    Raises:
+        WeightsError: they cannot be had, or are not those that the model was trained with.
+    """
+    recorded = origin.manifest.backbone.get("weights") or {}
+    tensors = backbone_tensors(read_tensors(origin))
+    if tensors:
+        cfg = find_cfg(origin.architecture, cache)
+        state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+        digest = origin.manifest.files[WEIGHTS]
+        return Weights("model", origin.reference, digest, recorded.get("license"), state, cfg, origin.file, origin)
+    source = str(recorded.get("source"))
+    found = resolve_weights(origin.architecture, str(recorded["identifier"]) if source == "file" else source, cache)
+    if found.sha256 != recorded.get("sha256"):
+        raise WeightsError(
+            f"{origin.reference} was trained on the weights {recorded.get('identifier')} with the sha256 "
+            f"{recorded.get('sha256')}, and what is found there now has {found.sha256}: put the earlier file back"
+        )
+    return replace(found, license=recorded.get("license"), origin=origin)
+
+
+def find_cfg(backbone: str, cache: Path | None = None) -> dict[str, Any]:
+    """Return what is recorded about the weights of a backbone; its ``config.json`` where it is in a folder or on the hub.
+
+    Raises:
+        UnknownBackbone: there is no such backbone.
+        WeightsError: the hub cannot be reached.
+    """
+    return _cfg_of_another_place(backbone, cache) if backbone.startswith((LOCAL_FOLDER, ON_HUB)) else pretrained_cfg(backbone)
+
+
+def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
+    """Return what ``config.json`` of a folder or a repository on the hub says, with the arguments that rebuild the network.
+
+    Raises:
+        UnknownBackbone: there is none, or it names no architecture that timm has.
+        WeightsError: the hub cannot be reached.
+    """
+    if backbone.startswith(LOCAL_FOLDER):
+        file = Path(backbone.removeprefix(LOCAL_FOLDER)) / _CONFIG
+        if not file.is_file():
+            raise UnknownBackbone(f"model.backbone: {backbone}: no {_CONFIG} there, which timm's folders have")
+    else:
+        file = _hub_file(backbone, backbone.removeprefix(ON_HUB), _CONFIG, cache)
+    try:
+        cfg, architecture, arguments = load_model_config_from_path(file.parent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnknownBackbone(f"model.backbone: {backbone}: its {_CONFIG} is not timm's ({_first_line(error)})") from None
+    known = pretrained_cfg(split_name(architecture)[0])
+    given = {key: value for key, value in cfg.items() if value is not None}
+    return {**known, **given, "architecture": known["architecture"], "model_args": dict(arguments or {})}
+
+
+def _of_another_place(backbone: str, weights: str, cache: Path | None) -> Weights:
+    cfg = _cfg_of_another_place(backbone, cache)
+    if weights == "none":
+        return Weights("none", "random initialisation", None, None, None, cfg)
+    if weights not in ("auto", "hub"):
+        return _from_file(Path(weights), cfg)
+    if backbone.startswith(ON_HUB):
+        repository = backbone.removeprefix(ON_HUB)
+        file = _hub_file(backbone, repository, None, cache)
+        return Weights("hub", repository, sha256_file(file), cfg.get("license"), _read(file), cfg, file)
+    folder = Path(backbone.removeprefix(LOCAL_FOLDER))
+    present = next((folder / name for name in _HUB_FILES if (folder / name).is_file()), None)
+    if present is None:
+        raise WeightsError(f"model.backbone: {backbone}: no {' or '.join(_HUB_FILES)} there")
+    return Weights("file", str(present), sha256_file(present), cfg.get("license"), _read(present), cfg, present)
 
 
 def load_weights(module: nn.Module, weights: Weights) -> None:
@@ -159,19 +244,25 @@ def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights
 
 
 def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path | None) -> Path:
-    """The local copy of a hub file, downloaded if it is not in the cache yet."""
+    """The local copy of a hub file, downloaded if it is not in the cache yet. A repository may name a revision after an ``@``."""
+    repository, _, named = repository.partition("@")
+    revision = named or None
     filenames = (filename,) if filename else _HUB_FILES
     for name in filenames:
-        cached = huggingface_hub.try_to_load_from_cache(repository, name, cache_dir=cache)
+        cached = huggingface_hub.try_to_load_from_cache(repository, name, cache_dir=cache, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
     for name in filenames:
         # The hub client retries for half a minute where there is no network; one short question beforehand does not.
-        address = huggingface_hub.hf_hub_url(repository, name)
+        address = huggingface_hub.hf_hub_url(repository, name, revision=revision)
         if not _answers(backbone, repository, address):
             continue
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, cache_dir=cache, etag_timeout=_CONNECT_SECONDS))
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    repository, name, cache_dir=cache, revision=revision, etag_timeout=_CONNECT_SECONDS
+                )
+            )
         except (OSError, httpx.HTTPError) as error:
             raise _unreachable(backbone, f"https://huggingface.co/{repository}", _first_line(error)) from None
     raise _unreachable(backbone, f"https://huggingface.co/{repository}", f"no {' or '.join(filenames)} there")

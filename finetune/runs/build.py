@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.bundle.preprocess import Preprocess
+from finetune.bundle.weights import HEAD_BIAS, HEAD_WEIGHT, find_origin
 from finetune.data.dataset import Sample
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, WeightsError
 from finetune.export.agreement import Reference
 from finetune.export.dry_run import dry_run_export
 from finetune.export.graph import EXPORTER, DeployModule, Graph, fold, head_of
@@ -27,10 +28,11 @@ from finetune.model.backbone import Backbone, build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.facts import BackboneFacts, StageFacts
 from finetune.model.freeze import frozen_digest
+from finetune.model.tensors import Tensors, read_tensors
 from finetune.model.threads import on_threads
 from finetune.runs.known import Record, file_state, keep_known, network_key
 from finetune.runs.shared import Shared
-from finetune.spec import JobSpec
+from finetune.spec import JobSpec, is_own_model
 
 _NOTHING_TRAINS: frozenset[int] = frozenset()
 
@@ -72,6 +74,11 @@ class BuiltNetwork:
     def prefix(self) -> ClassifierPrefix:
         return embedding_prefix(self.classifier, self.untrained)
 
+    @property
+    def seed(self) -> int:
+        origin = self.classifier.backbone.weights.origin
+        return self._spec.seed if origin is None else origin.seed
+
     def try_export(self) -> None:
         self.traced()
 
@@ -105,6 +112,20 @@ class BuiltNetwork:
         torch.manual_seed(seed)
         return Classifier(backbone, self.classifier.num_classes, head.pooling, aux=head.aux)
 
+    def tensors(self) -> Tensors:
+        return carried_tensors(self.classifier.backbone, trained=False)
+
+    def own_head(self, classes: Sequence[str]) -> Head | None:
+        """Return the head of the model that this network is from, if it knows the same classes; its rows in their order."""
+        origin = self.classifier.backbone.weights.origin
+        if origin is None or origin.manifest.task != self.task or sorted(origin.manifest.classes) != sorted(classes):
+            return None
+        tensors = read_tensors(origin)
+        order = [origin.manifest.classes.index(name) for name in classes]
+        head = Head(np.asarray(tensors[HEAD_WEIGHT], np.float32)[order], np.asarray(tensors[HEAD_BIAS], np.float32)[order])
+        fits = self.classifier.pooling == origin.pooling and head.weight.shape[1] == self.classifier.head.in_features
+        return head if fits else None
+
     def _keep(self, embedding: NDArray[np.float32], samples: Sequence[Sample], preprocess: Preprocess) -> None:
         weights_file = self.classifier.backbone.weights.file
         record = Record(
@@ -116,9 +137,21 @@ class BuiltNetwork:
             exporter=self.exporter,
             torch=torch.__version__,
             weights_file=file_state(str(weights_file.absolute())) if weights_file else None,
+            seed=self.seed,
         )
         key = network_key(self._spec, self.task, record.n_classes)
         keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, self._shared.store)
+
+
+def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:
+    """Return the backbone's tensors that a bundle keeps: all of them, unless they are the pretrained ones still.
+
+    Args:
+        trained: some of them were trained in this run.
+    """
+    if not trained and backbone.weights.source != "model":
+        return {}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in backbone.module.state_dict().items()}
 
 
 def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> BuiltNetwork:
@@ -128,16 +161,43 @@ def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> B
         InvalidInput: the backbone, its weights or the head do not exist as the request names them.
     """
     with on_threads(1):
-        backbone = seeded_backbone(spec)
+        backbone = seeded_backbone(spec, shared)
         torch.manual_seed(spec.seed)  # initialises the new head
         classifier = Classifier(backbone, n_classes, spec.model.head.pooling, aux=spec.model.head.aux)
+    _check_random_start(classifier)
     return BuiltNetwork(classifier, spec, task, shared)
 
 
-def seeded_backbone(spec: JobSpec) -> Backbone:
-    """Build the backbone that `spec` asks for."""
-    torch.manual_seed(spec.seed)  # initialises a backbone without pretrained weights
-    return build_backbone(spec.model.backbone, weights=spec.model.weights, input_size_px=spec.model.input_size_px)
+def _check_random_start(classifier: Classifier) -> None:
+    """Refuse a random backbone that is not the one with which one's own model was trained.
+
+    Raises:
+        WeightsError: this version of torch draws other numbers from the same seed.
+    """
+    weights = classifier.backbone.weights
+    if weights.origin is None or weights.source != "none":
+        return
+    if weights.origin.manifest.frozen.get("digest_before") != frozen_digest(classifier, _NOTHING_TRAINS):
+        raise WeightsError(
+            f"{weights.origin.reference} has a random backbone that was drawn with another version of torch or timm, and cannot "
+            "be drawn again here: train it with method partial or full, whose bundle keeps the weights"
+        )
+
+
+def seeded_backbone(spec: JobSpec, shared: Shared) -> Backbone:
+    """Build the backbone that `spec` asks for.
+
+    Raises:
+        InvalidInput: it does not exist as the request names it.
+        NotFound: the request starts from a model of one's own that does not exist.
+    """
+    asked = spec.model
+    if not is_own_model(asked.backbone):
+        torch.manual_seed(spec.seed)  # initialises a backbone without pretrained weights
+        return build_backbone(asked.backbone, weights=asked.weights, input_size_px=asked.input_size_px)
+    origin = find_origin(asked.backbone, shared.workspace.models)
+    torch.manual_seed(origin.seed)
+    return build_backbone(origin.architecture, input_size_px=asked.input_size_px, origin=origin)
 
 
 def facts_of(classifier: Classifier) -> BackboneFacts:

@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bundle.manifest import MANIFEST
 from finetune.bundle.predictor import Outputs
 from finetune.bundle.preprocess import Preprocess
+from finetune.bundle.weights import open_origin
 from finetune.data.dataset import Sample
 from finetune.errors import DiskFull
 from finetune.events import EventCallback
@@ -35,14 +37,15 @@ from finetune.features.rows import find_rows, keep_rows
 from finetune.features.solve import head_logits
 from finetune.model.facts import BackboneFacts
 from finetune.model.packages import package_of
+from finetune.model.tensors import Tensors, backbone_tensors, read_tensors
 from finetune.runtime.device import Device
 from finetune.runtime.session import open_session
-from finetune.spec import JobSpec
+from finetune.spec import LOCAL_FOLDER, JobSpec, is_own_model, is_registered_model
 from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.store import Store, mark_used
 from finetune.tasks import task_named
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -61,6 +64,7 @@ class Record:
     exporter: str
     torch: str  # version
     weights_file: Mapping[str, Any] | None  # as `file_state` gives it; None where there are no pretrained weights
+    seed: int  # what a backbone without pretrained weights was drawn with
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -92,6 +96,10 @@ class KnownNetwork:
     def prefix(self) -> Prefix:
         return _KnownPrefix(self)
 
+    @property
+    def seed(self) -> int:
+        return self.record.seed
+
     def try_export(self) -> None:
         """Do nothing: the network was exported when it was recorded."""
 
@@ -101,6 +109,13 @@ class KnownNetwork:
 
     def with_head(self, head: Head, temperature: float) -> bytes:
         return with_head(self.template, head, temperature)
+
+    def tensors(self) -> Tensors:
+        """Return those that the weights' file keeps, where it is the bundle of one's own model."""
+        if self.facts.weights["source"] != "model":
+            return {}
+        assert self.record.weights_file is not None, "the weights of one's own model are in a file"
+        return backbone_tensors(read_tensors(open_origin(Path(self.record.weights_file["path"]).parent)))
 
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
         return not len(self._stored(samples, preprocess).missing)
@@ -157,6 +172,7 @@ def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
         SCHEMA_VERSION,
         spec.model.model_dump_json(),
         str(Path(spec.model.weights).absolute()),  # two folders may hold different files of one name
+        _state_of_folder(spec.model.backbone),
         task,
         n_classes,
         spec.seed if spec.model.weights == "none" else None,  # the first values of a backbone that was not pretrained
@@ -165,6 +181,15 @@ def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
         _code_digest(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _state_of_folder(backbone: str) -> list[dict[str, Any] | None]:
+    """Return the state of the files that say what a backbone from a folder is; none for one that a name alone identifies."""
+    if backbone.startswith(LOCAL_FOLDER):
+        return [file_state(str(Path(backbone.removeprefix(LOCAL_FOLDER)) / "config.json"))]
+    if is_own_model(backbone) and not is_registered_model(backbone):
+        return [file_state(str(Path(backbone) / name / MANIFEST)) for name in (".", "bundle")]
+    return []
 
 
 def find_known(key: str, store: Store) -> KnownNetwork | None:

@@ -18,6 +18,7 @@ from finetune.export.agreement import Reference
 from finetune.export.template import Head
 from finetune.features.engine import Prefix
 from finetune.model.facts import BackboneFacts
+from finetune.model.tensors import Tensors
 
 
 class Network(Protocol):
@@ -36,6 +37,11 @@ class Network(Protocol):
         """The whole backbone with pooling: from pixels to the embedding that the head is given."""
         ...
 
+    @property
+    def seed(self) -> int:
+        """What the backbone was drawn with, where it is not pretrained."""
+        ...
+
     def try_export(self) -> None:
         """Check, before anything is trained, that the network can be exported.
 
@@ -50,6 +56,10 @@ class Network(Protocol):
 
     def with_head(self, head: Head, temperature: float) -> bytes:
         """Return the network with this head as one ONNX file."""
+        ...
+
+    def tensors(self) -> Tensors:
+        """Return the tensors of the backbone that a bundle must keep: none where they are the pretrained ones still."""
         ...
 
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:

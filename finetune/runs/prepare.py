@@ -112,7 +112,7 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
         network = network or built_network(spec, dataset, shared)
         network.try_export()
         return dataset, network
-    indexed = _index(spec, shared.store)
+    indexed = _index(spec, shared)
     with _reading(spec, indexed, shared, progress) as reading:
         network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
         network = network or built_network(spec, indexed, shared)
@@ -194,17 +194,19 @@ def with_val_as_train(dataset: Dataset) -> Dataset:
     return replace(dataset, samples=tuple(samples))
 
 
-def _index(spec: JobSpec, store: Store) -> Dataset:
+def _index(spec: JobSpec, shared: Shared) -> Dataset:
     """List the samples; where that fails, the error also tells what is wrong with the model."""
     try:
-        dataset = index_dataset(spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, store))
+        dataset = index_dataset(
+            spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, shared.store)
+        )
         _refuse_what_is_not_learnt(spec, dataset)
         return dataset
     except InvalidInput as of_data:
         from finetune.runs.build import seeded_backbone
 
         try:
-            seeded_backbone(spec)
+            seeded_backbone(spec, shared)
         except InvalidInput as of_model:
             problems = [found for error in (of_data, of_model) for found in (Problem("", error.message), *error.problems)]
             raise InvalidInput("two things are wrong with this request", problems) from of_data

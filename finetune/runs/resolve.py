@@ -13,6 +13,7 @@ from typing import Any
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.check import ResizeAdvice, advise_resize, image_facts
 from finetune.data.dataset import Dataset, targets_of, unmeasured
+from finetune.doctor.classes import first_look
 from finetune.model.facts import BackboneFacts
 from finetune.naming import model_name
 from finetune.runtime.device import Device
@@ -21,7 +22,7 @@ from finetune.tasks import Task, task_named, task_of
 from finetune.training.compute import Compute
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
-_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub"}
+_WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class DatasetFacts:
         """Return the facts of a dataset that is split."""
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
-        warnings = [*dataset.warnings, *(unmeasured(split, names) for split, names in missing.items() if names)]
+        unmeasurable = (unmeasured(split, names) for split, names in missing.items() if names)
+        warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]
         return cls(
             name=dataset.name,
             root=dataset.root,
@@ -92,6 +94,7 @@ class Resolved:
             "task": self.task,
             "model.backbone": self.backbone.name,
             "model.weights": self.backbone.weights["identifier"],
+            **({"model.origin": origin["model"]} if (origin := self.backbone.weights.get("origin")) else {}),
             "model.input_size_px": self.preprocess.input_size_px[0],
             "model.head.dropout": recipe.dropout,
             "data.resize": self.preprocess.resize,

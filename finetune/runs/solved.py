@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.export.agreement import Reference
-from finetune.export.pack import ExportedNetwork
+from finetune.export.pack import ExportedNetwork, KeptWeights
 from finetune.export.template import Head
 from finetune.features.rows import Views, pooled_features
 from finetune.features.solve import head_logits
@@ -28,6 +28,7 @@ class SolvedLearner:
         self.network = prepared.network
         self.preprocess = prepared.resolved.preprocess
         self.recipe = prepared.resolved.recipe
+        self.pooling = prepared.resolved.spec.model.head.pooling
         self._head: Head | None = None
 
     @property
@@ -70,4 +71,5 @@ class SolvedLearner:
             return self.network.reference(self.head, temperature, samples, images, self.preprocess)
 
         model = self.network.with_head(self.head, temperature)
-        return ExportedNetwork(model, self.network.facts, self.preprocess, self.network.exporter, reference)
+        kept = KeptWeights(self.head, self.pooling, self.network.seed, self.network.tensors())
+        return ExportedNetwork(model, self.network.facts, self.preprocess, self.network.exporter, reference, kept)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.export.agreement import Reference
 from finetune.export.graph import EXPORTER, DeployModule, fold, head_of
-from finetune.export.pack import ExportedNetwork
+from finetune.export.pack import ExportedNetwork, KeptWeights
 from finetune.export.reference import torch_reference
 from finetune.export.template import with_head
-from finetune.runs.build import BuiltNetwork
+from finetune.runs.build import BuiltNetwork, carried_tensors
 from finetune.runs.learner import run_model
 from finetune.runs.resolve import Resolved
 from finetune.training.choices import Choices
@@ -31,6 +32,8 @@ class SteppedLearner:
         self.classifier = network.fresh_classifier(resolved.spec.seed)
         self.classifier.backbone.preprocess = resolved.preprocess
         self.classifier.dropout.p = resolved.recipe.dropout
+        if (own := network.own_head(resolved.dataset.classes)) is not None:
+            self.classifier = self.classifier.with_head(torch.from_numpy(own.weight), torch.from_numpy(own.bias))
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         return train(self.classifier, self.recipe, context, decided, self.network.untrained)
@@ -48,7 +51,9 @@ class SteppedLearner:
             return torch_reference(module, images)
 
         model = with_head(self._trained, head_of(self.classifier), temperature)
-        return ExportedNetwork(model, self.network.facts, self.preprocess, EXPORTER, reference)
+        tensors = carried_tensors(self.classifier.backbone, trained=bool(self.recipe.trainable))
+        kept = KeptWeights(head_of(self.classifier), self.classifier.pooling, self.network.seed, tensors)
+        return ExportedNetwork(model, self.network.facts, self.preprocess, EXPORTER, reference, kept)
 
     @cached_property
     def _trained(self) -> bytes:

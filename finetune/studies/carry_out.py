@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import Dataset
+from finetune.data.places.opening import check_present
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
@@ -75,11 +76,15 @@ def fine_tune(
 
     Args:
         begun: called with the folder of a run before anything is done in it.
+
+    Raises:
+        FinetuneError: whatever went wrong, also written to the run's folder; for data that does not exist, no run begins.
     """
     if run_dir is not None:
         run = RunDir(run_dir.absolute())
         begun(run)
         return carry_out(spec, run, shared, progress)
+    check_present(spec.training_file, spec.validation_file, spec.test_file)
     number, why_new = 0, ""
     while True:
         number += 1

@@ -219,7 +219,7 @@ def _name(run: RunDir, spec: Mapping[str, Any], comparison: Mapping[str, Any]) -
     parts = [str(method["type"])]
     if method.get("train"):
         parts[0] += f" {'+'.join(map(str, method['train']))}"
-    elif method.get("stages", 1) != 1:
+    elif method.get("stages") not in (None, 1):
         parts[0] += f" {method['stages']} stages"
     if spec["model"]["backbone"] != usual["model"]["backbone"]:
         parts.append(str(spec["model"]["backbone"]))

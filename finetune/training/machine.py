@@ -149,7 +149,9 @@ def place(classifier: Classifier, numerics: Numerics) -> Classifier:
     """Move the classifier to the device and lay out its weights for training; in place, as `Module.to` does."""
     layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
     classifier.to(device=numerics.device)
-    classifier.to(memory_format=layout)
+    for tensor in (*classifier.parameters(), *classifier.buffers()):
+        if tensor.ndim == 4:  # `Module.to(memory_format=…)` also takes those of 5 dimensions, which have no channels-last form
+            tensor.data = tensor.data.contiguous(memory_format=layout)
     for module in classifier.modules():
         if getattr(module, "inplace", False) and not isinstance(module, nn.ReLU):
             # their gradients need the input, so in place autograd copies it first; ReLU's need only the output

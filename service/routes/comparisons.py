@@ -54,6 +54,7 @@ def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
     request = read_comparison(
         read_body(raw),
         locate=submission.locate,
+        find_model=submission.find_model,
         find_run=submission.find_run,
         data_roots=server.data_roots,
         check_names=server.spec_checker.problems,

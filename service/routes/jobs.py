@@ -54,6 +54,7 @@ def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
     asked = read_request(
         read_body(raw),
         locate=submission.locate,
+        find_model=submission.find_model,
         data_roots=server.data_roots,
         check_names=server.spec_checker.problems,
     )

@@ -151,6 +151,17 @@ def get_bundle(caller: Reading, server: Server, name: str, version: str) -> Stre
     return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
+@models_router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=BUNDLE_ANSWER)
+def get_bundle_file(caller: Reading, server: Server, name: str, version: str, file: str) -> FileResponse:
+    """Download one file of a version's bundle: `model.onnx` runs by itself, `weights.safetensors` can be trained on."""
+    found = find_model(server, caller, f"{name}@{version}")
+    files = read_manifest(found.path).files
+    if file not in files:
+        raise NotFound(f"{found.name}@{found.version} has no file {file[:100]!r}; its files are {', '.join(sorted(files))}")
+    media_type = "text/markdown" if file.endswith(".md") else "application/octet-stream"
+    return FileResponse(found.path / file, media_type=media_type, filename=f"{found.name}-{found.version}-{file}")
+
+
 @models_router.get("/{name}/versions/{version}/predictions", response_class=StreamingResponse, responses=TABLE_ANSWER)
 def get_predictions(
     caller: Reading,

@@ -18,7 +18,9 @@ from serving import LiveServer, in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.registry import Access
 from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import Claim, JobStore
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -75,6 +77,49 @@ def test_a_job_is_answered_in_the_public_shape_and_in_our_own(client: TestClient
     assert isinstance(job["created_at"], int)
     assert job["method"] == {"type": "partial", "stages": 2, "train": None, "warm_head": True, "bn": "frozen"}
     assert client.get(f"{JOBS}/{job['id']}").json() == job
+
+
+def test_a_job_starts_from_a_registered_model_that_the_caller_may_use(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
+        registered(tmp_path, write_bundle(tmp_path / "old"), "old")
+        archive = ("Flowers.zip", zip_of(photographs()))
+        file_id = client.post("/v1/files", files={"file": archive}, data={"purpose": "fine-tune"}).json()["id"]
+        job = create(client, file_id, model="colours@1", suffix="more")
+        assert job["model"] == "colours@1"
+        refused = {
+            "colours@2": "model 'colours' has no version or alias '2'. It has: 1",
+            "nowhere@1": "no model 'nowhere'",
+            "colours@champion": "give a registered model with the number of its version",
+            "old@1": "made by an earlier release and keeps no weights",
+            "./somewhere": "is neither a timm name nor a registered model",
+            "local-dir:/etc": "is not a folder in this server's data folders",
+        }
+        for model, why in refused.items():
+            found = problems(client.post(JOBS, json={"training_file": file_id, "model": model}))
+            assert why in next(iter(found.values())), model
+
+
+def test_another_owners_private_model_is_nothing_to_start_from(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
+    registry.set_access("colours", Access(owner="ann", visibility="private"))
+    keys = KeyStore(open_jobs(tmp_path))
+    ann, bob = ({"Authorization": f"Bearer {keys.create(name, ['jobs'])[0]}"} for name in ("ann", "bob"))
+    with in_process(tmp_path, wait=False) as client:
+        archive = ("Flowers.zip", zip_of(photographs()))
+        ids = {
+            name: client.post("/v1/files", files={"file": archive}, data={"purpose": "fine-tune"}, headers=key).json()["id"]
+            for name, key in (("ann", ann), ("bob", bob))
+        }
+        body = {"training_file": ids["bob"], "model": "colours@1", "suffix": "stolen"}
+        hidden = problems(client.post(JOBS, json=body, headers=bob))
+        assert hidden["model.backbone"].startswith("no model 'colours'; GET /v1/models lists those that you may use")
+        body = {"training_file": ids["ann"], "model": "colours@1", "suffix": "hers"}
+        hers = client.post(JOBS, json=body, headers=ann)
+        assert hers.status_code == 201, hers.text
+        comparison = {"training_file": ids["bob"], "models": ["colours@1", "resnet18"], "methods": ["linear_probe"]}
+        found = problems(client.post("/v1/fine_tuning/comparisons", json=comparison, headers=bob))
+        assert "no model 'colours'" in next(iter(found.values()))
 
 
 def test_the_worker_gets_the_spec_with_paths_and_the_client_sees_its_own_words(

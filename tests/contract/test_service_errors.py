@@ -425,6 +425,7 @@ def test_every_sentence_of_the_page_is_there_in_each_language_and_is_used() -> N
     assert english.keys() == german.keys()
     code = "".join(file.read_text() for file in STATIC.rglob("*.js")) + (STATIC.parent / "templates" / "index.html").read_text()
     families = {one.partition("$")[0] for one in re.findall(r"(?:known|t)\(`([a-z_.]+\.\$\{)", code)} | {"nav.", "page."}
+    families |= {f"{one}." for one in re.findall(r'inWords\([^"]*"([a-z_.]+)"', code)}
     for key, sentence in english.items():
         forms, others = (one if isinstance(one, dict) else {"other": one} for one in (sentence, german[key]))
         assert forms.keys() == others.keys(), key

@@ -20,6 +20,7 @@ from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.progress import Progress, silent
 from finetune.runs.estimate import Estimate
+from finetune.storage.workspace import Workspace
 from finetune.studies import plan
 from finetune.training.interrupt import Interrupted, StopRequest
 
@@ -221,3 +222,4 @@ def test_a_folder_that_cannot_be_diagnosed(screen: Run, golden: Compare) -> None
 )  # fmt: skip
 def test_an_error(screen: Run, golden: Compare, name: str, arguments: list[str]) -> None:
     golden(screen(*arguments), f"error-{name}", wide=True)
+    assert not Workspace.from_environment().runs.exists()  # nothing begins where nothing can

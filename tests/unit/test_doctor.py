@@ -33,6 +33,7 @@ from finetune.doctor.looks import look_at_all
 from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
 from finetune.doctor.shortcuts import find_shortcuts
 from finetune.errors import DataError, InvalidInput
+from finetune.runs.resolve import DatasetFacts
 from finetune.studies.examination import examine_request
 
 
@@ -339,3 +340,23 @@ def test_planted_wrong_labels_in_real_photographs(photos: Path, tmp_path: Path) 
     right_before = np.cumsum(~is_wrong)[is_wrong]
     auroc = 1 - right_before.mean() / (~is_wrong).sum()
     assert auroc >= 0.95
+
+
+def test_classes_that_differ_in_spelling_alone_are_named(tmp_path: Path) -> None:
+    counts = {"T-Shirt": 6, "t shirt": 4, "rain_hat": 5, "rain-hat": 4, "ｓｏｃｋｓ": 4, "socks": 5, "coat": 5}
+    _, found = examined(write_textures(tmp_path, counts, (60, 50)))
+    finding = found.of("alike_names")
+    assert finding is not None
+    assert finding.count == 3
+    assert [case.suggested for case in finding.cases] == ["T-Shirt", "rain_hat", "socks"]
+    assert "'T-Shirt' (6) and 't shirt' (4)" in finding.evidence
+    assert not any("coat" in case.said for case in finding.cases)
+
+
+def test_every_job_begins_with_a_look_at_its_classes(tmp_path: Path) -> None:
+    dataset = read(write_textures(tmp_path, {"house cat": 60, "house-cat": 5, "dog": 50}, (40, 30)))
+    told = DatasetFacts.of(dataset).warnings
+    assert [line.partition(":")[0] for line in told] == [
+        "Classes that differ in spelling alone", "Classes with few images", "Classes of very different size",
+    ]  # fmt: skip
+    assert DatasetFacts.of(read(write_textures(tmp_path / "even", {"cat": 25, "dog": 30}, (40, 30)))).warnings == ()

@@ -76,8 +76,9 @@ def test_an_exported_bundle_answers_what_the_classifier_answers(
 
 
 def test_a_bundle_is_files_with_checksums_that_anybody_may_read(bundle: Path) -> None:
-    assert sorted(path.name for path in bundle.iterdir()) == ["README.md", "bundle.json", "model.onnx", "probe.npz"]
-    assert read_manifest(bundle).files == {name: sha256_file(bundle / name) for name in ("model.onnx", "probe.npz", "README.md")}
+    listed = ["README.md", "model.onnx", "probe.npz", "weights.safetensors"]
+    assert sorted(path.name for path in bundle.iterdir()) == sorted([*listed, "bundle.json"])
+    assert read_manifest(bundle).files == {name: sha256_file(bundle / name) for name in listed}
     assert {path.stat().st_mode & 0o777 for path in bundle.iterdir()} == {0o644}
     assert bundle.stat().st_mode & 0o777 == 0o755
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
@@ -148,6 +149,7 @@ def test_a_new_export_replaces_the_old_bundle(
         "bundle.json",
         "model.onnx",
         "probe.npz",
+        "weights.safetensors",
     ]
 
 

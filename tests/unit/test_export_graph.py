@@ -272,3 +272,16 @@ def test_the_fingerprint_follows_the_architecture_and_not_the_weights(module: De
         Classifier(module.classifier.backbone, 4, pooling="max"),
     ]
     assert len({same, *(fingerprint(DeployModule(other)) for other in others)}) == 5
+
+
+@pytest.mark.longer
+def test_attention_inside_windows_is_exported_without_the_fused_form() -> None:
+    deployed = DeployModule(classifier_of("nest_tiny", input_size_px="auto"))
+    fused = [part.fused_attn for part in deployed.modules() if hasattr(part, "fused_attn")]
+    traced = trace(deployed)
+    images = noise(1, deployed.classifier.backbone.preprocess.input_size_px)
+    expected, given = torch_answers(deployed, images), onnx_answers(fill(traced, deployed), images)
+    for name, values in expected.items():
+        np.testing.assert_allclose(given[name], values, atol=1e-4, rtol=1e-4, err_msg=name)
+    assert len(fused) > 0
+    assert [part.fused_attn for part in deployed.modules() if hasattr(part, "fused_attn")] == fused

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.errors import InvalidInput, UnknownBackbone
+from finetune.errors import InvalidInput
 from finetune.model.backbone import build_backbone
+from finetune.model.classifier import Classifier
+from finetune.training.machine import Numerics, place
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -109,9 +111,19 @@ def test_a_size_the_network_cannot_take_is_refused_with_its_own(name: str) -> No
     assert "leave it at auto, or try another multiple of 32" in caught.value.message
 
 
-def test_a_network_without_one_feature_map_is_refused() -> None:
-    with pytest.raises(UnknownBackbone, match="coat_tiny does not end in one feature map"):
-        build_backbone("coat_tiny", weights="none")
+def test_a_network_that_ends_in_several_feature_maps_keeps_its_own_pooling() -> None:
+    backbone = build_backbone("crossvit_tiny_240", weights="none")
+    classifier = Classifier(backbone, num_classes=3).eval()
+    images = torch.rand(2, 3, 240, 240, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, embedding, cam = classifier.explain(images)
+        expected = backbone.module.forward_head(backbone.module.forward_features(images), pre_logits=True)
+    assert torch.equal(embedding, expected)
+    assert logits.shape == (2, 3)
+    assert cam is None
+    assert "several feature maps" in classifier.cam_reason
+    with pytest.raises(InvalidInput, match=r"model\.head\.aux: stage .* ends in several maps"):
+        Classifier(backbone, num_classes=3, aux=True)
 
 
 def test_a_rectangular_token_grid_keeps_its_shape() -> None:
@@ -119,3 +131,14 @@ def test_a_rectangular_token_grid_keeps_its_shape() -> None:
     tokens = torch.arange(1 + 2 * 8, dtype=torch.float32).view(1, -1, 1)
     wide = type(feature_format)(channels_last=False, n_prefix_tokens=1, aspect=0.25)
     assert wide.as_map(tokens)[0, 0].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]
+
+
+def test_weights_of_five_dimensions_are_laid_out_for_training_too() -> None:
+    classifier = Classifier(build_backbone("lambda_resnet26t", weights="none", input_size_px=64), num_classes=3)
+    five = [name for name, parameter in classifier.named_parameters() if parameter.ndim == 5]
+    place(classifier, Numerics("cpu", "float32", True, 1))
+    assert len(five) == 3
+    convolution = next(parameter for parameter in classifier.parameters() if parameter.ndim == 4 and min(parameter.shape) > 1)
+    assert convolution.is_contiguous(memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    assert classifier(images).shape == (1, 3)

@@ -135,9 +135,12 @@ def test_a_class_that_a_split_cannot_measure_is_told_once_before_training() -> N
         "test: no images of 1 class, which it cannot measure: c",
     )
     found = resolve(parse_spec({"training_file": "photos"}), without, BACKBONE, COMPUTE)
-    assert found.dataset.warnings == said
+    assert found.dataset.warnings[:3] == said
+    assert [line.partition(":")[0] for line in found.dataset.warnings[3:]] == [
+        "Classes with few images", "Classes of very different size",
+    ]  # fmt: skip
     told = replace(without, warnings=said[:2])  # where a split is the user's own, listing the data says so already
-    assert resolve(parse_spec({"training_file": "photos"}), told, BACKBONE, COMPUTE).dataset.warnings == said
+    assert resolve(parse_spec({"training_file": "photos"}), told, BACKBONE, COMPUTE).dataset.warnings[:3] == said
 
 
 def test_images_are_framed_by_their_shapes_unless_it_is_given() -> None:

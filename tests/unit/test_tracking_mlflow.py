@@ -25,7 +25,7 @@ from finetune.tracking.mirror import Mirror, read_state, tracked_as
 from finetune.tracking.mlflow.tracker import MlflowTracker
 from finetune.tracking.sync import find_run, in_order, incomplete_runs, sync_run
 from finetune.tracking.tracker import Choice, Place
-from finetune.tracking.view import RunView, experiment_name
+from finetune.tracking.view import RunView, experiment_name, read_view
 
 MLFLOW = Choice("mlflow")
 METHODS: tuple[Any, ...] = (
@@ -183,6 +183,20 @@ def test_each_split_is_an_input_with_its_context_and_the_digest_of_the_manifest(
 def tags_of_run(client: mlflow.MlflowClient, run: RunDir) -> Mapping[str, str]:
     tags: Mapping[str, str] = stored(client, run).data.tags
     return tags
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("partial", "partial, resnet18"),
+        ({"type": "partial", "stages": 2}, "partial 2 stages, resnet18"),
+        ({"type": "partial", "train": ["layer1", "layer3"]}, "partial layer1+layer3, resnet18"),
+    ],
+)
+def test_a_name_says_what_is_unusual_about_a_method(method: Any, name: str, workspace: Workspace) -> None:
+    run = run_at(workspace)
+    run.create().spec.write_text(spec_of(method).to_yaml())
+    assert read_view(run, alive=True).name == name
 
 
 def test_names_files_and_times_are_the_runs(workspace: Workspace, client: mlflow.MlflowClient) -> None:

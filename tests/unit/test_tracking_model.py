@@ -27,15 +27,24 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 from serving import in_process, registered, until
+from standin import picture, write_bundle
 from starlette.testclient import TestClient
 from tiny_bundle import CLASSES, PREPROCESS, probe_files, write_tiny_bundle
 
+from finetune.bundle.calibration import Calibration, Operating
 from finetune.bundle.mlflow_model import SCORING_SERVER
 from finetune.bundle.predictor import Predictor
 from finetune.errors import ImageError, InvalidInput
 from finetune.tracking.mlflow.model import write_model
 
 SECONDS = 120
+CALIBRATION = Calibration(
+    split="val",
+    n=40,
+    coverage={"0.90": 0.5, "0.95": 0.01},
+    class_coverage={"0.90": (0.5, 0.01, None)},
+    precision={"0.90": Operating(0.5, 0.9), "0.95": Operating(0.97, 0.4)},
+)
 TOLERANCE = 1e-6
 
 
@@ -182,6 +191,41 @@ def test_how_many_classes_are_given_is_a_param(model: mlflow.pyfunc.PyFuncModel)
         model.predict(data, {"top_k": "many"})
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"coverage": 0.9},
+        {"coverage": 0.9, "per_class": True},
+        {"abstain": True},
+        {"abstain": True, "precision": 0.9, "coverage": 0.95},
+    ],
+    ids=str,
+)
+def test_what_predict_says_of_its_certainty_the_model_in_mlflow_says_too(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "colours", calibration=CALIBRATION)
+    write_model(tmp_path / "model", bundle)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    monkeypatch.setitem(sys.modules, SCORING_SERVER, scoring_server)
+    registered(tmp_path, bundle, "colours")
+    said = ("prediction_set", "abstained", "reason", "novelty")
+    with in_process(tmp_path) as client, TestClient(scoring_server.init(model)) as served:
+        for colour in ("red", "blue"):
+            answer = client.post("/predict", params=asked, content=picture(colour)).json()
+            expected = {key: value for key, value in answer.items() if key in said and value is not None}
+            assert expected
+            request = {"inputs": [text_of(picture(colour))], "params": asked}
+            for row in (
+                model.predict(picture(colour), asked).to_dict("records")[0],
+                served.post("/invocations", json=request).json()["predictions"][0],
+            ):
+                assert {key: value for key, value in row.items() if key in said and value is not None} == expected
+    assert set(model.predict(picture("red")).columns) == {"label", "probability", "predictions"}
+    with pytest.raises(InvalidInput, match="between"):
+        model.predict(picture("red"), {"coverage": 2.0})
+
+
 def test_a_server_opens_no_file_that_a_client_names(served: TestClient, tmp_path: Path) -> None:
     file = tmp_path / "secret.png"
     file.write_bytes(probe_files()[0])
@@ -193,8 +237,9 @@ def test_a_server_opens_no_file_that_a_client_names(served: TestClient, tmp_path
 def test_its_description_says_what_it_takes_and_gives(folder: Path, model: mlflow.pyfunc.PyFuncModel, served: TestClient) -> None:
     signature = model.metadata.signature
     assert [str(column.type) for column in signature.inputs.inputs] == ["DataType.string"]
-    assert [column.name for column in signature.outputs.inputs] == ["label", "probability", "predictions"]
-    assert [param.name for param in signature.params.params] == ["top_k"]
+    always = [column.name for column in signature.outputs.inputs if column.required]
+    assert always == ["label", "probability", "predictions"]
+    assert [param.name for param in signature.params.params] == ["top_k", "coverage", "per_class", "abstain", "precision"]
     assert set(model.metadata.flavors) == {"python_function", "onnx"}
     example = json.loads((folder / "serving_input_example.json").read_text())
     (row,) = served.post("/invocations", json=example).json()["predictions"]

@@ -28,6 +28,13 @@ def is_uri(location: Path | str) -> bool:
     return _URI.match(str(location)) is not None
 
 
+def check_present(*locations: Path | str | None) -> None:
+    """Raise `DataError` for a location on this machine where nothing is; an address is not asked."""
+    for location in locations:
+        if location is not None and not is_uri(location) and ("\0" in str(location) or not Path(location).exists()):
+            raise DataError(f"{printable(Path(location))}: no such folder or file. {_WHAT_IS_READ}")
+
+
 def open_place(location: Path | str, reading: Reading) -> Place:
     """Open a folder, an archive, a single file, or a remote folder.
 
@@ -39,9 +46,8 @@ def open_place(location: Path | str, reading: Reading) -> Place:
         from finetune.data.places.remote import open_remote
 
         return open_remote(str(location), reading)
+    check_present(location)
     path = Path(location)
-    if "\0" in str(path) or not path.exists():
-        raise DataError(f"{printable(path)}: no such folder or file. {_WHAT_IS_READ}")
     if path.is_dir():
         if is_contents(path):
             return Place(open_contents(path, name_encoding=reading.name_encoding))

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from finetune.comparison_spec import Arm, ComparisonSpec
+from finetune.data.places.opening import check_present
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.compare import ArmPredictions, compare_pairs
@@ -157,6 +158,8 @@ def compare(
         FinetuneError: a run failed, also written to ``error.json`` in the comparison's folder.
         KeyboardInterrupt: asked to stop.
     """
+    if run_dir is None:
+        check_present(spec.job.training_file, spec.job.validation_file, spec.job.test_file)
     run = RunDir(run_dir.absolute()) if run_dir is not None else _folder_for(spec, shared)
     begun(run)
     with run.held(), failures_recorded(run):

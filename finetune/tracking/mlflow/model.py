@@ -60,7 +60,7 @@ def log_model(
         experiment_id,
         name=model.name,
         source_run_id=run_id,
-        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE},
+        tags={BUNDLE_TAG: digest, "mlflow.note.content": USAGE.replace("NAME", model.name)},
         params={key_text(key): value_text(value) for key, value in (params or {}).items()},
         model_type="finetune bundle",
     )
@@ -139,11 +139,28 @@ def signature(columns: Sequence[str]) -> Any:
         "probability": DataType.double,
         "predictions": Array(answer),
         "labels": Array(DataType.string),
+        "prediction_set": Object([Property("coverage", DataType.double), Property("labels", Array(DataType.string))]),
+        "abstained": DataType.boolean,
+        "reason": DataType.string,
+        "novelty": DataType.double,
     }
     found = ModelSignature(
         inputs=Schema([ColSpec(DataType.string)]),
-        outputs=Schema([ColSpec(kinds[name], name) for name in columns]),
-        params=ParamSchema([ParamSpec("top_k", DataType.long, default=None)]),
+        outputs=Schema(
+            [
+                *(ColSpec(kinds[name], name) for name in columns),
+                *(ColSpec(kinds[name], name, required=False) for name in mlflow_model.CERTAINTY),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("top_k", DataType.long, default=None),
+                ParamSpec("coverage", DataType.double, default=None),
+                ParamSpec("per_class", DataType.boolean, default=False),
+                ParamSpec("abstain", DataType.boolean, default=None),
+                ParamSpec("precision", DataType.double, default=None),
+            ]
+        ),
     )
     found._is_signature_from_type_hint = True
     return found

@@ -2,6 +2,7 @@
 
 import { requestBlob } from "./api.js";
 import { h } from "./dom.js";
+import { t } from "./i18n.js";
 
 const AT_ONCE = 6;
 const AHEAD_PX = 400;
@@ -100,7 +101,7 @@ export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
     const left = (index % columns) * (sidePx + gapPx);
     const top = Math.floor(index / columns) * (sidePx + gapPx);
     const image = h("img", { alt: "", decoding: "async", class: "thumbnail" });
-    const button = h("button", { type: "button", class: "tile" }, image);
+    const button = h("button", { type: "button", class: "tile", disabled: true, title: t("picture_at", { at: index + 1, n: count }) }, image);
     const element = h("div", {
       role: "listitem", class: "cell", "aria-posinset": index + 1, "aria-setsize": count,
       style: { transform: `translate(${left}px, ${top}px)`, width: `${sidePx}px`, height: `${sidePx}px` },
@@ -112,6 +113,7 @@ export function virtualGrid(count, cell, { signal, sidePx = 132, gapPx = 8 }) {
       if (stop.signal.aborted) return;
       image.alt = label;
       button.title = label;
+      button.disabled = false;
       if (chosen !== undefined) button.setAttribute("aria-pressed", chosen);
       if (note) button.append(h("span", { class: "tile-note" }, note));
       button.addEventListener("click", (event) => open?.(event));

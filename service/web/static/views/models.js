@@ -73,6 +73,8 @@ function versionRow(model, one, deployed, again, signal) {
       ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
       abstention(version),
       h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
+        session.may("jobs") && h("a", { class: "button", href: `#/train//${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("models.train_on")),
+        h("button", { type: "button", onclick: () => saveFile(`${path}/files/model.onnx`, `${model.id}-${one.version}.onnx`) }, t("models.onnx")),
         version.links.job?.startsWith("/v1/fine_tuning/jobs/") && session.may("jobs") && h("a", { class: "button", href: `#/runs/${version.links.job.split("/").at(-1)}` }, t("models.run"))));
   }
 

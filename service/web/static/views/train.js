@@ -21,8 +21,10 @@ const BURST = 20;
 const BURST_PAUSE_MS = 150;
 const OFTEN_ENOUGH = 10; // pictures of a class; with fewer, the page says so
 
-export async function open(root, [wanted], signal) {
-  const [uploads, settings] = await Promise.all([all("v1/files", { signal }), settingsForm(signal)]);
+/** Open the view for an upload, where one is named, starting from a model of one's own, where one is named. */
+export async function open(root, [wanted, from], signal) {
+  const given = from ? { "model.backbone": from } : {};
+  const [uploads, settings] = await Promise.all([all("v1/files", { signal }), settingsForm(signal, given)]);
   const files = uploads.filter(({ purpose }) => purpose === "fine-tune");
   const state = { classes: new Map(), layout: [], archive: null, skipped: 0, busy: false, attempt: null };
   const dataset = h("select", { onchange: () => showSource() },
@@ -223,6 +225,7 @@ export async function open(root, [wanted], signal) {
   put(root,
     h("h1", { tabindex: "-1" }, t("train.title")),
     h("p", { class: "lead" }, t("train.lead")),
+    from && h("p", { class: "notice good" }, t("train.from", { name: from.replace("@", " @ ") })),
     h("form", { onsubmit: submit, novalidate: true },
       h("section", { class: "step" }, h("h2", {}, t("train.step_pictures")),
         sourceField, source),

@@ -196,7 +196,7 @@ export async function open(root, [wanted], signal) {
           h("label", { class: "button", for: "try-file" }, t("try.choose")),
           h("span", { class: "phone-only" }, h("label", { class: "button", for: "try-photo" }, t("try.photo")), camera),
           navigator.mediaDevices && webcam)),
-      h("section", {},
+      h("section", { class: "asking" },
         h("div", { class: "row controls" }, field(t("try.model"), model, { wide: true }), field(t("try.top_k"), topK),
           h("label", { class: "check" }, explain, t("try.explain")),
           h("label", { class: "check" }, reliance, t("try.reliance")), opacityField),

@@ -1,0 +1,46 @@
+"""`export`: a model leaves for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+FORMATS = ("timm", "safetensors", "onnx", "openvino", "web")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--format", "name", type=click.Choice(FORMATS), required=True, metavar="FORMAT", help="One of those below.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder; by default named after the model.")
+@click.option(
+    "--onnxruntime-web",
+    "runtime",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="For web: the installed npm package. Default: node_modules/onnxruntime-web.",
+)
+def export(model: str, name: str, out: Path | None, runtime: Path | None) -> None:
+    """Write a model for another tool.
+
+    MODEL is a registered name, name@version, or a bundle folder. What is written, with its model card, is compared with the
+    bundle before it counts.
+
+        \b
+    timm         a folder that timm.create_model('local-dir:FOLDER') loads
+    safetensors  backbone and head in one file
+    onnx         model.onnx alone
+    openvino     OpenVINO's own format (needs the extra openvino)
+    web          one page that classifies pictures in a browser
+    """
+    from finetune.bundle.registry import Registry
+    from finetune.export.formats import write_format
+    from finetune.export.formats.bundle import Opened
+    from finetune.storage.workspace import Workspace
+
+    opened = Opened(Registry(Workspace.from_environment().models).locate(model), runtime)
+    manifest = opened.manifest
+    number = "" if manifest.version is None else f"-{manifest.version}"
+    target = out or Path(f"{manifest.name}{number}-{name}")
+    use = write_format(name, opened, target)
+    click.echo(f"{target}: {use}", err=True)

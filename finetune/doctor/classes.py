@@ -1,0 +1,121 @@
+"""What the numbers and names of classes say, without opening an image: too small, missing, unequal, or meant to be one class."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from finetune.data.dataset import Dataset
+from finetune.doctor.finding import Case, Finding, case_key
+from finetune.messages import natural_list, plural
+
+FEW_IMAGES = 20  # of a class, below which its figures say little
+UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
+
+
+def are_unequal(counts: Sequence[int]) -> bool:
+    """Return whether accuracy over all images hides what happens to the small ones of these classes."""
+    present = [count for count in counts if count]
+    return bool(present) and max(present) >= UNEQUAL * min(present)
+
+
+def class_findings(dataset: Dataset) -> Iterator[Finding]:
+    """Yield everything that is odd about the classes of a dataset that is split."""
+    counts = dataset.counts()
+    totals = Counter[str]()
+    for of_split in counts.values():
+        totals.update(of_split)
+    yield from _alike(totals)
+    yield from _small(totals)
+    yield from _missing(counts)
+    yield from _unequal(totals)
+
+
+def first_look(dataset: Dataset) -> tuple[str, ...]:
+    """Return a sentence for each finding that needs no pixels and that the checks of every job do not make anyway."""
+    told = ("alike_names", "small_classes", "imbalance")
+    return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in told)
+
+
+def _alike(totals: Mapping[str, int]) -> Iterator[Finding]:
+    """Names that differ in upper and lower case or in how accents are encoded alone are refused when data is read."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in totals:
+        groups[_spelling(name)].append(name)
+    cases = [sorted(names, key=lambda name: (-totals[name], name)) for names in groups.values() if len(names) > 1]
+    if cases:
+        said = [" and ".join(f"{name!r} ({totals[name]:,})" for name in names) for names in cases]
+        yield Finding(
+            "alike_names",
+            "doubt",
+            "Classes that differ in spelling alone",
+            len(cases),
+            f"{natural_list(said)} differ only in spaces and hyphens, or in forms of the same letters.",
+            "If they mean the same, give them one name (in the table or the folders, or in the manifest's column of labels).",
+            tuple(Case((), 1.0, text, names[0], case_key("alike_names", names)) for names, text in zip(cases, said, strict=True)),
+        )
+
+
+def _spelling(name: str) -> str:
+    """Return a name without what is no difference to a reader."""
+    return re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+
+
+def _small(totals: Mapping[str, int]) -> Iterator[Finding]:
+    small = {name: count for name, count in totals.items() if count < FEW_IMAGES}
+    if small:
+        said = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
+        yield Finding(
+            "small_classes",
+            "doubt",
+            "Classes with few images",
+            len(small),
+            f"{said}: figures of classes with fewer than {FEW_IMAGES} images say little.",
+            "Add images, or merge classes.",
+            tuple(
+                Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
+                for name, count in small.items()
+            ),
+        )
+
+
+def _missing(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
+    missing = [(split, name) for split, of in counts.items() for name, count in of.items() if not count and split != "all"]
+    if missing:
+        yield Finding(
+            "missing_in_split",
+            "problem",
+            "Classes that a split cannot measure",
+            len(missing),
+            natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
+            "Add images of these classes, or draw the split anew.",
+            tuple(
+                Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
+                for split, name in missing
+            ),
+        )
+
+
+def _unequal(totals: Counter[str]) -> Iterator[Finding]:
+    if not are_unequal(list(totals.values())):
+        return
+    most, least = totals.most_common(1)[0], min(totals.items(), key=lambda pair: pair[1])
+    yield Finding(
+        "imbalance",
+        "note",
+        "Classes of very different size",
+        1,
+        f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Accuracy over all images hides what happens to "
+        "small classes: read the mean over classes (macro) figures first.",
+        "Add images of the small classes, or set data.class_weights: balanced or data.logit_adjustment: 1.",
+        (
+            Case(
+                (),
+                most[1] / max(least[1], 1),
+                f"{most[0]} {most[1]:,}, {least[0]} {least[1]:,}",
+                key=case_key("imbalance", []),
+            ),
+        ),
+    )

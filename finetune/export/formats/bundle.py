@@ -1,0 +1,95 @@
+"""A bundle opened for export: its manifest, its own answers, and its network in torch for the formats that need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.bundle.manifest import MODEL, PROBE, Manifest, read_manifest
+from finetune.bundle.predictor import Outputs, Predictor, read_probe
+from finetune.bundle.weights import HEAD_BIAS, HEAD_WEIGHT, open_origin
+from finetune.errors import ExportError
+
+if TYPE_CHECKING:
+    from finetune.model.classifier import Classifier
+
+LOGITS_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
+_N_NOISE = 2
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A verified bundle in `folder`."""
+
+    folder: Path
+    runtime: Path | None = None  # an installed onnxruntime-web, for pages
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        return Predictor.load(self.folder)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
+
+    @property
+    def model(self) -> bytes:
+        return (self.folder / MODEL).read_bytes()
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8]:
+        """Return images to compare answers on, (N, h, w, 3): the bundle's known ones, and noise."""
+        known = read_probe(self.folder / PROBE).images
+        noise = np.random.default_rng(0).integers(0, 256, (_N_NOISE, *known.shape[1:]), dtype=np.uint8)
+        return np.concatenate([known, noise])
+
+    @cached_property
+    def answers(self) -> Outputs:
+        """Return what the bundle answers to `images`."""
+        return self.predictor.run(self.images)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Return the network in torch, which answers as the bundle does.
+
+        Raises:
+            WeightsError: the bundle keeps no weights, or a frozen backbone's pretrained weights cannot be found again.
+            ExportError: the network answers otherwise than the bundle.
+        """
+        import torch
+
+        from finetune.export.graph import DeployModule
+        from finetune.export.reference import torch_outputs
+        from finetune.model.backbone import build_backbone
+        from finetune.model.classifier import Classifier
+        from finetune.model.tensors import read_tensors
+
+        origin = open_origin(self.folder)
+        torch.manual_seed(origin.seed)
+        backbone = build_backbone(origin.architecture, origin=origin)
+        backbone.preprocess = self.manifest.preprocess
+        classifier = Classifier(backbone, len(self.manifest.classes), origin.pooling)  # type: ignore[arg-type]
+        tensors = read_tensors(origin)
+        head = (torch.from_numpy(np.array(tensors[name], np.float32)) for name in (HEAD_WEIGHT, HEAD_BIAS))
+        classifier = classifier.with_head(*head).eval()
+        if not self.is_quantised:
+            logits = torch_outputs(DeployModule(classifier, task=self.manifest.task), self.images).logits
+            check_logits("the weights in torch", logits, self.answers.logits)
+        return classifier
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether ``model.onnx`` computes with int8; the weights that are kept are those before."""
+        return bool(self.manifest.model.get("quantization", {}).get("kept"))
+
+
+def check_logits(what: str, given: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    """Raise `ExportError` where logits are further apart than `LOGITS_TOLERANCE`."""
+    allowed = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if not (difference := float(np.abs(given - expected).max())) <= allowed:
+        raise ExportError(f"{what} answer otherwise than the bundle: logits differ by {difference:.2g}, allowed is {allowed:.2g}")
