@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from serving import in_process
 from tiny_labels import COLOURS, write_colours
-from tiny_runs import TINY, carry_out_at, shared_at, tiny_spec, write_stripes
+from tiny_runs import TINY, carry_out_at, shared_at, tiny_spec, workspace_at, write_stripes
 
 import finetune
 from finetune.bundle.mlflow_model import BundleModel
@@ -23,7 +23,7 @@ from finetune.evaluation.predictions import read
 from finetune.runs.outcome import Outcome
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
-from finetune.studies.compare import compare
+from finetune.studies.compare import compare, compare_runs
 from finetune.tasks import task_named
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -99,7 +99,7 @@ def test_the_mlflow_model_says_that_it_gives_labels_and_gives_them(home: Path, p
 
     write_model(tmp_path / "model", Path(str(probe.bundle)))
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
-    assert model.metadata.signature.outputs.input_names() == ["label", "probability", "predictions", "labels"]
+    assert model.metadata.signature.outputs.input_names()[:4] == ["label", "probability", "predictions", "labels"]
     files = sorted((home / "pictures").glob("*.png"))[:3]
     predictor = Predictor.load(Path(str(probe.bundle)))
     expected = [list(predictor.predict(file.read_bytes()).several.given) for file in files]  # type: ignore[union-attr]
@@ -198,3 +198,8 @@ def test_ways_to_train_are_compared_by_mean_average_precision(home: Path, noisy:
     page = found.report.read_text(encoding="utf-8")
     assert "mean average precision" in page
     assert found.verdict.sentence.split(".")[0] in page
+    again = compare_runs([arm.runs[0] for arm in found.arms], workspace_at(home))
+    for arm, of_same_runs in zip(found.arms, again.arms, strict=True):
+        assert {k: v.value for k, v in of_same_runs.metrics.items()} == pytest.approx(
+            {k: v.value for k, v in arm.metrics.items()}
+        )
