@@ -25,6 +25,7 @@ from finetune.bundle.predictor import Predictor, check_provider
 from finetune.bundle.registry import Registry
 from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
+from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
 from service.admission import WorkQueue
 from service.event_streams import EventStreams
@@ -39,6 +40,7 @@ from service.models import LoadedModels
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
+from service.promotions import Promotions
 from service.routes.batch_predictions import batch_router
 from service.routes.comparisons import comparisons_router
 from service.routes.deployment import deployment_router
@@ -50,6 +52,7 @@ from service.routes.pictures import pictures_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
+from service.routes.webhooks import webhooks_router
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -141,6 +144,8 @@ def create_api(settings: Settings) -> FastAPI:
         max_unfinished_jobs=settings.max_unfinished_jobs,
     )
     worker = WorkerProcess(settings.home) if settings.worker else None
+    promotions = Promotions(registry, lambda: database.webhooks)
+    webhooks = Sender(lambda: database.webhooks, Reachable(settings.webhook_networks), promotions.collect)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -148,6 +153,7 @@ def create_api(settings: Settings) -> FastAPI:
         state.uploads.sweep(database.files.ids)
         state.part_uploads.sweep()
         models.start()
+        webhooks.start()
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
             signal_when_parent_dies(signal.SIGTERM)
             _end_streams_on_sigterm(state.event_streams)
@@ -157,6 +163,7 @@ def create_api(settings: Settings) -> FastAPI:
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        webhooks.stop()
         models.stop()
         queue.stop()
         state.checks.stop()
@@ -186,6 +193,7 @@ def create_api(settings: Settings) -> FastAPI:
     api.include_router(comparisons_router)
     api.include_router(batch_router)
     api.include_router(pictures_router)
+    api.include_router(webhooks_router)
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")
     return api

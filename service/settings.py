@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from finetune.bundle.image import ImageLimits
 from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
+from finetune.jobs.sending import Network
 from finetune.runtime.cores import available_cores
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -41,6 +43,7 @@ class Settings:
         worker: also run a worker, which carries the jobs out.
         provider: what ONNX Runtime computes with; each model is compared with the CPU's answers when it is loaded.
         json_logs: write the log as one JSON object a line.
+        webhook_networks: networks beside the public ones that webhooks may lead into.
     """
 
     home: Path
@@ -60,6 +63,7 @@ class Settings:
     worker: bool = False
     provider: Provider = "cpu"
     json_logs: bool = False
+    webhook_networks: tuple[Network, ...] = ()
 
     @property
     def models_folder(self) -> Path:
@@ -93,12 +97,20 @@ class Settings:
             max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
+            webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),
             json_logs=_one_of(environment, "FINETUNE_LOG_FORMAT", ("text", "json"), default="text") == "json",
         )
 
 
 def _names(environment: Mapping[str, str], variable: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
+
+
+def _networks(environment: Mapping[str, str], name: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text) for text in _names(environment, name))
+    except ValueError as error:
+        raise InvalidInput(f"{name}: {error}; give networks such as 10.0.0.0/8, separated by commas") from None
 
 
 def _one_of(environment: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:

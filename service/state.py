@@ -20,6 +20,7 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
+from finetune.jobs.webhooks import WebhookStore
 from finetune.storage.rundir import RunDir
 from service.admission import WorkQueue
 from service.event_streams import EventStreams
@@ -56,6 +57,10 @@ class Database:
     @cached_property
     def keys(self) -> KeyStore:
         return KeyStore(self.engine)
+
+    @cached_property
+    def webhooks(self) -> WebhookStore:
+        return WebhookStore(self.engine)
 
 
 class ModelAccess:

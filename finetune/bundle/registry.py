@@ -88,6 +88,16 @@ _ACCESS_ADAPTER = TypeAdapter(Access)
 
 
 @dataclass(frozen=True)
+class AliasMove:
+    """An alias came to mean a version: at a time (Unix seconds), by somebody's decision."""
+
+    alias: str
+    version: str
+    at: float
+    by: str
+
+
+@dataclass(frozen=True)
 class Registry:
     """All models under `root`, usually ``models`` of the workspace; the folder need not exist yet."""
 
@@ -151,6 +161,18 @@ class Registry:
     def versions(self, name: str) -> tuple[ModelVersion, ...]:
         """Return every version of one model, in the order of registration; none where there is no such model."""
         return self._versions_of(name)
+
+    def journal(self, name: str) -> Path:
+        """Return the file in which the moves of a model's aliases are; it grows by each."""
+        return self.root / name / _JOURNAL
+
+    def moves(self, name: str) -> tuple[AliasMove, ...]:
+        """Return every move of an alias of one model, oldest first."""
+        return tuple(
+            AliasMove(line["alias"], line["version"], float(line.get("at", 0.0)), str(line.get("by", "")))
+            for line in read_lines(self.journal(name))
+            if isinstance(line, dict) and isinstance(line.get("alias"), str) and _is_version(line.get("version"))
+        )
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the models that have a version."""

@@ -24,6 +24,7 @@ from finetune.cli.studying import study
 from finetune.cli.suggesting import suggest
 from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
+from finetune.cli.webhooks import webhooks
 from finetune.distribution import install_command
 from finetune.errors import FinetuneError, MissingExtra
 from finetune.runtime.collector import skip_final_collection
@@ -62,6 +63,7 @@ for command in (
     worker,
     jobs,
     keys,
+    webhooks,
     backup,
     restore,
 ):

@@ -213,14 +213,18 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """List backbones, or show the stages of one. With one name, also what each method would train.
 
-    NAME is a timm name (resnet50) or a pattern (resnet*).
+    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each family that was tried, and what
+    came of it.
     """
-    from finetune.cli.show import show_backbone, show_backbone_names
+    from finetune.cli.show import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json
     from finetune.model.catalog import list_backbones
     from finetune.model.describe import describe_backbone
+    from finetune.model.tried import read_trials
 
-    if name is None or any(sign in name for sign in "*?["):
+    if name is None and not as_json:
+        show_trials(read_trials(), len(list_backbones()))
+    elif name is None or any(sign in name for sign in "*?["):
         names = list_backbones(name or "*")
         print_json({"backbones": names}) if as_json else show_backbone_names(names, limit)
     else:

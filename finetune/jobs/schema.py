@@ -120,3 +120,33 @@ idempotency = Table(
     Column("created_at", Float, nullable=False),
     UniqueConstraint("owner", "key", name="one_answer_a_key"),
 )
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(80), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("secret", String(80), nullable=False),  # ``whsec_`` and base64, which signs what is sent
+    Column("events", Text, nullable=False),  # types of events, separated by commas
+    Column("created_at", Float, nullable=False),
+    Column("disabled_at", Float),  # when the receiver said 410 Gone
+    Index("webhooks_owner", "owner", "id"),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),  # the same in every attempt, so that receivers recognise a repetition
+    Column("webhook_id", String(40), ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("payload", Text, nullable=False),  # JSON, byte for byte as it is signed and sent
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("due_at", Float),  # None: delivered or given up
+    Column("delivered_at", Float),
+    Column("status", Integer),  # of the last answer
+    Column("error", Text),  # why the last attempt failed
+    Index("webhook_deliveries_due", "due_at"),
+    Index("webhook_deliveries_webhook", "webhook_id", "created_at"),
+)

@@ -47,6 +47,7 @@ from finetune.jobs.creation import earlier_object, model_owner, new_id, one_crea
 from finetune.jobs.database import reading, writing
 from finetune.jobs.files import check_not_full, stored_by
 from finetune.jobs.kinds import KINDS, TRAINING, Kind, kind_of_id
+from finetune.jobs.outbox import enqueue_ended
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
@@ -570,6 +571,8 @@ def _record(
         "line": line,
     }
     connection.execute(insert(job_events).values(event))
+    if kind in TERMINAL and line is None:
+        enqueue_ended(connection, _job(_row(connection, job_id, None)), at)
 
 
 def _job(row: RowMapping) -> Job:

@@ -26,7 +26,11 @@ from finetune.jobs.store import JobStore
 OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
 BATCHES = "/v1/batch_predictions"
-OWN_BODIES: dict[str, Any] = {"/abstention": {"precision": 0.9}, "/revisions": {"renamed": {"daisy": "tulip"}}}
+OWN_BODIES: dict[str, Any] = {
+    "/abstention": {"precision": 0.9},
+    "/revisions": {"renamed": {"daisy": "tulip"}},
+    "/complete": {"part_ids": ["part_x"]},
+}
 ABSENT = {
     "file_id": "file-x",
     "job_id": "ftjob-x",
@@ -36,6 +40,9 @@ ABSENT = {
     "name": "other",
     "alias": "champion",
     "version": "1",
+    "file": "model.onnx",
+    "webhook_id": "whk-x",
+    "upload_id": "upload_x",
 }
 
 
@@ -203,7 +210,10 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     comparison_id = client.post(COMPARISONS, json={"training_file": file_id, "suffix": "other"}, headers=key).json()["id"]
     client.post(f"{COMPARISONS}/{comparison_id}/cancel", headers=key)
     batch = client.post(BATCHES, json={"input_file": file_id, "model": "mine"}, headers=key).json()
-    others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"]}
+    webhook = client.post("/v1/webhooks", json={"url": "https://example.org/hooks"}, headers=key).json()
+    others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"], "file": "model.onnx"}
+    begun = client.post("/v1/uploads", json={"filename": "a.zip", "purpose": "fine-tune", "bytes": 10}, headers=key).json()
+    others |= {"webhook_id": webhook["id"], "upload_id": begun["id"]}
     return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **others}
 
 

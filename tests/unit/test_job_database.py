@@ -33,7 +33,7 @@ def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path) ->
     expected = create_engine(f"sqlite:///{tmp_path / 'expected.db'}")
     metadata.create_all(expected)
     made = [_schema(engine) for engine in (expected, open_database(tmp_path / "jobs.db"))]
-    assert len(made[0]) == 11, "5 tables and 6 indexes"
+    assert len(made[0]) == 16, "7 tables and 9 indexes"
     assert made[1] == made[0]
 
 

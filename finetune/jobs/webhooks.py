@@ -1,0 +1,199 @@
+"""Webhooks: addresses that an owner wants told of the ends of jobs and of promotions, and how often that was tried.
+
+What is sent follows the Standard Webhooks specification: ``webhook-id``, ``webhook-timestamp`` and ``webhook-signature``, an
+HMAC-SHA256 over all three. `finetune.jobs.outbox` queues; `finetune.jobs.sending` sends.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import random
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import Engine, RowMapping, and_, delete, func, insert, or_, select, update
+
+from finetune.errors import Conflict, InvalidInput, NotFound, did_you_mean
+from finetune.jobs.database import reading, writing
+from finetune.jobs.outbox import TYPES
+from finetune.jobs.schema import webhook_deliveries, webhooks
+
+MAX_PER_OWNER = 20
+MAX_URL = 2000  # characters
+SECRET_PREFIX = "whsec_"
+# Seconds to wait after each failed attempt; after the last one the delivery is given up. About two days in all.
+RETRY_SECONDS = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000)
+_ATTEMPT_SECONDS = 60.0  # for which a delivery that is being tried is nobody else's
+_KEPT_SECONDS = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """An address and what it is told of. `secret` signs what is sent."""
+
+    id: str
+    owner: str
+    url: str
+    secret: str
+    events: tuple[str, ...]
+    created_at: float
+    disabled_at: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what may be shown: everything but the secret."""
+        shown = {"id": self.id, "owner": self.owner, "url": self.url, "events": list(self.events)}
+        return {**shown, "created_at": self.created_at, "disabled_at": self.disabled_at}
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One event for one webhook. `due_at` is None once it was delivered or given up."""
+
+    id: str
+    webhook_id: str
+    type: str
+    payload: str
+    created_at: float
+    attempts: int
+    due_at: float | None
+    delivered_at: float | None
+    status: int | None
+    error: str | None
+
+    @property
+    def state(self) -> str:
+        """``delivered``, ``waiting`` or ``given up``."""
+        return "delivered" if self.delivered_at is not None else "waiting" if self.due_at is not None else "given up"
+
+
+class WebhookStore:
+    """The webhooks of one job database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def create(self, owner: str, url: str, events: Iterable[str] = ()) -> Webhook:
+        """Make a webhook; without `events`, it is told of everything.
+
+        Raises:
+            InvalidInput: not an address that can be told, or an unknown type of event.
+            Conflict: the owner has as many as there may be.
+        """
+        check_url(url)
+        wanted = tuple(dict.fromkeys(events)) or TYPES
+        for event in wanted:
+            if event not in TYPES:
+                raise InvalidInput(f"unknown event {event!r}; allowed are {', '.join(TYPES)}.{did_you_mean(event, TYPES)}")
+        secret = SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+        made = Webhook(f"whk-{secrets.token_hex(12)}", owner, url, secret, wanted, time.time(), None)
+        with writing(self.engine) as connection:
+            count = select(func.count()).where(webhooks.c.owner == owner)
+            if connection.execute(count).scalar_one() >= MAX_PER_OWNER:
+                raise Conflict(f"{MAX_PER_OWNER} webhooks are the limit of one owner; delete one first")
+            values = {**made.to_dict(), "secret": secret, "events": ",".join(wanted)}
+            connection.execute(insert(webhooks).values(values))
+        return made
+
+    def list(self, owner: str | None = None) -> Sequence[Webhook]:
+        """Return the webhooks of an owner, or of all, oldest first."""
+        query = select(webhooks).order_by(webhooks.c.created_at, webhooks.c.id)
+        with reading(self.engine) as connection:
+            rows = connection.execute(query if owner is None else query.where(webhooks.c.owner == owner)).mappings().all()
+        return [_webhook(row) for row in rows]
+
+    def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
+        """Return a webhook; NotFound where the owner has no such."""
+        query = select(webhooks).where(webhooks.c.id == webhook_id)
+        with reading(self.engine) as connection:
+            row = None if "\0" in webhook_id else connection.execute(query).mappings().one_or_none()
+        if row is None or owner not in (None, row["owner"]):
+            raise NotFound(f"no webhook {webhook_id[:100]!r}; finetune webhooks list shows yours, and so does GET /v1/webhooks")
+        return _webhook(row)
+
+    def delete(self, webhook_id: str, owner: str | None = None) -> None:
+        """Delete a webhook with what it was still to be told; NotFound where the owner has no such."""
+        self.get(webhook_id, owner)
+        with writing(self.engine) as connection:
+            connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.webhook_id == webhook_id))
+            connection.execute(delete(webhooks).where(webhooks.c.id == webhook_id))
+
+    def deliveries(self, webhook_id: str, owner: str | None = None, limit: int = 20) -> Sequence[Delivery]:
+        """Return the newest deliveries of a webhook."""
+        self.get(webhook_id, owner)
+        query = select(webhook_deliveries).where(webhook_deliveries.c.webhook_id == webhook_id)
+        newest = query.order_by(webhook_deliveries.c.created_at.desc(), webhook_deliveries.c.id).limit(limit)
+        with reading(self.engine) as connection:
+            return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
+
+    def take_due(self, now: float) -> tuple[Webhook, Delivery] | None:
+        """Return a delivery whose time has come, and keep every other sender from it for a minute; None where there is none."""
+        due = select(webhook_deliveries).where(webhook_deliveries.c.due_at <= now).order_by(webhook_deliveries.c.due_at).limit(1)
+        with reading(self.engine) as connection:
+            if connection.execute(due).first() is None:
+                return None
+        with writing(self.engine) as connection:
+            row = connection.execute(due.with_for_update(skip_locked=True)).mappings().one_or_none()
+            if row is None:
+                return None
+            mine = webhook_deliveries.c.id == row["id"]
+            connection.execute(update(webhook_deliveries).where(mine).values(due_at=now + _ATTEMPT_SECONDS))
+            hook = connection.execute(select(webhooks).where(webhooks.c.id == row["webhook_id"])).mappings().one()
+        return _webhook(hook), Delivery(**row)
+
+    def settle(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
+        """Write what came of an attempt: delivered, to be tried again later, or given up. 410 Gone disables the webhook."""
+        attempts = delivery.attempts + 1
+        values: dict[str, Any] = {"attempts": attempts, "status": status, "error": error}
+        if error is None:
+            values |= {"due_at": None, "delivered_at": now}
+        elif status == 410 or attempts > len(RETRY_SECONDS):
+            values |= {"due_at": None}
+        else:
+            values |= {"due_at": now + RETRY_SECONDS[attempts - 1] * random.uniform(0.9, 1.1)}
+        with writing(self.engine) as connection:
+            connection.execute(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery.id).values(values))
+            if status == 410:
+                connection.execute(update(webhooks).where(webhooks.c.id == delivery.webhook_id).values(disabled_at=now))
+                waiting = and_(webhook_deliveries.c.webhook_id == delivery.webhook_id, webhook_deliveries.c.due_at.is_not(None))
+                connection.execute(update(webhook_deliveries).where(waiting).values(due_at=None, error="the webhook is disabled"))
+
+    def forget_old(self, now: float) -> None:
+        """Delete what was settled a month ago."""
+        settled = webhook_deliveries.c.due_at.is_(None)
+        old = or_(webhook_deliveries.c.delivered_at < now - _KEPT_SECONDS, webhook_deliveries.c.created_at < now - _KEPT_SECONDS)
+        with writing(self.engine) as connection:
+            connection.execute(delete(webhook_deliveries).where(settled, old))
+
+
+def check_url(url: str) -> None:
+    """Raise `InvalidInput` for what is no address such as ``https://host/path``; where it leads is checked when it is used."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise InvalidInput(f"{url[:100]!r} is not an address") from None
+    well_formed = parts.scheme in ("https", "http") and parts.hostname and url.isascii() and url.isprintable() and " " not in url
+    if not well_formed or parts.username is not None or parts.fragment or port == 0 or len(url) > MAX_URL:
+        raise InvalidInput(
+            f"{url[:100]!r}: give an address such as https://example.org/hooks, without a user, a fragment or characters outside "
+            "ASCII"
+        )
+
+
+def signature_headers(secret: str, delivery_id: str, payload: str, now: float) -> dict[str, str]:
+    """Return the three headers with which a receiver knows that a payload is ours, whole, and recent."""
+    timestamp = str(int(now))
+    key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
+    digest = hmac.new(key, f"{delivery_id}.{timestamp}.{payload}".encode(), hashlib.sha256).digest()
+    signature = f"v1,{base64.b64encode(digest).decode()}"
+    return {"webhook-id": delivery_id, "webhook-timestamp": timestamp, "webhook-signature": signature}
+
+
+def _webhook(row: RowMapping) -> Webhook:
+    return Webhook(**{**row, "events": tuple(row["events"].split(","))})

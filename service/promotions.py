@@ -1,0 +1,69 @@
+"""Promotions become events for webhooks: the registry's journals are read, so it does not matter through which door they came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from finetune.bundle.deployment import deployments
+from finetune.bundle.registry import LATEST, Registry
+from finetune.jobs.database import reading, writing
+from finetune.jobs.outbox import DEPLOYED, PROMOTED, enqueue, webhooks_for
+from finetune.jobs.schema import webhooks
+from finetune.jobs.webhooks import WebhookStore
+
+_LOOK_BACK_SECONDS = 86400.0  # what happened before while no server ran is told up to a day later
+
+
+class Promotions:
+    """Queues what is new in the journals of a registry; nothing twice, also after a restart."""
+
+    def __init__(self, registry: Registry, store: Callable[[], WebhookStore]) -> None:
+        self._registry, self._store = registry, store
+        self._sizes: dict[Path, int] = {}  # of journals as they were when they were read
+
+    def collect(self) -> None:
+        """Queue the promotions since the last call for the webhooks that want to know, and may."""
+        engine = self._store().engine
+        journals = {name: self._registry.journal(name) for name in self._registry.names()}
+        changed = [name for name, path in journals.items() if _size(path) != self._sizes.get(path)]
+        past = deployments(self._registry)
+        if not changed and len(past) == self._sizes.get(self._registry.root):
+            return
+        with reading(engine) as connection:
+            if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
+                return
+        sizes = {journals[name]: _size(journals[name]) for name in changed}  # before they are read: what comes later counts later
+        since = time.time() - _LOOK_BACK_SECONDS
+        with writing(engine) as connection:
+            for name in changed:
+                self._moves(connection, name, since)
+            for one in past:
+                if one.at >= since:
+                    name = one.deployment.reference.partition("@")[0]
+                    data = {"reference": one.deployment.reference, "by": one.by}
+                    self._tell(connection, DEPLOYED, name, data, one.at, f"{one.deployment.reference} {one.at}")
+        self._sizes |= {**sizes, self._registry.root: len(past)}
+
+    def _moves(self, connection: Connection, name: str, since: float) -> None:
+        for move in self._registry.moves(name):
+            if move.alias != LATEST and move.at >= since:
+                data = {"model": name, "version": move.version, "alias": move.alias, "by": move.by}
+                self._tell(connection, PROMOTED, name, data, move.at, f"{name} {move.alias} {move.version} {move.at}")
+
+    def _tell(self, connection: Connection, event_type: str, model: str, data: dict[str, str], at: float, key: str) -> None:
+        access = self._registry.access(model)
+        for webhook_id in webhooks_for(connection, event_type, None if access.visibility == "shared" else access.owner):
+            made = connection.execute(select(webhooks.c.created_at).where(webhooks.c.id == webhook_id)).scalar_one()
+            if at >= made:
+                enqueue(connection, webhook_id, event_type, data, at, key=key)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
