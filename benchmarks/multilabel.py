@@ -15,6 +15,7 @@ import csv
 import json
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def main() -> None:
         found["runs"][method] = {
             **{key: round(value, 4) for key, value in run.metrics.items() if key.startswith("test/")},
             "train_seconds": round(run.cost["train_seconds"], 1),
-            "largest_difference": differences(run.bundle, sorted((table.parent / "test").glob("*/*"))),
+            "largest_difference": differences(run.bundle, sorted((table.parent / "test").glob("*/*")), folder / "server"),
         }
     print(json.dumps(found, indent=2))
     if arguments.out:
@@ -105,11 +106,11 @@ def seen_in_pixels(file: Path) -> list[str]:
     return labels
 
 
-def differences(bundle: Path, files: Sequence[Path]) -> dict[str, float]:
+def differences(bundle: Path, files: Sequence[Path], home: Path) -> dict[str, float]:
     """Return the largest difference of any probability between the bundle and each other door, on the same files."""
-    from fastapi.testclient import TestClient
+    from starlette.testclient import TestClient
 
-    from service.app import create_app
+    from service.asgi import create_app
     from service.settings import Settings
 
     files = files[:: max(1, len(files) // COMPARED)]
@@ -121,7 +122,9 @@ def differences(bundle: Path, files: Sequence[Path]) -> dict[str, float]:
     parity = predictor.manifest.parity
     found = {"torch": max(parity["max_prob_difference"], parity["max_prob_difference_from_bytes"])}
     found["mlflow"] = float(np.abs(ours - np.array([[row[name] for name in classes] for row in of_mlflow])).max())
-    with TestClient(create_app(Settings(model=str(bundle)))) as client:
+    with TestClient(create_app(Settings(home, model=str(bundle))), base_url="http://127.0.0.1") as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.1)
         over_http = [client.post("/predict", files={"image": file.read_bytes()}).json()["scores"] for file in files]
     found["http"] = float(np.abs(ours - np.array([[row[name] for name in classes] for row in over_http])).max())
     return {**found, "images": len(files)}

@@ -146,6 +146,14 @@ class Client:
         """Yield your batch predictions, newest first."""
         yield from self._listed(BATCH, status, metadata)
 
+    def check_file(self, file_id: str, **fields: Any) -> Document:
+        """Queue an upload to be examined; `wait` waits, `result` has the findings, `report` the page with pictures.
+
+        Args:
+            fields: what a fine-tuning job says of how its data is read: ``data={"label_column": "species"}``, ``model``.
+        """
+        return self._json("POST", f"/v1/files/{file_id}/check", json=fields, headers={"Idempotency-Key": str(uuid.uuid4())})
+
     # ── fine-tuning ──────────────────────────────────────────────────────────────────────────────
 
     def upload(self, path: str | Path, *, purpose: str = "fine-tune") -> str:
@@ -234,7 +242,7 @@ class Client:
         """Return what a job that has succeeded came to.
 
         Of a fine-tuning job: figures with n and intervals, resolved hyperparameters. Of a comparison: arms, pairs, the verdict.
-        Of a batch prediction: how many images were answered, and which could not be read.
+        Of a batch prediction: how many images were answered, and which could not be read. Of a data check: the findings.
         """
         return self._json("GET", f"{_job(job_id)}/result")
 
@@ -247,9 +255,9 @@ class Client:
         found: list[Document] = self._json("GET", f"{_job(comparison_id)}/runs")["data"]
         return found
 
-    def report(self, comparison_id: str) -> str:
-        """Return the page of a finished comparison as HTML, one file that loads nothing."""
-        return self._connection.ask("GET", f"{_job(comparison_id)}/report").text
+    def report(self, job_id: str) -> str:
+        """Return the page of a finished comparison or data check as HTML, one file that loads nothing."""
+        return self._connection.ask("GET", f"{_job(job_id)}/report").text
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────
 

@@ -14,6 +14,7 @@ _EXAMPLES = {
     "comparison_id": "ftcmp-…",
     "run_name": "full-seed0",
     "batch_id": "batch-…",
+    "check_id": "ftchk-…",
     "name": "flowers",
     "version": "1",
     "alias": "champion",

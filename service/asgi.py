@@ -42,6 +42,7 @@ from service.pictures import PictureIndex
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.promotions import Promotions
 from service.routes.batch_predictions import batch_router
+from service.routes.checks import checks_router, file_checks_router
 from service.routes.comparisons import comparisons_router
 from service.routes.deployment import deployment_router
 from service.routes.files import files_router
@@ -198,6 +199,8 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
     api.include_router(batch_router)
+    api.include_router(file_checks_router)
+    api.include_router(checks_router)
     api.include_router(pictures_router)
     api.include_router(webhooks_router)
     api.include_router(server_router)

@@ -11,8 +11,12 @@ from PIL import Image
 COLOURS = ("blue", "green", "red")
 
 
-def write_colours(folder: Path, count: int, seed: int = 0) -> Path:
-    """Write `count` pictures beside a table of their labels, none included; return the table."""
+def write_colours(folder: Path, count: int, seed: int = 0, *, wrong: float = 0.0) -> Path:
+    """Write `count` pictures beside a table of their labels, none included; return the table.
+
+    Args:
+        wrong: the share of labels that are given where the colour is not, and the other way round.
+    """
     chance = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     rows = []
@@ -22,7 +26,8 @@ def write_colours(folder: Path, count: int, seed: int = 0) -> Path:
         for name in labels:
             pixels[..., 2 - COLOURS.index(name)] += 150
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.png")
-        rows.append(json.dumps({"file": f"{number:03d}.png", "label": labels}))
+        flipped = [name for name in COLOURS if (name in labels) != (chance.random() < wrong)]
+        rows.append(json.dumps({"file": f"{number:03d}.png", "label": flipped}))
     table = folder / "labels.jsonl"
     table.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return table

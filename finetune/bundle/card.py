@@ -109,7 +109,7 @@ def _reliance(manifest: Manifest) -> str:
         limits = ", ".join(f"{_text(name)} {threshold:.2f}" for name, threshold in shown)
         return (
             "An image may have several labels, or none. Each is given where its probability reaches its threshold, which is the "
-            f"one with the highest F1 on held-out images, or 0.5 where these are too few: {limits}."
+            f"one with the highest F1 that held-out images let expect, or 0.5 where these are too few: {limits}."
         )
     if calibration is None:
         return "The bundle holds no calibration on held-out images, so it gives neither sets of labels nor abstains."

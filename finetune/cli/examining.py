@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
 from finetune.data.check import check_images
 from finetune.data.index import IndexRefused
+from finetune.doctor.finding import LISTED
 from finetune.errors import DataError, Problem
+from finetune.jobs.kinds import CHECK
 from finetune.messages import natural_list, plural, printable
 from finetune.progress_bars import console
 
 if TYPE_CHECKING:
-    from finetune.doctor.finding import Finding
+    from finetune.doctor.finding import Examination, Finding
     from finetune.progress import ProgressCallback
     from finetune.runs.shared import Shared
+    from finetune.spec import JobSpec
     from finetune.studies.examination import Examined
 
 SHOWN_CASES = 3
@@ -40,6 +46,38 @@ def data_problems(shared: Shared, progress: ProgressCallback) -> Iterator[None]:
         known = {problem.where for problem in error.problems}
         bad = [Problem(printable(one.where), one.reason) for one in checked.bad if one.where not in known]
         raise DataError(error.message, [*error.problems, *bad]) from None
+
+
+def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
+    """Examine the data of a request in the folder `run_dir`, as a worker does; return what was found in short."""
+    from finetune.jobs.lease import watch_lease_from_environment
+    from finetune.progress import silent
+    from finetune.runs.watch import Stopwatch, failures_recorded, recorded
+    from finetune.storage.files import read_json, write_json
+    from finetune.storage.rundir import RunDir
+    from finetune.studies.examination import examine_request
+
+    watch_lease_from_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = RunDir(run_dir.absolute())
+    done = run.root / CHECK.result
+    with run.create().held(), failures_recorded(run):
+        if done.exists():
+            return dict(read_json(done))
+        progress = recorded(silent, run, Stopwatch(run))
+        with data_problems(shared, progress):
+            found = examine_request(spec, shared, progress, page=run.report)
+        write_json(run.examination, found.examination.to_dict(LISTED))
+        short = {"summary": summary_of(found.examination), "revision": found.examination.revision}
+        write_json(done, short)
+        return short
+
+
+def summary_of(examination: Examination) -> str:
+    """Return how much was found, in a sentence."""
+    counts = Counter[str](one.severity for one in examination.findings if one.count)
+    said = [plural(counts[name], name) for name in _STYLES if counts[name]]
+    return f"Found in {plural(examination.n_images, 'image')}: {', '.join(said) or 'nothing'}."
 
 
 def show_examination(found: Examined) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.bundle.registry import Access, ModelVersion
     from finetune.demo import DemoResult
     from finetune.evaluation.of_bundle import BundleEvaluation
+    from finetune.model.tried import Trial
     from finetune.runs.outcome import Outcome
     from finetune.storage.rundir import RunDir
 
@@ -322,6 +323,30 @@ def show_backbone_names(names: Sequence[str], limit: int) -> None:
             f"… and {len(names) - limit:,} more; give a pattern (finetune backbones 'resnet*') or --limit {len(names)}",
             markup=False,
         )
+
+
+def show_trials(trials: Mapping[str, Trial], n_names: int) -> None:
+    """`finetune backbones`: what came of trying one small member of each family."""
+    maps = {"linear": "exact", "layernorm": "exact"}
+    rows = [
+        [
+            trial.backbone,
+            "yes" if trial.works else "no",
+            trial.n_stages or "–",
+            maps.get(trial.cam_kind or "", "none") if trial.n_stages else "–",
+            trial.input_size_px or "–",
+            f"{trial.n_parameters / 1e6:.1f} M" if trial.n_parameters else "–",
+            f"{trial.milliseconds:.0f}" if trial.works else "–",
+        ]
+        for trial in trials.values()
+    ]
+    title = f"The smallest of {len(rows)} families, tried with random weights: frozen, trained, exported, compared with torch"
+    table(title, ["backbone", "works", "stages", "map", "px", "size", "ms"], rows)
+    console.print("map: class activation map; ms: CPU time of one image on one core\n", markup=False)
+    for trial in trials.values():
+        if not trial.works:
+            console.print(f"{trial.backbone}: {trial.reason}", markup=False)
+    console.print(f"{n_names:,} names in all: finetune backbones 'resnet*' lists those that match", markup=False)
 
 
 def show_backbone(description: Mapping[str, Any]) -> None:

@@ -104,8 +104,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 )
 @click.option("--acknowledge", multiple=True, metavar="KIND|KEY", help="Never report these cases again; repeatable.")
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page with pictures is written.")
+@click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: the examination alone, into it.")
 @json_option
-def check(spec: JobSpec, quick: bool, fix: Path | None, acknowledge: tuple[str, ...], page: Path | None, as_json: bool) -> None:
+def check(
+    spec: JobSpec,
+    quick: bool,
+    fix: Path | None,
+    acknowledge: tuple[str, ...],
+    page: Path | None,
+    run_dir: Path | None,
+    as_json: bool,
+) -> None:
     """Examine the data and show the plan. Nothing is trained.
 
     What is wrong with the data: unreadable files, copies within and across splits and under several labels, labels that are
@@ -115,7 +124,7 @@ def check(spec: JobSpec, quick: bool, fix: Path | None, acknowledge: tuple[str, 
     if quick and (fix or acknowledge or page):
         raise click.UsageError("--quick leaves the examination out, which --fix, --acknowledge and --page are about")
     with objects_exempt():
-        from finetune.cli.examining import data_problems, show_examination
+        from finetune.cli.examining import carry_out, data_problems, show_examination
         from finetune.cli.show import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
@@ -125,6 +134,9 @@ def check(spec: JobSpec, quick: bool, fix: Path | None, acknowledge: tuple[str, 
         from finetune.studies.plan import plan
 
     shared = Shared.of(Workspace.from_environment())
+    if run_dir is not None:
+        print_json(carry_out(spec, run_dir, shared))
+        return
     with progress_bars(shown=not as_json) as progress, data_problems(shared, progress):
         document = plan(spec, shared, progress).to_dict()
         found = None
@@ -213,14 +225,18 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """List backbones, or show the stages of one. With one name, also what each method would train.
 
-    NAME is a timm name (resnet50) or a pattern (resnet*).
+    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each family that was tried, and what
+    came of it.
     """
-    from finetune.cli.show import show_backbone, show_backbone_names
+    from finetune.cli.show import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json
     from finetune.model.catalog import list_backbones
     from finetune.model.describe import describe_backbone
+    from finetune.model.tried import read_trials
 
-    if name is None or any(sign in name for sign in "*?["):
+    if name is None and not as_json:
+        show_trials(read_trials(), len(list_backbones()))
+    elif name is None or any(sign in name for sign in "*?["):
         names = list_backbones(name or "*")
         print_json({"backbones": names}) if as_json else show_backbone_names(names, limit)
     else:

@@ -19,11 +19,12 @@ from finetune.doctor.duplicates import Pair, clusters, near_duplicates, same_byt
 from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
 from finetune.doctor.labels import doubt_labels
 from finetune.doctor.looks import Look, look_at_all
+from finetune.doctor.modes import classes_that_are_two
 from finetune.doctor.shortcuts import find_shortcuts
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 
-VERSION = 6  # of what is found: examinations of another one are not read
+VERSION = 7  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
@@ -87,6 +88,8 @@ class _Examining:
                 yield from self._labels()
             with self._timed("shortcuts"):
                 yield from self._shortcuts(looks)
+            with self._timed("groups"):
+                yield from self._groups()
         yield from class_findings(self.dataset)
         yield from self._pictures(looks)
         yield from self._framing()
@@ -224,6 +227,30 @@ class _Examining:
             ),
             "relabel",
         )
+
+    def _groups(self) -> Iterator[Finding]:
+        labels = np.array([sample.labels[0] for sample in self.samples], np.int64)
+        found = classes_that_are_two(self.embeddings, labels)
+        if found:
+            names = natural_list([self.dataset.classes[one.label] for one in found])
+            yield Finding(
+                "two_groups",
+                "doubt",
+                "Classes that may be two",
+                len(found),
+                f"{names}: the images fall into two groups that lie farther apart than different images of one kind do here.",
+                "Look at the most typical images of each group. Where they are different things, give them different labels.",
+                tuple(
+                    self._case(
+                        "two_groups",
+                        [*one.first, *one.second],
+                        round(one.apart, 2),
+                        f"{self.dataset.classes[one.label]}: {1 - one.share:.0%} like the first {len(one.first)}, "
+                        f"{one.share:.0%} like the others; {one.apart:.1f} standard deviations apart",
+                    )
+                    for one in found
+                ),
+            )
 
     def _shortcuts(self, looks: Mapping[str, Look]) -> Iterator[Finding]:
         found = find_shortcuts(self.samples, looks, len(self.dataset.classes))

@@ -102,8 +102,9 @@ def parity(
     given = _onnx_outputs(predictor, images[taken], batch_sizes)
     from_bytes = _probs_from_bytes(predictor, files[:n_from_bytes])
 
-    n_flips, n_ties = _flips(expected.logits[taken], given.logits.argmax(axis=1))
-    n_flips_from_bytes, _ = _flips(expected.logits[: len(from_bytes)], from_bytes.argmax(axis=1))
+    n_flips, n_ties = _flips(expected.logits[taken], expected.probs[taken], given.logits.argmax(axis=1))
+    n = len(from_bytes)
+    n_flips_from_bytes, _ = _flips(expected.logits[:n], expected.probs[:n], from_bytes.argmax(axis=1))
     return Parity(
         n_images=len(images),
         batch_sizes=BATCH_SIZES,
@@ -154,12 +155,16 @@ def _least_cosine(expected: np.ndarray, given: np.ndarray) -> float:
     return float(((one * other).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
 
 
-def _flips(logits: np.ndarray, top: np.ndarray) -> tuple[int, int]:
-    """How many of `top` (B,) are not the top class of `logits` (B, C): real flips, and ties."""
+def _flips(logits: np.ndarray, probs: np.ndarray, top: np.ndarray) -> tuple[int, int]:
+    """How many of `top` (B,) are not the top class of `logits` (B, C): real flips, and ties.
+
+    Classes whose probabilities are the same number are tied too: of several labels that an image surely has, each is exactly 1.
+    """
     rows = np.arange(len(logits))
     behind = logits.max(axis=1) - logits[rows, top]  # how far torch puts the given class behind its own
-    other = top != logits.argmax(axis=1)
-    tied = other & (behind <= TIE_LOGITS)
+    own = logits.argmax(axis=1)
+    other = top != own
+    tied = other & ((behind <= TIE_LOGITS) | (probs[rows, top] == probs[rows, own]))
     return int((other & ~tied).sum()), int(tied.sum())
 
 

@@ -26,6 +26,7 @@ class Kind:
         describe: the request in a few words.
         conclude: a result as one sentence.
         registered: a result's model as ``name@version``, if it made one.
+        tracked: its run is mirrored to trackers, so the command takes ``--experiment``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kind:
     describe: Callable[[Mapping[str, Any]], str]
     conclude: Callable[[Mapping[str, Any]], str]
     registered: Callable[[Mapping[str, Any]], str | None]
+    tracked: bool = False
 
 
 def _training(spec: Mapping[str, Any]) -> str:
@@ -69,6 +71,7 @@ TRAINING = Kind(
     describe=_training,
     conclude=_trained,
     registered=_trained_model,
+    tracked=True,
 )
 COMPARISON = Kind(
     name="comparison",
@@ -80,6 +83,7 @@ COMPARISON = Kind(
     describe=_comparison,
     conclude=lambda result: str(result["verdict"]["sentence"]),
     registered=lambda result: result.get("registered"),
+    tracked=True,
 )
 BATCH = Kind(
     name="batch",
@@ -92,7 +96,18 @@ BATCH = Kind(
     conclude=lambda result: f"{result['summary']}.",
     registered=lambda result: None,
 )
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON, BATCH)}
+CHECK = Kind(
+    name="check",
+    prefix="ftchk",
+    path="/v1/checks",
+    title="data check",
+    command="check",
+    result="check.json",
+    describe=lambda spec: f"data examined with {spec['model']['backbone']}",
+    conclude=lambda result: str(result["summary"]),
+    registered=lambda result: None,
+)
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON, BATCH, CHECK)}
 
 
 def kind_of_id(job_id: str) -> Kind:

@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, insert, select
 
-from finetune.jobs.kinds import BATCH, COMPARISON, KINDS, TRAINING
+from finetune.jobs.kinds import BATCH, CHECK, COMPARISON, KINDS, TRAINING
 from finetune.jobs.schema import TERMINAL, webhook_deliveries, webhooks
 
 if TYPE_CHECKING:
     from finetune.jobs.store import Job
 
-_NOUNS = {TRAINING.name: "fine_tuning.job", COMPARISON.name: "fine_tuning.comparison", BATCH.name: "batch_prediction"}
+_NOUNS = {
+    TRAINING.name: "fine_tuning.job",
+    COMPARISON.name: "fine_tuning.comparison",
+    BATCH.name: "batch_prediction",
+    CHECK.name: "data_check",
+}
 PROMOTED, DEPLOYED = "model.promoted", "deployment.changed"
 TYPES = (*(f"{_NOUNS[kind]}.{state}" for kind in KINDS for state in TERMINAL), PROMOTED, DEPLOYED)
 

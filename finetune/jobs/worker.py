@@ -184,7 +184,7 @@ class Worker:
         dataset = FileStore(self.store.engine).dataset_name(str(claim.job.spec.get("training_file", "")))
         handle = self.executor.start(
             claim.job.id,
-            [*command, *(["--experiment", dataset] if dataset else [])],
+            [*command, *(["--experiment", dataset] if dataset and claim.job.kind.tracked else [])],
             fence=claim.fence,
             environment={"FINETUNE_HOME": str(self.home), LEASE_VARIABLE: str(lease_file)},
             log=run.log,

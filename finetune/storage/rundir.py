@@ -81,6 +81,11 @@ class RunDir:
         return self.measurements / "preprocessing.json"
 
     @property
+    def examination(self) -> Path:
+        """What an examination of data found, in the folder of a queued one."""
+        return self.root / "examination.json"
+
+    @property
     def diagnosis(self) -> Path:
         return self.root / "diagnosis.json"
 

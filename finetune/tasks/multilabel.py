@@ -28,13 +28,13 @@ from finetune.metrics.labels import (
     sigmoid,
 )
 from finetune.metrics.temperature import Temperature, fit_sigmoid_temperature
+from finetune.metrics.thresholds import best_threshold
 from finetune.spec import LOSSES
 from finetune.tasks.balance import Balance, ClassWeights, balance_of_labels
 from finetune.tasks.task import Logits, Target, Targets, Thresholds
 
 NO_LABEL = "(no label)"
 _LEAST = 1e-12  # a threshold of 0 or 1 has no finite logit
-FEWEST_OF_EACH = 10  # images with a label and without it from which a threshold is chosen for it; below, it stays at one half
 
 
 class Multilabel:
@@ -110,9 +110,8 @@ class Multilabel:
         return fit_sigmoid_temperature(logits, targets)
 
     def choose_thresholds(self, logits: Logits, targets: Targets) -> NDArray[np.float32]:
-        """Return for each label the logit from which on giving it has the highest F1 here; 0 where the images are too few."""
         checked = check_labels(logits, targets)
-        return np.array([_best_threshold(logits[:, label], checked[:, label]) for label in range(logits.shape[1])], np.float32)
+        return np.array([best_threshold(logits[:, label], checked[:, label]) for label in range(logits.shape[1])], np.float32)
 
     def probability_thresholds(self, thresholds: NDArray[np.floating[Any]], temperature: float) -> tuple[float, ...]:
         return tuple(float(one) for one in self.probabilities(thresholds[None], temperature)[0])
@@ -139,22 +138,3 @@ class Multilabel:
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         return np.argsort(-probs, kind="stable")
-
-
-def _best_threshold(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_]) -> float:
-    """Return the logit from which on giving the label has the highest F1: between two images', the nearest to 0 of equals."""
-    n_positive = int(targets.sum())
-    if n_positive < FEWEST_OF_EACH or len(targets) - n_positive < FEWEST_OF_EACH:
-        return 0.0
-    order = np.argsort(-logits, kind="stable")
-    values = logits[order].astype(np.float64)
-    right = np.cumsum(targets[order])
-    lasts = np.flatnonzero(values[1:] != values[:-1])  # the label may be given to all images up to one of these, but not to all
-    at_half = targets & (logits >= 0)
-    best, threshold = 2 * int(at_half.sum()) / (int((logits >= 0).sum()) + n_positive), 0.0
-    scores = 2 * right[lasts] / (lasts + 1 + n_positive)
-    if not len(lasts) or scores.max() <= best:
-        return threshold
-    between = (values[lasts] + values[lasts + 1]) / 2
-    highest = between[scores == scores.max()]
-    return float(highest[np.argmin(np.abs(highest))])

@@ -41,7 +41,7 @@ D = TypeVar("D", bound=JobState)
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["fine_tuning.job", "fine_tuning.comparison", "batch_prediction"]
+    object: Literal["fine_tuning.job", "fine_tuning.comparison", "batch_prediction", "data_check"]
     deleted: Literal[True] = True
 
 

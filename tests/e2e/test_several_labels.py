@@ -9,12 +9,13 @@ import pytest
 from click.testing import CliRunner
 from serving import in_process
 from tiny_labels import COLOURS, write_colours
-from tiny_runs import carry_out_at, tiny_spec
+from tiny_runs import TINY, carry_out_at, shared_at, tiny_spec, workspace_at, write_stripes
 
 import finetune
 from finetune.bundle.mlflow_model import BundleModel
 from finetune.bundle.predictor import Predictor
 from finetune.cli import cli
+from finetune.comparison_spec import parse_comparison
 from finetune.errors import DataError, InvalidInput, SpecError
 from finetune.evaluation.evaluate import read_judgement
 from finetune.evaluation.of_bundle import evaluate_bundle
@@ -22,6 +23,7 @@ from finetune.evaluation.predictions import read
 from finetune.runs.outcome import Outcome
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
+from finetune.studies.compare import compare, compare_runs
 from finetune.tasks import task_named
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -90,6 +92,20 @@ def test_every_door_gives_the_same_labels_with_the_same_probabilities(home: Path
         model.predict(files[0], finetune.Asked(coverage=0.9))
 
 
+def test_the_mlflow_model_says_that_it_gives_labels_and_gives_them(home: Path, probe: Outcome, tmp_path: Path) -> None:
+    import mlflow.pyfunc
+
+    from finetune.tracking.mlflow.model import write_model
+
+    write_model(tmp_path / "model", Path(str(probe.bundle)))
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    assert model.metadata.signature.outputs.input_names()[:4] == ["label", "probability", "predictions", "labels"]
+    files = sorted((home / "pictures").glob("*.png"))[:3]
+    predictor = Predictor.load(Path(str(probe.bundle)))
+    expected = [list(predictor.predict(file.read_bytes()).several.given) for file in files]  # type: ignore[union-attr]
+    assert [list(labels) for labels in model.predict([str(file) for file in files]).labels] == expected
+
+
 def test_a_bundle_is_measured_on_other_labelled_images(home: Path, probe: Outcome) -> None:
     table = write_colours(home / "others", 40, seed=7)
     model = finetune.load(Path(str(probe.bundle)))
@@ -126,8 +142,6 @@ def test_steps_are_taken_with_either_loss(home: Path, loss: str) -> None:
 
 def test_one_label_each_may_be_learnt_as_several(home: Path, tmp_path: Path) -> None:
     """Class folders with ``task: multilabel``: each class is a yes or no of its own."""
-    from tiny_runs import write_stripes
-
     spec = tiny_spec(write_stripes(tmp_path, 60), task="multilabel", suffix="stripes")
     outcome = carry_out_at(tmp_path, spec, RunDir(tmp_path / "run"))
     assert outcome.metrics["test/labels_per_image"] == 1.0
@@ -141,3 +155,51 @@ def test_the_command_line_marks_the_labels_that_are_given(home: Path, probe: Out
     assert expected is not None
     marked = [line.split()[-1] for line in found.output.splitlines() if "✓" in line]
     assert tuple(marked) == expected.given
+
+
+# ── studies ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def noisy(home: Path) -> Path:
+    """Pictures of which one label in six is wrong, so that probabilities, thresholds and figures are not all alike."""
+    return write_colours(home / "noisy", 150, wrong=0.17)
+
+
+def test_folds_carry_their_thresholds_and_the_bundle_has_those_of_all_answers(home: Path, noisy: Path) -> None:
+    """Each fold chooses on its own val, refits, and judges what it held out by what it chose."""
+    run = RunDir(home / "runs" / "folds")
+    spec = tiny_spec(noisy, data={"folds": 3, "val_fraction": 0.45}, suffix="folds", export={"register_model": "always"})
+    outcome = carry_out_at(home, spec, run)
+    pooled = read(run.predictions_of("cv"))
+    assert pooled.thresholds is not None
+    chosen = [read_judgement(run.child(f"fold-{fold}").child("choose").evaluation).thresholds for fold in (1, 2, 3)]
+    assert len(set(chosen)) == 3
+    assert {tuple(row) for row in pooled.thresholds.tolist()} == {tuple(np.float32(one).tolist()) for one in chosen}
+    found = read_judgement(run.evaluation)
+    task = task_named("multilabel")
+    assert found.thresholds == pytest.approx(task.choose_thresholds(pooled.logits, pooled.labels))
+    manifest = Predictor.load(Path(str(outcome.bundle))).manifest
+    temperature = found.temperature.temperature if found.temperature else 1.0
+    assert manifest.thresholds == pytest.approx(task.probability_thresholds(np.array(found.thresholds), temperature))
+    assert outcome.metrics["cv/map"] == pytest.approx(outcome.metrics["cv/map_mean"], abs=0.1)
+    assert "Expect mean average precision" in run.report.read_text(encoding="utf-8")
+
+
+def test_ways_to_train_are_compared_by_mean_average_precision(home: Path, noisy: Path) -> None:
+    arms = [{"name": name, "set": {"hyperparameters": {"l2": l2}}} for name, l2 in (("weak", 0.01), ("strong", 30.0))]
+    request = {**TINY, "suffix": "compared", "training_file": str(noisy), "arms": arms, "seeds": 1}
+    found = compare(
+        parse_comparison({**request, "data": {"test_fraction": 0.4}}), shared_at(home), run_dir=home / "runs" / "compared"
+    )
+    (pair,) = found.pairs
+    assert (found.headline, pair.headline.metric, pair.test) == ("map", "map", "paired bootstrap")
+    assert {other.metric for other in pair.others} >= {"micro_f1", "exact_match"}
+    page = found.report.read_text(encoding="utf-8")
+    assert "mean average precision" in page
+    assert found.verdict.sentence.split(".")[0] in page
+    again = compare_runs([arm.runs[0] for arm in found.arms], workspace_at(home))
+    for arm, of_same_runs in zip(found.arms, again.arms, strict=True):
+        assert {k: v.value for k, v in of_same_runs.metrics.items()} == pytest.approx(
+            {k: v.value for k, v in arm.metrics.items()}
+        )

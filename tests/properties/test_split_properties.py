@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -13,7 +14,7 @@ from folders import local_sample, path_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, LocalFile, Sample
 from finetune.data.split import fold_datasets, leaked, split_dataset
 from finetune.errors import DataError
 
@@ -222,3 +223,22 @@ def test_a_class_that_the_rule_leaves_out_of_a_split_gets_its_nearest_image_ther
     alone = split_dataset(replace(dataset, samples=tuple(samples[:4]), classes=("000",)), val_fraction=0.15, test_fraction=0.15)
     sides = {sample.id: sample.split for sample in split_dataset(dataset, val_fraction=0.15, test_fraction=0.15).samples}
     assert {sample.id: sample.split for sample in alone.samples}.items() <= sides.items()
+
+
+def test_every_label_that_three_images_have_is_in_every_split_also_where_images_have_several() -> None:
+    n_labels = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        shares = [rng.choice([0.02, 0.05, 0.2, 0.5]) for _ in range(rng.randrange(3, 12))]
+        targets = [tuple(c for c, share in enumerate(shares) if rng.random() < share) for _ in range(rng.randrange(20, 200))]
+        samples = [
+            Sample(str(n), LocalFile(Path(str(n))), target, sha256=hashlib.sha256(f"{seed}/{n}".encode()).hexdigest())
+            for n, target in enumerate(targets)
+        ]
+        divided = split_dataset(Dataset("pictures", str(ROOT), tuple(map(str, range(len(shares)))), tuple(samples)), seed=seed)
+        counts = divided.counts()
+        for name in divided.classes:
+            if sum(counts[split][name] for split in counts) >= 3:
+                assert all(counts[split][name] for split in ("train", "val", "test")), f"label {name} with seed {seed}"
+                n_labels += 1
+    assert n_labels > 400

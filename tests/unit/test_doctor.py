@@ -30,6 +30,7 @@ from finetune.doctor.examine import examine, without_accepted
 from finetune.doctor.finding import Examination
 from finetune.doctor.labels import doubt_labels
 from finetune.doctor.looks import look_at_all
+from finetune.doctor.modes import classes_that_are_two
 from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
 from finetune.doctor.shortcuts import find_shortcuts
 from finetune.errors import DataError, InvalidInput
@@ -360,3 +361,41 @@ def test_every_job_begins_with_a_look_at_its_classes(tmp_path: Path) -> None:
         "Classes that differ in spelling alone", "Classes with few images", "Classes of very different size",
     ]  # fmt: skip
     assert DatasetFacts.of(read(write_textures(tmp_path / "even", {"cat": 25, "dog": 30}, (40, 30)))).warnings == ()
+
+
+# ── a class that is two ───────────────────────────────────────────────────────────────────────────
+
+
+def kinds_of_things(counts: tuple[int, ...], apart: float = 6.0, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Embeddings of several kinds, each a cloud of its own, and which kind each is."""
+    rng = np.random.default_rng(seed)
+    kinds = np.repeat(np.arange(len(counts)), counts)
+    centres = rng.normal(size=(len(counts), 40))
+    centres *= apart / np.linalg.norm(centres, axis=1, keepdims=True)
+    return (centres[kinds] + rng.normal(size=(len(kinds), 40))).astype(np.float32), kinds.astype(np.int64)
+
+
+def test_two_kinds_of_things_under_one_name_are_told_from_classes_of_one_kind() -> None:
+    embeddings, kinds = kinds_of_things((90, 80, 120, 70, 30))
+    assert classes_that_are_two(embeddings, kinds) == []
+    merged = np.where(kinds == 2, 1, kinds)
+    (found,) = classes_that_are_two(embeddings, merged)
+    assert found.label == 1
+    assert found.apart > 5
+    assert found.share == pytest.approx(80 / 200, abs=0.02)
+    assert {int(kinds[one]) for one in found.first} == {2}
+    assert {int(kinds[one]) for one in found.second} == {1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_wide_class_of_one_kind_is_not_called_two(seed: int) -> None:
+    embeddings, kinds = kinds_of_things((200, 100, 100), seed=seed)
+    embeddings[kinds == 0] *= 1.5
+    assert classes_that_are_two(embeddings, kinds) == []
+
+
+def test_what_is_too_small_or_all_the_same_is_not_looked_at() -> None:
+    embeddings, kinds = kinds_of_things((70, 20))
+    assert classes_that_are_two(embeddings, kinds) == [], "no other class says how different images of one kind are"
+    same = np.ones((200, 8), np.float32)
+    assert classes_that_are_two(same, np.repeat([0, 1], 100)) == []

@@ -207,7 +207,14 @@ def test_nan_is_over_every_tolerance(compared: tuple[DeployModule, Predictor], s
 
 def test_a_tie_in_torch_is_not_a_flip() -> None:
     logits = np.array([[1.0, 1.00005, 0.0], [1.0, 2.0, 0.0], [3.0, 2.0, 0.0]])
-    assert agreement._flips(logits, np.array([0, 0, 0])) == (1, 1)
+    assert agreement._flips(logits, logits, np.array([0, 0, 0])) == (1, 1)
+
+
+def test_labels_that_are_as_probable_as_can_be_are_tied() -> None:
+    """Of several labels that an image surely has, each has a probability of exactly 1, and which comes first is no flip."""
+    logits = np.array([[30.0, 40.0, -5.0], [30.0, 40.0, 3.0]], np.float32)
+    probs = np.array([[1.0, 1.0, 0.01], [1.0, 1.0, 0.95]], np.float32)
+    assert agreement._flips(logits, probs, np.array([0, 2])) == (1, 1)
 
 
 def test_more_images_than_the_batches_hold_are_all_compared(

@@ -217,7 +217,8 @@ def test_lists_of_every_kind_are_read_page_by_page_and_merged_by_age(monkeypatch
     ]
     comparisons = {"data": [{**COMPARED, "id": f"ftcmp-{n}", "created_at": n} for n in (8, 1)], "has_more": False}
     batches = {"data": [{**ANSWERED, "created_at": 6}], "has_more": False}
-    server = Server(*map(ok, [*jobs, comparisons, batches]))
+    checks: dict[str, Any] = {"data": [], "has_more": False}
+    server = Server(*map(ok, [*jobs, comparisons, batches, checks]))
     assert [job.id for job in server.client().list(3)] == ["ftjob-9", "ftcmp-8", "ftjob-7"]
     asked = [(request.url.path.rpartition("/")[2], dict(request.url.params)) for request in server.asked]
     assert asked == [
@@ -225,6 +226,7 @@ def test_lists_of_every_kind_are_read_page_by_page_and_merged_by_age(monkeypatch
         ("jobs", {"limit": "1", "after": "ftjob-7"}),
         ("comparisons", {"limit": "2"}),
         ("batch_predictions", {"limit": "2"}),
+        ("checks", {"limit": "2"}),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,7 @@ def _common_images(runs: Sequence[RunDir], answers: Sequence[Predictions]) -> tu
 def _rows(table: Predictions, digests: Sequence[str]) -> Predictions:
     """Return the rows of these images, in this order, under their digests."""
     row_of = {digest: row for row, digest in reversed(list(enumerate(table.digests())))}
-    taken = table.take(np.array([row_of[digest] for digest in digests]))
-    return Predictions(
-        taken.split, taken.task, taken.classes, tuple(digests), taken.sha256, taken.targets, taken.logits, taken.embedding
-    )
+    return replace(table.take(np.array([row_of[digest] for digest in digests])), ids=tuple(digests))
 
 
 def _without_seed(spec: JobSpec) -> str:

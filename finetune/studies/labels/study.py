@@ -249,8 +249,7 @@ def _right(
         seed=seed,
     )
     strength.setdefault(place, head.l2)
-    probs = task_named("multiclass").probabilities(head.logits(features[held_out]))
-    return np.asarray(probs.argmax(axis=1) == labels[held_out])
+    return np.asarray(task_named("multiclass").judge(head.logits(features[held_out]), labels[held_out]).score == 1)
 
 
 def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:

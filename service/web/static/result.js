@@ -70,9 +70,17 @@ async function mistakes(path, split, version, dataset, signal) {
     throw error;
   });
   if (wrong === null) return null;
+  const seen = wrong.data.length === 0 || await requestBlob(`${path}/image?id=${encodeURIComponent(wrong.data[0].id)}&side_px=16`, { signal })
+    .then(() => true, (error) => { if (error.status === 404) return false; throw error; }); // data with tables: no pictures here
   return h("section", {}, h("h2", {}, t("result.mistakes")),
-    wrong.data.length ? [h("p", { class: "hint" }, t("result.mistakes_how")), gallery(path, wrong.data, version, dataset)]
+    wrong.data.length ? [h("p", { class: "hint" }, t("result.mistakes_how")), seen ? gallery(path, wrong.data, version, dataset) : listed(wrong.data)]
       : h("p", { class: "notice good" }, t("result.no_mistakes", { split: t(`split.${split}`) })));
+}
+
+/** Return the names of pictures that are not shown here, with what they are and what the model said. */
+function listed(answers) {
+  return h("ul", {}, answers.map((one) => h("li", {}, h("code", {}, one.id), " ", t("result.is", { label: one.label }), ", ",
+    t("result.said", { answer: one.answer, share: percent(one.probability) }))));
 }
 
 /** Return pictures with what they are and what the model said. */

@@ -79,8 +79,8 @@ function versionRow(model, one, deployed, again, signal) {
   }
 
   /** Return the switch that makes a version say by itself when it is unsure. */
-  function abstention({ abstain_precision: precision }) {
-    if (!session.may("jobs")) return null;
+  function abstention({ abstain_precision: precision, calibration }) {
+    if (!session.may("jobs") || calibration.thresholds) return null; // with several labels each has a threshold instead
     const messages = h("div", {});
     const choice = h("select", { value: precision === null ? "" : String(precision), onchange: async () => {
       put(messages);

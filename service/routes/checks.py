@@ -1,0 +1,84 @@
+"""``POST /v1/files/{id}/check`` and ``/v1/checks``: the examination of an upload, in the queue of the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
+from starlette.concurrency import run_in_threadpool
+
+from finetune.errors import Conflict, NotFound, Problem, SpecError
+from finetune.jobs.kinds import CHECK
+from finetune.jobs.store import Job
+from service.creation import IdempotencyKey, Submission, announce, json_body
+from service.job_request import read_body, read_request, summary
+from service.middleware.auth import Caller, Submitting
+from service.problems import RESPONSES
+from service.results import read_object, report_answer
+from service.routes.lifecycle import add_lifecycle
+from service.schemas.checks import CHECK_BODY, FIELDS, CheckDocument, CheckResult, check_document
+from service.state import Server, ServerState
+
+file_checks_router = APIRouter(prefix="/v1/files", tags=["data checks"], responses=RESPONSES)
+checks_router = APIRouter(prefix=CHECK.path, tags=["data checks"], responses=RESPONSES)
+
+
+@file_checks_router.post("/{file_id}/check", status_code=201, openapi_extra=CHECK_BODY)
+async def check_file(
+    request: Request, response: Response, caller: Submitting, server: Server, file_id: str, idempotency_key: IdempotencyKey = None
+) -> CheckDocument:
+    """Queue an upload to be examined: copies, leaks, labels that are probably wrong, shortcuts, classes, pictures of nothing."""
+    raw = await request.body()
+    body = await json_body(request, "data check") if raw.strip() else b"{}"
+    job, new = await server.checks.run(_create, Submission(server, caller, idempotency_key), file_id, body)
+    announce(response, job, new=new)
+    return await run_in_threadpool(_document, server, job)
+
+
+def _create(submission: Submission, file_id: str, raw: bytes) -> tuple[Job, bool]:
+    server, given = submission.server, read_body(raw)
+    submission.locate(file_id)  # a file that is not there is 404, not a wrong field
+    if unknown := [name for name in given if name not in FIELDS]:
+        problems = [Problem(name, f"not a field of a data check; it has {', '.join(FIELDS)}") for name in unknown]
+        raise SpecError(summary(problems), problems)
+    asked = read_request(
+        {**given, "training_file": file_id},
+        locate=submission.locate,
+        find_model=submission.find_model,
+        data_roots=server.data_roots,
+        check_names=server.spec_checker.problems,
+    )
+    return submission.create(CHECK, asked.spec.model_dump(mode="json"), asked.body, asked.digest)
+
+
+def _document(server: ServerState, job: Job) -> CheckDocument:
+    return check_document(job, queue_position=server.database.jobs.queue_position(job), within=server.without_home)
+
+
+add_lifecycle(checks_router, CHECK, "check", CheckDocument, _document)
+
+
+@checks_router.get("/{check_id}/result")
+def check_result(caller: Submitting, server: Server, check_id: str) -> CheckResult:
+    """Return all findings, the worst first: each with its evidence, what to do, and the images that have it."""
+    job = _finished(server, caller, check_id)
+    found: Mapping[str, Any] = read_object(server.run_of(job.id).examination)
+    if not found:
+        raise NotFound(f"what {check_id} found is gone; ask for the check again")
+    return CheckResult.model_validate({**found, "id": job.id, "report": f"{CHECK.path}/{job.id}/report"})
+
+
+@checks_router.get("/{check_id}/report", response_class=HTMLResponse)
+def check_report(caller: Submitting, server: Server, check_id: str) -> HTMLResponse:
+    """Return the page of the findings, with pictures: one HTML file that loads nothing."""
+    job = _finished(server, caller, check_id)
+    return report_answer(server.run_of(job.id), server.without_home)
+
+
+def _finished(server: ServerState, caller: Caller, check_id: str) -> Job:
+    job = server.database.jobs.get(check_id, caller.sees, CHECK)
+    if job.state != "succeeded":
+        raise Conflict(f"{check_id} is {job.state}; only a check that has succeeded has findings")
+    return job

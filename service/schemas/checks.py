@@ -1,0 +1,103 @@
+"""Examinations of data as clients see them: the request, the state, and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from finetune.jobs.kinds import CHECK
+from finetune.jobs.store import Job
+from service.schemas.jobs import JobError, JobState, job_error, job_state
+from service.schemas.lists import Page
+
+FIELDS = ("model", "data", "validation_file", "test_file", "metadata")  # of a job, that a check of its data may have too
+CHECK_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": False,
+        "description": "Nothing, or what a fine-tuning job says of how the data is read: `data`, `validation_file`, `test_file`, "
+        "and the `model` whose features find copies and wrong labels.",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "model": {"description": "As for a job.", "anyOf": [{"type": "string"}, {"type": "object"}]},
+                        "data": {"type": "object", "description": "As for a job."},
+                        "validation_file": {"type": "string"},
+                        "test_file": {"type": "string"},
+                        "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class CheckDocument(JobState):
+    """Data that is examined in the queue of the jobs."""
+
+    object: Literal["data_check"] = "data_check"
+    description: str = Field(description="The request in a few words.")
+    file: str
+    metadata: dict[str, str]
+    conclusion: str | None = Field(description="What was found, in a sentence; null before it has succeeded.")
+    error: JobError | None
+    result_files: list[str] = Field(description="Paths on this server: the findings, and the page with pictures.")
+
+
+CheckList = Page[CheckDocument]
+
+
+class CaseDocument(BaseModel):
+    """One image, or images that belong together, with the fault."""
+
+    ids: list[str]
+    score: float = Field(description="How certain it is; larger is more.")
+    said: str
+    suggested: str | None = Field(description="Another label, where one is likelier.")
+    key: str = Field(description="The same for the same images in another copy of the data.")
+
+
+class FindingDocument(BaseModel):
+    """One kind of fault."""
+
+    kind: str = Field(description="Such as `near_duplicates`; stays the same between releases.")
+    severity: Literal["problem", "doubt", "note"]
+    title: str
+    count: int
+    evidence: str
+    advice: str
+    cases: list[CaseDocument] = Field(description="The strongest first, at most 200.")
+    fix: Literal["leave_out", "group", "relabel", "none"]
+    acknowledged: int
+
+
+class CheckResult(BaseModel):
+    """What an examination found."""
+
+    object: Literal["data_check"] = "data_check"
+    id: str
+    revision: str
+    n_images: int
+    classes: list[str]
+    backbone: str
+    findings: list[FindingDocument] = Field(description="The worst first.")
+    report: str = Field(description="Path on this server of the page with pictures.")
+
+
+def check_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> CheckDocument:
+    """Return an examination as its owner sees it; `within` hides where on this machine things lie."""
+    asked, result = job.request or job.spec, job.result
+    return CheckDocument(
+        **job_state(job, queue_position),
+        description=CHECK.describe(job.spec),
+        file=str(asked["training_file"]),
+        metadata=dict(job.spec["metadata"]),
+        conclusion=CHECK.conclude(result) if result else None,
+        error=job_error(job, within),
+        result_files=[] if result is None else [f"{CHECK.path}/{job.id}/{name}" for name in ("result", "report")],
+    )
