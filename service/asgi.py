@@ -111,8 +111,13 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     return app if state.tracing is None else TracingMiddleware(app, state.tracing)
 
 
-def create_api(settings: Settings) -> FastAPI:
-    """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with."""
+def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
+    """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with.
+
+    Args:
+        supervised: the parent process started this one to serve, as BentoML's does; the server ends with it, so that none stays
+            on the port. Any other server outlives its parent, which may be a shell from which somebody logs out.
+    """
     check_provider(settings.provider)
     registry = Registry(settings.models_folder)
     models = LoadedModels(
@@ -160,7 +165,8 @@ def create_api(settings: Settings) -> FastAPI:
         models.start()
         webhooks.start()
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
-            signal_when_parent_dies(signal.SIGTERM)
+            if supervised:
+                signal_when_parent_dies(signal.SIGTERM)
             _end_streams_on_sigterm(state.event_streams)
         if worker is not None:
             worker.start()
