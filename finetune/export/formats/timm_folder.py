@@ -33,7 +33,7 @@ import timm
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: where this file lies
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-logits = model(transform(picture)[None])  # divide by the temperature in config.json before a softmax
+logits = model(transform(picture)[None])  # divide by the temperature in config.json before a softmax (several labels: sigmoid)
 ```
 
 timm resizes in two steps and rounds between them, so its answers to image files differ a little from the bundle's; on the same

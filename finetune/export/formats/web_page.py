@@ -55,7 +55,7 @@ def _page(opened: Opened, script: str, wasm: bytes) -> str:
     facts = {
         "classes": list(manifest.classes),
         "preprocess": manifest.preprocess.to_dict(),
-        "task": manifest.task,
+        "thresholds": manifest.thresholds,  # of each class, where a picture may have several
         "hasMap": "cam" in manifest.outputs,
         "inputName": manifest.model["input_name"],
     }
