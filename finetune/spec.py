@@ -144,8 +144,11 @@ class DataSpec(Section):
         tuple[str, ...] | None, Field(description="folders that links and tables may lead into; a server sets it for its jobs")
     ] = None
     class_weights: Annotated[
-        Literal["none", "balanced", "effective_number"],
-        Field(description="weight of an image in the loss by its class: balanced is one over the class's images"),
+        Literal["none", "balanced", "effective_number", "sampling"],
+        Field(
+            description="weight of an image in the loss by its class: balanced is one over the class's images; sampling: steps see "
+            "every class equally often"
+        ),
     ] = "none"
     logit_adjustment: Annotated[
         float, Field(ge=0.0, le=2.0, description="1 aims at the mean of the classes' recall, whatever their sizes; 0 is off")

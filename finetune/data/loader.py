@@ -22,6 +22,8 @@ from finetune.data.dataset import Sample
 from finetune.data.parallel import ordered_map
 from finetune.data.pixels import PixelStore
 
+AGAIN = 1 << 20  # epochs that there are never, for the views of a sample that comes again in an epoch
+
 
 class Batch(NamedTuple):
     images: np.ndarray  # (B, h, w, 3) uint8
@@ -64,6 +66,7 @@ class TrainLoader:
     start_step: int = 0
     threads: int = 1
     pixels: PixelStore | None = None  # where large photographs are kept decoded for the next epoch
+    classes: np.ndarray | None = None  # (N,) of the samples, to be seen equally often; see `epoch_order`
 
     def __len__(self) -> int:
         """Return how many steps are left of the epoch."""
@@ -71,16 +74,19 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         steps = steps_per_epoch(len(self.samples), self.batch_size)
-        order = epoch_order(len(self.samples), self.seed, self.epoch)[self.start_step * self.batch_size : steps * self.batch_size]
-        return load_batches(order, self._view, self.batch_size, self.threads)
+        order = epoch_order(len(self.samples), self.seed, self.epoch, self.classes)
+        times = times_before(order)
+        part = slice(self.start_step * self.batch_size, steps * self.batch_size)
+        order, times = order[part], times[part]
+        return load_batches(order, lambda place: self._view(int(order[place]), int(times[place])), self.batch_size, self.threads)
 
-    def _view(self, index: int) -> np.ndarray:
+    def _view(self, index: int, time: int) -> np.ndarray:
         sample, short_side_px = self.samples[index], self.augment.decode_short_side_px
         if self.pixels is None:
             rgb = sample.decode(lambda data: decode_image(data, short_side_px=short_side_px))
         else:
             rgb = self.pixels.read(sample, short_side_px)
-        return self.augment(rgb, sample_seed(self.seed, self.epoch, index))
+        return self.augment(rgb, sample_seed(self.seed, self.epoch + time * AGAIN, index))
 
 
 def steps_per_epoch(n_samples: int, batch_size: int) -> int:
@@ -93,15 +99,43 @@ def steps_per_epoch(n_samples: int, batch_size: int) -> int:
     return full + (rest > 1 or (rest == 1 and full == 0))
 
 
-def epoch_order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the samples in one epoch, (n_samples,) int64."""
-    return np.random.default_rng([seed, epoch]).permutation(n_samples)
+def epoch_order(n_samples: int, seed: int, epoch: int, classes: np.ndarray | None = None) -> np.ndarray:
+    """Return the order of the samples in one epoch, (n_samples,) int64.
+
+    Args:
+        classes: (n_samples,) where given, the classes are seen equally often: all samples of a small class again and again, each
+            as often as the others of its class up to one time; of a large class only some, in another epoch others.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if classes is None:
+        return rng.permutation(n_samples)
+    present = rng.permutation(np.unique(classes))
+    drawn = []
+    for number, label in enumerate(present):
+        members = np.flatnonzero(classes == label)
+        wanted = n_samples // len(present) + (number < n_samples % len(present))
+        rounds = [rng.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn.append(np.concatenate(rounds)[:wanted])
+    return rng.permutation(np.concatenate(drawn))
+
+
+def times_before(order: np.ndarray) -> np.ndarray:
+    """Return how often each sample has come before in an order, (n,) int64: each time it is shown in another view."""
+    by_sample = np.argsort(order, kind="stable")
+    ordered = order[by_sample]
+    first = np.searchsorted(ordered, ordered)
+    times = np.empty(len(order), np.int64)
+    times[by_sample] = np.arange(len(order)) - first
+    return times
 
 
 def load_batches(order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int) -> Iterator[Batch]:
-    """Yield batches of ``load(index)`` for the indices in `order`; about two batches of images are loaded ahead of the reader."""
+    """Yield batches of ``load(place)`` for the places in `order`, which holds the indices.
+
+    About two batches of images are loaded ahead of the reader.
+    """
     ahead = max(2 * threads, min(2 * batch_size, 256))
-    with closing(ordered_map(load, order.tolist(), threads=threads, ahead=ahead)) as images:
+    with closing(ordered_map(load, range(len(order)), threads=threads, ahead=ahead)) as images:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             yield Batch(np.stack([next(images) for _ in indices]), indices)

@@ -7,13 +7,15 @@ have several. Torch-free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-ClassWeights = Literal["none", "balanced", "effective_number"]
+from finetune.errors import InvalidInput
+
+ClassWeights = Literal["none", "balanced", "effective_number", "sampling"]
 
 EFFECTIVE_BETA = 0.999  # Cui et al. 2019; a thousand images of a class are then worth about 630
 
@@ -27,10 +29,17 @@ class Balance:
             images. Where an image may have several labels: of the loss of the images that have the label; the others weigh one.
         offsets: (C,) added to the logits in the loss alone (Menon et al. 2021), so that the model does not learn how frequent
             classes are; a solved head has them taken off instead, which is the same.
+        sampled: steps see every class equally often, so their loss is not weighted; `weights` are for the solved head.
     """
 
     weights: NDArray[np.float64] | None = None
     offsets: NDArray[np.float64] | None = None
+    sampled: bool = False
+
+    @property
+    def of_steps(self) -> Balance:
+        """What the loss of steps is balanced with."""
+        return replace(self, weights=None) if self.sampled else self
 
 
 def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
@@ -45,9 +54,9 @@ def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: 
         offsets = logit_adjustment * np.log(np.maximum(counts, 0.5) / counts.sum())
     if class_weights == "none":
         return Balance(None, offsets)
-    worth = counts if class_weights == "balanced" else (1 - EFFECTIVE_BETA**counts) / (1 - EFFECTIVE_BETA)
+    worth = counts if class_weights in ("balanced", "sampling") else (1 - EFFECTIVE_BETA**counts) / (1 - EFFECTIVE_BETA)
     weights = np.divide(1.0, worth, out=np.zeros_like(counts), where=counts > 0)
-    return Balance(weights * (counts.sum() / float((weights * counts).sum())), offsets)
+    return Balance(weights * (counts.sum() / float((weights * counts).sum())), offsets, class_weights == "sampling")
 
 
 def balance_of_labels(targets: NDArray[Any], class_weights: ClassWeights, logit_adjustment: float) -> Balance:
@@ -56,9 +65,14 @@ def balance_of_labels(targets: NDArray[Any], class_weights: ClassWeights, logit_
     ``balanced`` makes the images that have a label weigh as much, all together, as those that do not; ``effective_number`` counts
     both as Cui et al. (2019) do, which is less where labels are rare. A label that no image has, or every image, weighs one.
 
+    Raises:
+        InvalidInput: sampling, which several labels of an image contradict.
+
     Args:
         logit_adjustment: strength with which the log-odds of a label's frequency are taken off its logit.
     """
+    if class_weights == "sampling":
+        raise InvalidInput("data.class_weights: sampling is for images with exactly one label; take balanced")
     positive = targets.sum(axis=0, dtype=np.float64)
     negative = len(targets) - positive
     offsets = None

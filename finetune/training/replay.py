@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.data.dataset import Sample
-from finetune.data.loader import Batch, epoch_order, steps_per_epoch
+from finetune.data.loader import Batch, epoch_order, steps_per_epoch, times_before
 from finetune.errors import DiskFull
 from finetune.events import CacheFormat, CacheFull
 from finetune.features.cache import Rows
@@ -38,14 +38,21 @@ class Activations:
         """Return the number of images."""
         return len(self.rows) // self.views
 
-    def train_batches(self, batch_size: int, seed: int) -> Callable[[int, int], Iterator[Batch]]:
-        """Return the training batches for `fit`, in the order of `TrainLoader`; image i shows view (i + epoch) mod K."""
+    def train_batches(
+        self, batch_size: int, seed: int, classes: NDArray[np.int64] | None = None
+    ) -> Callable[[int, int], Iterator[Batch]]:
+        """Return the training batches for `fit`, in the order of `TrainLoader`; image i shows view (i + epoch) mod K.
+
+        Args:
+            classes: (N,) to be seen equally often; an image that comes again shows its next view.
+        """
 
         def batches(epoch: int, start_step: int) -> Iterator[Batch]:
-            order = epoch_order(len(self), seed, epoch)
+            order = epoch_order(len(self), seed, epoch, classes)
+            times = times_before(order)
             for step in range(start_step, steps_per_epoch(len(self), batch_size)):
-                images = order[step * batch_size : (step + 1) * batch_size]
-                yield self._batch(images, (images + epoch) % self.views)
+                part = slice(step * batch_size, (step + 1) * batch_size)
+                yield self._batch(order[part], (order[part] + epoch + times[part]) % self.views)
 
         return batches
 

@@ -122,7 +122,7 @@ def _take_steps(
         context.run,
         Saving(context.identity),
         task=context.task,
-        objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance),
+        objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
         train_targets=context.targets(dataset.of("train")),
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,
@@ -176,7 +176,9 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     pixels = PixelStore(context.store)
 
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels)
+        return TrainLoader(
+            train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels, _sampled_classes(context)
+        )
 
     def sample(indices: NDArray[np.int64]) -> Iterable[Batch]:
         return evaluated([train[index] for index in indices])
@@ -204,6 +206,12 @@ def _cached_source(
     judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # none where nothing is chosen
     if trained_on is None or judged_on is None:
         return None
-    batches, evaluated = trained_on.train_batches(recipe.batch_size, recipe.seed), judged_on.eval_batches(recipe.batch_size)
+    batches = trained_on.train_batches(recipe.batch_size, recipe.seed, _sampled_classes(context))
+    evaluated = judged_on.eval_batches(recipe.batch_size)
     sample = partial(trained_on.eval_batches, recipe.batch_size)
     return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
+
+
+def _sampled_classes(context: TrainingContext) -> NDArray[np.int64] | None:
+    """Return the classes of the training images where steps are to see every class equally often."""
+    return context.targets(context.dataset.of("train")) if context.balance.sampled else None

@@ -15,7 +15,7 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import build_augment, sample_seed
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
-from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, steps_per_epoch
+from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, steps_per_epoch, times_before
 from finetune.data.parallel import ordered_map
 from finetune.errors import ImageError
 
@@ -194,3 +194,21 @@ def test_real_photographs_load_the_same_with_any_threads(photos: Path) -> None:
     augment = build_augment("default", None, preprocess)
     assert same(EvalLoader(samples, preprocess, 8), EvalLoader(samples, preprocess, 8, threads=3)) == 4
     assert same(TrainLoader(samples, augment, 8, seed=0), TrainLoader(samples, augment, 8, seed=0, threads=3)) == 4
+
+
+def test_sampling_shows_every_class_equally_often_and_every_image_of_a_class() -> None:
+    classes = np.repeat([0, 1, 2], [80, 15, 5])
+    order = epoch_order(100, seed=3, epoch=1, classes=classes)
+    assert len(order) == 100
+    assert sorted(np.bincount(classes[order])) == [33, 33, 34]
+    shown = np.bincount(order, minlength=100)
+    for label in range(3):
+        of_class = shown[classes == label]
+        assert of_class.max() - of_class.min() <= 1
+    assert np.array_equal(order, epoch_order(100, seed=3, epoch=1, classes=classes)), "a function of seed and epoch"
+    assert set(order[classes[order] == 0]) != set(epoch_order(100, 3, 2, classes)[classes[epoch_order(100, 3, 2, classes)] == 0])
+
+
+def test_an_image_that_comes_again_is_shown_in_another_view() -> None:
+    order = np.array([4, 2, 4, 4, 2, 7])
+    assert times_before(order).tolist() == [0, 0, 1, 2, 1, 0]

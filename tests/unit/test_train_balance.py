@@ -94,3 +94,14 @@ def test_mixed_targets_are_weighted_each_by_its_own_class() -> None:
 def test_it_is_made_up_for_once() -> None:
     with pytest.raises(SpecError, match="either class_weights or logit_adjustment"):
         parse_spec({"training_file": "photos", "data": {"class_weights": "balanced", "logit_adjustment": 1.0}})
+
+
+def test_sampling_weighs_the_solved_head_and_not_the_steps() -> None:
+    balance = balance_of(LABELS, 3, "sampling", 0.0)
+    weighed = balance_of(LABELS, 3, "balanced", 0.0)
+    assert balance.weights is not None
+    assert weighed.weights is not None
+    assert balance.weights.tolist() == weighed.weights.tolist()
+    assert balance.sampled
+    assert balance.of_steps.weights is None
+    assert weighed.of_steps is weighed
