@@ -20,6 +20,6 @@ _settings = Settings.from_environment()
 if _settings.model is None:
     _settings = replace(_settings, models=models_in_bento(Path(__file__).resolve().parents[1]))
 
-_api = create_api(_settings)
+_api = create_api(_settings, supervised=True)
 
 Service = build_service(with_middleware(_api, _settings), _api, threads=_settings.threads)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_the_serving_process_holds_nothing_that_trains(server: LiveServer) -> No
 
 NOTHING_THAT_TRAINS = """
 import sys
+import time
 tried = []
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -200,3 +202,34 @@ def test_an_execution_provider_that_is_not_installed_is_named_at_start(home: Pat
     )  # fmt: skip
     assert ran.returncode == 2
     assert "no execution provider for 'cuda' here; it has cpu" in ran.stderr
+
+
+def test_a_server_outlives_the_shell_that_started_it(home: Path) -> None:
+    """What ``nohup finetune serve &`` promises to somebody who logs out."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"exec 3<&0; {sys.executable} -m service --port {port} --no-worker <&- 2>/dev/null & echo $!; read line <&3"
+    environment = {**os.environ, "FINETUNE_HOME": str(home)}
+    with subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        try:
+            until(lambda: answers(port))
+            assert shell.stdin is not None
+            shell.stdin.close()
+            shell.wait(timeout=60)
+            for _ in range(20):
+                assert answers(port)
+                time.sleep(0.05)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/livez").is_success
+    except httpx.TransportError:
+        return False
