@@ -27,6 +27,7 @@ from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
 from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
+from finetune.runtime.tracing import tracing_from_environment
 from service.admission import WorkQueue
 from service.event_streams import EventStreams
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
@@ -36,6 +37,7 @@ from service.middleware.bodies import BodyLimits, BufferedBodies
 from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
+from service.middleware.tracing import TracingMiddleware
 from service.models import LoadedModels
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
@@ -105,7 +107,8 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
             expose_headers=("Location", "Retry-After", REQUEST_ID_HEADER),
         )
     app = HostAndOriginCheck(app, settings.allowed_hosts, settings.cors_origins)
-    return ResponseMiddleware(OverloadRefusal(app, state.queue, buffered), state.metrics)
+    app = ResponseMiddleware(OverloadRefusal(app, state.queue, buffered), state.metrics)
+    return app if state.tracing is None else TracingMiddleware(app, state.tracing)
 
 
 def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
@@ -145,6 +148,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
         pictures=PictureIndex(settings.image_limits),
+        tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
@@ -174,6 +178,8 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.stop()
         queue.stop()
         state.checks.stop()
+        if state.tracing is not None:
+            state.tracing.stop()
 
     api = Api(
         lambda: bool(database.keys.list()),

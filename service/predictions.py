@@ -48,7 +48,13 @@ HOW_TO_SEND = (
 )
 
 
-Stages = tuple[float, float]  # seconds of loading (decoding, preprocessing) and of the model
+@dataclass(frozen=True)
+class Stages:
+    """Where the time of one image went."""
+
+    load_seconds: float  # decoding and preprocessing
+    run_seconds: float  # the model
+    ended: float  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Upload:
     options: PredictOptions
     received: float  # perf_counter seconds
     several: bool = False
-    stages: list[Stages] = field(default_factory=list)  # filled by predicting, for the metrics
+    stages: list[Stages] = field(default_factory=list)  # filled by predicting, for metrics and spans
 
 
 async def read_upload(request: Request) -> Upload:
@@ -191,6 +197,7 @@ def predict_image(
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
     predicted = time.perf_counter()
+    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time())
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(
@@ -205,7 +212,7 @@ def predict_image(
         reason=prediction.certainty.reason,
         novelty=prediction.certainty.novelty,
     )
-    return found, seconds, (prediction.load_seconds, prediction.run_seconds)
+    return found, seconds, stages
 
 
 def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:

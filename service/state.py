@@ -21,6 +21,7 @@ from finetune.jobs.files import FileStore
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.jobs.webhooks import WebhookStore
+from finetune.runtime.tracing import Tracing
 from finetune.storage.rundir import RunDir
 from service.admission import WorkQueue
 from service.event_streams import EventStreams
@@ -104,6 +105,7 @@ class ServerState:
     checks: WorkQueue
     spec_checker: SpecChecker
     pictures: PictureIndex
+    tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100

@@ -58,6 +58,7 @@ def worker(
     from finetune.jobs.worker import Worker, WorkerSettings
     from finetune.runtime.cores import available_cores
     from finetune.runtime.device import visible_gpus
+    from finetune.runtime.tracing import tracing_from_environment
     from finetune.storage.workspace import Workspace
 
     workspace = Workspace.from_environment()
@@ -73,7 +74,12 @@ def worker(
         max_memory_bytes=None if max_memory_gib is None else int(max_memory_gib * 2**30),
     )
     runs = open_executor(executor, ray_address=ray_address, stop_seconds=settings.cancel_grace_seconds)
-    Worker(JobStore(open_jobs(workspace.root)), runs, workspace.root, settings).run(until_idle=until_idle)
+    tracing = tracing_from_environment()
+    try:
+        Worker(JobStore(open_jobs(workspace.root)), runs, workspace.root, settings, tracing).run(until_idle=until_idle)
+    finally:
+        if tracing is not None:
+            tracing.stop()
 
 
 def _numbers(text: str) -> tuple[int, ...]:

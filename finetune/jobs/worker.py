@@ -7,6 +7,7 @@ leases run out, and whichever worker reaps them resumes the runs from their newe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
 from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
+from finetune.runtime.tracing import Attributes, Tracing
 from finetune.storage.files import read_json, write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -100,12 +102,17 @@ class _Attempt:
     hung: bool = False
     weighed_at: float = -math.inf  # when its memory was last looked at
     memory_bytes: int | None = None  # what it took when that was too much
+    began: float = field(default_factory=time.time)  # seconds since the epoch, as those of `phases`
+    phases: list[tuple[str, float]] = field(default_factory=list)  # each with when it was first seen
 
 
 class Worker:
     """Carries out queued jobs. Call `run` from the main thread: children are bound to the thread that starts them."""
 
-    def __init__(self, store: JobStore, executor: Executor, home: Path, settings: WorkerSettings) -> None:
+    def __init__(
+        self, store: JobStore, executor: Executor, home: Path, settings: WorkerSettings, tracing: Tracing | None = None
+    ) -> None:
+        self.tracing = tracing
         self.store = store
         self.executor = executor
         self.home = home
@@ -240,6 +247,8 @@ class Worker:
         asked_at = machine_time()
         self._take_pulse(attempt)
         progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
+        if progress is not None and (not attempt.phases or attempt.phases[-1][0] != progress["phase"]):
+            attempt.phases.append((str(progress["phase"]), time.time()))
         records = read_lines(attempt.run.events)
         cancelling = self.store.heartbeat(
             attempt.claim,
@@ -317,7 +326,17 @@ class Worker:
             )
         else:
             self.store.hand_back(claim, follows.reason, delay_seconds=follows.delay_seconds, counted=follows.counted)
+        if self.tracing is not None:
+            self._trace(self.tracing, attempt, str(follows))
         self._forget(attempt)
+
+    def _trace(self, tracing: Tracing, attempt: _Attempt, ending: str) -> None:
+        """Write a span of the attempt, and one of each phase under it, as exact as the worker's beats."""
+        job, ended = attempt.claim.job, time.time()
+        about: Attributes = {"finetune.job": job.id, "finetune.attempt": job.attempts, "finetune.ending": ending}
+        parent = tracing.add(f"{job.kind.title} {job.kind.describe(job.spec)}", attempt.began, ended, about)
+        for (phase, at), (_, end) in itertools.pairwise([*attempt.phases, ("", ended)]):
+            tracing.add(phase, at, end, {"finetune.job": job.id}, parent)
 
     def _abandon(self, attempt: _Attempt) -> None:
         """The job belongs to somebody else: end the process and write nothing."""

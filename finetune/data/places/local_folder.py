@@ -41,10 +41,8 @@ class LocalFolder:
         return self._root
 
     def find(self, path: str) -> Node | None:
-        if "\0" in path:
-            return None
         found = Path(os.path.normpath(self.path / path))
-        if not found.is_file() or not self._within_reach(found):
+        if not os.path.isfile(found) or not self._within_reach(found):
             return None
         return Node(found.name, path, LocalFile(found))
 

@@ -31,7 +31,7 @@ def is_uri(location: Path | str) -> bool:
 def check_present(*locations: Path | str | None) -> None:
     """Raise `DataError` for a location on this machine where nothing is; an address is not asked."""
     for location in locations:
-        if location is not None and not is_uri(location) and ("\0" in str(location) or not Path(location).exists()):
+        if location is not None and not is_uri(location) and not os.path.exists(location):
             raise DataError(f"{printable(Path(location))}: no such folder or file. {_WHAT_IS_READ}")
 
 

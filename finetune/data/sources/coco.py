@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from finetune.data.dataset import BadImage, Split
@@ -63,7 +63,7 @@ class _Document:
         self.node = node
         names = {_id(category): text_of(category["name"]) for category in _list(document, "categories")}
         self.names = {key: class_name(name) for key, name in names.items() if name is not None}
-        self.images: Sequence[Mapping[str, Any]] = _list(document, "images")
+        self.images = [(_id(image), str(image["file_name"])) for image in _list(document, "images")]
         self.labels: dict[str, dict[str, None]] = defaultdict(dict)
         self.n_boxes = 0
         for annotation in _list(document, "annotations"):
@@ -79,9 +79,8 @@ class _Document:
         if self.n_boxes:
             notes.say(f"{printable(self.node.name)}: {plural(self.n_boxes, 'box')} not used; only what an image shows counts")
         records, unlabelled = [], 0
-        for image in self.images:
-            labels = tuple(self.labels.get(_id(image), ()))
-            name = str(image["file_name"])
+        for image_id, name in self.images:
+            labels = tuple(self.labels.get(image_id, ()))
             if not labels and not several:
                 unlabelled += 1
                 continue

@@ -141,13 +141,21 @@ def _features(info: Any) -> Mapping[str, Sequence[str]]:
 
 @lru_cache(maxsize=64)
 def _opened(path: Path, state: str | None) -> Any:
-    """Return an Arrow file as a table in shared memory; nothing of it is read before it is asked for."""
+    """Return an Arrow file as a table in shared memory, whose offsets have been checked.
+
+    Arrow believes what a file says of its own buffers, and a damaged or malicious one would have it read outside of them.
+
+    Raises:
+        pyarrow.ArrowInvalid: it is damaged.
+    """
     pyarrow = require_pyarrow()
     source = pyarrow.memory_map(str(path))
     try:
-        return pyarrow.ipc.open_stream(source).read_all()
+        table = pyarrow.ipc.open_stream(source).read_all()
     except pyarrow.ArrowInvalid:
-        return pyarrow.ipc.open_file(source).read_all()
+        table = pyarrow.ipc.open_file(source).read_all()
+    table.validate(full=True)
+    return table
 
 
 def _columns(path: Path, shown: str) -> dict[str, bool]:
