@@ -28,14 +28,14 @@ class Promotions:
     def collect(self) -> None:
         """Queue the promotions since the last call for the webhooks that want to know, and may."""
         engine = self._store().engine
+        with reading(engine) as connection:
+            if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
+                return  # nobody wants to know, so the models are not looked at
         journals = {name: self._registry.journal(name) for name in self._registry.names()}
         changed = [name for name, path in journals.items() if _size(path) != self._sizes.get(path)]
         past = deployments(self._registry)
         if not changed and len(past) == self._sizes.get(self._registry.root):
             return
-        with reading(engine) as connection:
-            if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
-                return
         sizes = {journals[name]: _size(journals[name]) for name in changed}  # before they are read: what comes later counts later
         since = time.time() - _LOOK_BACK_SECONDS
         with writing(engine) as connection:

@@ -258,6 +258,26 @@ def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Vis
     assert len(set(arrived)) == 1
 
 
+def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> None:
+    page = visit.page
+    pictures = {f"{name}/{n:02d}.jpg": photograph(label, n) for label, name in enumerate("ab") for n in range(12)}
+    copies = {f"a/copy-{n}.jpg": photograph(0, n) for n in range(3)}
+    sent = {"file": ("letters.zip", zip_of({**pictures, **copies}))}
+    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    visit.go(f"data/{file['id']}")
+    page.get_by_role("button", name="Examine the pictures").click()
+    leave_out = page.get_by_role("button", name="Leave 3 pictures out")
+    expect(leave_out).to_be_visible()
+    accessible(page)
+    page.reload()
+    leave_out.click()  # what was found is there again
+    expect(page.locator(".pending")).to_contain_text("1 change")
+    page.get_by_role("button", name="Save as a new version").click()
+    page.wait_for_url(lambda url: "#/data/file-" in url and file["id"] not in url)
+    expect(page.locator("main")).to_contain_text("24 pictures")
+    assert visit.errors == []
+
+
 def test_several_pictures_are_corrected_together_and_taken_back_together(visit: Visit) -> None:
     page = visit.page
     archive = zip_of(

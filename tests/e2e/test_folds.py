@@ -109,7 +109,7 @@ def test_the_final_model_is_fitted_on_every_image_and_says_what_its_figures_are_
     report = run.report.read_text(encoding="utf-8")
     assert "How far to rely on an answer (cv)" in report
     assert "Cross-validation" in report
-    assert "Expect a top-1 of" in report
+    assert "Expect top-1 accuracy" in report
     assert any(update.message.startswith("fold 2 of 3: ") for update in seen)
     assert outcome.n_train == 30
     bundles = sorted(path.parent.relative_to(run.root) for path in run.root.rglob("bundle.json"))

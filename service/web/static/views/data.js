@@ -3,6 +3,7 @@
 import { all, request } from "../api.js";
 import { bars } from "../charts.js";
 import { alertBox, ask, field, h, newId, put } from "../dom.js";
+import { examinationOf } from "../examination.js";
 import { bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
 import { session } from "../session.js";
@@ -129,7 +130,12 @@ async function openOne(root, id, imageId, signal) {
         put(messages, alertBox(session.words(error)));
       }
     };
-    const undo = () => { changes.pop(); showPending(); showPictures(); };
+    const undo = () => {
+      changes.pop();
+      for (const taken of root.querySelectorAll(".findings button:disabled")) taken.disabled = false;
+      showPending();
+      showPictures();
+    };
     put(pending, changes.length > 0 && h("div", { class: "notice row" },
       h("strong", {}, t("data.changes", { n: changes.length })),
       h("button", { type: "button", class: "primary", onclick: save }, t("data.save")),
@@ -185,14 +191,16 @@ async function openOne(root, id, imageId, signal) {
       h("a", { class: "button primary", href: `#/train/${file.id}` }, t("data.train")),
       h("button", { type: "button", class: "quiet", onclick: remove }, t("delete"))),
     h("p", { class: "hint" }, `${t("pictures", { n: total(counts) })} · ${bytes(file.stored_bytes)} · ${when(file.created_at)}`),
+    h("div", { class: "sticky" }, selection, pending),
     findings(file, counts),
+    visible && session.may("jobs") && examinationOf(file, { change, enlarge, signal }),
     h("section", {}, h("h2", {}, t("data.classes")),
       bars(Object.entries(counts).map(([name, n]) => ({ label: name, share: n / most, note: number(n) })), { label: t("data.classes") })),
     Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
       splits: list(Object.entries(file.summary.counts).map(([split, some]) => `${split} ${number(total(some))}`)) })),
     h("section", {}, h("h2", {}, t("data.pictures")),
       visible ? [h("p", { class: "hint" }, t("data.pictures_how")), h("div", { class: "row" }, field(t("data.class"), label), rename, choose),
-        h("div", { class: "sticky" }, selection, pending), grid]
+        grid]
         : h("p", { class: "notice" }, session.words(first))));
   if (!visible) return;
   showPictures();

@@ -1,0 +1,95 @@
+// What an examination of a dataset found, one card for each kind of fault, with its pictures and the button that deals with it.
+
+import { all, follow, request } from "./api.js";
+import { alertBox, h, put } from "./dom.js";
+import { known, percent, t } from "./i18n.js";
+import { hasEnded } from "./jobs.js";
+import { picture } from "./pictures.js";
+import { session } from "./session.js";
+
+const SHOWN_CASES = 8;
+const COPIES = new Set(["leave_out", "group"]); // of several pictures, one stays
+
+/** Return a section that examines an upload on request, and shows what was found before.
+ *
+ * @param {{id: string}} file
+ * @param {(change: {images: Set<string>, label: string | null}) => void} change plans a correction.
+ * @param {(image: {id: string, labels: string[]}) => void} enlarge shows one picture.
+ */
+export function examinationOf(file, { change, enlarge, signal }) {
+  const state = h("div", { role: "status" });
+  const cards = h("div", { class: "findings" });
+  const begin = h("button", { type: "button", onclick: examine }, t("check.begin"));
+
+  async function examine() {
+    begin.disabled = true;
+    try {
+      const headers = { "Idempotency-Key": `page-${file.id}-${Date.now()}` };
+      await watchCheck(await request(`v1/files/${file.id}/check`, { method: "POST", headers, signal }));
+    } catch (error) {
+      if (error.name !== "AbortError") put(state, alertBox(session.words(error)));
+    }
+    begin.disabled = false;
+  }
+
+  async function watchCheck(check) {
+    const path = `v1/checks/${check.id}`;
+    if (!hasEnded(check)) {
+      begin.disabled = true;
+      const bar = h("progress", { max: "1", "aria-label": t("check.running") });
+      const said = h("span", {}, t("check.running"));
+      const stop = h("button", { type: "button", class: "quiet", onclick: () => request(`${path}/cancel`, { method: "POST" }) }, t("stop"));
+      put(state, h("div", { class: "sending" }, said, bar, stop));
+      await follow(`${path}/events`, { signal, onevent: (kind, data) => {
+        if (kind !== "progress" || !data.total) return;
+        bar.value = data.done / data.total;
+        said.textContent = `${known(`phase.${data.phase}`, data.message || data.phase)} · ${percent(data.done / data.total)}`;
+      } });
+      begin.disabled = false;
+    }
+    const ended = await request(path, { signal });
+    if (ended.status !== "succeeded") return put(state, ended.error && alertBox(ended.error.message));
+    const found = await request(`${path}/result`, { signal });
+    begin.textContent = t("check.again");
+    put(state, h("p", { class: "hint" }, ended.conclusion));
+    const open = found.findings.filter(({ count }) => count > 0);
+    return put(cards, open.length ? open.map(card) : h("p", { class: "notice good" }, t("check.nothing")));
+  }
+
+  function card(finding) {
+    const cases = h("ul", { class: "cases" });
+    const more = h("button", { type: "button", class: "quiet", onclick: () => showCases(finding.cases.length) }, t("check.more"));
+    const showCases = (most) => {
+      put(cases, finding.cases.slice(0, most).map((one) => caseOf(finding, one)));
+      more.hidden = most >= finding.cases.length;
+    };
+    showCases(SHOWN_CASES);
+    const superfluous = COPIES.has(finding.fix) ? new Set(finding.cases.flatMap(({ ids }) => (ids.length > 1 ? ids.slice(1) : finding.fix === "leave_out" ? ids : []))) : new Set();
+    return h("section", { class: `card finding-${finding.severity}` },
+      h("div", { class: "row" }, h("h3", {}, finding.title), h("span", { class: `tag ${finding.severity === "problem" ? "bad" : ""}` }, t(`check.${finding.severity}`, { n: finding.count }))),
+      h("p", {}, finding.evidence), h("p", { class: "hint" }, finding.advice), cases, h("div", { class: "row" }, more,
+        superfluous.size > 0 && h("button", { type: "button", onclick: (event) => { event.target.disabled = true; change({ images: superfluous, label: null }); } },
+          t("check.leave_out", { n: superfluous.size }))));
+  }
+
+  function caseOf({ fix }, { ids, said, suggested }) {
+    const accept = fix === "relabel" && suggested !== null && ids.length === 1
+      && h("button", { type: "button", onclick: (event) => { event.target.disabled = true; change({ images: new Set(ids), label: suggested }); } }, t("check.it_is", { name: suggested }));
+    return h("li", {}, h("div", { class: "strip" }, ids.slice(0, SHOWN_CASES).map((id) => h("button", { type: "button", class: "tile", title: id, onclick: () => open(id) },
+      picture(`v1/files/${file.id}/image?id=${encodeURIComponent(id)}&side_px=160`, id)))), h("p", { class: "hint" }, said), accept);
+  }
+
+  async function open(id) {
+    const [image] = (await request(`v1/files/${file.id}/images?id=${encodeURIComponent(id)}`, { signal })).data;
+    if (image) enlarge(image);
+  }
+
+  async function showLast() {
+    const checks = (await all("v1/checks", { signal })).filter((one) => one.file === file.id);
+    const last = checks.find((one) => one.status === "succeeded" || !hasEnded(one));
+    if (last) await watchCheck(last);
+  }
+  showLast().catch((error) => { if (error.name !== "AbortError") put(state, alertBox(session.words(error))); });
+
+  return h("section", {}, h("div", { class: "row heading" }, h("h2", {}, t("check.title")), begin), h("p", { class: "hint" }, t("check.what")), state, cards);
+}
