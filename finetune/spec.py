@@ -146,8 +146,8 @@ class DataSpec(Section):
     class_weights: Annotated[
         Literal["none", "balanced", "effective_number", "sampling"],
         Field(
-            description="weight of an image in the loss by its class: balanced is one over the class's images; sampling: steps see "
-            "every class equally often"
+            description="weight of an image in the loss by its class: balanced is one over the class's images; sampling: steps "
+            "see every class equally often"
         ),
     ] = "none"
     logit_adjustment: Annotated[
