@@ -163,7 +163,7 @@ def test_a_request_names_everything_that_is_wrong_with_it(tmp_path: Path) -> Non
         with pytest.raises(SpecError, match=rf"arms\[1\]\.set\.{key}: arm 'b': all arms share this"):
             spec_of(methods=[], arms=[{"name": "a"}, {"name": "b", "set": {key: "elsewhere"}}])
     with pytest.raises(SpecError, match=r"models\[1\]: arm 'r+': model\.backbone: must be"):
-        spec_of(methods=[], models=["resnet18", 201 * "r"])
+        spec_of(methods=[], models=["resnet18", 1001 * "r"])
     with pytest.raises(SpecError, match=r"runs: must be a list of at least 2, given \['one'\]"):
         parse_request({"runs": ["one"]})
     with pytest.raises(SpecError, match=r"seeds: unknown key"):
