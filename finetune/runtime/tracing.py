@@ -8,6 +8,7 @@ spans there over HTTP, ``OTEL_TRACES_EXPORTER=console`` prints them, ``none`` or
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,8 @@ def _exporter(name: str) -> Any:
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + os.linesep)
+        # Its default would be what stdout was when the module was first imported.
+        return ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + os.linesep)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter()

@@ -30,16 +30,17 @@ async def check_file(
     request: Request, response: Response, caller: Submitting, server: Server, file_id: str, idempotency_key: IdempotencyKey = None
 ) -> CheckDocument:
     """Queue an upload to be examined: copies, leaks, labels that are probably wrong, shortcuts, classes, pictures of nothing."""
+    submission = Submission(server, caller, idempotency_key)
+    await run_in_threadpool(submission.locate, file_id)  # a file that is not there is 404, whatever the body
     raw = await request.body()
     body = await json_body(request, "data check") if raw.strip() else b"{}"
-    job, new = await server.checks.run(_create, Submission(server, caller, idempotency_key), file_id, body)
+    job, new = await server.checks.run(_create, submission, file_id, body)
     announce(response, job, new=new)
     return await run_in_threadpool(_document, server, job)
 
 
 def _create(submission: Submission, file_id: str, raw: bytes) -> tuple[Job, bool]:
     server, given = submission.server, read_body(raw)
-    submission.locate(file_id)  # a file that is not there is 404, not a wrong field
     if unknown := [name for name in given if name not in FIELDS]:
         problems = [Problem(name, f"not a field of a data check; it has {', '.join(FIELDS)}") for name in unknown]
         raise SpecError(summary(problems), problems)

@@ -149,6 +149,7 @@ def test_a_model_is_trained_measured_and_asked(colours: Run, golden: Compare) ->
     golden(colours("predict", "only", "--out", "answers.csv"), "predict-table", masks=FIGURES)
 
 
+@pytest.mark.longer
 def test_a_cross_validation(colours: Run, golden: Compare) -> None:
     golden(colours("train", "--data", "colours", "--folds", "3", *TINY), "train-folds", masks=FIGURES)
 
@@ -162,6 +163,7 @@ def test_a_stranger_s_images_are_measured(two_versions: Run, golden: Compare) ->
     golden(two_versions("evaluate", "trees", "--data", "leaves"), "evaluate-strange", masks=("figure",))
 
 
+@pytest.mark.longer
 def test_a_run_that_is_stopped_says_where_and_goes_on_there(
     colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return requests
 
 
+@pytest.mark.longer
 def test_runs_of_jobs_that_ended_without_a_word_are_closed_and_models_are_registered(
     mlflow_workspace: Path, store: JobStore
 ) -> None:
