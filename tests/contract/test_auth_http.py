@@ -42,7 +42,8 @@ ABSENT = {
     "version": "1",
     "file": "model.onnx",
     "webhook_id": "whk-x",
-    "upload_id": "upload_x",
+    "upload_id": "upload-x",
+    "check_id": "ftchk-x",
 }
 
 
@@ -213,7 +214,8 @@ def owned(client: TestClient, home: Path, key: dict[str, str]) -> dict[str, str]
     webhook = client.post("/v1/webhooks", json={"url": "https://example.org/hooks"}, headers=key).json()
     others = {"comparison_id": comparison_id, "run_name": "full-seed0", "batch_id": batch["id"], "file": "model.onnx"}
     begun = client.post("/v1/uploads", json={"filename": "a.zip", "purpose": "fine-tune", "bytes": 10}, headers=key).json()
-    others |= {"webhook_id": webhook["id"], "upload_id": begun["id"]}
+    check = client.post(f"/v1/files/{file_id}/check", headers=key).json()
+    others |= {"webhook_id": webhook["id"], "upload_id": begun["id"], "check_id": check["id"]}
     return {"file_id": file_id, "job_id": job_id, "name": "mine", "alias": "champion", "version": "1", **others}
 
 
