@@ -127,8 +127,8 @@ def _undecided(
     names = natural(arm.name for arm in unbeaten)
     if lead == 0:
         return (
-            f"On these {least_sure.n:,} images no difference was seen between {names}, {surely}. Until there are more images, the "
-            f"cheapest, {proposed.name}, is as good a choice."
+            f"On these {least_sure.n:,} images no difference was seen between {names}, {surely}. Until there are more images, "
+            f"the cheapest, {proposed.name}, is as good a choice."
         )
     if proposed.name == best.name and largest.p_value < PROBABLY:
         opening = f"{best.name} is probably the best of {names}, but it is not certain"
