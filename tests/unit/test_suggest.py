@@ -139,6 +139,9 @@ def test_what_cannot_be_suggested_from_is_said(bundle: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no readable picture"):
         suggest(bundle, [tmp_path / "empty"])
+    for folders, labelled in (([tmp_path / "nowhere"], None), ([tmp_path], tmp_path / "nowhere")):
+        with pytest.raises(DataError, match=r"nowhere: no such folder or file"):
+            suggest(bundle, folders, labelled=labelled)
     with pytest.raises(InvalidInput, match="at least 1"):
         suggest(bundle, [tmp_path / "empty"], 0)
 
