@@ -62,7 +62,7 @@ class CaseDocument(BaseModel):
     key: str = Field(description="The same for the same images in another copy of the data.")
 
 
-class FindingDocument(BaseModel):
+class DataFinding(BaseModel):
     """One kind of fault."""
 
     kind: str = Field(description="Such as `near_duplicates`; stays the same between releases.")
@@ -85,7 +85,7 @@ class CheckResult(BaseModel):
     n_images: int
     classes: list[str]
     backbone: str
-    findings: list[FindingDocument] = Field(description="The worst first.")
+    findings: list[DataFinding] = Field(description="The worst first.")
     report: str = Field(description="Path on this server of the page with pictures.")
 
 
