@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from finetune.errors import Conflict, InvalidInput, NotFound, Overloaded, Problem
+from finetune.errors import Conflict, InvalidInput, NotFound, Problem
 from finetune.jobs.creation import new_id
 from finetune.storage.files import file_lock, read_json, write_json
 
@@ -62,29 +62,47 @@ class Part:
 
 
 class PartUploads:
-    """The uploads of one workspace that arrive in parts."""
+    """The uploads of one workspace that arrive in parts.
+
+    Whatever changes an upload holds its lock, a file beside its folder, and looks again whether it is still there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def create(
-        self, owner: str, filename: str, purpose: str, size_bytes: int, idempotency_key: str | None = None
+        self,
+        owner: str,
+        filename: str,
+        purpose: str,
+        size_bytes: int,
+        idempotency_key: str | None = None,
+        *,
+        check: Callable[[int], object] = lambda pending_bytes: None,
     ) -> tuple[PartUpload, bool]:
         """Begin an upload; return it and whether it is new. The same key and words give the one that has begun already.
 
+        Args:
+            check: called with the bytes that this owner's other uploads have announced; raises where one more may not begin.
+
         Raises:
             InvalidInput: the key was used for something else.
-            Overloaded: this owner has begun too many.
+            Conflict: this owner has begun too many.
         """
         with file_lock(self._folder / ".uploads.lock"):
-            pending = self.pending(owner)
+            mine = self.of(owner)
             if idempotency_key is not None:
-                for known in (one for one in self._all(owner) if one.idempotency_key == idempotency_key):
+                for known in (one for one in mine if one.idempotency_key == idempotency_key):
                     if (known.filename, known.purpose, known.size_bytes) != (filename, purpose, size_bytes):
                         raise InvalidInput("this Idempotency-Key was used for an upload of another name, purpose or size")
                     return known, False
+            pending = [one for one in mine if one.file_id is None]
             if len(pending) >= MAX_PENDING_OF_AN_OWNER:
-                raise Overloaded(f"{len(pending)} uploads of yours have begun and are not complete. Complete or cancel one")
+                raise Conflict(
+                    f"{len(pending)} uploads of yours have begun and are not complete: GET /v1/uploads lists them. "
+                    "Complete or cancel one"
+                )
+            check(sum(one.size_bytes for one in pending))
             made = PartUpload(new_id(PREFIX), owner, filename, purpose, size_bytes, time.time(), idempotency_key)
             self._place(made.id).mkdir()
             self._write(made)
@@ -97,19 +115,36 @@ class PartUploads:
                 found = PartUpload(**read_json(self._place(upload_id) / "upload.json"))
                 if sees in (None, found.owner):
                     return found
-        raise NotFound(f"no upload {upload_id!r} has begun, or it was cancelled, or its last part is more than a day old")
+        raise _no_upload(upload_id)
 
-    def pending(self, owner: str) -> list[PartUpload]:
-        """Return an owner's uploads that are not complete."""
-        return [one for one in self._all(owner) if one.file_id is None]
+    def of(self, owner: str | None) -> list[PartUpload]:
+        """Return an owner's uploads, newest first; None: everybody's."""
+        found = []
+        for file in self._folder.glob(f"{_FOLDERS}/upload.json"):
+            with contextlib.suppress(FileNotFoundError):  # cancelled at this moment
+                found.append(PartUpload(**read_json(file)))
+        return sorted((one for one in found if owner in (None, one.owner)), key=lambda one: one.id, reverse=True)
+
+    def pending_bytes(self, owner: str) -> int:
+        """Return what an owner's uploads that are not complete have announced."""
+        return sum(one.size_bytes for one in self.of(owner) if one.file_id is None)
 
     def parts(self, upload: PartUpload) -> list[Part]:
-        """Return the parts that have arrived, by their numbers."""
+        """Return the parts that have arrived, by their numbers.
+
+        Raises:
+            NotFound: the upload was cancelled.
+        """
         found = []
-        for path in self._place(upload.id).iterdir():
-            if (named := _PART.match(path.name)) is not None:
-                stat = path.stat()
-                found.append(Part(named["id"], int(named["number"]), stat.st_size, stat.st_mtime, path))
+        try:
+            paths = list(self._place(upload.id).iterdir())
+        except FileNotFoundError:
+            raise _no_upload(upload.id) from None
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # another took its place at this moment
+                if (named := _PART.match(path.name)) is not None:
+                    stat = path.stat()
+                    found.append(Part(named["id"], int(named["number"]), stat.st_size, stat.st_mtime, path))
         return sorted(found, key=lambda part: (part.number, part.id))
 
     def add(self, upload: PartUpload, arrived: Path, number: int | None) -> Part:
@@ -122,8 +157,10 @@ class PartUploads:
             Conflict: the upload is complete.
             InvalidInput: with it, more would have arrived than was announced, or too many parts.
         """
-        with self._held(upload):
-            parts = self.parts(self._unfinished(upload))
+        with self._held(upload) as known:
+            if known.file_id is not None:
+                raise Conflict(f"{upload.id} is complete; begin another upload")
+            parts = self.parts(upload)
             number = number if number is not None else max((part.number for part in parts), default=0) + 1
             replaced = [part for part in parts if part.number == number]
             n_bytes = sum(part.size_bytes for part in parts) - sum(part.size_bytes for part in replaced)
@@ -132,10 +169,9 @@ class PartUploads:
                     f"with this part, more than the {upload.size_bytes:,} bytes would have arrived that were announced",
                     [Problem("data", "is too large")],
                 )
-            if len(parts) - len(replaced) >= MAX_PARTS:
-                raise InvalidInput(
-                    f"an upload has at most {MAX_PARTS:,} parts; send larger ones", [Problem("data", "too many parts")]
-                )
+            if number > MAX_PARTS:
+                problems = [Problem("data", "too many parts")]
+                raise InvalidInput(f"an upload has at most {MAX_PARTS:,} parts; send larger ones", problems)
             target = self._place(upload.id) / f"{number}-{new_id(PART_PREFIX)}"
             os.replace(arrived, target)
             for part in replaced:
@@ -143,19 +179,18 @@ class PartUploads:
             return next(part for part in self.parts(upload) if part.path == target)
 
     @contextlib.contextmanager
-    def completing(self, upload: PartUpload, part_ids: Sequence[str], archive: Path) -> Iterator[str | None]:
-        """Put the parts together in `archive`; yield the id of the file that was made of them before, None where there is none.
+    def completing(self, upload: PartUpload, part_ids: Sequence[str], archive: Path) -> Iterator[PartUpload]:
+        """Put the parts together in `archive`, unless that was done before; yield the upload as it is.
 
-        Nobody else completes or changes the upload inside the block.
+        Nobody else completes, changes or cancels the upload inside the block.
 
         Raises:
             InvalidInput: a part that has not arrived, is named twice, or parts that do not make up the announced size.
         """
-        with self._held(upload):
-            known = self.get(upload.id, None)
+        with self._held(upload) as known:
             if known.file_id is None:
                 _join(self._chosen(known, part_ids), archive)
-            yield known.file_id
+            yield known
 
     def completed(self, upload: PartUpload, file_id: str) -> None:
         """Note what was made of an upload, and forget its parts."""
@@ -164,34 +199,49 @@ class PartUploads:
             part.path.unlink()
 
     def cancel(self, upload: PartUpload) -> None:
-        """Forget an upload and what has arrived of it."""
-        shutil.rmtree(self._place(upload.id), ignore_errors=True)
+        """Forget an upload and what has arrived of it.
+
+        Raises:
+            Conflict: it is complete.
+        """
+        with self._held(upload) as known:
+            if known.file_id is not None:
+                raise Conflict(f"{upload.id} is complete: DELETE /v1/files/{known.file_id} removes what it became")
+            self._remove(upload.id)
+
+    def forget(self, upload: PartUpload) -> None:
+        """Forget an upload whose file is gone."""
+        with self._held(upload):
+            self._remove(upload.id)
 
     def sweep(self) -> None:
         """Remove uploads to which nothing was added for a day."""
         for folder in self._folder.glob(_FOLDERS):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+                    self._remove(folder.name.removeprefix("."))
 
     def expires_at(self, upload: PartUpload) -> float:
-        """Return when an upload is removed if nothing is added to it, in Unix seconds."""
-        return self._place(upload.id).stat().st_mtime + KEPT_SECONDS
+        """Return when an upload is removed if nothing is added to it, in Unix seconds.
 
-    def _all(self, owner: str) -> list[PartUpload]:
-        found = []
-        for file in self._folder.glob(f"{_FOLDERS}/upload.json"):
-            with contextlib.suppress(FileNotFoundError):  # cancelled at this moment
-                found.append(PartUpload(**read_json(file)))
-        return [one for one in found if one.owner == owner]
+        Raises:
+            NotFound: the upload was cancelled.
+        """
+        try:
+            return self._place(upload.id).stat().st_mtime + KEPT_SECONDS
+        except FileNotFoundError:
+            raise _no_upload(upload.id) from None
 
     def _chosen(self, upload: PartUpload, part_ids: Sequence[str]) -> list[Part]:
         arrived = {part.id: part for part in self.parts(upload)}
-        problems = [
-            Problem(f"part_ids[{at}]", f"no part {one!r} has arrived" if one not in arrived else "is named twice")
-            for at, one in enumerate(part_ids)
-            if one not in arrived or one in part_ids[:at]
-        ]
+        seen: set[str] = set()
+        problems = []
+        for at, one in enumerate(part_ids):
+            if one not in arrived:
+                problems.append(Problem(f"part_ids[{at}]", f"no part {one[:60]!r} has arrived"))
+            elif one in seen:
+                problems.append(Problem(f"part_ids[{at}]", "is named twice"))
+            seen.add(one)
         if problems:
             raise InvalidInput("; ".join(map(str, problems[:5])), problems[:100])
         chosen = [arrived[one] for one in part_ids]
@@ -203,20 +253,33 @@ class PartUploads:
             )
         return chosen
 
-    def _unfinished(self, upload: PartUpload) -> PartUpload:
-        if (known := self.get(upload.id, None)).file_id is not None:
-            raise Conflict(f"{upload.id} is complete: it is the file {known.file_id}")
-        return known
+    @contextlib.contextmanager
+    def _held(self, upload: PartUpload) -> Iterator[PartUpload]:
+        """Hold an upload's lock; yield the upload as it is then."""
+        with file_lock(self._lock(upload.id)):
+            try:
+                known = self.get(upload.id, None)
+            except NotFound:
+                self._lock(upload.id).unlink(missing_ok=True)  # that this call may just have made
+                raise
+            yield known
+
+    def _remove(self, upload_id: str) -> None:
+        shutil.rmtree(self._place(upload_id), ignore_errors=True)
+        self._lock(upload_id).unlink(missing_ok=True)
 
     def _place(self, upload_id: str) -> Path:
         return self._folder / f".{upload_id}"
 
-    def _held(self, upload: PartUpload) -> contextlib.AbstractContextManager[bool]:
-        self.get(upload.id, None)  # a lock would make its folder anew
-        return file_lock(self._place(upload.id) / ".lock")
+    def _lock(self, upload_id: str) -> Path:
+        return self._folder / f".{upload_id}.lock"
 
     def _write(self, upload: PartUpload) -> None:
         write_json(self._place(upload.id) / "upload.json", asdict(upload))
+
+
+def _no_upload(upload_id: str) -> NotFound:
+    return NotFound(f"no upload {upload_id[:60]!r} has begun, or it was cancelled, or its last part is more than a day old")
 
 
 def _join(parts: Sequence[Part], archive: Path) -> None:

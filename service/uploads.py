@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
@@ -34,7 +35,7 @@ TO_TRAIN_ON, TO_ANSWER = "fine-tune", "batch"
 PURPOSES = (TO_TRAIN_ON, TO_ANSWER)
 HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
 HOW_TO_SEND_A_PART = "Send it as a form: curl -F part_number=1 -F data=@part"
-MAX_AT_ONCE = 8
+MAX_AT_ONCE = 32
 MAX_AT_ONCE_OF_AN_OWNER = 4
 MIN_FREE_BYTES = 256 << 20
 MAX_NAME_CHARACTERS = 255
@@ -185,7 +186,7 @@ async def receive_part(request: Request, target: Path) -> int | None:
     async with _form(request, target, HOW_TO_SEND_A_PART) as form:
         problems = _field_problems(form, "data", optional=("part_number",))
         number = str(form.get("part_number", "1"))
-        if not (number.isascii() and number.isdecimal() and 1 <= int(number[:9]) <= MAX_PARTS):
+        if re.fullmatch("[1-9][0-9]{0,4}", number) is None or int(number) > MAX_PARTS:
             problems.append(Problem("part_number", f"must be a whole number from 1 to {MAX_PARTS:,}"))
         if not problems and target.stat().st_size == 0:
             problems.append(Problem("data", "is empty"))

@@ -222,7 +222,10 @@ def _licence(manifest: Manifest) -> str:
 
 def _limits(manifest: Manifest) -> list[str]:
     split = next((split for split in SPLITS if f"{split}/n" in manifest.metrics), None)
-    lines = ["Unless it abstains, it answers with one of its classes for every image, also for one that shows none of them."]
+    lines = []
+    if task_named(manifest.task).exclusive:
+        always = "It answers with one of its classes for every image, also for one that shows none of them"
+        lines.append(f"{always}{', unless it abstains' if Calibration.of(manifest.calibration) else ''}.")
     if split is not None:
         n = manifest.metrics[f"{split}/n"]
         lines.append(f"Its figures hold for images like the {n:,.0f} that it was judged on; measure it again on any others.")
@@ -236,9 +239,9 @@ def _limits(manifest: Manifest) -> list[str]:
 
 
 def _use(manifest: Manifest, reference: str) -> str:
-    return (
-        f"```sh\nfinetune predict some.jpg --model {reference} --coverage 0.9 --abstain\nfinetune serve --model {reference}\n```"
-    )
+    calibrated = task_named(manifest.task).exclusive and Calibration.of(manifest.calibration) is not None
+    asked = " --coverage 0.9 --abstain" if calibrated else ""
+    return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
 
 
 def _weights(manifest: Manifest) -> Mapping[str, Any]:

@@ -120,15 +120,24 @@ def _undecided(
     proposed: Standing, best: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]
 ) -> str:
     least_sure = max(pairs, key=lambda pair: pair.smallest_detectable)
-    lead = max(abs(pair.headline.difference) for pair in pairs)
-    if proposed.name == best.name:
-        opening = f"{best.name} is probably the best of {natural(arm.name for arm in unbeaten)}, but it is not certain"
+    largest = max(pairs, key=lambda pair: abs(pair.headline.difference))
+    lead = abs(largest.headline.difference)
+    detectable = points(least_sure.smallest_detectable, metric)
+    surely = f"and only {detectable} or more would surely have shown"
+    names = natural(arm.name for arm in unbeaten)
+    if lead == 0:
+        return (
+            f"On these {least_sure.n:,} images no difference was seen between {names}, {surely}. Until there are more images, the "
+            f"cheapest, {proposed.name}, is as good a choice."
+        )
+    if proposed.name == best.name and largest.p_value < PROBABLY:
+        opening = f"{best.name} is probably the best of {names}, but it is not certain"
         closing = f"Until then {best.name} is the better bet."
     else:
-        opening = f"These {least_sure.n:,} images cannot tell {natural(arm.name for arm in unbeaten)} apart"
-        closing = f"Until then the cheapest, {proposed.name}, is as good a choice."
-    detectable = points(least_sure.smallest_detectable, metric)
-    found = f"{best.name} leads by up to {points(lead, metric)}, and only {detectable} or more would surely have shown"
+        opening = f"These {least_sure.n:,} images cannot tell {names} apart"
+        cheapest = f"the cheapest, {proposed.name}, is as good a choice"
+        closing = f"Until then {cheapest if proposed.name != best.name else f'{proposed.name} is as good a choice as any'}."
+    found = f"{best.name} leads by {points(lead, metric)}, {surely}"
     if least_sure.headline.seed_share > 0.5:
         advice = "The runs of an arm differ much from seed to seed: more seeds would tell."
     else:

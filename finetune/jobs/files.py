@@ -20,7 +20,7 @@ from finetune.jobs.schema import UNFINISHED, files, idempotency, jobs
 PREFIX = "file"
 _WAY_OUT = (
     "Delete what is not needed any more: DELETE /v1/files/{id}, DELETE /v1/fine_tuning/jobs/{id} (its model stays), "
-    "DELETE /v1/models/{name}@{version}"
+    "DELETE /v1/models/{name}@{version}, POST /v1/uploads/{id}/cancel"
 )
 
 

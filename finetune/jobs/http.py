@@ -79,7 +79,12 @@ class Connection:
             progress(Progress("preparing", start + n_bytes, size_bytes, "bytes", message="uploading"))
         if upload["status"] == "pending":
             parts = [known[number]["id"] for number in sorted(known)]
-            upload = self.ask("POST", f"/v1/uploads/{upload['id']}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
+            path = f"/v1/uploads/{upload['id']}"
+            try:
+                upload = self.ask("POST", f"{path}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
+            except RequestRefused:
+                self.ask("POST", f"{path}/cancel")  # what it holds is refused, and would be again
+                raise
         document: dict[str, Any] = upload["file"]
         return document
 

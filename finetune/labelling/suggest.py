@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from finetune.bundle.predictor import Predictor, Seen, read_seen
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
+from finetune.data.places.opening import check_present
 from finetune.errors import DataError, InvalidInput, Problem
 from finetune.evaluation.answers import Answer, Unreadable, ask, files_under
 from finetune.labelling.choose import choose, margins, unit
@@ -129,6 +130,7 @@ def suggest(
     """
     if n < 1:
         raise InvalidInput(f"the number of suggestions must be at least 1, given {n}")
+    check_present(*(folder for folder in folders if not set("*?[") & set(str(folder))), labelled)
     predictor = Predictor.load(bundle, threads=available_cores())
     manifest = predictor.manifest
     if not predictor.task.exclusive:

@@ -17,6 +17,7 @@ from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
 from finetune.errors import DataError
 from finetune.features.engine import Prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
+from finetune.messages import printable
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.prepare import framing, read_and_build, split_for
 from finetune.runs.shared import Shared
@@ -57,7 +58,12 @@ def examine_request(
         accept: kinds or keys of cases to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
         page: where the page is written; by default in the workspace.
         fix: where the manifest is written.
+
+    Raises:
+        DataError: there is such a file, in which a person may have corrected something.
     """
+    if fix is not None and fix.exists():
+        raise DataError(f"{printable(fix)}: exists, and may hold corrections of yours; name another file, or remove this one")
     dataset, network = read_and_build(spec, shared, progress)
     given_splits = any(sample.split is not None for sample in dataset.samples)
     dataset = split_for(spec, dataset, None)
@@ -73,8 +79,6 @@ def examine_request(
     write_page(page, examination, dataset, preprocess, command)
     changes = (0, 0, 0)
     if fix is not None:
-        if spec.data.manifest is not None and Path(spec.data.manifest).resolve() == fix.resolve():
-            raise DataError(f"{fix}: is the manifest that the data is read with; name another file")
         changes = write_manifest(fix, dataset, examination, given_splits=given_splits)
     return Examined(examination, dataset, preprocess, page, fix, changes)
 

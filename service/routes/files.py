@@ -94,6 +94,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
         if idempotency_key is None:  # else this may be a repetition, which adds nothing
             least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
             stored = await run_in_threadpool(server.stored_bytes, caller.owner)
+            stored += await run_in_threadpool(server.part_uploads.pending_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
         with server.uploads.arriving(announced, caller.owner) as folder:
             filename, purpose = await receive(request, folder / "archive")

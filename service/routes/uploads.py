@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +10,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from finetune.errors import DataError, InvalidInput, Problem
-from finetune.jobs.files import FilesFull, check_quota
+from finetune.errors import InvalidInput, NotFound, Problem
+from finetune.jobs.files import check_quota
 from service.creation import REPLAYED, IdempotencyKey
 from service.limits import MIB, MULTIPART_OVERHEAD_BYTES
 from service.middleware.auth import Caller, Submitting
 from service.part_uploads import Part, PartUpload, md5_of
 from service.problems import RESPONSES
 from service.routes.files import FileDocument, file_document, record_upload
+from service.schemas.lists import After, Limit, ListItem, Page
 from service.state import Server, ServerState
 from service.uploads import examine, plain_name, receive_part
 
@@ -53,7 +55,7 @@ class UploadRequest(BaseModel):
 
     filename: str = Field(min_length=1, max_length=1000)
     purpose: Literal["fine-tune", "batch"]
-    bytes: int = Field(ge=1, description="Of all parts together.")
+    bytes: int = Field(ge=1, strict=True, description="Of all parts together.")
     mime_type: str | None = Field(None, max_length=200, description="Not needed: what the bytes are is seen from them.")
     expires_after: dict[str, Any] | None = Field(None, description="Taken and not followed: a day after the last part.")
 
@@ -78,10 +80,9 @@ class PartDocument(BaseModel):
     bytes: int
 
 
-class UploadDocument(BaseModel):
+class UploadDocument(ListItem):
     """An upload in parts."""
 
-    id: str
     object: Literal["upload"] = "upload"
     bytes: int
     created_at: int = Field(description="Unix seconds.")
@@ -91,6 +92,9 @@ class UploadDocument(BaseModel):
     expires_at: int = Field(description="When it is removed if nothing is added to it.")
     parts: list[PartDocument] = Field(description="That have arrived, in their order; none once it is complete.")
     file: FileDocument | None = Field(None, description="What was made of the parts.")
+
+
+UploadList = Page[UploadDocument]
 
 
 def uploads_router(max_bytes: int) -> APIRouter:
@@ -116,22 +120,33 @@ def uploads_router(max_bytes: int) -> APIRouter:
                 [Problem("bytes", "is too large")],
             )
         server.part_uploads.sweep()
-        pending = sum(one.size_bytes for one in server.part_uploads.pending(caller.owner))
-        what = (caller.owner, plain_name(wanted.filename), wanted.purpose, wanted.bytes, idempotency_key)
-        made, new = server.part_uploads.create(*what)
-        if made.file_id is not None and not server.database.files.has(made.file_id):  # it was deleted since
-            server.part_uploads.cancel(made)
-            made, new = server.part_uploads.create(*what)
-        if new:
-            try:
-                check_quota(server.stored_bytes(caller.owner) + pending, wanted.bytes, server.max_files_bytes)
-            except FilesFull:
-                server.part_uploads.cancel(made)
-                raise
-        else:
+
+        def begin() -> tuple[PartUpload, bool]:
+            def check(pending_bytes: int) -> None:
+                check_quota(server.stored_bytes(caller.owner) + pending_bytes, wanted.bytes, server.max_files_bytes)
+
+            name = plain_name(wanted.filename)
+            return server.part_uploads.create(caller.owner, name, wanted.purpose, wanted.bytes, idempotency_key, check=check)
+
+        made, new = begin()
+        if _file_is_gone(server, made):
+            server.part_uploads.forget(made)
+            made, new = begin()
+        if not new:
             response.headers[REPLAYED] = "true"
         response.headers["Location"] = f"/v1/uploads/{made.id}"
         return _document(server, made, caller)
+
+    @router.get("")
+    def list_uploads(caller: Submitting, server: Server, after: After = None, limit: Limit = 20) -> UploadList:
+        """List your uploads in parts, newest first."""
+        found = [one for one in server.part_uploads.of(caller.sees) if not _file_is_gone(server, one)]
+        later = [one for one in found if after is None or one.id < after]
+        documents = []
+        for one in later[:limit]:
+            with contextlib.suppress(NotFound):  # cancelled at this moment
+                documents.append(_document(server, one, caller))
+        return UploadList.of(documents, len(later) > limit)
 
     @router.get("/{upload_id}")
     def get_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
@@ -154,20 +169,20 @@ def uploads_router(max_bytes: int) -> APIRouter:
     def complete_upload(caller: Submitting, server: Server, upload_id: str, wanted: CompletionRequest) -> UploadDocument:
         """Put the parts together and look through the whole, as `POST /v1/files` does; asked again, it answers the same.
 
-        What is refused for what it holds is forgotten: sent again, it would be refused again.
+        What is refused stays, for another order or better parts, until it is cancelled or a day has passed.
         """
         upload = server.part_uploads.get(upload_id, caller.sees)
         with server.uploads.arriving(upload.size_bytes, caller.owner) as folder:
             archive = folder / "archive"
             with server.part_uploads.completing(upload, wanted.part_ids, archive) as known:
-                if known is None:
+                if known.file_id is None:
                     _check_md5(archive, wanted.md5)
                     _make_file(server, upload, archive)
         return _document(server, server.part_uploads.get(upload.id, caller.sees), caller)
 
     @router.post("/{upload_id}/cancel")
     def cancel_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
-        """Forget an upload and what has arrived of it. A file that was made of it stays."""
+        """Forget an upload and what has arrived of it; one that is complete is a file, and stays."""
         upload = server.part_uploads.get(upload_id, caller.sees)
         document = _document(server, upload, caller)
         server.part_uploads.cancel(upload)
@@ -177,14 +192,15 @@ def uploads_router(max_bytes: int) -> APIRouter:
 
 
 def _make_file(server: ServerState, upload: PartUpload, archive: Path) -> None:
-    try:
-        received = examine(archive, upload.filename, upload.purpose)
-    except (InvalidInput, DataError):
-        server.part_uploads.cancel(upload)
-        raise
+    received = examine(archive, upload.filename, upload.purpose)
     # Under its own id as the key: should this process die before it is noted, the next attempt finds the same file.
     file, _ = record_upload(server, upload.owner, received, upload.id)
     server.part_uploads.completed(upload, file.id)
+
+
+def _file_is_gone(server: ServerState, upload: PartUpload) -> bool:
+    """Return whether an upload was complete and its file has been deleted since."""
+    return upload.file_id is not None and not server.database.files.has(upload.file_id)
 
 
 def _check_md5(archive: Path, wanted: str | None) -> None:
@@ -196,6 +212,8 @@ def _check_md5(archive: Path, wanted: str | None) -> None:
 
 
 def _document(server: ServerState, upload: PartUpload, caller: Caller) -> UploadDocument:
+    if _file_is_gone(server, upload):
+        raise NotFound(f"{upload.id} was complete, and its file was deleted since")
     file = file_document(server.database.files.get(upload.file_id, caller.sees)) if upload.file_id is not None else None
     return UploadDocument(
         id=upload.id,

@@ -52,7 +52,7 @@ class CheckDocument(JobState):
 CheckList = Page[CheckDocument]
 
 
-class CaseDocument(BaseModel):
+class DataCaseDocument(BaseModel):
     """One image, or images that belong together, with the fault."""
 
     ids: list[str]
@@ -62,7 +62,7 @@ class CaseDocument(BaseModel):
     key: str = Field(description="The same for the same images in another copy of the data.")
 
 
-class DataFinding(BaseModel):
+class DataFindingDocument(BaseModel):
     """One kind of fault."""
 
     kind: str = Field(description="Such as `near_duplicates`; stays the same between releases.")
@@ -71,7 +71,7 @@ class DataFinding(BaseModel):
     count: int
     evidence: str
     advice: str
-    cases: list[CaseDocument] = Field(description="The strongest first, at most 200.")
+    cases: list[DataCaseDocument] = Field(description="The strongest first, at most 200.")
     fix: Literal["leave_out", "group", "relabel", "none"]
     acknowledged: int
 
@@ -85,7 +85,7 @@ class CheckResult(BaseModel):
     n_images: int
     classes: list[str]
     backbone: str
-    findings: list[DataFinding] = Field(description="The worst first.")
+    findings: list[DataFindingDocument] = Field(description="The worst first.")
     report: str = Field(description="Path on this server of the page with pictures.")
 
 

@@ -59,8 +59,9 @@ def test_a_large_file_goes_up_in_parts(client: OpenAI, tmp_path: Path) -> None:
     assert upload.status == "completed"
     assert upload.file is not None
     assert (upload.file.filename, upload.file.bytes) == ("flowers.zip", size)
-    assert client.uploads.cancel(upload.id).status == "cancelled"
     assert client.files.retrieve(upload.file.id) == upload.file
+    begun = client.uploads.create(filename="more.zip", bytes=10, mime_type="application/zip", purpose="fine-tune")
+    assert client.uploads.cancel(begun.id).status == "cancelled"
 
 
 def test_files_go_up_are_listed_and_deleted(client: OpenAI, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from archives import bad, photographs, zip_of
 from serving import in_process, live_server
 from starlette.testclient import TestClient
 
+from finetune.errors import Conflict, NotFound
 from finetune.jobs.database import open_jobs
 from finetune.jobs.http import Connection, ServerUnreachable
 from finetune.jobs.keys import KeyStore
-from service.part_uploads import KEPT_SECONDS
+from service.part_uploads import KEPT_SECONDS, MAX_PENDING_OF_AN_OWNER, PartUploads
 
 ARCHIVE = zip_of(photographs())
 HALF = len(ARCHIVE) // 2
@@ -102,6 +104,7 @@ def test_a_part_that_is_sent_again_takes_the_place_of_the_first(client: TestClie
     [
         ({"bytes": 0}, "bytes"),
         ({"bytes": 1 << 50}, "bytes"),
+        ({"bytes": "5"}, "bytes"),
         ({"purpose": "assistants"}, "purpose"),
         ({"filename": ""}, "filename"),
         ({"owner": "bob"}, "owner"),
@@ -138,6 +141,8 @@ def test_parts_that_do_not_make_up_the_whole_are_refused_and_stay(client: TestCl
         ({"data": ("part", b"")}, {}, "data"),
         ({"data": ("part", b"x")}, {"part_number": "0"}, "part_number"),
         ({"data": ("part", b"x")}, {"part_number": "9" * 30}, "part_number"),
+        ({"data": ("part", b"x")}, {"part_number": "000000001" + "9" * 300}, "part_number"),
+        ({"data": ("part", b"x")}, {"part_number": "10001"}, "part_number"),
         ({"data": ("part", b"x")}, {"part_number": "²"}, "part_number"),
         ({"data": ("part", b"x")}, {"name": "x"}, "name"),
     ],
@@ -150,17 +155,20 @@ def test_a_part_that_is_none_is_refused_by_its_field(part: Any, data: Any, field
     assert client.get(f"/v1/uploads/{upload}").json()["parts"] == []
 
 
-def test_what_is_refused_for_what_it_holds_is_forgotten(client: TestClient, tmp_path: Path) -> None:
+def test_what_is_refused_for_what_it_holds_stays_for_another_try(client: TestClient, tmp_path: Path) -> None:
+    upload = begin(client).json()["id"]
+    first, second = (add(client, upload, part).json()["id"] for part in (ARCHIVE[:HALF], ARCHIVE[HALF:]))
+    answer = complete(client, upload, second, first)  # in the wrong order, it is no archive
+    assert answer.status_code == 422
+    assert complete(client, upload, first, second).json()["status"] == "completed"
     data, _ = bad()["tar: parent"]
     upload = begin(client, data).json()["id"]
-    part = add(client, upload, data).json()["id"]
-    answer = complete(client, upload, part)
+    answer = complete(client, upload, add(client, upload, data).json()["id"])
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_archive")
-    assert client.get(f"/v1/uploads/{upload}").status_code == 404
-    assert left_in(tmp_path) == []
+    assert client.post(f"/v1/uploads/{upload}/cancel").status_code == 200
 
 
-def test_a_cancelled_upload_is_gone(client: TestClient, tmp_path: Path) -> None:
+def test_a_cancelled_upload_is_gone_and_one_that_is_complete_stays(client: TestClient, tmp_path: Path) -> None:
     upload = begin(client).json()["id"]
     add(client, upload, ARCHIVE[:HALF])
     assert client.post(f"/v1/uploads/{upload}/cancel").json()["status"] == "cancelled"
@@ -168,6 +176,63 @@ def test_a_cancelled_upload_is_gone(client: TestClient, tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     assert client.get("/v1/uploads/..").status_code == 404
     assert left_in(tmp_path) == []
+    upload = begin(client).json()["id"]
+    file = complete(client, upload, add(client, upload, ARCHIVE).json()["id"]).json()["file"]
+    assert client.post(f"/v1/uploads/{upload}/cancel").status_code == 409
+    client.delete(f"/v1/files/{file['id']}")
+    assert "deleted since" in client.get(f"/v1/uploads/{upload}").json()["detail"]
+
+
+def test_a_cancellation_waits_for_a_completion_and_finds_it_done(tmp_path: Path) -> None:
+    """Both at once, at the moment at which the parts are being put together."""
+    uploads = PartUploads(tmp_path / "files")
+    upload, _ = uploads.create("ann", "a.zip", "fine-tune", 4)
+    (tmp_path / "part").write_bytes(b"data")
+    part = uploads.add(upload, tmp_path / "part", None)
+    answers: list[object] = []
+
+    def cancel() -> None:
+        try:
+            uploads.cancel(upload)
+        except Conflict as error:
+            answers.append(error)
+
+    with uploads.completing(upload, [part.id], tmp_path / "archive") as known:
+        cancelling = threading.Thread(target=cancel)
+        cancelling.start()
+        cancelling.join(timeout=0.2)
+        assert cancelling.is_alive()
+        uploads.completed(known, "file-1")
+    cancelling.join(timeout=60)
+    assert "is complete" in str(answers)
+    assert (tmp_path / "archive").read_bytes() == b"data"
+
+
+def test_what_was_cancelled_in_between_is_not_found(tmp_path: Path) -> None:
+    uploads = PartUploads(tmp_path / "files")
+    upload, _ = uploads.create("ann", "a.zip", "fine-tune", 4)
+    uploads.cancel(upload)
+    (tmp_path / "part").write_bytes(b"data")
+    with pytest.raises(NotFound):
+        uploads.parts(upload)
+    with pytest.raises(NotFound):
+        uploads.expires_at(upload)
+    with pytest.raises(NotFound):
+        uploads.add(upload, tmp_path / "part", None)
+    with pytest.raises(NotFound), uploads.completing(upload, [], tmp_path / "archive"):
+        pass
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [".uploads.lock"]
+
+
+def test_uploads_are_listed_newest_first_and_too_many_are_refused(client: TestClient) -> None:
+    begun = [begin(client).json()["id"] for _ in range(MAX_PENDING_OF_AN_OWNER)]
+    refused = begin(client)
+    assert refused.status_code == 409
+    assert "GET /v1/uploads lists them" in refused.json()["detail"]
+    first = client.get("/v1/uploads", params={"limit": 10}).json()
+    rest = client.get("/v1/uploads", params={"limit": 10, "after": first["last_id"]}).json()
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+    assert [one["id"] for page in (first, rest) for one in page["data"]] == begun[::-1]
 
 
 def test_an_upload_is_its_owners_alone_and_counts_against_the_quota(tmp_path: Path) -> None:
@@ -179,6 +244,10 @@ def test_an_upload_is_its_owners_alone_and_counts_against_the_quota(tmp_path: Pa
         assert client.post(f"/v1/uploads/{upload}/cancel", headers=bob).status_code == 404
         assert [begin(client, headers=ann).status_code for _ in range(3)] == [201, 201, 413]
         assert begin(client, headers=bob).status_code == 201
+        whole = {"files": {"file": ("flowers.zip", ARCHIVE)}, "data": {"purpose": "fine-tune"}}
+        refused = client.post("/v1/files", headers=ann, **whole)  # what is announced takes its place
+        assert refused.status_code == 413
+        assert "/v1/uploads/{id}/cancel" in refused.json()["detail"]
 
 
 def test_what_nobody_goes_on_with_is_removed_after_a_day(client: TestClient, tmp_path: Path) -> None:

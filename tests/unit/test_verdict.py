@@ -93,3 +93,19 @@ def test_latencies_that_differ_by_less_than_clocks_can_tell_leave_nobody_on_the_
         Standing("b", 0.89, {"train_seconds": 20, "latency_seconds": 0.0100}),
     ]
     assert judge_arms(standings, [pair("a", "b", 0.01, 0.5, error=0.015)], TOP1).pareto == ("a",)
+
+
+def test_arms_between_which_no_difference_was_seen_are_not_ranked() -> None:
+    standings = [standing("linear_probe", 0.933, 10), standing("partial", 0.933, 20)]
+    verdict = judge_arms(standings, [pair("linear_probe", "partial", 0.0, 1.0, error=0.15)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
+    assert "no difference was seen" in verdict.sentence
+    assert "leads" not in verdict.sentence
+    assert "probably" not in verdict.sentence
+
+
+def test_who_leads_by_chance_is_not_called_probably_the_best() -> None:
+    standings = [standing("linear_probe", 0.95, 10), standing("partial", 0.93, 20)]
+    verdict = judge_arms(standings, [pair("linear_probe", "partial", 0.02, 0.78, error=0.05)], TOP1)
+    assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
+    assert "cannot tell linear_probe and partial apart: linear_probe leads by 2.0 points" in verdict.sentence

@@ -120,7 +120,12 @@ export async function sendInParts(file, { filename, purpose, key: idempotencyKey
     onprogress(share, false);
   }
   const ids = [...arrived].sort(([one], [other]) => one - other).map(([, { id }]) => id);
-  return (await post(`v1/uploads/${begun.id}/complete`, { json: { part_ids: ids } })).file;
+  try {
+    return (await post(`v1/uploads/${begun.id}/complete`, { json: { part_ids: ids } })).file;
+  } catch (error) {
+    if (error instanceof Refused) await post(`v1/uploads/${begun.id}/cancel`); // what it holds is refused, and would be again
+    throw error;
+  }
 }
 
 function pause(ms, signal) {
