@@ -109,13 +109,6 @@ def test_a_method_that_is_not_there_is_answered_with_those_that_are(tmp_path: Pa
         assert client.patch("/v1/fine_tuning/jobs").headers["allow"] == "GET, POST"
 
 
-def test_every_schema_has_a_name_of_its_own(tmp_path: Path) -> None:
-    with in_process(tmp_path, wait=False) as client:
-        names = client.get("/docs.json").json()["components"]["schemas"]
-    assert len(names) > 40
-    assert not [name for name in names if "__" in name], "two classes of one name: generators of clients make one of them"
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("closed", [False, True], ids=["open", "with a key"])
