@@ -27,6 +27,7 @@ DATASETS_REMEMBERED = 8
 DECODED_AT_ONCE = 2
 _JPEG_QUALITY = 80
 _SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif"}
+MEDIA_TYPES = tuple(_SHOWN.values())  # of pictures that browsers show
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,7 @@ def get_bundle_file(caller: Reading, server: Server, name: str, version: str, fi
     files = read_manifest(found.path).files
     if file not in files:
         raise NotFound(f"{found.name}@{found.version} has no file {file[:100]!r}; its files are {', '.join(sorted(files))}")
-    media_type = "text/markdown" if file.endswith(".md") else "application/octet-stream"
-    return FileResponse(found.path / file, media_type=media_type, filename=f"{found.name}-{found.version}-{file}")
+    return FileResponse(found.path / file, media_type="application/octet-stream", filename=f"{found.name}-{found.version}-{file}")
 
 
 @models_router.get("/{name}/versions/{version}/predictions", response_class=StreamingResponse, responses=TABLE_ANSWER)

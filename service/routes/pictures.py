@@ -16,7 +16,7 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from service.creation import IdempotencyKey
 from service.middleware.auth import Caller, Submitting
-from service.pictures import Answer, Pictures, answers_of
+from service.pictures import MEDIA_TYPES, Answer, Pictures, answers_of
 from service.problems import RESPONSES
 from service.revisions import Corrections, write_corrected
 from service.routes.files import FileDocument, file_document, record_upload
@@ -27,8 +27,11 @@ MAX_SIDE_PX = 1024
 LONG_PAGE = 1000
 ONE_YEAR = "private, max-age=31536000, immutable"  # of an upload: its contents never change
 BYTES = {"schema": {"type": "string", "format": "binary"}}
-PICTURE: dict[int | str, dict[str, Any]] = {  # the type that is sent is the picture's own; generators of clients know no image/*
-    200: {"description": "The picture's bytes, with its own media type.", "content": {"application/octet-stream": BYTES}}
+PICTURE: dict[int | str, dict[str, Any]] = {  # generators of clients know no image/* and take the first that they know
+    200: {
+        "description": "The picture's bytes, with its own media type.",
+        "content": dict.fromkeys(("application/octet-stream", *MEDIA_TYPES), BYTES),
+    }
 }
 
 D = TypeVar("D", bound=ListItem)
