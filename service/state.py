@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -106,7 +106,7 @@ class ServerState:
     checks: WorkQueue
     spec_checker: SpecChecker
     pictures: PictureIndex
-    webhooks_reach: Reachable = Reachable()
+    webhooks_reach: Reachable = field(default_factory=Reachable)
     tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30

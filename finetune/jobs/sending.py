@@ -202,7 +202,7 @@ class _Connection(http.client.HTTPConnection):
         except BaseException:
             sock.close()
             raise
-        self.sock = _TimedSocket(sock, self._deadline)  # type: ignore[assignment]
+        self.sock = _TimedSocket(sock, self._deadline)
 
 
 def post(
