@@ -148,6 +148,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
         pictures=PictureIndex(settings.image_limits),
+        webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
         max_files_bytes=settings.max_files_bytes,
@@ -155,7 +156,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     )
     worker = WorkerProcess(settings.home) if settings.worker else None
     promotions = Promotions(registry, lambda: database.webhooks)
-    webhooks = Sender(lambda: database.webhooks, Reachable(settings.webhook_networks), promotions.collect)
+    webhooks = Sender(lambda: database.webhooks, state.webhooks_reach, promotions.collect)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

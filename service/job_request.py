@@ -22,6 +22,7 @@ from finetune.jobs.creation import digest_of
 from finetune.jobs.files import PREFIX
 from finetune.runtime.cores import available_cores
 from finetune.spec import LOCAL_FOLDER, JobSpec, is_own_model, is_registered_model, parse_spec
+from service.problems import unreadable_json
 
 MAX_DEPTH = 16
 METADATA_KEY = r"[A-Za-z0-9._-]{1,64}"  # of keys that can be filtered by
@@ -64,10 +65,8 @@ def read_body(raw: bytes) -> dict[str, Any]:
         json.dumps(body, ensure_ascii=False).encode()
     except RecursionError:
         raise InvalidInput(f"the body is nested more than {MAX_DEPTH} levels deep") from None
-    except UnicodeError:
-        raise InvalidInput("the body holds text that is not valid Unicode") from None
     except ValueError as error:
-        raise InvalidInput(f"the body is not JSON: {error}") from None
+        raise InvalidInput(unreadable_json(error)) from None
     if not isinstance(body, dict):
         raise InvalidInput(f'the body must be a JSON object, such as {{"training_file": "{PREFIX}-…"}}')
     return body

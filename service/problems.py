@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
@@ -166,19 +167,43 @@ async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes):  # FastAPI has not read it as JSON, because its type is another one
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return problem(request.scope, 415, f"A body of type {media_type[:100]!r} is not taken here; send application/json")
     errors = [FieldProblem(field=_field_path(one["loc"]), detail=_sentence(one)) for one in error.errors()]
-    detail = "; ".join(f"{one.field}: {one.detail}" for one in errors)
+    detail = "; ".join(f"{one.field}: {one.detail}" if one.field != "body" else one.detail for one in errors)
     return problem(request.scope, 422, detail, errors=errors)
+
+
+def unreadable_json(error: ValueError | RecursionError) -> str:
+    """Return what is wrong with a body, from what its reader raised."""
+    if isinstance(error, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(error, UnicodeError):
+        return "the body holds text that is not valid Unicode"
+    if str(error).startswith("Exceeds the limit"):  # of Python, whose advice is for programmers
+        return f"the body holds a whole number of more than {sys.get_int_max_str_digits():,} digits"
+    return f"the body is not JSON: {error}"
 
 
 def _field_path(location: Sequence[int | str]) -> str:
     """`("query", "top_k")` → ``top_k``; the whole body or query as ``body``, ``query``."""
     inside = location[1:] or location
+    if location[0] == "body" and isinstance(inside[0], int):  # a place in a text that is not JSON
+        return "body"
     return ".".join(str(part) for part in inside)
+
+
+_JSON_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
     given = error.get("input")
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} (character {error['loc'][-1]})"
+    if tuple(error["loc"]) == ("body",):
+        kind = "" if error["type"] == "missing" else _JSON_KINDS.get(type(given), "")
+        return f"the body must be a JSON object{f', not {kind}' if kind else ''}"
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "missing" else ""
     return f"{error['msg']}{shown[:80]}"
 
@@ -186,6 +211,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail, headers = str(error.detail), error.headers
+    if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # FastAPI could not read JSON
+        return problem(request.scope, 422, unreadable_json(error.__cause__), errors=[])
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"There is nothing at {request.url.path}. What exists is listed in /docs.json"
     elif error.status_code == 413:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +16,23 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetune.data.contents import hold_again
-from finetune.data.dataset import Sample
+from finetune.data.dataset import Dataset, Sample
 from finetune.data.files import StoredFile
 from finetune.data.intake import Intake, describe
+from finetune.data.names import class_name, why_no_class_name
+from finetune.data.places.tree import is_system
 from finetune.errors import DataError, InvalidInput, NotFound, Problem
 from finetune.jobs.files import UploadedFile
 from finetune.jobs.worker import folder_bytes
 from service.pictures import Pictures
 from service.uploads import Received
 
-Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
+MAX_LABEL = 200  # characters
+MAY_HOLD = (
+    f"a class name has 1 to {MAX_LABEL} characters: no slash, no backslash, no control or direction character, "
+    "and no dot at its beginning"
+)
+Label = Annotated[str, Field(description=f"The name of a class: {MAY_HOLD.partition(': ')[2]}.")]
 
 
 class Corrections(BaseModel):
@@ -49,13 +58,21 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     problems += [Problem(f"renamed.{one}", "there is no such class") for one in wanted.renamed if one not in dataset.classes]
     if not wanted.labels and not wanted.renamed:
         problems.append(Problem("labels", "nothing is changed"))
+    problems += [
+        Problem(f"{field}.{one}", f"{label[:MAX_LABEL]!r} {why}")
+        for field, given in (("labels", wanted.labels), ("renamed", wanted.renamed))
+        for one, label in given.items()
+        if label is not None and (why := _why_no_label(label)) is not None
+    ]
     if problems:
         raise InvalidInput("; ".join(map(str, problems[:5])), problems[:100])
     members: dict[str, Path] = {}
+    expected: Counter[str] = Counter()
     for sample in dataset.samples:
         folder = _place(sample, pictures, wanted)
         if folder is not None:
             assert isinstance(sample.file, StoredFile)
+            expected[_composed(folder.removeprefix(f"{sample.split}/") if sample.split else folder)] += 1
             members[_unused(f"{folder}/{sample.id.rpartition('/')[2]}", members)] = sample.file.path
     if not members:
         raise InvalidInput("no image is left", [Problem("labels", "leave out every image")])
@@ -63,8 +80,10 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     try:
         described = describe(contents)
     except DataError as error:
-        problems = [Problem(_shown(one.where, contents), _shown(one.message, contents)) for one in error.problems]
+        field = "labels" if wanted.labels else "renamed"
+        problems = [Problem(field, _told(one, contents)) for one in error.problems]
         raise DataError(_shown(error.message, contents), problems) from None
+    _check_that_all_are_there(expected, described, wanted)
     listing = json.dumps([original.sha256, wanted.model_dump(mode="json")], sort_keys=True)
     kind = str(original.summary["kind"])
     intake = Intake(kind, len(members), n_bytes, described.classes, described.counts(), described.warnings)
@@ -79,6 +98,50 @@ def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | Non
         raise NotFound("Only uploaded images in class folders can be corrected here")
     label = wanted.labels.get(sample.id, wanted.renamed.get(labels[0], labels[0]))
     return None if label is None else f"{sample.split}/{label}" if sample.split else label
+
+
+def _why_no_label(label: str) -> str | None:
+    """Return what keeps a text from being the name of a class, and of the folder of its images; None where nothing does."""
+    why = why_no_class_name(label)
+    if why is not None or len(label) > MAX_LABEL or label.startswith(".") or "/" in label or "\\" in label:
+        return f"cannot be the name of a class{f': it {why}' if why else ''}; {MAY_HOLD}"
+    if is_system(class_name(label)):
+        return "cannot be the name of a class: folders that systems and programs leave behind are called so, and are not read"
+    return None
+
+
+def _check_that_all_are_there(expected: Counter[str], described: Dataset, wanted: Corrections) -> None:
+    """Refuse a copy of which some images would be read with another class, or not at all.
+
+    Raises:
+        InvalidInput: naming each label that is given for such an image.
+    """
+    found = Counter(_composed(name) for sample in described.samples for name in described.label_names(sample))
+    lost = {name for name in expected.keys() | found.keys() if expected[name] != found[name]}
+    if not lost:
+        return
+    given = [("labels", one, label) for one, label in wanted.labels.items()]
+    given += [("renamed", one, label) for one, label in wanted.renamed.items()]
+    problems = [
+        Problem(f"{field}.{one}", f"a folder {label!r} is not read as a class here; choose another name")
+        for field, one, label in given
+        if label is not None and _composed(label) in lost
+    ]
+    problems = problems or [
+        Problem("labels", f"images of {', '.join(sorted(lost))[:200]} would not be read as they are labelled")
+    ]
+    raise InvalidInput("; ".join(map(str, problems[:5])), problems[:100])
+
+
+def _composed(name: str) -> str:
+    """Return the name of a class in the one spelling that is compared."""
+    return unicodedata.normalize("NFC", class_name(name))
+
+
+def _told(problem: Problem, contents: Path) -> str:
+    """Return a problem of the copy as one sentence, without where the copy lies."""
+    where, message = problem.where.removeprefix(str(contents)).strip("/"), _shown(problem.message, contents)
+    return f"{where}: {message}" if where else message
 
 
 def _shown(text: str, contents: Path) -> str:

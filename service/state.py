@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,7 @@ from finetune.errors import DiskFull, NotFound, StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
 from finetune.jobs.keys import KeyStore
+from finetune.jobs.sending import Reachable
 from finetune.jobs.store import JobStore
 from finetune.jobs.webhooks import WebhookStore
 from finetune.runtime.tracing import Tracing
@@ -105,6 +106,7 @@ class ServerState:
     checks: WorkQueue
     spec_checker: SpecChecker
     pictures: PictureIndex
+    webhooks_reach: Reachable = field(default_factory=Reachable)
     tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()
     max_files_bytes: int = 20 << 30

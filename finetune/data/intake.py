@@ -184,7 +184,7 @@ def describe(folder: Path) -> Dataset:
             dataset = index_dataset(folder, validation=folder)
         except DataError:
             raise original from None
-        return replace(dataset, samples=dataset.of("val"))
+        return replace(dataset, samples=tuple(replace(sample, split=None) for sample in dataset.of("val")))
 
 
 def _refusal(error: FinetuneError, target: Path | None) -> dict[str, Any]:

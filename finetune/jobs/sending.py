@@ -7,6 +7,7 @@ address that was checked, whatever the name means a moment later. Redirects are 
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
 import logging
 import socket
@@ -15,27 +16,57 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
-from finetune.errors import FinetuneError
-from finetune.jobs.webhooks import Delivery, Webhook, WebhookStore, signature_headers
+from finetune.errors import FinetuneError, InvalidInput
+from finetune.jobs.webhooks import Delivery, Webhook, WebhookStore, check_url, signature_headers
 
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS = 15.0  # of one exchange, from resolving the name to the head of the answer
 _WATCH_SECONDS = 1.0
 _AT_ONCE = 4
 _FORGET_SECONDS = 3600.0
-_READ_BYTES = 1024  # of an answer, which nobody needs
-_EMBEDDING_IPV4 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+_MAX_HEAD_BYTES = 64 * 1024  # of an answer; its body is not read
+_SETTING = "FINETUNE_WEBHOOK_NETWORKS"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], Sequence[str]]
 
+# From the registries of IANA: "IPv4 Special-Purpose Address Space", "IPv6 Special-Purpose Address Space" and "Internet Protocol
+# Version 6 Address Space" (which assigns global unicast addresses from 2000::/3 alone). `ipaddress` of Python 3.11 knows fewer.
+_SPECIAL: tuple[Network, ...] = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+        *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        *("224.0.0.0/4", "240.0.0.0/4"),
+        *("2001::/23", "2001:db8::/32", "3fff::/20"),  # protocol assignments with Teredo among them; documentation
+    )
+)
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052; the last 32 bits are an IPv4 address, as in the next three
+_IPV4_AT_THE_END = (
+    _NAT64,
+    ipaddress.IPv6Network("64:ff9b:1::/48"),  # NAT64 of local use, RFC 8215
+    ipaddress.IPv6Network("::/96"),  # IPv4-compatible, RFC 4291
+    ipaddress.IPv6Network("::ffff:0:0:0/96"),  # IPv4-translated, RFC 2765
+)
+_ISATAP = 0x00005EFE  # RFC 5214: what comes before the IPv4 address, but for one bit
+
 log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The webhook's address leads to where nothing may be sent."""
+    """The webhook's address leads to where nothing may be sent.
+
+    Args:
+        for_the_log: what only the operator may know, such as the address that a name resolved to.
+    """
+
+    def __init__(self, message: str, for_the_log: str = "") -> None:
+        super().__init__(message)
+        self.for_the_log = for_the_log
 
 
 @dataclass(frozen=True)
@@ -45,25 +76,57 @@ class Reachable:
     allowed: tuple[Network, ...] = ()
 
     def is_allowed(self, address: Address) -> bool:
-        """Return whether the operator has named a network that holds this address."""
-        return any(address in network for network in self.allowed)
+        """Return whether the operator has named a network that holds this address, or the IPv4 address that it stands for."""
+        inner = embedded_ipv4(address)
+        return self._is_named(address) or (bool(inner) and all(map(self._is_named, inner)))
 
     def check(self, address: Address) -> None:
-        """Raise `Refused` where nothing may be sent to an address."""
-        inner = _embedded(address)
-        if self.is_allowed(address) or self.is_allowed(inner):
+        """Raise `Refused` where nothing may be sent to an address. Its message does not name the address."""
+        if self.is_allowed(address):
             return
-        if not inner.is_global or inner.is_multicast:
-            raise Refused(f"{address} is not a public address; the operator can allow its network in FINETUNE_WEBHOOK_NETWORKS")
+        if not is_public(address):
+            message = f"the host leads to an address that is not public; the operator can allow its network in {_SETTING}"
+            raise Refused(message, f"resolved to {address}, which is not public")
+
+    def check_url(self, url: str) -> None:
+        """Raise `InvalidInput` for an address to which nothing could ever be sent, as can be seen without resolving its name."""
+        check_url(url)
+        parts = urlsplit(url)
+        if parts.scheme == "http" and not self.allowed:
+            raise InvalidInput(f"{url[:100]!r}: http without encryption is not sent here; give an https address")
+        try:
+            address = ipaddress.ip_address(parts.hostname or "")
+        except ValueError:
+            return  # a name
+        if not self.is_allowed(address) and (parts.scheme == "http" or not is_public(address)):
+            wrong = "is not public" if not is_public(address) else "is reached with https alone"
+            raise InvalidInput(f"{url[:100]!r}: the address {wrong}; the operator can allow its network in {_SETTING}")
+
+    def _is_named(self, address: Address) -> bool:
+        return any(address in network for network in self.allowed)
 
 
-def _embedded(address: Address) -> Address:
-    """Return the IPv4 address that an IPv6 address stands for, if it stands for one."""
+def is_public(address: Address) -> bool:
+    """Return whether an address is of the public internet, and so is every IPv4 address embedded in it."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:  # the connection is one of IPv4
+            return is_public(address.ipv4_mapped)
+        if address not in _GLOBAL_UNICAST and address not in _NAT64:
+            return False
+    if not address.is_global or address.is_multicast or any(address in network for network in _SPECIAL):
+        return False
+    return all(map(is_public, embedded_ipv4(address)))
+
+
+def embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """Return the IPv4 addresses inside an IPv6 address, whatever form of transition it is of."""
     if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address in _EMBEDDING_IPV4:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or address
+        return ()
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    number = int(address)
+    if any(address in network for network in _IPV4_AT_THE_END) or (number >> 32) & 0xFDFFFFFF == _ISATAP:
+        found.append(ipaddress.IPv4Address(number & 0xFFFFFFFF))
+    return tuple(one for one in found if one is not None)
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
@@ -71,25 +134,96 @@ def resolve(host: str, port: int) -> Sequence[str]:
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
+class _Deadline:
+    """The end of an exchange, on the clock that only goes forward."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._at = seconds, time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left; raise `TimeoutError` where there are none."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"the exchange was not complete within {self._seconds:g} s")
+        return left
+
+
+class _Answer(io.RawIOBase):
+    """What a receiver answers, up to the deadline and to `_MAX_HEAD_BYTES`."""
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+        super().__init__()
+        self._sock, self._deadline, self._room = sock, deadline, _MAX_HEAD_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._room:
+            raise http.client.HTTPException(f"the head of the answer is larger than {_MAX_HEAD_BYTES:,} bytes")
+        self._sock.settimeout(self._deadline.left())  # a timeout alone begins anew with each byte
+        received = self._sock.recv_into(memoryview(buffer)[: self._room])
+        self._room -= received
+        return received
+
+
+class _TimedSocket:
+    """What `http.client` uses of a socket, with a deadline for all of it together."""
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def sendall(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._sock.settimeout(self._deadline.left())
+            rest = rest[self._sock.send(rest) :]
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        return io.BufferedReader(_Answer(self._sock, self._deadline))
+
+    def close(self) -> None:
+        self._sock.close()
+
+
 class _Connection(http.client.HTTPConnection):
     """A connection to an address that was checked, under the name that it was found by."""
 
-    def __init__(self, host: str, port: int, address: str, context: ssl.SSLContext | None) -> None:
-        super().__init__(host, port, timeout=TIMEOUT_SECONDS)
-        self._address, self._context = address, context
+    def __init__(self, host: str, port: int, address: str, context: ssl.SSLContext | None, deadline: _Deadline) -> None:
+        super().__init__(host, port)
+        self._address, self._context, self._deadline = address, context, deadline
 
     def connect(self) -> None:
-        sock = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = sock if self._context is None else self._context.wrap_socket(sock, server_hostname=self.host)
+        sock = socket.create_connection((self._address, self.port), self._deadline.left())
+        try:
+            sock.settimeout(self._deadline.left())
+            if self._context is not None:
+                sock = self._context.wrap_socket(sock, server_hostname=self.host)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = _TimedSocket(sock, self._deadline)
 
 
-def post(url: str, body: bytes, headers: dict[str, str], reachable: Reachable, resolver: Resolve = resolve) -> int:
+def post(
+    url: str,
+    body: bytes,
+    headers: dict[str, str],
+    reachable: Reachable,
+    resolver: Resolve = resolve,
+    *,
+    seconds: float = TIMEOUT_SECONDS,
+) -> int:
     """Send a POST request and return the answer's status.
+
+    Args:
+        seconds: for the whole exchange.
 
     Raises:
         Refused: the address leads to where nothing may be sent.
         OSError, http.client.HTTPException: nothing answered.
     """
+    deadline = _Deadline(seconds)
     parts = urlsplit(url)
     assert parts.hostname is not None, "an address without a host is refused when it is given"
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -99,15 +233,13 @@ def post(url: str, body: bytes, headers: dict[str, str], reachable: Reachable, r
     for address in addresses:
         reachable.check(address)
     if parts.scheme == "http" and not all(map(reachable.is_allowed, addresses)):
-        raise Refused("http without encryption leads only into networks of FINETUNE_WEBHOOK_NETWORKS; give an https address")
+        raise Refused(f"http without encryption leads only into networks of {_SETTING}; give an https address")
     context = ssl.create_default_context() if parts.scheme == "https" else None
-    connection = _Connection(parts.hostname, port, str(addresses[0]), context)
+    connection = _Connection(parts.hostname, port, str(addresses[0]), context, deadline)
     try:
         path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
         connection.request("POST", path, body, headers)
-        answer = connection.getresponse()
-        answer.read(_READ_BYTES)
-        return answer.status
+        return connection.getresponse().status
     finally:
         connection.close()
 
@@ -122,6 +254,8 @@ def attempt(webhook: Webhook, delivery: Delivery, reachable: Reachable, now: flo
     try:
         status = post(webhook.url, delivery.payload.encode(), headers, reachable)
     except Refused as error:
+        if error.for_the_log:
+            log.warning("webhook %s: %s %s", webhook.id, urlsplit(webhook.url).hostname, error.for_the_log)
         return None, str(error)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return None, f"no answer ({type(error).__name__}: {error})"[:300]
@@ -131,7 +265,8 @@ def attempt(webhook: Webhook, delivery: Delivery, reachable: Reachable, now: flo
 class Sender:
     """A thread that asks `collect` each second for what is to be queued, and starts a thread for each delivery that is due.
 
-    At most `_AT_ONCE` run at a time; a receiver that does not answer holds one of them for `TIMEOUT_SECONDS`.
+    At most `_AT_ONCE` run at a time, and of one webhook only one, so that a receiver that does not answer holds one thread, for
+    `TIMEOUT_SECONDS`.
     """
 
     def __init__(
@@ -139,6 +274,8 @@ class Sender:
     ) -> None:
         self._store, self._reachable, self._collect = store, reachable, collect
         self._stopping = threading.Event()
+        self._woken = threading.Event()  # a delivery has ended, or the sender stops
+        self._busy: set[str] = set()  # webhooks to which something is being sent
         self._free = threading.BoundedSemaphore(_AT_ONCE)
         self._trouble = ""
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
@@ -149,12 +286,19 @@ class Sender:
     def stop(self) -> None:
         """Start no delivery more; one that is cut short, and what is due, is delivered by the next server."""
         self._stopping.set()
+        self._woken.set()
 
     def _run(self) -> None:
-        forget_at = 0.0
-        while not self._stopping.wait(_WATCH_SECONDS):
+        collect_at = forget_at = 0.0
+        while True:
+            self._woken.wait(_WATCH_SECONDS)
+            self._woken.clear()
+            if self._stopping.is_set():
+                return
             try:
-                self._collect()
+                if time.monotonic() >= collect_at:
+                    self._collect()
+                    collect_at = time.monotonic() + _WATCH_SECONDS
                 while not self._stopping.is_set() and self._start_one():
                     pass
                 if (now := time.time()) >= forget_at:
@@ -171,13 +315,14 @@ class Sender:
         if not self._free.acquire(blocking=False):
             return False
         try:
-            taken = self._store().take_due(time.time())
+            taken = self._store().take_due(time.time(), but_not_of=tuple(self._busy))
         except BaseException:
             self._free.release()
             raise
         if taken is None:
             self._free.release()
             return False
+        self._busy.add(taken[0].id)
         threading.Thread(target=self._deliver, args=taken, name="webhook delivery", daemon=True).start()
         return True
 
@@ -190,4 +335,6 @@ class Sender:
         except FinetuneError as error:  # not written, so it is delivered once more
             log.warning("webhook %s: what came of a delivery could not be written: %s", webhook.id, error)
         finally:
+            self._busy.discard(webhook.id)
             self._free.release()
+            self._woken.set()

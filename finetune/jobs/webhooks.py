@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import random
+import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,8 @@ SECRET_PREFIX = "whsec_"
 # Seconds to wait after each failed attempt; after the last one the delivery is given up. About two days in all.
 RETRY_SECONDS = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000)
 _ATTEMPT_SECONDS = 60.0  # for which a delivery that is being tried is nobody else's
+_MAX_HOST = 253  # characters of a name, RFC 1035
+_HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _KEPT_SECONDS = 30 * 86400.0
 
 
@@ -131,9 +134,14 @@ class WebhookStore:
         with reading(self.engine) as connection:
             return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
 
-    def take_due(self, now: float) -> tuple[Webhook, Delivery] | None:
-        """Return a delivery whose time has come, and keep every other sender from it for a minute; None where there is none."""
-        due = select(webhook_deliveries).where(webhook_deliveries.c.due_at <= now).order_by(webhook_deliveries.c.due_at).limit(1)
+    def take_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
+        """Return a delivery whose time has come, and keep every other sender from it for a minute; None where there is none.
+
+        Args:
+            but_not_of: ids of webhooks that have to wait.
+        """
+        wanted = and_(webhook_deliveries.c.due_at <= now, webhook_deliveries.c.webhook_id.not_in(but_not_of))
+        due = select(webhook_deliveries).where(wanted).order_by(webhook_deliveries.c.due_at).limit(1)
         with reading(self.engine) as connection:
             if connection.execute(due).first() is None:
                 return None
@@ -173,17 +181,43 @@ class WebhookStore:
 
 def check_url(url: str) -> None:
     """Raise `InvalidInput` for what is no address such as ``https://host/path``; where it leads is checked when it is used."""
+    wrong = _what_is_wrong(url)
+    if wrong is not None:
+        raise InvalidInput(f"{url[:100]!r}: {wrong}; give an address such as https://example.org/hooks")
+
+
+def _what_is_wrong(url: str) -> str | None:
+    """Return what keeps a text from being the address of a webhook; None where nothing does."""
+    if len(url) > MAX_URL:
+        return f"the address has more than {MAX_URL:,} characters"
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return "an address has no spaces, control characters or characters outside ASCII"
     try:
         parts = urlsplit(url)
-        port = parts.port
     except ValueError:
-        raise InvalidInput(f"{url[:100]!r} is not an address") from None
-    well_formed = parts.scheme in ("https", "http") and parts.hostname and url.isascii() and url.isprintable() and " " not in url
-    if not well_formed or parts.username is not None or parts.fragment or port == 0 or len(url) > MAX_URL:
-        raise InvalidInput(
-            f"{url[:100]!r}: give an address such as https://example.org/hooks, without a user, a fragment or characters outside "
-            "ASCII"
-        )
+        return "what stands in square brackets is not an IPv6 address"
+    try:
+        port_is_wrong = parts.port == 0
+    except ValueError:
+        port_is_wrong = True
+    if port_is_wrong:
+        return "the port is not a number from 1 to 65535"
+    if parts.scheme not in ("https", "http"):
+        return "the address does not begin with https://"
+    if parts.username is not None or parts.fragment:
+        return "the address has a user or a fragment"
+    return _what_is_wrong_with_host(parts.hostname or "", in_brackets="[" in parts.netloc)
+
+
+def _what_is_wrong_with_host(host: str, *, in_brackets: bool) -> str | None:
+    if not host:
+        return "the host is missing"
+    if in_brackets:
+        return "an address with a zone (%) means something on one machine alone" if "%" in host else None
+    labels = host.removesuffix(".").split(".")
+    if len(host) > _MAX_HOST or not all(map(_HOST_LABEL.fullmatch, labels)):
+        return f"{host[:80]!r} is not the name of a host (parts of 1 to 63 letters, digits and hyphens, with dots between them)"
+    return None
 
 
 def signature_headers(secret: str, delivery_id: str, payload: str, now: float) -> dict[str, str]:

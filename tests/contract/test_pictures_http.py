@@ -154,8 +154,18 @@ def test_two_images_of_one_name_in_one_class_are_both_kept(client: TestClient) -
         ({}, "nothing is changed"),
         ({"labels": {"daisy/9.png": "rose"}}, "no such image"),
         ({"renamed": {"tulip": "x"}}, "no such class"),
-        ({"renamed": {"rose": "../x"}}, "pattern"),
-        ({"labels": {"daisy/0.png": ".hidden"}}, "pattern"),
+        (
+            {"renamed": {"rose": "../x"}},
+            "renamed.rose: '../x' cannot be the name of a class; a class name has 1 to 200 characters",
+        ),
+        ({"renamed": {"rose": ""}}, "it is empty"),
+        ({"renamed": {"rose": "x" * 201}}, "1 to 200 characters"),
+        ({"labels": {"daisy/0.png": ".hidden"}}, "no dot at its beginning"),
+        ({"labels": {"daisy/0.png": "a\\b"}}, "no backslash"),
+        ({"labels": {"daisy/0.png": "a\u202eb"}}, "control or direction characters"),
+        ({"labels": {"daisy/0.png": "__MACOSX"}}, "labels.daisy/0.png: '__MACOSX' cannot be the name of a class: folders that"),
+        ({"labels": {"daisy/0.png": "@eaDir"}}, "labels.daisy/0.png: '@eaDir' cannot be"),
+        ({"labels": {"daisy/0.png": " Thumbs.db"}}, "labels.daisy/0.png: ' Thumbs.db' cannot be"),
         ({"renamed": {"rose": "daisy"}}, "only one class"),
     ],
 )
@@ -169,6 +179,42 @@ def test_a_correction_that_cannot_be_made_says_why_and_leaves_nothing(
     assert str(tmp_path) not in answer.text  # where the server keeps it is nobody's business
     assert len(client.get("/v1/files").json()["data"]) == 1
     assert [path.name for path in (tmp_path / "files").iterdir()] == [file]
+
+
+def test_too_few_classes_are_a_problem_of_the_field_that_brought_them_about(client: TestClient) -> None:
+    problem = client.post(f"/v1/files/{uploaded(client)}/revisions", json={"renamed": {"rose": "daisy"}}).json()
+    ((field, detail),) = [(one["field"], one["detail"]) for one in problem["errors"]]
+    assert field == "renamed"
+    assert "only one class" in detail
+
+
+@pytest.mark.parametrize("label", ["train", "val", "test images"])
+def test_a_label_that_sounds_like_a_split_is_a_class_beside_others(client: TestClient, label: str) -> None:
+    answer = client.post(f"/v1/files/{uploaded(client)}/revisions", json={"labels": {"daisy/0.png": label}})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["summary"]["counts"] == {"all": {"daisy": 2, "rose": 3, label: 1}}
+
+
+def test_a_copy_in_which_images_would_be_read_with_another_class_is_refused(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.revisions.is_system", lambda name: False)  # the readers of folders leave these out all the same
+    file = uploaded(client)
+    wanted = {"labels": {"daisy/0.png": "__MACOSX", "daisy/1.png": "rose"}}
+    answer = client.post(f"/v1/files/{file}/revisions", json=wanted)
+    assert answer.status_code == 422, answer.text
+    assert [one["field"] for one in answer.json()["errors"]] == ["labels.daisy/0.png"]
+    assert "is not read as a class" in answer.json()["detail"]
+    assert len(client.get("/v1/files").json()["data"]) == 1
+
+
+def test_a_copy_with_a_class_of_one_image_has_no_splits(client: TestClient) -> None:
+    file = uploaded(client)
+    answer = client.post(f"/v1/files/{file}/revisions", json={"labels": {"daisy/0.png": "zz"}})
+    assert answer.status_code == 201, answer.text
+    counts = answer.json()["summary"]["counts"]
+    before = client.get(f"/v1/files/{file}").json()["summary"]["counts"]["all"]
+    assert counts == {"all": {**before, "daisy": before["daisy"] - 1, "zz": 1}}
 
 
 def test_pictures_of_data_with_tables_are_not_read_in_the_server(client: TestClient) -> None:

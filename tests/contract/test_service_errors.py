@@ -258,6 +258,43 @@ def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypat
     assert reached == ["/v1/files", "/predict", "/predict"]
 
 
+JSON_ROUTES = ("/v1/webhooks", "/v1/uploads", "/v1/fine_tuning/jobs")
+JSON_TYPE = "application/json"
+
+
+@pytest.mark.parametrize("route", JSON_ROUTES)
+@pytest.mark.parametrize(
+    ("body", "media_type", "status", "said"),
+    [
+        (b"{}", "text/plain", 415, "'text/plain' is not "),
+        (b"url=x", "application/x-www-form-urlencoded", 415, "send application/json"),
+        (b"{}", "", 415, "send application/json"),
+        (b"[" * 100_000, JSON_TYPE, 422, "nested"),
+        (b'{"url": ' + b"9" * 5_000 + b"}", JSON_TYPE, 422, "a whole number of more than 4,300 digits"),
+        (b'{"url": "\xff"}', JSON_TYPE, 422, "not valid Unicode"),
+        (b'{"url" "x"}', JSON_TYPE, 422, "the body is not JSON: Expecting ':' delimiter"),
+        (b"[]", JSON_TYPE, 422, "the body must be a JSON object"),
+        (b'"text"', JSON_TYPE, 422, "the body must be a JSON object"),
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_read_as_json_is_refused_alike_everywhere(
+    client: TestClient, route: str, body: bytes, media_type: str, status: int, said: str
+) -> None:
+    answer = client.post(route, content=body, headers={"content-type": media_type})
+    assert answer.status_code == status, answer.text
+    detail = ProblemDocument.model_validate(answer.json()).detail
+    assert said in detail
+    assert len(detail) < 300
+    assert "sys." not in detail
+
+
+def test_a_field_of_a_body_is_named_and_a_body_that_is_missing_is_asked_for(client: TestClient) -> None:
+    (problem,) = client.post("/v1/webhooks", json={}).json()["errors"]
+    assert problem == {"field": "url", "detail": "Field required"}
+    answer = client.post("/v1/webhooks")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "the body must be a JSON object")
+
+
 def test_the_largest_body_is_given_up_when_memory_for_bodies_runs_out() -> None:
     given_up: list[str] = []
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
+import http.client
 import http.server
 import ipaddress
 import json
+import re
+import select
+import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +29,9 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.kinds import TRAINING
 from finetune.jobs.outbox import TYPES
-from finetune.jobs.sending import Reachable, Refused, attempt, post
+from finetune.jobs.sending import Reachable, Refused, Sender, attempt, post
 from finetune.jobs.store import JobStore
-from finetune.jobs.webhooks import MAX_PER_OWNER, RETRY_SECONDS, Webhook, WebhookStore
+from finetune.jobs.webhooks import MAX_PER_OWNER, RETRY_SECONDS, Delivery, Webhook, WebhookStore
 from finetune.promotion import promote
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
@@ -162,19 +167,102 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(store: WebhookStore, recei
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1", "fd00::1",
-     "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::ffff:169.254.169.254"],
+     "192.88.99.1", "198.18.0.1", "240.0.0.1", "::", "fec0::1", "ff0e::1", "3fff::1", "5f00::1", "100::1", "2001:db8::1",
+     "4000::1",
+     "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a01:203",
+     "64:ff9b:1::1", "64:ff9b:1::5db8:d822", "2002:7f00:1::", "2002:a01:203::1", "2001:0:4136:e378:8000:63bf:f5fe:fdfc",
+     "2606:2800:220:1:0:5efe:10.1.2.3", "2606:2800:220:1:200:5efe:10.1.2.3"],
 )  # fmt: skip
 def test_nothing_is_sent_to_an_address_that_is_not_public(address: str) -> None:
-    with pytest.raises(Refused, match="is not a public address"):
+    with pytest.raises(Refused, match="an address that is not public") as refused:
         post("https://example.org/hooks", b"{}", {}, Reachable(), lambda host, port: [address])
-    with pytest.raises(Refused, match="is not a public address"):  # one bad address among good ones is enough
+    assert address not in str(refused.value), "what a name means inside is not told"
+    assert str(ipaddress.ip_address(address)) in refused.value.for_the_log
+    with pytest.raises(Refused, match="an address that is not public"):  # one bad address among good ones is enough
         post("https://example.org/hooks", b"{}", {}, Reachable(), lambda host, port: ["93.184.216.34", address])
 
 
 def test_public_addresses_and_allowed_networks_may_be_reached() -> None:
-    for text in ("93.184.216.34", "2606:2800:220:1::1"):
+    public = ("93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822", "2002:5db8:d822::1")
+    for text in public:
         Reachable().check(ipaddress.ip_address(text))
     Reachable((ipaddress.ip_network("10.0.0.0/8"),)).check(ipaddress.ip_address("::ffff:10.1.2.3"))
+
+
+def test_the_address_that_a_name_resolved_to_is_for_the_log_alone(store: WebhookStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.create("ann", "https://localhost/hooks")
+    end_a_job(JobStore(store.engine))
+    taken = store.take_due(2e9)
+    assert taken is not None
+    status, error = attempt(*taken, Reachable(), 2e9)
+    assert status is None
+    assert error is not None
+    assert "not public" in error
+    assert "127.0.0.1" not in error
+    assert "::1" not in error
+    assert "localhost resolved to" in caplog.text
+
+
+class Dribbler(socketserver.BaseRequestHandler):
+    """A receiver that sends a byte now and then until the other side has had enough."""
+
+    def handle(self) -> None:
+        wait = select.poll()
+        wait.register(self.request, select.POLLRDHUP)
+        with contextlib.suppress(OSError):
+            while not wait.poll(5):
+                self.request.sendall(self.server.RequestHandlerClass.piece)
+
+    piece = b"H"
+
+
+class Flooder(Dribbler):
+    """A receiver whose answer has a head without an end."""
+
+    piece = b"HTTP/1.1 100 Continue\r\n\r\n" * 1000
+
+
+@pytest.mark.parametrize(
+    ("handler", "error", "said"),
+    [(Dribbler, TimeoutError, "not complete within 0.3 s|timed out"), (Flooder, http.client.HTTPException, "larger than 65,536")],
+)
+def test_an_exchange_has_one_deadline_and_an_answer_one_size(handler: type[Dribbler], error: type[Exception], said: str) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        seconds = 0.3 if error is TimeoutError else 15.0
+        with pytest.raises(error, match=said):
+            post(f"http://127.0.0.1:{server.server_address[1]}/", b"{}", {}, Reachable(LOOPBACK), seconds=seconds)
+        server.shutdown()
+
+
+def test_a_receiver_that_does_not_answer_holds_one_delivery_and_no_others(
+    store: WebhookStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.jobs.sending._WATCH_SECONDS", 0.01)
+    slow, quick = store.create("ann", "http://127.0.0.1:1/slow"), store.create("ann", receiver.url)
+    answered, waiting = threading.Event(), []
+
+    def answer(webhook: Webhook, delivery: Delivery, *_: object) -> tuple[int | None, str | None]:
+        if webhook.id == slow.id:
+            waiting.append(delivery.id)
+            assert answered.wait(60)
+        return 204, None
+
+    monkeypatch.setattr("finetune.jobs.sending.attempt", answer)
+    jobs = JobStore(store.engine)
+    for _ in range(6):
+        end_a_job(jobs)
+    sender = Sender(lambda: store, Reachable(LOOPBACK))
+    sender.start()
+    try:
+        until(lambda: all(one.state == "delivered" for one in store.deliveries(quick.id)))
+        assert len(waiting) == 1
+        answered.set()
+        until(lambda: all(one.state == "delivered" for one in store.deliveries(slow.id)))
+    finally:
+        answered.set()
+        sender.stop()
+    assert len(waiting) == len(set(waiting)) == 6
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(receiver: Receiver) -> None:
@@ -193,14 +281,55 @@ def test_the_connection_goes_to_the_address_that_was_checked(receiver: Receiver)
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["ftp://example.org", "https://", "example.org", "https://user:word@example.org/", "https://example.org/#part",
-     "https://exa mple.org",
-     "https://example.org:99999/", "https://example.org/\nHost: other", "https://ex\u00e4mple.org/"],
-)  # fmt: skip
-def test_what_is_no_address_is_refused_when_it_is_given(store: WebhookStore, url: str) -> None:
-    with pytest.raises(InvalidInput):
+    ("url", "said"),
+    [
+        ("ftp://example.org", "begin with https://"),
+        ("https://", "host is missing"),
+        ("example.org", "begin with https://"),
+        ("https://user:word@example.org/", "user or a fragment"),
+        ("https://example.org/#part", "user or a fragment"),
+        ("https://exa mple.org", "no spaces"),
+        ("https://example.org:99999/", "port is not a number from 1 to 65535"),
+        ("https://example.org:0/", "port is not a number from 1 to 65535"),
+        ("https://example.org:x/", "port is not a number from 1 to 65535"),
+        ("https://example.org/\nHost: other", "control characters"),
+        ("https://ex\u00e4mple.org/", "outside ASCII"),
+        ("https://.../", "not the name of a host"),
+        ("https://a..b/", "not the name of a host"),
+        (f"https://{'a' * 300}.org/", "not the name of a host"),
+        (f"https://{'a.' * 150}org/", "not the name of a host"),
+        ("https://-example.org/", "not the name of a host"),
+        ("https://exam%70le.org/", "not the name of a host"),
+        ("https://[fe80::1%25eth0]/", "zone"),
+        ("https://[::1/", "not an IPv6 address"),
+        ("https://[example.org]/", "not an IPv6 address"),
+    ],
+)
+def test_what_is_no_address_is_refused_when_it_is_given(store: WebhookStore, url: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(said)):
         store.create("ann", url)
+
+
+def test_addresses_of_many_forms_are_taken(store: WebhookStore) -> None:
+    urls = (
+        "https://example.org./",
+        "https://xn--exmple-cua.org:8443/a?b=c",
+        "https://a_b.example.org",
+        "https://[2606:2800::1]:8443/",
+    )
+    for url in urls:
+        assert store.create("ann", url).url == url
+    assert len(store.list("ann")) == len(urls)
+
+
+def test_an_address_to_which_nothing_can_be_sent_is_refused_when_it_is_given() -> None:
+    for url in ("http://example.org/", "http://93.184.216.34/", "https://127.0.0.1/", "https://[::1]/", "https://[fe80::1]/"):
+        with pytest.raises(InvalidInput, match=r"https address|FINETUNE_WEBHOOK_NETWORKS"):
+            Reachable().check_url(url)
+    for url in ("http://receiver.internal/", "http://127.0.0.1:9000/", "https://example.org/"):
+        Reachable(LOOPBACK).check_url(url)
+    with pytest.raises(InvalidInput, match="https alone"):
+        Reachable(LOOPBACK).check_url("http://93.184.216.34/")
 
 
 def test_owners_have_webhooks_of_their_own_and_not_without_bound(tmp_path: Path) -> None:
@@ -225,6 +354,8 @@ def test_owners_have_webhooks_of_their_own_and_not_without_bound(tmp_path: Path)
         wrong = client.post("/v1/webhooks", json={"url": "https://example.org", "events": ["model.promotet"]}, headers=ann)
         assert wrong.status_code in (400, 422)
         assert "Did you mean 'model.promoted'" in wrong.text
+        plain = client.post("/v1/webhooks", json={"url": "http://example.org"}, headers=ann)
+        assert (plain.status_code, "https address" in plain.json()["detail"]) == (422, True)
         assert client.delete(one, headers=ann).status_code == 204
         assert client.get(one, headers=ann).status_code == 404
     store = WebhookStore(open_jobs(tmp_path))
