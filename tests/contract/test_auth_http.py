@@ -18,6 +18,7 @@ from serving import in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.deployment import Deployment, Share, deploy
 from finetune.bundle.registry import Access, Registry
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
@@ -318,6 +319,19 @@ def test_a_model_that_does_not_exist_is_answered_as_another_owners_wherever_one_
             name = model.partition("@")[0]
             for sentence in told(model):
                 assert sentence == f"no model '{name}'; GET /v1/models lists those that you may use", model
+
+
+def test_what_is_tried_beside_the_default_is_named_only_to_those_who_may_use_it(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    registered(tmp_path, write_bundle(tmp_path / "hers"), "secret")
+    deploy(registry, Deployment("colours", shadow=Share("secret@1", 10.0)))
+    registry.set_access("secret", Access(owner="ann", visibility="private"))
+    ann, bob = new_key(tmp_path, "ann", "predict"), new_key(tmp_path, "bob", "predict")
+    with in_process(tmp_path) as client:
+        shown = [client.get("/v1/deployments/default", headers=key).json() for key in (ann, bob)]
+    assert [one["reference"] for one in shown] == ["colours", "colours"]
+    assert shown[0]["shadow"] == {"reference": "secret@1", "percent": 10.0}
+    assert shown[1]["shadow"] is None
 
 
 def test_another_owners_file_and_name_cannot_be_used(client: TestClient, home: Path) -> None:
