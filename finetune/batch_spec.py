@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
@@ -14,6 +14,8 @@ from finetune.spec import Section, merged_mapping, problems_of
 
 class BatchSpec(Section):
     """Which images, and what answers them."""
+
+    HINT: ClassVar[str] = ". The answers hold the probability of every class; top_k, coverage and abstain are for /predict"
 
     input_file: Annotated[str, Field(min_length=1, max_length=4096, description="A folder of images; on a server a `file-…` id.")]
     model: Annotated[
@@ -32,7 +34,7 @@ def parse_batch(given: Mapping[str, Any]) -> BatchSpec:
     try:
         return BatchSpec.model_validate(dict(given))
     except ValidationError as error:
-        problems = problems_of(error, given)
+        problems = problems_of(error, given, BatchSpec, {})
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise SpecError(f"the batch prediction has {count}", problems) from None
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
@@ -42,6 +42,8 @@ SHARED = ("training_file", "validation_file", "test_file", "task", "suffix", "me
 
 class ArmSpec(Section):
     """One arm: a name, and the settings that it changes (``key.path`` -> value)."""
+
+    HINT: ClassVar[str] = ', as in {"name": "wide", "set": {"model": "resnet50", "hyperparameters.n_epochs": 5}}'
 
     name: Annotated[str, Field(min_length=1, max_length=60)]
     set: dict[str, Any] = Field(default_factory=dict)
@@ -160,7 +162,7 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
     try:
         settings = ComparisonSettings.model_validate(own)
     except ValidationError as error:
-        problems += problems_of(error, own)
+        problems += problems_of(error, own, ComparisonSettings, {"arms": ArmSpec})
     arms: tuple[Arm, ...] = ()
     if job is not None and settings is not None:
         arms, wrong = _arms(job, settings)
@@ -193,7 +195,7 @@ def parse_request(given: Mapping[str, Any]) -> ComparisonSpec | ComparedRuns:
     try:
         return ComparedRuns.model_validate(dict(given))
     except ValidationError as error:
-        problems = problems_of(error, given)
+        problems = problems_of(error, given, ComparedRuns, {})
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise SpecError(f"the comparison of runs has {count}", problems) from None
 

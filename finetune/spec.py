@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finetune.errors import InvalidInput, NotFound, Problem, SpecError, did_you_mean
 
@@ -37,6 +37,7 @@ class Section(BaseModel):
     """Unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    HINT: ClassVar[str] = ""  # for who gave an unknown key: what to write instead, behind the keys that are allowed
 
 
 class HeadSpec(Section):
@@ -52,6 +53,10 @@ class HeadSpec(Section):
 
 LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"  # timm's own prefixes of models that lie elsewhere
 _REGISTERED = r"[a-z0-9][a-z0-9._-]{0,62}@[1-9][0-9]*"
+
+
+_HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"  # the hub's own rule
+_HUB_NAME = rf"({_HUB_PART})/({_HUB_PART})(@[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}})?"
 
 
 def is_own_model(backbone: str) -> bool:
@@ -83,6 +88,13 @@ class ModelSpec(Section):
     ] = "auto"
     input_size_px: Auto | Annotated[int, Field(ge=32, le=1024)] = "auto"
     head: HeadSpec = HeadSpec()
+
+    @field_validator("backbone")
+    @classmethod
+    def _is_a_name_that_the_hub_can_have(cls, backbone: str) -> str:
+        if backbone.startswith(ON_HUB) and not re.fullmatch(_HUB_NAME, backbone.removeprefix(ON_HUB)):
+            raise ValueError(f"{backbone[:200]!r} is not of the form hf-hub:OWNER/NAME, as in hf-hub:timm/resnet18.a1_in1k")
+        return backbone
 
     @model_validator(mode="after")
     def _own_models_bring_their_weights(self) -> ModelSpec:
@@ -472,14 +484,24 @@ def _assign(target: dict[str, Any], key_path: Sequence[str], value: Any) -> None
     target[key_path[-1]] = value
 
 
-def problems_of(error: ValidationError, given: Mapping[str, Any]) -> list[Problem]:
-    """Return pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field."""
+def problems_of(
+    error: ValidationError,
+    given: Mapping[str, Any],
+    root: type[Section] = JobSpec,
+    sections: Mapping[str, type[Section]] | None = None,
+) -> list[Problem]:
+    """Return pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field.
+
+    Args:
+        root: what `given` was validated as.
+        sections: the section that a key of `root` holds; by default those of a job spec.
+    """
     requirements: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     sentences: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         where = _field_path(detail, given)
-        if sentence := _plain_sentence(detail):
+        if sentence := _plain_sentence(detail, root, _SECTIONS if sections is None else sections):
             sentences[where] = sentence
         else:
             requirements.setdefault(where, []).append(_requirement(detail))
@@ -506,11 +528,11 @@ def _field_path(detail: Any, given: Any) -> str:
     return path
 
 
-def _plain_sentence(detail: Any) -> str | None:
+def _plain_sentence(detail: Any, root: type[Section], sections: Mapping[str, type[Section]]) -> str | None:
     """What to say where the error is not of the form "must be …"."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key.{_meant_instead(detail['loc'])}"
+        return f"unknown key{_meant_instead(detail['loc'], root, sections)}"
     if kind == "missing":
         return "required, and not given"
     if kind == "union_tag_invalid":
@@ -538,26 +560,35 @@ def _requirement(detail: Any) -> str:
         return str(context["expected"])
     if kind == "string_pattern_mismatch":
         return f"a text that matches {context['pattern']}"
+    if kind in ("string_too_short", "string_too_long"):
+        bound, number = ("least", context["min_length"]) if kind == "string_too_short" else ("most", context["max_length"])
+        return f"a text of at {bound} {number} character{'' if number == 1 else 's'}"
+    if kind in ("model_type", "model_attributes_type") and detail["loc"] and detail["loc"][-1] in _SHORTHAND:
+        return "a name or a section (a mapping of keys)"
     if kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         return f"{'a mapping' if context['field_type'] == 'Dictionary' else 'a list'} of {bound}"
     return _REQUIREMENTS.get(kind) or str(detail["msg"]).removeprefix("Input should be ").removeprefix("Value should be ")
 
 
-_SECTIONS: Mapping[str, type[BaseModel]] = {
+_SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelSpec, "head": HeadSpec, "data": DataSpec, "hyperparameters": Hyperparameters,
     "augmentation": AugmentationSpec, "export": ExportSpec, "compute": ComputeSpec,
 }  # fmt: skip
-_METHODS: Mapping[str, type[BaseModel]] = {
+_METHODS: Mapping[str, type[Section]] = {
     "linear_probe": LinearProbe, "partial": Partial, "full": Full, "gradual": Gradual, "auto": AutoMethod,
 }  # fmt: skip
 
 
-def _meant_instead(location: Sequence[str | int]) -> str:
-    """Return a question for what an unknown key is probably meant to be: a key beside it, else one of another section."""
-    section: type[BaseModel] = JobSpec
+def _meant_instead(location: Sequence[str | int], root: type[Section], sections: Mapping[str, type[Section]]) -> str:
+    """Return what an unknown key is probably meant to be: a key beside it, else one of another section; else what is allowed."""
+    section = root
     for part in location[:-1]:
-        section = {**_SECTIONS, **_METHODS}.get(str(part), section)
-    given = str(location[-1])
-    elsewhere = [f"{name}.{field}" for name, other in _SECTIONS.items() for field in other.model_fields if field == given]
-    return did_you_mean(given, list(section.model_fields)) or (f" Did you mean {elsewhere[0]!r}?" if elsewhere else "")
+        section = {**sections, **_METHODS}.get(str(part), section)
+    given, allowed = str(location[-1]), list(section.model_fields)
+    if near := did_you_mean(given, allowed):
+        return f".{near}"
+    elsewhere = [f"{name}.{field}" for name, other in sections.items() for field in other.model_fields if field == given]
+    if elsewhere and root is JobSpec:
+        return f". Did you mean {elsewhere[0]!r}?"
+    return f"; allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}{section.HINT}"

@@ -151,6 +151,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
+        hub_models=settings.hub_models,
         max_files_bytes=settings.max_files_bytes,
         max_unfinished_jobs=settings.max_unfinished_jobs,
     )
@@ -179,6 +180,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.stop()
         queue.stop()
         state.checks.stop()
+        state.spec_checker.stop()
         if state.tracing is not None:
             state.tracing.stop()
 

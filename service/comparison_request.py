@@ -49,6 +49,7 @@ def read_comparison(
     find_run: FindRun,
     find_model: FindModel,
     data_roots: Sequence[Path],
+    hub_models: bool,
     check_names: CheckNames,
 ) -> ComparisonRequest:
     """Understand a creation's body.
@@ -59,7 +60,7 @@ def read_comparison(
     """
     if body.get("runs") is not None:
         return ComparisonRequest(dict(body), _read_runs(body, find_run), digest_of({"comparison": body}))
-    asked = _read_arms(body, locate, find_model, data_roots, check_names)
+    asked = _read_arms(body, locate, find_model, data_roots, hub_models, check_names)
     return ComparisonRequest(dict(body), asked, digest_of({"comparison": body}))
 
 
@@ -68,13 +69,16 @@ def _read_arms(
     locate: LocateFile,
     find_model: FindModel,
     data_roots: Sequence[Path],
+    hub_models: bool,
     check_names: CheckNames,
 ) -> ComparisonSpec:
     folders, problems = find_folders(body, locate, data_roots)
     may_be_null = (*MAY_BE_NULL, *ComparisonSettings.model_fields, "runs")
     try:
         spec = parse_body(body, parse_comparison, ComparisonSpec.to_dict, may_be_null)
-        problems += _of_arms(spec, lambda specs: [server_problems(one, data_roots, find_model) for one in specs])
+        problems += _of_arms(
+            spec, lambda specs: [server_problems(one, data_roots, find_model, hub_models=hub_models) for one in specs]
+        )
         problems += _too_many_runs(spec)
         if not problems:
             problems += _of_arms(spec, check_names)

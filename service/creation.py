@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Header, Request, Response
 from starlette.exceptions import HTTPException
 
-from finetune.bundle.weights import Origin, find_origin
+from finetune.bundle.weights import Origin, open_origin
+from finetune.errors import Problem
 from finetune.jobs.creation import digest_of
 from finetune.jobs.kinds import TRAINING, Kind
 from finetune.jobs.store import Job, NameTaken
 from finetune.naming import as_model_name
+from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
 from service.middleware.auth import Caller
+from service.spec_check import Answers, Unchecked
 from service.state import ServerState
 
 IdempotencyKey = Annotated[
@@ -39,6 +42,11 @@ class Submission:
     server: ServerState
     caller: Caller
     idempotency_key: str | None
+    answers: Answers = field(default_factory=dict)  # of the child process that knows the training libraries
+
+    def check_names(self, specs: Sequence[JobSpec]) -> Sequence[Sequence[Problem]]:
+        """Return what is wrong with the backbones and transforms of specs; raise `Unchecked` where that must be asked first."""
+        return self.server.spec_checker.problems(specs, self.answers)
 
     def locate(self, file_id: str) -> Path:
         """Return the folder of an upload's contents; raise `NotFound` where the caller has no such file."""
@@ -48,11 +56,11 @@ class Submission:
         """Return a registered version to start from.
 
         Raises:
-            NotFound: the caller has no such model.
+            NotFound: no such model, or another owner's private one: the same sentence.
             WeightsError: it was made by an earlier release, which kept no weights.
         """
         self.server.check_may_use(self.caller, reference.partition("@")[0])
-        return find_origin(reference, self.server.models.registry.root)
+        return open_origin(self.server.models.find(reference).path)
 
     def find_run(self, job_id: str) -> tuple[Job, RunDir]:
         """Return a fine-tuning job and its run; raise `NotFound` where the caller has no such job."""
@@ -110,6 +118,20 @@ class Submission:
             models_bytes=server.models.registry.owned_bytes(caller.owner),
             max_owner_bytes=server.max_files_bytes,
         )
+
+
+async def create_checked(submission: Submission, create: Callable[[Submission], tuple[Job, bool]]) -> tuple[Job, bool]:
+    """Return the job that `create` queues, and whether it is new; names that are not known yet are checked in between.
+
+    Args:
+        create: reads the request and queues the job. It is called again, from the start, after names were checked.
+    """
+    checks = submission.server.checks
+    try:
+        return await checks.run(create, submission)
+    except Unchecked as unchecked:
+        answers = await submission.server.spec_checker.ask(unchecked.specs, submission.caller.owner)
+    return await checks.run(create, replace(submission, answers=answers))
 
 
 async def json_body(request: Request, what: str) -> bytes:

@@ -21,7 +21,7 @@ from finetune.errors import DataError, InvalidInput, NotFound, Problem, SpecErro
 from finetune.jobs.creation import digest_of
 from finetune.jobs.files import PREFIX
 from finetune.runtime.cores import available_cores
-from finetune.spec import LOCAL_FOLDER, JobSpec, is_own_model, is_registered_model, parse_spec
+from finetune.spec import LOCAL_FOLDER, ON_HUB, JobSpec, is_own_model, is_registered_model, parse_spec
 from service.problems import unreadable_json
 
 MAX_DEPTH = 16
@@ -35,6 +35,10 @@ NAMED_WEIGHTS = ("auto", "package", "hub", "none")
 DATASET_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".csv", ".tsv", ".jsonl", ".parquet", ".json")
 STOCK_METHOD = "supervised"
 NO_SUCH_DATASET = f"is neither the id of a file of yours ({PREFIX}-…, from POST /v1/files) nor a dataset folder of this server"
+NO_HUB = (
+    f"is on a hub that this server does not download from ({ON_HUB}); name a timm backbone, or a registered model such as "
+    "flowers@3. The operator can allow it with FINETUNE_HUB_MODELS=1"
+)
 MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
 
 T = TypeVar("T")
@@ -78,6 +82,7 @@ def read_request(
     locate: LocateFile,
     find_model: FindModel,
     data_roots: Sequence[Path],
+    hub_models: bool = False,
     check_names: CheckNames = lambda specs: [() for _ in specs],
 ) -> JobRequest:
     """Understand a creation's body.
@@ -85,6 +90,7 @@ def read_request(
     Args:
         find_model: looks up a registered version that the caller may use.
         data_roots: folders of this server that datasets and weights may be read from.
+        hub_models: whether backbones may be on the Hugging Face hub.
         check_names: what is wrong with the backbones and transforms of specs.
 
     Raises:
@@ -94,7 +100,7 @@ def read_request(
     folders, problems = find_folders(body, locate, data_roots)
     try:
         spec = parse_body(body, parse_spec, lambda spec: spec.model_dump(mode="json"))
-        problems += server_problems(spec, data_roots, find_model)
+        problems += server_problems(spec, data_roots, find_model, hub_models=hub_models)
         if not problems:
             problems += check_names([spec])[0]
     except SpecError as error:
@@ -245,22 +251,24 @@ def find_folders(
     return folders, problems
 
 
-def server_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel) -> list[Problem]:
+def server_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel, *, hub_models: bool) -> list[Problem]:
     """Return what a server does not allow although the vocabulary does."""
     return [
-        *_backbone_problems(spec, roots, find_model),
+        *_backbone_problems(spec, roots, find_model, hub_models=hub_models),
         *_weights_problems(spec, roots),
         *metadata_problems(spec.metadata),
         *_limit_problems(spec),
     ]
 
 
-def _backbone_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel) -> list[Problem]:
-    """Return why a job may not start from its backbone: a folder of this machine, or a model that the caller does not have."""
+def _backbone_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel, *, hub_models: bool) -> list[Problem]:
+    """Return why a job may not start from its backbone: a folder of this machine, the hub, or a model that the caller lacks."""
     backbone, shown = spec.model.backbone, spec.model.backbone[:200]
     if backbone.startswith(LOCAL_FOLDER):
         within = _under_a_root(backbone.removeprefix(LOCAL_FOLDER), roots)
         return [] if within else [Problem("model.backbone", f"{shown!r} is not a folder in this server's data folders")]
+    if backbone.startswith(ON_HUB):
+        return [] if hub_models else [Problem("model.backbone", f"{shown!r} {NO_HUB}")]
     if is_registered_model(backbone):
         try:
             find_model(backbone)

@@ -193,9 +193,10 @@ class LoadedModels:
         try:
             return self.registry.lookup(reference)
         except NotFound:
-            if self.registry.has(reference.partition("@")[0]):
+            name = reference.partition("@")[0]
+            if self.registry.has(name):
                 raise
-            raise NotFound(f"no model {reference[:100]!r}; GET /v1/models lists those that you may use") from None
+            raise no_such_model(name) from None
 
     def check_ready(self) -> None:
         """Raise `NotReady` until the default model has passed its probes, and when nobody watches for changes any more."""
@@ -329,6 +330,11 @@ class LoadedModels:
                 trouble = str(error)
             if self._stopping.wait(self._watch_seconds):
                 return
+
+
+def no_such_model(name: str) -> NotFound:
+    """Return the one answer for a model that does not exist and for another owner's private one; it names no other model."""
+    return NotFound(f"no model {name[:100]!r}; GET /v1/models lists those that you may use")
 
 
 def _source(version: ModelVersion) -> Source:

@@ -40,6 +40,7 @@ class Settings:
         max_upload_bytes: the largest archive that is taken.
         max_files_bytes: what the uploads of one owner may come to.
         max_unfinished_jobs: queued and running jobs that one owner may have.
+        hub_models: jobs may name models on the Hugging Face hub (``hf-hub:OWNER/NAME``), which are then downloaded.
         worker: also run a worker, which carries the jobs out.
         provider: what ONNX Runtime computes with; each model is compared with the CPU's answers when it is loaded.
         json_logs: write the log as one JSON object a line.
@@ -60,6 +61,7 @@ class Settings:
     max_upload_bytes: int = 2 << 30
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
+    hub_models: bool = False
     worker: bool = False
     provider: Provider = "cpu"
     json_logs: bool = False
@@ -95,6 +97,7 @@ class Settings:
             max_upload_bytes=_positive(environment, "FINETUNE_MAX_UPLOAD_BYTES", default=2 << 30),
             max_files_bytes=_positive(environment, "FINETUNE_MAX_FILES_BYTES", default=20 << 30),
             max_unfinished_jobs=_positive(environment, "FINETUNE_MAX_UNFINISHED_JOBS", default=100),
+            hub_models=_one_of(environment, "FINETUNE_HUB_MODELS", ("0", "1"), default="0") == "1",
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
             webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),

@@ -2,54 +2,128 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetune.errors import Overloaded, Problem
 from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
+from service.admission import WorkQueue
 from service.worker import can_train
 
 log = logging.getLogger(__name__)
 
+COMMAND = (sys.executable, "-m", "finetune.cli.spec_check")
 SECONDS = 60
 MEMORY_BYTES = 8 << 30  # of address space, of which torch reserves much and uses little
+MAX_WAITING = 8  # of one owner's requests, behind the one whose names are being checked
+MAX_REMEMBERED = 10_000
+
+Answers = Mapping[str, Sequence[Problem]]  # by `key_of` a spec
+
+
+class Unchecked(Exception):
+    """Names in specs that only the child process can judge: ask it with `SpecChecker.ask`, then read the request again."""
+
+    def __init__(self, specs: Sequence[JobSpec]) -> None:
+        super().__init__(f"{len(specs)} specs have names that are not known yet")
+        self.specs = specs
 
 
 class SpecChecker:
-    """Checks the names in specs. Names that were found good once are remembered, so most jobs need no child process."""
+    """Checks the names in specs. Names that were found good are remembered, so most jobs need no child process.
+
+    The child processes have threads of their own: a request whose names are known never waits for one. One owner has one child
+    process at a time.
+    """
 
     def __init__(self) -> None:
         self._known_backbones = {DEFAULT_BACKBONE}
+        self._queue = WorkQueue(2, max_wait_seconds=SECONDS)
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._waiting: dict[str, int] = {}
 
-    def problems(self, specs: Sequence[JobSpec]) -> Sequence[Sequence[Problem]]:
-        """Return what is wrong with each spec; nothing where this installation cannot train and so cannot know."""
-        asked = [] if not can_train() else [spec for spec in specs if not self._is_known(spec)]
-        found = dict(zip(map(id, asked), self._ask(asked), strict=True)) if asked else {}
-        self._known_backbones |= {spec.model.backbone for spec in asked if not found[id(spec)]}
-        return [found.get(id(spec), ()) for spec in specs]
+    def stop(self) -> None:
+        self._queue.stop()
+
+    def problems(self, specs: Sequence[JobSpec], answers: Answers) -> Sequence[Sequence[Problem]]:
+        """Return what is wrong with each spec; nothing where this installation cannot train and so cannot know.
+
+        Args:
+            answers: what `ask` returned for specs that were `Unchecked`.
+
+        Raises:
+            Unchecked: neither `answers` nor what is remembered tells it.
+        """
+        if not can_train():
+            return [() for _ in specs]
+        unchecked = [spec for spec in specs if not self._is_known(spec) and key_of(spec) not in answers]
+        if unchecked:
+            raise Unchecked(unchecked)
+        return [answers.get(key_of(spec), ()) for spec in specs]
+
+    async def ask(self, specs: Sequence[JobSpec], owner: str) -> Answers:
+        """Return what a child process says is wrong with each spec.
+
+        Raises:
+            Overloaded: too many wait, or the child process ended without an answer.
+        """
+        if self._waiting.get(owner, 0) > MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} other requests of yours wait until their names are checked. Try again in a moment")
+        self._waiting[owner] = self._waiting.get(owner, 0) + 1
+        try:
+            async with self._turns.setdefault(owner, asyncio.Lock()):
+                return await self._queue.run(self._ask, specs)
+        finally:
+            self._waiting[owner] -= 1
+            if not self._waiting[owner]:
+                del self._waiting[owner], self._turns[owner]
 
     def _is_known(self, spec: JobSpec) -> bool:
         known = is_own_model(spec.model.backbone) or spec.model.backbone in self._known_backbones
         return known and spec.augmentation.transforms is None
 
-    def _ask(self, specs: Sequence[JobSpec]) -> list[list[Problem]]:
-        given = json.dumps([spec.model_dump(mode="json") for spec in specs])
-        try:
-            ran = subprocess.run(
-                [sys.executable, "-m", "finetune.cli.spec_check"],
-                input=given, capture_output=True, text=True, check=False, timeout=SECONDS, preexec_fn=_limit,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise Overloaded(f"checking the job took more than {SECONDS} s. Try again in a moment") from None
-        if ran.returncode != 0:
-            log.error("the check of a job's spec failed:\n%s", ran.stderr[-2000:])
-            cannot = Problem("augmentation.transforms", "cannot be built with these parameters")
-            return [[cannot] if spec.augmentation.transforms else [] for spec in specs]
-        return [[Problem(**problem) for problem in problems] for problems in json.loads(ran.stdout)]
+    def _ask(self, specs: Sequence[JobSpec]) -> Answers:
+        answered = json.loads(_run([spec.model_dump(mode="json") for spec in specs]))
+        answers = {
+            key_of(spec): [Problem(**problem) for problem in problems]
+            for spec, problems in zip(specs, answered["problems"], strict=True)
+        }
+        if len(self._known_backbones) > MAX_REMEMBERED:
+            self._known_backbones = {DEFAULT_BACKBONE}
+        self._known_backbones |= {*answered["catalogue"], *(spec.model.backbone for spec in specs if not answers[key_of(spec)])}
+        return answers
+
+
+def key_of(spec: JobSpec) -> str:
+    """Return the same text for specs that have the same names to check."""
+    return json.dumps([spec.model.backbone, spec.augmentation.transforms])
+
+
+def _run(given: object) -> str:
+    """Return what the child process writes.
+
+    Raises:
+        Overloaded: it took too long, or ended without an answer, which says nothing about the job.
+    """
+    try:
+        ran = subprocess.run(
+            COMMAND,
+            input=json.dumps(given), capture_output=True, text=True, check=False, timeout=SECONDS, preexec_fn=_limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Overloaded(f"checking the job took more than {SECONDS} s. Try again in a moment") from None
+    if ran.returncode != 0:
+        log.error("the check of a job's spec failed:\n%s", ran.stderr[-2000:])
+        raise Overloaded(
+            "model.backbone and augmentation.transforms could not be checked (the server's log says why). Try again in a moment; "
+            "if it stays so, name another backbone or other transforms"
+        )
+    return ran.stdout
 
 
 def _limit() -> None:

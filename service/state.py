@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 
 from finetune.bundle.image import ImageLimits
 from finetune.bundle.registry import Access, Registry
-from finetune.errors import DiskFull, NotFound, StoreError
+from finetune.errors import DiskFull, StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
 from finetune.jobs.keys import KeyStore
@@ -28,7 +28,7 @@ from service.admission import WorkQueue
 from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
-from service.models import LoadedModel, LoadedModels
+from service.models import LoadedModel, LoadedModels, no_such_model
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.shadows import Shadows
@@ -109,6 +109,7 @@ class ServerState:
     webhooks_reach: Reachable = field(default_factory=Reachable)
     tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()
+    hub_models: bool = False
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
 
@@ -144,7 +145,7 @@ class ServerState:
     def check_may_use(self, caller: Caller, model: str) -> None:
         """Raise `NotFound` for another owner's private model, as for one that does not exist."""
         if not self.may_use(caller, model):
-            raise NotFound(f"no model {model[:100]!r}; GET /v1/models lists those that you may use")
+            raise no_such_model(model)
 
     def may_use_default(self, caller: Caller, model: LoadedModel) -> bool:
         """Return whether a caller may be answered by the default model. A served bundle folder is everybody's."""

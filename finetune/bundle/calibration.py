@@ -207,7 +207,9 @@ class Judge:
         if asked.per_class and asked.coverage is None:
             raise InvalidInput("per_class needs a coverage, as in coverage=0.9", [Problem("per_class", "needs a coverage")])
         if abstain or asked.coverage is not None:
-            calibration = self._calibration("abstain" if asked.coverage is None else "coverage")
+            asks_precision = asked.abstain is None and asked.precision is not None
+            abstaining = "precision" if asks_precision else "abstain"
+            calibration = self._calibration(abstaining if asked.coverage is None else "coverage")
             if abstain:
                 calibration.operating(precision)
             if asked.coverage is not None:

@@ -188,13 +188,12 @@ class Registry:
         """Return the version that a number or an alias means; by default the champion, or the latest where nothing was promoted.
 
         Raises:
-            NotFound: no such model, version or alias; the message names those that exist.
+            NotFound: no such model, version or alias; the message names those that exist. Of models only the shared ones: a
+                job of another owner may fail with this message.
         """
         found = self._versions_of(name)
         if not found:
-            names = sorted({version.name for version in self.list()})
-            known = f"Registered are: {', '.join(names)}" if names else "None is registered: train one with finetune train"
-            raise NotFound(f"no model {name!r}.{did_you_mean(name, names)} {known}")
+            raise NotFound(f"no model {name!r}.{self._known_instead(name)}")
         by_key = {key: version for version in found for key in (version.version, *version.aliases)}
         by_key.setdefault(LATEST, found[-1])  # a folder that was filled by hand needs no aliases.json
         by_key.setdefault(CHAMPION, by_key[LATEST])
@@ -204,6 +203,15 @@ class Registry:
                 f"model {name!r} has no version or alias {key!r}.{did_you_mean(key, list(by_key))} It has: {', '.join(by_key)}"
             )
         return by_key[key]
+
+    def _known_instead(self, name: str) -> str:
+        """Return what to try in place of a name that no model has."""
+        names = self.names()
+        if not names:
+            return " None is registered: train one with finetune train"
+        shared = [known for known in names if self.access(known).visibility == SHARED]
+        listed = f"Registered are: {', '.join(shared)}" if shared else "finetune models list shows those that are registered"
+        return f"{did_you_mean(name, shared)} {listed}"
 
     def default(self) -> ModelVersion:
         """Return what the server's default reference means now (see `finetune.bundle.deployment`).

@@ -1,7 +1,8 @@
 """``python -m finetune.cli.spec_check``: check the parts of job specs that only the training libraries know.
 
-Reads a list of specs as JSON from standard input and writes a list of each spec's problems as JSON. The server runs it in a child
-process before it accepts a job, because the server itself imports nothing that trains.
+Reads a list of specs as JSON from standard input and writes a JSON object: ``problems``, a list of each spec's problems, and
+``catalogue``, all names that timm has, so that nobody need ask for those again. The server runs it in a child process before it
+accepts a job, because the server itself imports nothing that trains.
 """
 
 from __future__ import annotations
@@ -27,14 +28,19 @@ def problems_of(spec: JobSpec) -> list[Problem]:
     if spec.augmentation.transforms is not None:
         from finetune.data.transforms import build_all
 
-        build_all(spec.augmentation.transforms, "augmentation.transforms", problems)
+        try:
+            build_all(spec.augmentation.transforms, "augmentation.transforms", problems)
+        except MemoryError:
+            problems.append(Problem("augmentation.transforms", "takes more memory than there is to build it"))
     return problems
 
 
 def main() -> None:
     given: list[dict[str, Any]] = json.load(sys.stdin)
     found = [[{"where": one.where, "message": one.message} for one in problems_of(parse_spec(spec))] for spec in given]
-    sys.stdout.write(json.dumps(found))
+    from finetune.model.catalog import all_names
+
+    sys.stdout.write(json.dumps({"problems": found, "catalogue": all_names()}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def list_backbones(pattern: str = "*") -> tuple[str, ...]:
     return names
 
 
+def all_names() -> tuple[str, ...]:
+    """Return every architecture, and every architecture with each tag of its pretrained weights."""
+    return (*timm.list_models(), *timm.list_models(pretrained=True, include_tags=True))
+
+
 def pretrained_cfg(name: str) -> dict[str, Any]:
     """What timm records about the weights of `name` (an architecture, or ``architecture.tag``): preprocessing, licence, address.
 

@@ -146,9 +146,10 @@ def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
         file = _hub_file(backbone, backbone.removeprefix(ON_HUB), _CONFIG, cache)
     try:
         cfg, architecture, arguments = load_model_config_from_path(file.parent)
+        architecture = split_name(architecture)[0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnknownBackbone(f"model.backbone: {backbone}: its {_CONFIG} is not timm's ({_first_line(error)})") from None
-    known = pretrained_cfg(split_name(architecture)[0])
+    known = pretrained_cfg(architecture)
     given = {key: value for key, value in cfg.items() if value is not None}
     return {**known, **given, "architecture": known["architecture"], "model_args": dict(arguments or {})}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from finetune.errors import Conflict, NotFound, Problem, SpecError
 from finetune.jobs.kinds import CHECK
 from finetune.jobs.store import Job
-from service.creation import IdempotencyKey, Submission, announce, json_body
+from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body, read_request, summary
 from service.middleware.auth import Caller, Submitting
 from service.problems import RESPONSES
@@ -34,12 +35,12 @@ async def check_file(
     await run_in_threadpool(submission.locate, file_id)  # a file that is not there is 404, whatever the body
     raw = await request.body()
     body = await json_body(request, "data check") if raw.strip() else b"{}"
-    job, new = await server.checks.run(_create, submission, file_id, body)
+    job, new = await create_checked(submission, partial(_create, file_id, body))
     announce(response, job, new=new)
     return await run_in_threadpool(_document, server, job)
 
 
-def _create(submission: Submission, file_id: str, raw: bytes) -> tuple[Job, bool]:
+def _create(file_id: str, raw: bytes, submission: Submission) -> tuple[Job, bool]:
     server, given = submission.server, read_body(raw)
     if unknown := [name for name in given if name not in FIELDS]:
         problems = [Problem(name, f"not a field of a data check; it has {', '.join(FIELDS)}") for name in unknown]
@@ -49,7 +50,8 @@ def _create(submission: Submission, file_id: str, raw: bytes) -> tuple[Job, bool
         locate=submission.locate,
         find_model=submission.find_model,
         data_roots=server.data_roots,
-        check_names=server.spec_checker.problems,
+        hub_models=server.hub_models,
+        check_names=submission.check_names,
     )
     return submission.create(CHECK, asked.spec.model_dump(mode="json"), asked.body, asked.digest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.jobs.store import Job
 from finetune.jobs.tracking import mlflow_run_of
 from finetune.storage.rundir import RunDir
 from service.comparison_request import read_comparison
-from service.creation import IdempotencyKey, Submission, announce, json_body
+from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body
 from service.middleware.auth import Caller, Submitting
 from service.problems import RESPONSES
@@ -44,12 +45,12 @@ async def create_comparison(
 ) -> ComparisonDocument:
     """Queue a comparison. What is wrong with any arm, or with the dataset, is said now, all at once, with field paths."""
     body = await json_body(request, "comparison")
-    job, new = await server.checks.run(_create, Submission(server, caller, idempotency_key), body)
+    job, new = await create_checked(Submission(server, caller, idempotency_key), partial(_create, body))
     announce(response, job, new=new)
     return await run_in_threadpool(_document, server, job)
 
 
-def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
+def _create(raw: bytes, submission: Submission) -> tuple[Job, bool]:
     server = submission.server
     request = read_comparison(
         read_body(raw),
@@ -57,7 +58,8 @@ def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
         find_model=submission.find_model,
         find_run=submission.find_run,
         data_roots=server.data_roots,
-        check_names=server.spec_checker.problems,
+        hub_models=server.hub_models,
+        check_names=submission.check_names,
     )
     asked = request.asked
     if not isinstance(asked, ComparisonSpec):

@@ -69,7 +69,10 @@ def _document(server: ServerState, caller: Caller) -> DeploymentDocument:
     visible = model is not None and server.may_use_default(caller, model)
     shares = (deployed.canary, deployed.shadow) if deployed is not None and visible and not pinned else (None, None)
     canary, shadow = (
-        None if share is None else ShareDocument(reference=share.reference, percent=share.percent) for share in shares
+        None
+        if share is None or not server.may_use(caller, share.reference.partition("@")[0])
+        else ShareDocument(reference=share.reference, percent=share.percent)
+        for share in shares
     )
     reference = server.models.pinned if pinned else None if deployed is None else deployed.reference
     return DeploymentDocument(

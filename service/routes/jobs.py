@@ -7,6 +7,7 @@ kinds of jobs share is in `service.routes.lifecycle`.
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -16,7 +17,7 @@ from finetune.errors import BundleError, Conflict, NotFound
 from finetune.evaluation.diagnose import diagnose, read_diagnosis
 from finetune.jobs.kinds import TRAINING
 from finetune.jobs.store import Job
-from service.creation import IdempotencyKey, Submission, announce, json_body
+from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body, read_request
 from service.middleware.auth import Submitting
 from service.problems import RESPONSES
@@ -44,19 +45,20 @@ async def create_job(
 ) -> JobDocument:
     """Queue a fine-tuning job. What is wrong with the request or its dataset is said now, all at once, with field paths."""
     body = await json_body(request, "job")
-    job, new = await server.checks.run(_create, Submission(server, caller, idempotency_key), body)
+    job, new = await create_checked(Submission(server, caller, idempotency_key), partial(_create, body))
     announce(response, job, new=new)
     return await run_in_threadpool(_document, server, job)
 
 
-def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
+def _create(raw: bytes, submission: Submission) -> tuple[Job, bool]:
     server = submission.server
     asked = read_request(
         read_body(raw),
         locate=submission.locate,
         find_model=submission.find_model,
         data_roots=server.data_roots,
-        check_names=server.spec_checker.problems,
+        hub_models=server.hub_models,
+        check_names=submission.check_names,
     )
     return submission.create_named(
         TRAINING,

@@ -18,6 +18,7 @@ from serving import in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.deployment import Deployment, Share, deploy
 from finetune.bundle.registry import Access, Registry
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
@@ -290,6 +291,47 @@ def test_a_private_model_answers_and_is_named_to_nobody_else(tmp_path: Path) -> 
         assert client.get("/readyz").json()["model"] == "mine"
         assert client.patch("/v1/models/mine", json={"visibility": "private"}, headers=bob).status_code == 403
         assert client.patch("/v1/models/mine", json={"visibility": "private"}, headers=root).status_code == 409  # the default
+
+
+def test_a_model_that_does_not_exist_is_answered_as_another_owners_wherever_one_is_named(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True), "secret")
+    registry.set_access("secret", Access(owner="ann", visibility="private"))
+    bob = new_key(tmp_path, "bob", "jobs", "predict")
+    with in_process(tmp_path, wait=False) as client:
+        file_id = upload(client, bob)
+        arms = {"methods": ["linear_probe", "full"]}
+
+        def told(model: str) -> list[str]:
+            asked = (
+                client.post(JOBS, json={"training_file": file_id, "model": model}, headers=bob),
+                client.post(f"/v1/files/{file_id}/check", json={"model": model}, headers=bob),
+                client.post(COMPARISONS, json={"training_file": file_id, "model": model, **arms}, headers=bob),
+                client.post(BATCHES, json={"input_file": file_id, "model": model}, headers=bob),
+                client.post(f"/v1/models/{model}/predict", content=picture(), headers=bob),
+                client.get(f"/v1/models/{model.replace('@', '/versions/')}", headers=bob),
+                client.get(f"/v2/models/{model.replace('@', '/versions/')}", headers=bob),
+            )
+            assert [answer.status_code for answer in asked] == [422, 422, 422, 422, 404, 404, 404]
+            documents = [answer.json() for answer in asked]
+            return [(one.get("errors") or [one])[0].get("detail", one.get("error")) for one in documents]
+
+        for model in ("secret@1", "nosuch@1", "secre@1", "secret@7"):
+            name = model.partition("@")[0]
+            for sentence in told(model):
+                assert sentence == f"no model '{name}'; GET /v1/models lists those that you may use", model
+
+
+def test_what_is_tried_beside_the_default_is_named_only_to_those_who_may_use_it(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    registered(tmp_path, write_bundle(tmp_path / "hers"), "secret")
+    deploy(registry, Deployment("colours", shadow=Share("secret@1", 10.0)))
+    registry.set_access("secret", Access(owner="ann", visibility="private"))
+    ann, bob = new_key(tmp_path, "ann", "predict"), new_key(tmp_path, "bob", "predict")
+    with in_process(tmp_path) as client:
+        shown = [client.get("/v1/deployments/default", headers=key).json() for key in (ann, bob)]
+    assert [one["reference"] for one in shown] == ["colours", "colours"]
+    assert shown[0]["shadow"] == {"reference": "secret@1", "percent": 10.0}
+    assert shown[1]["shadow"] is None
 
 
 def test_another_owners_file_and_name_cannot_be_used(client: TestClient, home: Path) -> None:

@@ -59,6 +59,13 @@ def problems(answer: Any) -> dict[str, str]:
 # --- uploads --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["coverage", "abstain", "top_k"])
+def test_an_option_of_a_single_prediction_is_refused_with_what_is_allowed(client: TestClient, option: str) -> None:
+    found = problems(client.post(BATCHES, json={"input_file": upload(client), option: 0.9}))
+    allowed = "unknown key; allowed are input_file, model, embedding, metadata. The answers hold the probability of every class"
+    assert found[option].startswith(allowed)
+
+
 def test_an_upload_to_be_answered_needs_no_class_folders_but_an_image(client: TestClient) -> None:
     file_id = upload(client)
     file = client.get(f"/v1/files/{file_id}").json()

@@ -341,6 +341,15 @@ def test_jobs_that_cannot_be_compared_are_named(client: TestClient, file_id: str
     assert "unknown key" in problems(client.post(COMPARISONS, json={"runs": [first, untested], "seeds": 2}))["seeds"]
 
 
+def test_an_unknown_key_of_an_arm_says_what_an_arm_takes(client: TestClient, file_id: str) -> None:
+    arms = [{"name": "a", "model": "resnet18"}, {"name": "b", "set": {"method": "full"}}]
+    found = problems(client.post(COMPARISONS, json={"training_file": file_id, "arms": arms}))
+    said = (
+        'unknown key; allowed are name, set, as in {"name": "wide", "set": {"model": "resnet50", "hyperparameters.n_epochs": 5}}'
+    )
+    assert found == {"arms[0].model": said}
+
+
 # --- owners ---------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ BOUNDARY = "boundary-of-the-test"
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server whose check of names does not start a process for each request; faults are answered, not raised."""
-    monkeypatch.setattr(SpecChecker, "problems", lambda self, specs: [() for _ in specs])
+    monkeypatch.setattr(SpecChecker, "problems", lambda self, specs, answers: [() for _ in specs])
     registered(tmp_path, write_bundle(tmp_path / "bundle"))
     with in_process(tmp_path, max_unfinished_jobs=20) as started:
         yield started

@@ -14,7 +14,7 @@ from tiny_bundle import write_tiny_bundle
 
 from finetune.bundle import registry as registry_module
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import Registry
+from finetune.bundle.registry import Access, Registry
 from finetune.errors import BundleError, Conflict, DiskFull, InvalidInput, NotFound
 
 
@@ -94,6 +94,13 @@ def test_an_unknown_model_version_or_alias_names_what_exists(registry: Registry,
         registry.resolve("trees", "2")
     with pytest.raises(NotFound, match=r"Did you mean 'latest'\?"):
         registry.resolve("trees", "lates")
+
+
+def test_a_private_model_is_not_named_in_place_of_an_unknown_one(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    registry.set_access("trees", Access(owner="ann", visibility="private"))
+    with pytest.raises(NotFound, match=r"^no model 'tree'\. finetune models list shows those that are registered$"):
+        registry.resolve("tree")
 
 
 # ---- aliases -----------------------------------------------------------------------------------------------------------------

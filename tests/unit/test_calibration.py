@@ -190,3 +190,18 @@ def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> 
     bare = model_card(dataclasses.replace(manifest, backbone={"name": "x", "weights": {"source": "none"}}))
     assert "was not pretrained" in bare
     assert "records no figures" in bare
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (Asked(precision=0.9), "precision"),
+        (Asked(abstain=True), "abstain"),
+        (Asked(abstain=True, precision=0.9), "abstain"),
+        (Asked(coverage=0.9), "coverage"),
+    ],
+)
+def test_a_model_of_several_labels_refuses_what_was_asked_by_its_own_name(asked: Asked, field: str) -> None:
+    with pytest.raises(InvalidInput, match=f"so {field} does not apply to it") as refused:
+        Judge(CLASSES, None, None, exclusive=False).resolved(asked)
+    assert [problem.where for problem in refused.value.problems] == [field]

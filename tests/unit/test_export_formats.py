@@ -195,3 +195,9 @@ def test_a_job_starts_from_a_model_of_ones_own_and_says_so(tmp_path: Path) -> No
     assert prepare(spec, shared).network.facts.weights["identifier"] == "stripes@1"
 
     write_format("timm", Opened(Registry(shared.workspace.models).locate("stripes@2")), tmp_path / "timm")
+
+
+def test_a_folder_whose_architecture_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": 5}')
+    with pytest.raises(UnknownBackbone, match=r"its config\.json is not timm's"):
+        build_backbone(f"local-dir:{tmp_path}")

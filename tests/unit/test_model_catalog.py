@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.errors import UnknownBackbone
-from finetune.model.catalog import list_backbones, pretrained_cfg, split_name
+from finetune.model.catalog import all_names, list_backbones, pretrained_cfg, split_name
 
 
 def test_a_pattern_lists_what_it_matches_and_a_word_what_contains_it() -> None:
@@ -43,3 +43,9 @@ def test_a_tag_chooses_its_own_preprocessing() -> None:
     assert (plain["interpolation"], newer["interpolation"]) == ("bilinear", "bicubic")
     assert plain["architecture"] == newer["architecture"] == "resnet50"
     assert split_name("resnet50.tv_in1k") == ("resnet50", "tv_in1k")
+
+
+def test_every_name_of_the_catalogue_is_a_backbone() -> None:
+    names = all_names()[::100]
+    assert len(names) > 20
+    assert all(pretrained_cfg(name)["architecture"] == name.partition(".")[0] for name in names)

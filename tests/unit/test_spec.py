@@ -73,9 +73,37 @@ def test_partial_takes_a_number_or_names_but_not_both():
     assert "not both" in problems_of({"training_file": "x", "method": {"type": "partial", "stages": 1, "train": ["a"]}})["method"]
 
 
+@pytest.mark.parametrize(
+    ("model", "where", "said"),
+    [
+        (5, "model", "must be a name or a section (a mapping of keys), given 5"),
+        ("", "model", "must be a text of at least 1 character, given ''"),
+        ({"a": 1}, "model.a", "unknown key; allowed are backbone, weights, input_size_px, head"),
+        (
+            "hf-hub:../../etc",
+            "model",
+            "'hf-hub:../../etc' is not of the form hf-hub:OWNER/NAME, as in hf-hub:timm/resnet18.a1_in1k",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_model_says_what_is_allowed(model: object, where: str, said: str) -> None:
+    assert problems_of({"training_file": "x", "model": model}) == {where: said}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "a/b/c", "a/..", "a/b..c", "a--b/c", "/b", "a/", "a/b@../x", "a/b@", ".a/b", "a/b\n"])
+def test_a_name_that_the_hub_cannot_have_is_refused(name: str) -> None:
+    (said,) = problems_of({"training_file": "x", "model": f"hf-hub:{name}"}).values()
+    assert "is not of the form hf-hub:OWNER/NAME" in said
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18.a1_in1k", "a/b", "a/b@main", "a/b@refs/pr/1"])
+def test_a_name_that_the_hub_can_have_is_a_backbone(name: str) -> None:
+    assert parse_spec({"training_file": "x", "model": f"hf-hub:{name}"}).model.backbone == f"hf-hub:{name}"
+
+
 def test_a_key_of_one_method_is_unknown_to_another():
     assert problems_of({"training_file": "x", "method": {"type": "linear_probe", "stages": 1}}) == {
-        "method.stages": "unknown key."
+        "method.stages": "unknown key; allowed is type"
     }
 
 
