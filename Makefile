@@ -39,7 +39,7 @@ test: $(READY)  ## The default tests, under five minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-longer: $(READY)  ## The tests that take longest, which CI runs beside the default ones
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m longer
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m 'longer and not slow'
 
 test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, against real ones; a skip is a failure
 	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services

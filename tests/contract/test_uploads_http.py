@@ -274,6 +274,7 @@ class Unsteady(httpx.HTTPTransport):
         return super().handle_request(request)
 
 
+@pytest.mark.longer
 def test_our_client_goes_on_where_it_was_interrupted_also_in_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def without_sense(pictures: Path) -> JobSpec:
     )
 
 
+@pytest.mark.longer
 def test_weights_that_run_away_end_the_run_in_one_sentence_and_nothing_is_registered(pictures: Path, home: Path) -> None:
     run = RunDir(home / "runs" / "diverged")
     with pytest.raises(NoBetterThanChance, match=r"its loss on the \d+ test images is .* so training diverged.*multiplier: 0\.1"):

@@ -120,6 +120,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("point", ["between two runs", "amid a run", "before the verdict"])
+@pytest.mark.longer
 def test_a_comparison_that_is_killed_goes_on_there_and_ends_with_the_same_bits(
     point: str, compared: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,7 @@ def test_without_images_kept_apart_there_is_nothing_to_compare_on(pictures: Path
         compare(spec_of(pictures, data={"test_fraction": 0.0}), shared_at(tmp_path))
 
 
+@pytest.mark.longer
 def test_folds_compare_without_images_kept_apart_by_the_corrected_test(pictures: Path, tmp_path: Path) -> None:
     probes = [{"name": name, "set": {"hyperparameters.l2": value}} for name, value in (("loose", 0.001), ("tight", 100.0))]
     folded = spec_of(pictures, arms=probes, data={"folds": 2}, seeds=1, register_chosen=False)

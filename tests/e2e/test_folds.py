@@ -132,6 +132,7 @@ class Killed(BaseException):
     """Stands for the death of the process: nothing catches it."""
 
 
+@pytest.mark.longer
 def test_a_job_that_dies_amid_its_second_fold_goes_on_there_and_ends_with_the_same_bits(
     pictures: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

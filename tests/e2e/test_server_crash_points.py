@@ -57,6 +57,7 @@ def is_alive(pid: int) -> bool:
         pytest.param(submit, "after commit jobs.db in JobStore.create", True),
     ],
 )
+@pytest.mark.longer
 def test_a_request_whose_server_was_killed_at(
     point: str, send: Request, committed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_every_door_gives_the_same_labels_with_the_same_probabilities(home: Path
         model.predict(files[0], finetune.Asked(coverage=0.9))
 
 
+@pytest.mark.longer
 def test_the_mlflow_model_says_that_it_gives_labels_and_gives_them(home: Path, probe: Outcome, tmp_path: Path) -> None:
     import mlflow.pyfunc
 
@@ -129,6 +130,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(home: Path) ->
 
 
 @pytest.mark.parametrize("loss", ["auto", "asymmetric"])
+@pytest.mark.longer
 def test_steps_are_taken_with_either_loss(home: Path, loss: str) -> None:
     steps = {"n_epochs": 2, "batch_size": 16, "loss": loss, "mixup": 0.2, "label_smoothing": 0.05}
     data = {"class_weights": "balanced"}
@@ -140,6 +142,7 @@ def test_steps_are_taken_with_either_loss(home: Path, loss: str) -> None:
     assert all("val/map" in line and "val/exact_match" in line for line in values)
 
 
+@pytest.mark.longer
 def test_one_label_each_may_be_learnt_as_several(home: Path, tmp_path: Path) -> None:
     """Class folders with ``task: multilabel``: each class is a yes or no of its own."""
     spec = tiny_spec(write_stripes(tmp_path, 60), task="multilabel", suffix="stripes")
@@ -166,6 +169,7 @@ def noisy(home: Path) -> Path:
     return write_colours(home / "noisy", 150, wrong=0.17)
 
 
+@pytest.mark.longer
 def test_folds_carry_their_thresholds_and_the_bundle_has_those_of_all_answers(home: Path, noisy: Path) -> None:
     """Each fold chooses on its own val, refits, and judges what it held out by what it chose."""
     run = RunDir(home / "runs" / "folds")
@@ -186,6 +190,7 @@ def test_folds_carry_their_thresholds_and_the_bundle_has_those_of_all_answers(ho
     assert "Expect mean average precision" in run.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.longer
 def test_ways_to_train_are_compared_by_mean_average_precision(home: Path, noisy: Path) -> None:
     arms = [{"name": name, "set": {"hyperparameters": {"l2": l2}}} for name, l2 in (("weak", 0.01), ("strong", 30.0))]
     request = {**TINY, "suffix": "compared", "training_file": str(noisy), "arms": arms, "seeds": 1}

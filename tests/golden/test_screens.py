@@ -141,6 +141,7 @@ def test_the_plan(colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch
     golden(colours("check", "--data", "colours", "--folds", "3", *TINY), "check-folds")
 
 
+@pytest.mark.longer
 def test_a_model_is_trained_measured_and_asked(colours: Run, golden: Compare) -> None:
     golden(colours("train", "--data", "colours", *TINY), "train", masks=FIGURES)
     golden(colours("evaluate", "colours", "--data", "colours"), "evaluate-seen", masks=FIGURES)

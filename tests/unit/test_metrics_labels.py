@@ -279,6 +279,7 @@ def test_two_models_are_compared_by_mean_average_precision_over_resampled_images
     assert not paired_gain(good, good).pays
 
 
+@pytest.mark.longer
 def test_the_bootstrap_is_as_often_wrong_as_it_says() -> None:
     """Two models that are equally good: a difference is found in about one of twenty comparisons."""
     found = [

@@ -32,6 +32,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["partial", "full"])  # steps on cached activations, and on images
+@pytest.mark.longer
 def test_a_refit_takes_the_chosen_epochs_of_more_images(method: str, pictures: Path, home: Path) -> None:
     given = {"method": {"type": method, "warm_head": False}, "hyperparameters": {"n_epochs": 2, "batch_size": 5, "refit": True}}
     run = RunDir(home / "runs" / method)
