@@ -78,6 +78,7 @@ def test_files_go_up_are_listed_and_deleted(client: OpenAI, tmp_path: Path) -> N
         client.files.retrieve(made.id)
 
 
+@pytest.mark.longer
 def test_a_job_is_created_listed_looked_at_and_cancelled(client: OpenAI, file_id: str) -> None:
     job = client.fine_tuning.jobs.create(
         model="resnet18",

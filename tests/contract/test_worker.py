@@ -135,6 +135,7 @@ def test_a_comparison_is_a_command_of_its_own_and_ends_with_its_verdict(store: J
     assert store.events(job.id)[-1].message == "both are equal."
 
 
+@pytest.mark.longer
 def test_a_comparison_that_dies_after_each_run_is_no_crash_loop_because_finished_runs_are_kept(
     store: JobStore, home: Path
 ) -> None:
@@ -342,6 +343,7 @@ def test_a_worker_that_lost_its_job_ends_the_process_and_writes_nothing(short_le
 # ── workers that are killed, stopped, or told to stop ─────────────────────────────────────────────
 
 
+@pytest.mark.longer
 def test_a_killed_worker_takes_its_run_along_and_another_resumes_it(short_leases: JobStore, home: Path) -> None:
     job = submit(short_leases, steps=60, step_seconds=0.02)
     with worker_process(home, lease_seconds=SHORT_LEASE_SECONDS) as first:

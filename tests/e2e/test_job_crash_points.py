@@ -174,6 +174,7 @@ WORKER_POINTS = [
 
 
 @pytest.mark.parametrize("point", WORKER_POINTS)
+@pytest.mark.longer
 def test_a_worker_that_is_killed(point: str, tmp_path: Path) -> None:
     store = JobStore(open_database(tmp_path / "jobs.db"), lease_seconds=LEASE_SECONDS)
     job = submit(store, steps=3)

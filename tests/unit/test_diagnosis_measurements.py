@@ -193,6 +193,7 @@ def test_a_probe_measures_neighbours_of_all_held_out_images(tmp_path: Path) -> N
     assert len(records.samples[0]) == sizes["train"]
 
 
+@pytest.mark.longer
 def test_preprocessing_is_measured_when_asked_and_only_of_pretrained_weights(tmp_path: Path) -> None:
     shared = shared_at(tmp_path / "home")
     weights = tmp_path / "weights.safetensors"
