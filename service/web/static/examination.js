@@ -8,15 +8,15 @@ import { picture } from "./pictures.js";
 import { session } from "./session.js";
 
 const SHOWN_CASES = 8;
-const COPIES = new Set(["leave_out", "group"]); // of several pictures, one stays
 
 /** Return a section that examines an upload on request, and shows what was found before.
  *
  * @param {{id: string}} file
  * @param {(change: {images: Set<string>, label: string | null}) => void} change plans a correction.
+ * @param {(id: string) => string | null | undefined} mark what is planned for a picture: a label, null where it is left out.
  * @param {(image: {id: string, labels: string[]}) => void} enlarge shows one picture.
  */
-export function examinationOf(file, { change, enlarge, signal }) {
+export function examinationOf(file, { change, mark, enlarge, signal }) {
   const state = h("div", { role: "status" });
   const cards = h("div", { class: "findings" });
   const begin = h("button", { type: "button", onclick: examine }, t("check.begin"));
@@ -24,8 +24,7 @@ export function examinationOf(file, { change, enlarge, signal }) {
   async function examine() {
     begin.disabled = true;
     try {
-      const headers = { "Idempotency-Key": `page-${file.id}-${Date.now()}` };
-      await watchCheck(await request(`v1/files/${file.id}/check`, { method: "POST", headers, signal }));
+      await watchCheck(await request(`v1/files/${file.id}/check`, { method: "POST", signal }));
     } catch (error) {
       if (error.name !== "AbortError") put(state, alertBox(session.words(error)));
     }
@@ -56,6 +55,15 @@ export function examinationOf(file, { change, enlarge, signal }) {
     return put(cards, open.length ? open.map(card) : h("p", { class: "notice good" }, t("check.nothing")));
   }
 
+  /** Return the pictures that may be left out: of copies all but one that is not left out already, else every one. */
+  function superfluousOf({ fix, cases }) {
+    const out = new Set();
+    if (fix !== "leave_out" && fix !== "group") return out;
+    const stays = (id) => !out.has(id) && mark(id) !== null;
+    for (const { ids } of cases) for (const id of ids.filter(stays).slice(ids.length > 1 ? 1 : 0)) out.add(id);
+    return out;
+  }
+
   function card(finding) {
     const cases = h("ul", { class: "cases" });
     const more = h("button", { type: "button", class: "quiet", onclick: () => showCases(finding.cases.length) }, t("check.more"));
@@ -64,12 +72,16 @@ export function examinationOf(file, { change, enlarge, signal }) {
       more.hidden = most >= finding.cases.length;
     };
     showCases(SHOWN_CASES);
-    const superfluous = COPIES.has(finding.fix) ? new Set(finding.cases.flatMap(({ ids }) => (ids.length > 1 ? ids.slice(1) : finding.fix === "leave_out" ? ids : []))) : new Set();
+    const n = superfluousOf(finding).size;
+    const leaveOut = (event) => {
+      event.target.disabled = true;
+      const images = superfluousOf(finding); // anew: another card may have taken care of some
+      if (images.size) change({ images, label: null });
+    };
     return h("section", { class: `card finding-${finding.severity}` },
       h("div", { class: "row" }, h("h3", {}, finding.title), h("span", { class: `tag ${finding.severity === "problem" ? "bad" : ""}` }, t(`check.${finding.severity}`, { n: finding.count }))),
       h("p", {}, finding.evidence), h("p", { class: "hint" }, finding.advice), cases, h("div", { class: "row" }, more,
-        superfluous.size > 0 && h("button", { type: "button", onclick: (event) => { event.target.disabled = true; change({ images: superfluous, label: null }); } },
-          t("check.leave_out", { n: superfluous.size }))));
+        n > 0 && h("button", { type: "button", onclick: leaveOut }, t("check.leave_out", { n }))));
   }
 
   function caseOf({ fix }, { ids, said, suggested }) {

@@ -193,7 +193,7 @@ async function openOne(root, id, imageId, signal) {
     h("p", { class: "hint" }, `${t("pictures", { n: total(counts) })} · ${bytes(file.stored_bytes)} · ${when(file.created_at)}`),
     h("div", { class: "sticky" }, selection, pending),
     findings(file, counts),
-    visible && session.may("jobs") && examinationOf(file, { change, enlarge, signal }),
+    visible && session.may("jobs") && examinationOf(file, { change, mark, enlarge, signal }),
     h("section", {}, h("h2", {}, t("data.classes")),
       bars(Object.entries(counts).map(([name, n]) => ({ label: name, share: n / most, note: number(n) })), { label: t("data.classes") })),
     Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
