@@ -20,6 +20,7 @@ class Kind:
         name: as it stands in the database.
         prefix: of its ids.
         path: of its routes.
+        object: in documents, and in the names of its events.
         title: for people.
         command: of `finetune`; it takes the request's file, ``--run-dir`` and ``--json``.
         result: the file in the run folder that is written last.
@@ -32,6 +33,7 @@ class Kind:
     name: str
     prefix: str
     path: str
+    object: str
     title: str
     command: str
     result: str
@@ -65,6 +67,7 @@ TRAINING = Kind(
     name="training",
     prefix="ftjob",
     path="/v1/fine_tuning/jobs",
+    object="fine_tuning.job",
     title="fine-tuning job",
     command="train",
     result="outcome.json",
@@ -77,6 +80,7 @@ COMPARISON = Kind(
     name="comparison",
     prefix="ftcmp",
     path="/v1/fine_tuning/comparisons",
+    object="fine_tuning.comparison",
     title="comparison",
     command="compare",
     result="comparison.json",
@@ -89,6 +93,7 @@ BATCH = Kind(
     name="batch",
     prefix="batch",
     path="/v1/batch_predictions",
+    object="batch_prediction",
     title="batch prediction",
     command="predict",
     result="batch.json",
@@ -100,6 +105,7 @@ CHECK = Kind(
     name="check",
     prefix="ftchk",
     path="/v1/checks",
+    object="data_check",
     title="data check",
     command="check",
     result="check.json",

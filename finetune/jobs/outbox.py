@@ -13,25 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, insert, select
 
-from finetune.jobs.kinds import BATCH, CHECK, COMPARISON, KINDS, TRAINING
+from finetune.jobs.kinds import KINDS
 from finetune.jobs.schema import TERMINAL, webhook_deliveries, webhooks
 
 if TYPE_CHECKING:
     from finetune.jobs.store import Job
 
-_NOUNS = {
-    TRAINING.name: "fine_tuning.job",
-    COMPARISON.name: "fine_tuning.comparison",
-    BATCH.name: "batch_prediction",
-    CHECK.name: "data_check",
-}
 PROMOTED, DEPLOYED = "model.promoted", "deployment.changed"
-TYPES = (*(f"{_NOUNS[kind]}.{state}" for kind in KINDS for state in TERMINAL), PROMOTED, DEPLOYED)
+TYPES = (*(f"{kind.object}.{state}" for kind in KINDS.values() for state in TERMINAL), PROMOTED, DEPLOYED)
 
 
 def enqueue_ended(connection: Connection, job: Job, at: float) -> None:
     """Queue the end of a job for every webhook of its owner that wants to know."""
-    if not (wanting := webhooks_for(connection, f"{_NOUNS[job.kind.name]}.{job.state}", job.owner)):
+    event_type = f"{job.kind.object}.{job.state}"
+    if not (wanting := webhooks_for(connection, event_type, job.owner)):
         return
     data = {
         "id": job.id,
@@ -42,7 +37,7 @@ def enqueue_ended(connection: Connection, job: Job, at: float) -> None:
         "url": f"{job.kind.path}/{job.id}",
     }
     for webhook_id in wanting:
-        enqueue(connection, webhook_id, f"{_NOUNS[job.kind.name]}.{job.state}", data, at, key=job.id)
+        enqueue(connection, webhook_id, event_type, data, at, key=job.id)
 
 
 def webhooks_for(connection: Connection, event_type: str, owner: str | None = None) -> list[str]:

@@ -55,7 +55,7 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
     path = f"/{{{noun}_id}}"
     Id = Annotated[str, PathParameter(alias=f"{noun}_id")]
     title, plural = kind.title, f"{noun}es" if noun.endswith("h") else f"{noun}s"
-    object_name: Any = model.model_fields["object"].default
+    object_name: Any = kind.object  # `Deleted` spells out which there are
 
     @router.get("", name=f"list_{plural}", description=f"List your {plural}, newest first. {_FILTER}", response_model=Page[model])  # type: ignore[valid-type]
     def list_(
