@@ -356,12 +356,14 @@ class Registry:
         if not re.fullmatch(SUFFIX_PATTERN, name):  # could lead out of the folder
             return ()
         folder = self.root / name
-        aliases = _aliases(folder)
-        described = []
-        for version in _versions(folder):
-            with contextlib.suppress(FileNotFoundError):  # deleted since the folder was listed
-                described.append(self._describe(name, version, aliases))
-        return tuple(described)
+        while True:  # until nobody wrote meanwhile: where a version came and another went, neither might be found
+            aliases, versions = _aliases(folder), _versions(folder)
+            described = []
+            for version in versions:
+                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was listed, or not a bundle
+                    described.append(self._describe(name, version, aliases))
+            if (_aliases(folder), _versions(folder)) == (aliases, versions):
+                return tuple(described)
 
     def _describe(self, name: str, version: str, aliases: dict[str, str]) -> ModelVersion:
         path = self.root / name / version
