@@ -32,7 +32,7 @@ from finetune.bundle.calibration import Asked, Calibration, Judge
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
-from finetune.storage.files import atomic_path, sha256_file, write_json
+from finetune.storage.files import atomic_path, files_under, sha256_file, write_json
 from finetune.storage.journal import append_line, read_lines
 from finetune.tasks import task_named
 
@@ -335,9 +335,9 @@ class Registry:
         """Return what the models of an owner take on disk."""
         total = 0
         for name in self.names():
-            for path in (self.root / name).rglob("*") if self.access(name).owner == owner else ():
+            for path in files_under(self.root / name) if self.access(name).owner == owner else ():
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    total += path.lstat().st_size if path.is_file() else 0
+                    total += path.lstat().st_size
         return total
 
     def set_access(self, name: str, access: Access) -> None:
