@@ -231,7 +231,10 @@ class Registry:
         return self.resolve(name, key or None)
 
     def locate(self, reference: str | None = None) -> Path:
-        """Return the bundle folder that a person means: a path, ``name``, ``name@version``, ``name@alias``; None: the default.
+        """Return the bundle folder that a person means; None: the server's default.
+
+        Args:
+            reference: a bundle's folder, a run's, ``name``, ``name@version`` or ``name@alias``.
 
         Raises:
             NotFound: no such folder, model, version or alias.
@@ -239,10 +242,11 @@ class Registry:
         if reference is None:
             return self.default().path
         folder = Path(reference)
-        if (folder / MANIFEST).is_file():
-            return folder
+        for place in (folder, folder / "bundle"):
+            if (place / MANIFEST).is_file():
+                return place
         if "/" in reference:
-            raise NotFound(f"{reference}: no bundle there (a bundle is a folder with {MANIFEST} in it)")
+            raise NotFound(f"{reference}: no run that was exported, and no bundle, is in this folder")
         return self.lookup(reference).path
 
     def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
