@@ -16,6 +16,7 @@ from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
 UNSEEN = "_unseen"
 """Ends the name of a split's evaluation without the images that the model was trained on, where some were (a given set leaks)."""
@@ -43,7 +44,7 @@ class Evaluation:
     task: str
     classes: tuple[str, ...]
     n: int
-    headline: str  # the metric to judge by first
+    headline: str  # the metric that chooses and is tested
     values: Mapping[str, float]  # metric key -> value
     intervals: Mapping[str, tuple[float, float]]  # metric key -> 95 % interval, for metrics that have one
     per_class: tuple[ClassMetrics, ...]
@@ -57,15 +58,34 @@ class Evaluation:
         return tuple(row.name for row in self.per_class if row.n == 0)
 
     @property
+    def leading(self) -> Metric[Any]:
+        """The metric that is told first: a mean over classes where these differ much in size, else the headline."""
+        task = task_named(self.task)
+        leading = task.leading([row.n for row in self.per_class])
+        return leading if leading.key in self.intervals else task.headline  # judged before that metric had an interval
+
+    @property
+    def why_leading(self) -> str:
+        """Say why another metric than the headline is told first; empty where it is the headline."""
+        return "" if self.leading.key == self.headline else WHY_OVER_CLASSES
+
+    @property
     def shown(self) -> tuple[Metric[Any], ...]:
         """The metrics that say something about this many classes, in the order in which people read them."""
-        return tuple(metric for metric in task_named(self.task).metrics if len(self.classes) >= metric.least_classes)
+        metrics = leading_first(task_named(self.task), self.leading)
+        return tuple(metric for metric in metrics if len(self.classes) >= metric.least_classes)
 
     def metrics(self, split: str) -> dict[str, float]:
-        """Return the figures under their ``split/name`` keys, with the number of images and the headline's interval."""
+        """Return the figures under their ``split/name`` keys, with the number of images and the interval of the headline.
+
+        Where another metric is told first (`leading`), its interval is recorded too.
+        """
         figures = {f"{split}/{key}": value for key, value in self.values.items()}
-        low, high = self.intervals[self.headline]
-        bounds = {f"{split}/{self.headline}_low": low, f"{split}/{self.headline}_high": high}
+        bounds = {
+            f"{split}/{key}_{end}": bound
+            for key in dict.fromkeys((self.headline, self.leading.key))
+            for end, bound in zip(("low", "high"), self.intervals[key], strict=True)
+        }
         facts = {f"{split}/{name}": value for name, value in self.facts.items()}
         return {**figures, **bounds, **facts, f"{split}/n": float(self.n)}
 
@@ -82,7 +102,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "leading": self.leading.key}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -90,7 +110,7 @@ class Evaluation:
         confusion = data["confusion"]
         return cls(
             **{
-                **data,
+                **{key: value for key, value in data.items() if key != "leading"},
                 "classes": tuple(data["classes"]),
                 "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
                 "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),

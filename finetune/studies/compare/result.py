@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, headline_error
-from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.compare import ArmPredictions, Difference, Pair, class_mean_interval, compare_pairs, headline_error
+from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
 from finetune.runs.model_cost import latencies
 from finetune.runs.outcome import Outcome
@@ -76,7 +76,8 @@ class Comparison:
     dataset: str
     split: str  # that the arms were judged on: test, or cv
     classes: tuple[str, ...]
-    headline: str
+    headline: str  # that the arms are tested by
+    leading: str  # that is told first: a mean over classes where these are unequal
     arms: tuple[ArmResult, ...]
     pairs: tuple[Pair, ...]
     verdict: Verdict
@@ -114,6 +115,7 @@ class Comparison:
             split=document["split"],
             classes=tuple(document["classes"]),
             headline=document["headline"].partition("/")[2],
+            leading=document.get("leading", document["headline"]).partition("/")[2],  # version 0.1 had none
             arms=tuple(ArmResult.from_dict(arm) for arm in document["arms"]),
             pairs=_pairs_of(document["pairs"], verdict["margin"]),
             verdict=Verdict(verdict["choose"], verdict["outcome"], verdict["sentence"], tuple(verdict["pareto"])),
@@ -133,6 +135,7 @@ class Comparison:
             "split": self.split,
             "classes": list(self.classes),
             "headline": f"{self.split}/{self.headline}",
+            "leading": f"{self.split}/{self.leading}",
             "arms": [arm.to_dict() for arm in self.arms],
             "pairs": [row for pair in self.pairs for row in _pair_rows(pair, self.split)],
             "verdict": {
@@ -243,6 +246,7 @@ def conclude(
         split=split,
         classes=reference.classes,
         headline=metric.key,
+        leading=evaluate(reference).leading.key,
         arms=results,
         pairs=pairs,
         verdict=judge_arms(standings, pairs, metric),
@@ -265,7 +269,7 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
         values = [found.values[key] for found in evaluations]
         low, high = first.intervals.get(key, (None, None))
         if len(values) > 1 and low is not None:
-            low, high = _interval_of_mean(arm, key, values)
+            low, high = _interval_of_mean(arm, key, values, first)
         sd = statistics.stdev(values) if len(values) > 1 else None
         metrics[f"{split}/{key}"] = Figure(statistics.fmean(values), low, high, n, sd)
     costs = [outcome.cost for outcome in arm.outcomes]
@@ -284,9 +288,13 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
     )
 
 
-def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the interval of a mean over runs, where the images and the seeds vary; only the headline has one."""
+def _interval_of_mean(
+    arm: ArmRuns, key: str, values: Sequence[float], evaluation: Evaluation
+) -> tuple[float | None, float | None]:
+    """Return the interval of a mean over runs, where images and seeds vary; the headline and the leading metric have one."""
     headline = task_named(arm.predictions.runs[0].task).headline
+    if key == evaluation.leading.key != headline.key:
+        return class_mean_interval(arm.predictions, evaluation.leading)
     if key != headline.key:
         return None, None
     error, quantile = headline_error(arm.predictions)
