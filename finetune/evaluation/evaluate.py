@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Evaluation:
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
+    class_sizes: tuple[int, ...] = ()  # images of each class in all data that the model was made and judged with; (): not known
     facts: Mapping[str, float] = field(default_factory=dict)  # of the answers, beside the metrics: labels per image …
 
     @property
@@ -61,7 +62,7 @@ class Evaluation:
     def leading(self) -> Metric[Any]:
         """The metric that is told first: a mean over classes where these differ much in size, else the headline."""
         task = task_named(self.task)
-        leading = task.leading([row.n for row in self.per_class])
+        leading = task.leading(self.class_sizes or [row.n for row in self.per_class])
         return leading if leading.key in self.intervals else task.headline  # judged before that metric had an interval
 
     @property
@@ -113,6 +114,7 @@ class Evaluation:
                 **{key: value for key, value in data.items() if key != "leading"},
                 "classes": tuple(data["classes"]),
                 "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
+                "class_sizes": tuple(data.get("class_sizes", ())),
                 "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),
                 "per_class": tuple(_class_metrics_from(row) for row in data["per_class"]),
                 "bins": tuple(ReliabilityBin(**row) for row in data["bins"]),
@@ -120,8 +122,11 @@ class Evaluation:
         )
 
 
-def evaluate(predictions: Predictions) -> Evaluation:
+def evaluate(predictions: Predictions, class_sizes: Sequence[int] = ()) -> Evaluation:
     """Judge a table of predictions by the metrics of its task.
+
+    Args:
+        class_sizes: images of each class in the whole data, by which classes are called unequal; by default in these predictions.
 
     Raises:
         InvalidInput: it holds no image.
@@ -143,6 +148,7 @@ def evaluate(predictions: Predictions) -> Evaluation:
         ),
         bins=task.reliability_bins(rows),
         confusion=task.confusion(rows),
+        class_sizes=tuple(class_sizes),
         facts=task.facts(rows),
     )
 

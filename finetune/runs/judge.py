@@ -95,6 +95,7 @@ def judge(
     predictions: Mapping[str, Predictions],
     thresholds: tuple[float, ...] | None = None,
     leaked: Mapping[str, frozenset[str]] | None = None,
+    class_sizes: Sequence[int] = (),
 ) -> Judgement:
     """Evaluate every table, and fit the temperature on val.
 
@@ -102,14 +103,15 @@ def judge(
         thresholds: that `decided` gave.
         leaked: ids of images in a split that were trained on; beside such a split's figures stand those without them, under the
             split's name with ``_unseen``.
+        class_sizes: images of each class in all splits together.
     """
-    evaluations = {split: evaluate(table) for split, table in predictions.items()}
+    evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
     for split, ids in (leaked or {}).items():
         if split in predictions:
             table = predictions[split]
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
-                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen))
+                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
     return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
 
 

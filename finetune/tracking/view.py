@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,8 +344,10 @@ def _expected_headline(run: RunDir, resolved: Mapping[str, Any], study: str | No
     split = next((split for split in SPLITS_BY_WEIGHT if split in judged and resolved["dataset"]["sizes"].get(split)), None)
     if split is None:
         return None
-    class_counts = resolved["dataset"].get("counts", {}).get(split, {}).values()
-    return f"{split}/{task_named(resolved['task']).leading(list(class_counts)).key}"
+    class_sizes = Counter[str]()
+    for counts in resolved["dataset"].get("counts", {}).values():
+        class_sizes.update(counts)
+    return f"{split}/{task_named(resolved['task']).leading(list(class_sizes.values())).key}"
 
 
 def _model(run: RunDir, resolved: Mapping[str, Any], outcome: Mapping[str, Any]) -> ModelView | None:

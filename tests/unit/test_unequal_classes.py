@@ -22,6 +22,7 @@ from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.intervals import interval_of_mean_of_proportions, wilson_interval
 from finetune.report.run_figures import draw_figures
 from finetune.report.run_page import ReportInputs, render_report
+from finetune.runs.judge import judge
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.studies.compare.result import ArmRuns, conclude
@@ -107,6 +108,14 @@ def test_an_evaluation_tells_the_mean_over_classes_first_where_classes_are_unequ
     assert read_judgement(tmp_path / "evaluation.json").evaluations["test"] == unequal
 
 
+def test_classes_are_unequal_by_the_whole_data_of_a_run_and_not_by_a_split_that_is_small() -> None:
+    small = answered({"rose": (9, 10), "tulip": (3, 4), "iris": (2, 3)})
+    assert evaluate(small).leading.key == "top1"
+    told = judge({"test": small}, class_sizes=(120, 30, 24)).evaluations["test"]
+    assert told.leading.key == PER_CLASS
+    assert Evaluation.from_json(json.loads(json.dumps(told.to_json()))) == told
+
+
 def test_an_evaluation_of_an_earlier_release_leads_with_its_headline() -> None:
     old = evaluate(answered(UNEQUAL)).to_json()
     old["intervals"] = {key: interval for key, interval in old["intervals"].items() if key != PER_CLASS}
@@ -158,7 +167,7 @@ def test_mlflow_sorts_by_and_describes_the_mean_over_classes(tmp_path: Path) -> 
     assert described.startswith("**mean per-class accuracy 70.0%** on 14 test images (95 % interval 50.0% to 80.0%; the mean")
     assert described.index("| mean per-class accuracy") < described.index("| top-1 accuracy")
     document = json.loads(run.resolved.read_text())
-    document["dataset"]["counts"]["test"] = {"rose": 100, "tulip": 20, "iris": 4}
+    document["dataset"]["counts"]["train"] = {"rose": 1000, "tulip": 200, "iris": 40}
     run.resolved.write_text(json.dumps(document))
     assert read_view(run, alive=True).expected_headline == f"test/{PER_CLASS}"
 
@@ -171,7 +180,7 @@ def test_a_comparison_shows_the_mean_over_classes_of_each_arm_and_tests_as_befor
         runs = tuple(answered({**UNEQUAL, "tulip": (tulips + seed, 20)}) for seed in range(2))
         run = RunDir(tmp_path / name)
         resolved = begin_run(run, spec_of())
-        outcomes = tuple(end_run(run, resolved, classes=CLASSES) for _ in range(2))
+        outcomes = tuple(end_run(run, resolved, classes=CLASSES, metrics=evaluate(one).metrics("test")) for one in runs)
         arms.append(ArmRuns(ArmPredictions(name, runs), outcomes))
     found = conclude(arms, identifier="c", folder=tmp_path, dataset="flowers", split="test", margin=0.01).to_dict()
     assert (found["headline"], found["leading"]) == ("test/top1", f"test/{PER_CLASS}")
@@ -179,8 +188,7 @@ def test_a_comparison_shows_the_mean_over_classes_of_each_arm_and_tests_as_befor
     figure = found["arms"][0]["metrics"][f"test/{PER_CLASS}"]
     assert figure["low"] < figure["value"] < figure["high"]
     alone = ArmPredictions("full", arms[0].predictions.runs[:1])
-    metric = task_named("multiclass").leading([100, 20, 4])
-    assert class_mean_interval(alone, metric) == pytest.approx(interval_of_mean_of_proportions([95, 18, 2], [100, 20, 4]))
+    assert class_mean_interval(alone) == pytest.approx(interval_of_mean_of_proportions([95, 18, 2], [100, 20, 4]))
     show_comparison(found, "report.html")
     said = " ".join(capfd.readouterr().err.split())
     assert said.index("mean per-class accuracy (test)") < said.index("top-1 accuracy on 124 test images")

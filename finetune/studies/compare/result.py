@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.compare import ArmPredictions, Difference, Pair, class_mean_interval, compare_pairs, headline_error
-from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
+from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY
 from finetune.runs.model_cost import latencies
 from finetune.runs.outcome import Outcome
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
+from finetune.tasks.leading import recorded_leading
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def conclude(
         split=split,
         classes=reference.classes,
         headline=metric.key,
-        leading=evaluate(reference).leading.key,
+        leading=recorded_leading(task_named(reference.task), arms[0].outcomes[0].metrics, split).key,
         arms=results,
         pairs=pairs,
         verdict=judge_arms(standings, pairs, metric),
@@ -269,7 +271,7 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
         values = [found.values[key] for found in evaluations]
         low, high = first.intervals.get(key, (None, None))
         if len(values) > 1 and low is not None:
-            low, high = _interval_of_mean(arm, key, values, first)
+            low, high = _interval_of_mean(arm, key, values)
         sd = statistics.stdev(values) if len(values) > 1 else None
         metrics[f"{split}/{key}"] = Figure(statistics.fmean(values), low, high, n, sd)
     costs = [outcome.cost for outcome in arm.outcomes]
@@ -288,13 +290,11 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
     )
 
 
-def _interval_of_mean(
-    arm: ArmRuns, key: str, values: Sequence[float], evaluation: Evaluation
-) -> tuple[float | None, float | None]:
-    """Return the interval of a mean over runs, where images and seeds vary; the headline and the leading metric have one."""
+def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the interval of a mean over runs, where images and seeds vary; the headline and the mean over classes have one."""
     headline = task_named(arm.predictions.runs[0].task).headline
-    if key == evaluation.leading.key != headline.key:
-        return class_mean_interval(arm.predictions, evaluation.leading)
+    if key == MEAN_PER_CLASS_ACCURACY.key:
+        return class_mean_interval(arm.predictions)
     if key != headline.key:
         return None, None
     error, quantile = headline_error(arm.predictions)
