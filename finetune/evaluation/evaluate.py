@@ -1,4 +1,4 @@
-"""From predictions to the judgement of a split: every metric of the task with its interval, and a table by class."""
+"""Evaluate a split from its predictions: every metric of the task with its interval, and a table by class."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
 
 UNSEEN = "_unseen"
-"""Ends the name of a split's evaluation without the images that the model was trained on, where some were (a given set leaks)."""
+"""Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
 
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One row of the table by class. A ratio whose denominator is zero is None, never 0 or 1."""
+    """One row of the table by class. A ratio with denominator zero is None."""
 
     name: str
     n: int  # images of this class
@@ -32,18 +32,18 @@ class ClassMetrics:
     precision: float | None  # None: this label was never given
     recall: float | None  # None: no image of this class in the split
     f1: float | None  # None: no image of this class in the split
-    average_precision: float | None = None  # where an image may have several labels, and one of the split has this one
+    average_precision: float | None = None  # multilabel only; None: no image of the split has this label
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of the ratios that are not None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on one split."""
+    """The evaluation of a model on one split."""
 
     task: str
     classes: tuple[str, ...]
     n: int
-    headline: str  # the metric to judge by first
+    headline: str  # key of the task's main metric
     values: Mapping[str, float]  # metric key -> value
     intervals: Mapping[str, tuple[float, float]]  # metric key -> 95 % interval, for metrics that have one
     per_class: tuple[ClassMetrics, ...]
@@ -53,12 +53,12 @@ class Evaluation:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Classes without an image in this split; the means over classes leave them out."""
+        """Names of the classes without an image in this split. Means over classes leave them out."""
         return tuple(row.name for row in self.per_class if row.n == 0)
 
     @property
     def shown(self) -> tuple[Metric[Any], ...]:
-        """The metrics that say something about this many classes, in the order in which people read them."""
+        """The metrics that are informative for this number of classes, in the order in which they are displayed."""
         return tuple(metric for metric in task_named(self.task).metrics if len(self.classes) >= metric.least_classes)
 
     def metrics(self, split: str) -> dict[str, float]:
@@ -86,7 +86,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Return the inverse of `to_json`, also after a trip through a JSON file, where tuples became lists."""
+        """Return the evaluation that `to_json` was called on. Accepts lists in place of tuples, as JSON files hold them."""
         confusion = data["confusion"]
         return cls(
             **{
@@ -101,10 +101,10 @@ class Evaluation:
 
 
 def evaluate(predictions: Predictions) -> Evaluation:
-    """Judge a table of predictions by the metrics of its task.
+    """Compute the metrics of the task, their intervals and the table by class from a table of predictions.
 
     Raises:
-        InvalidInput: it holds no image.
+        InvalidInput: the table is empty or has no labels.
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
@@ -153,11 +153,11 @@ def _class_metrics_from(row: Mapping[str, Any]) -> ClassMetrics:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The evaluations of a run by split, and what was fitted on held-out answers: ``evaluation.json``."""
+    """A run's evaluations by split, and what was fitted on held-out images: the content of ``evaluation.json``."""
 
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     temperature: Temperature | None = None
-    thresholds: tuple[float, ...] | None = None  # (C,) the logit from which on each label is given, where labels have their own
+    thresholds: tuple[float, ...] | None = None  # (C,) the least logit for each label to be given; None: one threshold for all
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -166,7 +166,7 @@ class Judgement:
 
 
 def write_judgement(path: Path, judgement: Judgement) -> None:
-    """Write ``evaluation.json``, compactly: a confusion matrix may be large."""
+    """Write ``evaluation.json`` without indentation, since a confusion matrix may be large."""
     document = {
         "schema_version": 2,
         "splits": {split: evaluation.to_json() for split, evaluation in judgement.evaluations.items()},
