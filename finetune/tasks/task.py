@@ -73,7 +73,15 @@ class Task(Protocol):
 
     @property
     def headline(self) -> Metric[Any]:
-        """The metric that is reported first and by which the best epoch is chosen; higher is better."""
+        """The metric by which the best epoch is chosen and models are tested; higher is better."""
+        ...
+
+    def leading(self, class_counts: Sequence[int]) -> Metric[Any]:
+        """Return the metric that is reported first for a split with these numbers of images by class.
+
+        It is a mean over classes if the numbers are very unequal, else the headline. It always has an interval. Choosing epochs
+        and testing use the headline in any case.
+        """
         ...
 
     @property
