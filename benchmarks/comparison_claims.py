@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--input-size-px", type=int, default=96)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    document: dict[str, object] = {}
+    document: dict[str, Any] = {}
     if given.simulated:
         paired.RESAMPLINGS = 10  # the other metrics' intervals are not looked at here
         print("images  runs  common  seed sd   false claims   detectable   power   wrong equivalence", flush=True)
@@ -158,24 +159,32 @@ def main() -> None:
         print("wrong equivalence", interval(round(sum(cell.wrong_equivalence for cell in cells) * given.simulated), n))
         document["simulated"] = [asdict(cell) for cell in cells]
     if given.real:
+        known = json.loads(given.out.read_text()).get("real", []) if given.out and given.out.exists() else []
+        pairs: list[dict[str, Any]] = document.setdefault("real", known)
         with tempfile.TemporaryDirectory() as home:
-            pairs = []
-            for number in range(given.real):
+            for number in range(len(pairs), given.real):
                 pair = real_pair(given.data, Path(home), number, given.method, given.runs, given.input_size_px)
-                pairs.append(pair)
+                pairs.append(
+                    {
+                        "difference": pair.headline.difference,
+                        "p_value": pair.p_value,
+                        "n": pair.n,
+                        "significant": pair.significant,
+                        "outcome": pair.outcome,
+                    }
+                )
                 print(
                     f"{number + 1:4} of {given.real}: {100 * pair.headline.difference:+.1f} points on {pair.n} images, "
                     f"p = {pair.p_value:.3f}, {pair.outcome}",
                     flush=True,
                 )
+                if given.out:  # a pair takes a minute or more: a run that was stopped goes on after the last
+                    given.out.write_text(json.dumps(document, indent=2) + "\n")
         print(
             f"{given.method} against itself:",
-            interval(sum(pair.significant for pair in pairs), len(pairs)),
+            interval(sum(pair["significant"] for pair in pairs), len(pairs)),
             "declared a difference",
         )
-        document["real"] = [
-            {"difference": p.headline.difference, "p_value": p.p_value, "n": p.n, "outcome": p.outcome} for p in pairs
-        ]
     if given.out:
         given.out.write_text(json.dumps(document, indent=2) + "\n")
 

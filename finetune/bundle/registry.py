@@ -33,7 +33,7 @@ from finetune.bundle.calibration import Asked, Calibration, Judge
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
-from finetune.storage.files import atomic_path, sha256_file, write_json
+from finetune.storage.files import atomic_path, files_under, sha256_file, write_json
 from finetune.storage.journal import append_line, read_lines
 from finetune.tasks import task_named
 
@@ -251,7 +251,10 @@ class Registry:
         return self.resolve(name, key or None)
 
     def locate(self, reference: str | None = None) -> Path:
-        """Return the bundle folder that a person means: a path, ``name``, ``name@version``, ``name@alias``; None: the default.
+        """Return the bundle folder that a person means; None: the server's default.
+
+        Args:
+            reference: a bundle's folder, a run's, ``name``, ``name@version`` or ``name@alias``.
 
         Raises:
             NotFound: no such folder, model, version or alias.
@@ -259,10 +262,11 @@ class Registry:
         if reference is None:
             return self.default().path
         folder = Path(reference)
-        if (folder / MANIFEST).is_file():
-            return folder
+        for place in (folder, folder / "bundle"):
+            if (place / MANIFEST).is_file():
+                return place
         if "/" in reference:
-            raise NotFound(f"{reference}: no bundle there (a bundle is a folder with {MANIFEST} in it)")
+            raise NotFound(f"{reference}: no run that was exported, and no bundle, is in this folder")
         return self.lookup(reference).path
 
     def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
@@ -356,11 +360,11 @@ class Registry:
         """Return what the models of an owner take on disk, without what a server keeps of their live answers."""
         total = 0
         for name in self.names():
-            for path in (self.root / name).rglob("*") if self.access(name).owner == owner else ():
+            for path in files_under(self.root / name) if self.access(name).owner == owner else ():
                 if path.is_relative_to(self.root / name / _MONITORING):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    total += path.lstat().st_size if path.is_file() else 0
+                    total += path.lstat().st_size
         return total
 
     def set_access(self, name: str, access: Access) -> None:
@@ -379,12 +383,14 @@ class Registry:
         if not re.fullmatch(SUFFIX_PATTERN, name):  # could lead out of the folder
             return ()
         folder = self.root / name
-        aliases = _aliases(folder)
-        described = []
-        for version in _versions(folder):
-            with contextlib.suppress(FileNotFoundError):  # deleted since the folder was listed
-                described.append(self._describe(name, version, aliases))
-        return tuple(described)
+        while True:  # until nobody wrote meanwhile: where a version came and another went, neither might be found
+            aliases, versions = _aliases(folder), _versions(folder)
+            described = []
+            for version in versions:
+                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was listed, or not a bundle
+                    described.append(self._describe(name, version, aliases))
+            if (_aliases(folder), _versions(folder)) == (aliases, versions):
+                return tuple(described)
 
     def _describe(self, name: str, version: str, aliases: dict[str, str]) -> ModelVersion:
         path = self.root / name / version

@@ -6,7 +6,6 @@ leases run out, and whichever worker reaps them resumes the runs from their newe
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -14,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -36,7 +34,7 @@ from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
 from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
 from finetune.runtime.tracing import Attributes, Tracing
-from finetune.storage.files import read_json, write_atomic
+from finetune.storage.files import files_under, folder_bytes, read_json, write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -382,29 +380,21 @@ class Worker:
                 log.warning("%s: %s", attempt.claim.job.id, error)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return what the files of a folder take on disk; files that vanish meanwhile count nothing."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            found = path.lstat()
-            total += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
-    return total
-
-
 def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
     """Lease files of earlier claims. Not of later ones: if there is one, this claim has been lost already."""
     return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
-# whole checkpoints (their checksums are written last), finished children, answered parts of a batch
-_MILESTONES = ("**/checkpoints/step-*.sha256", "runs/**/outcome.json", "parts/*.npz")
-
-
 def _milestones(run: RunDir) -> frozenset[str]:
-    """Return what need not be done again."""
-    found = (run.root.glob(pattern) for pattern in _MILESTONES)
-    return frozenset(str(path.relative_to(run.root)) for paths in found for path in paths)
+    """Return what need not be done again: whole checkpoints, finished children, answered parts of a batch."""
+    found = (path.relative_to(run.root) for path in files_under(run.root))
+    return frozenset(
+        str(path)
+        for path in found
+        if path.match("checkpoints/step-*.sha256")  # written last
+        or (path.parts[0] == "runs" and path.name == "outcome.json")
+        or (path.parts[0] == "parts" and path.suffix == ".npz")
+    )
 
 
 def _memory_kills(counters: Path = Path("/proc/vmstat")) -> int:

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.bundle.preprocess import Preprocess
+from finetune.bundle.registry import Registry
 from finetune.bundle.weights import HEAD_BIAS, HEAD_WEIGHT, find_origin
 from finetune.data.dataset import Sample
-from finetune.errors import FinetuneError, WeightsError
+from finetune.errors import FinetuneError, UnknownBackbone, WeightsError
 from finetune.export.agreement import Reference
 from finetune.export.dry_run import dry_run_export
 from finetune.export.graph import EXPORTER, DeployModule, Graph, fold, head_of
@@ -194,7 +195,16 @@ def seeded_backbone(spec: JobSpec, shared: Shared) -> Backbone:
     asked = spec.model
     if not is_own_model(asked.backbone):
         torch.manual_seed(spec.seed)  # initialises a backbone without pretrained weights
-        return build_backbone(asked.backbone, weights=asked.weights, input_size_px=asked.input_size_px)
+        try:
+            return build_backbone(asked.backbone, weights=asked.weights, input_size_px=asked.input_size_px)
+        except UnknownBackbone:
+            own = Registry(shared.workspace.models).versions(asked.backbone)
+            if not own:
+                raise
+            raise UnknownBackbone(
+                f"model.backbone: {asked.backbone} is a model of your own; to train on from it, say which version: "
+                f"{asked.backbone}@{own[-1].version} is the newest"
+            ) from None
     origin = find_origin(asked.backbone, shared.workspace.models)
     torch.manual_seed(origin.seed)
     return build_backbone(origin.architecture, input_size_px=asked.input_size_px, origin=origin)

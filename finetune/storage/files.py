@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -109,6 +110,26 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's content as hexadecimal text."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it, in no order; links to folders are not followed.
+
+    What vanishes while it is walked through is left out, where `Path.rglob` raises `FileNotFoundError`.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            yield Path(parent, name)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return what the files of a folder take on disk; files that vanish meanwhile count nothing."""
+    total = 0
+    for path in files_under(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            total += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def delete_temporary(folder: Path) -> None:

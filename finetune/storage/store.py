@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.storage.files import TEMPORARY_SUFFIX
+from finetune.storage.files import TEMPORARY_SUFFIX, files_under
 
 Namespace = Literal["features", "pixels", "engines", "sources", "notes"]
 BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines", "sources")
@@ -99,7 +99,7 @@ class Store:
     def _entries(self) -> Iterator[_Entry]:
         """Every file of the budgeted namespaces. Temporary files of processes that died are deleted on the way."""
         for namespace in BUDGETED:
-            for path in self.folder(namespace).rglob("*"):
+            for path in files_under(self.folder(namespace)):
                 try:
                     status = path.stat()
                 except FileNotFoundError:

@@ -14,7 +14,7 @@ from tiny_bundle import write_tiny_bundle
 
 from finetune.bundle import registry as registry_module
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Access, ModelVersion, Registry
 from finetune.errors import BundleError, Conflict, DiskFull, InvalidInput, NotFound
 
 
@@ -227,10 +227,10 @@ def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(regist
         registry.register(bundle, "trees")
     registry.set_alias("trees", "champion", "1")
     folder = registry.root / "trees"
-    assert registry.locate(str(bundle)) == bundle
+    assert registry.locate(str(bundle)) == registry.locate(str(bundle.parent)) == bundle, "the bundle, or its run's folder"
     assert registry.locate() == registry.locate("trees") == registry.locate("trees@champion") == folder / "1"
     assert registry.locate("trees@2") == registry.locate("trees@latest") == folder / "2"
-    with pytest.raises(NotFound, match=r"no bundle there \(a bundle is a folder with bundle\.json in it\)"):
+    with pytest.raises(NotFound, match="no run that was exported, and no bundle, is in this folder"):
         registry.locate("./nowhere")
     with pytest.raises(NotFound, match="no version or alias '7'"):
         registry.locate("trees@7")
@@ -369,6 +369,30 @@ def test_processes_and_threads_that_register_at_once_each_get_their_own_version(
     moves = [json.loads(line) for line in (registry.root / "trees" / "aliases.jsonl").read_text().splitlines()]
     assert [move["version"] for move in moves if move["alias"] == "latest"] == everything  # one at a time, in order
     assert [move["version"] for move in moves if move["alias"] == "champion"] == ["1"]
+
+
+def test_a_model_is_found_while_its_only_version_gives_way_to_the_next(
+    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(bundle, "trees")
+    describe = Registry._describe
+
+    def meanwhile(self: Registry, name: str, version: str, aliases: dict[str, str]) -> ModelVersion:
+        monkeypatch.setattr(Registry, "_describe", describe)
+        registry.register(bundle, "trees")
+        registry.set_alias("trees", "live", "2")
+        registry.delete("trees", "1", force=True)
+        return describe(self, name, version, aliases)
+
+    monkeypatch.setattr(Registry, "_describe", meanwhile)
+    assert registry.resolve("trees", "live").version == "2"
+
+
+def test_a_folder_in_place_of_a_version_is_not_one(registry: Registry, bundle: Path) -> None:
+    registry.register(bundle, "trees")
+    (registry.root / "trees" / "2").mkdir()
+    assert versions(registry) == ["1"]
+    assert registry.resolve("trees").version == "1"
 
 
 def test_a_reader_never_sees_half_a_version_while_others_register_and_delete(registry: Registry, bundle: Path) -> None:

@@ -7,6 +7,7 @@ computed once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +224,15 @@ def _command(spec: ComparisonSpec) -> str:
         sort_keys=False,
         allow_unicode=True,
     )
+
+
+def finished_before(run: RunDir) -> RunDir | None:
+    """Return the newest finished comparison of the same request, where `run` begins another in the workspace's folder of runs."""
+    stem, dash, number = run.root.name.rpartition("-")
+    if not re.search(r"-comparison-[0-9a-f]{8}$", stem) or not number.isdigit() or int(number) < 2:
+        return None
+    earlier = RunDir(run.root.with_name(stem if number == "2" else f"{stem}{dash}{int(number) - 1}"))
+    return earlier if earlier.comparison.exists() else None
 
 
 def _folder_for(spec: ComparisonSpec, shared: Shared) -> RunDir:
