@@ -1,8 +1,8 @@
-"""Answer a whole folder of images, in parts, so that a process that was killed goes on where it was. Torch-free.
+"""Predict for a whole folder of images, in parts, so that a killed process can resume after its last finished part. Torch-free.
 
-A part is ``parts/<number>.npz``, the table of its answers, with ``parts/<number>.json`` beside it, which names what could not be
-read. Whole, the answers become ``answers.csv``, ``answers.npz`` and, where pyarrow is installed, ``answers.parquet``; the result,
-``batch.json``, is written last.
+Each part is ``parts/<number>.npz``, a table of predictions, and ``parts/<number>.json``, the images that could not be read. When
+all parts are finished they are joined to ``answers.csv``, ``answers.npz`` and, if pyarrow is installed, ``answers.parquet``.
+``batch.json``, the result, is written last.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def answer_folder(
     progress: ProgressCallback = silent,
     answered: Callable[[AnswerStatistics], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Answer every image under `images` and write the answers into the folder `out`; return what ``batch.json`` holds.
+    """Predict for every image under `images`, write the tables into the folder `out` and return the content of ``batch.json``.
+
+    If ``batch.json`` exists, it is returned and nothing is computed.
 
     Args:
-        images: a folder, an archive, or what an upload is kept as.
-        embedding: keep the embeddings too.
+        images: a folder, an archive, or the stored form of an upload.
+        embedding: write the embeddings too.
         answered: called before the result is written, with what is kept of the last answers to look for drift.
 
     Raises:
@@ -103,7 +105,7 @@ def _statistics(answers: Sequence[Answer], predictor: Predictor) -> AnswerStatis
 
 
 def _moved(progress: ProgressCallback, start: int, total: int) -> ProgressCallback:
-    """Return a callback for the progress of a part that begins at image `start`."""
+    """Return a callback that reports a part's progress as progress of the whole; the part begins at image `start`."""
 
     def report(update: Progress) -> None:
         progress(replace(update, done=start + update.done, total=total, message=""))
@@ -144,7 +146,7 @@ def _joined(parts: Sequence[Predictions]) -> Predictions:
 
 
 def _write_answers(answers: Predictions, out: Path, temperature: float) -> list[str]:
-    """Write the answers in every format that is installed; return the names of the files."""
+    """Write the answers in every format whose library is installed; return the file names."""
     for suffix in FORMATS:
         with contextlib.suppress(MissingExtra):
             write_table(out / f"answers{suffix}", answers, temperature)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from finetune.metrics import Interval, Metric, weighted_mean
-from finetune.metrics.intervals import wilson_interval
+from finetune.metrics.intervals import interval_of_mean_of_proportions, wilson_interval
 from finetune.metrics.rows import Floats, Rows
 
 TOP_K = 5
@@ -38,6 +38,11 @@ def mean_per_class_accuracy(rows: Rows) -> float:
     correct, counts = np.diagonal(rows.confusion), rows.confusion.sum(axis=1)
     recalls = [int(c) / int(n) for c, n in zip(correct, counts, strict=True) if n]
     return math.fsum(recalls) / len(recalls)
+
+
+def mean_per_class_accuracy_interval(rows: Rows) -> Interval:
+    counts, correct = rows.confusion.sum(axis=1), np.diagonal(rows.confusion)
+    return interval_of_mean_of_proportions(correct[counts > 0].tolist(), counts[counts > 0].tolist())
 
 
 def macro_f1(rows: Rows) -> float:
@@ -90,6 +95,7 @@ MEAN_PER_CLASS_ACCURACY = Metric(
     "mean per-class accuracy",
     mean_per_class_accuracy,
     weighted_mean_per_class_accuracy,
+    mean_per_class_accuracy_interval,
     percent=True,
     over_classes=True,
 )

@@ -13,6 +13,7 @@ from finetune.errors import InvalidInput
 from finetune.metrics import Interval, Metric
 from finetune.metrics.accuracy import MACRO_F1, MEAN_PER_CLASS_ACCURACY, TOP1, TOP5
 from finetune.metrics.calibration import ECE, ReliabilityBin, reliability_bins
+from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.likelihood import BRIER, NLL
 from finetune.metrics.rows import Rows, judge_rows, log_softmax
 from finetune.metrics.temperature import Temperature, fit_softmax_temperature
@@ -31,6 +32,9 @@ class Multiclass:
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)
     headline: Metric[Rows] = TOP1
     of_images: Metric[Rows] = TOP1
+
+    def leading(self, class_counts: Sequence[int]) -> Metric[Rows]:
+        return MEAN_PER_CLASS_ACCURACY if are_unequal(class_counts) else TOP1
 
     def describes(self, targets: Sequence[Target]) -> bool:
         return all(isinstance(target, int) for target in targets)

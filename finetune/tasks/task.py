@@ -73,7 +73,14 @@ class Task(Protocol):
 
     @property
     def headline(self) -> Metric[Any]:
-        """The metric that chooses between weights and is told first; higher is better."""
+        """The metric that chooses between weights, and that is told first unless `leading` is another; higher is better."""
+        ...
+
+    def leading(self, class_counts: Sequence[int]) -> Metric[Any]:
+        """Return the metric that is told first of images with so many of each class: a mean over classes where these are unequal.
+
+        It is the headline, or another metric with an interval. What is chosen and tested by is the headline all the same.
+        """
         ...
 
     @property
