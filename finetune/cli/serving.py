@@ -282,7 +282,9 @@ def card(model: str) -> None:
 @click.option("--server", metavar="URL", help="Ask a server, which knows the newest answers; key in FINETUNE_API_KEY.")
 @json_option
 def drift(reference: str, server: str | None, as_json: bool) -> None:
-    """Show whether live answers have drifted away from those to images that did not train the model.
+    """Show whether live answers have drifted.
+
+    They are compared with the answers to images that did not train the model.
 
     MODEL is a name, name@version or name@alias. Without --server, the workspace's files tell it, which a running server writes
     once a minute. The exit code is 1 where there is drift.
