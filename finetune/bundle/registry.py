@@ -30,8 +30,10 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.bundle import deployment
 from finetune.bundle.calibration import Asked, Calibration, Judge
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
+from finetune.bundle.remote import fetch_bundle
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
 from finetune.spec import SUFFIX_PATTERN
+from finetune.storage.addresses import is_uri
 from finetune.storage.files import atomic_path, files_under, sha256_file, write_json
 from finetune.storage.journal import append_line, read_lines
 from finetune.tasks import task_named
@@ -45,6 +47,7 @@ _ALIASES = "aliases.json"
 _JOURNAL = "aliases.jsonl"  # every move of every alias, append-only: rollback reads it, and no version number is given twice
 _ACCESS = "access.json"
 _PREDICTIONS = "predictions"  # a folder: ``<version>.npz``
+_FETCHED = ".fetched"  # a folder of bundles from object storage
 _ARRIVING, _LEAVING = ".arriving-", ".leaving-"
 _ALIAS_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
 REFERENCE = r"[a-z0-9][a-z0-9._-]{0,62}(@[a-z0-9][a-z0-9._-]{0,62})?"  # checked before it becomes part of a path
@@ -234,13 +237,16 @@ class Registry:
         """Return the bundle folder that a person means; None: the server's default.
 
         Args:
-            reference: a bundle's folder, a run's, ``name``, ``name@version`` or ``name@alias``.
+            reference: a bundle's folder, a run's, an address such as ``s3://bucket/flowers/3``, from which the bundle is fetched
+                into this registry's folder, ``name``, ``name@version`` or ``name@alias``.
 
         Raises:
             NotFound: no such folder, model, version or alias.
         """
         if reference is None:
             return self.default().path
+        if is_uri(reference):
+            return fetch_bundle(reference, self.root / _FETCHED)
         folder = Path(reference)
         for place in (folder, folder / "bundle"):
             if (place / MANIFEST).is_file():

@@ -115,7 +115,9 @@ def run_job(
         )
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        judgement = carry_over(judge(predictions, thresholds, leaked(prepared.dataset)), carried.judgement)
+        judgement = carry_over(
+            judge(predictions, thresholds, leaked(prepared.dataset), prepared.dataset.class_sizes()), carried.judgement
+        )
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)

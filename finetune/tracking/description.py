@@ -8,6 +8,7 @@ from typing import Any
 from finetune.metrics import Metric
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first, recorded_leading
 from finetune.tracking.view import RunView, children, read_object, read_view
 
 SPLITS = {
@@ -53,9 +54,11 @@ def _headline(view: RunView, outcome: Mapping[str, Any]) -> str:
     low, high = (view.figures[f"{view.headline}_{bound}"] for bound in ("low", "high"))
     metric = _metrics(view)[view.headline.partition("/")[2]]
     n = view.figures[f"{split}/n"]
+    task = task_named(str(view.params.get("task", "multiclass")))
+    why = "" if metric.key == task.headline.key else f"; {WHY_OVER_CLASSES}"
     return (
         f"**{metric.label} {metric.text(view.figures[view.headline])}** on {n:,.0f} {SPLITS[split]} "
-        f"(95 % interval {metric.text(low)} to {metric.text(high)})"
+        f"(95 % interval {metric.text(low)} to {metric.text(high)}{why})"
     )
 
 
@@ -73,7 +76,9 @@ def _splits(view: RunView, outcome: Mapping[str, Any]) -> str:
     if not splits or not outcome:
         return ""
     rows = []
-    for key, metric in _metrics(view).items():
+    task = task_named(str(view.params.get("task", "multiclass")))
+    for metric in leading_first(task, recorded_leading(task, view.figures, splits[0])):
+        key = metric.key
         values = [view.figures.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
             rows.append([metric.label, *("–" if value is None else metric.text(value) for value in values)])
@@ -111,7 +116,9 @@ def _comparison(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"**{sentence}**"
     arms = found.get("arms", ())
     keys = list(dict.fromkeys(key for arm in arms for key in arm["metrics"]))
+    leading = found.get("leading")
     shown = [key for key in keys if any(arm["metrics"].get(key, {}).get("low") is not None for arm in arms)]
+    shown.sort(key=lambda key: key != leading)
     costs = [key for key in SHOWN_COSTS if any(key in arm.get("cost", {}) for arm in arms)]
     rows = [
         [

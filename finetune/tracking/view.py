@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from finetune.spec import JobSpec, parse_spec
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.tasks import task_named
+from finetune.tasks import TASKS, task_named
+from finetune.tasks.leading import recorded_leading
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -83,7 +85,7 @@ class RunView:
     splits: tuple[SplitView, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)  # ``split/name``: what the run came to, not its course
     costs: Mapping[str, float] = field(default_factory=dict)  # names carry their unit
-    headline: str | None = None  # the key in `figures` to judge by first
+    headline: str | None = None  # the key in `figures` that is told first
     expected_headline: str | None = None  # what that will be, as long as there are no figures
     model: ModelView | None = None
 
@@ -117,7 +119,7 @@ def read_view(run: RunDir, *, alive: bool, ended_as: Status | None = None, exper
         splits=tuple(_splits(resolved or _resolved_of_child(run), experiment)),
         figures=figures,
         costs={key: float(value) for key, value in costs.items()},
-        headline=_headline(figures),
+        headline=_headline(figures, comparison),
         expected_headline=_expected_headline(run, resolved, study),
         model=_model(run, resolved, outcome),
     )
@@ -315,12 +317,14 @@ def _weight(key: str) -> int:
     return SPLITS_BY_WEIGHT.index(split) if split in SPLITS_BY_WEIGHT else len(SPLITS_BY_WEIGHT)
 
 
-def _headline(figures: Mapping[str, float]) -> str | None:
-    """Return the key of the figure that has an interval, of the most independent images."""
+def _headline(figures: Mapping[str, float], comparison: Mapping[str, Any]) -> str | None:
+    """Return the key of the figure that is told first, of the most independent images; of a comparison, what it says itself."""
+    if comparison:
+        return str(comparison.get("leading") or comparison["headline"])
     for split in SPLITS_BY_WEIGHT:
-        for key in figures:
-            if key.startswith(f"{split}/") and f"{key}_low" in figures:
-                return key
+        for task in TASKS:
+            if f"{split}/{task.headline.key}_low" in figures:
+                return f"{split}/{recorded_leading(task, figures, split).key}"
     return None
 
 
@@ -338,7 +342,12 @@ def _expected_headline(run: RunDir, resolved: Mapping[str, Any], study: str | No
         return None
     judged = read_object(run.options).get("judged", SPLITS_BY_WEIGHT)
     split = next((split for split in SPLITS_BY_WEIGHT if split in judged and resolved["dataset"]["sizes"].get(split)), None)
-    return None if split is None else f"{split}/{task_named(resolved['task']).headline.key}"
+    if split is None:
+        return None
+    class_sizes = Counter[str]()
+    for counts in resolved["dataset"].get("counts", {}).values():
+        class_sizes.update(counts)
+    return f"{split}/{task_named(resolved['task']).leading(list(class_sizes.values())).key}"
 
 
 def _model(run: RunDir, resolved: Mapping[str, Any], outcome: Mapping[str, Any]) -> ModelView | None:
