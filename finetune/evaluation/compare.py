@@ -32,7 +32,9 @@ from scipy.optimize import brentq
 from finetune.errors import InvalidInput
 from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p, resampled
 from finetune.evaluation.predictions import Predictions
-from finetune.metrics import Metric
+from finetune.metrics import Interval, Metric
+from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY
+from finetune.metrics.intervals import interval_of_mean_of_proportions
 from finetune.tasks import task_named
 
 ALPHA = 0.05
@@ -208,6 +210,19 @@ def headline_error(arm: ArmPredictions) -> tuple[float, float]:
     seed_variance = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
     df = _satterthwaite((image_variance, n - 1.0), (seed_variance, max(len(means) - 1.0, 1.0)))
     return math.sqrt(image_variance + seed_variance), _t_quantile(1 - ALPHA / 2, df)
+
+
+def class_mean_interval(arm: ArmPredictions) -> Interval:
+    """Return the 95 % interval of an arm's mean recall over classes: that of the images, widened by what the seeds vary."""
+    labels = arm.runs[0].labels
+    counts = np.bincount(labels)
+    present = counts > 0
+    right = np.stack([np.bincount(labels, weights=scores) for scores in paired_scores(arm)])[:, present]  # (S, C)
+    low, high = interval_of_mean_of_proportions(right.mean(axis=0).tolist(), counts[present].tolist())
+    means = (right / counts[present]).mean(axis=1)
+    mean, n_runs = float(means.mean()), len(means)
+    of_seeds = 0.0 if n_runs < 2 else _t_quantile(1 - ALPHA / 2, n_runs - 1) * math.sqrt(float(means.var(ddof=1)) / n_runs)
+    return MEAN_PER_CLASS_ACCURACY.bounded(mean - math.hypot(mean - low, of_seeds), mean + math.hypot(high - mean, of_seeds))
 
 
 def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed: int, alpha: float) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
 UNSEEN = "_unseen"
 """Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
@@ -49,6 +50,7 @@ class Evaluation:
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
+    class_sizes: tuple[int, ...] = ()  # images of each class in all data that the model was made and judged with; (): not known
     facts: Mapping[str, float] = field(default_factory=dict)  # of the answers, beside the metrics: labels per image …
 
     @property
@@ -57,15 +59,34 @@ class Evaluation:
         return tuple(row.name for row in self.per_class if row.n == 0)
 
     @property
+    def leading(self) -> Metric[Any]:
+        """The metric that is displayed first: the mean over classes if their sizes are unequal, else the headline."""
+        task = task_named(self.task)
+        leading = task.leading(self.class_sizes or [row.n for row in self.per_class])
+        return leading if leading.key in self.intervals else task.headline  # judged before that metric had an interval
+
+    @property
+    def why_leading(self) -> str:
+        """The reason why a metric other than the headline is displayed first; empty otherwise."""
+        return "" if self.leading.key == self.headline else WHY_OVER_CLASSES
+
+    @property
     def shown(self) -> tuple[Metric[Any], ...]:
         """The metrics that are informative for this number of classes, in the order in which they are displayed."""
-        return tuple(metric for metric in task_named(self.task).metrics if len(self.classes) >= metric.least_classes)
+        metrics = leading_first(task_named(self.task), self.leading)
+        return tuple(metric for metric in metrics if len(self.classes) >= metric.least_classes)
 
     def metrics(self, split: str) -> dict[str, float]:
-        """Return the figures under their ``split/name`` keys, with the number of images and the headline's interval."""
+        """Return the figures under their ``split/name`` keys, with the number of images and the interval of the headline.
+
+        If another metric is displayed first (`leading`), its interval is included too.
+        """
         figures = {f"{split}/{key}": value for key, value in self.values.items()}
-        low, high = self.intervals[self.headline]
-        bounds = {f"{split}/{self.headline}_low": low, f"{split}/{self.headline}_high": high}
+        bounds = {
+            f"{split}/{key}_{end}": bound
+            for key in dict.fromkeys((self.headline, self.leading.key))
+            for end, bound in zip(("low", "high"), self.intervals[key], strict=True)
+        }
         facts = {f"{split}/{name}": value for name, value in self.facts.items()}
         return {**figures, **bounds, **facts, f"{split}/n": float(self.n)}
 
@@ -82,7 +103,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "leading": self.leading.key}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -90,9 +111,10 @@ class Evaluation:
         confusion = data["confusion"]
         return cls(
             **{
-                **data,
+                **{key: value for key, value in data.items() if key != "leading"},
                 "classes": tuple(data["classes"]),
                 "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
+                "class_sizes": tuple(data.get("class_sizes", ())),
                 "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),
                 "per_class": tuple(_class_metrics_from(row) for row in data["per_class"]),
                 "bins": tuple(ReliabilityBin(**row) for row in data["bins"]),
@@ -100,8 +122,11 @@ class Evaluation:
         )
 
 
-def evaluate(predictions: Predictions) -> Evaluation:
+def evaluate(predictions: Predictions, class_sizes: Sequence[int] = ()) -> Evaluation:
     """Compute the metrics of the task, their intervals and the table by class from a table of predictions.
+
+    Args:
+        class_sizes: images of each class in the whole dataset, which decide whether classes are unequal; default: of this table.
 
     Raises:
         InvalidInput: the table is empty or has no labels.
@@ -123,6 +148,7 @@ def evaluate(predictions: Predictions) -> Evaluation:
         ),
         bins=task.reliability_bins(rows),
         confusion=task.confusion(rows),
+        class_sizes=tuple(class_sizes),
         facts=task.facts(rows),
     )
 

@@ -100,6 +100,7 @@ def judge(
     predictions: Mapping[str, Predictions],
     thresholds: tuple[float, ...] | None = None,
     leaked: Mapping[str, frozenset[str]] | None = None,
+    class_sizes: Sequence[int] = (),
 ) -> Judgement:
     """Evaluate every table of predictions, and fit the temperature on val.
 
@@ -107,14 +108,15 @@ def judge(
         thresholds: as `decided` returned them; they become part of the result.
         leaked: by split, the ids of its images that are also in train, or whose group is. Such a split is evaluated a second time
             without them, under its name with the suffix ``_unseen``.
+        class_sizes: images of each class in all splits together.
     """
-    evaluations = {split: evaluate(table) for split, table in predictions.items()}
+    evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
     for split, ids in (leaked or {}).items():
         if split in predictions:
             table = predictions[split]
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
-                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen))
+                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
     return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
 
 

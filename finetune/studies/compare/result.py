@@ -10,13 +10,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluation.compare import ArmPredictions, Difference, Pair, compare_pairs, headline_error
+from finetune.evaluation.compare import ArmPredictions, Difference, Pair, class_mean_interval, compare_pairs, headline_error
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
+from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY
 from finetune.runs.model_cost import latencies
 from finetune.runs.outcome import Outcome
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
+from finetune.tasks.leading import recorded_leading
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Comparison:
     dataset: str
     split: str  # that the arms were judged on: test, or cv
     classes: tuple[str, ...]
-    headline: str
+    headline: str  # that the arms are tested by
+    leading: str  # that is told first: a mean over classes where these are unequal
     arms: tuple[ArmResult, ...]
     pairs: tuple[Pair, ...]
     verdict: Verdict
@@ -114,6 +117,7 @@ class Comparison:
             split=document["split"],
             classes=tuple(document["classes"]),
             headline=document["headline"].partition("/")[2],
+            leading=document.get("leading", document["headline"]).partition("/")[2],  # version 0.1 had none
             arms=tuple(ArmResult.from_dict(arm) for arm in document["arms"]),
             pairs=_pairs_of(document["pairs"], verdict["margin"]),
             verdict=Verdict(verdict["choose"], verdict["outcome"], verdict["sentence"], tuple(verdict["pareto"])),
@@ -133,6 +137,7 @@ class Comparison:
             "split": self.split,
             "classes": list(self.classes),
             "headline": f"{self.split}/{self.headline}",
+            "leading": f"{self.split}/{self.leading}",
             "arms": [arm.to_dict() for arm in self.arms],
             "pairs": [row for pair in self.pairs for row in _pair_rows(pair, self.split)],
             "verdict": {
@@ -243,6 +248,7 @@ def conclude(
         split=split,
         classes=reference.classes,
         headline=metric.key,
+        leading=recorded_leading(task_named(reference.task), arms[0].outcomes[0].metrics, split).key,
         arms=results,
         pairs=pairs,
         verdict=judge_arms(standings, pairs, metric),
@@ -285,8 +291,10 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
 
 
 def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the interval of a mean over runs, where the images and the seeds vary; only the headline has one."""
+    """Return the interval of a mean over runs, where images and seeds vary; the headline and the mean over classes have one."""
     headline = task_named(arm.predictions.runs[0].task).headline
+    if key == MEAN_PER_CLASS_ACCURACY.key:
+        return class_mean_interval(arm.predictions)
     if key != headline.key:
         return None, None
     error, quantile = headline_error(arm.predictions)

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Dataset, Sample
-from finetune.doctor.classes import are_unequal
 from finetune.errors import InvalidInput
 from finetune.features.heads import head_solver
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.messages import natural_list, plural
+from finetune.metrics.imbalance import are_unequal
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.report.labels_page import render_labels
 from finetune.runs.prepare import framing, read_and_build, split_for
@@ -278,7 +278,7 @@ def _divided(
 
 def _concluded(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
     counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
-    metric = PER_CLASS if are_unequal(list(counts.values())) else TOP1
+    metric = PER_CLASS if are_unequal(counts.values()) else TOP1
     curve, n_classes = curves[metric], len(dataset.classes)
     start = curve.sizes[-1]
     asked = more or tuple(sorted({_rounded(share * start / n_classes) for share in (0.25, 0.5, 1.0)}))
