@@ -112,7 +112,7 @@ class Classifier(nn.Module):
         return logits
 
     def explain(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return logits (B, C), embedding (B, D), and the exact activation map (B, h', w') of the top class; None if none exists."""
+        """Return logits (B, C), embedding (B, D) and the activation map (B, h', w') of the top class; None if it is not exact."""
         features = self.backbone(images)
         embedding = self.read(features)
         logits = self.head_logits(embedding)
