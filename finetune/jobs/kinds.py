@@ -5,6 +5,7 @@ The store, the worker, the clients and the server use this table, so that a new 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Kind:
         conclude: summarises a result in a sentence.
         registered: returns the ``name@version`` of the model that a result registered, if any.
         tracked: whether its run is mirrored to trackers, so that the command takes ``--experiment``.
+        trains: whether its command needs the training libraries.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Kind:
     conclude: Callable[[Mapping[str, Any]], str]
     registered: Callable[[Mapping[str, Any]], str | None]
     tracked: bool = False
+    trains: bool = True
 
 
 def _training(spec: Mapping[str, Any]) -> str:
@@ -100,6 +103,7 @@ BATCH = Kind(
     describe=lambda spec: f"images answered by {spec['model']}",
     conclude=lambda result: f"{result['summary']}.",
     registered=lambda result: None,
+    trains=False,
 )
 CHECK = Kind(
     name="check",
@@ -114,6 +118,20 @@ CHECK = Kind(
     registered=lambda result: None,
 )
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON, BATCH, CHECK)}
+
+
+_TRAINING_MODULES = ("torch", "timm")
+
+
+def can_train() -> bool:
+    """Return whether the training libraries are installed, without importing them."""
+    return all(importlib.util.find_spec(name) is not None for name in _TRAINING_MODULES)
+
+
+def kinds_carried_out_here() -> tuple[str, ...]:
+    """Return the names of the kinds whose libraries are installed here: without torch, batch predictions only."""
+    trains = can_train()
+    return tuple(kind.name for kind in KINDS.values() if trains or not kind.trains)
 
 
 def kind_of_id(job_id: str) -> Kind:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -275,24 +275,28 @@ class JobStore:
         with reading(self.engine) as connection:
             return [(str(job_id), str(state)) for job_id, state in connection.execute(ended)]
 
-    def counts(self, owner: str | None = None) -> dict[str, int]:
-        """Return the number of jobs in each state; states without jobs are left out."""
-        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+    def counts(self, owner: str | None = None, kinds: Collection[str] = tuple(KINDS)) -> dict[str, int]:
+        """Return the number of jobs of these kinds in each state; states without jobs are left out."""
+        query = select(jobs.c.state, func.count()).where(jobs.c.kind.in_(kinds)).group_by(jobs.c.state)
         with reading(self.engine) as connection:
             rows = connection.execute(query if owner is None else query.where(jobs.c.owner == owner))
             return {str(state): int(count) for state, count in rows}
 
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
 
-    def claim(self, worker: str) -> Claim | None:
-        """Claim the next queued job with a new lease; return None if there is none."""
+    def claim(self, worker: str, kinds: Collection[str] = tuple(KINDS)) -> Claim | None:
+        """Claim the next queued job with a new lease; return None if there is none.
+
+        Args:
+            kinds: names of the kinds of jobs that the worker executes.
+        """
         with reading(self.engine) as connection:  # usually there is none; a read does not block other writers
-            if connection.execute(_claimable(lease_time(connection))).first() is None:
+            if connection.execute(_claimable(lease_time(connection), kinds)).first() is None:
                 return None
         now = time.time()
         with writing(self.engine) as connection:
             clock = lease_time(connection)
-            job_id = connection.execute(_claimable(clock).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
+            job_id = connection.execute(_claimable(clock, kinds).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
             if job_id is None:
                 return None
             taken = {
@@ -438,7 +442,7 @@ class NameTaken(Conflict):
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
-def _claimable(clock: LeaseTime) -> Select[str]:
+def _claimable(clock: LeaseTime, kinds: Collection[str]) -> Select[str]:
     """Return the query for the id of the next job. A `not_before` of an earlier boot counts as past.
 
     Among jobs of equal priority, those of the owner with the fewest running jobs come first, then those of the owner whose last
@@ -455,7 +459,7 @@ def _claimable(clock: LeaseTime) -> Select[str]:
     return (
         select(jobs.c.id)
         .join(owners, owners.c.owner == jobs.c.owner)
-        .where(jobs.c.state == "queued", due)
+        .where(jobs.c.state == "queued", jobs.c.kind.in_(kinds), due)
         .order_by(*turn)
         .limit(1)
     )
