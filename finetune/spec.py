@@ -580,15 +580,37 @@ _METHODS: Mapping[str, type[Section]] = {
 }  # fmt: skip
 
 
+_NAMES_OF_OTHER_TOOLS = {
+    "img_size": "input_size_px", "image_size": "input_size_px", "imgsz": "input_size_px", "size": "input_size_px",
+    "patience": "early_stopping_epochs", "architecture": "backbone", "arch": "backbone",
+}  # fmt: skip
+
+
+def _keys_called(given: str, allowed: Sequence[str]) -> list[str]:
+    """Return the keys that people mean by an abbreviation (``lr``, ``test``) or by another tool's word."""
+    if len(given) < 2:
+        return []
+    short = [
+        key
+        for key in allowed
+        if "".join(word[0] for word in key.split("_")) == given or key.startswith(f"{given}_") or key.endswith(f"_{given}")
+    ]
+    return short or [key for key in allowed if key == _NAMES_OF_OTHER_TOOLS.get(given)]
+
+
 def _meant_instead(location: Sequence[str | int], root: type[Section], sections: Mapping[str, type[Section]]) -> str:
     """Return what an unknown key is probably meant to be: a key beside it, else one of another section; else what is allowed."""
     section = root
     for part in location[:-1]:
         section = {**sections, **_METHODS}.get(str(part), section)
     given, allowed = str(location[-1]), list(section.model_fields)
-    if near := did_you_mean(given, allowed):
-        return f".{near}"
-    elsewhere = [f"{name}.{field}" for name, other in sections.items() for field in other.model_fields if field == given]
-    if elsewhere and root is JobSpec:
-        return f". Did you mean {elsewhere[0]!r}?"
+    if near := _keys_called(given, allowed):
+        return f". Did you mean {' or '.join(map(repr, near))}?"
+    others = {name: list(other.model_fields) for name, other in sections.items()} if root is JobSpec else {}
+    if exact := [f"{name}.{given}" for name, fields in others.items() if given in fields]:
+        return f". Did you mean {exact[0]!r}?"
+    if spelled := did_you_mean(given, allowed):
+        return f".{spelled}"
+    if meant := [f"{name}.{key}" for name, fields in others.items() for key in _keys_called(given, fields)]:
+        return f". Did you mean {meant[0]!r}?"
     return f"; allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}{section.HINT}"

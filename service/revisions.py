@@ -23,7 +23,7 @@ from finetune.data.names import class_name, why_no_class_name
 from finetune.data.places.tree import is_system
 from finetune.errors import DataError, InvalidInput, NotFound, Problem
 from finetune.jobs.files import UploadedFile
-from finetune.jobs.worker import folder_bytes
+from finetune.storage.files import folder_bytes
 from service.pictures import Pictures
 from service.uploads import Received
 

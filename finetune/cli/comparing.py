@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import click
 
 from finetune.cli.executing import places_options, take_places
 from finetune.cli.following import take_trackers, tracking_options
-from finetune.cli.training import job_options, json_option, take_job_options
+from finetune.cli.training import NO_DATA, job_options, json_option, names_data, take_job_options
 from finetune.runtime.collector import objects_exempt
 
 
@@ -36,7 +37,8 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
     """Train in several ways on the same images and compare them.
 
     WHAT is the data, a spec file, or the folders of two or more finished runs, which are then compared as they are. A server
-    knows finished runs by the ids of their jobs. With the id of a queued comparison, it is followed and what it came to is shown.
+    knows finished runs by the ids of their jobs. With the id of a queued comparison, it is followed and what it came to is shown;
+    with the folder of a finished one, that is shown again.
 
     By default the arms are linear_probe, partial and full, with three seeds each. Others, for example:
 
@@ -57,12 +59,14 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         from finetune.cli.show import show_comparison
         from finetune.cli.terminal import print_json, shortened
         from finetune.comparison_spec import ComparedRuns, load_request
-        from finetune.progress_bars import progress_bars
+        from finetune.progress_bars import console, progress_bars
         from finetune.runs.shared import Shared
+        from finetune.storage.files import read_json
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.compare import compare as run_comparison
-        from finetune.studies.compare import compare_runs
+        from finetune.studies.compare import compare_runs, finished_before
+        from finetune.studies.compare.result import Comparison
         from finetune.tracking.mirror import tracked_as
         from finetune.tracking.view import experiment_name
 
@@ -70,6 +74,20 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
     places, trackers = take_places(given), take_trackers(given)
+    if len(what) == 1 and (finished := RunDir(what[0].absolute()).comparison).exists():
+        document = Comparison.from_dict(read_json(finished)).to_dict()
+        print_json(document) if as_json else show_comparison(document, shortened(Path(document["report"])))
+        return
+
+    def begins(run: RunDir) -> None:
+        begun(run)
+        if not as_json and (earlier := finished_before(run)) is not None:
+            console.print(
+                f"These arms were compared on this data before, and train anew now. What came of it then: "
+                f"finetune compare {shlex.quote(shortened(earlier.root))}",
+                markup=False,
+            )
+
     asked = load_request(*_request(what, given))
     if isinstance(asked, ComparedRuns):
         found = compare_runs([Path(run) for run in asked.runs], workspace, asked.margin, run_dir)
@@ -77,7 +95,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
             begun(RunDir(found.folder))
     else:
         with trackers.follow(workspace, experiment_name(asked.job)) as begun, progress_bars(shown=not as_json) as progress:
-            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begun)
+            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begins)
     found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     print_json(found.to_dict()) if as_json else show_comparison(found.to_dict(), shortened(found.report))
 
@@ -149,6 +167,8 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
     spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
     if path is not None and spec_file is None:
         overrides["training_file"] = str(path)
+    if spec_file is None and not names_data(overrides, settings):
+        raise click.UsageError(NO_DATA)
     return spec_file, {**overrides, **{key: value for key, value in own.items() if value is not None}}, settings
 
 

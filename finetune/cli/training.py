@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from finetune.runtime.collector import objects_exempt
 if TYPE_CHECKING:
     from finetune.spec import JobSpec
 
+NO_DATA = "no data was given: name a folder of labelled images, an archive of one, a table that names images, or a spec file"
 METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
 
 
@@ -66,6 +67,11 @@ def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     return overrides, given.pop("settings")
 
 
+def names_data(overrides: Mapping[str, Any], settings: Sequence[str]) -> bool:
+    """Return whether the data is given, by itself or with ``--set``."""
+    return "training_file" in overrides or any(setting.startswith("training_file=") for setting in settings)
+
+
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command a spec file or data, its short forms as flags, and ``--set`` for the rest; it gets one `spec`."""
 
@@ -79,6 +85,8 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             if "training_file" in overrides:
                 raise click.UsageError(f"the data is given twice: {what} and --data {overrides['training_file']}")
             overrides["training_file"] = what
+        if spec_file is None and not names_data(overrides, settings):
+            raise click.UsageError(NO_DATA)
         return ctx.invoke(command, spec=load_spec(spec_file, overrides, settings), **given)
 
     functools.update_wrapper(build, command)  # with the options that `command` has already

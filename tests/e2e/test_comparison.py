@@ -26,7 +26,7 @@ from finetune.evaluation import predictions as tables
 from finetune.progress import Progress
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
-from finetune.studies.compare import compare
+from finetune.studies.compare import compare, finished_before
 from finetune.studies.compare.result import Comparison
 
 CRASHING = Path(__file__).parents[1] / "crashing"
@@ -186,6 +186,17 @@ def test_the_command_prints_the_same_document_and_a_table_for_people(
     shown = CliRunner().invoke(cli, ["compare", *runs], catch_exceptions=False, env={"COLUMNS": "80"})
     assert "top-1 accuracy on 18 test images" in shown.output
     assert max(len(line) for line in shown.output.splitlines() if "report" not in line) <= 80
+    again = CliRunner().invoke(cli, ["compare", str(found.folder), "--json"], catch_exceptions=False)
+    assert json.loads(again.stdout) == found.to_dict(), "the folder of a finished comparison is shown again"
+
+
+def test_the_same_comparison_again_knows_of_the_one_before(tmp_path: Path) -> None:
+    first, second, third = (RunDir(tmp_path / f"flowers-comparison-0123abcd{end}") for end in ("", "-2", "-3"))
+    for run in (first, second):
+        run.create()
+        run.comparison.write_text("{}")
+    assert [finished_before(run) for run in (first, second, third)] == [None, first, second]
+    assert finished_before(RunDir(tmp_path / "mine-2")) is None
 
 
 def test_a_request_to_compare_runs_is_carried_out_in_the_folder_that_it_is_given(

@@ -227,10 +227,10 @@ def test_a_reference_is_a_folder_a_name_or_a_name_with_a_version_or_alias(regist
         registry.register(bundle, "trees")
     registry.set_alias("trees", "champion", "1")
     folder = registry.root / "trees"
-    assert registry.locate(str(bundle)) == bundle
+    assert registry.locate(str(bundle)) == registry.locate(str(bundle.parent)) == bundle, "the bundle, or its run's folder"
     assert registry.locate() == registry.locate("trees") == registry.locate("trees@champion") == folder / "1"
     assert registry.locate("trees@2") == registry.locate("trees@latest") == folder / "2"
-    with pytest.raises(NotFound, match=r"no bundle there \(a bundle is a folder with bundle\.json in it\)"):
+    with pytest.raises(NotFound, match="no run that was exported, and no bundle, is in this folder"):
         registry.locate("./nowhere")
     with pytest.raises(NotFound, match="no version or alias '7'"):
         registry.locate("trees@7")

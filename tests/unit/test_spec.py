@@ -36,6 +36,29 @@ def test_every_method_can_be_named_bare(name: str):
     assert parse_spec({"training_file": "photos", "method": name}).method.type == name
 
 
+def test_an_abbreviation_or_another_tools_word_for_a_key_is_understood():
+    found = problems_of(
+        {
+            "training_file": "photos",
+            "hyperparameters": {"lr": 0.1},
+            "model": {"imgsz": 224, "x": 1},
+            "data": {"test": 0.2},
+            "wd": 0.1,
+            "epochs": 3,
+            "test_fraction": 0.2,
+        }
+    )
+    assert found == {
+        "hyperparameters.lr": "unknown key. Did you mean 'learning_rate'?",
+        "model.imgsz": "unknown key. Did you mean 'input_size_px'?",
+        "model.x": "unknown key; allowed are backbone, weights, input_size_px, head",
+        "data.test": "unknown key. Did you mean 'test_fraction'?",
+        "wd": "unknown key. Did you mean 'hyperparameters.weight_decay'?",
+        "epochs": "unknown key. Did you mean 'hyperparameters.n_epochs'?",
+        "test_fraction": "unknown key. Did you mean 'data.test_fraction'?",
+    }
+
+
 def test_all_problems_are_reported_at_once_each_with_its_path_and_what_is_allowed():
     found = problems_of(
         {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import DiskFull
 from finetune.events import DataWarning, Resumed, Trained, TrainingStarted
-from finetune.storage.files import atomic_path, read_json, write_atomic, write_json
+from finetune.storage.files import atomic_path, files_under, folder_bytes, read_json, write_atomic, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -75,3 +76,16 @@ def test_a_journal_holds_what_json_cannot_say_as_null_and_file_names_of_any_byte
     diverged, warning = read_lines(run.events)
     assert diverged["metrics"] == {"val/loss": None}
     assert warning["message"] == "caf\udce9.jpg cannot be read"
+
+
+def test_what_vanishes_while_a_folder_is_counted_counts_nothing(tmp_path: Path):
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"x" * 5000)
+    found = files_under(tmp_path)
+    next(found)
+    for name in ("first", "second", "third"):
+        shutil.rmtree(tmp_path / name)
+    assert not list(found)
+    assert folder_bytes(tmp_path) == 0
+    assert folder_bytes(tmp_path / "never") == 0
