@@ -17,10 +17,11 @@ from typing import Any
 
 from finetune import __version__
 from finetune.errors import Conflict, InvalidInput, Overloaded
+from finetune.jobs.kinds import can_train
 from finetune.runs.forecast import Speeds
 from finetune.storage.files import read_json, write_json
 from finetune.storage.workspace import Workspace
-from service.worker import NO_TRAINING, can_train
+from service.worker import NO_TRAINING
 
 log = logging.getLogger(__name__)
 
