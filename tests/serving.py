@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from service.asgi import create_app
 from service.settings import Settings
 
 URL = "http://127.0.0.1"
+PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections, so that none takes one meanwhile
+START_SECONDS = STOP_SECONDS = 120.0  # as long as a very busy machine may take
 
 
 @contextlib.contextmanager
@@ -65,10 +68,8 @@ def live_server(
     port: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Iterator[LiveServer]:
-    """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
+    """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM, and surely ended."""
+    port = port or free_port()
     log = home / "server.log"
     environment = {**os.environ, "FINETUNE_HOME": str(home), **(environment or {})}
     command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]
@@ -77,15 +78,25 @@ def live_server(
     try:
         url = f"{URL}:{port}"
         with httpx.Client(base_url=url) as client:
-            until(lambda: _answers(client, process, "/readyz" if ready else "/livez"))
+            until(lambda: _answers(client, process, "/readyz" if ready else "/livez"), START_SECONDS)
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, drawn at random, because other tests draw too."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 def _answers(client: httpx.Client, process: subprocess.Popen[bytes], path: str) -> bool:
