@@ -297,6 +297,11 @@ def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> 
     leave_out = page.get_by_role("button", name="Leave 3 pictures out")
     expect(leave_out).to_be_visible()
     accessible(page)
+    page.locator("#language").select_option("de")  # what the server has found is said in the person's language too
+    expect(page.get_by_role("heading", name="Dateien mit genau demselben Inhalt")).to_be_visible()
+    accessible(page)
+    page.locator("#language").select_option("en")
+    expect(page.get_by_role("heading", name="Files with the same bytes")).to_be_visible()
 
     def found_in_two_ways(route: Route) -> None:
         answer = route.fetch()
