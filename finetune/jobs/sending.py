@@ -305,7 +305,7 @@ class Sender:
                     self._store().forget_old(now)
                     forget_at = now + _FORGET_SECONDS
                 self._trouble = ""
-            except FinetuneError as error:  # the database is out of reach: the next round tries again
+            except (FinetuneError, OSError) as error:  # the database or the models cannot be read: the next round tries again
                 if str(error) != self._trouble:
                     log.warning("webhooks wait: %s", error)
                 self._trouble = str(error)
