@@ -37,7 +37,6 @@ from finetune.runs.outcome import Outcome
 from finetune.spec import JobSpec, merged_mapping, parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.tasks import task_named
 from finetune.tracking.mirror import tracked_as
 from finetune.tracking.process import followed
 from finetune.tracking.tracker import choose
@@ -268,7 +267,7 @@ class Run:
 
     def __repr__(self) -> str:
         split, evaluation = self._honest()
-        metric = task_named(evaluation.task).headline
+        metric = evaluation.leading
         low, high = evaluation.intervals[metric.key]
         figure = f"{metric.label} {metric.text(evaluation.values[metric.key])}"
         return (
@@ -284,7 +283,7 @@ class Run:
             "notebook_run.html",
             title=repr(self)[1:-1],
             splits=[split for split in _HONEST_FIRST if split in evaluations],
-            metrics=task_named(self._honest()[1].task).metrics,
+            metrics=self._honest()[1].shown,
             evaluations=evaluations,
         )
 

@@ -24,7 +24,8 @@ from finetune.bundle.deployment import Deployment, Share, default_reference, rea
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import REFERENCE, ModelVersion, Registry
-from finetune.errors import BundleError, NotFound, NotReady, Overloaded
+from finetune.errors import BundleError, FinetuneError, NotFound, NotReady, Overloaded
+from finetune.storage.addresses import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,11 @@ class LoadedModels:
     """The default model and those asked for by name, kept up to date by a thread of its own.
 
     Args:
-        default: what `default()` returns: a ``name``, ``name@version``, ``name@alias`` or bundle folder; None for what is
-        deployed in the registry (see `finetune.bundle.deployment`). capacity: how many models asked for by name are held in
-        memory; the least recently used one makes room. max_bytes: the same bound in bytes of ``model.onnx``; the model that was
-        asked for last always stays. load: bundle folder → Predictor.
+        default: what `default()` returns: a ``name``, ``name@version``, ``name@alias``, bundle folder or address; None for what
+            is deployed in the registry (see `finetune.bundle.deployment`).
+        capacity: how many models asked for by name are held in memory; the least recently used one makes room.
+        max_bytes: the same bound in bytes of ``model.onnx``; the model that was asked for last always stays.
+        load: bundle folder → Predictor.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class LoadedModels:
         self._load = load
         self._deployment: Deployment | None = None
         self._default: LoadedModel | None = None
+        self._fetched: Path | None = None  # where the bundle of a pinned address is on this disk
+        self._fetch_trouble = ""
         self._beside: dict[str, LoadedModel] = {}  # canary and shadow, by reference
         self._reason = "The models have not been looked at yet"
         self._named: OrderedDict[str, LoadedModel] = OrderedDict()
@@ -128,7 +132,7 @@ class LoadedModels:
 
     @property
     def serves_a_folder(self) -> bool:
-        """Whether the default is a bundle folder outside the registry."""
+        """Whether the default is a bundle outside the registry: in a folder, or at an address."""
         return self.pinned is not None and "/" in self.pinned
 
     def deployment(self) -> Deployment | None:
@@ -245,6 +249,9 @@ class LoadedModels:
         except NotFound:
             self._default, self._reason = None, self._why_there_is_none()
             return
+        except NotReady as error:
+            self._reason = error.message
+            return
         except BundleError as error:  # a folder that is no bundle, or not now: somebody may be writing it
             self._reason = f"{error.message}. {MAKE_ONE}"
             return
@@ -314,9 +321,27 @@ class LoadedModels:
         if self.pinned is None:
             self._deployment = read_deployment(self.registry)
             return _source(self.registry.lookup(default_reference(self.registry)))
+        if is_uri(self.pinned):
+            return _folder_source(self._fetched_once(self.pinned))
         if self.serves_a_folder:
             return _folder_source(Path(self.pinned))
         return _source(self.registry.lookup(self.pinned))
+
+    def _fetched_once(self, address: str) -> Path:
+        """Return the folder to which the pinned address's bundle was fetched. A server that runs does not follow the address.
+
+        Raises:
+            NotReady: it cannot be fetched now. The log has the reason, which may name what not everybody may know.
+        """
+        if self._fetched is None:
+            try:
+                self._fetched = self.registry.locate(address)
+            except FinetuneError as error:
+                if error.message != self._fetch_trouble:
+                    log.error("%s", error.message)
+                self._fetch_trouble = error.message
+                raise NotReady("The model cannot be fetched from its address yet; the server's log has the reason") from None
+        return self._fetched
 
     def _watch(self) -> None:
         trouble = ""

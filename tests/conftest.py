@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["leftover_processes", "screens"]
+pytest_plugins = ["buckets", "leftover_processes", "screens"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -193,6 +193,8 @@ def whole_comparison(run: RunDir, arms: Mapping[str, float] = {"linear_probe": 0
             "id": run.root.name,
             "dataset": "flowers",
             "split": "test",
+            "headline": "test/top1",
+            "leading": "test/top1",
             "arms": listed,
             "pairs": [{**pair, "p_value": 0.02, "p_adjusted": 0.02}, {**pair, "metric": "test/loss", "p_adjusted": None}],
             "verdict": {"choose": "full", "outcome": "better", "sentence": "full is better than linear_probe by 10 points."},

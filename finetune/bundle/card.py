@@ -15,6 +15,7 @@ from finetune.bundle.calibration import DEFAULT_PRECISION, Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.messages import encodable, natural_list, plural
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first, recorded_leading
 
 SHOWN_CLASSES = 100
 IMAGES_LICENCE = "The licence of the training images is not recorded."
@@ -85,12 +86,14 @@ def _figures(manifest: Manifest) -> str:
         return "The bundle records no figures."
     rows = [["", *splits]]
     rows.append(["images", *(f"{metrics[f'{split}/n']:,.0f}" if f"{split}/n" in metrics else "–" for split in splits)])
-    for metric in task.metrics:
+    leading = recorded_leading(task, metrics, splits[0])
+    for metric in leading_first(task, leading):
         if len(manifest.classes) >= metric.least_classes:
             rows.append([metric.label, *(_figure(metrics, split, metric) for split in splits)])
+    why = "" if leading is task.headline else f"; {WHY_OVER_CLASSES}"
     told = "\n".join(f"- {SPLITS[split]}" for split in splits)
     notes = "".join(f"\n- {_text(note)}" for note in manifest.method.get("notes", ()))
-    return f"{_table(rows)}\n\nIn brackets: the 95 % interval.\n\n{told}{notes}"
+    return f"{_table(rows)}\n\nIn brackets: the 95 % interval{why}.\n\n{told}{notes}"
 
 
 def _figure(metrics: Mapping[str, float], split: str, metric: Any) -> str:

@@ -12,6 +12,7 @@ from finetune.messages import duration
 from finetune.progress import Progress
 from finetune.progress_bars import console, progress_bars
 from finetune.tasks import TASKS
+from finetune.tasks.leading import recorded_leading
 
 if TYPE_CHECKING:
     from finetune.jobs.client import EventView, JobsClient, JobView
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 LONELY_SECONDS = 10.0  # queued for so long with nothing happening: perhaps there is no worker
-HEADLINES = {task.headline.key for task in TASKS}
 _COLOURS = {"error": "red", "warning": "yellow", "warn": "yellow"}
 
 
@@ -73,7 +73,8 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
         facts.append(["progress", f"{job.progress['done']} of {job.progress['total']} {job.progress['unit']}"])
     if job.model is not None:
         facts.append(["model", job.model])
-    facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name.partition("/")[2] in HEADLINES]
+    shown = _leading_names(job.metrics)
+    facts += [[name, f"{value:.4f}"] for name, value in job.metrics.items() if name in shown]
     if job.conclusion is not None:
         facts.append(["verdict", job.conclusion])
     if job.error_message is not None:
@@ -81,6 +82,18 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
     table(job.id, ["what", "value"], facts)
     for event in events:
         show_event(event)
+
+
+def _leading_names(metrics: Mapping[str, float]) -> list[str]:
+    """Return the figures of a job that are shown: of each split the headline, and before it what is told first."""
+    splits = dict.fromkeys(name.partition("/")[0] for name in metrics)
+    tasks = [task for task in TASKS if any(f"{split}/{task.headline.key}" in metrics for split in splits)]
+    return [
+        f"{split}/{key}"
+        for task in tasks
+        for split in splits
+        for key in (recorded_leading(task, metrics, split).key, task.headline.key)
+    ]
 
 
 def show_jobs(jobs: Sequence[JobView]) -> None:

@@ -21,7 +21,7 @@ QUIET_IMAGES = 64  # so many take a second: no progress bar
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the workspace's default model.")
+@click.option("--model", help="A registered name, name@version, a bundle folder or an address. Default: the default model.")
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--coverage", type=float, metavar="SHARE", help="Also give the labels of which one is right with this probability, as in 0.9."
@@ -149,7 +149,9 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
 
 @click.command()
 @click.option(
-    "--model", help="What /predict answers with: a registered name, name@version, or a bundle folder. Default: what was promoted."
+    "--model",
+    help="What /predict answers with: a registered name, name@version, a bundle folder, or an address such as "
+    "s3://bucket/flowers/3. Default: what was promoted.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=3000, show_default=True)
@@ -228,12 +230,80 @@ def show_model(model: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("model")
+@click.argument("address")
+def push(model: str, address: str) -> None:
+    """Copy a version to object storage.
+
+    MODEL is a name, name@version or name@alias, ADDRESS a folder of its own, such as s3://bucket/models/flowers/3. From there
+    `finetune models pull`, `finetune serve --model` and whatever else takes a model read it.
+    """
+    from finetune.bundle.remote import push_bundle
+
+    registry = _registry()
+    version = registry.lookup(model)
+    predictions = registry.predictions_of(version)
+    push_bundle(version.path, address, predictions if predictions.exists() else None)
+    click.echo(f"{version.name}@{version.version} is at {address}", err=True)
+
+
+@models.command()
+@click.argument("address")
+@click.option("--name", help="What the model is called here. Default: what its bundle calls it.")
+def pull(address: str, name: str | None) -> None:
+    """Register a bundle as the next version of a model.
+
+    ADDRESS is where `finetune models push` put it, or a folder of a bundle or of a run. Nothing is promoted by it, unless the
+    model is new here.
+    """
+    from finetune.bundle.manifest import read_manifest
+    from finetune.bundle.remote import PREDICTIONS
+
+    registry = _registry()
+    bundle = registry.locate(address)
+    predictions = bundle / PREDICTIONS
+    found = registry.register(
+        bundle, name or read_manifest(bundle).name, once=True, predictions=predictions if predictions.exists() else None
+    )
+    click.echo(f"{found.name}@{found.version}")
+
+
+@models.command()
+@click.argument("model")
 def card(model: str) -> None:
     """Print the model card: what the bundle records, as Markdown."""
     from finetune.bundle.card import model_card
     from finetune.bundle.manifest import read_manifest
 
     click.echo(model_card(read_manifest(_registry().locate(model))), nl=False)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
+@click.option("--server", metavar="URL", help="Ask a server, which knows the newest answers; key in FINETUNE_API_KEY.")
+@json_option
+def drift(reference: str, server: str | None, as_json: bool) -> None:
+    """Show whether live answers have drifted.
+
+    They are compared with the answers to images that did not train the model.
+
+    MODEL is a name, name@version or name@alias. Without --server, the workspace's files tell it, which a running server writes
+    once a minute. The exit code is 1 where there is drift.
+    """
+    from finetune.cli.show_drift import show_drift
+    from finetune.cli.terminal import print_json
+
+    name, _, version = reference.partition("@")
+    if server is not None:
+        from finetune.client import Client
+
+        with Client(server, os.environ.get("FINETUNE_API_KEY")) as client:
+            found = client.drift(name, version or "champion")
+    else:
+        from finetune.monitoring.watched import drift_as_stored
+
+        found = drift_as_stored(_registry(), reference)
+    print_json(found) if as_json else show_drift(found)
+    sys.exit(1 if found["state"] == "drifted" else 0)
 
 
 @models.command()

@@ -16,6 +16,7 @@ from finetune.metrics import Metric
 from finetune.progress_bars import console
 from finetune.storage.files import read_json
 from finetune.tasks import TASKS, task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first, recorded_leading
 
 if TYPE_CHECKING:
     from finetune.bundle.deployment import Deployment
@@ -138,10 +139,12 @@ def _show_problems(run: RunDir) -> None:
 
 def _show_headline(evaluation: Evaluation, images: str) -> None:
     """Print the figure to judge by, on which images it was measured, and between what it may really lie."""
-    metric = task_named(evaluation.task).headline
+    metric = evaluation.leading
     low, high = (metric.text(bound) for bound in evaluation.intervals[metric.key])
     value = f"[bold]{metric.label} {metric.text(evaluation.values[metric.key])}[/]"
     console.print(f"{value} on {images.format(n=evaluation.n)} (95 % interval {low} to {high})")
+    if evaluation.why_leading:
+        console.print(f"({evaluation.why_leading})", style="dim")
 
 
 def _show_figures(evaluations: Mapping[str, Evaluation]) -> None:
@@ -164,15 +167,24 @@ def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
     measured = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
     if len(measured) > 1 and measured[0].recall != 1.0:
         worst = [
-            [row.name, row.n, f"{row.recall:.0%}", "–" if row.precision is None else f"{row.precision:.0%}"]
+            [row.name, row.n, f"{row.recall:.0%}", _percents(row.intervals.get("recall")), _percent(row.precision)]
             for row in measured[:SHOWN_WORST]
         ]
-        table(f"Classes that were recognised worst ({split})", ["class", "images", "found", "right when said"], worst)
+        head = ["class", "images", "found", "95 % interval", "right when said"]
+        table(f"Classes that were recognised worst ({split})", head, worst)
     if evaluation.absent:
         console.print(
             f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: "
             "nothing is known of them, and means over classes leave them out"
         )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def _percents(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
 
 
 def _show_cost(cost: Mapping[str, float]) -> None:
@@ -194,7 +206,8 @@ def _show_cost(cost: Mapping[str, float]) -> None:
 def _show_folds(found: Mapping[str, Any]) -> None:
     """Each fold on what it held out, and what to expect of the model."""
     over, pooled = found["over_folds"], found["pooled"]
-    headline = next(task.headline for task in TASKS if task.headline.key in over)
+    task = next(task for task in TASKS if task.headline.key in over)
+    headline = recorded_leading(task, pooled, "cv")
     names = (headline.key, "macro_f1", "loss")
     rows = [
         [
@@ -241,6 +254,7 @@ def _show_arms(found: Mapping[str, Any]) -> None:
     """Print each arm, then each pair, and what must be said of them."""
     key, split = found["headline"], found["split"]
     metric = task_metric(key.removeprefix(f"{split}/"))
+    _show_leading_of_arms(found)
     rows = []
     for arm in found["arms"]:
         figure, training = arm["metrics"][key], duration(arm["cost"]["train_seconds"])
@@ -271,6 +285,23 @@ def _show_arms(found: Mapping[str, Any]) -> None:
             console.print(f"[yellow]note[/] {escape(arm['name'])}: {escape(arm['note'])}")
     if found["left_out"]:
         console.print(f"[yellow]note[/] {found['left_out']:,} images are left out: one of the runs had trained or chosen on them")
+
+
+def _show_leading_of_arms(found: Mapping[str, Any]) -> None:
+    """Print the mean over classes of each arm, where that is told first."""
+    leading = found.get("leading", found["headline"])
+    if leading == found["headline"]:
+        return
+    metric = task_metric(leading.partition("/")[2])
+    rows = []
+    for arm in found["arms"]:
+        figure = arm["metrics"][leading]
+        low, high = (None if bound is None else metric.text(bound) for bound in (figure["low"], figure["high"]))
+        rows.append([arm["name"], metric.text(figure["value"]), "–" if low is None else f"{low} – {high}"])
+    table(f"{metric.label} ({found['split']})", ["arm", "mean", "95 % interval"], rows)
+    console.print(
+        f"({WHY_OVER_CLASSES}; arms are tested by {task_metric(found['headline'].partition('/')[2]).label})", style="dim"
+    )
 
 
 def task_metric(key: str) -> Metric[Any]:
@@ -420,13 +451,16 @@ def _show_recorded_figures(manifest: Manifest) -> None:
     splits = [split for split in HONEST_FIRST if f"{split}/{task.headline.key}" in figures]
     if not splits:
         return
-    judged_on = {f"{splits[0]}/{name}" for name in ("n", f"{task.headline.key}_low", f"{task.headline.key}_high")}
+    leading = recorded_leading(task, figures, splits[0])
+    judged_on = {f"{splits[0]}/{name}" for name in ("n", f"{leading.key}_low", f"{leading.key}_high")}
     if judged_on <= figures.keys():
-        value, low, high = (task.headline.text(figures[f"{splits[0]}/{task.headline.key}{end}"]) for end in ("", "_low", "_high"))
+        value, low, high = (leading.text(figures[f"{splits[0]}/{leading.key}{end}"]) for end in ("", "_low", "_high"))
         images = JUDGED_ON[splits[0]].format(n=int(figures[f"{splits[0]}/n"]))
-        console.print(f"[bold]{task.headline.label} {value}[/] on {images} (95 % interval {low} to {high})")
+        console.print(f"[bold]{leading.label} {value}[/] on {images} (95 % interval {low} to {high})")
+        if leading is not task.headline:
+            console.print(f"({WHY_OVER_CLASSES})", style="dim")
     rows = []
-    for metric in task.metrics:
+    for metric in leading_first(task, leading):
         values = [figures.get(f"{split}/{metric.key}") for split in splits]
         if len(manifest.classes) >= metric.least_classes and any(value is not None for value in values):
             rows.append([metric.label, *("–" if value is None else metric.text(value) for value in values)])

@@ -89,6 +89,11 @@ class Dataset:
         splits = [split for split in (*SPLITS, "all") if split in present]
         return {split: {name: found[split, label] for label, name in enumerate(self.classes)} for split in splits}
 
+    def class_sizes(self) -> tuple[int, ...]:
+        """Count the images of each class in all splits together, in the order of the classes."""
+        found = Counter(label for sample in self.samples for label in sample.labels)
+        return tuple(found[label] for label in range(len(self.classes)))
+
     def sizes(self) -> dict[str, int]:
         """Count images by split; the key is ``all`` for images that are in no split yet."""
         found = Counter(sample.split or "all" for sample in self.samples)

@@ -5,20 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from finetune.data.dataset import Dataset
 from finetune.doctor.finding import Case, Finding, case_key
 from finetune.messages import natural_list, plural
+from finetune.metrics.imbalance import are_unequal
 
 FEW_IMAGES = 20  # of a class, below which its figures say little
-UNEQUAL = 5.0  # times as many images in the largest class as in the smallest
-
-
-def are_unequal(counts: Sequence[int]) -> bool:
-    """Return whether accuracy over all images hides what happens to the small ones of these classes."""
-    present = [count for count in counts if count]
-    return bool(present) and max(present) >= UNEQUAL * min(present)
 
 
 def class_findings(dataset: Dataset) -> Iterator[Finding]:
@@ -99,7 +93,7 @@ def _missing(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
 
 
 def _unequal(totals: Counter[str]) -> Iterator[Finding]:
-    if not are_unequal(list(totals.values())):
+    if not are_unequal(totals.values()):
         return
     most, least = totals.most_common(1)[0], min(totals.items(), key=lambda pair: pair[1])
     yield Finding(

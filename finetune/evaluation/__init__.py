@@ -1,4 +1,4 @@
 """Pure functions of predictions: metrics, intervals, calibration, mistakes. Torch-free.
 
-`predictions` is the table that every run writes for every split that it judges; all else is computed from such tables.
+Every run writes one table of predictions (module `predictions`) for each evaluated split; all else is computed from such tables.
 """

@@ -1,4 +1,4 @@
-"""Ask a bundle about many images: labelled data to be judged on, or any files and folders. Torch-free."""
+"""Run a bundle on many images: labelled data for an evaluation, or any files and folders. Torch-free."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 
 @dataclass(frozen=True)
 class Answer:
-    """What a bundle says about one image."""
+    """A bundle's outputs for one image."""
 
     sample: Sample  # with the sha256 of its bytes
-    image: NDArray[np.uint8]  # (h, w, 3) what the model saw
+    image: NDArray[np.uint8]  # (h, w, 3) the preprocessed image that the model was given
     probs: NDArray[np.float32]  # (C,)
     logits: NDArray[np.float32]  # (C,)
     embedding: NDArray[np.float32]  # (D,)
@@ -48,10 +48,10 @@ class Unreadable:
 def ask(
     predictor: Predictor, samples: Sequence[Sample], *, what: str = "", progress: ProgressCallback = silent
 ) -> Iterator[Answer | Unreadable]:
-    """Yield an answer for every sample, in their order; decoding runs in background threads.
+    """Yield the outputs for every sample, in the order given, or why it could not be read. Background threads decode ahead.
 
     Args:
-        what: said beside the progress.
+        what: named in the progress message.
     """
     cores = available_cores()
     waiting: list[tuple[Sample, NDArray[np.uint8]] | Unreadable] = []
@@ -72,7 +72,7 @@ def ask(
 
 
 def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, *, labelled: bool) -> Predictions:
-    """Return answers as a table."""
+    """Return the answers as one table of predictions, with targets where `labelled`."""
     manifest = predictor.manifest
     n_classes = len(manifest.classes)
     samples = [answer.sample for answer in answers]
@@ -95,7 +95,7 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
 
 @dataclass(frozen=True)
 class NoFile:
-    """Stands in for an image file that is not there; reading it says why."""
+    """An image file that does not exist. Reading it raises an `ImageError` with the reason."""
 
     reason: str
 
@@ -106,7 +106,7 @@ class NoFile:
 def files_under(paths: Sequence[Path]) -> list[Sample]:
     """Return a sample for each image file among `paths`, in folders and matched by patterns (``*.jpg``), in the order given.
 
-    What is nothing of these becomes a sample too, which cannot be read (`NoFile`).
+    A path that is none of these becomes a sample that cannot be read (`NoFile`), so that it appears in the results as an error.
     """
     samples: list[Sample] = []
     for path in paths:
@@ -122,7 +122,7 @@ def files_under(paths: Sequence[Path]) -> list[Sample]:
 
 
 def _decoded(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | Unreadable:
-    """Runs in a background thread."""
+    """Read and preprocess one sample, in a background thread."""
     try:
         data = sample.file.read()
         return sample.with_sha256(hashlib.sha256(data).hexdigest()), predictor.manifest.preprocess.load(data)

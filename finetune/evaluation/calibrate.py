@@ -1,7 +1,7 @@
-"""From held-out answers to what a bundle can say of new ones: sets of a chosen coverage, where to abstain, what is unlike.
+"""Fit on held-out predictions how a bundle states its certainty: prediction sets, abstention thresholds and novelty detection.
 
-Also how well that holds on other images, and what temperature scaling does to the probabilities of images that it was not fitted
-on. Pure functions of tables of predictions.
+Also measure how well these hold on other images, and how reliable temperature-scaled probabilities are on images that the
+temperature was not fitted on. Pure functions of tables of predictions.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.novelty import Subspace, fit_subspace, held_out_distances, known_images
 from finetune.tasks import task_named
 
-MIN_IMAGES = 20  # fewer show no precision and hardly any coverage
+MIN_IMAGES = 20  # fewer cannot demonstrate any of the precision levels, and hardly any coverage
 MIN_IMAGES_FOR_NOVELTY = 40
 N_PARTS = 5
 CHECKED_COVERAGE, CHECKED_PRECISION = 0.90, 0.95
-_ROUNDING = 1e-6  # the exported graph computes in float32: what was exactly at a threshold must stay inside
+_ROUNDING = 1e-6  # the exported graph computes in float32: a score exactly at a threshold must still pass it
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is exported with a model."""
+    """The calibration that is exported with a model, and the subspace of its known embeddings for novelty detection."""
 
     calibration: Calibration
     subspace: Subspace | None
 
 
 def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_hold: bool) -> Fitted | None:
-    """Learn from held-out answers how far new ones may be relied on; None where they are too few, or may have several labels.
+    """Fit coverage, abstention and novelty thresholds on held-out predictions.
 
     Args:
-        temperature: that the bundle makes probabilities with.
-        embeddings_hold: whether the embeddings in the table are those that the exported model gives.
+        temperature: the bundle's; logits are divided by it.
+        embeddings_hold: whether the embeddings in the table equal those of the exported model.
+
+    Returns:
+        None for fewer than `MIN_IMAGES` images, and for tasks with several labels per image.
     """
     task = task_named(held_out.task)
     if len(held_out) < MIN_IMAGES or not task.exclusive:
@@ -53,7 +56,7 @@ def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_h
     covered = {level: coverage_threshold(of_true, float(level)) for level in LEVELS}
     by_class = {level: class_thresholds(of_true, targets, len(held_out.classes), float(level)) for level in CLASS_LEVELS}
     subspace, novelty, unlike = _novelty(held_out if embeddings_hold else replace(held_out, embedding=None))
-    confidence = np.where(unlike, 0.0, probs.max(axis=1))  # what is unlike is not answered, however sure the model is
+    confidence = np.where(unlike, 0.0, probs.max(axis=1))  # a novel image is never answered, whatever its probability
     right = held_out.judged().score > 0
     operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
     return Fitted(
@@ -81,7 +84,7 @@ def _below(threshold: float) -> float:
 
 
 def _novelty(held_out: Predictions) -> tuple[Subspace | None, tuple[float, ...], NDArray[np.bool_]]:
-    """Return the subspace, the distances that 1 %, 2 % … of new images do not exceed, and which held-out images are unlike."""
+    """Return the subspace, the distances that 1 % to 99 % of new images do not exceed, and which held-out images are novel."""
     nothing = np.zeros(len(held_out), bool)
     if held_out.embedding is None or len(held_out) < MIN_IMAGES_FOR_NOVELTY or not np.isfinite(held_out.embedding).all():
         return None, (), nothing
@@ -99,7 +102,7 @@ def _novelty(held_out: Predictions) -> tuple[Subspace | None, tuple[float, ...],
 
 
 def check_calibration(fitted: Fitted, others: Predictions, temperature: float) -> Calibration:
-    """Return the calibration with what came of it on images that had no part in it."""
+    """Return the calibration with its `checked` figures: coverage, precision and novelty rate on images it was not fitted on."""
     calibration = fitted.calibration
     judge = Judge(others.classes, calibration, fitted.subspace)
     probs = task_named(others.task).probabilities(others.logits, temperature)
@@ -142,11 +145,11 @@ def _share(count: int, n: int) -> dict[str, float]:
 
 
 def reliability_after(judged: Predictions, temperature: float, *, fitted_on_these: bool) -> Evaluation:
-    """Judge answers with their temperature, which no image has helped to fit by which its own probability is judged.
+    """Evaluate temperature-scaled predictions such that no image is scaled by a temperature that was fitted on it.
 
     Args:
-        fitted_on_these: whether the temperature was fitted on these images. Then each part of them is judged with a temperature
-            that is fitted on the other parts.
+        fitted_on_these: whether `temperature` was fitted on these images. Then they are scaled by cross-fitting: each of
+            `N_PARTS` parts with a temperature fitted on the other parts.
     """
     factors = np.full(len(judged), 1.0 / temperature)
     if fitted_on_these:
@@ -162,16 +165,16 @@ def reliability_after(judged: Predictions, temperature: float, *, fitted_on_thes
 
 @dataclass(frozen=True)
 class AccuracyCoverage:
-    """How accurate the surest answers are, by the share of images that they are."""
+    """The accuracy-coverage curve: the accuracy of the most confident answers, by the share of images answered."""
 
-    answered: tuple[float, ...]  # share of images, growing
+    answered: tuple[float, ...]  # share of images, ascending
     accuracy: tuple[float, ...]  # of those
     low: tuple[float, ...]  # 95 % interval
     high: tuple[float, ...]
 
 
 def accuracy_coverage(judged: Predictions, temperature: float, n_points: int = 100) -> AccuracyCoverage:
-    """Return the accuracy of the n surest answers for growing n, at `n_points` places."""
+    """Return the accuracy of the n most confident answers, for at most `n_points` values of n."""
     task = task_named(judged.task)
     confidence = task.probabilities(judged.logits, temperature).max(axis=1)
     order = np.argsort(-confidence, kind="stable")

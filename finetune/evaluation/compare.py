@@ -1,19 +1,20 @@
 """Compare arms (methods, backbones, settings) on the same test images: differences, intervals, tests and a verdict.
 
-Everything is paired: what counts are the images that one arm answers better than another. Two things vary: which images happen to
-be tested, and with which seed the training happened to run. The variance of a difference is the sum of both parts (crossed random
-effects, conservatively: their common residual counts twice), with Student's t for few seeds (degrees of freedom by Satterthwaite
-1946). With one run an arm only the images vary, and what is said is about these trained models.
+Everything is paired: arms are compared image by image. Two things vary at random: which images are in the test set, and the seed
+of training. The variance of a difference is the sum of both parts (crossed random effects, conservatively: their common residual
+counts twice), with Student's t for few seeds (degrees of freedom by Satterthwaite 1946). With one run per arm only the images
+vary, and the conclusions hold for these trained models, not for their methods.
 
 - Difference of the headline metric: mean over images of the difference of seed means, with Bonett & Price's (2012) adjustment for
   paired proportions, two images that disagree in opposite directions, so that an interval never has width zero.
-- Test with one run an arm: McNemar's test, mid-p (Fagerland, Lydersen & Laake 2013), and the exact binomial beside it. With more
+- Test with one run per arm: McNemar's test, mid-p (Fagerland, Lydersen & Laake 2013), and the exact binomial beside it. With more
   runs: t test with the variance above. With folds: corrected resampled t test (Nadeau & Bengio 2003).
-- Several pairs: Holm's (1979) adjustment.
-- Other metrics (macro F1, loss, calibration), and a headline that is no mean over images (mean average precision): paired
-  bootstrap over images (Efron 1979), seed means, with the same seed part. With folds such a headline is compared fold by fold.
-- Equivalence: two one-sided tests (Schuirmann 1987) within a margin, so that "no difference found" and "no difference" are told
-  apart; the smallest difference that this many images show with 80 % probability says what could have been found at all.
+- More than one pair: Holm's (1979) adjustment of the p values.
+- Other metrics (macro F1, loss, calibration), and a headline that is not a mean over images (mean average precision): paired
+  bootstrap over images (Efron 1979) of the means over seeds, with the same variance from seeds. With folds such a headline is
+  compared fold by fold.
+- Equivalence: two one-sided tests (Schuirmann 1987) within a margin, which distinguishes "no difference found" from "no
+  difference". The minimum detectable difference (at 80 % power) says how large a difference had to be to be found.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from scipy.optimize import brentq
 from finetune.errors import InvalidInput
 from finetune.evaluation.paired import mcnemar_exact, mcnemar_mid_p, resampled
 from finetune.evaluation.predictions import Predictions
-from finetune.metrics import Metric
+from finetune.metrics import Interval, Metric
+from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY
+from finetune.metrics.intervals import interval_of_mean_of_proportions
 from finetune.tasks import task_named
 
 ALPHA = 0.05
@@ -47,12 +50,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ArmPredictions:
-    """One arm's answers to the same images, one table a run (seed)."""
+    """One arm's predictions for the same images, one table per run (seed)."""
 
     name: str
     runs: tuple[Predictions, ...]
     folds: tuple[int, ...] | None = None  # the fold of each image, where the answers are out of fold
-    n_train: int = 0  # images a fold's model was fitted on; only used with folds
+    n_train: int = 0  # images that the model of one fold was fitted on; only used with folds
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -61,7 +64,7 @@ class ArmPredictions:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of arm `a` minus the same of arm `b`, on the same images."""
+    """The difference of one metric on the same images: arm `a` minus arm `b`."""
 
     a: str
     b: str
@@ -71,10 +74,10 @@ class Difference:
     high: float
     standard_error: float
     degrees_of_freedom: float
-    seed_share: float = 0.0  # of the variance that comes from the seeds of training; the rest comes from the choice of images
+    seed_share: float = 0.0  # share of the variance that comes from training seeds; the rest comes from the choice of images
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Return the interval that holds the true difference with probability `level`."""
+        """Return the confidence interval of the difference at `level`, between 0 and 1."""
         half = _t_quantile(0.5 + level / 2, self.degrees_of_freedom) * self.standard_error
         return self.difference - half, self.difference + half
 
@@ -87,13 +90,13 @@ class Pair:
     b: str
     headline: Difference
     others: tuple[Difference, ...]
-    p_value: float  # that a difference as large arises by chance where there is none
-    p_exact: float | None  # of the exact binomial test; with one run an arm only
+    p_value: float  # two-sided, before the adjustment for the number of pairs
+    p_exact: float | None  # of the exact binomial test; only with one run per arm
     test: Test
-    p_adjusted: float  # for the number of pairs (Holm)
-    smallest_detectable: float  # difference that is found with 80 % probability, given so many images, runs and pairs
+    p_adjusted: float  # adjusted for the number of pairs (Holm)
+    smallest_detectable: float  # the minimum detectable difference at 80 % power, given the images, runs and pairs
     n: int
-    only_a: float  # images that only this arm answers rightly, on average over runs
+    only_a: float  # images that only this arm answers correctly, mean over runs
     only_b: float
     margin: float
 
@@ -103,7 +106,7 @@ class Pair:
 
     @property
     def equivalent(self) -> bool:
-        """Whether the difference is surely smaller than the margin, either way."""
+        """Whether the difference lies within ± the margin by two one-sided tests, each at `ALPHA`."""
         low, high = self.headline.interval(1 - 2 * ALPHA)
         return -self.margin < low and high < self.margin
 
@@ -113,7 +116,7 @@ class Pair:
 
     @property
     def winner(self) -> str | None:
-        """The better arm, where the difference is significant."""
+        """The name of the better arm if the difference is significant, else None."""
         if not self.significant:
             return None
         return self.a if self.headline.difference > 0 else self.b
@@ -123,10 +126,11 @@ def compare_pairs(arms: Sequence[ArmPredictions], margin: float = DEFAULT_MARGIN
     """Compare every arm with every other.
 
     Args:
+        margin: the largest difference of the headline metric that does not matter.
         seed: of the bootstrap.
 
     Raises:
-        InvalidInput: fewer than two arms, or arms that did not answer the same images.
+        InvalidInput: fewer than two arms, or arms with predictions for different images.
     """
     if len(arms) < 2:
         raise InvalidInput("a comparison needs at least two arms")
@@ -138,7 +142,7 @@ def compare_pairs(arms: Sequence[ArmPredictions], margin: float = DEFAULT_MARGIN
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values adjusted for their number by Holm's (1979) step-down method, in the order given."""
+    """Return the p values adjusted for multiple testing by Holm's (1979) step-down method, in the order given."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -151,13 +155,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def smallest_detectable(difference: Difference, n: int, disagreement: float, alpha: float = ALPHA) -> float:
     """Return the true difference that a two-sided test at `alpha` finds with 80 % probability.
 
-    Two arms that differ by d disagree on at least d of the images, so the variance that is expected at d may be larger than
-    the one that was found (as in Connor's 1987 sample size for McNemar's test); few seeds make the test's own critical value
-    and the power uncertain, which the noncentral t distribution accounts for.
+    Two arms that differ by d disagree on at least a share d of the images, so the variance expected at d may be larger than
+    the estimated one (as in Connor's 1987 sample size for McNemar's test). The noncentral t distribution accounts for the
+    uncertainty of a standard error that is estimated from few seeds.
 
     Args:
-        n: images.
-        disagreement: mean square of the differences image by image.
+        n: number of images.
+        disagreement: mean over images of the squared difference of the two arms' scores.
     """
     factor = _noncentrality(alpha, difference.degrees_of_freedom)
     variance = difference.standard_error**2
@@ -169,7 +173,7 @@ def smallest_detectable(difference: Difference, n: int, disagreement: float, alp
 
 
 def _noncentrality(alpha: float, df: float) -> float:
-    """Return how many standard errors a true difference must have to be found with 80 % probability."""
+    """Return the true difference, in standard errors, that the test finds with 80 % probability."""
     if math.isinf(df) or df > 1000:
         return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER))
     critical = float(stats.t.ppf(1 - alpha / 2, df))
@@ -177,7 +181,7 @@ def _noncentrality(alpha: float, df: float) -> float:
 
 
 def images_needed(pair: Pair, difference: float) -> int:
-    """Return about how many test images would show a difference of this size with 80 % probability, were seeds no matter."""
+    """Return about how many test images would show a difference of this size with 80 % probability, ignoring seed variance."""
     if difference <= 0:
         raise ValueError("a difference of zero cannot be shown with any number of images")
     of_images = (1 - pair.headline.seed_share) * pair.smallest_detectable**2
@@ -185,12 +189,12 @@ def images_needed(pair: Pair, difference: float) -> int:
 
 
 def paired_scores(arm: ArmPredictions) -> Floats:
-    """(S, N) whether each run answered each image rightly, 0 or 1."""
+    """Return (S, N) scores: 1 where run s answers image n correctly, else 0."""
     return np.stack([run.judged().score for run in arm.runs])
 
 
 def headline_error(arm: ArmPredictions) -> tuple[float, float]:
-    """Return the standard error of an arm's headline over images and runs, and the quantile that its 95 % interval takes."""
+    """Return the standard error of an arm's headline over images and runs, and the t quantile of its 95 % interval."""
     task = task_named(arm.runs[0].task)
     n = len(arm.runs[0])
     if task.headline is task.of_images:
@@ -208,6 +212,19 @@ def headline_error(arm: ArmPredictions) -> tuple[float, float]:
     return math.sqrt(image_variance + seed_variance), _t_quantile(1 - ALPHA / 2, df)
 
 
+def class_mean_interval(arm: ArmPredictions) -> Interval:
+    """Return the 95 % interval of an arm's mean recall over classes: that of the images, widened by what the seeds vary."""
+    labels = arm.runs[0].labels
+    counts = np.bincount(labels)
+    present = counts > 0
+    right = np.stack([np.bincount(labels, weights=scores) for scores in paired_scores(arm)])[:, present]  # (S, C)
+    low, high = interval_of_mean_of_proportions(right.mean(axis=0).tolist(), counts[present].tolist())
+    means = (right / counts[present]).mean(axis=1)
+    mean, n_runs = float(means.mean()), len(means)
+    of_seeds = 0.0 if n_runs < 2 else _t_quantile(1 - ALPHA / 2, n_runs - 1) * math.sqrt(float(means.var(ddof=1)) / n_runs)
+    return MEAN_PER_CLASS_ACCURACY.bounded(mean - math.hypot(mean - low, of_seeds), mean + math.hypot(high - mean, of_seeds))
+
+
 def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed: int, alpha: float) -> Pair:
     task = task_named(first.runs[0].task)
     scores_a, scores_b = paired_scores(first), paired_scores(second)
@@ -218,7 +235,7 @@ def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed:
         headline = _headline(first, second, task.headline.key, a - b, seed_variance, seed_df)
     else:
         headline = _resampled_headline(first, second, task.headline, seed)
-    # Connor's correction is for the share of images that two arms disagree on, and other metrics are no such share.
+    # Connor's correction applies to the share of images that two arms disagree on; other metrics are not such a share.
     disagreement = float(np.square(a - b).mean()) if by_image else 1.0
     p_exact = None
     test: Test
@@ -251,7 +268,7 @@ def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed:
 def _headline(
     first: ArmPredictions, second: ArmPredictions, metric: str, differences: Floats, seed_variance: float, seed_df: float
 ) -> Difference:
-    """Return the difference of the headline metric, from the differences image by image."""
+    """Return the difference of the headline metric, from the (N,) differences of the images' scores."""
     n = len(differences)
     mean, seed_share = float(differences.mean()), 0.0
     if first.folds is not None:
@@ -268,7 +285,7 @@ def _headline(
 
 
 def _resampled_headline(first: ArmPredictions, second: ArmPredictions, metric: Metric[Any], seed: int) -> Difference:
-    """Return the difference of a headline that is no mean over images: by resampling them, or fold by fold."""
+    """Return the difference of a headline that is not a mean over images, by resampling the images or fold by fold."""
     judged = [[run.judged() for run in arm.runs] for arm in (first, second)]
     values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
     mean, seed_share = float(np.mean(values[0]) - np.mean(values[1])), 0.0
@@ -294,10 +311,12 @@ def _of_fold(arm: ArmPredictions, inside: NDArray[np.bool_], metric: Metric[Any]
 
 
 def _corrected_resampled(means: Floats, n: int, n_train: int) -> tuple[float, float]:
-    """Return standard error and degrees of freedom of the mean over folds (Nadeau & Bengio 2003, equation 9).
+    """Return the standard error and degrees of freedom of the mean over folds (Nadeau & Bengio 2003, equation 9).
 
     Args:
-        means: the difference in each fold; n: images of all folds.
+        means: the difference in each fold.
+        n: number of images in all folds.
+        n_train: number of images that the model of one fold was fitted on.
     """
     k = len(means)
     variance = float(means.var(ddof=1)) * (1 / k + n / k / n_train)
@@ -306,14 +325,14 @@ def _corrected_resampled(means: Floats, n: int, n_train: int) -> tuple[float, fl
 
 
 def _seed_part(values_a: Sequence[float], values_b: Sequence[float]) -> tuple[float, float]:
-    """Return the variance of the difference that comes from seeds, and its degrees of freedom.
+    """Return the variance of the difference that comes from training seeds, and its degrees of freedom.
 
-    Runs of the two arms are independent: the same seed draws other numbers for another method.
+    The runs of two arms are treated as independent: with another method the same seed gives other random numbers.
     """
     known = [(float(np.var(values, ddof=1)), len(values) - 1.0) for values in (values_a, values_b) if len(values) > 1]
     if not known:
         return 0.0, math.inf
-    largest = max(known)  # stands for an arm with a single run, whose own variance nobody knows
+    largest = max(known)  # used for an arm with a single run, whose own variance is unknown
     parts = []
     for values in (values_a, values_b):
         variance, df = (float(np.var(values, ddof=1)), len(values) - 1.0) if len(values) > 1 else largest
@@ -323,14 +342,14 @@ def _seed_part(values_a: Sequence[float], values_b: Sequence[float]) -> tuple[fl
 
 
 def _satterthwaite(*parts: tuple[float, float]) -> float:
-    """Return the degrees of freedom of a sum of variances, each given with its own."""
+    """Return the degrees of freedom of a sum of variances (Satterthwaite 1946), from (variance, degrees of freedom) parts."""
     total = math.fsum(variance for variance, _ in parts)
     terms = [variance**2 / df for variance, df in parts if variance > 0 and math.isfinite(df)]
     return total**2 / math.fsum(terms) if terms and math.fsum(terms) > 0 else math.inf
 
 
 def _bootstrapped(first: ArmPredictions, second: ArmPredictions, seed: int) -> tuple[Difference, ...]:
-    """Return the differences of metrics that are not the headline, with the image part by resampling the images."""
+    """Return the differences of `PAIRED_METRICS` other than the headline; the images' variance comes from a paired bootstrap."""
     task = task_named(first.runs[0].task)
     n = len(first.runs[0])
     judged = [[run.judged() for run in arm.runs] for arm in (first, second)]

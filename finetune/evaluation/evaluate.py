@@ -1,8 +1,8 @@
-"""From predictions to the judgement of a split: every metric of the task with its interval, and a table by class."""
+"""Evaluate a split from its predictions: every metric of the task with its interval, and a table by class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.temperature import Temperature
 from finetune.storage.files import json_text, read_json, write_atomic
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
 UNSEEN = "_unseen"
-"""Ends the name of a split's evaluation without the images that the model was trained on, where some were (a given set leaks)."""
+"""Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
 
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One row of the table by class. A ratio whose denominator is zero is None, never 0 or 1."""
+    """One row of the table by class. A ratio with denominator zero is None."""
 
     name: str
     n: int  # images of this class
@@ -32,40 +33,60 @@ class ClassMetrics:
     precision: float | None  # None: this label was never given
     recall: float | None  # None: no image of this class in the split
     f1: float | None  # None: no image of this class in the split
-    average_precision: float | None = None  # where an image may have several labels, and one of the split has this one
+    average_precision: float | None = None  # multilabel only; None: no image of the split has this label
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, of the ratios that are not None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model did on one split."""
+    """The evaluation of a model on one split."""
 
     task: str
     classes: tuple[str, ...]
     n: int
-    headline: str  # the metric to judge by first
+    headline: str  # key of the task's main metric
     values: Mapping[str, float]  # metric key -> value
     intervals: Mapping[str, tuple[float, float]]  # metric key -> 95 % interval, for metrics that have one
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
+    class_sizes: tuple[int, ...] = ()  # images of each class in all data that the model was made and judged with; (): not known
     facts: Mapping[str, float] = field(default_factory=dict)  # of the answers, beside the metrics: labels per image …
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Classes without an image in this split; the means over classes leave them out."""
+        """Names of the classes without an image in this split. Means over classes leave them out."""
         return tuple(row.name for row in self.per_class if row.n == 0)
 
     @property
+    def leading(self) -> Metric[Any]:
+        """The metric that is displayed first: the mean over classes if their sizes are unequal, else the headline."""
+        task = task_named(self.task)
+        leading = task.leading(self.class_sizes or [row.n for row in self.per_class])
+        return leading if leading.key in self.intervals else task.headline  # judged before that metric had an interval
+
+    @property
+    def why_leading(self) -> str:
+        """The reason why a metric other than the headline is displayed first; empty otherwise."""
+        return "" if self.leading.key == self.headline else WHY_OVER_CLASSES
+
+    @property
     def shown(self) -> tuple[Metric[Any], ...]:
-        """The metrics that say something about this many classes, in the order in which people read them."""
-        return tuple(metric for metric in task_named(self.task).metrics if len(self.classes) >= metric.least_classes)
+        """The metrics that are informative for this number of classes, in the order in which they are displayed."""
+        metrics = leading_first(task_named(self.task), self.leading)
+        return tuple(metric for metric in metrics if len(self.classes) >= metric.least_classes)
 
     def metrics(self, split: str) -> dict[str, float]:
-        """Return the figures under their ``split/name`` keys, with the number of images and the headline's interval."""
+        """Return the figures under their ``split/name`` keys, with the number of images and the interval of the headline.
+
+        If another metric is displayed first (`leading`), its interval is included too.
+        """
         figures = {f"{split}/{key}": value for key, value in self.values.items()}
-        low, high = self.intervals[self.headline]
-        bounds = {f"{split}/{self.headline}_low": low, f"{split}/{self.headline}_high": high}
+        bounds = {
+            f"{split}/{key}_{end}": bound
+            for key in dict.fromkeys((self.headline, self.leading.key))
+            for end, bound in zip(("low", "high"), self.intervals[key], strict=True)
+        }
         facts = {f"{split}/{name}": value for name, value in self.facts.items()}
         return {**figures, **bounds, **facts, f"{split}/n": float(self.n)}
 
@@ -82,17 +103,18 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "leading": self.leading.key}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Return the inverse of `to_json`, also after a trip through a JSON file, where tuples became lists."""
+        """Return the evaluation that `to_json` was called on. Accepts lists in place of tuples, as JSON files hold them."""
         confusion = data["confusion"]
         return cls(
             **{
-                **data,
+                **{key: value for key, value in data.items() if key != "leading"},
                 "classes": tuple(data["classes"]),
                 "intervals": {key: (low, high) for key, (low, high) in data["intervals"].items()},
+                "class_sizes": tuple(data.get("class_sizes", ())),
                 "confusion": None if confusion is None else tuple(tuple(row) for row in confusion),
                 "per_class": tuple(_class_metrics_from(row) for row in data["per_class"]),
                 "bins": tuple(ReliabilityBin(**row) for row in data["bins"]),
@@ -100,11 +122,14 @@ class Evaluation:
         )
 
 
-def evaluate(predictions: Predictions) -> Evaluation:
-    """Judge a table of predictions by the metrics of its task.
+def evaluate(predictions: Predictions, class_sizes: Sequence[int] = ()) -> Evaluation:
+    """Compute the metrics of the task, their intervals and the table by class from a table of predictions.
+
+    Args:
+        class_sizes: images of each class in the whole dataset, which decide whether classes are unequal; default: of this table.
 
     Raises:
-        InvalidInput: it holds no image.
+        InvalidInput: the table is empty or has no labels.
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
@@ -123,6 +148,7 @@ def evaluate(predictions: Predictions) -> Evaluation:
         ),
         bins=task.reliability_bins(rows),
         confusion=task.confusion(rows),
+        class_sizes=tuple(class_sizes),
         facts=task.facts(rows),
     )
 
@@ -153,11 +179,11 @@ def _class_metrics_from(row: Mapping[str, Any]) -> ClassMetrics:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The evaluations of a run by split, and what was fitted on held-out answers: ``evaluation.json``."""
+    """A run's evaluations by split, and what was fitted on held-out images: the content of ``evaluation.json``."""
 
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     temperature: Temperature | None = None
-    thresholds: tuple[float, ...] | None = None  # (C,) the logit from which on each label is given, where labels have their own
+    thresholds: tuple[float, ...] | None = None  # (C,) the least logit for each label to be given; None: one threshold for all
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -166,7 +192,7 @@ class Judgement:
 
 
 def write_judgement(path: Path, judgement: Judgement) -> None:
-    """Write ``evaluation.json``, compactly: a confusion matrix may be large."""
+    """Write ``evaluation.json`` without indentation, since a confusion matrix may be large."""
     document = {
         "schema_version": 2,
         "splits": {split: evaluation.to_json() for split, evaluation in judgement.evaluations.items()},

@@ -1,15 +1,13 @@
-"""Cross-validation as figures: each fold's judgement, all of them pooled, and how far either may be trusted.
+"""The figures of a cross-validation: each fold's metrics, the pooled evaluation of all folds, and an interval for each.
 
-Two intervals are given, and they answer different questions.
+The two intervals answer different questions.
 
-- The headline interval of the pooled evaluation is Wilson's (1927): every image was labelled once, by a model that had not
-  seen it, and the share of right answers has the sampling error of that many images. It takes the models as given.
-- `Spread.interval` is Student's t over the folds: what another round of training and testing would give. Folds share most of
+- The headline interval of the pooled evaluation is Wilson's (1927): every image was predicted once, by a model that was not
+  trained on it, and the share of correct predictions has the sampling error of that many images. It takes the models as given.
+- `Spread.interval` is Student's t over the folds, for another round of training and testing. Folds share most of
   their training images, so their scores are not independent and the plain standard error is too small (Bengio & Grandvalet 2004,
   JMLR 5, show that no unbiased one exists). It is widened as Nadeau & Bengio (2003, Machine Learning 52) do for repeated
   training and testing: the variance of the mean is s² (1/k + n_test/n_train) instead of s²/k.
-
-Knows numbers; does not know how folds are drawn or trained.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ from finetune.evaluation.evaluate import Evaluation
 from finetune.tasks import task_named
 
 POOLED = "cv"
-"""The split name of the pooled evaluation: ``cv/top1`` is the share of all images labelled rightly by a model that had not seen
-them."""
+"""The split name of the pooled evaluation: ``cv/top1`` is the share of all images that the model of the fold that held them out
+predicts correctly."""
 
 
 @dataclass(frozen=True)
 class FoldScore:
-    """One fold: how many images it was made with, what it came to on those that it held out, and what it had chosen."""
+    """One fold: its numbers of images, its metrics and its cost."""
 
     fold: int  # from 1
-    n_train: int  # images it was fitted on in the end, those that chose included where it was refitted
+    n_train: int  # images the final model was fitted on; includes the validation images if it was refitted on them
     n_test: int
-    metrics: Mapping[str, float]  # val/… on which it chose, test/… on what it held out
+    metrics: Mapping[str, float]  # val/… from the images that the epoch was chosen on, test/… from those held out
     summary: str
     seconds: float
     mlflow_run_id: str | None = None
@@ -42,23 +40,23 @@ class FoldScore:
 
 @dataclass(frozen=True)
 class Spread:
-    """One metric over the folds. `interval` is the 95 % one that the module's docstring describes."""
+    """Mean, spread and 95 % interval of one metric over the folds; the module's docstring describes the interval."""
 
     mean: float
-    standard_deviation: float  # of the folds, with k - 1
+    standard_deviation: float  # over the folds, with denominator k - 1
     interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What the folds came to, and what therefore to expect of a model that was made the same way on all images."""
+    """The results of all folds, which estimate the performance of a model trained in the same way on all images."""
 
     folds: tuple[FoldScore, ...]
     pooled: Evaluation
 
     @property
     def spreads(self) -> dict[str, Spread]:
-        """Metric name, without its split -> its spread over the folds' held-out images."""
+        """Map each metric key, without its split, to its spread over the folds' held-out images."""
         ratio = sum(fold.n_test for fold in self.folds) / sum(fold.n_train for fold in self.folds)
         return {
             metric.key: spread(
@@ -69,14 +67,14 @@ class CrossValidation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The pooled figures as ``cv/name``, and their mean and standard deviation over folds as ``cv/name_mean``, ``_sd``."""
+        """The pooled metrics as ``cv/name``, with mean and standard deviation over folds as ``cv/name_mean``, ``cv/name_sd``."""
         values = self.pooled.metrics(POOLED)
         for name, found in self.spreads.items():
             values |= {f"{POOLED}/{name}_mean": found.mean, f"{POOLED}/{name}_sd": found.standard_deviation}
         return values
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values. The pooled evaluation in full is in ``evaluation.json``."""
+        """Return the figures as JSON values. The complete pooled evaluation is in ``evaluation.json``."""
         return {
             "folds": [asdict(fold) for fold in self.folds],
             "pooled": {
@@ -89,10 +87,10 @@ class CrossValidation:
 
 
 def spread(values: Sequence[float], *, test_to_train: float, largest: float = math.inf) -> Spread:
-    """Return mean, standard deviation and interval of a metric that lies between 0 and `largest`, over at least two folds.
+    """Return mean, standard deviation and interval over at least two folds of a metric that lies between 0 and `largest`.
 
     Args:
-        test_to_train: images a fold was tested on, over images it was trained on.
+        test_to_train: number of a fold's test images divided by the number of its training images.
     """
     from scipy.special import stdtrit  # importing it takes a third of a second, which runs without folds do not need
 

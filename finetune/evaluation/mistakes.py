@@ -1,4 +1,4 @@
-"""The answers that were wrong with the most confidence: what to look at first."""
+"""The most confident wrong predictions, which show label errors and systematic mistakes first."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from finetune.tasks import task_named
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image that was answered wrongly; `index` is its row in the predictions."""
+    """One wrongly predicted image; `index` is its row in the predictions."""
 
     index: int
     true: str  # its class, or all of its labels
     predicted: str
-    confidence: float  # the probability of what was answered wrongly; of several such labels, the largest
-    true_probability: float  # of what is true instead
+    confidence: float  # the probability of the wrong label; the largest where several are wrong
+    true_probability: float  # the probability of the true label
 
 
 def confident_mistakes(predictions: Predictions, limit: int) -> tuple[Mistake, ...]:
-    """Return the wrong answers given with the most confidence, most confident first, ties in row order."""
+    """Return at most `limit` wrong predictions, most confident first, ties in row order."""
     task, rows, classes = task_named(predictions.task), predictions.judged(), predictions.classes
     confidence, true_probability = task.sureness(rows)
     wrong = rows.score < 1

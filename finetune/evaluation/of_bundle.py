@@ -1,4 +1,4 @@
-"""Judge a finished bundle on labelled images, and say how many of them it was trained on. Torch-free."""
+"""Evaluate a bundle on labelled images, and count how many of them it was trained on. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from finetune.runtime.cores import available_cores
 
 @dataclass(frozen=True)
 class BundleEvaluation:
-    """How good a bundle is on some images."""
+    """The evaluation of a bundle on a data set, and how much of that set it was trained on."""
 
     evaluation: Evaluation
     predictions: Predictions
-    n_trained_on: int | None  # of these images, by their bytes: those that the weights were fitted on; None: nobody knows
-    n_chosen_on: int | None  # and those that chose between weights
-    unseen: Evaluation | None  # on the other images alone; None where all are others, or none
+    n_trained_on: int | None  # images, compared by sha256, that the weights were fitted on; None: the bundle does not record it
+    n_chosen_on: int | None  # other images that were only used for validation, to choose between weights
+    unseen: Evaluation | None  # on the images that are neither; None if there are none, or if it would equal `evaluation`
     unreadable: tuple[Unreadable, ...]
-    temperature: float  # that the bundle makes probabilities with
+    temperature: float  # the bundle's; its probabilities are those of the logits divided by it
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as JSON values."""
@@ -52,14 +52,15 @@ def evaluate_bundle(
     progress: ProgressCallback = silent,
     reading: Reading | None = None,
 ) -> BundleEvaluation:
-    """Measure the bundle in `folder` on the labelled images in `data`; classes are matched by name.
+    """Evaluate the bundle in `folder` on the labelled images in `data`; classes are matched by name.
 
     Args:
-        data: a folder, an archive, a table or an address, as for training.
-        split: chooses among train, val and test inside `data`; by default test, else val, else everything.
+        data: a folder, an archive, a table or a URI, as for training.
+        split: train, val or test inside `data`; by default test if present, else val, else all images.
 
     Raises:
-        DataError: no such split, no readable image, or classes that the bundle does not know.
+        InvalidInput: `data` has no such split.
+        DataError: there is no readable image, or there are classes that the bundle does not know.
     """
     predictor = Predictor.load(folder, threads=available_cores())
     dataset = index_dataset(data, for_training=False, reading=reading)
@@ -100,7 +101,7 @@ def _chosen(dataset: Dataset, split: str | None) -> Sequence[Sample]:
 
 
 def _relabelled(dataset: Dataset, samples: Sequence[Sample], classes: Sequence[str]) -> Sequence[Sample]:
-    """Return the samples with labels counted in the bundle's classes."""
+    """Return the samples with targets as indices into the bundle's classes instead of the dataset's."""
     position = {name: label for label, name in enumerate(classes)}
     named = sorted({name for sample in samples for name in dataset.label_names(sample)})
     if unknown := [name for name in named if name not in position]:

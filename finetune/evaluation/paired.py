@@ -1,4 +1,4 @@
-"""Two models compared on the same images, one by one. NumPy alone, so that a server can do it."""
+"""Compare two models image by image on the same images. Needs NumPy but not SciPy, so that the server can use it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune.evaluation.predictions import Predictions
 from finetune.metrics import Metric
 from finetune.tasks import task_named
 
-RESAMPLINGS = 2000  # of the images, where a metric is no mean over them
-_BLOCK_ELEMENTS = 2**22  # of one weighting matrix at a time
+RESAMPLINGS = 2000  # of the bootstrap over images, for metrics that are not means over images
+_BLOCK_ELEMENTS = 2**22  # largest size of one (resamplings, N) weight matrix, which bounds memory
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much higher one model's headline metric is than another's, on the same images."""
+    """The difference of two models' headline metric on the same images, with its standard error."""
 
     gain: float
     standard_error: float
@@ -37,10 +37,10 @@ class Gain:
 
 
 def paired_gain(first: Predictions, than: Predictions) -> Gain:
-    """Return how much higher the first model's headline metric is than the other's, with the standard error of that.
+    """Return the first model's headline metric minus that of `than`, with the standard error of the difference.
 
-    A metric that is no mean over images is resampled over them. The standard error is at least what one image that differs would
-    give.
+    For a metric that is not a mean over images the standard error comes from a bootstrap over images. It is never smaller than
+    if exactly one image differed, so that a difference on no image does not look certain.
 
     Raises:
         InvalidInput: the two tables are not of the same images.
@@ -61,9 +61,12 @@ def paired_gain(first: Predictions, than: Predictions) -> Gain:
 
 
 def resampled(judged: Sequence[Any], metric: Metric[Any], seed: int = 0) -> NDArray[np.float64]:
-    """Return a metric, the mean over the runs whose judged rows of the same images are given, for each resampling of the images.
+    """Return (RESAMPLINGS,) bootstrap values of a metric: its mean over runs for each resampling of the images.
 
-    The images of two calls with equal seeds and numbers of images are drawn alike, so that the differences are paired.
+    Two calls with the same seed and number of images draw the same resamplings, so that their differences are paired.
+
+    Args:
+        judged: the judged rows of each run, for the same images in the same order.
     """
     n = len(judged[0])
     chance, found = np.random.default_rng(seed), []
@@ -76,21 +79,21 @@ def resampled(judged: Sequence[Any], metric: Metric[Any], seed: int = 0) -> NDAr
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the images that both answered and neither had seen."""
+    """The comparison of two models on the images that both predicted and neither was trained or chosen on."""
 
     metric: str  # key of the headline metric
     n: int
     first: float  # the metric on these images
     second: float
-    only_first: int  # images that the first alone answers rightly
+    only_first: int  # images that only the first model answers correctly
     only_second: int
-    p_value: float  # that a difference as large arises by chance where there is none
-    test: str  # how that was computed
-    left_out: int  # images that both answered and one of them had seen
+    p_value: float  # two-sided
+    test: str  # name of the statistical test
+    left_out: int  # images that both predicted but one of them was trained or chosen on
 
 
 def compare_two(first: Predictions, second: Predictions, seen: Callable[[str], bool]) -> Paired | None:
-    """Compare two models on the images that both answered; None where no image is left.
+    """Compare two models on the images that both predicted and neither has seen; None if there is no such image.
 
     Images are paired by the sha256 of their bytes, classes by name. Where the labels differ, those of `first` count.
 
@@ -98,7 +101,7 @@ def compare_two(first: Predictions, second: Predictions, seen: Callable[[str], b
         seen: whether one of the models was trained or chosen on the image with this sha256.
 
     Raises:
-        InvalidInput: the models know other classes, or have another task.
+        InvalidInput: the models have different classes or tasks.
     """
     if first.task != second.task or set(first.classes) != set(second.classes):
         raise InvalidInput("only models with the same task and classes can be compared image by image")
@@ -152,7 +155,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def _fair_binomial(n: int, most: int) -> NDArray[np.float64]:
-    """Return the probabilities of 0 to `most` heads in `n` throws of a fair coin."""
+    """Return the binomial probabilities of 0 to `most` successes in `n` trials with probability 1/2."""
     steps = np.arange(1, most + 1, dtype=np.float64)
     logs = np.concatenate([[0.0], np.cumsum(np.log(n - steps + 1) - np.log(steps))]) - n * math.log(2)
     return np.exp(logs)

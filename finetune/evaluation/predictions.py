@@ -1,13 +1,13 @@
-"""The table of a model's answers on one split: what every run writes, and what every figure is computed from.
+"""The table of a model's predictions on one split. Every run writes such tables, and all metrics are computed from them.
 
 A table is one ``.npz`` file of plain arrays, which NumPy alone reads (no pickle):
 
     logits      (N, C) float32   the model's outputs before softmax or sigmoid and before any temperature
     targets     (N,) int64 class indices; with several labels per image (N, C) uint8, 1 where the label applies;
                 absent where the images are not labelled
-    thresholds  (N, C) float32   the logit from which on a label is given; absent where labels exclude each other
+    thresholds  (N, C) float32   the least logit with which a label is given; absent where labels exclude each other
     sha256      (N, 32) uint8    of each image file's bytes; zeros where it is not known
-    embedding   (N, D) float32   what the head was given; absent where it was not at hand
+    embedding   (N, D) float32   the pooled features, input of the head's linear layer; absent where they were not computed
     header      (L,) uint8       JSON text: schema_version, split, task, classes (in the order of the logits), ids (one a row),
                                  columns (the names of the other arrays)
 
@@ -38,7 +38,7 @@ COLUMNS = ("sha256", "targets", "logits", "embedding", "thresholds")
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers on one split, one row an image."""
+    """A model's predictions on one split, one row per image."""
 
     split: str
     task: str  # multiclass, multilabel
@@ -48,7 +48,7 @@ class Predictions:
     targets: NDArray[Any] | None  # (N,) int64, or (N, C) uint8; None where the images are not labelled
     logits: NDArray[np.float32]  # (N, C)
     embedding: NDArray[np.float32] | None = None  # (N, D)
-    thresholds: NDArray[np.float32] | None = None  # (N, C) see above; none: what is more probable than not
+    thresholds: NDArray[np.float32] | None = None  # (N, C) least logits; None: a label is given if its probability exceeds 1/2
 
     def __post_init__(self) -> None:
         n, n_classes = len(self.ids), len(self.classes)
@@ -66,7 +66,7 @@ class Predictions:
         return len(self.ids)
 
     def take(self, rows: NDArray[np.integer] | Sequence[int]) -> Predictions:
-        """Return the table of these rows only, in the order given."""
+        """Return a table of the rows with these indices, in the order given."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(
             self,
@@ -79,23 +79,23 @@ class Predictions:
         )
 
     def with_thresholds(self, thresholds: NDArray[np.floating[Any]] | None) -> Predictions:
-        """Return the table with these thresholds, (C,) for all images alike or (N, C); None: with none."""
+        """Return the table with these thresholds: (C,) for all images, (N, C) for each image, or None for the default."""
         if thresholds is None:
             return replace(self, thresholds=None)
         return replace(self, thresholds=np.broadcast_to(np.asarray(thresholds, np.float32), self.logits.shape))
 
     def judged(self) -> JudgedRows:
-        """Compare the answers with the labels, image by image, as the task does.
+        """Compare the predictions with the labels, image by image, by the rules of the task.
 
         Raises:
-            InvalidInput: the images are not labelled, or there are none.
+            InvalidInput: the images are not labelled, or the table is empty.
             TrainingError: a logit is NaN or infinite.
         """
         return task_named(self.task).judge(self.logits, self.labels, self.thresholds)
 
     @property
     def labels(self) -> NDArray[Any]:
-        """The targets.
+        """The targets, or an error if there are none.
 
         Raises:
             InvalidInput: the images are not labelled.
@@ -119,7 +119,7 @@ def concatenate(parts: Sequence[Predictions], split: str) -> Predictions:
     """Return the rows of all `parts` as one table, named `split`.
 
     Raises:
-        InvalidInput: no part, or parts with other classes or another task.
+        InvalidInput: there is no part, or the parts differ in classes or task.
     """
     if not parts or any(part.classes != parts[0].classes or part.task != parts[0].task for part in parts):
         raise InvalidInput("only predictions of the same task and classes can be put together, and at least one table is needed")
@@ -143,7 +143,7 @@ def _thresholds(table: Predictions) -> NDArray[np.float32]:
 
 
 def write(path: Path, predictions: Predictions) -> None:
-    """Write the table as one ``.npz`` file, whole or not at all."""
+    """Write the table as one ``.npz`` file, atomically."""
     columns = {name: array for name in COLUMNS if (array := getattr(predictions, name)) is not None}
     header = {
         "schema_version": SCHEMA_VERSION,
@@ -161,7 +161,7 @@ def read(path: Path) -> Predictions:
     """Read a table that `write` wrote.
 
     Raises:
-        InvalidInput: there is no such file, or it is not a table of predictions that this version reads.
+        InvalidInput: the file does not exist, or is not a table of predictions in a schema version that this code reads.
     """
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""Predictions as tables that people open: CSV and Parquet, one row an image."""
+"""Write predictions as CSV or Parquet tables, one row per image, for use in other tools."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _ROWS_AT_ONCE = 1024
 
 
 def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) -> None:
-    """Write predictions in the format that the file's ending names: ``.csv``, ``.parquet`` or ``.npz`` (all of the table).
+    """Write predictions in the format that the file's suffix names: ``.csv``, ``.parquet``, or ``.npz`` for the complete table.
 
     The columns are file, sha256, label (where it is known), predicted, probability (of the most probable class), and one column
     ``p(CLASS)`` for each class. Where an image may have several labels, label and predicted are JSON lists of names.
 
     Args:
-        temperature: that the model's probabilities are made with.
+        temperature: the model's; its probabilities are those of the logits divided by it.
 
     Raises:
-        InvalidInput: another ending.
-        MissingExtra: Parquet is asked for and pyarrow is not installed.
+        InvalidInput: the suffix is none of these.
+        MissingExtra: the suffix is ``.parquet`` and pyarrow is not installed.
     """
     suffix = check_ending(path)
     if suffix == ".npz":
@@ -43,7 +43,7 @@ def write_table(path: Path, predictions: Predictions, temperature: float = 1.0) 
 
 
 def csv_lines(predictions: Predictions, temperature: float = 1.0) -> Iterator[bytes]:
-    """Yield the table as CSV, some rows at a time; it need not fit into memory."""
+    """Yield the table as CSV text in chunks of some rows, so that the whole text never has to fit into memory."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=columns_of(predictions), lineterminator="\n")
     writer.writeheader()
@@ -57,10 +57,10 @@ def csv_lines(predictions: Predictions, temperature: float = 1.0) -> Iterator[by
 
 
 def check_ending(path: Path) -> str:
-    """Return the ending of a file that `write_table` can write.
+    """Return the path's suffix in lower case.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: `write_table` cannot write files with this suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -69,13 +69,13 @@ def check_ending(path: Path) -> str:
 
 
 def columns_of(predictions: Predictions) -> list[str]:
-    """Return the names of the columns."""
+    """Return the column names of the table that `write_table` writes."""
     label = [] if predictions.targets is None else ["label"]
     return ["file", "sha256", *label, "predicted", "probability", *(f"p({name})" for name in predictions.classes)]
 
 
 def rows_of(predictions: Predictions, temperature: float = 1.0) -> Iterator[dict[str, Any]]:
-    """Yield one mapping of columns to values for each image."""
+    """Yield a mapping of column names to values for each image."""
     task = task_named(predictions.task)
     probs = task.probabilities(predictions.logits, temperature)
     classes = predictions.classes

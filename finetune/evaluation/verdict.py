@@ -1,13 +1,13 @@
-"""The verdict of a comparison: which arm to choose, by rules that are written down, in one plain sentence.
+"""Conclude a comparison: which arm to choose, by fixed rules, with the reason in one sentence.
 
 1. An arm is beaten if another arm is significantly better (p < 0.05, adjusted for the number of pairs).
 2. If one arm beats every other, it is chosen: *better*.
-3. Else the arms that nobody beats are compared with the best of them. Where each is equivalent to it (surely within the margin),
-   the cheapest is chosen: *equivalent*.
-4. Else these images and runs cannot tell: *undecided*. Arms that are probably worse than the best (p < 0.2 in their pair) are set
-   aside, and the cheapest of the others is proposed, with what would help to decide: more images, or more seeds.
+3. Otherwise the arms that are not beaten are compared with the best of them. If all are equivalent to it (within the margin, by
+   the equivalence test), the cheapest is chosen: *equivalent*.
+4. Otherwise these images and runs do not suffice: *undecided*. Arms that are probably worse than the best (p < 0.2 in their pair)
+   are excluded, and the cheapest of the others is proposed, with advice on whether more images or more seeds would decide.
 
-Cost decides only between arms whose quality does not: seconds of training first, then latency, bytes, trained parameters.
+Cost only decides between arms of equal or undecided quality: training time first, then latency, bundle size, trained parameters.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from finetune.evaluation.compare import Pair, images_needed
 from finetune.metrics import Metric
 
 COSTS = ("train_seconds", "latency_seconds", "bundle_bytes", "trainable_parameters")
-"""What arms of equal quality are compared by, the most important first; less is better."""
+"""The costs by which arms of equal quality are compared, most important first; less is better."""
 
 PROBABLY = 0.2
 
 TIMING_NOISE = 0.1
-"""Times that differ by less than this share count as equal on the Pareto front: one network measured twice differs by as much."""
+"""Times that differ by less than this share count as equal on the Pareto front: repeated measurements differ as much."""
 
 Outcome = Literal["better", "equivalent", "undecided"]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One arm as the verdict sees it."""
+    """The quality and the costs of one arm."""
 
     name: str
     value: float  # of the headline metric, mean over runs
@@ -50,11 +50,11 @@ class Verdict:
     choose: str
     outcome: Outcome
     sentence: str
-    pareto: tuple[str, ...]  # arms that no other arm equals in quality at less cost in everything
+    pareto: tuple[str, ...]  # the Pareto front: arms that no other arm dominates in quality and costs
 
 
 def judge_arms(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
-    """Choose among arms; see the rules above."""
+    """Choose among the arms by the rules in the module's docstring."""
     beaten = {pair.b if pair.winner == pair.a else pair.a for pair in pairs if pair.winner is not None}
     unbeaten = [arm for arm in standings if arm.name not in beaten] or list(standings)
     best = max(unbeaten, key=lambda arm: (arm.value, [-cost for cost in arm.cheapness()]))
@@ -147,7 +147,7 @@ def _undecided(
 
 
 def _price(dear: Standing, cheap: Standing) -> str:
-    """Return how many times the training time of `cheap` the other takes."""
+    """Return the ratio of the training times as text, empty where a time is unknown."""
     seconds = dear.cost.get("train_seconds"), cheap.cost.get("train_seconds")
     if seconds[0] is None or seconds[1] is None or seconds[1] <= 0:
         return ""
@@ -156,7 +156,7 @@ def _price(dear: Standing, cheap: Standing) -> str:
 
 
 def points(difference: float, metric: Metric[Any]) -> str:
-    """Return a difference as people read it: in points where the metric is a percentage."""
+    """Return a difference as text, in percentage points if the metric is shown as a percentage."""
     if not metric.percent:
         return f"{difference:.3f}"
     value = 100 * difference

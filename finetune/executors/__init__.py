@@ -1,7 +1,7 @@
-"""Where processes run that may take long: on this machine, or on a Ray cluster.
+"""Run long commands as separate processes, on this machine or on a Ray cluster.
 
-An executor starts a command as a process group of its own, says how it ended, and ends it. It knows neither jobs nor studies: the
-worker runs the attempts at its jobs on one, and a study the runs that may go on side by side.
+An executor starts a command in its own process group, reports its exit code, and stops it on request. Workers use an executor for
+the attempts at their jobs, studies for runs that are carried out in parallel. Executors do not depend on either.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def open_executor(name: str, *, ray_address: str | None = None, stop_seconds: fl
     """Return the executor `name`, one of `EXECUTORS`.
 
     Args:
-        ray_address: of the cluster's dashboard.
-        stop_seconds: how long a process may take to end by itself when it is asked to.
+        ray_address: address of the cluster's dashboard.
+        stop_seconds: seconds between the request to stop (SIGTERM) and the kill (SIGKILL). Only Ray needs to know it in advance.
 
     Raises:
         MissingExtra: Ray is not installed.

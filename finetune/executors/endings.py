@@ -1,4 +1,4 @@
-"""What follows from the end of an attempt: the job has ended too, or it is tried again. A pure function of facts."""
+"""Decide, when an attempt at a job has ended, whether the job ends too or is tried again. A pure function of the facts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from finetune.executors.executor import EXIT_BUSY
 from finetune.messages import byte_size
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
-MAX_STALLED_ATTEMPTS = 3  # in a row without a new checkpoint, after which the job is a crash loop
-MAX_LOST_ATTEMPTS = 10  # the same, of those that ended with their worker or for want of a lease, which is rarely the job's fault
-MAX_OUT_OF_MEMORY = 2  # memory that was short once may have been somebody else's; twice, the job wants too much
+MAX_STALLED_ATTEMPTS = 3  # in a row without a new checkpoint; after that the job fails as a crash loop
+MAX_LOST_ATTEMPTS = 10  # the same for attempts that lost their worker or their lease, which is rarely the job's fault
+MAX_OUT_OF_MEMORY = 2  # the first time, other processes may have used the memory; the second time, the job needs too much
 DISK_FULL_SECONDS = 60.0
 BUSY_SECONDS = 5.0
 LONGEST_DELAY_SECONDS = 600.0
@@ -26,19 +26,19 @@ class Ending:
     """How an attempt ended.
 
     Args:
-        exit_code: negative: the signal that ended it.
-        error: the run's ``error.json``, if it wrote one.
-        complete: the run's result is there, which is written last: whatever it was to register is registered.
-        stalled_attempts: attempts in a row, this one included, that wrote no new checkpoint.
-        lost_attempts: the same, if this one counts as lost.
-        cancelling: the job's owner asked for the end.
-        handing_back: the worker asked for the end, because it stops itself.
-        hung: the worker ended it, because it showed no progress for too long.
-        disk_full: (almost) no space is left where the run writes.
-        memory_kills: processes that the kernel killed for want of memory meanwhile, on the whole machine.
-        memory_bytes: what it took, if the worker ended it because that was more than it allows.
-        max_memory_bytes: what the worker allows.
-        log_tail: the last lines of what it printed.
+        exit_code: of the attempt's process; negative if a signal ended it.
+        error: the content of the run's ``error.json``; None if there is no such file.
+        complete: whether the run has written its result, which it does last: a model that was to be registered is registered.
+        stalled_attempts: number of attempts in a row, this one included, that wrote no new checkpoint.
+        lost_attempts: the same number, of attempts that lost their worker or their lease.
+        cancelling: whether the job's owner has cancelled it.
+        handing_back: whether the worker stopped the attempt because the worker itself is stopping.
+        hung: whether the worker stopped the attempt because it had reported no progress for too long.
+        disk_full: whether the disk that the run writes to has (almost) no space left.
+        memory_kills: number of processes on the whole machine that the kernel killed during the attempt because memory ran out.
+        memory_bytes: memory that the attempt used, if the worker stopped it for exceeding the limit; else None.
+        max_memory_bytes: the worker's memory limit for one job.
+        log_tail: the last lines of the attempt's output.
     """
 
     exit_code: int
@@ -58,7 +58,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Finish:
-    """The job has ended."""
+    """The decision that the job has ended, and in which state."""
 
     state: Literal["succeeded", "failed", "cancelled"]
     error_code: str | None = None
@@ -67,7 +67,12 @@ class Finish:
 
 @dataclass(frozen=True)
 class TryAgain:
-    """The job goes back to the queue. `counted`: as what, towards a crash loop, if the attempt wrote no new checkpoint."""
+    """The decision that the job returns to the queue.
+
+    Args:
+        delay_seconds: how long the job waits before it may be claimed again.
+        counted: the counter that this attempt increases if it wrote no new checkpoint; None: neither.
+    """
 
     reason: str
     delay_seconds: float = 0.0
@@ -75,7 +80,15 @@ class TryAgain:
 
 
 def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | TryAgain:
-    """A complete run has succeeded however its process ended; else who asked for the end counts, then what the run says."""
+    """Decide what happens to a job after an attempt at it has ended.
+
+    A complete run has succeeded, whatever its exit code. Otherwise these are considered in this order: a cancellation, the memory
+    limit, invalid input, a stopping worker, a busy run folder, a full disk, the run's own error. Any other end is a crash, which
+    is tried again.
+
+    Args:
+        retry_base_seconds: delay after the first crash; it doubles with each further one.
+    """
     code = None if ending.error is None else str(ending.error["code"])
     if ending.complete:
         return Finish("succeeded")
@@ -99,7 +112,7 @@ def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Tr
 
 
 def _after_a_death(ending: Ending, code: str | None, retry_base_seconds: float) -> Finish | TryAgain:
-    """Another attempt may cure it, but not for ever when no attempt gets anywhere."""
+    """Try again after a crash, until too many attempts in a row have written no new checkpoint."""
     if ending.exit_code == EXIT_INTERRUPTED and ending.lost_attempts < MAX_LOST_ATTEMPTS and not ending.hung:
         return TryAgain(_what_happened(ending), retry_base_seconds, counted="lost")
     starved = code == "out_of_memory" or _killed_for_memory(ending)

@@ -1,4 +1,4 @@
-"""The executor protocol: how a process is started, watched and ended. It knows no database."""
+"""The executor protocol: start, watch and stop a process. It is independent of the job database."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Protocol
 
 from finetune.runtime.cores import CORES_VARIABLE
 
-EXIT_BUSY = os.EX_TEMPFAIL  # the process could not begin: something that it needs is taken, or not there yet
+EXIT_BUSY = os.EX_TEMPFAIL  # the process could not begin: something that it needs is locked, or not available yet
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a process may use: cores, and the CUDA devices by number (none: no GPU)."""
+    """The number of cores and the CUDA devices (by number; empty: no GPU) that a process may use."""
 
     threads: int = 1
     gpus: tuple[int, ...] = ()
@@ -38,7 +38,10 @@ class Handle:
 
 
 class Executor(Protocol):
-    """Starts, watches and ends attempts. Each method may raise `ExecutorError`: it cannot say or do that now."""
+    """Starts, watches and stops attempts.
+
+    Every method may raise `ExecutorError` if the executor cannot be reached at the moment; the caller may try again.
+    """
 
     def start(
         self,
@@ -50,13 +53,23 @@ class Executor(Protocol):
         log: Path,
         resources: Resources,
     ) -> Handle:
-        """Start `command` in a fresh process group, its output appended to `log`. A job's claims have different fences."""
+        """Start `command` in a new process group and append its output to `log`.
+
+        Args:
+            fence: number of the claim, different for each claim of one job.
+        """
 
     def poll(self, handle: Handle) -> int | None:
-        """None while it runs, then, once, its exit code (negative: the signal that ended it)."""
+        """Return None while the attempt runs, then once its exit code (negative: the signal that ended it).
+
+        After that the handle is no longer known.
+        """
 
     def memory_bytes(self, handle: Handle) -> int | None:
-        """Return the memory that the attempt takes now; None where the executor cannot say."""
+        """Return the memory that the attempt uses now; None if the executor cannot tell."""
 
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
-        """Ask it to stop (SIGTERM) and return; a `poll` after `grace_seconds` ends it for good. The shortest grace counts."""
+        """Ask the attempt to stop (SIGTERM) and return at once; the first `poll` after `grace_seconds` kills it.
+
+        If this is called several times, the earliest of the times to kill applies.
+        """

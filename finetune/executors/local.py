@@ -1,4 +1,4 @@
-"""Processes on this machine, as children of this one, which die with it."""
+"""Run attempts as child processes on this machine, which end when this process ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Child:
 
 
 class LocalExecutor:
-    """Attempts as child processes of this one, which die with it."""
+    """An executor whose attempts are child processes of this process and end with it."""
 
     def __init__(self) -> None:
         self._children: dict[str, _Child] = {}  # by `Handle.reference`, the process id

@@ -1,4 +1,4 @@
-"""How much memory a process and everything that it started take, as Linux counts it."""
+"""Measure the memory of a process and its descendants on Linux."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _PROC = Path("/proc")
 
 
 def memory_of_tree(pid: int) -> int | None:
-    """Return the bytes of memory that a process and its descendants take; None where the process is gone or nobody can say.
+    """Return the memory in bytes of a process and its descendants; None if the process has ended or it cannot be measured.
 
-    Pages that several processes share are counted once, in parts (proportional set size).
+    A page that several processes share is divided among them (proportional set size), so that the sum counts it once.
     """
     sizes = [size for one in _tree(pid) if (size := _proportional_bytes(one)) is not None]
     return sum(sizes) if sizes else None

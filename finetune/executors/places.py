@@ -1,4 +1,4 @@
-"""Where several processes go on side by side: an executor, and what each of them may use."""
+"""Share the resources of an executor among processes that run in parallel."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from finetune.executors import Executor, Resources, open_executor
 from finetune.runtime.cores import available_cores
 from finetune.runtime.device import visible_gpus
 
-STOP_SECONDS = 20.0  # that a process may take to write a checkpoint when it is asked to stop
+STOP_SECONDS = 20.0  # for a process to write a checkpoint when it is asked to stop
 
 
 @dataclass(frozen=True)
 class Places:
-    """One place for each process that goes on at once, with what it may use there."""
+    """An executor, and the resources of each process that it runs at the same time."""
 
     executor: Executor
     each: tuple[Resources, ...]
 
     @classmethod
     def of(cls, executor: str, slots: int, *, ray_address: str | None = None) -> Places:
-        """Share this machine's cores and GPUs among `slots` processes; on a cluster, each asks for as much as this machine has.
+        """Share the resources among `slots` processes.
+
+        On this machine, its cores and GPUs are divided; on a cluster, each process requests as many cores as this machine has.
 
         Raises:
             MissingExtra: Ray is not installed.

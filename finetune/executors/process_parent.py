@@ -1,8 +1,8 @@
-"""``python -m finetune.executors.process_parent PARENT_PID COMMAND…``: become COMMAND, and die when the parent dies.
+"""``python -m finetune.executors.process_parent PARENT_PID COMMAND…``: execute COMMAND so that it is killed when its parent ends.
 
-A separate step before exec, because code between fork and exec in a process with threads may deadlock. The kernel sends the
-signal when the *thread* that forked ends, so parents start children from their main thread. Linux only: elsewhere the lease file
-alone ends a process whose worker is gone.
+This is a program of its own because code that runs between fork and exec (`preexec_fn`) may deadlock in a process with threads.
+The kernel sends the signal when the *thread* that forked ends, so parents start children from their main thread. This works on
+Linux only; elsewhere a process whose worker has ended stops when its lease file expires.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def signal_when_parent_dies(number: signal.Signals) -> None:
-    """Have the kernel send this process `number` when its parent ends, however that ends."""
+    """Have the kernel send the signal `number` to this process when its parent ends for any reason.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
@@ -24,7 +28,7 @@ def signal_when_parent_dies(number: signal.Signals) -> None:
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     signal_when_parent_dies(signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the call above: nobody would send the signal
+    if os.getppid() != parent:  # the parent ended before the call above, so the signal would never be sent
         sys.exit(os.EX_TEMPFAIL)
     os.execvp(command[0], command)
 

@@ -1,10 +1,11 @@
-"""Attempts as jobs of a Ray cluster, for more machines than the worker's own. Needs the extra ``ray``.
+"""Run attempts as jobs of a Ray cluster, on other machines than the worker's own. Needs the extra ``ray``.
 
-Ray chooses the machine, keeps an attempt's cores and GPUs to it, tells how it ended and ends its process group. It is no record:
-a cluster that dies costs the attempts that ran on it, and the job database queues them again. Each machine needs this
-installation and the workspace under the same paths, because the run's files are how an attempt and its worker speak. Where
-MLflow is (``MLFLOW_TRACKING_URI``) is set on the machines: what is submitted can be read in Ray's dashboard. Who may talk to the
-cluster is Ray's own matter (``RAY_AUTH_MODE=token``): whoever can submits any command.
+Ray chooses the machine, reserves the cores and GPUs, reports how an attempt ended and stops its process group. The state of jobs
+is kept in the job database and not in Ray: if the cluster is lost, its attempts are lost too, and their jobs are queued again.
+Every machine needs this installation and the workspace under the same paths, because an attempt and its worker communicate
+through the files of the run. Set ``MLFLOW_TRACKING_URI`` on the machines themselves: environment variables that are submitted
+with a job can be read in Ray's dashboard. Access to the cluster is controlled by Ray (``RAY_AUTH_MODE=token``); whoever has it
+can run any command.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from finetune.executors.executor import EXIT_BUSY, Handle, Resources
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"  # between Ray's SIGTERM and its SIGKILL
-_ANSWER_SECONDS = 10.0  # Ray's own client would wait for ever
+_ANSWER_SECONDS = 10.0  # Ray's client has no timeout of its own
 _POLL_SECONDS = 1.0
 
 
 class RayExecutor:
-    """Attempts on a Ray cluster, through the Jobs API at `address`.
+    """An executor on a Ray cluster, through the Jobs API at `address`.
 
     Args:
-        stop_seconds: how long Ray lets an attempt write its checkpoint before it kills it. Ray is told when an attempt is
-            submitted, so a shorter grace at its end is not given.
+        stop_seconds: seconds that Ray gives an attempt to write its checkpoint before it kills it. Ray accepts this only when a
+            job is submitted, so the `grace_seconds` of `cancel` have no effect.
 
     Raises:
         MissingExtra: Ray is not installed.
@@ -61,12 +62,16 @@ class RayExecutor:
         log: Path,
         resources: Resources,
     ) -> Handle:
-        """Submit under the id ``<job id>-<fence>``, which Ray takes once: asked again, this finds what is there."""
+        """Submit the command under the id ``<job id>-<fence>``.
+
+        Ray accepts an id only once. If it already has this submission, because the reply to an earlier request was lost, return
+        the handle of that one.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         handle = Handle(job_id, f"{job_id}-{fence}")
         self._logs[handle.reference] = log
         given = {**resources.environment(), **environment, STOP_VARIABLE: str(math.ceil(self.stop_seconds))}
-        del given["CUDA_VISIBLE_DEVICES"]  # which ones is for Ray to say
+        del given["CUDA_VISIBLE_DEVICES"]  # Ray chooses the devices and sets it
         try:
             self._client.submit_job(
                 submission_id=handle.reference,
@@ -94,7 +99,7 @@ class RayExecutor:
         return exit_code(job.status.value, job.driver_exit_code, began=job.driver_node_id is not None)
 
     def memory_bytes(self, handle: Handle) -> int | None:
-        """Return None: what a job of a cluster takes is the cluster's to watch."""
+        """Return None: watching the memory of its jobs is left to the cluster."""
         return None
 
     def cancel(self, handle: Handle, *, grace_seconds: float) -> None:
@@ -102,7 +107,7 @@ class RayExecutor:
             self._client.stop_job(handle.reference)
 
     def _is_known(self, handle: Handle) -> bool:
-        """Whether Ray has this submission, from a request whose answer was lost."""
+        """Return whether Ray already has this submission."""
         try:
             self._client.get_job_info(handle.reference)
         except self._ray_errors:
@@ -122,7 +127,10 @@ class RayExecutor:
 
 
 def shell_line(command: Sequence[str], log: Path) -> str:
-    """What a machine of the cluster runs: the command itself, in the shell's place, if the workspace is there."""
+    """Return the shell command that a machine of the cluster runs.
+
+    It exits with `EXIT_BUSY` if the workspace is not on that machine; else the shell is replaced by `command` (exec).
+    """
     folder = shlex.quote(str(log.parent))
     complaint = shlex.quote(f"{log.parent} is not on this machine: the workspace must be on a disk that all machines share")
     return (
@@ -132,7 +140,14 @@ def shell_line(command: Sequence[str], log: Path) -> str:
 
 
 def exit_code(status: str, code: int | None, *, began: bool) -> int:
-    """How an attempt ended, in a child process's terms: what Ray lost while it ran was killed, what it never began is busy."""
+    """Translate the final status of a Ray job into an exit code as `Executor.poll` returns it.
+
+    A job that Ray lost while it ran counts as killed; one that Ray never began counts as busy, so that it is tried again.
+
+    Args:
+        code: exit code of the job's process, if Ray knows it.
+        began: whether Ray had started the job on a machine.
+    """
     if status == "SUCCEEDED":
         return os.EX_OK
     if status == "STOPPED":
@@ -151,7 +166,11 @@ def _client(address: str) -> Any:
 
 
 def _ray_errors() -> tuple[type[Exception], ...]:
-    """What Ray's client raises when it is refused, or gets no answer."""
+    """Return the exceptions that Ray's client raises when a request is refused or not answered.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+    """
     try:
         from ray.exceptions import RayError
     except ModuleNotFoundError:

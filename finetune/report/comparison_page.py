@@ -14,6 +14,7 @@ from finetune.report import comparison_figures as figures
 from finetune.report.pictures import data_uri, thumbnail
 from finetune.report.templates import render
 from finetune.tasks import TASKS
+from finetune.tasks.leading import WHY_OVER_CLASSES
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def render_comparison(page: ComparisonPage) -> str:
     document, headline = page.document, page.metrics[0]
     split, key = document["split"], document["headline"]
     arms = document["arms"]
+    leading = next((metric for metric in page.metrics[1:] if document["leading"] == f"{split}/{metric.key}"), None)
     drawn = {
         "forest": figures.forest(document["pairs"], key, document["verdict"]["margin"], headline),
         "cost": figures.cost_against_quality(arms, key, headline, document["verdict"]["pareto"]),
@@ -54,6 +56,9 @@ def render_comparison(page: ComparisonPage) -> str:
         document=document,
         headline=headline,
         metrics=page.metrics,
+        leading=leading,
+        why_leading=WHY_OVER_CLASSES[0].upper() + WHY_OVER_CLASSES[1:],
+        others_shown=[metric for metric in page.metrics[1:] if metric is not leading],
         split=split,
         key=key,
         arms=arms,
@@ -93,5 +98,6 @@ def notebook_view(document: Mapping[str, Any]) -> str:
         arms=document["arms"],
         key=key,
         headline=metric,
+        leading=next((m for task in TASKS for m in task.metrics if key != document["leading"] == f"{split}/{m.key}"), None),
         forest=data_uri(svg.encode(), "image/svg+xml"),
     )

@@ -30,7 +30,7 @@ from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.metrics import Metric
 from finetune.report.text import SHOWN_CLASSES
-from finetune.tasks import Task, task_named
+from finetune.tasks import Task
 
 INK, FAINT, GRID = "#24292f", "#6e7781", "#d8dee4"
 TRAIN, VAL, BEST = "#d9730d", "#2563eb", "#15803d"
@@ -367,7 +367,7 @@ def fold_scores(found: CrossValidation) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))
     pooled = found.pooled.metrics("cv")
     numbers = [fold.fold for fold in found.folds]
-    headline = task_named(found.pooled.task).headline
+    headline = found.pooled.leading
     panels = ((headline.key, _capital(headline.label)), ("macro_f1", "Macro F1"), ("loss", "Loss"))
     for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
         spread = found.spreads[name]

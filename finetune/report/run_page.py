@@ -21,6 +21,7 @@ from finetune.evaluation.diagnose import Diagnosis
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.folds import CrossValidation
 from finetune.messages import encodable, natural_list
+from finetune.metrics import Metric
 from finetune.metrics.temperature import Temperature
 from finetune.report.pictures import data_uri, thumbnail
 from finetune.report.templates import render
@@ -129,6 +130,7 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         figures=shown,
         cards=_cards(split, judged),
         splits=_splits(inputs.evaluations),
+        classes_first=bool(judged.why_leading),
         temperature=_temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
         reliance=checked_sentences(inputs.calibration) if inputs.calibration else [],
         scaled=_scaled(judged, inputs.after),
@@ -168,15 +170,17 @@ def _caption(name: str, judged: Evaluation) -> str:
 
 def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
     task = task_named(judged.task)
-    headline = task.headline
+    headline = judged.leading
+    why = f"; {judged.why_leading}" if judged.why_leading else ""
     low, high = (headline.text(bound) for bound in judged.intervals[headline.key])
     of_classes = f"mean over {len(judged.classes) - len(judged.absent)} classes"
     first = {
         "title": f"{_SPLIT_TITLES.get(split, split)}: {headline.label}",
         "value": headline.text(judged.values[headline.key]),
-        "note": f"95 % interval {low} – {high}, {judged.n:,} images",
+        "note": f"95 % interval {low} – {high}, {judged.n:,} images{why}",
     }
-    others = [metric for metric in task.metrics if metric is not headline and metric.key in _CARD_METRICS]
+    shown = {task.headline.key, *_CARD_METRICS}
+    others = [metric for metric in task.metrics if metric is not headline and metric.key in shown]
     return [
         first,
         *(
@@ -195,16 +199,27 @@ def _splits(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     shown = next(iter(evaluations.values())).shown
     rows = []
     for split, found in evaluations.items():
-        low, high = (task_named(found.task).headline.text(bound) for bound in found.intervals[found.headline])
-        figures_of = (metric.text(found.values[metric.key]) for metric in found.shown)
-        rows.append([_SPLIT_TITLES.get(split, split), f"{found.n:,}", f"{low} – {high}", *figures_of])
+        figures_of = (_figure(found, metric) for metric in shown)
+        rows.append([_SPLIT_TITLES.get(split, split), f"{found.n:,}", *figures_of])
     notes = [
         f"{split} has no image of {natural_list(found.absent, _NAMED_ABSENT)}; the means over classes leave them out."
         for split, found in evaluations.items()
         if found.absent
     ]
     notes += [_cardinality(split, found) for split, found in evaluations.items() if "labels_per_image" in found.facts]
-    return {"head": ["split", "images", "95 % interval", *(metric.label for metric in shown)], "rows": rows, "notes": notes}
+    return {
+        "head": ["split", "images", *(metric.label for metric in shown)],
+        "rows": rows,
+        "notes": ["In brackets: the 95 % interval.", *notes],
+    }
+
+
+def _figure(found: Evaluation, metric: Metric[Any]) -> str:
+    value = metric.text(found.values[metric.key])
+    if metric.key not in found.intervals:
+        return value
+    low, high = (metric.text(bound) for bound in found.intervals[metric.key])
+    return f"{value} ({low} – {high})"
 
 
 def _cardinality(split: str, found: Evaluation) -> str:
@@ -215,7 +230,7 @@ def _cardinality(split: str, found: Evaluation) -> str:
 def _folds(found: CrossValidation) -> dict[str, Any]:
     pooled = found.pooled
     metrics = task_named(pooled.task).metrics
-    headline = task_named(pooled.task).headline
+    headline = pooled.leading
     expected = found.spreads[headline.key]
     low, high = (headline.text(bound) for bound in pooled.intervals[headline.key])
     said = (

@@ -1,1 +1,1 @@
-"""One run: a request resolved, the network built, trained, judged on every split, and exported. `run` tells the whole story."""
+"""Carry out one run: resolve the request, build the network, train it, evaluate it on every split, export it. Start at `run`."""

@@ -1,4 +1,4 @@
-"""Build the network of a request in torch, trace it for ONNX, and record it for later runs without torch."""
+"""Build the network of a request in torch, trace it for ONNX, and record it so that later runs need no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NOTHING_TRAINS: frozenset[int] = frozenset()
 
 
 class BuiltNetwork:
-    """A torch classifier before training, as a `Network`. Its weights never change: a run trains a copy."""
+    """A `Network` that is a torch classifier before training. Its weights never change: a run trains a copy."""
 
     exporter = EXPORTER
 
@@ -52,10 +52,10 @@ class BuiltNetwork:
         self._traced: Future[Graph] = Future()
 
     def traced(self) -> Graph:
-        """Return the traced network after a trial export. The first caller traces it; other threads wait for the result.
+        """Return the traced network, after a trial export. The first caller traces it; callers in other threads wait for it.
 
         Raises:
-            ExportError: the backbone can be trained, but not exported.
+            ExportError: the backbone cannot be exported, although it could be trained.
         """
         with self._tracing:
             if not self._traced.done():
@@ -68,7 +68,7 @@ class BuiltNetwork:
 
     @cached_property
     def template(self) -> bytes:
-        """The network as one ONNX file whose head and temperature are inputs (`finetune.export.template`)."""
+        """The network as an ONNX file in which head and temperature can be replaced (`finetune.export.template`)."""
         return fold(self.traced(), DeployModule(self.classifier, task=self.task))
 
     @cached_property
@@ -99,7 +99,7 @@ class BuiltNetwork:
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Compute the answers in torch, and record the network with torch's embeddings for later runs without torch."""
+        """Compute the outputs in torch, and record the network with torch's embeddings so that later runs need no torch."""
         classifier = self.classifier.with_head(torch.from_numpy(head.weight), torch.from_numpy(head.bias))
         found = torch_reference(DeployModule(classifier, temperature, self.task), images)
         folder = engine_folder(self.prefix, preprocess, self._shared.store)
@@ -117,7 +117,11 @@ class BuiltNetwork:
         return carried_tensors(self.classifier.backbone, trained=False)
 
     def own_head(self, classes: Sequence[str]) -> Head | None:
-        """Return the head of the model that this network is from, if it knows the same classes; its rows in their order."""
+        """Return the head of the user's model that this network starts from, its rows in the order of `classes`.
+
+        Returns:
+            None if the network does not start from such a model, or if its task, classes, pooling or embedding size differ.
+        """
         origin = self.classifier.backbone.weights.origin
         if origin is None or origin.manifest.task != self.task or sorted(origin.manifest.classes) != sorted(classes):
             return None
@@ -145,10 +149,10 @@ class BuiltNetwork:
 
 
 def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:
-    """Return the backbone's tensors that a bundle keeps: all of them, unless they are the pretrained ones still.
+    """Return the backbone's tensors that a bundle must contain: none if they still are the pretrained weights, else all.
 
     Args:
-        trained: some of them were trained in this run.
+        trained: whether this run has trained some of them.
     """
     if not trained and backbone.weights.source != "model":
         return {}
@@ -156,10 +160,10 @@ def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:
 
 
 def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> BuiltNetwork:
-    """Build the backbone that `spec` asks for, with a new head.
+    """Build the backbone that `spec` requests, with a newly initialised head.
 
     Raises:
-        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
+        InvalidInput: the backbone, its weights or the head does not exist under the name in the request.
     """
     with on_threads(1):
         backbone = seeded_backbone(spec, shared)
@@ -170,10 +174,10 @@ def build_network(spec: JobSpec, task: str, n_classes: int, shared: Shared) -> B
 
 
 def _check_random_start(classifier: Classifier) -> None:
-    """Refuse a random backbone that is not the one with which one's own model was trained.
+    """Check that a randomly initialised backbone has the same values as when the user's model was trained on it.
 
     Raises:
-        WeightsError: this version of torch draws other numbers from the same seed.
+        WeightsError: it has others, because this version of torch or timm initialises it differently from the same seed.
     """
     weights = classifier.backbone.weights
     if weights.origin is None or weights.source != "none":
@@ -186,11 +190,11 @@ def _check_random_start(classifier: Classifier) -> None:
 
 
 def seeded_backbone(spec: JobSpec, shared: Shared) -> Backbone:
-    """Build the backbone that `spec` asks for.
+    """Build the backbone that `spec` requests, from timm or from one of the user's own models.
 
     Raises:
-        InvalidInput: it does not exist as the request names it.
-        NotFound: the request starts from a model of one's own that does not exist.
+        InvalidInput: the backbone or its weights do not exist under the name in the request.
+        NotFound: the request names a model of the user that does not exist.
     """
     asked = spec.model
     if not is_own_model(asked.backbone):
@@ -211,7 +215,7 @@ def seeded_backbone(spec: JobSpec, shared: Shared) -> Backbone:
 
 
 def facts_of(classifier: Classifier) -> BackboneFacts:
-    """Describe a classifier's backbone."""
+    """Return the torch-free description of a classifier's backbone."""
     backbone = classifier.backbone
     weights: Mapping[str, object] = backbone.weights.to_dict()
     return BackboneFacts(

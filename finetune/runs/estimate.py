@@ -1,4 +1,4 @@
-"""What a run will take, before it is carried out: measured on a few images and steps on this machine, then multiplied."""
+"""Estimate the time and memory of a run before it starts, by measuring a few images and steps on this machine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from finetune.runs.prepare import Prepared, augment_of, built_network
 from finetune.runs.shared import Shared
 from finetune.training.machine import MEASURED_IMAGES, measure, plain_numerics
 
-_FORWARD_SHARE = 1 / 3  # of a training step: the backward pass takes twice the forward pass
+_FORWARD_SHARE = 1 / 3  # of the time of a training step: the backward pass takes about twice as long as the forward pass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """About how much; `prefix` says in words what is computed once and what of it is in the cache already."""
+    """The estimated cost of a run.
+
+    Args:
+        cache_bytes: disk space for the features that are still to be computed and cached.
+        prefix: in words, which features are computed once and which of them are already cached.
+    """
 
     seconds: float
     memory_bytes: float
@@ -26,10 +31,11 @@ class Estimate:
 
 
 def estimate(prepared: Prepared, shared: Shared, *, rounds: int = 1) -> Estimate:
-    """Estimate the training of one run. Export, evaluation on test and the report come on top, a matter of seconds.
+    """Estimate the cost of training one run. Export, evaluation on test and the report take a few seconds more.
 
     Args:
-        rounds: how often it is carried out, as for folds; what is computed once is computed once for all of them.
+        rounds: number of trainings on the same images, such as the folds of a cross-validation; cached features are computed
+            once for all of them.
     """
     resolved, dataset = prepared.resolved, prepared.dataset
     recipe, compute = resolved.recipe, resolved.compute
@@ -56,7 +62,7 @@ def estimate(prepared: Prepared, shared: Shared, *, rounds: int = 1) -> Estimate
 
 
 def together(estimates: list[Estimate]) -> Estimate:
-    """Return the estimate of runs that follow one another."""
+    """Return the estimate for runs that are carried out one after another."""
     return Estimate(
         seconds=math.fsum(part.seconds for part in estimates),
         memory_bytes=max(part.memory_bytes for part in estimates),

@@ -1,4 +1,4 @@
-"""Judge a trained model: its answers on every split that it was not trained on, and what they come to."""
+"""Evaluate a trained model: predict the held-out splits, choose thresholds, fit the temperature, and compute metrics."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from finetune.tasks import task_named
 from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
-LOSS_OF_NONSENSE = 10.0  # times the loss of answering every class with the same probability
-N_COMPARED_EMBEDDINGS = 40  # evenly over a table, and so over all folds
-N_PARTS = 5  # of the images that thresholds are chosen on, each of which is judged by what the others choose
-MIN_IMAGES_TO_REFUSE = 20  # on fewer, a good model is as bad as chance by accident too often
+LOSS_OF_NONSENSE = 10.0  # times the loss of predicting the same probability for every class
+N_COMPARED_EMBEDDINGS = 40  # spread evenly over a table, and so over all folds
+N_PARTS = 5  # that val is divided into; each part is given labels by thresholds that were chosen on the others
+MIN_IMAGES_TO_REFUSE = 20  # with fewer images, a good model is too often as bad as chance by accident
 
 
 def predict_splits(learner: Learner, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
-    """Answer every image of these splits, as the exported graph computes it."""
+    """Return a table of predictions for each of these splits that has images, as the exported graph computes them."""
     found = {}
     for split in splits:
         samples = context.dataset.of(split)
@@ -42,7 +42,7 @@ def table_of(
     logits: NDArray[np.float32],
     embedding: NDArray[np.float32],
 ) -> Predictions:
-    """Return the answers to `samples` as a table."""
+    """Return logits (N, C) and embeddings (N, D) of N samples as a table of predictions."""
     return Predictions(
         split=split,
         task=context.task.name,
@@ -58,12 +58,17 @@ def table_of(
 def decided(
     predictions: Mapping[str, Predictions], given: tuple[float, ...] | None = None
 ) -> tuple[dict[str, Predictions], tuple[float, ...] | None]:
-    """Return the tables with the thresholds from which on labels are given, and these; None where labels exclude each other.
+    """Add to multilabel predictions the thresholds at which a label is predicted, chosen on val.
 
-    Where val is answered, each part of its images is given labels by thresholds that were chosen on the other parts.
+    The images of val itself are divided into parts, and each part is given thresholds that were chosen on the other parts, so
+    that the metrics on val are not optimistic.
 
     Args:
         given: thresholds that another run of the study has chosen; by default they are chosen on val.
+
+    Returns:
+        The tables, and the thresholds (logits, one for each label); None and unchanged tables if the task has no thresholds or
+        nothing to choose them on.
     """
     chosen = given if given is not None else thresholds_of(predictions["val"]) if "val" in predictions else None
     if chosen is None:
@@ -76,13 +81,13 @@ def decided(
 
 
 def thresholds_of(table: Predictions) -> tuple[float, ...] | None:
-    """Return the logit for each label from which on these held-out answers give it; None where labels exclude each other."""
+    """Return for each label the logit threshold that suits these held-out predictions best; None for a multiclass task."""
     found = task_named(table.task).choose_thresholds(table.logits, table.labels)
     return None if found is None else tuple(float(one) for one in found)
 
 
 def left_out_thresholds(table: Predictions) -> Predictions:
-    """Return a table that chooses thresholds, each part of it with those that the other parts choose."""
+    """Return the table with cross-fitted thresholds: each part of its images has those that were chosen on the other parts."""
     part = np.arange(len(table)) % N_PARTS
     rows = np.zeros_like(table.logits)
     for number in range(N_PARTS):
@@ -95,26 +100,28 @@ def judge(
     predictions: Mapping[str, Predictions],
     thresholds: tuple[float, ...] | None = None,
     leaked: Mapping[str, frozenset[str]] | None = None,
+    class_sizes: Sequence[int] = (),
 ) -> Judgement:
-    """Evaluate every table, and fit the temperature on val.
+    """Evaluate every table of predictions, and fit the temperature on val.
 
     Args:
-        thresholds: that `decided` gave.
-        leaked: ids of images in a split that were trained on; beside such a split's figures stand those without them, under the
-            split's name with ``_unseen``.
+        thresholds: as `decided` returned them; they become part of the result.
+        leaked: by split, the ids of its images that are also in train, or whose group is. Such a split is evaluated a second time
+            without them, under its name with the suffix ``_unseen``.
+        class_sizes: images of each class in all splits together.
     """
-    evaluations = {split: evaluate(table) for split, table in predictions.items()}
+    evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
     for split, ids in (leaked or {}).items():
         if split in predictions:
             table = predictions[split]
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
-                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen))
+                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
     return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
 
 
 def calibrate(predictions: Predictions) -> Temperature | None:
-    """Fit the temperature on these held-out answers; return None where they are too few, or where no value fits best."""
+    """Fit the temperature on held-out predictions; return None if they are too few or the best value is out of range."""
     if len(predictions) < MIN_IMAGES_TO_CALIBRATE:
         return None
     temperature = task_named(predictions.task).fit_temperature(predictions.logits, predictions.labels)
@@ -122,9 +129,10 @@ def calibrate(predictions: Predictions) -> Temperature | None:
 
 
 def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictions) -> bool:
-    """Return whether the embeddings in a table, which other runs may have made, are those that this model gives.
+    """Return whether the embeddings in a table, which may be another run's, equal those of this model.
 
-    The model of a fold, or the one before a refit, has the embeddings of this one only if none of them trained its backbone.
+    A model of a fold, or the one before a refit, has the same embeddings only if no run has trained the backbone. A sample of the
+    images is compared.
     """
     if table.embedding is None or not len(table):
         return False
@@ -138,26 +146,26 @@ def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictio
 
 
 def refuse_nonsense(predictions: Predictions) -> None:
-    """Refuse a model that is no better than an answer which does not look at the image.
+    """Refuse a model that is no better than giving every image the same prediction. Too few images are not judged.
 
     Raises:
-        NoBetterThanChance: with the figures that say so.
+        NoBetterThanChance: the message names the metric and what chance has.
     """
     if len(predictions) >= MIN_IMAGES_TO_REFUSE:
         _refuse(_no_better_than_chance(predictions))
 
 
 def refuse_diverged(predictions: Predictions) -> None:
-    """Refuse a model whose weights have run away: what it says is nothing that could be exported.
+    """Refuse a model whose training diverged.
 
     Raises:
-        NoBetterThanChance: with the figures that say so.
+        NoBetterThanChance: the message names the loss and that of random predictions.
     """
     _refuse(_divergence(predictions))
 
 
 def doubt(predictions: Predictions) -> str | None:
-    """Return what must be said of a model that is registered although nothing shows that it is better than chance."""
+    """Return a warning for a model that is registered although it may be no better than chance; None if it is better."""
     found = _divergence(predictions)
     if found is None and (found := _no_better_than_chance(predictions)) and len(predictions) < MIN_IMAGES_TO_REFUSE:
         found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
@@ -175,7 +183,7 @@ def _refuse(found: str | None) -> None:
 def _divergence(predictions: Predictions) -> str | None:
     evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
     loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
-    surely_better = evaluation.intervals[evaluation.headline][0] > chance  # then it is only far too sure of its mistakes
+    surely_better = evaluation.intervals[evaluation.headline][0] > chance  # a high loss then shows only overconfidence
     if surely_better or loss <= LOSS_OF_NONSENSE * uniform:
         return None
     return (

@@ -1,11 +1,12 @@
-"""A network that an earlier run recorded: another head can be solved on it and exported without torch in the process.
+"""Record an untrained network, so that later runs can solve a head on it and export it without torch. Torch-free.
 
 A run that exports a solved head writes two files into the store's namespace ``engines``: a template, which is the exported graph
-without its head (`finetune.export.template`), and a record with the backbone's facts and digests and the state of its weights
-file. Their key is everything that decides what the network computes: the model section of the request, the task and the number of
-classes, the versions of the libraries, and the source code here that builds and traces networks. The embeddings that torch gave
-for the images on which the export was compared are kept with the features, under an engine name of their own, so that an export
-without torch is still compared with torch's answers. Torch-free.
+without its head (`finetune.export.template`), and a record of the backbone's facts, its digests and the state of its weights
+file. Their key is a digest of everything that determines what the network computes: the model section of the request, the task,
+the number of classes, the versions of the libraries, and the source code in this package that builds and traces networks.
+
+An export is compared with torch's outputs. For a later run without torch, the embeddings that torch computed for the compared
+images are cached with the features, under an engine name of their own.
 """
 
 from __future__ import annotations
@@ -54,17 +55,17 @@ _CODE = ("model/*.py", "training/objectives/*.py", "features/prefix.py", "export
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded of a network beside its template."""
+    """The facts of a recorded network; its graph is in the template."""
 
     task: str
     n_classes: int
     facts: BackboneFacts
-    embedding_digest: str  # of the whole backbone with pooling, as `Prefix.digest` gives it
+    embedding_digest: str  # `Prefix.digest` of the whole backbone with pooling
     frozen_digest: str
     exporter: str
     torch: str  # version
-    weights_file: Mapping[str, Any] | None  # as `file_state` gives it; None where there are no pretrained weights
-    seed: int  # what a backbone without pretrained weights was drawn with
+    weights_file: Mapping[str, Any] | None  # from `file_state`; None if the weights are not in a file
+    seed: int  # that a backbone without pretrained weights was initialised with
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -78,7 +79,7 @@ class Record:
 
 @dataclass(frozen=True)
 class KnownNetwork:
-    """A network that an earlier run recorded, as a `Network`."""
+    """A `Network` that an earlier run recorded."""
 
     record: Record
     template: bytes
@@ -111,7 +112,7 @@ class KnownNetwork:
         return with_head(self.template, head, temperature)
 
     def tensors(self) -> Tensors:
-        """Return those that the weights' file keeps, where it is the bundle of one's own model."""
+        """Return the tensors in the bundle of the user's model that the network starts from; none if it starts from another."""
         if self.facts.weights["source"] != "model":
             return {}
         assert self.record.weights_file is not None, "the weights of one's own model are in a file"
@@ -126,7 +127,7 @@ class KnownNetwork:
         """Apply the head to the embeddings that torch computed in an earlier run.
 
         Raises:
-            KeyError: some samples have no stored embedding; `has_reference` says so beforehand.
+            KeyError: some samples have no stored embedding; ask `has_reference` first.
         """
         embedding = self._stored(samples, preprocess).take(np.arange(len(samples)))
         logits = head_logits(embedding, head.weight, head.bias)
@@ -140,7 +141,7 @@ class KnownNetwork:
 
 @dataclass(frozen=True)
 class _KnownPrefix:
-    """From pixels to the embedding through the template, whose agreement with torch was checked when it was recorded."""
+    """A prefix that computes embeddings with the recorded template, which was compared with torch when it was recorded."""
 
     network: KnownNetwork
 
@@ -166,16 +167,16 @@ class _KnownPrefix:
 
 
 def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
-    """Return the key of the network that a request starts from: a digest of everything that decides what it computes."""
+    """Return the key of the network that a request starts from: a digest of everything that determines what it computes."""
     package = package_of(spec.model.backbone)
     parts = (
         SCHEMA_VERSION,
         spec.model.model_dump_json(),
-        str(Path(spec.model.weights).absolute()),  # two folders may hold different files of one name
+        str(Path(spec.model.weights).absolute()),  # a relative path names different files in different working directories
         _state_of_folder(spec.model.backbone),
         task,
         n_classes,
-        spec.seed if spec.model.weights == "none" else None,  # the first values of a backbone that was not pretrained
+        spec.seed if spec.model.weights == "none" else None,  # initialises a backbone that is not pretrained
         package.version() if package else None,
         *(importlib.metadata.version(name) for name in _LIBRARIES),
         _code_digest(),
@@ -184,7 +185,7 @@ def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
 
 
 def _state_of_folder(backbone: str) -> list[dict[str, Any] | None]:
-    """Return the state of the files that say what a backbone from a folder is; none for one that a name alone identifies."""
+    """Return the state of the files that describe a backbone in a local folder; empty if its name alone identifies it."""
     if backbone.startswith(LOCAL_FOLDER):
         return [file_state(str(Path(backbone.removeprefix(LOCAL_FOLDER)) / "config.json"))]
     if is_own_model(backbone) and not is_registered_model(backbone):
@@ -193,7 +194,7 @@ def _state_of_folder(backbone: str) -> list[dict[str, Any] | None]:
 
 
 def find_known(key: str, store: Store) -> KnownNetwork | None:
-    """Return the network recorded under `key`; None where there is none or where its weights file has changed since."""
+    """Return the network recorded under `key`; None if there is none, or if its template or weights file has changed since."""
     folder = _folder(key, store)
     if not (folder / "network.json").is_file() or not (folder / "template.onnx").is_file():
         return None
@@ -219,10 +220,10 @@ def keep_known(
     preprocess: Preprocess,
     store: Store,
 ) -> None:
-    """Record a network for later runs, if the store has room, with torch's embeddings (N, D) of N samples."""
+    """Record a network for later runs, with torch's embeddings (N, D) of N samples, if the store has room for it."""
     folder = _folder(key, store)
     document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
-    # Without room on the disk nothing is recorded, and the next run builds the network in torch.
+    # On a full disk nothing is recorded, and the next run builds the network in torch.
     with contextlib.suppress(DiskFull):
         kept = keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
         if kept and store.reserve(len(template)):
@@ -231,7 +232,7 @@ def keep_known(
 
 
 def file_state(path: str | None) -> dict[str, Any] | None:
-    """Return path, size and time of change, which show whether a file is still the same; None where there is no file."""
+    """Return path, size and modification time of a file, to notice later that it has changed; None if there is no such file."""
     if path is None or not Path(path).is_file():
         return None
     status = Path(path).stat()
@@ -239,7 +240,7 @@ def file_state(path: str | None) -> dict[str, Any] | None:
 
 
 def reference_engine(torch_version: str) -> str:
-    """Return the engine name of the embeddings that exports are compared with; heads are never solved on these rows."""
+    """Return the engine name of the embeddings that exports are compared with. Heads are never solved on these embeddings."""
     return f"torch {torch_version} cpu float32, as the reference of exports"
 
 
@@ -249,7 +250,7 @@ def _folder(key: str, store: Store) -> Path:
 
 @functools.cache
 def _code_digest() -> str:
-    """Return the sha256 of the source code that decides what a network computes and how it is traced."""
+    """Return the sha256 of the source code that determines what a network computes and how it is traced."""
     digest = hashlib.sha256()
     for pattern in _CODE:
         paths = sorted(_PACKAGE.glob(pattern))

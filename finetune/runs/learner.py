@@ -1,7 +1,7 @@
-"""The protocol of what a run trains: it is trained, answers samples, and is exported. Torch-free.
+"""The protocol of a learner, which a run trains, uses for predictions, and exports. Torch-free.
 
-There are two implementations. A solved learner (`finetune.runs.solved`) fits the head on a frozen backbone in closed form; a
-stepped learner (`finetune.runs.stepped`) takes optimiser steps, in torch.
+There are two implementations: `finetune.runs.solved` fits only the head, on the features of a frozen backbone, without optimiser
+steps; `finetune.runs.stepped` takes optimiser steps in torch.
 """
 
 from __future__ import annotations
@@ -20,35 +20,40 @@ from finetune.runtime.session import open_session
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 
-BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
+BATCH_SIZE = 16  # at which ONNX Runtime has the highest throughput on a CPU
 
 
 class Learner(Protocol):
-    """A network with a head that is trained once and then predicts."""
+    """A network with a head. Call `train` first, then `answer` and `exported`."""
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
-        """Train, or resume where an earlier process of the same run stopped.
+        """Train, or resume the training that an earlier process of the same run began.
 
         Args:
-            decided: the choices of an earlier run; with them nothing is chosen here, and the dataset needs no val split.
+            decided: what an earlier run chose on its validation images; then nothing is chosen here, and the dataset needs no val
+                split.
         """
         ...
 
     def answer(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return logits (N, C) and embeddings (N, D) of samples, as the exported graph computes them."""
+        """Return logits (N, C) and embeddings (N, D) of N samples, as the exported graph computes them."""
         ...
 
     def exported(self, temperature: float) -> ExportedNetwork:
-        """Return the trained network as an ONNX file, with what its export is compared with."""
+        """Return the trained network as an ONNX file, with the reference that the export is compared with.
+
+        Args:
+            temperature: that the logits are divided by before the link function.
+        """
         ...
 
 
 def run_model(
     model: bytes, samples: tuple[Sample, ...], preprocess: Preprocess, context: TrainingContext, split: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return logits (N, C) and embeddings (N, D) of samples through ONNX Runtime."""
+    """Run a serialised ONNX model on N samples; return logits (N, C) and embeddings (N, D)."""
     threads = context.compute.threads
     session = open_session(model, threads=threads)
     logits: list[NDArray[np.float32]] = []

@@ -1,4 +1,4 @@
-"""What using an exported model costs: the size of its bundle, and the time of one answer."""
+"""Measure the cost of using an exported model: the size of its bundle and its latency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATENCY_ROUNDS = 20
 
 
 def model_cost(run: RunDir) -> dict[str, float]:
-    """Return what the exported model takes: bytes on disk, and seconds for one image on one core."""
+    """Return ``bundle_bytes`` on disk and ``latency_seconds`` for one image on one core."""
     (latency,) = latencies([run])
     return {
         "bundle_bytes": float(sum(path.stat().st_size for path in run.bundle.iterdir())),
@@ -24,9 +24,9 @@ def model_cost(run: RunDir) -> dict[str, float]:
 
 
 def latencies(runs: Sequence[RunDir]) -> list[float]:
-    """Return the seconds that the exported model of each run takes for one image on one core: the median of some rounds.
+    """Return for each run the seconds that its exported model takes for one image on one core, the median of `LATENCY_ROUNDS`.
 
-    The models take turns, so that whatever else the machine does meets all of them.
+    The models are measured in turn, so that other load on the machine affects all of them alike.
     """
     predictors = [Predictor.load(run.bundle) for run in runs]
     images = [np.zeros((1, *predictor.manifest.preprocess.input_size_px, 3), np.uint8) for predictor in predictors]

@@ -1,7 +1,7 @@
-"""The protocol of a pretrained network before its head is trained. Torch-free.
+"""The protocol of a network before its head is trained. Torch-free.
 
-There are two implementations. A built network (`finetune.runs.build`) is a torch module that can be trained. A known network
-(`finetune.runs.known`) was recorded by an earlier run, and is enough to solve a head on and to export it without torch.
+There are two implementations: a built network (`finetune.runs.build`) is a torch module that can be trained; a known network
+(`finetune.runs.known`) was recorded by an earlier run, and a head can be solved on it and exported without torch.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from finetune.model.tensors import Tensors
 
 
 class Network(Protocol):
-    """A frozen backbone, and everything that a head on it needs."""
+    """A frozen backbone, with what is needed to solve a head on it and to export both."""
 
     @property
     def facts(self) -> BackboneFacts: ...
 
     @property
     def exporter(self) -> str:
-        """The tool that made the ONNX graph, for the manifest."""
+        """The name of the tool that made the ONNX graph, for the manifest."""
         ...
 
     @property
     def prefix(self) -> Prefix:
-        """The whole backbone with pooling: from pixels to the embedding that the head is given."""
+        """The whole backbone with pooling, from pixels to the embedding, as a frozen prefix."""
         ...
 
     @property
     def seed(self) -> int:
-        """What the backbone was drawn with, where it is not pretrained."""
+        """The seed that the backbone was initialised with if it is not pretrained."""
         ...
 
     def try_export(self) -> None:
         """Check, before anything is trained, that the network can be exported.
 
         Raises:
-            ExportError: the backbone can be trained, but not exported.
+            ExportError: the backbone cannot be exported, although it could be trained.
         """
         ...
 
@@ -55,21 +55,21 @@ class Network(Protocol):
         ...
 
     def with_head(self, head: Head, temperature: float) -> bytes:
-        """Return the network with this head as one ONNX file."""
+        """Return the network with this head and temperature as one ONNX file."""
         ...
 
     def tensors(self) -> Tensors:
-        """Return the tensors of the backbone that a bundle must keep: none where they are the pretrained ones still."""
+        """Return the backbone's tensors that a bundle must contain: none if they still are the published pretrained weights."""
         ...
 
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
-        """Return whether `reference` can answer for these samples, preprocessed in this way."""
+        """Return whether `reference` is available for these samples with this preprocessing."""
         ...
 
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Return what torch computes for samples with this head, which an export is compared with.
+        """Return torch's outputs for N samples with this head, which an export is compared with.
 
         Args:
             images: (N, h, w, 3) uint8, the samples preprocessed by `preprocess`.

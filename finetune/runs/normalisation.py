@@ -1,10 +1,13 @@
-"""How pixels should be given to pretrained weights: the frozen features of a few training images under several normalisations.
+"""Find out whether pretrained weights expect another pixel normalisation than the one in use, from a few training images.
 
-Weights do not say how they were trained: with which mean and deviation, in which order the channels come, whether pixels are 0 to
-1 or 0 to 255. Where that is wrong the network still works, only worse. What tells is how well its features separate the user's
-classes: for each normalisation a ridge head is fitted, and every image is answered by the head that was fitted without it, which
-a closed form gives for nothing (Allen 1974, PRESS). Where the network has batch normalisation, its remembered statistics tell
-more: `finetune.features.batch_statistics`. The images are the same, so differences are paired.
+A weights file does not say how it was trained: with which mean and standard deviation, in which channel order, on pixels from 0
+to 1 or from 0 to 255. With the wrong normalisation the network still works, but worse. Two measurements compare the normalisation
+in use with the common ones, on the same images (so the differences are paired):
+
+- For each normalisation a ridge head is fitted on the frozen features, and every image is predicted by the head that was fitted
+  without it. These leave-one-out predictions have a closed form (Allen 1974, PRESS), so they cost no further fits.
+- If the network has batch normalisation, the statistics of its activations are compared with the running statistics in the
+  weights, which is more sensitive (`finetune.features.batch_statistics`).
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ from finetune.model.classifier import Classifier
 from finetune.runs.prepare import Prepared
 from finetune.tasks import Task
 
-FIRST_IMAGES = 96  # a normalisation that is worse on these is not tried on all
+FIRST_IMAGES = 96  # a normalisation that is worse on these images is not tried on all of them
 STATISTICS_IMAGES = 160
 BATCH_SIZE = 16
-SMALLEST_DIVERGENCE = 1e-3  # so that layers which agree anyway do not count
-STRENGTHS = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 1.1, 0.5))  # of the ridge, relative to the mean kernel
+SMALLEST_DIVERGENCE = 1e-3  # is added to every divergence, so that layers which agree with both normalisations hardly count
+STRENGTHS = tuple(float(10.0**exponent) for exponent in np.arange(-4.0, 1.1, 0.5))  # ridge, for a kernel divided by D
 
 Features = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What is subtracted from pixels in 0..1 and what they are divided by, and the order of the channels."""
+    """Mean and standard deviation for pixels from 0 to 1, and the order of the channels (RGB, or BGR if `blue_first`)."""
 
     name: str
     mean: tuple[float, float, float]
@@ -46,7 +49,7 @@ class Normalisation:
     blue_first: bool = False
 
     def same_as(self, other: Normalisation) -> bool:
-        """Return whether both compute the same, whatever they are called."""
+        """Return whether both normalise alike; their names do not count."""
         numbers = (*self.mean, *self.std), (*other.mean, *other.std)
         return self.blue_first == other.blue_first and bool(np.allclose(*numbers, rtol=1e-3))
 
@@ -63,11 +66,12 @@ CANDIDATES = (
 
 
 def compare_normalisations(network: Classifier, prepared: Prepared, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return what speaks for each other normalisation of pixels, against the present one.
+    """Compare the present normalisation of pixels (``own``) with the other common ones (``others``).
 
     Returns:
-        ``own`` and, for each of ``others``, its ``name``; ``statistics``, null where the network has no batch normalisation; and
-        ``left_out``, null where the statistics speak against it, so that nothing was fitted.
+        The content of ``measurements/preprocessing.json``. Each of ``others`` has its ``name``; ``statistics`` as `_nearer`
+        returns them, None without batch normalisation; and ``left_out`` as `_compare_left_out` returns it, None if the statistics
+        already show that it is worse, so that no head was fitted.
     """
     preprocess = prepared.resolved.preprocess
     pixels = np.stack([sample.decode(preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
@@ -89,7 +93,13 @@ def compare_normalisations(network: Classifier, prepared: Prepared, samples: Seq
 def _compare_left_out(
     classifier: Classifier, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], labels: _Labels
 ) -> dict[str, dict[str, float]]:
-    """Return by name how well images are answered by heads that were fitted without them."""
+    """Compare leave-one-out predictions under each of `others` with those under the present normalisation.
+
+    Returns:
+        By name: the number of images ``n``, the accuracies ``top1`` and ``own_top1``, and the improvement ``z`` of the squared
+            error
+        in standard errors.
+    """
     if not others:
         return {}
     of_own = _LeftOut.of(_features(classifier, own, pixels), labels)
@@ -113,14 +123,14 @@ def _compare_left_out(
 
 @dataclass(frozen=True)
 class _Labels:
-    """What images show, as a ridge head is fitted to it and as its answers are judged."""
+    """The targets of the images, for fitting a ridge head and for scoring its predictions."""
 
     task: Task
     targets: NDArray[Any]  # encoded by the task
 
     @cached_property
     def indicators(self) -> Features:
-        """(N, C) 1 where an image has the label"""
+        """(N, C) 1 where an image has the label, else 0."""
         if self.targets.ndim > 1:
             return np.asarray(self.targets, dtype=np.float64)
         one_hot: Features = np.eye(int(self.targets.max()) + 1)[self.targets]
@@ -130,29 +140,29 @@ class _Labels:
         return _Labels(self.task, self.targets[:n])
 
     def judge(self, answers: Features) -> NDArray[np.float64]:
-        # A head fitted to 0 and 1 gives a label from one half on.
+        # The head is fitted to 0 and 1, so a label is predicted from 0.5 on.
         return self.task.judge(answers.astype(np.float32), self.targets, np.full(answers.shape[1], 0.5)).score
 
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """The answers of ridge heads, each to the one image that it was fitted without."""
+    """Leave-one-out predictions of a ridge head: each image is predicted by the head that was fitted without it."""
 
     features: Features  # (N, D)
     squared_errors: NDArray[np.float64]  # (N,) summed over the classes
-    scores: NDArray[np.float64]  # (N,) how well each image is answered, 0 to 1
+    scores: NDArray[np.float64]  # (N,) from 0 to 1, by the task's metric
 
     @classmethod
     def of(cls, features: Features, labels: _Labels) -> _LeftOut:
-        """Fit with the strength that answers left-out images best."""
+        """Fit with the ridge penalty that has the smallest leave-one-out error."""
         spread = features.std(axis=0)
         rows = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-        kernel = rows @ rows.T / max(rows.shape[1], 1) + 1.0  # the constant stands for the bias
+        kernel = rows @ rows.T / max(rows.shape[1], 1) + 1.0  # the constant is the bias
         values, vectors = np.linalg.eigh(kernel)
         best: _LeftOut | None = None
         for strength in STRENGTHS:
             inverse = (vectors / (values.clip(min=0) + strength)) @ vectors.T
-            residuals = (inverse @ labels.indicators) / np.diagonal(inverse)[:, None]  # (N, C), of the left-out image
+            residuals = (inverse @ labels.indicators) / np.diagonal(inverse)[:, None]  # (N, C), leave-one-out (PRESS)
             found = cls(features, (residuals**2).sum(axis=1), labels.judge(labels.indicators - residuals))
             if best is None or found.squared_errors.mean() < best.squared_errors.mean():
                 best = found
@@ -160,7 +170,7 @@ class _LeftOut:
         return best
 
     def better_than(self, other: _LeftOut) -> float:
-        """Return by how many standard errors the squared errors are smaller than another's on the same images."""
+        """Return by how many standard errors the mean squared error is smaller than that of `other` on the same images."""
         gains = other.squared_errors - self.squared_errors
         error = float(gains.std(ddof=1)) / np.sqrt(len(gains))
         return float(gains.mean() / error) if error > 0 else 0.0
@@ -173,10 +183,13 @@ def _divergences(classifier: Classifier, given: Normalisation, pixels: NDArray[n
 
 
 def _nearer(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> dict[str, float] | None:
-    """Return how much nearer the statistics of activations come to those that the weights remember, given another normalisation.
+    """Return how much closer the activation statistics are to the running statistics in the weights with another normalisation.
+
+    Args:
+        own, other: divergences (groups of images, layers) with the present and with the other normalisation.
 
     Returns:
-        gain: the mean over layers of the natural logarithm of the ratio of divergences; above 0: nearer.
+        gain: the mean over layers of the natural logarithm of the ratio of divergences; above 0, the other one is closer.
         z: the gain in standard errors over groups of images.
     """
     if own is None or other is None:
@@ -200,7 +213,7 @@ def _others(own: Normalisation) -> list[Normalisation]:
 
 @torch.no_grad()
 def _features(classifier: Classifier, given: Normalisation, pixels: NDArray[np.uint8]) -> Features:
-    """Return the embeddings (N, D) of pixels that are normalised as `given`."""
+    """Return the embeddings (N, D) of pixels (N, h, w, 3) uint8, normalised as `given`."""
     ordered = np.ascontiguousarray(pixels[..., ::-1]) if given.blue_first else pixels
     with _normalising(classifier, given):
         batches = [ordered[start : start + BATCH_SIZE] for start in range(0, len(ordered), BATCH_SIZE)]
@@ -210,7 +223,7 @@ def _features(classifier: Classifier, given: Normalisation, pixels: NDArray[np.u
 
 @contextmanager
 def _normalising(classifier: Classifier, given: Normalisation) -> Iterator[None]:
-    """Inside the block the classifier normalises pixels as `given`."""
+    """Make the classifier normalise pixels as `given` in the block, and restore its own normalisation afterwards."""
     own = classifier._scale.clone(), classifier._shift.clone()
     mean, std = torch.tensor(given.mean), torch.tensor(given.std)
     classifier._scale.copy_((1 / (255 * std)).view(1, 3, 1, 1))

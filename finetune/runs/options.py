@@ -1,4 +1,4 @@
-"""What a study asks of one of its runs beyond the job spec; written into the run folder, so that a resumed run knows it."""
+"""What a study asks of one of its runs beyond the job spec. It is written into the run folder, where a resumed run reads it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ GOALS: tuple[Goal, ...] = ("judged", "exported", "registered")  # each includes 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How far a run goes, and what is decided for it.
+    """How far a run goes, and which choices it takes over from another run.
 
     Args:
-        goal: ``judged``: trained and evaluated. ``exported``: also written as a bundle. ``registered``: also a model version.
-        decided_by: path, relative to the run folder, of a finished run of the same request whose choices are taken over:
-            then nothing is chosen on validation images, and all of them may be trained on.
-        judged: the splits that the model is judged on, of those that there are.
-        sample_size: training images that are answered now and then for the diagnosis; None: as many as cost little.
+        goal: ``judged``: train and evaluate. ``exported``: also write the bundle. ``registered``: also register it as a model
+            version.
+        decided_by: path, relative to the run folder, of a finished run of the same request whose choices are used. Then nothing
+            is chosen on validation images, and the model is trained on them too.
+        judged: the splits to evaluate the model on, if the data has them.
+        sample_size: number of training images that are predicted at some steps for the diagnosis; None: as many as cost little.
     """
 
     goal: Goal = "registered"
@@ -38,7 +39,7 @@ class RunOptions:
 
     @classmethod
     def read(cls, run: RunDir) -> RunOptions:
-        """Return the options in a run folder; the defaults where there are none."""
+        """Return the options in a run folder; the defaults if it has none."""
         if not run.options.exists():
             return cls()
         given = read_json(run.options)

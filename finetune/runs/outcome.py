@@ -1,4 +1,4 @@
-"""What a finished run came to: ``outcome.json``, the file that says that a run is complete. Torch-free."""
+"""The result of a finished run or study, ``outcome.json``. A run that has this file is complete. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from finetune.storage.rundir import RunDir
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run or study."""
+    """The result of a finished run or study."""
 
     run: Path
-    method: str  # that was asked for
-    carried_out: str  # that the model was trained with: another than asked for where method auto chose
+    method: str  # of the request
+    carried_out: str  # the method that the model was trained with; differs from `method` if that is auto
     goal: str  # judged, exported or registered
     metrics: Mapping[str, float]
     cost: Mapping[str, float]
@@ -31,7 +31,7 @@ class Outcome:
     bundle: Path | None = None
     model: str | None = None
     version: str | None = None
-    cross_validation: Mapping[str, Any] | None = None  # as `CrossValidation.to_dict` gives it
+    cross_validation: Mapping[str, Any] | None = None  # from `CrossValidation.to_dict`
 
     def to_dict(self) -> dict[str, Any]:
         values = {**asdict(self), "classes": list(self.classes), "warnings": list(self.warnings)}

@@ -1,6 +1,6 @@
-"""Everything before training: read the data, find or build the network, split, resolve. `finetune check` ends here.
+"""Carry out everything that comes before training: read the data, find or build the network, split, resolve.
 
-Torch is imported only where a network has to be built.
+This is all that `finetune check` does. Torch is imported only if a network has to be built.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request with every choice made, its data read and split, and the network that it begins with."""
+    """A resolved request with its data, read and split, and the network that training starts from."""
 
     resolved: Resolved
     dataset: Dataset
-    checked_on: tuple[Sample, ...]  # what the export is compared on: the val images, also where they are trained on
+    checked_on: tuple[Sample, ...]  # that the export is compared on: val, also if the run trains on it; without val, train
     network: Network
 
     @property
@@ -75,14 +75,15 @@ def prepare(
     run: RunDir | None = None,
     options: RunOptions | None = None,
 ) -> Prepared:
-    """Read, split and resolve; find or build the network while another thread reads the files.
+    """Read and split the data and resolve the request; find or build the network while another thread reads the files.
 
     Args:
-        run: where the split is written, or read back if the run was interrupted or its study has drawn the split.
+        run: the folder that the split is written to. If it already contains a split, because the run was interrupted or its study
+            has made the split, that one is used.
 
     Raises:
-        InvalidInput: what is wrong with the data and what with the model, in one error; else what is wrong with the files.
-        ExportError: the backbone can be trained, but not exported.
+        InvalidInput: the data or the model cannot be used; if both, one error names both. Or some files cannot be used.
+        ExportError: the backbone cannot be exported, although it could be trained.
     """
     options = options or RunOptions()
     compute = resolve_compute(spec, resolve_device(spec.compute.device), available_cores())
@@ -99,11 +100,11 @@ def prepare(
 
 
 def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> tuple[Dataset, Network]:
-    """Return the checked dataset, not split yet, and the untrained network; both are kept for later runs of this process.
+    """Return the checked dataset, not split yet, and the untrained network. Both are kept for later runs of this process.
 
-    Another thread reads the files while the network is built and traced here. Where the method needs the pooled features of all
-    images, they are computed in the same pass that checks the files, so that each is decoded once. Where an earlier run has
-    recorded the network and the features of all images, and the request is only for a solved head, nothing is built.
+    Another thread reads the files while this thread builds and traces the network. If the method needs the pooled features of all
+    images, they are computed in the same pass that checks the files, so that each file is decoded once. If the request is only
+    for a solved head, and an earlier run has recorded the network and cached the features of all images, no network is built.
     """
     data_key = _data_key(spec)
     if data_key in shared.datasets:
@@ -123,7 +124,11 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
 
 
 def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
-    """Return checked data, as a manifest corrects it, with its revision; refuse it where the request names another one."""
+    """Apply the corrections of the request's manifest, record the dataset's revision, and return the dataset with it.
+
+    Raises:
+        DataError: the manifest cannot be applied, or the request names another revision.
+    """
     if spec.data.manifest is not None:
         dataset = corrected(dataset, Path(spec.data.manifest))
     if spec.data.revision is not None:
@@ -133,10 +138,10 @@ def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
 
 
 def built_network(spec: JobSpec, dataset: Dataset, shared: Shared) -> BuiltNetwork:
-    """Return the network for the task and the classes of a dataset as a torch module, built if this process has not yet.
+    """Return the torch network for the task and classes of a dataset; build it if this process has not done so yet.
 
     Raises:
-        InvalidInput: the backbone, its weights or the head do not exist as the request names them.
+        InvalidInput: the backbone, its weights or the head does not exist under the name in the request.
     """
     from finetune.runs.build import BuiltNetwork, build_network
 
@@ -148,7 +153,7 @@ def built_network(spec: JobSpec, dataset: Dataset, shared: Shared) -> BuiltNetwo
 
 
 def decisions_of(run: RunDir) -> tuple[Resolved, Choices]:
-    """Return what a finished run resolved and chose."""
+    """Return the resolved values of a finished run, and what it chose on its validation images."""
     return Resolved.from_dict(read_json(run.resolved)), Choices.from_dict(read_json(run.outcome)["choices"])
 
 
@@ -164,7 +169,7 @@ _NOT_OF_THE_FILES = {
 
 
 def _data_key(spec: JobSpec) -> str:
-    """Return what decides which files are read and which of them are left out."""
+    """Return the digest of everything in a request that determines which files are read and which samples are left out."""
     manifest = state_of(Path(spec.data.manifest)) if spec.data.manifest is not None else None
     data = spec.data.model_dump_json(exclude=_NOT_OF_THE_FILES)
     parts = (spec.training_file, spec.validation_file, spec.test_file, data, manifest)
@@ -172,7 +177,7 @@ def _data_key(spec: JobSpec) -> str:
 
 
 def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
-    """Return the dataset divided as `run` says that it was, else as `spec` asks, which is then written into `run`."""
+    """Return the dataset with the split that is in the folder of `run`; else split it as `spec` requests, and write the split."""
     if run is not None and run.split.exists():
         return read_split(run.split, dataset)
     data = spec.data
@@ -189,13 +194,17 @@ def split_for(spec: JobSpec, dataset: Dataset, run: RunDir | None) -> Dataset:
 
 
 def with_val_as_train(dataset: Dataset) -> Dataset:
-    """Return the dataset with its val images as training images, in the order that the samples have."""
+    """Return the dataset with its val images as training images, in the order of its samples."""
     samples = (replace(sample, split="test" if sample.split == "test" else "train") for sample in dataset.samples)
     return replace(dataset, samples=tuple(samples))
 
 
 def _index(spec: JobSpec, shared: Shared) -> Dataset:
-    """List the samples; where that fails, the error also tells what is wrong with the model."""
+    """List the samples without reading the files.
+
+    Raises:
+        InvalidInput: the data cannot be used. If the model cannot be used either, the error names both problems.
+    """
     try:
         dataset = index_dataset(
             spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, shared.store)
@@ -214,7 +223,11 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
 
 
 def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
-    """Refuse what data may say and no task of this release acts on: better an error than to ignore it."""
+    """Refuse labels, losses and weights that the task cannot learn from, instead of ignoring them.
+
+    Raises:
+        DataError: the task does not have the loss, an image does not have exactly one label, or a column of weights is given.
+    """
     task = resolve_task(spec, dataset)
     if spec.hyperparameters.loss not in ("auto", *task.losses):
         known = ", ".join(task.losses)
@@ -237,16 +250,16 @@ def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
 
 
 def _network_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
-    """Return the network that an earlier run of this process has built or loaded, if it suffices for this request."""
+    """Return the network that an earlier run in this process built or loaded, if it is sufficient for this request."""
     found = shared.networks.get(_network_key(spec, dataset))
     return None if isinstance(found, KnownNetwork) and not _only_solves(spec) else found
 
 
 def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Callable[[], Dataset | None]) -> Network | None:
-    """Return the network that an earlier run has recorded, if that suffices and the features of all images are stored too.
+    """Return the network that an earlier run recorded, if the request is only for a solved head and all features are cached.
 
     Args:
-        decoded: returns the dataset with the digests of all files; None where some files have never been decoded.
+        decoded: returns the dataset with the digests of all files; None if some files have never been decoded.
     """
     key = _network_key(spec, indexed)
     known = find_known(key, shared.store) if _only_solves(spec) else None
@@ -266,12 +279,12 @@ def _network_key(spec: JobSpec, dataset: Dataset) -> str:
 
 
 def _only_solves(spec: JobSpec) -> bool:
-    """Return whether a request is for a solved head on a CPU, without optimiser steps."""
+    """Return whether a request is for nothing but a solved head, computed on a CPU."""
     return spec.method.type == "linear_probe" and resolve_device(spec.compute.device) == "cpu"
 
 
 def framing(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> Preprocess:
-    """Return the preprocessing of a request: that of the pretrained weights, with the resizing that suits the dataset."""
+    """Return the preprocessing of a request: that of the pretrained weights, with the resize mode resolved for the dataset."""
     return replace(preprocess, resize=resolve_resize(spec, dataset, preprocess).resize)
 
 
@@ -280,21 +293,27 @@ def framing(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> Preproce
 
 @dataclass(frozen=True)
 class _Reading:
-    """Files that another thread reads, and the network that this thread waits for."""
+    """Results that the reading thread and the calling thread pass to each other.
+
+    Args:
+        scanned: the state and digests of the files, from the reading thread.
+        dataset: the checked dataset, from the reading thread.
+        network: set by the caller, who finds or builds it; the reading thread waits for it before it computes features.
+    """
 
     scanned: Future[Scanned]
     dataset: Future[Dataset]
     network: Future[Network]  # set by the caller, who finds or builds it
 
     def nothing_to_decode(self) -> Dataset | None:
-        """Return the dataset with the digests of all files; None where some files have never been decoded."""
+        """Return the dataset with the digests of all files; None if some files have never been decoded."""
         scanned = self.scanned.result()
         return None if scanned.undecoded else scanned.dataset
 
 
 @contextmanager
 def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: ProgressCallback) -> Iterator[_Reading]:
-    """Check the images in another thread, which stops at its next report of progress if the block raises."""
+    """Check the images in another thread during the block. If the block raises, the thread stops at its next progress report."""
     given_up = Event()
     network: Future[Network] = Future()
 
@@ -318,7 +337,7 @@ def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: Progress
 def _verify(
     spec: JobSpec, scanning: Future[Scanned], building: Future[Network], shared: Shared, progress: ProgressCallback
 ) -> Dataset:
-    """Decode what has not been decoded before; compute its features in the same pass where the request needs them."""
+    """Decode the files that have never been decoded. In the same pass compute their features, if the request needs them."""
     scanned = scanning.result()
 
     def decode(samples: Sequence[Sample]) -> Mapping[int, ImageError]:
@@ -338,5 +357,5 @@ def _verify(
 
 
 def needs_features(spec: JobSpec) -> bool:
-    """Return whether a request starts with a head solved on the frozen features of all images."""
+    """Return whether the method starts with a head that is solved on the frozen features of all images."""
     return getattr(spec.method, "warm_head", True)

@@ -1,4 +1,7 @@
-"""Decide whether to measure how pretrained weights expect their pixels, and keep the result. Torch-free where it is known."""
+"""Decide whether to measure which pixel normalisation pretrained weights expect, and store the result.
+
+Torch is imported only if something is measured.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,21 @@ from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
 from finetune.training.sample import SHARE_OF_TRAINING, STEP_COST, choose_sample
 
-MEASUREMENT = 2  # raise it where what is measured changes
+MEASUREMENT = 2  # version of the measurement; increase it when that changes
 N_IMAGES = 288
-N_PASSES = 5  # of the images through the whole network, about
+N_PASSES = 5  # forward passes of these images through the whole network, about
 
 
 def check_preprocessing(
     prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback = silent, *, at_any_cost: bool = False
 ) -> None:
-    """Measure, and write ``measurements/preprocessing.json``; what was measured of these weights and images before is taken over.
+    """Measure and write ``measurements/preprocessing.json``, or copy an earlier result for the same weights and images.
 
-    Done where the weights come from a file, of which nobody knows how it was trained, and where it costs a hundredth of the
-    training at most; with `at_any_cost` always. Weights that are drawn at random expect nothing.
+    Something is measured if the weights come from a file, because a file does not say which normalisation it was trained with, or
+    if the measurement costs at most a hundredth of the training. Randomly initialised weights are never measured.
+
+    Args:
+        at_any_cost: measure pretrained weights in any case.
     """
     backbone = prepared.resolved.backbone
     if run.preprocessing.exists() or not backbone.is_pretrained:
@@ -44,7 +50,7 @@ def check_preprocessing(
 
 
 def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback = silent) -> None:
-    """Measure for a run whose folder exists, from its data and weights, which must be where they were.
+    """Measure for a finished run, from its data and weights, which must still be where they were.
 
     Raises:
         InvalidInput: the data or the weights are no longer there.
@@ -54,7 +60,7 @@ def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback
 
 
 def sampled(prepared: Prepared) -> tuple[Sample, ...]:
-    """Return some images, in an order that has nothing to do with their classes: the same in all folds and for all splits."""
+    """Return `N_IMAGES` images, chosen and ordered by their bytes: independent of their classes, and the same for all splits."""
     samples = prepared.dataset.samples
     chosen = [samples[index] for index in choose_sample(samples, N_IMAGES)]
     return tuple(sorted(chosen, key=lambda sample: (sample.sha256, sample.id)))
@@ -66,7 +72,7 @@ def _costs_little(prepared: Prepared) -> bool:
 
 
 def _digest(prepared: Prepared) -> str:
-    """sha256 of all that the measurement depends on."""
+    """Return the sha256 of everything that the measurement depends on."""
     samples = [(sample.sha256, sample.labels) for sample in sampled(prepared)]
     parts = (MEASUREMENT, prepared.network.prefix.digest, prepared.resolved.preprocess.digest(), samples)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -23,13 +23,13 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
 
-# The split that a model is judged by comes first: val has chosen its weights.
+# By independence from training: val comes last, because the weights were chosen on it.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
 def import_drawing() -> None:
-    """Import in a thread of its own what draws figures: matplotlib takes a third of a second, which training has to spare."""
+    """Start importing matplotlib in another thread, so that its import, a third of a second, overlaps with training."""
 
     def load() -> None:
         import finetune.report.run_figures  # noqa: F401
@@ -89,7 +89,7 @@ def write_run_report(
 
 
 def _after(judged: Predictions, judgement: Judgement, calibration: Calibration | None) -> Evaluation | None:
-    """Return the evaluation with the temperature; None where there is none."""
+    """Return the evaluation of the calibrated probabilities; None if there is no temperature."""
     if judgement.temperature is None:
         return None
     fitted_on = calibration.split if calibration else "val"
@@ -97,13 +97,13 @@ def _after(judged: Predictions, judgement: Judgement, calibration: Calibration |
 
 
 def _curve(judged: Predictions, judgement: Judgement) -> AccuracyCoverage | None:
-    """Return the accuracy-coverage curve; None where an image may have several labels."""
+    """Return the accuracy-coverage curve; None for a multilabel task."""
     temperature = judgement.temperature.temperature if judgement.temperature else 1.0
     return accuracy_coverage(judged, temperature) if task_named(judged.task).exclusive else None
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:
-    """Return the mistakes that the model is surest of, with what it saw."""
+    """Return the mistakes with the highest confidence, each with the image as the model receives it."""
     sample_of = {sample.id: sample for sample in prepared.dataset.samples}
     shown = []
     for mistake in confident_mistakes(predictions, GALLERY_SIZE):

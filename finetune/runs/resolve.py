@@ -1,7 +1,7 @@
-"""Resolve a request: every ``auto`` decided once, from facts, with the reason beside it. Pure functions; torch-free.
+"""Resolve a request: decide every ``auto`` once, from facts, and record the reason. Pure functions; torch-free.
 
-What comes out is a value that can be written down. The network, the loaders and the sessions are built from it
-(`finetune.runs.build`) and never written into it.
+The result is a serialisable value. Networks, loaders and sessions are built from it (`finetune.runs.build`) and are not part of
+it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model"
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """The data of a run, as it was read and split."""
+    """A description of the data of a run, after reading and splitting."""
 
     name: str
     root: str
@@ -37,18 +37,18 @@ class DatasetFacts:
     sizes: Mapping[str, int]  # images by split
     quarantined: tuple[Mapping[str, str], ...]  # file and reason
     warnings: tuple[str, ...]
-    understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
-    revision: str = ""  # the digest before the split
+    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, where it could be read in several ways
+    revision: str = ""  # digest of the data before the split
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> DatasetFacts:
-        """Return the facts from JSON values, where tuples became lists."""
+        """Return the facts from JSON values, in which tuples are lists."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         return cls(**values)
 
     @classmethod
     def of(cls, dataset: Dataset) -> DatasetFacts:
-        """Return the facts of a dataset that is split."""
+        """Return the facts of a dataset that has been split."""
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
         unmeasurable = (unmeasured(split, names) for split, names in missing.items() if names)
@@ -69,7 +69,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request with every choice made: ``resolved.json``. What a run reports is this, because this is what it carries out."""
+    """A request in which every ``auto`` is decided: ``resolved.json``. The run carries out and reports exactly these values."""
 
     spec: JobSpec
     model_name: str
@@ -77,18 +77,18 @@ class Resolved:
     dataset: DatasetFacts
     backbone: BackboneFacts
     preprocess: Preprocess
-    augmentation: str | None  # the policy's name; None where nothing is trained on augmented views
+    augmentation: str | None  # name of the policy; None if nothing is trained on augmented views
     recipe: Recipe
     compute: Compute
     sources: Mapping[str, str]  # field path of the spec -> where its value came from
 
     @property
     def augments(self) -> bool:
-        """Whether anything is trained on augmented views; a head that is solved on the images as evaluated is not."""
+        """Whether anything is trained on augmented views; False for a head that is solved on the unaugmented images."""
         return self.augmentation is not None
 
     def values(self) -> dict[str, Any]:
-        """Return the resolved value of every spec field that could be ``auto`` and that this run heeds, by field path."""
+        """Return, by field path, the resolved value of every spec field that may be ``auto`` and that this run uses."""
         recipe = self.recipe
         return {
             "task": self.task,
@@ -167,12 +167,12 @@ def resolve(
     decided_by: Resolved | None = None,
     l2: float | None = None,
 ) -> Resolved:
-    """Decide everything that a run of one method depends on.
+    """Decide every ``auto`` of a request for one method.
 
     Args:
         dataset: read, checked and split.
-        decided_by: an earlier run of the same request whose recipe is taken over, for more images.
-        l2: the strength that the earlier run's head was solved with.
+        decided_by: the resolved values of an earlier run of the same request, whose recipe is used for a larger training set.
+        l2: the L2 penalty that the head of the earlier run was solved with.
 
     Raises:
         SpecError: the request does not fit the backbone.
@@ -217,7 +217,7 @@ def resolve(
 
 
 def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Compute) -> dict[str, str]:
-    """Return where values came from that the recipe does not decide."""
+    """Return the reasons for the values that are not part of the recipe, by field path."""
     defaults = {
         "task": (spec.task, "every image has one label" if task.exclusive else "images have several labels, or none"),
         "model.weights": (spec.model.weights, f"default: found in {_WEIGHTS_FROM.get(backbone.weights['source'], 'a file')}"),
@@ -229,17 +229,22 @@ def _reasons(spec: JobSpec, task: Task, backbone: BackboneFacts, compute: Comput
 
 
 def resolve_compute(spec: JobSpec, device: Device, cores: int) -> Compute:
-    """Return where a request is computed: `device` is what ``auto`` means on this machine."""
+    """Return the resolved compute section of a request.
+
+    Args:
+        device: the resolved device.
+        cores: the number of threads if the request leaves it at ``auto``.
+    """
     return Compute(device, spec.compute.precision, cores if spec.compute.threads == "auto" else spec.compute.threads)
 
 
 def resolve_task(spec: JobSpec, dataset: Dataset) -> Task:
-    """Return the task of a request: as asked, else found from the labels."""
+    """Return the task of a request: the one that it names, else the one that fits the labels."""
     return task_of(targets_of(dataset.samples)) if spec.task == "auto" else task_named(spec.task)
 
 
 def resolve_resize(spec: JobSpec, dataset: Dataset, preprocess: Preprocess) -> ResizeAdvice:
-    """Return how images are framed: as given; else as the weights were trained, unless that hides much of these images."""
+    """Return the resize mode and the reason: as given, else as the weights were trained, unless that crops away too much."""
     if spec.data.resize != "auto":
         return ResizeAdvice(spec.data.resize, GIVEN)
     advice = advise_resize(image_facts(dataset.samples))

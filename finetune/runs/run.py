@@ -1,7 +1,8 @@
-"""The whole story of one run, from a request to a registered model: read `run_job`.
+"""Carry out one run, from a request to a registered model. `run_job` shows all steps in order.
 
-Each line hands one named value to the next; how a step is done is in the module that it comes from. A run that was interrupted
-goes on where it was when it is called again with the same folder, and ends with the same bits.
+Each step returns a named value that the next one takes; the steps themselves are in the imported modules. If a run is
+interrupted, call it again with the same folder: it continues from its newest checkpoint, and on a CPU its result is bit-equal to
+that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
 from finetune.evaluation.diagnose import write_diagnosis
+from finetune.evaluation.drift import reference_of
 from finetune.evaluation.evaluate import Judgement, read_judgement, write_judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
+from finetune.monitoring.reference import Reference
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.judge import decided, doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.learner import Learner
@@ -53,14 +56,14 @@ from finetune.training.context import Trained, TrainingContext
 
 @dataclass(frozen=True)
 class Carried:
-    """What a study knows about the run that it keeps, and that the run's bundle and report must say.
+    """Results of a study that belong in the bundle and the report of the run whose model it keeps.
 
     Args:
-        judgement: evaluations of all splits, and the temperature to export with; None: the run's own count.
-        predictions: the answers behind them.
-        notes: sentences that go beside the figures: which weights they are of.
-        summary: what the study came to, in place of what the run came to.
-        folds: the cross-validation.
+        judgement: evaluations of further splits, and the temperature and thresholds to export with; None: the run's own are used.
+        predictions: the tables of predictions that `judgement` was computed from.
+        notes: sentences that say which weights the figures belong to.
+        summary: the study's summary, which replaces the run's.
+        folds: the cross-validation, if the study is one.
     """
 
     judgement: Judgement | None = None
@@ -78,13 +81,14 @@ def run_job(
     options: RunOptions | None = None,
     carried: Carried | None = None,
 ) -> Outcome:
-    """Fine-tune with one method, judge, export and register, as far as `options` say.
+    """Fine-tune with one method, evaluate, export and register, as far as `options.goal` requires.
 
     Args:
-        options: by default those in the run folder, which a study has written there.
+        options: by default those in the run folder, where a study writes them.
+        carried: results of a study that the bundle and the report must contain.
 
     Raises:
-        FinetuneError: whatever went wrong, also written to ``error.json`` in the run folder.
+        FinetuneError: the run failed; the error is also written to ``error.json`` in the run folder.
         KeyboardInterrupt: the run was asked to stop, and has written a checkpoint.
     """
     if spec.method.type == "auto":
@@ -113,7 +117,9 @@ def run_job(
         )
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        judgement = carry_over(judge(predictions, thresholds, leaked(prepared.dataset)), carried.judgement)
+        judgement = carry_over(
+            judge(predictions, thresholds, leaked(prepared.dataset), prepared.dataset.class_sizes()), carried.judgement
+        )
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
         outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
@@ -123,7 +129,8 @@ def run_job(
         if options.reaches("exported"):
             answers = {**carried.predictions, **predictions}
             fitted = calibration_of(learner, context, judgement, answers, own_val="val" in predictions)
-            manifest = export(prepared, learner, trained, judgement, carried, fitted, run, progress)
+            reference = drift_reference(prepared.task, judgement, answers, fitted)
+            manifest = export(prepared, learner, trained, judgement, carried, fitted, reference, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             write_run_report(
@@ -136,7 +143,7 @@ def run_job(
 
 
 def announce(dataset: DatasetFacts, run: RunDir) -> None:
-    """Record what the data is, and what is odd about it, for whoever follows the run or study."""
+    """Record the size of the data and its warnings as events of the run or study."""
     sizes = ", ".join(f"{count:,} {split}" for split, count in dataset.sizes.items())
     message = f"{plural(len(dataset.classes), 'class')}; images: {sizes}"
     run.record(Planned(message, dict(dataset.sizes), len(dataset.quarantined)))
@@ -147,7 +154,7 @@ def announce(dataset: DatasetFacts, run: RunDir) -> None:
 def training_context(
     prepared: Prepared, run: RunDir, shared: Shared, progress: ProgressCallback, sample_size: int | None = None
 ) -> TrainingContext:
-    """Return what all training of this run shares."""
+    """Return the inputs that all training of this run shares."""
     resolved = prepared.resolved
     return TrainingContext(
         dataset=prepared.dataset,
@@ -164,7 +171,7 @@ def training_context(
 
 
 def _balance(prepared: Prepared) -> Balance:
-    """Return what the request does about classes of different size, for the training images of this run."""
+    """Return the class weights, logit offsets or sampling that the request asks for, computed from this run's training images."""
     data, dataset = prepared.resolved.spec.data, prepared.dataset
     n_classes = len(dataset.classes)
     targets = prepared.task.encode(targets_of(dataset.of("train")), n_classes)
@@ -172,7 +179,7 @@ def _balance(prepared: Prepared) -> Balance:
 
 
 def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
-    """Return the thresholds that the study of a run, or the run that has decided before it, has chosen."""
+    """Return the thresholds that the run's study chose, or the run that `options.decided_by` names; None: choose them here."""
     if carried.judgement is not None:
         return carried.judgement.thresholds
     if options.decided_by is None:
@@ -181,7 +188,7 @@ def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tup
 
 
 def learner_for(prepared: Prepared, shared: Shared) -> Learner:
-    """Return what carries out the recipe that was resolved; torch is imported only for one that takes steps."""
+    """Return the learner that carries out the resolved recipe; torch is imported only if the recipe takes optimiser steps."""
     resolved = prepared.resolved
     if not resolved.recipe.n_steps:
         return SolvedLearner(prepared)
@@ -191,7 +198,7 @@ def learner_for(prepared: Prepared, shared: Shared) -> Learner:
 
 
 def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
-    """Return a run's own judgement with what its study knows of other splits; the study's temperature and thresholds count."""
+    """Add to a run's judgement the study's evaluations of other splits; temperature and thresholds are the study's."""
     if carried is None:
         return own
     return Judgement({**carried.evaluations, **own.evaluations}, carried.temperature, carried.thresholds)
@@ -205,10 +212,16 @@ def calibration_of(
     *,
     own_val: bool,
 ) -> Fitted | None:
-    """Return what the held-out answers (of all folds, else to val) show of new ones, checked on test where there is one.
+    """Return the calibration for new images, fitted on held-out predictions: those of all folds, else those on val.
+
+    If the model was evaluated on test, the calibration is checked on test.
 
     Args:
-        own_val: the model that is exported has itself answered val.
+        answers: tables of predictions by split.
+        own_val: whether the predictions on val were made by the exported model itself.
+
+    Returns:
+        None if there are no held-out predictions, or too few.
     """
     held_out = answers.get(POOLED, answers.get("val"))
     if held_out is None:
@@ -221,6 +234,24 @@ def calibration_of(
     return replace(fitted, calibration=check_calibration(fitted, answers["test"], temperature))
 
 
+def drift_reference(
+    task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
+) -> Reference | None:
+    """Return what live answers will be compared with: the answers to test, else to the images that calibration is made on."""
+    table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
+    if table is None:
+        return None
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    thresholds = _thresholds(task, judgement).get(THRESHOLDS)
+    return reference_of(
+        table,
+        temperature,
+        fitted.subspace if fitted else None,
+        None if thresholds is None else tuple(thresholds),
+        fitted_on_these=table.split != "test",
+    )
+
+
 def export(
     prepared: Prepared,
     learner: Learner,
@@ -228,10 +259,11 @@ def export(
     judgement: Judgement,
     carried: Carried,
     fitted: Fitted | None,
+    reference: Reference | None,
     run: RunDir,
     progress: ProgressCallback,
 ) -> Manifest:
-    """Write the bundle. One that an interrupted run has already written is complete and stays."""
+    """Write the bundle and return its manifest. A bundle that an interrupted attempt has written is complete and is kept."""
     if run.bundle.exists():
         return read_manifest(run.bundle)
     spec, dataset = prepared.resolved.spec, prepared.dataset
@@ -248,6 +280,7 @@ def export(
             **_thresholds(prepared.task, judgement),
         },
         subspace=fitted.subspace if fitted else None,
+        reference=reference,
         frozen=trained.frozen,
         seen=Seen.of([s.sha256 for s in dataset.of("train")], [s.sha256 for s in dataset.of("val")]),
     )
@@ -268,7 +301,7 @@ def export(
 
 
 def _thresholds(task: Task, judgement: Judgement) -> dict[str, list[float]]:
-    """Return what the bundle says of thresholds: those of its probabilities, one for each label."""
+    """Return the manifest's entry of thresholds on calibrated probabilities, one for each label; empty without thresholds."""
     if judgement.thresholds is None:
         return {}
     temperature = judgement.temperature.temperature if judgement.temperature else 1.0
@@ -276,12 +309,12 @@ def _thresholds(task: Task, judgement: Judgement) -> dict[str, list[float]]:
 
 
 def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:
-    """Return the answers that a model is judged by first."""
+    """Return the predictions on the split that is most independent of training (`SHOWN_FIRST`)."""
     return next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
 
 
 def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions]) -> None:
-    """Refuse to export and register what is nonsense, unless the request insists.
+    """Refuse a model whose training diverged, unless the request sets ``export.register_model: always``.
 
     Raises:
         NoBetterThanChance: training diverged.
@@ -292,13 +325,13 @@ def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions
 
 
 def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Predictions], workspace: Workspace) -> Outcome:
-    """Make the bundle of an outcome a version in the registry; return the outcome with its name.
+    """Register the bundle of an outcome as a model version; return the outcome with its name, version and path.
 
     Args:
-        predictions: answers on images that the model was not trained on; the most independent split decides.
+        predictions: by split, of images that the model was not trained on; the most independent split is compared with chance.
 
     Raises:
-        NoBetterThanChance: the model learnt nothing, and the request does not insist.
+        NoBetterThanChance: the model is no better than chance, and the request does not set ``export.register_model: always``.
     """
     assert outcome.bundle is not None, "what is registered has been exported"
     warnings, judged = outcome.warnings, most_independent(predictions)
@@ -316,8 +349,8 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
 def outcome_of(
     resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
-    """Return what the run came to, before anything is exported."""
-    # A run that is exported later finds its weights; what training took is in the outcome that it has already.
+    """Return the outcome of a run that is trained and evaluated, but not exported yet."""
+    # If only the export was missing, training was not repeated: its cost is in the earlier outcome.
     earlier = Outcome.read(run).cost if run.outcome.exists() else {}
     training = trained.cost.to_dict()
     return Outcome(
@@ -343,7 +376,7 @@ def outcome_of(
 
 
 def finish(outcome: Outcome, run: RunDir) -> None:
-    """Write the last figures and ``outcome.json``, which says that the run is complete."""
+    """Write the final metrics and ``outcome.json``, which marks the run as complete, and record the last event."""
     run.metric(_last_step(run), {**outcome.metrics, **{f"cost/{name}": value for name, value in outcome.cost.items()}})
     outcome.write(run)
     if outcome.model is None:
@@ -354,7 +387,7 @@ def finish(outcome: Outcome, run: RunDir) -> None:
 
 
 def finished_outcome(run: RunDir, options: RunOptions) -> Outcome | None:
-    """Return the outcome of an earlier call that went as far as is asked now."""
+    """Return the outcome of an earlier call that reached the goal of `options`; None if there is none."""
     if not run.outcome.exists():
         return None
     done = Outcome.read(run)

@@ -1,4 +1,4 @@
-"""What the runs of one process share, because it depends on none of them. Torch-free."""
+"""Objects that all runs of one process share. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from finetune.storage.workspace import Workspace
 
 @dataclass
 class Shared:
-    """Workspace and store, checked data and untrained networks."""
+    """The workspace and its store, and the checked datasets and untrained networks of this process, each by its key."""
 
     workspace: Workspace
     store: Store
     datasets: dict[str, Dataset] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
-    places: Places | None = None  # where a study's runs go on side by side; None: one after another, in this process
+    places: Places | None = None  # that a study's runs are carried out on in parallel; None: in this process, one by one
 
     @classmethod
     def of(cls, workspace: Workspace, places: Places | None = None) -> Shared:

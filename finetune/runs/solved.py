@@ -1,4 +1,4 @@
-"""A learner that fits the head in closed form on a frozen backbone, without optimiser steps. Torch-free."""
+"""A learner that fits only the head, on the features of a frozen backbone, without optimiser steps. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.training.head import solve_head
 
 
 class SolvedLearner:
-    """A built or known network, and the head that is solved on it."""
+    """A `Learner` of a built or known network and the head that is solved on it."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.network = prepared.network
@@ -38,7 +38,7 @@ class SolvedLearner:
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         before = self.network.frozen_digest()
-        # an earlier attempt that was killed may have written its own lines
+        # start with an empty journal: an earlier attempt that was killed may have left lines in it
         write_atomic(context.run.metrics, lambda stream: stream.write(b""))
         head, cost = solve_head(self.network.prefix, self.preprocess, self.recipe, context)
         self._head = Head(head.weight, head.bias)
@@ -60,7 +60,7 @@ class SolvedLearner:
     def answer(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Apply the head to cached features; on a GPU, whose features are rounded differently, run the exported graph instead."""
+        """Apply the head to cached features. On a GPU, whose features are rounded differently, run the exported graph instead."""
         if context.compute.device != "cpu":
             return run_model(self.network.with_head(self.head, 1.0), samples, self.preprocess, context, split)
         features = pooled_features(self.network.prefix, samples, Views(self.preprocess), context.features())

@@ -24,7 +24,7 @@ from finetune.training.train import train
 
 
 class SteppedLearner:
-    """An independent copy of a built network's classifier, which is trained."""
+    """A `Learner` that trains a copy of a built network's classifier."""
 
     def __init__(self, network: BuiltNetwork, resolved: Resolved) -> None:
         self.network = network
@@ -57,5 +57,5 @@ class SteppedLearner:
 
     @cached_property
     def _trained(self) -> bytes:
-        """The trained network as a template (`finetune.export.template`), made once: ask for it only after training."""
+        """The trained network as a template (`finetune.export.template`). Cached, so use it only after training."""
         return fold(self.network.traced(), DeployModule(self.classifier, task=self.network.task))

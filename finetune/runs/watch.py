@@ -1,4 +1,4 @@
-"""What others see of a run while it goes on: its latest progress, what it has cost so far, and why it failed."""
+"""Write the state of a running run to files: its latest progress, its cost so far, and the error that ended it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EVERY_SECONDS = 1.0
 
 
 class Stopwatch:
-    """Wall and CPU seconds and peak memory of all attempts at a run together, kept in ``cost.json``.
+    """Wall seconds, CPU seconds and peak memory of all attempts at a run together, kept in ``cost.json``.
 
-    What an attempt costs is written beside its progress, so that the next attempt counts on even if this one is killed.
+    The file is written whenever progress is, so the cost of an attempt that is killed is not lost.
     """
 
     def __init__(self, run: RunDir) -> None:
@@ -39,7 +39,7 @@ class Stopwatch:
 
 
 def recorded(progress: ProgressCallback, run: RunDir, stopwatch: Stopwatch) -> ProgressCallback:
-    """Also keep the latest progress in ``progress.json`` and the cost so far in ``cost.json``, for whoever watches."""
+    """Return a callback that calls `progress` and writes ``progress.json`` and ``cost.json`` at most once in `EVERY_SECONDS`."""
     written_at = 0.0
 
     def record(update: Progress) -> None:
@@ -56,7 +56,7 @@ def recorded(progress: ProgressCallback, run: RunDir, stopwatch: Stopwatch) -> P
 
 @contextmanager
 def failures_recorded(run: RunDir) -> Iterator[None]:
-    """Write an error of the finetune family into ``error.json`` and the events, and raise it on."""
+    """Write a `FinetuneError` that the block raises into ``error.json`` and the events, and raise it again."""
     try:
         run.error.unlink(missing_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""How many cores there are to compute with."""
+"""Count the processor cores that this process may use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ CORES_VARIABLE = "FINETUNE_CORES"  # set for a process that shares the machine w
 
 
 def available_cores(quota: Path = CPU_QUOTA) -> int:
-    """Return the cores that this process may use.
+    """Return the number of cores that this process may use.
 
-    They are its CPU affinity, within a container's quota, which `os.cpu_count` does not know, and within ``FINETUNE_CORES``.
+    It is the smallest of the process's CPU affinity, the container's CPU quota (which `os.cpu_count` ignores) and the environment
+    variable ``FINETUNE_CORES``.
     """
     cores = _cores_of_machine(quota)
     given = os.environ.get(CORES_VARIABLE, "")

@@ -1,4 +1,4 @@
-"""The devices that networks are computed on. Torch-free."""
+"""Find the devices that networks can be computed on, without importing torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _GPU_DEVICES = "nvidia[0-9]*"
 
 
 def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
-    """Return the CUDA devices that this process may use, by number.
+    """Return the numbers of the CUDA devices that this process may use.
 
-    They are those that ``CUDA_VISIBLE_DEVICES`` lists by number, else all of the machine's.
+    They are the numbers in ``CUDA_VISIBLE_DEVICES`` if it is set, else all devices of the machine.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
@@ -26,9 +26,9 @@ def visible_gpus(devices: Path = Path("/dev")) -> tuple[int, ...]:
 
 
 def may_have_gpu() -> bool:
-    """Return False where PyTorch cannot find a GPU because there is no driver for one; else only PyTorch knows.
+    """Return False if no GPU driver is installed, so that PyTorch cannot find a GPU; True if only PyTorch can tell.
 
-    Asking the loader for the driver takes a millisecond, asking PyTorch its import.
+    Loading the driver's library takes a millisecond; asking PyTorch would require importing it.
     """
     if sys.platform == "darwin":
         return False  # Metal is another device

@@ -1,4 +1,4 @@
-"""Wall and CPU seconds: of this process, of one thread, and of work that is recorded and added up."""
+"""Measure wall and CPU seconds of this process or of one thread, and add and subtract them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Seconds:
-    """What some work takes. The difference of two readings of one clock is such a value."""
+    """Wall and CPU seconds of a piece of work, or a reading of a clock; two readings of one clock are subtracted."""
 
     wall: float = 0.0
     cpu: float = 0.0

@@ -1,7 +1,8 @@
-"""Open ONNX Runtime sessions: the one place that chooses their options.
+"""Open ONNX Runtime sessions. Their options are chosen only here.
 
-A graph is executed operator by operator on `threads` cores, without spinning: idle threads of a spinning pool take time from
-decoding and from other sessions. All optimisations are on, because ONNX Runtime's blocked convolution layout (NCHWc) needs them.
+Operators are executed one after another, each on `threads` cores. Idle threads do not spin, because spinning takes CPU time from
+decoding and from other sessions. All graph optimisations are enabled: ONNX Runtime's blocked convolution layout (NCHWc), which is
+much faster on a CPU, is only used then.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ ORT_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-"""What ONNX Runtime raises when it refuses a graph or fails to run it."""
+"""The exceptions that ONNX Runtime raises when it refuses a graph or fails to run it."""
 
-_FATAL_ONLY = 3  # of ONNX Runtime's log levels: warnings about its own optimisations help nobody
+_FATAL_ONLY = 3  # ONNX Runtime's log level; its warnings about its own optimisations are of no use to the user
 
 
 def open_session(

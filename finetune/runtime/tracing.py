@@ -1,8 +1,9 @@
-"""Spans for OpenTelemetry: what requests and jobs spend their time on. Nothing of it is imported where it is not configured.
+"""Write OpenTelemetry spans that show what requests and jobs spend their time on.
 
-It is configured by the standard variables: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) sends
-spans there over HTTP, ``OTEL_TRACES_EXPORTER=console`` prints them, ``none`` or ``OTEL_SDK_DISABLED=true`` switches them off.
-``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES``, ``OTEL_TRACES_SAMPLER`` and the others mean what they always mean.
+OpenTelemetry is imported only if its standard environment variables configure it: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) is the address that spans are sent to over HTTP; ``OTEL_TRACES_EXPORTER=console`` prints
+them, and ``none`` or ``OTEL_SDK_DISABLED=true`` switches them off. ``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES``,
+``OTEL_TRACES_SAMPLER`` and the other standard variables are read by OpenTelemetry itself.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ Attributes = Mapping[str, str | int | float | bool]
 
 
 class Tracing:
-    """Writes spans. Times are seconds since the epoch."""
+    """Writer of OpenTelemetry spans. Times are seconds since the Unix epoch."""
 
     def __init__(self, provider: Any) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer(_SERVICE)
 
     def begin(self, name: str, headers: Mapping[str, str]) -> Any:
-        """Return a span of a request that begins now, inside the trace that its headers name, if any."""
+        """Start a span for a request and return it; it belongs to the trace that the request's headers name, if they name one."""
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind
 
         return self._tracer.start_span(name, context=extract(headers), kind=SpanKind.SERVER)
 
     def add(self, name: str, began: float, ended: float, attributes: Attributes, parent: Any = None) -> Any:
-        """Write a span of something that has ended; return it as a parent for others."""
+        """Write a span that has already ended, and return it so that it can be the parent of others."""
         from opentelemetry.trace import set_span_in_context
 
         context = None if parent is None else set_span_in_context(parent)
@@ -46,16 +47,16 @@ class Tracing:
         return span
 
     def stop(self) -> None:
-        """Send what waits."""
+        """Send the spans that are still queued, and shut the exporter down."""
         self._provider.shutdown()
 
 
 def tracing_from_environment(environment: Mapping[str, str] = os.environ) -> Tracing | None:
-    """Return what writes spans, as the environment asks; None where it does not.
+    """Return the writer of spans that the environment variables configure; None if they configure none.
 
     Raises:
-        MissingExtra: the packages that send spans are not installed.
-        InvalidInput: an exporter that there is not.
+        MissingExtra: the OpenTelemetry packages are not installed.
+        InvalidInput: ``OTEL_TRACES_EXPORTER`` is none of the known exporters.
     """
     asked = environment.get("OTEL_TRACES_EXPORTER", "") or ("otlp" if any(map(environment.get, _ENDPOINTS)) else "none")
     if asked not in _EXPORTERS:
@@ -80,7 +81,7 @@ def _exporter(name: str) -> Any:
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        # Its default would be what stdout was when the module was first imported.
+        # The exporter's default is the object that sys.stdout was when its module was first imported.
         return ConsoleSpanExporter(out=sys.stdout, formatter=lambda span: span.to_json(indent=None) + os.linesep)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 

@@ -1,4 +1,4 @@
-"""Exactly one label per image: softmax, and the most probable class is the answer."""
+"""Single-label classification: softmax probabilities, and the most probable class is the prediction."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from finetune.errors import InvalidInput
 from finetune.metrics import Interval, Metric
 from finetune.metrics.accuracy import MACRO_F1, MEAN_PER_CLASS_ACCURACY, TOP1, TOP5
 from finetune.metrics.calibration import ECE, ReliabilityBin, reliability_bins
+from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.likelihood import BRIER, NLL
 from finetune.metrics.rows import Rows, judge_rows, log_softmax
 from finetune.metrics.temperature import Temperature, fit_softmax_temperature
@@ -22,7 +23,7 @@ from finetune.tasks.task import Logits, Target, Targets, Thresholds
 
 
 class Multiclass:
-    """Classes that exclude each other."""
+    """The task with exactly one label per image."""
 
     name = "multiclass"
     exclusive = True
@@ -31,6 +32,9 @@ class Multiclass:
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)
     headline: Metric[Rows] = TOP1
     of_images: Metric[Rows] = TOP1
+
+    def leading(self, class_counts: Sequence[int]) -> Metric[Rows]:
+        return MEAN_PER_CLASS_ACCURACY if are_unequal(class_counts) else TOP1
 
     def describes(self, targets: Sequence[Target]) -> bool:
         return all(isinstance(target, int) for target in targets)

@@ -1,4 +1,4 @@
-"""What a run or study came to, in Markdown: how good the model is, on how many images, what it cost, how to repeat it."""
+"""Describe a run or study in Markdown: metrics with numbers of images, costs, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from finetune.metrics import Metric
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
+from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first, recorded_leading
 from finetune.tracking.view import RunView, children, read_object, read_view
 
 SPLITS = {
     "cv": "images, each by a model that had not seen it",
     "test": "test images",
     "val": "val images, which also chose the weights",
-}  # in the order in which they count
+}  # most independent images first
 SHOWN_COSTS = {
     "train_seconds": "training",
     "trainable_parameters": "trainable parameters",
@@ -53,9 +54,11 @@ def _headline(view: RunView, outcome: Mapping[str, Any]) -> str:
     low, high = (view.figures[f"{view.headline}_{bound}"] for bound in ("low", "high"))
     metric = _metrics(view)[view.headline.partition("/")[2]]
     n = view.figures[f"{split}/n"]
+    task = task_named(str(view.params.get("task", "multiclass")))
+    why = "" if metric.key == task.headline.key else f"; {WHY_OVER_CLASSES}"
     return (
         f"**{metric.label} {metric.text(view.figures[view.headline])}** on {n:,.0f} {SPLITS[split]} "
-        f"(95 % interval {metric.text(low)} to {metric.text(high)})"
+        f"(95 % interval {metric.text(low)} to {metric.text(high)}{why})"
     )
 
 
@@ -68,12 +71,14 @@ def _failure(run: RunDir) -> str:
 
 
 def _splits(view: RunView, outcome: Mapping[str, Any]) -> str:
-    """Return every metric on every split that was judged."""
+    """Return a table of all metrics on all evaluated splits."""
     splits = [split for split in SPLITS if f"{split}/n" in view.figures]
     if not splits or not outcome:
         return ""
     rows = []
-    for key, metric in _metrics(view).items():
+    task = task_named(str(view.params.get("task", "multiclass")))
+    for metric in leading_first(task, recorded_leading(task, view.figures, splits[0])):
+        key = metric.key
         values = [view.figures.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
             rows.append([metric.label, *("–" if value is None else metric.text(value) for value in values)])
@@ -111,7 +116,9 @@ def _comparison(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"**{sentence}**"
     arms = found.get("arms", ())
     keys = list(dict.fromkeys(key for arm in arms for key in arm["metrics"]))
+    leading = found.get("leading")
     shown = [key for key in keys if any(arm["metrics"].get(key, {}).get("low") is not None for arm in arms)]
+    shown.sort(key=lambda key: key != leading)
     costs = [key for key in SHOWN_COSTS if any(key in arm.get("cost", {}) for arm in arms)]
     rows = [
         [

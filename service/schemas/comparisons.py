@@ -101,7 +101,10 @@ class ComparisonResult(BaseModel):
     dataset: str
     split: str = Field(description="What the arms were judged on: test, or cv.")
     classes: list[str]
-    headline: str
+    headline: str = Field(description="The metric that the arms are tested by, as in `test/top1`.")
+    leading: str | None = Field(
+        default=None, description="The metric that is told first: a mean over classes where these differ much in size."
+    )
     arms: list[ArmResultDocument]
     pairs: list[PairDocument]
     verdict: VerdictDocument

@@ -12,7 +12,6 @@ from formats import FORMATS, Contents, class_folders, coco, images, separated, z
 
 from finetune.data.check import check_images
 from finetune.data.index import index_dataset
-from finetune.data.places import remote
 from finetune.data.reading import Reading
 from finetune.errors import DataError, MissingExtra
 from finetune.storage.store import Store
@@ -125,29 +124,6 @@ def test_what_a_server_reads_for_others_is_never_at_an_address(address: str, tmp
 def test_a_file_address_is_the_folder_on_this_disk(tmp_path: Path) -> None:
     local = class_folders(tmp_path / "flowers", CONTENTS)
     assert index_dataset(f"file://{local}").samples == index_dataset(local).samples
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a local S3 server."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    remote._opened.cache_clear()
-    s3fs = pytest.importorskip("s3fs")
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("photos")
-    yield "s3://photos"
-    server.stop()
-    remote._opened.cache_clear()
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_bucket_of_a_real_s3_server_is_read_like_a_folder(bucket: str, reading: Reading, tmp_path: Path) -> None:

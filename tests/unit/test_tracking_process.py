@@ -145,7 +145,7 @@ def test_the_death_of_a_run_is_told_also_when_its_pipe_ends_before_its_lock(
             return 4711 if len(looks) < 3 else 1
 
         monkeypatch.setattr(follow.os, "getppid", parent)
-        assert follow.follow(run, TENSORBOARD, Workspace.at(tmp_path), "flowers", follow.Door(reading, 4711))
+        assert follow.follow(run, TENSORBOARD, Workspace.at(tmp_path), "flowers", follow.TrainingProcess(reading, 4711))
     os.close(reading)
     assert is_complete(run, "tensorboard")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -17,15 +16,10 @@ from finetune.data.reading import Reading
 from finetune.errors import DataError
 from finetune.messages import printable
 from finetune.naming import without_archive_ending
+from finetune.storage.addresses import is_uri
 from finetune.storage.store import mark_used
 
 _WHAT_IS_READ = "Give a folder with one folder of images per class, an archive of one, or a table that names images"
-_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
-
-
-def is_uri(location: Path | str) -> bool:
-    """Return whether a location is an address of a remote folder, such as ``s3://bucket/photos``."""
-    return _URI.match(str(location)) is not None
 
 
 def check_present(*locations: Path | str | None) -> None:

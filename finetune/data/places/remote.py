@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from finetune.data.archive import archive_kind
 from finetune.data.files import SourceFile
 from finetune.data.places.tree import Folder, Node, Place, build_folder, find_in
 from finetune.data.reading import Reading
-from finetune.distribution import install_command
-from finetune.errors import DataError, DiskFull, ImageError, MissingExtra
+from finetune.errors import DataError, ImageError
+from finetune.storage.addresses import errors_named, open_address
 from finetune.storage.files import atomic_path
 from finetune.storage.store import mark_used
-
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class RemoteFile:
             mark_used(self.copy)
         except FileNotFoundError:
             with _as_image_error(self.address), errors_named(self.address), atomic_path(self.copy) as temporary:
-                filesystem, path = _opened(self.address, os.getpid())
+                filesystem, path = open_address(self.address, os.getpid())
                 filesystem.get_file(path, str(temporary))
         return self.copy
 
@@ -71,7 +68,7 @@ class RemoteFile:
             with open(self.copy, "rb") as stream:
                 return stream.read(n_bytes)
         with errors_named(self.address):
-            filesystem, path = _opened(self.address, os.getpid())
+            filesystem, path = open_address(self.address, os.getpid())
             data: bytes = filesystem.cat_file(path, start=0, end=n_bytes)
             return data
 
@@ -129,7 +126,7 @@ def open_remote(location: str, reading: Reading) -> Place:
 def _listing(location: str, reading: Reading) -> tuple[dict[str, RemoteFile], bool]:
     """Return every file at or below an address by its own, and whether the address is that of a single file."""
     with errors_named(location):
-        filesystem, path = _opened(location, os.getpid())
+        filesystem, path = open_address(location, os.getpid())
         is_single = bool(filesystem.isfile(path))
         found: Mapping[str, Mapping[str, Any]] = (
             {path: filesystem.info(path)} if is_single else filesystem.find(path, detail=True)
@@ -165,39 +162,9 @@ def _last_part(location: str) -> str:
     return location.rstrip("/").rpartition("/")[2]
 
 
-@lru_cache(maxsize=32)
-def _opened(location: str, process: int) -> tuple[Any, str]:
-    """Return the filesystem of an address and the path in it; a forked process needs one of its own."""
-    try:
-        import fsspec
-    except ModuleNotFoundError:
-        raise MissingExtra(f"{location}: addresses need fsspec: {install_command('train')}") from None
-    filesystem, path = fsspec.core.url_to_fs(location)
-    return filesystem, path
-
-
 @contextmanager
 def _as_image_error(address: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
         raise ImageError(error.message.removeprefix(f"{address}: ")) from None
-
-
-@contextmanager
-def errors_named(location: str) -> Iterator[None]:
-    """Turn whatever the library behind an address raises into one sentence; each has exceptions of its own."""
-    try:
-        yield
-    except (DataError, MissingExtra, DiskFull):
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{location}: no such folder or file") from None
-    except ImportError as error:
-        kind = location.partition("://")[0]
-        package = _PACKAGES.get(kind)
-        how = install_command("s3") if package == "s3fs" else f"pip install {package}" if package else str(error)
-        raise MissingExtra(f"{location}: addresses of the kind {kind}:// need another package: {how}") from None
-    except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{location}: cannot be read: {said}") from error

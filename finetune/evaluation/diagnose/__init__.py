@@ -1,7 +1,7 @@
-"""What is wrong with a run, from its own records: `diagnose(folder)`.
+"""Find out what is wrong with a run from the files in its folder: `diagnose(folder)`.
 
-Each finding is a module in `checks`; what they may look at is `RunRecords`. Torch-free and free of randomness: the same folder
-gives the same diagnosis, on any machine that NumPy runs on.
+Each kind of finding is a module in `checks`; `RunRecords` is the data that they read. Torch-free and deterministic: the same
+folder gives the same diagnosis on every machine.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from finetune.storage.rundir import RunDir
 
 
 def diagnose(run: Path, against: Path | None = None) -> Diagnosis:
-    """Look for everything that `CHECKS` know in the records of one run.
+    """Apply all `CHECKS` to the records of one run.
 
     Args:
-        against: a run of the same data to compare training errors with, shallower or with more of it frozen; by default the
+        against: a run on the same data, shallower or with more frozen stages, to compare training errors with; by default the
             head that was solved on frozen features before the first step.
 
     Raises:
-        NotFound: one of them is not the folder of a run.
+        NotFound: `run` or `against` is not the folder of a run.
     """
     reference = None if against is None else RunRecords.read(against)
     return diagnose_records(RunRecords.read(run, reference))
@@ -44,7 +44,7 @@ def diagnose_records(records: RunRecords) -> Diagnosis:
 
 
 def write_diagnosis(run: RunDir) -> Diagnosis:
-    """Diagnose a run at its end, write ``diagnosis.json`` and record what was found."""
+    """Diagnose a finished run, write ``diagnosis.json`` and record the findings as an event."""
     found = diagnose(run.root)
     write_json(run.diagnosis, found.to_dict())
     run.record(Diagnosed(found.sentence, [finding.code for finding in found.problems]))
@@ -52,7 +52,7 @@ def write_diagnosis(run: RunDir) -> Diagnosis:
 
 
 def read_diagnosis(run: RunDir) -> Diagnosis | None:
-    """Return what `write_diagnosis` wrote, if anything."""
+    """Return the diagnosis that `write_diagnosis` wrote, or None if there is none."""
     return Diagnosis.from_dict(read_json(run.diagnosis)) if run.diagnosis.exists() else None
 
 

@@ -1,4 +1,4 @@
-"""What a diagnosis consists of: findings with their evidence, what was looked at and is fine, and what could not be looked at."""
+"""The parts of a diagnosis: findings with their evidence, checks that passed, and checks that could not be made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SURE, LIKELY = 0.9, 0.7  # confidence from which a finding is called sure, or li
 
 @dataclass(frozen=True)
 class Evidence:
-    """One figure that a finding rests on, and what it would be where nothing is wrong."""
+    """One figure that supports a finding, and its expected value in a healthy run."""
 
     what: str
     value: str
@@ -28,8 +28,8 @@ class Finding:
 
     Args:
         code: stable, for programs.
-        severity: a problem costs quality or makes a figure untrue; a note does neither, and should be known.
-        confidence: 0.5 where the evidence just reaches the threshold, towards 1 the further it lies beyond; see `confidence`.
+        severity: a problem lowers quality or falsifies a metric; a note does neither, but the user should know it.
+        confidence: 0.5 if the evidence just reaches its threshold, approaching 1 the further it exceeds it; see `confidence`.
         caused_by: the code of another finding that explains this one.
     """
 
@@ -45,13 +45,13 @@ class Finding:
 
     @property
     def certainty(self) -> str:
-        """The confidence in a word."""
+        """The confidence as a word: sure, likely or possible."""
         return "sure" if self.confidence >= SURE else "likely" if self.confidence >= LIKELY else "possible"
 
 
 @dataclass(frozen=True)
 class Clear:
-    """Something that was looked at and is fine; `figure` says how fine, where a figure does."""
+    """A check that found nothing; `figure` is the measured value as text, if there is one."""
 
     code: str
     title: str
@@ -60,7 +60,7 @@ class Clear:
 
 @dataclass(frozen=True)
 class NotChecked:
-    """Something that could not be looked at, and why."""
+    """A check that could not be made, and why."""
 
     code: str
     title: str
@@ -71,34 +71,33 @@ Verdict = Finding | Clear | NotChecked
 
 
 class Check(Protocol):
-    """Looks at the records of a run for one thing that may be wrong. Stateless: a pure function of the records."""
+    """A test for one thing that may be wrong with a run. Stateless: a pure function of the records."""
 
     @property
     def code(self) -> str:
-        """Of the finding; also the name of the check's module."""
+        """The code of its findings, and the name of its module."""
         ...
 
     @property
     def title(self) -> str:
-        """A few words for people."""
+        """The name of the finding, for display."""
         ...
 
     @property
     def explains(self) -> frozenset[str]:
-        """Codes of findings that follow from this one where both are made."""
+        """Codes of the findings that this one causes if both are made."""
         ...
 
     def look(self, records: RunRecords) -> Verdict:
-        """Return what is found."""
+        """Return the finding, or that the check passed, or why it could not be made."""
         ...
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What the records of one run say: ``diagnosis.json``, the same document on the command line and over HTTP.
+    """The result of all checks on one run: ``diagnosis.json``, the same document on the command line and over HTTP.
 
-    `findings` come in the order in which a person should read them: problems before notes, causes before what follows from them,
-    surer ones first.
+    `findings` are sorted by importance: problems before notes, causes before their consequences, higher confidence first.
     """
 
     run: str
@@ -123,14 +122,14 @@ class Diagnosis:
         return f"{first.title.lower()} ({first.certainty}): {first.sentence}{rest}"
 
     def finding(self, code: str) -> Finding | None:
-        """Return the finding with this code, if it was made."""
+        """Return the finding with this code, or None if it was not made."""
         return next((finding for finding in self.findings if finding.code == code), None)
 
     def __repr__(self) -> str:
         return f"<diagnosis of {self.run}: {self.sentence}>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document."""
+        """Return the content of ``diagnosis.json``."""
         return {
             "object": "diagnosis",
             "schema_version": 1,
@@ -152,7 +151,7 @@ class Diagnosis:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Diagnosis:
-        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        """Return the diagnosis that `to_dict` was called on. Accepts lists in place of tuples, as JSON holds them."""
         return cls(
             run=given["run"],
             against=given["against"],
@@ -169,12 +168,12 @@ def _finding(given: Mapping[str, Any]) -> Finding:
 
 
 def confidence(strength: float) -> float:
-    """Return the confidence of evidence that reaches `strength` times its threshold: 0.5 at once, 0.9 at nine times."""
+    """Return the confidence of evidence that is `strength` times its threshold: 0.5 for 1, 0.9 for 9, at most 0.99."""
     return round(min(max(strength, 0.0) / (1.0 + max(strength, 0.0)), 0.99), 2)
 
 
 def in_order(findings: Sequence[Finding], causes: Mapping[str, frozenset[str]]) -> tuple[Finding, ...]:
-    """Return the findings with their causes named, problems first, causes before what follows from them.
+    """Return the findings with `caused_by` set, problems first, causes before their consequences.
 
     Args:
         causes: code -> codes of the findings that it explains.

@@ -1,4 +1,4 @@
-"""Whether training did harm, or nothing: what separates an unusual figure from a problem."""
+"""Decide whether training failed by its training loss, which separates a problem from an unusual but harmless figure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import paired
 
 CLEARLY = 3.0  # standard errors
-LEARNT = 0.9  # of the loss before the first step: a network that is above it at the end has learnt next to nothing
+LEARNT = 0.9  # share of the initial loss: a network whose final loss is above it has learnt next to nothing
 
 
 @dataclass(frozen=True)
 class Harm:
-    """What training did to the answers to the training sample."""
+    """How training failed on the training sample: it diverged, made the loss worse, or hardly changed it."""
 
     kind: Literal["diverged", "worse", "stuck"]
     evidence: Evidence
 
 
 def harm_of(records: RunRecords) -> Harm | None:
-    """Return what went wrong with the training loss, judged on the fixed sample; None where it fell as it should.
+    """Return how training failed, by the loss on the fixed training sample; None if the loss developed as it should.
 
-    A run that begins with the solved head must not end above it. One that begins with an untrained head must get below it.
+    A run that begins with the solved head must not end above its loss. A run that begins with an untrained head must end below.
     """
     if records.error is not None and "loss became" in str(records.error.get("message", "")):
         return Harm("diverged", Evidence("the run ended with", str(records.error["message"]).partition(". ")[0], "a finite loss"))

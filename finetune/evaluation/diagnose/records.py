@@ -1,6 +1,6 @@
-"""The records of one run, read from its folder: all that a diagnosis may look at. NumPy alone, so that a server can diagnose too.
+"""The records of one run, read from its folder: the input of every check. Torch-free, so that a server can diagnose too.
 
-A run that is still going on, or that failed, has fewer records; each is empty or None then.
+A run that is in progress or failed has fewer records; those that are missing are empty or None.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ Curve = list[tuple[float, float]]  # (epoch or step, value)
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A held-out image and the training image that is most like it."""
+    """A held-out image and its nearest training image in feature space."""
 
     split: str
     id: str
     label: str
     nearest: str
     nearest_label: str
-    ratio: float  # of its distance to that of the fifth nearest
+    ratio: float  # of the distances to the nearest and the fifth nearest training image
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What is known of a run."""
+    """All records of one run."""
 
     run: RunDir
     resolved: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]  # of metrics.jsonl
-    samples: Mapping[int, Predictions]  # answers to a fixed sample of training images, by step
-    held_out: Mapping[str, Predictions]  # answers of the weights that were kept, by split
+    samples: Mapping[int, Predictions]  # predictions for a fixed sample of training images, by step
+    held_out: Mapping[str, Predictions]  # predictions of the weights that were kept, by split
     neighbours: Sequence[Neighbour]
     preprocessing: Mapping[str, Any] | None
     outcome: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
-    against: RunRecords | None = field(default=None, repr=False)  # a run to compare with: shallower, or with more of it frozen
+    against: RunRecords | None = field(default=None, repr=False)  # a run to compare with: shallower, or with more frozen stages
 
     @classmethod
     def read(cls, folder: Path, against: RunRecords | None = None) -> RunRecords:
         """Read the folder of a run.
 
         Raises:
-            NotFound: it is not the folder of a run that has come as far as its plan.
+            NotFound: it is not the folder of a run, or the run has not written its plan yet.
         """
         run = RunDir(folder.absolute())
         if not run.resolved.exists() and not run.error.exists():
@@ -94,7 +94,7 @@ class RunRecords:
 
     @property
     def phases(self) -> Sequence[Mapping[str, Any]]:
-        """The phases that take steps."""
+        """The phases that take optimiser steps."""
         return [phase for phase in self.recipe.get("phases", []) if phase["n_steps"]]
 
     @property
@@ -103,7 +103,7 @@ class RunRecords:
 
     @property
     def begins_with_solved_head(self) -> bool:
-        """Whether the first weights are the best linear head on frozen features."""
+        """Whether training starts from a head that was solved on frozen features."""
         phases = self.recipe.get("phases", [])
         return bool(phases) and bool(phases[0]["solved"])
 
@@ -114,12 +114,12 @@ class RunRecords:
 
     @property
     def stage_names(self) -> Mapping[str, str]:
-        """Stage key to the name that the backbone gives it."""
+        """Map each stage key to the backbone's name for the stage."""
         return {f"stage{stage['index']}": stage["name"] for stage in self.resolved.get("backbone", {}).get("stages", [])}
 
     @property
     def stage_sizes(self) -> Mapping[str, int]:
-        """Stage key to its number of parameters."""
+        """Map each stage key to the stage's number of parameters."""
         return {f"stage{stage['index']}": stage["n_parameters"] for stage in self.resolved.get("backbone", {}).get("stages", [])}
 
     @property
@@ -131,14 +131,14 @@ class RunRecords:
         return len(self.resolved.get("dataset", {}).get("classes", ()))
 
     def called(self, owner: str) -> str:
-        """Return what people call a stage: its key with the backbone's own name."""
+        """Return a stage's display name: its key, with the backbone's own name for it."""
         name = self.stage_names.get(owner)
         return owner if name is None else f"{owner} ({name})"
 
     # what happened ------------------------------------------------------------------------------------------------
 
     def curve(self, key: str, by: str = "epoch") -> Curve:
-        """Return (epoch or step, value) of every line that has both; of a step that was computed twice, the last."""
+        """Return the values of a metric by epoch or step; for a step that was repeated after a resume, the last value."""
         points = {
             float(line[by]): math.nan if line["values"][key] is None else float(line["values"][key])
             for line in self.lines
@@ -147,12 +147,12 @@ class RunRecords:
         return sorted(points.items())
 
     def signal(self, kind: str, owner: str) -> Curve:
-        """Return (step, value) of what is measured of a stage: grad_norm, weight_norm, update_ratio or dead_channels."""
+        """Return one measurement of a stage by step; `kind` is grad_norm, weight_norm, update_ratio or dead_channels."""
         return self.curve(f"train/{kind}/{owner}", by="step")
 
     @cached_property
     def owners(self) -> tuple[str, ...]:
-        """What had gradients: stage keys from the stem up, then the head."""
+        """The parts whose gradients were measured: stage keys from the stem up, then the head."""
         found = {
             match[1] for line in self.lines for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))
         }
@@ -160,7 +160,7 @@ class RunRecords:
 
     @property
     def n_steps(self) -> int:
-        """Steps that were taken."""
+        """The number of steps that were taken."""
         return max((int(line["step"]) for line in self.lines), default=0)
 
     # answers ------------------------------------------------------------------------------------------------------
@@ -175,40 +175,40 @@ class RunRecords:
 
     @property
     def score(self) -> Metric[Any]:
-        """The metric that is the mean over images of their scores."""
+        """The metric that is the mean over images of `scores`."""
         return self.task.of_images
 
     @property
     def first_sample(self) -> Predictions | None:
-        """Answers to the training sample before the first step."""
+        """The predictions for the training sample before the first step."""
         return self.samples.get(0)
 
     @property
     def last_sample(self) -> Predictions | None:
-        """Answers to the training sample at the latest point; the same as the first where no step was taken."""
+        """The latest predictions for the training sample; equal to `first_sample` if no step was taken."""
         return self.samples[max(self.samples)] if self.samples else None
 
     @property
     def judged(self) -> tuple[str, Predictions] | None:
-        """The answers on the most independent split, with its name."""
+        """The most independent held-out split and the predictions for it."""
         return next(((split, self.held_out[split]) for split in JUDGED_BY if split in self.held_out), None)
 
     @property
     def last_val(self) -> tuple[float, float] | None:
-        """Loss and mean score on val at the end of training, whether these weights were kept or not."""
+        """Loss and mean score on val of the last evaluation, whether or not those weights were kept."""
         losses, scores = self.curve("val/loss"), self.curve(f"val/{self.score.key}")
         return (losses[-1][1], scores[-1][1]) if losses and scores else None
 
     def scores(self, table: Predictions) -> NDArray[np.float64]:
-        """(N,) whether each image was answered rightly, 0 or 1; `score` is their mean.
+        """Return (N,) scores: 1 where an image was predicted correctly, else 0.
 
-        Labels are given from a probability of one half on, also where a table has thresholds of its own: what is compared here
-        are training and held-out images, and training images have none.
+        Labels are given from a probability of 1/2, even if the table has thresholds: scores of training and held-out images are
+        compared, and the tables of training images have no thresholds.
         """
         return self.task.judge(table.logits, table.labels).score
 
     def losses(self, table: Predictions) -> NDArray[np.float64]:
-        """(N,) the loss of each image, in nats."""
+        """Return (N,) losses of the images, in nats."""
         return table.judged().nll
 
 
@@ -217,7 +217,7 @@ def _json(path: Path) -> Mapping[str, Any] | None:
 
 
 def _samples(run: RunDir) -> dict[int, Predictions]:
-    """Return the tables of the training sample by step; one whose logits are not finite is of a run that diverged."""
+    """Return the tables of the training sample by step, without those whose logits are not finite (a diverged run)."""
     found = {int(path.stem.rpartition("-")[2]): tables.read(path) for path in sorted(run.measurements.glob("train-step-*.npz"))}
     return {step: table for step, table in found.items() if np.isfinite(table.logits).all()}
 

@@ -1,4 +1,4 @@
-"""The few statistics that findings rest on. NumPy and the standard library."""
+"""The statistics that the checks use. Needs NumPy only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mean:
 
     @property
     def z(self) -> float:
-        """How many standard errors it lies above zero."""
+        """The mean divided by its standard error."""
         if self.error > 0:
             return self.value / self.error
         return math.inf if self.value > 0 else -math.inf if self.value < 0 else 0.0
@@ -37,13 +37,13 @@ def mean_of(values: Floats) -> Mean:
 
 
 def share(count: int, n: int) -> Mean:
-    """Return a share with Agresti and Coull's (1998) standard error, which is not zero for none or all."""
+    """Return the share `count / n` with Agresti and Coull's (1998) standard error, which is never zero."""
     p, m = (count + 2) / (n + 4), n + 4
     return Mean(count / n, math.sqrt(p * (1 - p) / m), n)
 
 
 def paired(first: Predictions, second: Predictions, of_first: Floats, of_second: Floats) -> Mean | None:
-    """Return the mean over the images that both tables answer of the second value minus the first; None without such images."""
+    """Return the mean of the second value minus the first over the images in both tables; None for fewer than two images."""
     row_of = {image: row for row, image in enumerate(first.ids)}
     pairs = [(row_of[image], row) for row, image in enumerate(second.ids) if image in row_of]
     if len(pairs) < 2:
@@ -65,7 +65,7 @@ def slope(values: Floats) -> Mean:
 
 
 def log_binomial_tail(n: int, k: int, p: float) -> float:
-    """Return the natural logarithm of the probability of `k` or more successes in `n` trials of probability `p`."""
+    """Return the natural logarithm of the probability of at least `k` successes in `n` trials of probability `p`."""
     if k <= 0:
         return 0.0
     terms = [

@@ -6,9 +6,13 @@ import { percent, t } from "./i18n.js";
 export const HEADLINES = ["top1", "map"];
 export const OF_IMAGES = ["top1", "exact_match"];
 
+/** What is told before the headline where classes differ much in size: its interval is recorded only then. */
+const OVER_CLASSES = "mean_per_class_accuracy";
+
 /** Return `[name, value]` of the figure to judge by among metrics such as `test/top1`; null where none was measured. */
 export function headline(metrics, splits = ["test", "cv"]) {
   for (const split of splits) {
+    if (typeof metrics?.[`${split}/${OVER_CLASSES}_low`] === "number") return [OVER_CLASSES, metrics[`${split}/${OVER_CLASSES}`]];
     for (const name of HEADLINES) {
       const value = metrics?.[`${split}/${name}`];
       if (typeof value === "number") return [name, value];

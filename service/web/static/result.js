@@ -16,6 +16,7 @@ export async function showResult(root, job, signal) {
   const [result, metrics] = await Promise.all([request(`${path}/result`, { signal }), request(`${path}/metrics`, { signal })]);
   const split = ["test", "cv", "val"].find((name) => result.splits[name]);
   const judged = result.splits[split];
+  const unequal = judged?.leading && judged.leading !== judged.headline;
   const version = result.model && `${result.model}@${result.version}`;
   put(root,
     h("div", { class: "row actions" },
@@ -26,10 +27,11 @@ export async function showResult(root, job, signal) {
     judged && accuracy(judged, split),
     result.warnings.length > 0 && h("section", {}, h("h2", {}, t("result.warnings")),
       h("ul", { class: "notices" }, result.warnings.map((text) => h("li", { class: "notice" }, text)))),
+    unequal && perClass(judged),
     judged && await mistakes(path, split, version, job.training_file, signal),
     judged?.confusion && h("section", {}, h("h2", {}, t("result.confusion")),
       confusion(judged.confusion, judged.classes, (label, answer) => showCell(path, split, label, answer, version, job.training_file))),
-    judged && perClass(judged),
+    judged && !unequal && perClass(judged),
     cost(result),
     h("section", {}, h("h2", {}, t("result.how")), h("p", {}, result.summary),
       h("p", { class: "hint" }, t("result.made", { method: methodName(result.method.type), backbone: job.model, license: result.license ?? t("unknown") })),
@@ -37,6 +39,7 @@ export async function showResult(root, job, signal) {
 }
 
 function accuracy(judged, split) {
+  if (judged.leading && judged.leading !== judged.headline) return overClasses(judged, split);
   const value = judged.values[judged.headline];
   const [low, high] = judged.intervals[judged.headline];
   const right = Math.round(value * judged.n);
@@ -47,6 +50,20 @@ function accuracy(judged, split) {
     intervalBar(value, low, high),
     h("p", {}, t("result.right", { right, n: judged.n, split: t(`split.${split}`) })),
     h("p", { class: "lead" }, t("result.in_words", { low: Math.floor(100 * low), high: Math.ceil(100 * high) })),
+    judged.n < 100 && h("p", { class: "hint" }, t("result.few_test", { n: judged.n })),
+    h("p", { class: "hint" }, t("result.alike")));
+}
+
+/** Classes differ much in size: the mean over classes first, then how many pictures were right. */
+function overClasses(judged, split) {
+  const value = judged.values[judged.leading];
+  const [low, high] = judged.intervals[judged.leading];
+  return h("section", { class: "accuracy" },
+    h("h2", {}, t("result.accuracy")),
+    h("p", { class: "figure" }, percent(value, 1)),
+    intervalBar(value, low, high),
+    h("p", {}, t("result.over_classes", { low: percent(low, 1), high: percent(high, 1) })),
+    h("p", { class: "lead" }, t("result.right", { right: Math.round(judged.values[judged.headline] * judged.n), n: judged.n, split: t(`split.${split}`) })),
     judged.n < 100 && h("p", { class: "hint" }, t("result.few_test", { n: judged.n })),
     h("p", { class: "hint" }, t("result.alike")));
 }

@@ -1,4 +1,4 @@
-"""One module for each finding. A new finding is a new module and its name in `CHECKS`, causes before what follows from them."""
+"""One module for each kind of finding. Register a new one in `CHECKS`, where causes come before their consequences."""
 
 from __future__ import annotations
 

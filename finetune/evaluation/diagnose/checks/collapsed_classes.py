@@ -1,4 +1,4 @@
-"""Collapsed classes: classes that the model never answers with, although it is shown images of them."""
+"""Collapsed classes: classes that the model never or hardly ever predicts, although the split holds images of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from finetune.evaluation.diagnose.records import RunRecords
 from finetune.messages import natural_list
 
 FEWEST_IMAGES = 5  # of a class
-RARE = 0.1  # answers with a class, of its images
+RARE = 0.1  # predictions of a class, relative to its number of images
 UNLIKELY = math.log(1e-3)
-LEAST_RECALL = 0.2  # of the other classes: a model that recognises nothing has no classes to lose
+LEAST_RECALL = 0.2  # of the other classes: in a model that recognises nothing no class has collapsed
 
 
 class CollapsedClasses:
-    """Asks how probable so few answers are at the recall that the other classes have."""
+    """Tests how probable so few correct predictions of a class are, given the recall of the other classes."""
 
     code = "collapsed_classes"
     title = "Collapsed classes"

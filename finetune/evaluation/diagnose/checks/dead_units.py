@@ -1,4 +1,4 @@
-"""Dead units: channels that answered to images before the first step and are constant for all of them now."""
+"""Dead units: channels whose activation varied between images before the first step and is now the same for all images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DIED = 0.3  # of the channels of one layer, since the first step
 
 
 class DeadUnits:
-    """A network may have constant channels from the start (padding, pruning), so only those that died count."""
+    """Counts only channels that became constant during training: pretrained networks may have some (padding, pruning)."""
 
     code = "dead_units"
     title = "Dead units"
@@ -51,6 +51,6 @@ class DeadUnits:
 
 
 def _curves(records: RunRecords) -> dict[str, Curve]:
-    """Return the share of constant channels in the worst layer of each stage, where it was measured twice."""
+    """Return by stage the share of constant channels in its worst layer over the steps, if measured at least twice."""
     found = {owner: records.signal("dead_channels", owner) for owner in records.stage_names}
     return {owner: curve for owner, curve in found.items() if len(curve) > 1}

@@ -1,4 +1,4 @@
-"""Degradation: more of the network trains, and the *training* error is higher. Not overfitting, which lowers it."""
+"""Degradation: training more stages gave a higher *training* error. Overfitting, in contrast, lowers it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ADDED_ERROR = 0.02
 
 
 class Degradation:
-    """Compares on the same training images with a shallower run, else with the head solved on frozen features."""
+    """Compares with a shallower run, or else with the head solved on frozen features, on the same training images."""
 
     code = "degradation"
     title = "Degradation"
@@ -64,7 +64,7 @@ class Degradation:
 
 
 def _reference(records: RunRecords) -> tuple[str, Predictions] | str:
-    """Return the run or head to compare with and its answers to training images, or why there is none."""
+    """Return the name and training predictions of the run or head to compare with, or the reason why there is none."""
     if records.against is not None:
         answers = records.against.last_sample
         if answers is None:

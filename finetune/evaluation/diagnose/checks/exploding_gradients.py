@@ -1,4 +1,4 @@
-"""Exploding gradients: they grow as training goes on, or from the top of the network to its stem, or beyond all numbers."""
+"""Exploding gradients: norms that grow during training, or from the top stage to the stem, or become infinite."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
 GROWTH = 30.0  # of a stage's gradient norm, from the first third of the steps to any later point
-CLIPPED_AT = 1.0  # a gradient norm that growth must exceed: from next to nothing, as at the start from a head of zeros, is none
-DECADES = 3.0  # from the upper stages to the lower ones
+CLIPPED_AT = 1.0  # growth counts only above this norm: a head initialised with zeros begins with nearly no gradient
+DECADES = 3.0  # powers of ten by which the gradients of lower stages exceed those of upper ones
 
 
 class ExplodingGradients:
-    """Needs harm to be a problem: gradients are clipped, and Adam divides by their size."""
+    """Reports a problem only together with harm (see `harm`): gradients are clipped, and Adam divides by their size."""
 
     code = "exploding_gradients"
     title = "Exploding gradients"
@@ -60,7 +60,7 @@ class ExplodingGradients:
 
 
 def _largest_growth(records: RunRecords) -> tuple[str, float]:
-    """Return the stage whose gradient norm grows most beyond its early median, and how many times."""
+    """Return the stage whose gradient norm grows most relative to its median early in training, and the factor."""
     found = [("", 1.0)]
     for owner in records.owners:
         values = np.array(

@@ -1,11 +1,11 @@
-"""A stage frozen by accident: the plan says that it trains, and no step moved it. Or the reverse: what is frozen changed."""
+"""A stage frozen by accident: no step changed a stage that the plan trains. Or the reverse: frozen weights changed."""
 
 from __future__ import annotations
 
 from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
 from finetune.evaluation.diagnose.records import HEAD, RunRecords
 
-MOVES = 1e-9  # step over weights: what other stages must exceed for a stage at zero to stand out
+MOVES = 1e-9  # ratio of step to weight norm that other stages must exceed before a stage at zero counts as not moved
 
 
 class FrozenStage:
@@ -42,7 +42,7 @@ class FrozenStage:
 
 
 def _not_moved(records: RunRecords) -> dict[str, str]:
-    """Return the stages that a phase trains and no measured step of it moved, with what was measured instead."""
+    """Return the stages that a phase trains but none of its measured steps changed, each with the measured values as text."""
     found: dict[str, str] = {}
     first = 0
     for phase in records.phases:

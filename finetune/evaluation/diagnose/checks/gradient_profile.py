@@ -1,4 +1,4 @@
-"""The gradients of the stages relative to their weights, from the stem to the top, at every point where they were measured."""
+"""Gradient profiles: the gradient norm of each stage relative to its weight norm, from the stem up, at each measured step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FEWEST_STAGES = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """log10 of gradient norm over weight norm of trained stages, from the stem up.
+    """log10 of the ratio of gradient norm to weight norm of the trained stages, from the stem up.
 
-    A gradient of exactly zero is left out: something blocks it, a layer that died, and nothing is known of what is below.
+    Stages with a gradient of exactly zero are left out: a dead layer blocks it, so it says nothing about the stages below.
     """
 
     step: int
@@ -23,22 +23,22 @@ class Profile:
 
     @property
     def rise(self) -> float:
-        """How many decades more gradient the stage with the most gets than the lowest third of the stages does."""
+        """The largest value minus the median of the lowest third of the stages, in decades (powers of ten)."""
         low = sorted(self.decades[: max(len(self.decades) // 3, 1)])
         return max(self.decades) - low[len(low) // 2]
 
     @property
     def fall(self) -> float:
-        """How many decades more gradient the lowest third of the stages gets than the highest third does."""
+        """The median of the lowest third of the stages minus the median of the highest third, in decades (powers of ten)."""
         third = max(len(self.decades) // 3, 1)
         low, high = sorted(self.decades[:third]), sorted(self.decades[-third:])
         return low[len(low) // 2] - high[len(high) // 2]
 
 
 def profiles(records: RunRecords) -> list[Profile]:
-    """Return the profiles in the order of steps; none where fewer than three stages train.
+    """Return the profiles in the order of steps; none if fewer than three stages train.
 
-    With an untrained head, which begins at zero, no gradient passes it at step 0; that point is left out.
+    Step 0 is left out for an untrained head: its weights are zero, so no gradient reaches the backbone.
     """
     owners = [owner for owner in records.owners if owner != HEAD and records.stage_sizes.get(owner, 1)]
     if len(owners) < FEWEST_STAGES:

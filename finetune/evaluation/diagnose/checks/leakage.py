@@ -1,4 +1,4 @@
-"""Leakage: held-out images that are training images over again, so that figures are better than the model."""
+"""Leakage: held-out images that are copies of training images, so that the metrics overestimate the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotCh
 from finetune.evaluation.diagnose.records import JUDGED_BY, Neighbour, RunRecords
 from finetune.evaluation.diagnose.statistics import log_binomial_tail
 
-TWIN = 0.25  # ratio of distances to the nearest and the fifth nearest training image
+TWIN = 0.25  # a copy has at most this ratio of the distances to its nearest and fifth nearest training images
 ORDINARY_SHARE = 0.01  # of held-out images that have such a neighbour by chance: digits of one writer, one object twice
 UNLIKELY = -9.2  # natural logarithm of 1e-4
 FEWEST_TRAINING_IMAGES = 50
@@ -14,7 +14,7 @@ SHOWN = 3
 
 
 class Leakage:
-    """Looks at the frozen features, so copies that were scaled, cropped or saved again are found too."""
+    """Compares frozen features, so that it also finds copies that were scaled, cropped or compressed again."""
 
     code = "leakage"
     title = "Leakage between splits"

@@ -1,4 +1,4 @@
-"""Learning rate too high: single steps move the weights by a large part of their size, and training made things worse."""
+"""Learning rate too high: single steps change the weights by a large share of their norm, and the training loss got worse."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotCh
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
-RATIO = 0.07  # step over weights, in one step; healthy runs stay at 0.02 and below, from scratch at 0.04
+RATIO = 0.07  # step norm over weight norm; healthy fine-tuning stays below 0.02, training from scratch below 0.04
 
 
 class LearningRateHigh:
-    """Needs both: some networks with batch normalisation bear very large steps."""
+    """Requires both large steps and harm: some networks with batch normalisation tolerate very large steps."""
 
     code = "learning_rate_high"
     title = "Learning rate too high"

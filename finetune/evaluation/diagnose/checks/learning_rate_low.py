@@ -1,4 +1,4 @@
-"""Learning rate too low: all steps together hardly moved the weights, and changed nothing."""
+"""Learning rate too low: all steps together hardly changed the weights, and did not change the training loss."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotCh
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import paired
 
-MOVED = 1e-3  # of their size, all steps together; healthy fine-tuning moves the upper stages by a hundredth and more
-CHANGED = 0.02  # of the training loss
+MOVED = 1e-3  # relative change of the weights over all steps; healthy fine-tuning changes the upper stages by 0.01 and more
+CHANGED = 0.02  # relative change of the training loss
 
 
 class LearningRateLow:
-    """A run that need not move, because the solved head is right already, is told apart by its training loss near zero."""
+    """Excludes runs that need no change: those whose solved head already has a training loss near zero."""
 
     code = "learning_rate_low"
     title = "Learning rate too low"

@@ -1,4 +1,4 @@
-"""Overconfidence: the val loss rises while the val error does not, so only the probabilities suffer."""
+"""Overconfidence: the val loss rises while the val error does not, so only the probabilities get worse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLEARLY = 2.0  # standard errors
 
 
 class Overconfidence:
-    """Told apart from overfitting: the answers are as good as before, only too sure."""
+    """Distinguished from overfitting by the val error: predictions are as accurate as before, but too confident."""
 
     code = "overconfidence"
     title = "Overconfidence"

@@ -1,7 +1,7 @@
-"""Overfitting: the training images are answered almost without mistakes, held-out ones with many more.
+"""Overfitting: almost no mistakes on training images, many more on held-out ones.
 
-A gap alone is a note: with few images every head on pretrained features has one, and the model may still be the best there is.
-It is a problem where training went on after the validation loss had turned, or where the gap is very large.
+A gap alone is a note: with few images every head on pretrained features has one, and no other model may be better. It is a
+problem if training continued after the validation loss had begun to rise, or if the gap is very large.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ GAP = 0.15  # of the headline metric, between training and held-out images
 LARGE_GAP = 0.3
 CLEARLY = 3.0  # standard errors
 EVALUATIONS_LEFT, RISE = 3, 2.0  # evaluations after the lowest val loss; standard errors by which it has risen since
-FITTED = 0.9  # on training images: below, the model does not even fit those
+FITTED = 0.9  # least score on training images: below it the model does not even fit those
 
 
 class Overfitting:
-    """Compares the end of training on the fixed training sample with val; falls back on the split that there is."""
+    """Compares the final score on the training sample with that on val, or on the only held-out split there is."""
 
     code = "overfitting"
     title = "Overfitting"
@@ -80,7 +80,7 @@ class Overfitting:
 
 
 def _rise_of_val_loss(records: RunRecords) -> float:
-    """Return how many times the threshold the val loss has risen since its lowest; 0 if it was lowest just before the end."""
+    """Return the rise of the val loss since its minimum, in multiples of the threshold; 0 if the minimum was near the end."""
     losses = [value for _, value in records.curve("val/loss")]
     table = records.held_out.get("val")
     if table is None or not losses or not all(map(math.isfinite, losses)):
@@ -92,10 +92,10 @@ def _rise_of_val_loss(records: RunRecords) -> float:
 
 
 def held_out_score(records: RunRecords) -> tuple[str, Mean] | None:
-    """Return the mean score on held-out images of the weights that training ended with, and the split.
+    """Return the split and the mean score on it of the weights at the end of training.
 
-    Those weights answered val at the last evaluation. Where no steps were taken, or nothing was chosen on val, the answers of the
-    weights that were kept are taken.
+    The score is that of the last evaluation on val. If no steps were taken, or nothing was chosen on val, the predictions of the
+    weights that were kept are used.
     """
     n_val = int(records.resolved.get("dataset", {}).get("sizes", {}).get("val", 0))
     last = records.last_val

@@ -1,4 +1,4 @@
-"""Wrong preprocessing: the pretrained weights were trained on pixels that were normalised in another way."""
+"""Wrong preprocessing: the pretrained weights were trained with another normalisation of pixels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from finetune.evaluation.diagnose.records import RunRecords
 
 NEARER = 0.15  # natural logarithm of a ratio of divergences; red and blue exchanged give 0.23, another scale 1.7 and more
 CLEARLY = 3.5  # standard errors, over groups of images
-CONTRADICTED = -3.0  # standard errors, by images that are answered worse
-LEFT_OUT_CLEARLY = 4.0  # standard errors; the best of five candidates
-LEFT_OUT_GAIN = 0.03  # of the share of images that are answered rightly
+CONTRADICTED = -3.0  # standard errors: with so much lower accuracy on left-out images the other normalisation is rejected
+LEFT_OUT_CLEARLY = 4.0  # standard errors; higher, since the best of five candidates is tested
+LEFT_OUT_GAIN = 0.03  # of top-1 accuracy on left-out images
 
 
 class WrongPreprocessing:
-    """The measurement is `finetune.runs.normalisation`.
+    """Compares the normalisation in use with others, by the measurements of `finetune.runs.normalisation`.
 
-    What batch normalisation remembers decides, where there is one. Else the answers to left-out images do, which also differ by
-    what the user's classes happen to need, so they must differ more.
+    In a network with batch normalisation its running statistics decide. Otherwise the accuracy on left-out images does; that
+    also depends on the user's classes, so it must differ more.
     """
 
     code = "preprocessing"
@@ -58,7 +58,7 @@ class WrongPreprocessing:
 
 
 def _strength(other: Mapping[str, Any]) -> float:
-    """Return how many times the threshold is reached by what speaks for another normalisation."""
+    """Return the evidence for another normalisation in multiples of the threshold."""
     statistics, left_out = other["statistics"], other["left_out"]
     if statistics is not None:
         contradicted = left_out is not None and left_out["z"] < CONTRADICTED

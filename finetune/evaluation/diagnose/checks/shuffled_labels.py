@@ -1,4 +1,4 @@
-"""Shuffled labels: held-out images are answered at chance, although the network and its training work."""
+"""Shuffled labels: the score on held-out images is at chance level, although the network and its training work."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import mean_of, share
 
 CLEARLY = 3.0  # standard errors
-RESOLVED = 0.12  # the most that may lie between chance and what so few images cannot exclude
-MEMORISED = 0.2  # by which training images are answered better than chance
+RESOLVED = 0.12  # score above chance beyond which so few images cannot distinguish chance from a weak model
+MEMORISED = 0.2  # score above chance on training images from which they count as memorised
 
 
 class ShuffledLabels:
-    """A pretrained network finds something in nearly all photographs: if its best head is at chance, the labels do not fit.
+    """Tests whether the best head on pretrained features is at chance level, which labels that fit hardly ever allow.
 
-    A network that was trained from nothing may simply not have learnt; there the training images must have been learnt by heart.
+    A network trained from scratch may simply not have learnt anything, so it must also have memorised the training images.
     """
 
     code = "shuffled_labels"
@@ -75,6 +75,6 @@ class ShuffledLabels:
 
 
 def _start_on_val(records: RunRecords) -> float | None:
-    """Return the headline metric of the solved head on val, before any step."""
+    """Return the headline metric of the solved head on val before the first step, or None if there was no solved head."""
     curve = records.curve(f"val/{records.headline.key}")
     return curve[0][1] if curve and records.begins_with_solved_head else None

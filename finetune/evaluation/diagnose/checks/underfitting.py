@@ -1,4 +1,4 @@
-"""Underfitting: mistakes on training images, about as many as on held-out ones."""
+"""Underfitting: a high error on training images, about as high as on held-out ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLEARLY = 2.0  # standard errors
 
 
 class Underfitting:
-    """Says whether the loss was still falling at the end, which more steps would help."""
+    """Also reports whether the loss was still falling at the end, in which case more steps would help."""
 
     code = "underfitting"
     title = "Underfitting"

@@ -1,4 +1,4 @@
-"""How far a step moves the weights of each stage, relative to their size: as measured, and as the recipe plans it."""
+"""The relative update size of each stage (step norm over weight norm), as measured and as planned by the recipe."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune.evaluation.diagnose.records import HEAD, RunRecords
 def planned_ratios(records: RunRecords) -> dict[str, float]:
     """Return for each stage the largest relative step that its learning rate allows.
 
-    A step of Adam moves each weight by about the learning rate while gradients agree (Kingma & Ba 2014, arXiv:1412.6980, section
-    2.1), so the whole stage by the rate times the square root of the number of weights.
+    A step of Adam changes each weight by about the learning rate while successive gradients agree (Kingma & Ba 2014,
+    arXiv:1412.6980, section 2.1), so the norm of a stage's step is the rate times the square root of its number of weights.
     """
     peaks: dict[str, float] = {}
     for phase in records.phases:
@@ -28,7 +28,7 @@ def planned_ratios(records: RunRecords) -> dict[str, float]:
 
 
 def measured_ratios(records: RunRecords) -> dict[str, list[float]]:
-    """Return the relative steps that were measured of each stage; the very first has the rate of a warm-up's first step."""
+    """Return the measured relative steps of each stage, without step 0, which has only the first rate of the warm-up."""
     return {
         owner: [value for step, value in records.signal("update_ratio", owner) if step > 0]
         for owner in records.owners
@@ -37,5 +37,5 @@ def measured_ratios(records: RunRecords) -> dict[str, list[float]]:
 
 
 def moved(records: RunRecords) -> dict[str, float]:
-    """Return about how far each stage moved in all: the median measured step times the number of steps, had all agreed."""
+    """Return an upper estimate of each stage's total relative change: the median measured step times the number of steps."""
     return {owner: float(np.median(values)) * records.n_steps for owner, values in measured_ratios(records).items() if values}

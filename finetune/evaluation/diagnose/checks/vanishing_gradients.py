@@ -1,4 +1,4 @@
-"""Vanishing gradients: what reaches the lower stages is a thousandth and less of what the upper ones get."""
+"""Vanishing gradients: the gradients of the lower stages are at most a thousandth of those of the upper stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DECADES = 3.0
 
 
 class VanishingGradients:
-    """Compares with the gradients of the pretrained network at step 0, where there is one; needs harm to be a problem."""
+    """Compares with the pretrained network's gradients at step 0; reports a problem only together with harm (see `harm`)."""
 
     code = "vanishing_gradients"
     title = "Vanishing gradients"

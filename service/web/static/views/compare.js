@@ -93,12 +93,14 @@ async function showVerdict(root, comparison, path, signal) {
 }
 
 function arms(result) {
-  const headline = Object.keys(result.arms[0]?.metrics ?? {}).find((key) => key === result.headline || key === `${result.split}/${result.headline}`);
+  const leading = result.leading ?? result.headline;
+  const overClasses = leading !== result.headline; // classes differ much in size
   return h("section", {}, h("h2", {}, t("compare.arms")), bars(result.arms.map((arm) => {
-    const figure = arm.metrics[headline] ?? {};
+    const figure = arm.metrics[leading] ?? {};
     const interval = figure.low === null || figure.low === undefined ? "" : ` [${percent(figure.low)} – ${percent(figure.high)}]`;
     return { label: methodName(arm.name), share: figure.value, note: `${percent(figure.value, 1)}${interval}`, strong: arm.name === result.verdict.choose };
   }), { label: t("compare.arms") }),
+  overClasses && h("p", { class: "hint" }, t("compare.over_classes")),
   h("p", { class: "hint" }, t("compare.left_out", { n: result.left_out })));
 }
 
