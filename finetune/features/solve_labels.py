@@ -25,6 +25,7 @@ def solve_sigmoid_head(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
+    image_weights: NDArray[np.float64] | None = None,
     folds: int = 5,
     seed: int = 0,
     overwrite: NDArray[np.float32] | None = None,
@@ -34,7 +35,7 @@ def solve_sigmoid_head(
     Args:
         l2: strength of (l2 / 2) * |w|² beside each label's mean loss; scikit-learn's C is 1 / (l2 * N).
         class_weights: (C,) of the images that have a label, in the fit and in the loss that chooses; the others weigh one.
-        features, val_features, overwrite: see `finetune.features.solve.solve_softmax_head`.
+        features, val_features, image_weights, overwrite: see `finetune.features.solve.solve_softmax_head`.
 
     Raises:
         TrainingError: features that are not finite.
@@ -54,6 +55,7 @@ def solve_sigmoid_head(
         folds=folds,
         seed=seed,
         overwrite=overwrite,
+        image_weights=image_weights,
     )
 
 

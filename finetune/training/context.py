@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.augment import Augment
@@ -30,6 +31,7 @@ class TrainingContext:
         dataset: the train split is learnt from, the val split chooses.
         identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
         balance: what is done about classes of different size.
+        image_weights: (N,) of the training images in the loss; see `finetune.training.image_weights`.
         store: where frozen features and decoded photographs are kept.
         sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
     """
@@ -44,6 +46,7 @@ class TrainingContext:
     progress: ProgressCallback = silent
     sample_size: int | None = None
     balance: Balance = field(default_factory=Balance)
+    image_weights: NDArray[np.float64] | None = None
 
     def features(
         self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None

@@ -43,7 +43,7 @@ from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
 from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
 from finetune.training.memory import retaining_memory
-from finetune.training.mixing import mix, step_seed
+from finetune.training.mixing import mix, partners, step_seed
 from finetune.training.objectives import Objective
 from finetune.training.optim import build_optimizer, group_key, set_learning_rates
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
@@ -136,6 +136,7 @@ def fit(
     objective: Objective,
     train_targets: NDArray[Any],
     val_targets: NDArray[Any],
+    train_weights: NDArray[np.float64] | None = None,
     numerics: Callable[[], Numerics] = Numerics,
     solve_head: Callable[[Classifier], Seconds] | None = None,
     sample: TrainSample | None = None,
@@ -148,6 +149,7 @@ def fit(
     Args:
         val: the images that choose; or what they have chosen before, then nothing is evaluated and training ends where they said.
         train_targets, val_targets: encoded by `task`; a batch's ``indices`` are rows of these.
+        train_weights: (N,) of the training images in the loss, one on average; None weighs all the same.
         numerics: asked once, when the run begins; a resumed run computes as it began.
         solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
             Returns its seconds without those of computing the features, which are not counted here.
@@ -164,7 +166,7 @@ def fit(
     with _memory_errors_named(recipe.batch_size):
         found = _find_checkpoint(run, saving)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
-        targets = _Targets(task, objective, train_targets, val_targets)
+        targets = _Targets(task, objective, train_targets, val_targets, train_weights)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
             training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
@@ -199,6 +201,7 @@ class _Targets:
     objective: Objective
     train: NDArray[Any]
     val: NDArray[Any]
+    train_weights: NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -369,10 +372,11 @@ class _Training:
         inputs, other_targets, share = mix(inputs, targets, recipe.mixup, seed)
         with autocast(self.numerics):
             logits, aux_logits = self._training_logits(inputs)  # each (B, C)
-        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing)
+        weights = self._image_weights(batch, seed)
+        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing, weights)
         objective = loss
         if aux_logits is not None:
-            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing)
+            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing, weights)
             objective = loss + AUX_LOSS_WEIGHT * aux_loss
         objective.backward()
         self._update_weights(parameters)
@@ -381,6 +385,15 @@ class _Training:
             self._check_finite(float(loss.detach()), rates[HEAD])
         if step % REPORT_EVERY_STEPS == 0:
             self._report(rates[HEAD])
+
+    def _image_weights(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor] | None:
+        """Return the weights of the images of a batch, and of those that are blended into them."""
+        if self.targets.train_weights is None:
+            return None
+        own = self.targets.train_weights[batch.indices].astype(np.float32)
+        mixup = self.recipe.mixup
+        other = own if mixup == 0.0 else own[partners(len(own), mixup, seed)[0]]
+        return to_device(own, self.numerics), to_device(other, self.numerics)
 
     def _training_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.classifier.aux is not None:

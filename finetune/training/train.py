@@ -124,6 +124,7 @@ def _take_steps(
         task=context.task,
         objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
         train_targets=context.targets(dataset.of("train")),
+        train_weights=context.image_weights,
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,
         solve_head=solver,
@@ -193,7 +194,7 @@ def _cached_source(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, spent: Callable[[Seconds], None]
 ) -> _BatchSource | None:
     """Return batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
-    if recipe.mixup or classifier.aux is not None:  # both need the images themselves
+    if recipe.mixup or classifier.aux is not None or not recipe.trainable:  # the first two need the images themselves
         return None
     train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features(spent)
     seen = Views(classifier.backbone.preprocess)

@@ -25,11 +25,20 @@ class Objective(Protocol):
         """Return the objective with this done about classes of different size."""
         ...
 
-    def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        other_targets: Tensor,
+        share: float,
+        label_smoothing: float,
+        image_weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return the mean loss of logits (B, C), in float32.
 
         Args:
             other_targets, share: with mixup, the targets of the image that was blended in, and the share of the image's own.
+            image_weights: (B,) each: of the images and of those that were blended in; None weighs all the same.
         """
         ...
 
