@@ -136,6 +136,10 @@ class Client:
         body = {"input_file": input_file, "model": model, "embedding": embedding, "metadata": dict(metadata or {})}
         return self._json("POST", BATCH.path, json=body, headers=headers)
 
+    def drift(self, name: str, version: str = "champion") -> Document:
+        """Return whether a version's live answers have drifted away from its answers to images that did not train it."""
+        return self._json("GET", f"/v1/models/{quote(name, safe='')}/versions/{quote(version, safe='')}/drift")
+
     def download_answers(self, batch_id: str, path: str | Path) -> Path:
         """Write the answers of a batch prediction to a file: ``.csv``, ``.npz`` or ``.parquet``."""
         target = Path(path)

@@ -29,6 +29,7 @@ from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
 from finetune.runtime.tracing import tracing_from_environment
 from service.admission import WorkQueue
+from service.drift import DriftWatch
 from service.event_streams import EventStreams
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
@@ -133,6 +134,8 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     database = Database(settings.home)
     queue = WorkQueue(settings.threads)
     metrics.watch_queue(lambda: queue.taken)
+    drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
+    metrics.watch_drift(drift.last_found)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -140,6 +143,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         metrics=metrics,
         queue=queue,
         shadows=Shadows(queue, metrics, settings.image_limits),
+        drift=drift,
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -166,6 +170,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.part_uploads.sweep()
         models.start()
         webhooks.start()
+        drift.start()
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
@@ -176,6 +181,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        drift.stop()
         webhooks.stop()
         models.stop()
         queue.stop()

@@ -18,6 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from finetune.errors import NotReady
+from finetune.monitoring.drift import Drift
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 UNMATCHED = "unmatched"
@@ -81,6 +82,10 @@ class Metrics:
         """Show what is in memory. Read when asked, so that versions that are gone leave no series behind."""
         self.registry.register(_ModelsCollector(models))
 
+    def watch_drift(self, last_found: Callable[[], Iterable[tuple[str, str, Drift]]]) -> None:
+        """Show how live answers compare with those to held-out images, as it was when it was last looked for."""
+        self.registry.register(_DriftCollector(last_found))
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -123,3 +128,27 @@ class _ModelsCollector(Collector):
         yield GaugeMetricFamily(
             "finetune_model_refused", "Bundles that failed their checks and are not served", value=len(self._models.refused())
         )
+
+
+class _DriftCollector(Collector):
+    def __init__(self, last_found: Callable[[], Iterable[tuple[str, str, Drift]]]) -> None:
+        self._last_found = last_found
+
+    def collect(self) -> Iterable[Metric]:
+        drifted = GaugeMetricFamily(
+            "finetune_drift",
+            "Whether live answers differ from those to held-out images: 1 drifted, 0 steady; absent before that is known",
+            labels=["model", "version"],
+        )
+        images = GaugeMetricFamily("finetune_drift_images", "Live images that are compared", labels=["model", "version"])
+        labels = ["model", "version", "test"]
+        p = GaugeMetricFamily("finetune_drift_adjusted_p", "p-value of a test, adjusted for their number", labels=labels)
+        effect = GaugeMetricFamily("finetune_drift_effect", "Effect size of a test", labels=labels)
+        for name, version, found in sorted(self._last_found(), key=lambda one: one[:2]):
+            images.add_metric([name, version], found.n)
+            if found.tests:
+                drifted.add_metric([name, version], found.state == "drifted")
+            for test in found.tests:
+                p.add_metric([name, version, test.name], test.adjusted_p)
+                effect.add_metric([name, version, test.name], test.effect)
+        yield from (drifted, images, p, effect)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bundle.image import ImageLimits
+from finetune.bundle.predictor import Outputs
 from finetune.errors import InvalidInput, Problem
 from service.models import LoadedModel
 
@@ -155,8 +156,8 @@ def _files(given: Mapping[str, Any], shape: list[int], binary: bytes | None) -> 
     return tuple(found)
 
 
-def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tuple[bytes, int | None]:
-    """Run one inference; return the answer's body, and the length of its JSON where binary data follows it.
+def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tuple[bytes, int | None, Outputs]:
+    """Run one inference; return the answer's body, the length of its JSON where binary data follows it, and what the model gave.
 
     Raises:
         ImageError: an encoded file cannot be read.
@@ -184,7 +185,7 @@ def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tup
     if request.id is not None:
         head["id"] = request.id
     encoded = json.dumps(head).encode()
-    return encoded + binary, len(encoded) if binary else None
+    return encoded + binary, len(encoded) if binary else None, found
 
 
 def _output(

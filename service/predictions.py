@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -22,6 +23,7 @@ from finetune.bundle.image import ImageLimits
 from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
+from finetune.monitoring.answers import AnswerStatistics, statistics_of
 from service.forms import Part, read_form
 from service.models import LoadedModel
 from service.problems import FieldProblem
@@ -55,6 +57,7 @@ class Stages:
     load_seconds: float  # decoding and preprocessing
     run_seconds: float  # the model
     ended: float  # seconds since the epoch
+    statistics: AnswerStatistics  # what drift is looked for in
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,8 @@ def predict_image(
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
     predicted = time.perf_counter()
-    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time())
+    statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
+    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), statistics)
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(
@@ -213,6 +217,12 @@ def predict_image(
         novelty=prediction.certainty.novelty,
     )
     return found, seconds, stages
+
+
+def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> AnswerStatistics:
+    """Return what is kept of N answers of a model to look for drift, given (N, C) and (N, D)."""
+    manifest = model.predictor.manifest
+    return statistics_of(manifest.task, probs, embeddings, model.predictor.judge.subspace, manifest.thresholds)
 
 
 def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, select
 
 from finetune.bundle.deployment import deployments
-from finetune.bundle.registry import LATEST, Registry
+from finetune.bundle.registry import LATEST, SHARED, Registry
 from finetune.jobs.database import reading, writing
 from finetune.jobs.outbox import DEPLOYED, PROMOTED, enqueue, webhooks_for
 from finetune.jobs.schema import webhooks
@@ -45,21 +46,31 @@ class Promotions:
                 if one.at >= since:
                     name = one.deployment.reference.partition("@")[0]
                     data = {"reference": one.deployment.reference, "by": one.by}
-                    self._tell(connection, DEPLOYED, name, data, one.at, f"{one.deployment.reference} {one.at}")
+                    tell_users(connection, self._registry, DEPLOYED, name, data, one.at, f"{one.deployment.reference} {one.at}")
         self._sizes |= {**sizes, self._registry.root: len(past)}
 
     def _moves(self, connection: Connection, name: str, since: float) -> None:
         for move in self._registry.moves(name):
             if move.alias != LATEST and move.at >= since:
                 data = {"model": name, "version": move.version, "alias": move.alias, "by": move.by}
-                self._tell(connection, PROMOTED, name, data, move.at, f"{name} {move.alias} {move.version} {move.at}")
+                tell_users(
+                    connection, self._registry, PROMOTED, name, data, move.at, f"{name} {move.alias} {move.version} {move.at}"
+                )
 
-    def _tell(self, connection: Connection, event_type: str, model: str, data: dict[str, str], at: float, key: str) -> None:
-        access = self._registry.access(model)
-        for webhook_id in webhooks_for(connection, event_type, None if access.visibility == "shared" else access.owner):
-            made = connection.execute(select(webhooks.c.created_at).where(webhooks.c.id == webhook_id)).scalar_one()
-            if at >= made:
-                enqueue(connection, webhook_id, event_type, data, at, key=key)
+
+def tell_users(
+    connection: Connection, registry: Registry, event_type: str, model: str, data: Mapping[str, Any], at: float, key: str
+) -> None:
+    """Queue an event about a model for the webhooks of those who may use it, but for those that were made after it.
+
+    Args:
+        key: what makes the event the one that it is, among those of its type.
+    """
+    access = registry.access(model)
+    for webhook_id in webhooks_for(connection, event_type, None if access.visibility == SHARED else access.owner):
+        made = connection.execute(select(webhooks.c.created_at).where(webhooks.c.id == webhook_id)).scalar_one()
+        if at >= made:
+            enqueue(connection, webhook_id, event_type, data, at, key=key)
 
 
 def _size(path: Path) -> int:

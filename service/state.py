@@ -25,6 +25,7 @@ from finetune.jobs.webhooks import WebhookStore
 from finetune.runtime.tracing import Tracing
 from finetune.storage.rundir import RunDir
 from service.admission import WorkQueue
+from service.drift import DriftWatch
 from service.event_streams import EventStreams
 from service.metrics import Metrics
 from service.middleware.auth import Caller
@@ -98,6 +99,7 @@ class ServerState:
     metrics: Metrics
     queue: WorkQueue
     shadows: Shadows
+    drift: DriftWatch
     image_limits: ImageLimits
     database: Database
     event_streams: EventStreams

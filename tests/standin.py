@@ -18,11 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from finetune.bundle.calibration import HELD_OUT, Calibration, write_subspace
-from finetune.bundle.manifest import MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, write_manifest
+from finetune.bundle.manifest import DRIFT, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, write_manifest
 from finetune.bundle.predictor import write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.bundle.weights import METADATA_KEY
 from finetune.metrics.novelty import Subspace
+from finetune.monitoring.reference import Reference, write_reference
 
 SIDE_PX = 16
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -47,6 +48,7 @@ def write_bundle(
     calibration: Calibration | None = None,
     subspace: Subspace | None = None,
     with_weights: bool = False,
+    reference: Reference | None = None,
 ) -> Path:
     """A valid bundle that says ``classes[i]`` for the colour number i; `with_weights`, with a file of weights without tensors."""
     folder.mkdir(parents=True)
@@ -58,6 +60,8 @@ def write_bundle(
     write_probe(folder / PROBE, encoded, images, logits.astype(np.float32))
     if subspace is not None:
         write_subspace(folder / NOVELTY, subspace)
+    if reference is not None:
+        write_reference(folder / DRIFT, reference)
     if with_weights:
         header = json.dumps({"__metadata__": {METADATA_KEY: json.dumps({"pooling": "avg", "seed": 0})}}).encode()
         (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)

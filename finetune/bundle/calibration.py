@@ -192,7 +192,7 @@ class Judge:
         self._exclusive = exclusive
         self.calibration = calibration
         self._classes = classes
-        self._subspace = subspace
+        self.subspace = subspace
         self._owner_precision = owner_precision
 
     def resolved(self, asked: Asked) -> Asked:
@@ -232,8 +232,8 @@ class Judge:
             return Certainty(labels, coverage)
         calibration = self._calibration("abstain")
         novelty = None
-        if self._subspace is not None and calibration.novelty:
-            novelty = calibration.novelty_of(float(self._subspace.distances(embedding[None])[0]))
+        if self.subspace is not None and calibration.novelty:
+            novelty = calibration.novelty_of(float(self.subspace.distances(embedding[None])[0]))
         unsure = float(probs.max()) < calibration.operating(asked.precision).threshold
         reason: Reason | None = "unlike" if novelty is not None and novelty >= NOVEL else "unsure" if unsure else None
         return Certainty(labels, coverage, reason is not None, reason, novelty)

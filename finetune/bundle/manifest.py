@@ -24,6 +24,7 @@ MANIFEST = "bundle.json"
 MODEL = "model.onnx"
 PROBE = "probe.npz"
 NOVELTY = "novelty.npz"  # where the embeddings of known images lie; not in every bundle
+DRIFT = "drift.npz"  # answers to held-out images, which live ones are compared with (`finetune.monitoring`); not in every bundle
 WEIGHTS = "weights.safetensors"  # to train on from, or to export (`finetune.bundle.weights`); not in bundles of earlier versions
 THRESHOLDS = "thresholds"
 """The key in ``calibration`` of the probabilities from which on each label is given, in the order of the classes."""
@@ -157,7 +158,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
     if missing:
         raise BundleError(f"{folder}: cannot become a bundle without {' and '.join(missing)}")
-    present = [name for name in (MODEL, PROBE, NOVELTY, WEIGHTS, CARD) if (folder / name).is_file()]
+    present = [name for name in (MODEL, PROBE, NOVELTY, DRIFT, WEIGHTS, CARD) if (folder / name).is_file()]
     hashed = dataclasses.replace(manifest, files={name: sha256_file(folder / name) for name in present})
     checked = Manifest.from_json(hashed.to_json())
     write_json(folder / MANIFEST, checked.to_dict())

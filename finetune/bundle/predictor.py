@@ -64,6 +64,7 @@ class Prediction:
     labels: tuple[tuple[str, float], ...]  # (class, probability), most probable first
     cam: np.ndarray | None  # (h', w') float32 of the first label: its mean over positions, plus the bias, is the logit
     image: np.ndarray  # (h, w, 3) uint8, what the model saw
+    probs: np.ndarray  # (C,) float32
     embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
@@ -180,6 +181,7 @@ class Predictor:
             labels,
             cam,
             image,
+            probs,
             outputs.embedding[0],
             self.manifest.name,
             self.manifest.version,

@@ -1,5 +1,6 @@
 """The models folder: ``<name>/<version>/`` holds a bundle, ``<name>/aliases.json`` says which version an alias means, and
-``<name>/predictions/<version>.npz`` is what a version answered to its test images.
+``<name>/predictions/<version>.npz`` is what a version answered to its test images; ``<name>/monitoring/<version>/`` is what a
+server keeps of its live answers.
 
 Registering never deploys: a new version moves only the alias ``latest``. What a bare model name means (``champion``) and what the
 server answers with (``default.json``, see `finetune.bundle.deployment`) change by promotion alone; only the first version of a
@@ -47,6 +48,7 @@ _ALIASES = "aliases.json"
 _JOURNAL = "aliases.jsonl"  # every move of every alias, append-only: rollback reads it, and no version number is given twice
 _ACCESS = "access.json"
 _PREDICTIONS = "predictions"  # a folder: ``<version>.npz``
+_MONITORING = "monitoring"  # a folder: ``<version>/``, see `finetune.monitoring`
 _FETCHED = ".fetched"  # a folder of bundles from object storage
 _ARRIVING, _LEAVING = ".arriving-", ".leaving-"
 _ALIAS_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
@@ -144,6 +146,24 @@ class Registry:
     def predictions_of(self, version: ModelVersion) -> Path:
         """Return where the version's answers to test images are; a version that was judged on none has no such file."""
         return self.root / version.name / _PREDICTIONS / f"{version.version}.npz"
+
+    def monitoring_of(self, name: str, version: str) -> Path:
+        """Return the folder of what is kept of a version's live answers; it exists once there is something in it."""
+        return self.root / name / _MONITORING / version
+
+    @contextlib.contextmanager
+    def monitoring(self, name: str, version: str) -> Iterator[Path | None]:
+        """Yield that folder to write into, and keep the version from being deleted meanwhile; None where the version is gone."""
+        if not (self.root / name / version / MANIFEST).exists():
+            yield None
+            return
+        with _locked(self.root / name):
+            if not (self.root / name / version / MANIFEST).exists():
+                yield None
+                return
+            folder = self.monitoring_of(name, version)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield folder
 
     def _announce(self, name: str, version: str) -> None:
         """Point ``latest`` at a new version, and promote it where nothing was promoted before."""
@@ -309,6 +329,7 @@ class Registry:
                 found.path.rename(gone)
                 shutil.rmtree(gone)
                 self.predictions_of(found).unlink(missing_ok=True)
+                shutil.rmtree(self.monitoring_of(name, found.version), ignore_errors=True)
 
     def set_abstention(self, name: str, version: str | None, precision: float | None) -> ModelVersion:
         """Switch on that a version abstains where its answers would not be right with this probability; None: off.
@@ -342,10 +363,12 @@ class Registry:
             return Access(owner=None, visibility="private")
 
     def owned_bytes(self, owner: str) -> int:
-        """Return what the models of an owner take on disk."""
+        """Return what the models of an owner take on disk, without what a server keeps of their live answers."""
         total = 0
         for name in self.names():
             for path in files_under(self.root / name) if self.access(name).owner == owner else ():
+                if path.is_relative_to(self.root / name / _MONITORING):
+                    continue
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     total += path.lstat().st_size
         return total

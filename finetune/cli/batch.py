@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from finetune.monitoring.answers import AnswerStatistics
 
 
 def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
     """Answer what a request asks for, in the folder `run_dir`; where an earlier process was killed, go on from there."""
     from finetune.batch_spec import load_batch
+    from finetune.bundle.manifest import MODEL
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.registry import Registry
     from finetune.evaluation.batch import answer_folder
     from finetune.jobs.lease import watch_lease_from_environment
+    from finetune.monitoring.watched import leave_for_server
     from finetune.progress import silent
     from finetune.runs.watch import Stopwatch, failures_recorded, recorded
     from finetune.runtime.cores import available_cores
@@ -28,10 +34,18 @@ def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     spec, run = load_batch(request), RunDir(run_dir.absolute())
     with run.create().held(), failures_recorded(run):
-        bundle = Registry(Workspace.from_environment().models).locate(spec.model)
-        predictor = Predictor.load(bundle, threads=available_cores())
+        registry = Registry(Workspace.from_environment().models)
+        predictor = Predictor.load(registry.locate(spec.model), threads=available_cores())
         progress = recorded(silent, run, Stopwatch(run))
-        return answer_folder(predictor, Path(spec.input_file), run.root, embedding=spec.embedding, progress=progress)
+
+        def tell_drift_watch(answers: AnswerStatistics) -> None:
+            if spec.model is not None and "/" not in spec.model:
+                version, sha256 = registry.lookup(spec.model), predictor.manifest.files[MODEL]
+                leave_for_server(registry, version, run.name, answers, sha256, time.time())
+
+        return answer_folder(
+            predictor, Path(spec.input_file), run.root, embedding=spec.embedding, progress=progress, answered=tell_drift_watch
+        )
 
 
 def ask_server(images: tuple[Path, ...], model: str | None, server: str, out: Path, *, as_json: bool) -> None:

@@ -279,6 +279,35 @@ def card(model: str) -> None:
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
+@click.option("--server", metavar="URL", help="Ask a server, which knows the newest answers; key in FINETUNE_API_KEY.")
+@json_option
+def drift(reference: str, server: str | None, as_json: bool) -> None:
+    """Show whether live answers have drifted.
+
+    They are compared with the answers to images that did not train the model.
+
+    MODEL is a name, name@version or name@alias. Without --server, the workspace's files tell it, which a running server writes
+    once a minute. The exit code is 1 where there is drift.
+    """
+    from finetune.cli.show_drift import show_drift
+    from finetune.cli.terminal import print_json
+
+    name, _, version = reference.partition("@")
+    if server is not None:
+        from finetune.client import Client
+
+        with Client(server, os.environ.get("FINETUNE_API_KEY")) as client:
+            found = client.drift(name, version or "champion")
+    else:
+        from finetune.monitoring.watched import drift_as_stored
+
+        found = drift_as_stored(_registry(), reference)
+    print_json(found) if as_json else show_drift(found)
+    sys.exit(1 if found["state"] == "drifted" else 0)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
 @click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
 @click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
 def abstain(reference: str, precision: float, off: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,25 @@ from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.tables import write_table
 from finetune.messages import plural, printable
+from finetune.monitoring.answers import AnswerStatistics, concatenated, read_statistics, statistics_of, write_statistics
+from finetune.monitoring.window import WINDOW_IMAGES
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.storage.files import read_json, write_json
 
 FORMATS = (".csv", ".npz", ".parquet")
 PART_IMAGES = 512
+STATISTICS = ".statistics"  # of a part: what is kept of its answers to look for drift, as .npz
 SHOWN_UNREADABLE = 1000
 
 
 def answer_folder(
-    predictor: Predictor, images: Path, out: Path, *, embedding: bool = False, progress: ProgressCallback = silent
+    predictor: Predictor,
+    images: Path,
+    out: Path,
+    *,
+    embedding: bool = False,
+    progress: ProgressCallback = silent,
+    answered: Callable[[AnswerStatistics], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Predict for every image under `images`, write the tables into the folder `out` and return the content of ``batch.json``.
 
@@ -44,6 +53,7 @@ def answer_folder(
     Args:
         images: a folder, an archive, or the stored form of an upload.
         embedding: write the embeddings too.
+        answered: called before the result is written, with what is kept of the last answers to look for drift.
 
     Raises:
         DataError: there is no image file under `images`.
@@ -64,6 +74,7 @@ def answer_folder(
             moved = _moved(progress, start, len(samples))
             _answer_part(predictor, samples[start : start + PART_IMAGES], part, embedding, moved)
         unreadable += read_json(part.with_suffix(".json"))
+    statistics = [read_statistics(path.read_bytes())[0] for path in sorted(parts.glob(f"*{STATISTICS}"))]
     answers = _joined([tables.read(part) for part in sorted(parts.glob("*.npz"))])
     manifest = predictor.manifest
     written = _write_answers(answers, out, float(manifest.calibration.get("temperature", 1.0)))
@@ -80,9 +91,17 @@ def answer_folder(
         "summary": f"{plural(len(answers), 'image')} answered by {manifest.name}@{manifest.version}"
         + (f", {len(unreadable):,} could not be read" if unreadable else ""),
     }
+    if statistics:
+        answered(concatenated(statistics).last(WINDOW_IMAGES))
     write_json(result, document)
     shutil.rmtree(parts)
     return document
+
+
+def _statistics(answers: Sequence[Answer], predictor: Predictor) -> AnswerStatistics:
+    probs, embeddings = np.stack([one.probs for one in answers]), np.stack([one.embedding for one in answers])
+    manifest = predictor.manifest
+    return statistics_of(manifest.task, probs, embeddings, predictor.judge.subspace, manifest.thresholds)
 
 
 def _moved(progress: ProgressCallback, start: int, total: int) -> ProgressCallback:
@@ -106,6 +125,8 @@ def _answer_part(
             answers.append(answer)
     table = predictions_of(answers, predictor, "given", labelled=False)
     write_json(part.with_suffix(".json"), unreadable)
+    if answers:
+        write_statistics(part.with_suffix(STATISTICS), _statistics(answers, predictor))
     tables.write(part, table if embedding else replace(table, embedding=None))
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from finetune import __version__
 from finetune.bundle.calibration import write_subspace
 from finetune.bundle.card import model_card
-from finetune.bundle.manifest import CARD, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, OutputName, write_manifest
+from finetune.bundle.manifest import CARD, DRIFT, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, OutputName, write_manifest
 from finetune.bundle.predictor import Predictor, Seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.dataset import Sample
@@ -31,6 +31,8 @@ from finetune.export.template import INPUT_NAME, OPSET, Head, with_metadata
 from finetune.metrics.novelty import Subspace
 from finetune.model.facts import BackboneFacts
 from finetune.model.tensors import Tensors, serialised_tensors
+from finetune.monitoring.reference import Reference as DriftReference
+from finetune.monitoring.reference import write_reference
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.session import open_session
 from finetune.storage.files import atomic_folder, write_atomic
@@ -90,6 +92,7 @@ class BundleFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)  # val/top1 …
     calibration: Mapping[str, Any] = field(default_factory=dict)  # its temperature, if any, divides the logits in the graph
     subspace: Subspace | None = None  # where the embeddings of known images lie
+    reference: DriftReference | None = None  # what live answers are compared with
     frozen: Mapping[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
     seen: Seen = field(default_factory=Seen)  # which images the weights were fitted and chosen on
     created_at: float = field(default_factory=time.time)
@@ -189,6 +192,9 @@ def _write(
     write_probe(folder / PROBE, encoded, images, predictor.run(images).logits, facts.seen)
     if facts.subspace is not None:
         write_subspace(folder / NOVELTY, facts.subspace)
+    if facts.reference is not None:
+        quantised = manifest.model.get("quantization", {}).get("kept")  # its embeddings are not quite those of the table
+        write_reference(folder / DRIFT, facts.reference.without_distances() if quantised else facts.reference)
     write_atomic(folder / CARD, lambda stream: stream.write(model_card(manifest).encode()))
     return write_manifest(folder, manifest)
 

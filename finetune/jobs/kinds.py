@@ -5,6 +5,7 @@ The store, the worker, the clients and the server read this table, so that a fur
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Kind:
         conclude: a result as one sentence.
         registered: a result's model as ``name@version``, if it made one.
         tracked: its run is mirrored to trackers, so the command takes ``--experiment``.
+        trains: its command needs the libraries that training needs.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Kind:
     conclude: Callable[[Mapping[str, Any]], str]
     registered: Callable[[Mapping[str, Any]], str | None]
     tracked: bool = False
+    trains: bool = True
 
 
 def _training(spec: Mapping[str, Any]) -> str:
@@ -100,6 +103,7 @@ BATCH = Kind(
     describe=lambda spec: f"images answered by {spec['model']}",
     conclude=lambda result: f"{result['summary']}.",
     registered=lambda result: None,
+    trains=False,
 )
 CHECK = Kind(
     name="check",
@@ -114,6 +118,20 @@ CHECK = Kind(
     registered=lambda result: None,
 )
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (TRAINING, COMPARISON, BATCH, CHECK)}
+
+
+_TRAINING_MODULES = ("torch", "timm")
+
+
+def can_train() -> bool:
+    """Return whether the libraries that training needs are installed. Imports none of them."""
+    return all(importlib.util.find_spec(name) is not None for name in _TRAINING_MODULES)
+
+
+def kinds_carried_out_here() -> tuple[str, ...]:
+    """Return the names of the kinds whose commands work with what is installed: without torch, batch predictions alone."""
+    trains = can_train()
+    return tuple(kind.name for kind in KINDS.values() if trains or not kind.trains)
 
 
 def kind_of_id(job_id: str) -> Kind:

@@ -19,8 +19,8 @@ from finetune.jobs.schema import TERMINAL, webhook_deliveries, webhooks
 if TYPE_CHECKING:
     from finetune.jobs.store import Job
 
-PROMOTED, DEPLOYED = "model.promoted", "deployment.changed"
-TYPES = (*(f"{kind.object}.{state}" for kind in KINDS.values() for state in TERMINAL), PROMOTED, DEPLOYED)
+PROMOTED, DEPLOYED, DRIFTED = "model.promoted", "deployment.changed", "model.drifted"
+TYPES = (*(f"{kind.object}.{state}" for kind in KINDS.values() for state in TERMINAL), PROMOTED, DEPLOYED, DRIFTED)
 
 
 def enqueue_ended(connection: Connection, job: Job, at: float) -> None:

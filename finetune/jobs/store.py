@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -275,24 +275,28 @@ class JobStore:
         with reading(self.engine) as connection:
             return [(str(job_id), str(state)) for job_id, state in connection.execute(ended)]
 
-    def counts(self, owner: str | None = None) -> dict[str, int]:
-        """How many jobs are in each state (states without a job are left out)."""
-        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+    def counts(self, owner: str | None = None, kinds: Collection[str] = tuple(KINDS)) -> dict[str, int]:
+        """Return how many jobs of some kinds are in each state; states without a job are left out."""
+        query = select(jobs.c.state, func.count()).where(jobs.c.kind.in_(kinds)).group_by(jobs.c.state)
         with reading(self.engine) as connection:
             rows = connection.execute(query if owner is None else query.where(jobs.c.owner == owner))
             return {str(state): int(count) for state, count in rows}
 
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
 
-    def claim(self, worker: str) -> Claim | None:
-        """Take the next queued job under a fresh lease, or None when there is none to take now."""
+    def claim(self, worker: str, kinds: Collection[str] = tuple(KINDS)) -> Claim | None:
+        """Take the next queued job under a fresh lease, or None when there is none to take now.
+
+        Args:
+            kinds: the names of the kinds of jobs that the worker carries out.
+        """
         with reading(self.engine) as connection:  # most often there is none: then nobody's write is held up
-            if connection.execute(_claimable(lease_time(connection))).first() is None:
+            if connection.execute(_claimable(lease_time(connection), kinds)).first() is None:
                 return None
         now = time.time()
         with writing(self.engine) as connection:
             clock = lease_time(connection)
-            job_id = connection.execute(_claimable(clock).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
+            job_id = connection.execute(_claimable(clock, kinds).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
             if job_id is None:
                 return None
             taken = {
@@ -435,7 +439,7 @@ class NameTaken(Conflict):
 _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
-def _claimable(clock: LeaseTime) -> Select[str]:
+def _claimable(clock: LeaseTime, kinds: Collection[str]) -> Select[str]:
     """Select the id of the job whose turn it is. A waiting time that was set before the machine started anew is over.
 
     Of one priority, the owner with the fewest running jobs comes first, then the one whose last job started longest ago: nobody's
@@ -452,7 +456,7 @@ def _claimable(clock: LeaseTime) -> Select[str]:
     return (
         select(jobs.c.id)
         .join(owners, owners.c.owner == jobs.c.owner)
-        .where(jobs.c.state == "queued", due)
+        .where(jobs.c.state == "queued", jobs.c.kind.in_(kinds), due)
         .order_by(*turn)
         .limit(1)
     )

@@ -28,6 +28,7 @@ from finetune.executors.endings import Ending, Finish, what_follows
 from finetune.executors.executor import Executor, Handle, Resources
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.files import FileStore
+from finetune.jobs.kinds import KINDS
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
 from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
@@ -60,6 +61,7 @@ class WorkerSettings:
         stall_seconds: a run that writes nothing for so long hangs.
         retry_base_seconds: the first pause after a death; it doubles with each one without progress.
         max_memory_bytes: a job whose processes take more fails; None for no limit.
+        kinds: the names of the kinds of jobs that it takes.
         min_free_bytes: with less left on the workspace's disk it counts as full, and nothing new is started.
     """
 
@@ -73,6 +75,7 @@ class WorkerSettings:
     retry_base_seconds: float = 2.0
     max_memory_bytes: int | None = None
     min_free_bytes: int = 256 * 2**20
+    kinds: tuple[str, ...] = tuple(KINDS)
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -158,7 +161,7 @@ class Worker:
         self._stop_signals += 1
 
     def _nothing_left(self) -> bool:
-        return not self.store.counts().keys() & set(UNFINISHED)
+        return not self.store.counts(kinds=self.settings.kinds).keys() & set(UNFINISHED)
 
     # starting -----------------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class Worker:
                 log.warning("%s: the disk is full; nothing new is started", self.home)
                 return
             asked_at = machine_time()
-            claim = self.store.claim(self.settings.name)
+            claim = self.store.claim(self.settings.name, self.settings.kinds)
             if claim is None:
                 return
             try:

@@ -1,4 +1,4 @@
-"""Accuracy: how many images got the right label, over images and over classes."""
+"""Metrics of correct predictions, as means over images (top-1, top-5) and over classes (mean recall, macro F1)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def top5_interval(rows: Rows) -> Interval:
 
 
 def mean_per_class_accuracy(rows: Rows) -> float:
-    """Return the mean recall over the classes that have an image: each class counts the same."""
+    """Return the mean recall over the classes that have an image, with equal weight for each class."""
     correct, counts = np.diagonal(rows.confusion), rows.confusion.sum(axis=1)
     recalls = [int(c) / int(n) for c, n in zip(correct, counts, strict=True) if n]
     return math.fsum(recalls) / len(recalls)
@@ -72,7 +72,7 @@ def weighted_macro_f1(rows: Rows, weights: Weights) -> Floats:
 
 
 def _weighted_counts(rows: Rows, weights: Weights) -> tuple[Floats, Floats, Floats]:
-    """Return for each weighting and class, (B, C): images of the class, images given its label, and both."""
+    """Return (B, C) weighted counts of the images of each class, of those predicted as it, and of those where both hold."""
     every = np.arange(len(rows))
     true, given = np.zeros((len(rows), rows.n_classes)), np.zeros((len(rows), rows.n_classes))
     true[every, rows.targets], given[every, rows.predicted] = 1.0, 1.0

@@ -1,4 +1,4 @@
-"""Calibration: whether images that got a label with 80 % probability are labelled rightly 80 % of the time."""
+"""Calibration: whether, for example, 80 % of the labels given with probability 0.8 are correct."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ReliabilityBin:
     lower: float
     upper: float
     n: int
-    confidence: float | None  # mean top probability; None when the bin is empty
+    confidence: float | None  # mean top probability; None if the bin is empty
     accuracy: float | None
 
 
 def reliability_bins(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:
-    """Sort N answers, each with its probability and whether it was right, into `ECE_BINS` bins."""
+    """Sort N predictions into `ECE_BINS` bins by their probability (N,); `correct` (N,) says which are right."""
     edges = np.linspace(0.0, 1.0, ECE_BINS + 1)
     bin_of = np.searchsorted(edges[1:-1], confidence, side="left")
     n = np.bincount(bin_of, minlength=ECE_BINS)

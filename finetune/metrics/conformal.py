@@ -1,11 +1,12 @@
-"""Split conformal prediction: sets of labels that hold the right one with a chosen probability, whatever the model.
+"""Split conformal prediction: sets of labels that contain the true label with a chosen probability, for any model.
 
-The score of an image is one minus the probability that the model gave to its right label (least ambiguous set-valued classifiers:
-Sadinle, Lei & Wasserman 2019, JASA 114, arXiv:1609.00451). Of n held-out scores the threshold for coverage c is the one of rank
-``ceil((n + 1) c)``. For a new image from the same source, the set of all labels whose score does not exceed it holds the right
-label with a probability of at least c, and at most ``c + 1 / (n + 1)`` where no two scores are equal (Vovk, Gammerman & Shafer
-2005; Angelopoulos & Bates 2023, arXiv:2107.07511). That probability is over new images and over the held-out sample; it is not
-promised for each class. With a threshold of its own for each class it is (Vovk 2012, arXiv:1209.2673), with larger sets.
+The score of an image is one minus the probability that the model gives to its true label (least ambiguous set-valued classifiers:
+Sadinle, Lei & Wasserman 2019, JASA 114, arXiv:1609.00451). The threshold for coverage c is the score of rank
+``ceil((n + 1) c)`` among n held-out scores. For a new image from the same distribution, the set of all labels whose score does
+not exceed the threshold contains the true label with a probability of at least c, and at most ``c + 1 / (n + 1)`` if no two
+scores are equal (Vovk, Gammerman & Shafer 2005; Angelopoulos & Bates 2023, arXiv:2107.07511). This holds on average over new
+images and held-out samples, not for each class. A separate threshold for each class guarantees coverage for each class (Vovk
+2012, arXiv:1209.2673), with larger sets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from finetune.metrics.rows import Floats, Integers
 
 
 def conformal_quantile(scores: Floats, level: float) -> float | None:
-    """Return the value that a new score does not exceed with probability `level`; None where the scores are too few to tell.
+    """Return the value that a new score does not exceed with probability `level`; None if there are too few scores.
 
     Args:
         scores: (N,) of held-out images, exchangeable with the new one.
@@ -29,23 +30,23 @@ def conformal_quantile(scores: Floats, level: float) -> float | None:
 
 
 def conformal_rank(n: int, level: float) -> int:
-    """Return which of n scores, counted from 1 and the smallest first, is the quantile; more than n where n are too few.
+    """Return the rank of the quantile among n ascending scores, counted from 1; greater than n if there are too few scores.
 
-    A product that is a whole number up to rounding counts as one: level 0.9 of 9 scores is rank 9.
+    A product that is an integer up to floating-point error is not rounded up: level 0.9 of 9 scores has rank 9.
     """
     return max(1, math.ceil((n + 1) * level - 1e-9))
 
 
 def coverage_threshold(true_probs: Floats, coverage: float) -> float | None:
-    """Return the probability from which on a label belongs to the set; None where the images are too few for that coverage.
+    """Return the least probability of the labels in a set with this coverage; None if there are too few images for it.
 
     Args:
-        true_probs: (N,) probability of each held-out image's right label.
+        true_probs: (N,) probability of each held-out image's true label.
     """
     quantile = conformal_quantile(-true_probs, coverage)
     return None if quantile is None else -quantile
 
 
 def class_thresholds(true_probs: Floats, targets: Integers, n_classes: int, coverage: float) -> list[float | None]:
-    """Return `coverage_threshold` for each class, of its own images alone."""
+    """Return `coverage_threshold` for each class, computed from the images of that class only."""
     return [coverage_threshold(true_probs[targets == label], coverage) for label in range(n_classes)]

@@ -1,7 +1,8 @@
-"""Images that may have several labels: each label is a yes or no of its own, judged by order, threshold and probability.
+"""Metrics for images with several labels, where each label is a binary decision.
 
-Average precision needs no threshold; the F1 scores and the exact match do. Images whose answers are equal count as one place of
-the order, so an answer that is the same for every image has the label's share of images as its average precision.
+Average precision uses the ranking of images by logit, the F1 scores and the exact match use thresholds, and the losses use
+probabilities. Images with equal logits share one rank, so a label with the same logit for every image has its share of positive
+images as average precision.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ Counts = NDArray[np.int64]
 
 _ROUNDS = 400  # of the bootstrap behind an interval: its standard error is then known to 4 %
 _FEWEST_ROUNDS = 100
-_BUDGET = 10**8  # rounds times images times labels
-_BLOCK_ELEMENTS = 2**21  # of one weighting matrix at a time
+_BUDGET = 10**8  # largest product of rounds, images and labels
+_BLOCK_ELEMENTS = 2**21  # largest size of one block of the weight matrix, which bounds memory
 
 
 @dataclass(frozen=True)
 class LabelRows:
-    """How each of N images was answered, label by label."""
+    """The predictions and targets of N images, label by label."""
 
     targets: Booleans  # (N, C) whether the image has the label
     logits: Floats  # (N, C)
-    given: Booleans  # (N, C) whether it was given the label: its logit is not below the threshold
+    given: Booleans  # (N, C) whether the label is predicted: its logit reaches the threshold
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -47,7 +48,7 @@ class LabelRows:
 
     @property
     def score(self) -> Floats:
-        """1 for each image whose labels are all right and complete, else 0."""
+        """(N,) 1 for each image whose predicted labels equal its true labels, else 0."""
         return np.asarray((self.targets == self.given).all(axis=1), np.float64)
 
     @cached_property
@@ -66,7 +67,7 @@ class LabelRows:
 
     @cached_property
     def counts(self) -> tuple[Counts, Counts, Counts]:
-        """For each label, (C,): images that have it, images that were given it, and images where both hold."""
+        """For each label, (C,): the number of images that have it, that are predicted to have it, and where both hold."""
         both = self.targets & self.given
         return self.targets.sum(axis=0), self.given.sum(axis=0), both.sum(axis=0)
 
@@ -74,10 +75,10 @@ class LabelRows:
 def judge_labels(
     logits: NDArray[np.floating[Any]], targets: NDArray[Any], thresholds: NDArray[np.floating[Any]] | None = None
 ) -> LabelRows:
-    """Judge logits (N, C) against targets (N, C), 1 where a label applies.
+    """Compare logits (N, C) with targets (N, C), 1 where a label applies.
 
     Args:
-        thresholds: (N, C) or (C,): the logit from which on a label is given; 0, a probability of one half, by default.
+        thresholds: (N, C) or (C,): the least logit with which a label is given; by default 0, a probability of 1/2.
 
     Raises:
         InvalidInput: no image, or shapes and targets that do not fit each other.
@@ -89,7 +90,7 @@ def judge_labels(
 
 
 def check_labels(logits: NDArray[np.floating[Any]], targets: NDArray[Any]) -> Booleans:
-    """Return the targets as booleans, after every check that makes the arithmetic on them safe; raises as `judge_labels` does."""
+    """Return the targets as booleans, after checking shapes, values and finiteness; raises as `judge_labels` does."""
     if logits.ndim != 2 or targets.shape != logits.shape:
         raise InvalidInput(
             f"cannot evaluate logits of shape {logits.shape} against targets of shape {targets.shape}: "
@@ -109,13 +110,13 @@ def check_labels(logits: NDArray[np.floating[Any]], targets: NDArray[Any]) -> Bo
 
 
 def sigmoid(logits: Floats) -> Floats:
-    """Return the probability of each label; no overflow for any finite logit."""
+    """Return the sigmoid of each logit, without overflow for any finite logit."""
     small = np.exp(-np.abs(logits))
     return np.asarray(np.where(logits >= 0, 1.0, small) / (1.0 + small))
 
 
 def binary_cross_entropy(logits: Floats, targets: NDArray[Any]) -> Floats:
-    """Return the negative log-likelihood of each yes or no, in nats."""
+    """Return the binary cross entropy of each label, in nats, without reduction."""
     return np.asarray(np.maximum(logits, 0.0) - logits * targets + np.log1p(np.exp(-np.abs(logits))))
 
 
@@ -128,7 +129,7 @@ def average_precisions(rows: LabelRows) -> Floats:
 
 
 def mean_average_precision(rows: LabelRows) -> float:
-    """Return the mean over the labels that an image has; 0 where no image has a label."""
+    """Return the mean average precision over the labels with at least one image; 0 if no image has a label."""
     return float(_mean_over_labels(average_precisions(rows)[None])[0])
 
 
@@ -138,9 +139,9 @@ def weighted_mean_average_precision(rows: LabelRows, weights: Floats) -> Floats:
 
 
 def mean_average_precision_interval(rows: LabelRows) -> Interval:
-    """Return the interval from the spread over resampled images (bootstrap: Efron 1979).
+    """Return the interval from the variance over resampled images (bootstrap: Efron 1979).
 
-    The variance is at least that of two images answered otherwise, so that an interval never has width zero.
+    The variance of two images with the opposite outcome is added, so that an interval never has width zero.
     """
     n = len(rows)
     rounds = int(np.clip(_BUDGET // (n * rows.n_classes), _FEWEST_ROUNDS, _ROUNDS))
@@ -151,16 +152,15 @@ def mean_average_precision_interval(rows: LabelRows) -> Interval:
 
 
 def average_precision_interval(value: float, n_positive: int) -> Interval:
-    """Return the interval of one label's average precision, as of a proportion over its images.
+    """Return the interval of one label's average precision, treated as a proportion of its positive images.
 
-    Boyd, Eng & Page 2013 (ECML PKDD) find intervals that take average precision for a proportion of the positive images to hold
-    best; here in Wilson's form.
+    Boyd, Eng & Page 2013 (ECML PKDD) find that such intervals have the best coverage; here Wilson's interval is used.
     """
     return wilson_interval(value * n_positive, n_positive)
 
 
 def _weighted_average_precisions(rows: LabelRows, weights: Floats) -> Floats:
-    """Return the average precision of each label under each of (B, N) weightings: (B, C), NaN where no image has the label."""
+    """Return (B, C) average precisions of the labels under weights (B, N); NaN where no image has the label."""
     found = np.full((len(weights), rows.n_classes), np.nan)
     for label in range(rows.n_classes):
         order = np.argsort(-rows.logits[:, label], kind="stable")
@@ -178,7 +178,7 @@ def _weighted_average_precisions(rows: LabelRows, weights: Floats) -> Floats:
 
 
 def _mean_over_labels(values: Floats) -> Floats:
-    """Return the mean of (B, C) over what is not NaN."""
+    """Return (B,) means of values (B, C) over the labels that are not NaN."""
     known = ~np.isnan(values)
     return np.asarray(np.where(known, values, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1))
 
@@ -193,7 +193,7 @@ def _blocks(weights: Floats, n: int) -> Iterator[Floats]:
 
 
 def exact_match(rows: LabelRows) -> float:
-    """Return the share of images that were given all of their labels and no other."""
+    """Return the share of images whose predicted labels equal their true labels."""
     return float(np.count_nonzero(rows.score)) / len(rows)
 
 
@@ -206,7 +206,7 @@ def weighted_exact_match(rows: LabelRows, weights: Floats) -> Floats:
 
 
 def micro_f1(rows: LabelRows) -> float:
-    """Return the F1 over all labels of all images together; 1 where there is nothing to give and nothing was given."""
+    """Return the F1 over all labels of all images together; 1 if there are neither true nor predicted labels."""
     true, given, both = (int(count.sum()) for count in rows.counts)
     return 2 * both / (true + given) if true + given else 1.0
 
@@ -218,7 +218,7 @@ def weighted_micro_f1(rows: LabelRows, weights: Floats) -> Floats:
 
 
 def macro_f1(rows: LabelRows) -> float:
-    """Return the mean F1 over the labels that an image has; 0 where no image has a label."""
+    """Return the mean F1 over the labels with at least one image; 0 if no image has a label."""
     scores = [2 * int(b) / (int(t) + int(g)) for t, g, b in zip(*rows.counts, strict=True) if t]
     return math.fsum(scores) / len(scores) if scores else 0.0
 
@@ -252,7 +252,7 @@ def weighted_brier(rows: LabelRows, weights: Floats) -> Floats:
 
 
 def ece(rows: LabelRows) -> float:
-    """Return the mean gap, over images and labels, between the probability of a label and how often it applies."""
+    """Return the expected calibration error over all labels of all images: the mean gap of probability and frequency by bin."""
     return expected_calibration_error(reliability_bins(rows.probs.ravel(), rows.targets.ravel()))
 
 

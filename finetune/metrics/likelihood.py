@@ -1,4 +1,4 @@
-"""Proper scores of probabilities: negative log-likelihood and Brier score."""
+"""Proper scoring rules for probabilities: negative log-likelihood and Brier score."""
 
 from __future__ import annotations
 

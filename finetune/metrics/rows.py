@@ -1,6 +1,6 @@
-"""One value an image: what the metrics of a classifier with one label per image are computed from.
+"""Per-image results of single-label classification, from which its metrics are computed.
 
-Sums are taken in float64 in a fixed order, so equal logits give equal figures to the last bit.
+Sums are taken in float64 in a fixed order, so that equal logits give bit-equal metrics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK_ROWS = 4096  # bounds the float64 copy of the logits; fixed, so that sums
 
 @dataclass(frozen=True)
 class Rows:
-    """How each of N images was answered, out of `n_classes` classes."""
+    """The results of N images with `n_classes` classes."""
 
     n_classes: int
     targets: Integers  # (N,)
@@ -37,7 +37,7 @@ class Rows:
 
     @property
     def score(self) -> Floats:
-        """1 for each image whose top label is right, else 0: what the headline metric is the mean of."""
+        """(N,) 1 for each image whose predicted class is correct, else 0. Top-1 accuracy is its mean."""
         return np.asarray(self.predicted == self.targets, np.float64)
 
     @cached_property
@@ -48,15 +48,15 @@ class Rows:
 
     @property
     def present(self) -> NDArray[np.bool_]:
-        """(C,) whether a class has an image; means over classes leave the others out."""
+        """(C,) whether the class has an image; means over classes leave the others out."""
         return np.asarray(self.confusion.sum(axis=1) > 0)
 
 
 def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]], beta: float = 1.0) -> Rows:
-    """Judge logits (N, C) against class indices (N,).
+    """Compare logits (N, C) with class indices (N,).
 
     Args:
-        beta: factor on the logits, the inverse of a temperature; it changes probabilities, never which class is first.
+        beta: factor on the logits, the inverse of a temperature; it changes the probabilities but not the predicted classes.
 
     Raises:
         InvalidInput: no image, or shapes and targets that do not fit each other.
@@ -69,13 +69,13 @@ def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[An
 
 
 def log_softmax(scores: Floats) -> Floats:
-    """Return the logarithms of the softmax over classes of scores (N, C)."""
+    """Return the log-softmax over classes of scores (N, C)."""
     shifted = scores - scores.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)), dtype=np.float64)
 
 
 def check(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) -> Integers:
-    """Return the targets as int64, after every check that makes the arithmetic on them safe; raises as `judge_rows` does."""
+    """Return the targets as int64, after checking shapes, range and finiteness; raises as `judge_rows` does."""
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise InvalidInput(
             f"cannot evaluate logits of shape {logits.shape} against targets of shape {targets.shape}: "

@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one number that makes probabilities honest and changes no answer."""
+"""Temperature scaling (Guo et al. 2017, arXiv:1706.04599): one divisor of the logits that calibrates the probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.metrics.likelihood import nll
 from finetune.metrics.rows import Integers, check, judge_rows, log_softmax
 
 _BLOCK_ROWS = 4096
-_BETA_LIMIT = 100.0  # inverse temperatures are looked for between 1/100 and 100
+_BETA_LIMIT = 100.0  # inverse temperatures are searched between 1/100 and 100
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Temperature:
     ece_before: float
     ece_after: float
     n: int
-    at_limit: bool  # the best value lies outside 1/100 .. 100, as when every image is labelled rightly: do not apply it
+    at_limit: bool  # the optimum lies outside 1/100 .. 100, for example if all predictions are correct: do not apply it
 
 
 def fit_softmax_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) -> Temperature:
     """Find the T > 0 that minimises the negative log-likelihood of ``softmax(logits / T)``.
 
-    The likelihood is convex in 1/T, so Newton's method inside a shrinking bracket finds the one minimum. Fit it on held-out
-    images that are not the test split.
+    The negative log-likelihood is convex in 1/T, so Newton's method inside a shrinking bracket finds its minimum. Fit on
+    held-out images other than the test split.
 
     Raises:
         InvalidInput, TrainingError: as `judge_rows` does.
@@ -76,7 +76,7 @@ def fit_sigmoid_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[
 
 
 def _best_beta(derivatives: Callable[[float], tuple[float, float]]) -> float:
-    """Return the inverse temperature of the lowest loss, between the limits; 1 when the loss does not depend on it.
+    """Return the inverse temperature with the lowest loss within the limits; 1 if the loss does not depend on it.
 
     Args:
         derivatives: first and second derivative of the loss at an inverse temperature.
@@ -100,7 +100,7 @@ def _best_beta(derivatives: Callable[[float], tuple[float, float]]) -> float:
 
 
 def _derivatives(logits: NDArray[np.floating[Any]], targets: Integers, beta: float) -> tuple[float, float]:
-    """First and second derivative in beta of the summed loss of ``beta * logits``: E[z] - z_true and Var[z] under the softmax."""
+    """Return the derivatives in beta of the summed loss of ``beta * logits``: E[z] - z_true and Var[z] under the softmax."""
     slopes, curvatures = [], []
     for start in range(0, len(targets), _BLOCK_ROWS):
         block = logits[start : start + _BLOCK_ROWS].astype(np.float64)
@@ -114,7 +114,7 @@ def _derivatives(logits: NDArray[np.floating[Any]], targets: Integers, beta: flo
 
 
 def _sigmoid_derivatives(rows: labels.LabelRows, beta: float) -> tuple[float, float]:
-    """First and second derivative in beta of the summed loss of ``beta * logits``."""
+    """Return the first and the second derivative in beta of the summed loss of ``beta * logits``."""
     probs = labels.sigmoid(rows.logits * beta)
     slope = float(((probs - rows.targets) * rows.logits).sum())
     return slope, float((probs * (1.0 - probs) * np.square(rows.logits)).sum())

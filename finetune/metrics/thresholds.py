@@ -1,10 +1,10 @@
-"""Where to give a label, so that its F1 is highest on new images, learnt from held-out ones.
+"""Choose the threshold of each label for the highest F1 on new images, from held-out images.
 
-The threshold with the highest F1 on the held-out images themselves follows single images where a label is rare (Fan & Lin 2007).
-So the probability is calibrated first with two numbers (Platt 1999, with his targets, which keep a rare label from being fitted
-exactly), and from calibrated probabilities the best threshold follows: half the highest F1 that they let expect (Lipton, Elkan &
-Naryanaswamy 2014, ECML PKDD, arXiv:1402.1892). It moves with the logits where these are scaled or shifted, as class weights and
-other losses than cross entropy do. ``docs/multilabel.md`` has what it gained.
+The threshold with the highest F1 on the held-out images themselves overfits to single images if a label is rare (Fan & Lin 2007).
+Therefore the logits are calibrated first by Platt scaling (Platt 1999, with his targets, which prevent an exact fit of rare
+labels). For calibrated probabilities the optimal threshold is half the highest expected F1 (Lipton, Elkan & Naryanaswamy 2014,
+ECML PKDD, arXiv:1402.1892). Scaled or shifted logits, as class weights and losses other than cross entropy cause them, scale or
+shift the threshold alike. ``docs/multilabel.md`` has the measured gain.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from finetune.metrics.labels import sigmoid
 from finetune.metrics.rows import Floats
 
-FEWEST_OF_EACH = 10  # images with the label and without it; below, the threshold stays at one half
+FEWEST_OF_EACH = 10  # images with the label, and as many without it; with fewer the threshold stays at probability 1/2
 _STEPS = 50
-_RIDGE = 1e-6  # keeps the two equations solvable where a label is separated without a mistake
+_RIDGE = 1e-6  # keeps the equations solvable if the label is perfectly separable
 
 
 def best_threshold(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_]) -> float:
-    """Return the logit (N,) from which on giving the label has the highest expected F1; 0 where the images cannot tell."""
+    """Return the threshold on the logits (N,) with the highest expected F1; 0 if the images do not suffice to choose one."""
     n_positive = int(targets.sum())
     if min(n_positive, len(targets) - n_positive) < FEWEST_OF_EACH:
         return 0.0
@@ -40,7 +40,7 @@ def best_threshold(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_]
 
 
 def fit_platt(values: Floats, targets: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return scale and shift of the logits (N,) whose sigmoid is the calibrated probability, by Newton's method."""
+    """Return the scale and shift of Platt's calibrated probability ``sigmoid(scale * logit + shift)``, by Newton's method."""
     n_positive = int(targets.sum())
     n_negative = len(targets) - n_positive
     wanted = np.where(targets, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))

@@ -24,12 +24,14 @@ from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
 from finetune.evaluation.diagnose import write_diagnosis
+from finetune.evaluation.drift import reference_of
 from finetune.evaluation.evaluate import Judgement, read_judgement, write_judgement
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
 from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
+from finetune.monitoring.reference import Reference
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.judge import decided, doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
 from finetune.runs.learner import Learner
@@ -130,7 +132,8 @@ def run_job(
         if options.reaches("exported"):
             answers = {**carried.predictions, **predictions}
             fitted = calibration_of(learner, context, judgement, answers, own_val="val" in predictions)
-            manifest = export(prepared, learner, trained, judgement, carried, fitted, run, progress)
+            reference = drift_reference(prepared.task, judgement, answers, fitted)
+            manifest = export(prepared, learner, trained, judgement, carried, fitted, reference, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             write_run_report(
@@ -246,6 +249,24 @@ def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
     }
 
 
+def drift_reference(
+    task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
+) -> Reference | None:
+    """Return what live answers will be compared with: the answers to test, else to the images that calibration is made on."""
+    table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
+    if table is None:
+        return None
+    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    thresholds = _thresholds(task, judgement).get(THRESHOLDS)
+    return reference_of(
+        table,
+        temperature,
+        fitted.subspace if fitted else None,
+        None if thresholds is None else tuple(thresholds),
+        fitted_on_these=table.split != "test",
+    )
+
+
 def export(
     prepared: Prepared,
     learner: Learner,
@@ -253,6 +274,7 @@ def export(
     judgement: Judgement,
     carried: Carried,
     fitted: Fitted | None,
+    reference: Reference | None,
     run: RunDir,
     progress: ProgressCallback,
 ) -> Manifest:
@@ -273,6 +295,7 @@ def export(
             **_thresholds(prepared.task, judgement),
         },
         subspace=fitted.subspace if fitted else None,
+        reference=reference,
         frozen=trained.frozen,
         seen=Seen.of([s.sha256 for s in dataset.of("train")], [s.sha256 for s in dataset.of("val")]),
     )

@@ -1,1 +1,1 @@
-"""Files on disk: the workspace, whole-file writes, journals, locks, the shared cache and the run folder. Torch-free."""
+"""Files on disk: the workspace, atomic writes, journals, locks, the shared cache and the run folder. Torch-free."""

@@ -1,9 +1,9 @@
-"""A workspace in one tar file, and back: databases, uploads, runs, models and what MLflow keeps. Torch-free.
+"""Back up a workspace into one tar file and restore it: databases, uploads, runs, models and MLflow's artifacts. Torch-free.
 
-The databases are copied first, each as one consistent state, while others may go on using them; what their rows stand for is in
-its place before a row is committed, so everything that the copied rows name is in the backup, unless it was deleted meanwhile.
-What is computed again when it is missing (``cache/``) and what belongs to processes that run now (locks, leases, uploads that are
-arriving) is left out. ``backup.json``, written last, lists every file with its sha256: without it a backup is not whole.
+The databases are copied first, each as a consistent snapshot, while other processes may use them. Files are in place before the
+row that refers to them is committed, so the backup contains every file that the copied rows refer to, unless it was deleted in
+the meantime. Left out are files that are recomputed when missing (``cache/``) and files of running processes (locks, leases,
+unfinished uploads). ``backup.json``, written last, lists every file with its sha256; a backup without it is incomplete.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ SCHEMA_VERSION = 1
 FOLDERS = ("files", "runs", "models", "mlartifacts")
 JOBS, MLFLOW = "jobs.db", "mlflow.db"
 _LEFT_OUT = re.compile(rf"\.lock|\..*\.lock|\.arriving-.*|\.upload-.*|\.leaving-.*|lease-\d+|\..*{re.escape(TEMPORARY_SUFFIX)}")
-_WITH_PATHS = (".json", ".jsonl", ".yaml")  # files of a run that name places in the workspace
+_WITH_PATHS = (".json", ".jsonl", ".yaml")  # files of a run that may contain paths of the workspace
 _LARGEST_REWRITTEN_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Backup:
-    """What a backup holds."""
+    """The description of a backup."""
 
-    root: Path  # of the workspace that it was made of
+    root: Path  # of the workspace that was backed up
     created_at: float
     n_files: int
     size_bytes: int  # of the files, unpacked
 
 
 def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Backup:
-    """Write the workspace in the folder `root` to the tar file `target`, whole or not at all.
+    """Write the workspace in the folder `root` to the tar file `target`, atomically.
 
     Args:
-        jobs_database: the SQLite file of the jobs; None where they are kept elsewhere.
+        jobs_database: the SQLite file of the jobs; None if they are in another database.
 
     Raises:
-        InvalidInput: there is no workspace.
+        InvalidInput: `root` is not a workspace.
     """
     root = root.absolute()
     if not any((root / name).exists() for name in (*FOLDERS, JOBS)):
@@ -68,7 +68,7 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
                 with _copied(database) as copy:
                     files[name] = _add(archive, name, copy)
         for path in _files_of(root):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                 name = path.relative_to(root).as_posix()
                 files[name] = _add(archive, name, path)
         made = Backup(root, time.time(), len(files), sum(file["bytes"] for file in files.values()))
@@ -81,13 +81,13 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
 
 
 def restore_backup(source: Path, root: Path) -> Backup:
-    """Make the folder `root` a workspace again, which must not exist yet or be empty; it appears whole or not at all.
+    """Restore a backup into the folder `root`, which must be missing or empty; the folder appears complete or not at all.
 
-    In another place than before, paths of the old workspace become paths of the new one in the databases and in the runs.
+    If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs.
 
     Raises:
-        Conflict: there is something in `root`.
-        InvalidInput: not a backup, not all of it, or changed since it was written.
+        Conflict: `root` is not empty.
+        InvalidInput: `source` is not a backup, is incomplete, or was changed after it was written.
     """
     root = root.absolute()
     if root.exists() and any(root.iterdir()):
@@ -112,7 +112,7 @@ def restore_backup(source: Path, root: Path) -> Backup:
 
 @contextlib.contextmanager
 def _copied(database: Path) -> Iterator[Path]:
-    """Yield a copy of an SQLite database as it is at one moment."""
+    """Yield a temporary copy of an SQLite database, taken as one consistent snapshot."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy.db"
         with closing(sqlite3.connect(database)) as given, closing(sqlite3.connect(copy)) as taken:
@@ -132,7 +132,7 @@ def _files_of(root: Path) -> Iterator[Path]:
 
 
 def _add(archive: tarfile.TarFile, name: str, path: Path) -> dict[str, Any]:
-    """Add a file as long as it is now: others may be writing on at its end."""
+    """Add a file up to its present size (other processes may be appending to it) and return its size and sha256."""
     with open(path, "rb") as stream:
         status = os.fstat(stream.fileno())
         return {"bytes": status.st_size, "sha256": _add_stream(archive, name, stream, status.st_size, status.st_mtime)}
@@ -147,7 +147,7 @@ def _add_stream(archive: tarfile.TarFile, name: str, stream: IO[bytes], size: in
 
 
 class _Digesting:
-    """A stream that remembers the sha256 of what was read."""
+    """A stream that computes the sha256 of the bytes that were read."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.digest = stream, hashlib.sha256()
@@ -175,7 +175,7 @@ def _unpack(source: Path, target: Path) -> tuple[Backup, dict[str, dict[str, Any
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with open(place, "wb") as written:
                     shutil.copyfileobj(stream, written, _CHUNK_BYTES)
-                os.utime(place, (member.mtime, member.mtime))  # when a model was registered is told by its files
+                os.utime(place, (member.mtime, member.mtime))  # the time at which a model was registered is that of its files
     except tarfile.TarError as error:
         raise InvalidInput(f"{printable(source)}: cannot be read as a backup ({error})") from None
     if manifest is None:
@@ -198,7 +198,7 @@ def _check(source: Path, target: Path, name: str, file: dict[str, Any]) -> None:
 
 
 def _move_paths(arriving: Path, before: str, after: str) -> None:
-    """Put the new workspace's path in place of the old one's, in the databases and the records of runs."""
+    """Replace the old workspace's path by the new one in the databases and the records of runs."""
     for name in (JOBS, MLFLOW):
         if (arriving / name).exists():
             with closing(sqlite3.connect(arriving / name)) as connection, connection:

@@ -1,6 +1,6 @@
-"""Write whole files and whole folders: everything goes to a temporary name first and is renamed when it is complete.
+"""Write files and folders atomically: under a temporary name first, renamed when complete. Also file locks.
 
-A file or folder under its final name is therefore always whole, whatever happened to the process that wrote it.
+A file or folder under its final name is therefore always complete, even if the process that wrote it was killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any
 from finetune.errors import DiskFull
 
 TEMPORARY_SUFFIX = ".tmp"
-"""What the names of unfinished files and folders end in; they also begin with a dot."""
+"""The suffix of unfinished files and folders. Their names also begin with a dot."""
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; on success rename it to `target`, replacing what is there; on an error delete it.
+    """Yield a new folder beside `target`; on success rename it to `target`, replacing an existing one; on an error delete it.
 
     Raises:
         DiskFull: the disk filled up while writing; `target` is as it was before.
@@ -77,13 +77,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write `target` whole or not at all; `write` gets the open binary file."""
+    """Write `target` atomically; `write` is called with the open binary file."""
     with atomic_path(target) as temporary, open(temporary, "wb") as stream:
         write(stream)
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     data = json_text(value, indent=2).encode()
     write_atomic(target, lambda stream: stream.write(data + b"\n"))
 
@@ -113,9 +113,9 @@ def sha256_file(path: Path) -> str:
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of those in it, in no order; links to folders are not followed.
+    """Yield the files of a folder and its subfolders, in no particular order; links to folders are not followed.
 
-    What vanishes while it is walked through is left out, where `Path.rglob` raises `FileNotFoundError`.
+    Folders that are deleted during the walk are skipped, where `Path.rglob` would raise `FileNotFoundError`.
     """
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -123,7 +123,7 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return what the files of a folder take on disk; files that vanish meanwhile count nothing."""
+    """Return the disk space of the files under a folder; files that are deleted during the walk count as 0."""
     total = 0
     for path in files_under(folder):
         with contextlib.suppress(FileNotFoundError):
@@ -133,17 +133,17 @@ def folder_bytes(folder: Path) -> int:
 
 
 def delete_temporary(folder: Path) -> None:
-    """Delete what writers that were killed left unfinished under `folder`. Nobody who cannot repeat it may be writing there."""
+    """Delete the temporary files of killed processes under `folder`. Do not call it while another process writes there."""
     for leftover in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on the file `path` while the block runs; yield whether the lock was had.
+    """Hold an exclusive lock on the file `path` while the block runs; yield whether the lock was acquired.
 
-    The kernel releases the lock when the process dies. The file itself stays. Without `wait`, a lock that another process holds
-    gives False at once.
+    The kernel releases the lock when the process dies. The file itself is not deleted. With `wait=False`, yields False at once if
+    another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as lock:
@@ -156,9 +156,10 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock on `path`, without trying to take it, which could turn its next owner away.
+    """Return whether a process holds the lock on `path`.
 
-    The kernel's list of locks is read, so this is always False where there is no such list (outside Linux).
+    The kernel's list of locks is read instead of trying the lock, since a trial could make another process fail to acquire it.
+    Always False on systems without ``/proc/locks``.
     """
     locks = Path("/proc/locks")
     if not (path.exists() and locks.exists()):
@@ -170,7 +171,7 @@ def is_locked(path: Path) -> bool:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

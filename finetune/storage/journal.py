@@ -1,4 +1,4 @@
-"""Append-only journals: one JSON object a line, each written with a single call."""
+"""Append-only journals in JSON Lines format, each line written with a single call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from finetune.storage.files import json_text
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line. A line that a killed process left unfinished is closed first, so that it spoils no other.
+    """Append one JSON line, after ending a line that a killed process left unfinished.
 
-    JSON has no NaN and no infinity: they are written as null.
+    NaN and infinity, which JSON does not have, are written as null.
     """
     try:
         line = json_text(record) + "\n"
@@ -31,7 +31,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return `value` with null for every number that is not finite."""
+    """Return `value` with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -40,11 +40,11 @@ def _finite(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a journal, none if there is no file. An unfinished line is left out."""
+    """Return the records of all complete lines of a journal; empty if there is no file."""
     if not path.exists():
         return []
     records = []
-    # Not splitlines(): a message may hold other characters that Python takes for line ends, such as U+2028.
+    # Not splitlines(): a message may contain other characters that Python treats as line ends, such as U+2028.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))

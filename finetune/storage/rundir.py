@@ -55,7 +55,7 @@ class RunDir:
 
     @property
     def predictions(self) -> Path:
-        """The folder of the tables of answers, one ``<split>.npz`` each."""
+        """The folder of the tables of predictions, one ``<split>.npz`` each."""
         return self.root / "predictions"
 
     def predictions_of(self, split: str) -> Path:
@@ -63,26 +63,26 @@ class RunDir:
 
     @property
     def measurements(self) -> Path:
-        """The folder of what a run measures for its diagnosis alone."""
+        """The folder of the measurements that a run makes for its diagnosis only."""
         return self.root / "measurements"
 
     def train_sample_at(self, step: int) -> Path:
-        """The answers to a fixed sample of training images after this step."""
+        """The table of predictions for a fixed sample of training images after this step."""
         return self.measurements / f"train-step-{step:08d}.npz"
 
     @property
     def neighbours(self) -> Path:
-        """The training image that is most like each held-out image."""
+        """The table of the nearest training image of each held-out image."""
         return self.measurements / "neighbours.csv"
 
     @property
     def preprocessing(self) -> Path:
-        """How well the frozen features separate the classes when pixels are normalised otherwise."""
+        """How well the frozen features separate the classes with other normalisations of pixels."""
         return self.measurements / "preprocessing.json"
 
     @property
     def examination(self) -> Path:
-        """What an examination of data found, in the folder of a queued one."""
+        """The result of an examination of data, in the folder of an examination job."""
         return self.root / "examination.json"
 
     @property
@@ -95,12 +95,12 @@ class RunDir:
 
     @property
     def request(self) -> Path:
-        """What a comparison was asked for."""
+        """The request of a comparison."""
         return self.root / "request.json"
 
     @property
     def comparison(self) -> Path:
-        """What a comparison came to; a comparison that has one is complete."""
+        """The result of a comparison. If the file exists, the comparison is complete."""
         return self.root / "comparison.json"
 
     @property
@@ -108,12 +108,12 @@ class RunDir:
         return self.root.name
 
     def child(self, name: str) -> RunDir:
-        """The run folder of a child of this study."""
+        """Return the run folder of a child of this study."""
         return RunDir(self.root / "runs" / name)
 
     @property
     def parent(self) -> RunDir | None:
-        """The study that this run is a child of."""
+        """The study that this run is a child of, or None."""
         above = self.root.parent.parent
         return RunDir(above) if self.root.parent.name == "runs" and RunDir(above).study.exists() else None
 
@@ -123,7 +123,7 @@ class RunDir:
 
     @property
     def tracking(self) -> Path:
-        """The folder in which each tracker's follower keeps what it has mirrored (see `finetune.tracking`)."""
+        """The folder in which each tracker's follower records what it has sent (see `finetune.tracking`)."""
         return self.root / "tracking"
 
     @property
@@ -168,10 +168,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every other process out of this run while the block runs; the kernel lets go when this process dies.
+        """Hold the exclusive lock on this run while the block runs; the kernel releases it when this process dies.
 
         Raises:
-            RunBusy: another process is in the run.
+            RunBusy: another process holds it.
         """
         with file_lock(self.create().lock, wait=False) as had:
             if not had:

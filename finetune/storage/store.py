@@ -1,8 +1,8 @@
-"""The store of what can be made again: features, decoded pixels, exported prefixes, unpacked data. One folder, one byte budget.
+"""The cache of data that can be recomputed: features, decoded pixels, exported prefixes, unpacked data, in one byte budget.
 
-Each kind of content has a namespace, a folder inside the store. When room is needed, the least recently used files of all
-namespaces are deleted together, but never what was used since this `Store` was made: a run does not delete what it works on.
-Small notes that save much work (which bytes decode) are kept outside the budget. Any number of processes may use one folder.
+Each kind of content has a namespace, which is a folder inside the store. When space is needed, the least recently used files of
+all namespaces are deleted, but never files that were used since this `Store` was opened, so that a run does not delete its own
+input. Notes, such as which files decode, are small and not counted in the budget. Any number of processes may share one folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Namespace = Literal["features", "pixels", "engines", "sources", "notes"]
 BUDGETED: tuple[Namespace, ...] = ("features", "pixels", "engines", "sources")
 
 LARGEST_BUDGET_BYTES = 20 * 1024**3
-_CLOCK_STEP_SECONDS = 0.1  # file systems stamp files with a clock that may be this much behind
+_CLOCK_STEP_SECONDS = 0.1  # the file system's clock for timestamps may lag by this much
 ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a process that died
 
 
@@ -41,14 +41,14 @@ class Store:
         """Open the store in `root`.
 
         Args:
-            budget_bytes: the most that the budgeted namespaces may hold; by default half of what the disk could give them, at
-                most 20 GiB.
+            budget_bytes: largest total size of the budgeted namespaces; by default half of the sum of their present size and the
+                free disk space, at most 20 GiB.
         """
         self.root = root
         self.opened_at = time.time() - _CLOCK_STEP_SECONDS
         self._lock = threading.Lock()
         self._given_budget = budget_bytes
-        self._room_bytes: int | None = None  # counted when room is first asked for
+        self._room_bytes: int | None = None  # counted at the first call of `reserve`
         self._deletable: list[_Entry] = []  # the least recently used one last
 
     def folder(self, namespace: Namespace) -> Path:
@@ -57,7 +57,7 @@ class Store:
 
     @property
     def budget_bytes(self) -> int:
-        """The most bytes that the budgeted namespaces may hold together."""
+        """The largest total size of the budgeted namespaces."""
         if self._given_budget is not None:
             return self._given_budget
         self.root.mkdir(parents=True, exist_ok=True)
@@ -65,9 +65,9 @@ class Store:
         return min(LARGEST_BUDGET_BYTES, (shutil.disk_usage(self.root).free + used) // 2)
 
     def reserve(self, n_bytes: int) -> bool:
-        """Make room for `n_bytes` and count them as used; return False if they cannot fit.
+        """Reserve `n_bytes` of the budget; return False if they do not fit.
 
-        Files that were not used since this store was opened are deleted for it, the least recently used ones first.
+        To make room, files that were not used since this store was opened are deleted, least recently used first.
         """
         with self._lock:
             if self._room_bytes is None:
@@ -86,7 +86,7 @@ class Store:
             return True
 
     def forget_room(self) -> None:
-        """Count the room anew when it is next asked for: the disk was fuller than it seemed."""
+        """Discard the count of free bytes, so that `reserve` counts again. Call it when a write found the disk full."""
         with self._lock:
             self._room_bytes = None
 
@@ -97,13 +97,13 @@ class Store:
         self._room_bytes = max(0, budget - sum(entry.n_bytes for entry in entries))
 
     def _entries(self) -> Iterator[_Entry]:
-        """Every file of the budgeted namespaces. Temporary files of processes that died are deleted on the way."""
+        """Yield every file of the budgeted namespaces; delete temporary files of dead processes."""
         for namespace in BUDGETED:
             for path in files_under(self.folder(namespace)):
                 try:
                     status = path.stat()
                 except FileNotFoundError:
-                    continue  # another process made room
+                    continue  # another process deleted it
                 if not stat.S_ISREG(status.st_mode):
                     continue
                 if path.suffix == TEMPORARY_SUFFIX and time.time() - status.st_mtime > ABANDONED_SECONDS:
@@ -113,13 +113,13 @@ class Store:
 
 
 def mark_used(path: Path) -> None:
-    """Note that a file of a store was used now."""
+    """Set the time of last use of a file in a store to now."""
     now = time.time()
     os.utime(path, (now, now))
 
 
 def _used_at(path: Path) -> float:
-    """Return when a file was last used; infinity if another process has just deleted it."""
+    """Return the time of last use of a file; infinity if another process has just deleted it."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

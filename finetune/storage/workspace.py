@@ -1,6 +1,7 @@
-"""The workspace: the folder that holds runs, models, uploads, databases and the cache, as one value.
+"""The workspace: the folder of runs, models, uploads, databases and the cache, as one value.
 
-It is made once, at a door (command line, server, Python), and passed down; nothing below a door reads the environment for it.
+It is created once, at an entry point (command line, server, Python API), and passed down as an argument; only entry points read
+the environment variables that name it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ CACHE_VARIABLE = "FINETUNE_CACHE"
 
 @dataclass(frozen=True)
 class Workspace:
-    """Absolute paths. `networks` belongs to the user, not to the workspace: traced networks are the same in all of them."""
+    """The absolute paths of a workspace. `networks`, the cache of traced networks, may be shared by all workspaces of a user."""
 
     root: Path
     networks: Path
 
     @classmethod
     def at(cls, root: Path, networks: Path | None = None) -> Workspace:
-        """Return the workspace in the folder `root`; traced networks are kept in it unless `networks` is given."""
+        """Return the workspace in the folder `root`; traced networks are stored in its cache unless `networks` is given."""
         root = root.absolute()
         return cls(root, (networks or root / "cache" / "networks").absolute())
 
@@ -31,7 +32,7 @@ class Workspace:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Workspace:
         """Return the workspace that ``FINETUNE_HOME`` names, by default ``.finetune`` in the current folder.
 
-        Traced networks are kept in ``FINETUNE_CACHE``, by default in the user's cache folder (``~/.cache/finetune``).
+        Traced networks are stored in ``FINETUNE_CACHE``, by default in the user's cache folder (``~/.cache/finetune``).
         """
         cache = environment.get(CACHE_VARIABLE) or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
         return cls.at(Path(environment.get(HOME_VARIABLE) or ".finetune"), Path(cache) / "networks")
@@ -46,7 +47,7 @@ class Workspace:
 
     @property
     def datasets(self) -> Path:
-        """Manifests of the data that was read, by their digests."""
+        """The folder of dataset manifests, named by their digests."""
         return self.root / "datasets"
 
     @property

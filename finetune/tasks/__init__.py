@@ -1,4 +1,4 @@
-"""Tasks: what a label means. One module for each; a new task is a new module and a line in `TASKS`. Torch-free."""
+"""The tasks, single-label and multi-label classification, one module each. Register a new one in `TASKS`. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def task_named(name: str) -> Task:
     """Return the task of this name.
 
     Raises:
-        InvalidInput: there is none; the message holds those that exist.
+        InvalidInput: there is none; the message lists the existing ones.
     """
     for task in TASKS:
         if task.name == name:
@@ -26,7 +26,7 @@ def task_named(name: str) -> Task:
 
 
 def task_of(targets: Sequence[Target]) -> Task:
-    """Return the task that these labels ask for."""
+    """Return the task that fits these targets: multilabel if any of them is a tuple of labels."""
     return next(task for task in TASKS if task.describes(targets))
 
 

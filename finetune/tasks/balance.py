@@ -1,8 +1,8 @@
-"""What is done about classes of different size: weights of classes, or logits adjusted by how frequent the classes are.
+"""Class imbalance: weights of classes in the loss, or logits adjusted by the class frequencies.
 
-One definition for every method: a solved head and training by steps minimise the same weighted or adjusted loss. What the weights
-are for is the task's: those of images where classes exclude each other, those of the images that have a label where an image may
-have several. Torch-free.
+The definition is the same for every method: a solved head and training by gradient steps minimise the same weighted or adjusted
+loss. In a single-label task a weight applies to all images of the class; in a multi-label task it applies to the loss term of the
+label on the images that have it. Torch-free.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from finetune.errors import InvalidInput
 
 ClassWeights = Literal["none", "balanced", "effective_number", "sampling"]
 
-EFFECTIVE_BETA = 0.999  # Cui et al. 2019; a thousand images of a class are then worth about 630
+EFFECTIVE_BETA = 0.999  # Cui et al. 2019; the effective number of 1,000 images is then about 630
 
 
 @dataclass(frozen=True, eq=False)
 class Balance:
-    """Nothing is done by default.
+    """How the loss treats class imbalance; by default not at all.
 
     Args:
-        weights: (C,). Where classes exclude each other: of the loss of an image by its class, one on average over the training
-            images. Where an image may have several labels: of the loss of the images that have the label; the others weigh one.
-        offsets: (C,) added to the logits in the loss alone (Menon et al. 2021), so that the model does not learn how frequent
-            classes are; a solved head has them taken off instead, which is the same.
-        sampled: steps see every class equally often, so their loss is not weighted; `weights` are for the solved head.
+        weights: (C,) of the loss. Single-label: of an image by its class, with mean one over the training images. Multi-label:
+            of the label's loss term on the images that have the label; the weight on all other images is one.
+        offsets: (C,) added to the logits in the loss only (logit adjustment: Menon et al. 2021), so that the model does not learn
+            the class frequencies; they are subtracted from the bias of a solved head, which is equivalent.
+        sampled: training steps draw all classes equally often, so their loss has no weights; `weights` apply to the solved head.
     """
 
     weights: NDArray[np.float64] | None = None
@@ -38,15 +38,16 @@ class Balance:
 
     @property
     def of_steps(self) -> Balance:
-        """What the loss of steps is balanced with."""
+        """The balance that applies to the loss of training steps."""
         return replace(self, weights=None) if self.sampled else self
 
 
 def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
-    """Return what is done about these training labels.
+    """Return the balance of single-label training data.
 
     Args:
-        logit_adjustment: strength of the adjustment; 0 is none, 1 aims at the mean of the classes' recall.
+        labels: (N,) class indices.
+        logit_adjustment: strength of the adjustment; 0 is none, 1 is optimal for the mean recall over classes.
     """
     counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
     offsets = None
@@ -60,16 +61,17 @@ def balance_of(labels: NDArray[np.integer[Any]], n_classes: int, class_weights: 
 
 
 def balance_of_labels(targets: NDArray[Any], class_weights: ClassWeights, logit_adjustment: float) -> Balance:
-    """Return what is done about training targets (N, C), 1 where a label applies.
+    """Return the balance of multi-label training data, with targets (N, C), 1 where a label applies.
 
-    ``balanced`` makes the images that have a label weigh as much, all together, as those that do not; ``effective_number`` counts
-    both as Cui et al. (2019) do, which is less where labels are rare. A label that no image has, or every image, weighs one.
+    ``balanced`` gives the images with a label the same total weight as those without it. ``effective_number`` uses the ratio of
+    the effective numbers of images (Cui et al. 2019), which is smaller for rare labels. The weight of a label that all images or
+    none have is one.
 
     Raises:
-        InvalidInput: sampling, which several labels of an image contradict.
+        InvalidInput: `class_weights` is ``sampling``, which is not possible with several labels per image.
 
     Args:
-        logit_adjustment: strength with which the log-odds of a label's frequency are taken off its logit.
+        logit_adjustment: strength with which the log-odds of a label's frequency are subtracted from its logit.
     """
     if class_weights == "sampling":
         raise InvalidInput("data.class_weights: sampling is for images with exactly one label; take balanced")

@@ -1,4 +1,4 @@
-"""Which figure is told first, where figures were recorded under ``split/name``: bundles, MLflow, a job's metrics. Torch-free."""
+"""Which metric is reported first, from recorded ``split/name`` figures of bundles, MLflow and jobs. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ WHY_OVER_CLASSES = (
 
 
 def recorded_leading(task: Task, figures: Mapping[str, Any], split: str) -> Metric[Any]:
-    """Return the metric that was told first when these figures were recorded.
+    """Return the metric that the evaluation reported first when these figures were recorded.
 
-    An evaluation records the interval of its headline, and beside it that of its leading metric where this is another one.
+    An evaluation records the interval of its headline and, if its leading metric is another one, also that metric's interval.
     """
     others = (metric for metric in task.metrics if metric is not task.headline and f"{split}/{metric.key}_low" in figures)
     return next(others, task.headline)
 
 
 def leading_first(task: Task, leading: Metric[Any]) -> list[Metric[Any]]:
-    """Return the task's metrics in the order in which they are shown: the leading one, then the others as the task lists them."""
+    """Return the task's metrics in the order of display: `leading`, then the others in the task's order."""
     return [leading, *(metric for metric in task.metrics if metric is not leading)]

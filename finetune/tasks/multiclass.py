@@ -1,4 +1,4 @@
-"""Exactly one label per image: softmax, and the most probable class is the answer."""
+"""Single-label classification: softmax probabilities, and the most probable class is the prediction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.tasks.task import Logits, Target, Targets, Thresholds
 
 
 class Multiclass:
-    """Classes that exclude each other."""
+    """The task with exactly one label per image."""
 
     name = "multiclass"
     exclusive = True

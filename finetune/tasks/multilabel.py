@@ -1,4 +1,4 @@
-"""Any number of labels per image, none included: a sigmoid for each label, given where its probability reaches its threshold."""
+"""Multi-label classification: any number of labels per image, each given if its sigmoid probability reaches its threshold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LEAST = 1e-12  # a threshold of 0 or 1 has no finite logit
 
 
 class Multilabel:
-    """Classes of which an image may show several, or none."""
+    """The task with any number of labels per image, including none."""
 
     name = "multilabel"
     exclusive = False
@@ -88,7 +88,7 @@ class Multilabel:
         ]
 
     def sureness(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        said = np.where(rows.given, rows.probs, 1.0 - rows.probs)  # the probability of each yes or no that was answered
+        said = np.where(rows.given, rows.probs, 1.0 - rows.probs)  # the probability of each binary decision that was made
         surest_mistake = np.where(rows.given != rows.targets, said, 0.0).max(axis=1)
         wrong = rows.score < 1
         return np.where(wrong, surest_mistake, said.min(axis=1)), np.where(wrong, 1.0 - surest_mistake, said.min(axis=1))

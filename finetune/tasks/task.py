@@ -1,8 +1,8 @@
-"""What a task is: everything that depends on what a label means, for everything that does not know it.
+"""The protocol of a task: everything that differs between single-label and multi-label classification.
 
-A task with one label per image and one with several differ in how targets are encoded, in the function from logits to
-probabilities, in what is decided from them, in the metrics, and in the shape of an answer. All of that is here, without torch.
-The training loss of each task is in `finetune.training.objectives`, its solved head in `finetune.features.heads`, under its name.
+A task defines how targets are encoded, the function from logits to probabilities, the decision made from them, the metrics, and
+the form of a prediction. All of it is torch-free. The training loss of each task is in `finetune.training.objectives` and its
+solved head in `finetune.features.heads`, both under the task's name.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from finetune.metrics.temperature import Temperature
 from finetune.tasks.balance import Balance, ClassWeights
 
 Target = int | tuple[int, ...]
-"""The label of a sample: the index of its class; where a sample may have several labels, the sorted indices of all."""
+"""The target of a sample: the index of its class or, in a multi-label task, the sorted indices of all its labels."""
 
 Logits = NDArray[np.floating[Any]]
 Targets = NDArray[Any]  # as the task encodes them
 Thresholds = NDArray[np.floating[Any]]
-"""(N, C) or (C,): the logit from which on a label is given, where labels do not exclude each other."""
+"""(N, C) or (C,): the least logit with which a label is given, in a multi-label task."""
 
 
 class JudgedRows(Protocol):
-    """One value an image, as a task's metrics need them."""
+    """Per-image results from which a task's metrics are computed."""
 
     def __len__(self) -> int: ...
 
     @property
     def score(self) -> NDArray[np.float64]:
-        """(N,) whether each image was answered rightly, 0 or 1; the basis of paired comparisons."""
+        """(N,) 1 where an image is predicted correctly, else 0; paired comparisons use it."""
         ...
 
     @property
@@ -44,60 +44,61 @@ class JudgedRows(Protocol):
 
 
 class Task(Protocol):
-    """One kind of labelling. Stateless: every method is a pure function."""
+    """A classification task. Stateless: every method is a pure function."""
 
     @property
     def name(self) -> str:
-        """As in the job spec and in every bundle."""
+        """The task's name in the job spec and in every bundle."""
         ...
 
     @property
     def exclusive(self) -> bool:
-        """Whether an image has exactly one label, so that an answer is right or wrong as a whole and a set may be asked for."""
+        """Whether an image has exactly one label. Only then can prediction sets be requested."""
         ...
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """What training by steps can minimise, by its names in the job spec; the first by default, and in a solved head."""
+        """The losses that training can minimise, as named in the job spec. The first is the default and the solved head's."""
         ...
 
     @property
     def smooths_labels(self) -> bool:
-        """Whether label smoothing is used by default where there are many images."""
+        """Whether label smoothing is used by default on data sets with many images."""
         ...
 
     @property
     def metrics(self) -> Sequence[Metric[Any]]:
-        """What is reported, in the order in which people read it."""
+        """The metrics that are reported, in the order of display."""
         ...
 
     @property
     def headline(self) -> Metric[Any]:
-        """The metric that chooses between weights, and that is told first unless `leading` is another; higher is better."""
+        """The metric by which the best epoch is chosen and models are tested; higher is better."""
         ...
 
     def leading(self, class_counts: Sequence[int]) -> Metric[Any]:
-        """Return the metric that is told first of images with so many of each class: a mean over classes where these are unequal.
+        """Return the metric that is reported first for a split with these numbers of images by class.
 
-        It is the headline, or another metric with an interval. What is chosen and tested by is the headline all the same.
+        It is a mean over classes if the numbers are very unequal, else the headline. It always has an interval. Choosing epochs
+        and testing use the headline in any case.
         """
         ...
 
     @property
     def of_images(self) -> Metric[Any]:
-        """The metric that is the mean over images of their `score`: the headline itself, where that is such a mean."""
+        """The metric that is the mean of `score` over images; equal to `headline` if that is such a mean."""
         ...
 
     def describes(self, targets: Sequence[Target]) -> bool:
-        """Return whether these labels ask for this task where the request leaves it open."""
+        """Return whether this task is chosen for these labels if the request says ``task: auto``."""
         ...
 
     def learns(self, target: Target) -> bool:
-        """Return whether an image with these labels can be learnt from."""
+        """Return whether an image with this target can be used for training."""
         ...
 
     def encode(self, targets: Sequence[Target], n_classes: int) -> Targets:
-        """Return the targets as the array that training and evaluation work on, N in its first axis."""
+        """Return the targets as the array that training and evaluation use, with N as its first axis."""
         ...
 
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
@@ -108,88 +109,89 @@ class Task(Protocol):
         """Compare logits (N, C) with encoded targets, image by image.
 
         Args:
-            thresholds: that `choose_thresholds` gave; by default what is more probable than not.
+            thresholds: from `choose_thresholds`; by default a label is given if its probability reaches 1/2.
 
         Raises:
-            InvalidInput: no image, or shapes that do not fit each other.
+            InvalidInput: there is no image, or the shapes do not match.
             TrainingError: a logit is NaN or infinite.
         """
         ...
 
     def chance(self, targets: Targets) -> float:
-        """Return the headline metric of the best answer that does not look at the image."""
+        """Return the headline metric of the best prediction that ignores the image."""
         ...
 
     def blind_loss(self, n_classes: int) -> float:
-        """Return the loss of giving every class the same probability, in nats."""
+        """Return the loss, in nats, of predicting the same probability for every class."""
         ...
 
     def class_counts(self, rows: Any) -> Sequence[tuple[int, int, int]]:
-        """Return for each class: images that have it, images that were given it, and images where both hold."""
+        """Return for each class the numbers of images that have it, that are predicted to have it, and where both hold."""
         ...
 
     def class_precisions(self, rows: Any) -> Sequence[tuple[float, Interval] | None]:
-        """Return the average precision of each class with its 95 % interval; empty where classes are not ranked by themselves."""
+        """Return each class's average precision with its 95 % interval, None without images; empty in a single-label task."""
         ...
 
     def sureness(self, rows: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the probability of each image's answer, and that of what is true; each (N,).
+        """Return (N,) probabilities of the images' predictions and (N,) probabilities of the truth.
 
-        Where an image may have several labels, these are of one of them: of the surest that was answered wrongly, else of the
-        least sure.
+        In a multi-label task they are those of one label per image: the most confident wrong decision or, if all decisions are
+        correct, the least confident one.
         """
         ...
 
     def answered(self, rows: Any, row: int) -> tuple[int, ...]:
-        """Return the class indices that one image was answered with, in class order."""
+        """Return the class indices that are predicted for one image, in class order."""
         ...
 
     def answer_text(self, rows: Any, row: int, classes: Sequence[str]) -> str:
-        """Return what one image was answered with as text for people."""
+        """Return the prediction for one image as text for display."""
         ...
 
     def facts(self, rows: Any) -> Mapping[str, float]:
-        """Return what is told beside the metrics and is no measure of quality, by name."""
+        """Return figures that are reported beside the metrics but do not measure quality, by name."""
         ...
 
     def confusion(self, rows: Any) -> tuple[tuple[int, ...], ...] | None:
-        """Return counts by true and predicted class, (C, C); None where labels do not exclude each other."""
+        """Return the (C, C) confusion matrix, by true and predicted class; None in a multi-label task."""
         ...
 
     def reliability_bins(self, rows: Any) -> tuple[ReliabilityBin, ...]:
-        """Return how often answers were right, by the probability that they were given with."""
+        """Return the reliability diagram: the accuracy of predictions by bins of their probability."""
         ...
 
     def fit_temperature(self, logits: Logits, targets: Targets) -> Temperature:
-        """Return the divisor of the logits that makes probabilities fit these held-out images best."""
+        """Fit the temperature on held-out images."""
         ...
 
     def choose_thresholds(self, logits: Logits, targets: Targets) -> Thresholds | None:
-        """Return the logit (C,) from which on each label is given, chosen on held-out images; None where no label has its own."""
+        """Choose the (C,) thresholds of the logits on held-out images; None in a single-label task."""
         ...
 
     def probability_thresholds(self, thresholds: Thresholds, temperature: float) -> tuple[float, ...]:
-        """Return thresholds (C,) of logits as those of the probabilities that a bundle with this temperature gives."""
+        """Convert thresholds (C,) of logits to thresholds of the probabilities of a bundle with this temperature."""
         ...
 
     def logit_thresholds(self, thresholds: Sequence[float], temperature: float) -> Thresholds:
-        """Return the inverse of `probability_thresholds`."""
+        """Convert thresholds (C,) of probabilities to thresholds of logits, the inverse of `probability_thresholds`."""
         ...
 
     def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
-        """Return the labels that one image is given, the most probable first.
+        """Return the predicted class indices of one image, most probable first.
 
         Args:
-            thresholds: (C,) of the probabilities; one half where there are none.
+            probs: (C,).
+            thresholds: (C,) of the probabilities; None: 1/2 for each label.
         """
         ...
 
     def balance(self, targets: Targets, n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:
-        """Return what is done about classes of different size, for encoded training targets."""
+        """Return how the loss treats class imbalance, for encoded training targets."""
         ...
 
     def label_text(self, target: Any, classes: Sequence[str]) -> str:
-        """Return one encoded target as text for people: the class name, or the names of all its classes."""
+        """Return one encoded target as text for display: the name of its class, or the names of all its labels."""
         ...
 
     def labels_of(self, target: Any) -> tuple[int, ...]:
@@ -197,9 +199,9 @@ class Task(Protocol):
         ...
 
     def cell_text(self, labels: Sequence[int], classes: Sequence[str]) -> str:
-        """Return labels as the cell of a table: the class name, or a JSON list of names where an image may have several."""
+        """Return labels as text for a table cell: the class name or, in a multi-label task, a JSON list of names."""
         ...
 
     def ranking(self, probs: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return class indices by their probability for one image, the most probable first, ties in class order."""
+        """Return the class indices sorted by probs (C,) of one image, most probable first, ties in class order."""
         ...

@@ -1,7 +1,7 @@
-"""Dead channels: the share of a layer's channels that give one constant, whatever image and position they see.
+"""Measure dead channels: the share of a layer's channels whose value is the same for all images and positions.
 
-A channel of a ReLU that is zero everywhere passes no gradient back, so it stays as it is (Lu et al. 2019, arXiv:1903.06733). Only
-the outputs of activation functions are looked at: the output of a convolution is negative half of the time and means nothing.
+A channel of a ReLU that is zero everywhere passes no gradient back, so it cannot recover (Lu et al. 2019, arXiv:1903.06733). Only
+the outputs of activation functions are measured, because only there does a constant mean that the channel is dead.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from finetune.model.classifier import Classifier
 from finetune.training.recipe import stage_key
 
-CONSTANT = 1e-6  # of the layer's largest value: what varies less is a constant
-FEWEST_VALUES = 64  # of a channel, images times positions; with fewer, a quiet channel may look dead
-# in torch's module of activations, but no functions of one value
+CONSTANT = 1e-6  # relative to the layer's largest absolute value; a channel that varies less is constant
+FEWEST_VALUES = 64  # of a channel (images times positions); with fewer, a rarely active channel may look dead
+# these classes of torch.nn.modules.activation are not element-wise functions
 _NOT_OF_ONE_VALUE = ("Softmax", "MultiheadAttention", "Threshold", "GLU")
 
 
 @dataclass
 class Activity:
-    """What was heard of each stage: the largest share of dead channels of one of its layers."""
+    """For each stage, the share of dead channels in the layer that has most of them."""
 
     dead_fractions: dict[str, float] = field(default_factory=dict)  # stage key -> share
 
     def hear(self, stage: str, output: Tensor, channel_axis: int) -> None:
-        """Take in the output of one activation function."""
+        """Update the share of `stage` with the output of one of its activation functions."""
         axis = channel_axis % output.ndim
         others = [dim for dim in range(output.ndim) if dim != axis]
         n_values = output.numel() // max(output.shape[axis], 1)
@@ -44,7 +44,7 @@ class Activity:
 
 @contextmanager
 def listening(classifier: Classifier) -> Iterator[Activity]:
-    """Inside the block, every forward pass through the backbone is heard."""
+    """Measure dead channels in every forward pass through the backbone during the block."""
     activity = Activity()
     handles = [module.register_forward_hook(_hook(activity, stage, axis)) for module, stage, axis in _layers(classifier)]
     try:
@@ -63,7 +63,7 @@ def _hook(activity: Activity, stage: str, axis: int) -> Any:
 
 
 def _layers(classifier: Classifier) -> Sequence[tuple[nn.Module, str, int]]:
-    """Return the activation functions of the backbone with their stage and the axis that counts channels."""
+    """Return the activation modules of the backbone, each with its stage's key and the axis of the channels in its output."""
     backbone, found = classifier.backbone.module, []
     stages_of = classifier.backbone.layout.module_stages
     for name, module in backbone.named_modules():
@@ -81,5 +81,5 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _channel_axis(parent: nn.Module) -> int:
-    """A perceptron's channels are last; a convolution's come after the batch."""
+    """Return -1 for an activation beside linear layers (an MLP), whose channels are last; 1 beside convolutions."""
     return -1 if any(isinstance(child, nn.Linear) for child in parent.children()) else 1

@@ -1,6 +1,6 @@
-"""Averages of weights: the exponential moving average kept while training, and the line between two sets of weights.
+"""Average weights: an exponential moving average during training, and linear interpolation between two sets of weights.
 
-Works on whole state dicts, so running statistics are averaged with the weights that they belong to; integer buffers are copied.
+Whole state dicts are averaged, so the running statistics of batch normalisation are averaged too; integer buffers are copied.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ StateDict = Mapping[str, Tensor]
 
 
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the module's state dict, detached from training."""
+    """Return a detached copy of the module's state dict."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 class MovingAverage:
-    """The exponential moving average of a module's state; after `half_life_steps` updates an old value counts half."""
+    """The exponential moving average of a module's state. The weight of a value halves every `half_life_steps` updates."""
 
     def __init__(self, module: nn.Module, half_life_steps: float) -> None:
         self.new_share = 1.0 - 0.5 ** (1.0 / half_life_steps)
@@ -45,7 +45,7 @@ class MovingAverage:
 
 @contextmanager
 def holding(module: nn.Module, state: StateDict) -> Iterator[None]:
-    """Give the module the values of `state` in the block; afterwards it has its own again, bit for bit."""
+    """Load `state` into the module for the block, and restore the module's own values, bit for bit, afterwards."""
     own = copy_state(module)
     module.load_state_dict(dict(state))
     try:
@@ -55,7 +55,7 @@ def holding(module: nn.Module, state: StateDict) -> Iterator[None]:
 
 
 def interpolate(start: StateDict, end: StateDict, share: float) -> dict[str, Tensor]:
-    """Return ``(1 - share) * start + share * end`` for float tensors, and the value of `end` for others."""
+    """Return ``(1 - share) * start + share * end`` for float tensors, and a copy of `end` for the others."""
     return {
         name: torch.lerp(start[name], tensor, share) if tensor.is_floating_point() else tensor.clone()
         for name, tensor in end.items()
@@ -64,7 +64,10 @@ def interpolate(start: StateDict, end: StateDict, share: float) -> dict[str, Ten
 
 @torch.no_grad()
 def recalibrate(module: M, inputs: Iterable[Tensor], forward: Callable[[M, Tensor], Tensor]) -> None:
-    """Replace the running statistics of the batch norms that are in train mode by plain means over `inputs`, in place."""
+    """Estimate the running statistics of the batch norms that are in train mode anew, as means over `inputs`, in place.
+
+    Afterwards the module is in eval mode, except for these batch norms.
+    """
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
     momenta = [norm.momentum for norm in norms]
     module.eval()

@@ -1,8 +1,8 @@
-"""Checkpoints: everything that a run needs to go on, in one file that is whole or is not there.
+"""Write and read checkpoints: everything that a run needs to resume, in one file.
 
-``step-00000576.pt`` is written under a temporary name, flushed, renamed, and only then gets its ``.sha256`` beside it; a file
-whose checksum is missing or differs is damaged and passed over. Files load with ``weights_only=True``: no code runs from them.
-Knows nothing of what the state means.
+A checkpoint such as ``step-00000576.pt`` is written under a temporary name, flushed and renamed; its checksum is written beside
+it afterwards, with the suffix ``.sha256``. A file whose checksum is missing or differs is damaged and is skipped. Files are
+loaded with ``weights_only=True``, so no code from them is executed. The content of the state is the caller's.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ DamageReport = Callable[[Path, str], None]
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `KEEP`.
+    """Write the checkpoint of `step`, delete all but the newest `KEEP`, and return its path.
 
     Raises:
-        DiskFull: the disk filled up while writing; earlier checkpoints are as they were.
+        DiskFull: there is no space left; the earlier checkpoints are unchanged.
     """
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary:
         digest = _write(temporary, state)
     write_atomic(_sidecar(path), lambda stream: stream.write(digest.encode()))
     for old in _newest_first(folder)[KEEP:]:
-        _sidecar(old).unlink(missing_ok=True)  # first, so that what is left of a removal that was cut short counts as damaged
+        _sidecar(old).unlink(missing_ok=True)  # first: if the deletion is interrupted, the checkpoint counts as damaged
         old.unlink()
     return path
 
 
 def load_newest(folder: Path, on_damaged: DamageReport, map_location: str = "cpu") -> dict[str, Any] | None:
-    """Return the state of the newest whole checkpoint, None where there is none; damaged ones are reported and left out."""
+    """Return the state in the newest intact checkpoint; None if there is none. Damaged ones are skipped and reported."""
     for path in _newest_first(folder):
         if damage := _damage(path):
             on_damaged(path, damage)
@@ -50,10 +50,13 @@ def load_newest(folder: Path, on_damaged: DamageReport, map_location: str = "cpu
 
 
 def check_belongs(found: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
-    """Refuse a checkpoint of another run.
+    """Check that a checkpoint belongs to this run.
+
+    Args:
+        found, expected: digests of the spec, the dataset and whatever else identifies a run, by name.
 
     Raises:
-        CheckpointError: names what differs (the spec, the dataset, the backbone's weights …).
+        CheckpointError: some digests differ; the message names them.
     """
     differs = [key for key, value in expected.items() if found.get(key) != value]
     if differs:
@@ -81,7 +84,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _write(path: Path, state: Mapping[str, Any]) -> str:
-    """Write `state` and return the sha256 of the bytes that are meant to be there."""
+    """Write `state` and return the sha256 of the bytes that were passed to the file."""
     with open(path, "wb") as stream:
         writer = _HashingWriter(stream)
         try:
@@ -92,7 +95,7 @@ def _write(path: Path, state: Mapping[str, Any]) -> str:
 
 
 class _HashingWriter:
-    """Hashes what passes to `stream`, and remembers why writing failed."""
+    """A stream that hashes the bytes it passes on to `stream`, and keeps the error if writing them fails."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""What a run chose on its validation images, for a run of the same request that trains on those too. Torch-free."""
+"""The choices that a run made on its validation images. A refit uses them, because it trains on those images. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choices:
-    """The results of choosing; a run that is given them evaluates nothing while it trains.
+    """What was chosen on the validation images. A run that is given these choices evaluates nothing while it trains.
 
     Args:
-        l2: strength that the head was solved with; None where it was not solved.
-        n_epochs: after how many the weights were kept; the learning rate schedule is that of all epochs.
-        share: of the fine-tuned weights in those that were kept; the rest is the start's.
-        recalibrated: whether running statistics were estimated anew.
-        numerics: device, precision, memory layout and threads of the steps; empty where none were taken.
+        l2: L2 penalty that the head was solved with; None if it was not solved.
+        n_epochs: number of epochs after which the weights were best; the learning rate schedule still spans all epochs.
+        share: share of the fine-tuned weights in the interpolation with the weights at the start of training; 1: no
+            interpolation.
+        recalibrated: whether the running statistics of batch normalisation were estimated anew after training.
+        numerics: device, precision, memory layout and threads of the steps; None if no steps were taken.
     """
 
     l2: float | None = None

@@ -1,4 +1,7 @@
-"""Device, precision and cores of a run, resolved from the request and the machine; asks torch only where there may be a GPU."""
+"""Resolve device, precision and threads of a run from the request and the machine.
+
+Torch is imported only if there may be a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from finetune.runtime.device import Device, may_have_gpu
 
 @dataclass(frozen=True)
 class Compute:
-    """Device, the precision that was asked for, and the number of processor cores."""
+    """Device, requested precision and number of threads of a run."""
 
     device: Device
     precision: Literal["auto", "float32", "bfloat16"]
@@ -19,10 +22,10 @@ class Compute:
 
 
 def resolve_device(asked: Device | Literal["auto"]) -> Device:
-    """Return the device to compute on; ``auto`` takes a GPU where PyTorch sees one.
+    """Return the device to compute on; ``auto`` is a GPU if PyTorch finds one.
 
     Raises:
-        InvalidInput: a GPU is asked for and PyTorch sees none.
+        InvalidInput: a GPU is requested, but PyTorch finds none.
     """
     if asked == "cpu":
         return "cpu"

@@ -28,12 +28,13 @@ class TrainingContext:
     """The inputs that all training of one run shares.
 
     Args:
-        dataset: the train split is learnt from, the val split chooses.
-        identity: what makes this run this run (``spec``, ``dataset`` -> digest); checkpoints of another are refused.
-        balance: what is done about classes of different size.
-        image_weights: (N,) of the training images in the loss; see `finetune.training.image_weights`.
-        store: where frozen features and decoded photographs are kept.
-        sample_size: training images that are answered now and then as evaluation would; None: as many as cost little.
+        dataset: its train split is trained on; on its val split, weights and hyperparameters are chosen.
+        identity: digests that identify the run, by name (``spec``, ``dataset``); checkpoints with others are refused.
+        balance: how unequal class sizes are compensated.
+        image_weights: (N,) weights of the training images in the loss (`finetune.training.image_weights`); None: all equal.
+        store: the cache of frozen features and decoded images.
+        sample_size: number of training images that are predicted at some steps as in evaluation (`finetune.training.sample`);
+            None: as many as cost little.
     """
 
     dataset: Dataset
@@ -51,7 +52,11 @@ class TrainingContext:
     def features(
         self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None
     ) -> FeatureContext:
-        """Return the context in which features are computed; `spent` is told what they take."""
+        """Return the context in which features are computed.
+
+        Args:
+            spent: is called with the seconds that computing the features takes or, if they are cached, took.
+        """
         return FeatureContext(
             self.store,
             self.compute.device,
@@ -62,25 +67,25 @@ class TrainingContext:
         )
 
     def targets(self, samples: tuple[Sample, ...]) -> NDArray[Any]:
-        """Return the labels of samples, encoded by the task."""
+        """Return the targets of samples, encoded by the task."""
         return self.task.encode(targets_of(samples), len(self.dataset.classes))
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What training would take if no earlier run had computed anything, so that methods can be compared.
+    """The seconds that training would take without any cached features, so that methods can be compared.
 
     Args:
-        own: solving the head and taking steps, in all attempts.
-        features: computing what frozen stages give for the training and validation images. Where an earlier run has done that,
-            the seconds that it took then.
+        own: solving the head and taking steps, in all attempts together.
+        features: computing the frozen features of the training and validation images; if an earlier run computed them, the
+            seconds that it took then.
     """
 
     own: Seconds
     features: Seconds
 
     def to_dict(self) -> dict[str, float]:
-        """Return the cost under the names that it has in outcomes and journals."""
+        """Return the cost under the names of ``outcome.json``."""
         total = self.own + self.features
         return {
             "train_seconds": total.wall,
@@ -100,4 +105,4 @@ class Trained:
     n_parameters: int  # of the whole network
     frozen: Mapping[str, Any]  # which stages never trained, and the sha256 of their parameters and buffers before and after
     choices: Choices
-    head: SolvedHead | None  # None where it was not solved, or in an earlier session
+    head: SolvedHead | None  # None if it was not solved, or was solved by an earlier attempt at this run

@@ -1,9 +1,9 @@
-"""Carry out a recipe: take its steps, evaluate each epoch, keep the best weights, survive being killed.
+"""The training loop: take the steps of a recipe, evaluate after each epoch, keep the best weights, and write checkpoints.
 
-What a step does is a pure function of (recipe, step, weights): which weights train, the learning rates, the order of the images,
-their augmentation, dropout and mixup. So a run that is killed and resumed from its newest checkpoint ends with the bits of one
-that was not. Batches come from loaders that can start at any step; whether they decode photographs or replay cached activations
-is not known here.
+A step is a pure function of recipe, step number and weights: the trainable parameters, the learning rates, the order of the
+images, their augmentation, dropout and mixup all follow from these. Therefore a run that is killed and resumed from its newest
+checkpoint ends with the same bits as one that is not interrupted. Batches come from loaders that can start at any step; they may
+contain images or cached activations, which makes no difference here.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from finetune.training.signals import Parameters, StepMeter
 
 SIGNAL_EVERY_STEPS = 20
 REPORT_EVERY_STEPS = 5
-INTERPOLATION_SHARES = (0.25, 0.5, 0.75)  # of the fine-tuned weights; the rest is the start's
+INTERPOLATION_SHARES = (0.25, 0.5, 0.75)  # of the fine-tuned weights, in interpolations with the weights at the start
 
 TrainBatches = Callable[[int, int], Iterable[Batch]]  # (epoch, step within it) -> the batches from there to the epoch's end
-Prepare = Callable[[Classifier, Tensor, Numerics], Tensor]  # a batch's array, on the device -> what the forward pass takes
+Prepare = Callable[[Classifier, Tensor, Numerics], Tensor]  # a batch's array on the device -> the input of the forward pass
 Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
 
 
@@ -66,17 +66,17 @@ def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training came to. The classifier that was trained holds the chosen weights and is in eval mode."""
+    """The result of training. The classifier that was trained has the chosen weights and is in eval mode."""
 
-    chosen: str  # which weights, in words
+    chosen: str  # which weights were kept, in words
     best: Mapping[str, float]  # their val/loss and the headline metric on val, such as val/top1
     best_step: int
-    n_steps: int  # taken, of the recipe's
+    n_steps: int  # that were taken; fewer than the recipe's if training stopped early
     stopped_early: bool
     numerics: Numerics
     choices: Choices
     seconds: Seconds  # of all sessions together, without those of computing features
-    frozen_before: str  # sha256 over what never trains
+    frozen_before: str  # sha256 of the parameters and buffers that never train
     frozen_after: str
     resumed_at_step: int | None
     history: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
@@ -84,16 +84,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Saving:
-    """When checkpoints are written besides the end of each epoch, and whose they are."""
+    """When checkpoints are written, in addition to the end of each epoch, and which run they belong to."""
 
-    identity: Mapping[str, str]  # what makes the run this run (``spec``, ``dataset`` …) -> digest
+    identity: Mapping[str, str]  # digests that identify the run, by name (``spec``, ``dataset``)
     every_seconds: float = 300.0
     every_steps: int | None = None
 
 
 @dataclass
 class _State:
-    """Where the run is. With weights, optimiser and moving average it is what a checkpoint holds."""
+    """The state of the training loop. A checkpoint contains it, the weights, the optimiser's state and the moving average."""
 
     step: int = 0
     evaluated_step: int = -1
@@ -103,7 +103,7 @@ class _State:
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    start_weights: dict[str, Tensor] = field(default_factory=dict)  # where the fine-tuned weights may be pulled back to
+    start_weights: dict[str, Tensor] = field(default_factory=dict)  # that the fine-tuned weights are interpolated with at the end
     chosen: str = ""
     share: float = 1.0  # see Choices
     recalibrated: bool = False
@@ -118,7 +118,7 @@ class _State:
 @dataclass(frozen=True)
 class _Weights:
     name: str
-    values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are answered rightly
+    values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are predicted correctly
     tensors: dict[str, Tensor]
     share: float = 1.0  # see Choices
     recalibrated: bool = False
@@ -144,24 +144,26 @@ def fit(
     forward: Forward = forward_images,
     progress: ProgressCallback = silent,
 ) -> Fitted:
-    """Train `classifier` as `recipe` says, from the newest whole checkpoint in `run` where there is one.
+    """Train `classifier` as `recipe` says, from the newest intact checkpoint in `run` if there is one.
 
     Args:
-        val: the images that choose; or what they have chosen before, then nothing is evaluated and training ends where they said.
-        train_targets, val_targets: encoded by `task`; a batch's ``indices`` are rows of these.
-        train_weights: (N,) of the training images in the loss, one on average; None weighs all the same.
-        numerics: asked once, when the run begins; a resumed run computes as it began.
-        solve_head: fits the head on frozen features, in place; called where the recipe begins with that and the run is new.
-            Returns its seconds without those of computing the features, which are not counted here.
-        sample: training images that are answered now and then as evaluation would; changes no bit of training.
-        prepare, forward: how a batch becomes logits; by default its arrays are images.
+        val: the validation images, on which the weights are chosen; or the choices of an earlier run: then nothing is evaluated,
+            and training ends after their number of epochs.
+        saving: when checkpoints are written.
+        train_targets, val_targets: encoded by `task`; the ``indices`` of a batch are rows of these arrays.
+        train_weights: (N,) weights of the training images in the loss, with mean 1; None: all equal.
+        numerics: is called once, when the run begins; a resumed run uses the same numerics.
+        solve_head: solves the head on frozen features and sets it in the classifier; is called at the start of a run if the
+            recipe begins with a solved head. Returns the seconds it took without those of computing the features.
+        sample: training images that are predicted at some steps; this does not change training.
+        prepare, forward: compute logits from a batch; by default its arrays are images.
 
     Raises:
-        CheckpointError: the checkpoints in `run` are another run's.
-        TrainingError: the loss is no longer finite.
-        OutOfMemory: PyTorch got no memory for a step.
-        DiskFull: a checkpoint could not be written.
-        Interrupted: SIGINT or SIGTERM arrived; the checkpoint is written.
+        CheckpointError: the checkpoints in `run` belong to another run.
+        TrainingError: the loss is not finite.
+        OutOfMemory: PyTorch could not allocate memory for a step.
+        DiskFull: there is no space left for a checkpoint.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with _memory_errors_named(recipe.batch_size):
         found = _find_checkpoint(run, saving)
@@ -174,7 +176,7 @@ def fit(
                 training.begin(solve_head)
             else:
                 training.resume(found)
-            del found  # a second copy of every weight
+            del found  # frees its copy of all weights
             with training.stop.listening():
                 return training.run_to_end()
 
@@ -189,13 +191,13 @@ def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
     else:
         write_atomic(
             run.metrics, lambda stream: stream.write(b"")
-        )  # an attempt without a checkpoint begins anew, and so does its journal
+        )  # without a checkpoint, training starts over, and so does the journal
     return found
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """What the labels of the images are, and how answers are judged against them."""
+    """The targets of the images, with the task's metrics and the objective that use them."""
 
     task: Task
     objective: Objective
@@ -206,7 +208,7 @@ class _Targets:
 
 @dataclass
 class _Training:
-    """One session of one run: from its beginning, or from a checkpoint, to its end or interruption."""
+    """One session of training: from the start of the run, or from a checkpoint, to its end or its interruption."""
 
     classifier: Classifier
     recipe: Recipe
@@ -231,7 +233,7 @@ class _Training:
         self.saved_at = self.epoch_began_at = time.perf_counter()
         self.began = process_clock()
         self.seconds_before = Seconds()
-        self.session_steps = self.epoch_images = 0  # of this session, of the epoch within this session
+        self.session_steps = self.epoch_images = 0  # steps of this session; images of the current epoch within this session
 
     # beginning and resuming ---------------------------------------------------------------------------------------
 
@@ -241,7 +243,7 @@ class _Training:
         if not self.recipe.solves_head_first:
             nn.init.zeros_(self.classifier.head.weight)
             nn.init.zeros_(self.classifier.head.bias)
-            state.evaluated_step = 0  # what an untrained head says is not worth an evaluation
+            state.evaluated_step = 0  # an untrained head is not evaluated
         elif solve_head is not None:
             before = process_clock()
             solving = solve_head(self.classifier)
@@ -281,7 +283,7 @@ class _Training:
             self.average = MovingAverage(self.classifier, self.recipe.ema_half_life_steps)
 
     def _frozen_digest(self) -> str:
-        """Return the sha256 over everything that this recipe never trains."""
+        """Return the sha256 of the parameters and buffers that this recipe never trains."""
         apply_freeze(self.classifier, widest_plan(self.recipe))
         return frozen_digest(self.classifier)
 
@@ -324,7 +326,10 @@ class _Training:
         )
 
     def _advance(self) -> None:
-        """Do what comes next: evaluate, train an epoch, or finish. What is interrupted, steps aside, is done again."""
+        """Do the next of: predict the sample, evaluate, train to the end of the epoch, finish.
+
+        If it is interrupted, it is repeated after the run is resumed, except for steps that a checkpoint contains.
+        """
         state = self.state
         if self._sample_is_due():
             self._answer_sample()
@@ -346,7 +351,7 @@ class _Training:
         return self.val.n_epochs * self.recipe.steps_per_epoch if isinstance(self.val, Choices) else self.recipe.n_steps
 
     def _train_epoch(self) -> None:
-        """Take the steps from the present one to the end of its epoch."""
+        """Take the steps from the current one to the end of the epoch."""
         epoch, start_step = divmod(self.state.step, self.recipe.steps_per_epoch)
         phase, _ = self.recipe.phase_at(self.state.step)
         self.classifier.train()
@@ -381,7 +386,7 @@ class _Training:
         objective.backward()
         self._update_weights(parameters)
         self._count(batch, logits.detach(), targets, loss.detach())
-        if self.numerics.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss makes a GPU wait
+        if self.numerics.device == "cpu" or step % REPORT_EVERY_STEPS == 0:  # reading the loss synchronises a GPU
             self._check_finite(float(loss.detach()), rates[HEAD])
         if step % REPORT_EVERY_STEPS == 0:
             self._report(rates[HEAD])
@@ -419,7 +424,7 @@ class _Training:
         self.epoch_images += len(batch.indices)
 
     def _end_epoch(self) -> None:
-        """Evaluate, log, keep what is best, decide whether to go on, and write a checkpoint."""
+        """Evaluate, log the metrics, keep the weights if they are the best, decide on early stopping, and write a checkpoint."""
         state, recipe = self.state, self.recipe
         with self._shipping_weights():
             choosing = not isinstance(self.val, Choices)
@@ -437,7 +442,10 @@ class _Training:
         self._save()
 
     def _finish(self) -> None:
-        """Try weights between the start and the best epoch, then fresh running statistics, and keep the best on val."""
+        """Try interpolations of the best epoch's weights with those at the start, then recalibrated running statistics.
+
+        The best weights on val are kept, or those that the earlier run's choices require.
+        """
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
         if isinstance(self.val, Choices):
@@ -461,7 +469,7 @@ class _Training:
         return self._with_fresh_statistics(kept) if decided.recalibrated else kept
 
     def _pulled_back(self, kept: _Weights, share: float) -> _Weights:
-        """Return the weights with `share` of what training ended with and the rest of where it began."""
+        """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
         name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
         tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
         return replace(kept, name=name, tensors=tensors, share=share)
@@ -476,7 +484,7 @@ class _Training:
         return replace(other, values=values) if self._improves(values, kept.values) else kept
 
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors` with the running statistics of trained stages estimated anew, over one more epoch of images."""
+        """Return `tensors` with the running statistics of trained stages estimated anew on one more epoch of training images."""
         with holding(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
             self.classifier.train()
             apply_freeze(self.classifier, FreezePlan(frozenset(self.recipe.trainable), bn="train"))
@@ -490,12 +498,12 @@ class _Training:
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def _shipping_weights(self) -> AbstractContextManager[None]:
-        """Put the weights that would ship now into the classifier: the moving average, where there is one."""
+        """Load the weights to evaluate into the classifier for the block: the moving average, if there is one."""
         return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
 
     @torch.no_grad()
     def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
-        """Return the loss and metrics on the validation images, in float32 as the exported model computes."""
+        """Return loss and metrics on the validation images, computed in float32 like the exported model."""
         self.classifier.eval()
         logits, indices = [], []
         with closed_after(val) as batches:
@@ -508,7 +516,7 @@ class _Training:
 
     @torch.no_grad()
     def _answer_sample(self) -> None:
-        """Answer the sample with the weights that would ship now; listen to the first batch for channels that are dead."""
+        """Predict the sample with the weights to evaluate, and measure dead channels on its first batch."""
         assert self.sample is not None
         logits: list[np.ndarray] = []
         with self._shipping_weights(), closed_after(self.sample.batches) as batches:
@@ -546,7 +554,7 @@ class _Training:
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
-        """Return images per second since the epoch began in this session."""
+        """Return the images per second of the current epoch in this session."""
         return self.epoch_images / (time.perf_counter() - self.epoch_began_at)
 
     def _log(self, values: Mapping[str, float]) -> None:
@@ -607,7 +615,7 @@ class _Training:
 
 
 def measured(split: str, task: Task, rows: JudgedRows) -> dict[str, float]:
-    """Return the loss (not smoothed), the headline metric, and the share of images that are answered rightly."""
+    """Return the loss without label smoothing, the headline metric, and the share of images that are predicted correctly."""
     told = {metric.key: metric for metric in (task.headline, task.of_images)}
     return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in told.items()}}
 
@@ -615,8 +623,8 @@ def measured(split: str, task: Task, rows: JudgedRows) -> dict[str, float]:
 def improves(values: Mapping[str, float], best: Mapping[str, float], headline: str) -> bool:
     """Return whether `values` has a higher headline metric than `best`, or the same with a lower loss.
 
-    The headline decides because it is what ships: a loss that rises while accuracy still grows is overconfidence, which a
-    temperature fitted afterwards takes away (Guo et al. 2017, arXiv:1706.04599).
+    The metric comes before the loss: a loss that rises while accuracy improves shows overconfidence, which is removed by the
+    temperature that is fitted after training (Guo et al. 2017, arXiv:1706.04599).
     """
     key = f"val/{headline}"
     return not best or (values[key], -values["val/loss"]) > (best[key], -best["val/loss"])
@@ -624,7 +632,7 @@ def improves(values: Mapping[str, float], best: Mapping[str, float], headline: s
 
 @contextmanager
 def closed_after(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
-    """Yield an iterator over the batches; when the block ends, the threads that load them stop."""
+    """Yield an iterator over the batches, and stop the threads that load them when the block ends."""
     iterator = iter(batches)
     try:
         yield iterator

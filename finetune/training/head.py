@@ -1,4 +1,4 @@
-"""Solve the head of a run on the frozen features of its images, and record how. Torch-free."""
+"""Solve the head of a run on the frozen features of its images, and record the result. Torch-free."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from finetune.training.sample import LARGEST, choose_sample
 def solve_head(
     prefix: Prefix, preprocess: Preprocess, recipe: Recipe, context: TrainingContext
 ) -> tuple[SolvedHead, TrainingCost]:
-    """Fit the head that `recipe` begins with, or consists of, and record how; return it with what it takes.
+    """Solve the head on frozen features, record it in the run folder, and return it with its cost.
+
+    The features of the training, validation and, on a CPU, test images are also searched for near-duplicates, for the diagnosis.
 
     Args:
-        prefix: from pixels to the embedding that the head is given.
+        prefix: the whole backbone with pooling, from pixels to the embedding.
+        preprocess: of images in evaluation; `recipe.views` augmented views of training images are added if no steps follow.
     """
     train, val = context.dataset.of("train"), context.dataset.of("val")
     seen = Views(preprocess)
-    n_views = 1 if recipe.n_steps else recipe.views  # steps bring the augmentation; the head before them needs none
+    n_views = 1 if recipe.n_steps else recipe.views  # if steps follow, they train on augmented images
     views = replace(seen, augment=context.augment, count=n_views) if n_views > 1 else seen
     spent: list[Seconds] = []
     matrix = np.empty((len(train) * n_views + len(val), *prefix.row_shape), np.float32)
@@ -64,7 +67,7 @@ def solve_head(
         head = replace(head, bias=(head.bias - offsets).astype(np.float32), held_out_logits=held_out)
     cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
-    if not recipe.n_steps:  # else the training loop answers the sample itself
+    if not recipe.n_steps:  # else the training loop predicts the sample itself
         logits = head_logits(sampled, head.weight, head.bias)
         write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
     return head, cost
@@ -73,10 +76,10 @@ def solve_head(
 def _compare_with_training(
     prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
 ) -> None:
-    """Write down the nearest training image of each held-out one, from which the diagnosis tells a leak."""
+    """Write the nearest training image of each held-out image, with which the diagnosis finds leaks between splits."""
     train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
     held_out = [(val, val_features)] if val_features is not None else []
-    if test and context.compute.device == "cpu":  # where the check of the files has computed the features of all images
+    if test and context.compute.device == "cpu":  # then the features of all images were computed when the files were checked
         held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
 
@@ -97,7 +100,7 @@ def _features(
 
 
 def features_of_head(journal: Sequence[Mapping[str, Any]]) -> Seconds:
-    """Return what the features of a solved head take, from the lines of the run's ``metrics.jsonl``; zero without such a head."""
+    """Return the seconds for the features of a solved head from the lines of ``metrics.jsonl``; zero if no head was solved."""
     values: Mapping[str, float] = next((line["values"] for line in journal if "head/l2" in line["values"]), {})
     return Seconds(values.get("head/feature_seconds", 0.0), values.get("head/feature_cpu_seconds", 0.0))
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGINT and SIGTERM become a flag that the training loop reads between steps."""
+"""Turn SIGINT and SIGTERM into a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and did so after writing a checkpoint."""
+    """The run was asked to stop, and has stopped. The training loop writes a checkpoint before it raises this to its caller."""
 
 
 class StopRequest:
-    """Set by the first signal while listening; a second one interrupts at once, wherever the program is."""
+    """A flag that the first signal sets; a second signal raises `KeyboardInterrupt` at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive signals in the block. Outside the main thread Python delivers none: there the request is never set."""
+        """Receive signals during the block. Python delivers signals to the main thread only; in others the flag is never set."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -33,10 +33,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """Stop here if a signal has arrived.
+        """Raise an error if a signal has arrived.
 
         Raises:
-            Interrupted: one has.
+            Interrupted: a signal has arrived.
         """
         if self.received is not None:
             raise Interrupted(f"stopped by {self.received.name}")

@@ -1,7 +1,8 @@
-"""How to compute on this machine: device, precision, memory layout and threads, chosen once and then kept with the run.
+"""Choose precision, memory layout and threads for training on this machine, once per run; a resumed run keeps them.
 
-Lower precision is offered only where the processor has instructions for it: without them bfloat16 is emulated, hundreds of times
-slower. Where a run is long enough to pay for it, the choice is measured: a few training steps of each candidate, in turn.
+bfloat16 is a candidate only if the processor has instructions for it, because its emulation is hundreds of times slower. If the
+run is long enough, a few training steps of each candidate are timed and the fastest is used; a short run uses float32, channels
+last.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from finetune.training.compute import Compute
 from finetune.training.memory import retaining_memory
 from finetune.training.recipe import Recipe, freeze_plan
 
-WORTH_MEASURING_STEPS = 200  # shorter runs cost less than the measurement
+WORTH_MEASURING_STEPS = 200  # in a shorter run the measurement costs more than it saves
 MEASURED_IMAGES = 16  # at most, per step
-CLEARLY_FASTER = 1.05
-ROUNDS = 3  # the first warms up and does not count
+CLEARLY_FASTER = 1.05  # ratio of images per second
+ROUNDS = 3  # the first is a warm-up and is not counted
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -37,7 +38,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Numerics:
-    """How the numbers of training are computed: where, how precisely, in which memory layout, on how many threads."""
+    """Device, precision, memory layout and number of threads of training."""
 
     device: Device = "cpu"
     precision: Precision = "float32"
@@ -54,14 +55,14 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one candidate did: images per second, the median of the rounds."""
+    """The measured speed of one candidate: images per second, the median of the rounds."""
 
     numerics: Numerics
     images_per_second: float
 
 
 def computes_bfloat16(device: Device) -> bool:
-    """Return whether the hardware itself multiplies bfloat16; emulation does not count."""
+    """Return whether the hardware has instructions for bfloat16; emulation does not count."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -69,14 +70,14 @@ def computes_bfloat16(device: Device) -> bool:
 
 
 def plain_numerics(compute: Compute) -> Numerics:
-    """Return float32, for what is computed once and compared."""
+    """Return float32 on the resolved device and threads, without measuring."""
     return Numerics(compute.device, "float32", threads=compute.threads)
 
 
 def candidate_numerics(
     device: Device, precision: Precision | Literal["auto"], threads: int, *, bfloat16: bool
 ) -> tuple[Numerics, ...]:
-    """Return the numerics to choose among, the plainest first."""
+    """Return the candidates, the simplest first: float32 before bfloat16, channels first before channels last."""
     precisions: tuple[Precision, ...] = (
         (precision,) if precision != "auto" else ("float32", "bfloat16") if bfloat16 else ("float32",)
     )
@@ -91,10 +92,10 @@ def choose_numerics(
     precision: Precision | Literal["auto"] = "auto",
     threads: int,
 ) -> tuple[Numerics, tuple[Timing, ...]]:
-    """Return the fastest numerics for the last phase of `recipe`, and the timings; short runs are not measured.
+    """Return the fastest numerics for the last phase of `recipe`, and the timings (none for a short run, which is not measured).
 
-    On a CPU the fastest is then measured beside itself with half of the threads: two on one core can be slower than one.
-    The classifier is left as it was: the measured steps are taken by a copy.
+    On a CPU the fastest candidate is then compared with the same on half of the threads, which is faster if two threads share a
+    core. A copy of the classifier is measured, so the classifier itself does not change.
     """
     candidates = candidate_numerics(device, precision, threads, bfloat16=computes_bfloat16(device))
     if recipe.n_steps < WORTH_MEASURING_STEPS:
@@ -108,7 +109,7 @@ def choose_numerics(
 
 
 def fastest(timings: Sequence[Timing]) -> Numerics:
-    """Return the fastest numerics; of two within `CLEARLY_FASTER` the plainer, so that noise seldom decides."""
+    """Return the fastest numerics. A later one must be faster by `CLEARLY_FASTER`, so that noise rarely decides."""
     best = timings[0]
     for timing in timings[1:]:
         if timing.images_per_second >= CLEARLY_FASTER * best.images_per_second:
@@ -117,7 +118,7 @@ def fastest(timings: Sequence[Timing]) -> Numerics:
 
 
 def measure(classifier: Classifier, recipe: Recipe, candidates: Sequence[Numerics]) -> tuple[Timing, ...]:
-    """Time training steps of each candidate in turn, so that other load on the machine affects all of them alike."""
+    """Time training steps of the candidates in turn, so that other load on the machine affects all of them alike."""
     trial = copy.deepcopy(classifier).to(candidates[0].device)
     trial.train()
     apply_freeze(trial, freeze_plan(recipe, recipe.phases[-1]))
@@ -146,7 +147,7 @@ def _seconds_of_a_step(trial: Classifier, images: Tensor, numerics: Numerics) ->
 
 
 def place(classifier: Classifier, numerics: Numerics) -> Classifier:
-    """Move the classifier to the device and lay out its weights for training; in place, as `Module.to` does."""
+    """Move the classifier to the device and put its weights into the memory layout, in place; return it."""
     layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
     classifier.to(device=numerics.device)
     for tensor in (*classifier.parameters(), *classifier.buffers()):
@@ -154,19 +155,19 @@ def place(classifier: Classifier, numerics: Numerics) -> Classifier:
             tensor.data = tensor.data.contiguous(memory_format=layout)
     for module in classifier.modules():
         if getattr(module, "inplace", False) and not isinstance(module, nn.ReLU):
-            # their gradients need the input, so in place autograd copies it first; ReLU's need only the output
+            # The gradient of these activations needs their input, so autograd would have to copy it; ReLU's needs the output.
             module.inplace = False  # type: ignore[assignment]
     return classifier
 
 
 def prepare_images(classifier: Classifier, images: Tensor, numerics: Numerics) -> Tensor:
-    """Return images (B, h, w, 3) uint8 as (B, 3, h, w) float32, normalised, laid out as the weights are."""
+    """Return images (B, h, w, 3) uint8 as (B, 3, h, w) float32, normalised, in the memory layout of the weights."""
     layout = torch.channels_last if numerics.channels_last else torch.contiguous_format
     return classifier.normalise(images).contiguous(memory_format=layout)
 
 
 def to_device(array: np.ndarray, numerics: Numerics) -> Tensor:
-    """Return the array as a tensor on the device; a copy to a GPU runs beside the computation."""
+    """Return the array as a tensor on the device; a copy to a GPU is asynchronous."""
     tensor = torch.from_numpy(array)
     if numerics.device == "cpu":
         return tensor
@@ -179,11 +180,11 @@ def autocast(numerics: Numerics) -> torch.autocast:
 
 @contextmanager
 def computing_with(numerics: Numerics) -> Iterator[None]:
-    """Use the numerics' threads in the block and, on a CPU, only algorithms that give the same bits each time."""
+    """Use the threads of `numerics` during the block and, on a CPU, deterministic algorithms only."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(numerics.device == "cpu")
-    # a guard against reading what was never written, at the cost of writing it
+    # filling uninitialised memory would only guard against defects of torch's kernels, and takes time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         with on_threads(numerics.threads):

@@ -1,4 +1,4 @@
-"""What a run measures for its diagnosis alone, as files in ``measurements/`` of the run folder."""
+"""Write the measurements that only the diagnosis of a run uses into ``measurements/`` of the run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.tasks import Task
 from finetune.training.sample import choose_sample
 
 NEIGHBOURS_COLUMNS = ("split", "path", "label", "nearest", "nearest_label", "ratio")
-MOST_HELD_OUT = 2000  # images of a split whose neighbours are looked for
+MOST_HELD_OUT = 2000  # images of a split whose nearest training images are searched
 
 Features = NDArray[np.floating[Any]]
 
@@ -28,7 +28,7 @@ Features = NDArray[np.floating[Any]]
 def write_sample_answers(
     run: RunDir, task: Task, dataset: Dataset, indices: NDArray[np.int64], step: int, logits: NDArray[np.float32]
 ) -> None:
-    """Write the answers (m, C) to the training images at `indices`, given after `step`."""
+    """Write the logits (m, C) of the training images at `indices`, computed after `step`, as a table of predictions."""
     train = dataset.of("train")
     chosen = [train[index] for index in indices]
     table = Predictions(
@@ -49,7 +49,11 @@ def write_neighbours(
     train: tuple[Sequence[Sample], Features],
     held_out: Sequence[tuple[Sequence[Sample], Features]],
 ) -> None:
-    """Write the training image that is most like each image of val and test: a line of ``neighbours.csv`` each."""
+    """Write the nearest training image of each image of val and test, by their features, as the rows of ``neighbours.csv``.
+
+    Args:
+        train, held_out: samples with their features (N, D); `held_out` has one pair per split.
+    """
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(NEIGHBOURS_COLUMNS)

@@ -1,4 +1,4 @@
-"""What is random in a step: seeds and mixup, each a pure function of position: the same (seed, step) gives the same bits."""
+"""The randomness of an optimiser step, its seed and mixup, as pure functions: the same seed and step give the same bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of everything that is random inside optimiser step `step`: dropout, drop path, mixup. Below 2**63."""
+    """Return the seed of all randomness in optimiser step `step` (dropout, drop path, mixup), below 2**63."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -24,10 +24,13 @@ def partners(n: int, alpha: float, seed: int) -> tuple[NDArray[np.int64], float]
 
 
 def mix(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor, float]:
-    """Blend each image with another of the batch: mixup (Zhang et al. 2018, arXiv:1710.09412). `alpha` 0 changes nothing.
+    """Apply mixup (Zhang et al. 2018, arXiv:1710.09412): blend each image with another of the batch.
+
+    Args:
+        alpha: of the beta distribution; 0 leaves the images as they are.
 
     Returns:
-        The images, the targets of the images that were blended in, and the share of each image's own target.
+        The blended images, the targets of the images that were blended in, and the share of each image's own target.
     """
     if alpha == 0.0:
         return images, targets, 1.0

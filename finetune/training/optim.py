@@ -1,7 +1,8 @@
-"""The optimiser: AdamW with parameter groups fixed when training begins, and learning rates that only the step decides.
+"""Build the optimiser: AdamW with parameter groups that never change, and learning rates that depend only on the step.
 
-A group holds the decayed or the undecayed parameters of one stage, or of the head. Groups of stages that thaw later exist from
-the start: while frozen they have no gradient, so AdamW neither moves nor decays them and keeps no state for them.
+A group contains the parameters of one stage, or of the head, that have weight decay, or those that have none. The groups of
+stages that are unfrozen later exist from the start: a frozen parameter has no gradient, so AdamW neither updates nor decays it
+and keeps no state for it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from finetune.training.recipe import Recipe, learning_rates, stage_key, widest_p
 
 
 def group_key(group: ParameterGroup) -> str:
-    """Return the key of a group's learning rate, and of what is logged about it: ``stage0``, ``stage1`` …, ``head``."""
+    """Return the key of a group in learning rates and logged metrics: ``stage0``, ``stage1`` …, ``head``."""
     return HEAD if group.stage is None else stage_key(group.stage)
 
 
 def build_optimizer(classifier: Classifier, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW over the head and every stage that trains in some phase; the classifier is left frozen as in `widest_plan`."""
+    """Return AdamW over the head and every stage that trains in some phase. Applies `widest_plan` to the classifier."""
     apply_freeze(classifier, widest_plan(recipe))
     exempt = _exempt_by_architecture(classifier.backbone.module)
     groups: list[dict[str, Any]] = []
@@ -37,7 +38,7 @@ def build_optimizer(classifier: Classifier, recipe: Recipe) -> torch.optim.AdamW
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> Mapping[str, float]:
-    """Give each group its learning rate at `step`, 0 where the stage is frozen then; returns the rates by group key."""
+    """Set each group's learning rate for `step` (0 if its stage is frozen then), and return the rates by group key."""
     rates = learning_rates(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rates.get(group["key"], 0.0)
@@ -45,6 +46,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
 
 
 def _exempt_by_architecture(module: nn.Module) -> set[str]:
-    """Return the names of what the architecture wants undecayed besides vectors: position embeddings and the like."""
+    """Return the names of matrices that timm exempts from weight decay for this architecture, such as position embeddings."""
     listed = getattr(module, "no_weight_decay", None)
     return {f"backbone.module.{name}" for name in listed()} if callable(listed) else set()

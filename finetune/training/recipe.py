@@ -1,7 +1,7 @@
-"""The recipe: what was asked, every ``auto`` resolved, as phases counted in optimiser steps.
+"""Resolve a request's training into a recipe: phases, counted in optimiser steps, and hyperparameters without any ``auto``.
 
-Pure functions of the request, of facts about data, backbone and machine, and of the backbone's stages. Beside each resolved
-value the recipe keeps where it came from, in words. Knows no tensors and no files: `finetune.training.fit` carries a recipe out.
+All functions are pure: the recipe follows from the request, from facts about data, backbone and machine, and from the backbone's
+stages. For each resolved value the recipe records its source, in words. `finetune.training.fit` carries a recipe out.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Stepped = Partial | Full | Gradual  # the methods that take optimiser steps
 GIVEN = "given"
 REFERENCE_BATCH = 32  # images; the default learning rates are for this batch and scale with its square root (AdamW)
 CLIP_NORM = 1.0
-SMALLER_IMAGES = 0.8  # of the input size, for steps
+SMALLER_IMAGES = 0.8  # size of training images, relative to the input size
 SMALLEST_IMAGE_PX = 128
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the resolution of ``auto`` may depend on; equal facts give equal recipes."""
+    """The facts that ``auto`` is resolved from; equal facts give equal recipes."""
 
     n_train: int
     n_val: int
@@ -42,13 +42,13 @@ class Facts:
     input_size_px: tuple[int, int] = (224, 224)
     resizable: bool = True  # the backbone takes images of other sizes too
     pretrained: bool = True
-    losses: tuple[str, ...] = ("cross_entropy",)  # that the task has, the default first
+    losses: tuple[str, ...] = ("cross_entropy",)  # of the task, the default first
     smooths_labels: bool = True  # whether the task smooths labels by default
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A span of training with one trainable set and one schedule. The head always trains."""
+    """A span of training with one set of trainable stages and one learning rate schedule. The head always trains."""
 
     name: str
     solved: bool  # the head is solved on frozen features: no steps
@@ -72,13 +72,13 @@ HEAD_PHASE = Phase(name="head", solved=True, n_steps=0, n_epochs=0, trainable=()
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that training does, resolved. `sources` maps a field path of the spec to where its value came from."""
+    """Everything that determines training, resolved. `sources` says by field path of the spec where a value comes from."""
 
     method: str
     phases: tuple[Phase, ...]
     seed: int
     batch_size: int
-    train_size_px: tuple[int, int]  # of the images that steps are taken on
+    train_size_px: tuple[int, int]  # (height, width) of the images that steps are taken on
     steps_per_epoch: int
     bn: BatchNormPolicy
     weight_decay: float
@@ -91,7 +91,7 @@ class Recipe:
     views: int
     l2: float | None  # None: chosen by validation
     sources: Mapping[str, str] = field(default_factory=dict)
-    loss: str = "cross_entropy"  # that steps minimise; a solved head has the task's own
+    loss: str = "cross_entropy"  # that steps minimise; a solved head always has the task's convex loss
 
     @property
     def n_steps(self) -> int:
@@ -116,7 +116,11 @@ class Recipe:
         return tuple(sorted({index for phase in self.phases for index in phase.trainable}))
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
-        """Return the phase that optimiser step `step` (from 0) belongs to, and the step's number within it."""
+        """Return the phase that optimiser step `step` (from 0) belongs to, and the number of the step within it (from 0).
+
+        Raises:
+            IndexError: the recipe has no such step.
+        """
         first = 0
         for phase in self.phases:
             if first <= step < first + phase.n_steps:
@@ -129,7 +133,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Recipe:
-        """Return the inverse of `to_dict`, also after a trip through JSON, where tuples became lists and keys texts."""
+        """Return the inverse of `to_dict`, also for values from JSON, in which tuples are lists and keys are strings."""
         return cls(
             **{
                 **given,
@@ -140,7 +144,7 @@ class Recipe:
 
 
 def schedule_factor(step: int, n_steps: int, warmup_fraction: float, decay: Decay) -> float:
-    """Return the share of the peak learning rate at `step` (from 0) of a phase: linear warm-up, then `decay` towards zero."""
+    """Return the factor on the peak learning rate at `step` (from 0) of a phase: linear warm-up, then `decay` towards zero."""
     warmup = round(n_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -156,27 +160,28 @@ def stage_key(index: int) -> str:
 
 
 def learning_rates(recipe: Recipe, step: int) -> dict[str, float]:
-    """Return the learning rates at `step` of what trains then: ``head``, and ``stage0``, ``stage1`` …"""
+    """Return the learning rates at `step`, of ``head`` and of each stage that trains then (``stage0``, ``stage1`` …)."""
     phase, within = recipe.phase_at(step)
     factor = schedule_factor(within, phase.n_steps, phase.warmup_fraction, phase.decay)
     return {HEAD: phase.head_lr * factor, **{stage_key(index): peak * factor for index, peak in phase.stage_lr.items()}}
 
 
 def freeze_plan(recipe: Recipe, phase: Phase) -> FreezePlan:
-    """Return what trains in `phase`; nothing but the recipe decides it, so a resumed run computes it again."""
+    """Return which stages train in `phase`. It follows from the recipe alone, so a resumed run computes it again."""
     return FreezePlan(frozenset(phase.trainable), bn="train" if recipe.bn == "train" else "frozen")
 
 
 def widest_plan(recipe: Recipe) -> FreezePlan:
-    """Return a plan in which every stage trains that trains in some phase."""
+    """Return the plan that trains every stage that trains in some phase."""
     return FreezePlan(frozenset(recipe.trainable))
 
 
 def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> Recipe:
-    """Return the recipe of one method; method ``auto`` is a study of several (`finetune.studies.escalate`).
+    """Return the recipe of a request. Method ``auto`` has none: it is a study of several methods (`finetune.studies.escalate`).
 
     Raises:
-        SpecError: the method names a stage that this backbone does not have, or images are asked for that it cannot take.
+        SpecError: the backbone does not have a stage that the method names, or cannot take images of the requested size; or the
+            task does not have the requested loss.
     """
     if spec.method.type == "auto":
         raise ValueError("method auto has no recipe of its own: it is a study of several methods")
@@ -227,9 +232,12 @@ def resolve_recipe(spec: JobSpec, facts: Facts, stages: Sequence[StageLike]) -> 
 
 
 def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
-    """Return `recipe` for the `n_train` images of train and val together: as many epochs, the L2 strength that was chosen.
+    """Return `recipe` for a refit on train and val together, `n_train` images, with the same number of epochs.
 
-    An epoch of more images has more steps, and what is counted in steps grows with them.
+    An epoch of more images has more steps; every value that is counted in steps is scaled accordingly.
+
+    Args:
+        l2: L2 penalty of the head, as chosen by the earlier run.
     """
     epoch_steps = steps_per_epoch(n_train, recipe.batch_size)
     phases = tuple(replace(phase, n_steps=phase.n_epochs * epoch_steps) for phase in recipe.phases)
@@ -240,10 +248,10 @@ def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
 
 
 def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:
-    """Return which stages train in each phase and for how many epochs, thawing from the top.
+    """Return for each phase of gradual unfreezing, from the top, the stages that train and the number of epochs.
 
-    Several thaw at once where there are fewer epochs than stages; the last phase trains every stage and takes the epochs that
-    are left.
+    If there are fewer epochs than stages, several stages are unfrozen at once. The last phase trains every stage and has the
+    remaining epochs.
     """
     n_phases = min(n_stages, max(1, n_epochs // (epochs_per_stage or 1)))
     each = epochs_per_stage or n_epochs // n_phases
@@ -253,9 +261,10 @@ def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = N
 
 
 def default_layer_decay(n_stages: int) -> float:
-    """Return the factor from a stage's learning rate to that of the one below.
+    """Return the ratio of a stage's learning rate to that of the stage above it.
 
-    It is 0.6 for the default backbone's 8 stages; others have the same ratio from top to bottom, within 0.5 to 0.85.
+    It is 0.6 for the default backbone's 8 stages. For other numbers of stages the ratio between top and bottom stage is the same,
+    as far as the factor stays between 0.5 and 0.85.
     """
     ratio: float = 0.6 ** (7 / max(n_stages - 1, 1))
     return round(min(max(ratio, 0.5), 0.85), 2)
@@ -274,7 +283,7 @@ def _pick(given: Any, default: _Choice[Any]) -> _Choice[Any]:
 def _stepped_phases(
     method: Stepped, hyper: Hyperparameters, facts: Facts, stages: Sequence[StageLike], batch_size: int, epoch_steps: int
 ) -> tuple[tuple[Phase, ...], dict[str, _Choice[Any]]]:
-    """Return the phases that take steps, and the choices that they rest on."""
+    """Return the phases that take steps, and the resolved values that they depend on, by field path of the spec."""
     n_epochs = _pick(hyper.n_epochs, _default_epochs(method, facts, epoch_steps, len(stages)))
     multiplier = _pick(hyper.learning_rate_multiplier, _Choice(1.0, "default: 1"))
     lr = _pick(hyper.learning_rate, _default_learning_rate(facts, batch_size))
@@ -324,7 +333,11 @@ def _batch_size(hyper: Hyperparameters, facts: Facts) -> _Choice[int]:
 
 
 def _refuse_batches_of_one(method: Method, facts: Facts, batch_size: int) -> None:
-    """Refuse batches that batch normalisation cannot learn from."""
+    """Refuse batches of one image if batch normalisation would have to train on them.
+
+    Raises:
+        SpecError: the batch size is 1, and the method trains batch normalisation.
+    """
     if batch_size == 1 and facts.has_batch_norm and isinstance(method, Stepped) and method.bn != "frozen":
         raise SpecError(
             f"hyperparameters.batch_size: 1 is given with method.bn: {method.bn}, and batch normalisation cannot estimate the "
@@ -335,8 +348,11 @@ def _refuse_batches_of_one(method: Method, facts: Facts, batch_size: int) -> Non
 def _train_size(hyper: Hyperparameters, method: Method, facts: Facts) -> _Choice[tuple[int, int]]:
     """Return the size of the images that steps are taken on.
 
-    A random crop shows things larger than evaluation does, so that a somewhat smaller training image shows them as evaluation
-    will (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), at little more than half the cost of a step.
+    A random crop shows objects larger than evaluation does; a somewhat smaller training image shows them at about the same size
+    (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"), and a step then costs little more than half.
+
+    Raises:
+        SpecError: a size is given that the backbone or the method cannot use.
     """
     height, width = facts.input_size_px
     free = isinstance(method, Full | Gradual) and facts.resizable
@@ -360,7 +376,7 @@ def _train_size(hyper: Hyperparameters, method: Method, facts: Facts) -> _Choice
 
 
 def _scaled(size_px: tuple[int, int], short_side_px: int) -> tuple[int, int]:
-    """Return the size of the same shape with this shorter side."""
+    """Return the size (height, width) with the same aspect ratio and this shorter side."""
     height, width = (round(side * short_side_px / min(size_px)) for side in size_px)
     return height, width
 

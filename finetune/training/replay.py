@@ -1,7 +1,7 @@
-"""Training on cached activations: what enters the first trainable stage is read from disk instead of computed again each epoch.
+"""Train on cached activations: the input of the first trainable stage is read from disk instead of computed again in each epoch.
 
-The batches have the order that batches of images would have, and the rest of the network runs on them as it would have, so a run
-on cached views takes the same course as one that computes these views anew, within the rounding of the cache's number format.
+The batches have the same order as batches of images. A run on cached views therefore trains like one that computes the same views
+again, except for the rounding of the cache's number format.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune.training.machine import Numerics
 
 @dataclass(frozen=True)
 class Activations:
-    """What enters the first trainable stage, for every image and view; memory-mapped, so only batches are in memory."""
+    """The input of the first trainable stage for every image and view. It is memory-mapped, so only batches are in memory."""
 
     stage: int  # the cut is before this stage
     rows: Rows  # view k of image i is row i * views + k
@@ -41,10 +41,11 @@ class Activations:
     def train_batches(
         self, batch_size: int, seed: int, classes: NDArray[np.int64] | None = None
     ) -> Callable[[int, int], Iterator[Batch]]:
-        """Return the training batches for `fit`, in the order of `TrainLoader`; image i shows view (i + epoch) mod K.
+        """Return the training batches for `fit`, in the order of `TrainLoader`. Image i has view (i + epoch) mod `views`.
 
         Args:
-            classes: (N,) to be seen equally often; an image that comes again shows its next view.
+            classes: (N,) class of each image, to sample every class equally often; an image that is repeated within an epoch has
+                its next view.
         """
 
         def batches(epoch: int, start_step: int) -> Iterator[Batch]:
@@ -57,10 +58,10 @@ class Activations:
         return batches
 
     def eval_batches(self, batch_size: int, images: NDArray[np.int64] | None = None) -> EvalBatches:
-        """Return batches of every image once, in order, as evaluation sees it.
+        """Return batches of every image once, in order, in its first view, which is not augmented.
 
         Args:
-            images: these alone; the batches' indices then count among them.
+            images: positions of the images to return; the indices of the batches then are positions in this array.
         """
         return EvalBatches(self, batch_size, np.arange(len(self)) if images is None else images)
 
@@ -70,7 +71,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """May be iterated any number of times."""
+    """Batches for evaluation, which can be iterated any number of times."""
 
     activations: Activations
     batch_size: int
@@ -84,13 +85,13 @@ class EvalBatches:
 
 
 def prepare_activation(classifier: Classifier, activation: Tensor, numerics: Numerics) -> Tensor:
-    """Return cached activations as float32, laid out as the weights are; for `fit(prepare=…)`."""
+    """Return cached activations as float32, in the memory layout of the weights; for `fit(prepare=…)`."""
     layout = torch.channels_last if numerics.channels_last and activation.ndim == 4 else torch.contiguous_format
     return activation.float().contiguous(memory_format=layout)
 
 
 class ForwardFrom:
-    """The part of a classifier after the cut: activations -> logits (B, C); for `fit(forward=…)`."""
+    """Compute logits (B, C) from the activations before `stage`, with the rest of the classifier; for `fit(forward=…)`."""
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
@@ -105,10 +106,10 @@ class ForwardFrom:
 def cached_activations(
     classifier: Classifier, stage: int, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations | None:
-    """Return the activations before `stage` for every image and view; None, with an event, where the disk has no room.
+    """Return the activations before `stage` for every image and view; None, with an event, if the disk has no room for them.
 
     Raises:
-        DataError: images that cannot be decoded, each named.
+        DataError: some images cannot be decoded; the error names each.
     """
     try:
         try:
@@ -124,7 +125,7 @@ def cached_activations(
 
 
 class _NoRoom(Exception):
-    """The rows do not fit the cache."""
+    """The activations do not fit into the cache."""
 
 
 def _activations(

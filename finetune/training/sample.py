@@ -1,8 +1,8 @@
-"""A fixed sample of training images, answered now and then as evaluation would: without augmentation, dropout or mixup.
+"""Predict a fixed sample of training images at some steps as in evaluation: without augmentation, dropout or mixup.
 
-What training reports of itself is measured on augmented images while the weights change, so it cannot be compared with another
-run's, nor with the solved head's. The sample can: it is the same images at every point and in every run on the same data. Its
-answers are written as tables of predictions (``measurements/train-step-*.npz``), from which `finetune.evaluation.diagnose` works.
+The training metrics are measured on augmented images while the weights change, so they cannot be compared with those of another
+run or of the solved head. The metrics on the sample can: it consists of the same images at every step and in every run on the
+same data. The predictions are written as tables (``measurements/train-step-*.npz``) for `finetune.evaluation.diagnose`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from finetune.data.dataset import Sample
 from finetune.data.loader import Batch
 from finetune.training.recipe import Recipe
 
-SHARE_OF_TRAINING = 0.01  # that the sample may cost, in forward passes
-STEP_COST = 3  # forward passes that a training step costs an image
+SHARE_OF_TRAINING = 0.01  # of the cost of training that the sample may add
+STEP_COST = 3  # cost of a training step on one image, in forward passes
 SMALLEST, LARGEST = 32, 512  # images
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Which training images are looked at, and after which steps; besides those, always where training ends."""
+    """The training images to predict, and the steps after which they are predicted; they are also predicted at the end."""
 
     indices: NDArray[np.int64]  # positions among the training images
     steps: frozenset[int]
@@ -32,18 +32,18 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """The sample as `finetune.training.fit` uses it."""
+    """The sample as `finetune.training.fit` uses it: its plan, its batches, and a function that stores the logits."""
 
     plan: SamplePlan
-    batches: Iterable[Batch]  # their ``indices`` count within the sample
-    keep: Callable[[int, NDArray[np.float32]], object]  # (step, logits (m, C)) -> written down
+    batches: Iterable[Batch]  # their ``indices`` are positions in the sample
+    keep: Callable[[int, NDArray[np.float32]], object]  # called with (step, logits (m, C)) to write them
 
 
 def plan_sample(recipe: Recipe, samples: Sequence[Sample], input_size_px: tuple[int, int], size: int | None = None) -> SamplePlan:
-    """Choose the images and the points so that all of it costs about a hundredth of the training.
+    """Choose images and steps so that predicting the sample costs about `SHARE_OF_TRAINING` of the training.
 
     Args:
-        size: so many images, whatever they cost.
+        size: number of images, whatever they cost; None: as many as the budget allows.
     """
     ends = [epoch * recipe.steps_per_epoch for epoch in _looked_at(recipe.n_epochs)]
     budget = _affordable_images(recipe, input_size_px)
@@ -55,19 +55,19 @@ def plan_sample(recipe: Recipe, samples: Sequence[Sample], input_size_px: tuple[
 
 
 def choose_sample(samples: Sequence[Sample], size: int) -> NDArray[np.int64]:
-    """Return the positions of `size` images. Their bytes decide, so a smaller sample of the same data is part of a larger one."""
+    """Return the positions of `size` images, the first by sha256; a smaller sample of the same data is part of a larger one."""
     order = sorted(range(len(samples)), key=lambda index: (samples[index].sha256, samples[index].id))
     return np.sort(np.array(order[:size], dtype=np.int64))
 
 
 def _looked_at(n_epochs: int) -> list[int]:
-    """Return epochs 1, 2, 4, 8 … and the last."""
+    """Return the epochs after which the sample is predicted: 1, 2, 4, 8 … and the last."""
     doubling = [2**power for power in range(n_epochs.bit_length()) if 2**power < n_epochs]
     return [*doubling, n_epochs] if n_epochs else []
 
 
 def _affordable_images(recipe: Recipe, input_size_px: tuple[int, int]) -> int:
-    """Return how many images may be answered in all; training images may be smaller than evaluated ones."""
+    """Return how many images may be predicted in all, considering that training images may be smaller than evaluated ones."""
     height, width = recipe.train_size_px
     relative_size = height * width / (input_size_px[0] * input_size_px[1])
     return int(SHARE_OF_TRAINING * STEP_COST * recipe.n_steps * recipe.batch_size * relative_size)

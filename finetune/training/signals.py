@@ -1,7 +1,7 @@
-"""What the gradients look like, stage by stage: the raw material for diagnosis, sampled every few steps.
+"""Measure gradients, weights and updates of each stage at some steps, for the diagnosis.
 
-For each group (``stage0`` … ``head``) that trains: the norm of its gradient (before clipping), the norm of its weights, and its
-update ratio, which is the norm of the step just taken over the norm of the weights.
+For each group that trains (``stage0`` … ``head``) these are the norm of its gradient before clipping, the norm of its weights,
+and its update ratio: the norm of the update divided by the norm of the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Parameters = Mapping[str, Sequence[nn.Parameter]]  # by key
 
 
 class StepMeter:
-    """Made between backward pass and step; `measure` after the step."""
+    """Measures one optimiser step. Construct it between the backward pass and the step, and call `measure` after the step."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters

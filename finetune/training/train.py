@@ -1,7 +1,7 @@
-"""Carry out a recipe that takes optimiser steps, after a solved head or without one.
+"""Carry out a recipe that takes optimiser steps, with or without a solved head before them.
 
-Brings together the solved head (`finetune.training.head`), the frozen prefix (`finetune.features.rows`) and the training loop
-(`finetune.training.fit`), which do not know each other.
+This module connects the solved head (`finetune.training.head`), the frozen prefix (`finetune.features.rows`) and the training
+loop (`finetune.training.fit`), which do not depend on each other.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def train(
     decided: Choices | None = None,
     graph: GraphSource | None = None,
 ) -> Trained:
-    """Train `classifier` in place, as `recipe` says, or go on where an earlier session of the same run stopped.
+    """Train `classifier` in place as `recipe` says, or resume the training that an earlier attempt at the same run began.
 
-    Afterwards it holds the chosen weights and is in eval mode.
+    Afterwards the classifier has the chosen weights and is in eval mode.
 
     Args:
-        decided: what an earlier run chose; then nothing is chosen here, and the dataset needs no val split.
-        graph: gives the untrained classifier as one ONNX file; spares the prefix engine an export of its own.
+        decided: what an earlier run chose on its validation images; then nothing is chosen here, and the dataset needs no val
+            split.
+        graph: returns the untrained classifier as an ONNX file; without it the frozen prefix is exported once more.
     """
     apply_freeze(classifier, widest_plan(recipe))
     before = frozen_digest(classifier)
@@ -78,7 +79,7 @@ def train(
 
 @dataclass
 class _HeadSolver:
-    """Puts the solved head into a classifier, and remembers how it was found."""
+    """Solves the head of a classifier and copies it into the classifier; `head` is the solution."""
 
     recipe: Recipe
     context: TrainingContext
@@ -86,7 +87,7 @@ class _HeadSolver:
     head: SolvedHead | None = None
 
     def __call__(self, classifier: Classifier) -> Seconds:
-        """Solve the head; return the seconds without those of its features."""
+        """Solve the head; return the seconds that this took, without those of computing the features."""
         prefix = embedding_prefix(classifier, self.graph)
         self.head, cost = solve_head(prefix, classifier.backbone.preprocess, self.recipe, self.context)
         with torch.no_grad():
@@ -98,10 +99,10 @@ class _HeadSolver:
 def _take_steps(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, decided: Choices | None, solver: _HeadSolver
 ) -> tuple[Fitted, Seconds]:
-    """Run the training loop: on cached activations where a frozen prefix stands before what trains, else on images.
+    """Run the training loop, on cached activations if there is a frozen prefix and they fit on the disk, else on images.
 
     Returns:
-        What it came to, and what computing the activations takes.
+        The result of training, and the seconds that computing the activations takes.
     """
     spent: list[Seconds] = []
 
@@ -162,11 +163,11 @@ def _measured_numerics(classifier: Classifier, recipe: Recipe, context: Training
 
 @dataclass(frozen=True)
 class _BatchSource:
-    """Where batches come from, and how one of them becomes logits."""
+    """The batches of the training loop, and the functions that compute logits from a batch."""
 
     train: TrainBatches
     val: Iterable[Batch]
-    sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # these training images, as evaluation sees them
+    sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # training images at these positions, preprocessed as for evaluation
     prepare: Prepare
     forward: Forward
 
@@ -193,7 +194,7 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
 def _cached_source(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, spent: Callable[[Seconds], None]
 ) -> _BatchSource | None:
-    """Return batches of what enters the first stage that trains; None where that is the image, or it does not fit the disk."""
+    """Return batches of cached inputs of the first trainable stage; None if those are the images, or if the disk has no room."""
     if recipe.mixup or classifier.aux is not None or not recipe.trainable:  # the first two need the images themselves
         return None
     train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features(spent)
@@ -204,7 +205,7 @@ def _cached_source(
     if plan.stage is None:
         return None
     trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), features)
-    judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # none where nothing is chosen
+    judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # without rows if there is no val split
     if trained_on is None or judged_on is None:
         return None
     batches = trained_on.train_batches(recipe.batch_size, recipe.seed, _sampled_classes(context))
@@ -214,5 +215,5 @@ def _cached_source(
 
 
 def _sampled_classes(context: TrainingContext) -> NDArray[np.int64] | None:
-    """Return the classes of the training images where steps are to see every class equally often."""
+    """Return the class of each training image if the request samples classes equally often; else None."""
     return context.targets(context.dataset.of("train")) if context.balance.sampled else None

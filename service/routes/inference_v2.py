@@ -12,6 +12,7 @@ from finetune.errors import BundleError, NotFound, NotReady
 from service.middleware.auth import Caller, caller_with
 from service.models import LoadedModel
 from service.oip import HEADER_LENGTH, infer, model_metadata, parse_request, server_metadata
+from service.predictions import statistics_of_model
 from service.problems import RESPONSES
 from service.state import ServerState
 
@@ -81,8 +82,9 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         server = _state(request)
         model = await _model(request, name, version)
         asked = parse_request(await request.body(), request.headers.get(HEADER_LENGTH))
-        body, head_length = await server.queue.run(infer, model, asked, server.image_limits)
+        body, head_length, found = await server.queue.run(infer, model, asked, server.image_limits)
         server.metrics.predicted(model.name, model.version, "named", len(asked.files) or len(asked.pixels))  # type: ignore[arg-type]
+        server.drift.observe(model, [statistics_of_model(model, found.probs, found.embedding)])
         if head_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head_length)})

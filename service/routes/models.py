@@ -16,6 +16,7 @@ from finetune.bundle.registry import LATEST, ModelVersion
 from finetune.errors import Conflict, NotFound
 from finetune.evaluation.predictions import read
 from finetune.evaluation.tables import csv_lines
+from finetune.monitoring.watched import drift_document
 from finetune.promotion import promote
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
@@ -29,6 +30,7 @@ from service.results import (
     resolved_hyperparameters,
     run_of,
 )
+from service.schemas.drift import DriftDocument
 from service.schemas.models import (
     Abstention,
     AliasTarget,
@@ -89,6 +91,13 @@ def get_card(caller: Reading, server: Server, name: str, version: str) -> PlainT
     """Return the model card as Markdown: what the bundle records of how it was made, how good it is, and its licence."""
     found = find_model(server, caller, f"{name}@{version}")
     return PlainTextResponse(model_card(read_manifest(found.path)), media_type="text/markdown")
+
+
+@models_router.get("/{name}/versions/{version}/drift")
+def get_drift(caller: Reading, server: Server, name: str, version: str) -> DriftDocument:
+    """Return whether the live answers of a version have drifted away from its answers to images that did not train it."""
+    found = find_model(server, caller, f"{name}@{version}")
+    return DriftDocument.model_validate(drift_document(found, server.drift.drift(found)))
 
 
 def _version_document(server: ServerState, found: ModelVersion) -> VersionDocument:

@@ -108,6 +108,7 @@ async def _answer(
         if shadow is not None:
             server.shadows.compare(shadow, upload, answer)
     server.metrics.predicted(model.name, model.version, role, len(upload.images))
+    server.drift.observe(model, [stages.statistics for stages in upload.stages])
     for stages in upload.stages:
         server.metrics.stage_seconds.labels("load").observe(stages.load_seconds)
         server.metrics.stage_seconds.labels("run").observe(stages.run_seconds)

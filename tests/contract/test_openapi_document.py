@@ -53,6 +53,7 @@ SURFACE = {
     "/v1/models/{name}/predict": {"post"},
     "/predict": {"post"},
     "/v1/models/{name}/versions/{version}": {"get"},
+    "/v1/models/{name}/versions/{version}/drift": {"get"},
     "/v1/models/{name}/versions/{version}/report": {"get"},
     "/v1/models/{name}/versions/{version}/bundle": {"get"},
     "/v1/models/{name}/versions/{version}/predictions": {"get"},

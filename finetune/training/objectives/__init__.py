@@ -1,4 +1,4 @@
-"""What training minimises, for each task: its loss in torch. One module for each task, under its name."""
+"""The training objective of each task: its loss and link function in torch. One module for each task."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from finetune.tasks.balance import Balance
 
 @dataclass(frozen=True, eq=False)
 class MulticlassObjective:
-    """Cross entropy over classes that exclude each other, with what is done about classes of different size."""
+    """Softmax cross entropy, with class weights or logit offsets for classes of unequal size."""
 
     task: ClassVar[str] = "multiclass"
     balance: Balance = field(default_factory=Balance)
@@ -52,7 +52,8 @@ class MulticlassObjective:
         if self.balance.weights is None:
             return losses.mean()
         weights = torch.as_tensor(self.balance.weights, dtype=torch.float32, device=logits.device)
-        # Torch's own class weights divide by the weights in the batch, which lets a batch without rare classes count as much.
+        # The mean over images, not `F.cross_entropy(weight=…)`: that divides by the sum of the weights in the batch, so that a
+        # batch without rare classes would count as much as one with them.
         return (weights[targets] * losses).mean()
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,17 +13,17 @@ from finetune.tasks.balance import Balance
 
 LossName = Literal["binary_cross_entropy", "asymmetric"]
 
-# Ridnik et al. 2021, "Asymmetric loss for multi-label classification" (ICCV, arXiv:2009.14119): an absent label that is already
-# improbable counts next to nothing, so that the many absent labels do not drown the few that apply. The paper's values; present
-# labels have plain cross entropy there (an exponent of 0).
-FOCUS_ABSENT = 4.0
-MARGIN = 0.05  # by which the probability of an absent label is lowered
+# Ridnik et al. 2021, "Asymmetric loss for multi-label classification" (ICCV, arXiv:2009.14119): an absent label that already has
+# a low probability contributes almost nothing to the loss, so that the many absent labels do not outweigh the few present ones.
+# The values are the paper's, which uses plain cross entropy for present labels (an exponent of 0).
+FOCUS_ABSENT = 4.0  # the exponent for absent labels
+MARGIN = 0.05  # is subtracted from the probability of an absent label
 _SMALLEST_PROBABILITY = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class MultilabelObjective:
-    """The mean over images and labels of one yes or no each, with what is done about rare labels."""
+    """The mean over images and labels of a binary loss, with weights or logit offsets for rare labels."""
 
     task: ClassVar[str] = "multilabel"
     balance: Balance = field(default_factory=Balance)

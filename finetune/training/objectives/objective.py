@@ -1,4 +1,4 @@
-"""The protocol of a training objective: the side of a task that needs torch."""
+"""The protocol of a training objective: the part of a task that needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.tasks.balance import Balance
 
 
 class Objective(Protocol):
-    """Loss and link function of one task. Targets are encoded as the task encodes them."""
+    """Loss and link function of one task, for targets as the task encodes them."""
 
     @property
     def task(self) -> str:
@@ -18,11 +18,11 @@ class Objective(Protocol):
         ...
 
     def minimising(self, loss: str) -> Objective:
-        """Return the objective with this loss, one of those that the task names."""
+        """Return the objective with this loss, one of `Task.losses`."""
         ...
 
     def balanced(self, balance: Balance) -> Objective:
-        """Return the objective with this done about classes of different size."""
+        """Return the objective with these class weights or logit offsets."""
         ...
 
     def loss(
@@ -34,18 +34,19 @@ class Objective(Protocol):
         label_smoothing: float,
         image_weights: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return the mean loss of logits (B, C), in float32.
+        """Return the mean loss of logits (B, C), a scalar float32 tensor.
 
         Args:
-            other_targets, share: with mixup, the targets of the image that was blended in, and the share of the image's own.
-            image_weights: (B,) each: of the images and of those that were blended in; None weighs all the same.
+            other_targets: with mixup, the targets of the images that were blended in.
+            share: with mixup, the share of each image's own target; 1 without.
+            image_weights: (B,) each, of the images and with mixup of those that were blended in; None: all equal.
         """
         ...
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return how many of B images are answered rightly, as the task's `of_images` counts; a scalar tensor."""
+        """Return how many of B images are predicted correctly, as the task's metric `of_images` counts; a scalar tensor."""
         ...
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C) logits to probabilities: the link function, as it is exported."""
+        """Return the probabilities (B, C) of logits (B, C): the link function, as it is exported."""
         ...

@@ -1,0 +1,51 @@
+"""From a table of predictions to the reference that live answers are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.evaluation.predictions import Predictions
+from finetune.metrics.novelty import Subspace, held_out_distances, known_images
+from finetune.monitoring.answers import AnswerStatistics, statistics_of
+from finetune.monitoring.reference import MAX_IMAGES, MIN_IMAGES, Reference
+from finetune.tasks import task_named
+
+
+def reference_of(
+    predictions: Predictions,
+    temperature: float,
+    subspace: Subspace | None,
+    thresholds: tuple[float, ...] | None = None,
+    *,
+    fitted_on_these: bool = False,
+) -> Reference | None:
+    """Return the reference that answers to held-out images give; None where they are too few or not finite.
+
+    Args:
+        temperature: that the bundle makes probabilities with.
+        subspace: where the embeddings of known images lie; None where the bundle has none, or where the embeddings in the table
+            are not those that the exported model gives.
+        thresholds: of the probabilities, where an image may have several labels.
+        fitted_on_these: the subspace was fitted to these embeddings, so their distances are measured from subspaces that were
+            fitted without them.
+    """
+    if len(predictions) < MIN_IMAGES or not np.isfinite(predictions.logits).all():
+        return None
+    rows = np.arange(len(predictions))
+    if fitted_on_these and subspace is not None and predictions.embedding is not None:
+        rows = known_images(len(predictions))  # those that the subspace was fitted to
+    elif len(predictions) > MAX_IMAGES:
+        rows = np.linspace(0, len(predictions) - 1, MAX_IMAGES).round().astype(np.int64)
+    kept = predictions.take(rows)
+    probs = task_named(kept.task).probabilities(kept.logits, temperature)
+    answers = statistics_of(kept.task, probs, kept.embedding, subspace, thresholds)
+    if fitted_on_these and subspace is not None and kept.embedding is not None:
+        answers = _with_distances(answers, held_out_distances(kept.embedding))
+    return Reference(kept.split, answers)
+
+
+def _with_distances(answers: AnswerStatistics, distances: NDArray[np.float64]) -> AnswerStatistics:
+    return replace(answers, distance=distances.astype(np.float32))

@@ -1,0 +1,101 @@
+"""What is kept of an answer to watch for drift: a few numbers an image, never the image.
+
+The same numbers are taken from held-out images, when a model is exported (`reference`), and from live ones (`window`).
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.metrics.novelty import Subspace
+from finetune.storage.files import write_atomic
+from finetune.tasks import task_named
+
+
+@dataclass(frozen=True)
+class AnswerStatistics:
+    """What is kept of N answers."""
+
+    confidence: NDArray[np.float32]  # (N,) probability of the most probable class
+    label: NDArray[np.int32]  # (N,) index of the most probable class
+    distance: NDArray[np.float32]  # (N,) of the embedding from those of known images (`finetune.metrics.novelty`); NaN: unknown
+    given: NDArray[np.bool_] | None = None  # (N, C) the labels given; None where an image has exactly one
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    def last(self, n: int) -> AnswerStatistics:
+        """Return the newest `n` of them."""
+        kept = slice(max(0, len(self) - n), None)
+        given = None if self.given is None else self.given[kept]
+        return AnswerStatistics(self.confidence[kept], self.label[kept], self.distance[kept], given)
+
+
+def statistics_of(
+    task: str,
+    probs: NDArray[np.floating[Any]],
+    embeddings: NDArray[np.floating[Any]] | None,
+    subspace: Subspace | None,
+    thresholds: Sequence[float] | None = None,
+) -> AnswerStatistics:
+    """Return what is kept of N answers.
+
+    Args:
+        probs, embeddings: (N, C) and (N, D).
+        subspace: where the embeddings of known images lie; None where the bundle does not say it.
+        thresholds: the probability from which on each label is given, where an image may have several.
+    """
+    known = subspace is not None and embeddings is not None
+    distance = subspace.distances(embeddings) if known else np.full(len(probs), np.nan)  # type: ignore[union-attr, arg-type]
+    given = None
+    if not task_named(task).exclusive:
+        given = probs >= np.asarray(thresholds if thresholds is not None else (0.5,) * probs.shape[1])
+    return AnswerStatistics(
+        probs.max(axis=1).astype(np.float32), probs.argmax(axis=1).astype(np.int32), distance.astype(np.float32), given
+    )
+
+
+def concatenated(parts: Sequence[AnswerStatistics]) -> AnswerStatistics:
+    """Return several as one, in their order; at least one is needed, all of one model."""
+    given = [part.given for part in parts if part.given is not None]
+    return AnswerStatistics(
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.label for part in parts]),
+        np.concatenate([part.distance for part in parts]),
+        np.concatenate(given) if given else None,
+    )
+
+
+def write_statistics(path: Path, statistics: AnswerStatistics, **more: NDArray[Any]) -> None:
+    """Write statistics, and `more` arrays beside them, as one ``.npz`` file without pickle, whole or not at all."""
+    arrays: dict[str, Any] = {
+        "confidence": statistics.confidence, "label": statistics.label, "distance": statistics.distance, **more,
+    }  # fmt: skip
+    if statistics.given is not None:
+        arrays |= {"given": np.packbits(statistics.given, axis=1), "n_classes": np.array(statistics.given.shape[1])}
+    write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
+
+
+def read_statistics(data: bytes) -> tuple[AnswerStatistics, dict[str, NDArray[Any]]]:
+    """Return the inverse of `write_statistics`, for the contents of a file.
+
+    Raises:
+        ValueError, KeyError, EOFError, zipfile.BadZipFile: it is not one.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as loaded:
+        arrays = {name: loaded[name] for name in loaded.files}
+    given = None
+    if "given" in arrays:
+        given = np.unpackbits(arrays.pop("given"), axis=1, count=int(arrays.pop("n_classes"))).astype(bool)
+    found = AnswerStatistics(arrays.pop("confidence"), arrays.pop("label"), arrays.pop("distance"), given)
+    if not len(found.confidence) == len(found.label) == len(found.distance) == (len(found) if given is None else len(given)):
+        raise ValueError("its columns have different lengths")
+    return found, arrays

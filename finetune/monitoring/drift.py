@@ -1,0 +1,182 @@
+"""Compare the live answers of a model with its reference, and say in a sentence whether they have drifted apart.
+
+Drift is reported where a test is significant over all tests of the window (Holm, `ALPHA`) and its effect reaches a threshold.
+The tests and their sources are in `finetune.metrics.drift`; ``docs/monitoring.md`` says how often they are wrong, as measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from finetune.messages import plural
+from finetune.metrics.drift import holm, homogeneity_test, ks_test, labels_test, population_stability_index
+from finetune.monitoring.answers import AnswerStatistics
+from finetune.monitoring.reference import Reference
+from finetune.monitoring.window import WINDOW_IMAGES, Window
+
+MIN_WINDOW = 200
+"""Live images below which nothing is said: they could not show a difference that matters."""
+ALPHA = 0.001
+"""The probability of an alarm in one window although nothing has changed, at most. Low, because windows are many."""
+KS_THRESHOLD = 0.1
+PSI_THRESHOLD = 0.2
+SHARE_THRESHOLD = 0.1
+
+State = Literal["no_reference", "collecting", "steady", "drifted"]
+EffectMeasure = Literal["ks_distance", "population_stability_index", "share_difference"]
+
+_WHAT = {
+    "confidence": "the probability of the most probable class",
+    "classes": "which classes are predicted",
+    "embedding": "how unlike known images the embeddings are",
+    "labels": "how often each label is given",
+    "labels_per_image": "how many labels an image is given",
+}
+_SAID = {
+    "confidence": "how sure it is",
+    "classes": "which classes it predicts",
+    "embedding": "how unlike known images the pictures are",
+    "labels": "which labels it gives",
+    "labels_per_image": "how many labels it gives",
+}
+
+
+@dataclass(frozen=True)
+class DriftTest:
+    """One comparison of live answers with the reference."""
+
+    name: str
+    what: str
+    test: str
+    statistic: float
+    p: float
+    adjusted_p: float  # for the number of tests (Holm)
+    effect: float
+    effect_measure: EffectMeasure
+    threshold: float  # of the effect
+    drifted: bool
+
+
+@dataclass(frozen=True)
+class HourSummary:
+    """What one hour's answers came to."""
+
+    at: int
+    n: int
+    mean_confidence: float
+    unlike_share: float | None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether a version's live answers differ from those to held-out images."""
+
+    state: State
+    sentence: str
+    n: int  # live images compared
+    n_needed: int
+    n_seen: int  # live images in all
+    window: int  # images that are compared at most
+    reference_split: str | None
+    reference_n: int
+    alpha: float
+    drifted_since: float | None  # Unix seconds
+    tests: tuple[DriftTest, ...]
+    hours: tuple[HourSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+
+def drift_of(reference: Reference | None, window: Window) -> Drift:
+    """Compare the answers in a window with the reference."""
+    tests: tuple[DriftTest, ...] = ()
+    if reference is None:
+        state: State = "no_reference"
+    elif len(window) < MIN_WINDOW:
+        state = "collecting"
+    else:
+        tests = compare(reference, window.answers())
+        state = "drifted" if any(test.drifted for test in tests) else "steady"
+    return Drift(
+        state=state,
+        sentence=_sentence(state, reference, window, tests),
+        n=len(window),
+        n_needed=MIN_WINDOW,
+        n_seen=window.n_seen,
+        window=WINDOW_IMAGES,
+        reference_split=None if reference is None else reference.split,
+        reference_n=0 if reference is None else len(reference),
+        alpha=ALPHA,
+        drifted_since=window.alarm.since if state == "drifted" else None,
+        tests=tests,
+        hours=tuple(
+            HourSummary(one.at, one.n, one.confidence_sum / one.n, one.n_unlike / one.n if window.knows_unlike else None)
+            for one in sorted(window.hours.values(), key=lambda hour: hour.at)
+        ),
+    )
+
+
+def compare(reference: Reference, live: AnswerStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
+    """Return every test of live answers against the reference; both hold at least one answer."""
+    held_out = reference.answers
+    found = [("confidence", "Kolmogorov-Smirnov", *_ks(held_out.confidence, live.confidence, 3))]
+    if held_out.given is not None and live.given is not None:
+        found += _of_labels(held_out.given, live.given)
+    else:
+        found.append(("classes", "chi-square", *_of_classes(held_out.label, live.label)))
+    known, distances = reference.distances, live.distance[np.isfinite(live.distance)]
+    if known is not None and len(distances):
+        found.append(("embedding", "Kolmogorov-Smirnov", *_ks(known, distances, 4)))
+    adjusted = holm([p for _, _, _, p, *_ in found])
+    return tuple(
+        DriftTest(
+            name, _WHAT[name], test, statistic, p, together, effect, measure, threshold,
+            drifted=together <= alpha and effect >= threshold,
+        )
+        for (name, test, statistic, p, effect, measure, threshold), together in zip(found, adjusted, strict=True)
+    )  # fmt: skip
+
+
+_Found = tuple[float, float, float, EffectMeasure, float]  # statistic, p, effect, its measure, its threshold
+
+
+def _ks(reference: Any, live: Any, decimals: int) -> _Found:
+    """Compare values up to so many decimals: processors differ in the last bits, and 0.9999 is as sure as 0.99999."""
+    distance, p = ks_test(np.round(reference, decimals), np.round(live, decimals))
+    return distance, p, distance, "ks_distance", KS_THRESHOLD
+
+
+def _of_classes(reference: Any, live: Any) -> _Found:
+    n_classes = 1 + int(max(reference.max(), live.max()))
+    counts = [np.bincount(labels, minlength=n_classes) for labels in (reference, live)]
+    statistic, p = homogeneity_test(*counts)
+    return statistic, p, population_stability_index(*counts), "population_stability_index", PSI_THRESHOLD
+
+
+def _of_labels(reference: Any, live: Any) -> list[tuple[str, str, float, float, float, EffectMeasure, float]]:
+    difference, p = labels_test(reference.sum(axis=0), len(reference), live.sum(axis=0), len(live))
+    return [
+        ("labels", "Fisher's exact test of each label", difference, p, difference, "share_difference", SHARE_THRESHOLD),
+        ("labels_per_image", "Kolmogorov-Smirnov", *_ks(reference.sum(axis=1), live.sum(axis=1), 0)),
+    ]
+
+
+def _sentence(state: State, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
+    if reference is None or state == "no_reference":
+        return (
+            "Nothing to compare with: the bundle has no reference. It was made by an earlier version of finetune, or with too "
+            "few images that did not train it; train the model again"
+        )
+    if state == "collecting":
+        return f"Not enough yet: {len(window)} of {MIN_WINDOW} images"
+    compared = f"the last {plural(len(window), 'image')} and the {len(reference):,} {reference.split} images"
+    if state == "steady":
+        return f"No drift: no difference that matters between {compared}"
+    said = [_SAID[test.name] for test in tests if test.drifted]
+    listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+    return f"Drifted: {compared} differ in {listed}"

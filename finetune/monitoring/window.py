@@ -1,0 +1,124 @@
+"""The newest answers of one model version, in constant memory, and what each of the last hours came to."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
+
+WINDOW_IMAGES = 1_000
+HOURS = 48
+HOUR_SECONDS = 3600
+
+
+@dataclass
+class Hour:
+    """What the answers of one hour came to."""
+
+    at: int  # its beginning, Unix seconds
+    n: int = 0
+    confidence_sum: float = 0.0
+    n_unlike: int = 0  # further from known images than 95 % of held-out ones
+
+
+@dataclass
+class Alarm:
+    """Whether drift was found, so that it is told once and not with every image after it."""
+
+    since: float | None = None  # Unix seconds; None: no drift is known
+    last_seen: int = 0  # how many answers there had been when drift was last found
+    looked_at: int = 0  # how many answers there had been when it was last looked for
+
+
+class Window:
+    """The last `WINDOW_IMAGES` answers of one model and the last `HOURS` hours in sums. One thread at a time may use it.
+
+    Args:
+        model_sha256: of the model's file; what was kept of another model under the same name is not this model's.
+        n_classes: of the model. several: an image may have several labels.
+        unlike_beyond: the distance from known images from which on an image counts as unlike them; None: not known.
+    """
+
+    def __init__(self, model_sha256: str, n_classes: int, *, several: bool, unlike_beyond: float | None = None) -> None:
+        self.model_sha256 = model_sha256
+        self.n_seen = 0  # answers in all
+        self.alarm = Alarm()
+        self.hours: dict[int, Hour] = {}
+        self._unlike_beyond = unlike_beyond
+        self._confidence = np.zeros(WINDOW_IMAGES, np.float32)
+        self._label = np.zeros(WINDOW_IMAGES, np.int32)
+        self._distance = np.full(WINDOW_IMAGES, np.nan, np.float32)
+        self._given = np.zeros((WINDOW_IMAGES, n_classes), bool) if several else None
+
+    def __len__(self) -> int:
+        return min(self.n_seen, WINDOW_IMAGES)
+
+    def add(self, answers: AnswerStatistics, at: float) -> None:
+        """Add answers that were given at a time (Unix seconds); the oldest make room."""
+        self._add_to_hour(answers, at)
+        kept = answers.last(WINDOW_IMAGES)
+        places = (self.n_seen + len(answers) - len(kept) + np.arange(len(kept))) % WINDOW_IMAGES
+        self._confidence[places], self._label[places], self._distance[places] = kept.confidence, kept.label, kept.distance
+        if self._given is not None and kept.given is not None:
+            self._given[places] = kept.given
+        self.n_seen += len(answers)
+
+    def _add_to_hour(self, answers: AnswerStatistics, at: float) -> None:
+        begins = int(at) // HOUR_SECONDS * HOUR_SECONDS
+        hour = self.hours.setdefault(begins, Hour(begins))
+        hour.n += len(answers)
+        hour.confidence_sum += float(answers.confidence.sum(dtype=np.float64))
+        if self._unlike_beyond is not None:
+            hour.n_unlike += int((answers.distance > self._unlike_beyond).sum())
+        for old in sorted(self.hours)[:-HOURS]:
+            del self.hours[old]
+
+    @property
+    def knows_unlike(self) -> bool:
+        """Whether hours count what is unlike anything known."""
+        return self._unlike_beyond is not None
+
+    def answers(self) -> AnswerStatistics:
+        """Return a copy of what the window holds, oldest first."""
+        order = self._order()
+        given = None if self._given is None else self._given[order]
+        return AnswerStatistics(self._confidence[order], self._label[order], self._distance[order], given)
+
+    def _order(self) -> NDArray[np.int64]:
+        return (self.n_seen - len(self) + np.arange(len(self))) % WINDOW_IMAGES
+
+    def write(self, path: Path) -> None:
+        """Write the window as one file, whole or not at all."""
+        header: dict[str, Any] = {
+            "schema_version": 1,
+            "model_sha256": self.model_sha256,
+            "n_seen": self.n_seen,
+            "alarm": asdict(self.alarm),
+            "hours": [asdict(hour) for hour in self.hours.values()],
+        }
+        write_statistics(path, self.answers(), header=np.frombuffer(json.dumps(header).encode(), np.uint8))
+
+    def read(self, path: Path) -> None:
+        """Take over what `write` wrote; nothing where there is no such file, or where it is damaged or of another model."""
+        try:
+            answers, arrays = read_statistics(path.read_bytes())
+            header = json.loads(arrays["header"].tobytes())
+            hours = [Hour(**hour) for hour in header["hours"]]
+            alarm, n_seen, sha256 = Alarm(**header["alarm"]), int(header["n_seen"]), header["model_sha256"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return
+        fits = (answers.given is None) == (self._given is None) and len(answers) == min(n_seen, WINDOW_IMAGES)
+        if sha256 != self.model_sha256 or not fits:
+            return
+        if answers.given is not None and self._given is not None and answers.given.shape[1] != self._given.shape[1]:
+            return
+        self.n_seen = n_seen - len(answers)
+        self.add(answers, 0.0)
+        self.hours, self.alarm = {hour.at: hour for hour in hours}, alarm

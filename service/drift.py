@@ -1,0 +1,206 @@
+"""Watch the live answers of each model for drift, beside answering: requests only put a few numbers into a queue.
+
+A thread of its own takes them out, compares, keeps the windows in the workspace, and tells webhooks when drift begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sqlalchemy import select
+
+from finetune.bundle.manifest import MANIFEST
+from finetune.bundle.registry import ModelVersion, Registry
+from finetune.errors import FinetuneError
+from finetune.jobs.database import reading, writing
+from finetune.jobs.outbox import DRIFTED
+from finetune.jobs.schema import webhooks
+from finetune.jobs.webhooks import WebhookStore
+from finetune.monitoring.answers import AnswerStatistics, concatenated
+from finetune.monitoring.drift import Drift
+from finetune.monitoring.watched import Watched
+from finetune.monitoring.window import WINDOW_IMAGES, Window
+from service.models import LoadedModel
+from service.promotions import tell_users
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_IMAGES = 100  # between two looks at a version; each look can be wrong
+KEEP_SECONDS = 60.0  # between two writings of the windows
+_MAX_WAITING = 20_000  # answers that were not looked at yet; the oldest make room
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Answers that were given, by which bundle and when."""
+
+    name: str
+    version: str
+    bundle: Path
+    at: float
+    answers: AnswerStatistics
+
+
+class DriftWatch:
+    """The windows of one server's models. `observe` may be called from any thread; the rest takes a lock.
+
+    Args:
+        seconds: between two looks at what has arrived.
+    """
+
+    def __init__(self, registry: Registry, webhooks_store: Callable[[], WebhookStore], seconds: float = 10.0) -> None:
+        self._registry = registry
+        self._webhooks_store = webhooks_store
+        self._seconds = seconds
+        self._arrived: deque[_Given] = deque(maxlen=_MAX_WAITING)
+        self._lock = threading.Lock()  # over everything below
+        self._watched: dict[Path, Watched] = {}  # by bundle folder
+        self._names: dict[Path, tuple[str, str]] = {}
+        self._found: dict[Path, Drift] = {}  # as it was when it was last looked for
+        self._written_at = time.monotonic()  # when the windows were written
+        self._cannot_write = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="drift", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look at what arrives, in the background."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and keep what the windows hold."""
+        self._stopping.set()
+        self._thread.join()
+        with self._lock:
+            self._take_in()
+            self._keep()
+
+    def observe(self, model: LoadedModel, answers: Sequence[AnswerStatistics]) -> None:
+        """Note what a model has answered; what is done with it is done elsewhere."""
+        if answers:
+            at, source = time.time(), model.source
+            self._arrived.extend(_Given(source.name, source.version, source.path, at, one) for one in answers)
+
+    def drift(self, version: ModelVersion) -> Drift:
+        """Return how the live answers of a registered version, up to now, compare with its reference.
+
+        Raises:
+            BundleError: the bundle is damaged.
+        """
+        with self._lock:
+            self._take_in()
+            return self._watching(version.name, version.version, version.path).drift()
+
+    def last_found(self) -> list[tuple[str, str, Drift]]:
+        """Return (name, version, drift) of the versions that were looked at since the server started."""
+        with self._lock:
+            return [(*self._names[path], drift) for path, drift in self._found.items()]
+
+    def look(self) -> None:
+        """Take in what has arrived, compare where enough is new, tell what began, and write the windows from time to time."""
+        with self._lock:
+            self._forget_deleted()
+            self._take_in()
+            for path, watched in self._watched.items():
+                watched.take_in()
+                self._compare(path, watched)
+            if time.monotonic() - self._written_at >= KEEP_SECONDS:
+                self._keep()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._seconds):
+            try:
+                self.look()
+            except (OSError, FinetuneError):  # the database or the folder cannot be reached: the next look tries again
+                log.exception("drift could not be looked for; the next look is in %g seconds", self._seconds)
+
+    def _watching(self, name: str, version: str, bundle: Path) -> Watched:
+        if bundle not in self._watched:
+            registered = bundle == self._registry.root / name / version
+            self._watched[bundle] = Watched(bundle, self._registry.monitoring_of(name, version) if registered else None)
+            self._names[bundle] = (name, version)
+        return self._watched[bundle]
+
+    def _take_in(self) -> None:
+        """Put the answers that wait into their windows."""
+        waiting: dict[Path, list[_Given]] = defaultdict(list)
+        while self._arrived:
+            given = self._arrived.popleft()
+            waiting[given.bundle].append(given)
+        for bundle, several in waiting.items():
+            try:
+                watched = self._watching(several[0].name, several[0].version, bundle)
+            except FinetuneError as error:  # deleted or damaged since it answered
+                log.info("%s is not watched for drift: %s", bundle, error.message)
+                continue
+            fitting = [given.answers for given in several if watched.fits(given.answers)]
+            if fitting:
+                watched.window.add(concatenated(fitting), several[-1].at)
+
+    def _compare(self, path: Path, watched: Watched) -> None:
+        window, alarm = watched.window, watched.window.alarm
+        enough_new = window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
+        if not enough_new and path in self._found:
+            return
+        found = watched.drift()
+        if enough_new:
+            self._settle(path, window, found)
+            alarm.looked_at = window.n_seen
+        self._found[path] = replace(found, drifted_since=alarm.since) if found.state == "drifted" else found
+
+    def _settle(self, path: Path, window: Window, found: Drift) -> None:
+        """Note that drift began or ended; it has ended when a whole window of answers since was steady."""
+        alarm = window.alarm
+        name, version = self._names[path]
+        if found.state == "drifted":
+            alarm.last_seen = window.n_seen
+            if alarm.since is None:
+                since = time.time()
+                self._tell(name, version, found, since)
+                alarm.since = since
+                self._written_at = -KEEP_SECONDS  # at once, so that it is not told again after a restart
+                log.warning("%s@%s: %s", name, version, found.sentence)
+        elif alarm.since is not None and window.n_seen - alarm.last_seen >= WINDOW_IMAGES:
+            alarm.since = None
+            log.info("%s@%s: %s", name, version, found.sentence)
+
+    def _tell(self, name: str, version: str, found: Drift, since: float) -> None:
+        engine = self._webhooks_store().engine
+        with reading(engine) as connection:
+            if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
+                return
+        data = {
+            "model": name,
+            "version": version,
+            "sentence": found.sentence,
+            "n": found.n,
+            "tests": [test.name for test in found.tests if test.drifted],
+            "url": f"/v1/models/{name}/versions/{version}/drift",
+        }
+        with writing(engine) as connection:
+            tell_users(connection, self._registry, DRIFTED, name, data, since, f"{name} {version} {since}")
+
+    def _keep(self) -> None:
+        """Write every window that has changed into its version's folder."""
+        self._written_at = time.monotonic()
+        for path, watched in self._watched.items():
+            if not watched.has_changed:
+                continue
+            try:
+                with self._registry.monitoring(*self._names[path]) as folder:
+                    if folder is not None:
+                        watched.write(folder)
+            except (OSError, FinetuneError) as error:  # such as a bento, whose models cannot be written to
+                if not self._cannot_write:
+                    log.warning("the windows of live answers are not kept over a restart: %s", error)
+                self._cannot_write = True
+
+    def _forget_deleted(self) -> None:
+        for path in [path for path in self._watched if not (path / MANIFEST).exists()]:
+            del self._watched[path], self._names[path]
+            self._found.pop(path, None)

@@ -1,0 +1,61 @@
+"""The document of drift: how live answers compare with those to images that did not train the model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from finetune.monitoring.drift import EffectMeasure, State
+
+
+class DriftTestDocument(BaseModel):
+    """One comparison of live answers with the reference."""
+
+    name: str = Field(description="`confidence`, `classes` and `embedding`; with several labels `labels`, `labels_per_image`.")
+    what: str = Field(description="What is compared.")
+    test: str
+    statistic: float
+    p: float
+    adjusted_p: float = Field(description="For the number of tests (Holm).")
+    effect: float
+    effect_measure: EffectMeasure
+    threshold: float = Field(description="Of the effect: below it, a difference does not matter however significant it is.")
+    drifted: bool = Field(description="The adjusted p is at most `alpha`, and the effect reaches its threshold.")
+
+
+class DriftReference(BaseModel):
+    """The held-out images that live ones are compared with."""
+
+    split: str
+    n: int
+
+
+class DriftHour(BaseModel):
+    """What the answers of one hour came to."""
+
+    at: int = Field(description="When it began, Unix seconds.")
+    n: int
+    mean_confidence: float
+    unlike_share: float | None = Field(
+        description="Share of images further from known ones than 95 % of held-out images; null where that is not known."
+    )
+
+
+class DriftDocument(BaseModel):
+    """Whether the live answers of a version differ from its answers to images that did not train it."""
+
+    object: Literal["model.drift"] = "model.drift"
+    model: str
+    version: str
+    state: State = Field(description="`no_reference` for bundles of earlier versions; `collecting` below `n_needed` live images.")
+    sentence: str = Field(description="The same for people.")
+    n: int = Field(description="Live images that are compared: the last ones, at most `window`.")
+    n_needed: int
+    n_seen: int = Field(description="Live images in all.")
+    window: int
+    reference: DriftReference | None
+    alpha: float = Field(description="The probability of an alarm in one window although nothing has changed, at most.")
+    drifted_since: int | None = Field(description="When drift was first found, Unix seconds; null while there is none.")
+    tests: list[DriftTestDocument] = Field(description="Empty below `n_needed`.")
+    hours: list[DriftHour] = Field(description="The last 48 hours that had answers, oldest first.")

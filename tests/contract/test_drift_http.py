@@ -1,0 +1,228 @@
+"""The drift watch over HTTP: what feeds it, what it says, who may read it, what it tells, and what a restart keeps."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from archives import zip_of
+from click.testing import CliRunner
+from serving import in_process, registered, until
+from standin import COLOURS, picture, write_bundle
+from starlette.testclient import TestClient
+
+from finetune.bundle.predictor import Predictor
+from finetune.bundle.registry import Access, Registry
+from finetune.cli import cli
+from finetune.client import Client
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+from finetune.jobs.webhooks import WebhookStore
+from finetune.metrics.novelty import Subspace
+from finetune.monitoring.answers import concatenated, statistics_of
+from finetune.monitoring.drift import MIN_WINDOW
+from finetune.monitoring.reference import Reference
+from finetune.storage.files import write_json
+from service.state import ServerState
+
+PATH = "/v1/models/colours/versions/1/drift"
+N_REFERENCE = 300
+GREY_IS_KNOWN = Subspace(np.full(3, 1 / np.sqrt(3), np.float32), np.zeros((0, 3), np.float32))
+
+
+def bundle_in(folder: Path) -> Path:
+    """A bundle whose reference is its answers to as many red, green and blue pictures."""
+    predictor = Predictor.load(write_bundle(folder / "without"))
+    answers = [predictor.predict(picture(colour, (16, 16))) for colour in COLOURS]
+    each = [statistics_of("multiclass", one.probs[None], one.embedding[None], GREY_IS_KNOWN) for one in answers]
+    reference = Reference("test", concatenated(each * (N_REFERENCE // 3)))
+    return write_bundle(folder / "with", subspace=GREY_IS_KNOWN, reference=reference)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    registered(tmp_path, bundle_in(tmp_path / "bundle"))
+    registered(tmp_path, write_bundle(tmp_path / "old"), "old")
+    return tmp_path
+
+
+@pytest.fixture
+def client(home: Path) -> Iterator[TestClient]:
+    with in_process(home) as client:
+        yield client
+
+
+def send(client: TestClient, colours: list[str], path: str = "/predict", at_once: int = 50) -> None:
+    """Ask about pictures, `at_once` in a request."""
+    for begin in range(0, len(colours), at_once):
+        files = [("images", (f"{colour}.png", picture(colour, (16, 16)))) for colour in colours[begin : begin + at_once]]
+        answer = client.post(path, files=files)
+        assert (answer.status_code, answer.json()["n_failed"]) == (200, 0)
+
+
+def mixed(n: int) -> list[str]:
+    return [list(COLOURS)[number % 3] for number in range(n)]
+
+
+def drift(client: TestClient, path: str = PATH) -> dict:
+    answer = client.get(path)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_from_nothing_over_too_few_to_steady_and_drifted(client: TestClient) -> None:
+    nothing = drift(client)
+    assert (nothing["state"], nothing["n"], nothing["tests"], nothing["hours"]) == ("collecting", 0, [], [])
+    assert nothing["reference"] == {"split": "test", "n": N_REFERENCE}
+    send(client, mixed(37))
+    assert drift(client)["sentence"] == "Not enough yet: 37 of 200 images"
+    send(client, mixed(MIN_WINDOW - 37))
+    steady = drift(client)
+    assert (steady["state"], steady["n"], steady["n_needed"]) == ("steady", MIN_WINDOW, MIN_WINDOW)
+    assert [test["name"] for test in steady["tests"]] == ["confidence", "classes", "embedding"]
+    send(client, ["red"] * 400)
+    drifted = drift(client)
+    assert (drifted["state"], drifted["object"], drifted["model"], drifted["version"]) == (
+        "drifted",
+        "model.drift",
+        "colours",
+        "1",
+    )
+    assert [test["name"] for test in drifted["tests"] if test["drifted"]] == ["classes"]
+    (classes,) = (test for test in drifted["tests"] if test["drifted"])
+    assert classes["adjusted_p"] <= drifted["alpha"]
+    assert classes["effect"] >= classes["threshold"]
+    assert drifted["sentence"].endswith("differ in which classes it predicts")
+    assert [hour["n"] for hour in drifted["hours"]] in ([600], *([n, 600 - n] for n in range(600)))
+
+
+def test_bundles_of_earlier_versions_have_nothing_to_be_compared_with(client: TestClient) -> None:
+    send(client, mixed(3), "/v1/models/old/predict")
+    found = drift(client, "/v1/models/old/versions/champion/drift")
+    assert (found["state"], found["reference"], found["n"], found["tests"]) == ("no_reference", None, 3, [])
+    assert "the bundle has no reference" in found["sentence"]
+    assert client.get("/v1/models/old/versions/7/drift").status_code == 404
+
+
+def test_every_way_of_asking_feeds_it_and_what_cannot_be_read_does_not(client: TestClient) -> None:
+    client.post("/predict", content=picture("red"))
+    client.post("/v1/models/colours/predict?top_k=1&explain=true", files={"image": picture("green")})
+    bad = client.post("/predict", files=[("images", ("a.png", picture("red"))), ("images", ("b.png", b"no image"))])
+    assert bad.json()["n_failed"] == 1
+    assert client.post("/predict", content=b"no image").status_code == 415
+    pixels = np.zeros((4, 16, 16, 3), np.uint8)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    assert client.post("/v2/models/colours/infer", json={"inputs": [tensor]}).status_code == 200
+    data = b"".join(struct.pack("<I", len(one)) + one for one in (picture("red"), picture("blue")))
+    given = {"name": "images", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(data)}}
+    head = json.dumps({"inputs": [given]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    assert client.post("/v2/models/colours/versions/1/infer", content=head + data, headers=headers).status_code == 200
+    assert drift(client)["n_seen"] == 1 + 1 + 1 + 4 + 2
+
+
+def test_a_batch_prediction_feeds_it(client: TestClient, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {f"{number}.png": picture(colour, (16, 16)) for number, colour in enumerate(mixed(30))}
+    upload = client.post("/v1/files", files={"file": ("a.zip", zip_of(members))}, data={"purpose": "batch"}).json()
+    write_json(home / "request.json", {"input_file": str(home / "files" / upload["id"]), "model": "colours@1"})
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    done = CliRunner().invoke(cli, ["predict", str(home / "request.json"), "--run-dir", str(home / "runs" / "batch-1"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert not list((home / "runs" / "batch-1").rglob("*.statistics"))
+    until(lambda: drift(client)["n_seen"] == 30)
+
+
+def test_requests_at_the_same_time_lose_no_answer_and_count_none_twice(client: TestClient) -> None:
+    threads = [threading.Thread(target=send, args=(client, mixed(60), "/predict", 2)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    seen = []
+    while any(thread.is_alive() for thread in threads):
+        seen.append(drift(client)["n_seen"])
+    for thread in threads:
+        thread.join()
+    assert drift(client)["n_seen"] == 360
+    assert seen == sorted(seen)
+
+
+def test_it_is_kept_over_a_restart_and_deleted_with_the_version(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    with in_process(home) as client:
+        send(client, ["red"] * 250)
+    shown = CliRunner().invoke(cli, ["models", "drift", "colours", "--json"])
+    assert shown.exit_code == 1, shown.output
+    assert (json.loads(shown.output)["state"], json.loads(shown.output)["n"]) == ("drifted", 250)
+    told = CliRunner().invoke(cli, ["models", "drift", "colours@1"]).output
+    assert "Drifted: the last 250 images and the 300 test images differ in which" in " ".join(told.split())
+    with in_process(home) as client:
+        assert drift(client)["n"] == 250
+        send(client, ["red"] * 50)
+        assert drift(client)["n"] == 300
+        monitoring = Registry(home / "models").monitoring_of("colours", "1")
+        assert monitoring.is_dir()
+        assert client.delete("/v1/models/colours?force=true").status_code == 200
+        assert client.get(PATH).status_code == 404
+    assert not monitoring.exists()
+
+
+def test_the_python_client_reads_the_same_document(client: TestClient) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=client.get(request.url.path).json()))
+    with Client("http://127.0.0.1", transport=transport) as ours:
+        assert ours.drift("colours") == drift(client)
+
+
+def test_who_may_not_use_a_model_does_not_learn_of_its_drift(home: Path) -> None:
+    Registry(home / "models").set_access("colours", Access(owner="ann", visibility="private"))
+    keys = KeyStore(open_jobs(home))
+    ann, bob, metrics = (
+        {"Authorization": f"Bearer {keys.create(name, [scope])[0]}"}
+        for name, scope in (("ann", "predict"), ("bob", "predict"), ("prometheus", "metrics"))
+    )
+    with in_process(home) as client:
+        assert client.get(PATH, headers=ann).status_code == 200
+        hidden = client.get(PATH, headers=bob)
+        assert (hidden.status_code, "no model 'colours'" in hidden.json()["detail"]) == (404, True)
+        assert client.get(PATH, headers=metrics).status_code == 403
+        assert client.get(PATH).status_code == 401
+
+
+def test_prometheus_sees_it(client: TestClient) -> None:
+    send(client, ["red"] * MIN_WINDOW)
+    labels = 'model="colours",version="1"'
+    until(lambda: f"finetune_drift{{{labels}}} 1.0" in client.get("/metrics").text)
+    text = client.get("/metrics").text
+    assert f"finetune_drift_images{{{labels}}} {float(MIN_WINDOW)}" in text
+    assert 'finetune_drift_adjusted_p{model="colours",test="confidence",version="1"} 1.0' in text
+    assert 'finetune_drift_effect{model="colours",test="embedding",version="1"} 0.0' in text
+
+
+def test_a_webhook_is_told_once_when_drift_begins(home: Path) -> None:
+    store = WebhookStore(open_jobs(home))
+    hook = store.create("ann", "https://127.0.0.1:9/hooks", ["model.drifted"])
+    with in_process(home) as client:
+        send(client, ["red"] * 250)
+        until(lambda: len(store.deliveries(hook.id)) == 1)
+        send(client, ["red"] * 250)
+        _state_of(client).drift.look()
+        assert drift(client)["drifted_since"] is not None
+    (told,) = store.deliveries(hook.id)
+    data = json.loads(told.payload)["data"]
+    assert (data["model"], data["version"], data["tests"], data["url"]) == ("colours", "1", ["classes"], PATH)
+    with in_process(home) as client:  # after a restart it is known
+        send(client, ["red"] * 150)
+        _state_of(client).drift.look()
+    assert len(store.deliveries(hook.id)) == 1
+
+
+def _state_of(client: TestClient) -> ServerState:
+    """The state inside the application's middleware."""
+    app = client.app
+    while not hasattr(app, "state"):
+        app = app.app  # type: ignore[union-attr]
+    return app.state.server  # type: ignore[union-attr]
