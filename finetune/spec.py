@@ -138,7 +138,10 @@ class DataSpec(Section):
     label_column: Column = None
     split_column: Column = None
     group_column: Annotated[Column, Field(description="images of one group are on one side of every split")] = None
-    weight_column: Column = None
+    weight_column: Annotated[
+        Column,
+        Field(description="how much an image counts in the training loss, a number from 0 up; figures count every image once"),
+    ] = None
     label_separator: Annotated[
         str | None, Field(min_length=1, max_length=8, description="between several labels in one cell of a table")
     ] = None

@@ -29,6 +29,7 @@ class HeadSolver(Protocol):
         seed: int,
         overwrite: NDArray[np.float32] | None = None,
         class_weights: NDArray[np.floating[Any]] | None = None,
+        image_weights: NDArray[np.float64] | None = None,
     ) -> SolvedHead: ...
 
 
