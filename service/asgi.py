@@ -57,6 +57,7 @@ from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
+from service.samples import InputSampler
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -136,6 +137,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics.watch_queue(lambda: queue.taken)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
+    samples = InputSampler(registry, settings.sampling, metrics)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -144,6 +146,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         queue=queue,
         shadows=Shadows(queue, metrics, settings.image_limits),
         drift=drift,
+        samples=samples,
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -171,6 +174,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.start()
         webhooks.start()
         drift.start()
+        samples.start()
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
@@ -181,6 +185,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        samples.stop()
         drift.stop()
         webhooks.stop()
         models.stop()
