@@ -9,6 +9,7 @@ dependencies and `uv`, from anywhere.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -160,6 +161,7 @@ def check_image(folder: Path, image: Path, bundle: Path, expected: dict) -> None
         run([word.replace("http://127.0.0.1:3000", url) for word in health], **as_user)
         check_answer(url, image, expected, key=key)
         assert status_without_key(url, image) == 401, "a server on a network address answered without a key"
+        check_batch(url, image, folder / "batch", expected, key)
 
 
 def status_without_key(url: str, image: Path) -> int:
@@ -177,6 +179,18 @@ def check_answer(url: str, image: Path, expected: dict, key: str | None = None) 
         answer,
         expected,
     )
+
+
+def check_batch(url: str, image: Path, folder: Path, expected: dict, key: str) -> None:
+    """Have the worker beside the server, which cannot train either, answer a folder."""
+    (folder / "pictures").mkdir(parents=True)
+    shutil.copy2(image, folder / "pictures")
+    answers = folder / "answers.csv"
+    asked = ["predict", str(folder / "pictures"), "--server", url, "--model", "trees@1", "--out", str(answers)]
+    finetune(*asked, environment={"FINETUNE_API_KEY": key})
+    with open(answers, newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert expected["predictions"][0]["label"] in row.values(), (row, expected)
 
 
 def ask(url: str, image: Path, key: str | None = None) -> dict:

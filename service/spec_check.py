@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from finetune.errors import Overloaded, Problem
+from finetune.jobs.kinds import can_train
 from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
 from service.admission import WorkQueue
-from service.worker import can_train
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import subprocess
@@ -16,16 +15,16 @@ import sys
 from pathlib import Path
 
 from finetune.distribution import install_command
+from finetune.jobs.kinds import can_train
 
 log = logging.getLogger(__name__)
 
-TRAINING_MODULES = ("torch", "timm")
 LOOK_SECONDS = 1.0
 RESTART_SECONDS = 5.0
 STOP_SECONDS = 25.0  # a running job writes a checkpoint first
 NO_TRAINING = (
-    "No worker is started: this installation only serves. Jobs wait until a worker runs on this workspace: "
-    f"{install_command('train')}, then finetune worker"
+    "The worker of this installation answers batch predictions alone. Other jobs wait until a worker that can train runs on this "
+    f"workspace: {install_command('train')}, then finetune worker"
 )
 
 
@@ -38,10 +37,9 @@ class WorkerProcess:
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start it, unless nothing here can train; then say so."""
+        """Start it; where nothing here can train, say so."""
         if not can_train():
             log.warning(NO_TRAINING)
-            return
         self._process = self._spawn()
         self._keeper = asyncio.create_task(self._keep())
 
@@ -76,8 +74,3 @@ class WorkerProcess:
                 log.error("the worker ended with exit code %d; another starts in %.0f s", code, RESTART_SECONDS)
                 await asyncio.sleep(RESTART_SECONDS)
                 self._process = self._spawn()
-
-
-def can_train() -> bool:
-    """Whether what training needs is installed. Nothing of it is imported here."""
-    return all(importlib.util.find_spec(name) is not None for name in TRAINING_MODULES)

@@ -32,6 +32,11 @@ SECONDS_PER_DAY = 86400.0
     envvar="FINETUNE_MAX_JOB_MEMORY_GIB",
     help="A job that takes more memory than this fails (default: no limit).",
 )
+@click.option(
+    "--kinds",
+    metavar="KIND,…",
+    help="What it carries out: training, comparison, batch, check. Default: all that what is installed here can.",
+)
 @click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
 @executor_options("Where jobs run.")
 def worker(
@@ -40,6 +45,7 @@ def worker(
     gpus: str | None,
     stall_minutes: float,
     max_memory_gib: float | None,
+    kinds: str | None,
     until_idle: bool,
     executor: str,
     ray_address: str | None,
@@ -47,8 +53,9 @@ def worker(
     """Run queued jobs, each in a process of its own.
 
     SIGTERM or Ctrl-C stops it and hands the running jobs back. Any number of workers may share a workspace. A job whose worker
-    dies resumes elsewhere from its newest checkpoint. With --executor ray, each job is a job of a Ray cluster that takes
-    --threads / --slots cores and, if --gpus names as many as there are slots, one GPU of Ray's choice.
+    dies resumes elsewhere from its newest checkpoint. Where torch is not installed, it answers batch predictions alone. With
+    --executor ray, each job is a job of a Ray cluster that takes --threads / --slots cores and, if --gpus names as many as there
+    are slots, one GPU of Ray's choice.
     """
     import logging
 
@@ -72,6 +79,7 @@ def worker(
         gpus=devices,
         stall_seconds=60 * stall_minutes,
         max_memory_bytes=None if max_memory_gib is None else int(max_memory_gib * 2**30),
+        kinds=_kinds(kinds),
     )
     runs = open_executor(executor, ray_address=ray_address, stop_seconds=settings.cancel_grace_seconds)
     tracing = tracing_from_environment()
@@ -80,6 +88,17 @@ def worker(
     finally:
         if tracing is not None:
             tracing.stop()
+
+
+def _kinds(text: str | None) -> tuple[str, ...]:
+    from finetune.jobs.kinds import KINDS, kinds_carried_out_here
+
+    if text is None:
+        return kinds_carried_out_here()
+    asked = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not asked or any(name not in KINDS for name in asked):
+        raise click.BadParameter(f"{text!r}: give some of {', '.join(KINDS)}", param_hint="--kinds")
+    return asked
 
 
 def _numbers(text: str) -> tuple[int, ...]:

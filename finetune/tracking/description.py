@@ -1,4 +1,4 @@
-"""What a run or study came to, in Markdown: how good the model is, on how many images, what it cost, how to repeat it."""
+"""Describe a run or study in Markdown: metrics with numbers of images, costs, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = {
     "cv": "images, each by a model that had not seen it",
     "test": "test images",
     "val": "val images, which also chose the weights",
-}  # in the order in which they count
+}  # most independent images first
 SHOWN_COSTS = {
     "train_seconds": "training",
     "trainable_parameters": "trainable parameters",
@@ -71,7 +71,7 @@ def _failure(run: RunDir) -> str:
 
 
 def _splits(view: RunView, outcome: Mapping[str, Any]) -> str:
-    """Return every metric on every split that was judged."""
+    """Return a table of all metrics on all evaluated splits."""
     splits = [split for split in SPLITS if f"{split}/n" in view.figures]
     if not splits or not outcome:
         return ""

@@ -1,7 +1,7 @@
-"""Follow a run while it goes on: the process that `finetune.tracking.process` starts for each tracker.
+"""Mirror a run to a tracker while it is in progress: the process that `finetune.tracking.process` starts for each tracker.
 
-It lives as long as the process that trains, which holds the other end of its standard input: a line there says that the run
-has ended and how long this process may still take; the end of the input without a line says that the other process was
+The training process holds the other end of this process's standard input. A line on it means that the run has ended and
+contains the number of seconds that this process may still take. End of file without a line means that the training process was
 killed.
 """
 
@@ -23,27 +23,27 @@ from finetune.tracking.mirror import Mirror, alone
 from finetune.tracking.tracker import Choice, parse_choice
 
 EVERY_SECONDS = 2.0
-LONGEST_PAUSE_SECONDS = 60.0  # between two attempts while a tracker does not answer
-AFTER_A_KILL_SECONDS = 60.0  # how long a killed run's end is tried to be told
-LOCK_SECONDS = 0.5  # between two looks whether another process has finished with the run
-USED_SHARE = 0.9  # of the time that the door waits
-NICENESS = 10  # training comes first
+LONGEST_PAUSE_SECONDS = 60.0  # between two attempts while a tracker does not respond
+AFTER_A_KILL_SECONDS = 60.0  # how long to try to report the end of a killed run
+LOCK_SECONDS = 0.5  # between two attempts to get the lock of the mirror
+USED_SHARE = 0.9  # of the seconds that the training process waits
+NICENESS = 10  # training has priority
 
 
 @dataclass
-class Door:
-    """The process that runs the training, as its follower sees it.
+class TrainingProcess:
+    """The training process that is followed.
 
     Args:
-        input: file descriptor whose end means that the process is gone.
-        pid: of the process. Processes that it forked may keep `input` open after its death.
+        input: file descriptor whose end of file means that the process has died.
+        pid: of the process. Its forked children may keep `input` open after its death, so the pid is checked as well.
     """
 
     input: int
     pid: int
 
     def wait(self, seconds: float) -> float | None:
-        """Wait, at most so long, until the run has ended; return how many seconds are left then, None while it goes on."""
+        """Wait at most `seconds` for the run to end; return how many seconds this process has left, None if the run continues."""
         deadline = time.monotonic() + seconds
         while True:
             ready, _, _ = select.select([self.input], [], [], min(1.0, max(0.0, deadline - time.monotonic())))
@@ -56,17 +56,17 @@ class Door:
                 return None
 
 
-def follow(run: RunDir, choice: Choice, workspace: Workspace, experiment: str, door: Door) -> bool:
-    """Mirror a run until it has ended; return whether the tracker has all of it."""
+def follow(run: RunDir, choice: Choice, workspace: Workspace, experiment: str, training: TrainingProcess) -> bool:
+    """Mirror a run until it has ended; return whether the tracker has received everything."""
     while True:
         with alone(run, choice.kind, seconds=0) as had:
             if had:
-                return _follow(Mirror(run, choice, workspace, experiment), door)
-        if door.wait(LOCK_SECONDS) is not None:  # the follower of an earlier attempt, or a synchronisation, is still at it
+                return _follow(Mirror(run, choice, workspace, experiment), training)
+        if training.wait(LOCK_SECONDS) is not None:  # an earlier attempt's follower or a sync still mirrors the run
             return False
 
 
-def _follow(mirror: Mirror, door: Door) -> bool:
+def _follow(mirror: Mirror, training: TrainingProcess) -> bool:
     mirror.state.attempts += 1
     reporter = _Reporter(mirror.run, mirror.choice.kind)
     failures, seconds_left = 0, None
@@ -74,10 +74,10 @@ def _follow(mirror: Mirror, door: Door) -> bool:
         reason = mirror.update(alive=True)
         reporter.report(reason)
         failures = failures + 1 if reason else 0
-        seconds_left = door.wait(min(LONGEST_PAUSE_SECONDS, EVERY_SECONDS * 2**failures))
+        seconds_left = training.wait(min(LONGEST_PAUSE_SECONDS, EVERY_SECONDS * 2**failures))
     deadline = time.monotonic() + USED_SHARE * seconds_left
     while True:
-        # Another process may have begun to work on the run meanwhile, and has a follower of its own.
+        # Another process may have resumed the run in the meantime; it has its own follower.
         reason = mirror.update(alive=mirror.run.is_held())
         if not reason or time.monotonic() >= deadline:
             reporter.report(reason)
@@ -86,7 +86,7 @@ def _follow(mirror: Mirror, door: Door) -> bool:
 
 
 class _Reporter:
-    """Records one event when a tracker stops answering, and one when it has everything again; not one for each attempt."""
+    """Records one event when a tracker stops responding and one when it has recovered, instead of one for each attempt."""
 
     def __init__(self, run: RunDir, kind: str) -> None:
         self._run, self._kind, self._reason = run, kind, ""
@@ -100,7 +100,7 @@ class _Reporter:
         self._reason = reason
 
     def _record(self, event: Event) -> None:
-        with contextlib.suppress(OSError):  # a full disk is the run's own trouble
+        with contextlib.suppress(OSError):  # a full disk is reported by the run itself
             self._run.record(event)
 
 
@@ -112,11 +112,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     given = parser.parse_args()
     os.nice(NICENESS)
-    door = Door(sys.stdin.fileno(), given.parent)
-    complete = follow(RunDir(given.run), parse_choice(given.tracker), Workspace.at(Path(given.home)), given.experiment, door)
+    training = TrainingProcess(sys.stdin.fileno(), given.parent)
+    workspace = Workspace.at(Path(given.home))
+    complete = follow(RunDir(given.run), parse_choice(given.tracker), workspace, given.experiment, training)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if complete else 1)  # everything is sent; taking MLflow's modules down takes a second, and the run waits for it
+    # Skip the interpreter's cleanup: with MLflow loaded it takes a second, for which the run would wait.
+    os._exit(0 if complete else 1)
 
 
 if __name__ == "__main__":

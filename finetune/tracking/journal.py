@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` as points: what is new in it, whatever happens to the file meanwhile."""
+"""Read new metric values from ``metrics.jsonl``, even if the file is truncated and rewritten by a resumed run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _REMEMBERED_BYTES = 64
 
 
 class Journal:
-    """Reads the lines that were appended to a journal since they were last accepted.
+    """Reads the lines that were appended to a journal since the last call of `accept`.
 
-    A resumed run cuts the journal back to its checkpoint; the journal is then read from the beginning again, and `Marks` tells
-    which of its points have been seen.
+    A resumed run truncates the journal to the state of its checkpoint. Then the journal is read from the beginning again, and
+    `Marks` filters the points that have been sent.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._accepted, self._read = 0, 0  # bytes
-        self._before = b""  # the last bytes of what was accepted
+        self._before = b""  # the last bytes before the accepted position
         self._seen = b""
 
     def unread(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield batches of whole lines; a line that is being written, or that a kill left unfinished, is left out."""
+        """Yield batches of the records on complete lines that were not accepted yet."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as stream:
@@ -46,26 +46,26 @@ class Journal:
                 yield [record for line in whole.split(b"\n") if (record := _parse(line)) is not None]
 
     def accept(self) -> None:
-        """Do not yield again what `unread` has yielded so far."""
+        """Mark everything that `unread` has yielded so far as read."""
         self._accepted, self._before = self._read, self._seen
 
     def _is_continued(self, stream: Any) -> bool:
-        """Return whether the file still begins with what was accepted, as far as its last bytes tell."""
+        """Return whether the bytes before the accepted position are unchanged, that is, the file was not truncated."""
         stream.seek(self._accepted - len(self._before))
         return bool(stream.read(len(self._before)) == self._before)
 
 
 class Marks:
-    """How far each metric has been sent, so that a point which a resumed run computes again is not sent again."""
+    """The last point of each metric that was sent, so that points that a resumed run repeats are not sent again."""
 
     def __init__(self, reached: Mapping[str, tuple[int, float | None]]) -> None:
         self._reached = dict(reached)
 
     def take(self, point: Point) -> bool:
-        """Note a point; return whether it is new: of a later step, or of the same step with another value.
+        """Record a point as sent; return whether it is new, that is, of a later step or of the same step with another value.
 
-        A figure of the training steps that depends on the clock, such as images per second, differs when the step is computed
-        again; a step of training is the same step whatever it says.
+        Keys under ``train/`` and ``head/`` are compared by step only: values that depend on the clock, such as images per second,
+        differ when a resumed run repeats the step.
         """
         step, value = self._reached.get(point.key, (-1, None))
         comparable = None if math.isnan(point.value) else point.value
@@ -81,7 +81,7 @@ class Marks:
 
 
 def points_of(record: Mapping[str, Any]) -> Iterator[Point]:
-    """Yield the values of one line. The line with which a run ends is left out: it repeats figures that are not of one step."""
+    """Yield the values of one line as points; none for the final line of a run, whose figures do not belong to a step."""
     values = record["values"]
     if any(key.startswith("cost/") for key in values):
         return

@@ -1,7 +1,7 @@
-"""Keep what one tracker has of a run folder equal to the folder: send what is new, remember what was sent, never send it twice.
+"""Mirror a run folder to one tracker incrementally: send what is new, record what was sent, and never send anything twice.
 
-One path serves a live run, a run that was resumed after a kill, and a run that the tracker missed. What was sent is written down
-in the folder itself, in ``tracking/<tracker>.json``; the runs of a study are mirrored with it, each as a run of its own.
+The same code serves a live run, a run that was resumed after a kill, and a run that the tracker missed. What was sent is recorded
+in the folder itself, in ``tracking/<tracker>.json``. The children of a study are mirrored with it, each as a separate run.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ MOST_FAILURES = 3  # in one update
 
 @dataclass
 class Sent:
-    """What a tracker has of one run."""
+    """The record of what was sent of one run to a tracker."""
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    id: str | None = None  # the tracker's
+    id: str | None = None  # the tracker's id of the run
     facts: str = ""  # digest of the facts
     figures: str = ""  # digest of the final figures
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     marks: dict[str, list[Any]] = field(default_factory=dict)  # metric -> step and value of its last point
-    model: str = ""  # digest of what is known of the model
+    model: str = ""  # digest of the model's description
     model_id: str | None = None
 
     def reached(self) -> Marks:
-        """Return how far each metric has been sent."""
+        """Return the marks of the metrics that were sent."""
         return Marks({key: (step, value) for key, (step, value) in self.marks.items()})
 
     def forgotten(self) -> Sent:
-        """Return the same run, of which the tracker has nothing."""
+        """Return a record with the same key and nothing sent."""
         return Sent(key=self.key)
 
 
 @dataclass
 class State:
-    """What ``tracking/<tracker>.json`` holds; `runs` by their path inside the folder, ``.`` for the folder itself."""
+    """The content of ``tracking/<tracker>.json``; `runs` by their path inside the folder, ``.`` for the folder itself."""
 
     experiment: str
     destination: str = ""
@@ -64,12 +64,12 @@ class State:
 
 
 def state_file(run: RunDir, kind: str) -> Path:
-    """Return where it is written down what a tracker of this kind has of a run."""
+    """Return the path of the file that records what was sent of a run to a tracker of this kind."""
     return run.tracking / f"{kind}.json"
 
 
 def read_state(run: RunDir, kind: str) -> State | None:
-    """Return what a tracker has of a run; None where the run was never to be mirrored there."""
+    """Return the recorded state of a run's mirror; None if the run was never meant to be mirrored to this tracker."""
     try:
         found = read_json(state_file(run, kind))
     except FileNotFoundError:
@@ -78,13 +78,13 @@ def read_state(run: RunDir, kind: str) -> State | None:
 
 
 def write_state(run: RunDir, kind: str, state: State) -> None:
-    """Write down what a tracker has of a run. A full disk is the run's own trouble: it is not raised from here."""
+    """Write the state of a run's mirror. Errors of a full disk are ignored here: the run itself reports them."""
     with contextlib.suppress(OSError, DiskFull):
         write_json(state_file(run, kind), asdict(state))
 
 
 def tracked_as(run: RunDir, kind: str) -> str | None:
-    """Return the id that a run, or a run of a study, has in a tracker; None where it is not there."""
+    """Return the id of a run or of a study's child in a tracker; None if it is not there."""
     top = top_of(run)
     state = read_state(top, kind)
     sent = state.runs.get(run.root.relative_to(top.root).as_posix()) if state else None
@@ -93,7 +93,7 @@ def tracked_as(run: RunDir, kind: str) -> str | None:
 
 @contextlib.contextmanager
 def alone(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
-    """Keep other processes from mirroring this run to this tracker; yield whether it could be had within `seconds`."""
+    """Hold the lock on mirroring this run to this tracker; yield whether it was acquired within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         with file_lock(run.tracking / f".{kind}.lock", wait=False) as had:
@@ -104,7 +104,7 @@ def alone(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
 
 
 class Mirror:
-    """One run folder and one tracker. Only `update` talks to the tracker, and only where there is something to send."""
+    """Mirrors one run folder to one tracker. Only `update` contacts the tracker, and only if there is something to send."""
 
     def __init__(self, run: RunDir, choice: Choice, workspace: Workspace, experiment: str) -> None:
         self.run, self.choice, self.workspace = run, choice, workspace
@@ -117,12 +117,12 @@ class Mirror:
         self._reason, self._failures = "", 0
 
     def update(self, *, alive: bool, ended_as: Status | None = None, thorough: bool = False) -> str:
-        """Send what the tracker lacks; return the first reason for which something could not be sent, or an empty text.
+        """Send what the tracker lacks; return the reason why something could not be sent, or an empty string.
 
         Args:
             alive: whether a process is working on the run.
-            ended_as: how a run ended whose process could not write it down.
-            thorough: look whether the tracker still has what was sent, too.
+            ended_as: the final status of a run whose process died before it could record it.
+            thorough: also check that the tracker still has what was sent earlier.
         """
         self._reason, self._failures = "", 0
         if thorough:
@@ -142,7 +142,7 @@ class Mirror:
         lacking = self._lacking(run, name, view, description, sent)
         if lacking or thorough or sent.id is None:
             self._begin(run, name, view, parent)
-            if self.state.runs[name] is not sent:  # the tracker has it no more, or never had it
+            if self.state.runs[name] is not sent:  # the tracker does not have it, or no longer
                 sent = self.state.runs[name]
                 lacking = self._lacking(run, name, view, description, sent)
             for part in lacking:
@@ -154,7 +154,7 @@ class Mirror:
             self._attempt(lambda child=child: self._update_run(child, self._id(name), alive, ended_as, thorough))  # type: ignore[misc]
 
     def _view(self, run: RunDir, name: str, alive: bool, ended_as: Status | None) -> tuple[RunView, str]:
-        """Return the view and the description of a run; they are read again only when its files have changed."""
+        """Return the view and the description of a run, cached until its files change."""
         runs = [run, *children(run)]
         paths = [
             path
@@ -172,14 +172,14 @@ class Mirror:
         return known[1], known[2]
 
     def _lacking(self, run: RunDir, name: str, view: RunView, description: str, sent: Sent) -> list[Callable[[], None]]:
-        """Return what there is to send, in its order: what it came to comes first, and closing it last."""
+        """Return the calls that send what the tracker lacks, in order: final figures first, the final status last."""
         parts: list[Callable[[], None]] = []
         ended = view.status != "RUNNING"
-        own = {"figures": {}, "costs": {}, "started_at": 0, "ended_at": 0}  # sent on their own, or with everything else
+        own = {"figures": {}, "costs": {}, "started_at": 0, "ended_at": 0}  # compared and sent separately
         facts = _digest([{**asdict(view), **own}, description])
         if ended and not sent.facts:
             parts.append(lambda: self._connected().facts(self._id(name), replace(view, status="RUNNING"), description))
-        if not ended and sent.facts != facts:  # before the first point: what the run will be judged by is among them
+        if not ended and sent.facts != facts:  # before the first point, since they announce the headline
             parts.append(lambda: self._send_facts(name, view, description, sent, facts))
         model = _digest([asdict(view.model) if view.model else None])
         if view.model is not None and view.model.bundle.is_dir() and sent.model != model:
@@ -187,7 +187,7 @@ class Mirror:
         figures = _digest([dict(view.figures), dict(view.costs)])
         if ended and (view.figures or view.costs) and sent.figures != figures:
             parts.append(lambda: self._send_figures(name, view, sent, figures))
-        # Only once it is known what the run will be judged by, which `facts` announces: trackers list what came first, first.
+        # Only after `facts` has announced the headline: trackers list metrics in the order in which they were first logged.
         if (ended or view.expected_headline is not None) and self._has_points(run, name, sent):
             parts.append(lambda: self._send_points(name, sent))
         parts += self._lacking_files(run, name, sent)
@@ -199,7 +199,7 @@ class Mirror:
         if name in self._begun:
             return
         tracker, sent = self._connected(), self.state.runs[name]
-        write_state(self.run, self.choice.kind, self.state)  # its key, by which it is found if this process dies now
+        write_state(self.run, self.choice.kind, self.state)  # with its key, by which the run is found if this process dies now
         run_id, is_new = tracker.begin(view, Place(self.state.experiment, run.root, sent.key, parent, sent.id))
         if is_new or run_id != sent.id:
             self.state.runs[name] = replace(sent.forgotten(), id=run_id)
@@ -207,7 +207,7 @@ class Mirror:
         self._begun.add(name)
 
     def _has_points(self, run: RunDir, name: str, sent: Sent) -> bool:
-        """Return whether the journal holds a point that was not sent. A study's journal is a copy of its kept run's."""
+        """Return whether the journal has points that were not sent. False for a study, whose journal is a copy of a child's."""
         if run.study.exists():
             return False
         journal, marks = self._journals.setdefault(name, Journal(run.metrics)), sent.reached()
@@ -251,7 +251,7 @@ class Mirror:
         sent.facts = digest
 
     def _digest_of(self, file: Path) -> str | None:
-        """Return the sha256 of a file; None if it has gone. Computed once, as long as the file keeps its time and size."""
+        """Return the sha256 of a file, cached by modification time and size; None if the file no longer exists."""
         stamp = _stamp(file)
         if stamp is None:
             return None
@@ -276,11 +276,11 @@ class Mirror:
         return run.root.relative_to(self.run.root).as_posix()
 
     def _attempt(self, part: Callable[[], None]) -> None:
-        """Run `part`; remember why the first part that failed did.
+        """Call `part` and catch its exceptions; record the reason of the first failure.
 
-        The one broad catch of the project. Whatever a tracker's library, its database driver or its HTTP stack raises, everything
-        else must still be sent; what was not sent is in the run folder, and is sent by the next update. After a few
-        failures an update goes no further: then the tracker itself is probably gone.
+        The broad catch is intended: whatever a tracker's library, database driver or HTTP client raises, the other parts must
+        still be sent. What was not sent is in the run folder and is sent by the next update. After `MOST_FAILURES` failures the
+        remaining parts are skipped, since the tracker is probably unavailable.
         """
         if self._failures >= MOST_FAILURES:
             return
@@ -292,7 +292,7 @@ class Mirror:
 
 
 def without_credentials(text: str) -> str:
-    """Return a text with the user and password of every URL in it hidden."""
+    """Return the text with the user and password of every URL in it masked."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 

@@ -1,7 +1,7 @@
-"""What the doors use to have runs followed: one process for each tracker, started when a run begins and ended when it ends.
+"""Start and stop the processes that mirror runs to trackers: one per tracker, from the beginning to the end of a run.
 
-The process that trains imports nothing of a tracker and waits for nothing but, at the end and for a bounded time, for what is
-still on its way. What is not there by then is sent by ``finetune mlflow sync``.
+The training process imports no tracker library. It waits for a tracker only at the end of a run, for a bounded time; what is not
+sent by then can be sent by ``finetune mlflow sync``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finetune.tracking.mirror import State, read_state, write_state
 from finetune.tracking.tracker import Choice
 
 WAIT_SECONDS = 30.0  # after a run that has ended
-WAIT_SECONDS_WHEN_STOPPED = 5.0  # whoever is being stopped has little time
+WAIT_SECONDS_WHEN_STOPPED = 5.0  # after Ctrl-C or SIGTERM
 DYING_SECONDS = 2.0  # between asking a process to end and killing it
 
 
@@ -28,9 +28,9 @@ DYING_SECONDS = 2.0  # between asking a process to end and killing it
 def followed(
     choices: Sequence[Choice], workspace: Workspace, experiment: str, *, wait_seconds: float = WAIT_SECONDS
 ) -> Iterator[Callable[[RunDir], None]]:
-    """Follow the runs that begin in the block; yield what is to be called with the folder of each.
+    """Mirror the runs that begin in the block; yield a function to call with the folder of each run that begins.
 
-    At the end of the block it is waited, at most `wait_seconds`, until the trackers have everything.
+    At the end of the block, wait at most `wait_seconds` until the trackers have received everything.
     """
     followers = _Followers(choices, workspace, experiment)
     try:
@@ -45,7 +45,7 @@ def followed(
 
 
 class _Followers:
-    """The processes that follow the present run."""
+    """The processes that mirror the current run."""
 
     def __init__(self, choices: Sequence[Choice], workspace: Workspace, experiment: str) -> None:
         self._choices, self._workspace, self._experiment = choices, workspace, experiment
@@ -53,19 +53,19 @@ class _Followers:
         self._processes: list[tuple[Choice, subprocess.Popen[bytes]]] = []
 
     def begin(self, run: RunDir) -> None:
-        """Start to follow a run; one that was followed before has ended. A study's run is followed with the study."""
+        """Start mirroring a run and stop mirroring the previous one. A study's child is skipped: the study includes it."""
         if run.parent is not None:
             return
         self.end(WAIT_SECONDS_WHEN_STOPPED)
         self._run = run
         for choice in self._choices:
-            if read_state(run, choice.kind) is None:  # so that a synchronisation knows of it, whatever happens to the process
+            if read_state(run, choice.kind) is None:  # so that ``sync`` finds the run even if the process dies
                 write_state(run, choice.kind, State(self._experiment))
-            with contextlib.suppress(OSError):  # no memory or no disk for it: the run itself will say so
+            with contextlib.suppress(OSError):  # without memory or disk for it the run itself will fail and report it
                 self._processes.append((choice, self._start(run, choice)))
 
     def end(self, seconds: float) -> None:
-        """Tell the processes that the run has ended, wait at most so long for them, then end them."""
+        """Tell the processes that the run has ended, wait at most `seconds` for them, then stop them."""
         deadline = time.monotonic() + seconds
         for _, process in self._processes:
             assert process.stdin is not None
@@ -83,14 +83,14 @@ class _Followers:
     def _start(self, run: RunDir, choice: Choice) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "finetune.tracking.follow", "--tracker", str(choice)]
         command += ["--experiment", self._experiment, "--home", str(self._workspace.root), "--parent", str(os.getpid())]
-        # What MLflow prints would be written over the progress bars.
+        # MLflow's output would overwrite the progress bars.
         with open(run.tracking / f"{choice.kind}.log", "wb") as log:
             return subprocess.Popen(
                 [*command, str(run.root)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the run, and so is the signal that ends a job's process group
+                start_new_session=True,  # Ctrl-C and the signal to a job's process group must reach the run only
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 

@@ -1,8 +1,8 @@
-"""Mirror what a tracker missed: runs that it lacks something of, and the registry of models.
+"""Send a tracker what it missed: incomplete runs, and the model registry.
 
-As a program (``python -m finetune.tracking.sync < request``), for processes that import no tracker, such as workers. The
-request is a JSON object: ``home``, ``runs`` (folder -> how the run ended where it could not say so itself, or null) and
-``models`` (whether the registries are to be synchronised). Exit code 1: something is missing still; repeating costs nothing.
+Also a program, ``python -m finetune.tracking.sync < request``, for processes that must not import a tracker, such as workers. The
+request is a JSON object with the keys ``home``, ``runs`` (folder -> final status of a run that could not record it, or null)
+and ``models`` (whether to synchronise the registries). Exit code 1 means that something is still missing. It is safe to repeat.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune.tracking.mirror import Mirror, alone, read_state
 from finetune.tracking.tracker import Choice
 from finetune.tracking.view import Status, experiment_of, top_of
 
-LOCK_SECONDS = 10.0  # how long a follower that is about to end is waited for
+LOCK_SECONDS = 10.0  # how long to wait for a follower that is about to end
 BUSY = "another process is mirroring it"
 NICENESS = 10
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Synchronised:
-    """What became of one run. `reason` says what is missing in the tracker; empty: nothing."""
+    """The result of synchronising one run. `reason` says why something is still missing in the tracker; empty if nothing is."""
 
     run: RunDir
     run_id: str | None
@@ -46,11 +46,11 @@ def sync_run(
     ended_as: Status | None = None,
     wait_seconds: float = LOCK_SECONDS,
 ) -> Synchronised:
-    """Send what a tracker lacks of a run, and of the study that it belongs to; safe to repeat.
+    """Send what a tracker lacks of a run, or of the whole study that the run belongs to. Safe to repeat.
 
     Args:
-        ended_as: how the run ended, where its process could not write that down.
-        wait_seconds: how long a process that is mirroring it already is waited for.
+        ended_as: the final status of a run whose process died before it could record it.
+        wait_seconds: how long to wait for another process that is mirroring the run.
     """
     top = top_of(run)
     with alone(top, choice.kind, seconds=wait_seconds) as had:
@@ -64,7 +64,7 @@ def sync_run(
 
 
 def find_run(text: str, workspace: Workspace) -> RunDir:
-    """Return the run that a person means: a folder, or the name of one in the workspace.
+    """Return the run that the user's `text` refers to: a folder, or the name of a run in the workspace.
 
     Raises:
         NotFound: there is no such run.
@@ -79,19 +79,19 @@ def find_run(text: str, workspace: Workspace) -> RunDir:
 
 
 def incomplete_runs(workspace: Workspace, kind: str) -> list[RunDir]:
-    """Return the runs of a workspace that were to be mirrored and are not, as far as their folders know."""
+    """Return the workspace's runs whose folders record that they were to be mirrored but are not complete."""
     found = [RunDir(folder) for folder in workspace.runs.glob("*") if folder.is_dir()]
     states = [(run, read_state(run, kind)) for run in found]
     return in_order([run for run, state in states if state is not None and not state.complete])
 
 
 def in_order(runs: Sequence[RunDir]) -> list[RunDir]:
-    """Return runs in the order in which they ended, which is that of the versions that they registered."""
+    """Return the runs in the order in which they ended, which is the order of the model versions that they registered."""
     return sorted(runs, key=lambda run: max((float(event["at"]) for event in read_lines(run.events)), default=0.0))
 
 
 def sync_models(choice: Choice, workspace: Workspace) -> list[str]:
-    """Make versions and aliases the same in both registries; return what could not be made the same."""
+    """Synchronise versions and aliases of both registries; return one sentence for each difference that remains."""
     from finetune.tracking.mlflow.connection import connect, destination_of
     from finetune.tracking.mlflow.registry import synchronise
 

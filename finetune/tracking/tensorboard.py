@@ -1,7 +1,7 @@
-"""TensorBoard event files: curves, final figures, a table of params with them, and the description as text.
+"""The TensorBoard tracker: event files with curves, final figures, a table of hyperparameters, and the description as text.
 
-They go into the run's own folder, or into a folder that several runs share: ``tensorboard --logdir`` on either, or on the
-workspace's ``runs``, shows them. Files and models have no place in event files; they are in the run folder.
+They are written into the run's own folder or into a folder that several runs share; ``tensorboard --logdir`` works on either, and
+on the workspace's ``runs``. Event files cannot hold files and models, which stay in the run folder.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from finetune.storage.workspace import Workspace
 from finetune.tracking.tracker import Place, Point
 from finetune.tracking.view import RunView
 
-FINAL = "final"  # the section of final figures; a curve of the same metric has the plain name
+FINAL = "final"  # the section of final figures; the curve of a metric has its plain name
 COST = "cost"
 
 
 def open_tracker(destination: str | None, workspace: Workspace) -> TensorBoard:
-    """Write event files into the folder `destination`, or into each run's own folder."""
+    """Return a tracker that writes event files into the folder `destination`, or into each run's own folder."""
     return TensorBoard(None if destination is None else Path(destination).absolute())
 
 
 @dataclass
 class _Log:
-    """The event file that one run is written to in this process."""
+    """The event file of one run in this process."""
 
     writer: EventFileWriter
     description: str = ""
 
 
 class TensorBoard:
-    """A folder of event files; a run's id is the folder of its own."""
+    """Writes event files. The id of a run is the path of its folder of event files."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
@@ -61,7 +61,7 @@ class TensorBoard:
             folder = place.folder / "tracking" / "tensorboard"
         self._suffixes[str(folder)] = f".{place.key[:8]}"
         own = list(folder.glob(f"events.*.{place.key[:8]}"))
-        if place.known is None:  # left by a process that died before it could note the run: nobody knows what is in them
+        if place.known is None:  # files of a process that died before it recorded the run; their content is unknown
             for file in own:
                 file.unlink()
         return str(folder), place.known is None or not own
@@ -75,7 +75,7 @@ class TensorBoard:
             self._write(run_id, Summary(value=[value]), run.started_at, 0)
             log.description = description
         if run.ended_at is not None and run.params:
-            # The table of params takes them once, so it gets them when all are known.
+            # TensorBoard's table of hyperparameters can be written only once, so it is written when all are known.
             columns, metrics = [HParam(name) for name in run.params], [Metric(tag) for tag, _ in _final(run)]
             self._write(run_id, hparams_config_pb(columns, metrics), run.ended_at, 0)
             self._write(run_id, hparams_pb(dict(run.params), trial_id=run_id, start_time_secs=run.started_at), run.ended_at, 0)
@@ -90,13 +90,13 @@ class TensorBoard:
         self._write(run_id, Summary(value=values), run.ended_at or run.started_at, 0)
 
     def file(self, run_id: str, file: Path, name: str) -> None:
-        """Leave the file where it is: event files hold no files."""
+        """Do nothing: event files cannot hold files."""
 
     def model(self, run_id: str, run: RunView) -> str | None:
         return None
 
     def sample(self, run_id: str, run: RunView) -> None:
-        """Record nothing: the costs of the run say what it took."""
+        """Do nothing: system metrics are not written to event files."""
 
     def flush(self) -> None:
         for log in self._logs.values():
@@ -113,7 +113,7 @@ class TensorBoard:
 
 
 def _final(run: RunView) -> Iterable[tuple[str, float]]:
-    """Return the tags and values of what a run came to and what it cost."""
+    """Return the tags and values of a run's final figures and costs."""
     return [
         *((f"{FINAL}/{key}", value) for key, value in run.figures.items()),
         *((f"{COST}/{key}", value) for key, value in run.costs.items()),

@@ -1,7 +1,7 @@
-"""What a tracker is: a place that runs are mirrored to, as one protocol; and the trackers that there are.
+"""The protocol of a tracker, to which runs are mirrored, and the table of available trackers.
 
-The order of calls is the mirror's business (`finetune.tracking.mirror`), and so is what happens when one of them fails: every
-method may raise anything, and may be slow.
+`finetune.tracking.mirror` is responsible for the order of calls and for their failures: every method may raise any exception and
+may be slow.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Kind:
 
     Args:
         module: defines ``open_tracker(destination, workspace) -> Tracker``.
-        package: that has to be installed for it.
-        extra: of our distribution, that installs it.
+        package: the import name of the client library that it needs.
+        extra: the extra of our distribution that installs this library.
     """
 
     module: str
@@ -45,10 +45,10 @@ VARIABLE = "FINETUNE_TRACKERS"  # trackers, separated by spaces
 
 @dataclass(frozen=True)
 class Choice:
-    """A tracker that somebody asked for.
+    """A tracker that was requested.
 
     Args:
-        destination: where it keeps runs: a URI for MLflow, a folder for TensorBoard; None: where it does by default.
+        destination: where it stores runs: a URI for MLflow, a folder for TensorBoard; None for its default.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a metric in the course of a run."""
+    """One value in the history of a metric."""
 
     key: str  # as in metrics.jsonl: split/name
     value: float  # may be NaN
@@ -75,9 +75,9 @@ class Place:
 
     Args:
         folder: of the run.
-        key: differs from that of any other run, and stays that of this one when it is resumed.
-        parent: the tracker's id of the study that it is part of.
-        known: the tracker's id of the run, if it has been there before.
+        key: unique for each run, and unchanged when the run is resumed.
+        parent: the tracker's id of the study that the run is part of.
+        known: the tracker's id of the run, if it was mirrored before.
     """
 
     experiment: str
@@ -88,15 +88,15 @@ class Place:
 
 
 class Tracker(Protocol):
-    """A connection to one tracker. What is sent twice is there once."""
+    """A connection to one tracker. All methods are idempotent: sending the same data again changes nothing."""
 
     @property
     def destination(self) -> str:
-        """Where it keeps runs, as people may read it: without a password."""
+        """Where the tracker stores runs, for display: without a password."""
         ...
 
     def begin(self, run: RunView, place: Place) -> tuple[str, bool]:
-        """Find the run by its known id or its key, or create it; return its id, and whether it is new and so has nothing yet."""
+        """Find the run by its known id or its key, or create it; return its id and whether it is new."""
         ...
 
     def facts(self, run_id: str, run: RunView, description: str) -> None:
@@ -104,32 +104,32 @@ class Tracker(Protocol):
         ...
 
     def points(self, run_id: str, points: Sequence[Point]) -> None:
-        """Append to the metrics' course, in order."""
+        """Append values to the histories of metrics, in order."""
         ...
 
     def figures(self, run_id: str, run: RunView, model_id: str | None) -> None:
-        """Set what the run came to and what it cost."""
+        """Set the final figures and the costs of the run."""
         ...
 
     def file(self, run_id: str, file: Path, name: str) -> None:
-        """Store a file under `name` (with slashes), in place of an earlier one of that name."""
+        """Store a file under `name` (with slashes), replacing an earlier file of that name."""
         ...
 
     def model(self, run_id: str, run: RunView) -> str | None:
-        """Store the run's bundle as a model, registered as in our registry; return its id. None: the tracker has no models."""
+        """Store the run's bundle as a model, registered as in the models folder; return its id, or None if not supported."""
         ...
 
     def sample(self, run_id: str, run: RunView) -> None:
-        """Record what the machine is doing. Called every few seconds while the run goes on."""
+        """Record system metrics. Called every few seconds while the run is in progress."""
         ...
 
     def flush(self) -> None:
-        """Make sure that all that was sent has arrived."""
+        """Wait until all data that was sent has been stored."""
         ...
 
 
 class TrackerModule(Protocol):
-    """What the module of a tracker defines."""
+    """The interface of a tracker's module."""
 
     def open_tracker(self, destination: str | None, workspace: Workspace) -> Tracker: ...
 
@@ -141,16 +141,16 @@ def open_tracker(choice: Choice, workspace: Workspace) -> Tracker:
 
 
 def is_installed(kind: str) -> bool:
-    """Return whether what a kind of tracker needs is installed, without importing it."""
+    """Return whether the client library of a kind of tracker is installed, without importing it."""
     return importlib.util.find_spec(TRACKERS[kind].package) is not None
 
 
 def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> list[Choice]:
-    """Return the trackers that were asked for; by default those in ``FINETUNE_TRACKERS``, else MLflow if it is installed.
+    """Return the requested trackers; by default those in ``FINETUNE_TRACKERS``, else MLflow if it is installed.
 
     Args:
-        asked: each ``mlflow``, ``tensorboard`` or, with a place to write to, ``tensorboard=FOLDER``, ``mlflow=URI``; or ``none``.
-        without: kinds that are left out in any case.
+        asked: each ``mlflow`` or ``tensorboard``, with a destination ``mlflow=URI`` or ``tensorboard=FOLDER``; or ``none``.
+        without: kinds that are excluded in any case.
 
     Raises:
         InvalidInput: no such tracker.
@@ -170,7 +170,7 @@ def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment
 
 
 def parse_choice(text: str) -> Choice:
-    """Return what one ``--tracker`` option asks for."""
+    """Parse the value of one ``--tracker`` option. Raises InvalidInput for an unknown tracker."""
     kind, _, destination = text.partition("=")
     if kind not in TRACKERS:
         names = list(TRACKERS)

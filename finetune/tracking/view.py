@@ -1,7 +1,7 @@
-"""A run as a tracker shows it, read from the run's folder: params, figures, datasets, description, files.
+"""Read from a run's folder what a tracker displays: params, figures, datasets and files.
 
-Everything comes from the files that a run writes anyway, so a run can be read while it goes on, long afterwards, and by a process
-that can do nothing else. Knows no tracker, and imports nothing that trains.
+Everything comes from files that a run writes in any case, so it can be read during the run or long afterwards, without importing
+training libraries. Independent of any tracker.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from finetune.tasks.leading import recorded_leading
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-ARM_TAG = "finetune.arm"  # of a comparison's runs: what all but the seed have in common
+ARM_TAG = "finetune.arm"  # the arm of a comparison's run; its runs differ in the seed only
 FOLDS, COMPARISON = "folds", "comparison"  # kinds of studies
 FILES = (
     "report.html", "figures", "predictions", "evaluation.json", "comparison.json", "study.json", "resolved.json", "request.json",
     "spec.yaml", "split.csv",
 )  # fmt: skip
-"""What is mirrored of a run folder, the files in a folder included. The bundle is mirrored as a model."""
+"""The files and folders of a run that are mirrored. The bundle is mirrored as a model instead."""
 
-SPLITS_BY_WEIGHT = ("cv", "test", "val")  # val has chosen the weights
+SPLITS_BY_WEIGHT = ("cv", "test", "val")  # val comes last, since the epoch was chosen on it
 CONTEXTS = {"train": "training", "val": "validation", "test": "test"}
 
 _PLAIN_NAMES = {"augmentation.policy": "augmentation"}  # else the last part of a field's path
 LONGEST_NAME = 40
 
-_OF_SEED = re.compile(r"(.+)-seed(\d+)")  # the runs of a comparison
+_OF_SEED = re.compile(r"(.+)-seed(\d+)")  # names of a comparison's runs
 _UPLOAD = re.compile(r"file-[0-9a-z]{26}")
 
 
@@ -64,39 +64,39 @@ class SplitView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """The bundle that a run wrote, and what it is registered as."""
+    """The bundle that a run wrote, and its name and version in the registry."""
 
     bundle: Path
     name: str
-    version: str | None  # in our registry; None: not registered
+    version: str | None  # in the models folder; None: not registered
 
 
 @dataclass(frozen=True)
 class RunView:
-    """One run or study. All of it may grow while the run goes on."""
+    """A run or study as a tracker displays it. Everything may be incomplete while the run is in progress."""
 
     name: str
-    study: str | None  # the kind, for a study
+    study: str | None  # the kind of study; None for a run
     status: Status
     started_at: float  # Unix seconds
     ended_at: float | None
     params: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SplitView, ...] = ()
-    figures: Mapping[str, float] = field(default_factory=dict)  # ``split/name``: what the run came to, not its course
+    figures: Mapping[str, float] = field(default_factory=dict)  # final values under ``split/name``
     costs: Mapping[str, float] = field(default_factory=dict)  # names carry their unit
-    headline: str | None = None  # the key in `figures` that is told first
-    expected_headline: str | None = None  # what that will be, as long as there are no figures
+    headline: str | None = None  # key in `figures` of the metric to report first
+    expected_headline: str | None = None  # the headline of a run without figures yet
     model: ModelView | None = None
 
 
 def read_view(run: RunDir, *, alive: bool, ended_as: Status | None = None, experiment: str = "") -> RunView:
-    """Read a run's folder.
+    """Read the view from a run's folder.
 
     Args:
-        experiment: what the data is called where it is an upload, whose own name is a number.
         alive: whether a process is still working on the run.
-        ended_as: how a run ended whose process could not write it down.
+        ended_as: the final status of a run whose process died before it could record it.
+        experiment: the name of the data if it is an upload, which has only an id.
     """
     spec, resolved, outcome = _spec(run), read_object(run.resolved), read_object(run.outcome)
     comparison = read_object(run.comparison)
@@ -126,7 +126,7 @@ def read_view(run: RunDir, *, alive: bool, ended_as: Status | None = None, exper
 
 
 def children(run: RunDir) -> list[RunDir]:
-    """Return the runs of a study that have begun, in the order in which they ended, then those that go on."""
+    """Return the study's children that have begun: ended ones in the order in which they ended, then those in progress."""
     if not run.study.exists():
         return []
     ended = [run.child(name) for name in read_object(run.study).get("children", ())]
@@ -136,21 +136,21 @@ def children(run: RunDir) -> list[RunDir]:
 
 
 def top_of(run: RunDir) -> RunDir:
-    """Return the study that a run belongs to in the end, or the run itself."""
+    """Return the outermost study that a run belongs to, or the run itself."""
     while (parent := run.parent) is not None:
         run = parent
     return run
 
 
 def files_of(run: RunDir) -> list[Path]:
-    """Return the files of a run that are mirrored, those that exist."""
+    """Return the existing files of a run that are to be mirrored."""
     paths = [run.root / name for name in FILES]
     inside = (sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths)
     return [file for files in inside for file in files if file.is_file() and not file.name.startswith(".")]
 
 
 def experiment_name(spec: JobSpec) -> str:
-    """Return what the runs on one dataset are gathered under: the dataset's name, for an upload the model's, where it has one."""
+    """Return the experiment's name for a spec: the name of the dataset or, for an upload, that of the model if it has one."""
     return _gathered_under(dataset_name(spec.training_file), spec.suffix)
 
 
@@ -161,7 +161,7 @@ def _gathered_under(name: str, suffix: str | None, dataset: str = "") -> str:
 
 
 def experiment_of(run: RunDir) -> str:
-    """Return the name of the experiment of a run that nothing was said about."""
+    """Return the name of a run's experiment from its folder, for a run without a recorded one."""
     dataset = read_object(run.resolved).get("dataset") or {"name": read_object(run.comparison).get("dataset")}
     spec = _spec(run)
     given = str(spec.get("training_file") or dataset["name"] or "images")
@@ -169,7 +169,7 @@ def experiment_of(run: RunDir) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, nothing where there is none (yet)."""
+    """Return the object in a JSON file; empty if there is no file."""
     try:
         found = read_json(path)
     except FileNotFoundError:
@@ -178,7 +178,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _spec(run: RunDir) -> dict[str, Any]:
-    """Return what a run was asked for; a comparison's request is a job spec with a few keys more."""
+    """Return the request of a run. That of a comparison is a job spec with additional keys."""
     if run.request.exists():
         return read_object(run.request)
     try:
@@ -199,7 +199,7 @@ def _status(run: RunDir, complete: bool, events: list[dict[str, Any]], *, alive:
 
 
 def _ended_at(run: RunDir, events: list[dict[str, Any]]) -> float:
-    """Return when a run ended; a study's run that is exported when the study is over ended before that."""
+    """Return when a run ended; a study's child that is exported at the end of the study ended before the export."""
     ends = [float(event["at"]) for event in events if event.get("kind") in ("finished", "succeeded")]
     if run.parent is not None and ends:
         return ends[0]
@@ -207,7 +207,7 @@ def _ended_at(run: RunDir, events: list[dict[str, Any]]) -> float:
 
 
 def _name(run: RunDir, spec: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    """Return a name that tells runs on one dataset apart and fits into a column: the method, and what is unusual."""
+    """Return a short name that distinguishes runs on one dataset: the method, and settings that differ from the defaults."""
     if run.parent is not None:
         return _OF_SEED.sub(r"\1, seed \2", run.name)
     if run.request.exists() or comparison:
@@ -233,12 +233,12 @@ def _name(run: RunDir, spec: Mapping[str, Any], comparison: Mapping[str, Any]) -
 
 
 def _asked_arms(request: Mapping[str, Any]) -> list[str]:
-    """Return the names of the arms that a comparison was asked to run."""
+    """Return the names of the arms in a comparison's request; empty if it compares finished runs."""
     return [arm.name for arm in parse_comparison(request).arms] if "training_file" in request else []
 
 
 def _chosen_figures(comparison: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of the arm that a comparison chose, each a mean over its seeds."""
+    """Return the figures of the arm that a comparison chose, as means over its seeds."""
     chosen = comparison["verdict"]["choose"]
     figures: dict[str, float] = {}
     for key, found in next(arm for arm in comparison["arms"] if arm["name"] == chosen)["metrics"].items():
@@ -250,14 +250,14 @@ def _chosen_figures(comparison: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _resolved_of_child(run: RunDir) -> dict[str, Any]:
-    """Return what the first child of a study resolved, whose data is the study's too."""
+    """Return the ``resolved.json`` of a study's first child, which has the same data as the study."""
     return next((found for child in children(run) if (found := read_object(child.resolved))), {})
 
 
 def _params(
     spec: Mapping[str, Any], resolved: Mapping[str, Any], outcome: Mapping[str, Any]
 ) -> Iterator[tuple[str, str | int | float | bool]]:
-    """Yield what was carried out, under plain names. What is not decided yet is left out: a param never changes."""
+    """Yield the resolved settings under plain names. Undecided ones are left out, since a param cannot be changed later."""
     if not resolved:
         return
     recipe, asked = resolved["recipe"], resolved["spec"]
@@ -279,7 +279,7 @@ def _params(
 
 
 def _shared_params(run: RunDir) -> dict[str, str | int | float | bool]:
-    """Return the params that all runs of a comparison have in common."""
+    """Return the params that are equal in all runs of a comparison."""
     found = [read_view(child, alive=True).params for child in children(run)]
     shared = {key: value for key, value in (found[0] if found else {}).items() if all(one.get(key) == value for one in found)}
     return shared if all(found) else {}
@@ -312,13 +312,13 @@ def _splits(resolved: Mapping[str, Any], experiment: str) -> Iterator[SplitView]
 
 
 def _weight(key: str) -> int:
-    """Return the place of a figure: those of the most independent images come first."""
+    """Return the sort key of a figure by its split, most independent images first."""
     split = key.partition("/")[0]
     return SPLITS_BY_WEIGHT.index(split) if split in SPLITS_BY_WEIGHT else len(SPLITS_BY_WEIGHT)
 
 
 def _headline(figures: Mapping[str, float], comparison: Mapping[str, Any]) -> str | None:
-    """Return the key of the figure that is told first, of the most independent images; of a comparison, what it says itself."""
+    """Return the key of the figure to report first, on the most independent split; for a comparison, its recorded key."""
     if comparison:
         return str(comparison.get("leading") or comparison["headline"])
     for split in SPLITS_BY_WEIGHT:
@@ -329,7 +329,7 @@ def _headline(figures: Mapping[str, float], comparison: Mapping[str, Any]) -> st
 
 
 def _expected_headline(run: RunDir, resolved: Mapping[str, Any], study: str | None) -> str | None:
-    """Return the key of the figure that a run will be judged by; of a study, what its first run says of it."""
+    """Return the key of the headline that a run will have; for a study, derived from its first child."""
     if study is not None:
         begun = children(run)
         found = (

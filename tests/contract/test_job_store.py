@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs.clock import LeaseTime
 from finetune.jobs.database import open_database
+from finetune.jobs.kinds import BATCH
 from finetune.jobs.store import MAX_LOST_ATTEMPTS, Claim, Job, JobStore, LeaseLost, NameTaken, QueueFull, new_id
 
 SPEC: dict[str, Any] = {"training_file": "flowers", "metadata": {"note": "a\0b \ud800 ü"}}
@@ -283,6 +284,17 @@ def test_a_job_that_seems_to_end_its_workers_is_given_up(store: JobStore, clock:
         store.reap()
     given_up = store.get(job.id)
     assert (given_up.state, given_up.error_code) == ("failed", "crash_loop")
+
+
+def test_a_worker_takes_the_kinds_of_jobs_that_it_carries_out_and_leaves_the_others(store: JobStore) -> None:
+    training = queue(store)
+    batch = queue(store, kind=BATCH)
+    taken = store.claim("serving alone", kinds=["batch"])
+    assert taken is not None
+    assert taken.job.id == batch.id
+    assert store.claim("serving alone", kinds=["batch"]) is None
+    assert (store.counts(kinds=["batch"]), store.counts()) == ({"running": 1}, {"queued": 1, "running": 1})
+    assert claimed(store).job.id == training.id
 
 
 # ── handing back ──────────────────────────────────────────────────────────────────────────────────

@@ -115,7 +115,7 @@ def test_a_job_is_run_to_its_end_and_its_result_and_history_are_kept(store: JobS
 def test_a_job_that_takes_more_memory_than_allowed_fails_and_says_so_and_the_next_one_is_run(
     store: JobStore, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "_WEIGH_SECONDS", 0.0)
+    monkeypatch.setattr(worker_module, "_MEMORY_CHECK_SECONDS", 0.0)
     greedy = submit(store, steps=100_000, step_seconds=0.02, hoard_bytes=50 << 20)
     modest = submit(store, steps=3)
     drive(worker(store, home, max_memory_bytes=600 << 20), until=finished(store, greedy, modest))

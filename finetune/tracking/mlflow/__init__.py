@@ -1,4 +1,4 @@
-"""MLflow as a tracker, as a second registry of models, and its pages in a browser.
+"""MLflow as a tracker and as a second model registry, and links to its pages in a browser.
 
-Only processes that follow or synchronise import MLflow, and only inside functions: `connection` is the one place.
+Only the processes that follow or synchronise runs import MLflow, and only inside functions, since the import takes seconds.
 """

@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs and models, and the client that talks to it."""
+"""MLflow's tracking URI and artifact location, and the client for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.tracking.mirror import without_credentials
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
-# A request to a server that does not answer ends in about 20 s instead of minutes. MLflow reads these at each call.
+# Requests to a server that does not respond fail after about 20 s instead of minutes. MLflow reads these at each call.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -26,17 +26,17 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_UV_AUTO_DETECT": "false",  # a lock file in the current folder has nothing to do with a model
+    "MLFLOW_UV_AUTO_DETECT": "false",  # a lock file in the current folder is unrelated to the model
 }
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where MLflow keeps runs. `artifact_root` is None when a tracking server decides that itself."""
+    """Where MLflow stores runs. `artifact_root` is None if a tracking server decides it."""
 
     uri: str
     artifact_root: str | None
-    database: Path | None = None  # our own SQLite file, which may have to be created
+    database: Path | None = None  # the workspace's own SQLite file, which may have to be created
 
     @property
     def shown(self) -> str:
@@ -45,12 +45,12 @@ class Destination:
 
 
 def destination_of(workspace: Workspace, uri: str | None = None) -> Destination:
-    """Return where MLflow keeps runs: `uri`, else ``MLFLOW_TRACKING_URI``, else a SQLite file in the workspace.
+    """Return where MLflow stores runs: at `uri`, else at ``MLFLOW_TRACKING_URI``, else in a SQLite file in the workspace.
 
-    It is always said explicitly, because MLflow's own choice depends on the current folder.
+    The location is always passed explicitly, because MLflow's default depends on the current folder.
 
     Raises:
-        InvalidInput: the URI is of MLflow's retired file store.
+        InvalidInput: the URI is of MLflow's deprecated file store.
     """
     uri = uri or os.environ.get(URI_VARIABLE)
     artifact_root = workspace.mlflow_artifacts.as_uri()
@@ -66,14 +66,14 @@ def destination_of(workspace: Workspace, uri: str | None = None) -> Destination:
 
 
 def connect(target: Destination) -> Any:
-    """Return an ``mlflow.MlflowClient``. Importing it takes a second or two, a first database three more.
+    """Return an ``mlflow.MlflowClient``. The import takes one to two seconds, creating the database another three.
 
     Raises:
         MissingExtra: MLflow is not installed.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):  # what matters of what they say is raised as well
+    for name in ("mlflow", "alembic"):  # their important log messages are also raised as exceptions
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import mlflow
@@ -83,9 +83,9 @@ def connect(target: Destination) -> Any:
     if target.database is not None:
         _create_database(target.database, mlflow.MlflowClient)
     given = os.environ.get(URI_VARIABLE)
-    mlflow.set_tracking_uri(target.uri)  # its registry looks models up there, whatever the client was given
+    mlflow.set_tracking_uri(target.uri)  # MLflow's model registry uses this global URI, not the client's
     mlflow.set_registry_uri(target.uri)
-    if given is None:  # which the call above has set
+    if given is None:  # the call above has set it
         os.environ.pop(URI_VARIABLE, None)
     else:
         os.environ[URI_VARIABLE] = given
@@ -97,9 +97,9 @@ def connect(target: Destination) -> Any:
 
 
 def remove_misread_folder(database: Path) -> None:
-    """Remove the empty folder that MLflow makes beside a workspace whose path has to be escaped in a URI.
+    """Remove the empty folder that MLflow creates beside a workspace whose path needs escaping in a URI.
 
-    It reads the URI rightly when it opens the database, and takes it for a plain path when it makes the folder for it.
+    MLflow decodes the URI correctly when it opens the database, but uses it as a plain path when it creates the parent folder.
     """
     misread = Path(quote(str(database))).parent
     if misread != database.parent:
@@ -108,10 +108,10 @@ def remove_misread_folder(database: Path) -> None:
 
 
 def _create_database(path: Path, client: Any) -> None:
-    """Make MLflow's tables under a temporary name, then rename: a kill amid its migrations would spoil the file for good."""
+    """Create MLflow's database under a temporary name and rename it: a kill during its migrations would corrupt it for good."""
     if path.exists():
         return
-    with file_lock(path.with_name(f".{path.name}.lock")):  # two first runs at once: one builds, the other finds it built
+    with file_lock(path.with_name(f".{path.name}.lock")):  # of two simultaneous first runs, one creates it and the other finds it
         if path.exists():
             return
         unfinished = path.with_name(f".{path.name}.new")

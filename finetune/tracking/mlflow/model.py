@@ -1,7 +1,7 @@
-"""A bundle as an MLflow model: the bundle's files with MLflow's description of them beside, in two flavours.
+"""Log a bundle as an MLflow model: the bundle's files and an ``MLmodel`` file with two flavours.
 
-``python_function`` answers with the bundle's own decoder and preprocessing (`finetune.bundle.mlflow_model`), ``onnx`` is the
-network alone. A folder that was downloaded from MLflow is therefore a bundle as well. Nothing is pickled.
+``python_function`` predicts with the bundle's own decoder and preprocessing (`finetune.bundle.mlflow_model`); ``onnx`` is the
+network alone. A model folder downloaded from MLflow is therefore also a bundle. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from finetune.distribution import DISTRIBUTION
 from finetune.tracking.mlflow.names import key_text, value_text
 from finetune.tracking.view import ModelView
 
-BUNDLE_TAG = "finetune.bundle"  # the digest of a bundle's files: what a version is recognised by, whatever its number
-VERSIONS_TAG = "mlflow.modelVersions"  # from which MLflow's page of a model links to its versions
+BUNDLE_TAG = "finetune.bundle"  # digest of the bundle's files, which identifies a version independently of its number
+VERSIONS_TAG = "mlflow.modelVersions"  # MLflow's page of a model links to the versions in this tag
 USAGE = """Answers with the probabilities of the classes of an image:
 
 ```python
@@ -38,11 +38,11 @@ model.predict(["some.jpg"])  # or bytes, base64, RGB arrays, a table with a colu
 
 `mlflow models serve -m models:/NAME@champion --env-manager local` takes `{"inputs": ["<base64>"]}` on `/invocations`.
 The artifacts are a bundle of finetune: `finetune predict some.jpg --model FOLDER` answers with them as well."""
-REQUIRED = ("onnxruntime", "numpy", "pillow")  # with what the answers are computed, to the version
+REQUIRED = ("onnxruntime", "numpy", "pillow")  # packages that compute the predictions, pinned to the exact version
 
 
 def bundle_digest(manifest: Manifest) -> str:
-    """Return what a bundle is recognised by: a digest of its files' checksums. Name and version do not change it."""
+    """Return the digest of a bundle's file checksums, which identifies it independently of name and version."""
     listed = "\n".join(f"{name} {digest}" for name, digest in sorted(manifest.files.items()))
     return hashlib.sha256(listed.encode()).hexdigest()
 
@@ -50,7 +50,7 @@ def bundle_digest(manifest: Manifest) -> str:
 def log_model(
     client: Any, model: ModelView, experiment_id: str, run_id: str | None, params: Mapping[str, Any] | None = None
 ) -> str:
-    """Store a bundle as a model, if its run or experiment has not stored it yet; return its id in MLflow."""
+    """Log a bundle as a model, unless its experiment already has it; return the model's id in MLflow."""
     from mlflow.entities import LoggedModelOutput
 
     digest = bundle_digest(read_manifest(model.bundle))
@@ -76,14 +76,14 @@ def log_model(
 
 
 def stored_model(client: Any, experiment_ids: list[str], digest: str) -> str | None:
-    """Return the id of a model with this bundle in these experiments."""
+    """Return the id of a logged model with this bundle digest in these experiments, or None."""
     found = client.search_logged_models(experiment_ids, filter_string=f"tags.`{BUNDLE_TAG}` = '{digest}'", max_results=10)
     ready = [model.model_id for model in found if str(model.status) == "READY"]
     return str(ready[0]) if ready else None
 
 
 def link_version(client: Any, model_id: str, name: str, number: str) -> None:
-    """Let MLflow's page of a model name a version that was made of it."""
+    """Record a registered version on the logged model, so that MLflow's page of the model links to it."""
     known = json.loads(client.get_logged_model(model_id).tags.get(VERSIONS_TAG, "[]"))
     version = {"name": name, "version": number}
     if version not in known:
@@ -91,7 +91,7 @@ def link_version(client: Any, model_id: str, name: str, number: str) -> None:
 
 
 def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
-    """Write the folder that MLflow loads."""
+    """Write the bundle as a model folder that MLflow can load."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
@@ -121,13 +121,13 @@ def write_model(folder: Path, bundle: Path, *, model_id: str | None = None, run_
 
 
 def signature(columns: Sequence[str]) -> Any:
-    """Return what the model takes and gives, in MLflow's words.
+    """Return the MLflow signature of the model's input and output.
+
+    The signature is marked as inferred from type hints. MLflow then passes the input on unchanged instead of converting it to a
+    table, which would reject paths and arrays. Over HTTP the input is ``{"inputs": [base64, …]}``.
 
     Args:
-        columns: of the table that it answers with.
-
-    It is marked as given by type hints: MLflow then hands the input on as it is, instead of forcing it into a table of one type,
-    which would refuse paths and arrays. Over HTTP that means ``{"inputs": [base64, …]}``.
+        columns: of the table of predictions.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -167,7 +167,7 @@ def signature(columns: Sequence[str]) -> Any:
 
 
 def example(bundle: Path) -> str:
-    """Return a small image in base64: one of the bundle's known images, as the model saw it."""
+    """Return an example input: a JPEG in base64 of one of the bundle's probe images, as preprocessed."""
     from PIL import Image
 
     stream = io.BytesIO()

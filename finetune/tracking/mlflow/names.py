@@ -1,4 +1,4 @@
-"""Names and texts as MLflow takes them."""
+"""Convert metric names and values to what MLflow accepts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ _MAX_KEY_CHARACTERS = 250
 
 
 def metric_key(journal_key: str) -> str | None:
-    """Return the name of a metric's course: what an epoch was judged by is part of training, and is told apart from the result.
+    """Return MLflow's key for a metric's history: ``val/loss`` of an epoch becomes ``train/val_loss``, apart from final figures.
 
-    What is measured of each stage comes last, in sections of its own. None: the metric is no course, and is a param or a cost.
+    Measurements of stages get separate sections under ``weights/``, which MLflow lists last. None for metrics without a history
+    (``head/…``), which are logged as params or costs.
     """
     section, _, name = journal_key.partition("/")
     if section == "head":
@@ -23,13 +24,13 @@ def metric_key(journal_key: str) -> str | None:
 
 
 def key_text(name: str) -> str:
-    """Return a name that MLflow takes: its characters, no empty or dotted path part, no two dots first, at most 250 long."""
+    """Return a valid MLflow key: allowed characters only, no empty or dotted path parts, at most 250 characters."""
     parts = (part for part in re.sub(r"[^\w.\-: /]", "_", name).split("/") if part.strip(". "))
     return re.sub(r"^\.{2,}", "", "/".join(parts))[:_MAX_KEY_CHARACTERS].rstrip("/") or "_"
 
 
 def value_text(value: object, limit: int = _MAX_VALUE_CHARACTERS) -> str:
-    """Return a value as a param holds it; what is too long is cut, the same way each time, and says so."""
+    """Return a value as the text of a param; a longer text is cut deterministically and ends with a note."""
     if isinstance(value, float) and not isinstance(value, bool):
         text = f"{value:.6g}"
     else:

@@ -1,7 +1,7 @@
-"""MLflow's pages in a browser: the server for the workspace's own database, and links that open exactly at a run or comparison.
+"""MLflow's pages in a browser: run its server for the workspace's own database, and build links to a run or comparison.
 
-Links name MLflow's model-training view, because it opens on a view for language models otherwise. MLflow is not imported
-here: its server is another process, and is asked over HTTP.
+Links select MLflow's view for model training; its default is a view for language models. MLflow is not imported here: its server
+is a separate process that is queried over HTTP.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ServerFailed(FinetuneError):
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """The command that shows the workspace's MLflow pages, with the environment it needs on top of the present one."""
+    """The command that runs MLflow's server, with environment variables to add to the present ones."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
@@ -48,7 +48,7 @@ class ServerCommand:
 
 @dataclass(frozen=True)
 class Link:
-    """A page, and what it is for."""
+    """A page and its title."""
 
     title: str
     url: str
@@ -57,16 +57,16 @@ class Link:
 def show_pages(
     workspace: Workspace, run_id: str | None, host: str, port: int, tell: Callable[[Link], object], *, browse: bool
 ) -> None:
-    """Open MLflow's pages and serve them until interrupted; where MLflow is a server elsewhere, only open them.
+    """Serve MLflow's pages until interrupted and open them; if a remote tracking server is used, only open its pages.
 
     Args:
-        run_id: MLflow's id of the run or comparison to open; None: the experiments.
-        tell: called with every link worth knowing, the one that is opened first.
+        run_id: MLflow's id of the run or comparison to open; None opens the experiments.
+        tell: called with every link, first with the one that is opened.
         browse: open a browser, if this machine has one.
 
     Raises:
         MissingExtra: MLflow is not installed.
-        InvalidInput: as `server_command`.
+        InvalidInput: as `server_command` raises it.
         ServerFailed: the server does not start.
         NotFound: the server at this address does not know the run.
     """
@@ -93,7 +93,7 @@ def show_pages(
 
 
 def server_command(target: Destination, host: str, port: int) -> ServerCommand:
-    """Return how to start MLflow's pages on a database: one worker, no job executor, this machine only.
+    """Return the command for MLflow's server on a database: one worker, no job executor, reachable from this machine only.
 
     Raises:
         MissingExtra: MLflow is not installed.
@@ -124,7 +124,7 @@ def server_command(target: Destination, host: str, port: int) -> ServerCommand:
 
 
 def links_to(url: str, run_id: str | None) -> list[Link]:
-    """Return the pages of a run, or of all experiments, under the MLflow server at `url`; the best one first.
+    """Return links to the pages of a run, or of all experiments, on the MLflow server at `url`; the most useful first.
 
     Raises:
         NotFound: the server does not know the run.
@@ -148,7 +148,7 @@ def links_to(url: str, run_id: str | None) -> list[Link]:
 
 
 def _link_to_experiments(url: str) -> Link:
-    """Return the page of the experiment, if there is only one besides MLflow's own, else the list of all."""
+    """Return a link to the only experiment besides MLflow's default one, or to the list of all experiments."""
     found = _ask(url, "experiments/search", max_results="1000").json().get("experiments", [])
     own = [experiment for experiment in found if experiment["name"] != "Default"]
     if len(own) != 1:
@@ -184,7 +184,7 @@ def _ask(url: str, what: str, **query: str) -> Any:
 
 
 def is_healthy(url: str) -> bool:
-    """Return whether an MLflow server answers at `url`."""
+    """Return whether an MLflow server responds at `url`."""
     try:
         return httpx.get(f"{url}/health", timeout=2).text == "OK"
     except httpx.HTTPError:
@@ -193,7 +193,7 @@ def is_healthy(url: str) -> bool:
 
 @contextlib.contextmanager
 def _running(command: ServerCommand) -> Iterator[subprocess.Popen[bytes]]:
-    """Run MLflow's server; what it says of itself is shown only if it does not start."""
+    """Run MLflow's server while the block runs; its output is shown only if it fails to start."""
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(command.arguments, env={**os.environ, **command.environment}, stdout=said, stderr=said)
         try:
@@ -217,5 +217,5 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _has_browser() -> bool:
-    """Return whether there is a screen to open a browser on; one in the terminal would take it over."""
+    """Return whether there is a graphical display. A text browser must not be opened, since it would occupy the terminal."""
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

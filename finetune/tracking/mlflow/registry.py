@@ -1,10 +1,9 @@
-"""One truth in two registries: the versions and aliases of our models folder and of MLflow's model registry, in both directions.
+"""Synchronise the versions and aliases of the models folder and of MLflow's model registry, in both directions.
 
-A version is recognised by its bundle's files, whatever its number, and has the same number on both sides wherever MLflow
-allows it. What both sides had when they last agreed is written down beside the model (``mlflow.json``); the side that differs
-from it is the side where something was changed, also when the other could not be reached for a while. Where an alias was
-moved on both sides, ours counts: it is what answers. Moving an alias in MLflow is a promotion here, and passes the same
-checks.
+A version is identified by the digest of its bundle's files, and has the same number in both registries wherever MLflow allows it.
+The state at the last synchronisation is recorded beside the model (``mlflow.json``). The registry that differs from it is the one
+that was changed, even if MLflow could not be reached for a while. If an alias was moved in both, the one in the models folder
+wins, since it is what the server uses. An alias that was moved in MLflow counts as a promotion and passes the same checks.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from finetune.tracking.mlflow.model import BUNDLE_TAG, bundle_digest, link_versi
 from finetune.tracking.view import ModelView
 
 STATE = "mlflow.json"
-NUMBER_TAG = "finetune.version"  # our number of the version
+NUMBER_TAG = "finetune.version"  # the version's number in the models folder
 MODEL_NOTE = "Made by finetune, whose models folder has the same versions and aliases."
 MOST_PLACEHOLDERS = 100
 _MLFLOW_ALIAS = re.compile(r"[\w-]+")
 _RESERVED_ALIAS = re.compile(r"latest|[vV]\d+")  # MLflow's own
 
-Stored = Mapping[str, tuple[str, str]]  # our version -> id of the model and of the run in MLflow
+Stored = Mapping[str, tuple[str, str]]  # version in the models folder -> ids of the logged model and of the run in MLflow
 
 
 @dataclass
 class Agreed:
-    """What both registries had when they last agreed."""
+    """The state of both registries at the last synchronisation."""
 
     destination: str = ""
-    versions: dict[str, str] = field(default_factory=dict)  # our number -> MLflow's
-    aliases: dict[str, str] = field(default_factory=dict)  # alias -> our number
+    versions: dict[str, str] = field(default_factory=dict)  # number in the models folder -> MLflow's
+    aliases: dict[str, str] = field(default_factory=dict)  # alias -> number in the models folder
 
 
 def synchronise(
     client: Any, target: Destination, workspace: Workspace, names: Sequence[str] | None = None, stored: Stored | None = None
 ) -> list[str]:
-    """Make versions and aliases the same on both sides; return what could not be made the same, one sentence each.
+    """Synchronise versions and aliases; return one sentence for each difference that remains.
 
     Args:
-        names: of the models; by default all that are ours, on either side.
-        stored: versions whose bundle is in MLflow already.
+        names: of the models; by default all in the models folder, and those in MLflow with a version made from a bundle.
+        stored: versions whose bundle is already logged in MLflow.
     """
     registry = Registry(workspace.models)
     if names is None:
@@ -67,7 +66,7 @@ def synchronise(
 
 
 class _Synchronisation:
-    """One model."""
+    """The synchronisation of one model. In it `ours` is the models folder and `theirs` is MLflow."""
 
     def __init__(self, client: Any, target: Destination, registry: Registry, name: str, stored: Stored) -> None:
         self.client, self.target, self.registry, self.name, self.stored = client, target, registry, name, stored
@@ -78,7 +77,7 @@ class _Synchronisation:
         model = self._registered()
         agreed = self._agreed()
         if model is None or agreed.destination != self.target.shown:
-            agreed = Agreed(self.target.shown)  # nothing there was ever agreed on
+            agreed = Agreed(self.target.shown)  # never synchronised with this MLflow before
         theirs = self._theirs() if model is not None else {}
         pairs = self._pairs(theirs)
         self._delete_there(agreed, theirs, pairs)
@@ -121,7 +120,7 @@ class _Synchronisation:
         return version in self._ours()
 
     def _pairs(self, theirs: Mapping[str, Any]) -> dict[str, str]:
-        """Return which of our versions is which of theirs, by the bundle, and where several have the same, by the number."""
+        """Map each of our versions to MLflow's version with the same bundle; among several, to the one tagged with its number."""
         digests = {
             number: digest for number, version in theirs.items() if (digest := digest_of(self.client, version)) is not None
         }
@@ -138,7 +137,7 @@ class _Synchronisation:
     # -- versions
 
     def _delete_there(self, agreed: Agreed, theirs: dict[str, Any], pairs: Mapping[str, str]) -> None:
-        """Delete in MLflow what was deleted here."""
+        """Delete the versions in MLflow that were deleted in the models folder."""
         for ours, number in list(agreed.versions.items()):
             if not self._has(ours) and number in theirs and number not in pairs.values():
                 self.client.delete_model_version(self.name, number)
@@ -146,7 +145,7 @@ class _Synchronisation:
                 del agreed.versions[ours]
 
     def _push(self, agreed: Agreed, pairs: dict[str, str]) -> None:
-        """Register in MLflow what is only here."""
+        """Register the versions in MLflow that only the models folder has."""
         for number, version in self._ours().items():
             if number in pairs:
                 continue
@@ -175,7 +174,7 @@ class _Synchronisation:
             )
             if int(made.version) >= int(version.version):
                 break
-            # Numbers that were given here and deleted since: MLflow counts from where it is, so it is led past them.
+            # MLflow numbers consecutively: placeholders use up the numbers of versions that were deleted in the models folder.
             self.client.delete_model_version(self.name, made.version)
         link_version(self.client, model_id, self.name, str(made.version))
         if str(made.version) != version.version:
@@ -185,7 +184,7 @@ class _Synchronisation:
         return str(made.version)
 
     def _stored(self, version: ModelVersion, digest: str) -> tuple[str, str | None]:
-        """Return the bundle as MLflow has it from the run that made it; else store it, without a run."""
+        """Return the ids of the bundle's logged model and its run; log the model without a run if MLflow does not have it."""
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments(max_results=1000)]
         if (known := stored_model(self.client, experiments, digest)) is not None:
             return known, self.client.get_logged_model(known).source_run_id
@@ -204,12 +203,12 @@ class _Synchronisation:
                 raise
 
     def _pull(self, agreed: Agreed, theirs: Mapping[str, Any], pairs: dict[str, str]) -> None:
-        """Register here what was registered in MLflow from a bundle of ours."""
+        """Register versions in the models folder that were registered in MLflow from one of our bundles."""
         for number, version in sorted(theirs.items(), key=lambda item: int(item[0])):
             if number in pairs.values() or digest_of(self.client, version) is None:
                 continue
             if not self.registry.has(self.name):
-                # Whoever registers in MLflow is not known here: administrators decide who else may use it.
+                # The user who registered it in MLflow is unknown, so only administrators may use it until they share it.
                 self.registry.set_access(self.name, Access(owner=None, visibility="private"))
             with tempfile.TemporaryDirectory(prefix="finetune-mlflow-") as scratch:
                 found = _download(self.target, self.name, number, Path(scratch))
@@ -239,7 +238,7 @@ class _Synchronisation:
     def _settle(
         self, alias: str, here: str | None, there: str | None, before: str | None, pairs: Mapping[str, str]
     ) -> str | None:
-        """Make one alias mean the same on both sides; return the version that it means on both, None where that failed."""
+        """Synchronise one alias; return the version that it has in both registries, or None if that failed."""
         if here == there:
             return here
         if not _MLFLOW_ALIAS.fullmatch(alias) or _RESERVED_ALIAS.fullmatch(alias):
@@ -270,7 +269,7 @@ def _once_mirrored(registry: Registry) -> Iterator[str]:
 
 
 def _ours_in_mlflow(client: Any, known: Container[str]) -> Iterator[str]:
-    """Yield the names of models in MLflow, besides those `known`, that have a version made of a bundle of ours."""
+    """Yield the names of models in MLflow, other than `known`, with a version made from one of our bundles."""
     versions: dict[str, list[Any]] = {}
     for version in client.search_model_versions():
         if version.name not in known and re.fullmatch(SUFFIX_PATTERN, version.name):
@@ -281,7 +280,7 @@ def _ours_in_mlflow(client: Any, known: Container[str]) -> Iterator[str]:
 
 
 def digest_of(client: Any, version: Any) -> str | None:
-    """Return the digest of the bundle that a version in MLflow is made of; None where it is no bundle of ours."""
+    """Return the digest of the bundle that a version in MLflow was made from; None if it was not made from one of ours."""
     if BUNDLE_TAG in version.tags:
         return str(version.tags[BUNDLE_TAG])
     model_id = getattr(version, "model_id", None) or _model_id_in(version.source)
@@ -307,7 +306,7 @@ def _download(target: Destination, name: str, number: str, folder: Path) -> Path
 
 
 def _described(manifest: Manifest) -> str:
-    """Return a version's description: how it was made and how good it is."""
+    """Return a version's description: method, backbone and metrics."""
     metrics, figures = manifest.metrics, []
     for key, value in metrics.items():
         low, high, n = (metrics.get(name) for name in (f"{key}_low", f"{key}_high", f"{key.partition('/')[0]}/n"))

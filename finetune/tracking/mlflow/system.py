@@ -1,4 +1,4 @@
-"""What the machine is doing while a run goes on: processor, memory, disk, network and GPU, under MLflow's own names."""
+"""System metrics during a run: CPU, memory, disk, network and GPU, under MLflow's own names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ EVERY_SECONDS = 10.0
 
 
 class SystemSampler:
-    """Gives values at most every ten seconds."""
+    """Samples the system metrics at most every `EVERY_SECONDS`."""
 
     def __init__(self) -> None:
         self._monitors: list[Any] | None = None
         self._due = 0.0
 
     def sample(self) -> dict[str, float]:
-        """Return what was measured since the last call; nothing where that is not long ago."""
+        """Return the metrics since the last sample; empty if that was less than `EVERY_SECONDS` ago."""
         if time.monotonic() < self._due:
             return {}
         self._due = time.monotonic() + EVERY_SECONDS

@@ -1,9 +1,9 @@
-"""Runs in MLflow: params, metrics, datasets, files, a Markdown description, and the bundle as a model.
+"""The MLflow tracker: params, metrics, datasets, files, a Markdown description, and the bundle as a model.
 
-What its pages do with a metric depends on how it is logged: a metric that only has a value at step 0 becomes a chart of
-labelled bars, one for each run, and the part of a name before the last slash is the section that its chart is in. So final
-figures and costs are logged once, at step 0, under plain names (``test/top1``, ``train_seconds``), and the course of training
-under ``train/…``, ``val/loss`` of an epoch being ``train/val_loss``: the same name is never both.
+How MLflow's pages display a metric depends on how it is logged: a metric with a single value at step 0 becomes a bar chart over
+runs, and the part of the key before the last slash is the section of its chart. Therefore final figures and costs are logged
+once, at step 0, under plain names (``test/top1``, ``train_seconds``), and the history of training under ``train/…``, where
+``val/loss`` of an epoch becomes ``train/val_loss``. No key is used for both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finetune.tracking.view import ARM_TAG, COMPARISON, RunView, SplitView
 
 RUN_KEY = "finetune.run_key"
 DESCRIPTION = "mlflow.note.content"
-# Makes MLflow's pages open an experiment on its runs and charts instead of on traces of language models.
+# Makes MLflow's pages open an experiment with its runs and charts instead of with traces of language models.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 MOST_METRICS, MOST_PARAMS, MOST_TAGS = 1000, 100, 100  # in one call
 DIGEST_CHARACTERS = 36
@@ -44,14 +44,14 @@ DATASET_SCHEMA = {
 
 
 def open_tracker(destination: str | None, workspace: Workspace) -> MlflowTracker:
-    """Connect to MLflow at the URI `destination`, or where `destination_of` says."""
+    """Connect to MLflow at the URI `destination`, or at the default of `destination_of`."""
     target = destination_of(workspace, destination)
     return MlflowTracker(connect(target), target, workspace)
 
 
 @dataclass
 class _Known:
-    """What MLflow has of one run, so that nothing is sent for nothing."""
+    """What MLflow already has of one run, to avoid redundant requests."""
 
     experiment_id: str
     name: str
@@ -135,7 +135,7 @@ class MlflowTracker:
         metrics = []
         for key, value in {**run.figures, **dict(_readable(run.costs))}.items():
             split = dataset_of.get(key.partition("/")[0]) if "/" in key else None
-            # A figure that names model and dataset is also on the model's page, beside that dataset.
+            # A metric with model and dataset is also shown on the model's page, beside that dataset.
             source = {"dataset_name": split.name, "dataset_digest": _digest(split)} if split and model_id else {}
             metrics.append(Metric(key_text(key), _rounded(value), at, 0, model_id=model_id, **source))
         self._metrics(run_id, metrics)
@@ -160,10 +160,10 @@ class MlflowTracker:
         self._metrics(run_id, [Metric(f"system/{key}", value, _ms(now), step) for key, value in values.items()])
 
     def flush(self) -> None:
-        """Everything is sent synchronously."""
+        """Do nothing: every call has already sent its data synchronously."""
 
     def _find(self, place: Place) -> Any | None:
-        """Return the run of an earlier attempt, by its id, else by its key; None where it is not, or was deleted."""
+        """Return the run of an earlier attempt, by its id or else by its key; None if there is none or it was deleted."""
         from mlflow.exceptions import MlflowException
 
         if place.known is not None:
@@ -182,7 +182,7 @@ class MlflowTracker:
         return matches[0] if matches else None
 
     def _view(self, experiment_id: str, key: str, view: str) -> None:
-        """Keep a view of the runs table in the experiment; two runs that end at once may both be the first to do so."""
+        """Store a view of the runs table in the experiment; tolerate another run that stores it at the same time."""
         from mlflow.exceptions import MlflowException
 
         def is_there() -> bool:
@@ -197,7 +197,7 @@ class MlflowTracker:
                 raise
 
     def _announce_headline(self, run_id: str, known: _Known, run: RunView) -> None:
-        """Log the headline as not measured yet, before any other metric: MLflow's pages list and draw the first one first."""
+        """Log the headline as NaN before all other metrics, because MLflow's pages show metrics in the order of first logging."""
         from mlflow.entities import Metric
 
         if run.expected_headline is not None and run.status == "RUNNING" and not run.figures and not known.has_metrics:
@@ -205,7 +205,7 @@ class MlflowTracker:
             known.has_metrics = True
 
     def _params(self, run_id: str, known: _Known, run: RunView) -> None:
-        """Send the params that MLflow has not. One that it has stays what it is: MLflow allows no change."""
+        """Send the params that MLflow does not have. MLflow does not allow changes of existing ones."""
         from mlflow.entities import Param
 
         new = {key_text(key): value_text(value) for key, value in run.params.items()}
@@ -224,7 +224,7 @@ class MlflowTracker:
         known.tags |= new
 
     def _datasets(self, run_id: str, known: _Known, splits: Sequence[SplitView]) -> None:
-        """Name the images of each split; no pixel is sent."""
+        """Log each split as a dataset input: counts and digest, no pixels."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
         from mlflow.exceptions import MlflowException
 
@@ -244,7 +244,7 @@ class MlflowTracker:
         if inputs:
             try:
                 self._client.log_inputs(run_id, datasets=inputs)
-            except MlflowException:  # another run of the same images wrote the same rows at the same time: now they are there
+            except MlflowException:  # another run logged the same dataset at the same time, so a second attempt succeeds
                 self._client.log_inputs(run_id, datasets=inputs)
             known.datasets |= {split.name for split in splits}
 
@@ -254,7 +254,7 @@ class MlflowTracker:
 
 
 def experiment_named(client: Any, target: Destination, name: str) -> str:
-    """Return the id of an experiment, which is created, or restored where it was deleted."""
+    """Return the id of the experiment; create it if it does not exist, restore it if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     name = re.sub(r"[^\w.\- ]", "_", name)[:200] or "images"
@@ -265,14 +265,14 @@ def experiment_named(client: Any, target: Destination, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another process was faster
-    if found.lifecycle_stage == "deleted":  # its name stays taken, so that no other could be created
+            found = client.get_experiment_by_name(name)  # another process created it first
+    if found.lifecycle_stage == "deleted":  # a deleted experiment keeps its name, so a new one could not be created
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
 
 
 def _readable(costs: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """Yield costs in units that fit on the bars of a chart, which show two decimals."""
+    """Yield costs in units suitable for MLflow's charts, which show two decimals."""
     for key, value in costs.items():
         if key.endswith("_bytes"):
             yield f"{key.removesuffix('_bytes')}_mib", value / 2**20
@@ -283,7 +283,7 @@ def _readable(costs: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def _rounded(value: float) -> float:
-    """Return a figure with as many digits as a column of the runs table shows; whole numbers keep all of theirs."""
+    """Return a value rounded to six significant digits, as the runs table shows it; integers stay exact."""
     return value if value.is_integer() else float(f"{value:.6g}")
 
 

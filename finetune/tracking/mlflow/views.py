@@ -1,6 +1,6 @@
-"""What MLflow's pages show first: views of the runs table and its charts that links can open by a key.
+"""Shared views for MLflow's pages: selected columns and charts of the runs table, which links open by a key.
 
-MLflow keeps a shared view as a tag of the experiment, in JSON; its page takes what it knows of it and ignores the rest.
+MLflow stores a shared view as JSON in a tag of the experiment, and ignores keys that it does not know.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-VIEW_TAG = "mlflow.sharedViewState."  # before the key that a link has as viewStateShareKey
+VIEW_TAG = "mlflow.sharedViewState."  # followed by the key that links pass as viewStateShareKey
 EXPERIMENT_VIEW = "finetune"  # the key of the view of all runs of an experiment
 
 _PARAMS = ("method", "backbone", "seed")
@@ -19,15 +19,15 @@ _NAME_WIDTH_PX, _WIDTH_PX = 240, 105
 
 
 def experiment_view(headline: str | None) -> str:
-    """Return the view of all runs of an experiment: how good, on how many images, at what cost."""
+    """Return the view of all runs of an experiment: headline metric, number of images, and costs."""
     return json.dumps({**_table(headline), "runsHiddenMode": "FIRST_20_RUNS"})
 
 
 def study_view(run_id: str, headline: str | None, group_by_tag: str | None = None) -> str:
-    """Return the view of the runs of one study, the best first.
+    """Return the view of the runs of one study, best first.
 
     Args:
-        group_by_tag: runs whose tag has the same value are shown as their mean.
+        group_by_tag: runs with the same value of this tag are shown as their mean.
     """
     view: dict[str, Any] = {
         **_table(headline),

@@ -1,0 +1,24 @@
+"""Which jobs a worker can carry out with what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from click.testing import CliRunner
+
+from finetune.cli import cli
+from finetune.jobs.kinds import KINDS, kinds_carried_out_here
+
+
+def test_without_torch_a_worker_answers_batch_predictions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(kinds_carried_out_here()) == set(KINDS)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    assert kinds_carried_out_here() == ("batch",)
+
+
+def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
+    refused = CliRunner().invoke(cli, ["worker", "--kinds", "batch,trainning"])
+    assert refused.exit_code == 2
+    assert "give some of training, comparison, batch, check" in refused.output
