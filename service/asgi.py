@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from finetune.jobs.history import updates
 from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
 from finetune.runtime.tracing import tracing_from_environment
+from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
@@ -42,6 +44,7 @@ from service.middleware.tracing import TracingMiddleware
 from service.models import LoadedModels
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
+from service.plans import Planner
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.promotions import Promotions
 from service.routes.batch_predictions import batch_router
@@ -53,6 +56,7 @@ from service.routes.inference_v2 import inference_v2_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
 from service.routes.pictures import pictures_router
+from service.routes.plans import plans_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
@@ -155,6 +159,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
         pictures=PictureIndex(settings.image_limits),
+        planner=Planner(replace(Workspace.from_environment(), root=settings.home.absolute())),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
@@ -178,7 +183,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
-            _end_streams_on_sigterm(state.event_streams)
+            _end_on_sigterm(state.event_streams.close, state.planner.stop)
         if worker is not None:
             worker.start()
         yield
@@ -192,6 +197,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         queue.stop()
         state.checks.stop()
         state.spec_checker.stop()
+        state.planner.stop()
         if state.tracing is not None:
             state.tracing.stop()
 
@@ -218,6 +224,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(uploads_router(settings.max_upload_bytes))
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
+    api.include_router(plans_router)
     api.include_router(batch_router)
     api.include_router(file_checks_router)
     api.include_router(checks_router)
@@ -236,14 +243,15 @@ def _shown(state: ServerState, event: Event) -> dict[str, Any]:
     return event_document(event, state.without_home).model_dump()
 
 
-def _end_streams_on_sigterm(streams: EventStreams) -> None:
-    """End event streams before the server stops: it waits for open answers, and a stream never ends by itself."""
+def _end_on_sigterm(*ends: Callable[[], None]) -> None:
+    """End what answers wait for before the server stops: it waits for open answers, and a stream never ends by itself."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own handler
 
         def close_first(received: int, frame: FrameType | None, stop: Any = stop) -> None:
-            loop.call_soon_threadsafe(streams.close)
+            for end in ends:
+                loop.call_soon_threadsafe(end)
             if callable(stop):
                 stop(received, frame)
 

@@ -32,6 +32,7 @@ from service.middleware.auth import Caller
 from service.models import LoadedModel, LoadedModels, no_such_model
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
+from service.plans import Planner
 from service.samples import InputSampler
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
@@ -110,6 +111,7 @@ class ServerState:
     checks: WorkQueue
     spec_checker: SpecChecker
     pictures: PictureIndex
+    planner: Planner
     webhooks_reach: Reachable = field(default_factory=Reachable)
     tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()

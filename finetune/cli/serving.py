@@ -1,4 +1,4 @@
-"""`predict`, `serve`, `models`: the commands around a finished model. None of them needs torch."""
+"""`predict`, `serve`, `build` and `models`: commands for finished models. None of them needs torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.cli.training import json_option
 if TYPE_CHECKING:
     from finetune.errors import FinetuneError
 
-QUIET_IMAGES = 64  # so many take a second: no progress bar
+QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
 
 @click.command()
@@ -134,7 +134,7 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
         click.echo(printable(document["file"]))
         if "error" in document:
             console.print(f"  {printable(document['error']['message'])}", style="red", markup=False)
-        given = document.get("labels")  # only where an image may have several
+        given = document.get("labels")  # only in a multi-label task
         for row in document.get("predictions", ()):
             mark = "" if given is None else "✓ " if row["label"] in given else "  "
             click.echo(f"  {mark}{row['probability']:7.2%}  {row['label']}")
@@ -361,7 +361,7 @@ def abstain(reference: str, precision: float, off: bool) -> None:
 
 
 def _by() -> str:
-    """Who promotes, for the journal."""
+    """Return the name of the user who promotes, for the registry's journal."""
     import getpass
 
     try:
@@ -390,7 +390,7 @@ _condition_options = (
 
 
 def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--min`` and ``--force``, for commands that promote."""
+    """Add ``--min`` and ``--force`` to a command that promotes."""
     for option in reversed(_condition_options):
         command = option(command)
     return command

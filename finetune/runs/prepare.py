@@ -242,8 +242,6 @@ def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
             f"{printable(dataset.root)}: task {task.name} learns exactly one label for each image, and images have several, or "
             f"none ({printable(odd.id)}: {names}). Set task: multilabel, or leave it out"
         )
-    if spec.data.weight_column is not None:
-        raise DataError("data.weight_column: weights are read, but nothing is trained with them yet; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------- networks of earlier runs

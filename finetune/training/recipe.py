@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from finetune.data.loader import steps_per_epoch
+from finetune.data.order import steps_per_epoch
 from finetune.errors import Problem, SpecError
 from finetune.model.selection import HEAD, FreezePlan, StageLike, plan_freeze
 from finetune.spec import Full, Gradual, Hyperparameters, JobSpec, LinearProbe, Method, Partial
