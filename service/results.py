@@ -14,6 +14,7 @@ from finetune.bundle.manifest import MANIFEST, Manifest
 from finetune.bundle.registry import ModelVersion
 from finetune.errors import NotFound
 from finetune.jobs.kinds import COMPARISON, TRAINING
+from finetune.storage.files import found_in, modified_ns
 from finetune.storage.rundir import RunDir
 
 # A report is one file with its style and figures in it, and without scripts.
@@ -46,8 +47,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def run_of(runs: Path, version: ModelVersion) -> RunDir | None:
     """Return the run that made a registered version, one of a comparison included, if its folder is still there."""
-    outcomes = [*runs.glob("*/outcome.json"), *runs.glob("*/runs/*/outcome.json")]
-    for outcome in sorted(outcomes, key=lambda path: path.stat().st_mtime, reverse=True):
+    outcomes = (*found_in(runs, "*/outcome.json"), *found_in(runs, "*/runs/*/outcome.json"))
+    for outcome in sorted(outcomes, key=lambda path: modified_ns(path) or 0, reverse=True):
         found = read_object(outcome)
         if (found.get("model"), found.get("version")) == (version.name, version.version):
             return RunDir(outcome.parent)

@@ -101,7 +101,7 @@ class Uploads:
         for leftover in self.folder.glob(f"{_ARRIVING}*"):
             if _is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
-        placed = {path.name: path for path in self.folder.glob("file-*") if time.time() - path.stat().st_mtime > _ORPHAN_SECONDS}
+        placed = {path.name: path for path in self.folder.glob("file-*") if _is_old(path)}
         for name in placed.keys() - set(known()) if placed else ():
             shutil.rmtree(placed[name], ignore_errors=True)
 
@@ -115,10 +115,18 @@ def _is_abandoned(arriving: Path) -> bool:
         with open(arriving / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return time.time() - arriving.stat().st_mtime > _ORPHAN_SECONDS  # it may have been made this very moment
+        return _is_old(arriving)  # it may have been made this very moment
     except BlockingIOError:
         return False
     return True
+
+
+def _is_old(path: Path) -> bool:
+    """Return whether nothing has changed in a folder for an hour; False where it has vanished since it was listed."""
+    try:
+        return time.time() - path.stat().st_mtime > _ORPHAN_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 class _ToDisk(MultiPartParser):
