@@ -61,6 +61,7 @@ from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
+from service.samples import InputSampler
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -140,6 +141,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics.watch_queue(lambda: queue.taken)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
+    samples = InputSampler(registry, settings.sampling, metrics)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -148,6 +150,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         queue=queue,
         shadows=Shadows(queue, metrics, settings.image_limits),
         drift=drift,
+        samples=samples,
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -176,6 +179,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.start()
         webhooks.start()
         drift.start()
+        samples.start()
         if threading.current_thread() is threading.main_thread():  # signals need it; tests use another thread
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
@@ -186,6 +190,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        samples.stop()
         drift.stop()
         webhooks.stop()
         models.stop()
@@ -239,7 +244,7 @@ def _shown(state: ServerState, event: Event) -> dict[str, Any]:
 
 
 def _end_on_sigterm(*ends: Callable[[], None]) -> None:
-    """End what answers wait for before the server stops: it waits for open answers, and a stream never ends by itself."""
+    """Call `ends` before the server stops. It waits for open responses, and event streams do not end by themselves."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own handler

@@ -58,6 +58,9 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.sampled_inputs = Counter(
+            "finetune_sampled_inputs", "Images drawn to be kept, and what came of it", ["outcome"], registry=self.registry
+        )
         self.shadow_answers = Counter(
             "finetune_shadow_answers",
             "Answers computed a second time by a shadow model: whether both top labels agree, or why there is none",

@@ -7,6 +7,7 @@ never downloads anything: text instead of a file is an error, even if it is a UR
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Stages:
     load_seconds: float  # decoding and preprocessing
     run_seconds: float  # ONNX Runtime
     ended: float  # Unix seconds
+    probs: np.ndarray  # (C,) float32
     statistics: AnswerStatistics  # for drift monitoring
 
 
@@ -68,7 +70,7 @@ class Upload:
     options: PredictOptions
     received: float  # perf_counter seconds
     several: bool = False
-    stages: list[Stages] = field(default_factory=list)  # appended by each prediction, for metrics and tracing
+    stages: dict[int, Stages] = field(default_factory=dict)  # by image; for metrics, tracing and monitoring
 
 
 async def read_upload(request: Request) -> Upload:
@@ -147,8 +149,7 @@ def _validated(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
 def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
     """Classify the first image of an upload. Raises `ImageError` if it cannot be read."""
     started = time.perf_counter()
-    found, explain_seconds, stages = predict_image(model, upload.images[0][1], upload.options, limits)
-    upload.stages.append(stages)
+    found, explain_seconds, upload.stages[0] = predict_image(model, upload.images[0][1], upload.options, limits)
     done = time.perf_counter()
     return PredictionAnswer(
         model=model.name,
@@ -178,8 +179,7 @@ def predict_one_of_several(
     filename, data = upload.images[index]
     started = time.perf_counter()
     try:
-        found, explain_seconds, stages = predict_image(model, data, upload.options, limits)
-        upload.stages.append(stages)
+        found, explain_seconds, upload.stages[index] = predict_image(model, data, upload.options, limits)
     except FinetuneError as error:
         problems = [FieldProblem(field=one.where, detail=one.message) for one in error.problems]
         failure = ImageFailure(code=error.code, message=error.message, errors=problems)
@@ -201,7 +201,7 @@ def predict_image(
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
     predicted = time.perf_counter()
     statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
-    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), statistics)
+    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), prediction.probs, statistics)
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(
@@ -223,6 +223,25 @@ def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.nd
     """Return the statistics of N predictions for drift monitoring, from probabilities (N, C) and embeddings (N, D)."""
     manifest = model.predictor.manifest
     return statistics_of(manifest.task, probs, embeddings, model.predictor.judge.subspace, manifest.thresholds)
+
+
+def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: AnswerStatistics) -> dict[str, Any]:
+    """Return the record for a sampled image: the caller, and the model's prediction from its probabilities (C,).
+
+    Args:
+        statistics: of this prediction only.
+    """
+    predictor = model.predictor
+    order, several = predictor.task.ranking(probs)[:DEFAULT_TOP_K], predictor.several_labels(probs)
+    calibration, distance = predictor.judge.calibration, float(statistics.distance[0])
+    known = calibration is not None and calibration.novelty and math.isfinite(distance)
+    return {
+        "owner": owner,
+        "confidence": float(statistics.confidence[0]),
+        "novelty": calibration.novelty_of(distance) if calibration is not None and known else None,
+        "predictions": [{"label": predictor.manifest.classes[label], "probability": float(probs[label])} for label in order],
+        **({} if several is None else {"labels": list(several.given)}),
+    }
 
 
 def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:

@@ -15,6 +15,7 @@ from finetune.bundle.image import ImageLimits
 from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
 from finetune.jobs.sending import Network
+from finetune.monitoring.samples import SamplingPolicy
 from finetune.runtime.cores import available_cores
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -45,6 +46,7 @@ class Settings:
         provider: ONNX Runtime's execution provider; each model's outputs are compared with the CPU's when it is loaded.
         json_logs: write the log as JSON lines.
         webhook_networks: networks to which webhooks may be sent, besides public addresses.
+        sampling: which images of prediction requests are stored for monitoring; by default none.
     """
 
     home: Path
@@ -66,6 +68,7 @@ class Settings:
     provider: Provider = "cpu"
     json_logs: bool = False
     webhook_networks: tuple[Network, ...] = ()
+    sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
 
     @property
     def models_folder(self) -> Path:
@@ -101,6 +104,11 @@ class Settings:
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
             webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),
+            sampling=SamplingPolicy(
+                fraction=_share(environment, "FINETUNE_SAMPLE_INPUTS"),
+                max_bytes=_positive(environment, "FINETUNE_SAMPLE_BYTES", default=1 << 30),
+                max_age_seconds=86400.0 * _positive(environment, "FINETUNE_SAMPLE_DAYS", default=30),
+            ),
             json_logs=_one_of(environment, "FINETUNE_LOG_FORMAT", ("text", "json"), default="text") == "json",
         )
 
@@ -120,6 +128,17 @@ def _one_of(environment: Mapping[str, str], name: str, allowed: tuple[str, ...],
     value = environment.get(name, "") or default
     if value not in allowed:
         raise InvalidInput(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    return value
+
+
+def _share(environment: Mapping[str, str], name: str) -> float:
+    text = environment.get(name, "") or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise InvalidInput(f"{name}={text!r}: must be a share between 0 and 1, as in 0.01 for one image of a hundred")
     return value
 
 

@@ -33,6 +33,7 @@ from service.models import LoadedModel, LoadedModels, no_such_model
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.plans import Planner
+from service.samples import InputSampler
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
 from service.uploads import Uploads
@@ -101,6 +102,7 @@ class ServerState:
     queue: WorkQueue
     shadows: Shadows
     drift: DriftWatch
+    samples: InputSampler
     image_limits: ImageLimits
     database: Database
     event_streams: EventStreams
