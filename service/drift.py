@@ -23,7 +23,7 @@ from finetune.jobs.outbox import DRIFTED
 from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
 from finetune.monitoring.answers import AnswerStatistics, concatenated
-from finetune.monitoring.drift import Drift
+from finetune.monitoring.drift import MIN_WINDOW, Drift
 from finetune.monitoring.watched import Watched
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from service.models import LoadedModel
@@ -144,8 +144,9 @@ class DriftWatch:
 
     def _compare(self, path: Path, watched: Watched) -> None:
         window, alarm = watched.window, watched.window.alarm
-        enough_new = window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
-        if not enough_new and path in self._found:
+        known, ready = self._found.get(path), watched.reference is not None and len(window) >= MIN_WINDOW
+        enough_new = ready and window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
+        if ready and not enough_new and known is not None and known.tests:
             return
         found = watched.drift()
         if enough_new:

@@ -292,3 +292,21 @@ def test_a_share_of_the_images_is_kept_within_the_bytes_that_are_allowed_and_goe
         until(lambda: 0 < sampled_bytes(home) <= size // 2)
         assert client.delete("/v1/models/colours?force=true").status_code == 200
     assert not list(home.rglob("sampled-inputs"))
+
+
+def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) -> None:
+    with in_process(home) as client:
+        send(client, ["red"] * (MIN_WINDOW - 10))
+        state = _state_of(client)
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert found.state == "collecting"
+        send(client, ["red"] * 10)
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert (found.state, found.n) == ("drifted", MIN_WINDOW)
+        assert found.drifted_since is not None
+        send(client, ["red"] * 50)  # fewer than make another look worth its risk of being wrong
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert found.n == MIN_WINDOW
