@@ -255,7 +255,7 @@ def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
 def drift_reference(
     task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
 ) -> Reference | None:
-    """Return the reference for live predictions: a summary of those on test, else of the pooled folds or val; None: there is none."""
+    """Return the reference for live predictions, from the predictions on test, else pooled folds or val; None without these."""
     table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
     if table is None:
         return None
