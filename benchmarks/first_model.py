@@ -2,10 +2,10 @@
 
     python benchmarks/first_model.py --data photos --out first_model.json
 
-Draws 150 photographs of 4 classes from a folder of class folders, starts a server with an empty workspace and no cache of any kind,
-opens its page in Chromium, gives it the folder and presses Train, with nothing but defaults. The clock runs from the moment at which
-the folder is given to the moment at which the accuracy is on the screen; the model answers at `/predict` by then, which is checked.
-Needs the packages of the tests (`make install`) and Chromium.
+Draws 150 photographs of 4 classes from a folder of class folders, starts a server with an empty workspace and no cache of any
+kind, opens its page in Chromium, gives it the folder and presses Train, with nothing but defaults. The clock runs from the moment
+at which the folder is given to the moment at which the accuracy is on the screen; the model answers at `/predict` by then, which
+is checked. Needs the packages of the tests (`make install`) and Chromium.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from processes import children_of
 from starlette.testclient import TestClient
 
 from finetune.bundle.registry import Registry
@@ -22,8 +22,8 @@ from service.asgi import create_app
 from service.settings import Settings
 
 URL = "http://127.0.0.1"
-PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connections, so that none takes one meanwhile
-START_SECONDS = STOP_SECONDS = 120.0  # as long as a very busy machine may take
+START_SECONDS = 240  # for a server to answer, on a machine that is busy
+END_SECONDS = 240  # for a server that was told to stop: a bound for a hang, never a wait
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator
         yield client
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for a condition; fails when it does not come."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -54,8 +54,7 @@ class LiveServer:
         """The ids of the server process and of everything that it started, directly or not."""
         found = [self.process.pid]
         for pid in found:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
+            found += children_of(pid)
         return found
 
 
@@ -65,38 +64,40 @@ def live_server(
     *arguments: str,
     worker: bool = False,
     ready: bool = True,
-    port: int | None = None,
+    port: int = 0,
     environment: dict[str, str] | None = None,
 ) -> Iterator[LiveServer]:
-    """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM, and surely ended."""
-    port = port or free_port()
+    """`python -m service` on a port that it finds free, ready (or at least answering); ended with SIGTERM."""
     log = home / "server.log"
     environment = {**os.environ, "FINETUNE_HOME": str(home), **(environment or {})}
     command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        url = f"{URL}:{port}"
+        until(lambda: _port_of(process, log) is not None, START_SECONDS)
+        url = f"{URL}:{_port_of(process, log)}"
         with httpx.Client(base_url=url) as client:
             until(lambda: _answers(client, process, "/readyz" if ready else "/livez"), START_SECONDS)
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=STOP_SECONDS)
+            process.wait(timeout=END_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on, drawn at random, because other tests draw too."""
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as taken, contextlib.suppress(OSError):
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind(("127.0.0.1", port))
-            return port
+def _port_of(process: subprocess.Popen[bytes], log: Path) -> int | None:
+    """Return the port that a server says it listens on; None while it has not said so."""
+    assert process.poll() is None, f"the server ended before it was ready:\n{log.read_text(errors='replace')[-2000:]}"
+    return port_in(log)
+
+
+def port_in(log: Path) -> int | None:
+    """Return the port that is named in what a server has printed; None while there is none."""
+    said = re.search(r"serves on http://127\.0\.0\.1:(\d+) ", log.read_text(errors="replace"))
+    return None if said is None else int(said[1])
 
 
 def _answers(client: httpx.Client, process: subprocess.Popen[bytes], path: str) -> bool:

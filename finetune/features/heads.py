@@ -29,7 +29,10 @@ class HeadSolver(Protocol):
         seed: int,
         overwrite: NDArray[np.float32] | None = None,
         class_weights: NDArray[np.floating[Any]] | None = None,
-    ) -> SolvedHead: ...
+        image_weights: NDArray[np.float64] | None = None,
+    ) -> SolvedHead:
+        """Return the solved head; the arguments are those of `solve_softmax_head`, with targets as the task encodes them."""
+        ...
 
 
 HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head, "multilabel": solve_sigmoid_head}

@@ -87,6 +87,7 @@ def solve_softmax_head(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
+    image_weights: NDArray[np.float64] | None = None,
     folds: int = 5,
     seed: int = 0,
     overwrite: NDArray[np.float32] | None = None,
@@ -100,6 +101,8 @@ def solve_softmax_head(
         val_features: (M, D). Without them, the L2 penalty is chosen by `folds`-fold cross-validation on `features`.
         l2: the penalty (l2 / 2) * |W|² on standardised features is added to the mean loss; None: it is chosen.
         class_weights: (C,) by which the weight of each row of a class is multiplied, in the fit and in the loss on held-out rows.
+        image_weights: (N,) by which the weight of each image is multiplied in the fit, including the standardisation, so that an
+            image of weight 2 equals two copies of it. The loss on held-out rows does not use them.
         overwrite: (N * K + M, D) the array that contains `features` and `val_features`, in this order, if it may be overwritten;
             this saves a copy of all features.
 
@@ -121,6 +124,7 @@ def solve_softmax_head(
         folds=folds,
         seed=seed,
         overwrite=overwrite,
+        image_weights=image_weights,
     )
 
 
@@ -166,6 +170,7 @@ def solve_head(
     folds: int,
     seed: int,
     overwrite: NDArray[np.float32] | None,
+    image_weights: NDArray[np.float64] | None = None,
 ) -> SolvedHead:
     """Try the path of L2 penalties and fit the head with the best one; see `solve_softmax_head`.
 
@@ -177,13 +182,16 @@ def solve_head(
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(targets) * views, 0 if val_features is None else len(val_features)
     with _threads_for(features):
-        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite)
+        of_rows = None if image_weights is None else np.repeat(image_weights, views)
+        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite, of_rows)
         row_targets = np.repeat(targets, views, axis=0)
         if val_targets is not None:
             row_targets = np.concatenate([row_targets, val_targets])
         problem = problem_of(matrix.rows, row_targets)
-        # The weight of an image is that of its class, whatever the number of its views.
+        # The weight of an image is its own weight times that of its class, and does not depend on the number of its views.
         of_views = np.where(np.arange(n_train + n_val) < n_train, 1.0 / views, 1.0)
+        if of_rows is not None:
+            of_views[:n_train] *= of_rows
         weights = problem.row_weights(of_views) * (np.arange(n_train + n_val) < n_train)
 
         splits: list[_Split] = []
@@ -300,9 +308,12 @@ class _Standardised:
 
 
 def _standardise(
-    train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None, overwrite: Float32s | None
+    train: NDArray[np.floating[Any]],
+    val: NDArray[np.floating[Any]] | None,
+    overwrite: Float32s | None,
+    weights: Floats | None = None,
 ) -> _Standardised:
-    mean, inverse_std = _moments(train)
+    mean, inverse_std = _moments(train) if weights is None else _weighted_moments(train, weights)
     parts = [train] if val is None else [train, val]
     shape = (sum(len(part) for part in parts), train.shape[1])
     rows = np.empty(shape, np.float32) if overwrite is None else overwrite
@@ -333,6 +344,22 @@ def _moments(matrix: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
     for chunk in _chunks(matrix):
         squares += np.square(chunk - mean).sum(axis=0)
     std = np.sqrt(squares / len(matrix))
+    constant = std <= 1e-6 * largest
+    return mean, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))
+
+
+def _weighted_moments(matrix: NDArray[np.floating[Any]], weights: Floats) -> tuple[Floats, Floats]:
+    """Return weighted mean and 1 / weighted standard deviation (D,) of the columns, for row weights (N,); see `_moments`."""
+    n_columns = matrix.shape[1]
+    total, squares, largest = np.zeros(n_columns), np.zeros(n_columns), np.zeros(n_columns)
+    starts = range(0, len(matrix), CHUNK_ROWS)
+    for start, chunk in zip(starts, _chunks(matrix), strict=True):
+        total += weights[start : start + CHUNK_ROWS] @ chunk
+        np.maximum(largest, np.abs(chunk).max(axis=0), out=largest)
+    mean = total / weights.sum()
+    for start, chunk in zip(starts, _chunks(matrix), strict=True):
+        squares += weights[start : start + CHUNK_ROWS] @ np.square(chunk - mean)
+    std = np.sqrt(squares / weights.sum())
     constant = std <= 1e-6 * largest
     return mean, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))
 

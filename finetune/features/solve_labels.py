@@ -25,6 +25,7 @@ def solve_sigmoid_head(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
+    image_weights: NDArray[np.float64] | None = None,
     folds: int = 5,
     seed: int = 0,
     overwrite: NDArray[np.float32] | None = None,
@@ -35,7 +36,7 @@ def solve_sigmoid_head(
         l2: the penalty (l2 / 2) * |w|² is added to each label's mean loss; scikit-learn's C is 1 / (l2 * N).
         class_weights: (C,) weight of the images that have a label, in the fit and in the loss on held-out rows; the weight of the
             others is 1.
-        features, val_features, overwrite: see `finetune.features.solve.solve_softmax_head`.
+        features, val_features, image_weights, overwrite: see `finetune.features.solve.solve_softmax_head`.
 
     Raises:
         TrainingError: some features are not finite.
@@ -55,6 +56,7 @@ def solve_sigmoid_head(
         folds=folds,
         seed=seed,
         overwrite=overwrite,
+        image_weights=image_weights,
     )
 
 
