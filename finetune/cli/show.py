@@ -288,7 +288,7 @@ def _show_arms(found: Mapping[str, Any]) -> None:
 
 
 def _show_leading_of_arms(found: Mapping[str, Any]) -> None:
-    """Print the mean over classes of each arm, where that is told first."""
+    """Print the leading metric of each arm, if it is another one than the headline."""
     leading = found.get("leading", found["headline"])
     if leading == found["headline"]:
         return

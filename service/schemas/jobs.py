@@ -230,7 +230,7 @@ def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
     """Return the complete checkpoints of a run, newest first, each with the last metrics up to its step."""
     rows = read_lines(run.metrics)
     found = []
-    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last: what has one is complete
+    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last, so the checkpoint is complete
         matched, created_ns = re.match(r"step-(\d+)", checksum.name), modified_ns(checksum)
         if matched is None or created_ns is None:  # None: the run has made newer ones, and keeps only a few
             continue
