@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from finetune.bundle.manifest import MANIFEST
+from finetune.bundle.manifest import MANIFEST, MODEL, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import FinetuneError
 from finetune.jobs.database import reading, writing
@@ -43,6 +43,7 @@ class _Given:
     name: str
     version: str
     bundle: Path
+    written_ns: int  # when the bundle was written
     at: float
     answers: AnswerStatistics
 
@@ -62,6 +63,7 @@ class DriftWatch:
         self._lock = threading.Lock()  # over everything below
         self._watched: dict[Path, Watched] = {}  # by bundle folder
         self._names: dict[Path, tuple[str, str]] = {}
+        self._written_ns: dict[Path, int] = {}
         self._found: dict[Path, Drift] = {}  # as it was when it was last looked for
         self._written_at = time.monotonic()  # when the windows were written
         self._cannot_write = False
@@ -84,7 +86,7 @@ class DriftWatch:
         """Note what a model has answered; what is done with it is done elsewhere."""
         if answers:
             at, source = time.time(), model.source
-            self._arrived.extend(_Given(source.name, source.version, source.path, at, one) for one in answers)
+            self._arrived.extend(_Given(source.name, source.version, source.path, source.written_ns, at, one) for one in answers)
 
     def drift(self, version: ModelVersion) -> Drift:
         """Return how the live answers of a registered version, up to now, compare with its reference.
@@ -134,6 +136,7 @@ class DriftWatch:
             waiting[given.bundle].append(given)
         for bundle, several in waiting.items():
             try:
+                self._forget_replaced(bundle, several[-1].written_ns)
                 watched = self._watching(several[0].name, several[0].version, bundle)
             except FinetuneError as error:  # deleted or damaged since it answered
                 log.info("%s is not watched for drift: %s", bundle, error.message)
@@ -141,6 +144,14 @@ class DriftWatch:
             fitting = [given.answers for given in several if watched.fits(given.answers)]
             if fitting:
                 watched.window.add(concatenated(fitting), several[-1].at)
+
+    def _forget_replaced(self, bundle: Path, written_ns: int) -> None:
+        """Forget the window of a bundle folder in which another model is now."""
+        if self._written_ns.get(bundle) != written_ns:
+            self._written_ns[bundle] = written_ns
+            watched = self._watched.get(bundle)
+            if watched is not None and read_manifest(bundle).files.get(MODEL, "") != watched.window.model_sha256:
+                self._forget(bundle)
 
     def _compare(self, path: Path, watched: Watched) -> None:
         window, alarm = watched.window, watched.window.alarm
@@ -203,5 +214,9 @@ class DriftWatch:
 
     def _forget_deleted(self) -> None:
         for path in [path for path in self._watched if not (path / MANIFEST).exists()]:
-            del self._watched[path], self._names[path]
-            self._found.pop(path, None)
+            self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        del self._watched[path], self._names[path]
+        self._found.pop(path, None)
+        self._written_ns.pop(path, None)
