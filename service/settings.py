@@ -1,6 +1,6 @@
-"""What the server is told from outside: environment variables, read once at start.
+"""The server's settings: environment variables, read once at start.
 
-`finetune serve` sets them from its flags; a container sets them itself.
+`finetune serve` sets them from its options; in a container the operator sets them.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ class Settings:
 
     Args:
         home: the workspace.
-        models: the registry's folder, if it is not ``home/models``; in a bento, the one that it was built with.
-        model: what ``POST /predict`` answers with: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
+        models: the registry's folder, if it is not ``home/models``; in a bento, the folder inside it.
+        model: the model for ``POST /predict``: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
             None: the default of the registry, which promotions change.
-        threads: predictions that run at the same time, each on one core.
-        allowed_hosts: names this server answers to in ``Host``; a browser that was led here under another name is refused.
-        cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; none by default.
-        image_limits: the largest image that is decoded, the same rule as in training.
-        watch_seconds: how often the models folder is looked at for a new version.
-        max_loaded_models: models held in memory besides the default one; the least recently used makes room.
-        max_loaded_bytes: the same bound, in bytes of their ``model.onnx``.
-        data_roots: folders that jobs may name datasets and weights in by path; without any, datasets are uploaded.
-        max_upload_bytes: the largest archive that is taken.
-        max_files_bytes: what the uploads of one owner may come to.
-        max_unfinished_jobs: queued and running jobs that one owner may have.
-        hub_models: jobs may name models on the Hugging Face hub (``hf-hub:OWNER/NAME``), which are then downloaded.
-        worker: also run a worker, which carries the jobs out.
-        provider: what ONNX Runtime computes with; each model is compared with the CPU's answers when it is loaded.
-        json_logs: write the log as one JSON object a line.
-        webhook_networks: networks beside the public ones that webhooks may lead into.
-        sampling: which of the images that are asked about are kept; none by default.
+        threads: number of concurrent predictions, each on one core.
+        allowed_hosts: accepted values of the ``Host`` header, against DNS rebinding.
+        cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; by default none.
+        image_limits: limits on the size of images, as in training.
+        watch_seconds: interval of checking the registry for changes.
+        max_loaded_models: number of models in memory besides the default one; the least recently used is evicted.
+        max_loaded_bytes: limit on the total size of their ``model.onnx`` files.
+        data_roots: folders in which jobs may name datasets and weights by path; without any, datasets must be uploaded.
+        max_upload_bytes: largest size of an uploaded archive.
+        max_files_bytes: limit on the disk space of one owner's uploads, finished jobs and models.
+        max_unfinished_jobs: limit on one owner's queued and running jobs.
+        hub_models: allow models on the Hugging Face hub (``hf-hub:OWNER/NAME``), which are then downloaded.
+        worker: also run a worker, which executes jobs.
+        provider: ONNX Runtime's execution provider; each model's outputs are compared with the CPU's when it is loaded.
+        json_logs: write the log as JSON lines.
+        webhook_networks: networks to which webhooks may be sent, besides public addresses.
+        sampling: which images of prediction requests are stored for monitoring; by default none.
     """
 
     home: Path
@@ -79,7 +79,7 @@ class Settings:
         return self.home / "files"
 
     def answering_to(self, address: str) -> Settings:
-        """Return these settings with an IP address among the names that the server answers to."""
+        """Return the settings with an IP address added to the allowed hosts."""
         name = f"[{address}]" if ":" in address else address
         return self if name in self.allowed_hosts else replace(self, allowed_hosts=(*self.allowed_hosts, name))
 
