@@ -305,7 +305,7 @@ class Sender:
                     self._store().forget_old(now)
                     forget_at = now + _FORGET_SECONDS
                 self._trouble = ""
-            except FinetuneError as error:  # the database is unreachable: try again in the next round
+            except (FinetuneError, OSError) as error:  # the database or the models cannot be read: try again in the next round
                 if str(error) != self._trouble:
                     log.warning("webhooks wait: %s", error)
                 self._trouble = str(error)

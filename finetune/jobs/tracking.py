@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.jobs.store import JobStore
-from finetune.storage.files import read_json
+from finetune.storage.files import found_in, modified_ns, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 
@@ -96,10 +96,9 @@ class TrackingSync:
 
     def _registries(self) -> tuple[tuple[tuple[str, int], ...], int | None]:
         """Return the modification times of each model, and of MLflow's database if it is the workspace's own file."""
-        models = sorted(self.workspace.models.glob("*/aliases.json"))
-        database = self.workspace.mlflow_database
-        changed = tuple((str(path), path.stat().st_mtime_ns) for path in models)
-        return changed, database.stat().st_mtime_ns if database.exists() else None
+        found = {path: modified_ns(path) for path in sorted(found_in(self.workspace.models, "*/aliases.json"))}
+        changed = tuple((str(path), at) for path, at in found.items() if at is not None)
+        return changed, modified_ns(self.workspace.mlflow_database)
 
     def _start(self, *, models: bool) -> None:
         self._asked, self._models_asked = dict(self._open), self._registries()[0] if models else None

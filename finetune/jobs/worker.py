@@ -35,7 +35,7 @@ from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
 from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
 from finetune.runtime.tracing import Attributes, Tracing
-from finetune.storage.files import files_under, folder_bytes, read_json, write_atomic
+from finetune.storage.files import files_under, folder_bytes, modified_ns, read_json, write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -97,7 +97,7 @@ class _Attempt:
     beat_at: float = -math.inf  # monotonic seconds, as all times here
     looked_at: float = -math.inf
     moved_at: float = field(default_factory=time.monotonic)  # when the run last wrote something
-    mtimes: tuple[int, ...] = ()
+    mtimes: tuple[int | None, ...] = ()
     n_records: int = 0
     cancelling: bool = False
     hung: bool = False
@@ -267,7 +267,7 @@ class Worker:
     def _check_for_stall(self, attempt: _Attempt) -> None:
         run = attempt.run
         watched = (run.progress, run.metrics, run.events, run.checkpoints, run.log)
-        mtimes = tuple(path.stat().st_mtime_ns for path in watched if path.exists())
+        mtimes = tuple(map(modified_ns, watched))
         if mtimes != attempt.mtimes:
             attempt.mtimes, attempt.moved_at = mtimes, time.monotonic()
         elif attempt.exit_code is None and time.monotonic() - attempt.moved_at > self.settings.stall_seconds:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from finetune.jobs.store import Event, Job
+from finetune.storage.files import found_in, modified_ns
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from service.event_streams import EVENT_PREFIX
@@ -229,9 +230,9 @@ def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
     """The whole checkpoints of a run, newest first, each with the last metrics up to its step."""
     rows = read_lines(run.metrics)
     found = []
-    for checksum in run.checkpoints.glob("step-*.sha256"):  # written last: what has one is complete
-        matched = re.match(r"step-(\d+)", checksum.name)
-        if matched is None or not checksum.exists():
+    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last: what has one is complete
+        matched, created_ns = re.match(r"step-(\d+)", checksum.name), modified_ns(checksum)
+        if matched is None or created_ns is None:  # None: the run has made newer ones, and keeps only a few
             continue
         step = int(matched[1])
         values: dict[str, float | None] = {}
@@ -244,7 +245,7 @@ def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
         found.append(
             CheckpointDocument(
                 id=f"ftckpt-{job_id.removeprefix('ftjob-')}-{step}",
-                created_at=int(checksum.stat().st_mtime),
+                created_at=created_ns // 10**9,
                 fine_tuning_job_id=job_id,
                 fine_tuned_model_checkpoint=f"{job_id}:step-{step}",
                 step_number=step,
