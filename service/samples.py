@@ -73,7 +73,7 @@ class InputSampler:
         self._drawn.put(_Drawn(model.name, model.version, data, record, time.time()))
 
     def _write(self) -> None:
-        enforce_at = time.monotonic()
+        enforce_at, trouble = time.monotonic(), ""
         while True:
             try:
                 if time.monotonic() >= enforce_at:
@@ -85,8 +85,10 @@ class InputSampler:
                 self._keep(drawn)
             except queue.Empty:
                 continue
-            except (OSError, FinetuneError):  # a full disk, a folder that cannot be written to: answers go on
-                log.exception("inputs could not be sampled")
+            except (OSError, FinetuneError) as error:  # a full disk, a folder that cannot be written to: answers go on
+                if str(error) != trouble:
+                    log.error("inputs cannot be sampled: %s", error)
+                trouble = str(error)
 
     def _keep(self, drawn: _Drawn) -> None:
         with self._counting:

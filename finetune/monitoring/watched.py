@@ -7,6 +7,7 @@ processes gave (batch predictions), each a file that a server takes in and delet
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bundle.calibration import NOVEL, Calibration
-from finetune.bundle.manifest import MODEL, Manifest, read_manifest
+from finetune.bundle.manifest import DRIFT, MODEL, Manifest, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
 from finetune.monitoring.drift import Drift, drift_of
@@ -37,7 +38,7 @@ class Watched:
 
     def __init__(self, bundle: Path, monitoring: Path | None) -> None:
         self.manifest = read_manifest(bundle)
-        self.reference = read_reference(bundle)
+        self.reference = read_reference(bundle) if DRIFT in self.manifest.files else None
         self.window = _empty_window(self.manifest)
         self._monitoring = monitoring
         if monitoring is not None:
@@ -58,7 +59,7 @@ class Watched:
     def take_in(self) -> int:
         """Add what other processes have left in ``arriving/``; return how many answers that were."""
         before = self.window.n_seen
-        for path in sorted((self._monitoring / ARRIVING).glob("*.npz")) if self._monitoring is not None else ():
+        for path in _arrived(self._monitoring):
             with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or taken meanwhile
                 answers, arrays = read_statistics(path.read_bytes())
                 if self.fits(answers) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
@@ -111,12 +112,21 @@ def leave_for_server(
             old.unlink(missing_ok=True)
 
 
+def _arrived(monitoring: Path | None) -> list[Path]:
+    """Return what other processes have left, in the order of its names; nothing where the version is being deleted."""
+    try:
+        names = [] if monitoring is None else sorted(os.listdir(monitoring / ARRIVING))
+    except FileNotFoundError:
+        return []
+    return [monitoring / ARRIVING / name for name in names if monitoring is not None and name.endswith(".npz")]
+
+
 def _empty_window(manifest: Manifest) -> Window:
     calibration = Calibration.of(manifest.calibration)
     place = round(100 * NOVEL) - 1
     known = calibration is not None and len(calibration.novelty) > place
     return Window(
-        manifest.files[MODEL],
+        manifest.files.get(MODEL, ""),
         len(manifest.classes),
         several=not task_named(manifest.task).exclusive,
         unlike_beyond=calibration.novelty[place] if calibration is not None and known else None,
