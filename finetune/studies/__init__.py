@@ -1,6 +1,6 @@
-"""Studies: runs that belong together, an order and a stopping rule. Cross-validation, method auto and the refit are studies.
+"""Studies: sets of runs with an order and a stopping rule. Cross-validation, method auto and the refit are studies.
 
-`carry_out` is what every door calls: it does what a request asks for, whether that is one run or several.
+The command line, the Python functions and the worker all call `carry_out`, which carries out a request as one run or as a study.
 """
 
 from finetune.studies.carry_out import carry_out

@@ -1,8 +1,8 @@
-"""Do what a request asks for: one run, or a study of several.
+"""Carry out a request, as one run or as a study of several runs.
 
-Cross-validation contains the refit, the refit contains method ``auto``, and that contains runs of one method. Whatever it is, its
-folder ends with the same files as a run's: predictions, ``evaluation.json``, ``outcome.json``; and the run whose weights are kept
-is exported at the very end, when all that its bundle should say is known.
+Studies are nested: cross-validation contains the refit, the refit contains method ``auto``, and that contains runs of one method.
+The folder of a study ends with the same files as that of a run: predictions, ``evaluation.json`` and ``outcome.json``. The run
+whose weights are kept is exported last, because its bundle contains results of the whole study.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ FOLDS_NOTE = (
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the children of a study come to together."""
+    """The result of a study, from the results of its children."""
 
-    kept: str  # the child whose weights the study stands for
+    kept: str  # name of the child whose weights the study keeps
     judgement: Judgement
     predictions: Mapping[str, Predictions]
     summary: str
@@ -70,15 +70,15 @@ def fine_tune(
     run_dir: Path | None = None,
     begun: Callable[[RunDir], object] = lambda run: None,
 ) -> Outcome:
-    """Do what a request asks for, in `run_dir`, or in the folder of an unfinished run of the same request, or in a new one.
+    """Carry out a request in `run_dir`; by default in the folder of an unfinished run of the same request, else in a new folder.
 
-    Where the data has changed since that unfinished run began, a new run begins, and the outcome says so.
+    If the data has changed since the unfinished run began, a new run begins, and a warning in its outcome says so.
 
     Args:
-        begun: called with the folder of a run before anything is done in it.
+        begun: is called with the folder of a run before anything is done in it.
 
     Raises:
-        FinetuneError: whatever went wrong, also written to the run's folder; for data that does not exist, no run begins.
+        FinetuneError: the run failed; the error is also written to its folder. If the data does not exist, no run begins.
     """
     if run_dir is not None:
         run = RunDir(run_dir.absolute())
@@ -108,11 +108,11 @@ def fine_tune(
 def carry_out(
     spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback = silent, options: RunOptions | None = None
 ) -> Outcome:
-    """Do what a request asks for in the folder `run`; where an earlier call was interrupted, go on from there.
+    """Carry out a request in the folder `run`; resume it if an earlier call was interrupted.
 
     Raises:
-        FinetuneError: whatever went wrong, also written to ``error.json`` in the folder.
-        KeyboardInterrupt: asked to stop; the same call goes on where this one was.
+        FinetuneError: the run failed; the error is also written to ``error.json`` in the folder.
+        KeyboardInterrupt: the run was asked to stop; the same call resumes it.
     """
     options = options or RunOptions.read(run)
     if spec.data.folds is not None:
@@ -130,7 +130,7 @@ Conduct = Callable[[JobSpec, RunDir, Shared, ProgressCallback, RunOptions], Conc
 def _study(
     spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions, conduct: Conduct
 ) -> Outcome:
-    """Run the children, judge them together, and go as far with the kept one as `options` ask."""
+    """Run the children, write the study's results, and export and register the kept model as far as `options.goal` requires."""
     with run.held(), failures_recorded(run):
         if (done := finished_outcome(run, options)) is not None:
             return done
@@ -166,7 +166,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     dataset, network = read_and_build(spec, shared, progress)
     whole = _divided(spec, dataset, run)
     data = spec.data.model_copy(
-        # What is decided from all images is decided once for all folds.
+        # The resize mode depends on all images, so it is resolved once for all folds.
         update={"folds": None, "resize": resolve_resize(spec, whole, network.facts.preprocess).resize}
     )
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": spec.refits})
@@ -220,14 +220,14 @@ def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCall
 
 
 def _divided(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
-    """Return the dataset as the study divides it, which is announced."""
+    """Return the dataset with the study's split, and record its size and warnings as events."""
     divided = split_for(spec, dataset, run)
     announce(DatasetFacts.of(divided), run)
     return divided
 
 
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
-    """Export the run whose weights are kept, with everything that is known of it."""
+    """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
     carried = Carried(conclusion.judgement, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
     options = replace(RunOptions.read(leaf), goal="exported")
@@ -235,14 +235,14 @@ def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Sha
 
 
 def notes_of(spec: JobSpec) -> tuple[str, ...]:
-    """Return what must be said beside the figures of a request: which weights they are of."""
+    """Return the sentences that say which weights the figures of a request belong to."""
     if spec.data.folds is not None:
         return (FOLDS_NOTE, REFIT_NOTE) if spec.refits else (FOLDS_NOTE,)
     return (REFIT_NOTE, TEMPERATURE_NOTE) if spec.refits else ()
 
 
 def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: Stopwatch, options: RunOptions) -> Outcome:
-    """Return what the study came to: the kept child's outcome, with the cost of all children."""
+    """Return the study's outcome: that of the kept child, with the study's metrics and the cost of all children."""
     children = [Outcome.read(run.child(name)) for name in read_json(run.study)["children"]]
     kept = Outcome.read(run.child(conclusion.kept))
     folds = conclusion.folds
@@ -260,9 +260,9 @@ def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: S
 
 
 def training_cost(children: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return what training all children of a study takes from nothing.
+    """Return the seconds that training all children of a study takes without any cached features.
 
-    They use the same features, which one computes for all: these count once, as the child that uses the most of them.
+    The children share their features, so the features count once, with the largest cost that a child has for them.
     """
     found: dict[str, float] = {}
     for kind in ("seconds", "cpu_seconds"):
@@ -273,14 +273,14 @@ def training_cost(children: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _write_resolved(spec: JobSpec, run: RunDir) -> None:
-    """Write what was carried out: what the kept run resolved, under the request that was made."""
+    """Write ``resolved.json`` of the study: the kept run's resolved values, with the study's request."""
     resolved = read_json(kept_run(run).resolved)
     asked = {"spec": spec.model_dump(mode="json"), "spec_digest": spec.digest(), "study": read_json(run.study)}
     write_json(run.resolved, {**resolved, **asked})
 
 
 def _copy_report(leaf: RunDir, run: RunDir) -> None:
-    """Give the study's folder the report, the journal and the diagnosis of the run that it kept."""
+    """Copy report, figures, metrics and diagnosis of the kept run into the study's folder."""
     for source, target in ((leaf.report, run.report), (leaf.metrics, run.metrics), (leaf.diagnosis, run.diagnosis)):
         data = source.read_bytes()
         write_atomic(target, lambda stream, data=data: stream.write(data))  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Method ``auto``: begin with the solved head, train deeper only while that pays, keep the best so far.
+"""Method ``auto``: start with the solved head, train more stages as long as that improves the metric, keep the best candidate.
 
-Each candidate starts from the pretrained weights and is judged on the same validation images, so two of them are compared image
-by image: what counts are the images that only one of them gets right. Going deeper has paid when the gain exceeds its standard
+Each candidate starts from the pretrained weights and is evaluated on the same validation images, so the difference between two
+candidates is a paired one. The next candidate is tried only if the last one's gain over the best before it exceeds its standard
 error.
 """
 
@@ -21,7 +21,7 @@ from finetune.studies.study import Child
 
 @dataclass(frozen=True)
 class Escalation:
-    """Candidates from the cheapest up, each compared with the best one before it."""
+    """The study of method ``auto``: candidates in order of increasing cost, each compared with the best one before it."""
 
     candidates: tuple[Child, ...]
     run: RunDir
@@ -36,7 +36,7 @@ class Escalation:
         return [] if stopped or n_done == len(self.candidates) else [self.candidates[n_done]]
 
     def gains(self, n_done: int) -> list[tuple[str, Gain]]:
-        """Return for each candidate after the first that has finished: its name, and its gain over the best before it."""
+        """Return for each of the first `n_done` candidates but the first its name and its gain over the best one before it."""
         best, found = 0, []
         for index in range(1, n_done):
             tables = [read(self.run.child(self.candidates[i].name).predictions_of("val")) for i in (index, best)]
@@ -46,12 +46,12 @@ class Escalation:
         return found
 
     def kept(self, n_done: int) -> str:
-        """Return the name of the best candidate."""
+        """Return the name of the best of the first `n_done` candidates."""
         better = [name for name, gain in self.gains(n_done) if gain.gain > 0]
         return better[-1] if better else self.candidates[0].name
 
     def reasons(self, n_done: int) -> list[str]:
-        """Return one sentence for each comparison."""
+        """Return one phrase for each comparison, such as "partial gained +1.2 ± 0.8 points of val top1"."""
         gains = self.gains(n_done)
         said = [f"{name} gained {gain}" for name, gain in gains]
         if gains and not gains[-1][1].pays:
@@ -60,7 +60,12 @@ class Escalation:
 
 
 def escalation(spec: JobSpec, n_stages: int, options: RunOptions, run: RunDir) -> Escalation:
-    """Return the study of method ``auto`` on a backbone with so many stages."""
+    """Return the study of method ``auto`` for a backbone with `n_stages` stages: linear probe, partial, full.
+
+    Args:
+        options: of the study; its splits to evaluate on are passed to the candidates.
+        run: the study's folder.
+    """
     methods: list[Method] = [LinearProbe(), *([Partial(stages=1)] if n_stages > 1 else []), Full()]
     return Escalation(
         tuple(

@@ -1,4 +1,4 @@
-"""The examination of a request's data: `finetune check` after the plan. What was examined before is read, not computed again."""
+"""Examine the data of a request, as `finetune check` does after the plan. Earlier results for the same data are reused."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from finetune.storage.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Examined:
-    """An examination, and what it was of."""
+    """An examination, with the dataset and the preprocessing that it was made with and the files that were written."""
 
     examination: Examination
     dataset: Dataset
     preprocess: Preprocess
     page: Path | None = None
     manifest: Path | None = None
-    changes: tuple[int, int, int] = (0, 0, 0)  # of the manifest: left out, grouped, with a suggested label
+    changes: tuple[int, int, int] = (0, 0, 0)  # images that the manifest leaves out, groups, suggests another label for
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the findings as JSON values, with where the page and the manifest were written."""
+        """Return the findings as JSON values, with the paths of the page and the manifest."""
         paths = {name: None if path is None else str(path) for name, path in (("page", self.page), ("manifest", self.manifest))}
         return {**self.examination.to_dict(LISTED), **paths}
 
@@ -52,15 +52,16 @@ def examine_request(
     fix: Path | None = None,
     command: str = "finetune check",
 ) -> Examined:
-    """Examine the data of a request; write the page, and the corrected manifest where it is asked for.
+    """Examine the data of a request; write the page and, if `fix` is given, a manifest with corrections.
 
     Args:
-        accept: kinds or keys of cases to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
-        page: where the page is written; by default in the workspace.
-        fix: where the manifest is written.
+        accept: kinds or keys of findings to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
+        page: path of the page; by default in the workspace.
+        fix: path of the manifest.
+        command: that the page shows for repeating the examination.
 
     Raises:
-        DataError: there is such a file, in which a person may have corrected something.
+        DataError: the file `fix` already exists, and may contain the user's own corrections.
     """
     if fix is not None and fix.exists():
         raise DataError(f"{printable(fix)}: exists, and may hold corrections of yours; name another file, or remove this one")
@@ -86,7 +87,7 @@ def examine_request(
 def _examined(
     dataset: Dataset, prefix: Prefix, preprocess: Preprocess, shared: Shared, progress: ProgressCallback
 ) -> Examination:
-    """Return all findings, also those that were acknowledged; from the last time where nothing has changed since."""
+    """Return all findings, acknowledged ones included; read them from the cache if nothing has changed since they were made."""
     notes = shared.store.folder("notes")
     ids = hashlib.sha256("\n".join(sample.id for sample in dataset.samples).encode("utf-8", "surrogatepass")).hexdigest()
     parts = (VERSION, dataset.revision, dataset.digest, ids, prefix.digest, preprocess.digest(), repr(dataset.bad))

@@ -1,7 +1,7 @@
-"""Cross-validation: the whole job once a fold, each time tested on other images, then once more on all of them.
+"""Cross-validation: carry out the whole request once for each fold, tested on other images each time, then once on all images.
 
-A fold does what the final job does, from choosing on its own val images to the refit, so that what is measured is the procedure
-that makes the final model; nothing that a fold is tested on has chosen anything in it.
+Each fold does everything that the final run does, from the choices on its own val images to the refit. So the procedure that
+makes the final model is what is evaluated, and no test image of a fold has influenced the fold's model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds in their order, then the final run on all images."""
+    """The study of a cross-validation: all folds, then the final run on all images."""
 
-    spec: JobSpec  # of each fold and of the final run: without folds
-    datasets: tuple[Dataset, ...]  # one a fold: what it trains, chooses and is tested on
+    spec: JobSpec  # of each fold and of the final run, without `data.folds`
+    datasets: tuple[Dataset, ...]  # one for each fold, with its own train, val and test splits
     whole: Dataset
 
     kind = "folds"
@@ -56,18 +56,18 @@ class Folds:
 
 
 def fold_name(number: int) -> str:
-    """Return the name of a fold's run; folds count from 1."""
+    """Return the name of a fold's run; folds are numbered from 1."""
     return f"fold-{number}"
 
 
 def pooled_predictions(run: RunDir, n_folds: int) -> Predictions:
-    """Return the answers to every image of the pool, each from the fold that had not seen it."""
+    """Return one table with the predictions for all images of the folds, each from the fold that was tested on it."""
     tested = [run.child(fold_name(number)).predictions_of("test") for number in range(1, n_folds + 1)]
     return concatenate([read(path) for path in tested], POOLED)
 
 
 def cross_validation(outcomes: Mapping[str, Outcome], pooled: Predictions, n_folds: int) -> CrossValidation:
-    """Return what the folds came to, one by one and pooled."""
+    """Return the metrics of each fold and those of the pooled predictions."""
     scores = []
     for number in range(1, n_folds + 1):
         outcome = outcomes[fold_name(number)]

@@ -1,4 +1,4 @@
-"""What a request would do, without doing it: `finetune check`."""
+"""Plan a request without carrying it out, for `finetune check`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from finetune.studies.escalate import escalation
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs that a request would make, each resolved, and about what they take."""
+    """The resolved runs of a request, and an estimate of their cost."""
 
     spec: JobSpec
-    candidates: tuple[Prepared, ...]  # what is tried, from the cheapest up; more than one only for method auto
-    folds: tuple[Dataset, ...]  # for cross-validation: what each fold trains, chooses and is tested on
+    candidates: tuple[Prepared, ...]  # in order of increasing cost; more than one only for method auto
+    folds: tuple[Dataset, ...]  # for cross-validation: the dataset of each fold, with its train, val and test splits
     cost: Estimate
 
     @property
     def deepest(self) -> Prepared:
-        """The candidate that trains the most."""
+        """The candidate that trains the most stages."""
         return self.candidates[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values: that of the deepest candidate, and how many there are."""
+        """Return the plan as JSON values: the resolved values of the deepest candidate, and the methods of all candidates."""
         return {
             **self.deepest.resolved.to_dict(),
             "spec": self.spec.model_dump(mode="json"),
@@ -44,11 +44,11 @@ class Plan:
 
 
 def plan(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> Plan:
-    """Read the data, build the network and measure this machine; nothing is trained.
+    """Read the data, build the network and measure this machine, without training anything; return the plan.
 
     Raises:
-        InvalidInput: the data or the request cannot be trained on.
-        ExportError: the backbone could be trained, but not served.
+        InvalidInput: the data or the request cannot be used.
+        ExportError: the backbone cannot be exported, although it could be trained.
     """
     candidates = tuple(prepare(candidate, shared, progress) for candidate in _methods(spec, shared, progress))
     n_folds, data = spec.data.folds, spec.data
@@ -61,7 +61,7 @@ def plan(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> 
 
 
 def _methods(spec: JobSpec, shared: Shared, progress: ProgressCallback) -> Sequence[JobSpec]:
-    """Return the requests that would be tried: for method auto one for each candidate."""
+    """Return the request itself or, for method auto, one request for each candidate."""
     if spec.method.type != "auto":
         return [spec]
     _, network = read_and_build(spec, shared, progress)

@@ -1,7 +1,7 @@
-"""The refit: one run chooses on val, then another trains on train and val together, with what was chosen.
+"""The refit: a first run makes its choices on val, then a second run trains on train and val together with these choices.
 
-Val figures are the choosing run's (of images that a model was trained on they could only flatter it), test figures the refitted
-model's.
+The metrics on val are those of the first run, because they would be optimistic for a model that was trained on val. The metrics
+on test are those of the second run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CHOOSE, REFIT = "choose", "refit"
 
 @dataclass(frozen=True)
 class Refit:
-    """First the run that chooses, then the run on everything."""
+    """The study of a refit: the run that makes the choices, then the run that trains on train and val."""
 
-    spec: JobSpec  # without the wish to refit
+    spec: JobSpec  # with `hyperparameters.refit` switched off
     run: RunDir
 
     kind = "refit"

@@ -1,7 +1,7 @@
-"""Runs of a study that do not depend on each other, side by side in processes of their own, on this machine or on a cluster.
+"""Carry out independent runs of a study in parallel, each in its own process, on this machine or on a cluster.
 
-Each process does what `finetune train --run-dir` does in the child's folder, so it can be killed and resumed like any run. A
-process that dies is started again as the worker does it with a job's attempts.
+Each process executes `finetune train --run-dir` in the folder of its run, so it can be killed and resumed like any run. A process
+that crashes is started again by the same rules as the attempts at a job (`finetune.executors.endings`).
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ from finetune.storage.files import read_json, write_atomic
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 
-RETRY_SECONDS = 2.0  # the first pause after a process died
+RETRY_SECONDS = 2.0  # delay before a crashed process is started again, the first time
 _LOOK_SECONDS = 0.2
 _LOG_CHARACTERS = 2000
-_INHERITED = (LEASE_VARIABLE, "MLFLOW_TRACKING_URI")  # also by processes on other machines
+_INHERITED = (LEASE_VARIABLE, "MLFLOW_TRACKING_URI")  # environment variables that processes on other machines need too
 
 
 @dataclass
 class _Going:
-    """A child in a process, or one that waits to be started again."""
+    """A child whose process is running, or waits to be started (again)."""
 
     title: str
     folder: RunDir
     slot: int
     handle: Handle | None = None
     not_before: float = 0.0  # monotonic seconds
-    fruitless: int = 0  # processes in a row that died
-    message: str = field(default="", repr=False)
+    fruitless: int = 0  # number of its processes that have ended
+    message: str = field(default="", repr=False)  # the last progress that was shown
 
 
 def run_side_by_side(
     children: Sequence[tuple[str, JobSpec, RunDir]], places: Places, workspace: Workspace, progress: ProgressCallback
 ) -> Iterator[tuple[int, Outcome]]:
-    """Run the children, each given as its title, its spec and its prepared folder; yield their numbers as they finish.
+    """Run the children in parallel; yield the position and the outcome of each as it finishes.
+
+    Args:
+        children: title, spec and prepared folder of each.
 
     Raises:
-        FinetuneError: a child failed; the others have been stopped, and go on from there the next time.
-        KeyboardInterrupt: asked to stop; so are they.
+        FinetuneError: a child failed. The others have been stopped, and are resumed by the next call.
+        KeyboardInterrupt: this process was asked to stop. The children have been stopped too.
     """
     waiting = deque(range(len(children)))
     free = deque(range(len(places.each)))
@@ -80,10 +83,10 @@ def _write_spec(folder: RunDir, spec: JobSpec) -> None:
 
 
 def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | None:
-    """Start a child that is due, or look at its process; return what it came to when it has finished.
+    """Start a child whose delay is over, or check its process; return its outcome if it has finished, else None.
 
     Raises:
-        FinetuneError: it has failed.
+        FinetuneError: the child has failed.
     """
     if child.handle is None:
         if time.monotonic() >= child.not_before:
@@ -129,14 +132,14 @@ def _start(child: _Going, places: Places, workspace: Workspace) -> None:
 
 
 def _failure(child: _Going, finish: Finish) -> FinetuneError:
-    """Return the child's own error, as it would have been raised in this process."""
+    """Return the error that the child wrote, as if it had been raised in this process; else one with the end of its log."""
     if child.folder.error.exists():
         return error_of(read_json(child.folder.error))
     return ExecutorError(f"{child.title}: {finish.error_message}")
 
 
 def _stop(children: Sequence[_Going], executor: Executor) -> None:
-    """Ask what still runs to stop at a checkpoint, and wait until it has."""
+    """Ask the running children to write a checkpoint and stop, and wait until they have ended."""
     handles = [child.handle for child in children if child.handle is not None]
     for handle in handles:
         executor.cancel(handle, grace_seconds=STOP_SECONDS)
@@ -146,7 +149,7 @@ def _stop(children: Sequence[_Going], executor: Executor) -> None:
 
 
 def _show(children: Sequence[_Going], progress: ProgressCallback) -> None:
-    """Pass on the progress of every child that has moved."""
+    """Report the progress of every running child whose progress has changed."""
     for child in children:
         if child.handle is None or not child.folder.progress.exists():
             continue

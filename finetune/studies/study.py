@@ -1,7 +1,7 @@
-"""What a study is, and how one is run: child runs, one folder scheme, one record of what has been done.
+"""The protocol of a study, and the function that runs its children.
 
-A study's folder holds its children under ``runs/<name>``, each an ordinary run folder (or a study's), and ``study.json``. A child
-that has an outcome is not run again, so a study that was killed goes on where it was.
+The folder of a study contains ``study.json`` and, under ``runs/<name>``, the folder of each child, which is a run or a study
+itself. A child that has an outcome is not run again, so a study that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from finetune.studies.side_by_side import run_side_by_side
 
 @dataclass(frozen=True)
 class Child:
-    """One run of a study, to be done.
+    """A run that a study asks for.
 
     Args:
         name: of its folder.
-        title: for people, in progress and reports.
-        split: how the data is divided for it; None: as for the study.
-        left_out: samples of the data that `split` does not use.
+        title: its name in progress and reports.
+        split: the dataset with the split of this run; None: the split of the study.
+        left_out: samples of the data that `split` does not contain.
     """
 
     name: str
@@ -43,29 +43,29 @@ class Child:
 
 
 class Study(Protocol):
-    """An order and a stopping rule over child runs."""
+    """The order of child runs and the rule that ends them."""
 
     @property
     def kind(self) -> str:
-        """As ``study.json`` says it: folds, auto, refit, comparison."""
+        """The kind of study in ``study.json``: folds, auto, refit, comparison, depth."""
         ...
 
     @property
     def n_children(self) -> int | None:
-        """How many children there will be at most; None: that is found out on the way."""
+        """The largest possible number of children; None if it is not known in advance."""
         ...
 
     def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
-        """Return the children to run next, given those that have finished; none when the study is over.
+        """Return the children to run next, given the outcomes of those that have finished; an empty sequence ends the study.
 
-        A pure function: called again with the same outcomes, also by another process, it gives the same children. Those that
-        are returned together do not depend on each other.
+        The result depends only on the outcomes, so a resumed study continues with the same children. Children that are returned
+        together do not depend on each other.
         """
         ...
 
 
 class RunChild(Protocol):
-    """Carries one child out to its end, whether it is a run or a study itself."""
+    """A function that carries out a child, which is a run or a study itself, and returns its outcome."""
 
     def __call__(
         self, spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions
@@ -75,7 +75,7 @@ class RunChild(Protocol):
 def run_children(
     study: Study, run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
 ) -> dict[str, Outcome]:
-    """Run what `study` asks for until it asks for nothing more; return the outcomes by name."""
+    """Run the children that `study` asks for until it asks for no more; return their outcomes by name."""
     _begin(study, run)
     finished = _finished(run)
     while children := study.following(finished):
@@ -91,7 +91,7 @@ def run_children(
 def _outcomes(
     children: Sequence[Child], run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
 ) -> Iterator[tuple[Child, Outcome]]:
-    """Run children that do not depend on each other: side by side where there are places for that, and it is worth it."""
+    """Run children that do not depend on each other, in parallel if there are several and `shared.places` is set."""
     if shared.places is None or len(children) < 2:
         for child in children:
             folder = prepare_child(run, child)
@@ -103,7 +103,7 @@ def _outcomes(
 
 
 def prepare_child(run: RunDir, child: Child) -> RunDir:
-    """Make the folder of a child, with everything in it that its study has decided."""
+    """Create the folder of a child, with its split and its options; return it."""
     folder = run.child(child.name).create()
     if not folder.split.exists():
         if child.split is not None:
@@ -116,19 +116,19 @@ def prepare_child(run: RunDir, child: Child) -> RunDir:
 
 
 def note_kept(run: RunDir, name: str) -> None:
-    """Write down which child the study keeps."""
+    """Record in ``study.json`` which child the study keeps."""
     write_json(run.study, {**read_json(run.study), "kept": name})
 
 
 def kept_run(run: RunDir) -> RunDir:
-    """Return the run whose weights a run or study stands for: itself, or the kept child's."""
+    """Return the run whose weights a run or study keeps: a run itself, or the kept child of a study, through nested studies."""
     if not run.study.exists():
         return run
     return kept_run(run.child(read_json(run.study)["kept"]))
 
 
 def titled(progress: ProgressCallback, title: str) -> ProgressCallback:
-    """Return `progress` with the child's title before each message."""
+    """Return a callback that calls `progress` with the child's title before each message."""
 
     def update(given: Progress) -> None:
         progress(replace(given, message=f"{title}: {given.message or given.phase}"))
@@ -147,11 +147,11 @@ def _begin(study: Study, run: RunDir) -> None:
 
 
 def _note_child(run: RunDir, name: str) -> None:
-    """Add a child to ``study.json``, in the order in which children finish."""
+    """Append a finished child to the list in ``study.json``."""
     record = read_json(run.study)
     write_json(run.study, {**record, "children": [*record["children"], name]})
 
 
 def _finished(run: RunDir) -> dict[str, Outcome]:
-    """Return the outcomes of the children that an earlier attempt finished, in their order."""
+    """Return the outcomes of the children that have finished, in the order in which they finished."""
     return {name: Outcome.read(run.child(name)) for name in read_json(run.study)["children"]}

@@ -1,4 +1,4 @@
-"""Comparisons: arms trained on the same split, judged on the same test images, with a verdict."""
+"""Compare methods or models (arms) that are trained on the same split and evaluated on the same test images."""
 
 from finetune.studies.compare.existing import compare_runs
 from finetune.studies.compare.study import compare, finished_before

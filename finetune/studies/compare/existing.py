@@ -1,4 +1,4 @@
-"""Compare runs that exist already, whoever made them: paired by the bytes of the images."""
+"""Compare runs that have already finished. Their predictions are paired by the sha256 of the images."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ SPLIT = "test"
 def compare_runs(
     runs: Sequence[Path], workspace: Workspace, margin: float = DEFAULT_MARGIN, out: Path | None = None
 ) -> Comparison:
-    """Compare finished runs on the test images that they share.
+    """Compare finished runs on the test images that they have in common.
 
-    Runs whose requests differ in the seed alone are one arm. Images are paired by the sha256 of their bytes; those that one of
-    the runs trained or chose on are left out and counted.
+    Runs whose requests differ only in the seed form one arm. An image that is in train or val of one of the runs is left out and
+    counted.
 
     Args:
-        out: folder for the page and ``comparison.json``; by default one in the workspace's runs, named after the runs.
+        margin: largest difference of the headline metric that does not matter.
+        out: folder for the page and ``comparison.json``; by default one in the workspace's runs, named by a digest of the runs.
 
     Raises:
         NotFound: a folder is not that of a finished run.
-        InvalidInput: fewer than two arms, other classes, or no image in common.
+        InvalidInput: there are fewer than two arms, the runs have different classes, or they have no image in common.
     """
     folders = [RunDir(run.absolute()) for run in runs]
     digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]
@@ -82,7 +83,7 @@ def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Compar
 
 
 def _samples(spec: JobSpec, table: Predictions) -> dict[str, Sample]:
-    """Return the images that a run was judged on by their digests, as far as its data is still there."""
+    """Return the images that a run was evaluated on, by sha256; empty if its data is no longer there."""
     try:
         dataset = index_dataset(
             spec.training_file, spec.validation_file, spec.test_file, for_training=False, reading=reading_of(spec.data)
@@ -110,7 +111,14 @@ def _test_answers(run: RunDir) -> Predictions:
 
 
 def _common_images(runs: Sequence[RunDir], answers: Sequence[Predictions]) -> tuple[list[str], int]:
-    """Return the digests of the images that all runs answered and none has seen, in a fixed order, and how many were seen."""
+    """Find the images that all runs were evaluated on and that are in train or val of none.
+
+    Returns:
+        Their sha256, sorted, and the number of common images that were left out because they are in train or val of a run.
+
+    Raises:
+        InvalidInput: the runs have different classes or tasks, or there is no such image.
+    """
     reference = answers[0]
     problems = [
         Problem(str(run.root), f"classes {', '.join(table.classes[:5])}… of task {table.task}")
@@ -133,7 +141,7 @@ def _common_images(runs: Sequence[RunDir], answers: Sequence[Predictions]) -> tu
 
 
 def _rows(table: Predictions, digests: Sequence[str]) -> Predictions:
-    """Return the rows of these images, in this order, under their digests."""
+    """Return the rows of the images with these digests, in this order, with the digests as ids."""
     row_of = {digest: row for row, digest in reversed(list(enumerate(table.digests())))}
     return replace(table.take(np.array([row_of[digest] for digest in digests])), ids=tuple(digests))
 
@@ -143,7 +151,7 @@ def _without_seed(spec: JobSpec) -> str:
 
 
 def _names(specs: Sequence[JobSpec], runs: Sequence[RunDir]) -> list[str]:
-    """Return short names that differ: the method, with the backbone, else the folder, where that is not enough."""
+    """Return short distinct names: the methods; if these are equal, backbone and method; if these are too, the folders."""
     for name in (lambda s: s.method.type, lambda s: f"{s.model.backbone} {s.method.type}"):
         names = [name(spec) for spec in specs]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""Gather what the page of a comparison shows, and write it."""
+"""Collect the content of a comparison's page, and write the page."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: M
     """Write ``report.html`` into the comparison's folder.
 
     Args:
-        arms: what was compared.
-        samples: the images by the ids that `arms` answered them under; those that are missing, or have changed, are not shown.
+        arms: the compared runs.
+        samples: the images by their ids in the predictions of `arms`; images that are missing or have changed are not shown.
+        command: that the page shows for repeating the comparison.
     """
     first_runs = {arm.name: RunDir(arm.runs[0]) for arm in found.arms}
     answers = {arm.predictions.name: arm.predictions.runs[0] for arm in arms}
@@ -50,7 +51,7 @@ def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: M
 
 
 def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], samples: Mapping[str, Sample]) -> list[Disputed]:
-    """Return images that some arms answer rightly and others wrongly, those first where the wrong ones are surest."""
+    """Return images that some arms predict correctly and others wrongly, in order of the highest confidence of a wrong one."""
     task = task_named(next(iter(answers.values())).task)
     names = list(answers)
     judged = {name: table.judged() for name, table in answers.items()}
@@ -86,7 +87,7 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
 
 
 def _is_the_same(sample: Sample, sha256: NDArray[np.uint8]) -> bool:
-    """Return whether an image file still has the bytes that were judged."""
+    """Return whether an image file still has the bytes that were evaluated."""
     try:
         return hashlib.sha256(sample.read()).digest() == sha256.tobytes()
     except ImageError:
@@ -94,9 +95,9 @@ def _is_the_same(sample: Sample, sha256: NDArray[np.uint8]) -> bool:
 
 
 def _predictor(run: RunDir) -> Predictor | None:
-    """Return the bundle of a run's kept weights, if it was exported."""
+    """Return a predictor of a run's bundle; None if the run was not exported, or if the bundle is damaged."""
     bundle: Path = kept_run(run).bundle
     try:
         return Predictor.load(bundle) if bundle.exists() else None
-    except BundleError:  # damaged since; the page goes without its maps
+    except BundleError:  # it was damaged after the export; the page then has no activation maps of this run
         return None

@@ -1,4 +1,4 @@
-"""What a comparison came to: ``comparison.json``, the same document on the command line, over HTTP and in Python."""
+"""The result of a comparison, ``comparison.json``: the same document on the command line, over HTTP and in Python."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from finetune.tasks.leading import recorded_leading
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of an arm: the mean over its runs, with the 95 % interval on these images."""
+    """One metric of an arm: the mean over its runs, with its 95 % confidence interval and the number of images."""
 
     value: float
     low: float | None
     high: float | None
     n: int
-    sd: float | None  # over runs; None with one run
+    sd: float | None  # standard deviation over runs; None for one run
 
     def to_dict(self) -> dict[str, Any]:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "sd": self.sd}
@@ -37,14 +37,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What one arm came to."""
+    """The result of one arm."""
 
     name: str
     runs: tuple[Path, ...]  # folders, by seed
     metrics: Mapping[str, Figure]  # ``test/top1`` …
     cost: Mapping[str, float]  # mean over runs; names end in their unit
     per_class_recall: tuple[float | None, ...]  # mean over runs, in the order of the classes
-    note: str = ""  # why the arm has fewer runs than was asked for
+    note: str = ""  # why the arm has fewer runs than requested
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -71,20 +71,20 @@ class ArmResult:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Arms, pairs and the verdict."""
+    """The results of the arms, the paired differences between them, and the verdict."""
 
     id: str
     folder: Path
     dataset: str
-    split: str  # that the arms were judged on: test, or cv
+    split: str  # that the arms were evaluated on: test, or cv for pooled folds
     classes: tuple[str, ...]
-    headline: str  # that the arms are tested by
-    leading: str  # that is told first: a mean over classes where these are unequal
+    headline: str  # the metric that the arms are compared by in tests
+    leading: str  # the metric that is shown first; a mean over classes if these have very different sizes
     arms: tuple[ArmResult, ...]
     pairs: tuple[Pair, ...]
     verdict: Verdict
     margin: float
-    left_out: int = 0  # images that one of the runs had trained or chosen on
+    left_out: int = 0  # test images that are in train or val of one of the runs
     cost: Mapping[str, float] | None = None  # of the whole comparison
     registered: str | None = None  # name@version of the chosen arm's best run
     mlflow_run_id: str | None = None
@@ -94,14 +94,14 @@ class Comparison:
         return self.folder / "report.html"
 
     def arm(self, name: str) -> ArmResult:
-        """Return the arm of this name."""
+        """Return the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def __repr__(self) -> str:
         return f"<comparison of {', '.join(arm.name for arm in self.arms)}: {self.verdict.sentence}>"
 
     def _repr_html_(self) -> str:
-        """Draw the comparison in a notebook: the verdict, the arms, and the differences with their intervals."""
+        """Return HTML for notebooks: the verdict, the arms, and the differences with their intervals."""
         from finetune.report.comparison_page import notebook_view
 
         return notebook_view(self.to_dict())
@@ -129,7 +129,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document."""
+        """Return the comparison as JSON values."""
         return {
             "object": "comparison",
             "id": self.id,
@@ -160,7 +160,7 @@ _OF_DIFFERENCE = ("difference", "low", "high", "standard_error", "degrees_of_fre
 
 
 def _pair_rows(pair: Pair, split: str) -> list[dict[str, Any]]:
-    """Return one row a metric: the headline with its test, the others with their interval."""
+    """Return a row for each metric of a pair: the headline with its statistical test, the others with their interval only."""
     tested = {**{name: getattr(pair, name) for name in _OF_PAIR}, "outcome": pair.outcome}
     return [
         {
@@ -190,7 +190,7 @@ def _pairs_of(rows: Sequence[Mapping[str, Any]], margin: float) -> tuple[Pair, .
 
 
 def _finite(value: float) -> float | None:
-    """Return a number that JSON has; it has neither infinity nor not-a-number."""
+    """Return a finite value unchanged, and None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
@@ -225,13 +225,20 @@ def conclude(
     margin: float,
     left_out: int = 0,
 ) -> Comparison:
-    """Compare finished arms and judge them: a function of predictions and outcomes, but for the models' latency.
+    """Compare finished arms and decide between them.
 
-    Each run measured its own when it was exported, beside whatever the machine did then. Here the models of all arms are measured
-    in turns, because arms are compared by it.
+    The result follows from predictions and outcomes, except for the latency. The latency that each run measured at its export
+    depends on the load at that time, so the models of all arms are measured again here, in turn.
+
+    Args:
+        identifier: of the comparison.
+        folder: of the comparison.
+        split: that the predictions are of.
+        margin: largest difference of the headline metric that does not matter.
+        left_out: number of images that were left out because a run has trained or chosen on them.
 
     Raises:
-        InvalidInput: fewer than two arms, or arms that did not answer the same images.
+        InvalidInput: there are fewer than two arms, or the arms were not evaluated on the same images.
     """
     reference = arms[0].predictions.runs[0]
     metric = task_named(reference.task).headline
@@ -258,7 +265,7 @@ def conclude(
 
 
 def _latencies(arms: Sequence[ArmRuns]) -> Sequence[float | None]:
-    """Return what one answer takes, by arm; nothing where an arm has no exported model, since then nothing can be compared."""
+    """Return the latency of each arm in seconds; None for all arms if one of them has no exported model to compare with."""
     runs = [run for arm in arms if (run := arm.exported) is not None]
     return latencies(runs) if len(runs) == len(arms) else [None] * len(arms)
 
@@ -291,7 +298,11 @@ def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmR
 
 
 def _interval_of_mean(arm: ArmRuns, key: str, values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the interval of a mean over runs, where images and seeds vary; the headline and the mean over classes have one."""
+    """Return the 95 % interval of a metric's mean over runs, considering the variation of images and of seeds.
+
+    Returns:
+        (low, high); (None, None) for metrics other than the headline and the mean over classes.
+    """
     headline = task_named(arm.predictions.runs[0].task).headline
     if key == MEAN_PER_CLASS_ACCURACY.key:
         return class_mean_interval(arm.predictions)

@@ -1,7 +1,7 @@
-"""A comparison as a study: arms times seeds, on one split, cheapest first; then statistics, verdict and page.
+"""Compare methods as a study: train every arm with every seed on one split, then compute statistics, verdict and page.
 
-Every run is an ordinary run that can be resumed and opened by itself. They share the cache: what is frozen in several arms is
-computed once.
+Every child is an ordinary run that can be resumed and opened by itself. The runs share the cache, so features that several arms
+have in common are computed once.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from finetune.studies.compare.page import write_comparison_page
 from finetune.studies.compare.result import ArmRuns, Comparison, conclude
 from finetune.studies.study import Child, note_kept, run_children
 
-STOPS_AT = 0.05  # p value, adjusted for the number of pairs, at which an arm that a budget could save is given up
+STOPS_AT = 0.05  # with a budget, an arm is not run again after losing with a smaller p value, adjusted for the number of pairs
 
 
 @dataclass(frozen=True)
 class ArmsTimesSeeds:
-    """Seed after seed, within each the arms in their order: so every arm has a first answer early.
+    """The study of a comparison: all arms with the first seed, then all with the second, and so on.
 
-    With a budget, an arm is run again only while it is not beaten and while its last run's time still fits.
+    With a budget of seconds, an arm is run again only if no other arm is significantly better and if a run as long as its last
+    one still fits into the budget.
     """
 
     spec: ComparisonSpec
@@ -69,7 +70,7 @@ class ArmsTimesSeeds:
         return []
 
     def given_up(self, arm: Arm, finished: Mapping[str, Outcome]) -> str:
-        """Return why an arm is not run any more; an empty text where it is."""
+        """Return why an arm is not run again; an empty string if it may be."""
         budget = self.spec.settings.budget_seconds
         own = [outcome for name, outcome in finished.items() if name.startswith(f"{arm.slug}-seed")]
         if budget is None or not finished:
@@ -85,7 +86,7 @@ class ArmsTimesSeeds:
         return ""
 
     def arm_runs(self, finished: Mapping[str, Outcome]) -> list[ArmRuns]:
-        """Return the finished runs of every arm that has one, and why an arm has fewer than was asked for."""
+        """Return the finished runs of every arm that has any; `note` says why an arm has fewer runs than requested."""
         found = []
         for arm in self.spec.arms:
             names = self._finished_of(arm, finished)
@@ -105,7 +106,7 @@ class ArmsTimesSeeds:
         return ""
 
     def _finished_of(self, arm: Arm, finished: Mapping[str, Outcome]) -> list[str]:
-        """Return the names of an arm's finished runs, by seed."""
+        """Return the names of an arm's finished runs, in the order of the seeds."""
         names = (arm.run_name(number) for number in range(self.spec.settings.seeds))
         return [name for name in names if name in finished]
 
@@ -117,13 +118,13 @@ class ArmsTimesSeeds:
             name=arm.run_name(number),
             title=f"{arm.name}, seed {number + 1} of {self.spec.settings.seeds}",
             spec=arm.spec.model_copy(update={"seed": arm.spec.seed + number}),
-            # one run of each arm is exported, for its size and its latency; the one that is chosen in the end, then
+            # The first run of each arm is exported to measure size and latency; the chosen run is exported at the end if needed.
             options=RunOptions(goal="exported" if number == 0 else "judged"),
         )
 
 
 def arm_predictions(name: str, runs: Sequence[RunDir], split: str) -> ArmPredictions:
-    """Return the answers of an arm's runs as they are compared."""
+    """Return the predictions of an arm's runs on `split`; for ``cv`` with the fold of each image."""
     found = tuple(tables.read(run.predictions_of(split)) for run in runs)
     if split != "cv":
         return ArmPredictions(name, found)
@@ -131,7 +132,7 @@ def arm_predictions(name: str, runs: Sequence[RunDir], split: str) -> ArmPredict
 
 
 def _folds_of(run: RunDir, pooled: Predictions) -> tuple[tuple[int, ...], int]:
-    """Return the fold of each row of pooled predictions, and the images that a fold's model was fitted on."""
+    """Return the fold of each row of pooled predictions, and the mean number of training images of a fold."""
     folds = Outcome.read(run).cross_validation
     assert folds is not None, "predictions of the split cv are a cross-validation's"
     sizes = [(fold["fold"], fold["n_test"], fold["n_train"]) for fold in folds["folds"]]
@@ -147,17 +148,17 @@ def compare(
     run_dir: Path | None = None,
     begun: Callable[[RunDir], object] = lambda run: None,
 ) -> Comparison:
-    """Train every arm with every seed, compare them on the same images, judge, and register the chosen arm's best run.
+    """Train every arm with every seed, compare them on the same images, and register the best run of the chosen arm if requested.
 
-    Where an earlier call with the same request (or in the same `run_dir`) was interrupted, it goes on there.
+    If an earlier call with the same request (or with the same `run_dir`) was interrupted, it is resumed.
 
     Args:
-        begun: called with the folder of the comparison before anything is done in it.
+        begun: is called with the folder of the comparison before anything is done in it.
 
     Raises:
         InvalidInput: there are no test images to compare on.
-        FinetuneError: a run failed, also written to ``error.json`` in the comparison's folder.
-        KeyboardInterrupt: asked to stop.
+        FinetuneError: a run failed; the error is also written to ``error.json`` in the comparison's folder.
+        KeyboardInterrupt: the comparison was asked to stop.
     """
     if run_dir is None:
         check_present(spec.job.training_file, spec.job.validation_file, spec.job.test_file)
@@ -200,7 +201,7 @@ def compare(
 
 
 def best_run(found: Comparison) -> RunDir:
-    """Return the run of the chosen arm with the highest headline metric on val, which has chosen before."""
+    """Return the run of the chosen arm with the highest headline metric on val, so that the test metrics stay unbiased."""
     runs = found.arm(found.verdict.choose).runs
     key = f"val/{found.headline}"
     return RunDir(max(runs, key=lambda run: Outcome.read(RunDir(run)).metrics.get(key, 0.0)))
@@ -218,7 +219,7 @@ def _register(
 
 
 def _command(spec: ComparisonSpec) -> str:
-    """Return the command that makes the comparison again."""
+    """Return the command and the request file that repeat the comparison."""
     return "finetune compare request.yaml   # with\n" + yaml.safe_dump(
         spec.job.model_dump(mode="json", exclude_defaults=True) | spec.settings.model_dump(mode="json", exclude_defaults=True),
         sort_keys=False,
@@ -227,7 +228,7 @@ def _command(spec: ComparisonSpec) -> str:
 
 
 def finished_before(run: RunDir) -> RunDir | None:
-    """Return the newest finished comparison of the same request, where `run` begins another in the workspace's folder of runs."""
+    """Return the finished comparison of the same request that precedes `run` in the workspace; None if there is none."""
     stem, dash, number = run.root.name.rpartition("-")
     if not re.search(r"-comparison-[0-9a-f]{8}$", stem) or not number.isdigit() or int(number) < 2:
         return None

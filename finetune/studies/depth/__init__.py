@@ -1,4 +1,4 @@
-"""The depth study: what becomes of plain and of residual networks as they get deeper, on the user's own images."""
+"""The depth study: train plain and residual networks of increasing depth on the user's images, to show degradation."""
 
 from finetune.studies.depth.request import DepthRequest
 from finetune.studies.depth.study import study_depth

@@ -1,4 +1,4 @@
-"""What a depth study is asked: on which images, which networks, how long."""
+"""The request of a depth study: the images, the networks to train, and for how long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import Problem, SpecError
 from finetune.model.depth import AIDS, DEPTHS, KINDS, Aid, network_name
 from finetune.spec import JobSpec, parse_spec
 
-STEPS = 320  # that an epoch count of None aims at
+STEPS = 320  # of training, about, if no number of epochs is given
 BATCH_SIZE = 32
 
 
@@ -36,9 +36,11 @@ class DepthRequest:
 
     Args:
         data: as `training_file` of a job spec.
-        depths: ascending.
-        n_epochs: None: about 320 steps.
-        n_images: training images at most; more are left out, class by class.
+        depths: numbers of layers, ascending.
+        kinds: plain, residual.
+        aids: what is added to networks to make training easier: nothing, He initialisation, batch normalisation.
+        n_epochs: None: as many as take about `STEPS` steps.
+        n_images: largest number of training images; if there are more, the same share of each class is left out.
     """
 
     data: Path
@@ -67,11 +69,11 @@ class DepthRequest:
 
     @property
     def networks(self) -> tuple[Network, ...]:
-        """The networks, the shallow ones first: so each depth can be read before the next is done."""
+        """The networks in order of their depth, so that the results of each depth are complete before the next begins."""
         return tuple(Network(kind, aid, depth) for depth in self.depths for aid in self.aids for kind in self.kinds)
 
     def job(self, network: Network, n_train: int) -> JobSpec:
-        """Return the request of the run that trains one network from nothing on `n_train` images."""
+        """Return the job spec of the run that trains one network from scratch on `n_train` images."""
         steps_per_epoch = max(n_train // BATCH_SIZE, 1)
         n_epochs = self.n_epochs or min(max(round(STEPS / steps_per_epoch), 4), 40)
         return parse_spec(
@@ -79,7 +81,7 @@ class DepthRequest:
                 "training_file": str(self.data),
                 "model": {"backbone": network.name, "weights": "none", "input_size_px": self.input_size_px},
                 "method": {"type": "full", "warm_head": False, "bn": "train"},
-                "augmentation": "none",  # the training error is the subject, so nothing may blur it
+                "augmentation": "none",  # the study compares training errors, which augmentation would change
                 "hyperparameters": {
                     "n_epochs": n_epochs,
                     "batch_size": BATCH_SIZE,
@@ -88,7 +90,7 @@ class DepthRequest:
                     "ema": False,
                     "early_stopping_epochs": None,
                 },
-                "compute": {"threads": 1},  # such small layers take longer on two
+                "compute": {"threads": 1},  # layers as small as these take longer on two threads
                 "seed": self.seed,
             }
         )
@@ -105,12 +107,12 @@ class DepthRequest:
         return cls(**{**values, "data": Path(given["data"])})
 
     def digest(self) -> str:
-        """Return a sha256: equal requests have equal digests."""
+        """Return the sha256 of the request; equal requests have equal digests."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     @property
     def command(self) -> str:
-        """The command that makes the study again."""
+        """The command that repeats the study."""
         default = DepthRequest(self.data)
         options = {
             "--depths": (self.depths, default.depths),

@@ -1,7 +1,7 @@
-"""What a depth study came to: figures of every network, and sentences by rules that are written here.
+"""The result of a depth study: measurements of every network, and sentences about them that are composed by fixed rules.
 
-Degradation is a training error that rises with depth, judged on the same training images by the same check that
-`finetune diagnose --against` makes. Where it does not appear, that is said as plainly.
+Degradation means that the training error rises with depth (He et al. 2016, arXiv:1512.03385). It is tested on the same training
+images, by the same check as in `finetune diagnose --against`. If no network degrades, the sentences say so.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from finetune.studies.depth.request import DepthRequest, Network
 
 WITH_AID: Mapping[Aid, str] = {"": "PyTorch's own first weights", "he": "He first weights", "bn": "batch normalisation"}
 CLEARLY = 2.0  # standard errors
-LESS_ERROR = 0.02  # by which a shortcut must lower the training error to have helped
-VANISHED, EXPLODED = -3.0, 3.0  # decades, from the top of a network to its stem
+LESS_ERROR = 0.02  # reduction of the training error that counts as an effect of the shortcut
+VANISHED, EXPLODED = -3.0, 3.0  # powers of ten by which the gradient changes from the top of a network to its stem
 
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """One trained network."""
+    """The measurements of one trained network."""
 
     network: Network
     run: Path
     n_parameters: int
-    train_error: float  # on the sample of training images, as evaluated, at the end
+    train_error: float  # on the sample of training images, in evaluation mode, at the end
     train_error_se: float
     val_error: float  # at the end
     errors: tuple[tuple[float, float], ...]  # (epoch, error while training)
     gradients: tuple[float, ...]  # gradient norm over weight norm by block, from the stem up, early in training
     gradients_at_step: int
     seconds: float
-    degraded_against: str | None  # the shallower network whose training error is clearly lower
-    findings: tuple[str, ...]  # codes of the run's diagnosis against that one, causes first
+    degraded_against: str | None  # name of a shallower network whose training error is significantly lower
+    findings: tuple[str, ...]  # codes of the run's diagnosis against the best shallower network, causes first
 
     @property
     def decades(self) -> float | None:
-        """How many powers of ten the gradient gains from the upper third of the blocks to the lower third."""
+        """The powers of ten by which the gradient grows from the upper to the lower third of the blocks; negative: it shrinks."""
         if not self.gradients:
             return None
         third = max(len(self.gradients) // 3, 1)
@@ -89,7 +89,7 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class DepthStudy:
-    """The document of a depth study."""
+    """The result of a depth study."""
 
     id: str
     folder: Path
@@ -107,11 +107,11 @@ class DepthStudy:
         return self.folder / "report.html"
 
     def of(self, kind: str, aid: Aid) -> tuple[NetworkResult, ...]:
-        """Return one family, the shallow networks first."""
+        """Return the networks of one family (kind and aid) in order of their depth."""
         return tuple(one for one in self.networks if one.network.kind == kind and one.network.aid == aid)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document."""
+        """Return the study as JSON values, with its sentences."""
         return {
             "object": "depth_study",
             "schema_version": 1,
@@ -133,7 +133,7 @@ class DepthStudy:
 def network_results(
     request: DepthRequest, records: Mapping[Network, RunRecords], seconds: Mapping[Network, float]
 ) -> tuple[NetworkResult, ...]:
-    """Return the figures of every network, family by family. A pure function of the runs' records."""
+    """Return the measurements of every network, family by family. A pure function of the runs' records."""
     found: list[NetworkResult] = []
     for kind in request.kinds:
         for aid in request.aids:
@@ -147,7 +147,7 @@ def network_results(
 
 
 def shortcut_gains(request: DepthRequest, records: Mapping[Network, RunRecords]) -> tuple[Shortcut, ...]:
-    """Return what the shortcut changes at the greatest depth, for every aid that both kinds of networks were trained with."""
+    """Compare the plain and the residual network of the greatest depth, for every aid; empty if only one kind was trained."""
     if len(request.kinds) < 2:
         return ()
     found, depth = [], request.depths[-1]
@@ -193,9 +193,9 @@ def _result(network: Network, records: RunRecords, seconds: float, shallower: tu
 
 
 def _early_gradients(records: RunRecords) -> tuple[int, tuple[float, ...]]:
-    """Return the first step after the very first at which gradients were measured, and gradient over weight norm by block.
+    """Return the earliest step after step 0 with measured gradients, and each block's gradient norm divided by its weight norm.
 
-    The head begins at zero, so that at the very first step no gradient reaches the blocks.
+    Step 0 is not used: the head is initialised with zeros, so no gradient reaches the blocks at that step.
     """
     owners = [owner for owner in records.owners if owner != HEAD]
     steps = sorted({step for owner in owners for step, _ in records.signal("grad_norm", owner) if step > 0})
@@ -211,7 +211,7 @@ def _early_gradients(records: RunRecords) -> tuple[int, tuple[float, ...]]:
 
 
 def headline(study: DepthStudy) -> str:
-    """Return the study in one sentence."""
+    """Return one sentence with the main result of the study."""
     plain = [family for aid in study.request.aids if (family := study.of("plain", aid))]
     degraded = [family for family in plain if family[-1].degraded_against]
     residual = [family for aid in study.request.aids if (family := study.of("residual", aid))]
@@ -241,7 +241,7 @@ def headline(study: DepthStudy) -> str:
 
 
 def paragraphs(study: DepthStudy) -> list[str]:
-    """Return what happened, family by family, in plain words."""
+    """Return a paragraph for each family and for each shortcut, and one about overfitting if a network degraded."""
     found = [_of_family(study, aid) for aid in study.request.aids]
     found += [_of_shortcut(shortcut) for shortcut in study.shortcuts]
     found.append(_not_overfitting(study))
@@ -249,7 +249,7 @@ def paragraphs(study: DepthStudy) -> list[str]:
 
 
 def _of_family(study: DepthStudy, aid: Aid) -> str:
-    """Say how the plain networks with one aid fare, and what their gradients are like."""
+    """Describe the training errors of the plain networks with one aid, and the gradients of the deepest one."""
     family = study.of("plain", aid)
     if not family:
         return ""
@@ -290,7 +290,7 @@ def _of_gradients(one: NetworkResult) -> str:
 
 
 def _of_shortcut(shortcut: Shortcut) -> str:
-    """Say what the shortcut alone changes at the greatest depth; the two networks have the same number of parameters."""
+    """Describe the effect of the shortcut, which is the only difference: both networks have the same number of parameters."""
     given = f"With {WITH_AID[shortcut.aid]} and {shortcut.depth} layers"
     before, after, gain, error = shortcut.plain_error, shortcut.residual_error, shortcut.gain, shortcut.gain_se
     if gain > max(LESS_ERROR, CLEARLY * error):

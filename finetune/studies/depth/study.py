@@ -1,6 +1,6 @@
-"""A depth study: every network trained from nothing on the same images, then one page with pictures and plain words.
+"""Carry out a depth study: train every network from scratch on the same images, then write one page with figures and sentences.
 
-Every run is an ordinary run of a job spec that can be resumed and opened by itself; a study that was killed goes on where it was.
+Every child is an ordinary run that can be resumed and opened by itself; a study that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from finetune.studies.depth.request import DepthRequest, Network
 from finetune.studies.depth.result import DepthStudy, headline, network_results, shortcut_gains
 from finetune.studies.study import Child, note_kept, run_children
 
-SAMPLE_SIZE = 512  # training images that every network answers in the end
+SAMPLE_SIZE = 512  # training images that every network predicts at the end
 RESULT = "depth.json"
 
 
 @dataclass(frozen=True)
 class GrowingDepth:
-    """All networks of one depth, then those of the next."""
+    """The study of networks of increasing depth: all networks of one depth, then those of the next."""
 
     request: DepthRequest
     split: Dataset
@@ -69,12 +69,12 @@ class GrowingDepth:
 def study_depth(
     request: DepthRequest, shared: Shared, progress: ProgressCallback = silent, run_dir: Path | None = None
 ) -> DepthStudy:
-    """Train the networks, and write ``depth.json`` and ``report.html``; go on where an earlier call was interrupted.
+    """Train the networks, and write ``depth.json`` and ``report.html``; resume an earlier call that was interrupted.
 
     Raises:
-        InvalidInput: the data cannot be trained on.
-        FinetuneError: a run failed, also written to ``error.json`` in the study's folder.
-        KeyboardInterrupt: asked to stop.
+        InvalidInput: the data cannot be used.
+        FinetuneError: a run failed; the error is also written to ``error.json`` in the study's folder.
+        KeyboardInterrupt: the study was asked to stop.
     """
     run = RunDir(run_dir.absolute()) if run_dir is not None else _folder_for(request, shared)
     with run.held(), failures_recorded(run):
@@ -99,9 +99,15 @@ def study_depth(
 
 
 def limited(split: Dataset, n_images: int) -> tuple[Dataset, tuple[Sample, ...]]:
-    """Return the split with at most `n_images` training images and half as many to validate on, and what is left out.
+    """Limit a split to `n_images` training images and half as many val images, the same share of each class.
 
-    Of each class the same share is kept; the bytes of the images decide which. Test images are left out: nothing is chosen.
+    Which images are kept depends on their bytes only. Test images are not needed, because nothing is chosen on val.
+
+    Returns:
+        The limited dataset, and the samples that are left out.
+
+    Raises:
+        InvalidInput: the split has no train or no val images.
     """
     kept: set[str] = set()
     for name, most in (("train", n_images), ("val", n_images // 2)):
@@ -120,7 +126,7 @@ def limited(split: Dataset, n_images: int) -> tuple[Dataset, tuple[Sample, ...]]
 
 
 def _conclude(run: RunDir, request: DepthRequest, dataset: str, split: Dataset, cost: Mapping[str, float]) -> DepthStudy:
-    """Return what the finished runs in the study's folder come to."""
+    """Return the result of the study from the finished runs in its folder."""
     children = {network: run.child(network.name) for network in request.networks}
     records = {network: RunRecords.read(child.root) for network, child in children.items()}
     seconds = {network: Outcome.read(child).cost["train_seconds"] for network, child in children.items()}

@@ -1,9 +1,10 @@
-"""The learning curve: error against the number of training images, as an inverse power law, and what it says of more images.
+"""Fit a learning curve, the error against the number of training images, and extrapolate it to more images.
 
-The law is error(n) = a + b n^-c with a, b ≥ 0: what no number of images takes away, and what each doubling takes a fixed share
-of (Hestness et al. 2017; Viering & Loog 2021). A few sizes do not tell a, b and c apart, and different laws that fit equally well
-go on differently, so no single fit is extrapolated: all laws on a grid count, each as much as it fits, and the interval holds
-what they say (Bayesian averaging; the prior of c is flat, that of a is half at 0 and else flat).
+The curve is an inverse power law error(n) = a + b n^-c with a, b ≥ 0 (Hestness et al. 2017; Viering & Loog 2021). The floor a
+remains with any number of images; the rest shrinks by a fixed factor with each doubling of n. A few sizes do not determine a, b
+and c: many laws fit equally well and differ in their extrapolation. Therefore the prediction averages over all laws on a grid,
+weighted by their posterior probability (Bayesian model averaging), and the interval is that of the mixture. The prior of c is
+uniform; the prior of a has probability `NO_FLOOR` at 0 and is uniform elsewhere.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, norm
 
 EXPONENTS = tuple(float(one) for one in np.linspace(0.1, 1.2, 45))
-FLOORS = 41  # values of a that are tried, from 0 to the lowest error that was measured
-NO_FLOOR = 0.5  # prior probability of a = 0; with a flat prior alone, intervals miss laws that fall without end
-MISFIT = 0.002  # standard deviation of what the law leaves out, at every size
-SHRINKAGE = 0.3  # of correlations between sizes, which few repetitions tell badly
+FLOORS = 41  # grid points for a, from 0 to the lowest measured error
+NO_FLOOR = 0.5  # prior probability of a = 0; a uniform prior alone gives intervals that miss laws without a floor
+MISFIT = 0.002  # standard deviation of the deviation from a power law, at every size
+SHRINKAGE = 0.3  # of correlations between sizes, which cannot be estimated well from few repetitions
 LEVEL = 0.95
 LEAST_P = 0.001
 
@@ -38,12 +39,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Errors by training size, several times over.
+    """Measured errors for S training set sizes in R repetitions, and the power laws fitted to them.
 
     Args:
         sizes: (S,) numbers of training images, ascending.
-        errors: (R, S) each row with other images held out, and its training images of one size among those of the next.
-        held_out_share: held-out images for each training image of the largest size.
+        errors: (R, S). Each repetition holds out other images; within it, the training images of a size are a subset of those of
+            the next size.
+        held_out_share: number of held-out images divided by the number of training images of the largest size.
     """
 
     sizes: tuple[int, ...]
@@ -52,15 +54,15 @@ class LearningCurve:
 
     @property
     def mean(self) -> Floats:
-        """(S,)"""
+        """(S,) the mean error over the repetitions."""
         return np.asarray(self.errors.mean(axis=0))
 
     @cached_property
     def covariance(self) -> Floats:
-        """(S, S) of the mean errors.
+        """(S, S) the covariance of the mean errors.
 
-        The repetitions share images, so their mean is less certain than that of independent ones: the variance is multiplied by
-        1/R + held-out over training images (Nadeau & Bengio 2003).
+        The repetitions share images, so their mean varies more than that of independent repetitions. The covariance is multiplied
+        by 1/R + `held_out_share` instead of 1/R (Nadeau & Bengio 2003).
         """
         n = len(self.errors)
         found = np.cov(self.errors, rowvar=False) if n > 1 else np.diag(self.mean * (1 - self.mean) / max(self.sizes))
@@ -70,12 +72,12 @@ class LearningCurve:
 
     @property
     def standard_errors(self) -> Floats:
-        """(S,) of the mean errors."""
+        """(S,) the standard errors of the mean errors."""
         return np.asarray(np.sqrt(np.diag(self.covariance)))
 
     @property
     def fits(self) -> bool:
-        """Whether any law is consistent with what was measured (chi-squared test of the best one, p > 0.001)."""
+        """Whether some law is consistent with the measured errors (chi-squared test of the best law, p > `LEAST_P`)."""
         free = max(len(self.sizes) - 3, 1)
         return bool(chi2.sf(self._laws.least_misfit, free) > LEAST_P)
 
@@ -84,26 +86,26 @@ class LearningCurve:
         return _fitted(np.array(self.sizes, float), self.mean, self.covariance)
 
     def error(self, n: int) -> Estimate:
-        """Return the error that the laws expect of `n` training images."""
+        """Return the predicted error with `n` training images."""
         return self._laws.estimate(float(n) ** -self._laws.c, self._laws.a)
 
     def gain(self, start: int, end: int) -> Estimate:
-        """Return by how much the error falls from `start` to `end` training images."""
+        """Return the predicted reduction of the error from `start` to `end` training images."""
         return self._laws.estimate(float(start) ** -self._laws.c - float(end) ** -self._laws.c, np.zeros_like(self._laws.c))
 
 
 @dataclass(frozen=True)
 class _Laws:
-    """Laws on the grid, each with its weight, and b as a normal distribution that is cut off at 0."""
+    """The laws on the grid of a and c with their posterior probabilities; b has a normal distribution that is clipped at 0."""
 
     a: Floats  # (L,)
     c: Floats  # (L,)
-    b: Floats  # (L, Q) equally likely values
-    weight: Floats  # (L,) sums to one
+    b: Floats  # (L, Q) quantiles of the distribution of b, equally likely
+    weight: Floats  # (L,) posterior probability
     least_misfit: float  # chi-squared of the best law
 
     def estimate(self, times: Floats, plus: Floats) -> Estimate:
-        """Return mean and interval of plus + times · b over all laws."""
+        """Return mean and 95 % interval of plus + times · b over all laws; both arguments are (L,)."""
         values = (plus[:, None] + times[:, None] * self.b).ravel()
         weights = np.repeat(self.weight / self.b.shape[1], self.b.shape[1])
         order = np.argsort(values)
@@ -117,7 +119,10 @@ _NORMAL = norm.ppf((np.arange(15) + 0.5) / 15)  # equally likely values of a sta
 
 
 def _fitted(sizes: Floats, mean: Floats, covariance: Floats) -> _Laws:
-    """Weigh every law on the grid by its likelihood; b is integrated out."""
+    """Compute the posterior of the laws on the grid, from sizes (S,), mean errors (S,) and their covariance (S, S).
+
+    For given a and c the errors are linear in b, so the posterior of b is normal around its generalised least squares estimate.
+    """
     inverse = np.linalg.inv(covariance)
     a, c = (one.ravel() for one in np.meshgrid(np.linspace(0.0, float(mean.min()), FLOORS), EXPONENTS, indexing="ij"))
     falling = sizes[None, :] ** -c[:, None]  # (L, S)
@@ -130,13 +135,17 @@ def _fitted(sizes: Floats, mean: Floats, covariance: Floats) -> _Laws:
     prior = np.where(a == 0, NO_FLOOR / (1 - NO_FLOOR) * (FLOORS - 1), 1.0)
     weight = prior * np.exp(-0.5 * (misfit - misfit.min())) * (best > 0)
     b = np.maximum(best[:, None] + spread[:, None] * _NORMAL, 0.0)
-    if not weight.sum():  # no law that falls fits better than one that does not
+    if not weight.sum():  # the errors do not fall with the number of images
         weight = np.ones_like(weight)
     return _Laws(a, c, b, weight / weight.sum(), float(misfit.min()))
 
 
 def training_sizes(n_images: int, n_classes: int, n_sizes: int) -> tuple[int, ...]:
-    """Return sizes in equal ratios up to all images, the smallest with a few images a class."""
+    """Return `n_sizes` geometrically spaced sizes up to `n_images`, the smallest with at least four images per class on average.
+
+    Returns:
+        An empty tuple if there are too few images.
+    """
     smallest = max(n_images // 12, 4 * n_classes)
     if smallest * 2 > n_images:
         return ()
@@ -144,11 +153,11 @@ def training_sizes(n_images: int, n_classes: int, n_sizes: int) -> tuple[int, ..
 
 
 def nested(labels: NDArray[np.integer], sizes: Sequence[int], rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Return the positions of training images for each size, each among those of the next, with all classes in proportion."""
+    """Return the positions of stratified training images for each size; those of a size are a subset of those of the next."""
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        # A class's images are spread evenly over the order; its first one comes early, so that every size has every class.
+        # The images of a class are spread evenly over the order. Its first one is moved to the front: every size has all classes.
         place[rng.permutation(members)] = (np.arange(len(members)) + rng.uniform(0, 1)) / len(members)
         place[members] = np.where(place[members] == place[members].min(), -1.0, place[members])
     order = np.lexsort((rng.uniform(size=len(labels)), place))

@@ -1,8 +1,8 @@
-"""The learning curve of one dataset: heads solved on growing parts of it, and what the curve says of more labels.
+"""Measure the learning curve of a dataset with solved heads on subsets of it, and predict the gain from more labels.
 
-Features of frozen stages are computed once, or read from the cache; each point is a solved head, so nothing is trained. In
-every repetition a fifth of the images is held out, another one each time, and the training images of one size are among those
-of the next, with the classes in proportion. What belongs together (a group, files of the same bytes) is held out together.
+The features of the frozen backbone are computed once or read from the cache, and each point of the curve is a solved head, so no
+steps are taken. Every repetition holds out another random fifth of the images; the training images of a size are a stratified
+subset of those of the next size. Images of one group, and files with the same bytes, are held out together.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from finetune.tasks import task_named
 
 HELD_OUT = 0.2
 REPEATS, SIZES = 8, 6
-FARTHEST = 4.0  # times the training images that there are: further on, a curve says nothing
+FARTHEST = 4.0  # largest number of training images that is predicted, relative to the present number
 FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
 COURSE_POINTS = 40  # of the drawn curve
-MATTERS = 0.005  # of accuracy: a gain that is certainly smaller is hardly worth labels
+MATTERS = 0.005  # of accuracy: the smallest gain that is worth more labels
 TOP1, PER_CLASS = "top1", "mean_per_class_accuracy"
 _LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes"}
 Verdict = Literal["helps", "hardly helps", "cannot tell"]
@@ -44,7 +44,7 @@ Verdict = Literal["helps", "hardly helps", "cannot tell"]
 
 @dataclass(frozen=True)
 class Projection:
-    """What so many more images a class would bring."""
+    """The predicted metric and its gain with more images per class."""
 
     more_per_class: int
     n_train: int
@@ -62,12 +62,12 @@ class Projection:
 
 @dataclass(frozen=True)
 class LabelsStudy:
-    """What a learning curve came to.
+    """The result of a labels study.
 
     Args:
-        metric: that is judged by; the mean over classes where the largest class has five times the images of the smallest.
-        curves: by metric.
-        projections: of `metric`, for more and more images.
+        metric: that the verdict uses: accuracy, or the mean over classes if their sizes are very unequal.
+        curves: the learning curve of each metric.
+        projections: of `metric`, for increasing numbers of images.
     """
 
     dataset: str
@@ -78,7 +78,7 @@ class LabelsStudy:
     metric: str
     curves: Mapping[str, LearningCurve]
     projections: tuple[Projection, ...]
-    too_far: tuple[int, ...] = ()  # amounts that were asked for and are beyond what can be said
+    too_far: tuple[int, ...] = ()  # requested numbers of images per class that are beyond `FARTHEST`
     page: Path | None = field(default=None, compare=False)
 
     @property
@@ -91,7 +91,7 @@ class LabelsStudy:
 
     @property
     def verdict(self) -> Verdict:
-        """What the largest amount brings: a gain that matters, certainly none, or nobody can tell."""
+        """Whether the gain from the largest projected number of images is at least `MATTERS`, is less, or is too uncertain."""
         gain = self.projections[-1].gain
         if not self.curve.fits:
             return "cannot tell"
@@ -99,7 +99,7 @@ class LabelsStudy:
 
     @property
     def sentence(self) -> str:
-        """The study in one sentence."""
+        """One sentence with the main result of the study."""
         last = self.projections[-1]
         gain = f"{points(last.gain.value)} points, {points_range(last.gain)}"
         more = f"{last.more_per_class:,} more images a class"
@@ -139,12 +139,12 @@ class LabelsStudy:
 
 
 def points(value: float) -> str:
-    """Return a difference of shares as percentage points with its sign."""
+    """Return a difference of two shares as text, in percentage points with a sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def points_range(one: Estimate) -> str:
-    """Return the interval of a difference in percentage points."""
+    """Return the interval of a difference as text, in percentage points."""
     return f"{100 * one.low:.1f} to {100 * one.high:.1f}".replace("-", "−")
 
 
@@ -157,13 +157,16 @@ def study_labels(
     repeats: int = REPEATS,
     sizes: int = SIZES,
 ) -> LabelsStudy:
-    """Measure the learning curve of a request's data and say what more labels would bring.
+    """Measure the learning curve of a request's data, and predict the gain from more labels.
 
     Args:
-        more: images a class, ascending; by default a quarter, a half and all of what a class has on average.
+        more: additional images per class to predict the gain for; by default a quarter, a half and all of the average number of
+            training images per class.
+        repeats: number of repetitions with other held-out images.
+        sizes: number of training set sizes.
 
     Raises:
-        InvalidInput: several labels an image, too few images for a curve, or amounts that are no numbers of images.
+        InvalidInput: the images have several labels each, there are too few of them, or an argument is too small.
     """
     if repeats < 2 or sizes < 4:
         raise InvalidInput(f"a learning curve needs at least 2 repetitions and 4 sizes, given {repeats} and {sizes}")
@@ -194,10 +197,10 @@ def measured(
     sizes: int = SIZES,
     progress: ProgressCallback = silent,
 ) -> dict[str, LearningCurve] | None:
-    """Return the curve of each metric; None where there are too few images.
+    """Return the learning curve of each metric; None if there are too few images.
 
     Args:
-        features: (N, D), a row for each sample.
+        features: (N, D), one row for each sample.
     """
     labels = np.array([sample.labels[0] for sample in samples])
     units = _units(samples, labels)
@@ -212,7 +215,7 @@ def measured(
             if not asked or len(np.unique(labels[train])) < n_classes or not len(held_out):
                 return None
         row: dict[str, list[float]] = {TOP1: [], PER_CLASS: []}
-        # Held-out shares are of units, so the largest size differs by a few images from one repetition to the next.
+        # A fifth of the groups is held out, so the number of training images differs a little between repetitions.
         for place, chosen in enumerate(nested(labels[train], [min(one, len(train)) for one in asked], rng)):
             rows = train[chosen]
             right = _right(features, labels, rows, held_out, n_classes, place, strength, seed)
@@ -237,7 +240,12 @@ def _right(
     strength: dict[int, float],
     seed: int,
 ) -> NDArray[np.bool_]:
-    """Return which held-out images a head solved on `rows` answers rightly; the penalty of a size is chosen once."""
+    """Return which held-out images a head that is solved on `rows` predicts correctly.
+
+    Args:
+        place: position of the size.
+        strength: by position of the size, the L2 penalty; chosen by the first head of each size, and added here.
+    """
     head = head_solver("multiclass")(
         features[rows],
         labels[rows],
@@ -253,7 +261,7 @@ def _right(
 
 
 def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
-    """Return for each class what is held out together: positions of a group, or of files of the same bytes."""
+    """Return for each class the positions of images that are held out together: a group, or files with the same bytes."""
     found: dict[str, list[int]] = defaultdict(list)
     for position, sample in enumerate(samples):
         found[sample.sha256 if sample.group is None else f"group {sample.group}"].append(position)
@@ -266,7 +274,7 @@ def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[ND
 def _divided(
     units: Sequence[Sequence[NDArray[np.int64]]], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return positions to train on and positions that are held out, a fifth of each class's units."""
+    """Hold out a fifth of each class's units at random; return the positions to train on and the positions held out."""
     train, held_out = [], []
     for of_class in units:
         order = rng.permutation(len(of_class))
@@ -303,17 +311,17 @@ def _concluded(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCur
 
 
 def _rounded(value: float) -> int:
-    """Return a number of images with at most two digits that are not zero."""
+    """Return the value rounded to two significant digits, at least 1."""
     whole = max(round(value), 1)
     step = 10 ** max(len(str(whole)) - 2, 0)
     return int(round(whole / step) * step)
 
 
 def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
-    """Write the page; return the study that knows where it is.
+    """Write the page; return the study with its path.
 
     Args:
-        command: that makes the study again.
+        command: that the page shows for repeating the study.
     """
     found = replace(found, page=path)
     html = render_labels(found.to_dict(), _course(found), found.metric_label, rows_of(found), command)
@@ -322,7 +330,7 @@ def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
 
 
 def rows_of(found: LabelsStudy) -> list[list[str]]:
-    """Return the projections as texts: more a class, training images, gain, its interval, the metric then."""
+    """Return the projections as rows of a table: more images per class, training images, gain, its interval, the metric then."""
     return [
         [f"+{one.more_per_class:,}", f"{one.n_train:,}", points(one.gain.value), points_range(one.gain), f"{one.value.value:.1%}"]
         for one in found.projections
@@ -330,7 +338,7 @@ def rows_of(found: LabelsStudy) -> list[list[str]]:
 
 
 def _course(found: LabelsStudy) -> list[dict[str, float]]:
-    """Return the law from the smallest size to the farthest projection."""
+    """Return the predicted curve with its interval, from the smallest size to the largest projection, for drawing."""
     curve = found.curve
     sizes = np.geomspace(curve.sizes[0], found.projections[-1].n_train, COURSE_POINTS)
     course = []
