@@ -1,4 +1,4 @@
-"""The ASGI application: the FastAPI app with its routes, wrapped in the middleware that every request goes through.
+"""The ASGI application: the FastAPI app with its routes, wrapped in the middleware for all requests.
 
 `python -m service` serves it with uvicorn in one process; `service.app` wraps it in a BentoML service for `bentoml serve` and
 `bentoml build`.
@@ -12,6 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from finetune.jobs.history import updates
 from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
 from finetune.runtime.tracing import tracing_from_environment
+from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
@@ -42,6 +44,7 @@ from service.middleware.tracing import TracingMiddleware
 from service.models import LoadedModels
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
+from service.plans import Planner
 from service.problems import REQUEST_ID_HEADER, add_handlers, component_schemas
 from service.promotions import Promotions
 from service.routes.batch_predictions import batch_router
@@ -53,10 +56,12 @@ from service.routes.inference_v2 import inference_v2_router
 from service.routes.jobs import jobs_router
 from service.routes.models import models_router
 from service.routes.pictures import pictures_router
+from service.routes.plans import plans_router
 from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
+from service.samples import InputSampler
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -72,7 +77,7 @@ KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key
 
 
 class Api(FastAPI):
-    """A FastAPI app whose OpenAPI document shows errors, the job request and whether a key is needed as they are."""
+    """A FastAPI app whose OpenAPI document also describes errors, the body of a job request, and whether a key is needed."""
 
     def __init__(self, needs_key: Callable[[], bool], **options: Any) -> None:
         super().__init__(**options)
@@ -89,12 +94,12 @@ class Api(FastAPI):
 
 
 def create_app(settings: Settings) -> ASGIApp:
-    """Return the whole application; models and worker start and stop with its lifespan."""
+    """Return the complete application. Models and worker start and stop with its lifespan."""
     return with_middleware(create_api(settings), settings)
 
 
 def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
-    """Return the app behind everything that each request goes through first, outermost last."""
+    """Return the app wrapped in the middleware, which is added from the innermost to the outermost."""
     state: ServerState = api.state.server
     buffered = BufferedBodies()
     app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
@@ -113,11 +118,11 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
 
 
 def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
-    """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with.
+    """Return the FastAPI app with its routes and, in ``app.state.server``, their shared state.
 
     Args:
-        supervised: the parent process started this one to serve, as BentoML's does; the server ends with it, so that none stays
-            on the port. Any other server outlives its parent, which may be a shell from which somebody logs out.
+        supervised: end the server when its parent process ends, as BentoML needs it to free the port. Otherwise the server
+            outlives its parent, which may be a shell that is closed.
     """
     check_provider(settings.provider)
     registry = Registry(settings.models_folder)
@@ -136,6 +141,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics.watch_queue(lambda: queue.taken)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
+    samples = InputSampler(registry, settings.sampling, metrics)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -144,6 +150,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         queue=queue,
         shadows=Shadows(queue, metrics, settings.image_limits),
         drift=drift,
+        samples=samples,
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -152,6 +159,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         checks=WorkQueue(2, max_wait_seconds=60.0),
         spec_checker=SpecChecker(),
         pictures=PictureIndex(settings.image_limits),
+        planner=Planner(replace(Workspace.from_environment(), root=settings.home.absolute())),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
@@ -171,22 +179,25 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.start()
         webhooks.start()
         drift.start()
-        if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
+        samples.start()
+        if threading.current_thread() is threading.main_thread():  # signals need it; tests use another thread
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
-            _end_streams_on_sigterm(state.event_streams)
+            _end_on_sigterm(state.event_streams.close, state.planner.stop)
         if worker is not None:
             worker.start()
         yield
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        samples.stop()
         drift.stop()
         webhooks.stop()
         models.stop()
         queue.stop()
         state.checks.stop()
         state.spec_checker.stop()
+        state.planner.stop()
         if state.tracing is not None:
             state.tracing.stop()
 
@@ -196,11 +207,11 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         version=__version__,
         description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",
         openapi_url="/docs.json",
-        docs_url=None,  # FastAPI's interactive page would load its scripts from a foreign host
+        docs_url=None,  # FastAPI's interactive page would load scripts from another host
         redoc_url=None,
         lifespan=lifespan,
         max_body_size=MAX_JSON_BYTES,
-        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
+        generate_unique_id_function=lambda route: route.name,  # names of methods in generated clients
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     api.state.server = state
@@ -213,6 +224,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(uploads_router(settings.max_upload_bytes))
     api.include_router(jobs_router)
     api.include_router(comparisons_router)
+    api.include_router(plans_router)
     api.include_router(batch_router)
     api.include_router(file_checks_router)
     api.include_router(checks_router)
@@ -231,14 +243,15 @@ def _shown(state: ServerState, event: Event) -> dict[str, Any]:
     return event_document(event, state.without_home).model_dump()
 
 
-def _end_streams_on_sigterm(streams: EventStreams) -> None:
-    """End event streams before the server stops: it waits for open answers, and a stream never ends by itself."""
+def _end_on_sigterm(*ends: Callable[[], None]) -> None:
+    """Call `ends` before the server stops. It waits for open responses, and event streams do not end by themselves."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own handler
 
         def close_first(received: int, frame: FrameType | None, stop: Any = stop) -> None:
-            loop.call_soon_threadsafe(streams.close)
+            for end in ends:
+                loop.call_soon_threadsafe(end)
             if callable(stop):
                 stop(received, frame)
 

@@ -26,6 +26,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Hypothesis try the same examples in every run, however long one takes: a test fails for what was changed.
+
+    ``pytest --hypothesis-profile=default`` looks for others.
+    """
+    if config.pluginmanager.hasplugin("hypothesispytest") and config.getoption("--hypothesis-profile") is None:
+        from hypothesis import settings
+
+        settings.load_profile("ci")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     other = collection_path.name == "browser" or (
         collection_path.name.startswith("test_") and collection_path.name not in SERVICE_TESTS

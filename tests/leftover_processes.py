@@ -14,21 +14,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import all_processes, command_line, environment_of, is_running, lineage, parent_of
 
 VARIABLE = "FINETUNE_TESTS_RUN"
 TAG = f"{VARIABLE}={uuid.uuid4().hex}".encode()
 GRACE_SECONDS = 10.0  # a process that was told to stop may still be stopping
-EXEC_SECONDS = 0.5  # a process that becomes another program is done by then, on a busy machine too
 # Python's own helper lives as long as the pytest process that needed it first.
 EXEMPT = (b"from multiprocessing.resource_tracker import main",)
-
-
-def all_processes() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
 @dataclass
@@ -56,47 +51,6 @@ class Processes:
             if TAG not in environment.split(b"\0"):
                 return False
         return not any(mark in command_line(pid) for mark in EXEMPT)
-
-
-def environment_of(pid: int) -> bytes:
-    """Return the environment that a process began with.
-
-    While a process becomes another program, it shows none for a moment, in which its parent may go on already. So that it has
-    none is believed only of a process that keeps showing none.
-    """
-    deadline = time.monotonic() + EXEC_SECONDS
-    with suppress(OSError):
-        while not (found := Path(f"/proc/{pid}/environ").read_bytes()) and is_running(pid) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return found
-    return b""
-
-
-def parent_of(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    return 0
-
-
-def lineage(pid: int) -> set[int]:
-    """Return a process id and those of its ancestors."""
-    found: set[int] = set()
-    while pid > 1 and pid not in found:
-        found.add(pid)
-        pid = parent_of(pid)
-    return found
-
-
-def is_running(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    return False
-
-
-def command_line(pid: int) -> bytes:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").strip()
-    return b""
 
 
 # ── the plugin ────────────────────────────────────────────────────────────────────────────────────

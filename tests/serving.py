@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from processes import children_of
 from starlette.testclient import TestClient
 
 from finetune.bundle.registry import Registry
@@ -21,6 +22,7 @@ from service.asgi import create_app
 from service.settings import Settings
 
 URL = "http://127.0.0.1"
+END_SECONDS = 240  # for a server that was told to stop: a bound for a hang, never a wait
 
 
 @contextlib.contextmanager
@@ -33,7 +35,7 @@ def in_process(home: Path, *, wait: bool = True, **settings: object) -> Iterator
         yield client
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for a condition; fails when it does not come."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -51,8 +53,7 @@ class LiveServer:
         """The ids of the server process and of everything that it started, directly or not."""
         found = [self.process.pid]
         for pid in found:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
+            found += children_of(pid)
         return found
 
 
@@ -62,30 +63,40 @@ def live_server(
     *arguments: str,
     worker: bool = False,
     ready: bool = True,
-    port: int | None = None,
+    port: int = 0,
     environment: dict[str, str] | None = None,
 ) -> Iterator[LiveServer]:
-    """`python -m service` on a free port, ready (or at least answering); ended with SIGTERM."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
+    """`python -m service` on a port that it finds free, ready (or at least answering); ended with SIGTERM."""
     log = home / "server.log"
     environment = {**os.environ, "FINETUNE_HOME": str(home), **(environment or {})}
     command = [sys.executable, "-m", "service", "--port", str(port), *([] if worker else ["--no-worker"]), *arguments]
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        url = f"{URL}:{port}"
+        until(lambda: _port_of(process, log) is not None)
+        url = f"{URL}:{_port_of(process, log)}"
         with httpx.Client(base_url=url) as client:
             until(lambda: _answers(client, process, "/readyz" if ready else "/livez"))
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=END_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+
+
+def _port_of(process: subprocess.Popen[bytes], log: Path) -> int | None:
+    """Return the port that a server says it listens on; None while it has not said so."""
+    assert process.poll() is None, f"the server ended before it was ready:\n{log.read_text(errors='replace')[-2000:]}"
+    return port_in(log)
+
+
+def port_in(log: Path) -> int | None:
+    """Return the port that is named in what a server has printed; None while there is none."""
+    said = re.search(r"serves on http://127\.0\.0\.1:(\d+) ", log.read_text(errors="replace"))
+    return None if said is None else int(said[1])
 
 
 def _answers(client: httpx.Client, process: subprocess.Popen[bytes], path: str) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processes import is_running
 
 from finetune.events import Planned, Registered
 from finetune.jobs.lease import watch_lease_from_environment
@@ -125,7 +126,7 @@ def _save(run: RunDir, step: int, state: str) -> None:
 
 
 def _newest_checkpoint(run: RunDir) -> tuple[str, int]:
-    whole = sorted(run.checkpoints.glob("step-*.sha256"))
+    whole = sorted(path for path in run.checkpoints.glob("step-*.sha256") if path.with_suffix("").exists())
     if not whole:
         return "", 0
     return str(read_json(whole[-1].with_suffix(""))["state"]), int(whole[-1].name[5:13])
@@ -140,8 +141,7 @@ def _newest_child(run: RunDir) -> tuple[str, int]:
 def _alone(run: RunDir) -> Iterator[None]:
     """Note when another process is in the same run at the same time. Knows nothing of the run folder's lock."""
     for other in run.root.glob("alive-*"):
-        status = Path(f"/proc/{other.name.removeprefix('alive-')}/status")
-        if status.exists() and "State:\tZ" not in status.read_text():
+        if is_running(int(other.name.removeprefix("alive-"))):
             _trace(run, "overlap")
         else:
             other.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The command line. Each command translates arguments into a call and a result into text; the work is elsewhere.
+"""The command line. Commands only translate arguments into a call and its result into text.
 
-Only click is imported here, so that ``finetune --help`` answers at once: commands import what they need when they run.
+Only click is imported here, so that ``finetune --help`` is fast: commands import what they need when they run.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ _TRAIN_MODULES = frozenset(
         "torchvision",
     }
 )
-"""Modules that only the extra "train" installs: where one is missing, the message names the extra."""
+"""Modules that the extra "train" installs. If one is missing, the error message names the extra."""
 
 
 def main() -> None:
-    """Run a command; errors of the finetune family become a message on stderr and an exit code (1 failed, 2 bad input)."""
+    """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
     try:
         cli.main(prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
@@ -112,7 +112,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        click.echo(str(stopped.__cause__ or "") or "interrupted", err=True)  # click wraps what was raised
+        click.echo(str(stopped.__cause__ or "") or "interrupted", err=True)  # click wraps the original exception
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

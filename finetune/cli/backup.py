@@ -1,4 +1,4 @@
-"""`backup` and `restore`: the whole workspace in one file."""
+"""`backup` and `restore`: copy the whole workspace into one file and back."""
 
 from __future__ import annotations
 

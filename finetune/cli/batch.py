@@ -1,4 +1,4 @@
-"""`predict` for many images at once: a worker's part of a batch prediction, and asking a server for one."""
+"""Batch prediction with `predict`: executing one as a worker's process, and requesting one from a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
-    """Answer what a request asks for, in the folder `run_dir`; where an earlier process was killed, go on from there."""
+    """Execute the batch request in the file `request`, in the folder `run_dir`; resume an interrupted one."""
     from finetune.batch_spec import load_batch
     from finetune.bundle.manifest import MODEL
     from finetune.bundle.predictor import Predictor
@@ -49,7 +49,7 @@ def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
 
 
 def ask_server(images: tuple[Path, ...], model: str | None, server: str, out: Path, *, as_json: bool) -> None:
-    """Upload a folder or an archive, follow the batch prediction to its end, and download the answers to `out`."""
+    """Upload a folder or an archive, wait for the batch prediction, and download its table of predictions to `out`."""
     from finetune.batch_spec import BatchSpec
     from finetune.cli.follow import follow
     from finetune.cli.jobs import EXIT_CODES

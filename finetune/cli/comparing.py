@@ -1,4 +1,4 @@
-"""`compare`: several ways to train on the same images, and the verdict."""
+"""`compare`: train in several ways on the same images and compare the results."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _is_queued_comparison(what: tuple[Path, ...]) -> bool:
 def _in_the_queue(
     what: tuple[Path, ...], server: str | None, detach: bool, as_json: bool, run_dir: Path | None, given: dict[str, Any]
 ) -> None:
-    """Queue a comparison, or find one that is queued; follow it to its end and show what it came to."""
+    """Queue a comparison or find a queued one, follow it to its end and show its result."""
     from finetune.cli.follow import follow
     from finetune.cli.jobs import EXIT_CODES, client_of
     from finetune.cli.show import show_comparison
@@ -145,9 +145,9 @@ def _in_the_queue(
 
 
 def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None, dict[str, Any], tuple[str, ...]]:
-    """Return the spec file, what is laid over it, and the settings.
+    """Return the spec file, the overrides of its values, and the settings.
 
-    Two or more arguments are runs to compare, and so is one that is the folder of a finished run.
+    Two or more arguments, or a single one that is the folder of a finished run, are runs to compare.
     """
     margin = given.pop("margin")
     if len(what) > 1 or (len(what) == 1 and (what[0] / "outcome.json").exists()):
@@ -177,7 +177,7 @@ def _split(text: str | None) -> list[str] | None:
 
 
 def _arm(text: str) -> dict[str, Any]:
-    """``strong:augmentation=strong,hyperparameters.n_epochs=5`` as an arm."""
+    """Parse an arm such as ``strong:augmentation=strong,hyperparameters.n_epochs=5``."""
     import yaml
 
     name, colon, changes = text.partition(":")

@@ -1,4 +1,4 @@
-"""``finetune data``: what data is, under which revision, and what changed between two."""
+"""`data`: show data with its revision, and the changes between two revisions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def diff(before: str, after: str, settings: tuple[str, ...], as_json: bool) -> N
 
 
 def _manifest(location: str, settings: tuple[str, ...], *, shown: bool) -> tuple[Manifest, dict[str, Any]]:
-    """Return the manifest of data, or the one kept under a revision, and what was noted while it was read."""
+    """Return the manifest of data at a location or of a known revision, and notes made while reading."""
     from finetune.data.check import check_images
     from finetune.data.index import index_dataset
     from finetune.data.manifest import find_manifest, keep, manifest_of
@@ -104,7 +104,7 @@ def _manifest(location: str, settings: tuple[str, ...], *, shown: bool) -> tuple
 
 
 def _counts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Count images by split and class; the key is ``all`` for images that the data gives no split."""
+    """Count images by split and class; images without a split are counted as ``all``."""
     counts: dict[str, dict[str, int]] = {}
     for row in manifest.rows:
         of_split = counts.setdefault(row.split or "all", dict.fromkeys(manifest.classes, 0))

@@ -1,4 +1,4 @@
-"""`demo`: the whole product once, on data and weights that were installed with it."""
+"""`demo`: an example of the whole workflow, on data and weights that are installed with the package."""
 
 from __future__ import annotations
 

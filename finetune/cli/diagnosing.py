@@ -1,4 +1,4 @@
-"""`diagnose`: what is wrong with a run, from its own records."""
+"""`diagnose`: find out what is wrong with a run, from its own records."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json
 
 
 def _kept(run: RunDir) -> RunDir:
-    """Return the run itself, or the child whose weights a study keeps."""
+    """Return the run itself, or the child of a study whose weights were kept."""
     from finetune.studies.study import kept_run
 
     return kept_run(run)

@@ -1,4 +1,4 @@
-"""How an examination of data looks in a terminal, and how all that is wrong with data is told at once."""
+"""Run and show examinations of data, and report all problems of refused data at once."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _STYLES = {"problem": "red", "doubt": "yellow", "note": "cyan"}
 
 @contextmanager
 def data_problems(shared: Shared, progress: ProgressCallback) -> Iterator[None]:
-    """Where data is refused for how it lies, add the files in it that cannot be read, so that all is told at once.
+    """Add the unreadable files to the error of a block in which data is refused for its layout, to report all problems at once.
 
     Raises:
-        DataError: everything that is wrong with the data.
+        DataError: the original error with all problems of the data.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def data_problems(shared: Shared, progress: ProgressCallback) -> Iterator[None]:
 
 
 def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
-    """Examine the data of a request in the folder `run_dir`, as a worker does; return what was found in short."""
+    """Examine the data of a request as a worker's process, in the folder `run_dir`; return a summary of the findings."""
     from finetune.jobs.lease import watch_lease_from_environment
     from finetune.progress import silent
     from finetune.runs.watch import Stopwatch, failures_recorded, recorded
@@ -74,14 +74,14 @@ def carry_out(spec: JobSpec, run_dir: Path, shared: Shared) -> dict[str, Any]:
 
 
 def summary_of(examination: Examination) -> str:
-    """Return how much was found, in a sentence."""
+    """Return the numbers of findings as a sentence."""
     counts = Counter[str](one.severity for one in examination.findings if one.count)
     said = [plural(counts[name], name) for name in _STYLES if counts[name]]
     return f"Found in {plural(examination.n_images, 'image')}: {', '.join(said) or 'nothing'}."
 
 
 def show_examination(found: Examined) -> None:
-    """Print the findings, the worst first, with a few cases of each."""
+    """Print the findings, worst first, with a few cases of each."""
     findings = found.examination.findings
     rows = [[one.severity, one.title, one.count] for one in findings if one.count]
     table("Examination", ["", "what", "cases"], rows)

@@ -1,4 +1,4 @@
-"""Options of the commands whose work goes on in processes of its own, here or on a cluster."""
+"""Options of the commands that start processes, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--executor`` and ``--ray-address``; `what` says what runs there."""
+    """Return a decorator for the options ``--executor`` and ``--ray-address``; `what` is the help text of the first."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         address = click.option(
@@ -28,7 +28,7 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--slots`` and where they are, of a study whose runs may go on side by side; see `take_places`."""
+    """Add ``--slots`` and the executor options to a command whose runs can be executed in parallel; see `take_places`."""
     slots = click.option(
         "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Runs that go on at once, in processes."
     )
@@ -36,7 +36,7 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_places(given: dict[str, Any]) -> Places | None:
-    """Take the values of `places_options` out of a command's arguments; None where runs follow one another in this process."""
+    """Pop the values of `places_options` from a command's arguments; return None if runs are sequential in this process."""
     slots, executor, address = given.pop("slots"), given.pop("executor"), given.pop("ray_address")
     if slots == 1 and executor == "local":
         return None

@@ -1,4 +1,4 @@
-"""`export`: a model leaves for other tools."""
+"""`export`: convert a model for other tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How jobs and keys look in a terminal: a live bar with the job's history above it, tables."""
+"""Show jobs and API keys in a terminal: a progress bar with the job's events above it, and tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from finetune.jobs.keys import ApiKey
 
 POLL_SECONDS = 1.0
-LONELY_SECONDS = 10.0  # queued for so long with nothing happening: perhaps there is no worker
+LONELY_SECONDS = 10.0  # a job that is queued for this long without events may have no worker
 _COLOURS = {"error": "red", "warning": "yellow", "warn": "yellow"}
 
 
 def follow(client: JobsClient, job: JobView, *, shown: bool, poll_seconds: float = POLL_SECONDS) -> JobView:
-    """Show what happens to `job` until it ends; returns how it ended."""
+    """Show the events and progress of a job until it ends; return the finished job."""
     seen, followed_since, hinted = 0, time.monotonic(), False
     try:
         with progress_bars(shown=shown) as bars:
@@ -63,7 +63,7 @@ def show_event(event: EventView) -> None:
 
 
 def show_job(job: JobView, events: Sequence[EventView]) -> None:
-    """`finetune jobs show`: state, result or error, history."""
+    """Print one job for `finetune jobs show`: state, result or error, and history."""
     facts = [["state", _state(job)], ["what", job.what], ["created", _date(job.created_at)]]
     if job.started_at is not None:
         facts.append(["took" if job.finished_at else "runs since", _running_time(job)])

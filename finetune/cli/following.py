@@ -1,4 +1,4 @@
-"""Options of the commands that train: what follows their runs."""
+"""Options of the training commands for experiment trackers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What follows the runs that a command makes, and the name under which they are gathered there; see `take_trackers`."""
+    """Add the options for trackers and the experiment's name to a command; see `take_trackers`."""
     for decorate in (
         click.option("--no-mlflow", is_flag=True, help="Do not track the run in MLflow."),
         click.option(
@@ -34,24 +34,24 @@ def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Trackers:
-    """What was asked for."""
+    """The requested trackers and the name of the experiment."""
 
     choices: tuple[Choice, ...]
     experiment: str | None
 
     def follow(self, workspace: Workspace, dataset: str) -> AbstractContextManager[Callable[[RunDir], None]]:
-        """Follow the runs that begin in a block; see `finetune.tracking.process.followed`."""
+        """Mirror the runs that begin in a block to the trackers; see `finetune.tracking.process.followed`."""
         from finetune.tracking.process import followed
 
         return followed(self.choices, workspace, self.experiment or dataset)
 
 
 def take_trackers(given: dict[str, Any]) -> Trackers:
-    """Take the values of `tracking_options` out of what a command was given.
+    """Pop the values of `tracking_options` from a command's arguments.
 
     Raises:
-        InvalidInput: no such tracker.
-        MissingExtra: a tracker that was asked for is not installed.
+        InvalidInput: a tracker is unknown.
+        MissingExtra: a requested tracker is not installed.
     """
     from finetune.tracking.tracker import choose
 

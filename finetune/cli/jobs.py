@@ -1,4 +1,4 @@
-"""`worker`, `jobs`, `keys`: fine-tuning that outlives the shell it was asked for in. None of them needs torch."""
+"""`worker`, `jobs` and `keys`: the job queue and API keys. None of these commands needs torch."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def jobs() -> None:
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--server``; the command gets a `client` of that server, or of the workspace."""
+    """Add ``--server`` to a command; it gets a `client` of that server, or of the workspace."""
 
     def build(*, server: str | None, **given: Any) -> Any:
         return command(client=client_of(server), **given)
@@ -126,7 +126,7 @@ def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def client_of(server: str | None) -> JobsClient:
-    """Return the jobs of a server, with the key in the environment, or those of this workspace."""
+    """Return the jobs client of a server, with the API key from the environment, or of this workspace."""
     from finetune.jobs.client import LocalJobs
     from finetune.jobs.remote import RemoteJobs
     from finetune.storage.workspace import Workspace
@@ -202,7 +202,7 @@ def logs(job_id: str, client: JobsClient, following: bool) -> None:
 
     offset = 0
     while True:
-        finished = client.get(job_id).finished  # asked before reading, so that nothing is missed at the end
+        finished = client.get(job_id).finished  # before reading the log, so that its end is not missed
         text = client.log(job_id, offset)
         offset += len(text)
         click.echo(text, nl=False)

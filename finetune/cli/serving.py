@@ -1,4 +1,4 @@
-"""`predict`, `serve`, `models`: the commands around a finished model. None of them needs torch."""
+"""`predict`, `serve`, `build` and `models`: commands for finished models. None of them needs torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.cli.training import json_option
 if TYPE_CHECKING:
     from finetune.errors import FinetuneError
 
-QUIET_IMAGES = 64  # so many take a second: no progress bar
+QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
 
 @click.command()
@@ -134,7 +134,7 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
         click.echo(printable(document["file"]))
         if "error" in document:
             console.print(f"  {printable(document['error']['message'])}", style="red", markup=False)
-        given = document.get("labels")  # only where an image may have several
+        given = document.get("labels")  # only in a multi-label task
         for row in document.get("predictions", ()):
             mark = "" if given is None else "✓ " if row["label"] in given else "  "
             click.echo(f"  {mark}{row['probability']:7.2%}  {row['label']}")
@@ -308,6 +308,44 @@ def drift(reference: str, server: str | None, as_json: bool) -> None:
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy them there, the best to label first.")
+@click.option("--owner", help="Only what this owner's keys asked about.")
+@click.option("--delete", is_flag=True, help="Delete them.")
+@json_option
+def samples(reference: str, out: Path | None, owner: str | None, delete: bool, as_json: bool) -> None:
+    """Show, copy or delete images that a server kept.
+
+    MODEL is a name, name@version or name@alias. A server keeps images only while FINETUNE_SAMPLE_INPUTS is above 0. With --out,
+    images that are unlike known ones come first, then those with the least sure answers; `finetune suggest FOLDER` chooses
+    among them.
+    """
+    from finetune.cli.show_drift import show_samples
+    from finetune.cli.terminal import print_json
+    from finetune.monitoring.samples import copy_samples, delete_samples, folder_of, samples_of
+
+    if delete and out is not None:
+        raise click.UsageError("--delete copies nothing: give --out first, then --delete")
+    registry = _registry()
+    version = registry.lookup(reference)
+    found = [one for one in samples_of(registry, version) if owner is None or one.record.get("owner") == owner]
+    if out is not None:
+        copy_samples(found, out)
+    if delete:
+        delete_samples(found)
+    document = {
+        "model": version.name,
+        "version": version.version,
+        "n": len(found),
+        "deleted": delete,
+        "folder": str(out or folder_of(registry, version)),
+        "oldest": found[0].record.get("at") if found else None,
+        "newest": found[-1].record.get("at") if found else None,
+    }
+    print_json(document) if as_json else show_samples(document)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
 @click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
 @click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
 def abstain(reference: str, precision: float, off: bool) -> None:
@@ -323,7 +361,7 @@ def abstain(reference: str, precision: float, off: bool) -> None:
 
 
 def _by() -> str:
-    """Who promotes, for the journal."""
+    """Return the name of the user who promotes, for the registry's journal."""
     import getpass
 
     try:
@@ -352,7 +390,7 @@ _condition_options = (
 
 
 def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--min`` and ``--force``, for commands that promote."""
+    """Add ``--min`` and ``--force`` to a command that promotes."""
     for option in reversed(_condition_options):
         command = option(command)
     return command

@@ -1,4 +1,4 @@
-"""How results look in a terminal: plans, outcomes, evaluations, backbones, models. Rendering only."""
+"""Print results in a terminal: plans, outcomes, evaluations, backbones, models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
-HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val has chosen between weights
+HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val last, since the epoch was chosen on it
 JUDGED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
     "test": "{n:,} test images",
@@ -41,7 +41,7 @@ JUDGED_ON = {
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """`finetune check`: data, stages, recipe, estimate, warnings."""
+    """Print the plan for `finetune check`: data, stages, recipe, estimate, warnings."""
     data, backbone, recipe = plan["dataset"], plan["backbone"], plan["recipe"]
     splits = list(data["counts"])
     rows = [[name, *(data["counts"][split][name] for split in splits)] for name in data["classes"][:SHOWN_CLASSES]]
@@ -75,7 +75,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[list[str]]:
-    """Return a row for each value, without its section, which has a row of its own above: whole paths would be too wide."""
+    """Return a row for each value, below a row with its section's name: full key paths would be too wide."""
     rows, section = [], ""
     for path in sorted((path for path in values if values[path] is not None), key=lambda path: (path.rpartition(".")[0], path)):
         inside, _, field = path.rpartition(".")
@@ -88,7 +88,7 @@ def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[li
 
 
 def show_outcome(outcome: Outcome, run: RunDir) -> None:
-    """`finetune train`: how good the model is, by the most independent images first; what it cost; where to look next."""
+    """Print the outcome for `finetune train`: metrics, most independent split first, costs, and what to do next."""
     judgement = read_judgement(run.evaluation)
     splits = [split for split in HONEST_FIRST if split in judgement.evaluations]
     first = judgement.evaluations[splits[0]]
@@ -128,7 +128,7 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
 
 
 def _show_problems(run: RunDir) -> None:
-    """Print what the run's diagnosis found, the causes only; all of it is one command away."""
+    """Print the causes that the run's diagnosis found, and the command that shows the full diagnosis."""
     found = read_diagnosis(run)
     causes = [finding for finding in found.problems if finding.caused_by is None] if found else []
     for finding in causes:
@@ -138,7 +138,7 @@ def _show_problems(run: RunDir) -> None:
 
 
 def _show_headline(evaluation: Evaluation, images: str) -> None:
-    """Print the figure to judge by, on which images it was measured, and between what it may really lie."""
+    """Print the first metric with its images and its 95 % interval."""
     metric = evaluation.leading
     low, high = (metric.text(bound) for bound in evaluation.intervals[metric.key])
     value = f"[bold]{metric.label} {metric.text(evaluation.values[metric.key])}[/]"
@@ -148,7 +148,7 @@ def _show_headline(evaluation: Evaluation, images: str) -> None:
 
 
 def _show_figures(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print every metric, a column for each set of images."""
+    """Print all metrics, one column per split."""
     first = next(iter(evaluations.values()))
     rows = [
         ["images", *(f"{found.n:,}" for found in evaluations.values())],
@@ -163,7 +163,7 @@ def _show_figures(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
-    """The classes that are recognised worst, and those that could not be measured."""
+    """Print the classes with the lowest recall, and the classes without images."""
     measured = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
     if len(measured) > 1 and measured[0].recall != 1.0:
         worst = [
@@ -204,7 +204,7 @@ def _show_cost(cost: Mapping[str, float]) -> None:
 
 
 def _show_folds(found: Mapping[str, Any]) -> None:
-    """Each fold on what it held out, and what to expect of the model."""
+    """Print the metrics of each fold on its held-out images, and their mean and interval."""
     over, pooled = found["over_folds"], found["pooled"]
     task = next(task for task in TASKS if task.headline.key in over)
     headline = recorded_leading(task, pooled, "cv")
@@ -231,11 +231,11 @@ def _show_folds(found: Mapping[str, Any]) -> None:
 
 
 def show_comparison(found: Mapping[str, Any], report: str) -> None:
-    """`finetune compare`: the arms, the differences, the verdict, and where to look.
+    """Print a comparison for `finetune compare`: arms, differences, verdict, and where the page is.
 
     Args:
-        found: the document, as ``comparison.json`` and a server have it.
-        report: where the page is.
+        found: the content of ``comparison.json``, which is also a server's document.
+        report: path or URL of the page.
     """
     _show_arms(found)
     _show_verdict(found)
@@ -251,7 +251,7 @@ def _show_verdict(found: Mapping[str, Any]) -> None:
 
 
 def _show_arms(found: Mapping[str, Any]) -> None:
-    """Print each arm, then each pair, and what must be said of them."""
+    """Print a table of the arms, a table of the pairs, and notes on them."""
     key, split = found["headline"], found["split"]
     metric = task_metric(key.removeprefix(f"{split}/"))
     _show_leading_of_arms(found)
@@ -305,12 +305,12 @@ def _show_leading_of_arms(found: Mapping[str, Any]) -> None:
 
 
 def task_metric(key: str) -> Metric[Any]:
-    """Return the headline metric of this key."""
+    """Return the metric with this key."""
     return next(metric for task in TASKS for metric in task.metrics if metric.key == key)
 
 
 def show_evaluation(found: BundleEvaluation) -> None:
-    """`finetune evaluate`: first of all whether the model has seen these images before; then the figures, then the classes."""
+    """Print an evaluation for `finetune evaluate`: whether the model has seen the images, then metrics, then classes."""
     evaluation = found.evaluation
     if found.n_trained_on is None:
         console.print("[yellow]note[/] this bundle does not say which images it was made with; it may have seen these before")
@@ -357,7 +357,7 @@ def show_backbone_names(names: Sequence[str], limit: int) -> None:
 
 
 def show_trials(trials: Mapping[str, Trial], n_names: int) -> None:
-    """`finetune backbones`: what came of trying one small member of each family."""
+    """Print for `finetune backbones` the results of trying one small member of each family."""
     maps = {"linear": "exact", "layernorm": "exact"}
     rows = [
         [
@@ -381,7 +381,7 @@ def show_trials(trials: Mapping[str, Trial], n_names: int) -> None:
 
 
 def show_backbone(description: Mapping[str, Any]) -> None:
-    """`finetune backbones NAME`: its stages from the input up, and what each method would train."""
+    """Print for `finetune backbones NAME` the stages from the stem up, and what each method would train."""
     size = "×".join(map(str, description["input_size_px"]))
     title = f"{description['name']} at {size} px: {description['n_parameters']:,} parameters, {description['map']}"
     stages = [
@@ -404,7 +404,7 @@ def show_models(
     default: ModelVersion | None,
     deployed: Deployment | None,
 ) -> None:
-    """`finetune models list`: versions, what their aliases are, who may use them, and what answers by default."""
+    """Print for `finetune models list` the versions, aliases and owners, and the default model."""
     if not versions:
         console.print("no model yet: finetune train --data FOLDER makes one, finetune demo shows the whole way")
         return
@@ -446,7 +446,7 @@ def show_manifest(manifest: Manifest) -> None:
 
 
 def _show_recorded_figures(manifest: Manifest) -> None:
-    """Print what a bundle says of its own quality, as the run did: the most independent images first."""
+    """Print the metrics recorded in a bundle, most independent split first."""
     task, figures = task_named(manifest.task), manifest.metrics
     splits = [split for split in HONEST_FIRST if f"{split}/{task.headline.key}" in figures]
     if not splits:
@@ -468,7 +468,7 @@ def _show_recorded_figures(manifest: Manifest) -> None:
 
 
 def show_demo(result: DemoResult) -> None:
-    """The comparison, the answer of the chosen model over HTTP, the verdict, and where to look next."""
+    """Print the demo's comparison, the chosen model's prediction over HTTP, the verdict, and what to do next."""
     found = result.comparison.to_dict()
     _show_arms(found)
     asked = f"{found['registered']} was served and asked over HTTP for {result.asked.name}, which shows {result.truth!r}:"
@@ -489,7 +489,7 @@ def show_demo(result: DemoResult) -> None:
 
 
 def show_notes(understood: Sequence[str], warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
-    """Print how the data was read, what is odd about it, and which files were left out."""
+    """Print how the data was read, warnings about it, and the files that were left out."""
     for sentence in understood:
         console.print(f"[cyan]read[/] {escape(sentence)}")
     for warning in warnings:

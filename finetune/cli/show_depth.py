@@ -1,4 +1,4 @@
-"""How a depth study looks in a terminal of 80 columns."""
+"""Print a depth study in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 78
 
 
 def show_depth(found: DepthStudy) -> None:
-    """Print the sentence, a table of the networks, what happened, and where the page is."""
+    """Print the conclusion, a table of the networks, the observations, and the path of the page."""
     console.print()
     for line in textwrap.wrap(headline(found), WIDTH):
         console.print(line, style="bold", markup=False)

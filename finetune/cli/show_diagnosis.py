@@ -1,4 +1,4 @@
-"""How a diagnosis looks in a terminal of 80 columns."""
+"""Print a diagnosis in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 78
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Print the findings with evidence and advice, then what is fine and what was not looked at."""
+    """Print the findings with evidence and advice, then the checks that passed and those that could not be made."""
     console.print(f"[bold]{escape(found.run)}[/]" + (f", against {escape(found.against)}" if found.against else ""))
     if found.problems:
         console.print(_count(found), highlight=False)
@@ -53,7 +53,7 @@ def _show_finding(found: Diagnosis, finding: Finding) -> None:
 
 
 def _paragraph(text: str, first: str, rest: str) -> None:
-    """Print wrapped text; `first` may hold markup and takes as many columns as `rest`."""
+    """Print wrapped text with the prefix `first`, then `rest`; `first` may contain markup and is as wide as `rest`."""
     lines = textwrap.wrap(text, WIDTH - len(rest), break_long_words=False, break_on_hyphens=False) or [""]
     for number, line in enumerate(lines):
         console.print((first if number == 0 else rest) + escape(line), soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""How a labels study looks in a terminal of 80 columns."""
+"""Print a labels study in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 78
 
 
 def show_labels(found: LabelsStudy) -> None:
-    """Print the sentence, what was measured, what more images would bring, and where the page is."""
+    """Print the conclusion, the measurements, the projections, and the path of the page."""
     console.print()
     for line in textwrap.wrap(found.sentence, WIDTH):
         console.print(line, style="bold", markup=False)

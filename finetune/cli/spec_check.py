@@ -1,8 +1,8 @@
-"""``python -m finetune.cli.spec_check``: check the parts of job specs that only the training libraries know.
+"""``python -m finetune.cli.spec_check``: check the parts of job specs that need the training libraries.
 
-Reads a list of specs as JSON from standard input and writes a JSON object: ``problems``, a list of each spec's problems, and
-``catalogue``, all names that timm has, so that nobody need ask for those again. The server runs it in a child process before it
-accepts a job, because the server itself imports nothing that trains.
+Reads a JSON list of specs from standard input and writes a JSON object: ``problems``, a list of each spec's problems, and
+``catalogue``, all names of timm models, which the caller can cache. The server runs this module in a child process before it
+accepts a job, because the server itself must not import the training libraries.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from finetune.spec import JobSpec, is_own_model, parse_spec
 
 
 def problems_of(spec: JobSpec) -> list[Problem]:
-    """Return what is wrong with the backbone's name and with explicit transforms."""
+    """Return the problems of the backbone's name and of explicit transforms."""
     problems: list[Problem] = []
     try:
-        if not is_own_model(spec.model.backbone):  # the server has looked those up
+        if not is_own_model(spec.model.backbone):  # own models were checked by the server
             from finetune.model.weights import find_cfg
 
             find_cfg(spec.model.backbone)

@@ -1,4 +1,4 @@
-"""`study`: experiments on the user's own images that teach something about training."""
+"""`study`: experiments on the user's own images that show how training works."""
 
 from __future__ import annotations
 

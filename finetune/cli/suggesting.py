@@ -1,4 +1,4 @@
-"""`suggest`: which unlabelled pictures to label next."""
+"""`suggest`: choose the unlabelled images to label next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: progress bars, tables and errors on stderr; what a program reads: one JSON document on stdout."""
+"""Terminal output: tables and errors for people on stderr, one JSON document for programs on stdout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[\d,.]+ ?%?|–")
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print a JSON document on stdout."""
     sys.stdout.write(json_text(document, indent=2) + "\n")
 
 
@@ -33,7 +33,7 @@ def show_error(error: FinetuneError, *, as_json: bool) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a titled table on stderr; a column of numbers, or of texts that are such, is aligned to the right."""
+    """Print a table on stderr; columns of numbers, also if given as text, are right-aligned."""
     drawn = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for position, column in enumerate(columns):
         numeric = not any(isinstance(row[position], str) and not _NUMBER.fullmatch(row[position]) for row in rows)
@@ -56,5 +56,5 @@ def _cell(value: Any) -> str:
 
 
 def shortened(path: Path) -> str:
-    """Return a path relative to the current folder where it lies inside, so that a line keeps within a terminal."""
+    """Return a path inside the current folder as a relative path, any other unchanged, to keep lines short."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

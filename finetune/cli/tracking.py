@@ -1,4 +1,4 @@
-"""`mlflow`: its pages, opened at a run or comparison; and `mlflow sync`, which sends what MLflow missed."""
+"""`mlflow`: open MLflow's pages at a run or comparison; `mlflow sync`: send what MLflow missed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class RunOrCommand(click.Group):
-    """A group whose first argument is the name of a command, or else a run for the command ``open``."""
+    """A click group that passes a first argument that is not a command's name to the command ``open``."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands:
@@ -98,7 +98,7 @@ def sync(runs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _tracked(text: str, workspace: Any) -> str:
-    """Return MLflow's id of a run that a person means; one that MLflow lacks is sent there first."""
+    """Return MLflow's id of the run that the user's text refers to; send the run to MLflow first if it is not there."""
     from finetune.errors import NotFound
     from finetune.tracking.mirror import read_state, tracked_as
     from finetune.tracking.sync import find_run, sync_run

@@ -1,4 +1,4 @@
-"""`check`, `train`, `evaluate`, `backbones`, `mlflow`: the commands of the person who fine-tunes."""
+"""`check`, `train`, `evaluate` and `backbones`: the commands for training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the short forms of a job spec as flags, and ``--set`` for the rest."""
+    """Add flags for the most frequent fields of a job spec to a command, and ``--set`` for all others."""
     for decorate in reversed(
         [
             click.option("--data", metavar="DATA", help="Labelled images: a folder, archive, table or address (training_file)."),
@@ -47,7 +47,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Take the values of `job_options` out of a command's arguments; return them as overrides, and the settings."""
+    """Pop the values of `job_options` from a command's arguments; return overrides of the spec, and ``--set`` settings."""
     short_forms: dict[str, Any] = {
         "training_file": given.pop("data"),
         "validation_file": given.pop("validation"),
@@ -68,12 +68,12 @@ def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
 
 
 def names_data(overrides: Mapping[str, Any], settings: Sequence[str]) -> bool:
-    """Return whether the data is given, by itself or with ``--set``."""
+    """Return whether the data is given, by its option or with ``--set``."""
     return "training_file" in overrides or any(setting.startswith("training_file=") for setting in settings)
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command a spec file or data, its short forms as flags, and ``--set`` for the rest; it gets one `spec`."""
+    """Add a spec file or data as argument, `job_options` and ``--set`` to a command; it gets one validated `spec`."""
 
     def build(ctx: click.Context, **given: Any) -> Any:
         from finetune.spec import load_spec
@@ -89,7 +89,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError(NO_DATA)
         return ctx.invoke(command, spec=load_spec(spec_file, overrides, settings), **given)
 
-    functools.update_wrapper(build, command)  # with the options that `command` has already
+    functools.update_wrapper(build, command)  # keeps the options that `command` already has
     decorated: Callable[..., Any] = job_options(click.pass_context(build))
     return click.argument("what", required=False, metavar="[SPEC.yaml|DATA]")(decorated)
 

@@ -1,4 +1,4 @@
-"""`webhooks`: addresses that the workspace's server tells of the ends of jobs and of promotions."""
+"""`webhooks`: URLs to which the workspace's server reports the ends of jobs and promotions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A trained network becomes a bundle: ONNX graph, manifest and probe, compared with torch on real files before it counts.
+"""Export a trained network as a bundle: ONNX graph, manifest and probe, compared with torch on image files before it is accepted.
 
-Torch traces a network (`graph`, tried before training by `dry_run`) and gives the answers to compare with (`reference`).
-Everything after that is torch-free (`template`, `agreement`, `quantize`, `pack`).
+Torch traces the network (`graph`; `dry_run` tries this before training) and computes the outputs to compare with (`reference`).
+The other modules are torch-free (`template`, `agreement`, `quantize`, `pack`).
 """

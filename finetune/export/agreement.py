@@ -1,6 +1,6 @@
-"""Compare an exported model with the trained one on real files: torch, ONNX and encoded bytes side by side.
+"""Compare an exported model with the trained network on image files, from preprocessed pixels and from encoded bytes.
 
-The caller gives torch's answers as a `Reference`. Torch-free.
+The caller passes torch's outputs as a `Reference`, so this module is torch-free.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ BATCH_SIZES = (1, 2, 7, 32)
 N_IMAGES = 32
 
 PROB_TOLERANCE = 1e-4
-TIE_LOGITS = 1e-4  # two classes whose torch logits are closer than this are tied; which of them comes first is not a flip
-CAM_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
+TIE_LOGITS = 1e-4  # two classes whose torch logits differ by less are tied, and their order does not count as a difference
+CAM_TOLERANCE = 1e-4  # relative to the largest logit, absolute if that is below 1
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Torch's answers to some images, which the exported model is compared with."""
+    """Torch's outputs for some images, which the exported model is compared with."""
 
     outputs: Outputs  # without a cam: the exported one is checked by its mean
     head_bias: NDArray[np.float32]  # (C,)
-    source: str  # in words: which torch, and in which process
+    source: str  # in words: the version of torch, and the process that it ran in
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest differences found. `n_flips` counts other top-1 answers, `n_ties` those of them where torch itself was tied."""
+    """The largest differences between an exported model and torch.
+
+    `n_flips` is the number of images with another top-1 class, without `n_ties`, the images whose top classes are tied in torch.
+    """
 
     n_images: int
     batch_sizes: tuple[int, ...]
@@ -46,19 +49,19 @@ class Parity:
     n_flips: int
     n_ties: int
     min_embedding_cosine: float
-    max_cam_error: float | None  # |mean(cam) + bias - logit| of the top class, as CAM_TOLERANCE counts; None without a cam
+    max_cam_error: float | None  # |mean(cam) + bias - logit| of the top class, as in CAM_TOLERANCE; None without a cam
     n_from_bytes: int
     max_prob_difference_from_bytes: float
     n_flips_from_bytes: int
     reference: str  # as `Reference.source`
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, with the tolerances that were applied."""
+        """Return JSON values, with the tolerances that were applied."""
         tolerances = {"prob": PROB_TOLERANCE, "tie_logits": TIE_LOGITS, "cam": CAM_TOLERANCE}
         return {**dataclasses.asdict(self), "batch_sizes": list(self.batch_sizes), "tolerances": tolerances}
 
     def problems(self) -> list[Problem]:
-        """What is over its tolerance; a NaN is over every one."""
+        """Return a problem for each difference above its tolerance; NaN is above every tolerance."""
         found = []
         for where, difference, n_flips in (
             ("torch against ONNX", self.max_prob_difference, self.n_flips),
@@ -74,9 +77,9 @@ class Parity:
 
 
 def parity_samples(samples: Sequence[Sample], n: int = N_IMAGES) -> list[Sample]:
-    """Return the images that an export is compared on: of all classes alike, in an order that only their bytes decide.
+    """Return at most `n` images to compare an export on: about equally many of each class, in the order of their sha256.
 
-    So two runs on the same images compare the same ones, whatever their seeds.
+    The choice depends on the images only, so two runs on the same images compare the same ones, whatever their seeds.
     """
     ranks: Counter[tuple[int, ...]] = Counter()
     ranked: list[tuple[int, Sample]] = []
@@ -92,13 +95,13 @@ def parity(
     """Compare `predictor` with the reference on all images in batches of each size, and on the first files one by one.
 
     Args:
-        images: (N, h, w, 3) what torch was shown; framed by the predictor itself only where it reads `files`, so that a bundle
-            which frames images otherwise is found out.
-        files: the encoded images.
+        images: (N, h, w, 3) the preprocessed images that torch computed the reference from.
+        files: the same images, encoded. The predictor preprocesses them itself, so that a difference in preprocessing is found.
+        n_from_bytes: the number of files to predict.
     """
     expected = reference.outputs
     batch_sizes = (*BATCH_SIZES, *[BATCH_SIZES[-1]] * ((len(images) - 1) // BATCH_SIZES[-1]))
-    taken = np.arange(sum(batch_sizes)) % len(images)  # where images run out, they start over
+    taken = np.arange(sum(batch_sizes)) % len(images)  # images are repeated if there are too few
     given = _onnx_outputs(predictor, images[taken], batch_sizes)
     from_bytes = _probs_from_bytes(predictor, files[:n_from_bytes])
 
@@ -122,20 +125,20 @@ def parity(
 
 
 def _onnx_outputs(predictor: Predictor, images: np.ndarray, batch_sizes: Sequence[int]) -> Outputs:
-    """(N, h, w, 3) uint8, N the sum of `batch_sizes`, through ONNX Runtime in batches of just these sizes."""
+    """Run N images (N, h, w, 3) uint8 through ONNX Runtime in batches of these sizes, whose sum is N."""
     ends = np.cumsum(batch_sizes)
     return joined([predictor.run(images[end - size : end]) for end, size in zip(ends, batch_sizes, strict=True)])
 
 
 def _probs_from_bytes(predictor: Predictor, files: Sequence[bytes]) -> np.ndarray:
-    """(N, C) float32: what a client that sends the files gets, in the order of the classes."""
+    """Return the probabilities (N, C) float32 that a client gets for N encoded files, in the order of the classes."""
     classes = predictor.manifest.classes
     answers = [dict(predictor.predict(data, top_k=len(classes)).labels) for data in files]
     return np.array([[answer[name] for name in classes] for answer in answers], np.float32)
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
-    """Return the outputs of several batches as those of one."""
+    """Return the outputs of several batches as those of one batch."""
     cams = [part.cam for part in parts if part.cam is not None]
     return Outputs(
         probs=np.concatenate([part.probs for part in parts]),
@@ -150,18 +153,25 @@ def _furthest(expected: np.ndarray, given: np.ndarray) -> float:
 
 
 def _least_cosine(expected: np.ndarray, given: np.ndarray) -> float:
-    one, other = expected.astype(np.float64), given.astype(np.float64)  # squares of what diverged overflow float32
+    one, other = expected.astype(np.float64), given.astype(np.float64)  # squares of diverged values overflow float32
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return float(((one * other).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
 
 
 def _flips(logits: np.ndarray, probs: np.ndarray, top: np.ndarray) -> tuple[int, int]:
-    """How many of `top` (B,) are not the top class of `logits` (B, C): real flips, and ties.
+    """Count the rows in which the top class differs.
 
-    Classes whose probabilities are the same number are tied too: of several labels that an image surely has, each is exactly 1.
+    Classes with equal probabilities count as tied too: in a multilabel task, several probabilities may be exactly 1.
+
+    Args:
+        logits, probs: (B, C) of the reference.
+        top: (B,) the top class according to the exported model.
+
+    Returns:
+        The number of rows whose top class differs and is not tied in the reference, and the number of tied ones.
     """
     rows = np.arange(len(logits))
-    behind = logits.max(axis=1) - logits[rows, top]  # how far torch puts the given class behind its own
+    behind = logits.max(axis=1) - logits[rows, top]  # difference of torch's logits for its top class and the given one
     own = logits.argmax(axis=1)
     other = top != own
     tied = other & ((behind <= TIE_LOGITS) | (probs[rows, top] == probs[rows, own]))
@@ -169,7 +179,7 @@ def _flips(logits: np.ndarray, probs: np.ndarray, top: np.ndarray) -> tuple[int,
 
 
 def _cam_error(given: Outputs, bias: np.ndarray) -> float | None:
-    """How far mean(cam) + bias is from the top logit, in units of the largest logit."""
+    """Return the largest |mean(cam) + bias - top logit|, relative to the largest logit if that is above 1."""
     if given.cam is None:
         return None
     top = given.logits.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""The export tried before training, on the weights of the moment, so that what ONNX cannot express fails in seconds."""
+"""Try the export before training, with the initial weights, so that a network that ONNX cannot express fails within seconds."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from finetune.model.classifier import Classifier
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
 
-_BATCH_SIZES = (1, 3)  # neither is the batch that was traced
-_TOLERANCE = 1e-3  # of the largest value of an output; noise images through untrained weights are no measure of accuracy
+_BATCH_SIZES = (1, 3)  # both differ from the batch size that is traced
+_TOLERANCE = 1e-3  # relative to the largest value of an output; wide, because noise in random weights amplifies rounding
 
 
 def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path | None = None) -> Graph:
-    """Trace `classifier`, run the graph on noise and compare it with torch. The graph is what `export_bundle` fills later.
+    """Trace `classifier`, run the graph on noise images, compare it with torch, and return it; it is filled after training.
 
     Args:
-        cache: a folder that keeps graphs; one of the same architecture is used again, which saves most of the time, and one that
-            was compared with the same backbone's weights before is not compared again.
+        cache: a folder of graphs. A graph of the same architecture is reused, which saves most of the time; if it has been
+            compared with the same backbone weights before, it is not compared again.
 
     Raises:
-        ExportError: ONNX or ONNX Runtime cannot run this backbone, or computes something else; one sentence says which.
+        ExportError: the backbone cannot be expressed in ONNX or run by ONNX Runtime, or the outputs differ.
     """
     module = DeployModule(classifier, task=task)
     if cache is None:
@@ -46,7 +46,7 @@ def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path
         graph = Graph(file.read_bytes(), module.outputs)
         if compared.is_file() and compared.read_text() == hashlib.sha256(graph.proto).hexdigest():
             return graph
-        with contextlib.suppress(ExportError):  # the fingerprint missed a difference: trace it after all
+        with contextlib.suppress(ExportError):  # the graph differs in a way that the fingerprint does not cover: trace again
             _check(graph, module)
             _note(compared, graph)
             return graph
@@ -68,7 +68,7 @@ def _note(compared: Path, graph: Graph) -> None:
 
 
 def _weights_digest(classifier: Classifier) -> str:
-    """sha256 of the backbone's weights. The head's are drawn anew by each run, and a linear layer holds no surprises."""
+    """Return the sha256 of the backbone's weights, without the head, which every run initialises anew."""
     digest = hashlib.sha256()
     for name, weight in sorted(named_weights(classifier.backbone).items()):
         digest.update(f"{name}\n".encode())
@@ -77,7 +77,7 @@ def _weights_digest(classifier: Classifier) -> str:
 
 
 def fingerprint(module: DeployModule) -> str:
-    """sha256 of what the graph depends on, weights left out: the layers, their sizes, and the code that traces them."""
+    """Return the sha256 of everything that the graph depends on except weights: layers, their sizes, and the code that traces."""
     classifier, backbone = module.classifier, module.classifier.backbone
     layers = (repr(module), [(name, tuple(weight.shape), weight.dtype) for name, weight in named_weights(module).items()])
     around = (
@@ -111,7 +111,7 @@ def _check(graph: Graph, module: DeployModule) -> None:
 
 
 def noise(batch: int, size_px: tuple[int, int]) -> np.ndarray:
-    """(batch, h, w, 3) uint8, the same every time."""
+    """Return random images (batch, h, w, 3) uint8, the same in every call."""
     return np.random.default_rng(batch).integers(0, 256, (batch, *size_px, 3), dtype=np.uint8)
 
 
@@ -129,7 +129,7 @@ def _compare(name: str, outputs: Sequence[str], expected: list[np.ndarray], comp
                 f"{name} cannot be exported: at a batch of {len(wanted)} its {output} has the shape {given.shape} in ONNX "
                 f"Runtime and {wanted.shape} in torch, so a size was traced as a constant; choose another backbone"
             )
-        if output == "cam":  # the map of another class is another map, and noise makes ties likely
+        if output == "cam":  # comparable only where the top class is the same; with noise images, ties are likely
             wanted, given = wanted[same_class], given[same_class]
         difference = np.abs(wanted - given).max(initial=0.0)
         if not difference <= _TOLERANCE * max(1.0, np.abs(wanted).max(initial=0.0)):

@@ -1,9 +1,8 @@
-"""A classifier as one ONNX graph: uint8 images in; probabilities, logits, class activation map and embedding out.
+"""Trace a classifier as an ONNX graph, from uint8 images to probabilities, logits, class activation map and embedding.
 
-The graph is traced once, with every weight as a named input, and then filled with the weights of the moment: first those of the
-backbone (`fold`), then the head (`finetune.export.template`). Training changes weights and nothing else, so the graph that proved
-exportable before training is the graph that ships after it, and filling it costs a fraction of tracing it. This module knows
-torch and ONNX; it does not know images, files or bundles.
+The graph is traced once, with every weight as a named input, and filled with weights later: first with those of the backbone
+(`fold`), then with the head (`finetune.export.template`). Training changes only weights, so the graph that was traced and checked
+before training is exported after it, and filling it takes a fraction of the time of tracing.
 """
 
 from __future__ import annotations
@@ -31,14 +30,15 @@ from finetune.training.objectives import objective_of
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
 
 _OF_HEAD = (HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE)
-_TRACE_BATCH = 2  # with 1 the exporter takes the batch for a constant
-_LARGEST_FILE_BYTES = 2**31 - 1  # what one protobuf message, and so one ONNX file without external data, can hold
+_TRACE_BATCH = 2  # with 1, the exporter would treat the batch size as a constant
+_LARGEST_FILE_BYTES = 2**31 - 1  # the limit of a protobuf message, and so of an ONNX file without external data
 
 
 class DeployModule(nn.Module):
-    """What the ONNX graph computes, as a module: a classifier from uint8 pixels to the probabilities of its task.
+    """The module that is exported: a classifier from uint8 pixels to the probabilities of its task.
 
-    `temperature` divides the logits before the softmax (calibration); it moves probabilities, never the order of classes.
+    The logits are divided by `temperature` before the link function (calibration), which does not change the order of the
+    classes.
     """
 
     temperature: torch.Tensor
@@ -52,10 +52,15 @@ class DeployModule(nn.Module):
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:
+        """The names of the outputs, in order; cam only if the classifier has an exact one."""
         return ("probs", "logits", "cam", "embedding") if self.classifier.cam_kind else ("probs", "logits", "embedding")
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, h, w, 3) uint8 → probs (B, C), logits (B, C), cam (B, h', w') of the top class, if any, and embedding (B, D)."""
+        """Return the outputs for images (B, h, w, 3) uint8, in the order of `outputs`.
+
+        These are probs (B, C), logits (B, C), cam (B, h', w') of the top class if the classifier has an exact one, and embedding
+        (B, D).
+        """
         logits, embedding, cam = self.classifier.explain(self.classifier.normalise(images))
         probs = self.objective.probabilities(logits / self.temperature)
         return (probs, logits, embedding) if cam is None else (probs, logits, cam, embedding)
@@ -63,17 +68,17 @@ class DeployModule(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced `DeployModule` without its weights: `proto` is an ONNX model that takes them as inputs, named as in the module."""
+    """A traced `DeployModule` without weights: `proto` is an ONNX model that takes them as inputs, named as in the module."""
 
     proto: bytes = field(repr=False)
     outputs: tuple[OutputName, ...]
 
 
 def trace(module: DeployModule) -> Graph:
-    """Trace a copy of `module` in eval mode; nothing in `module` changes, not even what its layers cache.
+    """Trace a copy of `module` in eval mode; `module` itself does not change.
 
     Raises:
-        ExportError: ONNX cannot express it; the message names the backbone and the operator.
+        ExportError: the module cannot be expressed in ONNX, or is too large; the message names the backbone and the reason.
     """
     name = module.classifier.backbone.name
     _refuse_too_large(module, name)
@@ -95,7 +100,7 @@ def trace(module: DeployModule) -> Graph:
 
 def _exported(module: DeployModule, images: torch.Tensor) -> torch.onnx.ONNXProgram:
     with evaluating(module), torch.no_grad(), collection_paused(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own insides
+        warnings.simplefilter("ignore")  # the exporter warns about its own implementation
         program = torch.onnx.export(
             module,
             (images,),
@@ -112,7 +117,7 @@ def _exported(module: DeployModule, images: torch.Tensor) -> torch.onnx.ONNXProg
 
 
 def fold(graph: Graph, module: DeployModule) -> bytes:
-    """Return the graph with the present weights of the backbone, batch norms folded, as a template for any head.
+    """Return the graph with the current weights of the backbone, as a template for any head; batch norms are folded.
 
     Equal weights give equal bytes.
     """
@@ -127,20 +132,20 @@ def fold(graph: Graph, module: DeployModule) -> bytes:
 
 
 def fill(graph: Graph, module: DeployModule) -> bytes:
-    """Return the graph with all present weights of `module` as one ONNX file."""
+    """Return the graph with all current weights of `module` as one ONNX file."""
     return with_head(fold(graph, module), head_of(module.classifier), module.temperature.item())
 
 
 def head_of(classifier: Classifier) -> Head:
-    """Return the present head of a classifier."""
+    """Return a copy of the current head of a classifier."""
     return Head(*(parameter.detach().cpu().numpy() for parameter in (classifier.head.weight, classifier.head.bias)))
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every training flag as it was, whatever rules the module has about `.train()`."""
+    """Put the module into eval mode for the block, and restore the training flag of each of its parts afterwards."""
     flags = [(part, part.training) for part in module.modules()]
-    module.train()  # some attention layers cache in eval mode what they make of their weights, and only this drops it
+    module.train()  # clears what some attention layers compute from their weights in eval mode and cache
     module.eval()
     try:
         yield
@@ -150,14 +155,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, also those that a state dict leaves out, under every name that they have."""
+    """Return parameters and buffers, non-persistent ones included, under every name that they have."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _work_out_of_place(module: nn.Module) -> None:
-    """An activation that overwrites its input computes the same otherwise, and the exporter takes it apart at great length.
+    """Switch off in-place activations, which compute the same but take the exporter longer to decompose.
 
-    For the default backbone that is a third of the tracing: 5.0 s of CPU instead of 7.3.
+    For the default backbone, tracing takes 5.0 s of CPU time instead of 7.3 s.
     """
     for part in module.modules():
         if getattr(part, "inplace", False) is True:
@@ -165,10 +170,10 @@ def _work_out_of_place(module: nn.Module) -> None:
 
 
 def _unfuse_attention(module: nn.Module) -> bool:
-    """Write attention out as products and a softmax; return whether there was any to change.
+    """Make attention layers compute products and a softmax instead of torch's fused attention; return False if there are none.
 
-    The exporter takes torch's fused attention on 4 dimensions only. HieRa, NesT, SAM and Twins attend inside windows, which are a
-    fifth dimension. Everything else keeps the fused form, which becomes fewer operators.
+    The exporter supports fused attention on 4 dimensions only, and HieRa, NesT, SAM and Twins have the windows as a fifth. Other
+    networks keep the fused form, which is exported as fewer operators.
     """
     fused = [part for part in module.modules() if getattr(part, "fused_attn", False) is True]
     for part in fused:
@@ -187,7 +192,7 @@ def _weights_as_inputs(model: ir.Model, module: nn.Module) -> bytes:
 
 
 def _forget_origins(model: ir.Model) -> None:
-    """Drop what the exporter writes at each node about the source it came from: bulk, and paths of this machine."""
+    """Remove the exporter's notes about source code from each node: they are large, and contain paths of this machine."""
     model.graph.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
@@ -208,7 +213,7 @@ def _refuse_too_large(module: nn.Module, name: str) -> None:
 
 
 def _why(name: str, error: BaseException) -> str:
-    """One sentence out of the exporter's pages: the operator that has no counterpart, or else the innermost cause."""
+    """Return one sentence about the exporter's error: the operator that ONNX does not have, else the innermost cause."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -1,6 +1,6 @@
-"""The bundle written: model, manifest and probe into a folder that is complete or absent, and that was asked before it counts.
+"""Write a bundle: model, manifest and probe in a folder that appears only when it is complete and has been checked.
 
-Torch-free: the model is given as an ONNX file, and torch's answers as a `Reference`.
+Torch-free: the model is passed as an ONNX file, and torch's outputs as a `Reference`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from finetune.tasks import task_named
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
-_N_JUDGED = 1000  # images that int8 is judged on, where there are as many
+_N_JUDGED = 1000  # images that int8 is evaluated on, at most
 
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """What the bundle keeps so that the network can be trained on or leave in another format.
+    """The weights in a bundle, with which training can be continued or the model written in another format.
 
     Args:
-        backbone: its tensors under timm's names; none where they are the pretrained ones still.
-        seed: what a backbone without pretrained weights was drawn with.
+        backbone: its tensors under timm's names; empty if they still are the pretrained weights.
+        seed: that a backbone without pretrained weights was initialised with.
     """
 
     head: Head
@@ -58,31 +58,31 @@ class KeptWeights:
     backbone: Tensors = field(default_factory=dict, repr=False)
 
     def serialised(self) -> bytes:
-        """Return the file ``weights.safetensors``."""
+        """Return the content of ``weights.safetensors``."""
         return serialised_tensors(self.head.weight, self.head.bias, self.backbone, pooling=self.pooling, seed=self.seed)
 
 
 @dataclass(frozen=True)
 class ExportedNetwork:
-    """A trained network as one ONNX file, what is known of it, and torch's answers to compare it with."""
+    """A trained network as one ONNX file, with its description and a function that returns torch's outputs for comparison."""
 
     model: bytes = field(repr=False)
     backbone: BackboneFacts
     preprocess: Preprocess
     exporter: str
     reference: Callable[[Sequence[Sample], NDArray[np.uint8]], Reference]
-    """Returns torch's answers to samples; the second argument holds their preprocessed pixels, (N, h, w, 3)."""
+    """Returns torch's outputs for N samples; the second argument is their preprocessed pixels (N, h, w, 3) uint8."""
     kept: KeptWeights
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:
-        """The names of the model's outputs, in their order."""
+        """The names of the model's outputs, in order."""
         return ("probs", "logits", "cam", "embedding") if self.backbone.cam_kind else ("probs", "logits", "embedding")
 
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What the manifest says and the network does not know."""
+    """The content of the manifest that does not follow from the network."""
 
     name: str
     task: str  # multiclass, multilabel
@@ -91,10 +91,10 @@ class BundleFacts:
     spec_digest: str
     metrics: Mapping[str, float] = field(default_factory=dict)  # val/top1 …
     calibration: Mapping[str, Any] = field(default_factory=dict)  # its temperature, if any, divides the logits in the graph
-    subspace: Subspace | None = None  # where the embeddings of known images lie
-    reference: DriftReference | None = None  # what live answers are compared with
+    subspace: Subspace | None = None  # of the embeddings of known images, to recognise images unlike them
+    reference: DriftReference | None = None  # that live predictions are compared with
     frozen: Mapping[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
-    seen: Seen = field(default_factory=Seen)  # which images the weights were fitted and chosen on
+    seen: Seen = field(default_factory=Seen)  # the images that the weights were trained and chosen on
     created_at: float = field(default_factory=time.time)
 
     @property
@@ -113,16 +113,17 @@ def export_bundle(
     training: Sequence[Sample] = (),
     progress: ProgressCallback = silent,
 ) -> Manifest:
-    """Write a network as the bundle folder `out`, replacing one that is there.
+    """Write a network as the bundle folder `out`, which is replaced if it exists; return the manifest.
 
     Args:
-        samples: real images, best those of validation; parity is measured on them and the probe is made of them.
-        threads: cores to run the model on.
-        quantize: int8 is kept only if it answers as well on `samples`; ``manifest.model["quantization"]`` says what became of it.
-        training: images that int8 is calibrated on; `samples` where there are none.
+        samples: images of the dataset, preferably those of val; the export is compared with torch on them, and some become the
+            probe.
+        threads: for running the model.
+        quantize: an int8 model is kept only if it is as good on `samples`; ``manifest.model["quantization"]`` records the result.
+        training: images that int8 is calibrated on; by default `samples`.
 
     Raises:
-        ExportError: what was exported answers otherwise than torch.
+        ExportError: the outputs of the exported model differ from torch's, or there are no samples.
     """
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
@@ -160,7 +161,7 @@ def _quantised(
     training: Sequence[Sample],
     threads: int,
 ) -> tuple[bytes, Quantization]:
-    """int8 if it is as good on `samples`, else the model as it is."""
+    """Return the int8 model if it is as good on `samples`, else the model itself."""
     judged = _spread(samples, _N_JUDGED)
     return quantize_if_as_good(
         model,
@@ -230,6 +231,6 @@ def _versions() -> dict[str, str]:
 
 
 def _spread(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
-    """Return at most `n` of them, evenly over their order, and so over the classes."""
+    """Return at most `n` samples, evenly spaced in their order, and so over the classes."""
     chosen = np.linspace(0, len(samples) - 1, min(n, len(samples))).round().astype(int)
     return [samples[index] for index in chosen]

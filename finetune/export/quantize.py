@@ -1,7 +1,8 @@
-"""int8: 8-bit weights and activations in the network, float32 in normalisation, head and map; kept only where it is as good.
+"""Quantise an exported model to int8, and keep the result only if it is as good as float32.
 
-Static QDQ through onnxruntime.quantization, weights per channel. Only what the embedding is computed from is quantised, from the
-first convolution or matrix product on: pooled features, head and class activation map stay float32, so the map stays exact.
+Weights and activations are quantised statically (QDQ) by onnxruntime.quantization, weights per channel. Only the nodes that the
+embedding depends on are quantised, from the first convolution or matrix product on. Normalisation, pooled features, head and
+class activation map stay float32, so the map stays exact.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from finetune.export.template import INPUT_NAME
 from finetune.runtime.session import open_session
 from finetune.tasks import Task
 
-N_CALIBRATION = 64  # images; with 256 the answers agree with float32 no better
+N_CALIBRATION = 64  # images; with 256 the outputs do not agree better with float32
 MAX_LOSS = 0.01  # of the task's headline metric
-LOGITS_TOLERANCE = 0.05  # of the largest logit: how far rounding in other processors' int8 kernels may move a logit
+LOGITS_TOLERANCE = 0.05  # relative to the largest logit; int8 kernels of other processors round differently
 
 _CALIBRATION_BATCH = 8
 _HEAVY = ("Conv", "MatMul")
 _TYPES = (*_HEAVY, "Add", "Mul", "Clip", "Relu", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool", "Concat", "Split", "Pad")
-_SHAPES = ("Reshape", "Transpose")  # these pass on the quantisation of what they are given
+_SHAPES = ("Reshape", "Transpose")  # their output is quantised if their input is
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What became of the wish for int8. `kept` is False where it would have cost too much, and the model is float32."""
+    """The result of a quantisation. If `kept` is False, int8 lost too much of the metric, and the model stays float32."""
 
     kept: bool
     n_images: int
@@ -46,6 +47,7 @@ class Quantization:
 
     @property
     def sentence(self) -> str:
+        """One sentence with the metric in int8 and float32, and what was decided."""
         change = f"{self.metric} on {self.n_images} images is {self.int8:.4f}, in float32 {self.float32:.4f}"
         if self.kept:
             return f"quantised to int8: {change}; {self.bytes_float32 / self.bytes_int8:.1f} times smaller"
@@ -58,11 +60,11 @@ class Quantization:
 def quantize_if_as_good(
     model: bytes, calibration: np.ndarray, images: np.ndarray, targets: np.ndarray, *, task: Task, threads: int
 ) -> tuple[bytes, Quantization]:
-    """Return the int8 model, or `model` itself where int8 loses more than a hundredth of the task's headline metric.
+    """Return the int8 model, or `model` itself if int8 loses more than `MAX_LOSS` of the task's headline metric; and the result.
 
     Args:
-        calibration: (N, h, w, 3) uint8, training images; they set the range of every activation.
-        images, targets: (M, h, w, 3) uint8 and what they show: what the task's headline metric is measured on.
+        calibration: (N, h, w, 3) uint8, training images that the range of every activation is measured on.
+        images, targets: (M, h, w, 3) uint8 and their encoded targets, which the metric is measured on.
     """
     quantised = quantize(model, calibration)
     answers = [_logits(candidate, images, threads) for candidate in (model, quantised)]
@@ -80,7 +82,7 @@ def quantize_if_as_good(
 
 
 def quantize(model: bytes, calibration: np.ndarray) -> bytes:
-    """The same graph with int8 convolutions and matrix products, calibrated on (N, h, w, 3) uint8 images."""
+    """Return the graph with int8 convolutions and matrix products, calibrated on images (N, h, w, 3) uint8."""
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         given, made = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         given.write_bytes(model)
@@ -92,7 +94,7 @@ def quantize(model: bytes, calibration: np.ndarray) -> bytes:
             op_types_to_quantize=[*_TYPES, *_SHAPES],
             nodes_to_quantize=_nodes_to_quantize(onnx.load_model_from_string(model)),
             per_channel=True,
-            reduce_range=True,  # processors without VNNI saturate when both factors use all 8 bits
+            reduce_range=True,  # on processors without VNNI, products of full 8-bit factors saturate
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
@@ -112,7 +114,10 @@ class _Batches(CalibrationDataReader):
 
 
 def _nodes_to_quantize(model: onnx.ModelProto) -> list[str]:
-    """What the embedding depends on, from the first convolution or matrix product on. Nodes come in the order they run in."""
+    """Return the names of the nodes that the embedding depends on, from the first convolution or matrix product on.
+
+    The nodes of the graph are in execution order.
+    """
     nodes = list(model.graph.node)
     wanted = {"embedding"}
     for node in reversed(nodes):
@@ -129,14 +134,14 @@ def _nodes_to_quantize(model: onnx.ModelProto) -> list[str]:
 
 
 def _logits(model: bytes, images: np.ndarray, threads: int) -> np.ndarray:
-    """(N, C) the logits of each image."""
+    """Return the logits (N, C) of images (N, h, w, 3)."""
     session = open_session(model, threads=threads)
     return np.concatenate([session.run(["logits"], {INPUT_NAME: image[None]})[0] for image in images])
 
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """The quantiser advises, through the root logger, to optimise the graph first; it has been."""
+    """Silence the root logger during the block: the quantiser advises to optimise the graph first, which has been done."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The answers of a torch module, which an export is compared with."""
+"""Compute the outputs of a torch module, which an export is compared with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _BATCH = 32
 
 
 def torch_reference(module: DeployModule, images: NDArray[np.uint8]) -> Reference:
-    """Return the answers of `module` to images (N, h, w, 3) uint8 as a reference."""
+    """Return the outputs of `module` for images (N, h, w, 3) uint8 as a reference."""
     source = f"torch {torch.__version__} in the process that exported"
     return Reference(torch_outputs(module, images), head_of(module.classifier).bias, source)
 
 
 def torch_outputs(module: DeployModule, images: NDArray[np.uint8]) -> Outputs:
-    """Run `module` in eval mode on images (N, h, w, 3) uint8."""
+    """Run `module` in eval mode on images (N, h, w, 3) uint8; return its outputs."""
     parts = []
     with evaluating(module), torch.no_grad():
         for start in range(0, len(images), _BATCH):

@@ -1,7 +1,7 @@
 """Templates: ONNX models in which the head's weight and bias and the temperature are inputs instead of constants. Torch-free.
 
-Everything else is folded when the template is made. Because the three are inputs, no optimisation has merged them into other
-constants, and `with_head` can set them later, without torch.
+All other weights are folded when the template is made. Because these three are inputs, no optimisation has merged them into other
+constants, and `with_head` can set them later without torch.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 INPUT_NAME = "images"
-OPSET = 20  # the first with Gelu; every onnxruntime since 1.17 runs it
+OPSET = 20  # the first with Gelu; supported by onnxruntime from 1.17 on
 
 HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE = "classifier.head.weight", "classifier.head.bias", "temperature"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear layer: what training changes of a network whose backbone is frozen."""
+    """The linear layer of a classifier."""
 
     weight: NDArray[np.float32]  # (C, D)
     bias: NDArray[np.float32]  # (C,)
 
 
 def with_head(template: bytes, head: Head, temperature: float = 1.0) -> bytes:
-    """Return a template with this head and temperature as constants; equal values give equal bytes."""
+    """Return the template with this head and temperature as constants; equal values give equal bytes.
+
+    Raises:
+        ValueError: the model is not a template.
+    """
     model = onnx.load_model_from_string(template)
     values = {HEAD_WEIGHT: head.weight, HEAD_BIAS: head.bias, TEMPERATURE: np.array(temperature)}
     if missing := values.keys() - {value.name for value in model.graph.input}:
@@ -61,6 +65,6 @@ def _remove_division(graph: onnx.GraphProto) -> None:
 
 
 def serialized(model: onnx.ModelProto) -> bytes:
-    """Return a model as bytes, the same for equal models."""
+    """Return a model as bytes; equal models give equal bytes."""
     data: bytes = model.SerializeToString(deterministic=True)
     return data

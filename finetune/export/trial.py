@@ -1,7 +1,7 @@
 """Try a backbone without data: build it, freeze it, take a step, export it, and compare the export with torch.
 
-What the sweep over timm's families (``benchmarks/backbones.py``) and ``finetune backbones NAME --try`` do with one backbone. The
-weights are random, which exercises everything but accuracy.
+This is used by the sweep over timm's families (``benchmarks/backbones.py``) and by ``finetune backbones NAME --try``. The weights
+are random, so nothing is said about accuracy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROUNDS = 5
 
 
 def try_backbone(name: str) -> Trial:
-    """Return whether a backbone can be frozen, trained and exported, and what it costs to run."""
+    """Return whether a backbone can be frozen, trained and exported, and the CPU time of one image."""
     torch.manual_seed(0)
     known: dict[str, Any] = {}
     try:
@@ -52,7 +52,7 @@ def try_backbone(name: str) -> Trial:
 
 
 def _train_last_stage(classifier: Classifier) -> str:
-    """Take one step with all but the last stage frozen; return what is wrong with the freezing, in one sentence."""
+    """Take one step with all but the last stage frozen; return what is wrong with the result, or an empty string."""
     last = classifier.backbone.stages[-1].index
     apply_freeze(classifier, FreezePlan(frozenset({last})))
     before = frozen_digest(classifier)

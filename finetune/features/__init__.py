@@ -1,1 +1,1 @@
-"""What a frozen backbone computes once: its output for every image, kept in a cache, and the head that is solved on it."""
+"""Compute the output of frozen stages once for every image, cache it, and solve heads on it."""

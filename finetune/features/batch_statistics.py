@@ -1,8 +1,8 @@
-"""How far activations are from what the batch normalisation of pretrained weights remembers of its training images.
+"""Compare the statistics of activations with the running statistics in the batch normalisation of pretrained weights.
 
-Every batch normalisation keeps the mean and the variance that its input had in training (Ioffe & Szegedy 2015, arXiv:1502.03167).
-Photographs that are given to the weights as they expect them come near to these; pixels on another scale, or with red and blue
-exchanged, do not, in every layer of the lower network. No labels are needed, and a hundred images suffice.
+The running mean and variance of a batch normalisation are those of its input during pretraining (Ioffe & Szegedy 2015,
+arXiv:1502.03167). For photographs with the expected pixel normalisation, the statistics of the lower layers are close to these;
+with another scale, or with red and blue exchanged, they are not. No labels are needed, and a hundred images suffice.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 from finetune.model.classifier import Classifier
 
-LAYERS = 12  # the lowest: higher ones see objects, and the user's are not those that the weights were trained on
+LAYERS = 12  # the lowest ones; higher layers depend on the objects in the images, which differ from those of pretraining
 GROUP_SIZE = 16  # images
 _SMALLEST_VARIANCE = 1e-5
 
 
 class _LastLayerReached(Exception):
-    """Ends a forward pass where nothing above is of interest."""
+    """Ends a forward pass after the last layer that is measured."""
 
 
 def divergences(classifier: Classifier, pixels: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-    """Return the divergence (groups of images, layers) between the statistics of activations and those that the weights remember.
+    """Return the divergences (groups of images, layers) of activation statistics from the running statistics in the weights.
 
-    It is the Kullback-Leibler divergence between normal distributions, averaged over channels; 0 where they agree.
+    A divergence is the Kullback-Leibler divergence between normal distributions, averaged over channels; 0 if they are equal.
 
     Args:
-        pixels: (N, h, w, 3), normalised by the classifier.
+        pixels: (N, h, w, 3), not normalised; the classifier normalises them.
 
     Returns:
-        None where the backbone has no batch normalisation.
+        None if the backbone has no batch normalisation.
     """
     layers = [
         module

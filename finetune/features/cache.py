@@ -1,10 +1,10 @@
-"""Rows of numbers on disk, found again by key: computed once, read through memory maps by every later run.
+"""Cache arrays (rows) on disk under keys; later runs read them through memory maps.
 
-A cache is a folder of spaces; the rows of one space have one shape and were computed in one way. Rows are written in shards,
-each under a temporary name, flushed and renamed, with checksums, so a process that is killed leaves no half shard, and any
-number of processes may read and write at once: what two of them compute twice is stored twice and read once. Each shard also says
-how many seconds its rows took to compute, so that whoever reads them knows what they would have cost. The folder is bounded: the
-least recently used files go first. Knows keys and arrays; does not know images or networks.
+A cache is a folder of spaces. The rows of a space have the same shape and were computed in the same way. Rows are written in
+files (shards) with checksums; each is written under a temporary name, flushed and renamed, so a process that is killed leaves no
+incomplete shard. Any number of processes may read and write at the same time; a row that two of them compute is stored twice and
+read once. A shard also records the seconds that computing its rows took, so that a run that reads them can report their cost. The
+size of the cache is limited: the least recently used files are deleted first.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from finetune.storage.files import write_atomic
 from finetune.storage.store import Store, mark_used
 
 KEY_BYTES = 32
-SHARD_BYTES = 64 * 1024**2  # what a writer holds in memory before it becomes a file
-SHARD_SECONDS = 30.0  # … or this much work, so that a killed process loses no more
+SHARD_BYTES = 64 * 1024**2  # of rows that a writer collects in memory before it writes a shard
+SHARD_SECONDS = 30.0  # after which it writes a shard in any case, so that a killed process loses no more than that
 
 _MAGIC = b"ftrows02"
 _TAIL_BYTES = 4 + 4 + len(_MAGIC)  # checksum and length of the description, then the magic
 
 
 class DamagedShard(ValueError):
-    """A shard whose checksums or sizes do not add up."""
+    """The checksum or the size of a shard is wrong."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of one file, and what computing them took."""
+    """The rows of one file, and the seconds that computing them took."""
 
     rows: NDArray[Any]  # (n, *row_shape), memory-mapped
-    mapped: mmap.mmap  # the memory map behind `rows`
+    mapped: mmap.mmap  # the memory map of `rows`
     seconds: Seconds
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the row of each key is. Reading goes through memory maps: only what is taken is in memory."""
+    """The location of the row of each of N keys. Rows are read through memory maps when they are taken."""
 
     shards: tuple[Shard, ...]
-    shard_of: NDArray[np.int32]  # (N,), -1 where no row is stored
-    row_of: NDArray[np.int32]  # (N,)
+    shard_of: NDArray[np.int32]  # (N,) position in `shards`, -1 if no row is stored
+    row_of: NDArray[np.int32]  # (N,) position in the shard
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
@@ -62,18 +62,22 @@ class Rows:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Positions of the keys without a row."""
+        """The positions of the keys without a stored row."""
         return np.flatnonzero(self.shard_of < 0)
 
     @property
     def seconds(self) -> Seconds:
-        """Return what computing the stored rows took when they were computed."""
+        """The seconds that computing the stored rows took."""
         counts = np.bincount(self.shard_of[self.shard_of >= 0], minlength=len(self.shards))
         parts = (shard.seconds * (int(count) / len(shard.rows)) for shard, count in zip(self.shards, counts, strict=True))
         return sum(parts, Seconds())
 
     def take(self, positions: NDArray[np.integer]) -> NDArray[Any]:
-        """Return a copy of the rows at `positions`, (len(positions), *row_shape)."""
+        """Return a copy of the rows at `positions`, (len(positions), *row_shape).
+
+        Raises:
+            KeyError: some of these rows are not stored.
+        """
         taken = np.empty((len(positions), *self.row_shape), self.dtype)
         shard_of, row_of = self.shard_of[positions], self.row_of[positions]
         for shard in np.unique(shard_of):
@@ -84,27 +88,28 @@ class Rows:
         return taken
 
     def release(self) -> None:
-        """Give back the memory of all pages that were read; they come from the disk again when they are next taken."""
+        """Free the memory of all pages that were read; they are read from the disk again when they are needed."""
         for shard in self.shards:
             if hasattr(mmap, "MADV_DONTNEED"):
                 shard.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class RowCache:
-    """One space of a cache folder."""
+    """One space of the cache: rows of one shape and number format."""
 
     def __init__(self, store: Store, space: str, row_shape: tuple[int, ...], dtype: str) -> None:
         self.folder = store.folder("features") / space
         self.row_shape = row_shape
         self.dtype = np.dtype(dtype)
-        self._read: dict[Path, Shard] = {}  # verified
+        self._read: dict[Path, Shard] = {}  # shards whose checksums have been verified
 
     @property
     def row_bytes(self) -> int:
+        """The size of a row with its key, in bytes."""
         return self.dtype.itemsize * int(np.prod(self.row_shape)) + KEY_BYTES
 
     def find(self, keys: NDArray[np.uint8]) -> Rows:
-        """Look up `keys`, (N, 32). A shard that fails its checksums is deleted, and its rows are missing."""
+        """Look up `keys` (N, 32). A shard with a wrong checksum is deleted, and its rows are missing."""
         shard_of, row_of = np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.int32)
         shards: list[Shard] = []
         wanted = _as_strings(keys)
@@ -122,17 +127,17 @@ class RowCache:
                     shard_of[missing[hit]], row_of[missing[hit]] = len(shards), at[hit]
                     shards.append(shard)
             except FileNotFoundError:
-                continue  # another process made room
+                continue  # another process deleted it to make room
             except DamagedShard:
                 path.unlink(missing_ok=True)
         return Rows(tuple(shards), shard_of, row_of, self.row_shape, self.dtype)
 
     def writer(self) -> ShardWriter:
-        """Return a writer of new rows; its last ones are stored when it is flushed."""
+        """Return a writer of new rows; call its `flush` at the end to store the last rows."""
         return ShardWriter(self.folder, self.row_shape, self.dtype)
 
     def _open(self, path: Path) -> Shard:
-        """Return a shard; the checksum of its rows is verified at first use."""
+        """Return a shard. The checksum of its rows is verified the first time."""
         if path not in self._read:
             self._read[path] = _open_shard(path, self.row_shape, self.dtype)
         mark_used(path)
@@ -140,22 +145,26 @@ class RowCache:
 
 
 class ShardWriter:
-    """Collects rows and turns them into shards; raises `DiskFull`, which leaves earlier shards as they are."""
+    """Collects rows and writes them as shards.
+
+    Raises:
+        DiskFull: by `append` and `flush`; the shards that were written before are intact.
+    """
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         capacity = max(1, SHARD_BYTES // (dtype.itemsize * int(np.prod(row_shape)) + KEY_BYTES))
         self._folder = folder
         self._keys = np.empty((capacity, KEY_BYTES), np.uint8)
-        self._rows = np.empty((capacity, *row_shape), dtype)  # memory is taken as it fills
+        self._rows = np.empty((capacity, *row_shape), dtype)  # the system allocates its pages as they are written
         self._count = 0
         self._began_at = 0.0
         self._seconds = Seconds()
 
     def append(self, keys: NDArray[np.uint8], rows: NDArray[Any], seconds: Seconds) -> None:
-        """Add rows, (n, *row_shape), under their keys, (n, 32).
+        """Add rows (n, *row_shape) under their keys (n, 32).
 
         Args:
-            seconds: what computing them took.
+            seconds: that computing these rows took.
         """
         of_row = seconds * (1 / max(len(keys), 1))
         if rows.shape != (len(keys), *self._rows.shape[1:]):
@@ -172,14 +181,14 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Store what has been collected."""
+        """Write the collected rows as a shard."""
         keys, rows, seconds = self._keys[: self._count], self._rows[: self._count], self._seconds
         self._count, self._seconds = 0, Seconds()
         if len(keys):
             write_atomic(self._folder / f"{uuid.uuid4().hex}.shard", lambda stream: _write_shard(stream, keys, rows, seconds))
 
 
-# A shard is the rows, then their keys, then a JSON description with the checksums of both, then the tail.
+# Format of a shard: the rows, their keys, a JSON description with the checksums of both, and a tail of `_TAIL_BYTES`.
 
 
 def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any], seconds: Seconds) -> None:
@@ -199,7 +208,11 @@ def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any],
 
 
 def _describe(stream: IO[bytes], path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[dict[str, Any], int]:
-    """Return a shard's description and the bytes of its rows, after checking that the file has the size that they say."""
+    """Return a shard's description and the size of its rows in bytes.
+
+    Raises:
+        DamagedShard: the description is damaged, the file is incomplete, or its rows have another shape or type.
+    """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _TAIL_BYTES))
     tail = stream.read(_TAIL_BYTES)
@@ -243,5 +256,5 @@ def _open_shard(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) ->
 
 
 def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """Return (N, 32) bytes as (N,) strings that sort and compare; zeros at the end are dropped from both sides alike."""
+    """Return keys (N, 32) uint8 as N byte strings, which NumPy can sort and compare; it ignores zeros at their end."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()

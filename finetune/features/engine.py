@@ -1,7 +1,7 @@
 """The protocols of a frozen prefix and of the engine that runs it, and the engine on ONNX Runtime. Torch-free.
 
-A prefix is the part of a network below a cut. There are two implementations: that of a torch classifier
-(`finetune.features.prefix`) and that of a network that an earlier run has exported (`finetune.runs.known`).
+A prefix is the part of a network before a cut. There are two implementations, for a torch classifier (`finetune.features.prefix`)
+and for a network that an earlier run exported (`finetune.runs.known`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from finetune.events import EventCallback
 from finetune.runtime.device import Device
 from finetune.storage.files import read_json
 
-GraphSource = Callable[[], bytes]  # an ONNX file with an output `embedding`, made when it is asked for
+GraphSource = Callable[[], bytes]  # returns an ONNX file with an output `embedding`; the file is made when this is called
 
-LEAST_AGREEMENT = 0.9999
+LEAST_AGREEMENT = 0.9999  # between the outputs of two engines, as `agreement` computes it
 INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
 
@@ -30,12 +30,12 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """Part of the keys of the rows that it computes, because engines round differently."""
+        """The name, which is part of the keys of cached rows, because engines round differently."""
         ...
 
     @property
     def batch_size(self) -> int:
-        """Images per call, chosen for speed."""
+        """The fastest number of images per call."""
         ...
 
     @property
@@ -45,59 +45,59 @@ class Engine(Protocol):
 
     @property
     def cores(self) -> int:
-        """Cores that one call of `run` keeps busy."""
+        """The number of cores that one call of `run` uses."""
         ...
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, h, w, 3) uint8 -> (B, *shape) float32."""
+        """Return the activations (B, *row_shape) float32 of images (B, h, w, 3) uint8."""
         ...
 
 
 class Prefix(Protocol):
-    """The part of a network below a cut; with the cut at the end, from pixels to the pooled embedding that the head is given."""
+    """The part of a network before a cut, from pixels on. If the cut is before the head, its output is the pooled embedding."""
 
     @property
     def backbone(self) -> str:
-        """The backbone's name, for messages."""
+        """The name of the backbone, for messages."""
         ...
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of one image's activation at the cut."""
+        """The shape of the activation of one image at the cut."""
         ...
 
     @property
     def digest(self) -> str:
-        """The sha256 over all that decides the activation: architecture, weights, statistics and, at the end, pooling."""
+        """The sha256 of everything that determines the activation: architecture, weights, running statistics, pooling."""
         ...
 
     def expected_engine(self, device: Device, folder: Path) -> str:
-        """Return the name of the engine that `open_engine` will most likely give."""
+        """Return the name of the engine that `open_engine` will most likely return."""
         ...
 
     def open_engine(self, images: NDArray[np.uint8], device: Device, folder: Path, event: EventCallback) -> Engine:
-        """Return the fastest engine that is known to compute what torch computes.
+        """Return the fastest engine whose output agrees with torch's.
 
         Args:
-            images: a few real ones, on which an engine that is new must agree with torch.
-            folder: where the exported graph and the verdict on it are kept for later runs.
+            images: a few images of the dataset, on which a newly exported graph is compared with torch.
+            folder: for the exported graph and the result of the comparison, which later runs read.
         """
         ...
 
 
 @dataclass(frozen=True)
 class OnnxEngine:
-    """ONNX Runtime, one core a call.
+    """ONNX Runtime with one core per call.
 
-    As many batches at once as there are cores cost less than one batch spread over all of them: on two cores and with decoding
-    in the same threads 11.5 ms of CPU an image, against 13.5, or 17 with spinning.
+    Running as many batches at a time as there are cores is faster than spreading one batch over all cores: on two cores, with
+    decoding in the same threads, it took 11.5 ms of CPU time per image instead of 13.5 ms (17 ms with spinning).
     """
 
     session: onnxruntime.InferenceSession
 
     concurrent = True
     cores = 1
-    batch_size = 8  # per thread; more falls out of the cores' caches (8.3 ms an image at 4, 9.4 at 16)
+    batch_size = 8  # per thread; larger batches exceed the cores' caches (8.3 ms per image at 4, 9.4 ms at 16)
 
     @property
     def name(self) -> str:
@@ -109,15 +109,15 @@ class OnnxEngine:
 
 
 def onnx_engine_name() -> str:
-    """Return the name of `OnnxEngine` in the keys of what it computes."""
+    """Return the name of `OnnxEngine` in the keys of cached rows."""
     return f"onnxruntime {onnxruntime.__version__}"
 
 
 def refused(folder: Path) -> str | None:
-    """Return why ONNX Runtime was found unfit for a prefix before; None if it was not.
+    """Return why an earlier comparison found that ONNX Runtime cannot be used for a prefix; None if it did not find that.
 
     Args:
-        folder: where the verdict on the prefix is kept.
+        folder: with the result of the comparison.
     """
     verdict = folder / "engine.json"
     refusal: str | None = read_json(verdict).get("refused") if verdict.exists() else None
@@ -125,9 +125,9 @@ def refused(folder: Path) -> str | None:
 
 
 def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Return the least of 2ab / (a² + b²) over matching rows: their cosine where they are equally long, less where they are not.
+    """Return the minimum over rows of 2ab / (a² + b²), which is the cosine for vectors of equal length and less for others.
 
-    NaN if anything is not finite.
+    The result is NaN if a value is not finite.
     """
     a, b = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (first, second))
     squares = (a * a).sum(axis=1) + (b * b).sum(axis=1)
@@ -135,8 +135,8 @@ def agreement(first: NDArray[np.floating], second: NDArray[np.floating]) -> floa
 
 
 def only_embedding(graph: bytes) -> bytes:
-    """Return an ONNX file with the embedding as its only output; what only served the others is pruned by the session."""
-    import onnx  # a tenth of a second that a run without missing rows does not need
+    """Return an ONNX file with the embedding as its only output; the session prunes the nodes that only the others need."""
+    import onnx  # takes a tenth of a second, and a run without missing rows does not need it
 
     model = onnx.load_model_from_string(graph)
     kept = [output for output in model.graph.output if output.name == OUTPUT_NAME]

@@ -1,4 +1,4 @@
-"""The solved head of each task, under the task's name: a linear layer fitted on frozen features. Torch-free."""
+"""The solver of each task, by the task's name, that fits a linear head on frozen features. Torch-free."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ class HeadSolver(Protocol):
         seed: int,
         overwrite: NDArray[np.float32] | None = None,
         class_weights: NDArray[np.floating[Any]] | None = None,
-    ) -> SolvedHead: ...
+        image_weights: NDArray[np.float64] | None = None,
+    ) -> SolvedHead:
+        """Return the solved head; the arguments are those of `solve_softmax_head`, with targets as the task encodes them."""
+        ...
 
 
 HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head, "multilabel": solve_sigmoid_head}
 
 
 def head_solver(task: str) -> HeadSolver:
-    """Return what solves the head of the task with this name; every task in `finetune.tasks` has one."""
+    """Return the solver of the task with this name; every task in `finetune.tasks` has one."""
     return HEAD_SOLVERS[task]

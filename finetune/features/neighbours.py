@@ -1,8 +1,8 @@
-"""The training image that is most like each held-out image, by its frozen features: what a leak between splits looks like.
+"""Find the nearest training image of each held-out image in the space of frozen features, to detect leaks between splits.
 
-A copy of a training image (saved again, scaled, cropped) is far closer to its original than to any other image, so what tells is
-the ratio of two distances, to the nearest and to the fifth nearest (Lowe 2004 uses the second; a copy may have two originals).
-NumPy alone.
+A copy of a training image (saved again, scaled, cropped) is much closer to its original than to any other image. So the ratio of
+the distances to the nearest and to the fifth nearest training image is small for copies. (Lowe 2004 uses the second nearest; here
+a copy may have several originals.) Uses NumPy only.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COMPARED_WITH = 5  # the rank of the neighbour whose distance is the yardstick
+COMPARED_WITH = 5  # the rank of the neighbour whose distance the nearest one's is divided by
 CHUNK_ROWS = 512
 _SMALLEST = 1e-6  # of a standard deviation, per feature
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """For each of M images: the position of the nearest training image, and how much nearer it is than the fifth nearest."""
+    """The nearest training image of each of M held-out images."""
 
-    nearest: NDArray[np.int64]  # (M,)
-    ratio: NDArray[np.float64]  # (M,) 0: the same features; near 1: no nearer than others
+    nearest: NDArray[np.int64]  # (M,) its position among the training images
+    ratio: NDArray[np.float64]  # (M,) its distance divided by that of the fifth nearest; 0: the features are equal
 
 
 def nearest_training_images(train: NDArray[np.floating[Any]], held_out: NDArray[np.floating[Any]]) -> Neighbours | None:
-    """Find the nearest of N training rows (N, D) for each of M rows (M, D); None where there are too few training rows."""
+    """Find the nearest training row (N, D) for each held-out row (M, D); return None if there are too few training rows."""
     if len(train) <= COMPARED_WITH or not len(held_out):
         return None
     mean, spread = train.mean(axis=0), train.std(axis=0)

@@ -1,4 +1,4 @@
-"""Choose the cut between what is computed once and what trains, and estimate its cost, before training."""
+"""Choose the cut between the cached prefix and the rest of the network, and estimate its cost, before training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from finetune.model.cut import why_not_cut
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """What will be computed once and kept, and what that costs: a line of ``finetune check``."""
+    """The activations that will be cached, and their cost: a line of ``finetune check``."""
 
-    stage: int | None  # the cut is before this stage; None: nothing is kept
-    after: str  # the last frozen stage, by name
+    stage: int | None  # the cut is before this stage; None: nothing is cached
+    after: str  # name of the last stage before the cut
     row_shape: tuple[int, ...]
     dtype: RowType
-    views: int  # per training image; fewer than asked for where the disk has no room for all
+    views: int  # per training image; fewer than requested if the cache has no room for all
     n_rows: int
-    n_missing: int  # rows not in the cache yet
+    n_missing: int  # rows that are not in the cache yet
     n_bytes: int  # of all rows
-    seconds: float | None  # to compute what is missing; None where it was not measured
+    seconds: float | None  # to compute the missing rows; None if it was not measured
     rows_per_second: float | None
     engine: str
     reason: str
@@ -53,15 +53,15 @@ def plan_prefix(
     graph: GraphSource | None = None,
     measure: bool = True,
 ) -> PrefixPlan:
-    """Return the cut that a run should make, and what it costs.
+    """Choose the cut for a run, and estimate its cost.
 
-    The deepest cut at or below the first trainable stage wins, for what lies between runs again in every epoch. Where its rows
-    do not fit the cache, a smaller activation further down is taken, then fewer views.
+    The best cut is directly before the first trainable stage, because frozen stages after the cut run again in every epoch. If
+    that cut is not possible, or its rows do not fit into the cache, lower cuts are tried, and then fewer views.
 
     Args:
-        first_trainable: its stage index; the number of stages when only the head trains.
-        graph: gives the exported classifier, if it was exported already.
-        measure: time a few images, through the engine that will be used (it is exported for that, and kept).
+        first_trainable: index of the first trainable stage; the number of stages if only the head trains.
+        graph: returns the exported classifier, if it has been exported already.
+        measure: time a few images with the engine that will be used, which is exported for that if necessary.
     """
     stages = classifier.backbone.stages
     dtype: RowType = "float32" if first_trainable == len(stages) else "float16"

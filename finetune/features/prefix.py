@@ -1,8 +1,7 @@
-"""The frozen prefix of a classifier as something that runs fast: ONNX Runtime on a CPU, autocast torch on a GPU.
+"""Run the frozen prefix of a classifier fast: with ONNX Runtime on a CPU, with PyTorch and autocast on a GPU.
 
-On a CPU, ONNX Runtime is several times faster than eager PyTorch, but it is another implementation, so it is trusted only after
-its output on real images agreed with torch's. Where it cannot run a backbone, or differs, torch does the work and an event says
-why. Knows networks and pixels; does not know files of images or caches of results.
+On a CPU, ONNX Runtime is several times faster than eager PyTorch. It is used only if its output on images of the dataset agrees
+with torch's. If it cannot run a backbone, or differs, PyTorch is used, and an event says why.
 """
 
 from __future__ import annotations
@@ -48,10 +47,11 @@ _GRAPH_ERRORS = (torch.onnx.errors.OnnxExporterError, *ORT_ERRORS)
 
 @dataclass(frozen=True)
 class ClassifierPrefix:
-    """The stages of a classifier below `stage`, as a `Prefix`; with `stage` equal to the number of stages, all, with pooling.
+    """The `Prefix` of a torch classifier: its stages before `stage`, or all of them with pooling.
 
     Args:
-        graph: where an ONNX file with the embedding comes from, if the classifier was exported already; exporting takes seconds.
+        stage: the cut is before this stage; the number of stages: the cut is before the head.
+        graph: returns an ONNX file with the embedding, if the classifier has been exported already; exporting takes seconds.
     """
 
     classifier: Classifier
@@ -81,20 +81,20 @@ class ClassifierPrefix:
 
 
 def embedding_prefix(classifier: Classifier, graph: GraphSource | None = None) -> ClassifierPrefix:
-    """Return the whole backbone with pooling as a prefix: from pixels to what the head gets."""
+    """Return the whole backbone with pooling as a prefix, from pixels to the embedding."""
     return ClassifierPrefix(classifier, len(classifier.backbone.stages), graph)
 
 
 def activation_shape(classifier: Classifier, stage: int) -> tuple[int, ...]:
-    """Return the shape of one image's activation at the cut before `stage`."""
+    """Return the shape of the activation of one image at the cut before `stage`."""
     stages = classifier.backbone.stages
     return (classifier.head.in_features,) if stage == len(stages) else stages[stage - 1].output_shape
 
 
 class PixelPrefix(nn.Module):
-    """A private copy of a classifier's stages below `stage`, in eval mode: uint8 pixels to the activation at the cut.
+    """A copy of a classifier's stages before `stage`, in eval mode, from uint8 pixels to the activation at the cut.
 
-    With `stage` equal to the number of stages, to the pooled embedding that the head gets.
+    If `stage` is the number of stages, the output is the pooled embedding.
     """
 
     def __init__(self, classifier: Classifier, stage: int) -> None:
@@ -104,7 +104,7 @@ class PixelPrefix(nn.Module):
         self.input_size_px = classifier.backbone.preprocess.input_size_px
         self.classifier, self.prefix = copy.deepcopy((classifier, cut.prefix))
         self.requires_grad_(False)
-        self.train()  # some attention layers cache in eval mode what they make of their weights; only this drops it
+        self.train()  # clears what some attention layers compute from their weights in eval mode and cache
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,7 +113,11 @@ class PixelPrefix(nn.Module):
 
 
 def prefix_digest(classifier: Classifier, stage: int) -> str:
-    """Return a sha256 over all that decides the activation below `stage`: architecture, weights, statistics, pooling."""
+    """Return the sha256 of everything that determines the activation at the cut before `stage`.
+
+    It covers the architecture, weights, running statistics and pixel normalisation and, if the cut is before the head, the
+    pooling.
+    """
     backbone = classifier.backbone
     stage_of = backbone.layout.tensor_stage
     pooling = classifier.pooling if stage == len(backbone.stages) else ""
@@ -130,13 +134,13 @@ def prefix_digest(classifier: Classifier, stage: int) -> str:
 
 @dataclass(frozen=True)
 class TorchEngine:
-    """PyTorch, eager; on a GPU with float16 autocast unless that differs too much."""
+    """Eager PyTorch, on a GPU with float16 autocast if `autocast` is set."""
 
     module: PixelPrefix
     device: Device
     autocast: bool
 
-    concurrent = False  # PyTorch brings its own threads
+    concurrent = False  # PyTorch uses several threads itself
 
     @property
     def name(self) -> str:
@@ -161,6 +165,7 @@ class TorchEngine:
 
 
 def torch_engine_name(device: Device, autocast: bool) -> str:
+    """Return the name of `TorchEngine` in the keys of cached rows."""
     return f"torch {torch.__version__} {device} {'float16' if autocast and device == 'cuda' else 'float32'}"
 
 
@@ -172,11 +177,11 @@ def open_engine(
     graph: GraphSource | None,
     event: EventCallback,
 ) -> Engine:
-    """Return the fastest engine that agrees with torch on `images`, a few real ones.
+    """Return the fastest engine whose output agrees with torch's on `images`, a few images of the dataset.
 
     Args:
-        store: folder in which the exported graph and the verdict on it are kept for later runs.
-        graph: where an ONNX file comes from that computes the embedding, if the classifier was exported already; exporting takes
+        store: folder for the exported graph and the result of the comparison, which later runs read.
+        graph: returns an ONNX file that computes the embedding, if the classifier has been exported already; exporting takes
             seconds.
     """
     if device == "cuda":
@@ -195,7 +200,7 @@ def open_engine(
 
 
 class _Disagreement(Exception):
-    """An engine whose output is not torch's."""
+    """The output of an engine differs from torch's."""
 
 
 def _open_onnx(
@@ -227,10 +232,10 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
 
 
 def export_prefix(module: PixelPrefix) -> bytes:
-    """Return the prefix as one ONNX file: `images` (B, h, w, 3) uint8 in, its activation out."""
+    """Return the prefix as one ONNX file, with the input `images` (B, h, w, 3) uint8 and the activation as output."""
     height, width = module.input_size_px
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own insides
+        warnings.simplefilter("ignore")  # the exporter warns about its own implementation
         program = torch.onnx.export(
             module,
             (torch.zeros((2, height, width, 3), dtype=torch.uint8),),

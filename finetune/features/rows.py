@@ -1,12 +1,12 @@
-"""The frozen prefix, computed once: its output for every image and view, read from the cache where it was computed before.
+"""Compute the output of a frozen prefix once for every image and view, and read it from the cache afterwards. Torch-free.
 
-A frozen stage's output for one view of an image never changes. `pooled_features` gives the embeddings that a head is solved on;
-`FrozenRows` is the general case, any cut, which `finetune.training.replay` trains on. Decoding runs beside the network, on all
-cores; rows stream to disk as they come. Torch-free: what computes the rows is behind `finetune.features.engine.Prefix`.
+The output of frozen stages for a view of an image never changes. `pooled_features` returns the embeddings that a head is solved
+on; `FrozenRows` is the general case of any cut, which `finetune.training.replay` trains on. Images are decoded on all cores while
+the network runs, and rows are written to disk as they are computed, by a `finetune.features.engine.Engine`.
 
-A row's key holds the image's bytes and the view; its space holds the prefix's weights, the preprocessing, the cut, the number
-format and the engine. So rows are found again when the dataset grows, is split otherwise or trains another head, and never when
-they would differ.
+The key of a row is a digest of the image's bytes and the view. Its space is a digest of the weights of the prefix, the
+preprocessing, the cut, the number format and the engine. Therefore rows are found again if the dataset grows, is split in another
+way or another head is trained, and are never used if they would differ.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ from finetune.storage.store import Store
 
 RowType = Literal["float16", "float32"]
 
-CHECKED_IMAGES = 16  # on which an engine must agree with torch
-TIMED_IMAGES = 8  # from which speed is estimated
-COPIED_ROWS = 1024  # at a time out of the cache
-CPU_BATCH = 8  # rows a call of an engine on a CPU
-DECODED_AHEAD_BYTES = 128 * 1024**2  # of pixels that wait for the engine, which may still be under construction
+CHECKED_IMAGES = 16  # that an engine is compared with torch on
+TIMED_IMAGES = 8  # that the speed is measured on
+COPIED_ROWS = 1024  # rows that are copied from the cache at a time
+CPU_BATCH = 8  # rows per call of an engine on a CPU
+DECODED_AHEAD_BYTES = 128 * 1024**2  # of decoded pixels that may wait for the engine, also while it is being opened
 
 
 @dataclass(frozen=True)
 class Views:
-    """Which views of an image are computed: number 0 is the one that evaluation sees, the others are augmented.
+    """The views of an image: number 0 is preprocessed as in evaluation, the others are augmented.
 
-    An augmented view is a function of the image's bytes and its number alone, so that it is found again in any dataset.
+    An augmented view depends only on the augmentation, the image's bytes and the number of the view, so it is the same in every
+    dataset.
     """
 
     preprocess: Preprocess
@@ -63,12 +64,12 @@ class Views:
             raise ValueError("more than one view needs an augmentation")
 
     def names(self) -> list[bytes]:
-        """Return what tells the views apart in keys; the preprocessing is in the space."""
+        """Return the name of each view in keys. It does not contain the preprocessing, which is part of the space."""
         augmented = self.augment.digest() if self.augment is not None and self.count > 1 else ""
         return [b"as evaluated", *(f"{augmented} {number}".encode() for number in range(1, self.count))]
 
     def pixels(self, data: bytes, numbers: Sequence[int]) -> list[NDArray[np.uint8]]:
-        """Return the views with these numbers of one image file, each (h, w, 3)."""
+        """Return the views with these numbers of an encoded image, each (h, w, 3) uint8."""
         views = [self.preprocess.load(data) for number in numbers if number == 0]
         augmented = [number for number in numbers if number > 0]
         if augmented and self.augment is not None:
@@ -84,10 +85,11 @@ def _view_seed(image_sha256: bytes, number: int) -> int:
 
 @dataclass(frozen=True)
 class FeatureContext:
-    """Where and with what features are computed; by default on all cores of this process, without telling anybody.
+    """How features are computed and where they are cached.
 
     Args:
-        spent: told what computing the rows that are used takes, also where they were found and took that in an earlier run.
+        threads: None: all cores that this process may use.
+        spent: is called with the seconds that computing the used rows takes or, for cached rows, took.
     """
 
     store: Store
@@ -109,13 +111,13 @@ def pooled_features(
     context: FeatureContext,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Return what `prefix` makes of samples, (N, *row_shape); of K > 1 views of each, (N, K, *row_shape).
+    """Return the output of `prefix` for N samples, (N, *row_shape), or (N, K, *row_shape) for K > 1 views.
 
     Args:
-        out: where the rows are written, (N * K, *row_shape); by default a new array.
+        out: array for the rows, (N * K, *row_shape); by default a new one.
 
     Raises:
-        DataError: images that cannot be decoded, each named.
+        DataError: some images cannot be decoded; the error names each.
     """
     wanted = FrozenRows(prefix, "float32", samples, views, context)
     wanted.settle_engine()
@@ -137,10 +139,12 @@ def pooled_features(
 def decode_into_features(
     prefix: Prefix, views: Views, context: FeatureContext, samples: Sequence[Sample]
 ) -> dict[int, ImageError]:
-    """Decode samples and keep their pooled features, so that whoever asks for these later decodes nothing.
+    """Decode samples and cache their pooled features, so that they need not be decoded again.
+
+    If the cache has no room for the features, the samples are only decoded.
 
     Returns:
-        The samples that cannot be decoded, by position. Where the cache has no room, samples are only decoded.
+        The errors of the samples that cannot be decoded, by position.
     """
     wanted = FrozenRows(prefix, "float32", samples, views, context)
     if not wanted.n_missing:
@@ -151,18 +155,18 @@ def decode_into_features(
 
 
 def engine_folder(prefix: Prefix, preprocess: Preprocess, store: Store) -> Path:
-    """Return the folder that holds the exported graph of a prefix and the verdict on it; a graph takes images of one size."""
+    """Return the folder for the exported graph of a prefix and the result of its comparison; there is one for each input size."""
     return store.folder("engines") / _digest("graph", prefix.digest, str(preprocess.input_size_px), onnx_engine_name())
 
 
 def rows_of(prefix: Prefix, preprocess: Preprocess, dtype: RowType, engine_name: str, store: Store) -> RowCache:
-    """Return the space of a cache that holds what one engine makes of images that are framed in one way."""
+    """Return the cache space for the rows of a prefix, computed by one engine with one preprocessing."""
     space = _digest("rows", DECODER, prefix.digest, preprocess.digest(), dtype, engine_name)
     return RowCache(store, space, prefix.row_shape, dtype)
 
 
 def find_rows(prefix: Prefix, samples: Sequence[Sample], preprocess: Preprocess, engine_name: str, store: Store) -> Rows:
-    """Return what one engine has made of samples as evaluated, as far as that is stored."""
+    """Look up the rows of samples (view 0) that an engine has computed; some may be missing."""
     keys = _row_keys(samples, Views(preprocess).names(), available_cores())
     return rows_of(prefix, preprocess, "float32", engine_name, store).find(keys)
 
@@ -175,24 +179,24 @@ def keep_rows(
     engine_name: str,
     store: Store,
 ) -> bool:
-    """Store what one engine has made of samples as evaluated; return whether there was room."""
+    """Cache rows (N, *row_shape) that an engine has computed for samples (view 0); return False if there was no room."""
     keys = _row_keys(samples, Views(preprocess).names(), available_cores())
     cache = rows_of(prefix, preprocess, "float32", engine_name, store)
     missing = cache.find(keys).missing
     if not store.reserve(len(missing) * cache.row_bytes):
         return False
     writer = cache.writer()
-    writer.append(keys[missing], rows[missing], Seconds())  # no features that a method would have to compute
+    writer.append(keys[missing], rows[missing], Seconds())  # without cost, because no method trains on these rows
     writer.flush()
     return True
 
 
 class DoesNotFit(Exception):
-    """An activation that is too large for the number format it should be kept in."""
+    """An activation is too large for the number format of its space."""
 
 
 class FrozenRows:
-    """The output of a prefix for every view of every image: where the rows are, and how the missing ones are computed.
+    """The output of a prefix for K views of N images: finds cached rows and computes missing ones.
 
     Row ``i * K + k`` is view k of image i.
     """
@@ -204,7 +208,7 @@ class FrozenRows:
         self.keys = _row_keys(samples, self._view_names, context.cores)  # (N * K, 32)
         self._engine_folder = engine_folder(prefix, views.preprocess, context.store)
         self._engine: Engine | None = None
-        self.computed = Seconds()  # what the rows that were computed here took
+        self.computed = Seconds()  # that the rows computed by this object took
         self._use_space_of(prefix.expected_engine(context.device, self._engine_folder))
 
     @property
@@ -212,11 +216,11 @@ class FrozenRows:
         return len(self.rows.missing)
 
     def look_up(self) -> None:
-        """Look up which rows the cache holds by now."""
+        """Look up again which rows are cached."""
         self.rows = self.cache.find(self.keys)
 
     def settle_engine(self) -> None:
-        """Open the engine that will compute missing rows; it may be another than expected, with other rows in the cache."""
+        """Open the engine that computes missing rows. If it is not the expected one, switch to its space of the cache."""
         if self.n_missing and self._engine is None:
             engine = self.prefix.open_engine(
                 self._images_to_check(), self.context.device, self._engine_folder, self.context.event
@@ -226,21 +230,22 @@ class FrozenRows:
                 self._use_space_of(engine.name)
 
     def make_room(self) -> bool:
-        """Return whether the missing rows fit the cache; what was used least recently is deleted for them."""
+        """Delete the least recently used files if the missing rows need their space; return whether the rows fit the cache."""
         return self.context.store.reserve(self.n_missing * self.cache.row_bytes)
 
     def why_no_room(self) -> str:
+        """Return a phrase with the space that the missing rows need and the size limit of the cache."""
         needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.context.store.budget_bytes / 1e9
         return f"{needed:,.2f} GB are needed, and the cache in {self.context.store.root} may hold {allowed:,.2f} GB"
 
     def compute(self, out: NDArray[np.float32] | None, keep: bool) -> None:
-        """Compute the missing rows, in the order of images, into `out` (N * K, *shape) and, with `keep`, into the cache.
+        """Compute the missing rows in the order of images; write them into `out` (N * K, *row_shape) and, with `keep`, the cache.
 
         Raises:
-            DataError: images that cannot be decoded, each named; all others are computed and kept first.
-            TrainingError: the network gives values that are not finite.
+            DataError: some images cannot be decoded; the error names each, after all other rows have been computed.
+            TrainingError: the network returns values that are not finite.
             DoesNotFit: an activation is too large for this number format.
-            DiskFull: without `out`, rows that cannot be kept are of no use; with it, an event tells.
+            DiskFull: the rows cannot be cached, and there is no `out`; with `out`, an event is sent instead.
         """
         failed = self.compute_readable(out, keep)
         if failed:
@@ -248,7 +253,7 @@ class FrozenRows:
             raise DataError(f"{len(problems):,} of {len(self.samples):,} images cannot be decoded", problems)
 
     def compute_readable(self, out: NDArray[np.float32] | None, keep: bool) -> dict[int, ImageError]:
-        """Do what `compute` does, but return the images that cannot be decoded, by position, instead of raising."""
+        """Do the same as `compute`, but return the errors of images that cannot be decoded, by position, instead of raising."""
         failed: dict[int, ImageError] = {}
         meter = _Meter(self.context.progress, self.n_missing, "images" if self.views.count == 1 else "views")
         with contextlib.ExitStack() as stack:
@@ -271,7 +276,7 @@ class FrozenRows:
         return failed
 
     def decode_only(self) -> dict[int, ImageError]:
-        """Decode the images of the missing rows and compute nothing; return those that cannot be decoded."""
+        """Only decode the images of the missing rows; return the errors of those that cannot be decoded, by position."""
         failed: dict[int, ImageError] = {}
         meter = _Meter(self.context.progress, self.n_missing, "images")
         with contextlib.ExitStack() as stack:
@@ -281,12 +286,12 @@ class FrozenRows:
         return failed
 
     def _decoded_chunks(self, stack: contextlib.ExitStack) -> Iterator[_Decoded]:
-        """Decode the missing rows in background threads, which work ahead while the engine is being opened."""
+        """Decode the missing rows in background threads, which begin while the engine is being opened."""
         expected = self.engine_name
         chunks = self._start_decoding(stack)
         first = next(chunks, None)
         self.settle_engine()
-        if self.engine_name != expected:  # its rows are kept elsewhere, where others may be missing
+        if self.engine_name != expected:  # it has another space, in which other rows may be missing
             return self._start_decoding(stack)
         return iter(()) if first is None else itertools.chain([first], chunks)
 
@@ -301,7 +306,11 @@ class FrozenRows:
     def _run_chunks(
         self, decoded: Iterator[_Decoded], stack: contextlib.ExitStack
     ) -> Iterator[tuple[_Decoded, NDArray[np.float32] | None, Seconds]]:
-        """Run the engine on decoded chunks, on several cores at once where it computes on one; the seconds are the engine's."""
+        """Run the engine on decoded chunks, several at a time if it is concurrent.
+
+        Returns:
+            For each chunk: the chunk, its rows (None if no image could be decoded), and the seconds that the engine took.
+        """
         engine, cores = self._engine, self.context.cores
 
         def run(chunk: _Decoded) -> tuple[_Decoded, NDArray[np.float32] | None, Seconds]:
@@ -315,7 +324,7 @@ class FrozenRows:
         return stack.enter_context(contextlib.closing(ordered_map(run, decoded, threads=cores, ahead=2 * cores)))
 
     def rows_per_second(self) -> float | None:
-        """Measure how fast the missing rows will be computed, on a few of them; decoding and network share all cores."""
+        """Measure on a few images how fast the missing rows can be computed, decoding included; None if none is missing."""
         self.settle_engine()
         engine = self._engine
         if engine is None or not self.n_missing:
@@ -345,7 +354,7 @@ class FrozenRows:
         self.look_up()
 
     def _images_to_check(self) -> NDArray[np.uint8]:
-        """Return a few images from all over the dataset, (n, h, w, 3); those that do not decode are reported later."""
+        """Return images (n, h, w, 3) from evenly spaced positions of the dataset, without those that cannot be decoded."""
         images = []
         for index in np.unique(np.linspace(0, len(self.samples) - 1, CHECKED_IMAGES).astype(int)):
             with contextlib.suppress(ImageError):
@@ -353,7 +362,7 @@ class FrozenRows:
         return np.stack(images) if images else np.zeros((1, *self.views.preprocess.input_size_px, 3), np.uint8)
 
     def _tasks(self, n_rows: int) -> Iterator[list[_Task]]:
-        """Yield the missing rows, about `n_rows` at a time, all views of an image together so that it is read once."""
+        """Yield the missing rows in chunks of about `n_rows`; all views of an image are in one chunk, so that it is read once."""
         images, numbers = np.divmod(self.rows.missing, self.views.count)
         starts = np.append(np.flatnonzero(np.diff(images, prepend=-1)), len(images))  # of each image, and the end
         per_chunk = max(1, n_rows // self.views.count)
@@ -362,7 +371,7 @@ class FrozenRows:
             yield [_Task(int(images[a]), tuple(numbers[a:b].tolist())) for a, b in itertools.pairwise(bounds)]
 
     def _decode(self, tasks: Sequence[_Task]) -> _Decoded:
-        """Decode the views of some images; runs in a background thread."""
+        """Decode the requested views of some images. Runs in a background thread."""
         began = thread_clock()
         positions: list[int] = []
         keys: list[NDArray[np.uint8]] = []
@@ -376,7 +385,7 @@ class FrozenRows:
                 failed[task.image] = error
                 continue
             positions += [task.image * self.views.count + view for view in task.views]
-            # Under the key of the bytes that were decoded, should the file have changed since it was looked up.
+            # The key is that of the decoded bytes, in case the file has changed since its digest was computed.
             keys.append(_image_keys(hashlib.sha256(data).digest(), self._view_names)[list(task.views)])
         if not images:
             nothing = np.empty(0, np.int64), np.empty((0, KEY_BYTES), np.uint8), np.empty(0, np.uint8)
@@ -386,7 +395,12 @@ class FrozenRows:
 
     @contextlib.contextmanager
     def _keeping(self, keep: bool, required: bool) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.float32], Seconds], None]]:
-        """Yield a function that stores rows under keys; after the block, however it ends, they are in the cache."""
+        """Yield a function that caches rows under keys; all of them are written when the block ends, also if it raises.
+
+        Args:
+            keep: False: the function does nothing.
+            required: raise `DiskFull` instead of sending an event.
+        """
         writer = self.cache.writer() if keep else None
 
         def attempt(action: Callable[[ShardWriter], None]) -> None:
@@ -408,7 +422,7 @@ class FrozenRows:
 
 @dataclass(frozen=True)
 class _Task:
-    """Views of one image that are missing."""
+    """The missing views of one image."""
 
     image: int
     views: tuple[int, ...]
@@ -421,11 +435,11 @@ class _Decoded:
     images: NDArray[np.uint8]  # (B, h, w, 3)
     failed: Mapping[int, ImageError]  # positions of images that cannot be decoded
     seconds: Seconds  # that decoding took in its thread
-    decoded_at: float  # as `time.perf_counter` tells the time
+    decoded_at: float  # `time.perf_counter` when decoding ended
 
 
 class _Meter:
-    """Tells a progress callback how many rows there are, and how fast they come."""
+    """Reports to a progress callback how many rows have been computed, and how fast."""
 
     def __init__(self, progress: ProgressCallback, total: int, unit: str) -> None:
         self._progress, self._total, self._unit = progress, total, unit
@@ -438,10 +452,10 @@ class _Meter:
 
 
 def _row_keys(samples: Sequence[Sample], view_names: Sequence[bytes], threads: int) -> NDArray[np.uint8]:
-    """Return the keys of all rows, (N * K, 32); files whose sha256 is not known yet are read for it.
+    """Return the keys (N * K, 32) of all rows. Files whose sha256 is not known are read.
 
     Raises:
-        DataError: files that cannot be read, each named.
+        DataError: some files cannot be read; the error names each.
     """
     problems: list[Problem] = []
 

@@ -1,12 +1,11 @@
-"""The head, solved: logistic regression on frozen features, with the L2 strength chosen on held-out data.
+"""Solve the linear head: logistic regression on frozen features, with the L2 penalty chosen on held-out images.
 
-With the backbone frozen, the best linear head is the minimum of a convex function, so it is computed instead of stepped
-towards: L-BFGS on standardised features, warm-started along a path of L2 strengths. The standardisation is folded into the
-returned weights, which makes them an ordinary linear layer on raw features: the class activation map of the exported head
-stays exact.
+If the backbone is frozen, the loss is a convex function of the head, so its minimum can be computed directly: by L-BFGS on
+standardised features, warm-started along a path of L2 penalties. The standardisation is folded into the returned weights, so they
+are an ordinary linear layer on raw features, and the class activation map of the exported head stays exact.
 
-Training, validation and cross-validation folds are one matrix with different row weights; a held-out row is a row of weight zero.
-NumPy alone: a head on features that are known is solved without torch in the process.
+Training, validation and cross-validation folds share one matrix and differ only in the weights of its rows; the weight of a
+held-out row is zero. Uses NumPy only, so that a head on cached features is solved without torch in the process.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from finetune.metrics.accuracy import top1
 from finetune.metrics.likelihood import nll
 from finetune.metrics.rows import judge_rows
 
-# Strong to weak, two a decade, in units of the mean loss: scikit-learn's C is 1 / (l2 * N).
+# Penalties from strong to weak, two per decade. They are added to the mean loss: scikit-learn's C is 1 / (l2 * N).
 L2_PATH = tuple(float(10.0**exponent) for exponent in np.arange(1.0, -5.1, -0.5))
-L2_WITHOUT_EVIDENCE = 0.1  # too few images to hold any out
-PATIENCE = 2  # the path ends when this many strengths in a row are worse than the best: the weak end is slow and never wins
-PATH_TOLERANCE = 1e-3  # relative to the optimum; validation loss no longer moves in its third digit
+L2_WITHOUT_EVIDENCE = 0.1  # if there are too few images to hold any out
+PATIENCE = 2  # the path ends when this many penalties in a row are worse than the best; the weak end is slow and is never best
+PATH_TOLERANCE = 1e-3  # relative to the optimum; the validation loss then is exact to three digits
 FINAL_TOLERANCE = 1e-6
-SMALLEST_GRADIENT = 1e-6  # below this, float32 sums cannot tell the gradient from zero
+SMALLEST_GRADIENT = 1e-6  # smaller gradients are rounding errors of float32 sums
 MAX_ITERATIONS = 1000
 CHUNK_ROWS = 4096
-ONE_THREAD_ELEMENTS = 2**25  # 128 MiB of features; up to there, threads wait for each other for longer than they help
+ONE_THREAD_ELEMENTS = 2**25  # 128 MiB of features; for smaller matrices one BLAS thread is faster than several
 
 Float32s = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -44,31 +43,31 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PathPoint:
-    """One L2 strength that was tried: its loss and accuracy on rows that it was not fitted on."""
+    """One L2 penalty that was tried, with the loss and the metric on held-out rows."""
 
     l2: float
     val_nll: float
-    val_score: float  # of the headline metric of the task
+    val_score: float  # the headline metric of the task
 
 
 @dataclass(frozen=True)
 class SolvedHead:
-    """A solved head and the evidence for it."""
+    """A solved head, and how its L2 penalty was chosen."""
 
     weight: Float32s  # (C, D), for raw features
     bias: Float32s  # (C,)
     l2: float
     chosen_by: Literal["given", "validation", "cross-validation", "default"]
     path: tuple[PathPoint, ...]
-    held_out_logits: Float32s | None  # (H, C), each row from a fit that did not see it
-    held_out_images: NDArray[np.int64]  # (H,) indices into val, or into the training images under cross-validation
-    iterations: int  # passes over the features, path and final fit together
-    gradient_norm: float  # at the solution, in standardised space
+    held_out_logits: Float32s | None  # (H, C), each row from a fit without it
+    held_out_images: NDArray[np.int64]  # (H,) positions in val or, with cross-validation, in the training images
+    iterations: int  # passes over the features, for the path and the final fit together
+    gradient_norm: float  # at the solution, for standardised features
     converged: bool
     seconds: float
 
     def logits(self, features: NDArray[np.floating[Any]]) -> Float32s:
-        """(N, D) -> (N, C)"""
+        """Return the logits (N, C) of features (N, D)."""
         return head_logits(features, self.weight, self.bias)
 
 
@@ -88,6 +87,7 @@ def solve_softmax_head(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
+    image_weights: NDArray[np.float64] | None = None,
     folds: int = 5,
     seed: int = 0,
     overwrite: NDArray[np.float32] | None = None,
@@ -95,17 +95,19 @@ def solve_softmax_head(
     """Fit softmax(W x + b) to `labels`.
 
     Args:
-        features: (N, D), or (N, K, D) for K views of each image; view 0 is the one that evaluation sees. Views of one image
-            share its weight and are held out together.
+        features: (N, D), or (N, K, D) for K views of each image, of which view 0 is not augmented. The views of an image share
+            its weight and are held out together.
         labels: (N,) in [0, num_classes).
-        val_features: (M, D). Without them the L2 strength is chosen by `folds`-fold cross-validation over `features`.
-        l2: strength of (l2 / 2) * |W|² on standardised features beside the mean loss; None chooses it.
-        class_weights: (C,) multiplies the weight of each row by its class's, in the fit and in the loss that chooses.
-        overwrite: (N * K + M, D) the array of which `features` and `val_features` are the rows, in this order, if it may be
-            overwritten; that spares a copy of all features.
+        val_features: (M, D). Without them, the L2 penalty is chosen by `folds`-fold cross-validation on `features`.
+        l2: the penalty (l2 / 2) * |W|² on standardised features is added to the mean loss; None: it is chosen.
+        class_weights: (C,) by which the weight of each row of a class is multiplied, in the fit and in the loss on held-out rows.
+        image_weights: (N,) by which the weight of each image is multiplied in the fit, including the standardisation, so that an
+            image of weight 2 equals two copies of it. The loss on held-out rows does not use them.
+        overwrite: (N * K + M, D) the array that contains `features` and `val_features`, in this order, if it may be overwritten;
+            this saves a copy of all features.
 
     Raises:
-        TrainingError: features that are not finite.
+        TrainingError: some features are not finite.
     """
 
     def problem_of(rows: Float32s, row_labels: NDArray[Any]) -> _Problem:
@@ -122,36 +124,37 @@ def solve_softmax_head(
         folds=folds,
         seed=seed,
         overwrite=overwrite,
+        image_weights=image_weights,
     )
 
 
 class Problem(Protocol):
-    """One convex loss over a matrix of features. Parameters are (C, D + 1) float64; the last column is the unpenalised bias."""
+    """A convex loss over a matrix of features. Parameters are (C, D + 1) float64; the last column is the unpenalised bias."""
 
-    passes: int  # over the features, so far
+    passes: int  # number of passes over the features so far
 
     def row_weights(self, weights: Floats) -> Floats:
-        """Return weights (R,) of the rows with those of their classes in them."""
+        """Return the weights (R,) of the rows, multiplied by the weights of their classes."""
         ...
 
     def start(self, weights: Floats) -> Floats:
-        """Return the optimum under infinite l2."""
+        """Return the optimum for an infinite penalty, where only the biases differ from zero."""
         ...
 
     def objective(self, weights: Floats, l2: float) -> Objective:
-        """Return the weighted mean loss + (l2 / 2) |W|² as a function of the parameters."""
+        """Return the function of the parameters that is minimised: weighted mean loss + (l2 / 2) |W|²."""
         ...
 
     def logits(self, parameters: Floats) -> Float32s:
-        """(R, C)"""
+        """Return the logits (R, C) of all rows."""
         ...
 
     def complete(self, parameters: Floats, weights: Floats) -> Floats:
-        """Return the parameters with something sensible for classes that no row teaches."""
+        """Return the parameters with finite biases for classes that the rows with positive weight do not determine."""
         ...
 
     def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
-        """Return the loss that chooses the strength, and the headline metric, of logits for these rows."""
+        """Return the loss, by which the penalty is chosen, and the headline metric of logits for these rows."""
         ...
 
 
@@ -167,24 +170,28 @@ def solve_head(
     folds: int,
     seed: int,
     overwrite: NDArray[np.float32] | None,
+    image_weights: NDArray[np.float64] | None = None,
 ) -> SolvedHead:
-    """Walk the path of L2 strengths and fit the head with the best; see `solve_softmax_head`.
+    """Try the path of L2 penalties and fit the head with the best one; see `solve_softmax_head`.
 
     Args:
-        problem_of: makes the problem, of standardised rows (R, D) and the encoded target of each.
-        dealt_by: (N,) folds are stratified by these integers.
+        problem_of: constructs the problem from standardised rows (R, D) and the encoded target of each row.
+        dealt_by: (N,) integers that the folds are stratified by.
     """
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(targets) * views, 0 if val_features is None else len(val_features)
     with _threads_for(features):
-        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite)
+        of_rows = None if image_weights is None else np.repeat(image_weights, views)
+        matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite, of_rows)
         row_targets = np.repeat(targets, views, axis=0)
         if val_targets is not None:
             row_targets = np.concatenate([row_targets, val_targets])
         problem = problem_of(matrix.rows, row_targets)
-        # An image weighs one, whatever the number of its views, times its class's weight.
+        # The weight of an image is its own weight times that of its class, and does not depend on the number of its views.
         of_views = np.where(np.arange(n_train + n_val) < n_train, 1.0 / views, 1.0)
+        if of_rows is not None:
+            of_views[:n_train] *= of_rows
         weights = problem.row_weights(of_views) * (np.arange(n_train + n_val) < n_train)
 
         splits: list[_Split] = []
@@ -215,20 +222,20 @@ def solve_head(
 
 
 def _threads_for(features: NDArray[np.floating[Any]]) -> AbstractContextManager[object]:
-    """Compute on one thread where the matrix is small."""
+    """Return a context that limits BLAS to one thread if the matrix is small."""
     return threadpool_limits(1, "blas") if features.size <= ONE_THREAD_ELEMENTS else nullcontext()
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Row weights to fit with, and the rows to judge on."""
+    """The row weights for a fit, and the rows that the fit is evaluated on."""
 
-    weights: Floats  # (R,) zero where held out
-    held_out: NDArray[np.int64]  # indices of rows
+    weights: Floats  # (R,) zero for held-out rows
+    held_out: NDArray[np.int64]  # positions of rows
 
 
 def _fold_splits(labels: NDArray[np.integer[Any]], row_weights: Floats, views: int, folds: int, seed: int) -> list[_Split]:
-    """Return stratified folds over images. A class with one image is never held out: no other image could teach it."""
+    """Return stratified folds of images. The only image of a class is never held out, because its class could not be learnt."""
     fold_of_image = np.full(len(labels), -1)
     generator = np.random.default_rng(seed)
     dealt = 0  # folds are dealt round robin across classes, so that small classes do not all land in the first folds
@@ -251,9 +258,11 @@ def _held_out_images(splits: Sequence[_Split], views: int) -> NDArray[np.int64]:
 
 
 def _walk_path(problem: Problem, splits: Sequence[_Split]) -> tuple[list[PathPoint], Float32s | None, Floats | None]:
-    """Try the strengths from strong to weak on every split.
+    """Try the L2 penalties from strong to weak on every split.
 
-    Returns: the points; the best point's held-out logits in the order of rows, and its parameters on the first split.
+    Returns:
+        The points of the path, the best point's held-out logits (H, C) in the order of rows, and its parameters on the first
+        split.
     """
     path: list[PathPoint] = []
     if not splits:
@@ -276,15 +285,15 @@ def _walk_path(problem: Problem, splits: Sequence[_Split]) -> tuple[list[PathPoi
 
 
 def _extrapolate(trail: Sequence[Floats]) -> Floats:
-    """The solution moves smoothly with log(l2): go on by as much as the last step, which halves the passes."""
+    """Extrapolate the solution for the next penalty linearly in log(l2), as a starting point; this halves the passes."""
     return trail[-1] if len(trail) < 2 else 2 * trail[-1] - trail[-2]
 
 
 @dataclass(frozen=True)
 class _Standardised:
-    """The feature matrix with zero mean and unit variance over its training rows, and the way back.
+    """The feature matrix, standardised to zero mean and unit variance over its training rows.
 
-    A feature that does not vary (up to float32 rounding) becomes zero, and so does its weight.
+    A feature that is constant (up to float32 rounding) becomes zero, and so does its weight.
     """
 
     rows: Float32s  # (N*K + M, D)
@@ -292,16 +301,19 @@ class _Standardised:
     inverse_std: Floats  # (D,), zero for a constant feature
 
     def fold(self, parameters: Floats) -> tuple[Float32s, Float32s]:
-        """(C, D + 1) for standardised rows -> weight (C, D) and bias (C,) for raw rows."""
+        """Convert parameters (C, D + 1) for standardised rows into weight (C, D) and bias (C,) for raw rows."""
         weight = parameters[:, :-1] * self.inverse_std
         bias = parameters[:, -1] - weight @ self.mean
         return weight.astype(np.float32), bias.astype(np.float32)
 
 
 def _standardise(
-    train: NDArray[np.floating[Any]], val: NDArray[np.floating[Any]] | None, overwrite: Float32s | None
+    train: NDArray[np.floating[Any]],
+    val: NDArray[np.floating[Any]] | None,
+    overwrite: Float32s | None,
+    weights: Floats | None = None,
 ) -> _Standardised:
-    mean, inverse_std = _moments(train)
+    mean, inverse_std = _moments(train) if weights is None else _weighted_moments(train, weights)
     parts = [train] if val is None else [train, val]
     shape = (sum(len(part) for part in parts), train.shape[1])
     rows = np.empty(shape, np.float32) if overwrite is None else overwrite
@@ -322,7 +334,7 @@ def _standardise(
 
 
 def _moments(matrix: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
-    """Mean and 1 / standard deviation of each column, (D,); two passes, since one loses the variance to cancellation."""
+    """Return mean and 1 / standard deviation (D,) of the columns, in two passes: a single pass would suffer from cancellation."""
     n_columns = matrix.shape[1]
     total, squares, largest = np.zeros(n_columns), np.zeros(n_columns), np.zeros(n_columns)
     for chunk in _chunks(matrix):
@@ -336,8 +348,24 @@ def _moments(matrix: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
     return mean, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))
 
 
+def _weighted_moments(matrix: NDArray[np.floating[Any]], weights: Floats) -> tuple[Floats, Floats]:
+    """Return weighted mean and 1 / weighted standard deviation (D,) of the columns, for row weights (N,); see `_moments`."""
+    n_columns = matrix.shape[1]
+    total, squares, largest = np.zeros(n_columns), np.zeros(n_columns), np.zeros(n_columns)
+    starts = range(0, len(matrix), CHUNK_ROWS)
+    for start, chunk in zip(starts, _chunks(matrix), strict=True):
+        total += weights[start : start + CHUNK_ROWS] @ chunk
+        np.maximum(largest, np.abs(chunk).max(axis=0), out=largest)
+    mean = total / weights.sum()
+    for start, chunk in zip(starts, _chunks(matrix), strict=True):
+        squares += weights[start : start + CHUNK_ROWS] @ np.square(chunk - mean)
+    std = np.sqrt(squares / weights.sum())
+    constant = std <= 1e-6 * largest
+    return mean, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))
+
+
 def _chunks(matrix: NDArray[np.floating[Any]]) -> Iterator[Floats]:
-    """Yield the rows in float64, a few thousand at a time: the whole matrix may not fit into memory twice."""
+    """Yield the rows as float64, `CHUNK_ROWS` at a time, because a copy of the whole matrix may not fit into memory."""
     for first in range(0, len(matrix), CHUNK_ROWS):
         yield np.asarray(matrix[first : first + CHUNK_ROWS], dtype=np.float64)
 
@@ -346,7 +374,7 @@ Objective = Callable[[Floats], tuple[float, Floats, float]]  # parameters -> val
 
 
 class _Problem:
-    """Smoothed cross-entropy over one matrix, as a `Problem`."""
+    """The `Problem` of softmax cross-entropy with label smoothing."""
 
     def __init__(
         self,
@@ -379,15 +407,14 @@ class _Problem:
         return linear_logits(self.rows, parameters)
 
     def start(self, weights: Floats) -> Floats:
-        """Return the optimum under infinite l2: zero weights, log of the class shares as bias."""
+        """Return the optimum for an infinite penalty: zero weights, and the logarithms of the class shares as biases."""
         parameters = np.zeros((len(self._targets), self.rows.shape[1] + 1))
         parameters[:, -1] = np.log(np.maximum(self._class_mass(weights), 1e-3 / len(weights)))
         return parameters
 
     def objective(self, weights: Floats, l2: float) -> Objective:
-        """Return the weighted mean loss + (l2 / 2) |W|² as a function of the parameters."""
         share = (weights / weights.sum()).astype(np.float32)  # (R,)
-        present = (self._class_mass(weights) > 0).astype(np.float64)[:, None]  # an absent class's bias would run to -inf
+        present = (self._class_mass(weights) > 0).astype(np.float64)[:, None]  # the bias of an absent class would diverge to -inf
         penalty = np.full((1, self.rows.shape[1] + 1), l2)
         penalty[0, -1] = 0.0
 
@@ -399,14 +426,14 @@ class _Problem:
             error = (np.exp(log_probs, out=log_probs) - self._targets) * share  # (C, R)
             slope = np.concatenate([error @ self.rows, error.sum(axis=1, keepdims=True)], axis=1)
             gradient = (slope.astype(np.float64) + penalty * parameters) * present
-            # Strong convexity bounds the distance to the optimum by |gradient|² / (2 l2) (the bias, unpenalised, only roughly).
+            # Strong convexity bounds the distance to the optimum by |gradient|² / (2 l2), approximately: the bias has no penalty.
             squared = float((gradient**2).sum())
             return value, gradient, squared / (2.0 * l2) if l2 > 0 else math.inf
 
         return evaluate
 
     def complete(self, parameters: Floats, weights: Floats) -> Floats:
-        """Give classes without any row what one unseen image in all would earn them: no direction, and a small bias."""
+        """Set the weights of classes without any row to zero, and their biases as if they had one of N + 1 images in all."""
         absent = self._class_mass(weights) == 0
         completed = parameters.copy()
         completed[absent, :-1] = 0.0
@@ -416,18 +443,18 @@ class _Problem:
         return completed
 
     def _class_mass(self, weights: Floats) -> Floats:
-        """(C,) the share of the total weight that each class's own rows carry."""
+        """Return the share (C,) of each class in the total weight of the rows."""
         return np.asarray(np.bincount(self.labels, weights=weights, minlength=len(self._targets)) / weights.sum())
 
 
 def linear_logits(rows: Float32s, parameters: Floats) -> Float32s:
-    """Return (R, C) of parameters (C, D + 1), the last column the bias, on rows (R, D)."""
+    """Return the logits (R, C) of rows (R, D); the last column of the parameters (C, D + 1) is the bias."""
     narrow = parameters.astype(np.float32)
     return np.asarray(rows @ narrow[:, :-1].T + narrow[:, -1])
 
 
 def _log_softmax_columns(scores: Float32s) -> Float32s:
-    """(C, R) scores to log-probabilities over C, in place."""
+    """Convert scores (C, R) into log-probabilities over C, in place."""
     scores -= scores.max(axis=0)
     scores -= np.log(np.exp(scores).sum(axis=0))
     return scores
@@ -435,7 +462,7 @@ def _log_softmax_columns(scores: Float32s) -> Float32s:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a minimisation ended."""
+    """The result of a minimisation."""
 
     parameters: Floats
     value: float
@@ -445,7 +472,11 @@ class Minimum:
 
 
 def minimise(objective: Objective, start: Floats, tolerance: float, *, memory: int = 10) -> Minimum:
-    """Run L-BFGS with backtracking, until the value is certainly within `tolerance` (relative) of the optimum."""
+    """Minimise with L-BFGS and backtracking, until the value is within `tolerance` (relative) of the optimum.
+
+    Args:
+        memory: number of earlier steps that the quasi-Newton direction is computed from.
+    """
     point = start
     value, gradient, gap = objective(point)
     steps: list[tuple[Floats, Floats]] = []  # (change of point, change of gradient), newest last
@@ -465,7 +496,7 @@ def minimise(objective: Objective, start: Floats, tolerance: float, *, memory: i
 
 
 def _two_loop(gradient: Floats, steps: Sequence[tuple[Floats, Floats]]) -> Floats:
-    """Return the quasi-Newton step (to be subtracted): Nocedal & Wright, Numerical Optimization, algorithm 7.4."""
+    """Return the quasi-Newton direction, to be subtracted (Nocedal & Wright, Numerical Optimization, algorithm 7.4)."""
     if not steps:
         return gradient / max(1.0, float(np.linalg.norm(gradient)))
     direction = gradient.copy()
@@ -484,7 +515,11 @@ def _two_loop(gradient: Floats, steps: Sequence[tuple[Floats, Floats]]) -> Float
 def _backtrack(
     objective: Objective, point: Floats, value: float, gradient: Floats, direction: Floats
 ) -> tuple[Floats, float, Floats, float] | None:
-    """Return the first of the steps 1, 1/2, 1/4 … that decreases the value enough; None when rounding leaves nothing to gain."""
+    """Return the first of the steps 1, 1/2, 1/4 … that decreases the value sufficiently (Armijo condition); None if none does.
+
+    Returns:
+        The new point, its value, its gradient and its bound on the distance to the optimum.
+    """
     slope = float((gradient * direction).sum())
     for halvings in range(30):
         step = 0.5**halvings

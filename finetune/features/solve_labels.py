@@ -1,6 +1,6 @@
-"""The head solved where an image may have several labels: one logistic regression a label, all of them in one matrix product.
+"""Solve the head of the multilabel task: one logistic regression for each label, all computed together.
 
-The labels share nothing but the L2 strength, which is the one with the lowest mean loss over all of them. NumPy alone.
+The labels share only the L2 penalty: the one with the lowest mean loss over all labels is chosen. Uses NumPy only.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ def solve_sigmoid_head(
     l2: float | None = None,
     label_smoothing: float = 0.0,
     class_weights: NDArray[np.floating[Any]] | None = None,
+    image_weights: NDArray[np.float64] | None = None,
     folds: int = 5,
     seed: int = 0,
     overwrite: NDArray[np.float32] | None = None,
 ) -> SolvedHead:
-    """Fit sigmoid(W x + b) to `targets` (N, C), 1 where a label applies.
+    """Fit sigmoid(W x + b) to `targets` (N, C), which are 1 where an image has the label.
 
     Args:
-        l2: strength of (l2 / 2) * |w|² beside each label's mean loss; scikit-learn's C is 1 / (l2 * N).
-        class_weights: (C,) of the images that have a label, in the fit and in the loss that chooses; the others weigh one.
-        features, val_features, overwrite: see `finetune.features.solve.solve_softmax_head`.
+        l2: the penalty (l2 / 2) * |w|² is added to each label's mean loss; scikit-learn's C is 1 / (l2 * N).
+        class_weights: (C,) weight of the images that have a label, in the fit and in the loss on held-out rows; the weight of the
+            others is 1.
+        features, val_features, image_weights, overwrite: see `finetune.features.solve.solve_softmax_head`.
 
     Raises:
-        TrainingError: features that are not finite.
+        TrainingError: some features are not finite.
     """
 
     def problem_of(rows: Float32s, row_targets: NDArray[Any]) -> _Problem:
@@ -54,11 +56,12 @@ def solve_sigmoid_head(
         folds=folds,
         seed=seed,
         overwrite=overwrite,
+        image_weights=image_weights,
     )
 
 
 def _rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Return (N,) the rarest label of each image, C without any label: folds that are stratified by it keep rare labels."""
+    """Return the rarest label (N,) of each image, C if it has none. Folds that are stratified by it all contain rare labels."""
     n_classes = targets.shape[1]
     counts = targets.sum(axis=0, dtype=np.int64)
     masked = np.where(targets > 0, counts, np.iinfo(np.int64).max)
@@ -66,7 +69,7 @@ def _rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
 
 
 class _Problem:
-    """The sum over labels of their weighted mean binary cross entropy, as a `finetune.features.solve.Problem`."""
+    """The `finetune.features.solve.Problem` of binary cross entropy, summed over labels."""
 
     def __init__(
         self,
@@ -82,13 +85,13 @@ class _Problem:
         self._of_present = None if class_weights is None else np.asarray(class_weights, np.float32)[:, None]  # (C, 1)
 
     def row_weights(self, weights: Floats) -> Floats:
-        return weights  # those of the labels differ from label to label: see `_weighted`
+        return weights  # class weights apply to single labels here, not to rows: see `objective`
 
     def logits(self, parameters: Floats) -> Float32s:
         return linear_logits(self.rows, parameters)
 
     def start(self, weights: Floats) -> Floats:
-        """Return the optimum under infinite l2: zero weights, log-odds of the label's share of the weight as bias."""
+        """Return the optimum for an infinite penalty: zero weights, and the log-odds of each label's share as bias."""
         parameters = np.zeros((len(self._wanted), self.rows.shape[1] + 1))
         present = self._share_present(weights)
         least = 1e-3 / len(weights)
@@ -97,7 +100,7 @@ class _Problem:
 
     def objective(self, weights: Floats, l2: float) -> Objective:
         share = (weights / weights.sum()).astype(np.float32)  # (R,)
-        learnable = self._learnable(weights).astype(np.float64)[:, None]  # the bias of a constant label would run away
+        learnable = self._learnable(weights).astype(np.float64)[:, None]  # the bias of a constant label would diverge
         penalty = np.full((1, self.rows.shape[1] + 1), l2)
         penalty[0, -1] = 0.0
 
@@ -121,7 +124,7 @@ class _Problem:
         return evaluate
 
     def complete(self, parameters: Floats, weights: Floats) -> Floats:
-        """Give labels that no image has, or that every image has, what one image to the contrary would earn them."""
+        """Set the weights of labels that no image or every image has to zero, and their biases as if one more image differed."""
         completed = parameters.copy()
         constant = ~self._learnable(weights)
         n_seen = float((weights > 0).sum())
@@ -138,10 +141,10 @@ class _Problem:
         return float((weights * losses).mean()), mean_average_precision(judged)
 
     def _share_present(self, weights: Floats) -> Floats:
-        """(C,) the share of the weight of the images that have each label."""
+        """Return for each label (C,) the share of the images that have it, by weight."""
         return np.asarray(weights @ self.targets / weights.sum())
 
     def _learnable(self, weights: Floats) -> NDArray[np.bool_]:
-        """(C,) whether there are images with the label and images without it."""
+        """Return for each label (C,) whether some images have it and some do not."""
         seen = self.targets[weights > 0]
         return np.asarray(seen.any(axis=0) & ~seen.all(axis=0))

@@ -1,4 +1,4 @@
-"""Jobs as whoever submits them sees them, in one form for two places: this machine's workspace and a server (`remote`)."""
+"""The client's view of jobs, with one interface for two places: this machine's workspace, and a server (`remote`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Asked = JobSpec | ComparisonSpec | ComparedRuns
 
 @dataclass(frozen=True)
 class JobView:
-    """One job. Times are Unix seconds; `what` is the request in a few words, `model` is ``name@version`` of what it made."""
+    """One job. Times are Unix seconds; `what` summarises the request; `model` is the ``name@version`` that the job registered."""
 
     id: str
     kind: str
@@ -40,7 +40,7 @@ class JobView:
     model: str | None = None
     error_code: str | None = None
     error_message: str | None = None
-    conclusion: str | None = None  # what a comparison came to, in a sentence
+    conclusion: str | None = None  # the result of a comparison as a sentence
     backbone: str | None = None  # of a fine-tuning job
     method: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class JobView:
 
 @dataclass(frozen=True)
 class EventView:
-    """One line of a job's history; `seq` is the cursor for asking what came after it."""
+    """One event in a job's history; pass `seq` as `after` to get later events."""
 
     seq: int
     at: float
@@ -64,7 +64,7 @@ class EventView:
 
 
 class JobsClient(Protocol):
-    """What `finetune jobs` and `finetune compare` need of either place."""
+    """The operations that `finetune jobs` and `finetune compare` need, on a workspace or a server."""
 
     def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView: ...
     def list(self, limit: int) -> Sequence[JobView]: ...
@@ -73,21 +73,21 @@ class JobsClient(Protocol):
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]: ...
 
     def result(self, job_id: str) -> Mapping[str, Any]:
-        """Return the document of what a job that has succeeded came to."""
+        """Return the result document of a job that has succeeded."""
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
-        """What the job's processes have printed, from byte `offset` on."""
+        """Return the output of the job's processes, from byte `offset` on."""
 
 
 class LocalJobs:
-    """The jobs of a workspace on this machine. Whoever can write its database sees every owner's."""
+    """The jobs of a workspace on this machine, of all owners: no key is needed by a user who can write the database."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.store = JobStore(open_jobs(home))
 
     def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
-        """Queue a job; a worker on this machine will find its files by their absolute paths."""
+        """Queue a job. File names become absolute paths, so that a worker on this machine finds them."""
         kind, spec, suffix = _as_queued(asked)
         digest = digest_of(spec)
         job, _ = self.store.create(
@@ -130,7 +130,7 @@ class LocalJobs:
 
 
 def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
-    """Return a request as the queue holds it: its kind, the mapping that the command takes, the name that it may register."""
+    """Return a request as it is queued: its kind, the spec for the command, and the name of the model that it may register."""
     if isinstance(asked, ComparedRuns):
         absolute = [str(Path(run).absolute()) for run in asked.runs]
         return COMPARISON, {**asked.model_dump(mode="json"), "runs": absolute}, None
@@ -143,12 +143,12 @@ def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
 
 
 def _named(spec: JobSpec) -> JobSpec:
-    """Return a spec with the name that its model will be registered under."""
+    """Return the spec with `suffix` set to the name under which its model will be registered."""
     return spec.model_copy(update={"suffix": model_name(spec.suffix, dataset_name(spec.training_file))})
 
 
 def view(job: Job) -> JobView:
-    """A stored job as its owner sees it."""
+    """Return the client's view of a stored job."""
     spec, result, kind = job.spec, job.result or {}, job.kind
     is_training = kind is TRAINING
     return JobView(

@@ -1,6 +1,6 @@
-"""Making something once: ids, one creation at a time, what an Idempotency-Key stands for, whose a model's name is.
+"""Create objects exactly once: ids, locks on creation, idempotency keys, and owners of model names.
 
-Everything here runs inside the transaction that makes the object, so that what was checked still holds when it is committed.
+Everything here runs inside the transaction that creates the object, so that its checks still hold when it commits.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from finetune.jobs.schema import idempotency, jobs
 
 IDEMPOTENCY_SECONDS = 24 * 3600.0
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
-_OWNERS, _NAMES = 1, 2  # the first half of PostgreSQL's lock numbers: what the second half is the hash of
+_OWNERS, _NAMES = 1, 2  # first key of PostgreSQL's advisory locks; the second is the hash of an owner or a model name
 
 
 def new_id(prefix: str) -> str:
-    """``ftjob-0c3t…``: 130 bits in 26 characters, sorted by creation time to the microsecond, then at random (72 bits)."""
+    """Return an id such as ``ftjob-0c3t…``: 26 characters that sort by creation time in microseconds, then 72 random bits."""
     number = (time.time_ns() // 1_000 << 72) | secrets.randbits(72)
     return f"{prefix}-" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def digest_of(spec: Mapping[str, Any]) -> str:
-    """Return a sha256: equal specs have equal digests."""
+    """Return the sha256 of a spec, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def one_creation_at_a_time(connection: Connection, owner: str, model_name: str | None = None) -> None:
-    """One owner's objects, and jobs that make models of one name, are created one after the other; so quotas and names hold.
+    """Lock, until the transaction ends, the creation of objects of this owner and of jobs for this model name.
 
-    SQLite's write lock does that already.
+    Without it two transactions could both pass the checks of quotas and names. SQLite's write lock is sufficient by itself.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(_OWNERS, func.hashtext(owner))))
@@ -45,7 +45,7 @@ def one_creation_at_a_time(connection: Connection, owner: str, model_name: str |
 
 
 def earlier_object(connection: Connection, owner: str, key: str | None, body_sha256: str) -> str | None:
-    """The id of what was made for this key before, if its answer is still kept.
+    """Return the id of the object that was created with this key, or None if there is none or the key has expired.
 
     Raises:
         InvalidInput: the key was used with another body.
@@ -68,13 +68,13 @@ def earlier_object(connection: Connection, owner: str, key: str | None, body_sha
 
 
 def remember_object(connection: Connection, owner: str, key: str | None, body_sha256: str, object_id: str) -> None:
-    """The same key and body will give this object from now on."""
+    """Record the object that was created for this key and body."""
     if key is not None:
         answer = {"owner": owner, "key": key, "body_sha256": body_sha256, "object_id": object_id, "created_at": time.time()}
         connection.execute(insert(idempotency).values(answer))
 
 
 def model_owner(connection: Connection, name: str) -> str | None:
-    """Whose model this is: the owner of the oldest job that makes, or made, a model of this name; None if no job did."""
+    """Return the owner of a model's name: that of the oldest job for it that neither failed nor was cancelled, or None."""
     makers = select(jobs.c.owner).where(jobs.c.suffix == name, jobs.c.state.not_in(("failed", "cancelled")))
     return connection.execute(makers.order_by(jobs.c.id).limit(1)).scalar_one_or_none()

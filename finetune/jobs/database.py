@@ -1,8 +1,8 @@
-"""Opening the job database: SQLite in its own file by default, PostgreSQL by URL, brought to the newest schema on opening.
+"""Open the job database: SQLite in its own file by default, PostgreSQL by URL; upgrade its schema to the newest version.
 
-SQLite runs with a rollback journal and full synchronisation: below 3.51.3 a race in the write-ahead log can lose commits when two
-connections are open. A writing transaction begins with BEGIN IMMEDIATE, so that two claims cannot both read before either writes.
-What the database cannot do (damaged, full, out of reach) leaves here as an error of our own family.
+SQLite uses a rollback journal and full synchronisation, since a race in the write-ahead log of versions before 3.51.3 can lose
+commits with two open connections. A writing transaction begins with BEGIN IMMEDIATE, so that two claims cannot both read before
+either writes. Failures of the database (damaged, full, unreachable) are raised as `FinetuneError`s.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ DATABASE_VARIABLE = "FINETUNE_DATABASE"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WAL_IS_SAFE = sqlite3.sqlite_version_info >= (3, 51, 3)
 _BUSY_SECONDS = 30
-_CONNECTIONS = 40  # as many as a server has threads, so that none waits for another's
-_UPGRADE_LOCK = 0x66696E65  # any number that everyone who upgrades the same PostgreSQL database agrees on
+_CONNECTIONS = 40  # the number of the server's threads, so that none waits for a connection
+_UPGRADE_LOCK = 0x66696E65  # arbitrary number of the advisory lock for upgrades of a PostgreSQL database
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "beegfs", "sshfs")
 
-_one_upgrade = threading.Lock()  # Alembic keeps its present context in a module
+_one_upgrade = threading.Lock()  # Alembic's context is a global variable
 
 
 def open_jobs(home: Path) -> Engine:
-    """The job database of a workspace: ``FINETUNE_DATABASE`` (a URL or a path), else ``jobs.db`` in the workspace."""
+    """Open the job database of a workspace: ``FINETUNE_DATABASE`` (a URL or a path), else ``jobs.db`` in the workspace."""
     return open_database(os.environ.get(DATABASE_VARIABLE) or home / "jobs.db")
 
 
 def open_database(where: str | Path, migrations: Path = _MIGRATIONS) -> Engine:
-    """Open (and where needed create or upgrade) the job database at a file path or a SQLAlchemy URL.
+    """Open the job database at a file path or a SQLAlchemy URL; create or upgrade it if necessary.
 
     Raises:
-        StoreError: the database is damaged, of a newer release, or cannot be reached.
-        DiskFull: no space to create or upgrade it.
-        InvalidInput: not a URL of a database that jobs can be kept in.
+        StoreError: the database is damaged, was upgraded by a newer release, or is unreachable.
+        DiskFull: there is no space to create or upgrade it.
+        InvalidInput: the URL is malformed or of an unsupported database.
     """
     engine = _engine(where)
     try:
@@ -62,14 +62,14 @@ def open_database(where: str | Path, migrations: Path = _MIGRATIONS) -> Engine:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads: one consistent view."""
+    """Yield a connection in a read-only transaction, which sees one consistent snapshot."""
     with _failures_named(engine), engine.connect() as connection:
         yield connection
 
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction that holds the write lock from its first statement (SQLite) and commits at the end of the block."""
+    """Yield a connection in a transaction that commits at the end of the block; SQLite takes its write lock at the beginning."""
     with (
         _failures_named(engine),
         engine.connect().execution_options(begin_immediate=True) as connection,
@@ -100,7 +100,7 @@ def _engine(where: str | Path) -> Engine:
 
 
 def _sqlite_url(path: Path) -> URL:
-    """Return the URL of a database file. It is built, not written: a path may hold what means something in a URL."""
+    """Return the URL of a database file. Built from parts, because a path may contain characters with a meaning in URLs."""
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,13 @@ def _sqlite_url(path: Path) -> URL:
 
 
 def _network_file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
-    """The kind of network file system that `folder` is on, if it is on one."""
+    """Return the kind of network file system that `folder` is on, or None if it is local."""
     if not mounts.exists():
         return None
     best, kind = "", ""
     for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
         _, point, found, *_ = line.split(" ")
-        point = point.encode().decode("unicode_escape")  # a space in a mount point is written \040
+        point = point.encode().decode("unicode_escape")  # a space in a mount point is escaped as \040
         if folder.resolve().is_relative_to(point) and len(point) >= len(best):
             best, kind = point, found
     return kind if any(name in kind for name in _NETWORK_FILE_SYSTEMS) else None
@@ -130,7 +130,7 @@ def _network_file_system(folder: Path, mounts: Path = Path("/proc/self/mounts"))
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver's own deferred BEGIN would fail with "locked" instead of waiting
+        connection.isolation_level = None  # the driver's implicit deferred BEGIN would fail with "locked" instead of waiting
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
         cursor.execute("PRAGMA foreign_keys = ON")
@@ -168,7 +168,7 @@ def _upgrade(engine: Engine, migrations: Path) -> None:
 
 @contextmanager
 def _failures_named(engine: Engine) -> Iterator[None]:
-    """Turn what the database itself cannot do into our own errors; errors in how we use it stay what they are."""
+    """Convert failures of the database itself into `FinetuneError`s; programming errors pass through."""
     try:
         yield
     except exc.TimeoutError as error:
@@ -194,7 +194,7 @@ def _named(place: str, cause: str) -> FinetuneError:
 
 
 def _place(engine: Engine) -> str:
-    """The file, or the URL without its password."""
+    """Return the path of the database's file, or its URL without the password."""
     if engine.dialect.name == "sqlite":
         return str(engine.url.database)
     return engine.url.render_as_string(hide_password=True)

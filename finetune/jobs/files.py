@@ -1,4 +1,4 @@
-"""Uploaded datasets: who brought them, what is in them, what one owner stores. Contents lie in the workspace's ``files/<id>``."""
+"""Uploaded datasets: owners, content summaries, and storage quotas. The contents are in the workspace's ``files/<id>``."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class UploadedFile:
     """One upload.
 
     Args:
-        size_bytes, sha256: of the archive as it came.
-        stored_bytes: what its contents take on disk.
-        summary: what was found in it.
+        size_bytes, sha256: of the archive as it was uploaded.
+        stored_bytes: disk space of its unpacked contents.
+        summary: the classes and counts that were found in it.
     """
 
     id: str
@@ -67,16 +67,16 @@ class FileStore:
         models_bytes: int = 0,
         max_owner_bytes: int | None = None,
     ) -> tuple[UploadedFile, bool]:
-        """Record an upload; return it and whether it is new. The same key and body give the upload of the first time.
+        """Record an upload; return it and whether it is new. The same key and body return the upload of the first request.
 
         Args:
-            place: puts the contents where this id's contents belong. It runs before the row is committed, so a row never
-                stands for contents that are not there.
-            models_bytes: what the owner's models take; they lie in the registry, not in the database.
+            place: moves the contents to the place for the given id. Called before the row is committed, so that no row refers to
+                missing contents.
+            models_bytes: disk space of the owner's models, which are in the registry, not in the database.
 
         Raises:
             InvalidInput: the key was used with another body.
-            FilesFull: with it, the owner would store more than `max_owner_bytes`.
+            FilesFull: the owner would exceed `max_owner_bytes`.
         """
         now = time.time()
         with writing(self.engine) as connection:
@@ -98,17 +98,17 @@ class FileStore:
             return _file(_row(connection, file_id, owner)), True
 
     def has(self, file_id: str) -> bool:
-        """Return whether an upload exists, whoever owns it."""
+        """Return whether an upload of any owner exists."""
         with reading(self.engine) as connection:
             return connection.execute(select(files.c.id).where(files.c.id == file_id)).first() is not None
 
     def get(self, file_id: str, owner: str | None = None) -> UploadedFile:
-        """One upload; another owner's does not exist (NotFound). `owner` None sees every upload."""
+        """Return an upload of `owner`, or of any owner if None. Raises NotFound for an upload of another owner too."""
         with reading(self.engine) as connection:
             return _file(_row(connection, file_id, owner))
 
     def dataset_name(self, training_file: str) -> str | None:
-        """Return what people call the data of a job: for an upload the name of the archive; None where it is no upload."""
+        """Return the display name of a job's data: the archive's file name if it is an upload, else None."""
         name = Path(training_file).name
         if not name.startswith(f"{PREFIX}-"):
             return None
@@ -119,7 +119,7 @@ class FileStore:
         return re.sub(r"(\.tar)?\.\w+$", "", Path(filename).name).strip() or None
 
     def list(self, owner: str | None = None, *, after: str | None = None, limit: int = 20) -> tuple[Sequence[UploadedFile], bool]:
-        """Newest first, from the one after `after`; returns the page and whether there is more."""
+        """Return a page of uploads, newest first, beginning after the id `after`, and whether there are more."""
         query = select(files).order_by(files.c.id.desc()).limit(limit + 1)
         if owner is not None:
             query = query.where(files.c.owner == owner)
@@ -130,11 +130,11 @@ class FileStore:
         return [_file(row) for row in rows[:limit]], len(rows) > limit
 
     def delete(self, file_id: str, owner: str | None = None) -> None:
-        """Forget an upload.
+        """Delete the row of an upload.
 
         Raises:
-            NotFound: no such upload.
-            Conflict: a job that has not finished reads it.
+            NotFound: there is no such upload.
+            Conflict: an unfinished job uses it.
         """
         with writing(self.engine) as connection:
             _row(connection, file_id, owner)
@@ -146,12 +146,12 @@ class FileStore:
             connection.execute(delete(files).where(files.c.id == file_id))
 
     def stored_bytes(self, owner: str) -> int:
-        """Return what the owner's uploads and finished runs take on disk."""
+        """Return the disk space of the owner's uploads and finished runs."""
         with reading(self.engine) as connection:
             return stored_by(connection, owner)
 
     def ids(self) -> frozenset[str]:
-        """The ids of all uploads, of every owner."""
+        """Return the ids of all uploads of all owners."""
         with reading(self.engine) as connection:
             return frozenset(connection.execute(select(files.c.id)).scalars())
 
@@ -161,7 +161,7 @@ class FilesFull(Conflict):
 
 
 def check_quota(stored_bytes: int, more_bytes: int, max_bytes: int) -> None:
-    """Raise `FilesFull` where an owner who stores `stored_bytes` may not store `more_bytes` more."""
+    """Raise `FilesFull` if `more_bytes` on top of `stored_bytes` would exceed `max_bytes`."""
     if stored_bytes + more_bytes > max_bytes:
         raise FilesFull(
             f"this takes {more_bytes:,} bytes on disk, your uploads, finished jobs and models take {stored_bytes:,}, and"
@@ -170,7 +170,7 @@ def check_quota(stored_bytes: int, more_bytes: int, max_bytes: int) -> None:
 
 
 def check_not_full(stored_bytes: int, max_bytes: int) -> None:
-    """Raise `FilesFull` where an owner stores more than is allowed, so that what they start cannot add to it."""
+    """Raise `FilesFull` if an owner already stores more than `max_bytes`, so that new jobs do not add to it."""
     if stored_bytes > max_bytes:
         raise FilesFull(
             f"your uploads, finished jobs and models take {stored_bytes:,} bytes on disk, and {max_bytes:,} are allowed."
@@ -179,7 +179,7 @@ def check_not_full(stored_bytes: int, max_bytes: int) -> None:
 
 
 def stored_by(connection: Connection, owner: str) -> int:
-    """Return what the owner's uploads and finished runs take on disk."""
+    """Return the disk space of the owner's uploads and finished runs."""
     totals = [select(func.coalesce(func.sum(table.c.stored_bytes), 0)).where(table.c.owner == owner) for table in (files, jobs)]
     return sum(int(connection.execute(total).scalar_one()) for total in totals)
 

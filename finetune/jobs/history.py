@@ -1,4 +1,4 @@
-"""What watchers of jobs read: a job's newest events, what changed in many jobs at once, whose job made a model. Only reads."""
+"""Read-only queries for watching jobs: newest events of a job, updates of many jobs at once, owners of models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IDS_A_QUERY = 500
 
 @dataclass(frozen=True)
 class Update:
-    """A job as it is now, and the events that were not known yet, oldest first."""
+    """The present state of a job, and its new events, oldest first."""
 
     state: str
     phase: str | None
@@ -32,7 +32,7 @@ class Update:
 
 
 def newest_events(engine: Engine, job_id: str, *, before: int | None = None, limit: int = 20) -> tuple[Sequence[Event], bool]:
-    """The job's events with ``seq < before``, newest first, and whether there are older ones."""
+    """Return the job's events with ``seq < before``, newest first, and whether there are older ones."""
     query = select(job_events).where(job_events.c.job_id == job_id).order_by(job_events.c.seq.desc()).limit(limit + 1)
     if before is not None:
         query = query.where(job_events.c.seq < before)
@@ -42,10 +42,10 @@ def newest_events(engine: Engine, job_id: str, *, before: int | None = None, lim
 
 
 def updates(engine: Engine, known: Mapping[str, int]) -> dict[str, Update]:
-    """What became of many jobs: job id → `Update` with the events after ``known[job id]``. A job that is gone is left out.
+    """Return the updates of many jobs by id, each with the events after ``known[job id]``. Deleted jobs are left out.
 
-    Two queries for every 500 jobs, and one more for each job that has new events. The states are read first: a job's last event
-    is committed together with its last state, so a finished job's events are complete.
+    Makes two queries for every 500 jobs, and one more for each job with new events. States are read before events: a job's last
+    event is committed together with its final state, so the events of a finished job are complete.
     """
     ids = sorted(known)
     found: dict[str, Update] = {}
@@ -68,6 +68,6 @@ def _events(connection: Connection, job_id: str, after: int) -> list[Event]:
 
 
 def model_owner(engine: Engine, name: str) -> str | None:
-    """Whose model this is; None if no job made it."""
+    """Return the owner of a model's name; None if no job made it."""
     with reading(engine) as connection:
         return creation.model_owner(connection, name)

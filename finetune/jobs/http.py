@@ -1,4 +1,4 @@
-"""Requests to a server over HTTP: errors in its own words, another try where it says "later", folders packed for upload."""
+"""HTTP requests to a server: the server's error messages, retries of temporary failures, and uploads of packed folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.errors import FinetuneError, InvalidInput, Problem
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.storage.files import write_atomic
 
-_TRIES = 4  # of a request that got no answer, or was answered "later"
+_TRIES = 4  # of a request without a response, or with a status of `_LATER`
 _FIRST_PAUSE_SECONDS = 0.5
 _LATER = (429, 502, 503, 504)
 _TIMEOUT = httpx.Timeout(30.0, write=300.0)
@@ -26,7 +26,7 @@ PART_BYTES = 16 << 20
 
 
 class RequestRefused(InvalidInput):
-    """The server says why in its own words; `code` of its answer is in the message."""
+    """The server rejected the request; the message contains the server's message and error code."""
 
     code = "request_refused"
 
@@ -36,7 +36,7 @@ class ServerUnreachable(FinetuneError):
 
 
 class Connection:
-    """One server and the key to it."""
+    """The connection to one server, with its API key."""
 
     def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -44,10 +44,10 @@ class Connection:
         self.http = httpx.Client(base_url=self.server, headers=headers, timeout=_TIMEOUT, transport=transport)
 
     def upload(self, path: Path, progress: ProgressCallback = silent, purpose: str = "fine-tune") -> dict[str, Any]:
-        """Send a dataset, or images to be answered (``batch``), and return the file's document. A folder is packed first.
+        """Upload a dataset, or images for batch prediction (``batch``), and return the file's document. A folder is packed first.
 
-        What is large goes in parts: a lost connection costs one part, and sending the same again within a day, from another
-        process too, goes on where it ended.
+        Large files are sent in parts, so that a lost connection costs one part only. Uploading the same file again within a day
+        resumes an interrupted upload, also from another process.
         """
         with packed(path, progress) as archive:
             name = path.name + ".tar" if path.is_dir() else path.name
@@ -83,17 +83,17 @@ class Connection:
             try:
                 upload = self.ask("POST", f"{path}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
             except RequestRefused:
-                self.ask("POST", f"{path}/cancel")  # what it holds is refused, and would be again
+                self.ask("POST", f"{path}/cancel")  # the contents were rejected and would be rejected again
                 raise
         document: dict[str, Any] = upload["file"]
         return document
 
     def ask(self, method: str, path: str, *, tries: int = _TRIES, **request: Any) -> httpx.Response:
-        """Return a successful answer. What gets no answer, or "later", is asked again after a pause.
+        """Send a request and return its successful response. Retry after a pause without a response or with a status of `_LATER`.
 
         Raises:
-            RequestRefused: the server refuses; its own words.
-            ServerUnreachable: no answer, or none that helps.
+            RequestRefused: the server rejected the request.
+            ServerUnreachable: there was no response, or a server error, in all tries.
         """
         pause = _FIRST_PAUSE_SECONDS
         for left in range(tries - 1, -1, -1):
@@ -115,10 +115,10 @@ class Connection:
         raise AssertionError("the last try returns or raises")
 
     def download(self, path: str, target: Path, **query: str) -> None:
-        """Write what the server answers to a file, whole or not at all.
+        """Download a response to a file, atomically.
 
         Raises:
-            RequestRefused: the server refuses; its own words.
+            RequestRefused: the server rejected the request.
         """
         with self.http.stream("GET", path, params=query) as answer:
             if not answer.is_success:
@@ -128,7 +128,7 @@ class Connection:
 
 
 def packed(path: Path, progress: ProgressCallback) -> IO[bytes]:
-    """An open file to send: of a folder, its files as an uncompressed tar (photographs are compressed already)."""
+    """Open a file for upload; pack a folder into an uncompressed tar first (photographs are already compressed)."""
     if not path.is_dir():
         return open(path, "rb")
     files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.is_symlink())
@@ -143,7 +143,7 @@ def packed(path: Path, progress: ProgressCallback) -> IO[bytes]:
 
 
 def refusal(answer: httpx.Response) -> FinetuneError:
-    """The server's own words, where it gave any."""
+    """Return the error for an unsuccessful response, with the server's message if it sent one."""
     try:
         document = answer.json()
     except ValueError:

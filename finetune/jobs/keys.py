@@ -1,6 +1,6 @@
-"""API keys: who may do what. Only a hash of a key is kept; the key itself is shown once, when it is made.
+"""API keys and their scopes. Only a hash of a key is stored; the key itself is shown once, when it is created.
 
-A key is 256 random bits, so one round of SHA-256 is enough to store it safely: there is nothing to guess.
+A key has 256 random bits, so one round of SHA-256 is safe: it cannot be found by guessing, unlike a password.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from finetune.jobs.schema import api_keys
 log = logging.getLogger(__name__)
 
 SCOPES = ("predict", "jobs", "metrics", "admin")
-_REMEMBER_USE_SECONDS = 60.0  # `last_used_at` is written at most this often for a key
+_REMEMBER_USE_SECONDS = 60.0  # `last_used_at` of a key is written at most once in this time
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What is known of a key. `scopes`: predict, jobs (files, jobs, models), metrics or admin (everything, of every owner)."""
+    """A stored key. `scopes`: predict, jobs (files, jobs, models), metrics, or admin (everything, of every owner)."""
 
     id: str
     owner: str
@@ -53,10 +53,10 @@ class KeyStore:
         self.engine = engine
 
     def create(self, owner: str, scopes: Iterable[str], *, lifetime_seconds: float | None = None) -> tuple[str, ApiKey]:
-        """Make a key; returns its secret text ``ft_<id>_<43 characters>``, which is not kept, and what is.
+        """Create a key; return its secret text ``ft_<id>_<43 characters>``, which is not stored, and the stored key.
 
         Raises:
-            InvalidInput: an unknown scope, or none.
+            InvalidInput: a scope is unknown, or there is none.
         """
         wanted = frozenset(scopes)
         for scope in sorted(wanted - frozenset(SCOPES)):
@@ -75,7 +75,7 @@ class KeyStore:
         return secret, ApiKey(key_id, owner, wanted, now, expires_at, None, None)
 
     def verify(self, secret: str) -> ApiKey | None:
-        """Return the key that this text is, or None when there is no such key, or it has expired or was revoked."""
+        """Return the key with this secret text, or None if there is none, or it has expired or was revoked."""
         if not secret.isascii() or "\0" in secret:
             return None
         prefix, _, rest = secret.partition("_")
@@ -93,7 +93,7 @@ class KeyStore:
         return _key(row)
 
     def _note_use(self, key_id: str, at: float) -> None:
-        """Write when a key was used. Nobody waits for it: a database that only reads still verifies keys."""
+        """Record when a key was used. A failure is only logged, so that keys are verified even if the database is read-only."""
         try:
             with writing(self.engine) as connection:
                 connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=at))
@@ -101,7 +101,7 @@ class KeyStore:
             log.warning("the last use of key %s was not written: %s", key_id, error)
 
     def any(self) -> bool:
-        """Return whether a key was ever made."""
+        """Return whether any key was ever created."""
         with reading(self.engine) as connection:
             return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
 
@@ -113,13 +113,13 @@ class KeyStore:
             return connection.execute(query).first() is not None
 
     def list(self) -> Sequence[ApiKey]:
-        """Every key ever made, oldest first."""
+        """Return all keys, including expired and revoked ones, oldest first."""
         with reading(self.engine) as connection:
             rows = connection.execute(select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)).mappings().all()
         return [_key(row) for row in rows]
 
     def revoke(self, key_id: str) -> None:
-        """Make a key useless, for good; NotFound where there is no such key."""
+        """Revoke a key permanently. Raises NotFound if there is no such key."""
         with writing(self.engine) as connection:
             revoked = (
                 update(api_keys)
@@ -130,7 +130,7 @@ class KeyStore:
                 raise NotFound(f"no API key {key_id!r}; list them with finetune keys list")
 
     def any_usable(self) -> bool:
-        """Whether at least one key would be accepted now."""
+        """Return whether at least one key is neither revoked nor expired."""
         alive = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > time.time())
         with reading(self.engine) as connection:
             return bool(connection.execute(select(func.count()).where(api_keys.c.revoked_at.is_(None), alive)).scalar_one())

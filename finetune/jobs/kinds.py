@@ -1,6 +1,6 @@
-"""The kinds of jobs in the queue: what each is called, which command carries it out, and which file says that it is done.
+"""The kinds of jobs in the queue: the names, the command and the result file of each.
 
-The store, the worker, the clients and the server read this table, so that a further kind is a further entry.
+The store, the worker, the clients and the server use this table, so that a new kind of job needs only a new entry.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class Kind:
     """One kind of job.
 
     Args:
-        name: as it stands in the database.
+        name: in the database.
         prefix: of its ids.
-        path: of its routes.
-        object: in documents, and in the names of its events.
-        title: for people.
-        command: of `finetune`; it takes the request's file, ``--run-dir`` and ``--json``.
+        path: of its HTTP routes.
+        object: the value of ``object`` in documents, and the prefix of its webhook event types.
+        title: for display.
+        command: the `finetune` command that executes it, called with the request's file, ``--run-dir`` and ``--json``.
         result: the file in the run folder that is written last.
-        describe: the request in a few words.
-        conclude: a result as one sentence.
-        registered: a result's model as ``name@version``, if it made one.
-        tracked: its run is mirrored to trackers, so the command takes ``--experiment``.
-        trains: its command needs the libraries that training needs.
+        describe: summarises a request in a few words.
+        conclude: summarises a result in a sentence.
+        registered: returns the ``name@version`` of the model that a result registered, if any.
+        tracked: whether its run is mirrored to trackers, so that the command takes ``--experiment``.
+        trains: whether its command needs the training libraries.
     """
 
     name: str
@@ -124,17 +124,17 @@ _TRAINING_MODULES = ("torch", "timm")
 
 
 def can_train() -> bool:
-    """Return whether the libraries that training needs are installed. Imports none of them."""
+    """Return whether the training libraries are installed, without importing them."""
     return all(importlib.util.find_spec(name) is not None for name in _TRAINING_MODULES)
 
 
 def kinds_carried_out_here() -> tuple[str, ...]:
-    """Return the names of the kinds whose commands work with what is installed: without torch, batch predictions alone."""
+    """Return the names of the kinds whose libraries are installed here: without torch, batch predictions only."""
     trains = can_train()
     return tuple(kind.name for kind in KINDS.values() if trains or not kind.trains)
 
 
 def kind_of_id(job_id: str) -> Kind:
-    """Return the kind that an id is of; what is nobody's id is looked for among the fine-tuning jobs."""
+    """Return the kind of job that an id's prefix names; fine-tuning if the prefix is unknown."""
     prefix = job_id.partition("-")[0]
     return next((kind for kind in KINDS.values() if kind.prefix == prefix), TRAINING)

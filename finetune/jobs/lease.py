@@ -1,11 +1,12 @@
-"""How a training process knows that the job is still its worker's: a file that the worker renews and the process watches.
+"""The lease file, by which a training process knows that its worker still holds the job.
 
-The worker holds the lease in the database; the process has no database. So the worker writes beside the run how long the process
-may go on. A process whose lease is running out (its worker was stopped, killed, or cut off) stops itself: first with SIGTERM, on
-which training writes a checkpoint and ends, and at the latest with the lease itself, before anybody else can have the job.
+The worker holds the lease in the database, which the training process does not open. Therefore the worker writes into a file in
+the run folder how long the process may continue. If the lease is not renewed (the worker was stopped, killed, or disconnected),
+the process stops itself: first with SIGTERM, on which training writes a checkpoint and ends, and at the latest when the lease
+ends, before another worker can claim the job.
 
-On another machine than the worker's the two clocks cannot be compared. There a lease counts from when its renewal was seen, so it
-may end later than the worker's by as long as the shared disk takes to show a change.
+On another machine than the worker's the two clocks cannot be compared. There a lease counts from the time at which its renewal
+was seen, so it may end later than the worker's lease by the delay of the shared disk.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import NamedTuple
 from finetune.jobs.clock import LeaseTime, machine_time
 
 LEASE_VARIABLE = "FINETUNE_LEASE"
-WARNING_FRACTION = 2 / 3  # of the lease: when a process that heard nothing begins to stop
-EXIT_LEASE_ENDED = 130  # as an interrupted run: the job goes on elsewhere
+WARNING_FRACTION = 2 / 3  # share of the lease after which a process without a renewal begins to stop
+EXIT_LEASE_ENDED = 130  # as for an interrupted run: another worker continues the job
 
 _LINE = "{:020.3f} {:020.3f} {:<36}\n"  # a boot id has 36 characters
 
 
 class Lease(NamedTuple):
-    """For `seconds` from `asked_at` on, which was read on the clock `epoch`."""
+    """A lease of `seconds` beginning at `asked_at` on the clock `epoch`."""
 
     asked_at: float
     seconds: float
@@ -35,11 +36,11 @@ class Lease(NamedTuple):
 
 
 def write_lease(path: Path, asked_at: LeaseTime, seconds: float) -> None:
-    """Allow the process to go on until `seconds` after `asked_at`.
+    """Allow the process to continue until `seconds` after `asked_at`.
 
-    `asked_at` is when the worker asked the database for the lease, read beforehand on this machine's clock: a worker that was
-    stopped since then allows nothing that has passed. The file keeps its size and is overwritten in place, which also works when
-    the disk is full, and needs no flush: a lease does not outlive the machine.
+    `asked_at` is read on this machine's clock before the worker asks the database for the lease. Thus a worker that was suspended
+    in between grants no more time than the database did. The file keeps its size and is overwritten in place, which works on a
+    full disk too. It is not flushed, since a lease ends with the machine.
     """
     line = _LINE.format(asked_at.seconds, seconds, asked_at.epoch).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -50,7 +51,7 @@ def write_lease(path: Path, asked_at: LeaseTime, seconds: float) -> None:
 
 
 def read_lease(path: Path) -> Lease | None:
-    """What was allowed last; None where it was withdrawn."""
+    """Return the current lease, or None if it was withdrawn (the file was deleted)."""
     try:
         asked_at, seconds, epoch = path.read_text().split()
     except FileNotFoundError:
@@ -59,7 +60,7 @@ def read_lease(path: Path) -> Lease | None:
 
 
 def watch_lease_from_environment() -> None:
-    """In a process that a worker started: stop it when its lease ends. Anywhere else: nothing."""
+    """Start a thread that stops this process when its lease ends; do nothing if no worker started the process."""
     if path := os.environ.get(LEASE_VARIABLE):
         threading.Thread(target=_watch, args=(Path(path),), name="lease", daemon=True).start()
 

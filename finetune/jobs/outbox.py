@@ -1,6 +1,6 @@
-"""What webhooks are still to be told: rows that are written in the transaction in which something happened.
+"""The outbox of webhook deliveries: rows that are written in the same transaction as the change that they report.
 
-So nothing is told that did not happen, and nothing that happened is forgotten, whatever is killed in between.
+Thus every committed change is reported and no change that was rolled back is, whichever process is killed in between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TYPES = (*(f"{kind.object}.{state}" for kind in KINDS.values() for state in TERM
 
 
 def enqueue_ended(connection: Connection, job: Job, at: float) -> None:
-    """Queue the end of a job for every webhook of its owner that wants to know."""
+    """Queue the event of a job's end for every webhook of its owner that subscribes to it."""
     event_type = f"{job.kind.object}.{job.state}"
     if not (wanting := webhooks_for(connection, event_type, job.owner)):
         return
@@ -41,17 +41,17 @@ def enqueue_ended(connection: Connection, job: Job, at: float) -> None:
 
 
 def webhooks_for(connection: Connection, event_type: str, owner: str | None = None) -> list[str]:
-    """Return the ids of the webhooks that want events of a type, of one owner or of all."""
+    """Return the ids of the webhooks that subscribe to a type of event, of one owner or of all."""
     query = select(webhooks.c.id, webhooks.c.events).where(webhooks.c.disabled_at.is_(None))
     rows = connection.execute(query if owner is None else query.where(webhooks.c.owner == owner)).all()
     return [webhook_id for webhook_id, events in rows if event_type in events.split(",")]
 
 
 def enqueue(connection: Connection, webhook_id: str, event_type: str, data: Mapping[str, Any], at: float, *, key: str) -> None:
-    """Queue one event for one webhook; once, however often it is queued.
+    """Queue one event for one webhook, unless it is already queued.
 
     Args:
-        key: what makes the event the one that it is, among those of its type.
+        key: identifies the event among those of its type.
     """
     digest = hashlib.sha256(f"{webhook_id} {event_type} {key}".encode()).hexdigest()
     delivery_id = f"msg_{digest[:32]}"

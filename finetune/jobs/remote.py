@@ -1,4 +1,4 @@
-"""Jobs on a server, over its HTTP surface. What is a folder here is packed and uploaded there first."""
+"""Jobs on a server, over its HTTP API. Local files and folders are uploaded first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILE_FIELDS = {"training_file": "fine-tune", "validation_file": "fine-tune", "t
 
 
 class RemoteJobs:
-    """The jobs of one server that the key may see."""
+    """The jobs on one server that the key gives access to."""
 
     def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         self.connection = Connection(server, api_key, transport)
@@ -31,7 +31,7 @@ class RemoteJobs:
     def submit(
         self, asked: Asked | BatchSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent
     ) -> JobView:
-        """Upload what the request names on this machine, then create the job, once however often the connection breaks."""
+        """Upload the local files that the request names, then create the job; exactly once, even if requests are retried."""
         body = asked.given() if isinstance(asked, ComparisonSpec) else asked.model_dump(mode="json", exclude_unset=True)
         for name, purpose in _FILE_FIELDS.items():
             if (given := body.get(name)) is not None and Path(given).exists():
@@ -66,7 +66,7 @@ class RemoteJobs:
         return document
 
     def download_answers(self, job_id: str, table_format: str, target: Path) -> None:
-        """Write the answers of a batch prediction to a file: ``csv``, ``npz`` or ``parquet``."""
+        """Download the predictions of a batch job to a file, as ``csv``, ``npz`` or ``parquet``."""
         self.connection.download(f"{_path(job_id)}/answers", target, format=table_format)
 
     def events(self, job_id: str, after: int = 0) -> Sequence[EventView]:
@@ -116,7 +116,7 @@ def _job_view(document: Mapping[str, Any]) -> JobView:
 
 
 def _conclusion(document: Mapping[str, Any]) -> str | None:
-    """Return what a comparison or a batch prediction came to, in a sentence."""
+    """Return the sentence that summarises the result of a comparison or a batch prediction, if there is one."""
     verdict = document.get("verdict") or {}
     found: str | None = document.get("conclusion", verdict.get("sentence"))
     return found

@@ -1,4 +1,4 @@
-"""The tables of the job database. Times are Unix seconds, but for those that say they are on the lease clock (`clock`)."""
+"""The tables of the job database. Times are Unix seconds, except those marked as on the lease clock (`clock`)."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ jobs = Table(
     Column("state", String(16), nullable=False),
     Column("phase", String(16)),
     Column("priority", Integer, nullable=False, default=0),
-    Column("spec", Text, nullable=False),  # the request as the command takes it, as JSON
+    Column("spec", Text, nullable=False),  # the request for the command, as JSON
     Column("spec_digest", String(64), nullable=False),
-    Column("request", Text),  # the body as the client sent it, where the client speaks another dialect than JobSpec
+    Column("request", Text),  # the client's body, if it is not in the form of a JobSpec
     Column("suffix", String(64)),
     Column("created_at", Float, nullable=False),
     Column("not_before", Float, nullable=False, default=0.0),  # on the lease clock, like `lease_until`
     Column("started_at", Float),
     Column("finished_at", Float),
-    Column("attempts", Integer, nullable=False, default=0),  # every start
-    Column("progressed", Boolean, nullable=False, default=False),  # the present attempt has written a new checkpoint
-    Column("stalled_attempts", Integer, nullable=False, default=0),  # earlier ones in a row that died without a new checkpoint
-    Column("lost_attempts", Integer, nullable=False, default=0),  # the same, of those whose worker was lost
-    Column("fence", Integer, nullable=False, default=0),  # raised by every claim; a writer with an older one has lost the job
+    Column("attempts", Integer, nullable=False, default=0),  # number of starts
+    Column("progressed", Boolean, nullable=False, default=False),  # whether the current attempt has written a new checkpoint
+    Column("stalled_attempts", Integer, nullable=False, default=0),  # earlier ones in a row without a new checkpoint
+    Column("lost_attempts", Integer, nullable=False, default=0),  # the same, of attempts whose worker was lost
+    Column("fence", Integer, nullable=False, default=0),  # fencing token: every claim increments it, and every write names it
     Column("lease_owner", String(80)),
     Column("lease_until", Float),  # on the lease clock
-    Column("clock_epoch", String(64)),  # which lease clock `lease_until` and `not_before` are read on
+    Column("clock_epoch", String(64)),  # the lease clock of `lease_until` and `not_before`
     Column("cancel_requested_at", Float),
     Column("progress", Text),
     Column("progress_at", Float),
     Column("result", Text),
     Column("error_code", String(64)),
     Column("error_message", Text),
-    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # of the run's folder, once the job has ended
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # of the run's folder; set when the job ends
     Column("kind", String(16), nullable=False, server_default="training"),  # see `finetune.jobs.kinds`
     CheckConstraint("state IN ('queued','running','cancelling','succeeded','failed','cancelled')", name="known_state"),
     CheckConstraint("(state IN ('running','cancelling')) = (lease_owner IS NOT NULL)", name="lease_while_held"),
@@ -77,7 +77,7 @@ job_events = Table(
     Column("kind", String(32), nullable=False),
     Column("message", Text, nullable=False),
     Column("data", Text),
-    Column("line", Integer),  # which line of the run's events.jsonl this is, for events that come from there
+    Column("line", Integer),  # line number in the run's events.jsonl, for events from there
     Index("job_events_job", "job_id", "seq"),
     sqlite_autoincrement=True,
 )
@@ -93,7 +93,7 @@ files = Table(
     Column("sha256", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("summary", Text, nullable=False),  # JSON: classes with counts
-    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # unpacked: what it takes on disk
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),  # disk space of the unpacked contents
     Index("files_owner", "owner", "id"),
 )
 
@@ -127,25 +127,25 @@ webhooks = Table(
     Column("id", String(40), primary_key=True),
     Column("owner", String(80), nullable=False),
     Column("url", Text, nullable=False),
-    Column("secret", String(80), nullable=False),  # ``whsec_`` and base64, which signs what is sent
-    Column("events", Text, nullable=False),  # types of events, separated by commas
+    Column("secret", String(80), nullable=False),  # ``whsec_`` and base64; signs the deliveries
+    Column("events", Text, nullable=False),  # event types, comma-separated
     Column("created_at", Float, nullable=False),
-    Column("disabled_at", Float),  # when the receiver said 410 Gone
+    Column("disabled_at", Float),  # when the receiver responded with 410 Gone
     Index("webhooks_owner", "owner", "id"),
 )
 
 webhook_deliveries = Table(
     "webhook_deliveries",
     metadata,
-    Column("id", String(64), primary_key=True),  # the same in every attempt, so that receivers recognise a repetition
+    Column("id", String(64), primary_key=True),  # equal in every attempt, so that receivers recognise repetitions
     Column("webhook_id", String(40), ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
     Column("type", String(64), nullable=False),
-    Column("payload", Text, nullable=False),  # JSON, byte for byte as it is signed and sent
+    Column("payload", Text, nullable=False),  # JSON, exactly the bytes that are signed and sent
     Column("created_at", Float, nullable=False),
     Column("attempts", Integer, nullable=False, server_default="0"),
     Column("due_at", Float),  # None: delivered or given up
     Column("delivered_at", Float),
-    Column("status", Integer),  # of the last answer
+    Column("status", Integer),  # HTTP status of the last response
     Column("error", Text),  # why the last attempt failed
     Index("webhook_deliveries_due", "due_at"),
     Index("webhook_deliveries_webhook", "webhook_id", "created_at"),

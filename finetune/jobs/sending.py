@@ -1,7 +1,7 @@
-"""Send what webhooks are to be told: to the address that was checked, and to no other.
+"""Send webhook deliveries, only to addresses that were checked (protection against server-side request forgery).
 
-A name is resolved once; each of its addresses must be public, or in a network that the operator allows; the connection goes to an
-address that was checked, whatever the name means a moment later. Redirects are not followed.
+The host name is resolved once. Each of its addresses must be public or in a network that the operator allows. The connection is
+made to one of these addresses without resolving the name again. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 from finetune.errors import FinetuneError, InvalidInput
 from finetune.jobs.webhooks import Delivery, Webhook, WebhookStore, check_url, signature_headers
 
-TIMEOUT_SECONDS = 15.0  # of one exchange, from resolving the name to the head of the answer
+TIMEOUT_SECONDS = 15.0  # of one delivery, from resolving the name to the headers of the response
 _WATCH_SECONDS = 1.0
 _AT_ONCE = 4
 _FORGET_SECONDS = 3600.0
-_MAX_HEAD_BYTES = 64 * 1024  # of an answer; its body is not read
+_MAX_HEAD_BYTES = 64 * 1024  # of a response's status line and headers; its body is not read
 _SETTING = "FINETUNE_WEBHOOK_NETWORKS"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -52,16 +52,16 @@ _IPV4_AT_THE_END = (
     ipaddress.IPv6Network("::/96"),  # IPv4-compatible, RFC 4291
     ipaddress.IPv6Network("::ffff:0:0:0/96"),  # IPv4-translated, RFC 2765
 )
-_ISATAP = 0x00005EFE  # RFC 5214: what comes before the IPv4 address, but for one bit
+_ISATAP = 0x00005EFE  # RFC 5214: the 32 bits before the IPv4 address, except for one bit
 
 log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The webhook's address leads to where nothing may be sent.
+    """Sending to the webhook's address is not allowed.
 
     Args:
-        for_the_log: what only the operator may know, such as the address that a name resolved to.
+        for_the_log: details for the operator only, such as the address that the name resolved to.
     """
 
     def __init__(self, message: str, for_the_log: str = "") -> None:
@@ -71,17 +71,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reachable:
-    """Where webhooks may lead: public addresses, and the networks of `allowed`."""
+    """The addresses to which deliveries may be sent: public addresses, and those in the networks of `allowed`."""
 
     allowed: tuple[Network, ...] = ()
 
     def is_allowed(self, address: Address) -> bool:
-        """Return whether the operator has named a network that holds this address, or the IPv4 address that it stands for."""
+        """Return whether the address, or the IPv4 address embedded in it, is in a network that the operator allows."""
         inner = embedded_ipv4(address)
         return self._is_named(address) or (bool(inner) and all(map(self._is_named, inner)))
 
     def check(self, address: Address) -> None:
-        """Raise `Refused` where nothing may be sent to an address. Its message does not name the address."""
+        """Raise `Refused` if sending to the address is not allowed. The message does not contain the address."""
         if self.is_allowed(address):
             return
         if not is_public(address):
@@ -89,7 +89,7 @@ class Reachable:
             raise Refused(message, f"resolved to {address}, which is not public")
 
     def check_url(self, url: str) -> None:
-        """Raise `InvalidInput` for an address to which nothing could ever be sent, as can be seen without resolving its name."""
+        """Raise `InvalidInput` for a URL to which sending can never be allowed, without resolving its host name."""
         check_url(url)
         parts = urlsplit(url)
         if parts.scheme == "http" and not self.allowed:
@@ -107,9 +107,9 @@ class Reachable:
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an address is of the public internet, and so is every IPv4 address embedded in it."""
+    """Return whether an address and all IPv4 addresses embedded in it are on the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:  # the connection is one of IPv4
+        if address.ipv4_mapped is not None:  # the connection is made over IPv4
             return is_public(address.ipv4_mapped)
         if address not in _GLOBAL_UNICAST and address not in _NAT64:
             return False
@@ -119,7 +119,7 @@ def is_public(address: Address) -> bool:
 
 
 def embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
-    """Return the IPv4 addresses inside an IPv6 address, whatever form of transition it is of."""
+    """Return the IPv4 addresses embedded in an IPv6 address, for all known transition mechanisms."""
     if isinstance(address, ipaddress.IPv4Address):
         return ()
     found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
@@ -130,18 +130,18 @@ def embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """Return the addresses of a name."""
+    """Return the IP addresses of a host name."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class _Deadline:
-    """The end of an exchange, on the clock that only goes forward."""
+    """The deadline of a delivery, on the monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._at = seconds, time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds that are left; raise `TimeoutError` where there are none."""
+        """Return the seconds left; raise `TimeoutError` if there are none."""
         left = self._at - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the exchange was not complete within {self._seconds:g} s")
@@ -149,7 +149,7 @@ class _Deadline:
 
 
 class _Answer(io.RawIOBase):
-    """What a receiver answers, up to the deadline and to `_MAX_HEAD_BYTES`."""
+    """The stream of a response, limited by the deadline and by `_MAX_HEAD_BYTES`."""
 
     def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
         super().__init__()
@@ -161,14 +161,14 @@ class _Answer(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if not self._room:
             raise http.client.HTTPException(f"the head of the answer is larger than {_MAX_HEAD_BYTES:,} bytes")
-        self._sock.settimeout(self._deadline.left())  # a timeout alone begins anew with each byte
+        self._sock.settimeout(self._deadline.left())  # a plain timeout would restart with each byte
         received = self._sock.recv_into(memoryview(buffer)[: self._room])
         self._room -= received
         return received
 
 
 class _TimedSocket:
-    """What `http.client` uses of a socket, with a deadline for all of it together."""
+    """The methods of a socket that `http.client` uses, with one deadline for all of them together."""
 
     def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
         self._sock, self._deadline = sock, deadline
@@ -187,7 +187,7 @@ class _TimedSocket:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to an address that was checked, under the name that it was found by."""
+    """A connection to an address that was checked; its host name is used for the Host header and TLS."""
 
     def __init__(self, host: str, port: int, address: str, context: ssl.SSLContext | None, deadline: _Deadline) -> None:
         super().__init__(host, port)
@@ -214,14 +214,14 @@ def post(
     *,
     seconds: float = TIMEOUT_SECONDS,
 ) -> int:
-    """Send a POST request and return the answer's status.
+    """Send a POST request and return the status of the response.
 
     Args:
-        seconds: for the whole exchange.
+        seconds: time limit for the whole delivery.
 
     Raises:
-        Refused: the address leads to where nothing may be sent.
-        OSError, http.client.HTTPException: nothing answered.
+        Refused: sending to the address is not allowed.
+        OSError, http.client.HTTPException: there was no valid response.
     """
     deadline = _Deadline(seconds)
     parts = urlsplit(url)
@@ -245,7 +245,7 @@ def post(
 
 
 def attempt(webhook: Webhook, delivery: Delivery, reachable: Reachable, now: float) -> tuple[int | None, str | None]:
-    """Try to deliver; return the answer's status, and why it failed, None where it did not."""
+    """Try a delivery; return the response's status, and why it failed or None if it succeeded."""
     headers = {
         "content-type": "application/json",
         "user-agent": "finetune-webhooks",
@@ -263,10 +263,10 @@ def attempt(webhook: Webhook, delivery: Delivery, reachable: Reachable, now: flo
 
 
 class Sender:
-    """A thread that asks `collect` each second for what is to be queued, and starts a thread for each delivery that is due.
+    """A thread that calls `collect` every second to queue new events, and starts a thread for each delivery that is due.
 
-    At most `_AT_ONCE` run at a time, and of one webhook only one, so that a receiver that does not answer holds one thread, for
-    `TIMEOUT_SECONDS`.
+    At most `_AT_ONCE` deliveries run at a time, and only one per webhook, so that a receiver that does not respond blocks one
+    thread only, for `TIMEOUT_SECONDS`.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class Sender:
         self._store, self._reachable, self._collect = store, reachable, collect
         self._stopping = threading.Event()
         self._woken = threading.Event()  # a delivery has ended, or the sender stops
-        self._busy: set[str] = set()  # webhooks to which something is being sent
+        self._busy: set[str] = set()  # ids of webhooks with a delivery in progress
         self._free = threading.BoundedSemaphore(_AT_ONCE)
         self._trouble = ""
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
@@ -284,7 +284,7 @@ class Sender:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no delivery more; one that is cut short, and what is due, is delivered by the next server."""
+        """Start no more deliveries. Interrupted and due ones are delivered by the next server."""
         self._stopping.set()
         self._woken.set()
 
@@ -305,13 +305,13 @@ class Sender:
                     self._store().forget_old(now)
                     forget_at = now + _FORGET_SECONDS
                 self._trouble = ""
-            except FinetuneError as error:  # the database is out of reach: the next round tries again
+            except (FinetuneError, OSError) as error:  # the database or the models cannot be read: try again in the next round
                 if str(error) != self._trouble:
                     log.warning("webhooks wait: %s", error)
                 self._trouble = str(error)
 
     def _start_one(self) -> bool:
-        """Start a delivery that is due; return whether there was one, and a thread free for it."""
+        """Start a delivery that is due; return False if none is due or no thread is free."""
         if not self._free.acquire(blocking=False):
             return False
         try:
@@ -332,7 +332,7 @@ class Sender:
             self._store().settle(delivery, time.time(), status=status, error=error)
             if error is not None:
                 log.warning("webhook %s, %s: %s", webhook.id, delivery.type, error)
-        except FinetuneError as error:  # not written, so it is delivered once more
+        except FinetuneError as error:  # the result was not recorded, so the delivery will be repeated
             log.warning("webhook %s: what came of a delivery could not be written: %s", webhook.id, error)
         finally:
             self._busy.discard(webhook.id)

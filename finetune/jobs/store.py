@@ -1,4 +1,4 @@
-"""The durable rows behind jobs of every kind, and the only code that changes a job's state.
+"""The database rows of jobs of every kind, and the only code that changes the state of a job.
 
     queued ──claim──▶ running ──▶ succeeded | failed | cancelled        terminal states never change
       ▲                  │ ▲
@@ -6,9 +6,9 @@
       └── hand_back ── cancelling ──▶ cancelled
           reap
 
-A claim is a lease with a fencing token (`fence`): every later write of the holder names the token, and a write that changes no
-row means that the job belongs to somebody else now. Every change of a job locks its row first, so its events are numbered in the
-order in which they happened.
+A claim is a lease with a fencing token (`fence`). Every later write of the worker is conditional on the token; if it changes no
+row, another worker has claimed the job. Every change of a job locks its row first, so that its events are numbered in the order
+in which they happened.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from finetune.jobs.outbox import enqueue_ended
 from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
-LOCAL_OWNER = "local"  # of jobs that were submitted without an API key
+LOCAL_OWNER = "local"  # owner of jobs that were submitted without an API key
 
 
 class LeaseLost(Exception):
-    """The job is no longer held under this claim: stop working on it and write nothing more."""
+    """The job is no longer held under this claim. The caller must stop working on it and write nothing more."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row, decoded."""
+    """One job, decoded from its row."""
 
     id: str
     kind: Kind
@@ -79,7 +79,7 @@ class Job:
     error_code: str | None
     error_message: str | None
     cancel_requested_at: float | None
-    worker: str | None  # who holds it now
+    worker: str | None  # name of the worker that holds it now
 
     @property
     def finished(self) -> bool:
@@ -88,7 +88,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to work on a job until the lease runs out; `fence` proves it in every write."""
+    """The right to work on a job until the lease ends; `fence` is the token that every write needs."""
 
     job: Job
     worker: str
@@ -97,7 +97,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a job's history; `seq` grows over all jobs and is the cursor of readers."""
+    """One event of a job's history; `seq` increases over all jobs and is the cursor of readers."""
 
     seq: int
     job_id: str
@@ -139,18 +139,18 @@ class JobStore:
         models_bytes: int = 0,
         max_owner_bytes: int | None = None,
     ) -> tuple[Job, bool]:
-        """Queue a job; returns it and whether it is new. The same key and body give the job that was made the first time.
+        """Queue a job; return it and whether it is new. The same key and body return the job of the first request.
 
         Args:
-            any_suffix: the model may become a version of one that another owner's job makes or made.
-            models_bytes: what the owner's models take; they lie in the registry, not in the database.
-            max_owner_bytes: what the owner's uploads, finished jobs and models may take on disk.
+            any_suffix: allow a suffix that belongs to another owner's model; the job then makes a new version of it.
+            models_bytes: disk space of the owner's models, which are in the registry, not in the database.
+            max_owner_bytes: limit on the disk space of the owner's uploads, finished jobs and models.
 
         Raises:
             InvalidInput: the key was used with another body.
-            QueueFull: the owner already has `max_queued` jobs that have not finished.
-            NameTaken: the suffix is another owner's.
-            FilesFull: the owner stores more than is allowed.
+            QueueFull: the owner already has `max_queued` unfinished jobs.
+            NameTaken: the suffix belongs to another owner.
+            FilesFull: the owner already stores more than `max_owner_bytes`.
         """
         now = time.time()
         with writing(self.engine) as connection:
@@ -176,7 +176,7 @@ class JobStore:
             return _job(_row(connection, job_id, owner)), True
 
     def get(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> Job:
-        """Return one job; another owner's, or one of another `kind`, does not exist (NotFound). `owner` None sees every job."""
+        """Return a job of `owner` and `kind`, each any if None. Raises NotFound also if the job has another owner or kind."""
         with reading(self.engine) as connection:
             return _job(_row(connection, job_id, owner, kind))
 
@@ -196,10 +196,10 @@ class JobStore:
         state: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """Return a page of jobs of one kind, newest first, from the one after `after`, and whether there is more.
+        """Return a page of jobs of one kind, newest first, beginning after the id `after`, and whether there are more.
 
         Args:
-            metadata: only jobs whose metadata has all of these values.
+            metadata: only jobs whose metadata contains all of these items.
         """
         query = select(jobs).where(jobs.c.kind == kind.name).order_by(jobs.c.id.desc()).limit(limit + 1)
         if owner is not None:
@@ -215,7 +215,7 @@ class JobStore:
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
     def queue_position(self, job: Job) -> int | None:
-        """How many queued jobs will be claimed before this one; None when it is not queued."""
+        """Return how many queued jobs are before this one by priority and age; None if it is not queued."""
         if job.state != "queued":
             return None
         with reading(self.engine) as connection:
@@ -225,7 +225,7 @@ class JobStore:
             return connection.execute(select(func.count()).where(jobs.c.state == "queued", before)).scalar_one()
 
     def request_cancel(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> Job:
-        """A queued job is cancelled at once, a running one becomes ``cancelling``; asking again changes nothing.
+        """Cancel a queued job at once; set a running one to ``cancelling``. Idempotent.
 
         Raises:
             Conflict: the job has already succeeded or failed.
@@ -245,11 +245,11 @@ class JobStore:
             return _job(_row(connection, job_id, owner))
 
     def delete(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> None:
-        """Forget a job that has ended, with its events. The model that it made stays.
+        """Delete a job that has ended, with its events. The model that it registered is kept.
 
         Raises:
-            NotFound: no such job.
-            Conflict: it has not ended, or another job that has not ended reads its run.
+            NotFound: there is no such job.
+            Conflict: it has not ended, or another unfinished job uses its run.
         """
         with writing(self.engine) as connection:
             row = _row(connection, job_id, owner, kind, lock=True)
@@ -263,20 +263,20 @@ class JobStore:
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> Sequence[Event]:
-        """The job's events with ``seq > after``, oldest first."""
+        """Return the job's events with ``seq > after``, oldest first."""
         query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
         with reading(self.engine) as connection:
             rows = connection.execute(query.order_by(job_events.c.seq).limit(limit)).mappings().all()
         return [Event.of(row) for row in rows]
 
     def ended_since(self, at: float) -> Sequence[tuple[str, str]]:
-        """(id, state) of the jobs that had begun and have ended after `at`."""
+        """Return (id, state) of the jobs that ended after `at`, without those that never started."""
         ended = select(jobs.c.id, jobs.c.state).where(jobs.c.state.in_(TERMINAL), jobs.c.attempts > 0, jobs.c.finished_at > at)
         with reading(self.engine) as connection:
             return [(str(job_id), str(state)) for job_id, state in connection.execute(ended)]
 
     def counts(self, owner: str | None = None, kinds: Collection[str] = tuple(KINDS)) -> dict[str, int]:
-        """Return how many jobs of some kinds are in each state; states without a job are left out."""
+        """Return the number of jobs of these kinds in each state; states without jobs are left out."""
         query = select(jobs.c.state, func.count()).where(jobs.c.kind.in_(kinds)).group_by(jobs.c.state)
         with reading(self.engine) as connection:
             rows = connection.execute(query if owner is None else query.where(jobs.c.owner == owner))
@@ -285,12 +285,12 @@ class JobStore:
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
 
     def claim(self, worker: str, kinds: Collection[str] = tuple(KINDS)) -> Claim | None:
-        """Take the next queued job under a fresh lease, or None when there is none to take now.
+        """Claim the next queued job with a new lease; return None if there is none.
 
         Args:
-            kinds: the names of the kinds of jobs that the worker carries out.
+            kinds: names of the kinds of jobs that the worker executes.
         """
-        with reading(self.engine) as connection:  # most often there is none: then nobody's write is held up
+        with reading(self.engine) as connection:  # usually there is none; a read does not block other writers
             if connection.execute(_claimable(lease_time(connection), kinds)).first() is None:
                 return None
         now = time.time()
@@ -317,16 +317,16 @@ class JobStore:
         progressed: bool = False,
         records: Sequence[Mapping[str, Any]] = (),
     ) -> bool:
-        """Renew the lease and publish where the run is; returns whether cancelling was asked for.
+        """Renew the lease and store the run's progress; return whether cancelling was requested.
 
         Args:
-            progressed: this attempt has written a new checkpoint; once said, it holds for the attempt.
-            records: all of the run's own event lines, in order; those that the job's history does not have yet are added, and
-                counted in the same transaction, so that repeating them after a crash adds nothing twice. A record has ``at``,
-                ``kind`` and ``message``, perhaps ``level``; the rest becomes the event's data.
+            progressed: whether this attempt has written a new checkpoint; it stays set for the rest of the attempt.
+            records: all lines of the run's ``events.jsonl``, in order. Those that are not in the job's history are added; the
+                number of lines is stored in the same transaction, so that nothing is added twice after a crash. A record has
+                ``at``, ``kind``, ``message`` and optionally ``level``; all other keys become the event's data.
 
         Raises:
-            LeaseLost: the job is held by somebody else, or has ended.
+            LeaseLost: another worker holds the job, or it has ended.
         """
         with writing(self.engine) as connection:
             row = _held(connection, claim)
@@ -342,7 +342,7 @@ class JobStore:
             return bool(row["state"] == "cancelling")
 
     def cancel_requested(self, claim: Claim) -> bool:
-        """Whether cancelling was asked for; cheaper than a heartbeat, for polling."""
+        """Return whether cancelling was requested; a read that is cheaper than `heartbeat`, for polling."""
         with reading(self.engine) as connection:
             return connection.execute(select(jobs.c.state).where(jobs.c.id == claim.job.id)).scalar_one_or_none() == "cancelling"
 
@@ -357,7 +357,7 @@ class JobStore:
         error_message: str | None = None,
         stored_bytes: int = 0,
     ) -> None:
-        """End the job as succeeded, failed or cancelled, once; LeaseLost as in `heartbeat`. `stored_bytes`: of its folder."""
+        """End the job as succeeded, failed or cancelled. `stored_bytes` is its folder's disk space. Raises LeaseLost."""
         if state not in TERMINAL:
             raise ValueError(f"{state!r} is not one of {TERMINAL}")
         now = time.time()
@@ -378,10 +378,13 @@ class JobStore:
     def hand_back(
         self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"
     ) -> None:
-        """Put the job back in the queue (a dying worker, a failure that another attempt may cure); LeaseLost as in `heartbeat`.
+        """Return the job to the queue, because the worker stops or another attempt may succeed. Raises LeaseLost.
 
-        An attempt that wrote no new checkpoint is `counted` towards a crash loop; None: its end says nothing about the job.
-        A job whose cancelling was asked for is cancelled instead.
+        A job for which cancelling was requested is cancelled instead.
+
+        Args:
+            counted: how the attempt counts towards the limit of attempts without a new checkpoint; None if the job did not
+                cause its end.
         """
         now = time.time()
         with writing(self.engine) as connection:
@@ -404,13 +407,13 @@ class JobStore:
             )
 
     def fruitless_attempts(self, claim: Claim) -> tuple[int, int]:
-        """How many attempts in a row, this one included, have written no new checkpoint: if it stalled, and if it was lost."""
+        """Return the numbers of consecutive attempts without a new checkpoint, if this one counts as stalled and as lost."""
         with reading(self.engine) as connection:
             row = _row(connection, claim.job.id, None)
             return _counts(row, "stalled")["stalled_attempts"], _counts(row, "lost")["lost_attempts"]
 
     def reap(self) -> Sequence[str]:
-        """Put jobs whose lease has run out back in the queue (or cancel them, if that was asked for); returns their ids."""
+        """Return jobs with an expired lease to the queue, or cancel them if that was requested; return their ids."""
         with reading(self.engine) as connection:
             if connection.execute(_expired(lease_time(connection))).first() is None:
                 return []
@@ -430,7 +433,7 @@ class QueueFull(Conflict):
 
 
 class NameTaken(Conflict):
-    """A new job's model would become a version of a model that its owner may not change."""
+    """The name of a new job's model belongs to another owner."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the model name {name!r} is taken; choose another suffix")
@@ -440,10 +443,10 @@ _ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancel
 
 
 def _claimable(clock: LeaseTime, kinds: Collection[str]) -> Select[str]:
-    """Select the id of the job whose turn it is. A waiting time that was set before the machine started anew is over.
+    """Return the query for the id of the next job. A `not_before` of an earlier boot counts as past.
 
-    Of one priority, the owner with the fewest running jobs comes first, then the one whose last job started longest ago: nobody's
-    long queue keeps others waiting.
+    Among jobs of equal priority, those of the owner with the fewest running jobs come first, then those of the owner whose last
+    job started longest ago, so that one owner's long queue does not delay the others.
     """
     due = or_(jobs.c.not_before <= clock.seconds, jobs.c.clock_epoch != clock.epoch)
     held = case((jobs.c.state.in_(HELD), 1), else_=0)
@@ -476,7 +479,7 @@ def _expired(clock: LeaseTime) -> Select[Any]:
 
 
 def _held(connection: Connection, claim: Claim) -> RowMapping:
-    """The job's row, locked; LeaseLost where it is not held under this claim any more."""
+    """Lock and return the job's row. Raises LeaseLost if the job is no longer held under this claim."""
     query = select(jobs).where(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
     row = connection.execute(query.with_for_update()).mappings().one_or_none()
     if row is None:
@@ -495,19 +498,19 @@ def _released() -> dict[str, Any]:
 
 
 def _counts(row: RowMapping, more: str | None) -> dict[str, int]:
-    """What to count of attempts in a row without a new checkpoint, now that the present one ends as one of the kind `more`."""
+    """Return the new counts of consecutive attempts without a new checkpoint when an attempt ends; it counts as `more`."""
     return {
         f"{kind}_attempts": 0 if row["progressed"] else row[f"{kind}_attempts"] + (kind == more) for kind in ("stalled", "lost")
     }
 
 
 def _after(row: RowMapping, now: float) -> float:
-    """`now`, but never before the job started: the wall clock may have been set back."""
+    """Return `now`, but at least the job's start, in case the wall clock was set back."""
     return max(now, float(row["started_at"] or row["created_at"]))
 
 
 def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
-    """Take a job from a worker that no longer renews its lease."""
+    """Requeue or cancel a job whose worker no longer renews its lease."""
     lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", _counts(row, "lost")
     ended = {"finished_at": _after(row, now)}
     if row["state"] == "cancelling":
@@ -525,7 +528,7 @@ def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
 
 
 def _add_run_events(connection: Connection, job_id: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Those that are not there yet. What the run says of its own end is left to the event that ends the job."""
+    """Add the records that are not in the job's history yet, except the run's own final event: the job has one of its own."""
     if not records:
         return
     newest = connection.execute(select(func.max(job_events.c.line)).where(job_events.c.job_id == job_id)).scalar_one()
@@ -591,17 +594,17 @@ def _job(row: RowMapping) -> Job:
 
 
 def _dumps(value: Mapping[str, Any]) -> str:
-    """JSON in ASCII: a lone surrogate or a NUL, which databases refuse as text, stays an escape."""
+    """Return ASCII JSON, in which lone surrogates and NULs, which databases reject as text, are escaped."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _plain(text: str) -> str:
-    """`text` without the characters that databases refuse."""
+    """Return `text` with the characters replaced that databases reject."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
 def _finite(value: Any) -> Any:
-    """A run's journal may say NaN; JSON, and so the database, has only null for it."""
+    """Return `value` with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

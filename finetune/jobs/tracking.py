@@ -1,7 +1,7 @@
-"""Keep MLflow up with what a worker's jobs come to: their runs, also of processes that were killed, and the registry of models.
+"""Keep MLflow up to date with a worker's jobs: runs (also of killed processes) and the model registry.
 
-MLflow is not imported here. A process of its own (`finetune.tracking.sync`) does the work, one at a time, and again later
-while MLflow does not answer.
+MLflow is not imported here. A separate process (`finetune.tracking.sync`) does the work, one at a time; it is started again later
+if MLflow does not respond.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from finetune.jobs.store import JobStore
-from finetune.storage.files import read_json
+from finetune.storage.files import found_in, modified_ns, read_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
-PULL_SECONDS = 300.0  # how often it is asked whether something has changed in MLflow's registry
+PULL_SECONDS = 300.0  # how often to check MLflow's registry for changes
 _LOOK_SECONDS = 10.0
-_OVERLAP_SECONDS = 60.0  # a job's end may be committed a little after the time that it says
+_OVERLAP_SECONDS = 60.0  # a job's end may be committed a little later than its `finished_at`
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 60.0, 3600.0
 
 
 class TrackingSync:
-    """Of one worker: `step` it often; `finish` waits for what is under way."""
+    """The synchronisation of one worker. Call `step` often, and `finish` at the end to wait for the last process."""
 
     def __init__(self, store: JobStore, home: Path) -> None:
         self.store = store
@@ -37,16 +37,16 @@ class TrackingSync:
         self._process: subprocess.Popen[bytes] | None = None
         self._seen: set[str] = set()  # job ids
         self._open: dict[str, str] = {}  # run folder -> status
-        self._asked: dict[str, str] = {}  # those of `_open` that the process was given
+        self._asked: dict[str, str] = {}  # those of `_open` that were passed to the current process
         self._looked_at = self._wait_until = -_LOOK_SECONDS  # monotonic seconds
         self._ended_after = 0.0  # Unix seconds
         self._pause_seconds = _FIRST_PAUSE_SECONDS
-        self._models: object = None  # what the registries looked like when they were last synchronised
-        self._models_asked: object = None  # the same, when the process was started
+        self._models: object = None  # state of the registries at the last synchronisation
+        self._models_asked: object = None  # state of the registries when the current process was started
         self._pulled_at = -PULL_SECONDS
 
     def step(self) -> None:
-        """Look for jobs that have ended and for models that have changed; start a process where there is something to do."""
+        """Look for ended jobs and changed models; start a process if there is something to send and none is running."""
         if not self._is_installed:
             return
         now = time.monotonic()
@@ -61,7 +61,7 @@ class TrackingSync:
             self._start(models=models)
 
     def finish(self, seconds: float) -> None:
-        """Synchronise what has ended by now, if that takes no longer than `seconds`."""
+        """Synchronise the jobs that have ended by now, for at most `seconds`."""
         until = time.monotonic() + seconds
         self._looked_at = -_LOOK_SECONDS
         self.step()
@@ -70,7 +70,7 @@ class TrackingSync:
             self.step()
 
     def stop(self) -> None:
-        """End a process that is at it; the next worker begins anew."""
+        """Kill the current process; the next worker sends what it did not."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -85,7 +85,7 @@ class TrackingSync:
         self._ended_after = ended_at - _OVERLAP_SECONDS
 
     def _models_changed(self, now: float) -> bool:
-        """Return whether an alias or a version has changed here, or may have changed in MLflow."""
+        """Return whether an alias or a version has changed in the models folder, or may have changed in MLflow."""
         elsewhere = "MLFLOW_TRACKING_URI" in os.environ
         if not elsewhere and not self.workspace.mlflow_database.exists():
             return False  # nothing was ever tracked
@@ -95,11 +95,10 @@ class TrackingSync:
         return pull and (elsewhere or self._registries() != self._models)
 
     def _registries(self) -> tuple[tuple[tuple[str, int], ...], int | None]:
-        """Return times of change: of each model here, and of the database of an MLflow without a server."""
-        models = sorted(self.workspace.models.glob("*/aliases.json"))
-        database = self.workspace.mlflow_database
-        changed = tuple((str(path), path.stat().st_mtime_ns) for path in models)
-        return changed, database.stat().st_mtime_ns if database.exists() else None
+        """Return the modification times of each model, and of MLflow's database if it is the workspace's own file."""
+        found = {path: modified_ns(path) for path in sorted(found_in(self.workspace.models, "*/aliases.json"))}
+        changed = tuple((str(path), at) for path, at in found.items() if at is not None)
+        return changed, modified_ns(self.workspace.mlflow_database)
 
     def _start(self, *, models: bool) -> None:
         self._asked, self._models_asked = dict(self._open), self._registries()[0] if models else None
@@ -107,7 +106,7 @@ class TrackingSync:
         self._process = subprocess.Popen(
             [*die_with_parent, sys.executable, "-m", "finetune.tracking.sync"],
             stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is the worker's to handle
+            start_new_session=True,  # Ctrl-C must reach the worker only
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None
@@ -124,23 +123,23 @@ class TrackingSync:
         self._open = {run: status for run, status in self._open.items() if run not in self._asked}
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         if self._models_asked is not None:
-            # What was changed here meanwhile is not among what was asked for, so it is seen as a change again.
+            # Changes since the process was started are not in this state, so they are detected as changes again.
             self._models, self._pulled_at = (self._models_asked, self._registries()[1]), now
 
 
 def mlflow_run_of(run: RunDir) -> str | None:
-    """Return the id of a run or a comparison in MLflow; None where it is not there (yet)."""
+    """Return MLflow's id of a run or a comparison; None if it is not in MLflow (yet)."""
     sent = _state_of(run)["runs"].get(".")
     return None if sent is None else sent["id"]
 
 
 def _lacks_something(run: RunDir) -> bool:
-    """Return whether a run was to be mirrored in MLflow and, as far as its folder knows, is not."""
+    """Return whether a run was to be mirrored to MLflow but its folder does not record it as complete."""
     return not _state_of(run)["complete"]
 
 
 def _state_of(run: RunDir) -> dict[str, Any]:
-    """Return what MLflow has of a run: what `finetune.tracking.mirror` wrote down in its folder."""
+    """Return the state of the run's mirror in MLflow, as `finetune.tracking.mirror` recorded it in the run folder."""
     try:
         found: dict[str, Any] = read_json(run.tracking / "mlflow.json")
     except FileNotFoundError:

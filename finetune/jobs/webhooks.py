@@ -1,7 +1,8 @@
-"""Webhooks: addresses that an owner wants told of the ends of jobs and of promotions, and how often that was tried.
+"""Webhooks: URLs to which an owner wants the ends of jobs and promotions reported, and the state of their deliveries.
 
-What is sent follows the Standard Webhooks specification: ``webhook-id``, ``webhook-timestamp`` and ``webhook-signature``, an
-HMAC-SHA256 over all three. `finetune.jobs.outbox` queues; `finetune.jobs.sending` sends.
+Deliveries follow the Standard Webhooks specification, with the headers ``webhook-id``, ``webhook-timestamp`` and
+``webhook-signature``, an HMAC-SHA256 over id, timestamp and body. `finetune.jobs.outbox` queues them; `finetune.jobs.sending`
+sends them.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from finetune.jobs.schema import webhook_deliveries, webhooks
 MAX_PER_OWNER = 20
 MAX_URL = 2000  # characters
 SECRET_PREFIX = "whsec_"
-# Seconds to wait after each failed attempt; after the last one the delivery is given up. About two days in all.
+# Seconds to wait after each failed attempt, about two days in total; after the last one the delivery is given up.
 RETRY_SECONDS = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000)
-_ATTEMPT_SECONDS = 60.0  # for which a delivery that is being tried is nobody else's
+_ATTEMPT_SECONDS = 60.0  # how long a delivery in progress is reserved for its sender
 _MAX_HOST = 253  # characters of a name, RFC 1035
 _HOST_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _KEPT_SECONDS = 30 * 86400.0
@@ -38,7 +39,7 @@ _KEPT_SECONDS = 30 * 86400.0
 
 @dataclass(frozen=True)
 class Webhook:
-    """An address and what it is told of. `secret` signs what is sent."""
+    """A URL and the types of events that are sent to it. `secret` signs the deliveries."""
 
     id: str
     owner: str
@@ -49,14 +50,14 @@ class Webhook:
     disabled_at: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what may be shown: everything but the secret."""
+        """Return everything except the secret, for display."""
         shown = {"id": self.id, "owner": self.owner, "url": self.url, "events": list(self.events)}
         return {**shown, "created_at": self.created_at, "disabled_at": self.disabled_at}
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One event for one webhook. `due_at` is None once it was delivered or given up."""
+    """The delivery of one event to one webhook. `due_at` is None after it was delivered or given up."""
 
     id: str
     webhook_id: str
@@ -82,11 +83,11 @@ class WebhookStore:
         self.engine = engine
 
     def create(self, owner: str, url: str, events: Iterable[str] = ()) -> Webhook:
-        """Make a webhook; without `events`, it is told of everything.
+        """Create a webhook; without `events`, it receives all types of events.
 
         Raises:
-            InvalidInput: not an address that can be told, or an unknown type of event.
-            Conflict: the owner has as many as there may be.
+            InvalidInput: the URL is invalid, or a type of event is unknown.
+            Conflict: the owner already has `MAX_PER_OWNER` webhooks.
         """
         check_url(url)
         wanted = tuple(dict.fromkeys(events)) or TYPES
@@ -111,7 +112,7 @@ class WebhookStore:
         return [_webhook(row) for row in rows]
 
     def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
-        """Return a webhook; NotFound where the owner has no such."""
+        """Return a webhook of `owner`, or of any owner if None. Raises NotFound if there is none."""
         query = select(webhooks).where(webhooks.c.id == webhook_id)
         with reading(self.engine) as connection:
             row = None if "\0" in webhook_id else connection.execute(query).mappings().one_or_none()
@@ -120,7 +121,7 @@ class WebhookStore:
         return _webhook(row)
 
     def delete(self, webhook_id: str, owner: str | None = None) -> None:
-        """Delete a webhook with what it was still to be told; NotFound where the owner has no such."""
+        """Delete a webhook and its deliveries. Raises NotFound if the owner does not have it."""
         self.get(webhook_id, owner)
         with writing(self.engine) as connection:
             connection.execute(delete(webhook_deliveries).where(webhook_deliveries.c.webhook_id == webhook_id))
@@ -135,10 +136,10 @@ class WebhookStore:
             return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
 
     def take_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
-        """Return a delivery whose time has come, and keep every other sender from it for a minute; None where there is none.
+        """Return a delivery that is due and reserve it for `_ATTEMPT_SECONDS`; None if none is due.
 
         Args:
-            but_not_of: ids of webhooks that have to wait.
+            but_not_of: ids of webhooks to skip.
         """
         wanted = and_(webhook_deliveries.c.due_at <= now, webhook_deliveries.c.webhook_id.not_in(but_not_of))
         due = select(webhook_deliveries).where(wanted).order_by(webhook_deliveries.c.due_at).limit(1)
@@ -155,7 +156,7 @@ class WebhookStore:
         return _webhook(hook), Delivery(**row)
 
     def settle(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
-        """Write what came of an attempt: delivered, to be tried again later, or given up. 410 Gone disables the webhook."""
+        """Record the result of an attempt: delivered, to be tried again later, or given up. 410 Gone disables the webhook."""
         attempts = delivery.attempts + 1
         values: dict[str, Any] = {"attempts": attempts, "status": status, "error": error}
         if error is None:
@@ -172,7 +173,7 @@ class WebhookStore:
                 connection.execute(update(webhook_deliveries).where(waiting).values(due_at=None, error="the webhook is disabled"))
 
     def forget_old(self, now: float) -> None:
-        """Delete what was settled a month ago."""
+        """Delete deliveries that were delivered or given up more than 30 days ago."""
         settled = webhook_deliveries.c.due_at.is_(None)
         old = or_(webhook_deliveries.c.delivered_at < now - _KEPT_SECONDS, webhook_deliveries.c.created_at < now - _KEPT_SECONDS)
         with writing(self.engine) as connection:
@@ -180,14 +181,14 @@ class WebhookStore:
 
 
 def check_url(url: str) -> None:
-    """Raise `InvalidInput` for what is no address such as ``https://host/path``; where it leads is checked when it is used."""
+    """Raise `InvalidInput` unless `url` is like ``https://host/path``. Its host's addresses are checked at each delivery."""
     wrong = _what_is_wrong(url)
     if wrong is not None:
         raise InvalidInput(f"{url[:100]!r}: {wrong}; give an address such as https://example.org/hooks")
 
 
 def _what_is_wrong(url: str) -> str | None:
-    """Return what keeps a text from being the address of a webhook; None where nothing does."""
+    """Return why a text is not a valid URL of a webhook, or None if it is."""
     if len(url) > MAX_URL:
         return f"the address has more than {MAX_URL:,} characters"
     if not url.isascii() or not url.isprintable() or " " in url:
@@ -221,7 +222,7 @@ def _what_is_wrong_with_host(host: str, *, in_brackets: bool) -> str | None:
 
 
 def signature_headers(secret: str, delivery_id: str, payload: str, now: float) -> dict[str, str]:
-    """Return the three headers with which a receiver knows that a payload is ours, whole, and recent."""
+    """Return the three headers by which a receiver verifies that a payload is authentic, unchanged and recent."""
     timestamp = str(int(now))
     key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
     digest = hmac.new(key, f"{delivery_id}.{timestamp}.{payload}".encode(), hashlib.sha256).digest()

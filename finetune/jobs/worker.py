@@ -1,7 +1,7 @@
-"""The worker: claims queued jobs, runs one process for each attempt, and keeps the database true to what the runs do.
+"""The worker: claims queued jobs, runs one process for each attempt, and updates the database from the runs' files.
 
-The run writes files, the worker writes the database, HTTP reads the database. A worker that dies takes its children with it, its
-leases run out, and whichever worker reaps them resumes the runs from their newest checkpoints.
+The run writes files, the worker writes the database, HTTP reads the database. When a worker dies, its child processes end too and
+its leases expire; another worker then returns the jobs to the queue, and their runs resume from their newest checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
 from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
 from finetune.runtime.tracing import Attributes, Tracing
-from finetune.storage.files import files_under, folder_bytes, read_json, write_atomic
+from finetune.storage.files import files_under, folder_bytes, modified_ns, read_json, write_atomic
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -45,7 +45,7 @@ _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 8, 4096
 _CANCEL_POLL_SECONDS = 0.5
 _CLAIM_POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
-_WEIGH_SECONDS = 1.0
+_MEMORY_CHECK_SECONDS = 1.0
 _TRACKING_SECONDS = 60.0
 
 
@@ -54,15 +54,15 @@ class WorkerSettings:
     """How a worker works.
 
     Args:
-        slots: attempts that run at once; with GPUs at most one on each.
+        slots: number of concurrent attempts; with GPUs at most one on each.
         threads: CPU threads, divided among the slots.
         beat_seconds: how often a lease is renewed; a fraction of the lease.
         cancel_grace_seconds: how long a run may take to write a checkpoint when it is asked to stop.
-        stall_seconds: a run that writes nothing for so long hangs.
-        retry_base_seconds: the first pause after a death; it doubles with each one without progress.
-        max_memory_bytes: a job whose processes take more fails; None for no limit.
-        kinds: the names of the kinds of jobs that it takes.
-        min_free_bytes: with less left on the workspace's disk it counts as full, and nothing new is started.
+        stall_seconds: a run that writes nothing for this long counts as hung.
+        retry_base_seconds: the pause after the first failed attempt; it doubles with each further one without progress.
+        max_memory_bytes: a job whose processes use more fails; None for no limit.
+        kinds: names of the kinds of jobs that it claims.
+        min_free_bytes: with less free space on the workspace's disk no new attempt is started.
     """
 
     name: str = field(default_factory=lambda: f"{socket.gethostname()[:60]}-{os.getpid()}")
@@ -89,7 +89,7 @@ class _Attempt:
     claim: Claim
     run: RunDir
     handle: Handle
-    lease_file: Path  # one for each claim: a worker that lost the job must not touch its successor's
+    lease_file: Path  # one per claim: a worker that lost the job must not write the next worker's
     gpus: tuple[int, ...]
     milestones_before: frozenset[str]
     memory_kills_before: int
@@ -97,18 +97,18 @@ class _Attempt:
     beat_at: float = -math.inf  # monotonic seconds, as all times here
     looked_at: float = -math.inf
     moved_at: float = field(default_factory=time.monotonic)  # when the run last wrote something
-    pulse: tuple[int, ...] = ()
+    mtimes: tuple[int | None, ...] = ()
     n_records: int = 0
     cancelling: bool = False
     hung: bool = False
-    weighed_at: float = -math.inf  # when its memory was last looked at
-    memory_bytes: int | None = None  # what it took when that was too much
-    began: float = field(default_factory=time.time)  # seconds since the epoch, as those of `phases`
-    phases: list[tuple[str, float]] = field(default_factory=list)  # each with when it was first seen
+    memory_checked_at: float = -math.inf
+    memory_bytes: int | None = None  # the memory that it used when it exceeded the limit
+    began: float = field(default_factory=time.time)  # Unix seconds, as in `phases`
+    phases: list[tuple[str, float]] = field(default_factory=list)  # each phase and when it was first seen
 
 
 class Worker:
-    """Carries out queued jobs. Call `run` from the main thread: children are bound to the thread that starts them."""
+    """Executes queued jobs. Call `run` from the main thread: child processes end with the thread that started them."""
 
     def __init__(
         self, store: JobStore, executor: Executor, home: Path, settings: WorkerSettings, tracing: Tracing | None = None
@@ -124,7 +124,7 @@ class Worker:
         self._reaped_at = self._claimed_at = -math.inf
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until SIGTERM or SIGINT, then hand every job back; with `until_idle`, until there is nothing left to do."""
+        """Work until SIGTERM or SIGINT, then return all jobs to the queue; with `until_idle`, until no job is left."""
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         log.info("worker %s waits for jobs in %s", self.settings.name, self.home)
         try:
@@ -141,9 +141,9 @@ class Worker:
                 signal.signal(number, handler)
 
     def step(self) -> None:
-        """Look at every attempt once, take back what other workers lost, and start what there is a slot for."""
+        """Check every attempt once, requeue jobs of dead workers, and start jobs in free slots."""
         for attempt in list(self._attempts.values()):
-            self._attend_safely(attempt)
+            self._watch_safely(attempt)
         now = time.monotonic()
         try:
             if now - self._reaped_at >= self.settings.beat_seconds:
@@ -202,7 +202,7 @@ class Worker:
         return _Attempt(claim, run, handle, lease_file, gpus, _milestones(run), _memory_kills())
 
     def _reserve_name(self, job: Job) -> None:
-        """Record whose model the run will register, so that it is that owner's even if the job dies right after registering."""
+        """Reserve the model's name for the owner, who then owns it even if the job dies right after registering."""
         if job.suffix is not None:
             visibility: Visibility = "shared" if job.owner == LOCAL_OWNER else "private"
             Registry(self.home / "models").reserve(job.suffix, Access(job.owner, visibility))
@@ -216,23 +216,23 @@ class Worker:
 
     # watching -----------------------------------------------------------------------------------------------------
 
-    def _attend_safely(self, attempt: _Attempt) -> None:
-        """A job that is somebody else's is let go of; what fails for a while (database, disk, cluster) is asked again later."""
+    def _watch_safely(self, attempt: _Attempt) -> None:
+        """Watch an attempt; abandon it if the lease is lost, and retry after a failure of database, disk or cluster."""
         try:
-            self._attend(attempt)
+            self._watch(attempt)
         except LeaseLost:
             self._abandon(attempt)
         except (StoreError, DiskFull, ExecutorError, OSError) as error:
             log.warning("%s: %s", attempt.claim.job.id, error)
             attempt.beat_at = time.monotonic() - self.settings.beat_seconds + _CANCEL_POLL_SECONDS
 
-    def _attend(self, attempt: _Attempt) -> None:
+    def _watch(self, attempt: _Attempt) -> None:
         now = time.monotonic()
         if attempt.exit_code is None:
             attempt.exit_code = self.executor.poll(attempt.handle)
             if attempt.exit_code is not None:
                 attempt.beat_at = -math.inf  # settle at once
-        self._weigh(attempt, now)
+        self._check_memory(attempt, now)
         if now - attempt.beat_at >= self.settings.beat_seconds:
             self._beat(attempt)
             if attempt.exit_code is not None:
@@ -243,10 +243,10 @@ class Worker:
                 self._cancel(attempt)
 
     def _beat(self, attempt: _Attempt) -> None:
-        """Renew the lease, publish what the run wrote since the last look, and see whether it still moves."""
+        """Renew the lease, store what the run has written since the last call, and check that it has not stalled."""
         attempt.beat_at = time.monotonic()
         asked_at = machine_time()
-        self._take_pulse(attempt)
+        self._check_for_stall(attempt)
         progress = read_json(attempt.run.progress) if attempt.run.progress.exists() else None
         if progress is not None and (not attempt.phases or attempt.phases[-1][0] != progress["phase"]):
             attempt.phases.append((str(progress["phase"]), time.time()))
@@ -264,22 +264,22 @@ class Worker:
         if cancelling and not attempt.cancelling:
             self._cancel(attempt)
 
-    def _take_pulse(self, attempt: _Attempt) -> None:
+    def _check_for_stall(self, attempt: _Attempt) -> None:
         run = attempt.run
         watched = (run.progress, run.metrics, run.events, run.checkpoints, run.log)
-        pulse = tuple(path.stat().st_mtime_ns for path in watched if path.exists())
-        if pulse != attempt.pulse:
-            attempt.pulse, attempt.moved_at = pulse, time.monotonic()
+        mtimes = tuple(map(modified_ns, watched))
+        if mtimes != attempt.mtimes:
+            attempt.mtimes, attempt.moved_at = mtimes, time.monotonic()
         elif attempt.exit_code is None and time.monotonic() - attempt.moved_at > self.settings.stall_seconds:
             attempt.hung = True
             self.executor.cancel(attempt.handle, grace_seconds=0)
 
-    def _weigh(self, attempt: _Attempt, now: float) -> None:
-        """End an attempt that takes more memory than a job may."""
+    def _check_memory(self, attempt: _Attempt, now: float) -> None:
+        """Stop an attempt that exceeds the memory limit."""
         most = self.settings.max_memory_bytes
-        if most is None or attempt.exit_code is not None or now - attempt.weighed_at < _WEIGH_SECONDS:
+        if most is None or attempt.exit_code is not None or now - attempt.memory_checked_at < _MEMORY_CHECK_SECONDS:
             return
-        attempt.weighed_at = now
+        attempt.memory_checked_at = now
         taken = self.executor.memory_bytes(attempt.handle)
         if taken is not None and taken > most:
             attempt.memory_bytes = taken
@@ -293,7 +293,7 @@ class Worker:
     # ending -------------------------------------------------------------------------------------------------------
 
     def _settle(self, attempt: _Attempt, exit_code: int) -> None:
-        """The attempt has ended: end the job, or queue it again."""
+        """End the job, or queue it again, after its attempt has ended."""
         run, claim, kind = attempt.run, attempt.claim, attempt.claim.job.kind
         complete = (run.root / kind.result).exists()
         stalled_attempts, lost_attempts = self.store.fruitless_attempts(claim)
@@ -332,7 +332,7 @@ class Worker:
         self._forget(attempt)
 
     def _trace(self, tracing: Tracing, attempt: _Attempt, ending: str) -> None:
-        """Write a span of the attempt, and one of each phase under it, as exact as the worker's beats."""
+        """Record a tracing span of the attempt with child spans for its phases, whose times are as exact as the heartbeats."""
         job, ended = attempt.claim.job, time.time()
         about: Attributes = {"finetune.job": job.id, "finetune.attempt": job.attempts, "finetune.ending": ending}
         parent = tracing.add(f"{job.kind.title} {job.kind.describe(job.spec)}", attempt.began, ended, about)
@@ -340,9 +340,9 @@ class Worker:
             tracing.add(phase, at, end, {"finetune.job": job.id}, parent)
 
     def _abandon(self, attempt: _Attempt) -> None:
-        """The job belongs to somebody else: end the process and write nothing."""
+        """End the process of a job that another worker has claimed; write nothing."""
         log.warning("%s: the lease is lost; its process is ended", attempt.claim.job.id)
-        attempt.lease_file.unlink(missing_ok=True)  # an executor that does not answer cannot keep the process alive
+        attempt.lease_file.unlink(missing_ok=True)  # ends the process even if the executor does not respond
         try:
             if attempt.exit_code is None:
                 self.executor.cancel(attempt.handle, grace_seconds=0)
@@ -355,12 +355,12 @@ class Worker:
     def _forget(self, attempt: _Attempt) -> None:
         attempt.lease_file.unlink(missing_ok=True)
         del self._attempts[attempt.claim.job.id]
-        self._claimed_at = -math.inf  # there is a free slot: look at once
+        self._claimed_at = -math.inf  # a slot is free: claim at once
 
     def _hand_everything_back(self) -> None:
-        """A graceful stop: every run writes a checkpoint, and its job is free for another worker. A second signal hurries.
+        """Stop gracefully: every run writes a checkpoint, and its job returns to the queue. A second signal stops at once.
 
-        Where the database does not take them back for as long as a lease lasts, they are left to the ends of their leases.
+        If the database does not accept the jobs for as long as a lease lasts, they are left until their leases expire.
         """
         log.info("worker %s stops; %d jobs are handed back", self.settings.name, len(self._attempts))
         until = time.monotonic() + self.settings.cancel_grace_seconds + self.store.lease_seconds
@@ -369,7 +369,7 @@ class Worker:
             if self._stop_signals > 1:
                 self._ask_all_to_stop(0)
             for attempt in list(self._attempts.values()):
-                self._attend_safely(attempt)
+                self._watch_safely(attempt)
             time.sleep(_TICK_SECONDS)
         for job_id in self._attempts:
             log.warning("%s could not be handed back; its lease will end", job_id)
@@ -384,12 +384,12 @@ class Worker:
 
 
 def _leases_before(claim: Claim, run: RunDir) -> list[Path]:
-    """Lease files of earlier claims. Not of later ones: if there is one, this claim has been lost already."""
+    """Return the lease files of earlier claims. A file of a later claim must stay: its worker holds the job now."""
     return [path for path in run.root.glob("lease-*") if int(path.name.removeprefix("lease-")) < claim.fence]
 
 
 def _milestones(run: RunDir) -> frozenset[str]:
-    """Return what need not be done again: whole checkpoints, finished children, answered parts of a batch."""
+    """Return the names of the run's completed work: checkpoints, finished children, finished parts of a batch."""
     found = (path.relative_to(run.root) for path in files_under(run.root))
     return frozenset(
         str(path)
@@ -401,7 +401,7 @@ def _milestones(run: RunDir) -> frozenset[str]:
 
 
 def _memory_kills(counters: Path = Path("/proc/vmstat")) -> int:
-    """How many processes the kernel has killed for want of memory since it started."""
+    """Return how many processes the kernel has killed since boot because memory was exhausted."""
     if not counters.exists():
         return 0
     lines = (line.split() for line in counters.read_text().splitlines())

@@ -1,1 +1,1 @@
-"""What to label next: which unlabelled pictures a model would learn most from, and where to hand them to the people who label."""
+"""Active learning: choose the unlabelled images to label next, and export them for annotators."""

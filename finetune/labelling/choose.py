@@ -1,9 +1,9 @@
-"""Which pictures of a pool to label: those that the model is unsure of, spread over all that it has not seen.
+"""Choose images of a pool for labelling by uncertainty and diversity.
 
-Clusters of embeddings in which a picture weighs as much as the model is unsure of it, and of each cluster the picture nearest to
-its centre (CLUE: Prabhu et al. 2021, arXiv:2010.08666; unsure is here by the margin between the first two probabilities, where
-they take the entropy). benchmarks/README.md says what it gains over labelling at random, and what other ways gain. NumPy alone;
-equal pools and seeds give equal choices.
+The embeddings are clustered by k-means, weighted by the model's uncertainty, and the image nearest to each centre is chosen
+(CLUE: Prabhu et al. 2021, arXiv:2010.08666). Uncertainty is the margin between the two highest probabilities here, where CLUE
+uses the entropy. benchmarks/README.md compares the gain with that of random choice and of other methods. Needs NumPy only;
+deterministic for equal pools and seeds.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 20  # of moving the centres; they hardly move any more
-LEAST_WEIGHT = 1e-9  # of a picture that the model is sure of, so that a pool without any doubt can be chosen from too
+ROUNDS = 20  # of k-means, after which the centres hardly move
+LEAST_WEIGHT = 1e-9  # of an image that the model is certain of, so that a pool without uncertain images works too
 
 Floats = NDArray[np.floating]
 
 
 def choose(probs: Floats, embeddings: Floats, n: int, seed: int = 0) -> NDArray[np.int64]:
-    """Return the positions of `n` pictures (of all, where there are no more), none twice.
+    """Return the indices of `n` different images, or of all if there are no more.
 
     Args:
-        probs: (N, C) of classes that exclude each other.
+        probs: (N, C) of a single-label task.
         embeddings: (N, D).
     """
     if n >= len(probs):
@@ -39,19 +39,19 @@ def choose(probs: Floats, embeddings: Floats, n: int, seed: int = 0) -> NDArray[
 
 
 def margins(probs: Floats) -> NDArray[np.float64]:
-    """(N,) what the most probable class has over the second: 0 where the model cannot tell them apart."""
+    """Return (N,) differences between the two highest probabilities; 0 is maximal uncertainty."""
     ordered = np.sort(probs, axis=1)
     second = ordered[:, -2] if ordered.shape[1] > 1 else 0.0
     return np.asarray(ordered[:, -1] - second, np.float64)
 
 
 def unit(vectors: Floats) -> NDArray[np.float32]:
-    """Return vectors (N, D) of length one."""
+    """Return vectors (N, D) scaled to length one."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
 
 
 def _centres(points: Floats, weights: Floats, n: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return the centres (n, D) of weighted k-means, begun as k-means++ does."""
+    """Return the centres (n, D) of weighted k-means with k-means++ initialisation."""
     first = int(rng.choice(len(points), p=weights / weights.sum()))
     starts = [first]
     nearest = _squared_distances(points, points[[first]])[:, 0]
@@ -71,6 +71,6 @@ def _centres(points: Floats, weights: Floats, n: int, rng: np.random.Generator) 
 
 
 def _squared_distances(points: Floats, centres: Floats) -> NDArray[np.float32]:
-    """(N, D) and (K, D) to (N, K)"""
+    """Return (N, K) squared distances of points (N, D) from centres (K, D)."""
     squares = (points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
     return np.asarray(np.maximum(squares, 0), np.float32)

@@ -1,4 +1,4 @@
-"""Suggestions as an import of Label Studio: a task for each picture, the model's answer as its pre-annotation. Torch-free."""
+"""Export suggestions for Label Studio: one task per image, with the model's prediction as pre-annotation. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from xml.sax.saxutils import quoteattr
 
 from finetune.labelling.suggest import Suggestion
 
-CONTROL, OBJECT = "label", "image"  # names in the labelling page, which the pre-annotations refer to
-_LOCAL_FILES = "/data/local-files/?d="  # where Label Studio serves files of its own disk
+CONTROL, OBJECT = "label", "image"  # names in the labelling configuration, to which the pre-annotations refer
+_LOCAL_FILES = "/data/local-files/?d="  # URL under which Label Studio serves local files
 
 
 def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, Any]]:
-    """Return the tasks; a picture's address is its path below the folder that was given, which Label Studio must serve."""
+    """Return the tasks. Image URLs are paths relative to the given folder, which Label Studio must serve as local files."""
     return [
         {
             "data": {
@@ -44,7 +44,7 @@ def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, An
 
 
 def labelling_page(classes: Sequence[str]) -> str:
-    """Return the configuration of Label Studio's labelling page that the tasks are made for."""
+    """Return Label Studio's labelling configuration (XML) for the tasks."""
     choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
     return (
         f'<View>\n  <Image name="{OBJECT}" value="${OBJECT}"/>\n'

@@ -1,4 +1,4 @@
-"""Suggestions as files: a table, one page with the pictures, and the import of Label Studio. Torch-free."""
+"""Write suggestions as files: a table, an HTML page with the images, and an import for Label Studio. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLE, PAGE, TASKS, LABELLING_PAGE = "suggestions.csv", "suggestions.html", "lab
 
 
 def write_suggestions(folder: Path, found: Suggestions) -> dict[str, Path]:
-    """Write all files into `folder`; return their paths by what they are."""
+    """Write all files into `folder`; return their paths by kind."""
     texts = {
         TABLE: _table(found),
         PAGE: _page(found),
@@ -70,7 +70,7 @@ def _page(found: Suggestions) -> str:
 
 
 def _picture(one: Suggestion) -> str | None:
-    """Return the picture as a URI; None where its file has gone since the model was asked."""
+    """Return the image as a ``data:`` URI; None if its file can no longer be read."""
     try:
         image = one.sample.decode(partial(decode_image, short_side_px=THUMBNAIL_PX))
     except ImageError:

@@ -1,7 +1,7 @@
-"""Choose unlabelled pictures to label next, from what a bundle says of them: its probabilities and its embeddings. Torch-free.
+"""Choose unlabelled images to label next, by a bundle's probabilities and embeddings. Torch-free.
 
-Left out are pictures that nobody need label: files that the model was made with, second files of the same bytes, and near
-copies of a picture that is chosen already or, where labelled data is given, of one that has a label.
+Left out are images whose labels would add nothing: files that the model was trained or validated on, exact duplicates, and near
+duplicates of a chosen image or, if labelled data is given, of a labelled one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from finetune.runtime.cores import available_cores
 from finetune.tasks import task_named
 
 SHOWN_CLASSES = 3
-NEIGHBOURS = 3  # labelled pictures that a suggestion is compared with
+NEIGHBOURS = 3  # labelled images that a suggestion is compared with
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One picture to label, and why.
+    """One image to label, and why it was chosen.
 
     Args:
-        file: as it was found.
-        relative: its path below the folder that was given.
+        file: its path as found.
+        relative: its path relative to the given folder.
         likely: the most probable classes, with their `probabilities`.
-        margin: between the first two probabilities; 0 is a toss-up.
-        stands_for: pictures of the pool that it is the nearest suggestion to, itself included.
-        reason: the above as a sentence.
+        margin: difference of the two highest probabilities; 0 is maximal uncertainty.
+        stands_for: number of images of the pool to which it is the nearest suggestion, including itself.
+        reason: probabilities and `stands_for` as a sentence.
     """
 
     rank: int
@@ -72,19 +72,19 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Suggestions:
-    """What to label next, the least certain first, and what was left out."""
+    """The images to label next, least certain first, and the counts of those that were left out."""
 
     model: str
     classes: tuple[str, ...]
-    n_pictures: int  # that were looked at
+    n_pictures: int  # size of the pool
     chosen: tuple[Suggestion, ...]
     unreadable: tuple[Unreadable, ...] = ()
-    same_bytes: int = 0  # second files of a picture
-    seen: int = 0  # files that the model was made with or that are in the labelled data
-    near_copies: int = 0  # pictures that would have been chosen, and are copies of a chosen or labelled one
+    same_bytes: int = 0  # exact duplicates
+    seen: int = 0  # files that the model was trained or validated on, or that are in the labelled data
+    near_copies: int = 0  # images that would have been chosen but are near duplicates of a chosen or labelled one
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON values."""
+        """Return the suggestions as JSON values."""
         return {
             "model": self.model,
             "n_pictures": self.n_pictures,
@@ -99,7 +99,7 @@ class Suggestions:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What was left out, in a few words each."""
+        """The reasons and counts of what was left out, as text."""
         said = (
             (len(self.unreadable), "cannot be read"),
             (self.seen, "labelled already"),
@@ -118,15 +118,15 @@ def suggest(
     seed: int = 0,
     progress: ProgressCallback = silent,
 ) -> Suggestions:
-    """Choose `n` pictures below `folders` whose labels would teach the model in `bundle` most.
+    """Choose `n` images from `folders` that are most informative for the model in `bundle`.
 
     Args:
-        folders: folders, files and patterns.
-        labelled: data that has labels already, in any format that is read; copies of its pictures are not suggested.
+        folders: folders, files and glob patterns.
+        labelled: data with labels, in any supported format; near duplicates of its images are not suggested.
 
     Raises:
-        InvalidInput: fewer than one is asked for, or the bundle answers with several labels.
-        DataError: there is no readable picture that has no label yet.
+        InvalidInput: `n` is less than one, or the bundle is a multi-label model.
+        DataError: there is no readable unlabelled image.
     """
     if n < 1:
         raise InvalidInput(f"the number of suggestions must be at least 1, given {n}")
@@ -169,7 +169,7 @@ def _answers(
     answers: list[Answer] = []
     unreadable: list[Unreadable] = []
     for answer in ask(predictor, samples, what=what, progress=progress):
-        # The pictures themselves are not kept: a pool has many.
+        # Without the pixels: a pool may have many images.
         answers.append(_without_picture(answer)) if isinstance(answer, Answer) else unreadable.append(answer)
     return answers, unreadable
 
@@ -179,7 +179,7 @@ def _without_picture(answer: Answer) -> Answer:
 
 
 def _without_known(pool: Sequence[Answer], labelled: set[str], seen: Seen) -> tuple[list[Answer], int, int]:
-    """Return what has no label yet, one of each bytes; how many were second files, and how many have a label."""
+    """Return the unlabelled answers without exact duplicates; the number of duplicates; the number of labelled files."""
     fresh: dict[str, Answer] = {}
     same_bytes = n_seen = 0
     for one in pool:
@@ -202,7 +202,7 @@ def _chosen_without_copies(
     seed: int,
     progress: ProgressCallback,
 ) -> tuple[list[int], int]:
-    """Choose; where a choice is a copy of another one or of a labelled picture, take it out of the pool and choose again."""
+    """Choose `n` rows; remove near duplicates of chosen or labelled images from the pool and repeat until there are none."""
     left = np.arange(len(fresh))
     while True:
         picked = left[choose(probs[left], embeddings[left], n, seed)]
@@ -219,8 +219,8 @@ def _copies(
     known: Sequence[Answer],
     progress: ProgressCallback,
 ) -> set[int]:
-    """Return the choices that show the same picture as an earlier choice or as a labelled picture."""
-    from finetune.doctor.duplicates import clusters, near_duplicates  # needs OpenCV, which only this needs
+    """Return the choices that are near duplicates of an earlier choice or of a labelled image."""
+    from finetune.doctor.duplicates import clusters, near_duplicates  # imports OpenCV, which only this function needs
 
     near = _nearest(embeddings[picked], known)
     samples = [*(known[one].sample for one in near), *(fresh[one].sample for one in picked)]
@@ -233,7 +233,7 @@ def _copies(
 
 
 def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[int]:
-    """Return the labelled pictures that are nearest to any of the given embeddings."""
+    """Return the indices of the labelled images that are among the nearest to any of the embeddings."""
     if not known:
         return []
     of_known = np.stack([one.embedding for one in known])
@@ -251,9 +251,9 @@ def _described(
     classes: Sequence[str],
     folders: Sequence[Path],
 ) -> tuple[Suggestion, ...]:
-    """Return the choices with their reasons, the least certain first."""
+    """Return the choices as suggestions with reasons, least certain first."""
     centred = unit(embeddings - embeddings.mean(axis=0))
-    nearest = (centred @ centred[list(rows)].T).argmax(axis=1)  # (N,) the suggestion that is nearest to each picture
+    nearest = (centred @ centred[list(rows)].T).argmax(axis=1)  # (N,) the nearest suggestion to each image
     nearest[list(rows)] = np.arange(len(rows))
     stands_for = np.bincount(nearest, minlength=len(rows))
     certain = margins(probs[list(rows)])
@@ -291,7 +291,7 @@ def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: i
 
 
 def _relative(file: str, folders: Sequence[Path]) -> str:
-    """Return a file's path below the folder in which it was found; its name where it was given by itself."""
+    """Return a file's path relative to the folder in which it was found; its name if the file itself was given."""
     path = Path(file)
     for folder in folders:
         if path.is_relative_to(folder) and path != folder:

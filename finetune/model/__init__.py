@@ -1,1 +1,1 @@
-"""The network: pretrained weights, backbone with named stages, classifier with its head, freezing."""
+"""Build the network: pretrained weights, a backbone with named stages, a classifier with its head, and freezing."""

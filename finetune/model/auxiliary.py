@@ -1,7 +1,7 @@
-"""An auxiliary classifier on an inner stage, for training only (Szegedy et al. 2014, arXiv:1409.4842): dropped at export.
+"""An auxiliary classifier on an inner stage, for training only (Szegedy et al. 2014, arXiv:1409.4842). It is not exported.
 
-Global average pool and one linear layer on the stage's activation. It gives the stage a gradient of its own, which deep networks
-without shortcuts need most.
+It consists of global average pooling and one linear layer on the stage's activation. Its loss gives the lower stages an
+additional gradient, which is most useful in deep networks without shortcuts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.model.backbone import Backbone
 
-# What the auxiliary loss counts beside the main loss: 0.3 in the paper, 0.4 in its authors' Inception v3 training.
+# The weight of the auxiliary loss: 0.3 in the paper, 0.4 in its authors' training of Inception v3.
 AUX_LOSS_WEIGHT = 0.4
 
 
 class AuxiliaryHead(nn.Module):
-    """Stage activation to logits."""
+    """Global average pooling and a linear layer on the activation of one stage."""
 
     def __init__(self, backbone: Backbone, stage: int, num_classes: int) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class AuxiliaryHead(nn.Module):
         self.linear = nn.Linear(shape[-1] if len(shape) == 2 or self._format.channels_last else shape[0], num_classes)
 
     def forward(self, activation: Tensor) -> Tensor:
-        """The stage's activation, in timm's own layout, to logits (B, C)."""
+        """Return the logits (B, C) of the stage's activation, which has timm's layout."""
         logits: Tensor = self.linear(self._format.as_map(activation).mean((2, 3)))
         return logits
 
     @contextlib.contextmanager
     def listening(self, backbone: Backbone) -> Iterator[list[Tensor]]:
-        """While open, every forward pass through the stage appends its activation to the list that is yielded."""
+        """Yield a list to which every forward pass through the stage appends the activation, during the block."""
         heard: list[Tensor] = []
         module = backbone.module.get_submodule(self._last_module)
         handle = module.register_forward_hook(lambda _, __, activation: heard.append(activation))
@@ -50,10 +50,10 @@ class AuxiliaryHead(nn.Module):
 
 
 def auxiliary_stage(backbone: Backbone, aux: bool | str) -> int:
-    """The stage that `aux` means: a name, or True for the one before the last, where Inception has its own.
+    """Return the index of the stage that `aux` names; True means the last but one, as in Inception.
 
     Raises:
-        InvalidInput: no such stage, or the last one, whose activation the head already has.
+        InvalidInput: there is no such stage, or it is the last one, whose activation the head uses already.
     """
     names = [stage.name for stage in backbone.stages[:-1]]
     if aux is True:

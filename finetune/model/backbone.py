@@ -1,7 +1,7 @@
-"""A pretrained network without its classifier: any timm name becomes a module, its stages and the preprocessing of its weights.
+"""Build a backbone from a timm name: the network without its classifier, its stages, and the preprocessing of its weights.
 
-Decides, by looking at one forward pass, what stands between the feature map and a linear head (`Readout`). Knows nothing of
-classes, heads or training.
+One forward pass is traced to find the stages, and to find which layers of the network lie between the feature map and its
+classifier (`Readout`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from finetune.errors import InvalidInput, UnknownBackbone
 from finetune.model.stages import Layout, Stage, Trace, lay_out, shares_tensors, watch
 from finetune.model.weights import Weights, load_weights, resolve_weights, weights_of_origin
 
-# timm's word for how an image of another shape is framed, and ours.
+# timm's crop modes and our resize modes.
 _RESIZE: dict[str, Resize] = {"center": "crop", "squash": "squash", "border": "letterbox"}
 
-# CrossViT and CoaT end in a sequence of tokens for each of their branches, which their own heads join.
+# CrossViT and CoaT end in one sequence of tokens for each of their branches; their own heads combine these.
 _SEVERAL_MAPS_NOTE = (
     "the network ends in several feature maps, which its own pooling joins, so its logits are not a mean over positions"
 )
 
-# VGG's pretrained layers after pooling are left out on purpose.
+# VGG's pretrained layers after pooling are deliberately left out.
 _VGG_NOTE = (
     "the fully connected fc6 and fc7 are left out: the head stands on the global average of the last convolution, "
     "which makes the activation map exact and saves nine tenths of the parameters"
@@ -42,14 +42,14 @@ _VGG_NOTE = (
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """How a network lays out its activations: NCHW, NHWC, or tokens with some that stand for no patch in front."""
+    """The layout of a network's activations: NCHW, NHWC, or tokens (B, N, D), the first of which may be prefix (class) tokens."""
 
     channels_last: bool
     n_prefix_tokens: int
     aspect: float  # height / width of the input, hence of the patch grid
 
     def as_map(self, activation: Tensor) -> Tensor:
-        """Any activation as (B, D, h, w)."""
+        """Return an activation as (B, D, h, w), without prefix tokens."""
         if activation.ndim == 4:
             return activation.permute(0, 3, 1, 2) if self.channels_last else activation
         patches: Tensor = activation[:, self.n_prefix_tokens :].transpose(1, 2)  # (B, D, h*w)
@@ -60,10 +60,13 @@ class FeatureFormat:
 
 @dataclass(frozen=True)
 class Readout:
-    """What stands between the feature map and a head.
+    """The layers between the feature map and the head.
 
-    ``linear``: nothing but pooling. ``layernorm``: one LayerNorm (the module named `norm`) of the pooled vector. ``own``:
-    pretrained layers after pooling, which are kept. `note` is for the person who wonders about the class activation map.
+    Args:
+        kind: ``linear``: only pooling. ``layernorm``: pooling and one LayerNorm. ``own``: the network's own pooling and
+            pretrained layers, which are kept.
+        norm: name of the LayerNorm's module.
+        note: for the user, what this means for the class activation map.
     """
 
     kind: Literal["linear", "layernorm", "own"]
@@ -72,7 +75,7 @@ class Readout:
 
 
 class Backbone(nn.Module):
-    """A timm network without classifier. Calling it gives the features in timm's own layout."""
+    """A timm network without its classifier. It returns features in timm's layout."""
 
     def __init__(
         self,
@@ -105,13 +108,13 @@ class Backbone(nn.Module):
 
     @property
     def resizable(self) -> bool:
-        """Whether the network as it is takes images of other sizes too: not if it has learnt positions."""
+        """Whether the network also takes images of other sizes; False, for example, if it has learnt position embeddings."""
         return not self.weights.pretrained_cfg.get("fixed_input_size", False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32, normalised, to the features: NCHW, NHWC or tokens. `as_map` makes them (B, D, h, w).
+        """Return the features of normalised images (B, 3, h, w) float32: NCHW, NHWC or tokens; `as_map` converts them.
 
-        A few networks give a list of such features, which only `own_embedding` takes.
+        A few networks return a list of such features, which only `own_embedding` takes.
         """
         features: Tensor = self.module.forward_features(images)  # type: ignore[operator]
         return features
@@ -120,12 +123,12 @@ class Backbone(nn.Module):
         return self.feature_format.as_map(features)
 
     def own_embedding(self, features: Tensor) -> Tensor:
-        """The features through timm's own pooling and what it has after it, to (B, num_features)."""
+        """Return the embedding (B, num_features) of features, through timm's own pooling and the layers after it."""
         embedding: Tensor = self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return embedding
 
     def layernorm(self) -> nn.LayerNorm:
-        """The LayerNorm after pooling, of a backbone whose readout is ``layernorm``."""
+        """Return the LayerNorm after pooling of a backbone whose readout is ``layernorm``."""
         norm = self.module.get_submodule(self.readout.norm)
         assert isinstance(norm, nn.LayerNorm)
         return norm
@@ -143,20 +146,20 @@ def build_backbone(
     """Build a backbone with its weights, in eval mode.
 
     Args:
-        name: any timm architecture, with or without a weights tag (``resnet50``, ``resnet50.a1_in1k``), or where timm finds
-            another (``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``).
+        name: a timm architecture, with or without a tag of weights (``resnet50``, ``resnet50.a1_in1k``), or the place of another
+            network in timm's format (``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``).
         weights: see `resolve_weights`.
-        input_size_px: side of the square input; ``auto`` is what the weights were trained at.
-        resize: how images of another shape are framed; ``auto`` is how the weights were evaluated.
-        cache: where downloaded weights are kept.
-        origin: one's own model, whose backbone and weights are taken instead; ``auto`` is the input size that it has.
+        input_size_px: side of the square input; ``auto``: the size that the weights were trained with.
+        resize: mode for images that are not square; ``auto``: the mode that the weights were evaluated with.
+        cache: folder for downloaded weights.
+        origin: a model of the user, whose backbone and weights are used instead; ``auto`` then is its input size.
 
     Raises:
         UnknownBackbone, WeightsError: see `resolve_weights`.
-        InvalidInput: the network cannot take images of that size.
+        InvalidInput: the network cannot take images of this size.
     """
-    # By default a GPU rounds what it convolves to 10 bits: on an H100 the answers in training then differed from those of the
-    # exported model by up to 0.007 of probability. Speed comes from bfloat16, where training chooses it.
+    # By default cuDNN convolves in TF32, with 10 bits of mantissa: on an H100 the probabilities in training then differed from
+    # those of the exported model by up to 0.007. If lower precision is faster, training uses bfloat16.
     torch.backends.cudnn.allow_tf32 = False
     if origin is None:
         found = resolve_weights(name, weights, cache)
@@ -175,7 +178,7 @@ def build_backbone(
     second = _watch_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
     layout = lay_out(module, trace, second)
     n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
-    # LeViT and others keep what they computed in eval mode; entering train mode drops it.
+    # LeViT and others cache tensors that they compute in eval mode; switching to train mode clears these caches.
     module.train().eval()
     loaded = dataclasses.replace(found, state_dict=None)
     return Backbone(name, module, layout, loaded, preprocess, feature_format, readout, n_features)
@@ -190,7 +193,7 @@ def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -
     options: dict[str, Any] = dict(weights.pretrained_cfg.get("model_args", {}))
     architecture = weights.pretrained_cfg["architecture"] if "model_args" in weights.pretrained_cfg else name
     if timm.model_entrypoint(weights.pretrained_cfg["architecture"]).__module__ == vgg.__name__:
-        options["mlp_ratio"] = 1 / 4096  # fc6 and fc7, which are left out, one unit wide: 0.1 s to build instead of 3 s
+        options["mlp_ratio"] = 1 / 4096  # makes fc6 and fc7, which are not used, one unit wide: builds in 0.1 s instead of 3 s
     if input_size_px != "auto" and weights.pretrained_cfg.get("fixed_input_size"):
         options["img_size"] = input_size_px
     try:
@@ -221,7 +224,7 @@ def _preprocess(
     return Preprocess(
         input_size_px=(height, width) if input_size_px == "auto" else (input_size_px, input_size_px),
         resize=own if resize == "auto" else resize,
-        # who asks for squash or letterbox wants to lose nothing
+        # squash and letterbox are requested to keep the whole image, so nothing is cropped
         crop_fraction=float(config["crop_pct"]) if resize in ("auto", "crop", own) else 1.0,
         interpolation=config["interpolation"],
         fill=(round(255 * red), round(255 * green), round(255 * blue)),
@@ -274,7 +277,7 @@ def _is_tokens(features: Any) -> TypeGuard[Tensor]:
 
 
 def _n_prefix_tokens(module: nn.Module, features: Tensor) -> int:
-    """As timm says; where it does not, what is left over from a square grid."""
+    """Return the number that timm declares; if it declares none, the number of tokens beyond the largest square grid."""
     declared: Any = getattr(module, "num_prefix_tokens", None)
     if declared is not None:
         return int(declared)
@@ -283,7 +286,7 @@ def _n_prefix_tokens(module: nn.Module, features: Tensor) -> int:
 
 
 def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> Readout:
-    """Compare what the original classifier gets with the plain mean over positions."""
+    """Find the kind of readout, by comparing the input of the network's own classifier with the mean over positions."""
     if not _is_feature_map(trace.features):
         return Readout("own", note=_SEVERAL_MAPS_NOTE)
     if isinstance(module, vgg.VGG):
@@ -311,7 +314,7 @@ def _readout(module: nn.Module, trace: Trace, feature_format: FeatureFormat) -> 
 
 
 def _drop_unused(module: nn.Module, trace: Trace, readout: Readout) -> None:
-    """Remove the layers after pooling that our head does without, so that they are neither trained, hashed nor counted."""
+    """Remove the layers after pooling that our head does not use, so that they are neither trained, hashed nor counted."""
     if readout.kind == "own":
         return
     used = {call.name.split(".")[0] for call in trace.calls} | {readout.norm.split(".")[0]}

@@ -1,6 +1,6 @@
-"""Which backbones there are: timm's architecture names, near misses, and what timm records about each one's pretrained weights.
+"""List the available backbones, suggest similar names, and look up timm's record of their pretrained weights.
 
-Builds nothing and downloads nothing.
+Nothing is built or downloaded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _SHOWN = 5
 
 
 def list_backbones(pattern: str = "*") -> tuple[str, ...]:
-    """Architecture names that match a shell pattern (``resnet*d``), or contain `pattern` if it has no wildcard.
+    """Return the architectures whose name matches a shell pattern (``resnet*d``), or contains `pattern` if it has no wildcard.
 
     Raises:
-        UnknownBackbone: nothing matches; the message holds near misses.
+        UnknownBackbone: nothing matches; the message suggests similar names.
     """
     wanted = pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*"
     names = tuple(timm.list_models(wanted))
@@ -29,15 +29,15 @@ def list_backbones(pattern: str = "*") -> tuple[str, ...]:
 
 
 def all_names() -> tuple[str, ...]:
-    """Return every architecture, and every architecture with each tag of its pretrained weights."""
+    """Return all architectures, and each architecture with each tag of its pretrained weights."""
     return (*timm.list_models(), *timm.list_models(pretrained=True, include_tags=True))
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
-    """What timm records about the weights of `name` (an architecture, or ``architecture.tag``): preprocessing, licence, address.
+    """Return timm's record of the weights of `name` (``architecture`` or ``architecture.tag``): preprocessing, licence, address.
 
     Raises:
-        UnknownBackbone: no such architecture, or no such tag of it.
+        UnknownBackbone: there is no such architecture, or it has no weights with this tag.
     """
     architecture, tag = split_name(name)
     if not timm.is_model(architecture):
@@ -54,7 +54,7 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``resnet50.a1_in1k`` is architecture ``resnet50`` with the weights tagged ``a1_in1k``; the tag may be empty."""
+    """Split ``resnet50.a1_in1k`` into the architecture ``resnet50`` and the tag ``a1_in1k`` of its weights (may be empty)."""
     architecture, _, tag = name.partition(".")
     return architecture, tag
 
@@ -64,7 +64,7 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _suggest(name: str) -> str:
-    """Architectures whose name contains what was given (``mobilenetv3``), else near misses by spelling."""
+    """Return a sentence with the architectures whose name contains `name` (``mobilenetv3``), else with similar spellings."""
     names = timm.list_models()
     given = name.lower().replace("-", "_")
     containing = [known for known in names if given and given in known]

@@ -1,7 +1,7 @@
 """The network that is trained and exported: backbone, pooling over positions, dropout and one linear layer.
 
-A linear layer on pooled features gives the class activation map for free (Zhou et al. 2016, arXiv:1512.04150): the mean of the
-map plus the bias is the logit. Knows nothing of losses, optimisers or files.
+With average pooling, applying the linear layer at every position gives the class activation map (Zhou et al. 2016,
+arXiv:1512.04150): its mean plus the bias is the logit.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from finetune.model.selection import FreezePlan
 Pooling = Literal["avg", "max", "avgmax", "gem"]
 CamKind = Literal["linear", "layernorm"]
 
-# The exponent of Radenović et al. 2018 (arXiv:1711.02512); fixed, so that pooled features can be computed once.
+# The exponent of Radenović et al. 2018 (arXiv:1711.02512). It is not trained, so that pooled features can be cached.
 _GEM_POWER = 3.0
 _GEM_FLOOR = 1e-6
 _HEAD_STD = 0.01
 
 
 class Classifier(nn.Module):
-    """Images to logits.
+    """A backbone, pooling, and a linear head.
 
-    ``cam_kind`` says whether and how the map is exact, ``cam_reason`` what a person should know about it.
+    ``cam_kind`` is the way in which the class activation map is exact (None: there is no exact map), ``cam_reason`` an
+    explanation for the user.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Classifier(nn.Module):
         return self.head.out_features
 
     def train(self, mode: bool = True) -> Classifier:
-        """As for any module, except that what is frozen stays in eval mode."""
+        """Set train or eval mode; frozen modules always stay in eval mode."""
         super().train(mode)
         hold_frozen(self)
         return self
 
     def with_head(self, weight: Tensor, bias: Tensor) -> Classifier:
-        """Return a classifier with this head, (C, D) and (C,), that shares everything else with this one."""
+        """Return a classifier with the head `weight` (C, D) and `bias` (C,), which shares all other modules with this one."""
         twin = copy.copy(self)
         head = nn.Linear(self.head.in_features, self.head.out_features)
         with torch.no_grad():
@@ -84,19 +85,19 @@ class Classifier(nn.Module):
         return twin
 
     def normalise(self, images_u8: Tensor) -> Tensor:
-        """(B, h, w, 3) uint8 pixels to (B, 3, h, w) float32, normalised as the weights expect."""
+        """Return images (B, h, w, 3) uint8 as (B, 3, h, w) float32, normalised as the weights expect."""
         return images_u8.permute(0, 3, 1, 2).float() * self._scale + self._shift
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32, normalised, to logits (B, C)."""
+        """Return the logits (B, C) of normalised images (B, 3, h, w) float32."""
         return self.head_logits(self.embed(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32, normalised, to what the head gets: (B, D)."""
+        """Return the embedding (B, D), which is the input of the head, of normalised images (B, 3, h, w) float32."""
         return self.read(self.backbone(images))
 
     def read(self, features: Tensor) -> Tensor:
-        """The backbone's features, in timm's own layout, to the embedding (B, D)."""
+        """Return the embedding (B, D) of the backbone's features, which have timm's layout."""
         if self.backbone.readout.kind == "own":
             return self.backbone.own_embedding(features)
         pooled = pool(self.backbone.as_map(features), self.pooling)
@@ -106,12 +107,12 @@ class Classifier(nn.Module):
         return pooled
 
     def head_logits(self, embedding: Tensor) -> Tensor:
-        """(B, D) to (B, C), with dropout when training."""
+        """Return the logits (B, C) of an embedding (B, D), with dropout in train mode."""
         logits: Tensor = self.head(self.dropout(embedding))
         return logits
 
     def explain(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (B, C), embedding (B, D), and the activation map (B, h', w') of the top class; None if none is exact."""
+        """Return logits (B, C), embedding (B, D) and the activation map (B, h', w') of the top class; None if it is not exact."""
         features = self.backbone(images)
         embedding = self.read(features)
         logits = self.head_logits(embedding)
@@ -120,7 +121,11 @@ class Classifier(nn.Module):
         return logits, embedding, self._cam(self.backbone.as_map(features), logits.argmax(1))
 
     def forward_with_aux(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the head and of the auxiliary head, each (B, C), in one forward pass; for training only."""
+        """Return the logits of the head and of the auxiliary head, each (B, C), in one forward pass; for training only.
+
+        Raises:
+            ValueError: the classifier has no auxiliary head.
+        """
         if self.aux is None:
             raise ValueError("this classifier was built without an auxiliary head")
         with self.aux.listening(self.backbone) as heard:
@@ -141,7 +146,7 @@ class Classifier(nn.Module):
 
 
 def _linear(num_features: int, num_classes: int) -> nn.Linear:
-    """Near zero, so that the first steps fit the head to the backbone, not the backbone to a random head."""
+    """Return a linear layer with weights near zero, so that the first steps fit the head and hardly change the backbone."""
     linear = nn.Linear(num_features, num_classes)
     nn.init.normal_(linear.weight, std=_HEAD_STD)
     nn.init.zeros_(linear.bias)
@@ -157,7 +162,7 @@ def _max(maps: Tensor) -> Tensor:
 
 
 def _avgmax(maps: Tensor) -> Tensor:
-    """Half of both, as timm means the word."""
+    """Return the mean of average and max pooling, as timm's avgmax does."""
     return 0.5 * (_avg(maps) + _max(maps))
 
 
@@ -169,7 +174,7 @@ _POOLS: dict[str, Callable[[Tensor], Tensor]] = {"avg": _avg, "max": _max, "avgm
 
 
 def pool(maps: Tensor, pooling: Pooling) -> Tensor:
-    """(B, D, h, w) to (B, D)."""
+    """Pool maps (B, D, h, w) over positions to (B, D)."""
     return _POOLS[pooling](maps)
 
 

@@ -1,7 +1,7 @@
-"""Cutting a classifier in two at a stage boundary: the frozen prefix, which can be computed once, and the rest.
+"""Cut a classifier at a stage boundary into a prefix, whose output can be cached if it is frozen, and a suffix.
 
-Exact: `suffix(prefix(images))` runs the same modules on the same tensors as `classifier(images)`, so in eval mode the results are
-bit-equal. Both halves share the classifier's own parameters; nothing is copied. Knows nothing of caches.
+`suffix(prefix(images))` runs the same modules on the same tensors as `classifier(images)`, so in eval mode the results are
+bit-equal. Both parts share the classifier's parameters; nothing is copied.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from finetune.model.classifier import Classifier
 
 @dataclass(frozen=True)
 class Cut:
-    """`stage` is the first stage of the suffix; the number of stages itself means that only the head is left.
+    """A classifier in two parts.
 
-    `prefix`: normalised images (B, 3, h, w) to the activation at the boundary, as one plain module that also exports to ONNX.
-    `suffix`: that activation to logits (B, C); it follows the classifier's own train and eval modes.
+    Args:
+        stage: the first stage of the suffix; if it equals the number of stages, the suffix is the head alone.
+        prefix: computes the activation at the cut from normalised images (B, 3, h, w); it can be exported to ONNX.
+        suffix: computes the logits (B, C) from that activation; it follows the train and eval mode of the classifier.
+        activation_shape: of the activation of one image at the cut.
     """
 
     stage: int
     prefix: nn.Module
     suffix: Callable[[Tensor], Tensor]
-    activation_shape: tuple[int, ...]  # of one image
+    activation_shape: tuple[int, ...]
 
 
 def cut_at(classifier: Classifier, stage: int) -> Cut:
-    """Cut before `stage`.
+    """Cut a classifier before `stage`.
 
     Raises:
-        ValueError: `why_not_cut` tells beforehand.
+        ValueError: there is no cut before `stage`; ask `why_not_cut` first.
     """
     backbone = classifier.backbone
     if reason := why_not_cut(backbone, stage):
@@ -59,7 +62,7 @@ def _beside(activation: Tensor, option: Any) -> Any:
 
 
 def why_not_cut(backbone: Backbone, stage: int) -> str:
-    """Why there is no cut before `stage`, in a phrase; empty if there is one."""
+    """Return a phrase that says why there can be no cut before `stage`; an empty string if there can be one."""
     if not 0 < stage <= len(backbone.stages):
         return f"a cut is before one of the stages 1 to {len(backbone.stages)}"
     if stage < len(backbone.stages) and _first_link(backbone, stage) < backbone.layout.replay_from:
@@ -83,7 +86,7 @@ class _Embedding(nn.Module):
 
 
 class _Prefix(nn.Module):
-    """A backbone whose later modules hand on what they get."""
+    """A backbone whose modules after the cut return their input."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class _HandOn(nn.Module):
 
 
 def _without(module: nn.Module, skipped: frozenset[str], above: str = "") -> nn.Module:
-    """A shallow copy in which the named modules hand on their input; all other modules and every parameter are shared."""
+    """Return a shallow copy in which the modules named in `skipped` return their input; all other modules are shared."""
     twin = copy.copy(module)
     children: dict[str, nn.Module | None] = {}
     for name, child in module._modules.items():

@@ -1,17 +1,17 @@
-"""Small networks that differ in nothing but depth, shortcuts and one aid at a time: the subjects of `finetune study depth`.
+"""Small networks for `finetune study depth`, which differ only in depth, shortcuts, initialisation and batch normalisation.
 
-After He et al. 2015 (arXiv:1512.03385, section 4.2): a stem, then three groups of blocks with 16, 32 and 64 channels, each block
-two 3x3 convolutions, pooling and the head. A *plain* network is such a stack and nothing else, as VGG is (Simonyan & Zisserman
-2014, arXiv:1409.1556). A *residual* one of the same depth has exactly as many parameters, and beside each block a shortcut that
-hands on its input as it is (where the size changes: every second pixel, new channels zero). Every residual block begins as the
-identity: its last layer is zero (Goyal et al. 2017, arXiv:1706.02677; without batch normalisation this keeps activations from
-growing from block to block, Zhang et al. 2019, arXiv:1901.09321).
+They follow He et al. 2015 (arXiv:1512.03385, section 4.2): a stem, three groups of blocks with 16, 32 and 64 channels, pooling
+and the head; each block has two 3x3 convolutions. A *plain* network is such a stack without shortcuts, like VGG (Simonyan &
+Zisserman 2014, arXiv:1409.1556). A *residual* network of the same depth has exactly as many parameters, and an identity shortcut
+beside each block (where the size changes, it takes every second pixel and fills the new channels with zeros). The last layer of
+each residual block is initialised with zeros, so that the block begins as the identity (Goyal et al. 2017, arXiv:1706.02677;
+without batch normalisation this keeps activations from growing from block to block, Zhang et al. 2019, arXiv:1901.09321).
 
-The number in a name counts the layers with weights, the head's included. What follows it is the aid: nothing, weights begin as
-PyTorch draws them by default; ``_he``, they begin as He et al. 2015 (arXiv:1502.01852) draw them; ``_bn``, batch normalisation
-(Ioffe & Szegedy 2015, arXiv:1502.03167) and the same first weights.
+The number in a name counts the layers with weights, the head included. The suffix names the aid: none, PyTorch's default
+initialisation; ``_he``, the initialisation of He et al. 2015 (arXiv:1502.01852); ``_bn``, batch normalisation (Ioffe & Szegedy
+2015, arXiv:1502.03167) and that initialisation.
 
-The networks are registered with timm, so they are backbones like all others; every block is a stage of its own.
+The networks are registered with timm, so they can be used like any backbone; every block is a stage of its own.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ INPUT_SIZE_PX = 32
 
 
 def network_name(kind: str, depth: int, aid: Aid) -> str:
-    """Return the name under which a network is registered: ``plain20``, ``residual20_bn``."""
+    """Return the name under which a network is registered with timm: ``plain20``, ``residual20_bn``."""
     return f"{kind}{depth}_{aid}" if aid else f"{kind}{depth}"
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions; with `shortcut`, what came in is added before the last activation."""
+    """Two 3x3 convolutions; with `shortcut`, the block's input is added before the last activation."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, aid: Aid, shortcut: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class DepthNetwork(nn.Module):
         if (depth - 2) % 6:
             raise ValueError(f"a depth is 6 n + 2, given {depth}")
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, WIDTHS[-1], WIDTHS[-1]
-        # at half the size from the first layer on: a quarter of the work, and digits stay legible
+        # the first layer halves the resolution, for a quarter of the computation; digits remain legible
         self.stem = nn.Sequential(*_convolution(in_chans, WIDTHS[0], 2, aid))
         blocks, n_in = [], WIDTHS[0]
         for width in WIDTHS:
@@ -101,7 +101,7 @@ class DepthNetwork(nn.Module):
 
 
 def _convolution(n_in: int, n_out: int, stride: int, aid: Aid) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return a 3x3 convolution, what normalises it, and its activation."""
+    """Return a 3x3 convolution, its normalisation (the identity without ``bn``), and its activation."""
     convolution = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=aid != "bn")
     if aid:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")

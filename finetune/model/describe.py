@@ -1,4 +1,4 @@
-"""What a person wants to know of a backbone before choosing it: its stages, and what each method would train."""
+"""Describe a backbone for a user who chooses one: its stages, and what each method would train."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _MAP = {
 
 
 def describe_backbone(name: str) -> dict[str, Any]:
-    """Stages from the input up and the choices they give, as JSON values; the network is built without its weights.
+    """Return the stages of a backbone, from the input up, and what each method would train, as JSON values.
+
+    The network is built without its pretrained weights.
 
     Raises:
-        UnknownBackbone: no such architecture; the message holds near misses.
+        UnknownBackbone: there is no such architecture; the message suggests similar names.
     """
     backbone = build_backbone(name, weights="none")
     stages = [

@@ -1,8 +1,9 @@
-"""What makes a freeze plan hold: which stages train, and what keeps the others still.
+"""Apply a freeze plan to a classifier, and prove that frozen stages do not change.
 
-Frozen means four things: no gradient, no optimiser state and no weight decay (frozen parameters are in no parameter group), and
-no drift: frozen modules, their batch norms and dropouts, stay in eval mode whatever a parent calls. `frozen_digest` is the proof.
-Which stages a method trains is decided in `finetune.model.selection`, which plan holds at which step in the recipe.
+Frozen means: no gradient, no optimiser state, no weight decay (frozen parameters are in no parameter group), and no change of
+running statistics: frozen modules, with their batch norms and dropouts, stay in eval mode even if `.train()` is called on a
+parent. `frozen_digest` before and after training proves it. `finetune.model.selection` decides which stages a method trains, and
+the recipe which plan applies at which step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ParameterGroup:
 
 
 def apply_freeze(classifier: Classifier, plan: FreezePlan) -> None:
-    """Make `plan` hold from now on, through every later `.train()`; changes no weight."""
+    """Freeze and unfreeze stages as `plan` says; the plan stays in force through later calls of `.train()`."""
     stage_of = classifier.backbone.layout.tensor_stage
     for name, parameter in classifier.backbone.module.named_parameters():
         trains = stage_of[name] in plan.trainable
@@ -42,7 +43,7 @@ def apply_freeze(classifier: Classifier, plan: FreezePlan) -> None:
 
 
 def hold_frozen(classifier: Classifier) -> None:
-    """Put back into eval mode what the classifier's plan freezes. A container trains only if everything inside it does."""
+    """Put the modules that the classifier's plan freezes into eval mode; a container is frozen if anything inside it is."""
     plan, stages_of = classifier.plan, classifier.backbone.layout.module_stages
     for name, module in classifier.backbone.module.named_modules():
         is_frozen = not stages_of[name] <= plan.trainable
@@ -52,7 +53,7 @@ def hold_frozen(classifier: Classifier) -> None:
 
 
 def parameter_groups(classifier: Classifier) -> tuple[ParameterGroup, ...]:
-    """What an optimiser gets: trainable parameters only, one group a stage from the stem up, then what is new (the head)."""
+    """Return the trainable parameters, in one group for each stage from the stem up and a last group for the head."""
     of_stage: dict[int, dict[str, nn.Parameter]] = {stage.index: {} for stage in classifier.backbone.stages}
     of_head: dict[str, nn.Parameter] = {}
     stage_of = classifier.backbone.layout.tensor_stage
@@ -66,10 +67,10 @@ def parameter_groups(classifier: Classifier) -> tuple[ParameterGroup, ...]:
 
 
 def frozen_digest(classifier: Classifier, trainable: frozenset[int] | None = None) -> str:
-    """Return the sha256 over the names, types, shapes and bytes of all parameters and buffers of the stages that are frozen.
+    """Return the sha256 of names, types, shapes and bytes of all parameters and buffers of the frozen stages.
 
     Args:
-        trainable: indices of the stages that are not; by default those of the classifier's present plan.
+        trainable: indices of the stages that are not frozen; by default those of the classifier's plan.
     """
     stage_of, trains = classifier.backbone.layout.tensor_stage, classifier.plan.trainable if trainable is None else trainable
     module = classifier.backbone.module
@@ -82,7 +83,7 @@ def frozen_digest(classifier: Classifier, trainable: frozenset[int] | None = Non
 
 
 def _estimates_statistics(module: nn.Module) -> bool:
-    """Any kind of batch norm: it is the running variance that tells, not the class."""
+    """Return whether a module is some kind of batch norm, which is recognised by its running variance and not by its class."""
     return isinstance(getattr(module, "running_var", None), Tensor)
 
 

@@ -1,4 +1,4 @@
-"""Installed distributions that carry pretrained weights. Torch-free."""
+"""Python distributions that contain pretrained weights. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightsPackage:
-    """An installed distribution that carries a checkpoint: one architecture's tensors, in timm's order, under other names."""
+    """A distribution with a checkpoint of one architecture, whose tensors are in timm's order but have other names."""
 
     distribution: str
     module: str
     license: str
 
     def version(self) -> str | None:
-        """Return the installed version; None where it is not installed."""
+        """Return the installed version; None if it is not installed."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ PACKAGES = {
 
 
 def package_of(backbone: str) -> WeightsPackage | None:
-    """Return the distribution that carries weights of a backbone, installed or not; None where there is none.
+    """Return the distribution that contains weights of a backbone, installed or not; None if there is none.
 
     Args:
         backbone: a timm name, with or without a tag.

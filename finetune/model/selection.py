@@ -1,4 +1,4 @@
-"""Which stages a method trains: a pure function of stages and method. Torch-free; `finetune.model.freeze` makes it hold."""
+"""Select the stages that a method trains, by pure functions. Torch-free; `finetune.model.freeze` applies the selection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD = "head"
 
 
 class StageLike(Protocol):
-    """What the selection needs to know of a stage."""
+    """The attributes of a stage that the selection uses."""
 
     @property
     def index(self) -> int: ...
@@ -25,10 +25,12 @@ class StageLike(Protocol):
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """`trainable`: indices of the stages that train; the head always does.
+    """The stages that train. The head always trains.
 
-    `bn`: in stages that train, batch norms keep their running statistics (``frozen``; weight and bias train) or go on estimating
-    them (``train``).
+    Args:
+        trainable: indices of the stages that train.
+        bn: whether batch norms in these stages update their running statistics (``train``) or not (``frozen``); their weight and
+            bias train in either case.
     """
 
     trainable: frozenset[int]
@@ -37,7 +39,7 @@ class FreezePlan:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """What one method would train of a backbone: a row of ``finetune backbones NAME``."""
+    """The stages of a backbone that one method trains: a row of ``finetune backbones NAME``."""
 
     method: str
     trains: tuple[str, ...]
@@ -46,10 +48,10 @@ class MethodChoice:
 
 
 def plan_freeze(stages: Sequence[StageLike], method: Method) -> FreezePlan:
-    """The stages that `method` trains at its widest: gradual ends with all of them, auto begins with none.
+    """Return the plan with all stages that `method` trains at some step (all for gradual, none for auto).
 
     Raises:
-        SpecError: it names or counts stages that the backbone does not have.
+        SpecError: the method names a stage that the backbone does not have, or more stages than it has.
     """
     if isinstance(method, LinearProbe | AutoMethod):
         return FreezePlan(frozenset())
@@ -61,7 +63,7 @@ def plan_freeze(stages: Sequence[StageLike], method: Method) -> FreezePlan:
 
 
 def describe_methods(stages: Sequence[StageLike]) -> tuple[MethodChoice, ...]:
-    """What each method would train of these stages, from least to most, without the head."""
+    """Return what each method would train of these stages, from least to most, without the head."""
     total = sum(stage.n_parameters for stage in stages)
 
     def choice(method: str, n_stages: int) -> MethodChoice:
@@ -83,7 +85,7 @@ def _from_top(stages: Sequence[StageLike], count: int) -> list[int]:
 
 def _named(stages: Sequence[StageLike], wanted: Sequence[str]) -> list[int]:
     index_of = {stage.name: stage.index for stage in stages}
-    allowed = [*index_of, HEAD]  # the head trains anyway; naming it is no mistake
+    allowed = [*index_of, HEAD]  # the head always trains, so it may be named too
     problems = [
         Problem(
             f"method.train[{position}]", f"no stage {name!r}; the stages are {', '.join(index_of)}.{did_you_mean(name, allowed)}"

@@ -1,9 +1,8 @@
-"""The coarse stages of a backbone, in the order in which images pass through them, for any timm architecture.
+"""Find the coarse stages of any timm architecture, in the order of the forward pass.
 
-One forward pass is watched. It gives the chain: the modules that hand one activation each to the next, from stem to features.
-timm's ``group_matcher(coarse=True)`` says which of them belong together; where it groups single layers (VGG, Inception) they are
-merged into the blocks that the papers name. Every parameter and buffer belongs to exactly one stage. Knows nothing of heads,
-weights or freezing.
+One forward pass is traced to find the chain: the modules that each pass one activation to the next, from the stem to the
+features. timm's ``group_matcher(coarse=True)`` says which of them belong together; where its groups are single layers (VGG,
+Inception), they are merged into the blocks that the papers name. Every parameter and buffer belongs to exactly one stage.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 STEM = "stem"
 
-# Families whose coarse groups are single layers: (stage, pattern of the module names that belong to it), in forward order.
+# Families whose coarse groups are single layers: (stage, regular expression for its modules), in the order of the forward pass.
 _NAMED_BLOCKS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "InceptionV3": ((STEM, r"Conv2d|Pool"), ("Mixed_5", r"Mixed_5"), ("Mixed_6", r"Mixed_6"), ("Mixed_7", r"Mixed_7")),
     "InceptionV4": (
@@ -40,7 +39,7 @@ _SPLIT_AT_POOLS = ("VGG",)
 
 @dataclass(frozen=True)
 class Stage:
-    """A coarse part of a backbone; stage 0 is the stem. All names are relative to the timm module."""
+    """A coarse part of a backbone; stage 0 is the stem. Names of modules and tensors are relative to the timm module."""
 
     index: int
     name: str
@@ -48,23 +47,23 @@ class Stage:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     n_parameters: int
-    output_shape: tuple[int, ...]  # of one image's activation at the end of this stage, as the next stage gets it
+    output_shape: tuple[int, ...]  # of the activation of one image at the end of the stage
 
 
 @dataclass(frozen=True)
 class Call:
-    """One module's call during a watched forward pass."""
+    """The call of one module in a traced forward pass."""
 
     name: str
-    caller: str
-    given: Any
-    options: Mapping[str, Any]
-    returned: list[Any] = field(default_factory=list, compare=False)
+    caller: str  # name of the calling module; empty for the network itself
+    given: Any  # the positional argument, or a tuple of several
+    options: Mapping[str, Any]  # the keyword arguments
+    returned: list[Any] = field(default_factory=list, compare=False)  # the one result, once the call has returned
 
 
 @dataclass(frozen=True)
 class Link:
-    """A module of the chain. It is called as ``module(activation, **options)``; tensors among the options never change."""
+    """A module of the chain, called as ``module(activation, **options)``; tensors among the options are constants."""
 
     name: str
     options: Mapping[str, Any]
@@ -74,35 +73,35 @@ class Link:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a backbone divides.
+    """The division of a backbone into stages.
 
-    `links[i]` belongs to stage `link_stages[i]` (never decreasing). From link `replay_from` on, the chain alone computes the
-    features: each link gets exactly what the one before returned, and the last one returns the features.
+    `links[i]` belongs to stage `link_stages[i]`, which never decreases. From link `replay_from` on, the chain alone computes the
+    features: the input of each link is the output of the one before, and the last link returns the features.
     """
 
     stages: tuple[Stage, ...]
     links: tuple[Link, ...]
     link_stages: tuple[int, ...]
     replay_from: int
-    module_stages: Mapping[str, frozenset[int]]  # of every module: its stage, or all those inside it
-    tensor_stage: Mapping[str, int]  # of every parameter and buffer
+    module_stages: Mapping[str, frozenset[int]]  # by module name: its stage; for a container, all stages inside it
+    tensor_stage: Mapping[str, int]  # by name of a parameter or buffer
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one image did inside a backbone."""
+    """The record of one forward pass of one image through a backbone."""
 
     calls: tuple[Call, ...]  # during forward_features
     head_calls: tuple[str, ...]  # names of the modules called by forward_head
     image: Tensor
-    features: Any  # a tensor, or a list of them where the network ends in several
-    pre_logits: Tensor  # (1, D) what the original classifier would get
+    features: Any  # a tensor, or a list of tensors if the network ends in several
+    pre_logits: Tensor  # (1, D) the input of the original classifier
 
 
 def watch(module: nn.Module, image: Tensor) -> Trace:
-    """Run one image (1, 3, h, w) through a timm backbone in eval mode and write down every module call.
+    """Run one image (1, 3, h, w) through a timm backbone in eval mode and record every module call.
 
-    With gradients enabled, what was computed from parameters says so (`requires_grad`).
+    If gradients are enabled, `requires_grad` of the recorded tensors shows which were computed from parameters.
     """
     calls: list[Call] = []
     open_calls: list[Call] = []
@@ -137,7 +136,10 @@ def watch(module: nn.Module, image: Tensor) -> Trace:
 def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Layout:
     """Divide a backbone into stages.
 
-    `second`, of another image and with gradients, tells which tensors that blocks share are constants; without it, none is.
+    Args:
+        trace: of any image.
+        second: of another image, with gradients; compared with `trace`, it shows which keyword arguments of modules are constant
+            tensors. Without it, no tensor counts as constant.
     """
     groups = _parameter_groups(module)
     chain = list(_chain(trace, groups))
@@ -155,7 +157,7 @@ def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Lay
 
 
 def _parameter_groups(module: nn.Module) -> dict[str, int]:
-    """Parameter name to the number of its coarse group, as timm sees it."""
+    """Return the number of each parameter's coarse group, according to timm."""
     try:
         matcher = module.group_matcher(coarse=True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError):
@@ -164,7 +166,7 @@ def _parameter_groups(module: nn.Module) -> dict[str, int]:
 
 
 def _groups_by_name(module: nn.Module) -> dict[str, int]:
-    """For the few architectures without a group matcher: one group for each ``part`` or ``part.number``."""
+    """Return groups for the few architectures without a group matcher: one for each ``part`` or ``part.number``."""
     keys: dict[str, int] = {}
     groups = {}
     for name, _ in module.named_parameters():
@@ -174,7 +176,7 @@ def _groups_by_name(module: nn.Module) -> dict[str, int]:
 
 
 def _chain(trace: Trace, groups: Mapping[str, int], caller: str = "") -> Iterator[Call]:
-    """The outermost calls, opened up where a container holds several groups (``blocks``, ``features``)."""
+    """Yield the outermost calls; instead of a container with several groups (``blocks``, ``features``), the calls inside it."""
     for call in trace.calls:
         if call.caller != caller:
             continue
@@ -187,7 +189,7 @@ def _groups_in(name: str, groups: Mapping[str, int]) -> frozenset[int]:
 
 
 def _runs(module: nn.Module, names: Sequence[str], groups: Mapping[str, int]) -> list[list[str]]:
-    """The chain cut into stages."""
+    """Return the names of the chain's modules, divided into stages."""
     family = type(module).__name__
     if family in _NAMED_BLOCKS:
         return _runs_by_pattern(names, [pattern for _, pattern in _NAMED_BLOCKS[family]])
@@ -210,7 +212,11 @@ def _runs_between_pools(module: nn.Module, names: Sequence[str]) -> list[list[st
 
 
 def _runs_by_group(names: Sequence[str], groups: Mapping[str, int]) -> list[list[str]]:
-    """One run a group. What has no parameters follows what was before it; a group that comes back merges all between."""
+    """Divide the chain by groups.
+
+    A module without parameters belongs to the stage before it. If a group occurs again later, everything from its first
+    occurrence on is merged into one stage.
+    """
     runs: list[list[str]] = []
     seen: list[frozenset[int]] = []
     for name in names:
@@ -226,7 +232,7 @@ def _runs_by_group(names: Sequence[str], groups: Mapping[str, int]) -> list[list
 
 
 def _merge_lone_norms(module: nn.Module, runs: list[list[str]]) -> list[list[str]]:
-    """A final norm of its own group (Swin, DenseNet) belongs to the last stage."""
+    """Merge stages that contain only norms, such as the final norm of Swin and DenseNet, into the stage before them."""
     merged: list[list[str]] = []
     for run in runs:
         parameters = [parameter for name in run for parameter in module.get_submodule(name).parameters()]
@@ -249,18 +255,18 @@ def _names(module: nn.Module, runs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """``features.denseblock1`` is called denseblock1; a number keeps the container that counts it (``blocks.3``)."""
+    """Return the last part of a module's name (``denseblock1``), or the whole name if that part is a number (``blocks.3``)."""
     tail = name.rsplit(".", 1)[-1]
     return name if tail.isdigit() else tail
 
 
 def shares_tensors(trace: Trace) -> bool:
-    """Whether some module gets a tensor beside its activation (rotary position tables, relative positions)."""
+    """Return whether a module has a tensor among its keyword arguments, such as rotary or relative position embeddings."""
     return any(isinstance(value, Tensor) for call in trace.calls for value in call.options.values())
 
 
 def _changing(trace: Trace, second: Trace | None) -> frozenset[str]:
-    """Names of the modules that get something beside their activation which depends on the image or on parameters."""
+    """Return the names of the modules with a keyword argument that depends on the image or on parameters."""
     others = second.calls if second is not None else trace.calls
     return frozenset(
         call.name
@@ -275,7 +281,10 @@ def _is_constant(value: Any, again: Any) -> bool:
 
 
 def _replay_from(trace: Trace, chain: Sequence[Call], changing: frozenset[str]) -> int:
-    """The first link from which the chain is unbroken: constant options, one call each, every output the next one's input."""
+    """Return the first link from which on the chain alone computes the features.
+
+    From there on every module is called once, with constant keyword arguments, and its input is the output of the one before.
+    """
     position = len(chain)
     expected = trace.features
     later: set[str] = set()
@@ -299,7 +308,10 @@ def _shape_of_one(activation: Any) -> tuple[int, ...]:
 
 
 def _module_owners(module: nn.Module, links: Sequence[str], link_stages: Sequence[int]) -> dict[str, int]:
-    """Module name to stage, but for the containers of links. What is not on the chain follows what was registered before it."""
+    """Return the stage of each module by name, except for containers of links.
+
+    A module that is not in the chain belongs to the stage of the module that was registered before it.
+    """
     stage_of_link = dict(zip(links, link_stages, strict=True))
     containers = {""} | {
         ".".join(parts[:depth]) for parts in (link.split(".") for link in links) for depth in range(1, len(parts))
@@ -317,7 +329,7 @@ def _module_owners(module: nn.Module, links: Sequence[str], link_stages: Sequenc
 
 
 def _ancestors(name: str) -> Iterator[str]:
-    """The name itself, then each container around it."""
+    """Yield the name itself, then the names of the containers around it, from the inside out."""
     parts = name.split(".")
     for depth in range(len(parts), 0, -1):
         yield ".".join(parts[:depth])
@@ -330,7 +342,10 @@ def _group_stages(links: Sequence[Link], link_stages: Sequence[int], groups: Map
 def _tensor_stages(
     module: nn.Module, owner: Mapping[str, int], groups: Mapping[str, int], group_stages: Mapping[int, int]
 ) -> dict[str, int]:
-    """Parameter and buffer name to stage; a container's own (position embeddings) go by timm's group, else to the stem."""
+    """Return the stage of each parameter and buffer by name.
+
+    Tensors that a container itself owns, such as position embeddings, belong to the stage of their timm group, else to the stem.
+    """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: owner.get(name.rpartition(".")[0], group_stages.get(groups.get(name, -1), 0)) for name, _ in tensors}
 

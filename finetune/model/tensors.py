@@ -1,4 +1,4 @@
-"""The file ``weights.safetensors`` of a bundle, read and written. Torch-free; what is in it says `finetune.bundle.weights`."""
+"""Read and write ``weights.safetensors`` of a bundle. Torch-free; `finetune.bundle.weights` describes its content."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Tensors = Mapping[str, NDArray[np.generic]]
 
 
 def read_tensors(origin: Origin) -> Tensors:
-    """Return all tensors that a bundle keeps.
+    """Return all tensors in the weights file of a bundle.
 
     Raises:
-        WeightsError: the file is not what the manifest says.
+        WeightsError: the checksum of the file differs from that in the manifest.
     """
     data = origin.file.read_bytes()
     if hashlib.sha256(data).hexdigest() != origin.manifest.files[WEIGHTS]:
@@ -30,14 +30,14 @@ def read_tensors(origin: Origin) -> Tensors:
 
 
 def backbone_tensors(tensors: Tensors) -> Tensors:
-    """Return those of the backbone under timm's names; none where it stayed as it was pretrained."""
+    """Return the backbone's tensors under timm's names; empty if the file does not contain the backbone."""
     return {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
 
 
 def serialised_tensors(
     head_weight: NDArray[np.float32], head_bias: NDArray[np.float32], backbone: Tensors, *, pooling: str, seed: int
 ) -> bytes:
-    """Return the file; equal values give equal bytes."""
+    """Return the content of the weights file; equal values give equal bytes."""
     tensors = {HEAD_WEIGHT: head_weight, HEAD_BIAS: head_bias, **{f"{BACKBONE}{name}": value for name, value in backbone.items()}}
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     data: bytes = safetensors.numpy.save(

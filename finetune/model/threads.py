@@ -1,4 +1,4 @@
-"""PyTorch's number of threads, set for the length of a block."""
+"""Set PyTorch's number of threads for the duration of a block."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Let PyTorch use this many threads inside the block.
+    """Let PyTorch use `threads` threads during the block.
 
-    One is right for many small operations: several threads wait for each other in loops, and on a busy machine at great length
-    (building the default backbone took 1.8 s of CPU on two threads, beside other processes, and 0.24 s on one).
+    One thread is best for many small operations, because several threads spin while they wait for each other. On a busy machine,
+    building the default backbone took 1.8 s of CPU time with two threads and 0.24 s with one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

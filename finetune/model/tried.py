@@ -1,6 +1,6 @@
-"""What came of trying one small member of every family of timm: the table ``tried_backbones.csv`` beside this file. Torch-free.
+"""Read and write ``tried_backbones.csv``, which records whether one small member of every timm family works here. Torch-free.
 
-``benchmarks/backbones.py`` writes it; ``finetune backbones`` shows it.
+``benchmarks/backbones.py`` writes the table; ``finetune backbones`` shows it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ TABLE = Path(__file__).with_name("tried_backbones.csv")
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of trying one backbone; `reason` is empty where it works."""
+    """The result of trying one backbone."""
 
     backbone: str
     works: bool
-    reason: str = ""
+    reason: str = ""  # why it does not work; empty if it does
     n_stages: int = 0
     cam_kind: str | None = None  # linear, layernorm; None: no class activation map
     input_size_px: int = 0
@@ -29,7 +29,7 @@ class Trial:
 
 
 def read_trials(path: Path = TABLE) -> dict[str, Trial]:
-    """Return the trial of each family that has been tried; none where there is no table."""
+    """Return the trials in the table by family; empty if there is no table."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as stream:
@@ -49,7 +49,7 @@ def read_trials(path: Path = TABLE) -> dict[str, Trial]:
 
 
 def write_trials(trials: Mapping[str, Trial], path: Path = TABLE) -> None:
-    """Write the table, one row a family, in their order."""
+    """Write the table, with one row for each family, sorted by name."""
     names = [field.name for field in dataclasses.fields(Trial)]
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")

@@ -1,7 +1,7 @@
-"""Pretrained weights: where they come from, and how they get into a backbone.
+"""Find pretrained weights and load them into a backbone.
 
-Sources: an installed package that carries a checkpoint, timm's hub, a local file, or none (random initialisation). What was
-loaded is recorded with its licence and sha256. Knows nothing of stages, heads or freezing.
+They come from an installed package that contains a checkpoint, from timm's hub, from a local file, from a model of the user, or
+are randomly initialised. Their source, licence and sha256 are recorded.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _CONFIG = "config.json"
 _SHOWN = 5
 
-# Where checkpoints keep the tensors, most wanted first: averaged weights are what their authors evaluated.
+# Keys under which checkpoints contain the state dict, in order of preference: averaged weights are what their authors evaluated.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net", "weights")
-# timm's own converters of foreign checkpoints (other names, position embeddings of another size), by the names it gives them.
+# The names of timm's functions that convert checkpoints from other code (other names, position embeddings of another size).
 _CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a backbone starts from: `identifier` says where it was found, `sha256` is of the file, `license` None if not known."""
+    """The weights that a backbone starts from."""
 
     source: Literal["package", "hub", "file", "none", "model"]
-    identifier: str
-    sha256: str | None
-    license: str | None
+    identifier: str  # package and version, repository, path, or model
+    sha256: str | None  # of the file; None for random weights
+    license: str | None  # None if it is not known
     state_dict: StateDict | None = field(repr=False, compare=False)
     pretrained_cfg: dict[str, Any] = field(repr=False, compare=False)
     file: Path | None = field(default=None, repr=False, compare=False)  # that they were read from
-    origin: Origin | None = field(default=None, repr=False, compare=False)  # one's own model that they are from
+    origin: Origin | None = field(default=None, repr=False, compare=False)  # the model of the user that they belong to
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the manifest and the tracker say: where the weights are from, not where they lie."""
+        """Return the values for manifest and tracker, which identify the weights but do not contain their path."""
         found = {"source": self.source, "identifier": self.identifier, "sha256": self.sha256, "license": self.license}
         return found if self.origin is None else {**found, "origin": self.origin.lineage()}
 
@@ -74,13 +74,13 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
 
     Args:
         backbone: a timm name, with or without a tag, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-        weights: ``auto`` (the installed package that carries this architecture, else the hub), ``package``, ``hub``, ``none``,
+        weights: ``auto`` (an installed package with weights of this architecture, else the hub), ``package``, ``hub``, ``none``,
             or the path of a checkpoint.
-        cache: where downloads are kept; None is the hub's own default.
+        cache: folder for downloads; None: the hub's default.
 
     Raises:
-        UnknownBackbone: no such architecture or tag.
-        WeightsError: they cannot be had; the message says in one sentence how to supply them.
+        UnknownBackbone: there is no such architecture or tag.
+        WeightsError: the weights cannot be found, downloaded or read; the message says how to supply them.
     """
     if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
         return _of_another_place(backbone, weights, cache)
@@ -97,12 +97,13 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
 
 
 def weights_of_origin(origin: Origin, cache: Path | None = None) -> Weights:
-    """Find and read the backbone's weights of one's own model: its bundle keeps those that were trained.
+    """Find and read the weights of the backbone of a user's model.
 
-    A backbone that stayed frozen is found where the model found it, and must be the same bytes.
+    If the backbone was trained, its weights are in the model's bundle. If it stayed frozen, they are read from the original
+    source and must be the same file.
 
     Raises:
-        WeightsError: they cannot be had, or are not those that the model was trained with.
+        WeightsError: the weights cannot be found or read, or are not those that the model was trained with.
     """
     recorded = origin.manifest.backbone.get("weights") or {}
     tensors = backbone_tensors(read_tensors(origin))
@@ -122,7 +123,7 @@ def weights_of_origin(origin: Origin, cache: Path | None = None) -> Weights:
 
 
 def find_cfg(backbone: str, cache: Path | None = None) -> dict[str, Any]:
-    """Return what is recorded about the weights of a backbone; its ``config.json`` where it is in a folder or on the hub.
+    """Return timm's record of a backbone's weights; for a backbone in a folder or on the hub, from its ``config.json``.
 
     Raises:
         UnknownBackbone: there is no such backbone.
@@ -132,10 +133,10 @@ def find_cfg(backbone: str, cache: Path | None = None) -> dict[str, Any]:
 
 
 def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
-    """Return what ``config.json`` of a folder or a repository on the hub says, with the arguments that rebuild the network.
+    """Return the record in ``config.json`` of a folder or hub repository, with the arguments that build the network.
 
     Raises:
-        UnknownBackbone: there is none, or it names no architecture that timm has.
+        UnknownBackbone: there is no such file, or it names no architecture of timm.
         WeightsError: the hub cannot be reached.
     """
     if backbone.startswith(LOCAL_FOLDER):
@@ -172,10 +173,10 @@ def _of_another_place(backbone: str, weights: str, cache: Path | None) -> Weight
 
 
 def load_weights(module: nn.Module, weights: Weights) -> None:
-    """Copy the tensors of `weights` into a backbone without classifier. All of its own must be there, in the right shapes.
+    """Copy the tensors of `weights` into a backbone without classifier. Every tensor of the backbone must have one.
 
     Raises:
-        WeightsError: they do not fit; the problems name the tensors and shapes.
+        WeightsError: tensors are missing, unknown or have other shapes; the problems name them.
     """
     if weights.state_dict is None:
         return
@@ -213,7 +214,7 @@ def _from_package(backbone: str, cfg: dict[str, Any]) -> Weights:
 
 
 def _package_file(backbone: str) -> Path | None:
-    """The checkpoint inside the installed package of this architecture, or None."""
+    """Return the checkpoint in the installed package of this architecture; None if none is installed."""
     package = package_of(backbone)
     if package is None:
         return None
@@ -225,7 +226,7 @@ def _package_file(backbone: str) -> Path | None:
 
 
 def _full_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole pretrained network, classifier included, in timm's order; nothing is allocated."""
+    """Return the shapes of the network's tensors by name, classifier included, in timm's order, without allocating them."""
     with torch.device("meta"):
         whole = timm.create_model(split_name(backbone)[0], pretrained=False)
     return {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
@@ -245,7 +246,15 @@ def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights
 
 
 def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path | None) -> Path:
-    """The local copy of a hub file, downloaded if it is not in the cache yet. A repository may name a revision after an ``@``."""
+    """Return the local copy of a hub file; download it if it is not in the cache yet.
+
+    Args:
+        repository: may name a revision after an ``@``.
+        filename: None: any of `_HUB_FILES`.
+
+    Raises:
+        WeightsError: the file cannot be downloaded.
+    """
     repository, _, named = repository.partition("@")
     revision = named or None
     filenames = (filename,) if filename else _HUB_FILES
@@ -254,7 +263,7 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
         if isinstance(cached, str):
             return Path(cached)
     for name in filenames:
-        # The hub client retries for half a minute where there is no network; one short question beforehand does not.
+        # Without a network the hub client retries for half a minute; this request fails at once.
         address = huggingface_hub.hf_hub_url(repository, name, revision=revision)
         if not _answers(backbone, repository, address):
             continue
@@ -270,10 +279,10 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
 
 
 def _answers(backbone: str, repository: str, address: str) -> bool:
-    """Whether the hub has the file.
+    """Return whether the hub has the file.
 
     Raises:
-        WeightsError: the hub cannot be reached, or refuses.
+        WeightsError: the hub cannot be reached, or refuses access.
     """
     page = f"https://huggingface.co/{repository}"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -320,7 +329,11 @@ def _from_file(path: Path, cfg: dict[str, Any]) -> Weights:
 
 
 def _read(path: Path) -> StateDict:
-    """The tensors of a checkpoint, out of whatever mapping wraps them. Never runs code that a pickle brings along."""
+    """Return the tensors of a checkpoint, also if they are nested in another mapping. No code in a pickle is executed.
+
+    Raises:
+        WeightsError: the file is damaged, contains no named tensors, or contains other pickled objects.
+    """
     try:
         if path.suffix.lower() == ".safetensors":
             loaded: Any = safetensors.torch.load_file(path)
@@ -349,7 +362,7 @@ def _unwrap(loaded: Any) -> StateDict:
 
 
 def _strip_prefix(given: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:
-    """Drop what a wrapper put before every name (``module.``, ``backbone.``): the prefix under which most wanted are found."""
+    """Remove a common prefix of the names (``module.``, ``backbone.``): the one under which most wanted names are found."""
     prefixes = {""}
     names = list(wanted)
     for anchor in (names[0], names[-1]):
@@ -359,7 +372,7 @@ def _strip_prefix(given: StateDict, wanted: Mapping[str, Tensor]) -> StateDict:
 
 
 def _converted(given: StateDict, module: nn.Module) -> StateDict | None:
-    """`given` through timm's own converter for this family of networks, if it has one that understands it."""
+    """Return `given` converted by timm's function for this family of networks; None if there is none, or if it fails."""
     source = sys.modules[type(module).__module__]
     for name in _CONVERTERS:
         converter = getattr(source, name, None)
@@ -369,12 +382,12 @@ def _converted(given: StateDict, module: nn.Module) -> StateDict | None:
         try:
             return dict(converter(dict(given), module) if takes_module else converter(dict(given)))
         except (KeyError, AttributeError, RuntimeError, ValueError):
-            return None  # written for checkpoints of this family only; what does not fit is then named as it was given
+            return None  # it converts checkpoints of this family only; the caller names the tensors that do not fit
     return None
 
 
 def _fit(given: StateDict, wanted: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> StateDict:
-    """`given` without what a headless backbone has no place for: its classifier, auxiliary heads, fully connected layers."""
+    """Return `given` without tensors that a backbone has no place for: classifier, auxiliary heads, fully connected layers."""
     classifier = cfg.get("classifier") or ()
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     places = {name.split(".")[0] for name in wanted}

@@ -1,1 +1,1 @@
-"""Pages and pictures of what runs did: self-contained HTML, SVG figures."""
+"""Reports of runs and studies: self-contained HTML pages and SVG figures."""

@@ -1,6 +1,7 @@
-"""The pictures of a comparison: differences with intervals, cost against quality, classes, curves.
+"""The figures of a comparison: differences with intervals, cost against quality, recall by class, learning curves.
 
-Arms are told apart by colour and by marker; the colours are Okabe & Ito's (2008), which colour-blind readers can tell apart.
+Arms are distinguished by colour and by marker; the colours are those of Okabe & Ito (2008), which are safe for colour-blind
+readers.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ MAX_CLASSES = 30
 
 
 def forest(pairs: Sequence[Mapping[str, Any]], key: str, margin: float, metric: Metric[Any]) -> str:
-    """Draw the difference of the headline metric of every pair with its 95 % interval, over the margin that does not matter."""
+    """Draw a forest plot: each pair's difference of the headline metric with its 95 % interval, and the margin as a band."""
     return _svg(_forest([pair for pair in pairs if pair["metric"] == key], margin, metric))
 
 
 def cost_against_quality(arms: Sequence[Mapping[str, Any]], key: str, metric: Metric[Any], pareto: Sequence[str]) -> str | None:
-    """Draw each arm's headline metric over its training time; arms that nothing dominates are filled and joined."""
+    """Draw each arm's headline metric against its training time; arms on the Pareto front are filled and connected."""
     known = [arm for arm in arms if arm["cost"].get("train_seconds")]
     return _svg(_cost(known, key, metric, pareto)) if len(known) > 1 else None
 
 
 def class_recalls(arms: Sequence[Mapping[str, Any]], classes: Sequence[str], counts: Sequence[int]) -> str | None:
-    """Draw the recall of each class for each arm, classes with the largest spread between arms first."""
+    """Draw the recall of each class for each arm, classes with the largest differences between arms first."""
     rows = [
         (name, n, [arm["per_class_recall"][index] for arm in arms])
         for index, (name, n) in enumerate(zip(classes, counts, strict=True))
@@ -45,7 +46,7 @@ def class_recalls(arms: Sequence[Mapping[str, Any]], classes: Sequence[str], cou
 
 
 def curves(journals: Mapping[str, Sequence[Record]], metric: Metric[Any]) -> str | None:
-    """Draw the validation curves of each arm's first run over its epochs; None where no arm took steps."""
+    """Draw train and val curves of each arm's first run by epoch; None if no arm has more than one evaluation."""
     found = {
         arm: {split: series(records, f"{split}/{metric.key}") for split in ("train", "val")} for arm, records in journals.items()
     }

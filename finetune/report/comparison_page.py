@@ -1,4 +1,4 @@
-"""The page of a comparison, one file that loads nothing: the verdict, the evidence, and the pictures behind it."""
+"""The page of a comparison, one self-contained file: the verdict, its evidence, and disputed images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from finetune.tasks.leading import WHY_OVER_CLASSES
 
 @dataclass(frozen=True)
 class Disputed:
-    """An image that one arm answers rightly and another wrongly."""
+    """An image that one arm predicts correctly and another does not."""
 
-    image: NDArray[np.uint8]  # (h, w, 3) RGB, as a model sees it
+    image: NDArray[np.uint8]  # (h, w, 3) RGB, as preprocessed for a model
     file: str
     true: str
-    answers: tuple[tuple[str, str, float, bytes | None], ...]  # arm, its label, that label's probability, map as PNG
+    answers: tuple[tuple[str, str, float, bytes | None], ...]  # arm, label, its probability, class activation map as PNG
 
 
 @dataclass(frozen=True)
 class ComparisonPage:
-    """Everything that the page shows."""
+    """The data of the page."""
 
-    document: Mapping[str, Any]  # as ``comparison.json`` holds it
+    document: Mapping[str, Any]  # the content of ``comparison.json``
     metrics: Sequence[Metric[Any]]  # of the task, the headline first
     curves: Mapping[str, Sequence[Mapping[str, Any]]]  # arm -> lines of the journal of its first run
     disputed: Sequence[Disputed]
-    command: str  # that makes the comparison again
+    command: str  # the command that repeats the comparison
     class_counts: Sequence[int]  # test images of each class
 
 
@@ -88,7 +88,7 @@ def render_comparison(page: ComparisonPage) -> str:
 
 
 def notebook_view(document: Mapping[str, Any]) -> str:
-    """Return the heart of a comparison as HTML for a notebook."""
+    """Return the verdict and the table of arms as HTML for a notebook."""
     key, split = document["headline"], document["split"]
     metric = next(m for task in TASKS for m in task.metrics if f"{split}/{m.key}" == key)
     svg = figures.forest(document["pairs"], key, document["verdict"]["margin"], metric)

@@ -1,7 +1,7 @@
-"""The pictures of a depth study: error against depth, the course of training, gradients by block.
+"""The figures of a depth study: error against depth, training curves, gradients by block.
 
-Plain and residual networks are told apart by colour, marker and line at once; the colours are Okabe & Ito's (2008), which
-colour-blind readers can tell apart, and prints without colour keep marker and line.
+Plain and residual networks are distinguished by colour, marker and line style. The colours are those of Okabe & Ito (2008), which
+are safe for colour-blind readers; markers and line styles also remain in prints without colour.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Networks = Sequence[Mapping[str, Any]]
 
 
 def error_by_depth(networks: Networks) -> str:
-    """Draw training error (filled) and validation error (hollow) against depth, a panel for each aid."""
+    """Draw training error (filled) and validation error (hollow) against depth, one panel per aid."""
     return to_svg(_error_by_depth(networks))
 
 
 def courses(networks: Networks) -> str:
-    """Draw the training error by epoch, a panel for each kind and aid, deeper networks in heavier lines."""
+    """Draw the training error by epoch, one panel per kind and aid, deeper networks in heavier lines."""
     return to_svg(_courses(networks))
 
 
 def gradients(networks: Networks) -> str | None:
-    """Draw gradient norm over weight norm by block of the deepest networks, a panel for each aid; None if none was measured."""
+    """Draw gradient norm over weight norm by block for the deepest networks, one panel per aid; None if not measured."""
     deepest = max(one["depth"] for one in networks)
     drawn = [one for one in networks if one["depth"] == deepest and one["gradients"]]
     return to_svg(_gradients(drawn)) if drawn else None

@@ -1,4 +1,4 @@
-"""The page of a depth study, one file that loads nothing: what happened in plain words, the pictures, and every figure."""
+"""The page of a depth study, one self-contained file: conclusions in words, figures, and a table of all results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def render_depth(document: Mapping[str, Any], command: str) -> str:
     """Return the page as one HTML document.
 
     Args:
-        document: as ``depth.json`` holds it.
-        command: that makes the study again.
+        document: the content of ``depth.json``.
+        command: the command that repeats the study.
     """
     networks = document["networks"]
     drawn = {

@@ -1,8 +1,8 @@
-"""The pictures of a run, as matplotlib figures: curves, gradients, confusion, classes, calibration, the path of the solved head.
+"""The figures of a run (matplotlib): curves, gradients, confusion matrix, classes, calibration, L2 path of the solved head.
 
-Takes journal lines and an `Evaluation`; knows nothing of run folders or of pages. Figures are built on `Figure` itself, without
-pyplot, so there is no global state and no display. They have a transparent ground and one ink, so that a page can invert them for
-dark readers.
+They are drawn from lines of ``metrics.jsonl`` and from `Evaluation`s. Figures are created with `Figure` instead of pyplot, so
+there is no global state and no display. They have a transparent background and one foreground colour, so that a page can invert
+them in dark mode.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True,
-    "svg.fonttype": "none",  # text stays text: small, selectable, and in any script that the reader's machine has a font for
-    "svg.hashsalt": "finetune",  # equal data, equal bytes
+    "svg.fonttype": "none",  # text stays text: small, selectable, and in any script for which the reader has a font
+    "svg.hashsalt": "finetune",  # makes the output deterministic
 }
 
 Record = Mapping[str, Any]  # one line of metrics.jsonl
@@ -71,7 +71,7 @@ _Result = TypeVar("_Result")
 @contextmanager
 def _style() -> Iterator[None]:
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # matplotlib measures text with its own font; a script that it lacks is still drawn by the reader's browser.
+        # matplotlib measures text with its own font; the browser still draws characters that this font lacks.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         yield
 
@@ -86,7 +86,7 @@ def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as a bare ``<svg>`` element on nothing, without prolog, dates or references to other files."""
+    """Return the figure as an ``<svg>`` element with transparent background, without XML prolog, dates or external references."""
     stream = io.StringIO()
     with _style():
         figure.savefig(
@@ -97,7 +97,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def series(records: Sequence[Record], key: str, by: str = "epoch") -> list[tuple[float, float]]:
-    """(epoch or step, value) for each line that has both, in order; of a step that a resumed run computed again, the last."""
+    """Return (epoch or step, value) of each line that has both, in order; the last value of a step repeated after a resume."""
     points = {
         float(line[by]): float(line["values"][key]) for line in records if key in line["values"] and line.get(by) is not None
     }
@@ -105,7 +105,7 @@ def series(records: Sequence[Record], key: str, by: str = "epoch") -> list[tuple
 
 
 def best_epoch(records: Sequence[Record], headline: str) -> float | None:
-    """The epoch with the highest headline metric on val, by lower val loss among equals."""
+    """Return the epoch with the highest headline metric on val; among equals the one with the lowest val loss."""
     loss = dict(series(records, "val/loss"))
     values = series(records, f"val/{headline}")
     return max(values, key=lambda point: (point[1], -loss.get(point[0], math.inf)))[0] if values else None
@@ -113,7 +113,7 @@ def best_epoch(records: Sequence[Record], headline: str) -> float | None:
 
 @styled
 def learning_curves(records: Sequence[Record], task: Task, phases: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
-    """What training is judged by, and the loss, by epoch, phases shaded, the best marked. None where no epoch was trained."""
+    """Draw the headline metric and the loss by epoch, with shaded phases and the best epoch marked; None without epochs."""
     if len(series(records, "val/loss")) < 2:
         return None
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
@@ -177,7 +177,7 @@ def learning_rate(records: Sequence[Record]) -> Figure | None:
 
 @styled
 def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | None = None) -> Figure | None:
-    """Gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
+    """Draw gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
     found = {match[1] for line in records for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))}
     if max((len(series(records, f"train/grad_norm/{owner}", by="step")) for owner in found), default=0) < 2:
         return None
@@ -201,14 +201,14 @@ def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | No
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The running median over a tenth of the points: single steps are noisy, what counts is where they lie."""
+    """Return the running median over a tenth of the points, since values of single steps are noisy."""
     half = len(values) // 20
     return [float(np.median(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 @FuncFormatter
 def _plain(value: float, _position: int | None) -> str:
-    """Tick labels as 0.001 and 1e-05; matplotlib's own need the markup that is off here."""
+    """Format tick labels as 0.001 and 1e-05; matplotlib's default format needs math text, which is off."""
     return f"{value:g}"
 
 
@@ -216,13 +216,13 @@ def _label_log_axis(axis: Axis) -> None:
     axis.set_major_formatter(_plain)
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
-    if math.log10(high / low) < 2.5:  # powers of ten alone would leave it almost without labels
+    if math.log10(high / low) < 2.5:  # with labels at powers of ten only there would be almost none
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 @styled
 def confusion_matrix(evaluation: Evaluation) -> Figure | None:
-    """Counts shaded by their share of the true class: right answers blue, mistakes orange. None where there is no such matrix."""
+    """Draw the counts, shaded by their share of the true class, correct ones blue, mistakes orange; None if multi-label."""
     if evaluation.confusion is None:
         return None
     matrix = np.array(evaluation.confusion, dtype=np.float64)  # (C, C) true, predicted
@@ -231,7 +231,7 @@ def confusion_matrix(evaluation: Evaluation) -> Figure | None:
     cells = np.empty((n_classes, n_classes, 4))  # RGBA in 0..1
     cells[..., :3] = to_rgb(TRAIN)
     cells[np.arange(n_classes), np.arange(n_classes), :3] = to_rgb(VAL)
-    cells[..., 3] = np.where(matrix > 0, 0.12 + 0.88 * share, 0.0)  # one image in a hundred still shows
+    cells[..., 3] = np.where(matrix > 0, 0.12 + 0.88 * share, 0.0)  # one image in a hundred is still visible
     size = float(np.clip(2.6 + 0.26 * n_classes, 3.6, 13.0))
     figure = Figure(figsize=(size + 0.6, size))
     axes = figure.subplots()
@@ -248,7 +248,7 @@ def confusion_matrix(evaluation: Evaluation) -> Figure | None:
         axes.tick_params(length=0)
     if n_classes <= 25:
         for true, predicted in np.argwhere(matrix > 0):
-            # White reads better than ink on the deepest blue only; on the orange it never does.
+            # White text is more legible than dark text on the darkest blue only, never on orange.
             colour = "white" if true == predicted and share[true, predicted] > 0.77 else INK
             axes.text(
                 predicted, true, f"{matrix[true, predicted]:.0f}", ha="center", va="center", color=colour,
@@ -259,9 +259,9 @@ def confusion_matrix(evaluation: Evaluation) -> Figure | None:
 
 @styled
 def per_class_bars(evaluation: Evaluation) -> Figure:
-    """Recall as bars, precision as dots, the worst class on top; of many classes the worst `SHOWN_CLASSES`.
+    """Draw recall as bars and precision as dots, for at most the `SHOWN_CLASSES` worst classes, worst on top.
 
-    Where classes are ranked by themselves, their average precision is drawn too.
+    For a multi-label task the average precision is drawn too.
     """
     rows = sorted((row for row in evaluation.per_class if row.recall is not None), key=lambda row: (row.recall, row.name))
     shown = rows[:SHOWN_CLASSES]
@@ -287,7 +287,7 @@ def per_class_bars(evaluation: Evaluation) -> Figure:
 
 @styled
 def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> Figure:
-    """Accuracy against confidence in the bins of the ECE, with the number of images in each bin below; also after calibration."""
+    """Draw accuracy against confidence in the bins of the ECE, with the counts of the bins below; also after calibration."""
     shown = [("", before)] if after is None else [("Before: ", before), ("After temperature: ", after)]
     figure = Figure(figsize=(5.2 if after is None else WIDTH_INCHES, 4.6))
     names = ("confidence in the given label", "accuracy", "images")
@@ -315,7 +315,7 @@ def reliability_diagram(before: Evaluation, after: Evaluation | None = None) -> 
 
 @styled
 def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None = None) -> Figure:
-    """The accuracy of the surest answers by the share of images that they are, with the checked operating point."""
+    """Draw the accuracy of the most confident predictions by the share of images answered, with the checked operating point."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
     axes = figure.subplots()
     axes.fill_between(curve.answered, curve.low, curve.high, color=VAL, alpha=0.15, linewidth=0, label="95 % interval")
@@ -339,7 +339,7 @@ def accuracy_coverage(curve: AccuracyCoverage, calibration: Calibration | None =
 
 @styled
 def l2_path(points: Sequence[Mapping[str, float]], chosen: float, metric: Metric[Any]) -> Figure | None:
-    """Held-out loss and metric of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
+    """Draw val loss and metric of the solved head by L2 strength; `points` have ``l2``, ``val_nll``, ``val_score``."""
     if len(points) < 2:
         return None
     ordered = sorted(points, key=lambda point: point["l2"])
@@ -363,7 +363,7 @@ def l2_path(points: Sequence[Mapping[str, float]], chosen: float, metric: Metric
 
 @styled
 def fold_scores(found: CrossValidation) -> Figure:
-    """Each fold's headline metric, F1 and loss on what it held out; their mean and its interval, and the pooled figure."""
+    """Draw each fold's metrics on its held-out images, their mean with its interval, and the pooled value."""
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))
     pooled = found.pooled.metrics("cv")
     numbers = [fold.fold for fold in found.folds]

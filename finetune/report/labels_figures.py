@@ -1,4 +1,4 @@
-"""The picture of a labels study: accuracy against the number of training images, with what the curve expects of more."""
+"""The figure of a labels study: accuracy against the number of training images, with the extrapolated curve."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from finetune.report.figures import FAINT, INK, VAL, WIDTH_INCHES, styled, to_svg
 
-Course = Sequence[Mapping[str, float]]  # n_train, value, low, high: the law along the axis
+Course = Sequence[Mapping[str, float]]  # n_train, value, low, high: points of the fitted curve
 
 
 def learning_curve(curve: Mapping[str, Any], course: Course, projections: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Draw measured accuracies with two standard errors, and the law with its interval up to the farthest projection."""
+    """Draw the measured accuracies ± two standard errors, and the fitted curve with its interval up to the last projection."""
     return to_svg(_learning_curve(curve, course, projections, label))
 
 

@@ -1,4 +1,4 @@
-"""The page of a labels study, one file that loads nothing: the sentence, the curve, and what more images would bring."""
+"""The page of a labels study, one self-contained file: the conclusion, the learning curve, and the projections."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def render_labels(
     """Return the page as one HTML document.
 
     Args:
-        document: as `LabelsStudy.to_dict` gives it.
-        course: the law along the axis, see `finetune.report.labels_figures`.
-        label: what the metric is called.
+        document: from `LabelsStudy.to_dict`.
+        course: points of the fitted curve, see `finetune.report.labels_figures`.
+        label: the metric's display name.
         projected: the rows of the table of projections.
-        command: that makes the study again.
+        command: the command that repeats the study.
     """
     curve = document["curves"][document["metric"]]
     svg = learning_curve(curve, course, document["projections"], label)

@@ -1,4 +1,4 @@
-"""Pictures inside a page, which loads nothing."""
+"""Embed images in self-contained pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THUMBNAIL_PX = 176
 
 
 def thumbnail(image: NDArray[np.uint8]) -> bytes:
-    """Return a picture, (h, w, 3) RGB, as a small JPEG."""
+    """Return an image, (h, w, 3) RGB, as a small JPEG."""
     small = Image.fromarray(image)
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     stream = io.BytesIO()
@@ -22,5 +22,5 @@ def thumbnail(image: NDArray[np.uint8]) -> bytes:
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-    """Return bytes as a URI that an ``<img>`` shows without loading anything."""
+    """Return bytes as a ``data:`` URI for an ``<img>`` element."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

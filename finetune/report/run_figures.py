@@ -1,4 +1,4 @@
-"""Choose and draw the figures of a run's report. Imports matplotlib, which takes half a second: import this where it is used."""
+"""Choose and draw the figures of a run's report. Import this module lazily: it imports matplotlib, which takes half a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.tasks import task_named
 
 
 def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
-    """Return the figures that this run has data for, by name and as SVG; those that judge it show its first evaluation."""
+    """Return as SVG, by name, all figures for which the run has data; figures of an evaluation show the first one."""
     judged = next(iter(inputs.evaluations.values()))
     task = task_named(judged.task)
     candidates = {

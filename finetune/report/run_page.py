@@ -1,7 +1,7 @@
-"""The page of a run, ``report.html``: what the run did and how far to trust it, as one file that loads nothing from anywhere.
+"""The page of a run, ``report.html``, one self-contained file: what was trained, how good the model is, and how reliable that is.
 
-Takes plain values and the run folder's journal; knows nothing of torch, specs or bundles. Here the numbers become texts; the
-template ``run.html`` arranges them, escapes every text, embeds the pictures and holds no script.
+It is made from plain values, without torch, specs or bundles. This module formats the numbers; the template ``run.html`` lays
+them out, escapes all text, embeds the images and has no script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finetune.tasks import task_named
 
 _MAX_PAIRS = 12
 _NAMED_ABSENT = 10
-_FITTING_CLASSES = 50  # a confusion matrix of more is shown in its full size, to be scrolled
+_FITTING_CLASSES = 50  # a larger confusion matrix is shown in full size with scroll bars
 
 _SPLIT_TITLES = {
     "cv": "cross-validation",
@@ -41,7 +41,7 @@ _SPLIT_TITLES = {
     "val_unseen": "val, without images that were trained on",
 }
 _CARD_METRICS = ("micro_f1", "macro_f1", "mean_per_class_accuracy", "exact_match", "ece")
-_FOLD_METRICS = ("macro_f1", "mean_per_class_accuracy", "exact_match", "loss")  # an ECE of few images is biased: only pooled
+_FOLD_METRICS = ("macro_f1", "mean_per_class_accuracy", "exact_match", "loss")  # an ECE of few images is biased
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
     "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
@@ -57,9 +57,9 @@ _CAPTIONS = {
 
 @dataclass(frozen=True)
 class ShownMistake:
-    """A wrongly labelled image for the gallery."""
+    """A wrongly predicted image for the gallery."""
 
-    image: NDArray[np.uint8]  # (h, w, 3) RGB, as the model saw it
+    image: NDArray[np.uint8]  # (h, w, 3) RGB, as preprocessed for the model
     file: str
     true: str
     predicted: str
@@ -69,18 +69,18 @@ class ShownMistake:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything on the page that is not in ``metrics.jsonl``. Empty parts are left out of the page."""
+    """The data of the page, except ``metrics.jsonl``. Sections without data are left out of the page."""
 
     title: str
     evaluations: Mapping[str, Evaluation]  # by split, the one to judge by first
     summary: str = ""  # one or two sentences under the title
     folds: CrossValidation | None = None
-    note: str = ""  # on what the figures are of, below them
+    note: str = ""  # shown below the figures: which images and weights they belong to
     warnings: Sequence[str] = ()
     diagnosis: Diagnosis | None = None
-    spec: Mapping[str, Any] = field(default_factory=dict)  # as asked, nested
+    spec: Mapping[str, Any] = field(default_factory=dict)  # as requested, nested
     sources: Mapping[str, str] = field(default_factory=dict)  # field path -> where its value came from
-    resolved: Mapping[str, Any] = field(default_factory=dict)  # what every auto became, nested
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # the value of every ``auto``, nested
     phases: Sequence[Mapping[str, Any]] = ()  # name, n_epochs, and for the table n_steps, trainable, head_lr
     stage_names: Mapping[str, str] = field(default_factory=dict)  # stage0 -> stem
     images: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class -> count
@@ -90,21 +90,21 @@ class ReportInputs:
     weights: Mapping[str, Any] = field(default_factory=dict)  # source, identifier, sha256, license
     versions: Mapping[str, str] = field(default_factory=dict)
     temperature: Temperature | None = None
-    thresholds: Sequence[float] | None = None  # probability from which on each label is given, where labels have their own
-    after: Evaluation | None = None  # the first evaluation with its temperature, which these images did not fit
+    thresholds: Sequence[float] | None = None  # least probability of each label to be given; None: not chosen by label
+    after: Evaluation | None = None  # the first evaluation with temperature scaling, cross-fitted
     curve: AccuracyCoverage | None = None  # of the first evaluation's images
     calibration: Calibration | None = None
     l2_path: Sequence[Mapping[str, float]] = ()  # l2, val_nll, val_score
     l2: float | None = None  # the chosen one
     mistakes: Sequence[ShownMistake] = ()
-    mistakes_of: str = ""  # the split that they are of
+    mistakes_of: str = ""  # their split
 
 
 def write_report(run: RunDir, inputs: ReportInputs, drawn: Mapping[str, str]) -> None:
-    """Write ``report.html``, and each of its figures into ``figures/`` too, for MLflow and for slides.
+    """Write ``report.html``, and each of its figures as a file in ``figures/``, for MLflow and for slides.
 
     Args:
-        drawn: what `finetune.report.run_figures.draw_figures` gave.
+        drawn: figures from `finetune.report.run_figures.draw_figures`.
     """
     for name, svg in drawn.items():
         _save_on_white(svg, run.figures / f"{name}.svg")
@@ -113,7 +113,7 @@ def write_report(run: RunDir, inputs: ReportInputs, drawn: Mapping[str, str]) ->
 
 
 def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
-    """Return the page, with what `draw_figures` gave."""
+    """Return the page as one HTML document, with the figures from `draw_figures`."""
     split, judged = next(iter(inputs.evaluations.items()))
     shown = {
         name: {
@@ -195,7 +195,7 @@ def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
 
 
 def _splits(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Return the table of all splits, and which classes a split has no image of."""
+    """Return the table of all splits, with notes on classes without images."""
     shown = next(iter(evaluations.values())).shown
     rows = []
     for split, found in evaluations.items():
@@ -281,7 +281,7 @@ def _temperature(fitted: Temperature | None, which: str) -> str:
 
 
 def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
-    """Return the table of figures that a temperature changes, before and after."""
+    """Return the table of the metrics that temperature scaling changes, before and after."""
     if after is None:
         return {"head": [], "rows": []}
     changed = [metric for metric in task_named(before.task).metrics if before.values[metric.key] != after.values[metric.key]]
@@ -290,7 +290,7 @@ def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
 
 
 def _classes(judged: Evaluation, thresholds: Sequence[float] | None) -> dict[str, Any]:
-    """Return the table of all classes, with intervals; thresholds and average precision where labels have their own."""
+    """Return the table of all classes with intervals; for a multi-label task also thresholds and average precision."""
     head = ["class", "images", "predicted", "correct", "precision", "recall", "F1"]
     rows = []
     for row in judged.per_class:
@@ -336,7 +336,7 @@ def _facts(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _unchanged(frozen: Mapping[str, Any]) -> str:
-    """Return what the digests of everything frozen say: same, changed, or nothing where they are not known."""
+    """Return whether the digest of all frozen weights is ``same`` or ``changed``; empty if it was not recorded."""
     before, after = frozen.get("digest_before"), frozen.get("digest_after")
     return "" if not before or not after else "same" if before == after else "changed"
 

@@ -1,4 +1,4 @@
-"""How values read on a page: nested settings as paths, and each value as a person writes it."""
+"""Format values for pages: nested settings as key paths, values as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.messages import byte_size, duration
 
-SHOWN_CLASSES = 40  # in one picture or table, the worst first
+SHOWN_CLASSES = 40  # in one figure or table, worst first
 
 _COSTS = {
     "wall_seconds": "the whole run",
@@ -25,7 +25,7 @@ _COSTS = {
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a nested mapping under its path, ``key.path``."""
+    """Yield (key path, value) for every value of a nested mapping."""
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -34,7 +34,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def value_text(value: Any) -> str:
-    """Return a value as text; a dash where there is none."""
+    """Return a value as text; a dash for None."""
     if value is None or value == {} or value == [] or value == ():
         return "–"
     if isinstance(value, bool):
@@ -47,7 +47,7 @@ def value_text(value: Any) -> str:
 
 
 def cost_text(name: str, value: float | None) -> str:
-    """Return a cost as text; its unit is the end of its name."""
+    """Return a cost as text in the unit that its name ends in."""
     if value is None:
         return "–"
     if name.endswith("_bytes"):
@@ -56,5 +56,5 @@ def cost_text(name: str, value: float | None) -> str:
 
 
 def cost_label(name: str) -> str:
-    """Return what a cost is of, for a reader."""
+    """Return the display name of a cost."""
     return _COSTS.get(name, name)

@@ -20,6 +20,7 @@ from finetune.runtime.device import Device
 from finetune.spec import JobSpec, parse_spec
 from finetune.tasks import Task, task_named, task_of
 from finetune.training.compute import Compute
+from finetune.training.image_weights import WeightFacts, weight_facts
 from finetune.training.recipe import GIVEN, Facts, Recipe, refit_recipe, resolve_recipe
 
 _WEIGHTS_FROM = {"package": "an installed package", "hub": "timm's hub", "model": "the bundle of one's own model"}
@@ -37,8 +38,9 @@ class DatasetFacts:
     sizes: Mapping[str, int]  # images by split
     quarantined: tuple[Mapping[str, str], ...]  # file and reason
     warnings: tuple[str, ...]
-    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, where it could be read in several ways
+    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, if several interpretations were possible
     revision: str = ""  # digest of the data before the split
+    weights: Mapping[str, float] | None = None  # figures of the training images' weights, if the data gives them different ones
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> DatasetFacts:
@@ -52,6 +54,7 @@ class DatasetFacts:
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
         unmeasurable = (unmeasured(split, names) for split, names in missing.items() if names)
+        weights = weight_facts(dataset.of("train"), dataset.classes)
         warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]
         return cls(
             name=dataset.name,
@@ -64,6 +67,7 @@ class DatasetFacts:
             warnings=tuple(dict.fromkeys(warnings)),
             understood=dataset.understood,
             revision=dataset.revision,
+            weights=None if weights is None else asdict(weights),
         )
 
 
@@ -87,6 +91,12 @@ class Resolved:
         """Whether anything is trained on augmented views; False for a head that is solved on the unaugmented images."""
         return self.augmentation is not None
 
+    @property
+    def weights_text(self) -> str:
+        """The column of image weights and a summary of them, as text; empty if all training images have the same weight."""
+        weights = self.dataset.weights
+        return f"{self.spec.data.weight_column}: {WeightFacts(**weights)}" if weights else ""
+
     def values(self) -> dict[str, Any]:
         """Return, by field path, the resolved value of every spec field that may be ``auto`` and that this run uses."""
         recipe = self.recipe
@@ -98,6 +108,7 @@ class Resolved:
             "model.input_size_px": self.preprocess.input_size_px[0],
             "model.head.dropout": recipe.dropout,
             "data.resize": self.preprocess.resize,
+            **({"data.weight_column": self.weights_text} if self.weights_text else {}),
             **(self._values_of_steps() if recipe.n_steps else {}),
             "hyperparameters.label_smoothing": recipe.label_smoothing,
             "hyperparameters.views": recipe.views,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.bundle.calibration import HELD_OUT
 from finetune.bundle.manifest import THRESHOLDS, Manifest, read_manifest
@@ -52,6 +54,7 @@ from finetune.tasks import Task
 from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
+from finetune.training.image_weights import image_weights
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ def training_context(
 ) -> TrainingContext:
     """Return the inputs that all training of this run shares."""
     resolved = prepared.resolved
+    balance, weights = _weighting(prepared)
     return TrainingContext(
         dataset=prepared.dataset,
         task=prepared.task,
@@ -166,16 +170,21 @@ def training_context(
         store=shared.store,
         progress=progress,
         sample_size=sample_size,
-        balance=_balance(prepared),
+        balance=balance,
+        image_weights=weights,
     )
 
 
-def _balance(prepared: Prepared) -> Balance:
-    """Return the class weights, logit offsets or sampling that the request asks for, computed from this run's training images."""
+def _weighting(prepared: Prepared) -> tuple[Balance, NDArray[np.float64] | None]:
+    """Return the class weights, logit offsets or sampling that the request asks for, and the weight of each training image.
+
+    Both are computed from the training images of this run.
+    """
     data, dataset = prepared.resolved.spec.data, prepared.dataset
-    n_classes = len(dataset.classes)
-    targets = prepared.task.encode(targets_of(dataset.of("train")), n_classes)
-    return prepared.task.balance(targets, n_classes, data.class_weights, data.logit_adjustment)
+    train, n_classes = dataset.of("train"), len(dataset.classes)
+    targets = prepared.task.encode(targets_of(train), n_classes)
+    balance = prepared.task.balance(targets, n_classes, data.class_weights, data.logit_adjustment)
+    return balance, image_weights(train, dataset.classes, targets, balance.of_steps)
 
 
 def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
@@ -234,10 +243,19 @@ def calibration_of(
     return replace(fitted, calibration=check_calibration(fitted, answers["test"], temperature))
 
 
+def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
+    """Return the method with its settings, the weights of the images and the notes, as the bundle records them."""
+    return {
+        **resolved.spec.method.model_dump(mode="json"),
+        **({"image_weights": resolved.weights_text} if resolved.weights_text else {}),
+        **({"notes": list(carried.notes)} if carried.notes else {}),
+    }
+
+
 def drift_reference(
     task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
 ) -> Reference | None:
-    """Return what live answers will be compared with: the answers to test, else to the images that calibration is made on."""
+    """Return the reference for live predictions, from the predictions on test, else pooled folds or val; None without these."""
     table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
     if table is None:
         return None
@@ -271,7 +289,7 @@ def export(
         name=prepared.resolved.model_name,
         task=prepared.task.name,
         classes=dataset.classes,
-        method={**spec.method.model_dump(mode="json"), **({"notes": list(carried.notes)} if carried.notes else {})},
+        method=_method_facts(prepared.resolved, carried),
         spec_digest=spec.digest(),
         metrics={**judgement.metrics, **(carried.folds.metrics if carried.folds else {})},
         calibration={

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -122,6 +123,22 @@ def files_under(folder: Path) -> Iterator[Path]:
             yield Path(parent, name)
 
 
+def found_in(folder: Path, pattern: str) -> list[Path]:
+    """Return what matches a pattern in a folder, in no order.
+
+    What vanishes while it is looked for is left out, where `Path.glob` raises `FileNotFoundError`.
+    """
+    return [folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True)]
+
+
+def modified_ns(path: Path) -> int | None:
+    """Return when a file was last changed, in nanoseconds since the epoch; None where there is none, or none any more."""
+    try:
+        return path.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the disk space of the files under a folder; files that are deleted during the walk count as 0."""
     total = 0
@@ -134,8 +151,16 @@ def folder_bytes(folder: Path) -> int:
 
 def delete_temporary(folder: Path) -> None:
     """Delete the temporary files of killed processes under `folder`. Do not call it while another process writes there."""
-    for leftover in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for parent, folders, files in os.walk(folder):
+        for name in filter(_is_temporary, files):
+            Path(parent, name).unlink(missing_ok=True)
+        for name in filter(_is_temporary, folders):
+            shutil.rmtree(Path(parent, name), ignore_errors=True)
+        folders[:] = [name for name in folders if not _is_temporary(name)]
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
 @contextlib.contextmanager
@@ -162,11 +187,12 @@ def is_locked(path: Path) -> bool:
     Always False on systems without ``/proc/locks``.
     """
     locks = Path("/proc/locks")
-    if not (path.exists() and locks.exists()):
+    try:
+        inode, listed = str(path.stat().st_ino), locks.read_text()
+    except FileNotFoundError:
         return False
-    inode = str(path.stat().st_ino)
     # "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234567 0 EOF"; a process that waits for the lock is a line with "->".
-    held = (line.split() for line in locks.read_text().splitlines() if "->" not in line)
+    held = (line.split() for line in listed.splitlines() if "->" not in line)
     return any(fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode for fields in held)
 
 

@@ -41,11 +41,13 @@ def _finite(value: Any) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the records of all complete lines of a journal; empty if there is no file."""
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         return []
     records = []
     # Not splitlines(): a message may contain other characters that Python treats as line ends, such as U+2028.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -25,6 +25,7 @@ from finetune.tracking.tracker import Choice, parse_choice
 EVERY_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts while a tracker does not respond
 AFTER_A_KILL_SECONDS = 60.0  # how long to try to report the end of a killed run
+DEATH_SECONDS = 0.01  # between two looks whether a killed process is gone
 LOCK_SECONDS = 0.5  # between two attempts to get the lock of the mirror
 USED_SHARE = 0.9  # of the seconds that the training process waits
 NICENESS = 10  # training has priority
@@ -49,11 +50,21 @@ class TrainingProcess:
             ready, _, _ = select.select([self.input], [], [], min(1.0, max(0.0, deadline - time.monotonic())))
             if ready:
                 line = os.read(self.input, 100).decode("ascii", "replace").strip()
-                return float(line) if line else AFTER_A_KILL_SECONDS
+                return float(line) if line else self._wait_for_death()
             if os.getppid() != self.pid:
                 return AFTER_A_KILL_SECONDS
             if time.monotonic() >= deadline:
                 return None
+
+    def _wait_for_death(self) -> float:
+        """Wait until a process that was killed is gone with its locks; return how many seconds are left.
+
+        The kernel closes the files of such a process one after the other: `input` may end while the run's lock still seems held.
+        """
+        deadline = time.monotonic() + AFTER_A_KILL_SECONDS
+        while os.getppid() == self.pid and time.monotonic() < deadline:
+            time.sleep(DEATH_SECONDS)
+        return max(0.0, deadline - time.monotonic())
 
 
 def follow(run: RunDir, choice: Choice, workspace: Workspace, experiment: str, training: TrainingProcess) -> bool:

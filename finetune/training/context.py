@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.augment import Augment
@@ -30,6 +31,7 @@ class TrainingContext:
         dataset: its train split is trained on; on its val split, weights and hyperparameters are chosen.
         identity: digests that identify the run, by name (``spec``, ``dataset``); checkpoints with others are refused.
         balance: how unequal class sizes are compensated.
+        image_weights: (N,) weights of the training images in the loss (`finetune.training.image_weights`); None: all equal.
         store: the cache of frozen features and decoded images.
         sample_size: number of training images that are predicted at some steps as in evaluation (`finetune.training.sample`);
             None: as many as cost little.
@@ -45,6 +47,7 @@ class TrainingContext:
     progress: ProgressCallback = silent
     sample_size: int | None = None
     balance: Balance = field(default_factory=Balance)
+    image_weights: NDArray[np.float64] | None = None
 
     def features(
         self, spent: Callable[[Seconds], None] = lambda _: None, progress: ProgressCallback | None = None

@@ -43,7 +43,7 @@ from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
 from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
 from finetune.training.memory import retaining_memory
-from finetune.training.mixing import mix, step_seed
+from finetune.training.mixing import mix, partners, step_seed
 from finetune.training.objectives import Objective
 from finetune.training.optim import build_optimizer, group_key, set_learning_rates
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
@@ -60,6 +60,7 @@ Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
 
 
 def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the logits (B, C) of normalised images (B, 3, h, w); the default of `fit(forward=…)`."""
     logits: Tensor = classifier(images)
     return logits
 
@@ -136,6 +137,7 @@ def fit(
     objective: Objective,
     train_targets: NDArray[Any],
     val_targets: NDArray[Any],
+    train_weights: NDArray[np.float64] | None = None,
     numerics: Callable[[], Numerics] = Numerics,
     solve_head: Callable[[Classifier], Seconds] | None = None,
     sample: TrainSample | None = None,
@@ -150,6 +152,7 @@ def fit(
             and training ends after their number of epochs.
         saving: when checkpoints are written.
         train_targets, val_targets: encoded by `task`; the ``indices`` of a batch are rows of these arrays.
+        train_weights: (N,) weights of the training images in the loss, with mean 1; None: all equal.
         numerics: is called once, when the run begins; a resumed run uses the same numerics.
         solve_head: solves the head on frozen features and sets it in the classifier; is called at the start of a run if the
             recipe begins with a solved head. Returns the seconds it took without those of computing the features.
@@ -166,7 +169,7 @@ def fit(
     with _memory_errors_named(recipe.batch_size):
         found = _find_checkpoint(run, saving)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
-        targets = _Targets(task, objective, train_targets, val_targets)
+        targets = _Targets(task, objective, train_targets, val_targets, train_weights)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
             training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
@@ -201,6 +204,7 @@ class _Targets:
     objective: Objective
     train: NDArray[Any]
     val: NDArray[Any]
+    train_weights: NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -235,6 +239,7 @@ class _Training:
     # beginning and resuming ---------------------------------------------------------------------------------------
 
     def begin(self, solve_head: Callable[[Classifier], Seconds] | None) -> None:
+        """Start a new run: solve the head or initialise it with zeros, and write the first checkpoint."""
         state = self.state
         state.frozen_before = self._frozen_digest()
         if not self.recipe.solves_head_first:
@@ -253,6 +258,7 @@ class _Training:
         self._save()
 
     def resume(self, found: Mapping[str, Any]) -> None:
+        """Restore the state in a checkpoint, and the journal of metrics as it was then."""
         state = self.state = _State(**found["state"])
         self.seconds_before = Seconds(state.seconds, state.cpu_seconds)
         state.best_weights = self._on_device(state.best_weights)
@@ -287,6 +293,12 @@ class _Training:
     # the loop -----------------------------------------------------------------------------------------------------
 
     def run_to_end(self) -> Fitted:
+        """Train to the end, load the chosen weights, and return the result.
+
+        Raises:
+            Interrupted: a signal arrived; a checkpoint has been written.
+            TrainingError: the loss is not finite, or frozen weights have changed.
+        """
         state = self.state
         try:
             while not state.finished:
@@ -374,10 +386,11 @@ class _Training:
         inputs, other_targets, share = mix(inputs, targets, recipe.mixup, seed)
         with autocast(self.numerics):
             logits, aux_logits = self._training_logits(inputs)  # each (B, C)
-        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing)
+        weights = self._image_weights(batch, seed)
+        loss = self.targets.objective.loss(logits, targets, other_targets, share, recipe.label_smoothing, weights)
         objective = loss
         if aux_logits is not None:
-            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing)
+            aux_loss = self.targets.objective.loss(aux_logits, targets, other_targets, share, recipe.label_smoothing, weights)
             objective = loss + AUX_LOSS_WEIGHT * aux_loss
         objective.backward()
         self._update_weights(parameters)
@@ -386,6 +399,15 @@ class _Training:
             self._check_finite(float(loss.detach()), rates[HEAD])
         if step % REPORT_EVERY_STEPS == 0:
             self._report(rates[HEAD])
+
+    def _image_weights(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor] | None:
+        """Return the weights of the images of a batch, and of those that are blended into them."""
+        if self.targets.train_weights is None:
+            return None
+        own = self.targets.train_weights[batch.indices].astype(np.float32)
+        mixup = self.recipe.mixup
+        other = own if mixup == 0.0 else own[partners(len(own), mixup, seed)[0]]
+        return to_device(own, self.numerics), to_device(other, self.numerics)
 
     def _training_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.classifier.aux is not None:
@@ -530,7 +552,7 @@ class _Training:
         averaged = " (moving average)" if self.average is not None else ""
         return f"the weights after epoch {step // self.recipe.steps_per_epoch}{averaged}"
 
-    # what others see ----------------------------------------------------------------------------------------------
+    # metrics and progress -----------------------------------------------------------------------------------------
 
     def _epoch_values(self) -> dict[str, float]:
         loss, correct, count = self.totals.tolist()

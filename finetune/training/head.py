@@ -60,6 +60,7 @@ def solve_head(
         seed=recipe.seed,
         overwrite=matrix,
         class_weights=context.balance.weights,
+        image_weights=context.image_weights,
     )
     if (offsets := context.balance.offsets) is not None:
         held_out = None if head.held_out_logits is None else (head.held_out_logits - offsets).astype(np.float32)

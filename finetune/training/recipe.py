@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from finetune.data.loader import steps_per_epoch
+from finetune.data.order import steps_per_epoch
 from finetune.errors import Problem, SpecError
 from finetune.model.selection import HEAD, FreezePlan, StageLike, plan_freeze
 from finetune.spec import Full, Gradual, Hyperparameters, JobSpec, LinearProbe, Method, Partial
@@ -95,6 +95,7 @@ class Recipe:
 
     @property
     def n_steps(self) -> int:
+        """The number of optimiser steps of all phases; 0 if the head is only solved."""
         return sum(phase.n_steps for phase in self.phases)
 
     @property
@@ -108,6 +109,7 @@ class Recipe:
 
     @property
     def solves_head_first(self) -> bool:
+        """Whether the first phase solves the head on frozen features."""
         return self.phases[0].solved
 
     @property

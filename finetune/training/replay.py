@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.data.dataset import Sample
-from finetune.data.loader import Batch, epoch_order, steps_per_epoch, times_before
+from finetune.data.loader import Batch
+from finetune.data.order import epoch_order, steps_per_epoch, times_before
 from finetune.errors import DiskFull
 from finetune.events import CacheFormat, CacheFull
 from finetune.features.cache import Rows

@@ -125,6 +125,7 @@ def _take_steps(
         task=context.task,
         objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
         train_targets=context.targets(dataset.of("train")),
+        train_weights=context.image_weights,
         val_targets=context.targets(dataset.of("val")),
         numerics=numerics,
         solve_head=solver,
@@ -194,7 +195,7 @@ def _cached_source(
     classifier: Classifier, recipe: Recipe, context: TrainingContext, spent: Callable[[Seconds], None]
 ) -> _BatchSource | None:
     """Return batches of cached inputs of the first trainable stage; None if those are the images, or if the disk has no room."""
-    if recipe.mixup or classifier.aux is not None:  # both need the images themselves
+    if recipe.mixup or classifier.aux is not None or not recipe.trainable:  # the first two need the images themselves
         return None
     train, val, features = context.dataset.of("train"), context.dataset.of("val"), context.features(spent)
     seen = Views(classifier.backbone.preprocess)

@@ -81,6 +81,9 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     expect(page.locator(".class-card")).to_have_count(len(CLASSES))
     page.get_by_label(say["name"]).fill("Flowers")
     choose_a_tiny_network(page)
+    expect(page.locator(".network")).to_contain_text(["", "layer3", "5", "5"])  # the stages of this network, not of any
+    expect(page.locator(".estimate span")).to_have_count(4)
+    accessible(page)
     page.get_by_label("learning_rate", exact=True).fill("-1")
     page.locator("button[type=submit]").click()
     expect(page.get_by_label("learning_rate", exact=True)).to_have_attribute("aria-invalid", "true")

@@ -374,7 +374,7 @@ def test_a_server_with_a_key_may_listen_for_others_and_without_one_may_not(home:
     KeyStore(open_jobs(home)).revoke(key_id)
     ran = subprocess.run(
         [sys.executable, "-m", "service", "--host", "0.0.0.0"],
-        check=False, capture_output=True, text=True, timeout=60, env={**os.environ, "FINETUNE_HOME": str(home)},
+        check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "FINETUNE_HOME": str(home)},
     )  # fmt: skip
     assert ran.returncode == 2
     assert "no API key" in ran.stderr

@@ -17,6 +17,7 @@ from serving import in_process
 from starlette.testclient import TestClient
 
 from finetune.data.contents import read_members
+from service import uploads
 from service.limits import MULTIPART_OVERHEAD_BYTES
 
 GOOD, BAD = good(), bad()
@@ -193,6 +194,21 @@ def test_what_a_killed_server_left_is_swept_at_the_next_start_and_what_is_arrivi
         fcntl.flock(lock, fcntl.LOCK_EX)
         with in_process(tmp_path, wait=False):
             assert left_in(tmp_path) == [".arriving-alive", "file-fresh"]
+
+
+def test_what_is_moved_or_deleted_while_a_server_sweeps_stops_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".arriving-ended", "file-deleted"):
+        (tmp_path / "files" / name).mkdir(parents=True)
+    is_old = uploads._is_old
+
+    def meanwhile(path: Path) -> bool:
+        path.rmdir()
+        return is_old(path)
+
+    monkeypatch.setattr(uploads, "_is_old", meanwhile)
+    with in_process(tmp_path, wait=False) as client:
+        assert client.get("/livez").status_code == 200
+    assert left_in(tmp_path) == []
 
 
 def test_an_archive_within_an_archive_is_only_a_file(client: TestClient) -> None:

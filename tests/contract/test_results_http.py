@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,8 +26,9 @@ from finetune.errors import Conflict
 from finetune.evaluation.diagnose import diagnose
 from finetune.jobs.database import open_jobs
 from finetune.jobs.store import JobStore
-from finetune.storage.files import write_json
+from finetune.storage.files import modified_ns, write_json
 from finetune.storage.rundir import RunDir
+from service.results import run_of
 
 JOBS = "/v1/fine_tuning/jobs"
 SPLIT = {"n": 40, "top1": 0.9, "top1_interval": [0.76, 0.97], "confusion": [[18, 2], [2, 18]]}
@@ -228,3 +230,19 @@ def test_our_client_manages_models(ours: Client, tmp_path: Path) -> None:
     with pytest.raises(RequestRefused, match="not_found"):
         ours.download_bundle("colours", "9", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_the_run_of_a_version_is_found_while_others_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (version,) = registered(tmp_path, write_bundle(tmp_path / "bundle")).list()
+    for name in ("a", "b", "c"):
+        model = "colours" if name == "b" else "another"
+        write_json(RunDir(tmp_path / "runs" / name).create().outcome, {"model": model, "version": "1"})
+
+    def meanwhile(path: Path) -> int | None:
+        shutil.rmtree(tmp_path / "runs" / "a", ignore_errors=True)
+        return modified_ns(path)
+
+    monkeypatch.setattr("service.results.modified_ns", meanwhile)
+    found = run_of(tmp_path / "runs", version)
+    assert found is not None
+    assert found.name == "b"

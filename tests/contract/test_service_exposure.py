@@ -73,7 +73,7 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(home: Path) -> None:
         port = taken.getsockname()[1]
         ran = subprocess.run(
             [sys.executable, "-m", "service", "--port", str(port)],
-            check=False, capture_output=True, text=True, timeout=60, env={**os.environ, "FINETUNE_HOME": str(home)},
+            check=False, capture_output=True, text=True, timeout=240, env={**os.environ, "FINETUNE_HOME": str(home)},
         )  # fmt: skip
     assert ran.returncode == 1
     assert f"another program already listens on 127.0.0.1 port {port}" in ran.stderr
@@ -151,20 +151,21 @@ def test_a_foreign_host_name_is_refused(client: TestClient, host: str) -> None:
 
 
 @contextlib.contextmanager
-def listening_with(**limits: float) -> Iterator[tuple[str, int]]:
-    """A small application on a free port, on connections with these limits; yields its address."""
+def listening_with(**limits: float) -> Iterator[tuple[tuple[str, int], type[LimitedConnection]]]:
+    """A small application on a free port; yields its address and the class of its connections, which has these limits."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("ok")(scope, receive, send)
 
     listener = listen("127.0.0.1", 0)
     kind = type("Limited", (LimitedConnection,), limits)
-    server = uvicorn.Server(uvicorn.Config(app, http=kind, lifespan="off", interface="asgi3", log_config=None))
+    config = uvicorn.Config(app, http=kind, lifespan="off", interface="asgi3", log_config=None, timeout_keep_alive=240)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         until(lambda: server.started)
-        yield listener.getsockname()
+        yield listener.getsockname(), kind
     finally:
         server.should_exit = True
         thread.join()
@@ -172,7 +173,7 @@ def listening_with(**limits: float) -> Iterator[tuple[str, int]]:
 
 def raw(address: tuple[str, int], sent: bytes = b"") -> bytes:
     """What comes back until the server closes the connection."""
-    with socket.create_connection(address, timeout=30) as connection:
+    with socket.create_connection(address, timeout=240) as connection:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             connection.sendall(sent)
         return read_to_end(connection)
@@ -190,20 +191,24 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def test_a_connection_that_sends_no_request_or_half_of_one_is_closed() -> None:
-    with listening_with(head_seconds=0.1) as address:
+    with listening_with(head_seconds=0.1) as (address, limited):
         for silent in (b"", b"GET /li", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-"):
             assert raw(address, silent).startswith(b"HTTP/1.1 408")
-        with socket.create_connection(address, timeout=30) as connection:
+        limited.head_seconds = 240.0  # a whole request, however long a busy machine takes to send it
+        with socket.create_connection(address, timeout=240) as connection:
             connection.sendall(REQUEST)
             answered = b""
             while not answered.endswith(b"ok"):
-                answered += connection.recv(65536)
+                received = connection.recv(65536)
+                assert received, answered
+                answered += received
+            limited.head_seconds = 0.1
             connection.sendall(b"GET /li")  # the second request on the same connection stops half way
             assert b"HTTP/1.1 408" in read_to_end(connection)
 
 
 def test_a_head_has_a_largest_size() -> None:
-    with listening_with(max_head_bytes=1000) as address:
+    with listening_with(max_head_bytes=1000) as (address, _):
         assert raw(address, b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 2000).startswith(b"HTTP/1.1 431")
         assert raw(address, REQUEST[:-2] + b"Connection: close\r\n\r\n").endswith(b"ok")
 
@@ -214,14 +219,14 @@ def test_a_head_has_a_largest_size() -> None:
     ids=["length and chunks", "two lengths"],
 )
 def test_a_body_has_one_length(lengths: bytes) -> None:
-    with listening_with() as address:
+    with listening_with() as (address, _):
         sent = b"POST / HTTP/1.1\r\nHost: localhost\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
         assert raw(address, sent).startswith(b"HTTP/1.1 400")
 
 
 def test_more_connections_than_allowed_are_answered_and_closed() -> None:
-    with listening_with(max_connections=4) as address, contextlib.ExitStack() as held:
-        silent = [held.enter_context(socket.create_connection(address, timeout=30)) for _ in range(4)]
+    with listening_with(max_connections=4, head_seconds=240.0) as (address, _), contextlib.ExitStack() as held:
+        silent = [held.enter_context(socket.create_connection(address, timeout=240)) for _ in range(4)]
         assert raw(address).startswith(b"HTTP/1.1 503")
         for connection in silent:
             connection.close()

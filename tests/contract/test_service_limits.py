@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import random
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +204,8 @@ def test_a_database_out_of_reach_shows_no_address_and_predictions_go_on(tmp_path
     def unreachable(*_: object, **__: object) -> None:
         raise StoreError("postgresql://ann:***@db.internal/jobs: the job database cannot be used: no route to host")
 
+    clock = SimpleNamespace(monotonic=lambda: 1000.0, time=time.time)  # the key was accepted a moment ago, however slow this is
+    monkeypatch.setattr("service.middleware.auth.time", clock)
     with in_process(tmp_path) as client:
         assert client.post("/predict", content=picture(), headers=key).status_code == 200
         monkeypatch.setattr(JobStore, "list", unreachable)

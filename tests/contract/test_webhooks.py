@@ -255,7 +255,7 @@ def test_a_receiver_that_does_not_answer_holds_one_delivery_and_no_others(
     sender = Sender(lambda: store, Reachable(LOOPBACK))
     sender.start()
     try:
-        until(lambda: all(one.state == "delivered" for one in store.deliveries(quick.id)))
+        until(lambda: all(one.state == "delivered" for one in store.deliveries(quick.id)) and bool(waiting))
         assert len(waiting) == 1
         answered.set()
         until(lambda: all(one.state == "delivered" for one in store.deliveries(slow.id)))
@@ -263,6 +263,27 @@ def test_a_receiver_that_does_not_answer_holds_one_delivery_and_no_others(
         answered.set()
         sender.stop()
     assert len(waiting) == len(set(waiting)) == 6
+
+
+def test_models_that_cannot_be_read_for_a_moment_hold_no_webhook_up_for_ever(
+    store: WebhookStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.jobs.sending._WATCH_SECONDS", 0.01)
+    troubles: list[OSError] = [FileNotFoundError("a model's folder, deleted since it was listed"), OSError("a disk that hangs")]
+
+    def collect() -> None:
+        if troubles:
+            raise troubles.pop()
+
+    webhook = store.create("ann", receiver.url)
+    end_a_job(JobStore(store.engine))
+    sender = Sender(lambda: store, Reachable(LOOPBACK), collect)
+    sender.start()
+    try:
+        until(lambda: [one.state for one in store.deliveries(webhook.id)] == ["delivered"])
+    finally:
+        sender.stop()
+    assert troubles == []
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(receiver: Receiver) -> None:

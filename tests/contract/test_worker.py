@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_standin import LEASE_SECONDS, Trace, drive, result_of, submit, wait, worker
+from job_standin import DEADLINE_SECONDS, LEASE_SECONDS, Trace, drive, end_leases, is_gone, result_of, submit, wait, worker
+from processes import children_of
 
 from finetune.errors import InvalidInput, StoreError
 from finetune.jobs import worker as worker_module
+from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.database import open_database
 from finetune.jobs.kinds import COMPARISON
+from finetune.jobs.lease import write_lease
 from finetune.jobs.store import Job, JobStore
 from finetune.jobs.worker import WorkerSettings
 from finetune.runtime.device import visible_gpus
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
-SHORT_LEASE_SECONDS = 1.5
 CRASHING = Path(__file__).parents[1] / "crashing"
 FOR_EVER = {"steps": 100_000, "step_seconds": 0.02}
 
@@ -41,12 +43,6 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(home: Path) -> JobStore:
     return JobStore(open_database(home / "jobs.db"), lease_seconds=LEASE_SECONDS)
-
-
-@pytest.fixture
-def short_leases(home: Path) -> JobStore:
-    """For tests that wait for a lease to end."""
-    return JobStore(open_database(home / "jobs.db"), lease_seconds=SHORT_LEASE_SECONDS)
 
 
 def run_of(home: Path, job: Job) -> RunDir:
@@ -88,13 +84,8 @@ def worker_process(home: Path, *, stop_at: str | None = None, **settings: Any) -
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int:
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(child)
-
-
-def is_gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "State:\tZ" in status.read_text()
+    (child,) = children_of(process.pid)
+    return child
 
 
 # ── how attempts end ──────────────────────────────────────────────────────────────────────────────
@@ -115,8 +106,8 @@ def test_a_job_is_run_to_its_end_and_its_result_and_history_are_kept(store: JobS
 def test_a_job_that_takes_more_memory_than_allowed_fails_and_says_so_and_the_next_one_is_run(
     store: JobStore, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "_WEIGH_SECONDS", 0.0)
-    greedy = submit(store, steps=100_000, step_seconds=0.02, hoard_bytes=50 << 20)
+    monkeypatch.setattr(worker_module, "_MEMORY_CHECK_SECONDS", 0.0)
+    greedy = submit(store, steps=20, hoard_bytes=50 << 20, hang_at=19)  # with 1,000 MiB it waits to be ended
     modest = submit(store, steps=3)
     drive(worker(store, home, max_memory_bytes=600 << 20), until=finished(store, greedy, modest))
     ended = store.get(greedy.id)
@@ -324,60 +315,64 @@ def test_a_run_folder_that_vanishes_does_not_take_the_worker_along(store: JobSto
     assert [store.get(job.id).state for job in (vanishing, other)] == ["succeeded", "succeeded"]
 
 
-def test_a_worker_that_lost_its_job_ends_the_process_and_writes_nothing(short_leases: JobStore, home: Path) -> None:
-    job = submit(short_leases, **FOR_EVER)
-    first = worker(short_leases, home, name="first")
+def test_a_worker_that_lost_its_job_ends_the_process_and_writes_nothing(store: JobStore, home: Path) -> None:
+    job = submit(store, **FOR_EVER)
+    first = worker(store, home, name="first")
     drive(first, until=started(home, job))
     (attempt,) = first._attempts.values()
-    wait(lambda: short_leases.reap() == [job.id])  # nobody renews meanwhile: `first` is not driven
-    taken = short_leases.claim("second")
+    end_leases(store)  # nobody renews meanwhile: `first` is not driven
+    assert store.reap() == [job.id]
+    taken = store.claim("second")
     assert taken is not None
-    before = short_leases.events(job.id)
+    before = store.events(job.id)
     drive(first, until=lambda: not first._attempts)
     assert is_gone(int(attempt.handle.reference))
-    assert short_leases.events(job.id) == before
-    assert short_leases.get(job.id).worker == "second"
-    short_leases.finish(taken, "cancelled")
+    assert store.events(job.id) == before
+    assert store.get(job.id).worker == "second"
+    store.finish(taken, "cancelled")
 
 
 # ── workers that are killed, stopped, or told to stop ─────────────────────────────────────────────
 
 
 @pytest.mark.longer
-def test_a_killed_worker_takes_its_run_along_and_another_resumes_it(short_leases: JobStore, home: Path) -> None:
-    job = submit(short_leases, steps=60, step_seconds=0.02)
-    with worker_process(home, lease_seconds=SHORT_LEASE_SECONDS) as first:
-        wait(started(home, job))
+def test_a_killed_worker_takes_its_run_along_and_another_resumes_it(store: JobStore, home: Path) -> None:
+    job = submit(store, steps=60, hang_once_at=30)
+    with worker_process(home) as first:
+        wait((run_of(home, job).root / "hung-at-30").exists)
         child = child_of(first)
         first.kill()
         wait(lambda: is_gone(child))
-    drive(worker(short_leases, home), until=finished(short_leases, job))
-    done, trace = short_leases.get(job.id), Trace.of(run_of(home, job))
+    end_leases(store)
+    drive(worker(store, home), until=finished(store, job))
+    done, trace = store.get(job.id), Trace.of(run_of(home, job))
     assert (done.state, done.result and done.result["state"], done.attempts) == ("succeeded", result_of(60), 2)
-    assert (len(trace.starts), trace.completions, trace.overlaps) == (2, 1, 0)
-    assert trace.starts[1] > 0, "it went on from a checkpoint"
-    assert kinds(short_leases, job).count("worker_lost") == 1
+    assert (trace.starts, trace.completions, trace.overlaps) == ([0, 30], 1, 0)
+    assert kinds(store, job).count("worker_lost") == 1
 
 
-def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(short_leases: JobStore, home: Path) -> None:
-    job = submit(short_leases, steps=40, hang_once_at=20)
+def test_a_worker_that_is_stopped_past_its_lease_writes_nothing_when_it_wakes(store: JobStore, home: Path) -> None:
+    job = submit(store, steps=40, hang_once_at=20)
     # Between two transactions: a process that is stopped inside one keeps the database locked for everybody.
     point = "after commit jobs.db in JobStore.heartbeat once runs/*/checkpoints/*.sha256"
-    with worker_process(home, stop_at=point, name="sleeper", lease_seconds=SHORT_LEASE_SECONDS) as sleeper:
+    with worker_process(home, stop_at=point, name="sleeper") as sleeper:
         wait((home / "stopped").exists)
+        wait((run_of(home, job).root / "hung-at-20").exists)
         child = child_of(sleeper)
-        second = worker(short_leases, home, name="second")
+        (lease,) = run_of(home, job).root.glob("lease-*")
+        write_lease(lease, LeaseTime(machine_time().seconds - LEASE_SECONDS, machine_time().epoch), LEASE_SECONDS)
+        wait(lambda: is_gone(child))  # the process of the stopped worker ends with its lease
+        end_leases(store)
+        second = worker(store, home, name="second")
         drive(second, until=started(home, job, attempts=2))
-        assert is_gone(child), "the process of the stopped worker ended with its lease, before the next began"
         sleeper.send_signal(signal.SIGCONT)
-        drive(second, until=finished(short_leases, job))
+        drive(second, until=finished(store, job))
         wait(lambda: "the lease is lost" in (home / "worker.log").read_text())
-    done, trace = short_leases.get(job.id), Trace.of(run_of(home, job))
+    done, trace = store.get(job.id), Trace.of(run_of(home, job))
     assert (done.state, done.result and done.result["state"]) == ("succeeded", result_of(40))
-    assert (trace.completions, trace.overlaps) == (1, 0)
-    workers = [event.data["worker"] for event in short_leases.events(job.id) if event.kind == "running"]
-    assert workers[:2] == ["sleeper", "second"]  # a machine so busy that the second loses its lease too may give it back
-    assert kinds(short_leases, job).count("succeeded") == 1
+    assert (trace.starts, trace.completions, trace.overlaps) == ([0, 20], 1, 0)
+    assert [event.data["worker"] for event in store.events(job.id) if event.kind == "running"] == ["sleeper", "second"]
+    assert kinds(store, job).count("succeeded") == 1
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -386,7 +381,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_jobs_back_at_once(store: JobSto
     with worker_process(home, cancel_grace_seconds=0.3 if deaf else 30.0) as process:
         wait(started(home, job))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_SECONDS) == 0
     queued = store.get(job.id)
     assert (queued.state, queued.attempts, queued.worker) == ("queued", 1, None)
     again = store.claim("next")
@@ -401,18 +396,18 @@ def test_a_second_signal_hurries_a_worker_that_waits_for_its_run(store: JobStore
         process.send_signal(signal.SIGTERM)
         wait(lambda: "jobs are handed back" in (home / "worker.log").read_text())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_SECONDS) == 0
     assert store.get(job.id).state == "queued"
 
 
 def test_a_worker_that_cannot_hand_its_jobs_back_stops_all_the_same(home: Path) -> None:
-    store = JobStore(open_database(home / "jobs.db"), lease_seconds=SHORT_LEASE_SECONDS)
-    job = submit(store, **FOR_EVER)
-    with worker_process(home, lease_seconds=SHORT_LEASE_SECONDS, cancel_grace_seconds=0.5) as process:
+    lease_seconds = 3.0  # for so long it tries
+    job = submit(JobStore(open_database(home / "jobs.db")), **FOR_EVER)
+    with worker_process(home, lease_seconds=lease_seconds, cancel_grace_seconds=0.1) as process:
         wait(started(home, job))
         (home / "jobs.db").unlink()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_SECONDS) == 0
     assert f"{job.id} could not be handed back" in (home / "worker.log").read_text()
 
 

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from crash_points import crashing_at
 from folders import path_of
-from job_standin import Trace, drive, result_of, submit, wait, worker
+from job_standin import LEASE_SECONDS, Trace, drive, end_leases, result_of, submit, wait, worker
 from onnx import numpy_helper
 from sqlalchemy import text
 from tiny_training import write_images
@@ -158,7 +158,6 @@ def _fingerprint(run: RunDir) -> str:
 
 # ── the worker ────────────────────────────────────────────────────────────────────────────────────
 
-LEASE_SECONDS = 3.0
 COMMITS = {
     "the-claim": "in JobStore.claim",
     "the-first-heartbeat": "in JobStore.heartbeat",
@@ -181,10 +180,11 @@ def test_a_worker_that_is_killed(point: str, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "job_standin.py"
     environment = {**os.environ, **crashing_at(point, tmp_path / "crashed")}
     with open(tmp_path / "worker.log", "wb") as log:
-        settings = json.dumps({"lease_seconds": LEASE_SECONDS, "beat_seconds": 60.0})
+        settings = json.dumps({"beat_seconds": LEASE_SECONDS})
         process = subprocess.Popen([sys.executable, script, tmp_path, settings], env=environment, stdout=log, stderr=log)
         wait(lambda: process.poll() is not None)
     assert process.returncode == -9, (tmp_path / "worker.log").read_text()
+    end_leases(store)
     drive(worker(store, tmp_path), until=lambda: store.get(job.id).finished)
     run = RunDir(tmp_path / "runs" / job.id)
     done, trace = store.get(job.id), Trace.of(run)

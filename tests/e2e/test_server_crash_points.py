@@ -15,6 +15,7 @@ import httpx
 import pytest
 from archives import photographs, zip_of
 from crash_points import crashing_at
+from processes import children_of, is_running
 from serving import LiveServer, live_server, until
 
 from finetune.data.contents import read_members
@@ -36,14 +37,9 @@ def submit(client: httpx.Client) -> httpx.Response:
 
 def kill(server: LiveServer) -> None:
     """The supervisor first, so that it starts no other; and what it started does not outlive it on its port."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    children = children_of(server.process.pid)
     server.process.kill()
-    until(lambda: not any(is_alive(int(pid)) for pid in children))
-
-
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    until(lambda: not any(map(is_running, children)))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import mlflow
@@ -15,11 +16,15 @@ from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import read_state, tracked_as
 from finetune.tracking.mlflow.connection import connect, destination_of
+from finetune.tracking.process import followed
 
 
 @pytest.mark.longer
-@pytest.mark.timeout(300)
-def test_a_run_is_tracked_from_its_beginning_to_its_registered_model(mlflow_workspace: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_run_is_tracked_from_its_beginning_to_its_registered_model(
+    mlflow_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.api.followed", functools.partial(followed, wait_seconds=240.0))  # on a busy machine
     pictures = write_stripes(tmp_path, 60)
     run = train(
         pictures,

@@ -15,7 +15,8 @@ from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import build_augment, sample_seed
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
-from finetune.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, steps_per_epoch, times_before
+from finetune.data.loader import Batch, EvalLoader, TrainLoader
+from finetune.data.order import epoch_order, steps_per_epoch, times_before
 from finetune.data.parallel import ordered_map
 from finetune.errors import ImageError
 

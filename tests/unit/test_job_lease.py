@@ -38,7 +38,7 @@ def watch(lease: Path | None, before: str = ASKS_NICELY, seconds: float = 60) ->
     environment = {**os.environ, LEASE_VARIABLE: str(lease) if lease else ""}
     script = textwrap.dedent(WATCHER.replace("{before}", before)).replace("time.sleep(60)", f"time.sleep({seconds})")
     return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from finetune.jobs.files import FileStore
 from finetune.jobs.store import JobStore
 from finetune.jobs.tracking import TrackingSync
 from finetune.jobs.worker import Worker, WorkerSettings
+from finetune.storage.files import modified_ns
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.mirror import Mirror, tracked_as
@@ -98,6 +100,23 @@ def test_a_promotion_is_told_once_and_mlflow_is_asked_now_and_then(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")  # a server cannot be looked at from outside
     sync.step()
     assert len(asked) == 4
+
+
+def test_a_model_that_is_deleted_while_a_worker_looks_is_no_trouble(
+    mlflow_workspace: Path, store: JobStore, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_bundle(mlflow_workspace / "bundle")
+    models = Workspace.at(mlflow_workspace).models
+    for name in ("oaks", "trees"):
+        Registry(models).register(mlflow_workspace / "bundle", name)
+
+    def meanwhile(path: Path) -> int | None:
+        shutil.rmtree(models / "oaks", ignore_errors=True)
+        return modified_ns(path)
+
+    monkeypatch.setattr(tracking, "modified_ns", meanwhile)
+    TrackingSync(store, mlflow_workspace).step()
+    assert asked == [{"runs": {}, "models": True}]
 
 
 def test_where_nothing_was_ever_tracked_nothing_is_started(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from leftover_processes import is_running
+from processes import is_running
 
 pytest_plugins = ["pytester"]
 

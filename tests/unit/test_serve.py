@@ -36,7 +36,7 @@ def test_a_name_is_not_an_address() -> None:
 
 def test_the_command_line_refuses_in_one_sentence() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "service", "--host", "0.0.0.0"], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "service", "--host", "0.0.0.0"], check=False, capture_output=True, text=True, timeout=240
     )
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: --host 0.0.0.0: others could reach this address")

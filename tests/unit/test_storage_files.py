@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import DiskFull
 from finetune.events import DataWarning, Resumed, Trained, TrainingStarted
-from finetune.storage.files import atomic_path, files_under, folder_bytes, read_json, write_atomic, write_json
+from finetune.storage.files import (
+    atomic_path,
+    delete_temporary,
+    files_under,
+    folder_bytes,
+    found_in,
+    modified_ns,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 
@@ -89,3 +101,39 @@ def test_what_vanishes_while_a_folder_is_counted_counts_nothing(tmp_path: Path):
     assert not list(found)
     assert folder_bytes(tmp_path) == 0
     assert folder_bytes(tmp_path / "never") == 0
+
+
+@pytest.fixture
+def vanishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that another process deletes after it has been listed with its neighbours, before it is looked into."""
+    folder, scandir = tmp_path / "vanishing", os.scandir
+    for name in ("before", "vanishing", "zuletzt"):
+        (tmp_path / name / "in").mkdir(parents=True)
+        (tmp_path / name / "in" / "found.json").touch()
+        (tmp_path / name / ".half.0123456789ab.tmp").touch()
+
+    def listed(path: str | Path | int = ".") -> Iterator[os.DirEntry[str]]:
+        if not isinstance(path, int) and Path(path) in (folder, folder / "in"):
+            monkeypatch.setattr(os, "scandir", scandir)
+            shutil.rmtree(folder)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    return folder
+
+
+def test_what_vanishes_while_a_pattern_is_looked_for_is_left_out(tmp_path: Path, vanishing: Path) -> None:
+    found = found_in(tmp_path, "*/in/*.json")
+    assert sorted(found) == [tmp_path / name / "in" / "found.json" for name in ("before", "zuletzt")]
+    assert not vanishing.exists()
+    assert modified_ns(found[0]) == found[0].stat().st_mtime_ns
+    assert modified_ns(vanishing / "in" / "found.json") is None
+    assert found_in(vanishing, "*") == []
+
+
+def test_what_vanishes_while_temporary_files_are_deleted_is_no_error(tmp_path: Path, vanishing: Path) -> None:
+    (tmp_path / "before" / ".folder.0123456789ab.tmp" / "deep").mkdir(parents=True)
+    delete_temporary(tmp_path)
+    assert not vanishing.exists()
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    assert len(list(tmp_path.rglob("found.json"))) == 2

@@ -353,12 +353,11 @@ def test_what_is_downloaded_of_a_version_is_a_bundle_that_answers(
 def test_a_server_that_is_not_there_is_named_without_its_password_and_misses_nothing_in_the_end(
     workspace: Workspace, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
     run = run_at(workspace)
     whole_run(run)
-    with monkeypatch.context() as away:
+    with socket.socket() as closed, monkeypatch.context() as away:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        port = closed.getsockname()[1]
         away.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{port}")
         away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         reason = mirror(run, workspace)

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
+from processes import children_of, command_line
 from run_folders import begin_run, end_run, spec_of, train_steps, whole_study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,12 +22,12 @@ from finetune.storage.files import file_lock, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
+from finetune.tracking import follow, process
 from finetune.tracking.mirror import read_state
-from finetune.tracking.process import followed
 from finetune.tracking.sync import sync_run
 from finetune.tracking.tracker import Choice
 
-SECONDS = 60  # a bound for a hang, never a wait
+SECONDS = 240.0  # a bound for a hang, never a wait
 TENSORBOARD = Choice("tensorboard")
 
 
@@ -43,8 +43,15 @@ def silent_server() -> Iterator[str]:
 def wait(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"not within {SECONDS} s"
+        assert time.monotonic() < deadline, f"not within {SECONDS:.0f} s"
         time.sleep(0.02)
+
+
+def followed(
+    choices: Sequence[Choice], workspace: Workspace, experiment: str, wait_seconds: float = SECONDS
+) -> AbstractContextManager[Callable[[RunDir], None]]:
+    """As the product follows runs, but however slow the machine is, what is on its way to the tracker arrives."""
+    return process.followed(choices, workspace, experiment, wait_seconds=wait_seconds)
 
 
 def is_complete(run: RunDir, kind: str) -> bool:
@@ -119,6 +126,30 @@ def test_the_death_of_a_run_is_noticed_and_told(tmp_path: Path) -> None:
     assert events.Tensors("description/text_summary")[-1].tensor_proto.string_val[0].startswith(b"Stopped before the end")
 
 
+def test_the_death_of_a_run_is_told_also_when_its_pipe_ends_before_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel closes the files of a killed process one after the other."""
+    run = run_at(tmp_path)
+    begin_run(run, spec_of("full"))
+    reading, writing = os.pipe()
+    os.close(writing)
+    with ExitStack() as held:
+        held.enter_context(file_lock(run.lock))
+        looks: list[int] = []
+
+        def parent() -> int:
+            looks.append(len(looks))
+            if len(looks) == 3:
+                held.close()
+            return 4711 if len(looks) < 3 else 1
+
+        monkeypatch.setattr(follow.os, "getppid", parent)
+        assert follow.follow(run, TENSORBOARD, Workspace.at(tmp_path), "flowers", follow.TrainingProcess(reading, 4711))
+    os.close(reading)
+    assert is_complete(run, "tensorboard")
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_is_closed_as_killed_and_goes_on_in_the_same_mlflow_run(mlflow_workspace: Path) -> None:
     run, workspace = run_at(mlflow_workspace), Workspace.at(mlflow_workspace)
@@ -179,8 +210,15 @@ def test_a_tracker_that_cannot_be_written_is_told_once_and_so_is_its_return(tmp_
     assert is_complete(run, "tensorboard")
 
 
-def test_an_interrupted_run_waits_less_long_and_the_interrupt_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_waits_less_long_and_the_interrupt_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_at(tmp_path)
+    end, given = process._Followers.end, []
+
+    def patient_end(self: process._Followers, seconds: float) -> None:
+        given.append(seconds)
+        end(self, SECONDS)
+
+    monkeypatch.setattr(process._Followers, "end", patient_end)
 
     def interrupted() -> None:
         with followed([TENSORBOARD], Workspace.at(tmp_path), "flowers") as begun:
@@ -190,6 +228,7 @@ def test_an_interrupted_run_waits_less_long_and_the_interrupt_goes_on(tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert given[-1] == process.WAIT_SECONDS_WHEN_STOPPED < process.WAIT_SECONDS
     assert is_complete(run, "tensorboard")
 
 
@@ -212,8 +251,11 @@ def test_the_process_that_follows_is_no_child_of_a_process_group_that_is_ended(t
     run = run_at(tmp_path)
     with followed([TENSORBOARD], Workspace.at(tmp_path), "flowers") as begun:
         begun(run)
-        found: list[psutil.Process] = []
-        deadline = time.monotonic() + 60
-        while not found and time.monotonic() < deadline:  # for a moment a new process has no command line
-            found = [one for one in psutil.Process().children() if "finetune.tracking.follow" in one.cmdline()]
-        assert [os.getpgid(one.pid) == os.getpgid(0) for one in found] == [False]
+        found: set[int] = set()
+
+        def has_started() -> bool:
+            found.update(pid for pid in children_of(os.getpid()) if b"finetune.tracking.follow" in command_line(pid))
+            return bool(found)
+
+        wait(has_started)  # for a moment a new process has no command line
+        assert [os.getpgid(pid) == os.getpgid(0) for pid in found] == [False]

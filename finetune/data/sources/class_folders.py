@@ -9,7 +9,7 @@ from finetune.data.layout import Layout, understand
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Node, Place
 from finetune.data.reading import Reading
-from finetune.data.sources.source import Listing, Record
+from finetune.data.sources.source import Listing, Record, refuse_columns
 from finetune.messages import printable
 
 
@@ -31,9 +31,7 @@ class ClassFoldersSource:
         if place.focus is not None:
             notes.problem(place.shown, "is no folder, no zip or tar, and no table of images")
             return Listing()
-        for column, name in vars(reading.columns).items():
-            if name is not None:
-                notes.problem(f"data.{column}_column", f"{name!r} is given, but class folders have no columns")
+        refuse_columns(reading, notes, "class folders")
         layout = understand(place.tree, reading, notes)
         records = [
             _record(layout, node, label, split)

@@ -13,7 +13,7 @@ from finetune.data.places.tree import Node, Place, shown_path
 from finetune.data.reading import Reading
 from finetune.data.sources.documents import json_files, mentions, read_document, split_around, text_of
 from finetune.data.sources.lookup import Lookup
-from finetune.data.sources.source import Listing, Record
+from finetune.data.sources.source import Listing, Record, refuse_columns
 from finetune.errors import DataError
 from finetune.messages import plural, printable
 
@@ -32,6 +32,7 @@ class CocoSource:
         return any(mentions(node, *_WORDS) for node in json_files(place))
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
+        refuse_columns(reading, notes, "COCO files")
         files = [node for node in json_files(place) if mentions(node, *_WORDS)]
         records: list[Record] = []
         places: dict[Split | None, str] = {}

@@ -14,7 +14,7 @@ from finetune.data.places.tree import Folder, Node, Place, shown_path
 from finetune.data.reading import Reading
 from finetune.data.sources.documents import split_around
 from finetune.data.sources.lookup import Lookup
-from finetune.data.sources.source import Listing, Record
+from finetune.data.sources.source import Listing, Record, refuse_columns
 from finetune.data.tables.rows import WHOLE_FILE
 from finetune.errors import ImageError
 from finetune.messages import natural_list, plural, printable
@@ -36,6 +36,7 @@ class ImagenetTextSource:
         return folder is not None and bool(_lists(folder))
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
+        refuse_columns(reading, notes, "lists of files")
         folder = _folder(place)
         assert folder is not None
         classes_file = folder.file(_CLASSES)

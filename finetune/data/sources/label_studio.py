@@ -14,7 +14,7 @@ from finetune.data.places.tree import IMAGE_SUFFIXES, Node, Place, shown_path
 from finetune.data.reading import Reading
 from finetune.data.sources.documents import json_files, mentions, read_document, text_of
 from finetune.data.sources.lookup import Lookup
-from finetune.data.sources.source import Listing, Record
+from finetune.data.sources.source import Listing, Record, refuse_columns
 from finetune.errors import DataError
 from finetune.messages import natural_list, plural, printable
 
@@ -49,6 +49,7 @@ class LabelStudioSource:
         return any(_is_export(node) for node in json_files(place))
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
+        refuse_columns(reading, notes, "Label Studio exports", used=("label",))
         files = [node for node in json_files(place) if _is_export(node)]
         shown = shown_path(place.tree, files[0].path)
         if len(files) > 1:

@@ -176,7 +176,7 @@ class _Rows:
         except ValueError:
             weight = math.nan
         if not 0 <= weight < math.inf:
-            self.odd.weights.append(row.place)
+            self.odd.weights.append(f"{row.place} ({printable(cell)!r})" if isinstance(cell, str) else f"{row.place} (empty)")
             return 1.0
         return weight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -40,6 +40,19 @@ class Listing:
     classes: Mapping[Split | None, tuple[str, ...]] = field(default_factory=dict)
     places: Mapping[Split | None, str] = field(default_factory=dict)
     several: bool = False
+
+
+def refuse_columns(reading: Reading, notes: Notes, what: str, *, used: Collection[str] = ()) -> None:
+    """Note a problem for each column that is named where the source has none, so that nothing asked for is ignored.
+
+    Args:
+        what: the format, in the plural.
+        used: fields of `Columns` that the source understands.
+    """
+    for column, name in vars(reading.columns).items():
+        if name is not None and column not in used:
+            field_name = column if column == "label_separator" else f"{column}_column"
+            notes.problem(f"data.{field_name}", f"{name!r} is given, but {what} have no such column")
 
 
 class Source(Protocol):

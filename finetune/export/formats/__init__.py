@@ -1,7 +1,8 @@
-"""A model in another format than the bundle's, for other tools: one file for each format, which all have the same protocol.
+"""Write a bundle's model in the format of another tool, with one module for each format.
 
-Each has a function `write`, which takes an opened bundle (`finetune.export.formats.bundle.Opened`) and an empty folder, writes
-the model into it, compares what it has written with the bundle's own answers, and returns in one sentence how it is used.
+Each module has a function `write`, which takes an opened bundle (`finetune.export.formats.bundle.Opened`) and an empty folder,
+writes the model into the folder, compares it with the bundle's outputs where it can, and returns a sentence that says how to use
+it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ FORMATS = {
     "openvino": "openvino_ir",
     "web": "web_page",
 }
-"""The module of each format. Each has `write`; those that need no torch work without it."""
+"""The module of each format; torch is imported only by modules that need it."""
 
 
 def write_format(name: str, opened: Opened, out: Path) -> str:
-    """Write a model in a format into the new folder `out`, with its model card; return how it is used.
+    """Write a model and its model card in the format `name` into the new folder `out`; return a sentence that says how to use it.
 
     Raises:
-        InvalidInput: no such format, or the model cannot be expressed in it.
+        InvalidInput: there is no such format, or the model cannot be expressed in it.
         Conflict: `out` exists.
     """
     if name not in FORMATS:

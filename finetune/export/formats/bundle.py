@@ -1,4 +1,4 @@
-"""A bundle opened for export: its manifest, its own answers, and its network in torch for the formats that need it."""
+"""A bundle opened for export: its manifest, its outputs for some images, and its network in torch for formats that need it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from finetune.errors import ExportError
 if TYPE_CHECKING:
     from finetune.model.classifier import Classifier
 
-LOGITS_TOLERANCE = 1e-4  # of the largest logit, or absolute where that is under 1
+LOGITS_TOLERANCE = 1e-4  # relative to the largest logit, absolute if that is below 1
 _N_NOISE = 2
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A verified bundle in `folder`."""
+    """A bundle in `folder`, which is verified when `predictor` is first used."""
 
     folder: Path
-    runtime: Path | None = None  # an installed onnxruntime-web, for pages
+    runtime: Path | None = None  # folder of an installed onnxruntime-web, for the format ``web``
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -43,23 +43,23 @@ class Opened:
 
     @cached_property
     def images(self) -> NDArray[np.uint8]:
-        """Return images to compare answers on, (N, h, w, 3): the bundle's known ones, and noise."""
+        """The images (N, h, w, 3) uint8 to compare outputs on: those of the bundle's probe, and noise."""
         known = read_probe(self.folder / PROBE).images
         noise = np.random.default_rng(0).integers(0, 256, (_N_NOISE, *known.shape[1:]), dtype=np.uint8)
         return np.concatenate([known, noise])
 
     @cached_property
     def answers(self) -> Outputs:
-        """Return what the bundle answers to `images`."""
+        """The bundle's outputs for `images`."""
         return self.predictor.run(self.images)
 
     @cached_property
     def classifier(self) -> Classifier:
-        """Return the network in torch, which answers as the bundle does.
+        """The network in torch, after its logits have been compared with the bundle's.
 
         Raises:
-            WeightsError: the bundle keeps no weights, or a frozen backbone's pretrained weights cannot be found again.
-            ExportError: the network answers otherwise than the bundle.
+            WeightsError: the bundle contains no weights, or the pretrained weights of a frozen backbone cannot be found.
+            ExportError: the logits of the network differ from the bundle's.
         """
         import torch
 
@@ -84,12 +84,19 @@ class Opened:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether ``model.onnx`` computes with int8; the weights that are kept are those before."""
+        """Whether ``model.onnx`` is quantised to int8; the weights in the bundle are those before quantisation."""
         return bool(self.manifest.model.get("quantization", {}).get("kept"))
 
 
 def check_logits(what: str, given: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    """Raise `ExportError` where logits are further apart than `LOGITS_TOLERANCE`."""
+    """Compare logits with the expected ones.
+
+    Args:
+        what: subject of the error's sentence.
+
+    Raises:
+        ExportError: they differ by more than `LOGITS_TOLERANCE`.
+    """
     allowed = LOGITS_TOLERANCE * max(1.0, float(np.abs(expected).max()))
     if not (difference := float(np.abs(given - expected).max())) <= allowed:
         raise ExportError(f"{what} answer otherwise than the bundle: logits differ by {difference:.2g}, allowed is {allowed:.2g}")

@@ -1,4 +1,4 @@
-"""``onnx``: the bundle's ``model.onnx`` alone. It takes uint8 pixels, and its metadata says classes and preprocessing."""
+"""The format ``onnx``: the bundle's ``model.onnx`` alone. It takes uint8 pixels; its metadata names classes and preprocessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``openvino``: OpenVINO's own format, in float32. The package ``openvino`` converts it and compares it with the bundle."""
+"""The format ``openvino``: OpenVINO IR in float32. It is converted by the package ``openvino`` and compared with the bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(opened: Opened, folder: Path) -> str:
 
     Raises:
         MissingExtra: the package ``openvino`` is not installed.
-        ExportError: OpenVINO answers otherwise than the bundle.
+        ExportError: the probabilities computed by OpenVINO differ from the bundle's.
     """
     try:
         import openvino

@@ -1,6 +1,6 @@
-"""``safetensors``: backbone and head in one file, the backbone's tensors under timm's names behind ``backbone.``.
+"""The format ``safetensors``: backbone and head in one file, which can be used as ``model.weights`` of a job spec.
 
-``model.weights`` of a job spec takes the file.
+The backbone's tensors have timm's names with the prefix ``backbone.``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "model.safetensors"
 
 
 def write(opened: Opened, folder: Path) -> str:
-    """Write ``model.safetensors``, whose metadata holds what the manifest says."""
+    """Write ``model.safetensors`` with the manifest in its metadata."""
     classifier = opened.classifier
     tensors = {f"{BACKBONE}{name}": tensor for name, tensor in classifier.backbone.module.state_dict().items()}
     tensors |= {HEAD_WEIGHT: classifier.head.weight.detach(), HEAD_BIAS: classifier.head.bias.detach()}

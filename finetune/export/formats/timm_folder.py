@@ -1,7 +1,7 @@
-"""``timm``: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, with the head as timm's classifier.
+"""The format ``timm``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, with the head as classifier.
 
-timm's networks pool in their own way before their classifier. The arguments that make one pool as the bundle's network does are
-found by trying, and what is written is loaded again and compared with the bundle.
+timm's networks differ in the pooling before their classifier. The arguments with which a network pools like the bundle's are
+found by trial, and the written folder is loaded again and compared with the bundle.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def write(opened: Opened, folder: Path) -> str:
     """Write ``config.json``, ``model.safetensors`` and a model card.
 
     Raises:
-        InvalidInput: timm's network cannot pool as the bundle's does.
+        InvalidInput: no arguments make timm's network pool like the bundle's.
+        ExportError: timm computes other logits from the written folder.
     """
     classifier, manifest = opened.classifier, opened.manifest
     images = _normalised(classifier, opened.images)
@@ -92,7 +93,7 @@ def _temperature(opened: Opened) -> float:
 
 
 def _equal_model(classifier: Classifier, images: torch.Tensor, expected: NDArray[np.float32]) -> nn.Module | None:
-    """Return timm's network with a classifier that computes the same logits; None where there is none."""
+    """Return timm's network, with a classifier, that computes the same logits as `classifier`; None if there is none."""
     for model in _candidates(classifier):
         if not _take_weights(model, classifier):
             continue
@@ -104,7 +105,7 @@ def _equal_model(classifier: Classifier, images: torch.Tensor, expected: NDArray
 
 
 def _candidates(classifier: Classifier) -> Iterator[nn.Module]:
-    """Yield timm's network as it is, then with other ways to pool."""
+    """Yield timm's network with its own pooling, then with other kinds of pooling that it supports."""
     backbone = classifier.backbone
     cfg = backbone.weights.pretrained_cfg
     options: dict[str, Any] = dict(cfg.get("model_args", {}))
@@ -117,11 +118,11 @@ def _candidates(classifier: Classifier) -> Iterator[nn.Module]:
             wanted = {**options, **arguments, "num_classes": classifier.num_classes}
             yield timm.create_model(cfg["architecture"], pretrained=False, **wanted)
         except (TypeError, AssertionError, ValueError, RuntimeError, KeyError):
-            continue  # this family knows no such argument
+            continue  # this family does not have such an argument
 
 
 def _take_weights(model: nn.Module, classifier: Classifier) -> bool:
-    """Copy backbone and head into timm's network; return whether each tensor found its place."""
+    """Copy the weights of backbone and head into timm's network; return False if a tensor has no counterpart in it."""
     own, layer = model.state_dict(), _linear(model)
     if layer is None or layer.weight.shape[:2] != classifier.head.weight.shape:
         return False
@@ -137,7 +138,7 @@ def _take_weights(model: nn.Module, classifier: Classifier) -> bool:
 
 
 def _linear(model: nn.Module) -> nn.Linear | nn.Conv2d | None:
-    """Return the layer that timm calls the classifier, where it is one layer with a bias."""
+    """Return timm's classifier if it is a single linear layer (or 1×1 convolution) with a bias; else None."""
     found = model.get_classifier()  # type: ignore[operator]
     is_linear = isinstance(found, nn.Linear) or (isinstance(found, nn.Conv2d) and found.kernel_size == (1, 1))
     return found if is_linear and found.bias is not None else None

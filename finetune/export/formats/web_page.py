@@ -1,7 +1,7 @@
-"""``web``: one page that classifies pictures in the browser, without a server: model and ONNX Runtime Web are inside the file.
+"""The format ``web``: one HTML file with the model and ONNX Runtime Web, which classifies images in the browser without a server.
 
-The page frames and resamples a picture as `finetune.bundle.preprocess` does. A browser decodes JPEG files a little differently
-(by one or two levels of 255), and nothing else differs: the same pixels give the same answer.
+The page resizes and crops an image as `finetune.bundle.preprocess` does. Only the browser's JPEG decoder differs a little (by one
+or two levels of 255); the same pixels give the same result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(opened: Opened, folder: Path) -> str:
 
     Raises:
         MissingExtra: onnxruntime-web is not installed.
-        NotFound: the folder given for it holds another version's files.
+        NotFound: the folder given for it does not contain the files of a supported version.
     """
     runtime = opened.runtime or _INSTALLED
     if not runtime.is_dir():
@@ -55,7 +55,7 @@ def _page(opened: Opened, script: str, wasm: bytes) -> str:
     facts = {
         "classes": list(manifest.classes),
         "preprocess": manifest.preprocess.to_dict(),
-        "thresholds": manifest.thresholds,  # of each class, where a picture may have several
+        "thresholds": manifest.thresholds,  # of each class in a multilabel task, else null
         "hasMap": "cam" in manifest.outputs,
         "inputName": manifest.model["input_name"],
     }
@@ -66,5 +66,5 @@ def _page(opened: Opened, script: str, wasm: bytes) -> str:
         "WASM": base64.b64encode(wasm).decode(),
         "MODEL": base64.b64encode(opened.model).decode(),
     }
-    # In one pass: a class that is called like a place in the template stays what it is.
+    # In one pass, so that a class whose name looks like a placeholder is not replaced.
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda place: filled[place[1]], _TEMPLATE.read_text(encoding="utf-8"))

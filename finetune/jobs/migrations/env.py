@@ -1,4 +1,4 @@
-"""Alembic's entry: migrations run inside the transaction that `finetune.jobs.database` opened."""
+"""Alembic's entry point. Migrations run inside the transaction that `finetune.jobs.database` opened."""
 
 from __future__ import annotations
 

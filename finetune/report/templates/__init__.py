@@ -1,4 +1,4 @@
-"""HTML templates (Jinja2, autoescaped) and how numbers read on a page."""
+"""HTML templates (Jinja2, autoescaped) and the formatting of numbers on pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.report.text import cost_text
 
 
 def render(name: str, **values: Any) -> str:
-    """Return a template of this package with `values` filled in; every text is escaped."""
+    """Render a template of this package with `values`; all text is escaped."""
     return _environment().get_template(name).render(**values)
 
 
@@ -31,7 +31,7 @@ def _environment() -> Environment:
 
 
 def points(difference: float | None, metric: Metric[Any], *, signed: bool = True) -> str:
-    """Return a difference as people read it: in points where the metric is a percentage."""
+    """Format a difference, in percentage points if the metric is shown as a percentage."""
     if difference is None:
         return "–"
     sign = "+" if signed else ""

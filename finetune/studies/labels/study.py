@@ -172,6 +172,8 @@ def study_labels(
         raise InvalidInput(f"a learning curve needs at least 2 repetitions and 4 sizes, given {repeats} and {sizes}")
     if any(one < 1 for one in more):
         raise InvalidInput(f"more images a class: must be at least 1, given {natural_list(more)}")
+    if spec.data.weight_column is not None:
+        raise InvalidInput("data.weight_column: the labels study counts every image once; leave it out")
     dataset, network = read_and_build(spec, shared, progress)
     if any(not isinstance(sample.target, int) for sample in dataset.samples):
         raise InvalidInput("the labels study is for images with exactly one label; these have several")

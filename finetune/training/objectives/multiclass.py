@@ -25,22 +25,36 @@ class MulticlassObjective:
     def balanced(self, balance: Balance) -> MulticlassObjective:
         return replace(self, balance=balance)
 
-    def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        other_targets: Tensor,
+        share: float,
+        label_smoothing: float,
+        image_weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        own, other = image_weights or (None, None)
         logits = logits.float()
         if self.balance.offsets is not None:
             logits = logits + torch.as_tensor(self.balance.offsets, dtype=torch.float32, device=logits.device)
-        loss = self._cross_entropy(logits, targets, label_smoothing)
+        loss = self._cross_entropy(logits, targets, label_smoothing, own)
         if share == 1.0:
             return loss
-        return share * loss + (1.0 - share) * self._cross_entropy(logits, other_targets, label_smoothing)
+        return share * loss + (1.0 - share) * self._cross_entropy(logits, other_targets, label_smoothing, other)
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-        if self.balance.weights is None:
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, label_smoothing: float, image_weights: Tensor | None) -> Tensor:
+        if self.balance.weights is None and image_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        if image_weights is not None:
+            losses = image_weights * losses
+        if self.balance.weights is None:
+            return losses.mean()
         weights = torch.as_tensor(self.balance.weights, dtype=torch.float32, device=logits.device)
         # The mean over images, not `F.cross_entropy(weight=…)`: that divides by the sum of the weights in the batch, so that a
         # batch without rare classes would count as much as one with them.
-        return (weights[targets] * F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")).mean()
+        return (weights[targets] * losses).mean()
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (logits.argmax(dim=1) == targets).sum()

@@ -35,25 +35,37 @@ class MultilabelObjective:
     def balanced(self, balance: Balance) -> MultilabelObjective:
         return replace(self, balance=balance)
 
-    def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        other_targets: Tensor,
+        share: float,
+        label_smoothing: float,
+        image_weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        own, other = image_weights or (None, None)
         logits = logits.float()
         if self.balance.offsets is not None:
             logits = logits + torch.as_tensor(self.balance.offsets, dtype=torch.float32, device=logits.device)
-        loss = self._one(logits, targets, label_smoothing)
+        loss = self._one(logits, targets, label_smoothing, own)
         if share == 1.0:
             return loss
-        return share * loss + (1.0 - share) * self._one(logits, other_targets, label_smoothing)
+        return share * loss + (1.0 - share) * self._one(logits, other_targets, label_smoothing, other)
 
-    def _one(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    def _one(self, logits: Tensor, targets: Tensor, label_smoothing: float, image_weights: Tensor | None) -> Tensor:
         wanted = targets.to(torch.float32) * (1.0 - label_smoothing) + 0.5 * label_smoothing
         weights = self.balance.weights
         of_present = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=logits.device)
         if self.chosen == "binary_cross_entropy":
-            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=of_present)
+            if image_weights is None:
+                return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=of_present)
+            return F.binary_cross_entropy_with_logits(logits, wanted, image_weights[:, None], pos_weight=of_present)
         present, absent = torch.sigmoid(logits), (torch.sigmoid(-logits) + MARGIN).clamp(max=1.0)
         gain = wanted * present.clamp(min=_SMALLEST_PROBABILITY).log()
         gain = gain if of_present is None else gain * of_present
-        return -(gain + (1.0 - wanted) * absent.clamp(min=_SMALLEST_PROBABILITY).log() * (1.0 - absent) ** FOCUS_ABSENT).mean()
+        losses = -(gain + (1.0 - wanted) * absent.clamp(min=_SMALLEST_PROBABILITY).log() * (1.0 - absent) ** FOCUS_ABSENT)
+        return (losses if image_weights is None else image_weights[:, None] * losses).mean()
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         return ((logits >= 0) == targets.bool()).all(dim=1).sum()

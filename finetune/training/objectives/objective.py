@@ -25,12 +25,21 @@ class Objective(Protocol):
         """Return the objective with these class weights or logit offsets."""
         ...
 
-    def loss(self, logits: Tensor, targets: Tensor, other_targets: Tensor, share: float, label_smoothing: float) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        other_targets: Tensor,
+        share: float,
+        label_smoothing: float,
+        image_weights: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return the mean loss of logits (B, C), a scalar float32 tensor.
 
         Args:
             other_targets: with mixup, the targets of the images that were blended in.
             share: with mixup, the share of each image's own target; 1 without.
+            image_weights: (B,) each, of the images and with mixup of those that were blended in; None: all equal.
         """
         ...
 

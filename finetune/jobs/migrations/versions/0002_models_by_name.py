@@ -1,4 +1,4 @@
-"""An index for asking whose a model is, which predictions with a key do; uploads of more than 2 GiB on PostgreSQL."""
+"""Add an index for the owner of a model, which predictions with a key look up; allow uploads over 2 GiB on PostgreSQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What uploads and runs take on disk, for quotas."""
+"""Add the disk space of uploads and runs, for quotas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of jobs: comparisons and others wait in the same queue as trainings, in the order in which they were made."""
+"""Add the kind of a job, so that comparisons and other kinds wait in the same queue as training jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Webhooks: addresses that are told of what happens, and what is still to be told."""
+"""Create the tables of webhooks and their deliveries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 // From photographs to a job: pictures in named classes, a plain choice, one button.
 
 import { all, Refused, request, sendInParts } from "../api.js";
-import { alertBox, ask, field, h, newId, put, svg } from "../dom.js";
+import { CHOICES, planChoices } from "../choices.js";
+import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { bytes, number, percent, t } from "../i18n.js";
 import { classNames, linkOf } from "../jobs.js";
 import { session } from "../session.js";
@@ -9,13 +10,6 @@ import { settingsForm } from "../settings.js";
 import { entriesOf, filesOfDrop, filesOfInput, sortOut } from "../dropped.js";
 import { checksum, pack, TooLarge } from "../zip.js";
 
-const CHOICES = {
-  quick: { method: "linear_probe" },
-  better: { method: { type: "partial", stages: 2 } },
-  best: { method: "auto" },
-  compare: { methods: ["linear_probe", "partial", "full"] },
-};
-const TRAINED_BLOCKS = { quick: [5], better: [3, 4, 5], best: [1, 2, 3, 4, 5], compare: [0, 1, 2, 3, 4, 5] };
 const SHOWN_PICTURES = 6;
 const BURST = 20;
 const BURST_PAUSE_MS = 150;
@@ -40,9 +34,12 @@ export async function open(root, [wanted, from], signal) {
   const source = h("div", {});
   const messages = h("div", {});
   const progress = h("div", { class: "sending", "aria-live": "polite" });
-  const seeds = h("input", { type: "number", min: "1", max: "50", value: "3" });
+  const seeds = h("input", { type: "number", min: "1", max: "50", value: "3", oninput: () => choice.show() });
   const seedsField = field(t("train.seeds"), seeds, { hint: t("train.seeds_hint") });
-  const choice = choices(() => { seedsField.hidden = choice.value() !== "compare"; });
+  const choice = planChoices(
+    () => ({ settings: settings.values(), seeds: Math.max(1, Number(seeds.value) || 1), ...knownPictures() }),
+    () => { seedsField.hidden = choice.value() !== "compare"; }, signal);
+  settings.element.addEventListener("change", () => choice.refresh());
   seedsField.hidden = true;
   const begin = h("button", { type: "submit", class: "primary large" }, t("train.start"));
 
@@ -148,11 +145,21 @@ export async function open(root, [wanted, from], signal) {
     return state.classes.size < 2 ? t("train.missing_class") : null;
   }
 
+  /** What is known of the pictures before the server has seen them: of an archive only its size. */
+  function knownPictures() {
+    const known = files.find(({ id }) => id === dataset.value);
+    if (known) return { images: pictureCount(known), classes: known.summary.classes.length, bytes: known.bytes };
+    const entries = state.layout.length ? state.layout : entriesOf(state.classes);
+    const folders_ = new Set(entries.map(({ path }) => path.split("/").at(-2)));
+    return { images: entries.length || null, classes: folders_.size, bytes: entries.reduce((sum, { file }) => sum + file.size, 0) };
+  }
+
   const readiness = h("p", { class: "hint" });
   function showReadiness() {
     const why = missing();
     begin.disabled = why !== null || state.busy;
     readiness.textContent = why ?? "";
+    if (!state.busy) choice.refresh();
   }
 
   async function send() {
@@ -267,27 +274,6 @@ function localPicture(file) {
   image.addEventListener("error", () => image.replaceWith(h("span", { class: "thumbnail missing" }, file.name.split(".").pop())), { once: true });
   image.src = address;
   return image;
-}
-
-function choices(onchange) {
-  const group = newId("choice");
-  const element = h("fieldset", { class: "choices" }, h("legend", { class: "visually-hidden" }, t("train.step_choice")),
-    Object.keys(CHOICES).map((key, at) => h("label", { class: "choice" },
-      h("input", { type: "radio", name: group, value: key, checked: at === 0, onchange }),
-      h("span", { class: "choice-body" },
-        h("strong", {}, t(`choice.${key}`)), blocks(key), h("span", {}, t(`choice.${key}.what`))))));
-  return { element, value: () => element.querySelector("input:checked").value };
-}
-
-/** Draw which parts of a network learn: five stages and the head. Striped: it is tried, and kept where it pays. */
-function blocks(key) {
-  const trained = TRAINED_BLOCKS[key];
-  return svg("svg", { viewBox: "0 0 146 24", class: "blocks", role: "img", "aria-label": t(`choice.${key}.trains`) },
-    [0, 1, 2, 3, 4, 5].map((at) => {
-      const learns = trained.includes(at);
-      const maybe = (key === "best" || key === "compare") && at < 5;
-      return svg("rect", { x: at * 24 + 2, y: 3, width: at === 5 ? 18 : 20, height: 18, rx: 3, class: learns ? (maybe ? "maybe" : "learns") : "frozen" });
-    }));
 }
 
 /** Take pictures from the webcam while a button is held; resolves to the files, or null. */

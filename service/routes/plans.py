@@ -1,0 +1,112 @@
+"""``POST /v1/fine_tuning/plans``: what methods would train and how long they would take, before anything is uploaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from finetune.errors import Problem, SpecError
+from finetune.runs.forecast import Images, Speeds, forecast, stages_of
+from finetune.runtime.cores import available_cores
+from finetune.spec import JobSpec, is_own_model, is_registered_model, parse_spec
+from service.creation import Submission
+from service.job_request import parse_body, server_problems, summary
+from service.middleware.auth import Submitting
+from service.problems import RESPONSES
+from service.schemas.plans import PlanDocument, PlannedMethod, PlanRequest, PlanSeconds, PlanStage
+from service.state import Server
+
+plans_router = APIRouter(prefix="/v1/fine_tuning/plans", tags=["fine-tuning jobs"], responses=RESPONSES)
+
+NOT_PLANNED = "is neither a timm name nor a registered model such as flowers@3; of others it is not foretold how long they take"
+NO_FILE = "none"  # stands for the training file, which a plan does without
+
+
+@plans_router.post("")
+async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -> PlanDocument:
+    """Return which stages methods would train, and estimate how long a job takes here; nothing is trained or stored.
+
+    The first time that a backbone is asked for, the machine is measured, which takes about ten seconds.
+    """
+    submission = Submission(server, caller, None)
+    specs, backbone = await run_in_threadpool(_read, asked, submission)
+    compute, size = specs[0].compute, specs[0].model.input_size_px
+    question = {
+        "backbone": backbone,
+        "input_size_px": None if size == "auto" else size,
+        "device": compute.device,
+        "threads": available_cores() if compute.threads == "auto" else compute.threads,
+    }
+    speeds = await server.planner.speeds(question)
+    return _document(asked, specs, speeds)
+
+
+def _read(asked: PlanRequest, submission: Submission) -> tuple[list[JobSpec], str]:
+    """Return the job that each method would be, and what timm calls their backbone.
+
+    Raises:
+        SpecError: with one problem for each field that is wrong.
+    """
+    shared = asked.model_dump(include={"model", "data", "hyperparameters", "compute"}, exclude_none=True)
+    specs: list[JobSpec] = []
+    problems: list[Problem] = []
+    for position, method in enumerate(asked.methods):
+        body = {**shared, "training_file": NO_FILE, "method": method}
+        try:
+            specs.append(parse_body(body, parse_spec, lambda spec: spec.model_dump(mode="json")))
+        except SpecError as error:
+            problems += [_of_method(one, position) for one in error.problems]
+    backbone = ""
+    if specs and not problems:
+        problems = server_problems(
+            specs[0], submission.server.data_roots, submission.find_model, hub_models=submission.server.hub_models
+        )
+        backbone = specs[0].model.backbone
+    if not problems and is_registered_model(backbone):
+        backbone = submission.find_model(backbone).architecture
+    elif not problems and is_own_model(backbone):
+        problems = [Problem("model.backbone", f"{backbone[:200]!r} {NOT_PLANNED}")]
+    if problems:
+        problems = list(dict.fromkeys(problems))
+        raise SpecError(summary(problems), problems)
+    return specs, backbone
+
+
+def _of_method(problem: Problem, position: int) -> Problem:
+    inside = problem.where == "method" or problem.where.startswith("method.")
+    return replace(problem, where=f"methods[{position}]{problem.where.removeprefix('method')}") if inside else problem
+
+
+def _document(asked: PlanRequest, specs: Sequence[JobSpec], speeds: Speeds) -> PlanDocument:
+    methods: list[PlannedMethod] = []
+    problems: list[Problem] = []
+    for position, spec in enumerate(specs):
+        try:
+            methods.append(_planned(asked, spec, speeds))
+        except SpecError as error:
+            problems += [_of_method(one, position) for one in error.problems or [Problem("method", error.message)]]
+    if problems:
+        raise SpecError(summary(problems), problems)
+    return PlanDocument(
+        backbone=speeds.backbone,
+        parameters=speeds.n_parameters,
+        input_size_px=list(speeds.input_size_px),
+        stages=[PlanStage(index=stage.index, name=stage.name, parameters=stage.n_parameters) for stage in speeds.stages],
+        methods=methods,
+    )
+
+
+def _planned(asked: PlanRequest, spec: JobSpec, speeds: Speeds) -> PlannedMethod:
+    trains, may_train = stages_of(spec.method, speeds)
+    seconds = None
+    if asked.images is not None:
+        mean_bytes = None if asked.bytes is None else asked.bytes / asked.images
+        seconds = PlanSeconds.of(forecast(spec, speeds, Images(asked.images, asked.classes, mean_bytes)))
+    method: dict[str, Any] = spec.method.model_dump(mode="json", exclude_defaults=True)
+    return PlannedMethod(
+        method={"type": spec.method.type, **method}, trains=list(trains), may_train=list(may_train), seconds=seconds
+    )

@@ -1,0 +1,70 @@
+"""What training would take and which stages would learn, as clients see it: the request and the answer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetune.runs.forecast import Forecast
+
+MAX_METHODS = 16
+
+
+class PlanRequest(BaseModel):
+    """What is known before the pictures have arrived."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    methods: list[str | dict[str, Any]] = Field(
+        min_length=1, max_length=MAX_METHODS, description="As for a job: `linear_probe`, `{type: partial, stages: 2}` …"
+    )
+    images: int | None = Field(default=None, ge=1, le=10_000_000, description="How many; without it no time is foretold.")
+    classes: int = Field(default=2, ge=1, le=100_000)
+    bytes: int | None = Field(
+        default=None, ge=1, description="Of all image files together; by default those of typical photographs."
+    )
+    model: str | dict[str, Any] | None = Field(default=None, description="As for a job.")
+    data: dict[str, Any] | None = Field(default=None, description="As for a job.")
+    hyperparameters: dict[str, Any] | None = Field(default=None, description="As for a job.")
+    compute: dict[str, Any] | None = Field(default=None, description="As for a job.")
+
+
+class PlanStage(BaseModel):
+    """A coarse part of the backbone; the first is the stem, and the head comes after the last."""
+
+    index: int
+    name: str
+    parameters: int
+
+
+class PlanSeconds(BaseModel):
+    """How long a job takes, if nothing else runs on this machine and none waits before it: an estimate, from a measurement."""
+
+    low: float
+    about: float
+    high: float
+
+    @classmethod
+    def of(cls, forecast: Forecast) -> PlanSeconds:
+        return cls(low=round(forecast.low, 1), about=round(forecast.about, 1), high=round(forecast.high, 1))
+
+
+class PlannedMethod(BaseModel):
+    """What one method would do."""
+
+    method: dict[str, Any] = Field(description="As it was understood.")
+    trains: list[int] = Field(description="Stages that learn, by index, besides the head.")
+    may_train: list[int] = Field(description="Stages that are tried, and learn where that pays.")
+    seconds: PlanSeconds | None
+
+
+class PlanDocument(BaseModel):
+    """What each method would train of a backbone, and how long it would take on this machine."""
+
+    object: Literal["training_plan"] = "training_plan"
+    backbone: str
+    parameters: int
+    input_size_px: list[int]
+    stages: list[PlanStage]
+    methods: list[PlannedMethod] = Field(description="In the order of the request.")

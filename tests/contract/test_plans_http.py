@@ -1,0 +1,119 @@
+"""What methods would train, and for how long, before anything is uploaded. The measurement is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import in_process, until
+from starlette.testclient import TestClient
+
+from finetune.jobs.database import open_jobs
+from finetune.jobs.keys import KeyStore
+from finetune.spec import DEFAULT_BACKBONE
+from service.plans import Planner
+
+PLANS = "/v1/fine_tuning/plans"
+STAGES = [{"index": index, "name": f"blocks.{index}", "n_parameters": 100, "output_shape": [8, 7, 7]} for index in range(4)]
+
+
+class StandIn:
+    """Answers as the child process does; `asked` is the backbones of each call."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.problem = ""
+
+    def answer(self, given: Mapping[str, Any]) -> str:
+        self.asked.append(given["backbone"])
+        assert self.go_on.wait(60)
+        if self.problem:
+            return json.dumps({"problem": self.problem})
+        return json.dumps(
+            {
+                "speeds": {
+                    "backbone": given["backbone"], "stages": STAGES, "n_parameters": 400, "has_batch_norm": True,
+                    "resizable": True, "input_size_px": [224, 224], "device": "cpu", "threads": given["threads"],
+                    "start_seconds": 3.0, "decode_seconds": 0.001, "decode_seconds_per_megabyte": 0.01,
+                    "feature_seconds": 0.01, "prefix_shares": {"0": 0.0, "2": 0.8, "3": 0.9, "4": 1.0},
+                    "step_seconds": {"0": 0.05, "2": 0.02, "3": 0.01, "4": 0.0},
+                }
+            }
+        )  # fmt: skip
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    child = StandIn()
+    monkeypatch.setattr(Planner, "_ask", lambda _, given: child.answer(given))
+    return child
+
+
+@pytest.fixture
+def client(tmp_path: Path, child: StandIn) -> Iterator[TestClient]:
+    with in_process(tmp_path, wait=False) as client:
+        yield client
+
+
+def test_each_method_has_its_stages_and_its_time(client: TestClient) -> None:
+    methods = ["linear_probe", {"type": "partial", "stages": 2}, "auto", "full"]
+    plan = client.post(PLANS, json={"methods": methods, "images": 150, "classes": 4, "bytes": 15_000_000}).json()
+    assert plan["backbone"] == DEFAULT_BACKBONE
+    assert [stage["name"] for stage in plan["stages"]] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert [one["trains"] for one in plan["methods"]] == [[], [2, 3], [], [0, 1, 2, 3]]
+    assert [one["may_train"] for one in plan["methods"]] == [[], [], [0, 1, 2, 3], []]
+    assert plan["methods"][1]["method"] == {"type": "partial", "stages": 2}
+    for one in plan["methods"]:
+        assert 0 < one["seconds"]["low"] < one["seconds"]["about"] < one["seconds"]["high"]
+
+
+def test_a_backbone_is_measured_once_also_for_those_who_ask_meanwhile_and_for_the_next_server(
+    client: TestClient, child: StandIn, tmp_path: Path
+) -> None:
+    child.go_on.clear()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(client.post, PLANS, json={"methods": ["full"]}) for _ in range(4)]
+        until(lambda: child.asked == [DEFAULT_BACKBONE])
+        child.go_on.set()
+        plans = [answer.result(60).json() for answer in answers]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0]["methods"][0]["seconds"] is None  # no images were named
+    with in_process(tmp_path, wait=False) as again:
+        assert again.post(PLANS, json={"methods": ["full"]}).json() == plans[0]
+    assert child.asked == [DEFAULT_BACKBONE]
+    client.post(PLANS, json={"methods": ["full"], "model": {"backbone": "resnet18", "input_size_px": 96}})
+    assert child.asked == [DEFAULT_BACKBONE, "resnet18"]
+
+
+def test_what_cannot_be_planned_is_refused_with_the_field(client: TestClient, child: StandIn) -> None:
+    for body, field in (
+        ({"methods": ["half"]}, "methods[0]"),
+        ({"methods": ["full", {"type": "partial", "stages": 9}]}, "methods[1].stages"),
+        ({"methods": ["full"], "hyperparameters": {"n_epochs": -1}}, "hyperparameters.n_epochs"),
+        ({"methods": ["full"], "model": "hf-hub:timm/resnet18.a1_in1k"}, "model.backbone"),
+        ({"methods": ["full"], "model": "nobody@1"}, "model.backbone"),
+        ({"methods": ["full"], "training_file": "file-1"}, "training_file"),
+        ({"methods": []}, "methods"),
+    ):
+        answer = client.post(PLANS, json=body)
+        assert answer.status_code == 422, body
+        assert [one["field"] for one in answer.json()["errors"]] == [field], answer.json()
+    child.problem = "model.backbone: there is no backbone 'resnet19'"
+    answer = client.post(PLANS, json={"methods": ["full"], "model": "resnet19"})
+    assert answer.status_code == 422
+    assert "resnet19" in answer.json()["detail"]
+
+
+def test_a_key_that_may_not_train_is_told_no_plan(client: TestClient, tmp_path: Path) -> None:
+    keys = KeyStore(open_jobs(tmp_path))
+    asker, _ = keys.create("bob", ("predict",))
+    until(lambda: client.post(PLANS, json={"methods": ["full"]}).status_code == 401)
+    answer = client.post(PLANS, json={"methods": ["full"]}, headers={"Authorization": f"Bearer {asker}"})
+    assert answer.status_code == 403
