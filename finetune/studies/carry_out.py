@@ -188,7 +188,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
 
 
 def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
-    """Run the choosing run and the refit; val metrics are those of the first, test metrics those of the second."""
+    """Run the run that makes the choices, then the refit; val metrics are the first one's, test metrics the second one's."""
     dataset, _ = read_and_build(spec, shared, progress)
     _split(spec, dataset, run)
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
