@@ -147,14 +147,16 @@ def test_ten_swaps_under_load_fail_no_request_and_mix_no_answer(tmp_path: Path) 
         threads = [threading.Thread(target=ask, args=(client, path)) for path in paths]
         for thread in threads:
             thread.start()
-        for version in range(1, 12):
-            if version > 1:
-                registry.register(bundle_of(tmp_path, version), "colours")
-                registry.set_alias("colours", "champion", str(version))
-            until(lambda: answers[200, True, str(version)] >= 20)  # noqa: B023 - called before the loop goes on
-        done.set()
-        for thread in threads:
-            thread.join()
+        try:
+            for version in range(1, 12):
+                if version > 1:
+                    registry.register(bundle_of(tmp_path, version), "colours")
+                    registry.set_alias("colours", "champion", str(version))
+                until(lambda: answers[200, True, str(version)] >= 20)  # noqa: B023 - called before the loop goes on
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
         metrics = client.get("/metrics").text
     assert {(status, same) for status, same, _ in answers} == {(200, True)}
     assert {version for *_, version in answers} == {str(version) for version in range(1, 12)}
