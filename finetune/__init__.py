@@ -1,7 +1,7 @@
 """finetune: transfer-learning fine-tuning for image classification, from labelled photographs to a served ONNX bundle.
 
-`train`, `compare`, `check`, `suggest` and `load` are the Python door, `Client` speaks to a server. They are imported when
-they are first used: importing `finetune` itself costs nothing.
+`train`, `compare`, `check`, `suggest` and `load` are the Python API; `Client` is a client of a server. They are imported on first
+use, so that ``import finetune`` itself is fast.
 """
 
 from __future__ import annotations

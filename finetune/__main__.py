@@ -1,4 +1,4 @@
-"""``python -m finetune``: the command line, for a process that knows its interpreter but not its PATH."""
+"""``python -m finetune``: the command line, for callers that know the interpreter but not the path of the script."""
 
 from finetune.cli import main
 

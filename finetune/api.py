@@ -1,4 +1,4 @@
-"""The Python door: train, compare, check, suggest and load, as functions that return things to work with.
+"""The Python API: train, compare, check, suggest and load, as functions that return objects with the results.
 
     import finetune
 
@@ -6,8 +6,8 @@
     run.metrics["test/top1"], run.predict("some.jpg").label
     model = finetune.load("photos@champion")
 
-Everything that the command line does is done by the same functions underneath; keywords are the fields of the job spec
-(docs/spec.md). Imported lazily by ``import finetune``, which itself takes a few milliseconds.
+The command line calls the same functions underneath; keyword arguments are fields of the job spec (docs/spec.md).
+``import finetune`` imports this module lazily.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model says about one image."""
+    """A model's prediction for one image."""
 
     labels: tuple[tuple[str, float], ...]  # (class, probability), the most probable first
     embedding: NDArray[np.float32]  # (D,)
-    cam: NDArray[np.float32] | None  # (h', w') evidence for the first label, where the model has a map
-    image: NDArray[np.uint8]  # (h, w, 3) what the model saw
-    certainty: Certainty = NOTHING_SAID  # as far as it was asked for: `labels` is the set, then abstained, reason, novelty
-    several: SeveralLabels | None = None  # where an image may have several labels: `given`, `scores` and `thresholds`
+    cam: NDArray[np.float32] | None  # (h', w') class activation map of the first label; None if the head allows none
+    image: NDArray[np.uint8]  # (h, w, 3) the preprocessed image
+    certainty: Certainty = NOTHING_SAID  # what was asked for: the prediction set `labels`, abstained, reason, novelty
+    several: SeveralLabels | None = None  # of a multi-label model: `given`, `scores` and `thresholds`
 
     @property
     def label(self) -> str:
@@ -74,7 +74,7 @@ class Answered:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The labels that the image is given: the most probable class, or every label that reaches its threshold."""
+        """The predicted labels: the most probable class or, of a multi-label model, all that reach their thresholds."""
         return (self.label,) if self.several is None else self.several.given
 
     def __repr__(self) -> str:
@@ -96,13 +96,13 @@ class Answered:
 
 
 class Model:
-    """A bundle, ready to answer: exactly as the server does, without torch."""
+    """A loaded bundle, which predicts exactly as the server does. Torch-free."""
 
     def __init__(self, folder: Path) -> None:
         """Load and verify the bundle in `folder`.
 
         Raises:
-            BundleError: a file is missing or changed, or the bundle does not give its known answers here.
+            BundleError: a file is missing or changed, or the bundle does not reproduce its recorded outputs here.
         """
         self.folder = folder
         self._predictor = Predictor.load(folder)
@@ -117,23 +117,23 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, in the order of the outputs."""
+        """The class names, in the order of the model's outputs."""
         return self._predictor.manifest.classes
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What the model was measured to be when it was made, under ``split/name`` keys."""
+        """The metrics of the run that made the model, under ``split/name`` keys."""
         return self._predictor.manifest.metrics
 
     def predict(self, image: ImageLike, asked: Asked = NOTHING) -> Answered:
         """Classify one image: a path, the bytes of an image file, or (H, W, 3) uint8 RGB pixels.
 
         Args:
-            asked: how far to rely on the answer: ``finetune.Asked(coverage=0.9, abstain=True)``.
+            asked: requests a prediction set or abstention: ``finetune.Asked(coverage=0.9, abstain=True)``.
 
         Raises:
-            ImageError: it cannot be read.
-            InvalidInput: the model's held-out images cannot show what is asked.
+            ImageError: the image cannot be read.
+            InvalidInput: the bundle has no calibration for the requested coverage or precision.
         """
         asked = self._predictor.judge.resolved(asked)
         if isinstance(image, np.ndarray):
@@ -150,7 +150,7 @@ class Model:
     def predict_many(
         self, images: Sequence[str | Path], asked: Asked = NOTHING, *, progress: bool = True
     ) -> list[Answered | Unreadable]:
-        """Classify many image files; what cannot be read comes back as `Unreadable`, in its place."""
+        """Classify many image files; return results in the order given, `Unreadable` for files that cannot be read."""
         asked = self._predictor.judge.resolved(asked)
         samples = [Sample(str(path), LocalFile(Path(path)), ()) for path in images]
         with progress_bars(shown=progress) as update:
@@ -158,7 +158,7 @@ class Model:
         return [answer if isinstance(answer, Unreadable) else self._of(answer, asked) for answer in answers]
 
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
-        """Measure the model on labelled images; says how many of them it was trained on."""
+        """Evaluate the model on labelled images, and count how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
             return evaluate_bundle(self.folder, data, split, update)
 
@@ -184,13 +184,13 @@ class Model:
 
 
 class Run:
-    """A finished run: what it measured, its answers, its model."""
+    """A finished run: its metrics, predictions, report and model."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder of a finished run.
 
         Raises:
-            InvalidInput: it is not one.
+            InvalidInput: it is not the folder of a finished run.
         """
         self._run = RunDir(Path(folder).absolute())
         if not self._run.outcome.exists():
@@ -203,17 +203,17 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """All figures, under ``split/name`` keys; ``test/…`` are the honest ones, val has chosen the weights."""
+        """All metrics under ``split/name`` keys. Only ``test/…`` is unbiased: the epoch was chosen on val."""
         return self.outcome.metrics
 
     @property
     def cost(self) -> Mapping[str, float]:
-        """What the run took, and what the model takes; names end in their unit."""
+        """The costs of the run and of the model; names end in their units."""
         return self.outcome.cost
 
     @property
     def report(self) -> Path:
-        """The page of the run, one HTML file."""
+        """The path of the run's report, one HTML file."""
         return self._run.report
 
     @property
@@ -221,7 +221,7 @@ class Run:
         """The folder of the exported model.
 
         Raises:
-            InvalidInput: the run exported none, as the runs of a study that were not kept.
+            InvalidInput: the run exported no model, for example as a child of a study that was not kept.
         """
         if self.outcome.bundle is None:
             raise InvalidInput(f"{self.folder}: this run exported no model")
@@ -229,31 +229,31 @@ class Run:
 
     @property
     def name(self) -> str | None:
-        """The model version that the run registered, ``name@version``."""
+        """The model version that the run registered, as ``name@version``; None if it registered none."""
         return None if self.outcome.model is None else f"{self.outcome.model}@{self.outcome.version}"
 
     @cached_property
     def model(self) -> Model:
-        """The trained model, loaded when it is first asked for."""
+        """The trained model, loaded on first use."""
         return Model(self.bundle)
 
     @cached_property
     def judgement(self) -> Judgement:
-        """The evaluation of every split: metrics with intervals, classes, confusion."""
+        """The evaluations of all splits: metrics with intervals, tables by class, confusion matrices."""
         return read_judgement(self._run.evaluation)
 
     @cached_property
     def diagnosis(self) -> Diagnosis:
-        """What is wrong with the run, from its own records: `findings` with evidence, confidence and advice."""
+        """The diagnosis of the run from its own records: `findings` with evidence, confidence and advice."""
         from finetune.studies.study import kept_run
 
         return read_diagnosis(self._run) or diagnose(kept_run(self._run).root)
 
     def predictions(self, split: str = "test") -> Predictions:
-        """Return the answers to every image of a split.
+        """Return the table of predictions for a split.
 
         Raises:
-            InvalidInput: the run was not judged on it; the message names the splits that it was.
+            InvalidInput: the run was not evaluated on this split; the message lists the splits that it has.
         """
         path = self._run.predictions_of(split)
         if not path.exists():
@@ -288,7 +288,7 @@ class Run:
         )
 
     def _honest(self) -> tuple[str, Evaluation]:
-        """Return the split to judge by, and its evaluation."""
+        """Return the most independent split and its evaluation."""
         evaluations = self.judgement.evaluations
         split = next(split for split in _HONEST_FIRST if split in evaluations)
         return split, evaluations[split]
@@ -310,23 +310,23 @@ def train(
     experiment: str | None = None,
     progress: bool = True,
 ) -> Run:
-    """Fine-tune, judge, export and register a model; the same call after an interruption goes on where it stopped.
+    """Fine-tune, evaluate, export and register a model; the same call after an interruption resumes the run.
 
     Args:
-        data: a folder of class folders, or any other data that finetune reads.
+        data: a folder of class folders, or data in any other supported format.
         method: linear_probe (the default), partial, full, gradual or auto.
         model: a timm name.
-        folds: cross-validate with so many folds.
-        name: of the registered model; by default after the data.
-        settings: any other field of the job spec, ``{"hyperparameters.batch_size": 16}``.
-        run_dir: where the run writes.
-        workspace: by default what ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
-        trackers: what the run is mirrored to: ``mlflow`` (the default, where it is installed), ``tensorboard``; ``()``: nothing.
-        experiment: the name under which trackers gather the run; by default the data's.
-        progress: show bars.
+        folds: number of folds for cross-validation; None for a single split.
+        name: of the registered model; by default derived from the name of the data.
+        settings: any other fields of the job spec, such as ``{"hyperparameters.batch_size": 16}``.
+        run_dir: the run folder; by default a new one in the workspace.
+        workspace: by default the folder that ``FINETUNE_HOME`` names, else ``.finetune`` in the current folder.
+        trackers: ``mlflow`` (the default if installed), ``tensorboard``, or ``()`` for none.
+        experiment: name of the experiment in the trackers; by default the name of the data.
+        progress: show progress bars.
 
     Raises:
-        FinetuneError: the request, the data or the training; the message says what to do.
+        FinetuneError: the request or the data is invalid, or training failed; the message says what to do.
     """
     from finetune.runs.shared import Shared
     from finetune.studies.carry_out import fine_tune
@@ -357,21 +357,23 @@ def compare(
     experiment: str | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Train several ways on the same images, and say which to choose, with paired statistics and cost.
+    """Train in several ways on the same images and recommend one, by paired statistics and cost.
 
     Args:
-        what: the data; or finished runs, which are compared as they are on the images that none of them has seen.
-        methods: one arm for each (by default linear_probe, partial and full).
-        models: one arm for each backbone, times the methods.
-        arms: arms by their settings, ``{"strong": {"augmentation": "strong"}}``.
-        seeds: runs of each arm.
-        margin: a difference of the headline metric that does not matter.
+        what: the data; or finished runs, which are compared without training, on the images that none of them was trained on.
+        methods: one arm per method (by default linear_probe, partial and full).
+        models: one arm per backbone and method.
+        arms: arms by their settings, such as ``{"strong": {"augmentation": "strong"}}``.
+        seeds: number of runs per arm.
+        margin: the largest difference of the headline metric that does not matter.
+        budget_seconds: approximate time limit; the cheapest arms are run first.
         settings: fields of the job spec that all arms share.
-        slots: runs that go on side by side, in processes of their own.
+        slots: number of runs to execute in parallel, each in its own process.
         trackers, experiment: as for `train`.
 
     Raises:
-        FinetuneError: the request, the data, a run, or runs that share no image; the message says what to do.
+        FinetuneError: the request or the data is invalid, a run failed, or the runs have no image in common; the message says
+            what to do.
     """
     from finetune.comparison_spec import parse_comparison
     from finetune.executors.places import Places
@@ -416,7 +418,7 @@ def check(
     workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Show what `train` would do with these arguments, and about what it would cost; nothing is trained."""
+    """Return the plan of what `train` would do with these arguments, with an estimate of its cost. Trains nothing."""
     from finetune.runs.shared import Shared
     from finetune.studies.plan import plan
 
@@ -436,16 +438,17 @@ def suggest(
     workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Suggestions:
-    """Choose the unlabelled pictures whose labels would teach a model most: those it is unsure of, and unlike one another.
+    """Choose the unlabelled images that are most informative for a model: uncertain ones that differ from one another.
 
     Args:
-        pictures: folders, files and patterns.
+        pictures: folders, files and glob patterns.
         model: as for `load`.
-        labelled: data that has labels already, in any format; copies of its pictures are not suggested.
-        out: a folder for the table, the page and the import of Label Studio; by default nothing is written.
+        n: number of images to choose.
+        labelled: data with labels, in any supported format; near duplicates of its images are not suggested.
+        out: a folder for the table, the page and the import for Label Studio; by default nothing is written.
 
     Raises:
-        FinetuneError: no such model, or no picture that could be suggested; the message says what to do.
+        FinetuneError: there is no such model, or no image to suggest; the message says what to do.
     """
     from finetune.labelling.page import write_suggestions
     from finetune.labelling.suggest import suggest as choose
@@ -460,7 +463,7 @@ def suggest(
 
 
 def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model:
-    """Load a model: ``name``, ``name@version``, ``name@alias``, or the folder of a bundle.
+    """Load a model by ``name``, ``name@version``, ``name@alias``, or the folder of a bundle.
 
     Raises:
         NotFound: there is no such model; the message names those that exist.
@@ -470,7 +473,7 @@ def load(reference: str | Path, *, workspace: str | Path | None = None) -> Model
 
 @dataclass(frozen=True)
 class _Bytes:
-    """An image file that is in memory."""
+    """An image file in memory."""
 
     data: bytes
 
@@ -500,7 +503,7 @@ def _request(
     name: str | None,
     settings: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return a job spec as a mapping."""
+    """Return the arguments as a mapping for `parse_spec`."""
     given: dict[str, Any] = {
         "training_file": str(data),
         "method": method,

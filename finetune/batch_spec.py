@@ -1,4 +1,4 @@
-"""BatchSpec: the validated request to answer a whole folder of images, whatever door it came through. Torch-free."""
+"""BatchSpec: the validated request for a batch prediction, from the command line, HTTP or Python. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.spec import Section, merged_mapping, problems_of
 
 
 class BatchSpec(Section):
-    """Which images, and what answers them."""
+    """The images of a batch prediction, and the model."""
 
     HINT: ClassVar[str] = ". The answers hold the probability of every class; top_k, coverage and abstain are for /predict"
 
@@ -26,10 +26,10 @@ class BatchSpec(Section):
 
 
 def parse_batch(given: Mapping[str, Any]) -> BatchSpec:
-    """Validate a mapping.
+    """Validate a mapping as a batch request.
 
     Raises:
-        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+        SpecError: the request is invalid; it has one `Problem` per mistake, with its field path.
     """
     try:
         return BatchSpec.model_validate(dict(given))
@@ -40,5 +40,5 @@ def parse_batch(given: Mapping[str, Any]) -> BatchSpec:
 
 
 def load_batch(path: Path) -> BatchSpec:
-    """Read a request from a YAML file."""
+    """Read a batch request from a YAML file."""
     return parse_batch(merged_mapping(path))

@@ -1,9 +1,8 @@
-"""Build a bento: a BentoML archive of the service with a model inside, without anything that trains.
+"""Build a bento: a BentoML archive of the service with a model inside, without training libraries.
 
-A bento holds the source of both packages, one registered version in ``models`` with itself as the default, and the exact
-versions of the core dependencies that are installed here. ``bentoml serve TAG`` and the image that ``bentoml containerize
-TAG`` makes answer with that model. Plain ``bentoml build`` in a checkout does the same with everything in the workspace
-``.finetune``.
+A bento contains the source of both packages, one registered version in ``models``, which is its default, and the exact versions
+of the installed core dependencies. ``bentoml serve TAG`` and the image of ``bentoml containerize TAG`` serve that model. Plain
+``bentoml build`` in a checkout does the same with all models of the workspace ``.finetune``.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from finetune.errors import InvalidInput
 MODELS_IN_BENTO = (
     "models",
     ".finetune/models",
-)  # where `finetune build` and `bentoml build` put them, in a bento's source folder
+)  # where `finetune build` and `bentoml build` put models in a bento's source folder
 _PACKAGES = ("finetune", "service")
 _SERVICE = "service.app:Service"
 _REQUIREMENTS = "requirements.txt"
 
 
 def build_bento(registry: Registry, reference: str | None = None) -> str:
-    """Build a bento with one registered version in it, into BentoML's store; return its tag.
+    """Build a bento with one registered version into BentoML's store; return its tag.
 
     Raises:
-        NotFound: no such model; without a reference, no default.
+        NotFound: there is no such model or, without a reference, no default.
     """
     version = registry.default() if reference is None else registry.lookup(reference)
     manifest = read_manifest(version.path)
@@ -77,20 +76,20 @@ def _built(context: Path, name: str, labels: dict[str, str]) -> str:
 
 
 def models_in_bento(source: Path) -> Path | None:
-    """Return the models folder of the bento that the code in `source` was unpacked from; None outside a bento."""
+    """Return the models folder of the bento that contains the code in `source`; None outside a bento."""
     if not (source.parent / "bento.yaml").is_file():
         return None
     return next((source / name for name in MODELS_IN_BENTO if (source / name).is_dir()), None)
 
 
 def core_requirements() -> list[str]:
-    """Return ``name==version`` of everything that serving needs and that is installed here, sorted by name."""
+    """Return ``name==version`` of all installed packages that serving needs, sorted by name."""
     found = {name: importlib.metadata.version(name) for name in _needed_by(_core_dependencies())}
     return sorted(f"{name}=={version}" for name, version in found.items())
 
 
 def _core_dependencies() -> list[str]:
-    """Return what this project itself asks for: from pyproject.toml in a checkout, else from the installed distribution."""
+    """Return the project's core requirements, from pyproject.toml in a checkout, else from the installed distribution."""
     project = _source_of("finetune").parent / "pyproject.toml"
     if project.is_file():
         dependencies: list[str] = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -100,7 +99,7 @@ def _core_dependencies() -> list[str]:
 
 
 def _needed_by(requirements: list[str]) -> Iterator[str]:
-    """Yield the names of all direct and indirect dependencies, each once."""
+    """Yield the names of the installed packages among all direct and indirect dependencies, each once."""
     waiting = [Requirement(line) for line in requirements]
     seen: set[tuple[str, ...]] = set()
     while waiting:

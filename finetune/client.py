@@ -1,4 +1,4 @@
-"""A small client of the server: predict, fine-tune, and manage models from Python, without anything that trains.
+"""A Python client of the server: predict, fine-tune, and manage models, without training libraries.
 
     from finetune import Client
 
@@ -9,7 +9,7 @@
         print(event["message"])
     client.download_bundle("photos", "1", "bundle")
 
-Answers are the server's documents as dictionaries; `/docs` of a server describes them.
+Methods return the server's documents as dictionaries; `/docs` of a server describes them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
 class JobFailed(Conflict):
-    """A job that was waited for failed or was cancelled; `job` is its document."""
+    """The job that `Client.wait` waited for failed or was cancelled; `job` is its document."""
 
     code = "job_failed"
 
@@ -50,11 +50,11 @@ class JobFailed(Conflict):
 
 
 class Client:
-    """One server, with the key to it.
+    """A client of one server.
 
     Args:
-        url: the server's address.
-        api_key: what `finetune keys create` printed; none for a server that has no keys.
+        url: the server's URL.
+        api_key: a key from `finetune keys create`; None for a server without keys.
         transport: for tests.
     """
 
@@ -91,8 +91,13 @@ class Client:
 
         Args:
             model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
-            coverage: also answer a set of labels that holds the right one with this probability; per_class: for each class.
-            abstain, precision: also answer whether to rely on the answer, so that this share of those given is right.
+            top_k: number of classes to return.
+            explain: also return the class activation map of the most probable class.
+            embedding: also return the embedding of the image.
+            coverage: also return a prediction set that contains the true label with this probability.
+            per_class: guarantee the coverage for each class separately.
+            abstain: also return whether the model abstains.
+            precision: the share of correct predictions among those without abstention.
         """
         named = _named(image)
         options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
@@ -111,7 +116,7 @@ class Client:
         abstain: bool | None = None,
         precision: float | None = None,
     ) -> Document:
-        """Classify up to 64 images in one request; one that cannot be read has an ``error`` where others have a ``result``."""
+        """Classify up to 64 images in one request; an unreadable image has an ``error`` instead of a ``result``."""
         files = [("images", _named(image)) for image in images]
         options = _options(top_k, explain, embedding, coverage, per_class, abstain, precision)
         return self._json("POST", _predict_path(model), files=files, params=options)
@@ -125,23 +130,23 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
     ) -> Document:
-        """Queue the images of an upload to be answered; `wait` waits, `download_answers` fetches the answers.
+        """Queue a batch prediction for an upload. Call `wait` for its end, then `download_answers`.
 
         Args:
             input_file: the id that ``upload(folder, purpose="batch")`` returned.
             model: ``name``, ``name@version`` or ``name@alias``; None for the server's default.
-            embedding: keep each image's embedding in the ``.npz`` answers.
+            embedding: write each image's embedding into the ``.npz`` table.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         body = {"input_file": input_file, "model": model, "embedding": embedding, "metadata": dict(metadata or {})}
         return self._json("POST", BATCH.path, json=body, headers=headers)
 
     def drift(self, name: str, version: str = "champion") -> Document:
-        """Return whether a version's live answers have drifted away from its answers to images that did not train it."""
+        """Return whether a version's predictions in production have drifted from its predictions for held-out images."""
         return self._json("GET", f"/v1/models/{quote(name, safe='')}/versions/{quote(version, safe='')}/drift")
 
     def download_answers(self, batch_id: str, path: str | Path) -> Path:
-        """Write the answers of a batch prediction to a file: ``.csv``, ``.npz`` or ``.parquet``."""
+        """Download the table of a batch prediction to a ``.csv``, ``.npz`` or ``.parquet`` file."""
         target = Path(path)
         self._connection.download(f"{_job(batch_id)}/answers", target, format=target.suffix.removeprefix("."))
         return target
@@ -151,10 +156,10 @@ class Client:
         yield from self._listed(BATCH, status, metadata)
 
     def check_file(self, file_id: str, **fields: Any) -> Document:
-        """Queue an upload to be examined; `wait` waits, `result` has the findings, `report` the page with pictures.
+        """Queue a data check of an upload. Call `wait` for its end, then `result` for the findings and `report` for the page.
 
         Args:
-            fields: what a fine-tuning job says of how its data is read: ``data={"label_column": "species"}``, ``model``.
+            fields: those of a job spec on how the data is read, such as ``data={"label_column": "species"}`` or ``model``.
         """
         return self._json("POST", f"/v1/files/{file_id}/check", json=fields, headers={"Idempotency-Key": str(uuid.uuid4())})
 
@@ -164,13 +169,13 @@ class Client:
         """Upload a folder or an archive; return the file's id.
 
         Args:
-            purpose: ``fine-tune`` for labelled images to train on, ``batch`` for any images, to be answered.
+            purpose: ``fine-tune`` for labelled images to train on, ``batch`` for images to predict.
         """
         document = self._connection.upload(Path(path), purpose=purpose)
         return str(document["id"])
 
     def create_job(self, training_file: str, *, idempotency_key: str | None = None, **spec: Any) -> Document:
-        """Queue a fine-tuning job; `spec` holds the other keys of a job spec (``model``, ``method``, ``suffix`` …)."""
+        """Queue a fine-tuning job; `spec` are the other fields of a job spec (``model``, ``method``, ``suffix`` …)."""
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._json("POST", TRAINING.path, json={"training_file": training_file, **spec}, headers=headers)
 
@@ -182,11 +187,11 @@ class Client:
         idempotency_key: str | None = None,
         **request: Any,
     ) -> Document:
-        """Queue a comparison of several ways to train, or of jobs that have finished.
+        """Queue a comparison of several ways to train, or of finished jobs.
 
         Args:
-            runs: ids of finished jobs, in place of `training_file`.
-            request: the other keys: ``methods``, ``models``, ``arms``, ``seeds``, and those of a job spec that all arms share.
+            runs: ids of finished jobs, instead of `training_file`.
+            request: other fields: ``methods``, ``models``, ``arms``, ``seeds``, and fields of a job spec that all arms share.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         given = {"training_file": training_file, "runs": None if runs is None else list(runs)}
@@ -194,7 +199,7 @@ class Client:
         return self._json("POST", COMPARISON.path, json=body, headers=headers)
 
     def job(self, job_id: str) -> Document:
-        """Return a job, a comparison or a batch prediction as it is now. The methods below take the id of any of them."""
+        """Return the present document of a job. The methods below accept ids of jobs of any kind."""
         return self._json("GET", _job(job_id))
 
     def jobs(self, *, status: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Document]:
@@ -209,11 +214,11 @@ class Client:
         return self._json("POST", f"{_job(job_id)}/cancel")
 
     def delete_job(self, job_id: str) -> None:
-        """Delete a job that has ended, with its folder; its model stays."""
+        """Delete a job that has ended, with its folder. Its model is kept."""
         self._json("DELETE", _job(job_id))
 
     def events(self, job_id: str) -> Iterator[Document]:
-        """Yield a job's events as they happen, until it ends; a broken connection is taken up again where it was."""
+        """Yield a job's events as they happen, until it ends. After a lost connection, reconnect and continue."""
         last: str | None = None
         while True:
             headers = {"Accept": "text/event-stream", **({} if last is None else {"Last-Event-ID": last})}
@@ -235,7 +240,7 @@ class Client:
             time.sleep(1.0)
 
     def wait(self, job_id: str, *, poll_seconds: float = 2.0) -> Document:
-        """Return a job's document once it has succeeded; raise `JobFailed` when it has failed or was cancelled."""
+        """Wait until a job has ended and return its document. Raises `JobFailed` if it failed or was cancelled."""
         while (job := self.job(job_id))["status"] not in _TERMINAL:
             time.sleep(poll_seconds)
         if job["status"] != "succeeded":
@@ -243,35 +248,35 @@ class Client:
         return job
 
     def result(self, job_id: str) -> Document:
-        """Return what a job that has succeeded came to.
+        """Return the result of a job that has succeeded.
 
-        Of a fine-tuning job: figures with n and intervals, resolved hyperparameters. Of a comparison: arms, pairs, the verdict.
-        Of a batch prediction: how many images were answered, and which could not be read. Of a data check: the findings.
+        Fine-tuning job: metrics with n and intervals, resolved hyperparameters. Comparison: arms, pairs, the verdict. Batch
+        prediction: number of predicted images, and those that could not be read. Data check: the findings.
         """
         return self._json("GET", f"{_job(job_id)}/result")
 
     def diagnosis(self, job_id: str) -> Document:
-        """Return what is wrong with a fine-tuning job's run: findings with evidence, confidence and advice."""
+        """Return the diagnosis of a fine-tuning job's run: findings with evidence, confidence and advice."""
         return self._json("GET", f"{_job(job_id)}/diagnosis")
 
     def runs(self, comparison_id: str) -> list[Document]:
-        """Return the runs of a comparison in their order: which have finished, and what they came to."""
+        """Return the runs of a comparison in order, with the status and the metrics of each."""
         found: list[Document] = self._json("GET", f"{_job(comparison_id)}/runs")["data"]
         return found
 
     def report(self, job_id: str) -> str:
-        """Return the page of a finished comparison or data check as HTML, one file that loads nothing."""
+        """Return the page of a finished comparison or data check as one self-contained HTML document."""
         return self._connection.ask("GET", f"{_job(job_id)}/report").text
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────
 
     def models(self) -> list[Document]:
-        """Return the models that this key may use."""
+        """Return the registered models that this key may use."""
         found: list[Document] = self._json("GET", "/v1/models")["data"]
         return found
 
     def version(self, name: str, version: str) -> Document:
-        """Return everything about one version: classes, method, figures, licence."""
+        """Return the details of one version: classes, method, metrics, licence."""
         return self._json("GET", f"/v1/models/{quote(name)}/versions/{quote(version)}")
 
     def download_bundle(self, name: str, version: str, folder: str | Path) -> Path:
@@ -292,12 +297,12 @@ class Client:
         return target
 
     def promote(self, name: str, version: str, alias: str = "champion", *, force: bool = False) -> Document:
-        """Point an alias of a model at a version; ``champion`` is what the bare name means."""
+        """Point an alias of a model at a version. A name without version or alias means ``champion``."""
         body = {"version": version, "force": force}
         return self._json("PUT", f"/v1/models/{quote(name)}/aliases/{quote(alias)}", json=body)
 
     def deploy(self, reference: str, *, force: bool = False) -> Document:
-        """Make a model what answers requests that name none. Needs a key with the scope ``admin``."""
+        """Make a model the server's default, for requests without a model name. Needs a key with the scope ``admin``."""
         return self._json("PUT", "/v1/deployments/default", json={"reference": reference, "force": force})
 
     def _json(self, method: str, path: str, **request: Any) -> Document:
@@ -319,7 +324,7 @@ class Client:
 
 
 class _Pieces:
-    """The pieces of a download as a file that is read forward."""
+    """The chunks of a download as a readable, non-seekable file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -371,7 +376,7 @@ def _job(job_id: str) -> str:
 
 
 def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, Document]]:
-    """Yield (kind, data) of each server-sent event; comments are passed over."""
+    """Yield (kind, data) of each server-sent event; skip comments."""
     kind, data = "message", ""
     for line in lines:
         if line.startswith("event: "):

@@ -1,8 +1,8 @@
-"""ComparisonSpec: the validated request for a comparison, whatever door it came through. Torch-free.
+"""ComparisonSpec: the validated request for a comparison, from the command line, HTTP or Python. Torch-free.
 
-A comparison is a job spec that all arms share, and what differs between the arms: methods, backbones, or any settings. As a
-mapping it is the job spec with a few keys more, so that a spec file of a job becomes one of a comparison by adding ``methods``.
-A mapping with the key ``runs`` asks instead to compare runs that exist (`ComparedRuns`).
+A comparison has a job spec that all arms share, and the settings in which the arms differ: methods, backbones, or any others. As
+a mapping it is the job spec with additional keys, so that adding ``methods`` makes the spec file of a job one of a comparison.
+A mapping with the key ``runs`` requests a comparison of existing runs instead (`ComparedRuns`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHARED = ("training_file", "validation_file", "test_file", "task", "suffix", "me
 
 
 class ArmSpec(Section):
-    """One arm: a name, and the settings that it changes (``key.path`` -> value)."""
+    """One arm: a name, and the settings in which it differs (``key.path`` -> value)."""
 
     HINT: ClassVar[str] = ', as in {"name": "wide", "set": {"model": "resnet50", "hyperparameters.n_epochs": 5}}'
 
@@ -50,7 +50,7 @@ class ArmSpec(Section):
 
 
 class ComparisonSettings(Section):
-    """What a comparison asks beyond the job spec that its arms share."""
+    """The settings of a comparison, besides the job spec that its arms share."""
 
     methods: Annotated[
         tuple[MethodName, ...], Field(description="one arm for each method; by default linear_probe, partial and full")
@@ -68,7 +68,7 @@ class ComparisonSettings(Section):
 
 
 class ComparedRuns(Section):
-    """The request to compare finished runs as they are."""
+    """The request to compare finished runs without training."""
 
     runs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2, max_length=100)]
     margin: Annotated[float, Field(gt=0.0, lt=0.5, description="a difference of the headline metric that does not matter")] = 0.01
@@ -77,10 +77,10 @@ class ComparedRuns(Section):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, as a job spec; its runs differ in the seed alone.
+    """One arm as a job spec; its runs differ in the seed only.
 
     Args:
-        asked_in: the field of the request that asks for it.
+        asked_in: the field of the request that defines it.
     """
 
     name: str
@@ -88,49 +88,49 @@ class Arm:
     asked_in: str
 
     def problem(self, found: Problem) -> Problem:
-        """Return what is wrong with a field of this arm's spec as a problem of the request."""
+        """Convert a problem of this arm's spec to a problem of the request, with the field path there."""
         return _problem_of_arm(self.asked_in, self.name, found)
 
     def run_name(self, number: int) -> str:
-        """Return the name of the arm's run with this number; seeds count from 0."""
+        """Return the name of the arm's run with this number, counted from 0."""
         return f"{self.slug}-seed{number}"
 
     @property
     def slug(self) -> str:
-        """The name as it stands in folder names."""
+        """The name in the form used for folder names."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-") or hashlib.sha256(self.name.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """A validated request: what all arms share, and the arms."""
+    """A validated request: the job spec that all arms share, and the arms."""
 
     job: JobSpec
     settings: ComparisonSettings
     arms: tuple[Arm, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the request as one mapping, as `parse_comparison` takes it."""
+        """Return the request as one mapping, which `parse_comparison` accepts."""
         return {**self.job.model_dump(mode="json"), **self.settings.model_dump(mode="json")}
 
     def given(self) -> dict[str, Any]:
-        """Return what was given of the request, as one mapping, without what is default."""
+        """Return the fields that were given in the request as one mapping, without defaults."""
         return {
             **self.job.model_dump(mode="json", exclude_unset=True),
             **self.settings.model_dump(mode="json", exclude_unset=True),
         }
 
     def digest(self) -> str:
-        """Return a sha256: equal requests have equal digests."""
+        """Return the sha256 of the request in canonical JSON."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_job(self, job: JobSpec) -> ComparisonSpec:
-        """Return the request with another shared spec; the arms change with it."""
+        """Return the request with another shared job spec, to which the arms are adapted."""
         return parse_comparison({**job.model_dump(mode="json"), **self.settings.model_dump(mode="json")})
 
     def with_absolute_paths(self) -> ComparisonSpec:
-        """Return the request with paths that mean the same in another folder; see `JobSpec.with_absolute_paths`."""
+        """Return the request with absolute paths; see `JobSpec.with_absolute_paths`."""
         arms = [{"name": arm.name, "set": {key: _absolute(key, arm.set[key]) for key in arm.set}} for arm in self.settings.arms]
         job = self.job.with_absolute_paths()
         own = {"arms": arms, "models": [absolute_backbone(model) for model in self.settings.models]}
@@ -138,17 +138,17 @@ class ComparisonSpec:
 
 
 def _absolute(key: str, value: Any) -> Any:
-    """Return the value of an arm's setting, as an absolute path where it is a file with weights or a folder with a model."""
+    """Return the value of an arm's setting, made absolute if it is the path of weights or of a model folder."""
     if key == "model.backbone" and isinstance(value, str):
         return absolute_backbone(value)
     return str(Path(value).absolute()) if key == "model.weights" and Path(str(value)).is_file() else value
 
 
 def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
-    """Validate a mapping: the keys of a job spec and those of `ComparisonSettings` together.
+    """Validate a mapping with the keys of a job spec and of `ComparisonSettings`.
 
     Raises:
-        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+        SpecError: the request is invalid; it has one `Problem` per mistake, with its field path.
     """
     own = _own(given)
     shared = {key: value for key, value in given.items() if key not in own}
@@ -176,7 +176,7 @@ def parse_comparison(given: Mapping[str, Any]) -> ComparisonSpec:
 
 
 def settings_of(request: Mapping[str, Any]) -> ComparisonSettings:
-    """Return the settings in a request that `parse_comparison` has accepted before."""
+    """Return the settings in a request that `parse_comparison` has already accepted."""
     return ComparisonSettings.model_validate(_own(request))
 
 
@@ -185,10 +185,10 @@ def _own(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_request(given: Mapping[str, Any]) -> ComparisonSpec | ComparedRuns:
-    """Validate a mapping: of runs to compare if it has the key ``runs``, else as `parse_comparison` does.
+    """Validate a mapping as a request to compare runs if it has the key ``runs``, else with `parse_comparison`.
 
     Raises:
-        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+        SpecError: the request is invalid; it has one `Problem` per mistake, with its field path.
     """
     if "runs" not in given:
         return parse_comparison(given)
@@ -203,12 +203,12 @@ def parse_request(given: Mapping[str, Any]) -> ComparisonSpec | ComparedRuns:
 def load_request(
     path: Path | None = None, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
 ) -> ComparisonSpec | ComparedRuns:
-    """Read a YAML file, lay `overrides` over it, then `settings` (``key.path=value``); see `finetune.spec.load_spec`."""
+    """Read a YAML file, apply `overrides`, then `settings` (``key.path=value``); see `finetune.spec.load_spec`."""
     return parse_request(merged_mapping(path, overrides, settings))
 
 
 def arms_asked_for(settings: ComparisonSettings) -> list[tuple[str, ArmSpec]]:
-    """Return every arm by its settings, methods and models included, each with the field that asks for it."""
+    """Return all arms, including those of methods and models, each with the field that defines it."""
     asked: list[tuple[str, ArmSpec]] = []
     methods = settings.methods or (() if settings.models or settings.arms else DEFAULT_METHODS)
     for (m, method), (b, model) in itertools.product(enumerate(methods or ("",)), enumerate(settings.models or ("",))):
@@ -236,14 +236,14 @@ def _arms(job: JobSpec, settings: ComparisonSettings) -> tuple[tuple[Arm, ...], 
 
 
 def _problem_of_arm(where: str, name: str, found: Problem) -> Problem:
-    """Return a problem of an arm's spec with a path in the request."""
+    """Convert a problem of an arm's spec to one with a field path in the request."""
     if where.startswith("arms"):
         return Problem(f"{where}.set.{found.where}", f"arm {name!r}: {found.message}")
     return Problem(where, f"arm {name!r}: {found.where}: {found.message}")
 
 
 def _between(arms: list[Arm]) -> list[Problem]:
-    """Return what is wrong with the arms together."""
+    """Return the problems of the arms in combination, such as equal names."""
     problems = []
     if len(arms) < 2:
         problems.append(Problem("arms", f"a comparison needs at least two arms, given {len(arms)}"))

@@ -1,7 +1,7 @@
-"""The demonstration: real handwritten digits, real ImageNet weights, frozen against full fine-tuning, one served answer.
+"""The demo: compare a frozen backbone with full fine-tuning on handwritten digits, and get one prediction from the server.
 
-The digits are the 1,797 8x8 scans of the UCI "Optical Recognition of Handwritten Digits" set that scikit-learn carries, written
-out as image files, so that the run starts where a user's own run starts: at a folder of class folders.
+The digits are the 1,797 8x8 scans of the UCI "Optical Recognition of Handwritten Digits" data set in scikit-learn. They are
+written as image files, so that the demo starts from a folder of class folders like a user's own run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DIGIT_SIZE_PX = 64
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the comparison came to, and the answer of the chosen model that came back over HTTP."""
+    """The result of the comparison, and the chosen model's prediction over HTTP."""
 
     comparison: Comparison
     asked: Path
@@ -58,7 +58,7 @@ class DemoResult:
 
 
 def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback) -> DemoResult:
-    """Compare frozen with full fine-tuning, serve the model that the verdict chooses, ask it for one image of the test split."""
+    """Compare the methods, serve the chosen model, and request its prediction for one test image."""
     began = time.monotonic()
     folder = data or write_digits(workspace.root / "demo" / "digits")
     spec = demo_spec(folder, own_data=data is not None)
@@ -72,7 +72,7 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
 
 
 def demo_spec(folder: Path, *, own_data: bool) -> ComparisonSpec:
-    """The digits are tiny and must not be mirrored, so they get a small input and no augmentation; own data gets the defaults."""
+    """Return the demo's comparison. The digits get a small input and no augmentation, since mirrored digits are wrong."""
     request: dict[str, Any] = {"training_file": str(folder), "suffix": "demo", "methods": list(METHODS), "seeds": 2}
     if not own_data:
         request |= {"model": {"input_size_px": DIGIT_SIZE_PX}, "augmentation": "none", "hyperparameters": {"n_epochs": 2}}
@@ -105,7 +105,7 @@ def held_out_image(run: RunDir) -> tuple[Path, str]:
 
 @contextmanager
 def serving(bundle: Path, *, ready_seconds: float = 60) -> Iterator[str]:
-    """A server on a free port of this machine for as long as the block runs; yields its URL."""
+    """Run a server on a free port of this machine while the block runs; yield its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], seconds: float)
 
 
 def ask(url: str, image: Path) -> dict[str, Any]:
-    """POST the file to ``/predict`` as any HTTP client would; returns the decoded answer."""
+    """POST the file to ``/predict`` and return the decoded response."""
     with open(image, "rb") as stream:
         response = httpx.post(f"{url}/predict", files={"image": (image.name, stream)}, params={"top_k": 3}, timeout=30)
     response.raise_for_status()

@@ -1,6 +1,6 @@
-"""The name under which the package index knows this project, and the command that installs one of its extras.
+"""The project's name on the package index, and the command that installs one of its extras.
 
-The import name and the command are ``finetune``; the distribution of that name on the package index is another project.
+The import name and the command are ``finetune``, but the distribution of that name on the package index is another project.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every error that finetune raises on purpose, drawn as one tree.
+"""The tree of all errors that finetune raises on purpose.
 
     FinetuneError                    code               exit  HTTP
     ├── InvalidInput                 invalid_input         2   422   the user gave something that cannot work
@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where: a field path (``method.stages``), a file, or a row."""
+    """One mistake and its place: a field path (``method.stages``), a file, or a row."""
 
     where: str
     message: str
@@ -46,7 +46,7 @@ class Problem:
 
 
 class FinetuneError(Exception):
-    """Base of the family; never raised itself."""
+    """The base class of all errors; never raised itself."""
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
@@ -154,7 +154,7 @@ class MissingExtra(FinetuneError):
 
 
 def error_of(record: Mapping[str, Any]) -> FinetuneError:
-    """Return the error that another process wrote down in ``error.json``."""
+    """Return the error that another process recorded in ``error.json``."""
     problems = [Problem(**problem) for problem in record.get("problems", ())]
     kinds: list[type[FinetuneError]] = [FinetuneError]
     for kind in kinds:
@@ -164,7 +164,7 @@ def error_of(record: Mapping[str, Any]) -> FinetuneError:
 
 
 def did_you_mean(given: str, allowed: Sequence[str]) -> str:
-    """`` Did you mean 'resnet18'?`` for a near miss, the empty string otherwise."""
+    """Return `` Did you mean 'resnet18'?`` for a similar allowed name, or an empty string."""
     near = get_close_matches(given, allowed, n=3, cutoff=0.6)
     if not near:
         return ""

@@ -1,6 +1,6 @@
-"""What happens in a run, as typed events: one line each in ``events.jsonl``, for people (`message`) and programs (the fields).
+"""The events of a run as typed values: one line each in ``events.jsonl``, with a message for people and fields for programs.
 
-A consumer that reads a run folder, a job's history or a live stream sees the same names: `kind` is stable.
+The names in `kind` are stable, and the same in a run folder, in a job's history and in a live stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Level = Literal["info", "warning", "error"]
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events; `message` is one sentence for people."""
+    """The base class of all events; `message` is one sentence for people."""
 
     kind: ClassVar[str]
     level: ClassVar[Level] = "info"
@@ -22,7 +22,7 @@ class Event:
     message: str
 
     def to_record(self) -> dict[str, Any]:
-        """Return the event as JSON values, as a journal line holds it."""
+        """Return the event as JSON values, as in a line of ``events.jsonl``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"kind": self.kind, "level": self.level, **values}
 
@@ -45,7 +45,7 @@ class Planned(Event):
 
 @dataclass(frozen=True)
 class DataWarning(Event):
-    """Something about the data that keeps nobody from training and that a person should know."""
+    """A peculiarity of the data that does not prevent training but that the user should know."""
 
     kind = "warning"
     level = "warning"
@@ -56,13 +56,13 @@ class HeadSolved(Event):
     """The linear head was computed on frozen features."""
 
     kind = "head_solved"
-    path: Sequence[Mapping[str, float]]  # l2, val_nll, val_score of each strength that was tried
+    path: Sequence[Mapping[str, float]]  # l2, val_nll, val_score of each L2 strength that was tried
     converged: bool
 
 
 @dataclass(frozen=True)
 class SettingsMeasured(Event):
-    """Ways to compute a training step were timed on this machine, and the fastest was chosen."""
+    """Several ways to compute a training step were timed on this machine, and the fastest was chosen."""
 
     kind = "settings_measured"
     timings: Sequence[Mapping[str, Any]]
@@ -70,14 +70,14 @@ class SettingsMeasured(Event):
 
 @dataclass(frozen=True)
 class PrefixPlanned(Event):
-    """What of the frozen part is computed once and kept."""
+    """It was decided which part of the frozen backbone is computed once and cached."""
 
     kind = "prefix"
 
 
 @dataclass(frozen=True)
 class PrefixEngine(Event):
-    """The frozen part does not run in the fastest way, and why."""
+    """The frozen prefix cannot run with the fastest engine; the message says why."""
 
     kind = "prefix_engine"
     level = "warning"
@@ -85,7 +85,7 @@ class PrefixEngine(Event):
 
 @dataclass(frozen=True)
 class CacheFull(Event):
-    """Something was not kept, because the cache or the disk has no room."""
+    """Something was not cached, because the cache or the disk is full."""
 
     kind = "cache_full"
     level = "warning"
@@ -93,14 +93,14 @@ class CacheFull(Event):
 
 @dataclass(frozen=True)
 class CacheFormat(Event):
-    """Activations are kept in a wider number format than usual."""
+    """Activations are cached in a wider number format than usual."""
 
     kind = "cache_format"
 
 
 @dataclass(frozen=True)
 class CheckpointDamaged(Event):
-    """A checkpoint could not be read, and an older one was taken."""
+    """A checkpoint could not be read, and an older one was used."""
 
     kind = "checkpoint_damaged"
     level = "warning"
@@ -116,7 +116,7 @@ class TrainingStarted(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """Training goes on from a checkpoint; `exact`: with the bits of a run that was not interrupted."""
+    """Training resumes from a checkpoint; `exact`: bit-equal to an uninterrupted run."""
 
     kind = "resumed"
     step: int
@@ -125,7 +125,7 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class Interrupted(Event):
-    """The run was asked to stop, and wrote a checkpoint."""
+    """The run was asked to stop and has written a checkpoint."""
 
     kind = "interrupted"
     level = "warning"
@@ -134,7 +134,7 @@ class Interrupted(Event):
 
 @dataclass(frozen=True)
 class Trained(Event):
-    """The steps are taken and the best weights chosen."""
+    """Training has ended and the best weights are chosen."""
 
     kind = "trained"
     metrics: Mapping[str, float]
@@ -142,7 +142,7 @@ class Trained(Event):
 
 @dataclass(frozen=True)
 class Diagnosed(Event):
-    """What the records of the run say about it; the codes of the problems that were found."""
+    """The run was diagnosed; `problems` are the codes of the problems that were found."""
 
     kind = "diagnosed"
     problems: Sequence[str]
@@ -150,7 +150,7 @@ class Diagnosed(Event):
 
 @dataclass(frozen=True)
 class ChildFinished(Event):
-    """A run of a study has ended."""
+    """A child of a study has ended."""
 
     kind = "child_finished"
     child: str
@@ -159,7 +159,7 @@ class ChildFinished(Event):
 
 @dataclass(frozen=True)
 class Compared(Event):
-    """A candidate was compared with the best one so far, image by image."""
+    """A child of a study was compared with the best one so far, image by image."""
 
     kind = "compared"
     child: str
@@ -169,7 +169,7 @@ class Compared(Event):
 
 @dataclass(frozen=True)
 class StudyConcluded(Event):
-    """A study has nothing left to run; which child it keeps."""
+    """A study has no more children to run; `kept` is the one whose model it keeps."""
 
     kind = "study_concluded"
     kept: str
@@ -177,7 +177,7 @@ class StudyConcluded(Event):
 
 @dataclass(frozen=True)
 class Quantised(Event):
-    """What became of the wish for an int8 model."""
+    """Quantisation to int8 was tried; `kept` says whether the int8 model is exported."""
 
     kind = "quantised"
     kept: bool
@@ -212,7 +212,7 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class DataChanged(Event):
-    """The data is not what it was when an earlier run of the same request began, so this is a new run."""
+    """The data has changed since an earlier run of the same request began, so a new run is started."""
 
     kind = "data_changed"
     level = "warning"
@@ -220,7 +220,7 @@ class DataChanged(Event):
 
 @dataclass(frozen=True)
 class TrackingInterrupted(Event):
-    """A tracker cannot be reached, or lacks something of a run that has ended."""
+    """A tracker cannot be reached, or is incomplete after a run has ended."""
 
     kind = "tracking_interrupted"
     level = "warning"
@@ -229,7 +229,7 @@ class TrackingInterrupted(Event):
 
 @dataclass(frozen=True)
 class TrackingRecovered(Event):
-    """A tracker that could not be reached has everything again."""
+    """A tracker can be reached again and is complete."""
 
     kind = "tracking_recovered"
     tracker: str

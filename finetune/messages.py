@@ -1,4 +1,4 @@
-"""Wording that messages share: counts with their noun, short lists of names, file names that are safe to print."""
+"""Text helpers for messages: counts with nouns, short lists of names, printable file names, durations and sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-LISTED_NAMES = 5  # how many names a sentence spells out before it says "and N more"
+LISTED_NAMES = 5  # names that a sentence lists before "and N more"
 
 
 def natural_list(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
@@ -24,30 +24,30 @@ def plural(count: int, noun: str) -> str:
 
 
 def printable(path: Path | str) -> str:
-    """Return a file name as text that a terminal, a page and JSON can all hold.
+    """Return a file name as text that is safe in a terminal, a page and JSON.
 
-    Bytes that are no UTF-8, control characters and characters that turn the direction of writing become escapes; everything else
-    stays, also joiners, without which Persian, Hindi and composed emoji fall apart.
+    Bytes that are not UTF-8, control characters and characters that change the direction of writing become escapes. Other
+    characters stay, including joiners, which Persian, Hindi and composed emoji need.
     """
     text = str(path)
     return text if text.isprintable() else "".join(letter if is_safe(letter) else _escaped(letter) for letter in text)
 
 
 def is_safe(letter: str) -> bool:
-    """Return whether a character can be shown as it is."""
+    """Return whether a character can be displayed unescaped."""
     return letter.isprintable() or (unicodedata.category(letter) in ("Cf", "Cn", "Co", "Zs") and letter not in _MISLEADING)
 
 
-_MISLEADING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")  # they turn the direction of writing
+_MISLEADING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")  # they change the direction of writing
 
 
 def encodable(text: str) -> str:
-    """Return a text that UTF-8 can encode: the bytes of a file name that are not UTF-8 become escapes such as ``\\xe9``."""
+    """Return the text in a form that UTF-8 can encode: bytes of a file name that are not UTF-8 become escapes (``\\xe9``)."""
     return re.sub("[\ud800-\udfff]", lambda surrogate: _escaped(surrogate[0]), text)
 
 
 def _escaped(letter: str) -> str:
-    byte = ord(letter) - 0xDC00  # how Python reads a byte that it cannot decode
+    byte = ord(letter) - 0xDC00  # Python decodes an invalid byte as this surrogate (surrogateescape)
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape", "surrogatepass").decode()
 
 

@@ -1,4 +1,4 @@
-"""Names of models and of data: the one place that makes them."""
+"""The rules by which models and data are named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_NAME = 63
 
 
 def model_name(suffix: str | None, dataset: str) -> str:
-    """Return the name that a run's model is registered under: as asked, else after its dataset."""
+    """Return the name under which a run's model is registered: `suffix` if given, else derived from the dataset."""
     return suffix or as_model_name(dataset)
 
 
@@ -24,9 +24,9 @@ _SPLITS = ("train", "training")
 
 
 def dataset_name(location: Path | str) -> str:
-    """Return what the data in `location` is called: the name of its folder, or of its file without the ending.
+    """Return the name of the data in `location`: the name of its folder, or of its file without suffix.
 
-    Where that says nothing, as of ``flowers/labels.csv`` and ``flowers/train``, it is the name of the folder around it.
+    A generic name, as in ``flowers/labels.csv`` and ``flowers/train``, is replaced by the name of the parent folder.
     """
     if "://" in str(location):
         return _without_ending(str(location).rstrip("/").rpartition("/")[2]) or "data"
@@ -39,7 +39,7 @@ def dataset_name(location: Path | str) -> str:
 
 
 def without_archive_ending(name: str) -> str:
-    """Return an archive's name without its ending, and any other name as it is."""
+    """Return an archive's name without its suffix, and any other name unchanged."""
     ending = next((ending for ending in _ENDINGS if name.lower().endswith(ending)), "")
     return name.removesuffix(name[len(name) - len(ending) :]) or name
 
@@ -50,10 +50,10 @@ def _without_ending(name: str) -> str:
 
 
 def as_model_name(text: str) -> str:
-    """Return a folder's or file's name as a model's name: lower case a-z and 0-9, anything else a dash.
+    """Convert a folder's or file's name to a model name: lower-case a-z and 0-9, a dash for anything else.
 
-    Accents are dropped. Where letters of another script are lost, a short digest of the name is added, so that
-    two such names differ.
+    Accents are removed. If letters of another script are lost, a short digest of the name is appended, so that two such names
+    stay different.
     """
     decomposed = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     kept = re.sub(r"[^a-z0-9]+", "-", decomposed.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is. The caller decides whether that becomes a bar, a file or nothing. Torch-free."""
+"""Progress reports of long operations. The caller decides whether to show a bar, write a file or ignore them. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` `unit`s of one phase.
+    """The progress of one phase: `done` of `total` `unit`s.
 
     Phases are runs (of a study), preparing, features, training, evaluating, exporting and registering.
     """
@@ -25,4 +25,4 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """The callback that shows nothing."""
+    """Ignore the progress."""

@@ -1,4 +1,4 @@
-"""Progress bars, in a terminal and in a notebook: one for each kind of work, with its latest values and the time that is left."""
+"""Progress bars for terminals and notebooks: one per phase, with its latest values and the remaining time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DESCRIPTION_CHARACTERS = 26
 
 @contextmanager
 def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
-    """One bar a phase, with its latest values (loss, accuracy, images/s) and the time that is left."""
+    """Show one bar per phase with its latest values (loss, accuracy, images/s) and the remaining time; yield the callback."""
     if not shown:
         yield silent
         return

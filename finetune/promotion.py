@@ -1,8 +1,8 @@
-"""Promote a version: check it first, then move the alias or the server's default, and write who did it and what was checked.
+"""Promote a version: check it, then move the alias or the server's default, and record who did it and what was checked.
 
-What is checked: the bundle's checksums and both of its probes (by loading it), the parity that was measured when it was exported,
-metrics that must reach a minimum, that it knows the classes of the version that it replaces, and that it is not worse than that
-version on the test images that both have answered and neither has seen. Torch-free.
+The checks are: the bundle's checksums and both of its probes (by loading it), the parity that was measured at export, minimum
+values of metrics, the same classes as the replaced version, and not worse than that version on the test images that both have
+predicted and neither was trained or chosen on. Torch-free.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, Probl
 from finetune.evaluation.paired import compare_two
 from finetune.evaluation.predictions import read
 
-ALPHA = 0.05  # a version is worse if the paired test says so with a smaller p value
+ALPHA = 0.05  # significance level of the paired test for "worse"
 _SHOWN_CLASSES = 5
 
 
@@ -34,7 +34,7 @@ class Check:
 
 
 class PromotionRefused(Conflict):
-    """A version did not pass; `problems` names each failed check."""
+    """A version failed its checks; `problems` lists them."""
 
     code = "promotion_refused"
 
@@ -42,10 +42,10 @@ class PromotionRefused(Conflict):
 def check_version(
     registry: Registry, candidate: ModelVersion, present: ModelVersion | None, minimum: Mapping[str, float]
 ) -> list[Check]:
-    """Return all checks of `candidate`, which would replace `present`.
+    """Check `candidate`, which would replace `present`; return the results.
 
     Args:
-        minimum: the least value of each metric, by its key (``test/top1``).
+        minimum: least value of each metric, by key (``test/top1``).
     """
     try:
         manifest = Predictor.load(candidate.path).manifest
@@ -70,13 +70,13 @@ def promote(
     force: bool = False,
     by: str,
 ) -> tuple[ModelVersion, Sequence[Check]]:
-    """Point an alias of `name` at `version` if it passes every check, or in any case with `force`; return both.
+    """Point an alias of `name` at `version` if it passes all checks, or regardless with `force`; return version and checks.
 
-    A version that cannot be loaded is refused even with `force`: nothing could answer with it.
+    A version that cannot be loaded is refused even with `force`, because it could not be served.
 
     Raises:
-        NotFound: no such model or version.
-        PromotionRefused: a check failed; the alias means what it meant before.
+        NotFound: there is no such model or version.
+        PromotionRefused: a check failed; the alias is unchanged.
     """
     candidate = registry.resolve(name, version)
     checks = check_version(registry, candidate, _present(registry, name, alias), minimum or {})
@@ -93,11 +93,11 @@ def promote_to_default(
     force: bool = False,
     by: str,
 ) -> Sequence[Check]:
-    """Make `deployment` what the server answers with if its model passes every check; return the checks.
+    """Make `deployment` the server's default if its model passes all checks; return the checks.
 
     Raises:
-        NotFound: a reference means nothing.
-        PromotionRefused: a check failed, or the model is private; the default is what it was before.
+        NotFound: a reference does not exist.
+        PromotionRefused: a check failed, or the model is private; the default is unchanged.
     """
     candidate = registry.lookup(deployment.reference)
     try:
@@ -173,7 +173,7 @@ def _same_classes(manifest: Manifest, present: ModelVersion) -> Check:
 
 
 def _not_worse(registry: Registry, candidate: ModelVersion, present: ModelVersion) -> Check:
-    """Compare the answers of both versions to the same test images. What cannot be compared is not held against a version."""
+    """Compare both versions on the same test images. The check passes if they cannot be compared."""
     name = "not_worse"
     tables = [registry.predictions_of(version) for version in (candidate, present)]
     missing = [version.version for version, table in zip((candidate, present), tables, strict=True) if not table.exists()]

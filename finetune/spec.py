@@ -1,8 +1,8 @@
-"""JobSpec: the one validated, immutable request for a fine-tuning job, whatever door it came through.
+"""JobSpec: the validated, immutable request for a fine-tuning job, from the command line, HTTP or Python.
 
-A YAML file, CLI flags with ``--set key.path=value``, Python keywords and an HTTP body all become a mapping, and
-`parse_spec` turns a mapping into a `JobSpec` or reports every problem at once. ``auto`` stays ``auto`` here: it is resolved
-in `finetune.training.recipe`, from facts about the data, the backbone and the machine that this module does not know. Torch-free.
+A YAML file, CLI flags with ``--set key.path=value``, Python keywords and an HTTP body all become a mapping. `parse_spec` converts
+a mapping to a `JobSpec`, or reports all problems at once. ``auto`` values stay ``auto`` here; `finetune.training.recipe` resolves
+them from facts about the data, the backbone and the machine. Torch-free.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "multiclass": ("cross_entropy",),
     "multilabel": ("binary_cross_entropy", "asymmetric"),
 }
-"""What the steps of each task can minimise, the default first."""
+"""The losses that training can minimise, by task, the default first."""
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, values never change after validation."""
+    """A section of a spec: unknown keys are errors, and values are immutable after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    HINT: ClassVar[str] = ""  # for who gave an unknown key: what to write instead, behind the keys that are allowed
+    HINT: ClassVar[str] = ""  # appended to the allowed keys in the error for an unknown key
 
 
 class HeadSpec(Section):
-    """What is put on top of the backbone: pooling over positions, dropout, one linear layer."""
+    """The head on top of the backbone: pooling over positions, dropout, one linear layer."""
 
     pooling: Literal["avg", "max", "avgmax", "gem"] = "avg"
     dropout: Auto | Fraction = "auto"
@@ -51,28 +51,28 @@ class HeadSpec(Section):
     ] = None
 
 
-LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"  # timm's own prefixes of models that lie elsewhere
+LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of models in a folder and on the hub
 _REGISTERED = r"[a-z0-9][a-z0-9._-]{0,62}@[1-9][0-9]*"
 
 
-_HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"  # the hub's own rule
+_HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"  # the hub's rule for names
 _HUB_NAME = rf"({_HUB_PART})/({_HUB_PART})(@[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}})?"
 
 
 def is_own_model(backbone: str) -> bool:
-    """Return whether ``model.backbone`` means one's own model: ``name@version``, or a folder of a run or a bundle."""
+    """Return whether ``model.backbone`` refers to a model made by finetune: ``name@version``, or a run or bundle folder."""
     if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
         return False
     return "@" in backbone or "/" in backbone or backbone.startswith(".")
 
 
 def is_registered_model(backbone: str) -> bool:
-    """Return whether ``model.backbone`` means a registered version, by its number."""
+    """Return whether ``model.backbone`` refers to a registered version by its number."""
     return re.fullmatch(_REGISTERED, backbone) is not None
 
 
 class ModelSpec(Section):
-    """Which pretrained backbone, where its weights come from, and the head."""
+    """The pretrained backbone, the source of its weights, and the head."""
 
     backbone: Annotated[
         str,
@@ -114,7 +114,7 @@ Column = Annotated[str | None, Field(min_length=1, max_length=1000)]
 
 
 class DataSpec(Section):
-    """How the labelled images are read and divided."""
+    """How the labelled images are read and split."""
 
     val_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.15
     test_fraction: Annotated[Auto | Fraction, Field(description="auto: 0.15, and nothing with folds, which test every image")] = (
@@ -192,7 +192,7 @@ class DataSpec(Section):
 
     @property
     def held_out_fraction(self) -> float:
-        """The share that is cut off for testing where no test images are given."""
+        """The share of images that is split off for testing if no test images are given."""
         if self.test_fraction != "auto":
             return self.test_fraction
         return 0.15 if self.folds is None else 0.0
@@ -202,7 +202,7 @@ BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
 
 
 class LinearProbe(Section):
-    """Feature extractor: the whole backbone is frozen and only the linear head is fitted."""
+    """Freeze the whole backbone and fit only the linear head on its features."""
 
     type: Literal["linear_probe"] = "linear_probe"
 
@@ -224,7 +224,7 @@ class Partial(Section):
 
 
 class Full(Section):
-    """Train everything. `warm_head` fits the head on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
+    """Train all stages. `warm_head` fits the head on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
 
     type: Literal["full"] = "full"
     warm_head: bool = True
@@ -233,7 +233,7 @@ class Full(Section):
 
 
 class Gradual(Section):
-    """Thaw stage by stage from the top, one phase each (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146)."""
+    """Unfreeze stage by stage from the top, one phase each (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146)."""
 
     type: Literal["gradual"] = "gradual"
     warm_head: bool = True
@@ -243,7 +243,7 @@ class Gradual(Section):
 
 
 class AutoMethod(Section):
-    """Start with the probe, go deeper only while it pays, keep the best."""
+    """Start with the linear probe, train more stages while that improves the model, and keep the best."""
 
     type: Literal["auto"] = "auto"
 
@@ -254,7 +254,7 @@ Method = Annotated[LinearProbe | Partial | Full | Gradual | AutoMethod, Field(di
 
 
 class Hyperparameters(Section):
-    """Training settings; every ``auto`` is resolved from the data, the backbone and the machine, and the run records how."""
+    """Training settings. Every ``auto`` is resolved from the data, the backbone and the machine; the run records the values."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
@@ -290,7 +290,7 @@ class AugmentationSpec(Section):
 
 
 class ExportSpec(Section):
-    """What is done with the trained model."""
+    """How the trained model is exported and registered."""
 
     register_model: Annotated[
         Literal["auto", "always"],
@@ -300,7 +300,7 @@ class ExportSpec(Section):
 
 
 class ComputeSpec(Section):
-    """Where and how it is computed. A run resumes bit-equal only with the device and the number of threads that it began with."""
+    """Device, precision and threads. A run resumes bit-equal only with its original device and number of threads."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -308,12 +308,12 @@ class ComputeSpec(Section):
 
 
 def _name_means(key: str):  # type: ignore[no-untyped-def]
-    """A bare string stands for a section with only `key` set: ``model: resnet18``, ``method: full``, ``augmentation: light``."""
+    """Return a validator that accepts a string for a section with only `key` set: ``model: resnet18``, ``method: full``."""
     return BeforeValidator(lambda given: {key: given} if isinstance(given, str) else given)
 
 
 class JobSpec(Section):
-    """The request. See `docs/spec.md` for each field with its default."""
+    """The request for a fine-tuning job. `docs/spec.md` describes each field and its default."""
 
     model: Annotated[ModelSpec, _name_means("backbone")] = ModelSpec(backbone=DEFAULT_BACKBONE)
     training_file: str = Field(min_length=1)
@@ -347,19 +347,19 @@ class JobSpec(Section):
 
     @property
     def refits(self) -> bool:
-        """Whether the final model is trained on the validation images too, after they have chosen and measured."""
+        """Whether the final model is trained on the validation images too, after epochs were chosen on them."""
         return self.data.folds is not None if self.hyperparameters.refit == "auto" else self.hyperparameters.refit
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal specs have equal digests."""
+        """Return the sha256 of the spec in canonical JSON."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_absolute_paths(self) -> JobSpec:
-        """Return the spec with paths that mean the same in another folder.
+        """Return the spec with absolute paths, for use from another working directory.
 
         Raises:
-            InvalidInput: a file or folder of it does not exist.
+            InvalidInput: a file or folder in the spec does not exist.
         """
         found = {}
         for name in ("training_file", "validation_file", "test_file"):
@@ -380,7 +380,7 @@ class JobSpec(Section):
 
 
 def absolute_backbone(backbone: str) -> str:
-    """Return ``model.backbone`` with a folder that means the same in another one."""
+    """Return ``model.backbone``, made absolute if it is a folder."""
     if backbone.startswith(LOCAL_FOLDER):
         return f"{LOCAL_FOLDER}{Path(backbone.removeprefix(LOCAL_FOLDER)).absolute()}"
     is_folder = is_own_model(backbone) and not is_registered_model(backbone)
@@ -388,10 +388,10 @@ def absolute_backbone(backbone: str) -> str:
 
 
 def parse_spec(given: Mapping[str, Any]) -> JobSpec:
-    """Validate a mapping.
+    """Validate a mapping as a job spec.
 
     Raises:
-        SpecError: with one `Problem` for each thing that is wrong, each with its field path.
+        SpecError: the spec is invalid; it has one `Problem` per mistake, with its field path.
     """
     try:
         return JobSpec.model_validate(dict(given))
@@ -402,10 +402,10 @@ def parse_spec(given: Mapping[str, Any]) -> JobSpec:
 
 
 def load_spec(path: Path | None = None, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()) -> JobSpec:
-    """Read a YAML spec file, lay `overrides` (nested mapping) over it, then `settings` (``key.path=value``, the value is YAML).
+    """Read a YAML spec file, apply `overrides` (nested mapping), then `settings` (``key.path=value`` with YAML values).
 
     Raises:
-        NotFound: no such file.
+        NotFound: the file does not exist.
         SpecError: the file is not YAML, a setting is not ``key=value``, or the result is not a valid spec.
     """
     return parse_spec(merged_mapping(path, overrides, settings))
@@ -417,11 +417,11 @@ def merged_mapping(
     settings: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what `load_spec` validates: the file, with `overrides` and then `settings` laid over it.
+    """Return the mapping that `load_spec` validates: the file with `overrides` and then `settings` applied.
 
     Args:
-        settings: ``key.path=value`` texts, the value is YAML.
-        values: ``key.path`` -> value, laid over all the rest.
+        settings: ``key.path=value`` strings with YAML values.
+        values: ``key.path`` -> value, applied last.
     """
     merged: dict[str, Any] = _read_yaml(path) if path else {}
     for key_path, value in [*_flatten(overrides or {}), *(_parse_setting(setting) for setting in settings)]:
@@ -493,11 +493,11 @@ def problems_of(
     root: type[Section] = JobSpec,
     sections: Mapping[str, type[Section]] | None = None,
 ) -> list[Problem]:
-    """Return pydantic's errors as one problem a field: a union reports each of its branches, which a reader sees as one field.
+    """Convert pydantic's errors to one problem per field; errors of a union's branches are merged.
 
     Args:
-        root: what `given` was validated as.
-        sections: the section that a key of `root` holds; by default those of a job spec.
+        root: the model that `given` was validated against.
+        sections: the section class of each key of `root`; by default those of a job spec.
     """
     requirements: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
@@ -510,13 +510,13 @@ def problems_of(
             requirements.setdefault(where, []).append(_requirement(detail))
             values[where] = detail["input"]
     for where, allowed in requirements.items():
-        allowed.sort(key="'auto'".__eq__)  # what is special about the field first, the word that every such field takes last
+        allowed.sort(key="'auto'".__eq__)  # 'auto', which many fields allow, comes last
         sentences.setdefault(where, f"must be {' or '.join(dict.fromkeys(allowed))}, given {values[where]!r}")
     return [Problem(where, sentence) for where, sentence in sentences.items()]
 
 
 def _field_path(detail: Any, given: Any) -> str:
-    """Where the error is, without the names that pydantic adds for union branches (they are not keys of what was given)."""
+    """Return the field path of an error, without the names that pydantic adds for branches of unions."""
     location = detail["loc"]
     path = ""
     value: Any = given
@@ -532,7 +532,7 @@ def _field_path(detail: Any, given: Any) -> str:
 
 
 def _plain_sentence(detail: Any, root: type[Section], sections: Mapping[str, type[Section]]) -> str | None:
-    """What to say where the error is not of the form "must be …"."""
+    """Return the message of an error that is not of the form "must be …", else None."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key{_meant_instead(detail['loc'], root, sections)}"
@@ -590,7 +590,7 @@ _NAMES_OF_OTHER_TOOLS = {
 
 
 def _keys_called(given: str, allowed: Sequence[str]) -> list[str]:
-    """Return the keys that people mean by an abbreviation (``lr``, ``test``) or by another tool's word."""
+    """Return the keys that an abbreviation (``lr``, ``test``) or the name in another tool refers to."""
     if len(given) < 2:
         return []
     short = [
@@ -602,7 +602,7 @@ def _keys_called(given: str, allowed: Sequence[str]) -> list[str]:
 
 
 def _meant_instead(location: Sequence[str | int], root: type[Section], sections: Mapping[str, type[Section]]) -> str:
-    """Return what an unknown key is probably meant to be: a key beside it, else one of another section; else what is allowed."""
+    """Return a hint for an unknown key: a similar key of the same or another section, or the list of allowed keys."""
     section = root
     for part in location[:-1]:
         section = {**sections, **_METHODS}.get(str(part), section)

@@ -1,1 +1,1 @@
-"""The HTTP face: a BentoML service with a FastAPI app mounted in it. Only translates; torch-free."""
+"""The HTTP server: a FastAPI app, also as a BentoML service. Translates requests into calls. Torch-free."""

@@ -1,4 +1,4 @@
-"""How many pieces of work run and wait at one time, and how long a new one would wait."""
+"""Admission control: bound the work that runs and waits, by how long a new request would wait."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from finetune.errors import Overloaded
 
 T = TypeVar("T")
 
-MAX_WAIT_SECONDS = 1.0  # what would wait longer is refused: whoever asks has a better use for the time
+MAX_WAIT_SECONDS = 1.0  # requests that would wait longer are refused at once
 _FIRST_GUESS_SECONDS = 0.02
-_FORGETTING = 0.05  # the weight of the newest measurement in the average
+_FORGETTING = 0.05  # weight of the newest measurement in the moving average
 
 
 class WorkQueue:
-    """Run `threads` pieces of work at once in threads of its own, let others wait while their wait stays short, refuse the rest.
+    """Runs work in a pool of `threads` threads, lets further work wait if the expected wait is short, and refuses the rest.
 
-    For predictions: one ONNX Runtime call uses one core, so more threads than cores would only slow down every answer.
+    For predictions one ONNX Runtime call uses one core, so more threads than cores would only slow down every response.
     """
 
     def __init__(self, threads: int, max_wait_seconds: float = MAX_WAIT_SECONDS) -> None:
@@ -33,16 +33,16 @@ class WorkQueue:
 
     @property
     def is_busy(self) -> bool:
-        """Whether every thread is taken."""
+        """Whether all threads are in use."""
         return self.taken >= self.threads
 
     @property
     def has_room(self) -> bool:
-        """Whether one more would start within `max_wait_seconds`."""
+        """Whether further work would start within `max_wait_seconds`."""
         return self.taken < self.threads or self.taken * self.seconds_each / self.threads <= self.max_wait_seconds
 
     async def run(self, work: Callable[..., T], *args: object, admitted: bool = False) -> T:
-        """Return what `work` returns; raise `Overloaded` when it would wait too long, unless it was admitted before."""
+        """Run `work` and return its result. Raises `Overloaded` if it would wait too long, unless it is already `admitted`."""
         if not admitted:
             self.check_room()
         self.taken += 1
@@ -52,7 +52,7 @@ class WorkQueue:
             self.taken -= 1
 
     def check_room(self) -> None:
-        """Raise `Overloaded` when one more would wait too long."""
+        """Raise `Overloaded` if further work would wait too long."""
         if not self.has_room:
             raise Overloaded(OVERLOADED.format(self.taken))
 

@@ -1,4 +1,4 @@
-"""The API documentation as a page: the OpenAPI document, arranged for reading. No script, nothing from another host."""
+"""The API documentation as an HTML page made from the OpenAPI document, without scripts and external resources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXAMPLES = {
 
 
 def docs_page(document: Mapping[str, Any], base_url: str) -> str:
-    """Return the page of an OpenAPI document; commands on it ask the server at `base_url`."""
+    """Return the page of an OpenAPI document; its example commands use the server at `base_url`."""
     schemas = document["components"]["schemas"]
     operations = [
         (operation.get("tags", ["other"])[0], _operation(method, path, operation, document, base_url))
@@ -82,7 +82,7 @@ def _operation(
 
 
 def _curl(method: str, path: str, media_types: list[str], base_url: str) -> str:
-    """Return a command that asks this route."""
+    """Return an example curl command for this route."""
     parts = ["curl"]
     if "multipart/form-data" in media_types:
         parts += ["-F purpose=fine-tune -F file=@photos.zip" if path == "/v1/files" else "-F image=@cat.jpg"]
@@ -106,7 +106,7 @@ def _fields(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _type(schema: Mapping[str, Any]) -> list[dict[str, str | None]]:
-    """Return a type in words, as pieces of text and names of schemas."""
+    """Return the description of a type, as a list of texts and names of schemas."""
     if (name := _reference(schema)) is not None:
         return [_named(name)]
     for key in ("anyOf", "oneOf"):

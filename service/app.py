@@ -1,9 +1,9 @@
-"""The BentoML service, for `bentoml serve` and `bentoml build`. Settings come from the environment, as a container's do; a bento
-answers with the model that it was built with.
+"""The BentoML service, for `bentoml serve` and `bentoml build`. Settings come from environment variables, as in a container; a
+bento serves the model that it was built with.
 
-Every request is answered by the ASGI application of `service.asgi`. BentoML's own routes would parse bodies themselves
-(fetching a URL that stands where a file should be), answer errors in three other forms, and cut off an upload after a minute.
-So BentoML's app gets only start-up and shut-down, and describes `Service.predict` to its client in ``/schema.json``.
+All requests go to the ASGI application of `service.asgi`. BentoML's own routes would parse bodies themselves (and fetch a URL
+that is given instead of a file), return errors in three other forms, and stop an upload after a minute. Therefore BentoML's app
+handles only start-up and shut-down; it also provides the description of `Service.predict` for its client in ``/schema.json``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ASGI application: the FastAPI app with its routes, wrapped in the middleware that every request goes through.
+"""The ASGI application: the FastAPI app with its routes, wrapped in the middleware for all requests.
 
 `python -m service` serves it with uvicorn in one process; `service.app` wraps it in a BentoML service for `bentoml serve` and
 `bentoml build`.
@@ -61,6 +61,7 @@ from service.routes.predict import predict_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
+from service.samples import InputSampler
 from service.schemas.batch_predictions import BATCH_SCHEMAS
 from service.schemas.job_create import JOB_SCHEMAS
 from service.schemas.jobs import event_document
@@ -76,7 +77,7 @@ KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key
 
 
 class Api(FastAPI):
-    """A FastAPI app whose OpenAPI document shows errors, the job request and whether a key is needed as they are."""
+    """A FastAPI app whose OpenAPI document also describes errors, the body of a job request, and whether a key is needed."""
 
     def __init__(self, needs_key: Callable[[], bool], **options: Any) -> None:
         super().__init__(**options)
@@ -93,12 +94,12 @@ class Api(FastAPI):
 
 
 def create_app(settings: Settings) -> ASGIApp:
-    """Return the whole application; models and worker start and stop with its lifespan."""
+    """Return the complete application. Models and worker start and stop with its lifespan."""
     return with_middleware(create_api(settings), settings)
 
 
 def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
-    """Return the app behind everything that each request goes through first, outermost last."""
+    """Return the app wrapped in the middleware, which is added from the innermost to the outermost."""
     state: ServerState = api.state.server
     buffered = BufferedBodies()
     app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
@@ -117,11 +118,11 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
 
 
 def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
-    """Return the FastAPI app with its routes and, in ``app.state.server``, what they work with.
+    """Return the FastAPI app with its routes and, in ``app.state.server``, their shared state.
 
     Args:
-        supervised: the parent process started this one to serve, as BentoML's does; the server ends with it, so that none stays
-            on the port. Any other server outlives its parent, which may be a shell from which somebody logs out.
+        supervised: end the server when its parent process ends, as BentoML needs it to free the port. Otherwise the server
+            outlives its parent, which may be a shell that is closed.
     """
     check_provider(settings.provider)
     registry = Registry(settings.models_folder)
@@ -140,6 +141,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics.watch_queue(lambda: queue.taken)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
+    samples = InputSampler(registry, settings.sampling, metrics)
     state = ServerState(
         home=settings.home,
         models=models,
@@ -148,6 +150,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         queue=queue,
         shadows=Shadows(queue, metrics, settings.image_limits),
         drift=drift,
+        samples=samples,
         image_limits=settings.image_limits,
         database=database,
         event_streams=EventStreams(lambda known: updates(database.engine, known), lambda event: _shown(state, event)),
@@ -176,7 +179,8 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         models.start()
         webhooks.start()
         drift.start()
-        if threading.current_thread() is threading.main_thread():  # a test's server runs in a thread, which gets no signals
+        samples.start()
+        if threading.current_thread() is threading.main_thread():  # signals need it; tests use another thread
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
             _end_on_sigterm(state.event_streams.close, state.planner.stop)
@@ -186,6 +190,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
+        samples.stop()
         drift.stop()
         webhooks.stop()
         models.stop()
@@ -202,11 +207,11 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         version=__version__,
         description="Image classification with fine-tuned models. Every error is an RFC 9457 problem with a stable `code`.",
         openapi_url="/docs.json",
-        docs_url=None,  # FastAPI's interactive page would load its scripts from a foreign host
+        docs_url=None,  # FastAPI's interactive page would load scripts from another host
         redoc_url=None,
         lifespan=lifespan,
         max_body_size=MAX_JSON_BYTES,
-        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
+        generate_unique_id_function=lambda route: route.name,  # names of methods in generated clients
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     api.state.server = state
@@ -239,7 +244,7 @@ def _shown(state: ServerState, event: Event) -> dict[str, Any]:
 
 
 def _end_on_sigterm(*ends: Callable[[], None]) -> None:
-    """End what answers wait for before the server stops: it waits for open answers, and a stream never ends by itself."""
+    """Call `ends` before the server stops. It waits for open responses, and event streams do not end by themselves."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = signal.getsignal(number)  # the server's own handler

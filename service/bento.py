@@ -19,18 +19,18 @@ from service.state import ServerState
 
 
 class ClientAnswer(BaseModel):
-    """The part of an answer that BentoML's client can decode: it knows no lists that may be null."""
+    """The part of a prediction that BentoML's client can decode, which does not support lists that may be null."""
 
     model: str
     version: str
     predictions: list[LabelProbability]
-    labels: list[str] = []  # that the image is given, where it may have several
+    labels: list[str] = []  # the predicted labels of a multi-label model
     explanation: Explanation | None
     timings: Timings
 
 
 class _LifespanToBento:
-    """Send start-up and shut-down to BentoML, which passes them on to the mounted app, and every request to `app`."""
+    """Passes lifespan events to BentoML, which forwards them to the mounted app, and all requests to `app`."""
 
     def __init__(self, bento: ASGIApp, app: ASGIApp) -> None:
         self.bento = bento
@@ -44,8 +44,8 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
     """Return the BentoML service for an application: one process, `threads` predictions at a time.
 
     Args:
-        app: what answers requests.
-        api: the FastAPI app inside, whose lifespan BentoML runs.
+        app: the application that handles requests.
+        api: the FastAPI app inside it, whose lifespan BentoML runs.
     """
 
     class WrappedService(BentoService[Any]):
@@ -55,7 +55,7 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
     @bentoml.service(
         name="finetune",
         service_class=WrappedService,
-        workers=1,  # each worker would hold every model again; ONNX Runtime releases the GIL, so threads use all cores
+        workers=1,  # each worker would load all models again; ONNX Runtime releases the GIL, so threads can use all cores
         threads=threads,
         metrics={"enabled": False},
         monitoring={"enabled": False},
@@ -81,7 +81,7 @@ def build_service(app: ASGIApp, api: FastAPI, *, threads: int = 1) -> BentoServi
 
 @cache
 def client_schema() -> dict[str, Any]:
-    """Return what BentoML's own client reads before its first call."""
+    """Return the schema that BentoML's own client reads before its first call."""
 
     bare = FastAPI()
     schema: dict[str, Any] = build_service(bare, bare).schema()

@@ -1,4 +1,4 @@
-"""The body of a comparison's creation → a request that a worker can carry out: a `ComparisonSpec`, or runs that exist."""
+"""Parse the body that creates a comparison into a request for a worker: a `ComparisonSpec`, or existing runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from service.job_request import (
 MOST_RUNS = 300
 NO_TEST_IMAGES = "the arms are compared on test images, and there are none: give data.test_fraction, test_file or data.folds"
 
-FindRun = Callable[[str], tuple[Job, RunDir]]  # a job's id → the job with its run; NotFound where the caller has no such job
+FindRun = Callable[[str], tuple[Job, RunDir]]  # job id -> job and run; raises NotFound if the caller has no such job
 
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """What a client asks for, resolved. `body` is as it came, `digest` the same for bodies that say the same."""
+    """A parsed request. `body` is the original; `digest` is equal for equivalent bodies."""
 
     body: Mapping[str, Any]
     asked: ComparisonSpec | ComparedRuns
@@ -52,10 +52,10 @@ def read_comparison(
     hub_models: bool,
     check_names: CheckNames,
 ) -> ComparisonRequest:
-    """Understand a creation's body.
+    """Parse the body that creates a comparison.
 
     Raises:
-        SpecError: with one problem for each field that is wrong.
+        SpecError: the body is invalid; it has one problem per invalid field.
         DataError: the dataset cannot be trained on.
     """
     if body.get("runs") is not None:
@@ -95,7 +95,7 @@ def _read_arms(
 
 
 def _of_arms(spec: ComparisonSpec, check: CheckNames) -> list[Problem]:
-    """Return what a check finds in any arm: once, under its own path, what all arms get from the shared spec."""
+    """Return the problems of all arms; a problem of the shared spec is returned once, under its own path."""
     shared, *by_arm = check([spec.job, *(arm.spec for arm in spec.arms)])
     problems = [one for one in shared if any(one in found for found in by_arm)]
     for arm, found in zip(spec.arms, by_arm, strict=True):
@@ -129,7 +129,7 @@ def _read_runs(body: Mapping[str, Any], find_run: FindRun) -> ComparedRuns:
 
 
 def _run_problem(job_id: str, find_run: FindRun, found: dict[str, tuple[Job, RunDir]]) -> str:
-    """Return why a job's run cannot be compared with those found before, an empty text where it can be; remember it."""
+    """Add a job's run to `found`; return why it cannot be compared with the runs there, or an empty string if it can."""
     if job_id in found:
         return f"{job_id[:100]!r} is named twice"
     try:

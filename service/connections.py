@@ -1,8 +1,7 @@
-"""HTTP/1.1 connections that cannot be held by silence: limits that uvicorn itself does not have.
+"""HTTP/1.1 connections with limits that uvicorn does not have, against clients that open connections and send nothing.
 
-uvicorn closes a connection that stays idle after an answer, but not one on which no request, or half of one, has ever arrived,
-and it keeps request headers of any length. Every connection costs a file descriptor, so both would let one client stop the
-server.
+uvicorn closes a connection that is idle after a response, but not one on which no request, or only a part of one, has arrived,
+and it accepts headers of any length. Every connection uses a file descriptor, so a single client could block the server.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """A connection on which a request's head must be complete within `head_seconds` and `max_head_bytes`."""
+    """A connection on which request line and headers must be complete within `head_seconds` and `max_head_bytes`."""
 
     head_seconds: float = HEAD_SECONDS
     max_head_bytes: int = MAX_HEAD_BYTES
@@ -57,13 +56,13 @@ class LimitedConnection(HttpToolsProtocol):
         self._in_head = False
         self._stop_head_timer()
         names = [name for name, _ in self.headers]
-        if b"transfer-encoding" in names and b"content-length" in names:  # two lengths: a proxy may believe the other one
+        if b"transfer-encoding" in names and b"content-length" in names:  # a proxy may use the other one (request smuggling)
             raise ValueError("a request has either a Content-Length or a Transfer-Encoding, not both")  # uvicorn answers 400
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._in_head:  # the next request's head had begun before this answer was sent
+        if self._in_head:  # the next (pipelined) request had begun before this response was sent
             self._start_head_timer()
 
     def _waits_for_a_request(self) -> bool:
@@ -83,7 +82,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._end(408, "No complete request arrived in time")
 
     def _end(self, status: int, sentence: str) -> None:
-        """Answer in plain text and close: there is no request that a problem document could belong to."""
+        """Respond in plain text and close the connection; there is no complete request for a problem document."""
         if self.transport.is_closing():
             return
         body = f"{sentence}\n".encode()

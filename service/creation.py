@@ -1,4 +1,4 @@
-"""Put a client's request into the queue: whose it is, what its model will be called, and once however often it is sent."""
+"""Queue a client's request: check names and permissions, choose the model's name, and create the job exactly once."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ class Submission:
     server: ServerState
     caller: Caller
     idempotency_key: str | None
-    answers: Answers = field(default_factory=dict)  # of the child process that knows the training libraries
+    answers: Answers = field(default_factory=dict)  # from the child process with the training libraries
 
     def check_names(self, specs: Sequence[JobSpec]) -> Sequence[Sequence[Problem]]:
-        """Return what is wrong with the backbones and transforms of specs; raise `Unchecked` where that must be asked first."""
+        """Return the problems of the specs' backbones and transforms. Raises `Unchecked` for names that are not known yet."""
         return self.server.spec_checker.problems(specs, self.answers)
 
     def locate(self, file_id: str) -> Path:
-        """Return the folder of an upload's contents; raise `NotFound` where the caller has no such file."""
+        """Return the folder of an upload's contents. Raises `NotFound` if the caller has no such file."""
         return self.server.uploads.place_of(self.server.database.files.get(file_id, self.caller.sees).id).resolve()
 
     def find_model(self, reference: str) -> Origin:
         """Return a registered version to start from.
 
         Raises:
-            NotFound: no such model, or another owner's private one: the same sentence.
-            WeightsError: it was made by an earlier release, which kept no weights.
+            NotFound: there is no such model, or it is another owner's private one; the message is the same.
+            WeightsError: it was made by an earlier release, which stored no weights.
         """
         self.server.check_may_use(self.caller, reference.partition("@")[0])
         return open_origin(self.server.models.find(reference).path)
 
     def find_run(self, job_id: str) -> tuple[Job, RunDir]:
-        """Return a fine-tuning job and its run; raise `NotFound` where the caller has no such job."""
+        """Return a fine-tuning job and its run. Raises `NotFound` if the caller has no such job."""
         job = self.server.database.jobs.get(job_id, self.caller.sees, TRAINING)
         return job, self.server.run_of(job.id)
 
@@ -81,13 +81,13 @@ class Submission:
         suffix: str | None,
         training_file: str,
     ) -> tuple[Job, bool]:
-        """Queue a job whose model is called `suffix`, or after its data where that is None.
+        """Queue a job whose model is named `suffix`, or after its data if that is None.
 
         Args:
-            spec_called: the spec with the model's name in it.
+            spec_called: returns the spec for a model name.
 
         Raises:
-            NameTaken: the model of that name is another owner's.
+            NameTaken: the name belongs to another owner's model.
         """
         if suffix is not None:
             return self._create(kind, spec_called(suffix), body, digest, suffix)
@@ -121,10 +121,10 @@ class Submission:
 
 
 async def create_checked(submission: Submission, create: Callable[[Submission], tuple[Job, bool]]) -> tuple[Job, bool]:
-    """Return the job that `create` queues, and whether it is new; names that are not known yet are checked in between.
+    """Return the job that `create` queues, and whether it is new; check names that are not known yet in a child process.
 
     Args:
-        create: reads the request and queues the job. It is called again, from the start, after names were checked.
+        create: parses the request and queues the job. If it raises `Unchecked`, it is called again after the check.
     """
     checks = submission.server.checks
     try:
@@ -135,7 +135,7 @@ async def create_checked(submission: Submission, create: Callable[[Submission], 
 
 
 async def json_body(request: Request, what: str) -> bytes:
-    """Return the body of a request that must be JSON; `what` it is, for people who sent something else."""
+    """Return the body of a request that must be JSON, else raise 415; `what` names the expected body in the message."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, f"A body of type {media_type[:100]!r} is not a {what}; send application/json")
@@ -143,7 +143,7 @@ async def json_body(request: Request, what: str) -> bytes:
 
 
 def announce(response: Response, job: Job, *, new: bool) -> None:
-    """Say in the answer's head where the job is, and whether this was a repetition."""
+    """Set the headers for a created job: its location, and whether the request was a repetition."""
     response.headers["Location"] = f"{job.kind.path}/{job.id}"
     if not new:
         response.headers[REPLAYED] = "true"

@@ -1,6 +1,7 @@
-"""Watch the live answers of each model for drift, beside answering: requests only put a few numbers into a queue.
+"""Monitor the predictions of each model for drift, without delaying requests: they only append a few numbers to a queue.
 
-A thread of its own takes them out, compares, keeps the windows in the workspace, and tells webhooks when drift begins.
+A background thread reads the queue, compares with the reference, stores the windows in the workspace, and notifies webhooks when
+drift begins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from finetune.jobs.outbox import DRIFTED
 from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
 from finetune.monitoring.answers import AnswerStatistics, concatenated
-from finetune.monitoring.drift import Drift
+from finetune.monitoring.drift import MIN_WINDOW, Drift
 from finetune.monitoring.watched import Watched
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from service.models import LoadedModel
@@ -31,14 +32,14 @@ from service.promotions import tell_users
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_IMAGES = 100  # between two looks at a version; each look can be wrong
-KEEP_SECONDS = 60.0  # between two writings of the windows
-_MAX_WAITING = 20_000  # answers that were not looked at yet; the oldest make room
+LOOK_EVERY_IMAGES = 100  # between two tests of a version, since each test can raise a false alarm
+KEEP_SECONDS = 60.0  # between two writes of the windows
+_MAX_WAITING = 20_000  # predictions in the queue; beyond it the oldest are dropped
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Answers that were given, by which bundle and when."""
+    """Statistics of one prediction, with its bundle and time."""
 
     name: str
     version: str
@@ -48,10 +49,10 @@ class _Given:
 
 
 class DriftWatch:
-    """The windows of one server's models. `observe` may be called from any thread; the rest takes a lock.
+    """The drift monitor of one server. `observe` can be called from any thread without waiting; other methods take a lock.
 
     Args:
-        seconds: between two looks at what has arrived.
+        seconds: between two rounds of the background thread.
     """
 
     def __init__(self, registry: Registry, webhooks_store: Callable[[], WebhookStore], seconds: float = 10.0) -> None:
@@ -59,21 +60,21 @@ class DriftWatch:
         self._webhooks_store = webhooks_store
         self._seconds = seconds
         self._arrived: deque[_Given] = deque(maxlen=_MAX_WAITING)
-        self._lock = threading.Lock()  # over everything below
+        self._lock = threading.Lock()  # protects everything below
         self._watched: dict[Path, Watched] = {}  # by bundle folder
         self._names: dict[Path, tuple[str, str]] = {}
-        self._found: dict[Path, Drift] = {}  # as it was when it was last looked for
-        self._written_at = time.monotonic()  # when the windows were written
+        self._found: dict[Path, Drift] = {}  # result of the last test
+        self._written_at = time.monotonic()  # of the last write of the windows
         self._cannot_write = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="drift", daemon=True)
 
     def start(self) -> None:
-        """Begin to look at what arrives, in the background."""
+        """Start the background thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and keep what the windows hold."""
+        """Stop the background thread and write the windows."""
         self._stopping.set()
         self._thread.join()
         with self._lock:
@@ -81,13 +82,13 @@ class DriftWatch:
             self._keep()
 
     def observe(self, model: LoadedModel, answers: Sequence[AnswerStatistics]) -> None:
-        """Note what a model has answered; what is done with it is done elsewhere."""
+        """Queue the statistics of a model's predictions for the background thread."""
         if answers:
             at, source = time.time(), model.source
             self._arrived.extend(_Given(source.name, source.version, source.path, at, one) for one in answers)
 
     def drift(self, version: ModelVersion) -> Drift:
-        """Return how the live answers of a registered version, up to now, compare with its reference.
+        """Compare the recent predictions of a registered version with its reference.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -97,12 +98,12 @@ class DriftWatch:
             return self._watching(version.name, version.version, version.path).drift()
 
     def last_found(self) -> list[tuple[str, str, Drift]]:
-        """Return (name, version, drift) of the versions that were looked at since the server started."""
+        """Return (name, version, drift) of the versions that were tested since the server started."""
         with self._lock:
             return [(*self._names[path], drift) for path, drift in self._found.items()]
 
     def look(self) -> None:
-        """Take in what has arrived, compare where enough is new, tell what began, and write the windows from time to time."""
+        """Process the queue, test versions with enough new predictions, report new drift, and write the windows periodically."""
         with self._lock:
             self._forget_deleted()
             self._take_in()
@@ -116,7 +117,7 @@ class DriftWatch:
         while not self._stopping.wait(self._seconds):
             try:
                 self.look()
-            except (OSError, FinetuneError):  # the database or the folder cannot be reached: the next look tries again
+            except (OSError, FinetuneError):  # the database or the folder is unreachable: try again in the next round
                 log.exception("drift could not be looked for; the next look is in %g seconds", self._seconds)
 
     def _watching(self, name: str, version: str, bundle: Path) -> Watched:
@@ -127,7 +128,7 @@ class DriftWatch:
         return self._watched[bundle]
 
     def _take_in(self) -> None:
-        """Put the answers that wait into their windows."""
+        """Move the queued statistics into their windows."""
         waiting: dict[Path, list[_Given]] = defaultdict(list)
         while self._arrived:
             given = self._arrived.popleft()
@@ -135,7 +136,7 @@ class DriftWatch:
         for bundle, several in waiting.items():
             try:
                 watched = self._watching(several[0].name, several[0].version, bundle)
-            except FinetuneError as error:  # deleted or damaged since it answered
+            except FinetuneError as error:  # the bundle was deleted or damaged since the prediction
                 log.info("%s is not watched for drift: %s", bundle, error.message)
                 continue
             fitting = [given.answers for given in several if watched.fits(given.answers)]
@@ -144,8 +145,9 @@ class DriftWatch:
 
     def _compare(self, path: Path, watched: Watched) -> None:
         window, alarm = watched.window, watched.window.alarm
-        enough_new = window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
-        if not enough_new and path in self._found:
+        known, ready = self._found.get(path), watched.reference is not None and len(window) >= MIN_WINDOW
+        enough_new = ready and window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
+        if ready and not enough_new and known is not None and known.tests:
             return
         found = watched.drift()
         if enough_new:
@@ -154,7 +156,7 @@ class DriftWatch:
         self._found[path] = replace(found, drifted_since=alarm.since) if found.state == "drifted" else found
 
     def _settle(self, path: Path, window: Window, found: Drift) -> None:
-        """Note that drift began or ended; it has ended when a whole window of answers since was steady."""
+        """Record that drift has begun or ended. It has ended after a whole window of predictions without drift."""
         alarm = window.alarm
         name, version = self._names[path]
         if found.state == "drifted":
@@ -163,7 +165,7 @@ class DriftWatch:
                 since = time.time()
                 self._tell(name, version, found, since)
                 alarm.since = since
-                self._written_at = -KEEP_SECONDS  # at once, so that it is not told again after a restart
+                self._written_at = -KEEP_SECONDS  # write at once, so that it is not reported again after a restart
                 log.warning("%s@%s: %s", name, version, found.sentence)
         elif alarm.since is not None and window.n_seen - alarm.last_seen >= WINDOW_IMAGES:
             alarm.since = None
@@ -186,7 +188,7 @@ class DriftWatch:
             tell_users(connection, self._registry, DRIFTED, name, data, since, f"{name} {version} {since}")
 
     def _keep(self) -> None:
-        """Write every window that has changed into its version's folder."""
+        """Write every changed window into its version's folder."""
         self._written_at = time.monotonic()
         for path, watched in self._watched.items():
             if not watched.has_changed:
@@ -195,7 +197,7 @@ class DriftWatch:
                 with self._registry.monitoring(*self._names[path]) as folder:
                     if folder is not None:
                         watched.write(folder)
-            except (OSError, FinetuneError) as error:  # such as a bento, whose models cannot be written to
+            except (OSError, FinetuneError) as error:  # for example in a bento, whose models are read-only
                 if not self._cannot_write:
                     log.warning("the windows of live answers are not kept over a restart: %s", error)
                 self._cannot_write = True

@@ -1,6 +1,6 @@
-"""Following jobs live: server-sent events for any number of readers from one look at the database every half second.
+"""Live streams of job events: server-sent events for any number of readers, with one database query every half second.
 
-All readers of one job share its history, already written as frames; a reader costs a list index and a wake-up.
+All readers of one job share its events, already encoded as frames, so that a reader costs only a list index and a wake-up.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from finetune.jobs.store import Event
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-COMMENT_SECONDS = 15.0  # proxies drop a connection on which nothing moves
+COMMENT_SECONDS = 15.0  # proxies close idle connections
 
 
 @dataclass
 class _Channel:
-    """What is known of one job while somebody follows it."""
+    """The events and progress of one job while it has readers."""
 
     readers: int = 0
     seqs: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Channel:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
-        """Readers hold the event that they wait on, so a new one takes its place."""
+        """Wake all readers. They wait on the present `asyncio.Event`, so it is replaced by a new one."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -49,8 +49,8 @@ class EventStreams:
     """The event streams of one server.
 
     Args:
-        look: job id → last known seq, to job id → what is new (see `finetune.jobs.history.updates`).
-        show: an event as the document that readers get.
+        look: maps job ids with their last known seq to updates (see `finetune.jobs.history.updates`).
+        show: converts an event to the document for readers.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class EventStreams:
     async def follow(
         self, job_id: str, after: int = 0, *, still_allowed: Callable[[], bool] = lambda: True
     ) -> AsyncIterator[str]:
-        """Yield the frames of a job: its events after `after`, its progress as it changes, comments, and ``done`` at its end.
+        """Yield the frames of a job: events after `after`, changes of its progress, comments, and ``done`` at its end.
 
         Args:
-            still_allowed: asked every few seconds; the stream ends when the reader's key is no longer valid.
+            still_allowed: called every few seconds; the stream ends when it returns False, since the key is no longer valid.
         """
         channel = self._join(job_id)
         try:
@@ -107,7 +107,7 @@ class EventStreams:
             self._leave(job_id, channel)
 
     def close(self) -> None:
-        """End every stream now; readers come back to the next server with the id of their last event."""
+        """End all streams. Clients reconnect to the next server with the id of their last event."""
         self._closing = True
         for channel in self._channels.values():
             channel.wake()
@@ -131,14 +131,14 @@ class EventStreams:
             try:
                 found = await run_in_threadpool(self._look, known)
             except (StoreError, DiskFull):
-                found = None  # for a while, as the store says itself; readers wait
+                found = None  # a temporary failure; readers wait
             if found is not None:
                 for job_id in known:
                     self._take(job_id, found.get(job_id))
             await asyncio.sleep(self._poll_seconds)
 
     def _polled(self, poller: asyncio.Task[None]) -> None:
-        """A poller that failed leaves nobody waiting: the streams end, and readers come back."""
+        """End all streams if the poller has failed, so that clients reconnect instead of waiting."""
         if not poller.cancelled() and (error := poller.exception()) is not None:
             log.error("events cannot be followed", exc_info=error)
             for channel in self._channels.values():
@@ -176,7 +176,7 @@ EVENT_PREFIX = "ftevent-"
 
 
 def event_seq(identifier: str) -> int:
-    """``ftevent-12`` → 12; raises `NotFound` for what cannot be an event's id."""
+    """Return 12 for ``ftevent-12``. Raises `NotFound` if it cannot be the id of an event."""
     digits = identifier.removeprefix(EVENT_PREFIX)
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= 18):
         raise NotFound(f"no event {identifier[:100]!r}; an event's id looks like {EVENT_PREFIX}12")

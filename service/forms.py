@@ -1,4 +1,4 @@
-"""Multipart forms that are small enough to be held in memory, parsed in one go from the whole body."""
+"""Parse multipart forms that are small enough to be held in memory, from the complete body."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Part:
 
 
 async def read_form(request: Request) -> list[Part]:
-    """Return the parts of a multipart body, in order; raise `HTTPException` 400 where it is not one."""
+    """Return the parts of a multipart body, in order. Raises `HTTPException` 400 for an invalid body."""
     body = await request.body()
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
@@ -62,7 +62,7 @@ def parse_form(body: bytes, boundary: bytes) -> list[Part]:
 
 
 class _Collector:
-    """Gathers what the parser finds in one body, which is given to it whole, so positions are positions in `body`."""
+    """Collects the parts of one body. The parser gets the body in one piece, so its positions are positions in `body`."""
 
     def __init__(self, body: bytes) -> None:
         self.parts: list[Part] = []

@@ -1,7 +1,7 @@
-"""The body of a job's creation → a JobSpec that a worker can carry out; what other requests share is here too.
+"""Parse the body that creates a job into a JobSpec for a worker; also code shared with the bodies of other requests.
 
-Two vocabularies meet in it: the JobSpec's own, and what the stock client of the public fine-tuning API sends (`method` of type
-``supervised``, ``"auto"``, nulls for what is not given). Whatever is wrong is reported at once, with field paths as the client
+A body may use two vocabularies: that of JobSpec, and that of the stock client of the public fine-tuning API (`method` of type
+``supervised``, ``"auto"``, null for fields that are not given). All problems are reported at once, with field paths as the client
 wrote them.
 """
 
@@ -42,14 +42,14 @@ NO_HUB = (
 MAY_BE_NULL = ("seed", "suffix", "metadata", "method", "hyperparameters", "validation_file", "test_file", "integrations")
 
 T = TypeVar("T")
-LocateFile = Callable[[str], Path]  # an uploaded file's id → its contents' folder; NotFound where the caller has no such file
-FindModel = Callable[[str], object]  # name@version → the version; NotFound where the caller may not use it
-CheckNames = Callable[[Sequence[JobSpec]], Sequence[Sequence[Problem]]]  # what only the training libraries know of each spec
+LocateFile = Callable[[str], Path]  # id of an upload -> folder of its contents; raises NotFound if it is not the caller's
+FindModel = Callable[[str], object]  # name@version -> version; raises NotFound if the caller may not use it
+CheckNames = Callable[[Sequence[JobSpec]], Sequence[Sequence[Problem]]]  # problems that the training libraries find
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a client asks for, resolved. `body` is as it came, `digest` the same for bodies that say the same."""
+    """A parsed request. `body` is the original; `digest` is equal for equivalent bodies."""
 
     body: Mapping[str, Any]
     spec: JobSpec
@@ -57,10 +57,10 @@ class JobRequest:
 
 
 def read_body(raw: bytes) -> dict[str, Any]:
-    """A JSON object; no key twice, no NaN, no text that is not Unicode.
+    """Parse a JSON object strictly: no duplicate keys, no NaN, only valid Unicode.
 
     Raises:
-        InvalidInput: what is not JSON, or not an object.
+        InvalidInput: the body is not such an object.
     """
     try:
         body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_float=_finite_number)
@@ -85,16 +85,16 @@ def read_request(
     hub_models: bool = False,
     check_names: CheckNames = lambda specs: [() for _ in specs],
 ) -> JobRequest:
-    """Understand a creation's body.
+    """Parse the body that creates a job.
 
     Args:
         find_model: looks up a registered version that the caller may use.
-        data_roots: folders of this server that datasets and weights may be read from.
-        hub_models: whether backbones may be on the Hugging Face hub.
-        check_names: what is wrong with the backbones and transforms of specs.
+        data_roots: folders of this server from which datasets and weights may be read.
+        hub_models: whether backbones from the Hugging Face hub are allowed.
+        check_names: returns the problems of the specs' backbones and transforms.
 
     Raises:
-        SpecError: with one problem for each field that is wrong.
+        SpecError: the body is invalid; it has one problem per invalid field.
         DataError: the dataset cannot be trained on.
     """
     folders, problems = find_folders(body, locate, data_roots)
@@ -113,13 +113,13 @@ def read_request(
 
 
 def others(problems: Sequence[Problem], known: Sequence[Problem]) -> list[Problem]:
-    """Return the problems of fields about which nothing is known to be wrong yet."""
+    """Return the problems of fields that have no problem in `known`."""
     fields = {problem.where for problem in known}
     return [problem for problem in problems if problem.where not in fields]
 
 
 def with_folders(spec: JobSpec, folders: Mapping[str, Path], roots: Sequence[Path]) -> JobSpec:
-    """Return the spec with the folders on this machine that its files lie in, and those that links and tables may lead into."""
+    """Return the spec with its files' folders on this machine, and with the folders into which links and tables may lead."""
     uploads = [str(path) for name, path in folders.items() if str(getattr(spec, name)).startswith(f"{PREFIX}-")]
     within = (*(os.path.realpath(root) for root in roots), *uploads)
     located = {name: str(path) for name, path in folders.items()}
@@ -127,10 +127,10 @@ def with_folders(spec: JobSpec, folders: Mapping[str, Path], roots: Sequence[Pat
 
 
 def metadata_filter(query: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return what ``metadata[key]=value`` parameters of a list ask for.
+    """Return the filter in the ``metadata[key]=value`` query parameters of a list.
 
     Raises:
-        InvalidInput: a key that cannot be one, or ``metadata`` in another form, which would otherwise filter nothing.
+        InvalidInput: a key is invalid, or ``metadata`` is given in another form, which would be ignored otherwise.
     """
     wanted: dict[str, str] = {}
     for name, value in query:
@@ -151,15 +151,15 @@ def parse_body(
     dump: Callable[[T], Mapping[str, Any]],
     may_be_null: Sequence[str] = MAY_BE_NULL,
 ) -> T:
-    """Return what a body asks for, with the stock client's vocabulary put into our own.
+    """Parse a body after converting the stock client's vocabulary to that of JobSpec.
 
     Args:
-        parse: our own vocabulary, validated.
-        dump: what was parsed as JSON again, to compare it with what was given.
-        may_be_null: fields in which null means that nothing is given.
+        parse: validates a mapping in the vocabulary of JobSpec.
+        dump: converts the parsed value back to JSON values, for comparison with the given ones.
+        may_be_null: fields in which null means that the field is not given.
 
     Raises:
-        SpecError: with one problem for each field that is wrong.
+        SpecError: the body is invalid; it has one problem per invalid field.
     """
     given = {key: value for key, value in body.items() if value is not None or key not in may_be_null}
     problems = _stock_problems(given)
@@ -184,7 +184,7 @@ def parse_body(
 
 
 def _stock_problems(given: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the parts that only the stock client's vocabulary has."""
+    """Return the problems of fields that only the stock client's vocabulary has."""
     problems = []
     if given.get("integrations"):
         problems.append(Problem("integrations", "not supported here: every job is logged to this server's MLflow"))
@@ -214,7 +214,7 @@ def _supervised_hyperparameters(method: Any) -> Mapping[str, Any]:
 
 
 def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
-    """Where a text or a truth value was taken for a number: fine in a shell, a mistake in JSON."""
+    """Return a problem for each string or boolean that was converted to a number, which is a mistake in JSON."""
     if isinstance(given, Mapping) and isinstance(parsed, Mapping):
         inner = [_coerced(given[key], parsed.get(key), f"{path}.{key}" if path else key) for key in given]
         return [problem for problems in inner for problem in problems]
@@ -233,26 +233,26 @@ def _coerced(given: Any, parsed: Any, path: str = "") -> list[Problem]:
 def find_folders(
     body: Mapping[str, Any], locate: LocateFile, roots: Sequence[Path], fields: Sequence[str] = FILE_FIELDS
 ) -> tuple[dict[str, Path], list[Problem]]:
-    """Return where on this machine the datasets of a body are, and what is wrong with those that are nowhere."""
+    """Return the folders of a body's datasets by field, and a problem for each dataset that does not exist."""
     folders: dict[str, Path] = {}
     problems: list[Problem] = []
     for name in fields:
         given = body.get(name)
         if not isinstance(given, str) or not given:
-            continue  # the spec says what is wrong with it
+            continue  # the validation of the spec reports it
         try:
             found = locate(given) if given.startswith(f"{PREFIX}-") else _under_a_root(given, roots)
         except NotFound:
             found = None
         if found is not None and (found.is_dir() or (found.is_file() and found.name.lower().endswith(DATASET_ENDINGS))):
             folders[name] = found
-        else:  # one answer for missing and forbidden: it tells nothing about this server's disk
+        else:  # the same message for missing and forbidden paths, so that it reveals nothing about this server's disk
             problems.append(Problem(name, f"{given[:200]!r} {NO_SUCH_DATASET}"))
     return folders, problems
 
 
 def server_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel, *, hub_models: bool) -> list[Problem]:
-    """Return what a server does not allow although the vocabulary does."""
+    """Return the problems of values that JobSpec allows but a server does not."""
     return [
         *_backbone_problems(spec, roots, find_model, hub_models=hub_models),
         *_weights_problems(spec, roots),
@@ -262,7 +262,7 @@ def server_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel,
 
 
 def _backbone_problems(spec: JobSpec, roots: Sequence[Path], find_model: FindModel, *, hub_models: bool) -> list[Problem]:
-    """Return why a job may not start from its backbone: a folder of this machine, the hub, or a model that the caller lacks."""
+    """Return a problem if a job may not use its backbone: a folder, a model on the hub, or one of another owner."""
     backbone, shown = spec.model.backbone, spec.model.backbone[:200]
     if backbone.startswith(LOCAL_FOLDER):
         within = _under_a_root(backbone.removeprefix(LOCAL_FOLDER), roots)
@@ -288,7 +288,7 @@ def _weights_problems(spec: JobSpec, roots: Sequence[Path]) -> list[Problem]:
 
 
 def metadata_problems(metadata: Mapping[str, str]) -> list[Problem]:
-    """Return which metadata are too long to be kept."""
+    """Return a problem for each key or value of the metadata that is too long."""
     said = f"a key has 1 to {MAX_METADATA_KEY} characters and a value at most {MAX_METADATA_VALUE}"
     return [
         Problem(f"metadata.{key[:MAX_METADATA_KEY]}", said)
@@ -298,7 +298,7 @@ def metadata_problems(metadata: Mapping[str, str]) -> list[Problem]:
 
 
 def _limit_problems(spec: JobSpec) -> list[Problem]:
-    """Return what would take more memory or cores than a job may have: it shares them."""
+    """Return a problem for each value that would use more memory or cores than one job on a server may have."""
     problems = []
     for name, why in (
         ("within", "is set by the server"),
@@ -333,7 +333,7 @@ def _numbers(value: Any) -> Iterable[float]:
 
 
 def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
-    """The real path of what `given` names, if it exists and lies under one of the real `roots`, links followed."""
+    """Return the real path of `given` if it exists and is, with links resolved, inside one of `roots`; else None."""
     if not given.startswith("/") or "\0" in given:
         return None
     try:
@@ -344,14 +344,14 @@ def _under_a_root(given: str, roots: Sequence[Path]) -> Path | None:
 
 
 def read_dataset(spec: JobSpec, resolved: JobSpec) -> Mapping[str, int]:
-    """Return how many images each split has (``all``: those in none yet), as can be seen without opening one.
+    """Check the dataset without opening an image; return the number of images by split (``all``: not split yet).
 
     Args:
-        spec: as it was asked for, with the names that the client knows.
+        spec: as requested, with the names that the client knows.
         resolved: the same with folders on this machine.
 
     Raises:
-        DataError: it cannot be trained on; told before the job waits in a queue.
+        DataError: the dataset cannot be trained on, so that the job is refused before it is queued.
     """
     try:
         return check({name: Path(path) for name in FILE_FIELDS if (path := getattr(resolved, name))}, resolved.data)
@@ -377,7 +377,7 @@ def _as_written(problem: Problem, nested: frozenset[str]) -> Problem:
 
 
 def summary(problems: Sequence[Problem]) -> str:
-    """Return the problems in one sentence: how many there are, and the first."""
+    """Return one sentence with the number of problems and the first of them."""
     first = f"{problems[0]}"
     return first if len(problems) == 1 else f"{len(problems)} problems, the first: {first}"
 
@@ -398,7 +398,7 @@ def _finite_number(text: str) -> float:
 
 
 def _depth(value: Any) -> int:
-    """Return how many levels of lists and objects `value` has."""
+    """Return the number of nested levels of lists and objects, at most `MAX_DEPTH` + 1."""
     deepest, level = 0, [value]
     while level := [inner for one in level for inner in _inside(one)]:
         deepest += 1

@@ -1,4 +1,4 @@
-"""How much one request may cost, in bytes and seconds. Constants only."""
+"""Limits on requests, in bytes and seconds. Constants only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ MIB = 1024 * KIB
 MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 32 * KIB  # request line and headers
 HEAD_SECONDS = 10.0  # from the first byte of a connection, or of a request on it, to the end of the headers
-KEEP_ALIVE_SECONDS = 15.0  # how long an idle connection is kept open after an answer
+KEEP_ALIVE_SECONDS = 15.0  # how long an idle connection stays open after a response
 
-MAX_JSON_BYTES = MIB  # every body for which no route allows more
+MAX_JSON_BYTES = MIB  # of bodies, unless a route allows more
 MULTIPART_OVERHEAD_BYTES = 64 * KIB  # boundaries, part headers and the small fields beside an image
-BODY_SILENCE_SECONDS = 20.0  # a body that has been ahead of the minimum rate may pause for this long, never for longer
+BODY_SILENCE_SECONDS = 20.0  # longest pause of a body that was faster than the minimum rate
 BODY_MIN_BYTES_PER_SECOND = 4 * KIB
-MAX_BUFFERED_BYTES = 256 * MIB  # of all bodies that are being read into memory at one time
-SEND_SECONDS = 60.0  # a client that reads nothing of its answer for this long is disconnected
+MAX_BUFFERED_BYTES = 256 * MIB  # of all bodies in memory together
+SEND_SECONDS = 60.0  # a client that reads nothing of its response for this long is disconnected
 
-PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # called by address by whatever runs the container
+PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # health checks of container platforms

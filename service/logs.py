@@ -1,4 +1,4 @@
-"""The server's log on standard error: lines for people, or one JSON object a line for programs."""
+"""The server's log on standard error, as text or as JSON lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what the code gives as ``extra={"fields": {…}}`` stands beside the message."""
+    """Formats records as JSON lines; the items of ``extra={"fields": {…}}`` are added beside the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(*, as_json: bool) -> None:
-    """Write warnings of everything, and what the service itself reports, to standard error."""
+    """Log to standard error: warnings of all loggers, and info messages of the service itself."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

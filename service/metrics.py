@@ -1,7 +1,7 @@
-"""What the server measures about itself, for Prometheus, with labels that cannot grow without bound.
+"""The server's metrics for Prometheus, with labels of bounded cardinality.
 
-The `route` label is the template (``/v1/models/{name}/predict``), never the path that was asked for; what matches no route is
-``unmatched``; the `model` label is a registered name.
+The `route` label is the template of the route (``/v1/models/{name}/predict``), never the requested path, and ``unmatched`` if no
+route matches; the `model` label is a registered name.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ UNMATCHED = "unmatched"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
-disable_created_metrics()  # a second series beside each counter that only says when it began
+disable_created_metrics()  # a second series for each counter, with its time of creation only
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """The metrics of one server, in their own Prometheus registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -58,6 +58,9 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.sampled_inputs = Counter(
+            "finetune_sampled_inputs", "Images drawn to be kept, and what came of it", ["outcome"], registry=self.registry
+        )
         self.shadow_answers = Counter(
             "finetune_shadow_answers",
             "Answers computed a second time by a shadow model: whether both top labels agree, or why there is none",
@@ -74,16 +77,16 @@ class Metrics:
         self.predictions.labels(model, version, role).inc(n_images)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
-        """Show how many predictions run or wait."""
+        """Add a gauge of the predictions that run or wait."""
         gauge = Gauge("finetune_predictions_waiting", "Predictions that run or wait for a thread", registry=self.registry)
         gauge.set_function(waiting)
 
     def watch_models(self, models: WatchedModels) -> None:
-        """Show what is in memory. Read when asked, so that versions that are gone leave no series behind."""
+        """Add metrics of the loaded models. They are collected at each scrape, so that removed versions leave no series."""
         self.registry.register(_ModelsCollector(models))
 
     def watch_drift(self, last_found: Callable[[], Iterable[tuple[str, str, Drift]]]) -> None:
-        """Show how live answers compare with those to held-out images, as it was when it was last looked for."""
+        """Add metrics of the last drift test of each version."""
         self.registry.register(_DriftCollector(last_found))
 
     def text(self) -> bytes:

@@ -1,8 +1,8 @@
-"""The models in memory: loaded from the registry when they are first asked for, watched, and replaced between requests.
+"""The loaded models: loaded from the registry on first use, watched for changes, and replaced between requests.
 
-A request takes one `LoadedModel` and keeps it to its end, so a replacement neither fails a request nor mixes two models in one
-answer; the old one is freed with its last request. A bundle that fails its checks is refused, and the old one goes on answering.
-Bundles are loaded one at a time in a thread of their own: loading never holds up the event loop or the threads of other routes.
+A request uses one `LoadedModel` until its end, so that a replacement neither makes a request fail nor mixes two models in one
+response; the old model is freed with its last request. A bundle that fails its checks is refused and the old one stays in use.
+Bundles are loaded one at a time in a separate thread, so that loading blocks neither the event loop nor other routes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_PENDING_LOADS = 16
 
 @dataclass(frozen=True)
 class Source:
-    """A bundle folder at one moment; written anew, it is another source."""
+    """A bundle folder with its time of writing; a rewritten bundle is a different source."""
 
     name: str
     version: str
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A bundle in memory, both of its probes passed."""
+    """A bundle in memory whose probes have both passed."""
 
     source: Source
     predictor: Predictor
@@ -64,7 +64,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model answers a request for the default, and as what."""
+    """The model that handles one request to the default, and its role."""
 
     model: LoadedModel
     role: Literal["default", "canary"]
@@ -72,14 +72,14 @@ class Choice:
 
 
 class LoadedModels:
-    """The default model and those asked for by name, kept up to date by a thread of its own.
+    """The default model and models requested by name, kept up to date by a background thread.
 
     Args:
-        default: what `default()` returns: a ``name``, ``name@version``, ``name@alias``, bundle folder or address; None for what
-            is deployed in the registry (see `finetune.bundle.deployment`).
-        capacity: how many models asked for by name are held in memory; the least recently used one makes room.
-        max_bytes: the same bound in bytes of ``model.onnx``; the model that was asked for last always stays.
-        load: bundle folder → Predictor.
+        default: a ``name``, ``name@version``, ``name@alias``, bundle folder or URI of the default model; None for the deployment
+            in the registry (see `finetune.bundle.deployment`).
+        capacity: number of models by name in memory; the least recently used one is evicted.
+        max_bytes: limit on the total size of their ``model.onnx`` files; the model used last is never evicted.
+        load: loads a bundle folder.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class LoadedModels:
         self._load = load
         self._deployment: Deployment | None = None
         self._default: LoadedModel | None = None
-        self._fetched: Path | None = None  # where the bundle of a pinned address is on this disk
+        self._fetched: Path | None = None  # local copy of the bundle at a pinned URI
         self._fetch_trouble = ""
         self._beside: dict[str, LoadedModel] = {}  # canary and shadow, by reference
         self._reason = "The models have not been looked at yet"
         self._named: OrderedDict[str, LoadedModel] = OrderedDict()
         self._refused: dict[Source, str] = {}
-        self._maps = threading.Lock()  # held only to read or change the maps above
+        self._maps = threading.Lock()  # held briefly, to read or change the dictionaries above
         self._loading = threading.Lock()  # held while a bundle loads: one at a time
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-loading")
         self._pending: dict[str, Future[LoadedModel]] = {}
@@ -124,7 +124,7 @@ class LoadedModels:
         self._loader.shutdown(cancel_futures=True)
 
     def default(self) -> LoadedModel:
-        """Return the default model; raise `NotReady`, with what to do about it, while there is none."""
+        """Return the default model. Raises `NotReady`, with the reason and what to do, while there is none."""
         default = self._default
         if default is None:
             raise NotReady(self._reason)
@@ -132,15 +132,15 @@ class LoadedModels:
 
     @property
     def serves_a_folder(self) -> bool:
-        """Whether the default is a bundle outside the registry: in a folder, or at an address."""
+        """Whether the default is a bundle outside the registry: in a folder or at a URI."""
         return self.pinned is not None and "/" in self.pinned
 
     def deployment(self) -> Deployment | None:
-        """Return what is deployed as the default, as it was last read; None while nothing is."""
+        """Return the deployment of the default as last read; None if there is none."""
         return self._deployment
 
     def choose(self) -> Choice:
-        """Return which model answers the next request for the default, and which one computes the answer in the shadow.
+        """Choose the model for the next request to the default, and its shadow, at random by their percentages.
 
         Raises `NotReady` while there is no default model.
         """
@@ -158,11 +158,11 @@ class LoadedModels:
         return self._beside.get(share.reference)
 
     async def get(self, reference: str) -> LoadedModel:
-        """Return the model of ``name``, ``name@version`` or ``name@alias``; the first time, load it without holding up others.
+        """Return the model of ``name``, ``name@version`` or ``name@alias``; on first use, load it in the loader's thread.
 
         Raises:
-            NotFound: no such model or version.
-            BundleError: it failed its checks, and no earlier version of it is loaded.
+            NotFound: there is no such model or version.
+            BundleError: it failed its checks, and no earlier version is loaded for this reference.
             Overloaded: too many models are waiting to be loaded.
         """
         loaded = self._loaded_as(reference)
@@ -180,7 +180,7 @@ class LoadedModels:
         return await asyncio.shield(asyncio.wrap_future(pending))
 
     def named(self, reference: str) -> LoadedModel:
-        """Return what `get` returns, and load it in the calling thread if that is needed."""
+        """Return the same model as `get`, but load it in the calling thread if necessary."""
         loaded = self._loaded_as(reference)
         if loaded is not None:
             return loaded
@@ -193,7 +193,7 @@ class LoadedModels:
             return loaded
 
     def find(self, reference: str) -> ModelVersion:
-        """Return the registered version that a reference means; raise `NotFound`, without the names of other models."""
+        """Return the registered version of a reference. Raises `NotFound` without naming other models."""
         try:
             return self.registry.lookup(reference)
         except NotFound:
@@ -203,22 +203,22 @@ class LoadedModels:
             raise no_such_model(name) from None
 
     def check_ready(self) -> None:
-        """Raise `NotReady` until the default model has passed its probes, and when nobody watches for changes any more."""
+        """Raise `NotReady` until the default model has passed its probes, or if the background thread has died."""
         self.default()
         if not self._watcher.is_alive():
             raise NotReady("The thread that watches the models folder has stopped. Restart the server; its log has the cause")
 
     def loaded(self) -> list[tuple[str, str]]:
-        """Return (name, version) of everything in memory."""
+        """Return (name, version) of all models in memory."""
         return [(model.name, model.version) for model in self._all()]
 
     def refused(self) -> dict[tuple[str, str], str]:
-        """Return (name, version) → why this bundle is not served although it was asked for."""
+        """Map (name, version) of each requested bundle that is not served to the reason."""
         with self._maps:
             return {(source.name, source.version): reason for source, reason in self._refused.items()}
 
     def refresh(self) -> None:
-        """Look at the disk once and load what each reference means now."""
+        """Check the registry once and load the present version of each reference."""
         with self._loading:
             with self._maps:
                 self._refused = {
@@ -252,7 +252,7 @@ class LoadedModels:
         except NotReady as error:
             self._reason = error.message
             return
-        except BundleError as error:  # a folder that is no bundle, or not now: somebody may be writing it
+        except BundleError as error:  # not a bundle, or one that is being written
             self._reason = f"{error.message}. {MAKE_ONE}"
             return
         finally:
@@ -263,7 +263,7 @@ class LoadedModels:
         self._default = loaded
 
     def _refresh_beside(self) -> None:
-        """Load the canary and the shadow of the present deployment. One that cannot be loaded gets no requests."""
+        """Load the canary and the shadow of the present deployment; one that cannot be loaded gets no requests."""
         beside = {}
         deployed = self._deployment
         for share in (deployed.canary, deployed.shadow) if deployed is not None else ():
@@ -275,7 +275,7 @@ class LoadedModels:
         self._beside = beside
 
     def _why_there_is_none(self) -> str:
-        """Say why there is no default model. Everybody can read this, so it names no model."""
+        """Return why there is no default model. The message is public, so it contains no model names."""
         if not self.registry.names():
             return f"No model is registered yet. {MAKE_ONE}"
         if self.pinned is not None or self._deployment is not None:
@@ -283,7 +283,7 @@ class LoadedModels:
         return "No default model is chosen. An administrator chooses one: finetune models promote NAME --default"
 
     def _follow(self, present: LoadedModel | None, wanted: Source) -> LoadedModel | None:
-        """Return the model of `wanted`; `present` if that fails its checks (None if there was nothing)."""
+        """Load the model of `wanted` if it is not `present` already; return `present` if the new one fails its checks."""
         if present is not None and present.source == wanted:
             return present
         if wanted in self._refused:
@@ -328,10 +328,10 @@ class LoadedModels:
         return _source(self.registry.lookup(self.pinned))
 
     def _fetched_once(self, address: str) -> Path:
-        """Return the folder to which the pinned address's bundle was fetched. A server that runs does not follow the address.
+        """Return the local copy of the bundle at the pinned URI; download it once. Later changes at the URI are ignored.
 
         Raises:
-            NotReady: it cannot be fetched now. The log has the reason, which may name what not everybody may know.
+            NotReady: it cannot be downloaded now. The reason is only logged, since it may contain confidential names.
         """
         if self._fetched is None:
             try:
@@ -358,7 +358,7 @@ class LoadedModels:
 
 
 def no_such_model(name: str) -> NotFound:
-    """Return the one answer for a model that does not exist and for another owner's private one; it names no other model."""
+    """Return the error for a missing model, which is the same for another owner's private model; it names no other model."""
     return NotFound(f"no model {name[:100]!r}; GET /v1/models lists those that you may use")
 
 
@@ -367,7 +367,7 @@ def _source(version: ModelVersion) -> Source:
 
 
 def _folder_source(folder: Path) -> Source:
-    """Return a bundle that is served from where it lies, under the name in its manifest."""
+    """Return the source of a bundle outside the registry, named by its manifest."""
     manifest = read_manifest(folder)
     return Source(manifest.name, manifest.version or "0", folder, _written_ns(folder))
 
@@ -376,4 +376,4 @@ def _written_ns(folder: Path) -> int:
     try:
         return (folder / "bundle.json").stat().st_mtime_ns
     except FileNotFoundError:
-        return 0  # loading it will say what is missing
+        return 0  # loading it will report the missing file

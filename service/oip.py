@@ -1,8 +1,8 @@
-"""The Open Inference Protocol, version 2, over HTTP: its JSON and the binary extension that ``tritonclient[http]`` sends.
+"""The Open Inference Protocol, version 2, over HTTP, with the binary extension that ``tritonclient[http]`` uses.
 
-A request names its tensors in JSON; with the binary extension (``Inference-Header-Content-Length``) their values follow the
-JSON as raw bytes. The input ``images`` is either pixels as the model takes them (UINT8, N × height × width × 3) or encoded
-files (BYTES, N).
+A request describes its tensors in JSON; with the binary extension (``Inference-Header-Content-Length``) their values follow the
+JSON as raw bytes. The input ``images`` is either preprocessed pixels (UINT8, N × height × width × 3) or encoded image files
+(BYTES, N).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INPUT = "images"
 
 @dataclass(frozen=True)
 class InferRequest:
-    """One inference: pixels or encoded files, and which outputs are wanted how."""
+    """One inference request: pixels or encoded files, and the requested outputs with their parameters."""
 
     id: str | None
     pixels: np.ndarray | None  # (N, h, w, 3) uint8
@@ -41,7 +41,7 @@ def server_metadata(version: str) -> dict[str, Any]:
 
 
 def model_metadata(model: LoadedModel, versions: list[str]) -> dict[str, Any]:
-    """Return what a model takes and gives."""
+    """Return the metadata of a model's inputs and outputs."""
     manifest = model.predictor.manifest
     height, width = manifest.preprocess.input_size_px
     outputs = [{"name": name, "datatype": "FP32", "shape": _output_shape(model, name)} for name in manifest.outputs]
@@ -60,10 +60,10 @@ def _output_shape(model: LoadedModel, name: str) -> list[int]:
 
 
 def parse_request(body: bytes, header_length: str | None) -> InferRequest:
-    """Read a request's JSON and its binary tensors.
+    """Parse the JSON of a request and its binary tensors.
 
     Raises:
-        InvalidInput: what is not such a request; each problem names its place.
+        InvalidInput: the request is invalid; each problem names its field.
     """
     length = len(body) if header_length is None else _whole_number(header_length)
     try:
@@ -102,7 +102,7 @@ def _whole_number(text: str) -> int:
 
 
 def _tensor(given: Mapping[str, Any], binary: bytes) -> tuple[np.ndarray | None, tuple[bytes, ...]]:
-    """Return the input's values: pixels, or encoded files."""
+    """Return the values of the input, either as pixels or as encoded files."""
     shape, datatype = given.get("shape"), given.get("datatype")
     if not isinstance(shape, list) or not all(
         isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in shape
@@ -157,11 +157,11 @@ def _files(given: Mapping[str, Any], shape: list[int], binary: bytes | None) -> 
 
 
 def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tuple[bytes, int | None, Outputs]:
-    """Run one inference; return the answer's body, the length of its JSON where binary data follows it, and what the model gave.
+    """Run one inference; return the response body, the length of its JSON if binary data follows (else None), and the outputs.
 
     Raises:
         ImageError: an encoded file cannot be read.
-        InvalidInput: pixels of another shape than the model takes, or an output that it does not give.
+        InvalidInput: the pixels do not have the model's input shape, or a requested output does not exist.
     """
     predictor = model.predictor
     wanted = request.outputs or {str(name): {} for name in predictor.manifest.outputs}
@@ -191,7 +191,7 @@ def infer(model: LoadedModel, request: InferRequest, limits: ImageLimits) -> tup
 def _output(
     name: str, values: np.ndarray, parameters: Mapping[str, Any], binary_by_default: bool, classes: tuple[str, ...]
 ) -> tuple[dict[str, Any], bytes]:
-    """Return an output's description and its raw bytes, which are empty where the values stand in the description."""
+    """Return an output's JSON and its raw bytes, which are empty if the values are in the JSON."""
     n_classes = parameters.get("classification", 0)
     if isinstance(n_classes, int) and n_classes > 0 and name in ("probs", "logits"):
         order = np.argsort(-values, axis=1, kind="stable")[:, :n_classes]

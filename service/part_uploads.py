@@ -1,7 +1,7 @@
-"""Uploads that arrive in parts: what has arrived outlives a lost connection, a reload of the page and a restart of the server.
+"""Multi-part uploads: received parts survive a lost connection, a reload of the page and a restart of the server.
 
-Each is a folder beside the finished uploads, named by its id with a dot before it: what it is (``upload.json``) and its parts,
-one file each. Knows folders; does not know routes.
+Each is a folder beside the finished uploads, named by its id with a leading dot, with its description (``upload.json``) and one
+file per part. Independent of HTTP routes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PartUpload:
-    """What is to arrive.
+    """A multi-part upload.
 
     Args:
-        size_bytes: of all parts together.
-        idempotency_key: the owner's, who finds the upload again by it.
-        file_id: of the upload that was made of the parts, once they were complete.
+        size_bytes: announced size of all parts together.
+        idempotency_key: given by the owner, to find an interrupted upload again.
+        file_id: of the file that was made from the parts; None until the upload is complete.
     """
 
     id: str
@@ -52,7 +52,7 @@ class PartUpload:
 
 @dataclass(frozen=True)
 class Part:
-    """One part that has arrived."""
+    """One part that was received."""
 
     id: str
     number: int
@@ -62,9 +62,9 @@ class Part:
 
 
 class PartUploads:
-    """The uploads of one workspace that arrive in parts.
+    """The multi-part uploads of one workspace.
 
-    Whatever changes an upload holds its lock, a file beside its folder, and looks again whether it is still there.
+    Methods that change an upload hold its lock, a file beside its folder, and check again that the upload still exists.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,14 +80,14 @@ class PartUploads:
         *,
         check: Callable[[int], object] = lambda pending_bytes: None,
     ) -> tuple[PartUpload, bool]:
-        """Begin an upload; return it and whether it is new. The same key and words give the one that has begun already.
+        """Begin an upload; return it and whether it is new. The same key with the same arguments returns the existing one.
 
         Args:
-            check: called with the bytes that this owner's other uploads have announced; raises where one more may not begin.
+            check: called with the announced bytes of this owner's other unfinished uploads; raises if one more is not allowed.
 
         Raises:
-            InvalidInput: the key was used for something else.
-            Conflict: this owner has begun too many.
+            InvalidInput: the key was used with other arguments.
+            Conflict: this owner has too many unfinished uploads.
         """
         with file_lock(self._folder / ".uploads.lock"):
             mine = self.of(owner)
@@ -109,7 +109,7 @@ class PartUploads:
         return made, True
 
     def get(self, upload_id: str, sees: str | None) -> PartUpload:
-        """Return an upload; another owner's does not exist (`NotFound`). `sees` None sees every owner's."""
+        """Return an upload of owner `sees`, or of any owner if None. Raises `NotFound` for an upload of another owner too."""
         if _ID.match(upload_id):
             with contextlib.suppress(FileNotFoundError):
                 found = PartUpload(**read_json(self._place(upload_id) / "upload.json"))
@@ -118,19 +118,19 @@ class PartUploads:
         raise _no_upload(upload_id)
 
     def of(self, owner: str | None) -> list[PartUpload]:
-        """Return an owner's uploads, newest first; None: everybody's."""
+        """Return the uploads of an owner, or of all owners if None, newest first."""
         found = []
         for file in self._folder.glob(f"{_FOLDERS}/upload.json"):
-            with contextlib.suppress(FileNotFoundError):  # cancelled at this moment
+            with contextlib.suppress(FileNotFoundError):  # cancelled in the meantime
                 found.append(PartUpload(**read_json(file)))
         return sorted((one for one in found if owner in (None, one.owner)), key=lambda one: one.id, reverse=True)
 
     def pending_bytes(self, owner: str) -> int:
-        """Return what an owner's uploads that are not complete have announced."""
+        """Return the announced bytes of an owner's unfinished uploads."""
         return sum(one.size_bytes for one in self.of(owner) if one.file_id is None)
 
     def parts(self, upload: PartUpload) -> list[Part]:
-        """Return the parts that have arrived, by their numbers.
+        """Return the received parts, sorted by number.
 
         Raises:
             NotFound: the upload was cancelled.
@@ -141,21 +141,21 @@ class PartUploads:
         except FileNotFoundError:
             raise _no_upload(upload.id) from None
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # another took its place at this moment
+            with contextlib.suppress(FileNotFoundError):  # replaced in the meantime
                 if (named := _PART.match(path.name)) is not None:
                     stat = path.stat()
                     found.append(Part(named["id"], int(named["number"]), stat.st_size, stat.st_mtime, path))
         return sorted(found, key=lambda part: (part.number, part.id))
 
     def add(self, upload: PartUpload, arrived: Path, number: int | None) -> Part:
-        """Take a part that has arrived as a file, which is moved. A part of the same number takes the place of the one before.
+        """Add a received file as a part by moving it; replace an earlier part with the same number.
 
         Args:
             number: from 1; by default the next one.
 
         Raises:
             Conflict: the upload is complete.
-            InvalidInput: with it, more would have arrived than was announced, or too many parts.
+            InvalidInput: the parts would exceed the announced size or the number of allowed parts.
         """
         with self._held(upload) as known:
             if known.file_id is not None:
@@ -180,12 +180,12 @@ class PartUploads:
 
     @contextlib.contextmanager
     def completing(self, upload: PartUpload, part_ids: Sequence[str], archive: Path) -> Iterator[PartUpload]:
-        """Put the parts together in `archive`, unless that was done before; yield the upload as it is.
+        """Join the parts into `archive`, unless the upload is already complete; yield the upload's present state.
 
-        Nobody else completes, changes or cancels the upload inside the block.
+        The upload's lock is held inside the block.
 
         Raises:
-            InvalidInput: a part that has not arrived, is named twice, or parts that do not make up the announced size.
+            InvalidInput: a part was not received or is listed twice, or the parts do not have the announced size.
         """
         with self._held(upload) as known:
             if known.file_id is None:
@@ -193,13 +193,13 @@ class PartUploads:
             yield known
 
     def completed(self, upload: PartUpload, file_id: str) -> None:
-        """Note what was made of an upload, and forget its parts."""
+        """Record the file that was made from an upload, and delete its parts."""
         self._write(replace(upload, file_id=file_id))
         for part in self.parts(upload):
             part.path.unlink()
 
     def cancel(self, upload: PartUpload) -> None:
-        """Forget an upload and what has arrived of it.
+        """Delete an unfinished upload with its parts.
 
         Raises:
             Conflict: it is complete.
@@ -210,19 +210,19 @@ class PartUploads:
             self._remove(upload.id)
 
     def forget(self, upload: PartUpload) -> None:
-        """Forget an upload whose file is gone."""
+        """Delete an upload whose file was deleted."""
         with self._held(upload):
             self._remove(upload.id)
 
     def sweep(self) -> None:
-        """Remove uploads to which nothing was added for a day."""
+        """Delete uploads to which nothing was added for `KEPT_SECONDS`."""
         for folder in self._folder.glob(_FOLDERS):
             with contextlib.suppress(FileNotFoundError):
                 if folder.is_dir() and time.time() - folder.stat().st_mtime > KEPT_SECONDS:
                     self._remove(folder.name.removeprefix("."))
 
     def expires_at(self, upload: PartUpload) -> float:
-        """Return when an upload is removed if nothing is added to it, in Unix seconds.
+        """Return when an upload will be deleted if nothing is added to it, in Unix seconds.
 
         Raises:
             NotFound: the upload was cancelled.
@@ -255,12 +255,12 @@ class PartUploads:
 
     @contextlib.contextmanager
     def _held(self, upload: PartUpload) -> Iterator[PartUpload]:
-        """Hold an upload's lock; yield the upload as it is then."""
+        """Hold an upload's lock; yield the upload's present state."""
         with file_lock(self._lock(upload.id)):
             try:
                 known = self.get(upload.id, None)
             except NotFound:
-                self._lock(upload.id).unlink(missing_ok=True)  # that this call may just have made
+                self._lock(upload.id).unlink(missing_ok=True)  # this call may have created it
                 raise
             yield known
 
@@ -290,6 +290,6 @@ def _join(parts: Sequence[Part], archive: Path) -> None:
 
 
 def md5_of(archive: Path) -> str:
-    """Return what the public API lets clients compare: a check against damage on the way, not against anybody's intent."""
+    """Return the MD5 that the public API's clients can compare, against transmission errors, not against tampering."""
     with open(archive, "rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,6 +1,6 @@
-"""The pictures of datasets, for people who look at them: found by the id of their sample, given as they are or as thumbnails.
+"""The images of datasets for display: looked up by sample id, as original files or as thumbnails.
 
-An id is looked up among the samples that the dataset has; it is never taken for a path.
+An id is looked up among the samples of the dataset and never used as a path.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEDIA_TYPES = tuple(_SHOWN.values())  # of pictures that browsers show
 
 @dataclass(frozen=True)
 class Pictures:
-    """One dataset's samples by id."""
+    """The samples of one dataset by id."""
 
     dataset: Dataset
     samples: Mapping[str, Sample]
@@ -45,7 +45,7 @@ class Pictures:
 
 
 class PictureIndex:
-    """Datasets that were looked at lately. Uploads never change, so what was listed once is remembered."""
+    """A cache of recently used datasets. Uploads never change, so they need to be listed only once."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
@@ -54,10 +54,10 @@ class PictureIndex:
         self._known: OrderedDict[tuple[Path, ...], Pictures] = OrderedDict()
 
     def of(self, training: Path, validation: Path | None = None, test: Path | None = None) -> Pictures:
-        """Return the pictures of a dataset.
+        """Return the images of a dataset.
 
         Raises:
-            NotFound: the data is no longer there.
+            NotFound: the data no longer exists, or is of a kind that is not displayed.
         """
         key = tuple(path for path in (training, validation, test) if path is not None)
         with self._lock:
@@ -78,16 +78,16 @@ class PictureIndex:
         return found
 
     def forget(self, training: Path) -> None:
-        """Drop what is remembered of a dataset that was deleted."""
+        """Remove a deleted dataset from the cache."""
         with self._lock:
             for key in [key for key in self._known if training in key]:
                 del self._known[key]
 
     def encoded(self, sample: Sample, side_px: int | None) -> tuple[bytes, str]:
-        """Return a picture and its media type: the file as it is, or a JPEG that is at most `side_px` wide and high.
+        """Return an image and its media type: the original file, or a JPEG of at most `side_px` width and height.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: the image cannot be read.
         """
         data = sample.read()
         if side_px is None:
@@ -115,19 +115,19 @@ def _thumbnail(pixels: np.ndarray, side_px: int) -> bytes:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about one image of a split."""
+    """A model's prediction for one image of a split."""
 
     id: str
-    label: str  # the class; all labels as one text, where an image may have several
+    label: str  # the class or, in a multi-label task, all labels as text
     answer: str
-    labels: tuple[str, ...]  # of the image
-    given: tuple[str, ...]  # labels that it was answered with
-    probability: float  # of the answer
+    labels: tuple[str, ...]  # true labels
+    given: tuple[str, ...]  # predicted labels
+    probability: float  # of the prediction
     label_probability: float
 
 
 def answers_of(table: Predictions, keep: Callable[[Answer], bool]) -> list[Answer]:
-    """Return the answers that are wanted, those given with the most confidence first."""
+    """Return the predictions for which `keep` is true, most confident first."""
     task, rows = task_named(table.task), table.judged()
     probability, label_probability = task.sureness(rows)
     found = [

@@ -1,12 +1,13 @@
-"""From the body of a predict request to images and options, and from a predictor's result to the answer.
+"""Parse the body of a predict request into images and options, and convert a predictor's result into the response.
 
-An image comes as the multipart field ``image`` or as the raw body, several as the repeated field ``images``. Nothing is ever
-fetched: text where a file should be is an error, also when it looks like a URL.
+An image is sent as the multipart field ``image`` or as the raw body, several images as the repeated field ``images``. The server
+never downloads anything: text instead of a file is an error, even if it is a URL.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ DEFAULT_TOP_K = 5
 IMAGE_FIELD = "image"
 IMAGES_FIELD = "images"
 MAX_IMAGES = 64
-# What `curl --data-binary @cat.jpg` sends by itself, without a header: the body is an image all the same.
+# The content type of `curl --data-binary @cat.jpg` by default; the body is an image nevertheless.
 CURL_DEFAULT_TYPE = "application/x-www-form-urlencoded"
 HOW_TO_SEND = (
     "Send the image as multipart field 'image' (curl -F image=@cat.jpg) or as the raw body (curl --data-binary @cat.jpg)"
@@ -52,32 +53,33 @@ HOW_TO_SEND = (
 
 @dataclass(frozen=True)
 class Stages:
-    """Where the time of one image went."""
+    """The durations of the stages of one prediction, and its statistics."""
 
     load_seconds: float  # decoding and preprocessing
-    run_seconds: float  # the model
-    ended: float  # seconds since the epoch
-    statistics: AnswerStatistics  # what drift is looked for in
+    run_seconds: float  # ONNX Runtime
+    ended: float  # Unix seconds
+    probs: np.ndarray  # (C,) float32
+    statistics: AnswerStatistics  # for drift monitoring
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The images of one request. `several`: they came as a list, so the answer is one too."""
+    """The images and options of one request. `several`: they were sent as a list, so the response is a list."""
 
     images: tuple[tuple[str | None, bytes], ...]  # (file name, contents)
     options: PredictOptions
     received: float  # perf_counter seconds
     several: bool = False
-    stages: list[Stages] = field(default_factory=list)  # filled by predicting, for metrics and spans
+    stages: dict[int, Stages] = field(default_factory=dict)  # by image; for metrics, tracing and monitoring
 
 
 async def read_upload(request: Request) -> Upload:
     """Return the images and the options of a predict request.
 
     Raises:
-        HTTPException: 415 for a body that cannot hold an image, 400 for broken multipart.
-        InvalidInput: no image, too many, or text in an image's place.
-        RequestValidationError: an option that is unknown or out of range.
+        HTTPException: 415 for a content type that is not an image or form, 400 for invalid multipart.
+        InvalidInput: there is no image or there are too many, or text instead of an image.
+        RequestValidationError: an option is unknown or out of range.
     """
     query = dict(request.query_params)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -112,7 +114,7 @@ def _of_form(form: Sequence[Part], query: dict[str, str]) -> Upload:
             message = "must be an uploaded file, not text. The server fetches nothing: download the image and send its bytes"
             raise InvalidInput(f"The field '{part.name}' {message}", [Problem(part.name, message)])
     fields = {part.name: part.text for part in form if part.name not in (IMAGE_FIELD, IMAGES_FIELD)}
-    # ``null`` is how BentoML's client writes an option that is not given
+    # BentoML's client sends ``null`` for an option that is not given
     options = _options(query, {name: value for name, value in fields.items() if value != "null"})
     return Upload(tuple((part.filename, part.content) for part in files), options, time.perf_counter(), several)
 
@@ -130,7 +132,7 @@ def _refuse_repetitions(form: Sequence[Part], several: bool) -> None:
 
 
 def _options(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
-    """Return the query's options with the form's over them. One that is given in both places must be right in both."""
+    """Return the options of query and form; those of the form win, but options in both must be valid in both."""
     if query.keys() & fields.keys():
         _validated(query, {})
     return _validated(query, fields)
@@ -145,10 +147,9 @@ def _validated(query: dict[str, str], fields: dict[str, Any]) -> PredictOptions:
 
 
 def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> PredictionAnswer:
-    """Classify the first image of an upload with one model; raise `ImageError` where it cannot be read."""
+    """Classify the first image of an upload. Raises `ImageError` if it cannot be read."""
     started = time.perf_counter()
-    found, explain_seconds, stages = predict_image(model, upload.images[0][1], upload.options, limits)
-    upload.stages.append(stages)
+    found, explain_seconds, upload.stages[0] = predict_image(model, upload.images[0][1], upload.options, limits)
     done = time.perf_counter()
     return PredictionAnswer(
         model=model.name,
@@ -174,12 +175,11 @@ def predict(model: LoadedModel, upload: Upload, limits: ImageLimits) -> Predicti
 def predict_one_of_several(
     model: LoadedModel, upload: Upload, index: int, limits: ImageLimits
 ) -> tuple[ImageResult, float, float]:
-    """Classify one image of an upload; return its result and the seconds that predicting and explaining took."""
+    """Classify one image of an upload; return its result or error, and the seconds for prediction and explanation."""
     filename, data = upload.images[index]
     started = time.perf_counter()
     try:
-        found, explain_seconds, stages = predict_image(model, data, upload.options, limits)
-        upload.stages.append(stages)
+        found, explain_seconds, upload.stages[index] = predict_image(model, data, upload.options, limits)
     except FinetuneError as error:
         problems = [FieldProblem(field=one.where, detail=one.message) for one in error.problems]
         failure = ImageFailure(code=error.code, message=error.message, errors=problems)
@@ -191,17 +191,17 @@ def predict_one_of_several(
 def predict_image(
     model: LoadedModel, data: bytes, options: PredictOptions, limits: ImageLimits
 ) -> tuple[ImagePrediction, float, Stages]:
-    """Classify one image; return the result, how many seconds the explanation took of it, and what loading and running took.
+    """Classify one image; return the result, the seconds for the explanation, and the durations of the stages.
 
     Raises:
-        ImageError: the image is empty, cannot be decoded, is too large, or is of no known format.
+        ImageError: the image is empty, too large, cannot be decoded, or has an unknown format.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
     predicted = time.perf_counter()
     statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
-    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), statistics)
+    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), prediction.probs, statistics)
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(
@@ -220,16 +220,35 @@ def predict_image(
 
 
 def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> AnswerStatistics:
-    """Return what is kept of N answers of a model to look for drift, given (N, C) and (N, D)."""
+    """Return the statistics of N predictions for drift monitoring, from probabilities (N, C) and embeddings (N, D)."""
     manifest = model.predictor.manifest
     return statistics_of(manifest.task, probs, embeddings, model.predictor.judge.subspace, manifest.thresholds)
 
 
+def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: AnswerStatistics) -> dict[str, Any]:
+    """Return the record for a sampled image: the caller, and the model's prediction from its probabilities (C,).
+
+    Args:
+        statistics: of this prediction only.
+    """
+    predictor = model.predictor
+    order, several = predictor.task.ranking(probs)[:DEFAULT_TOP_K], predictor.several_labels(probs)
+    calibration, distance = predictor.judge.calibration, float(statistics.distance[0])
+    known = calibration is not None and calibration.novelty and math.isfinite(distance)
+    return {
+        "owner": owner,
+        "confidence": float(statistics.confidence[0]),
+        "novelty": calibration.novelty_of(distance) if calibration is not None and known else None,
+        "predictions": [{"label": predictor.manifest.classes[label], "probability": float(probs[label])} for label in order],
+        **({} if several is None else {"labels": list(several.given)}),
+    }
+
+
 def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:
-    """Return the parts of an answer that are left out because nobody asked for them, or because the model does not give them.
+    """Return the fields to leave out of a response, because they were not requested or the model does not have them.
 
     Raises:
-        InvalidInput: the model's held-out images cannot show what is asked.
+        InvalidInput: the bundle has no calibration for the requested coverage or precision.
     """
     asked = model.predictor.judge.resolved(options.asked)
     parts = {
@@ -267,5 +286,5 @@ def _ms(seconds: float) -> float:
 
 
 def timings(predict_seconds: float, explain_seconds: float, received: float) -> Timings:
-    """Return the timings of an answer that is complete now."""
+    """Return the timings of a response that is completed now."""
     return Timings(predict_ms=_ms(predict_seconds), explain_ms=_ms(explain_seconds), total_ms=_ms(time.perf_counter() - received))

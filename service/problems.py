@@ -1,7 +1,7 @@
-"""Every error of the server in one form: RFC 9457 ``application/problem+json``.
+"""Errors as problem documents: RFC 9457 ``application/problem+json``.
 
-Three readers are served by one document: a program branches on ``code``, a person reads ``title`` and ``detail``, and the stock
-client of the public fine-tuning API reads the ``error`` object.
+Programs use ``code``, people read ``title`` and ``detail``, and the stock client of the public fine-tuning API reads the
+``error`` object.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from finetune.errors import DiskFull, FinetuneError, NotReady, Overloaded, Store
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
-RETRY_AFTER = {429: 10, 503: 1}  # seconds; a full queue takes longer to move than an overloaded server
-CLIENT_CLOSED_REQUEST = 499  # nobody reads this answer; it only keeps the log and the metrics true
+RETRY_AFTER = {429: 10, 503: 1}  # seconds; a full queue takes longer to empty than an overload
+CLIENT_CLOSED_REQUEST = 499  # never read by the client; for the log and the metrics
 
 log = logging.getLogger(__name__)
 
-# What HTTP itself refuses, before any of our own errors can arise. Those bring their own code: see finetune/errors.py.
+# Codes of errors by HTTP status; a FinetuneError has its own code, see finetune/errors.py.
 CODES = {
     400: "bad_request",
     401: "unauthorized",
@@ -54,14 +54,14 @@ INTERNAL_DETAIL = "Something went wrong in the server. Its log has the cause und
 
 
 class FieldProblem(BaseModel):
-    """One thing that is wrong in a request, and where."""
+    """One mistake in a request, and its field."""
 
     field: str = Field(description="Path of the field, such as `top_k` or `method.stages`.")
     detail: str
 
 
 class ErrorObject(BaseModel):
-    """What the stock client of the public fine-tuning API reads."""
+    """The error in the form that the stock client of the public fine-tuning API reads."""
 
     message: str
     type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
@@ -91,7 +91,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def component_schemas() -> dict[str, Any]:
-    """What `RESPONSES` refers to, for the components of the OpenAPI document."""
+    """Return the schemas to which `RESPONSES` refers, for the components of the OpenAPI document."""
     _, schema = models_json_schema([(ProblemDocument, "serialization")], ref_template="#/components/schemas/{model}")
     definitions: dict[str, Any] = schema["$defs"]
     return definitions
@@ -106,7 +106,7 @@ def problem(
     errors: Sequence[FieldProblem] = (),
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The answer for one error, as a response that can also be sent from outside any app."""
+    """Return the problem document for an error as a response, which also middleware outside the app can send."""
     code = code or CODES.get(status, f"http_{status}")
     document = ProblemDocument(
         type=f"urn:finetune:problem:{code}",
@@ -134,7 +134,7 @@ def _error_type(status: int) -> Literal["invalid_request_error", "authentication
     return "rate_limit_error" if status == 429 else "invalid_request_error"
 
 
-# What these errors say names addresses and paths of the server: that is for its log.
+# The messages of these errors contain addresses and paths of the server, so they are only logged.
 _STORAGE_SENTENCES = {
     StoreError: "The server's job database cannot be used now. Try again in a moment; its log has the cause",
     DiskFull: "The server's disk is full, or has no room for this. Its operator must free some space",
@@ -143,7 +143,7 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make `app` answer what is raised on purpose as a problem. What is not, the envelope answers."""
+    """Add handlers that return problem documents for expected errors. `service.middleware.responses` handles all others."""
     app.add_exception_handler(FinetuneError, _on_finetune_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -167,7 +167,7 @@ async def _on_finetune_error(request: Request, error: Exception) -> JSONResponse
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if isinstance(error.body, bytes):  # FastAPI has not read it as JSON, because its type is another one
+    if isinstance(error.body, bytes):  # FastAPI did not parse the body, because its content type is not JSON
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         return problem(request.scope, 415, f"A body of type {media_type[:100]!r} is not taken here; send application/json")
     errors = [FieldProblem(field=_field_path(one["loc"]), detail=_sentence(one)) for one in error.errors()]
@@ -176,20 +176,20 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 
 def unreadable_json(error: ValueError | RecursionError) -> str:
-    """Return what is wrong with a body, from what its reader raised."""
+    """Return the message for a body that is not valid JSON, from the parser's exception."""
     if isinstance(error, RecursionError):
         return "the body is nested too deeply"
     if isinstance(error, UnicodeError):
         return "the body holds text that is not valid Unicode"
-    if str(error).startswith("Exceeds the limit"):  # of Python, whose advice is for programmers
+    if str(error).startswith("Exceeds the limit"):  # Python's limit on integers; its message is for programmers
         return f"the body holds a whole number of more than {sys.get_int_max_str_digits():,} digits"
     return f"the body is not JSON: {error}"
 
 
 def _field_path(location: Sequence[int | str]) -> str:
-    """`("query", "top_k")` → ``top_k``; the whole body or query as ``body``, ``query``."""
+    """Return the field path of a location: ``top_k`` for ``("query", "top_k")``, or ``body`` for the whole body."""
     inside = location[1:] or location
-    if location[0] == "body" and isinstance(inside[0], int):  # a place in a text that is not JSON
+    if location[0] == "body" and isinstance(inside[0], int):  # a character position in a body that is not JSON
         return "body"
     return ".".join(str(part) for part in inside)
 
@@ -211,7 +211,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail, headers = str(error.detail), error.headers
-    if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # FastAPI could not read JSON
+    if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):  # FastAPI could not parse the JSON
         return problem(request.scope, 422, unreadable_json(error.__cause__), errors=[])
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"There is nothing at {request.url.path}. What exists is listed in /docs.json"
@@ -224,14 +224,14 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 
 def _allowed(request: Request) -> str:
-    """Every method of a path that has several routes; the router itself names those of the first."""
+    """Return the methods of all routes of a path, for the Allow header; the router only returns those of the first."""
     documented = request.app.openapi()["paths"].items()
     matching = [item for template, item in documented if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.url.path)]
     return ", ".join(sorted({method.upper() for item in matching[:1] for method in item}))
 
 
 async def _on_os_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer 503 where the machine does not let the server write (a disk that is full or read-only, no file descriptors left)."""
+    """Respond with 503 if the server cannot write: the disk is full or read-only, or there are no file descriptors left."""
     assert isinstance(error, OSError)
     if error.errno not in _UNWRITABLE:
         raise error
@@ -249,7 +249,7 @@ def _too_large(scope: Mapping[str, Any]) -> str:
 
 
 def detail_of(scope: Mapping[str, Any], status: int, content_type: str, body: bytes) -> str:
-    """The sentence in an error answer of somebody else's making: JSON with ``error`` or ``detail``, a list of such, or text."""
+    """Return the message in another library's error response: JSON with ``error`` or ``detail``, a list of these, or text."""
     if status >= 500:
         return INTERNAL_DETAIL if status == 500 else _title(status)
     if status == 413 and MAX_BODY_SIZE_SCOPE_KEY in scope:

@@ -1,4 +1,4 @@
-"""Promotions become events for webhooks: the registry's journals are read, so it does not matter through which door they came."""
+"""Queue promotions as webhook events. They are read from the registry's journals, so promotions by the CLI count too."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from finetune.jobs.outbox import DEPLOYED, PROMOTED, enqueue, webhooks_for
 from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
 
-_LOOK_BACK_SECONDS = 86400.0  # what happened before while no server ran is told up to a day later
+_LOOK_BACK_SECONDS = 86400.0  # promotions while no server ran are reported up to a day later
 
 
 class Promotions:
-    """Queues what is new in the journals of a registry; nothing twice, also after a restart."""
+    """Queues new promotions in the journals of a registry, each exactly once, even after a restart."""
 
     def __init__(self, registry: Registry, store: Callable[[], WebhookStore]) -> None:
         self._registry, self._store = registry, store
-        self._sizes: dict[Path, int] = {}  # of journals as they were when they were read
+        self._sizes: dict[Path, int] = {}  # of the journals when they were last read
 
     def collect(self) -> None:
-        """Queue the promotions since the last call for the webhooks that want to know, and may."""
+        """Queue the promotions since the last call for the webhooks that subscribe to them and may see the model."""
         engine = self._store().engine
         with reading(engine) as connection:
             if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
-                return  # nobody wants to know, so the models are not looked at
+                return  # no webhook subscribes, so the journals need not be read
         journals = {name: self._registry.journal(name) for name in self._registry.names()}
         changed = [name for name, path in journals.items() if _size(path) != self._sizes.get(path)]
         past = deployments(self._registry)
         if not changed and len(past) == self._sizes.get(self._registry.root):
             return
-        sizes = {journals[name]: _size(journals[name]) for name in changed}  # before they are read: what comes later counts later
+        sizes = {journals[name]: _size(journals[name]) for name in changed}  # before they are read, to miss no later line
         since = time.time() - _LOOK_BACK_SECONDS
         with writing(engine) as connection:
             for name in changed:
@@ -61,10 +61,10 @@ class Promotions:
 def tell_users(
     connection: Connection, registry: Registry, event_type: str, model: str, data: Mapping[str, Any], at: float, key: str
 ) -> None:
-    """Queue an event about a model for the webhooks of those who may use it, but for those that were made after it.
+    """Queue an event about a model for the webhooks of all users of the model, except webhooks that are newer than the event.
 
     Args:
-        key: what makes the event the one that it is, among those of its type.
+        key: identifies the event among those of its type.
     """
     access = registry.access(model)
     for webhook_id in webhooks_for(connection, event_type, None if access.visibility == SHARED else access.owner):

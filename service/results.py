@@ -1,4 +1,4 @@
-"""What a finished run and a registered version hold, for clients: figures, report, and the bundle as one archive."""
+"""Results for clients: metrics and reports of finished runs, and bundles as tar archives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BLOCK_BYTES = 512
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is none, or none that can be read."""
+    """Return the JSON object in a file; empty if there is no file or it has no valid object."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -46,7 +46,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def run_of(runs: Path, version: ModelVersion) -> RunDir | None:
-    """Return the run that made a registered version, one of a comparison included, if its folder is still there."""
+    """Return the run that made a registered version, also within a comparison; None if its folder no longer exists."""
     outcomes = (*found_in(runs, "*/outcome.json"), *found_in(runs, "*/runs/*/outcome.json"))
     for outcome in sorted(outcomes, key=lambda path: modified_ns(path) or 0, reverse=True):
         found = read_object(outcome)
@@ -56,7 +56,7 @@ def run_of(runs: Path, version: ModelVersion) -> RunDir | None:
 
 
 def link_of_run(runs: Path, folder: Path) -> str | None:
-    """Return the path on this server of what made a run's folder: a job, or a run of a comparison; None for anything else."""
+    """Return the URL path of the job, or of the comparison's run, whose folder this is; None for any other folder."""
     match folder.relative_to(runs).parts if folder.is_relative_to(runs) else ():
         case (name,) if name.startswith(f"{TRAINING.prefix}-"):
             return f"{TRAINING.path}/{name}"
@@ -66,13 +66,13 @@ def link_of_run(runs: Path, folder: Path) -> str | None:
 
 
 def report_answer(run: RunDir, within: Callable[[str], str]) -> HTMLResponse:
-    """Return the report in a run's folder as a page that loads nothing.
+    """Return the report in a run's folder as a self-contained page.
 
     Args:
-        within: hides where on this machine things lie.
+        within: removes local paths from the text.
 
     Raises:
-        NotFound: the run has none.
+        NotFound: the run has no report.
     """
     try:
         page = run.report.read_text(encoding="utf-8", errors="replace")
@@ -82,20 +82,20 @@ def report_answer(run: RunDir, within: Callable[[str], str]) -> HTMLResponse:
 
 
 def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:
-    """Return what every ``auto`` of a run became, as far as the run has decided it."""
+    """Return the resolved hyperparameters of a run; empty before the run has resolved them."""
     resolved = read_object(run.resolved)
     recipe = resolved.get("recipe") or resolved.get("hyperparameters") or {}
     return {key: value for key, value in recipe.items() if key not in ("phases", "sources")} if isinstance(recipe, dict) else {}
 
 
 def evaluated_splits(run: RunDir | None) -> dict[str, Any]:
-    """Return what was measured on each split: figures with n and intervals, classes, confusion."""
+    """Return the evaluation of each split: metrics with n and intervals, classes, confusion matrix."""
     splits = {} if run is None else read_object(run.evaluation).get("splits", {})
     return splits if isinstance(splits, dict) else {}
 
 
 def bundle_archive(version: ModelVersion, manifest: Manifest) -> tuple[Iterator[bytes], int]:
-    """Return a bundle as the pieces of a tar file, and how many bytes they are."""
+    """Return a bundle as the chunks of a tar file, and its size in bytes."""
     members = [(name, version.path / name) for name in (*manifest.files, MANIFEST)]
     heads = [_head(f"{version.name}-{version.version}/{name}", path) for name, path in members]
     total = sum(len(head) + _padded(path.stat().st_size) for head, (_, path) in zip(heads, members, strict=True))

@@ -1,6 +1,6 @@
-"""A corrected copy of an upload: images with other labels, without some, or with classes renamed. The original stays as it is.
+"""Make a corrected copy of an upload: change labels, leave out images, rename classes. The original is not changed.
 
-The copy holds the same files under names of its own (`finetune.data.contents`), so that it takes hardly any space.
+The copy has its own names for the same stored files (`finetune.data.contents`), so that it uses hardly any disk space.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Label = Annotated[str, Field(description=f"The name of a class: {MAY_HOLD.partit
 
 
 class Corrections(BaseModel):
-    """What a corrected copy has otherwise. What is not named stays."""
+    """The corrections of a copy. Images and classes that are not listed are unchanged."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,11 +47,11 @@ class Corrections(BaseModel):
 
 
 def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Corrections, contents: Path) -> Received:
-    """Write a corrected copy into the folder `contents` and describe it.
+    """Write a corrected copy into the folder `contents` and return its description.
 
     Raises:
-        InvalidInput: an image or a class that the dataset does not have, labels that cannot be changed, or nothing to change.
-        DataError: what is left cannot be trained on.
+        InvalidInput: the dataset does not have an image or a class, labels cannot be changed, or there are no corrections.
+        DataError: the copy could not be trained on.
     """
     dataset = pictures.dataset
     problems = [Problem(f"labels.{one}", "there is no such image") for one in wanted.labels if one not in pictures.samples]
@@ -92,7 +92,7 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
 
 
 def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | None:
-    """Return the folder of a sample in the copy, None where it is left out."""
+    """Return the folder of a sample in the copy; None if the sample is left out."""
     labels = pictures.dataset.label_names(sample)
     if len(labels) != 1 or not isinstance(sample.file, StoredFile):
         raise NotFound("Only uploaded images in class folders can be corrected here")
@@ -101,7 +101,7 @@ def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | Non
 
 
 def _why_no_label(label: str) -> str | None:
-    """Return what keeps a text from being the name of a class, and of the folder of its images; None where nothing does."""
+    """Return why a text cannot be the name of a class and of its folder, or None if it can."""
     why = why_no_class_name(label)
     if why is not None or len(label) > MAX_LABEL or label.startswith(".") or "/" in label or "\\" in label:
         return f"cannot be the name of a class{f': it {why}' if why else ''}; {MAY_HOLD}"
@@ -111,10 +111,10 @@ def _why_no_label(label: str) -> str | None:
 
 
 def _check_that_all_are_there(expected: Counter[str], described: Dataset, wanted: Corrections) -> None:
-    """Refuse a copy of which some images would be read with another class, or not at all.
+    """Check that all images of the copy are read with their intended class.
 
     Raises:
-        InvalidInput: naming each label that is given for such an image.
+        InvalidInput: some are not; it lists the labels of these images.
     """
     found = Counter(_composed(name) for sample in described.samples for name in described.label_names(sample))
     lost = {name for name in expected.keys() | found.keys() if expected[name] != found[name]}
@@ -134,23 +134,23 @@ def _check_that_all_are_there(expected: Counter[str], described: Dataset, wanted
 
 
 def _composed(name: str) -> str:
-    """Return the name of a class in the one spelling that is compared."""
+    """Return the name of a class in Unicode normal form C, for comparison."""
     return unicodedata.normalize("NFC", class_name(name))
 
 
 def _told(problem: Problem, contents: Path) -> str:
-    """Return a problem of the copy as one sentence, without where the copy lies."""
+    """Return a problem of the copy as one sentence, without local paths."""
     where, message = problem.where.removeprefix(str(contents)).strip("/"), _shown(problem.message, contents)
     return f"{where}: {message}" if where else message
 
 
 def _shown(text: str, contents: Path) -> str:
-    """Return a text without where on this machine the copy lies."""
+    """Return the text without the local path of the copy."""
     return text.replace(f"{contents}/", "").replace(str(contents), "the corrected data")
 
 
 def _unused(name: str, taken: Collection[str]) -> str:
-    """Return the name with a number before its last part, if it is taken."""
+    """Return the name, with a number before its last part if the name is taken."""
     folder, _, last = name.rpartition("/")
     number = 2
     while name in taken:

@@ -38,12 +38,12 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.
 
     Raises:
-        InvalidInput: `host` is not an address, or one that others can reach while there is no API key.
-        PortTaken: another program listens there.
+        InvalidInput: `host` is not an IP address, or other machines can reach it although there is no API key.
+        PortTaken: another program uses the port.
         StoreError: the job database cannot be used.
     """
     if not settings.home.exists():
-        settings.home.mkdir(parents=True, mode=0o700)  # photographs, keys' hashes and logs are nobody else's business
+        settings.home.mkdir(parents=True, mode=0o700)  # images, hashes of keys and logs must not be readable by other users
     address = listen_address(host, has_api_key=has_api_key(settings.home))
     listener = listen(address, port)
     configure_logs(as_json=settings.json_logs)
@@ -66,11 +66,11 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
     server = _Server(config)
     server.run(sockets=[listener])
     if not server.started:
-        sys.exit(1)  # what went wrong is in the log
+        sys.exit(1)  # the cause is in the log
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends with exit code 0 when it was asked to stop."""
+    """uvicorn's server with exit code 0 after it was asked to stop."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ def has_api_key(home: Path) -> bool:
 
 
 def listen_address(host: str, *, has_api_key: bool) -> str:
-    """Return `host` as an IP address that may be listened on."""
+    """Return `host` as an IP address. Raises InvalidInput unless it is a loopback address or there is an API key."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
@@ -112,7 +112,7 @@ def listen_address(host: str, *, has_api_key: bool) -> str:
 
 def listen(address: str, port: int) -> socket.socket:
     """Return a bound socket; connections are accepted once the application has started."""
-    # asyncio switches Nagle's algorithm off only on sockets that were made as TCP; with it, each answer would wait 40 ms
+    # asyncio disables Nagle's algorithm only on sockets created with IPPROTO_TCP; it would delay each response by 40 ms
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,6 +1,6 @@
-"""What the server is told from outside: environment variables, read once at start.
+"""The server's settings: environment variables, read once at start.
 
-`finetune serve` sets them from its flags; a container sets them itself.
+`finetune serve` sets them from its options; in a container the operator sets them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from finetune.bundle.image import ImageLimits
 from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
 from finetune.jobs.sending import Network
+from finetune.monitoring.samples import SamplingPolicy
 from finetune.runtime.cores import available_cores
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -26,25 +27,26 @@ class Settings:
 
     Args:
         home: the workspace.
-        models: the registry's folder, if it is not ``home/models``; in a bento, the one that it was built with.
-        model: what ``POST /predict`` answers with: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
+        models: the registry's folder, if it is not ``home/models``; in a bento, the folder inside it.
+        model: the model for ``POST /predict``: a registered ``name``, ``name@version`` or ``name@alias``, or a bundle folder;
             None: the default of the registry, which promotions change.
-        threads: predictions that run at the same time, each on one core.
-        allowed_hosts: names this server answers to in ``Host``; a browser that was led here under another name is refused.
-        cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; none by default.
-        image_limits: the largest image that is decoded, the same rule as in training.
-        watch_seconds: how often the models folder is looked at for a new version.
-        max_loaded_models: models held in memory besides the default one; the least recently used makes room.
-        max_loaded_bytes: the same bound, in bytes of their ``model.onnx``.
-        data_roots: folders that jobs may name datasets and weights in by path; without any, datasets are uploaded.
-        max_upload_bytes: the largest archive that is taken.
-        max_files_bytes: what the uploads of one owner may come to.
-        max_unfinished_jobs: queued and running jobs that one owner may have.
-        hub_models: jobs may name models on the Hugging Face hub (``hf-hub:OWNER/NAME``), which are then downloaded.
-        worker: also run a worker, which carries the jobs out.
-        provider: what ONNX Runtime computes with; each model is compared with the CPU's answers when it is loaded.
-        json_logs: write the log as one JSON object a line.
-        webhook_networks: networks beside the public ones that webhooks may lead into.
+        threads: number of concurrent predictions, each on one core.
+        allowed_hosts: accepted values of the ``Host`` header, against DNS rebinding.
+        cors_origins: origins (``https://app.example``) whose pages may use this server from a browser; by default none.
+        image_limits: limits on the size of images, as in training.
+        watch_seconds: interval of checking the registry for changes.
+        max_loaded_models: number of models in memory besides the default one; the least recently used is evicted.
+        max_loaded_bytes: limit on the total size of their ``model.onnx`` files.
+        data_roots: folders in which jobs may name datasets and weights by path; without any, datasets must be uploaded.
+        max_upload_bytes: largest size of an uploaded archive.
+        max_files_bytes: limit on the disk space of one owner's uploads, finished jobs and models.
+        max_unfinished_jobs: limit on one owner's queued and running jobs.
+        hub_models: allow models on the Hugging Face hub (``hf-hub:OWNER/NAME``), which are then downloaded.
+        worker: also run a worker, which executes jobs.
+        provider: ONNX Runtime's execution provider; each model's outputs are compared with the CPU's when it is loaded.
+        json_logs: write the log as JSON lines.
+        webhook_networks: networks to which webhooks may be sent, besides public addresses.
+        sampling: which images of prediction requests are stored for monitoring; by default none.
     """
 
     home: Path
@@ -66,6 +68,7 @@ class Settings:
     provider: Provider = "cpu"
     json_logs: bool = False
     webhook_networks: tuple[Network, ...] = ()
+    sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
 
     @property
     def models_folder(self) -> Path:
@@ -76,7 +79,7 @@ class Settings:
         return self.home / "files"
 
     def answering_to(self, address: str) -> Settings:
-        """Return these settings with an IP address among the names that the server answers to."""
+        """Return the settings with an IP address added to the allowed hosts."""
         name = f"[{address}]" if ":" in address else address
         return self if name in self.allowed_hosts else replace(self, allowed_hosts=(*self.allowed_hosts, name))
 
@@ -101,6 +104,11 @@ class Settings:
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
             webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),
+            sampling=SamplingPolicy(
+                fraction=_share(environment, "FINETUNE_SAMPLE_INPUTS"),
+                max_bytes=_positive(environment, "FINETUNE_SAMPLE_BYTES", default=1 << 30),
+                max_age_seconds=86400.0 * _positive(environment, "FINETUNE_SAMPLE_DAYS", default=30),
+            ),
             json_logs=_one_of(environment, "FINETUNE_LOG_FORMAT", ("text", "json"), default="text") == "json",
         )
 
@@ -120,6 +128,17 @@ def _one_of(environment: Mapping[str, str], name: str, allowed: tuple[str, ...],
     value = environment.get(name, "") or default
     if value not in allowed:
         raise InvalidInput(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    return value
+
+
+def _share(environment: Mapping[str, str], name: str) -> float:
+    text = environment.get(name, "") or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise InvalidInput(f"{name}={text!r}: must be a share between 0 and 1, as in 0.01 for one image of a hundred")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Compute answers a second time with a shadow model, in spare time, and count and log where it disagrees."""
+"""Repeat predictions with a shadow model when a thread is free, and count and log disagreements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Shadows:
-    """The comparisons of one server. They never delay an answer: while predictions wait, they are skipped."""
+    """The shadow comparisons of one server. They are skipped while predictions wait, so that they never delay a response."""
 
     def __init__(self, queue: WorkQueue, metrics: Metrics, limits: ImageLimits) -> None:
         self._queue = queue
@@ -26,7 +26,7 @@ class Shadows:
         self._running: set[asyncio.Task[None]] = set()
 
     def compare(self, shadow: LoadedModel, upload: Upload, answer: PredictionAnswer) -> None:
-        """Start to compare in the background, if a thread is free."""
+        """Start a comparison in the background, if a thread is free."""
         if self._queue.is_busy:
             self._count(shadow, "skipped")
             return
@@ -43,7 +43,7 @@ class Shadows:
             return
         first_label, second_label = answer.predictions[0], second.predictions[0]
         agrees = (first_label.label, answer.labels) == (second_label.label, second.labels)
-        if answer.labels is not None:  # an image may have several: what counts are those that it is given
+        if answer.labels is not None:  # a multi-label model: compare the predicted labels
             agrees = sorted(answer.labels) == sorted(second.labels or ())
         self._count(shadow, "agrees" if agrees else "differs")
         if not agrees:

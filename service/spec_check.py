@@ -1,4 +1,4 @@
-"""Ask a child process about backbones and transforms, which only the training libraries know, before a job is accepted."""
+"""Check backbones and transforms in a child process with the training libraries, before a job is accepted."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "finetune.cli.spec_check")
 SECONDS = 60
-MEMORY_BYTES = 8 << 30  # of address space, of which torch reserves much and uses little
-MAX_WAITING = 8  # of one owner's requests, behind the one whose names are being checked
+MEMORY_BYTES = 8 << 30  # of address space; torch reserves much more than it uses
+MAX_WAITING = 8  # waiting requests of one owner, besides the one that is being checked
 MAX_REMEMBERED = 10_000
 
 Answers = Mapping[str, Sequence[Problem]]  # by `key_of` a spec
 
 
 class Unchecked(Exception):
-    """Names in specs that only the child process can judge: ask it with `SpecChecker.ask`, then read the request again."""
+    """Specs have names that are not known yet. Call `SpecChecker.ask`, then parse the request again."""
 
     def __init__(self, specs: Sequence[JobSpec]) -> None:
         super().__init__(f"{len(specs)} specs have names that are not known yet")
@@ -35,10 +35,10 @@ class Unchecked(Exception):
 
 
 class SpecChecker:
-    """Checks the names in specs. Names that were found good are remembered, so most jobs need no child process.
+    """Checks the names in specs. Valid names are cached, so that most jobs need no child process.
 
-    The child processes have threads of their own: a request whose names are known never waits for one. One owner has one child
-    process at a time.
+    The child processes have their own threads, so that a request with known names never waits for one. Each owner has at most
+    one child process at a time.
     """
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class SpecChecker:
         self._queue.stop()
 
     def problems(self, specs: Sequence[JobSpec], answers: Answers) -> Sequence[Sequence[Problem]]:
-        """Return what is wrong with each spec; nothing where this installation cannot train and so cannot know.
+        """Return the problems of each spec; none if the training libraries are not installed here.
 
         Args:
             answers: what `ask` returned for specs that were `Unchecked`.
 
         Raises:
-            Unchecked: neither `answers` nor what is remembered tells it.
+            Unchecked: some names are neither in `answers` nor in the cache.
         """
         if not can_train():
             return [() for _ in specs]
@@ -67,10 +67,10 @@ class SpecChecker:
         return [answers.get(key_of(spec), ()) for spec in specs]
 
     async def ask(self, specs: Sequence[JobSpec], owner: str) -> Answers:
-        """Return what a child process says is wrong with each spec.
+        """Check specs in a child process; return their problems by `key_of`.
 
         Raises:
-            Overloaded: too many wait, or the child process ended without an answer.
+            Overloaded: too many requests wait, or the child process failed.
         """
         if self._waiting.get(owner, 0) > MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} other requests of yours wait until their names are checked. Try again in a moment")
@@ -100,15 +100,15 @@ class SpecChecker:
 
 
 def key_of(spec: JobSpec) -> str:
-    """Return the same text for specs that have the same names to check."""
+    """Return a key that is equal for specs with equal names to check."""
     return json.dumps([spec.model.backbone, spec.augmentation.transforms])
 
 
 def _run(given: object) -> str:
-    """Return what the child process writes.
+    """Run the child process and return its output.
 
     Raises:
-        Overloaded: it took too long, or ended without an answer, which says nothing about the job.
+        Overloaded: it took too long or failed, which is not the fault of the job.
     """
     try:
         ran = subprocess.run(

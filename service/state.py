@@ -1,4 +1,4 @@
-"""What all routes of one server share: models, the job database, queues and limits."""
+"""The state that all routes of one server share: models, the job database, queues and limits."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from service.models import LoadedModel, LoadedModels, no_such_model
 from service.part_uploads import PartUploads
 from service.pictures import PictureIndex
 from service.plans import Planner
+from service.samples import InputSampler
 from service.shadows import Shadows
 from service.spec_check import SpecChecker
 from service.uploads import Uploads
@@ -41,7 +42,7 @@ _MAX_REMEMBERED = 10_000
 
 
 class Database:
-    """The job database and the stores on it, opened when first asked for: importing the service opens nothing."""
+    """The job database and its stores, opened on first use, so that importing the service opens nothing."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -68,7 +69,7 @@ class Database:
 
 
 class ModelAccess:
-    """Who may use which model, remembered for a second: predictions ask each time."""
+    """The access rights of models, cached for a second, since every prediction needs them."""
 
     def __init__(self, registry: Registry, remember_seconds: float = 1.0) -> None:
         self._registry = registry
@@ -76,7 +77,7 @@ class ModelAccess:
         self._known: dict[str, tuple[float, Access]] = {}
 
     def forget(self, model: str) -> None:
-        """Read the access of a model anew the next time."""
+        """Remove the access rights of a model from the cache."""
         self._known.pop(model, None)
 
     def of(self, model: str) -> Access:
@@ -92,7 +93,7 @@ class ModelAccess:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What all routes of one server share; the app carries it as ``app.state.server``."""
+    """The shared state of one server's routes, available as ``app.state.server``."""
 
     home: Path
     models: LoadedModels
@@ -101,6 +102,7 @@ class ServerState:
     queue: WorkQueue
     shadows: Shadows
     drift: DriftWatch
+    samples: InputSampler
     image_limits: ImageLimits
     database: Database
     event_streams: EventStreams
@@ -121,42 +123,42 @@ class ServerState:
         return RunDir(self.home / "runs" / job_id)
 
     def stored_bytes(self, owner: str) -> int:
-        """Return what an owner's uploads, finished jobs and models take on disk."""
+        """Return the disk space of an owner's uploads, finished jobs and models."""
         return self.database.files.stored_bytes(owner) + self.models.registry.owned_bytes(owner)
 
     def dataset_name(self, folder: Path) -> str:
-        """Return what the client calls its dataset: the uploaded file's name without its ending, or the folder's."""
+        """Return the display name of a dataset: the uploaded file's name without suffix, or the folder's name."""
         if folder.parent == self.uploads.folder.resolve():
             return self.database.files.get(folder.name).filename.split(".")[0]
         return folder.name
 
     def without_home(self, text: str) -> str:
-        """Return a text or a page without the path of the workspace on this machine."""
+        """Return a text or page with the local path of the workspace removed."""
         home = f"{self.home}{os.sep}"
         return text.replace(home, "").replace(html.escape(home), "")
 
     def still_valid(self, caller: Caller) -> bool:
-        """Return whether the key of a caller is still accepted; for answers that last long."""
+        """Return whether the key of a caller is still accepted; for long-lived responses."""
         try:
             return caller.key_id is None or self.database.keys.is_usable(caller.key_id)
         except (StoreError, DiskFull):
-            return True  # for a while nobody can say; the stream itself waits for the database too
+            return True  # unknown during a failure of the database, for which the stream itself waits too
 
     def may_use(self, caller: Caller, model: str) -> bool:
-        """Return whether a model exists for a caller: it is shared, or their own."""
+        """Return whether a caller may use a model: it is shared or their own, or they are an administrator."""
         return caller.is_admin or self.access.of(model).allows(caller.owner)
 
     def check_may_use(self, caller: Caller, model: str) -> None:
-        """Raise `NotFound` for another owner's private model, as for one that does not exist."""
+        """Raise `NotFound` if the caller may not use the model, the same error as for a missing model."""
         if not self.may_use(caller, model):
             raise no_such_model(model)
 
     def may_use_default(self, caller: Caller, model: LoadedModel) -> bool:
-        """Return whether a caller may be answered by the default model. A served bundle folder is everybody's."""
+        """Return whether a caller may use the default model. A bundle outside the registry is available to everyone."""
         return self.models.serves_a_folder or self.may_use(caller, model.name)
 
     def may_change(self, caller: Caller, model: str) -> bool:
-        """Return whether a caller may promote, delete or add to a model. What no job made is the administrator's."""
+        """Return whether a caller may promote, delete or add to a model. Models that no job made belong to administrators."""
         return caller.is_admin or self.models.registry.access(model).owner == caller.owner
 
 

@@ -1,7 +1,7 @@
-"""A dataset's way from a request's body to the workspace: streamed to disk, unpacked, described, put in its place.
+"""Receive uploaded datasets: stream the body to disk, unpack and examine it, and move the contents to their place.
 
-Nothing of an upload is visible before all of it is good. What a killed server leaves behind is swept at the next start. Knows
-multipart bodies and folders; does not know routes.
+An upload becomes visible only after all checks have passed. Files that a killed server leaves behind are deleted at the next
+start. Independent of HTTP routes.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _ORPHAN_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Received:
-    """An upload on disk."""
+    """A received and examined upload on disk."""
 
     filename: str
     purpose: str
     size_bytes: int
     sha256: str
     intake: Intake
-    stored_bytes: int  # what the contents take on disk
-    contents: Path  # a folder that waits to be moved to its place
+    stored_bytes: int  # disk space of the contents
+    contents: Path  # temporary folder, to be moved to its final place
 
     def summary(self) -> dict[str, Any]:
         return asdict(self.intake)
@@ -70,11 +70,11 @@ class Uploads:
 
     @contextlib.contextmanager
     def arriving(self, announced_bytes: int = 0, owner: str = LOCAL_OWNER) -> Iterator[Path]:
-        """Yield a folder of its own for one upload, gone at the end of the block with whatever is still in it.
+        """Yield a temporary folder for one upload, which is deleted at the end of the block.
 
         Raises:
-            Overloaded: too many uploads at once, of everybody or of this owner.
-            DiskFull: no room for what the request announces and its contents.
+            Overloaded: there are too many concurrent uploads, in total or of this owner.
+            DiskFull: there is no space for the announced bytes and the unpacked contents.
         """
         n_arriving = self._arriving.total()
         if n_arriving >= MAX_AT_ONCE:
@@ -97,7 +97,7 @@ class Uploads:
             shutil.rmtree(arriving, ignore_errors=True)
 
     def sweep(self, known: Callable[[], Collection[str]]) -> None:
-        """Remove what killed servers left: uploads that nobody is receiving, and old contents without a row."""
+        """Delete files that killed servers left behind: unfinished uploads, and old contents without a database row."""
         for leftover in self.folder.glob(f"{_ARRIVING}*"):
             if _is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -106,7 +106,7 @@ class Uploads:
             shutil.rmtree(placed[name], ignore_errors=True)
 
     def discard(self, file_id: str) -> None:
-        """Remove contents whose row is gone. A reader that has begun may fail; a job that is not finished keeps its row."""
+        """Delete the contents of an upload whose row was deleted. Unfinished jobs are not affected: they prevent the deletion."""
         shutil.rmtree(self.place_of(file_id), ignore_errors=True)
 
 
@@ -115,7 +115,7 @@ def _is_abandoned(arriving: Path) -> bool:
         with open(arriving / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return _is_old(arriving)  # it may have been made this very moment
+        return _is_old(arriving)  # it may just have been created
     except BlockingIOError:
         return False
     return True
@@ -130,7 +130,7 @@ def _is_old(path: Path) -> bool:
 
 
 class _ToDisk(MultiPartParser):
-    """Write the file straight to where it is unpacked from, instead of a spool in the system's temporary folder."""
+    """Writes the uploaded file directly to `target`, instead of a spool file in the system's temporary folder."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: Path) -> None:
         super().__init__(headers, stream, max_files=1, max_fields=8, max_part_size=1024)
@@ -147,10 +147,10 @@ class _ToDisk(MultiPartParser):
 
 @contextlib.asynccontextmanager
 async def _form(request: Request, target: Path, how: str) -> AsyncIterator[FormData]:
-    """Yield the form of a request, whose file has been streamed to `target`.
+    """Stream the file of a multipart request to `target` and yield the form.
 
     Raises:
-        HTTPException: 415 for a body that is no form, 400 for a broken one.
+        HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
@@ -166,11 +166,11 @@ async def _form(request: Request, target: Path, how: str) -> AsyncIterator[FormD
 
 
 async def receive(request: Request, target: Path) -> tuple[str, str]:
-    """Stream the form's file to `target`; return the name that the client gave it, and its purpose.
+    """Stream the form's file to `target`; return its name and its purpose.
 
     Raises:
-        HTTPException: 415 for a body that is no form, 400 for a broken one.
-        InvalidInput: fields that are missing, unknown, given twice, or not what they should be.
+        HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
+        InvalidInput: fields are missing, unknown, given twice, or invalid.
     """
     async with _form(request, target, HOW_TO_SEND) as form:
         problems = _field_problems(form, "file", required=("purpose",))
@@ -184,11 +184,11 @@ async def receive(request: Request, target: Path) -> tuple[str, str]:
 
 
 async def receive_part(request: Request, target: Path) -> int | None:
-    """Stream the form's part to `target`; return the number that the client gave it, if it gave one.
+    """Stream the form's part to `target`; return its number, or None if the client gave none.
 
     Raises:
-        HTTPException: 415 for a body that is no form, 400 for a broken one.
-        InvalidInput: fields that are missing, unknown, given twice, or not what they should be; an empty part.
+        HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
+        InvalidInput: fields are missing, unknown, given twice, or invalid; or the part is empty.
     """
     async with _form(request, target, HOW_TO_SEND_A_PART) as form:
         problems = _field_problems(form, "data", optional=("part_number",))
@@ -217,13 +217,13 @@ def _refuse(problems: Sequence[Problem], how: str) -> None:
 
 
 def plain_name(filename: str) -> str:
-    """Return a name for showing, never a path: printable, without folders."""
+    """Return a file name for display: printable, without folders."""
     name = "".join(character for character in filename.replace("\\", "/").rsplit("/", 1)[-1] if character.isprintable())
     return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARACTERS] or "dataset"
 
 
 def examine(archive: Path, filename: str, purpose: str) -> Received:
-    """Unpack beside the archive and describe; see `take_in` for what is refused."""
+    """Unpack an archive and return the description of its contents; see `take_in` for the errors."""
     contents = archive.with_name("contents")
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
@@ -234,7 +234,7 @@ def examine(archive: Path, filename: str, purpose: str) -> Received:
 
 
 def move_to(contents: Path, place: Path) -> None:
-    """On the same disk, so it is one step; flushed, so that a committed row never outlives it."""
+    """Move the contents to their place atomically, and flush the folder before the row is committed."""
     os.rename(contents, place)
     descriptor = os.open(place.parent, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""The worker beside the server: ``python -m finetune worker`` as a child, started anew when it dies, ended with the server.
+"""The server's worker: ``python -m finetune worker`` as a child process, restarted when it dies and stopped with the server.
 
-A process of its own, because training needs all that this one must not import, and because a run that takes the memory or the
-machine down must not take predictions with it.
+It is a separate process because the server must not import the training libraries, and because a run that exhausts the memory
+must not stop predictions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_TRAINING = (
 
 
 class WorkerProcess:
-    """One worker, kept running. `start` and `stop` on the main thread: a child dies with the thread that started it."""
+    """One worker that is kept running. Call its methods on the main thread: the child ends with the thread that started it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -37,14 +37,14 @@ class WorkerProcess:
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start it; where nothing here can train, say so."""
+        """Start the worker; log a warning if the training libraries are not installed."""
         if not can_train():
             log.warning(NO_TRAINING)
         self._process = self._spawn()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
-        """Let it hand its jobs back, then end it."""
+        """Stop the worker after it has returned its jobs to the queue."""
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -63,7 +63,7 @@ class WorkerProcess:
             [*die_with_parent, sys.executable, "-m", "finetune", "worker"],
             env={**os.environ, "FINETUNE_HOME": str(self.home)},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C ends the server, which then ends the worker, once
+            start_new_session=True,  # Ctrl-C must reach only the server, which then stops the worker
         )
 
     async def _keep(self) -> None:

@@ -1,1 +1,1 @@
-"""What ships and what runs it: decoding, preprocessing, the manifest, the predictor, the registry of models. Torch-free."""
+"""The bundle and everything that serving it needs: decoding, preprocessing, manifest, predictor, model registry. Torch-free."""

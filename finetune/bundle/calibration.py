@@ -1,7 +1,7 @@
-"""What held-out images showed about a model's answers, and what follows for a new one: a set of labels, or no answer at all.
+"""Apply the calibration of a model to new predictions: prediction sets with a given coverage, and abstention. Torch-free.
 
-The numbers stand in ``bundle.json`` under ``calibration.held_out``, the directions of known images in ``novelty.npz``. How they
-are found is in `finetune.evaluation.calibrate`; here they are only looked up. Torch-free.
+The thresholds are computed from predictions on held-out images by `finetune.evaluation.calibrate` and stored in ``bundle.json``
+under ``calibration.held_out``; the subspace of the embeddings of known images is stored in ``novelty.npz``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from finetune.storage.files import write_atomic
 HELD_OUT = "held_out"  # the key in ``calibration``
 
 LEVELS = tuple(f"{percent / 100:.2f}" for percent in range(50, 100))
-"""The coverages and precisions that a bundle knows; what is asked for between two of them becomes the higher one."""
+"""The coverages and precisions that a bundle has thresholds for; a request between two of them gets the higher one."""
 
 CLASS_LEVELS = ("0.80", "0.90", "0.95")
 NOVEL = 0.95
-"""An image that is more unlike the known ones than this share of held-out images counts as unlike anything seen."""
+"""An image counts as unlike the known ones if it is farther from them than this share of the held-out images."""
 
 DEFAULT_PRECISION = 0.95
 
@@ -39,13 +39,14 @@ Reason = Literal["unsure", "unlike"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of an answer besides labels and probabilities.
+    """The options of a prediction besides labels and probabilities.
 
     Args:
-        coverage: the probability with which the set of labels shall hold the right one; None: no set.
-        per_class: whether that shall hold for each class by itself.
-        abstain: whether to say where the model should not be relied on; None: what the model's owner has chosen.
-        precision: the share of the answers given that shall be right; None: what the owner has chosen, else `DEFAULT_PRECISION`.
+        coverage: probability with which the prediction set must contain the right label; None: no set is returned.
+        per_class: whether that probability must be reached for each class separately.
+        abstain: whether to abstain where the model is not reliable; None: as the model's owner has chosen.
+        precision: required share of correct predictions among those that are not abstained from; None: as the owner has chosen,
+            else `DEFAULT_PRECISION`.
     """
 
     coverage: float | None = None
@@ -59,16 +60,16 @@ NOTHING = Asked()
 
 @dataclass(frozen=True)
 class Certainty:
-    """What can be said of one answer. Parts that were not asked for are None."""
+    """The prediction set and the abstention for one prediction. Parts that were not asked for are None."""
 
-    labels: tuple[str, ...] | None = None  # the set, the most probable first; never empty
-    coverage: float | None = None  # that the set has
+    labels: tuple[str, ...] | None = None  # the prediction set, the most probable first; never empty
+    coverage: float | None = None  # of the prediction set
     abstained: bool | None = None
-    reason: Reason | None = None  # why: not sure enough, or unlike anything seen
-    novelty: float | None = None  # the share of held-out images that are less unlike the known ones than this one
+    reason: Reason | None = None  # why it abstained: the probability is too low, or the image is unlike the known ones
+    novelty: float | None = None  # share of the held-out images that are closer to the known ones than this image
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was asked for as JSON values, under the keys of an answer of ``/predict``."""
+        """Return the parts that were asked for as JSON values, under the keys of ``/predict``."""
         found: dict[str, Any] = {}
         if self.labels is not None:
             found["prediction_set"] = {"coverage": self.coverage, "labels": list(self.labels)}
@@ -82,7 +83,7 @@ NOTHING_SAID = Certainty()
 
 @dataclass(frozen=True)
 class Operating:
-    """Where to abstain for one precision."""
+    """The operating point of abstention for one precision."""
 
     threshold: float  # of the probability of the most probable class
     answered: float  # share of the held-out images that are answered
@@ -90,26 +91,26 @@ class Operating:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the held-out images showed."""
+    """Thresholds that were computed from predictions on held-out images."""
 
-    split: str  # which images: val, or cv for those of all folds
-    n: int
-    coverage: Mapping[str, float] = field(default_factory=dict)  # level -> least probability of a label in the set
-    class_coverage: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # level -> one for each class
-    precision: Mapping[str, Operating] = field(default_factory=dict)  # level -> where to abstain
-    novelty: tuple[float, ...] = ()  # distances that 1 %, 2 % … of held-out images do not exceed; none where not known
-    checked: Mapping[str, Any] = field(default_factory=dict)  # what came of it on images that had no part in it
+    split: str  # of the held-out images: val, or cv for those of all folds
+    n: int  # held-out images
+    coverage: Mapping[str, float] = field(default_factory=dict)  # level -> smallest probability of a label in the set
+    class_coverage: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # level -> the same for each class
+    precision: Mapping[str, Operating] = field(default_factory=dict)  # level -> operating point
+    novelty: tuple[float, ...] = ()  # distances that 1 %, 2 % … of the held-out images do not exceed; empty if not known
+    checked: Mapping[str, Any] = field(default_factory=dict)  # coverage and precision measured on the test images
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers as JSON values."""
+        """Return the thresholds as JSON values."""
         return asdict(self)
 
     @classmethod
     def of(cls, calibration: Mapping[str, Any]) -> Calibration | None:
-        """Read what stands in a manifest under ``calibration``; None for bundles that do not say it.
+        """Return the thresholds in the entry ``calibration`` of a manifest; None if the bundle has none.
 
         Raises:
-            BundleError: it is damaged.
+            BundleError: the entry is not valid.
         """
         if HELD_OUT not in calibration:
             return None
@@ -119,10 +120,10 @@ class Calibration:
             raise BundleError(f"calibration.{HELD_OUT} of the bundle is not valid: {error.errors()[0]['msg']}") from None
 
     def threshold_of_coverage(self, coverage: float) -> tuple[float, float]:
-        """Return the least probability of a label in the set, and the coverage that it has.
+        """Return the smallest probability of a label in the prediction set, and the coverage of the set.
 
         Raises:
-            InvalidInput: a coverage that is no share between 0.5 and 0.99, or that so few images cannot show.
+            InvalidInput: the coverage is not between 0.5 and 0.99, or there are too few held-out images for it.
         """
         level = _level(LEVELS, coverage, "coverage")
         if level not in self.coverage:
@@ -130,15 +131,15 @@ class Calibration:
         return self.coverage[level], float(level)
 
     def thresholds_of_classes(self, coverage: float) -> tuple[tuple[float, ...], float]:
-        """Return the least probability for each class, and the coverage that each has; 0 for a class of too few images."""
+        """Return the smallest probability for each class (0 for a class with too few images), and the coverage of each class."""
         level = _level(CLASS_LEVELS, coverage, "coverage", " for each class")
         return tuple(threshold or 0.0 for threshold in self.class_coverage[level]), float(level)
 
     def operating(self, precision: float) -> Operating:
-        """Return where to abstain.
+        """Return the operating point for a precision.
 
         Raises:
-            InvalidInput: a precision that is no share between 0.5 and 0.99, or that these images cannot show.
+            InvalidInput: the precision is not between 0.5 and 0.99, or is more than the held-out images can show.
         """
         level = _level(LEVELS, precision, "precision")
         if level not in self.precision:
@@ -146,7 +147,7 @@ class Calibration:
         return self.precision[level]
 
     def novelty_of(self, distance: float) -> float:
-        """Return the share of held-out images, in whole percent, that are less unlike the known ones."""
+        """Return the share of held-out images, in whole percent, with a smaller distance from the known images."""
         return bisect.bisect_left(self.novelty, distance) / 100
 
     def _too_few(self, what: str, asked: float, best: str | None) -> InvalidInput:
@@ -161,7 +162,14 @@ _ADAPTER = TypeAdapter(Calibration)
 
 
 def _level(levels: tuple[str, ...], asked: float, what: str, of: str = "") -> str:
-    """Return the lowest level that is at least what was asked."""
+    """Return the lowest level that is at least `asked`.
+
+    Args:
+        what: name of the quantity, for the error.
+
+    Raises:
+        InvalidInput: there is no such level.
+    """
     found = next((level for level in levels if float(level) >= asked - 1e-9), None)
     if found is None or not float(LEVELS[0]) <= asked:
         message = f"must be between {LEVELS[0]} and {levels[-1]}{of}"
@@ -170,13 +178,13 @@ def _level(levels: tuple[str, ...], asked: float, what: str, of: str = "") -> st
 
 
 class Judge:
-    """Says how far one model's answers may be relied on.
+    """Computes prediction sets and abstention for the predictions of one model.
 
     Args:
         classes: in the order of the probabilities.
-        calibration: None where the bundle holds none; then nothing can be asked.
-        subspace: None where embeddings of known images are not described.
-        owner_precision: what the model's owner has switched abstention on with; None: it is off.
+        calibration: None if the bundle has none; then neither is available.
+        subspace: of the embeddings of known images; None if the bundle has none.
+        owner_precision: precision with which the model's owner has switched abstention on; None: it is off.
         exclusive: whether an image has exactly one label.
     """
 
@@ -196,10 +204,10 @@ class Judge:
         self._owner_precision = owner_precision
 
     def resolved(self, asked: Asked) -> Asked:
-        """Return what is asked with the owner's choice in place of what is left open; refuse what cannot be answered.
+        """Return the options with the owner's choices in place of None, after checking that they are available.
 
         Raises:
-            InvalidInput: the bundle holds no calibration, or its held-out images cannot show what is asked.
+            InvalidInput: the bundle has no calibration, or its held-out images are too few for the requested values.
         """
         switched_on = asked.precision is not None or self._owner_precision is not None
         abstain = switched_on if asked.abstain is None else asked.abstain
@@ -221,11 +229,11 @@ class Judge:
         return Asked(asked.coverage, asked.per_class, abstain, precision if abstain else None)
 
     def certainty(self, probs: NDArray[np.floating[Any]], embedding: NDArray[np.floating[Any]], asked: Asked) -> Certainty:
-        """Say what was asked of one answer.
+        """Return the prediction set and the abstention for one image, as far as they are asked for.
 
         Args:
             probs, embedding: (C,) and (D,) of the image.
-            asked: what `resolved` gave.
+            asked: as `resolved` returned it.
         """
         labels, coverage = (None, None) if asked.coverage is None else self._set(probs, asked.coverage, asked.per_class)
         if not asked.abstain or asked.precision is None:
@@ -245,7 +253,7 @@ class Judge:
         )
         order = np.argsort(-probs, kind="stable")
         inside = probs >= np.asarray(thresholds)
-        # The most probable label always belongs to the set: that can only raise the coverage, and nobody can use an empty set.
+        # The most probable label always belongs to the set: an empty set is of no use, and this can only raise the coverage.
         return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
 
     def _calibration(self, what: str) -> Calibration:
@@ -265,16 +273,16 @@ class Judge:
 
 
 def write_subspace(path: Path, subspace: Subspace) -> None:
-    """Write where the embeddings of known images lie, as plain arrays, without pickle."""
+    """Write the subspace of known images as plain arrays, without pickle."""
     arrays: dict[str, Any] = {"mean": subspace.mean, "components": subspace.components}
     write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
 
 
 def parse_subspace(folder: Path, data: bytes) -> Subspace:
-    """Return the inverse of `write_subspace`.
+    """Return the subspace in the content of a file that `write_subspace` wrote.
 
     Raises:
-        BundleError: the file is not one.
+        BundleError: the content cannot be read.
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:

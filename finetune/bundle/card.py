@@ -1,6 +1,6 @@
-"""The model card: what a bundle records of itself, as Markdown that people and model hubs read. Torch-free.
+"""Write the model card of a bundle: the facts in its manifest, as Markdown for users and model hubs. Torch-free.
 
-Every sentence is a fact of the manifest. What is not recorded is left out or said to be unknown, never guessed.
+Facts that the manifest does not contain are left out or called unknown.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SPLITS = {
 
 
 def model_card(manifest: Manifest, library: str = "onnx", use: str | None = None) -> str:
-    """Return the card of a bundle, with a head that model hubs read.
+    """Return the card of a bundle, with the YAML front matter that model hubs read.
 
     Args:
-        library: what loads the files that the card lies beside.
-        use: how, in Markdown; by default how finetune uses the bundle.
+        library: name of the library that loads the model, for the front matter.
+        use: Markdown that says how to load the model; by default, how to use the bundle with finetune.
     """
     reference = manifest.name if manifest.version is None else f"{manifest.name}@{manifest.version}"
     parts = [
@@ -49,7 +49,7 @@ def model_card(manifest: Manifest, library: str = "onnx", use: str | None = None
 
 
 def _head(manifest: Manifest, library: str) -> str:
-    """The YAML that hubs read; JSON strings are YAML strings."""
+    """Return the YAML front matter. Strings are written as JSON, which is valid YAML."""
     licence = _weights(manifest).get("license")
     lines = [
         "---",
@@ -131,7 +131,7 @@ def _reliance(manifest: Manifest) -> str:
 
 
 def checked_sentences(calibration: Calibration) -> list[str]:
-    """Return in sentences what the calibration promises, and what came of it on images that had no part in it."""
+    """Return sentences about the calibrated precision and coverage, and about those that were measured on the test images."""
     sentences = []
     level = f"{DEFAULT_PRECISION:.2f}"
     if level in calibration.precision:
@@ -191,14 +191,14 @@ def _made(manifest: Manifest) -> list[list[str]]:
 
 
 def _first(weights: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the first of the models began with that led to these weights."""
+    """Return the pretrained weights of the first model in the chain of models that these weights come from."""
     while origin := weights.get("origin"):
         weights = origin.get("weights") or {}
     return weights
 
 
 def _started_from(weights: Mapping[str, Any]) -> str:
-    """Return the models that this one was made from, the nearest first, and the pretrained weights of the first."""
+    """Return a phrase with the models that this one was trained on from, the last one first, and the first one's weights."""
     names, first = [], _first(weights)
     while origin := weights.get("origin"):
         names.append(_text(origin["model"]))
@@ -262,7 +262,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(value: object) -> str:
-    """Return text that Markdown shows as it is, in one line."""
+    """Return a value as text in one line, escaped for Markdown."""
     line = " ".join(str(value).split())
     escaped = "".join(f"\\{character}" if character in "\\`*[]<>#|~" else character for character in line)
-    return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", escaped)  # inside a word it means nothing
+    return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", escaped)  # within a word, an underscore is no markup

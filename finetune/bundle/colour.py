@@ -1,8 +1,9 @@
-"""Colours of an embedded profile → sRGB, which is what pretrained weights were trained on and what every other file is taken for.
+"""Convert images with an embedded colour profile to sRGB, which pretrained weights expect. Torch-free.
 
-Phones write Display P3, cameras Adobe RGB, scanners Lab: without the conversion their colours are up to forty levels off. A
-profile that differs from sRGB by no more than rounding converts nothing, so that ordinary files keep their pixels bit for bit.
-Damaged profiles, and profiles of another kind of pixels, are left aside: the pixels are still good. Torch-free.
+Phones write Display P3, cameras Adobe RGB, scanners Lab; without the conversion their colours are up to forty levels off. Images
+without a profile are assumed to be sRGB. A profile that differs from sRGB only by rounding is ignored, so that ordinary files
+keep their pixels bit for bit. Damaged profiles, and profiles for another kind of pixels, are ignored too, because the pixels are
+usable.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import threading
 import numpy as np
 from PIL import Image, ImageCms
 
-MAX_PROFILE_BYTES = 4 * 1024 * 1024  # a printer's profile has half a megabyte
-_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}  # mode → the colour space that a profile of such pixels names
-_SAME_LEVELS = 2  # a profile that moves no colour by more than this is sRGB, written down with other rounding
+MAX_PROFILE_BYTES = 4 * 1024 * 1024  # profiles of printers have about half a megabyte
+_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}  # Pillow's mode → the colour space that a profile of such pixels names
+_SAME_LEVELS = 2  # a profile that changes no colour by more than this is sRGB with other rounding
 _KINDS_OF_DEVICE = ("scnr", "mntr", "prtr", "spac")
 
 
 class _Profiles:
-    """Transforms by profile and mode. Building one may take 0.1 s, and a camera writes the same profile into every file."""
+    """A cache of transforms by profile and mode: building one may take 0.1 s, and a camera writes one profile into all files."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._profiles: dict[tuple[bytes, str], ImageCms.ImageCmsTransform | None] = {}
 
     def transform(self, profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-        """Return how pixels of this profile become sRGB; None where they are sRGB already, or the profile cannot be used."""
+        """Return the transform to sRGB; None if the profile is sRGB already or cannot be used."""
         key = hashlib.sha256(profile).digest(), mode
         with self._lock:
             if key in self._profiles:
@@ -49,8 +50,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Return an image without transparency as sRGB, mode RGB.
 
     Args:
-        image: of mode L, RGB, CMYK or LAB; another mode is converted without regard to the profile.
-        profile: the ICC profile that its file carries.
+        image: of mode L, RGB, CMYK or LAB; for another mode the profile is ignored.
+        profile: the ICC profile embedded in the file.
     """
     if image.mode == "LAB":
         return _applied(image, _from_lab())
@@ -84,7 +85,7 @@ def _transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCms
         mode,
         "RGB",
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        # The usual precision of precomputed tables is three levels off for Lab.
+        # With tables of the default precision, Lab colours are up to three levels off.
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC,
     )
 
@@ -101,7 +102,7 @@ def _applied(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image
 
 
 def _sample_colours(mode: str) -> Image.Image:
-    """Return a picture of colours from all over the space: nine levels of each channel; of grey, every level."""
+    """Return an image of colours that cover the space: nine levels of each channel, for grey all levels."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)

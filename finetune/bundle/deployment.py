@@ -1,8 +1,8 @@
-"""What the server answers with: one reference in ``models/default.json``, and what is tried beside it.
+"""The deployed model: the default reference in ``models/default.json``, with an optional canary and shadow. Torch-free.
 
-``POST /predict`` without a model name answers with the default reference. It changes only when somebody deploys another one;
-every change is a line in ``default.jsonl``. A canary answers a share of the requests instead; a shadow computes a share of the
-answers a second time, for comparison, and its answers reach nobody. Torch-free.
+``POST /predict`` without a model name is answered by the default reference. It changes only by a deployment, and every change is
+recorded in ``default.jsonl``. A canary answers a share of these requests instead of the default. A shadow predicts a share of
+them in addition, for comparison; its predictions are not returned to clients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 @dataclass(frozen=True)
 class Share:
-    """A model that gets a share of the requests for the default."""
+    """A canary or shadow: a model that receives a share of the requests for the default."""
 
     reference: _Reference
     percent: _Percent
@@ -42,7 +42,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What answers requests that name no model."""
+    """The models that answer requests without a model name."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ _ADAPTER = TypeAdapter(Deployment)
 
 
 def read_deployment(registry: Registry) -> Deployment | None:
-    """Return what is deployed, or None where nothing was. A damaged ``default.json`` is replaced by what the journal says."""
+    """Return the current deployment, from the journal if ``default.json`` is damaged; None if there is none."""
     try:
         return _ADAPTER.validate_json((registry.root / _DEFAULT).read_bytes())
     except FileNotFoundError:
@@ -69,10 +69,10 @@ def read_deployment(registry: Registry) -> Deployment | None:
 
 
 def default_reference(registry: Registry) -> str:
-    """Return the default reference: what was deployed, or the only model there is.
+    """Return the default reference: the deployed one or, without a deployment, the only registered model.
 
     Raises:
-        NotFound: nothing is registered, or there are several models and none was chosen.
+        NotFound: no model is registered, or there are several and none was deployed.
     """
     deployed = read_deployment(registry)
     if deployed is not None:
@@ -91,13 +91,13 @@ def default_reference(registry: Registry) -> str:
 
 
 def deploy(registry: Registry, deployment: Deployment, **audit: Any) -> Deployment:
-    """Make `deployment` what the server answers with, from the next request on; each reference must mean a registered version.
+    """Deploy models, which takes effect with the next request.
 
     Args:
-        audit: who deployed it and why, for the journal.
+        audit: who deployed them and why, for the journal.
 
     Raises:
-        NotFound: a reference means nothing.
+        NotFound: a reference does not name a registered version.
     """
     shares = [share.reference for share in (deployment.canary, deployment.shadow) if share is not None]
     for reference in (deployment.reference, *shares):
@@ -108,7 +108,7 @@ def deploy(registry: Registry, deployment: Deployment, **audit: Any) -> Deployme
 
 
 def deploy_first(registry: Registry, name: str) -> None:
-    """Make the first model of an empty folder the default; where there was one model without a choice, that one stays it."""
+    """Deploy the model `name` if it is the first in the registry; if one other model is there, not deployed, deploy that one."""
     with _locked(registry.root):
         deployed = read_deployment(registry)
         others = [known for known in registry.names() if known != name]
@@ -120,10 +120,10 @@ def deploy_first(registry: Registry, name: str) -> None:
 
 
 def roll_back(registry: Registry, **audit: Any) -> Deployment:
-    """Deploy again what was deployed before. A second rollback undoes the first.
+    """Return to the deployment before the current one; a second rollback undoes the first.
 
     Raises:
-        Conflict: nothing else that still exists was ever deployed.
+        Conflict: there was no other deployment whose model still exists.
     """
     with _locked(registry.root):
         present = read_deployment(registry)
@@ -143,7 +143,7 @@ def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:
 
 @dataclass(frozen=True)
 class Deployed:
-    """One deployment of the journal: what, when and by whom."""
+    """One deployment in the journal."""
 
     deployment: Deployment
     at: float  # Unix seconds
@@ -151,7 +151,7 @@ class Deployed:
 
 
 def deployments(registry: Registry) -> list[Deployed]:
-    """Return every deployment there was, oldest first."""
+    """Return all deployments in the journal, oldest first."""
     found = []
     for line in read_lines(registry.root / _JOURNAL):
         with contextlib.suppress(ValidationError):

@@ -1,7 +1,7 @@
-"""Bytes of an image file in, upright RGB pixels out: the only decoder of the project.
+"""Decode image files into upright RGB pixels. This is the only decoder of the project. Torch-free.
 
-Training, validation, export checks, ``predict`` and the server all read images here, so none of them can see other pixels
-than the rest. Knows files and pixels; does not know sizes a model wants (`preprocess`) or what a picture shows. Torch-free.
+Training, validation, export checks, ``predict`` and the server all decode images here, so all of them get the same pixels.
+Resizing to the input of a model is done by `preprocess`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "BMP", "GIF", "TIFF")
 _FORMATS_READ = "JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF and TIFF are read"
 DECODER = f"pillow-{PIL.__version__}-heif-{version('pillow-heif')}-srgb"
-"""Names the decoder in the keys of what is stored of decoded images: with another one, a file may give other pixels."""
-HEAD_BYTES = 256  # of a file, from which `sniff` and `looks_like_image` tell what it is
+"""The name of the decoder in the keys of cached data; another decoder may return other pixels for the same file."""
+HEAD_BYTES = 256  # number of first bytes of a file that `sniff` and `looks_like_image` need
 
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How much one image may cost. Everything is checked from headers, before any pixel is decoded.
+    """Limits on the size of an image. They are checked from the headers, before any pixel is decoded.
 
     Args:
-        max_pixels: pixels that are really decoded. A baseline JPEG that may be decoded at a reduced scale may have more.
-        max_file_pixels: pixels of such a JPEG in the file.
-        max_scan_pixels: pixels times scans of a JPEG; each scan of a progressive one passes over all of them.
+        max_pixels: of the decoded image. The file may have more if it is a baseline JPEG that is decoded at a reduced scale.
+        max_file_pixels: of such a JPEG in the file.
+        max_scan_pixels: pixels times scans of a JPEG, because decoding passes over all pixels once for each scan.
     """
 
     max_bytes: int = 64 * MIB
@@ -59,7 +59,7 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 def _open_avif(stream: io.BytesIO) -> ImageFile.ImageFile:
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several images are decoded in parallel already
     return AvifImagePlugin.AvifImageFile(stream)
 
 
@@ -69,18 +69,18 @@ def _open_heif(stream: io.BytesIO) -> ImageFile.ImageFile:
 
 @functools.cache
 def _heif_reader() -> Callable[[io.BytesIO], ImageFile.ImageFile]:
-    """Return the reader of HEIC photographs; its library is loaded when the first one comes."""
+    """Return the reader of HEIC images; its library is imported with the first such image."""
     import pillow_heif
 
-    # An embedded thumbnail is another picture than the one that is reduced, and nothing here reads depth maps.
+    # An embedded thumbnail may differ from the image, and depth maps are not used.
     pillow_heif.options.THUMBNAILS = pillow_heif.options.DEPTH_IMAGES = pillow_heif.options.AUX_IMAGES = False
     pillow_heif.options.DECODE_THREADS = 1
     reader: Callable[[io.BytesIO], ImageFile.ImageFile] = pillow_heif.HeifImageFile
     return reader
 
 
-# Plugins are called directly, not through Image.open: its pixel limit is one global of the whole process and warns where ours
-# refuses, and it turns a JPEG with a second picture inside (MPO, most phone panoramas) into another format without `draft`.
+# Plugins are called directly and not through Image.open: its pixel limit is a global of the process and only warns, and it opens
+# a JPEG that contains a second image (MPO, as phones write for panoramas) as another format, which has no `draft`.
 _READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -92,16 +92,16 @@ _READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "TIFF": TiffImageFile,
 }
 
-# What plugins raise on damaged files: 180,000 mutated ones raised the first three, Image.open guards against the rest.
+# The exceptions of plugins for damaged files: 180,000 mutated files raised the first three; Image.open handles the others too.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
-_LARGE_PIXELS = 25_000_000  # photographs are smaller, or JPEGs
-_SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image, but not without measure: it is decoded whole
+_LARGE_PIXELS = 25_000_000  # larger images other than JPEGs are averaged down before they are converted
+_SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image up to this size; a tile is always decoded as a whole
 _END_OF_JPEG = b"\xff\xd9"
-_ANY_BITS = (b"\x55" * 512, b"\x9c\x33" * 256)  # what could stand where the data of a JPEG ends, if it went on
-_MENDED_PIXELS = 50_000_000  # a JPEG without an end mark is decoded several times, so it may not be larger
+_ANY_BITS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
+_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
 _START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
 
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
@@ -114,7 +114,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 @dataclass(frozen=True)
 class Orientation:
-    """How to turn a stored picture upright: Pillow's name for it, and the same as a swap of the axes followed by mirrorings."""
+    """The operation that turns a stored image upright: as a Pillow method, and as a swap of the axes followed by mirroring."""
 
     method: Image.Transpose
     swaps: bool
@@ -134,26 +134,26 @@ _ORIENTATIONS = {  # by EXIF value
 
 
 def decode_image(data: bytes, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode one image file. Of an animation, the first frame; what is transparent is shown on white.
+    """Decode one image file. Of an animation, the first frame is returned; transparent pixels are drawn on white.
 
     Args:
-        short_side_px: the caller needs no more than this many pixels on the shorter side, so a large JPEG may be decoded at a
-            half, a quarter or an eighth of its size (several times faster), but never smaller than this.
+        short_side_px: the number of pixels that the caller needs on the shorter side. A larger JPEG may be decoded at a half, a
+            quarter or an eighth of its size, which is several times faster, but not smaller than this.
 
     Returns:
         (H, W, 3) uint8 RGB, upright.
 
     Raises:
-        UnsupportedImage: not one of `FORMATS`, or pixels with no agreed meaning (float, 32-bit).
-        ImageTooLarge: over `limits`.
-        ImageError: empty, truncated or damaged.
+        UnsupportedImage: the format is not one of `FORMATS`, or the pixels have no defined range (float, 32-bit).
+        ImageTooLarge: the image exceeds `limits`.
+        ImageError: the file is empty, truncated or damaged.
     """
     image, _ = open_upright(data, short_side_px=short_side_px, limits=limits)
     return np.array(image)
 
 
 def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-    """`decode_image` of a file; errors name it."""
+    """Decode the image file at `path` as `decode_image` does; errors name the file."""
     try:
         return decode_image(read_bytes(path, limits), short_side_px=short_side_px, limits=limits)
     except ImageError as error:
@@ -161,7 +161,11 @@ def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLim
 
 
 def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The bytes of an image file, its size checked before reading. Errors do not name the file: see `naming`."""
+    """Return the bytes of an image file, after checking its size.
+
+    Raises:
+        ImageError: the file is too large or cannot be read. The message does not name the file; use `naming` for that.
+    """
     try:
         check_bytes(path.stat().st_size, limits)
         return path.read_bytes()
@@ -170,14 +174,15 @@ def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
 
 
 def naming(path: Path | str, error: ImageError) -> ImageError:
-    """The same error with the file in front of its message."""
+    """Return the same error with the path of the file before its message."""
     return type(error)(f"{path}: {error.message}")
 
 
 def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Upright (width, height) of an image file, which is decoded to its end as cheaply as its format allows.
+    """Return the upright (width, height) of an image file, which is decoded completely, at the smallest scale possible.
 
-    So a size is only given for files that `decode_image` reads; it raises as that does.
+    Raises:
+        ImageError: `decode_image` would raise it too.
     """
     image, data = _opened(data, limits)
     width, height = image.size
@@ -186,24 +191,25 @@ def image_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[in
 
 
 def header_size(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Return the upright (width, height) that an image file's header gives; no pixel is decoded, so the rest may be damaged.
+    """Return the upright (width, height) in the header of an image file. No pixel is decoded, so the rest may be damaged.
 
     Raises:
-        ImageError: the header cannot be read, or what it says is over `limits`.
+        ImageError: the header cannot be read, or the image exceeds `limits`.
     """
     image, _ = _opened(data, limits)
     width, height = image.size
-    if image.format == "TIFF":  # Pillow gives the upright size, although it turns the pixels only while it loads them
+    if image.format == "TIFF":  # Pillow reports the upright size, although it turns the pixels only while loading them
         return width, height
     turn = _upright_turn(image)
     return (height, width) if turn is not None and turn.swaps else (width, height)
 
 
 def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits) -> tuple[Image.Image, Box]:
-    """`decode_image` as a Pillow image of mode RGB, and the part of it that holds the picture.
+    """Decode an image as `decode_image` does, into a Pillow image of mode RGB; also return the box of it that has content.
 
-    That part is all of it, but for a JPEG decoded at a reduced scale that does not divide its sides: 533 pixels at a half
-    become 267, the last one half beyond the edge. Whoever resamples must know, or the picture moves by a fraction of a pixel.
+    The box is the whole image, except for a JPEG that is decoded at a reduced scale that does not divide its sides: 533 pixels at
+    a half become 267, half of the last one beyond the edge. Resampling must use the box, or the content is shifted by a fraction
+    of a pixel.
     """
     image, data = _opened(data, limits)
     rgb, box, turn = _decoded(image, data, short_side_px, limits)
@@ -213,7 +219,14 @@ def open_upright(data: bytes, *, short_side_px: int | None, limits: ImageLimits)
 
 
 def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, bytes]:
-    """The file with its header read and found to be within `limits`, no pixel decoded yet; and its bytes from the first of it."""
+    """Open a file and check its header against `limits`, without decoding pixels.
+
+    Returns:
+        The image, and its bytes without anything before the first byte of the image.
+
+    Raises:
+        UnsupportedImage, ImageTooLarge, ImageError: as `decode_image`.
+    """
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     check_bytes(len(data), limits)
@@ -223,7 +236,7 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
         refuse_pages(data)
     try:
         image = _READERS[name](io.BytesIO(data))
-    except Image.DecompressionBombError:  # Pillow looks at a WebP's header before it makes room for the canvas
+    except Image.DecompressionBombError:  # Pillow itself checks a WebP's header before it allocates the canvas
         raise ImageTooLarge(f"the {name} image has far more pixels than the {limits.max_pixels:,} allowed") from None
     except _DAMAGED as error:
         if name == "TIFF" and (numbers := unusual_numbers(data)) is not None:
@@ -239,18 +252,23 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
 
 
 def _from_first_byte(data: bytes) -> bytes:
-    """Return a file without line breaks and spaces before its first byte: no image begins with one, and some servers add them."""
+    """Remove line breaks and spaces at the start of a file: no image begins with them, and some servers add them."""
     return data.lstrip(b"\r\n\t ") if data[:1] in (b"\r", b"\n", b"\t", b" ") else data
 
 
 def _decoded(
     image: ImageFile.ImageFile, data: bytes, short_side_px: int | None, limits: ImageLimits
 ) -> tuple[Image.Image, Box, Orientation | None]:
-    """RGB as stored, the part of it that holds the picture, and the turn that makes it upright."""
+    """Return the RGB image as stored, the box of it that has content, and the operation that turns it upright.
+
+    Raises:
+        ImageTooLarge: the image exceeds `limits`.
+        ImageError: the file is truncated or damaged.
+    """
     name = image.format
     try:
         box = _reduced_box(image, short_side_px)
-        _check_pixels(str(name), *image.size, limits)  # a JPEG's after its reduction
+        _check_pixels(str(name), *image.size, limits)  # for a JPEG after the reduction
         try:
             image.load()
         except OSError:
@@ -273,16 +291,16 @@ def _decoded(
 
 
 def _reduced_box(image: ImageFile.ImageFile, short_side_px: int | None) -> Box:
-    """Let a JPEG be decoded at a reduced scale, never below `short_side_px`; return which part of it holds the picture."""
-    reduced = None if short_side_px is None else image.draft(None, (short_side_px, short_side_px))  # only JPEG follows it
+    """Set a JPEG to be decoded at a reduced scale, not below `short_side_px`; return the box that has content."""
+    reduced = None if short_side_px is None else image.draft(None, (short_side_px, short_side_px))  # only JPEG supports it
     return reduced[1] if reduced else (0.0, 0.0, *image.size)
 
 
 def _with_end_mark(data: bytes) -> bytes | None:
-    """Return a JPEG that lacks only its end mark with that mark; None where some of its pixels are missing too.
+    """Return a JPEG that lacks only its end mark with that mark; None if data of its pixels is missing too.
 
-    A decoder makes up what is missing. What it makes of pixels that are all there does not depend on what follows them, so
-    they are compared with different bits after the end of the data.
+    A decoder invents missing pixels from the bits that follow. If no pixel is missing, the result does not depend on these bits,
+    so the file is decoded with different continuations of its data and the results are compared.
     """
     data = data.rstrip(b"\xff")
     whole = data + _END_OF_JPEG
@@ -297,20 +315,20 @@ def _with_end_mark(data: bytes) -> bytes | None:
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Return whether the first bytes of a file are those of an image that is read; for files whose name does not tell."""
+    """Return whether a file that begins with these bytes is an image in one of `FORMATS`; for files without a known suffix."""
     head = _from_first_byte(head)
     try:
         name = sniff(head)
     except UnsupportedImage:
         return False
-    return name != "BMP" or head[14:18] in _BMP_HEADERS  # two letters alone may begin a text
+    return name != "BMP" or head[14:18] in _BMP_HEADERS  # a text may begin with the letters BM
 
 
 def sniff(data: bytes) -> str:
-    """Which of `FORMATS` the first bytes say it is, whatever the file is called.
+    """Return which of `FORMATS` a file has according to its first bytes, whatever its name is.
 
     Raises:
-        UnsupportedImage: none of them; the message names what it looks like instead.
+        UnsupportedImage: it has none of them; the message says what it looks like instead.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -330,7 +348,7 @@ def sniff(data: bytes) -> str:
 
 
 def _sniff_container(data: bytes) -> str | None:
-    """Whether a file of the ISO container format is a HEIC or an AVIF picture, by its brands; None for videos and others."""
+    """Return "AVIF" or "HEIF" for an image in the ISO container format, by its brands; None for videos and others."""
     box_bytes = min(int.from_bytes(data[:4], "big"), HEAD_BYTES)
     brands = {data[8:12], *(data[start : start + 4] for start in range(16, box_bytes - 3, 4))}
     if data[8:12] in _AVIF_BRANDS or (data[8:12] in _ANY_CODEC_BRANDS and brands & _AVIF_BRANDS):
@@ -339,7 +357,7 @@ def _sniff_container(data: bytes) -> str | None:
 
 
 def _likeness(data: bytes) -> str:
-    """What a file that is not read looks like, with what to do about it."""
+    """Return what an unsupported file looks like, and what to do about it."""
     if data[4:8] == b"ftyp":
         return "this is a video or another file of the MP4 family: save one frame of it as JPEG"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
@@ -361,7 +379,11 @@ def _likeness(data: bytes) -> str:
 
 
 def check_bytes(size: int, limits: ImageLimits) -> None:
-    """Raises `ImageTooLarge` for a file of more bytes than allowed."""
+    """Check the size of a file.
+
+    Raises:
+        ImageTooLarge: it has more bytes than `limits` allow.
+    """
     if size > limits.max_bytes:
         raise ImageTooLarge(f"the file has {size:,} bytes, more than the {limits.max_bytes:,} allowed. Make it smaller first")
 
@@ -379,11 +401,15 @@ def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> No
 
 
 def _check_scans(image: JpegImageFile, data: bytes, limits: ImageLimits) -> None:
-    """Refuse a JPEG whose decoding takes far more time or memory than its size suggests."""
+    """Refuse a JPEG that takes far more time or memory to decode than its size suggests.
+
+    Raises:
+        ImageTooLarge: it has too many pixels, or too many pixels times scans.
+    """
     width, height = image.size
-    n_scans = max(1, data.count(_START_OF_SCAN))  # embedded previews have some too; they are few
+    n_scans = max(1, data.count(_START_OF_SCAN))  # counts the few scans of embedded previews too
     progressive = "progressive" in image.info
-    if progressive or n_scans > 250:  # all of its coefficients are held in memory, whatever the scale
+    if progressive or n_scans > 250:  # the decoder keeps all coefficients in memory, whatever the scale
         _check_pixels("JPEG", width, height, limits)
     if width * height > limits.max_file_pixels or width * height * n_scans > limits.max_scan_pixels:
         raise ImageTooLarge(
@@ -392,7 +418,12 @@ def _check_scans(image: JpegImageFile, data: bytes, limits: ImageLimits) -> None
 
 
 def _check_tiles(image: TiffImageFile) -> None:
-    """Refuse a TIFF whose tiles are far larger than its picture: a decoder makes room for a whole tile."""
+    """Refuse a TIFF whose tiles are far larger than the image, because the decoder allocates a whole tile.
+
+    Raises:
+        ImageTooLarge: the tiles are too large.
+        ImageError: the tiles have no valid size.
+    """
     tags, (width, height) = image.tag_v2, image.size
     if _TILE_WIDTH not in tags and _TILE_LENGTH not in tags:
         return
@@ -412,9 +443,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _reduction(image: Image.Image, short_side_px: int) -> int:
-    """Return by how much a very large picture is averaged down before it becomes RGB, which takes four bytes a pixel.
+    """Return the factor by which a very large image is averaged down before it is converted to RGB, to save memory.
 
-    What is left has at least twice the pixels that are needed on the shorter side, as with a reduced JPEG.
+    The shorter side of the result has at least twice the pixels that are needed.
     """
     if image.width * image.height < _LARGE_PIXELS or image.mode not in ("L", "RGB"):
         return 1
@@ -422,18 +453,22 @@ def _reduction(image: Image.Image, short_side_px: int) -> int:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return an image of a mode with 8 bits a channel, and refuse pixels that have no agreed brightness."""
-    if image.mode in ("I", "F"):  # convert() would clip these to black or white without a word
+    """Return an image with 8 bits per channel.
+
+    Raises:
+        UnsupportedImage: the pixels are 32-bit integers or floating-point numbers, which have no defined range.
+    """
+    if image.mode in ("I", "F"):  # convert() would silently clip these to black or white
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise UnsupportedImage(f"the pixels are {kind} numbers with no agreed brightest value: {_SAVE_PLAINLY}")
     return Image.fromarray(_grey16_to_8(image)) if image.mode.startswith("I;16") else image
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return an image with 8 bits a channel as sRGB. What a plain ``convert("RGB")`` gets wrong is done here on purpose."""
+    """Return an image with 8 bits per channel as sRGB, with its profile applied and transparent pixels on white."""
     if image.mode == "RGBa":
         image = image.convert("RGBA")
-    if not image.has_transparency_data:  # else convert() would bring out the colours that hide under transparent pixels
+    if not image.has_transparency_data:  # convert() would show the invisible colours of transparent pixels
         return to_srgb(_plain_colours(image), profile)
     opacity = image.convert("RGBA").getchannel("A")
     page = Image.new("RGB", image.size, "white")
@@ -442,19 +477,19 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _plain_colours(image: Image.Image) -> Image.Image:
-    """Return an image without transparency, in the kind of colours that its profile is of: grey, RGB, CMYK or Lab."""
+    """Return an image without transparency, in the colour space that its profile describes: grey, RGB, CMYK or Lab."""
     if image.mode in ("L", "RGB", "CMYK", "LAB"):
         return image
     return image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
 
 
 def _grey16_to_8(image: Image.Image) -> np.ndarray:
-    """16-bit grey to (H, W) uint8: white stays white (65535 / 257 = 255), where ``convert`` clips everything over 255."""
+    """Return a 16-bit grey image as (H, W) uint8, scaled so that white stays white; ``convert`` would clip values over 255."""
     white, inverted = 65_535, False
     if isinstance(image, TiffImageFile):
         white = 4_095 if image.tag_v2.get(_BITS_PER_SAMPLE) == (12,) else white
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0
-    values = np.arange(65_536, dtype=np.int64)  # 0..65535, of a 12-bit TIFF 0..4095
+    values = np.arange(65_536, dtype=np.int64)  # 0..65535; the values of a 12-bit TIFF are 0..4095
     levels = white - values if inverted else values
     grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # one table instead of 12 bytes a pixel
     key = image.info.get("transparency")
@@ -465,7 +500,7 @@ def _grey16_to_8(image: Image.Image) -> np.ndarray:
 
 
 def _upright_turn(image: Image.Image) -> Orientation | None:
-    """How to turn a loaded image upright by its EXIF orientation; not at all where that is damaged: the pixels are still good."""
+    """Return the operation that turns a loaded image upright, by its EXIF orientation; None for none, or if EXIF is damaged."""
     if image.format == "TIFF":  # Pillow turns these itself while loading
         return None
     try:
@@ -475,7 +510,7 @@ def _upright_turn(image: Image.Image) -> Orientation | None:
 
 
 def _turned(box: Box, size: tuple[int, int], turn: Orientation) -> Box:
-    """Where a box of an image of this (width, height) is after the image has been turned."""
+    """Return the position of a box in an image of `size` (width, height) after the image has been turned."""
     left, top, right, bottom = box
     width, height = size
     if turn.swaps:

@@ -1,7 +1,4 @@
-"""bundle.json: what a bundle says about itself, and the checks that it says it rightly.
-
-Knows names, types and checksums; runs no model (`predictor` does) and stores nothing twice. Torch-free.
-"""
+"""The manifest of a bundle, ``bundle.json``: its fields, reading, writing and validation. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,15 +20,15 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MODEL = "model.onnx"
 PROBE = "probe.npz"
-NOVELTY = "novelty.npz"  # where the embeddings of known images lie; not in every bundle
-DRIFT = "drift.npz"  # answers to held-out images, which live ones are compared with (`finetune.monitoring`); not in every bundle
-WEIGHTS = "weights.safetensors"  # to train on from, or to export (`finetune.bundle.weights`); not in bundles of earlier versions
+NOVELTY = "novelty.npz"  # the subspace of the embeddings of known images; not in every bundle
+DRIFT = "drift.npz"  # predictions on held-out images, to compare live ones with (`finetune.monitoring`); not in every bundle
+WEIGHTS = "weights.safetensors"  # for further training and other formats (`finetune.bundle.weights`); not in older bundles
 THRESHOLDS = "thresholds"
-"""The key in ``calibration`` of the probabilities from which on each label is given, in the order of the classes."""
+"""The key in ``calibration`` of the probability thresholds of a multilabel model, in the order of the classes."""
 CARD = "README.md"  # the model card; not in bundles of earlier versions
 
 METADATA_PREFIX = "finetune."
-_NOT_IN_MODEL = ("name", "version", "files", "abstain")  # set after model.onnx is written: by who keeps it, and what it hashes to
+_NOT_IN_MODEL = ("name", "version", "files", "abstain")  # set after model.onnx is written, by the registry or from its checksum
 
 OutputName = Literal["probs", "logits", "cam", "embedding"]
 _REQUIRED_OUTPUTS = ("probs", "logits", "embedding")
@@ -43,12 +40,12 @@ _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader of a bundle may rely on, without opening the model."""
+    """The content of ``bundle.json``."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: _Name
-    version: str | None  # given by the registry; None until then
+    version: str | None  # set by the registry; None before
     created_at: float  # Unix seconds
     classes: Annotated[tuple[_Name, ...], Field(min_length=1)]  # in the order of the model's outputs
     preprocess: Preprocess
@@ -58,14 +55,14 @@ class Manifest:
     outputs: tuple[OutputName, ...]  # in the order of the model's outputs
     cam: dict[str, Any]  # available, kind: linear | layernorm | None, reason
     metrics: dict[str, float] = field(default_factory=dict)  # val/top1 …
-    calibration: dict[str, Any] = field(default_factory=dict)  # the temperature; thresholds; held_out: see `calibration`
+    calibration: dict[str, Any] = field(default_factory=dict)  # temperature, thresholds, held_out (`finetune.bundle.calibration`)
     parity: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)  # stages, digest_before, digest_after
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that the bundle was made with
     model: dict[str, Any] = field(default_factory=lambda: {"input_name": "images"})  # opset, exporter, input_name
     files: dict[_FileName, _Sha256] = field(default_factory=dict)
-    abstain: dict[Literal["precision"], float] = field(default_factory=dict)  # what the owner has switched on
-    task: str = "multiclass"  # what a label means; bundles of earlier versions do not say it
+    abstain: dict[Literal["precision"], float] = field(default_factory=dict)  # set by the owner to switch abstention on
+    task: str = "multiclass"  # older bundles do not contain it
     schema_version: int = SCHEMA_VERSION
 
     @model_validator(mode="after")
@@ -91,12 +88,12 @@ class Manifest:
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """The probability from which on each label is given; None where labels exclude each other."""
+        """The probability threshold of each label of a multilabel model; None for a multiclass model."""
         found = self.calibration.get(THRESHOLDS)
         return None if found is None else tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the manifest as JSON values."""
         loaded: dict[str, Any] = json.loads(self.to_json())
         return loaded
 
@@ -105,10 +102,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """The inverse of `to_json`.
+        """Return the manifest in a JSON document.
 
         Raises:
-            BundleError: not JSON, of another schema version, or with fields that are off; each is named.
+            BundleError: the text is not JSON, has another schema version, or has invalid fields; the problems name them.
         """
         given = _parsed(text)
         version = given.get("schema_version")
@@ -122,7 +119,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST} is not valid. Export the bundle again", problems_of(error)) from None
 
     def model_metadata(self) -> dict[str, str]:
-        """What goes into the ONNX file's ``metadata_props``, so that a lone model explains itself: each field as JSON."""
+        """Return the ``metadata_props`` of the ONNX file, which describe it even without the bundle: each field as JSON."""
         return {
             METADATA_PREFIX + key: json.dumps(value, ensure_ascii=False, sort_keys=True)
             for key, value in self.to_dict().items()
@@ -137,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read ``bundle.json`` of a bundle folder.
 
     Raises:
-        BundleError: there is none, or `Manifest.from_json` refuses it; the message names the folder.
+        BundleError: there is no manifest, or it is not valid; the message names the folder.
     """
     try:
         text = (folder / MANIFEST).read_bytes()
@@ -150,10 +147,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Make the folder a bundle: put the sha256 of each of its files into the manifest, validate it, write it last.
+    """Add the sha256 of each file in `folder` to the manifest, validate it and write it, which makes the folder a bundle.
 
     Raises:
-        BundleError: a file is missing, or the manifest would not be readable.
+        BundleError: a file is missing, or the manifest is not valid.
     """
     missing = [name for name in (MODEL, PROBE) if not (folder / name).is_file()]
     if missing:
@@ -166,7 +163,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def metadata_problems(manifest: Manifest, metadata: Mapping[str, str]) -> list[Problem]:
-    """Fields that the model file itself says otherwise than bundle.json; fields that it does not carry are not compared."""
+    """Return a problem for each field that differs between the metadata of the model file and the manifest.
+
+    Fields that the model file does not contain are not compared.
+    """
     said = manifest.to_dict()
     problems = []
     for key, text in metadata.items():

@@ -1,7 +1,7 @@
-"""A bundle as MLflow's ``python_function``: what ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` call.
+"""A bundle as MLflow's ``python_function``, for ``mlflow.pyfunc.load_model`` and ``mlflow models serve``. Torch-free.
 
-The same decoder, preprocessing and model as everywhere answer, so that the answers are those of ``/predict``. Knows no
-MLflow, which only asks this module for `_load_pyfunc`, and no torch.
+It uses the same decoder, preprocessing and model as everything else, so its predictions are those of ``/predict``. MLflow loads a
+bundle by calling `_load_pyfunc`; this module does not import MLflow.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ TAKEN = (
     f"a NumPy array (images, height, width, 3), or a table with a column {IMAGE_COLUMN!r}"
 )
 ASKED = ("coverage", "per_class", "abstain", "precision")
-CERTAINTY = ("prediction_set", "abstained", "reason", "novelty")  # columns that are there where they were asked for
+CERTAINTY = ("prediction_set", "abstained", "reason", "novelty")  # columns that exist only if they are asked for
 SCORING_SERVER = "mlflow.pyfunc.scoring_server.app"
 _PATH_CHARACTERS = 4096
 
 
 def _load_pyfunc(path: str) -> BundleModel:
-    """Load the bundle in the folder `path`; MLflow finds this function by its name."""
+    """Load the bundle in the folder `path`. MLflow calls this function by its name."""
     serves = SCORING_SERVER in sys.modules
-    # What a server is sent comes from other people, who must not have files of its machine opened.
+    # Clients of a server must not be able to make it open files of its machine.
     return BundleModel(Predictor.load(Path(path), threads=1 if serves else available_cores()), may_open_files=not serves)
 
 
 class BundleModel:
-    """Answers with a bundle.
+    """A bundle with the interface of an MLflow model.
 
     Args:
-        may_open_files: whether a text may be the path of a file.
+        may_open_files: whether a string may be the path of a file.
     """
 
     def __init__(self, predictor: Predictor, *, may_open_files: bool = True) -> None:
@@ -56,23 +56,24 @@ class BundleModel:
         self._may_open_files = may_open_files
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Classify images; returns a table with a row for each.
+        """Classify images; return a pandas table with a row for each image.
 
         Its columns are ``label`` and ``probability`` of the most probable class, and ``predictions``, the most probable classes
-        with their probabilities, as ``/predict`` gives them. Where an image may have several labels, ``labels`` holds those that
-        it is given. What is asked for with ``coverage`` is in ``prediction_set``, and with ``abstain`` in ``abstained``,
-        ``reason`` and ``novelty``; these three are there too where the model's owner has switched abstention on.
+        with their probabilities, as in ``/predict``. A multilabel model adds ``labels``, the predicted labels. If ``coverage`` is
+        given, ``prediction_set`` is added; if ``abstain`` is given, or the model's owner has switched abstention on,
+        ``abstained``, ``reason`` and ``novelty`` are added.
 
         Args:
             model_input: see `TAKEN`.
-            params: ``top_k``: how many classes to give, at most all; 5 by default. ``coverage``, ``per_class``, ``abstain`` and
-                ``precision`` as for ``/predict``.
+            params: ``top_k``: the number of classes to return, at most all; 5 by default. ``coverage``, ``per_class``,
+                ``abstain`` and ``precision`` as for ``/predict``.
 
         Raises:
-            InvalidInput: something that is no image in any of these forms; what this bundle's held-out images cannot show.
-            ImageError: an image that cannot be decoded.
+            InvalidInput: an input is not an image in one of these forms, or the bundle's held-out images are too few for the
+                requested coverage or precision.
+            ImageError: an image cannot be decoded.
         """
-        import pandas as pd  # MLflow needs it, and nothing else here does
+        import pandas as pd  # MLflow requires it; nothing else in this package does
 
         manifest = self._predictor.manifest
         top_k = _top_k(params, len(manifest.classes))
@@ -87,7 +88,7 @@ class BundleModel:
         return pd.DataFrame(rows, columns=[*columns_of(manifest), *said])
 
     def _pixels(self, image: Any) -> NDArray[np.uint8]:
-        """Return the (h, w, 3) input of the model for one image in any of the forms that are taken."""
+        """Return the input (h, w, 3) uint8 of the model for one image in any of the forms in `TAKEN`."""
         preprocess = self._predictor.manifest.preprocess
         if isinstance(image, bytes | bytearray | memoryview):
             return preprocess.load(bytes(image))
@@ -103,19 +104,19 @@ class BundleModel:
         raise InvalidInput(f"{type(image).__name__} is no image; give {TAKEN}")
 
     def _path(self, text: str) -> Path | None:
-        """Return the file that a text names, if it names one and files may be opened."""
+        """Return the path in a string if it is that of a file and files may be opened; else None."""
         if not self._may_open_files or len(text) > _PATH_CHARACTERS or "\0" in text:
             return None
         path = Path(text)
         try:
             return path if path.is_file() else None
-        except OSError:  # too long for a name
+        except OSError:  # the string is too long for a file name
             return None
 
 
 def _each(given: Any) -> Iterator[Any]:
-    """Yield the images of whatever was given, one by one."""
-    if hasattr(given, "columns"):  # a table of pandas
+    """Yield the images in an input of any of the forms in `TAKEN`, one by one."""
+    if hasattr(given, "columns"):  # a pandas table
         columns = list(given.columns)
         if IMAGE_COLUMN not in columns and len(columns) != 1:
             raise InvalidInput(f"a table needs a column {IMAGE_COLUMN!r}, or only one; this one has {columns}")
@@ -138,7 +139,7 @@ def _each(given: Any) -> Iterator[Any]:
 
 
 def _depth(value: Any) -> int:
-    """Return how deep numbers are nested in lists: 3 for the pixels of one image."""
+    """Return how deeply numbers are nested in lists (3 for the pixels of one image); 0 if they are no numbers."""
     depth = 0
     while isinstance(value, list | tuple) and value:
         value, depth = value[0], depth + 1
@@ -158,7 +159,7 @@ def _rgb(pixels: Any) -> NDArray[np.uint8]:
 
 
 def _decoded(text: str) -> bytes:
-    """Return the bytes of a base64 text; a data URL's head is left off."""
+    """Return the bytes encoded in a base64 string or a data URL."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
@@ -177,13 +178,13 @@ def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
 
 
 def _asked(params: Mapping[str, Any] | None) -> Asked:
-    """Return what is asked of the answers besides labels; MLflow fills in what a param is by default."""
+    """Return the options in `params`; MLflow itself fills in the defaults, which are None."""
     given = {name: value for name in ASKED if (value := (params or {}).get(name)) is not None}
     return Asked(**given)
 
 
 def columns_of(manifest: Manifest) -> list[str]:
-    """Return the columns of the table that a bundle's model answers with, whatever is asked."""
+    """Return the columns that the table of `BundleModel.predict` always has for this bundle."""
     return ["label", "probability", "predictions", *([] if task_named(manifest.task).exclusive else ["labels"])]
 
 

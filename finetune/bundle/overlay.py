@@ -1,7 +1,6 @@
-"""A class activation map drawn over the image that it explains, as a small PNG.
+"""Draw a class activation map over its image, as a small PNG. Torch-free.
 
-The photograph turns grey and the map supplies the colour, so that colour always means evidence and never the subject's own.
-Knows pictures only; what the map means is the manifest's to say. Torch-free.
+The image is drawn in grey and the map in colour, so that colour always means evidence for the class.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from PIL import Image
 
 from finetune.storage.files import write_atomic
 
-# Anchors of the colour map in OKLab (Ottosson 2020): lightness rises in even steps while the hue goes from blue over magenta to
-# yellow, so that more evidence is lighter to every eye, and in a grey print as well. (lightness, chroma, hue in degrees)
+# Anchors of the colour map in OKLab (Ottosson 2020) as (lightness, chroma, hue in degrees). Lightness rises in even steps while
+# the hue goes from blue over magenta to yellow, so that more evidence is lighter also for colour-blind readers and in print.
 _ANCHORS = np.array([(0.25, 0.08, 275.0), (0.42, 0.16, 310.0), (0.59, 0.19, 360.0), (0.76, 0.16, 415.0), (0.93, 0.15, 465.0)])
 
 _OKLAB_TO_LMS = np.array(
@@ -30,16 +29,16 @@ _LMS_TO_LINEAR_RGB = np.array(
     ]
 )
 
-_FAINTEST, _STRONGEST = 0.25, 0.8  # how much of the map's colour covers the photograph, from no evidence to the most
+_FAINTEST, _STRONGEST = 0.25, 0.8  # opacity of the map's colour, from no evidence to the most
 _PNG_COLOURS = 256
 
 
 def overlay_png(image: np.ndarray, cam: np.ndarray) -> bytes:
-    """Draw a map over its image.
+    """Draw a class activation map over its image; return the PNG.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        cam: (h', w') float. Evidence against the class (below zero) shows as none; the strongest evidence is the brightest.
+        cam: (h', w') float. Negative values, evidence against the class, are drawn like zero; the largest value is the brightest.
     """
     height, width = image.shape[:2]
     heat = _resized(_evidence(cam), width, height)  # (H, W) 0..1
@@ -48,20 +47,20 @@ def overlay_png(image: np.ndarray, cam: np.ndarray) -> bytes:
     cover = (_FAINTEST + (_STRONGEST - _FAINTEST) * heat)[..., None]
     mixed = np.rint(grey * (1.0 - cover) + colours * cover).astype(np.uint8)
     stream = io.BytesIO()
-    # The octree costs 0.6 ms where the default, a median cut, costs 28 ms: more than the prediction. They look alike.
+    # The octree takes 0.6 ms and looks the same as the default, a median cut, which takes 28 ms, longer than a prediction.
     Image.fromarray(mixed).quantize(_PNG_COLOURS, Image.Quantize.FASTOCTREE).save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
 def image_jpeg(image: np.ndarray) -> bytes:
-    """Return an image (H, W, 3) uint8 RGB as a small JPEG, to be shown beside or under its map."""
+    """Return an image (H, W, 3) uint8 RGB as a small JPEG, to be shown with its map."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
 def write_overlay(path: Path, image: np.ndarray, cam: np.ndarray) -> Path:
-    """`overlay_png` into a file, whole or not at all; gives the path back."""
+    """Write the result of `overlay_png` to `path`, atomically; return `path`."""
     png = overlay_png(image, cam)
     write_atomic(path, lambda stream: stream.write(png))
     return path
@@ -69,7 +68,7 @@ def write_overlay(path: Path, image: np.ndarray, cam: np.ndarray) -> Path:
 
 @cache
 def colour_map() -> np.ndarray:
-    """(256, 3) uint8 sRGB from no evidence to the most, evenly rising in perceived lightness."""
+    """Return the colour map (256, 3) uint8 sRGB, from no evidence to the most, with evenly rising perceived lightness."""
     positions = np.linspace(0.0, 1.0, 256)
     lightness, chroma, hue = (np.interp(positions, np.linspace(0.0, 1.0, len(_ANCHORS)), column) for column in _ANCHORS.T)
     lab = np.stack([lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))], axis=1)  # (256, 3)
@@ -80,7 +79,7 @@ def colour_map() -> np.ndarray:
 
 
 def _evidence(cam: np.ndarray) -> np.ndarray:
-    """The positive part scaled so that its highest value is 1; all zero where nothing speaks for the class."""
+    """Return the positive part of a map, scaled to a maximum of 1; all zero if nothing is positive."""
     positive: np.ndarray = np.maximum(np.asarray(cam, np.float32), 0.0)
     highest = float(positive.max())
     if highest > 0.0:

@@ -1,7 +1,7 @@
-"""A bundle at work: images in, labels and class activation maps out, through ONNX Runtime.
+"""Load a bundle, verify it, and predict labels and class activation maps with ONNX Runtime.
 
-Loading trusts nothing: every checksum, then the two probes, which tell a wrong model from a wrong image path. Needs onnxruntime,
-numpy and Pillow; does not know HTTP, and imports nothing that trains.
+Loading verifies all checksums, and then two probes, which distinguish a wrong model from a wrong decoding or preprocessing. Needs
+only onnxruntime, numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
 from finetune.tasks import task_named
 
-# Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order is
-# off by far more: see tests/unit/test_bundle_predictor.py for what each of those does to the probes.
-SEEN_BYTES = 8  # of a sha256: two of a million files share them with a probability of 1 in 37 million
-LOGITS_TOLERANCE = 1e-3  # of the largest logit, or absolute where that is under 1
+SEEN_BYTES = 8  # of a sha256; the probability that two of a million files share them is 1 in 37 million
+
+# Processors and builds of the JPEG decoder differ in the last bit. A wrong weight, filter, orientation or channel order causes
+# much larger differences: tests/unit/test_bundle_predictor.py shows what each of them does to the probes.
+LOGITS_TOLERANCE = 1e-3  # relative to the largest logit, absolute if that is below 1
 PIXELS_TOLERANCE = 0.25  # grey levels, mean over an image
 
-# The key of external data inside a serialised tensor: tag 1, length 8. What is named there would be read from outside the bundle.
+# The key of external data in a serialised tensor (tag 1, length 8). ONNX Runtime would read the file that it names.
 _EXTERNAL_DATA = b"\x0a\x08location"
 
 
@@ -49,47 +50,47 @@ PROVIDERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the model says about a batch."""
+    """The outputs of the model for a batch."""
 
     probs: np.ndarray  # (B, C) float32
     logits: np.ndarray  # (B, C) float32
     embedding: np.ndarray  # (B, D) float32
-    cam: np.ndarray | None  # (B, h', w') float32 of the top class; None where the manifest says why
+    cam: np.ndarray | None  # (B, h', w') float32 of the top class; None if the model has none (the manifest says why)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image."""
+    """The prediction for one image."""
 
     labels: tuple[tuple[str, float], ...]  # (class, probability), most probable first
     cam: np.ndarray | None  # (h', w') float32 of the first label: its mean over positions, plus the bias, is the logit
-    image: np.ndarray  # (h, w, 3) uint8, what the model saw
+    image: np.ndarray  # (h, w, 3) uint8, the input of the model
     probs: np.ndarray  # (C,) float32
     embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
     load_seconds: float = 0.0  # decoding and preprocessing
     run_seconds: float = 0.0  # the model
-    certainty: Certainty = NOTHING_SAID  # as far as it was asked for
-    several: SeveralLabels | None = None  # where an image may have several labels
+    certainty: Certainty = NOTHING_SAID  # the parts that were asked for
+    several: SeveralLabels | None = None  # of a multilabel model
 
 
 @dataclass(frozen=True)
 class SeveralLabels:
-    """The answer for one image that may have several labels, or none."""
+    """The prediction of a multilabel model for one image."""
 
     given: tuple[str, ...]  # labels whose probability reaches their threshold, the most probable first
-    scores: Mapping[str, float]  # class -> probability, of all classes
-    thresholds: Mapping[str, float]  # class -> the probability from which on it is given
+    scores: Mapping[str, float]  # the probability of each class
+    thresholds: Mapping[str, float]  # the probability from which on each class is predicted
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the answer as JSON values, under the keys of an answer of ``/predict``."""
+        """Return the prediction as JSON values, under the keys of ``/predict``."""
         return {"labels": list(self.given), "scores": dict(self.scores), "thresholds": dict(self.thresholds)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Known answers that a bundle carries: encoded images, the pixels they must become, the logits these must give."""
+    """Known results in a bundle: encoded images, their preprocessed pixels, and the logits of these."""
 
     encoded: tuple[bytes, ...]  # N files
     images: np.ndarray  # (N, h, w, 3) uint8
@@ -97,7 +98,7 @@ class Probe:
 
 
 class Predictor:
-    """A verified bundle, ready to answer. Safe to share between threads: `run` holds no state."""
+    """A verified bundle that predicts images. It can be shared between threads, because `run` has no state."""
 
     def __init__(
         self,
@@ -116,18 +117,20 @@ class Predictor:
             manifest.abstain.get("precision"),
             exclusive=self.task.exclusive,
         )
-        self.model_bytes = model_bytes  # the size of model.onnx, about what the session holds in memory
+        self.model_bytes = model_bytes  # the size of model.onnx, about the memory that the session needs
         self._session = session
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 1, provider: Provider = "cpu") -> Predictor:
-        """Verify the bundle in `folder` and open its model with `threads` threads for one run.
+        """Verify the bundle in `folder` and open its model.
 
-        With another provider than the CPU, the model probe compares its answers with those that the CPU gave at export.
+        Args:
+            threads: that each call of `run` uses.
+            provider: with another one than the CPU, the model probe compares its logits with those of the CPU at export.
 
         Raises:
-            BundleError: a file is missing or changed, the model cannot be opened or is not the manifest's, or a probe fails;
-                the message says which.
+            BundleError: a file is missing or was changed, the model cannot be opened or does not fit the manifest, or a probe
+                fails; the message says which.
         """
         manifest = read_manifest(folder)
         contents = _verified_contents(folder, manifest)
@@ -139,7 +142,11 @@ class Predictor:
         return predictor
 
     def run(self, images: np.ndarray) -> Outputs:
-        """(B, h, w, 3) uint8, preprocessed, to all outputs; B >= 1."""
+        """Return all outputs for preprocessed images (B, h, w, 3) uint8, B >= 1.
+
+        Raises:
+            InvalidInput: the images have another shape or type.
+        """
         expected = (*self.manifest.preprocess.input_size_px, 3)
         if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
             raise InvalidInput(f"the model takes (B, {', '.join(map(str, expected))}) uint8, given {images.shape} {images.dtype}")
@@ -148,7 +155,7 @@ class Predictor:
         return Outputs(values["probs"], values["logits"], values["embedding"], values.get("cam"))
 
     def several_labels(self, probs: np.ndarray) -> SeveralLabels | None:
-        """Return the labels that one image with probabilities (C,) is given; None where classes exclude each other."""
+        """Return the multilabel prediction for the probabilities (C,) of one image; None for a multiclass model."""
         if self.task.exclusive:
             return None
         classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
@@ -159,11 +166,15 @@ class Predictor:
         )
 
     def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS, asked: Asked = NOTHING) -> Prediction:
-        """The `top_k` most probable classes of one encoded image (all of them where there are fewer), and what else is asked.
+        """Predict one encoded image.
+
+        Args:
+            top_k: number of most probable classes to return, at most all.
+            asked: whether to return a prediction set, and whether to abstain.
 
         Raises:
-            ImageError: the bytes are not an image that can be read under `limits`.
-            InvalidInput: this bundle's held-out images cannot show what is asked.
+            ImageError: the bytes are not an image that can be decoded within `limits`.
+            InvalidInput: `top_k` is below 1, or the bundle's held-out images are too few for `asked`.
         """
         if top_k < 1:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
@@ -194,30 +205,30 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Seen:
-    """Which images a model was made with: the first bytes of the sha256 of each file, enough to recognise it again."""
+    """The images that a model was trained and chosen on, by the first `SEEN_BYTES` bytes of the sha256 of each file."""
 
     train: frozenset[bytes] = frozenset()
     val: frozenset[bytes] = frozenset()
 
     @classmethod
     def of(cls, train: Sequence[str], val: Sequence[str]) -> Seen:
-        """Return what is seen, given hexadecimal sha256 texts."""
+        """Return the images with these hexadecimal sha256 digests; empty strings are skipped."""
         return cls(*(frozenset(bytes.fromhex(digest)[:SEEN_BYTES] for digest in digests if digest) for digests in (train, val)))
 
     def trained_on(self, sha256: str) -> bool:
-        """Return whether the weights were fitted on the file with this digest."""
+        """Return whether the file with this digest was in train."""
         return bytes.fromhex(sha256)[:SEEN_BYTES] in self.train
 
     def chosen_on(self, sha256: str) -> bool:
-        """Return whether the file with this digest chose between weights."""
+        """Return whether the file with this digest was in val, which weights and hyperparameters are chosen on."""
         return bytes.fromhex(sha256)[:SEEN_BYTES] in self.val
 
 
 def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits: np.ndarray, seen: Seen = Seen()) -> None:
-    """Write the known answers of a bundle, and which images it was made with, as plain arrays, without pickle.
+    """Write the probe of a bundle, and the images that the model was trained and chosen on, as plain arrays, without pickle.
 
     Args:
-        encoded, images, logits: N files, (N, h, w, 3) uint8, (N, C) float32.
+        encoded, images, logits: of the probe: N files, (N, h, w, 3) uint8, (N, C) float32.
     """
     arrays: dict[str, Any] = {
         "lengths": np.array([len(data) for data in encoded], np.int64),
@@ -231,7 +242,7 @@ def write_probe(path: Path, encoded: Sequence[bytes], images: np.ndarray, logits
 
 
 def read_seen(folder: Path) -> Seen | None:
-    """Return which images the bundle in `folder` was made with; None for bundles that do not say it."""
+    """Return the images that the model of the bundle in `folder` was trained and chosen on; None for bundles without them."""
     with np.load(folder / PROBE, allow_pickle=False) as arrays:
         if "seen_train" not in arrays:
             return None
@@ -239,12 +250,16 @@ def read_seen(folder: Path) -> Seen | None:
 
 
 def _as_rows(digests: frozenset[bytes]) -> np.ndarray:
-    """(N, SEEN_BYTES) uint8, sorted, so that equal sets give equal files."""
+    """Return digests as (N, SEEN_BYTES) uint8, sorted, so that equal sets give equal files."""
     return np.frombuffer(b"".join(sorted(digests)), np.uint8).reshape(-1, SEEN_BYTES)
 
 
 def read_probe(path: Path) -> Probe:
-    """The inverse of `write_probe`; raises `BundleError` where the file is not one."""
+    """Return the probe in a file that `write_probe` wrote.
+
+    Raises:
+        BundleError: the file is not a probe.
+    """
     return _parse_probe(path.parent, path.read_bytes())
 
 
@@ -266,9 +281,12 @@ def _parse_probe(folder: Path, data: bytes) -> Probe:
 
 
 def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The bytes of every file of the bundle but its weights, which are verified where they are used.
+    """Read every file of a bundle except its weights, which are not used for predictions, and verify the checksums.
 
-    What is used later is what was hashed here, whatever happens to the folder.
+    The returned bytes are used from then on, so later changes of the folder have no effect.
+
+    Raises:
+        BundleError: a file is missing or has another checksum; the problems name all of them.
     """
     contents: dict[str, bytes] = {}
     problems = [Problem(name, f"{MANIFEST} has no checksum for it") for name in (MODEL, PROBE) if name not in manifest.files]
@@ -291,7 +309,11 @@ def _verified_contents(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def check_provider(provider: Provider) -> None:
-    """Raise `InvalidInput` where this installation of ONNX Runtime does not have an execution provider."""
+    """Check that this installation of ONNX Runtime has an execution provider.
+
+    Raises:
+        InvalidInput: it does not have it.
+    """
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         known = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
         raise InvalidInput(
@@ -312,7 +334,11 @@ def _open_session(folder: Path, model: bytes, threads: int, provider: Provider =
 
 
 def _check_signature(folder: Path, manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
-    """That the model takes and gives what the manifest says, before anything is computed."""
+    """Check that inputs, outputs and metadata of the model are those in the manifest.
+
+    Raises:
+        BundleError: some differ; the problems name all of them.
+    """
     problems = metadata_problems(manifest, session.get_modelmeta().custom_metadata_map)
     inputs = [(entry.name, entry.type, list(entry.shape[1:])) for entry in session.get_inputs()]
     expected = [(manifest.model["input_name"], "tensor(uint8)", [*manifest.preprocess.input_size_px, 3])]
@@ -328,7 +354,11 @@ def _check_signature(folder: Path, manifest: Manifest, session: onnxruntime.Infe
 
 
 def _check_probes(folder: Path, predictor: Predictor, probe: Probe) -> None:
-    """Both halves, each alone: known arrays to known logits (the model), known files to known arrays (the image path)."""
+    """Check the two parts separately: known pixels give known logits (the model), known files give known pixels (preprocessing).
+
+    Raises:
+        BundleError: a probe fails.
+    """
     problems = [*_model_problems(predictor, probe), *_image_problems(predictor.manifest.preprocess, probe)]
     if problems:
         raise BundleError(f"{folder}: the bundle does not give its known answers here", problems)
@@ -341,7 +371,7 @@ def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
         return [Problem("model probe (arrays → logits)", f"{MODEL} cannot run them: {error}")]
     if logits.shape != probe.logits.shape:
         return [Problem("model probe (arrays → logits)", f"logits have shape {logits.shape}, {PROBE} has {probe.logits.shape}")]
-    share = predictor.manifest.model.get("logits_tolerance", LOGITS_TOLERANCE)  # an int8 model has a wider one
+    share = predictor.manifest.model.get("logits_tolerance", LOGITS_TOLERANCE)  # larger for an int8 model
     allowed = share * max(1.0, float(np.abs(probe.logits).max()))
     worst = float(np.abs(logits - probe.logits).max())
     if worst <= allowed:  # false for NaN as well

@@ -1,7 +1,8 @@
-"""THE preprocessing: RGB pixels of any size to the uint8 input of a model, the same for evaluation, export checks and serving.
+"""Preprocess RGB pixels of any size into the uint8 input of a model: the only implementation in the project. Torch-free.
 
-One antialiased resample out of one centred box, never an intermediate image. Normalisation is not done here: `mean` and `std`
-are carried along for the ONNX graph and the classifier, which apply them to uint8 pixels. Torch-free.
+Evaluation, export checks, ``predict`` and the server use it. A centred box is resampled once, with antialiasing, without an
+intermediate image. Normalisation is not done here: `mean` and `std` are stored for the ONNX graph and the classifier, which apply
+them to uint8 pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 
-# How much finer than the model's input a JPEG is decoded: the antialiased resample then decides how it looks, not the DCT scale.
+# A JPEG is decoded at this multiple of the input size or more, so that the antialiased resample determines the result, and not
+# the reduced DCT scale.
 _DECODE_MARGIN = 2
 
 _SidePx = Annotated[int, Field(ge=1, le=4096)]
@@ -41,20 +43,20 @@ _Std = Annotated[float, Field(gt=0.0)]
 
 @dataclass(frozen=True)
 class Framing:
-    """Which part of an image becomes which part of the input."""
+    """The part of an image that is resampled, and its place in the input."""
 
     box: Box  # in pixels of the image
-    size_px: tuple[int, int]  # (h, w) of that box after resampling
-    corner_px: tuple[int, int]  # (top, left) where it lands; around it, `fill`
+    size_px: tuple[int, int]  # (h, w) of the box after resampling
+    corner_px: tuple[int, int]  # (top, left) of the box in the input; the rest is `fill`
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the input of one model.
+    """The preprocessing of images for one model.
 
-    `resize` says how an image of another shape is framed: ``crop`` keeps its shape and loses the longer ends, ``squash`` loses
-    nothing and bends the shape, ``letterbox`` loses nothing, keeps the shape and fills the rest with `fill`. `crop_fraction`
-    then keeps that much of either side of the framed picture, around its centre; 1.0 keeps all of it.
+    `resize` is the mode for an image with another aspect ratio than the input: ``crop`` keeps the aspect ratio and cuts off the
+    longer ends, ``squash`` keeps the whole image and changes its aspect ratio, ``letterbox`` keeps both and pads with `fill`.
+    `crop_fraction` then is the share of each side that is kept, around the centre; 1.0 keeps everything.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -69,27 +71,31 @@ class Preprocess:
 
     @property
     def decode_short_side_px(self) -> int:
-        """The fewest pixels on an image's shorter side that resampling should start from."""
+        """The number of pixels on the shorter side that an image must be decoded with at least, if it has them."""
         return math.ceil(_DECODE_MARGIN * max(self.input_size_px) / self.crop_fraction)
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 of any size to (h, w, 3) uint8."""
+        """Return RGB pixels (H, W, 3) uint8 of any size as the input (h, w, 3) uint8."""
         height, width = rgb.shape[:2]
         return self._resample(Image.fromarray(rgb), (0.0, 0.0, width, height))
 
     def load(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-        """An image file's bytes to (h, w, 3) uint8; raises as `decode_image` does."""
+        """Return an encoded image as the input (h, w, 3) uint8.
+
+        Raises:
+            ImageError: as `decode_image`.
+        """
         return self._resample(*open_upright(data, short_side_px=self.decode_short_side_px, limits=limits))
 
     def load_file(self, path: Path, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-        """`load` of a file; errors name it."""
+        """Return the image file at `path` as the input (h, w, 3) uint8; errors name the file."""
         try:
             return self.load(read_bytes(path, limits), limits=limits)
         except ImageError as error:
             raise naming(path, error) from None
 
     def framing(self, height: float, width: float) -> Framing:
-        """How a picture of this many pixels is framed. The only place that decides between crop, squash and letterbox."""
+        """Return the framing of an image of this size. This is the only place where the resize modes are implemented."""
         h, w = self.input_size_px
         scale_y, scale_x = h / height, w / width  # input pixels per image pixel, if the image filled the input
         if self.resize == "crop":
@@ -101,24 +107,28 @@ class Preprocess:
         return Framing((left, top, right, bottom), (h_inner, w_inner), ((h - h_inner) // 2, (w - w_inner) // 2))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`; raises `BundleError` with every field that is off."""
+        """Return the inverse of `to_dict`.
+
+        Raises:
+            BundleError: some fields are missing or not valid; the problems name them.
+        """
         try:
             return _ADAPTER.validate_python(dict(given))
         except ValidationError as error:
             raise BundleError("the preprocessing cannot be read", problems_of(error)) from None
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal preprocessings have equal digests."""
+        """Return the sha256 of the canonical JSON; equal preprocessings have equal digests."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def _resample(self, image: Image.Image, picture: Box) -> np.ndarray:
-        """(h, w, 3) uint8 of the part of an RGB image that holds the picture."""
+        """Return the input (h, w, 3) uint8 from the box `picture` of an RGB image."""
         x, y = picture[:2]
         framing = self.framing(picture[3] - y, picture[2] - x)
         left, top, right, bottom = framing.box
@@ -138,12 +148,18 @@ _ADAPTER = TypeAdapter(Preprocess)
 
 
 def _centred(side: float, target: int, scale: float) -> tuple[float, float, int]:
-    """Along one axis: which of the `side` image pixels `target` input pixels show at `scale`, and how many of these they fill."""
+    """Return, for one axis, the interval of the image that is used, and the number of input pixels that it fills.
+
+    Args:
+        side: of the image, in pixels.
+        target: side of the input, in pixels.
+        scale: input pixels per image pixel.
+    """
     shown = min(side, target / scale)
     start = (side - shown) / 2
     return start, min(side, start + shown), min(target, max(1, round(shown * scale)))
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
-    """Pydantic's list as ours: the field path and what is wrong there."""
+    """Convert pydantic's errors into problems, with the path of each field."""
     return [Problem(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in error.errors(include_url=False)]

@@ -1,13 +1,15 @@
-"""The models folder: ``<name>/<version>/`` holds a bundle, ``<name>/aliases.json`` says which version an alias means, and
-``<name>/predictions/<version>.npz`` is what a version answered to its test images; ``<name>/monitoring/<version>/`` is what a
-server keeps of its live answers.
+"""The registry of models, a folder with named models in numbered versions. Torch-free.
 
-Registering never deploys: a new version moves only the alias ``latest``. What a bare model name means (``champion``) and what the
-server answers with (``default.json``, see `finetune.bundle.deployment`) change by promotion alone; only the first version of a
-model, and the first model of an empty folder, are promoted by registering, because there is nothing else that could answer.
+``<name>/<version>/`` is a bundle; ``<name>/aliases.json`` maps aliases to versions; ``<name>/predictions/<version>.npz`` is the
+table of a version's predictions on its test images; ``<name>/monitoring/<version>/`` contains what a server keeps of its live
+predictions.
 
-Readers need no lock: a version appears by one rename and an alias moves by another, so whatever is visible is complete. Writers
-of one name take turns. Torch-free.
+Registering does not deploy: a new version moves only the alias ``latest``. The version of a bare model name (alias ``champion``)
+and the server's default (``default.json``, see `finetune.bundle.deployment`) change only by promotion. Exceptions are the first
+version of a model and the first model of an empty folder, which are promoted when they are registered.
+
+Readers need no lock: a version appears by a rename, and an alias changes by another, so everything visible is complete. Writers
+of one model exclude each other with a lock.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ from finetune.storage.journal import append_line, read_lines
 from finetune.tasks import task_named
 
 LATEST = "latest"  # moves to every new version
-CHAMPION = "champion"  # what the bare name means; moves only by promotion
+CHAMPION = "champion"  # the version of the bare name; moves only by promotion
 PRIVATE, SHARED = "private", "shared"
 Visibility = Literal["private", "shared"]
 
 _ALIASES = "aliases.json"
-_JOURNAL = "aliases.jsonl"  # every move of every alias, append-only: rollback reads it, and no version number is given twice
+_JOURNAL = "aliases.jsonl"  # append-only, every move of an alias; used by rollback, and to never reuse a version number
 _ACCESS = "access.json"
 _PREDICTIONS = "predictions"  # a folder: ``<version>.npz``
 _MONITORING = "monitoring"  # a folder: ``<version>/``, see `finetune.monitoring`
@@ -59,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """One registered bundle."""
+    """A registered bundle."""
 
     name: str
     version: str
@@ -68,7 +70,7 @@ class ModelVersion:
     created_at: float  # when it was registered, Unix seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path), "aliases": list(self.aliases)}
 
 
@@ -77,15 +79,15 @@ class Access:
     """Who may use a model.
 
     Args:
-        owner: whose model it is; None for a model that no job made, which only administrators may change.
-        visibility: ``shared`` with everyone who may use the server, or ``private`` to its owner and administrators.
+        owner: of the model; None for a model that no job made, which only administrators may change.
+        visibility: ``shared``: everyone who may use the server may use the model. ``private``: only its owner and administrators.
     """
 
     owner: str | None = None
     visibility: Visibility = "shared"
 
     def allows(self, owner: str) -> bool:
-        """Return whether the model exists for this owner."""
+        """Return whether this owner may see the model."""
         return self.visibility == SHARED or self.owner == owner
 
 
@@ -94,35 +96,35 @@ _ACCESS_ADAPTER = TypeAdapter(Access)
 
 @dataclass(frozen=True)
 class AliasMove:
-    """An alias came to mean a version: at a time (Unix seconds), by somebody's decision."""
+    """A move of an alias to a version."""
 
     alias: str
     version: str
-    at: float
-    by: str
+    at: float  # Unix seconds
+    by: str  # who moved it
 
 
 @dataclass(frozen=True)
 class Registry:
-    """All models under `root`, usually ``models`` of the workspace; the folder need not exist yet."""
+    """The models in the folder `root`, usually ``models`` of the workspace; the folder need not exist yet."""
 
     root: Path
 
     def register(self, bundle: Path, name: str, *, once: bool = False, predictions: Path | None = None) -> ModelVersion:
-        """Copy a bundle in as the next version of `name` and point ``latest`` at it.
+        """Copy a bundle into the registry as the next version of `name`, and point ``latest`` at it.
 
         The first version of a model also becomes its champion, and the first model of an empty folder the server's default.
 
         Args:
-            once: a bundle that is a version of `name` already stays that version: a job that died between registering and
-                reporting it registers again.
-            predictions: the table of the model's answers to test images. A copy is kept beside the version, so that a later
-                version can be compared with it on the same images before it is promoted.
+            once: if the bundle already is a version of `name`, return that version. A job that was killed between registering and
+                reporting registers again.
+            predictions: table of the model's predictions on test images. A copy is kept, so that a later version can be compared
+                with this one on the same images before it is promoted.
 
         Raises:
-            InvalidInput: a name that cannot be one.
+            InvalidInput: `name` is not a valid model name.
             BundleError: the bundle is incomplete or was changed; nothing is registered.
-            DiskFull: no space for the copy; nothing is registered.
+            DiskFull: there is no space for the copy; nothing is registered.
         """
         if not re.fullmatch(SUFFIX_PATTERN, name):
             raise InvalidInput(
@@ -133,7 +135,7 @@ class Registry:
         with _locked(folder):
             for known in self._versions_of(name) if once else ():
                 if read_manifest(known.path).files == manifest.files:
-                    self._announce(name, known.version)  # in case it died before the aliases moved
+                    self._announce(name, known.version)  # in case it was killed before the aliases moved
                     return self.resolve(name, known.version)
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
@@ -144,16 +146,20 @@ class Registry:
         return self._describe(name, version, _aliases(folder))
 
     def predictions_of(self, version: ModelVersion) -> Path:
-        """Return where the version's answers to test images are; a version that was judged on none has no such file."""
+        """Return the path of a version's predictions on test images; the file does not exist if there were no test images."""
         return self.root / version.name / _PREDICTIONS / f"{version.version}.npz"
 
     def monitoring_of(self, name: str, version: str) -> Path:
-        """Return the folder of what is kept of a version's live answers; it exists once there is something in it."""
+        """Return the folder for records of a version's live predictions; it does not exist as long as there are none."""
         return self.root / name / _MONITORING / version
 
     @contextlib.contextmanager
     def monitoring(self, name: str, version: str) -> Iterator[Path | None]:
-        """Yield that folder to write into, and keep the version from being deleted meanwhile; None where the version is gone."""
+        """Yield the folder for records of live predictions, and prevent that the version is deleted during the block.
+
+        Yields:
+            None if the version does not exist.
+        """
         if not (self.root / name / version / MANIFEST).exists():
             yield None
             return
@@ -166,10 +172,10 @@ class Registry:
             yield folder
 
     def _announce(self, name: str, version: str) -> None:
-        """Point ``latest`` at a new version, and promote it where nothing was promoted before."""
+        """Point ``latest`` at a new version, and promote the version or the model if nothing was promoted before."""
         folder = self.root / name
         aliases = _aliases(folder)
-        if CHAMPION not in aliases:  # what the bare name has meant so far goes on being its meaning
+        if CHAMPION not in aliases:  # the version that the bare name referred to so far is promoted
             earlier = [known for known in _versions(folder) if int(known) < int(version)]
             _move_alias(folder, CHAMPION, aliases.get(LATEST, earlier[-1] if earlier else version), by="first registration")
         if int(version) > int(aliases.get(LATEST, "0")):
@@ -177,20 +183,20 @@ class Registry:
         deployment.deploy_first(self, name)
 
     def list(self) -> tuple[ModelVersion, ...]:
-        """Every version of every model, by name, then in the order of registration."""
+        """Return every version of every model, sorted by name and then in the order of registration."""
         names = sorted(folder.name for folder in self.root.iterdir() if folder.is_dir()) if self.root.is_dir() else []
         return tuple(version for name in names for version in self._versions_of(name))
 
     def versions(self, name: str) -> tuple[ModelVersion, ...]:
-        """Return every version of one model, in the order of registration; none where there is no such model."""
+        """Return every version of a model, in the order of registration; empty if there is no such model."""
         return self._versions_of(name)
 
     def journal(self, name: str) -> Path:
-        """Return the file in which the moves of a model's aliases are; it grows by each."""
+        """Return the path of the append-only file with the moves of a model's aliases."""
         return self.root / name / _JOURNAL
 
     def moves(self, name: str) -> tuple[AliasMove, ...]:
-        """Return every move of an alias of one model, oldest first."""
+        """Return all moves of the aliases of a model, oldest first."""
         return tuple(
             AliasMove(line["alias"], line["version"], float(line.get("at", 0.0)), str(line.get("by", "")))
             for line in read_lines(self.journal(name))
@@ -198,27 +204,27 @@ class Registry:
         )
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the models that have a version."""
+        """Return the names of all models that have a version."""
         folders = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
         found = (folder.name for folder in folders if re.fullmatch(SUFFIX_PATTERN, folder.name) and _versions(folder))
         return tuple(sorted(found))
 
     def has(self, name: str) -> bool:
-        """Return whether a model of this name has a version."""
+        """Return whether there is a model with this name that has a version."""
         return re.fullmatch(SUFFIX_PATTERN, name) is not None and bool(_versions(self.root / name))
 
     def resolve(self, name: str, version_or_alias: str | None = None) -> ModelVersion:
-        """Return the version that a number or an alias means; by default the champion, or the latest where nothing was promoted.
+        """Return the version with this number or alias; by default the champion or, if none was promoted, the latest.
 
         Raises:
-            NotFound: no such model, version or alias; the message names those that exist. Of models only the shared ones: a
-                job of another owner may fail with this message.
+            NotFound: there is no such model, version or alias. The message names those that exist, but only shared models,
+                because other users may read it.
         """
         found = self._versions_of(name)
         if not found:
             raise NotFound(f"no model {name!r}.{self._known_instead(name)}")
         by_key = {key: version for version in found for key in (version.version, *version.aliases)}
-        by_key.setdefault(LATEST, found[-1])  # a folder that was filled by hand needs no aliases.json
+        by_key.setdefault(LATEST, found[-1])  # aliases.json is missing if the folder was filled by hand
         by_key.setdefault(CHAMPION, by_key[LATEST])
         key = version_or_alias or CHAMPION
         if key not in by_key:
@@ -228,7 +234,7 @@ class Registry:
         return by_key[key]
 
     def _known_instead(self, name: str) -> str:
-        """Return what to try in place of a name that no model has."""
+        """Return a sentence that suggests existing models in place of an unknown name."""
         names = self.names()
         if not names:
             return " None is registered: train one with finetune train"
@@ -237,15 +243,19 @@ class Registry:
         return f"{did_you_mean(name, shared)} {listed}"
 
     def default(self) -> ModelVersion:
-        """Return what the server's default reference means now (see `finetune.bundle.deployment`).
+        """Return the version of the server's default reference (see `finetune.bundle.deployment`).
 
         Raises:
-            NotFound: nothing is registered, no default is chosen, or it names something that is gone.
+            NotFound: no model is registered, there is no default, or it does not exist any more.
         """
         return self.lookup(deployment.default_reference(self))
 
     def lookup(self, reference: str) -> ModelVersion:
-        """Return the version that ``name``, ``name@version`` or ``name@alias`` means; raise `NotFound`."""
+        """Return the version of a reference: ``name``, ``name@version`` or ``name@alias``.
+
+        Raises:
+            NotFound: there is no such version, or the text is not a reference.
+        """
         if not re.fullmatch(REFERENCE, reference):
             raise NotFound(
                 f"no model {reference[:100]!r}: a reference is a name, name@version or name@alias, as in 'flowers@champion'"
@@ -254,14 +264,14 @@ class Registry:
         return self.resolve(name, key or None)
 
     def locate(self, reference: str | None = None) -> Path:
-        """Return the bundle folder that a person means; None: the server's default.
+        """Return the folder of the bundle that a user refers to.
 
         Args:
-            reference: a bundle's folder, a run's, an address such as ``s3://bucket/flowers/3``, from which the bundle is fetched
-                into this registry's folder, ``name``, ``name@version`` or ``name@alias``.
+            reference: the folder of a bundle or of a run; an address such as ``s3://bucket/flowers/3``, from which the bundle is
+                fetched into the registry's folder; or ``name``, ``name@version`` or ``name@alias``. None: the server's default.
 
         Raises:
-            NotFound: no such folder, model, version or alias.
+            NotFound: there is no such folder, model, version or alias.
         """
         if reference is None:
             return self.default().path
@@ -276,10 +286,14 @@ class Registry:
         return self.lookup(reference).path
 
     def set_alias(self, name: str, alias: str, version: str, **audit: Any) -> ModelVersion:
-        """Point an alias at a version (or at what another alias means) in one step that readers see whole or not at all.
+        """Point an alias atomically at a version, which may be given by another alias.
 
         Args:
             audit: who moved it and why, for the journal.
+
+        Raises:
+            InvalidInput: the alias is not a valid one.
+            NotFound: there is no such model or version.
         """
         if not re.fullmatch(_ALIAS_PATTERN, alias):
             raise InvalidInput(f"{alias!r} cannot be an alias: start with a letter a-z, as in 'champion'; numbers are versions")
@@ -291,11 +305,11 @@ class Registry:
         return self._describe(name, target, _aliases(folder))
 
     def rollback(self, name: str, alias: str = CHAMPION, **audit: Any) -> ModelVersion:
-        """Point an alias back at the version that it meant before. A second rollback undoes the first.
+        """Point an alias back at its previous version; a second rollback undoes the first.
 
         Raises:
-            NotFound: no such model or alias.
-            Conflict: the alias never named another version that still exists.
+            NotFound: there is no such model or alias.
+            Conflict: the alias never pointed at another version that still exists.
         """
         current = self.resolve(name, alias).version
         folder = self.root / name
@@ -306,11 +320,15 @@ class Registry:
         return self.set_alias(name, alias, previous, **audit)
 
     def delete(self, name: str, version: str | None = None, *, force: bool = False) -> None:
-        """Delete one version, or all of them; their numbers are not given again.
+        """Delete one version of a model, or all of them. Their numbers are not used again.
+
+        Args:
+            force: delete versions even if aliases point at them; ``latest`` then moves to the newest remaining version, and other
+                aliases are removed.
 
         Raises:
-            NotFound: no such model or version.
-            Conflict: an alias means it, and `force` is not given. With it, ``latest`` moves to the newest left and others go.
+            NotFound: there is no such model or version.
+            Conflict: an alias points at a version, and `force` is not given.
         """
         folder = self.root / name
         self.resolve(name, version)
@@ -332,11 +350,11 @@ class Registry:
                 shutil.rmtree(self.monitoring_of(name, found.version), ignore_errors=True)
 
     def set_abstention(self, name: str, version: str | None, precision: float | None) -> ModelVersion:
-        """Switch on that a version abstains where its answers would not be right with this probability; None: off.
+        """Switch abstention of a version on, with this precision of the predictions that are returned; None: switch it off.
 
         Raises:
-            NotFound: no such model, version or alias.
-            InvalidInput: the version's held-out images cannot show that precision.
+            NotFound: there is no such model, version or alias.
+            InvalidInput: the version's held-out images are too few for this precision.
         """
         found = self.resolve(name, version)
         with _locked(self.root / name):
@@ -347,12 +365,12 @@ class Registry:
             abstain: dict[Literal["precision"], float] = {} if precision is None else {"precision": precision}
             written = (found.path / MANIFEST).stat()
             write_json(found.path / MANIFEST, dataclasses.replace(manifest, abstain=abstain).to_dict())
-            # Its age in seconds stays the version's age; a server sees that it has changed, and loads it again.
+            # The time in seconds stays that of the registration; the microsecond makes servers load the manifest again.
             os.utime(found.path / MANIFEST, ns=(written.st_atime_ns, written.st_mtime_ns + 1000))
         return found
 
     def access(self, name: str) -> Access:
-        """Return who may use a model. Where the record is damaged, only administrators may."""
+        """Return who may use a model; only administrators if the record is damaged."""
         if not re.fullmatch(SUFFIX_PATTERN, name):
             return Access()
         try:
@@ -363,33 +381,33 @@ class Registry:
             return Access(owner=None, visibility="private")
 
     def owned_bytes(self, owner: str) -> int:
-        """Return what the models of an owner take on disk, without what a server keeps of their live answers."""
+        """Return the disk space of an owner's models in bytes, without records of live predictions."""
         total = 0
         for name in self.names():
             for path in files_under(self.root / name) if self.access(name).owner == owner else ():
                 if path.is_relative_to(self.root / name / _MONITORING):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                with contextlib.suppress(FileNotFoundError):  # it has been deleted meanwhile
                     total += path.lstat().st_size
         return total
 
     def set_access(self, name: str, access: Access) -> None:
-        """Record who may use a model; it need not have a version yet."""
+        """Record who may use a model, which need not have a version yet."""
         with _locked(self.root / name):
             write_json(self.root / name / _ACCESS, dataclasses.asdict(access))
 
     def reserve(self, name: str, access: Access) -> None:
-        """Record who will own the model of a job that begins, unless the model exists already."""
+        """Record the owner of a model before the job that makes it begins, unless the model exists already."""
         folder = self.root / name
         with _locked(folder):
             if not _versions(folder):
                 write_json(folder / _ACCESS, dataclasses.asdict(access))
 
     def _versions_of(self, name: str) -> tuple[ModelVersion, ...]:
-        if not re.fullmatch(SUFFIX_PATTERN, name):  # could lead out of the folder
+        if not re.fullmatch(SUFFIX_PATTERN, name):  # the path could be outside the folder
             return ()
         folder = self.root / name
-        while True:  # until nobody wrote meanwhile: where a version came and another went, neither might be found
+        while True:  # until nothing changed meanwhile, because a version could be missed while another one replaces it
             aliases, versions = _aliases(folder), _versions(folder)
             described = []
             for version in versions:
@@ -408,7 +426,7 @@ class Registry:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one writer of one model in at a time, over threads and processes, and clean up after one that was killed."""
+    """Hold the lock of the writers of a model, over threads and processes, and remove the leftovers of a killed writer."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -418,25 +436,25 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _versions(folder: Path) -> list[str]:
-    """Version numbers in their order; everything else in the folder is not one."""
+    """Return the version numbers in a model's folder, in ascending order."""
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted((name for name in names if re.fullmatch(r"[1-9][0-9]*", name)), key=int)
 
 
 def _recorded(folder: Path) -> set[str]:
-    """Return the versions in the journal, those deleted since included."""
+    """Return the versions in the journal, including deleted ones."""
     return {version for _, version in _moves(folder)}
 
 
 def _moves(folder: Path) -> list[tuple[str, str]]:
-    """Return (alias, version) of every move in the journal that can be read, oldest first."""
+    """Return (alias, version) of every readable move in the journal, oldest first."""
     lines = [line for line in read_lines(folder / _JOURNAL) if isinstance(line, dict)]
     moves = [(line.get("alias"), line.get("version")) for line in lines]
     return [(alias, version) for alias, version in moves if isinstance(alias, str) and _is_version(version)]
 
 
 def _aliases(folder: Path) -> dict[str, str]:
-    """Return which version each alias means. A damaged ``aliases.json`` is replaced by what the journal says."""
+    """Return the version of each alias. If ``aliases.json`` is damaged, they are read from the journal."""
     try:
         found = json.loads((folder / _ALIASES).read_bytes())
     except FileNotFoundError:
@@ -460,7 +478,7 @@ def _move_alias(folder: Path, alias: str, version: str, **audit: Any) -> None:
 
 
 def _keep_predictions(predictions: Path | None, target: Path) -> None:
-    """Copy a table of answers; without one, make sure that no table of a killed registration is taken for this version's."""
+    """Copy a table of predictions to `target`; without one, delete a table that a killed registration has left there."""
     if predictions is None:
         target.unlink(missing_ok=True)
         return
@@ -470,7 +488,11 @@ def _keep_predictions(predictions: Path | None, target: Path) -> None:
 
 
 def _copy_bundle(bundle: Path, target: Path, manifest: Manifest) -> None:
-    """Copy what the manifest lists, checking that it is what the manifest says, and write the manifest last."""
+    """Copy the files in the manifest, verify their checksums, and write the manifest last.
+
+    Raises:
+        BundleError: a file is missing or was changed.
+    """
     target.mkdir()
     for name, expected in manifest.files.items():
         try:

@@ -1,8 +1,9 @@
-"""Bundles in object storage: fetched once and checked, and written so that no reader takes half of one for whole.
+"""Fetch bundles from object storage and write them there. Torch-free.
 
-An address is whatever fsspec knows (``s3://bucket/models/flowers/3``). A bundle at an address is its files and ``bundle.json``,
-which holds their checksums and is written last. Beside them may lie ``predictions.npz``, the model's answers to its test images,
-with which a later version is compared before it is promoted. Torch-free.
+An address is any that fsspec supports (``s3://bucket/models/flowers/3``). A bundle at an address consists of its files and
+``bundle.json``, which contains their checksums and is written last, so that no reader uses an incomplete bundle. It may have
+``predictions.npz`` beside it, the model's predictions on its test images, with which a later version is compared before
+promotion.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 
 def fetch_bundle(address: str, folder: Path) -> Path:
-    """Return the bundle at an address as a folder on this machine; one that was fetched before is not fetched again.
+    """Fetch the bundle at an address, unless this version of it has been fetched before; return its local folder.
 
     Args:
-        folder: where fetched bundles are kept, each under the checksum of its manifest.
+        folder: for fetched bundles, each under the checksum of its manifest.
 
     Raises:
-        BundleError: no bundle is there, or a file is not what its manifest says.
+        BundleError: there is no bundle, or a file does not have the checksum in the manifest.
         MissingExtra: no package for this kind of address is installed.
-        DiskFull: no space for it.
+        DiskFull: there is no space for the bundle.
     """
     address = address.rstrip("/")
     text = _manifest_at(address)
@@ -55,14 +56,14 @@ def fetch_bundle(address: str, folder: Path) -> Path:
 
 
 def push_bundle(bundle: Path, address: str, predictions: Path | None = None) -> None:
-    """Copy a bundle to an address; its manifest goes last, so that nobody fetches a part of it.
+    """Copy a bundle to an address, the manifest last, so that no reader fetches an incomplete bundle.
 
     Args:
-        predictions: the table of the model's answers to its test images, which goes with it.
+        predictions: table of the model's predictions on its test images, which is copied too.
 
     Raises:
-        BundleError: the folder is no bundle, a file of it was changed, or another bundle is at the address.
-        DataError: the address cannot be written to.
+        BundleError: the folder is not a bundle, or one of its files was changed.
+        DataError: the address cannot be written to, or another bundle is there.
         MissingExtra: no package for this kind of address is installed.
     """
     address = address.rstrip("/")

@@ -1,4 +1,4 @@
-"""What the directories of a TIFF file say, read without its pixels: whether it has several pages, and what its numbers are."""
+"""Read the directories of a TIFF file without its pixels: whether it has several pages, and the type of its pixels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from finetune.errors import UnsupportedImage
 
 _NEW_SUBFILE_TYPE, _SUBFILE_TYPE = 254, 255
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 277, 339
-_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: a smaller version of another page, a transparency mask of it
-_INTEGER_TYPES = {3: "H", 4: "I", 8: "h", 9: "i", 16: "Q"}  # TIFF types and how struct reads them
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: a reduced version of another page, or its transparency mask
+_INTEGER_TYPES = {3: "H", 4: "I", 8: "h", 9: "i", 16: "Q"}  # TIFF types and their struct formats
 _FLOAT_FORMAT, _SIGNED_FORMAT = 3, 2
-_MOST_DIRECTORIES = 16  # looked at; thumbnails of a photograph are fewer
-_MOST_VALUES = 16  # of one tag
+_MOST_DIRECTORIES = 16  # that are read; a photograph has fewer thumbnails
+_MOST_VALUES = 16  # of a tag that are read
 
 Tags = Mapping[int, tuple[int, ...]]
 
 
 def refuse_pages(data: bytes) -> None:
-    """Refuse a TIFF with more than one page; reduced versions and masks of the first are not pages.
+    """Refuse a TIFF with more than one page. Reduced versions and masks of a page do not count.
 
     Raises:
-        UnsupportedImage: a sample is one picture, and nothing says which page is meant.
+        UnsupportedImage: there are several pages, and it is not known which one is meant.
     """
     pages = sum(_is_page(tags) for tags in _directories(data))
     if pages > 1:
@@ -33,7 +33,11 @@ def refuse_pages(data: bytes) -> None:
 
 
 def unusual_numbers(data: bytes) -> str | None:
-    """Return what the pixels of a TIFF are where they are not 8 or 16 bits of 1 to 4 channels, in words; None otherwise."""
+    """Return the type of a TIFF's pixels, in words, if they are not unsigned integers of up to 16 bits in 1 to 4 channels.
+
+    Returns:
+        None if they are.
+    """
     tags = next(_directories(data), {})
     bits, channels = tags.get(_BITS_PER_SAMPLE, (1,)), tags.get(_SAMPLES_PER_PIXEL, (1,))[0]
     formats = tags.get(_SAMPLE_FORMAT, (1,))
@@ -50,16 +54,16 @@ def unusual_numbers(data: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a directory is written: classic TIFF, or BigTIFF for files beyond 4 GiB."""
+    """The binary layout of directories: that of classic TIFF, or of BigTIFF for files beyond 4 GiB."""
 
-    order: str  # struct's sign for the byte order
+    order: str  # struct's character for the byte order
     count: str
     offset: str
     entry_bytes: int
 
 
 def _directories(data: bytes) -> Iterator[Tags]:
-    """Yield the tags of each directory in the chain; where the chain is damaged, it ends."""
+    """Yield the tags of each directory in the chain, up to the point where the chain is damaged."""
     order = "<" if data[:2] == b"II" else ">"
     try:
         (magic,) = struct.unpack_from(f"{order}H", data, 2)
@@ -87,7 +91,7 @@ def _tags(data: bytes, first: int, n_entries: int, layout: _Layout) -> Tags:
             continue
         (n_values,) = struct.unpack_from(f"{layout.order}{layout.offset}", data, start + 4)
         form = f"{layout.order}{min(n_values, _MOST_VALUES)}{_INTEGER_TYPES[kind]}"
-        room = struct.calcsize(f"{layout.order}{layout.offset}")  # values that fit into the entry lie in it
+        room = struct.calcsize(f"{layout.order}{layout.offset}")  # values that fit into the entry are stored in it
         at = start + 4 + room
         if n_values * struct.calcsize(f"{layout.order}{_INTEGER_TYPES[kind]}") > room:
             (at,) = struct.unpack_from(f"{layout.order}{layout.offset}", data, at)

@@ -1,8 +1,8 @@
-"""``weights.safetensors``: what a bundle keeps so that its network can be trained on, or leave in another format. Torch-free.
+"""The weights of a bundle, ``weights.safetensors``, for further training and for export to other formats. Torch-free.
 
-The head is always in it (``head.weight``, ``head.bias``). The backbone's tensors, as timm names them behind ``backbone.``, are in
-it where they are not the pretrained ones any more; a backbone that stayed frozen is found again by what the manifest says of its
-weights. Serving never reads the file.
+The file always contains the head (``head.weight``, ``head.bias``). It contains the backbone's tensors (timm's names with the
+prefix ``backbone.``) only if they differ from the pretrained ones; the weights of a backbone that stayed frozen are found again
+by their entry in the manifest. The file is not used for serving.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from finetune.spec import is_registered_model
 
 BACKBONE = "backbone."
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
-METADATA_KEY = "finetune"  # in the file's header: a JSON object with the head's pooling and the seed
+METADATA_KEY = "finetune"  # in the file's header: a JSON object with pooling and seed
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A bundle that another model starts from."""
+    """A bundle whose model another training starts from."""
 
     folder: Path
     manifest: Manifest
     pooling: str
-    seed: int  # of a backbone that was not pretrained
+    seed: int  # that a backbone which is not pretrained was initialised with
 
     @property
     def reference(self) -> str:
-        """``name@version``, or the name alone of a bundle that is not registered."""
+        """``name@version``; only the name if the bundle is not registered."""
         return self.manifest.name if self.manifest.version is None else f"{self.manifest.name}@{self.manifest.version}"
 
     @property
     def architecture(self) -> str:
-        """What timm calls the network."""
+        """timm's name of the network."""
         return str(self.manifest.backbone["name"])
 
     @property
@@ -45,20 +45,20 @@ class Origin:
         return self.folder / WEIGHTS
 
     def lineage(self) -> dict[str, Any]:
-        """Return where the weights come from, down to the pretrained ones."""
+        """Return the origin of the weights as JSON values, with the chain of models down to the pretrained weights."""
         weights = dict(self.manifest.backbone.get("weights") or {})
         return {"model": self.reference, "spec_digest": self.manifest.spec_digest, "weights": weights}
 
 
 def find_origin(backbone: str, models: Path) -> Origin:
-    """Return the bundle that ``model.backbone`` means.
+    """Return the bundle that ``model.backbone`` refers to.
 
     Args:
         models: the folder of registered models.
 
     Raises:
-        NotFound: no such model, version or folder.
-        WeightsError: the bundle keeps no weights, as those of earlier releases.
+        NotFound: there is no such model, version or folder.
+        WeightsError: the bundle contains no weights, because an earlier release made it.
     """
     from finetune.bundle.registry import Registry
 
@@ -73,7 +73,12 @@ def find_origin(backbone: str, models: Path) -> Origin:
 
 
 def open_origin(folder: Path) -> Origin:
-    """Return the bundle in a folder as something to start from; see `find_origin`."""
+    """Return the bundle in a folder as an `Origin`.
+
+    Raises:
+        BundleError: there is no bundle in the folder.
+        WeightsError: the bundle contains no weights, or they cannot be read.
+    """
     manifest = read_manifest(folder)
     if WEIGHTS not in manifest.files:
         raise WeightsError(

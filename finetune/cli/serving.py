@@ -308,6 +308,44 @@ def drift(reference: str, server: str | None, as_json: bool) -> None:
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy them there, the best to label first.")
+@click.option("--owner", help="Only what this owner's keys asked about.")
+@click.option("--delete", is_flag=True, help="Delete them.")
+@json_option
+def samples(reference: str, out: Path | None, owner: str | None, delete: bool, as_json: bool) -> None:
+    """Show, copy or delete images that a server kept.
+
+    MODEL is a name, name@version or name@alias. A server keeps images only while FINETUNE_SAMPLE_INPUTS is above 0. With --out,
+    images that are unlike known ones come first, then those with the least sure answers; `finetune suggest FOLDER` chooses
+    among them.
+    """
+    from finetune.cli.show_drift import show_samples
+    from finetune.cli.terminal import print_json
+    from finetune.monitoring.samples import copy_samples, delete_samples, folder_of, samples_of
+
+    if delete and out is not None:
+        raise click.UsageError("--delete copies nothing: give --out first, then --delete")
+    registry = _registry()
+    version = registry.lookup(reference)
+    found = [one for one in samples_of(registry, version) if owner is None or one.record.get("owner") == owner]
+    if out is not None:
+        copy_samples(found, out)
+    if delete:
+        delete_samples(found)
+    document = {
+        "model": version.name,
+        "version": version.version,
+        "n": len(found),
+        "deleted": delete,
+        "folder": str(out or folder_of(registry, version)),
+        "oldest": found[0].record.get("at") if found else None,
+        "newest": found[-1].record.get("at") if found else None,
+    }
+    print_json(document) if as_json else show_samples(document)
+
+
+@models.command()
+@click.argument("reference", metavar="MODEL")
 @click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
 @click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
 def abstain(reference: str, precision: float, off: bool) -> None:

@@ -1,4 +1,4 @@
-"""How drift is shown in a terminal."""
+"""How drift and the images that were kept are shown in a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from finetune.cli.terminal import table
-from finetune.messages import printable
+from finetune.messages import plural, printable
 from finetune.progress_bars import console
 
 _COLOURS = {"steady": "green", "drifted": "red"}
@@ -32,3 +32,19 @@ def show_drift(found: Mapping[str, Any]) -> None:
 
 def _p(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def show_samples(found: Mapping[str, Any]) -> None:
+    """Print how many images were kept, and where they are."""
+    model = f"{printable(found['model'])}@{found['version']}"
+    if not found["n"]:
+        click.echo(
+            f"No image that {model} was asked about is kept here. A server keeps some while FINETUNE_SAMPLE_INPUTS is above 0."
+        )
+        return
+    counted = plural(found["n"], "image")
+    if found["deleted"]:
+        click.echo(f"{counted} deleted")
+        return
+    click.echo(f"{counted} that {model} was asked about, {found['oldest']} to {found['newest']}")
+    console.print(printable(found["folder"]), markup=False, soft_wrap=True)

@@ -26,6 +26,7 @@ def signal_when_parent_dies(number: signal.Signals) -> None:
 
 
 def main() -> None:
+    """Execute the command in the arguments, unless the parent has ended already."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the call above, so the signal would never be sent

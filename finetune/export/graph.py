@@ -52,6 +52,7 @@ class DeployModule(nn.Module):
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:
+        """The names of the outputs, in order; cam only if the classifier has an exact one."""
         return ("probs", "logits", "cam", "embedding") if self.classifier.cam_kind else ("probs", "logits", "embedding")
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:

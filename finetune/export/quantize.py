@@ -47,6 +47,7 @@ class Quantization:
 
     @property
     def sentence(self) -> str:
+        """One sentence with the metric in int8 and float32, and what was decided."""
         change = f"{self.metric} on {self.n_images} images is {self.int8:.4f}, in float32 {self.float32:.4f}"
         if self.kept:
             return f"quantised to int8: {change}; {self.bytes_float32 / self.bytes_int8:.1f} times smaller"

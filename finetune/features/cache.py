@@ -105,6 +105,7 @@ class RowCache:
 
     @property
     def row_bytes(self) -> int:
+        """The size of a row with its key, in bytes."""
         return self.dtype.itemsize * int(np.prod(self.row_shape)) + KEY_BYTES
 
     def find(self, keys: NDArray[np.uint8]) -> Rows:

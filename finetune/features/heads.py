@@ -30,7 +30,9 @@ class HeadSolver(Protocol):
         overwrite: NDArray[np.float32] | None = None,
         class_weights: NDArray[np.floating[Any]] | None = None,
         image_weights: NDArray[np.float64] | None = None,
-    ) -> SolvedHead: ...
+    ) -> SolvedHead:
+        """Return the solved head; the arguments are those of `solve_softmax_head`, with targets as the task encodes them."""
+        ...
 
 
 HEAD_SOLVERS: Mapping[str, HeadSolver] = {"multiclass": solve_softmax_head, "multilabel": solve_sigmoid_head}

@@ -165,6 +165,7 @@ class TorchEngine:
 
 
 def torch_engine_name(device: Device, autocast: bool) -> str:
+    """Return the name of `TorchEngine` in the keys of cached rows."""
     return f"torch {torch.__version__} {device} {'float16' if autocast and device == 'cuda' else 'float32'}"
 
 

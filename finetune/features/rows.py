@@ -234,6 +234,7 @@ class FrozenRows:
         return self.context.store.reserve(self.n_missing * self.cache.row_bytes)
 
     def why_no_room(self) -> str:
+        """Return a phrase with the space that the missing rows need and the size limit of the cache."""
         needed, allowed = self.n_missing * self.cache.row_bytes / 1e9, self.context.store.budget_bytes / 1e9
         return f"{needed:,.2f} GB are needed, and the cache in {self.context.store.root} may hold {allowed:,.2f} GB"
 

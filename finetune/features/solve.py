@@ -188,7 +188,7 @@ def solve_head(
         if val_targets is not None:
             row_targets = np.concatenate([row_targets, val_targets])
         problem = problem_of(matrix.rows, row_targets)
-        # The weight of an image is its own times that of its class, whatever the number of its views.
+        # The weight of an image is its own weight times that of its class, and does not depend on the number of its views.
         of_views = np.where(np.arange(n_train + n_val) < n_train, 1.0 / views, 1.0)
         if of_rows is not None:
             of_views[:n_train] *= of_rows
@@ -349,7 +349,7 @@ def _moments(matrix: NDArray[np.floating[Any]]) -> tuple[Floats, Floats]:
 
 
 def _weighted_moments(matrix: NDArray[np.floating[Any]], weights: Floats) -> tuple[Floats, Floats]:
-    """Return what `_moments` does, with rows that count by their weights (N,)."""
+    """Return weighted mean and 1 / weighted standard deviation (D,) of the columns, for row weights (N,); see `_moments`."""
     n_columns = matrix.shape[1]
     total, squares, largest = np.zeros(n_columns), np.zeros(n_columns), np.zeros(n_columns)
     starts = range(0, len(matrix), CHUNK_ROWS)

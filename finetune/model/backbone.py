@@ -159,7 +159,7 @@ def build_backbone(
         InvalidInput: the network cannot take images of this size.
     """
     # By default cuDNN convolves in TF32, with 10 bits of mantissa: on an H100 the probabilities in training then differed from
-    # those of the exported model by up to 0.007. Training uses bfloat16 where it wants speed.
+    # those of the exported model by up to 0.007. If lower precision is faster, training uses bfloat16.
     torch.backends.cudnn.allow_tf32 = False
     if origin is None:
         found = resolve_weights(name, weights, cache)

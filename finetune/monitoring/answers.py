@@ -34,7 +34,13 @@ class AnswerStatistics:
 
     def last(self, n: int) -> AnswerStatistics:
         """Return the newest `n` of them."""
-        kept = slice(max(0, len(self) - n), None)
+        return self._between(slice(max(0, len(self) - n), None))
+
+    def row(self, number: int) -> AnswerStatistics:
+        """Return one of them."""
+        return self._between(slice(number, number + 1))
+
+    def _between(self, kept: slice) -> AnswerStatistics:
         given = None if self.given is None else self.given[kept]
         return AnswerStatistics(self.confidence[kept], self.label[kept], self.distance[kept], given)
 

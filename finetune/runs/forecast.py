@@ -1,8 +1,8 @@
-"""About how long training will take on this machine, told before the pictures have arrived. Torch-free.
+"""Predict how long training takes on this machine from the number of images alone, before the images are there. Torch-free.
 
-`Speeds` are measured once for each backbone and machine (`finetune.runs.speeds`, which needs torch); with them and the number
-of images, `forecast` adds up what the recipe of a run asks for. Unlike `finetune.runs.estimate` it reads no data, so a server can
-answer with it while somebody chooses.
+`Speeds` are measured once for each backbone and machine (`finetune.runs.speeds`, which needs torch). From them and the number of
+images, `forecast` adds up the cost of the steps of a run's recipe. Unlike `finetune.runs.estimate` it reads no data, so a server
+can return it while a user is still choosing.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from finetune.spec import AutoMethod, Full, JobSpec, LinearProbe, Method, Partia
 from finetune.training.recipe import Facts, Recipe, resolve_recipe
 
 TYPICAL_IMAGE_BYTES = 500_000
-UNCERTAINTY = 1.4  # a run takes between what is computed divided by this and what is computed times this
-EVERY_RUN = 2.8  # times the start: to read, evaluate, export, test and register
-FIRST_TRACE = 1.2  # times the start: to trace a network for export, the first time with so many classes
-BESIDE_FEATURES = 1.5  # of computing them: hashing, splitting, judging, drawing the report
-BESIDE_STEPS = 1.3  # of a step's forward and backward pass: optimiser, moving average, batches
-TOGETHER = 0.9  # n threads are so fast as n to this power
-MEASURED_STEPS = 18  # that a long run spends on choosing how to compute
+UNCERTAINTY = 1.4  # factor between the computed time and the limits of the forecast
+EVERY_RUN = 2.8  # time to read, evaluate, export, check and register, relative to `Speeds.start_seconds`
+FIRST_TRACE = 1.2  # time to trace a network for export, the first time with a number of classes, relative to the same
+BESIDE_FEATURES = 1.5  # factor on computing features, for hashing, splitting, evaluating and drawing the report
+BESIDE_STEPS = 1.3  # factor on forward and backward pass, for the optimiser, the moving average and batches
+TOGETHER = 0.9  # n threads are n to this power times as fast as one
+MEASURED_STEPS = 18  # that a long run takes to choose precision, memory layout and threads
 MEASURED_IMAGES = 16
 WORTH_MEASURING_STEPS = 200
-FORWARD_SHARE = 1 / 3  # of a step, where nothing is trained
+FORWARD_SHARE = 1 / 3  # cost of a forward pass without training, relative to a step
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast one machine computes one backbone. Seconds of an image are those of one core, or of the GPU."""
+    """The measured speed of one backbone on one machine. Seconds per image are those of one core, or of the GPU."""
 
     backbone: str
     stages: tuple[StageFacts, ...]
@@ -45,17 +45,17 @@ class Speeds:
     threads: int
     start_seconds: float  # to import the libraries and build the network
     decode_seconds: float  # of a small file
-    decode_seconds_per_megabyte: float  # of a larger one, on top
-    feature_seconds: float  # the whole frozen backbone
-    prefix_shares: Mapping[int, float]  # first trainable stage -> the share of `feature_seconds` that lies before it
-    step_seconds: Mapping[int, float]  # first trainable stage -> forward and backward pass from there on, at the input size
+    decode_seconds_per_megabyte: float  # in addition, for a larger file
+    feature_seconds: float  # of the whole frozen backbone
+    prefix_shares: Mapping[int, float]  # first trainable stage -> share of `feature_seconds` for the stages before it
+    step_seconds: Mapping[int, float]  # first trainable stage -> forward and backward pass from it on, at the input size
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Speeds:
-        """Return the inverse of `to_dict`, also after a trip through JSON, where keys became texts."""
+        """Return the inverse of `to_dict`, also for values from JSON, in which keys are strings."""
         return cls(
             **{
                 **given,
@@ -70,25 +70,25 @@ class Speeds:
 
     @property
     def cores(self) -> float:
-        """How many times faster all threads are than one."""
+        """The factor by which all threads together are faster than one."""
         return float(self.threads**TOGETHER)
 
     def step(self, first_trainable: int) -> float:
-        """Return the seconds of a step for one image where the stages from `first_trainable` on train."""
+        """Return the seconds of a step for one image if the stages from `first_trainable` on train."""
         return _between(self.step_seconds, first_trainable) / (self.cores if self.device == "cpu" else 1.0)
 
     def prefix_share(self, first_trainable: int) -> float:
-        """Return the share of the frozen backbone that lies before a stage."""
+        """Return the share of the backbone's forward pass that the stages before `first_trainable` take."""
         return _between(self.prefix_shares, first_trainable)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The seconds that a run takes if nothing else runs on the machine: at least, about, and at most."""
+    """The predicted duration of a run in seconds, if nothing else runs on the machine."""
 
-    low: float
+    low: float  # about the shortest
     about: float
-    high: float
+    high: float  # about the longest
 
     def __add__(self, other: Forecast) -> Forecast:
         return Forecast(self.low + other.low, self.about + other.about, self.high + other.high)
@@ -96,18 +96,18 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Images:
-    """What is known of a dataset before it is read."""
+    """The facts about a dataset that are known before it is read."""
 
-    n: int
+    n: int  # number of images
     n_classes: int
     mean_bytes: float | None = None  # of a file; None: that of a typical photograph
 
 
 def stages_of(method: Method, speeds: Speeds) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the stages that a method trains, and those that it tries and keeps where that pays.
+    """Return the stages that a method always trains, and those that method auto trains only if that improves the model.
 
     Raises:
-        SpecError: the method names or counts stages that the backbone does not have.
+        SpecError: the method names a stage that the backbone does not have, or more stages than it has.
     """
     if isinstance(method, AutoMethod):
         return (), tuple(stage.index for stage in speeds.stages)
@@ -115,7 +115,7 @@ def stages_of(method: Method, speeds: Speeds) -> tuple[Sequence[int], Sequence[i
 
 
 def forecast(spec: JobSpec, speeds: Speeds, images: Images) -> Forecast:
-    """Return about how long a job takes, from its start to the registered model.
+    """Return the predicted duration of a job, from its start to the registered model.
 
     Raises:
         SpecError: the request does not fit the backbone.
@@ -129,13 +129,13 @@ def _of_study(spec: JobSpec, speeds: Speeds, images: Images) -> Forecast:
         return _of_run(spec, speeds, images, rounds)
     ways: list[Method] = [LinearProbe(), *([Partial(stages=1)] if len(speeds.stages) > 1 else []), Full()]
     parts = [_of_run(spec.model_copy(update={"method": way}), speeds, images, rounds) for way in ways]
-    least = sum(part.low for part in parts[:2])  # it goes no deeper where the second way does not pay
+    least = sum(part.low for part in parts[:2])  # method auto stops after the second method if that brings no gain
     most = sum(part.high for part in parts)
     return Forecast(least, math.sqrt(least * most), most)
 
 
 def _of_run(spec: JobSpec, speeds: Speeds, images: Images, rounds: int) -> Forecast:
-    """Return the seconds of one method, without what every job does once."""
+    """Return the predicted duration of one method, without the work that every job does once."""
     held_out = spec.data.val_fraction + spec.data.held_out_fraction
     n_train = max(1, round(images.n * (1 - held_out)))
     n_val = round(images.n * spec.data.val_fraction)
@@ -148,12 +148,12 @@ def _of_run(spec: JobSpec, speeds: Speeds, images: Images, rounds: int) -> Forec
     if not recipe.n_steps:
         return Forecast(once, once, once)
     first = recipe.trainable[0] if recipe.trainable else len(speeds.stages)
-    if first > 0:  # what lies before is computed once, for every view
+    if first > 0:  # the activations before it are computed once, for every view
         once += (n_train + augmented + n_val) * (decode + feature * speeds.prefix_share(first))
     step = speeds.step(first) * _area(recipe, speeds)
     of_epoch = BESIDE_STEPS * n_train * step + n_val * speeds.step(first) * FORWARD_SHARE
     if first == 0:
-        of_epoch = max(of_epoch, n_train * decode)  # images are decoded and varied beside the steps
+        of_epoch = max(of_epoch, n_train * decode)  # images are decoded and augmented in parallel to the steps
     if recipe.n_steps >= WORTH_MEASURING_STEPS:
         once += MEASURED_STEPS * min(recipe.batch_size, MEASURED_IMAGES) * speeds.step(0) * _area(recipe, speeds)
     patience = recipe.early_stopping_epochs
@@ -163,7 +163,7 @@ def _of_run(spec: JobSpec, speeds: Speeds, images: Images, rounds: int) -> Forec
 
 
 def _with_what_every_run_does(computing: Forecast, speeds: Speeds) -> Forecast:
-    """Add what does not depend on the images, and what is not known of a machine."""
+    """Add the work that does not depend on the images, and widen the limits by `UNCERTAINTY`."""
     once, trace = EVERY_RUN * speeds.start_seconds, FIRST_TRACE * speeds.start_seconds
     return Forecast(
         low=(computing.low + once) / UNCERTAINTY,
@@ -187,12 +187,12 @@ def _facts(speeds: Speeds, n_train: int, n_val: int, n_classes: int) -> Facts:
 
 
 def _area(recipe: Recipe, speeds: Speeds) -> float:
-    """Return how much smaller than the input the images of steps are, by area."""
+    """Return the area of training images relative to that of the input."""
     return math.prod(recipe.train_size_px) / math.prod(speeds.input_size_px)
 
 
 def _between(measured: Mapping[int, float], at: int) -> float:
-    """Return the value at a stage on the line through the measured ones beside it."""
+    """Return the value at a stage, interpolated linearly between the nearest measured stages."""
     below = max((stage for stage in measured if stage <= at), default=min(measured))
     above = min((stage for stage in measured if stage >= at), default=max(measured))
     if above == below:

@@ -25,7 +25,9 @@ class Network(Protocol):
     """A frozen backbone, with what is needed to solve a head on it and to export both."""
 
     @property
-    def facts(self) -> BackboneFacts: ...
+    def facts(self) -> BackboneFacts:
+        """The description of the backbone."""
+        ...
 
     @property
     def exporter(self) -> str:

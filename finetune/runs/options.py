@@ -35,6 +35,7 @@ class RunOptions:
         return GOALS.index(self.goal) >= GOALS.index(goal)
 
     def write(self, run: RunDir) -> None:
+        """Write the options into a run folder."""
         write_json(run.options, asdict(self))
 
     @classmethod

@@ -34,6 +34,7 @@ class Outcome:
     cross_validation: Mapping[str, Any] | None = None  # from `CrossValidation.to_dict`
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``outcome.json``."""
         values = {**asdict(self), "classes": list(self.classes), "warnings": list(self.warnings)}
         return {**values, "run": str(self.run), "bundle": None if self.bundle is None else str(self.bundle)}
 

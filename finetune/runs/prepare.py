@@ -223,10 +223,10 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
 
 
 def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
-    """Refuse labels, losses and weights that the task cannot learn from, instead of ignoring them.
+    """Refuse losses and labels that the task cannot learn from.
 
     Raises:
-        DataError: the task does not have the loss, an image does not have exactly one label, or a column of weights is given.
+        DataError: the task does not have the loss, or an image does not have exactly one label in a multiclass task.
     """
     task = resolve_task(spec, dataset)
     if spec.hyperparameters.loss not in ("auto", *task.losses):

@@ -38,7 +38,7 @@ class DatasetFacts:
     sizes: Mapping[str, int]  # images by split
     quarantined: tuple[Mapping[str, str], ...]  # file and reason
     warnings: tuple[str, ...]
-    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, where it could be read in several ways
+    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, if several interpretations were possible
     revision: str = ""  # digest of the data before the split
     weights: Mapping[str, float] | None = None  # figures of the training images' weights, if the data gives them different ones
 
@@ -93,7 +93,7 @@ class Resolved:
 
     @property
     def weights_text(self) -> str:
-        """The column of image weights and their figures, as text; empty if all training images weigh the same."""
+        """The column of image weights and a summary of them, as text; empty if all training images have the same weight."""
         weights = self.dataset.weights
         return f"{self.spec.data.weight_column}: {WeightFacts(**weights)}" if weights else ""
 

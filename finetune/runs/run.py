@@ -176,7 +176,10 @@ def training_context(
 
 
 def _weighting(prepared: Prepared) -> tuple[Balance, NDArray[np.float64] | None]:
-    """Return what the request asks for to balance the classes, and the weight of each training image of this run."""
+    """Return the class weights, logit offsets or sampling that the request asks for, and the weight of each training image.
+
+    Both are computed from the training images of this run.
+    """
     data, dataset = prepared.resolved.spec.data, prepared.dataset
     train, n_classes = dataset.of("train"), len(dataset.classes)
     targets = prepared.task.encode(targets_of(train), n_classes)
@@ -252,7 +255,7 @@ def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
 def drift_reference(
     task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
 ) -> Reference | None:
-    """Return what live answers will be compared with: the answers to test, else to the images that calibration is made on."""
+    """Return the reference for live predictions, from the predictions on test, else pooled folds or val; None without these."""
     table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
     if table is None:
         return None

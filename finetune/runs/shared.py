@@ -23,4 +23,5 @@ class Shared:
 
     @classmethod
     def of(cls, workspace: Workspace, places: Places | None = None) -> Shared:
+        """Return a `Shared` for a workspace, with no datasets and networks yet."""
         return cls(workspace, Store(workspace.cache), places=places)

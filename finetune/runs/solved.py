@@ -33,6 +33,7 @@ class SolvedLearner:
 
     @property
     def head(self) -> Head:
+        """The solved head; only available after `train`."""
         assert self._head is not None, "train comes first"
         return self._head
 

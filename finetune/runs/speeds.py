@@ -1,8 +1,8 @@
-"""Measure how fast this machine computes a backbone: a few images forward, and a few steps. See `finetune.runs.forecast`.
+"""Measure the speed of a backbone on this machine, with a few forward passes and a few steps, for `finetune.runs.forecast`.
 
-On a CPU it is the CPU time of one thread, so that other work on the machine hardly counts: several threads wait for each other
-in loops, at great length where others use the cores. The weights are random: speed does not depend on them, and nothing is
-downloaded.
+On a CPU the CPU time of one thread is measured, which hardly depends on other work on the machine. (Several threads would spin
+while they wait for each other, for long on a busy machine.) The weights are random, because the speed does not depend on them and
+nothing has to be downloaded.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from finetune.training.machine import Numerics, autocast, computing_with, place,
 
 STEP_IMAGES = 4
 FORWARD_IMAGES = 8
-MEASURED_SECONDS = 0.2  # at least; some machines count CPU time in hundredths of a second
-LONGEST_STEP_SECONDS = 2.0  # with fewer images where so many take longer
-N_CLASSES = 4  # makes no difference
+MEASURED_SECONDS = 0.2  # at least, because some machines count CPU time in hundredths of a second
+LONGEST_STEP_SECONDS = 2.0  # if a step takes longer, fewer images are used
+N_CLASSES = 4  # the speed does not depend on it
 PHOTOGRAPHS_PX = (320, 1600)  # a small and a large one
 
 
 def measure_speeds(backbone: str, input_size_px: int | None, compute: Compute, networks: Path, started: float) -> Speeds:
-    """Build a backbone without pretrained weights and measure it.
+    """Build a backbone with random weights and measure its speed.
 
     Args:
-        networks: folder that keeps traced networks, see `dry_run_export`.
-        started: the process's CPU seconds when it began to import what training needs.
+        networks: folder of traced networks, see `dry_run_export`.
+        started: the process's CPU seconds when it began to import the libraries for training.
 
     Raises:
-        InvalidInput: there is no such backbone, or it does not take images of that size.
-        ExportError: it could be trained, but not served.
+        InvalidInput: there is no such backbone, or it cannot take images of this size.
+        ExportError: the backbone cannot be exported, although it could be trained.
     """
     with on_threads(1):
         network = build_backbone(backbone, weights="none", input_size_px=input_size_px or "auto")
@@ -85,7 +85,7 @@ def measure_speeds(backbone: str, input_size_px: int | None, compute: Compute, n
 
 
 def _by_depth(classifier: Classifier, compute: Compute) -> tuple[dict[int, float], dict[int, float]]:
-    """Return for a few depths the share of the forward pass before them, and the seconds of a step from them on."""
+    """Return for some stages the share of the forward pass before the stage, and the seconds of a step from the stage on."""
     n_stages = len(classifier.backbone.stages)
     numerics = replace(plain_numerics(compute), threads=1)
     wanted = sorted({0, max(0, n_stages - 2), n_stages - 1})
@@ -99,7 +99,7 @@ def _by_depth(classifier: Classifier, compute: Compute) -> tuple[dict[int, float
 
 
 def _step_seconds(classifier: Classifier, depth: int, numerics: Numerics, n_images: int) -> tuple[float, float]:
-    """Return what an image takes from stage `depth` on, forward alone and in a step."""
+    """Return the seconds per image from stage `depth` on, of a forward pass alone and of a whole step."""
     n_stages = len(classifier.backbone.stages)
     apply_freeze(classifier, FreezePlan(frozenset(range(depth, n_stages))))
     classifier.train()
@@ -133,7 +133,7 @@ def _step_seconds(classifier: Classifier, depth: int, numerics: Numerics, n_imag
 
 
 def _part(classifier: Classifier, depth: int, numerics: Numerics, n_images: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return an input for the network from stage `depth` on, and that part of it."""
+    """Return the part of the network from stage `depth` on, after an input for it."""
     if depth == 0:
         pixels = torch.from_numpy(noise(n_images, classifier.backbone.preprocess.input_size_px)).to(numerics.device)
         return prepare_images(classifier, pixels, numerics), classifier
@@ -148,8 +148,8 @@ def _seconds(work: Callable[[], object], numerics: Numerics) -> float:
 
 
 def _each(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """Return what a piece of work takes: the mean of as many times as a clock can tell from nothing."""
-    work()  # warms up
+    """Return the mean seconds of a call of `work`, repeated for at least `MEASURED_SECONDS`."""
+    work()  # warm-up
     n, started = 0, clock()
     while (taken := clock() - started) < MEASURED_SECONDS:
         work()
@@ -158,7 +158,7 @@ def _each(work: Callable[[], object], clock: Callable[[], float] = time.process_
 
 
 def _decode_seconds(preprocess: Preprocess, side_px: int) -> tuple[float, float]:
-    """Return what decoding and framing takes of a JPEG as detailed as a photograph, and the megabytes of its file."""
+    """Return the seconds that decoding and resizing a JPEG with the detail of a photograph takes, and its size in megabytes."""
     coarse = np.random.default_rng(0).integers(0, 256, (side_px // 4, side_px // 4, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(coarse).resize((side_px, side_px), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=85)

@@ -33,7 +33,9 @@ MANIFEST = "backup.json"
 SCHEMA_VERSION = 1
 FOLDERS = ("files", "runs", "models", "mlartifacts")
 JOBS, MLFLOW = "jobs.db", "mlflow.db"
-_LEFT_OUT = re.compile(rf"\.lock|\..*\.lock|\.arriving-.*|\.upload-.*|\.leaving-.*|lease-\d+|\..*{re.escape(TEMPORARY_SUFFIX)}")
+_LEFT_OUT = re.compile(
+    rf"\.lock|\..*\.lock|\.arriving-.*|\.upload-.*|\.leaving-.*|lease-\d+|\..*{re.escape(TEMPORARY_SUFFIX)}|sampled-inputs"
+)
 _WITH_PATHS = (".json", ".jsonl", ".yaml")  # files of a run that may contain paths of the workspace
 _LARGEST_REWRITTEN_BYTES = 256 << 20
 _CHUNK_BYTES = 1 << 20

@@ -32,6 +32,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Include the module's current state in the average."""
         current = module.state_dict()
         averaged = [name for name, tensor in self.state.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.state[name] for name in averaged], [current[name] for name in averaged], self.new_share)
@@ -39,6 +40,7 @@ class MovingAverage:
             self.state[name].copy_(current[name])
 
     def load(self, state: StateDict) -> None:
+        """Replace the average by the one in a checkpoint."""
         for name, tensor in self.state.items():
             tensor.copy_(state[name])
 

@@ -60,6 +60,7 @@ Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
 
 
 def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the logits (B, C) of normalised images (B, 3, h, w); the default of `fit(forward=…)`."""
     logits: Tensor = classifier(images)
     return logits
 
@@ -238,6 +239,7 @@ class _Training:
     # beginning and resuming ---------------------------------------------------------------------------------------
 
     def begin(self, solve_head: Callable[[Classifier], Seconds] | None) -> None:
+        """Start a new run: solve the head or initialise it with zeros, and write the first checkpoint."""
         state = self.state
         state.frozen_before = self._frozen_digest()
         if not self.recipe.solves_head_first:
@@ -256,6 +258,7 @@ class _Training:
         self._save()
 
     def resume(self, found: Mapping[str, Any]) -> None:
+        """Restore the state in a checkpoint, and the journal of metrics as it was then."""
         state = self.state = _State(**found["state"])
         self.seconds_before = Seconds(state.seconds, state.cpu_seconds)
         state.best_weights = self._on_device(state.best_weights)
@@ -290,6 +293,12 @@ class _Training:
     # the loop -----------------------------------------------------------------------------------------------------
 
     def run_to_end(self) -> Fitted:
+        """Train to the end, load the chosen weights, and return the result.
+
+        Raises:
+            Interrupted: a signal arrived; a checkpoint has been written.
+            TrainingError: the loss is not finite, or frozen weights have changed.
+        """
         state = self.state
         try:
             while not state.finished:
@@ -543,7 +552,7 @@ class _Training:
         averaged = " (moving average)" if self.average is not None else ""
         return f"the weights after epoch {step // self.recipe.steps_per_epoch}{averaged}"
 
-    # what others see ----------------------------------------------------------------------------------------------
+    # metrics and progress -----------------------------------------------------------------------------------------
 
     def _epoch_values(self) -> dict[str, float]:
         loss, correct, count = self.totals.tolist()

@@ -1,6 +1,6 @@
-"""Weights that the data gives its images (`data.weight_column`): how much each counts in the training loss. Torch-free.
+"""The weights of images in the training loss, from a column of the data (`data.weight_column`). Torch-free.
 
-They change the loss alone, of solved heads and of steps alike. Splits, what val chooses, and every figure count each image once.
+They apply to the loss of solved heads and of steps. In splits, in choices on val and in all metrics, every image counts once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from finetune.tasks.balance import Balance
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """The weights of the training images as the data gives them, in figures."""
+    """A summary of the weights of the training images."""
 
     least: float
     largest: float
     n_zero: float
-    effective_n: float  # Kish 1965: as many equally weighted images would make the mean as certain
+    effective_n: float  # effective sample size (Kish 1965): number of equally weighted images with the same variance of a mean
 
     def __str__(self) -> str:
         zeros = f", {plural(int(self.n_zero), 'image')} at 0" if self.n_zero else ""
@@ -33,10 +33,10 @@ class WeightFacts:
 
 
 def weight_facts(train: Sequence[Sample], classes: Sequence[str]) -> WeightFacts | None:
-    """Return the figures of the weights of the training images; None where all are the same, which changes nothing.
+    """Return a summary of the weights of the training images; None if all are equal.
 
     Raises:
-        DataError: no training image has a weight above 0, or none of a class.
+        DataError: no training image, or no training image of some class, has a weight above 0.
     """
     weights = np.array([sample.weight for sample in train], np.float64)
     if not len(weights):
@@ -65,9 +65,9 @@ def weight_facts(train: Sequence[Sample], classes: Sequence[str]) -> WeightFacts
 def image_weights(
     train: Sequence[Sample], classes: Sequence[str], targets: NDArray[Any], balance: Balance
 ) -> NDArray[np.float64] | None:
-    """Return the weight (N,) of each training image in the loss; None where all are the same.
+    """Return the weight (N,) of each training image in the loss; None if all are equal.
 
-    Together with the weights of their classes, where classes exclude each other, they are one on average.
+    Their mean is 1, in a multiclass task after multiplication by the weights of the classes.
 
     Args:
         targets: of the training images, as the task encodes them.

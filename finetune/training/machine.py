@@ -175,6 +175,7 @@ def to_device(array: np.ndarray, numerics: Numerics) -> Tensor:
 
 
 def autocast(numerics: Numerics) -> torch.autocast:
+    """Return a context that computes in bfloat16 if `numerics` says so; else it has no effect."""
     return torch.autocast(numerics.device, dtype=torch.bfloat16, enabled=numerics.precision == "bfloat16")
 
 

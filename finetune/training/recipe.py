@@ -95,6 +95,7 @@ class Recipe:
 
     @property
     def n_steps(self) -> int:
+        """The number of optimiser steps of all phases; 0 if the head is only solved."""
         return sum(phase.n_steps for phase in self.phases)
 
     @property
@@ -108,6 +109,7 @@ class Recipe:
 
     @property
     def solves_head_first(self) -> bool:
+        """Whether the first phase solves the head on frozen features."""
         return self.phases[0].solved
 
     @property

@@ -1,1 +1,1 @@
-"""ASGI middleware: what happens to every request before a route sees it, and to every answer."""
+"""ASGI middleware for all requests and responses."""

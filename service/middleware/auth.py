@@ -1,7 +1,7 @@
-"""Who asks, and what they may: bearer API keys with scopes.
+"""Authentication and authorisation by bearer API keys with scopes.
 
-A server without any key is open to this machine alone; from the first key on, every route needs one, except the probes and the
-page's own files, which hold no data.
+A server without any key accepts all requests from this machine and no others. Once there is a key, every route needs one, except
+the health checks and the page's static files, which contain no data.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from service.problems import problem
 
 log = logging.getLogger(__name__)
 
-SHELL = ("/", "/static/")  # what a browser loads before anybody can type a key into it
+SHELL = ("/", "/static/")  # the page and its files, which a browser loads before a key can be entered
 KeyScope = Literal["predict", "jobs", "metrics", "admin"]
 CHALLENGE = 'Bearer realm="finetune"'
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. `sees` is the owner that queries are narrowed to; None sees everybody's."""
+    """The sender of a request. `sees` is the owner to which queries are restricted; None for all owners."""
 
     owner: str
     scopes: frozenset[str]
@@ -56,17 +56,17 @@ LOCAL = Caller(LOCAL_OWNER, frozenset({"predict", "jobs", "metrics", "admin"}))
 
 
 class Authentication:
-    """Let a request in with its `Caller` in ``scope["state"]["caller"]``, or answer 401 before anything reads its body.
+    """Sets ``scope["state"]["caller"]`` of a request, or responds with 401 before its body is read.
 
-    A key that was accepted is remembered for `remember_seconds`, and so is that there is none: predictions need no look into the
-    database, and go on while it cannot be reached. When a key was used is written in the background.
+    An accepted key is cached for `remember_seconds`, and so is the absence of keys. Most predictions therefore need no database
+    query and work during a short failure of the database. The time of use of a key is written in the background.
     """
 
     def __init__(self, app: ASGIApp, keys: Callable[[], KeyStore], remember_seconds: float = 2.0) -> None:
         self.app = app
         self._keys = keys
         self._remember_seconds = remember_seconds
-        self._closed = False  # there is a key: keys are revoked but never forgotten, so this is for good
+        self._closed = False  # whether there is a key; keys are revoked but never deleted, so it stays True
         self._open_until = 0.0  # monotonic seconds
         self._accepted: dict[bytes, tuple[float, Caller]] = {}  # by sha256 of the key
 
@@ -88,7 +88,7 @@ class Authentication:
         return await self.app(scope, receive, send)
 
     def _remembered(self, scope: Scope) -> Caller | None:
-        """Return who asks, if that was found out a moment ago."""
+        """Return the caller from the cache, if possible."""
         now = time.monotonic()
         if not self._closed:
             return LOCAL if now < self._open_until and _is_loopback(scope) else None
@@ -124,7 +124,7 @@ class Authentication:
 
 
 def _secret(scope: Scope) -> str | None:
-    """Return the bearer key of a request, None where there is none or more than one."""
+    """Return the bearer key of a request; None if there is none or more than one."""
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(given) != 1:
         return None
@@ -151,7 +151,7 @@ def _is_open(path: str) -> bool:
 
 
 def _is_loopback(scope: Scope) -> bool:
-    """Whether the request came in on an address that only this machine reaches."""
+    """Return whether the request arrived on a loopback address."""
     host = (scope.get("server") or ("", 0))[0]
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -168,7 +168,7 @@ AnyCaller = Annotated[Caller, Depends(caller)]
 
 
 def caller_with(request: Request, scope: KeyScope) -> Caller:
-    """Return who sent a request, if their key has `scope` (or admin); raise `HTTPException` 403 where it has not."""
+    """Return the caller of a request. Raises `HTTPException` 403 unless their key has `scope` (or admin)."""
     found: Caller = request.state.caller
     if not found.allows(scope):
         _forbid(found, (scope,))
@@ -185,7 +185,7 @@ def _forbid(caller: Caller, scopes: tuple[KeyScope, ...]) -> NoReturn:
 
 
 def needs(*scopes: KeyScope) -> Callable[[Caller], Awaitable[Caller]]:
-    """A route's dependency: the caller, if the key has one of `scopes` (or admin)."""
+    """Return a FastAPI dependency for the caller, which raises 403 unless the key has one of `scopes` (or admin)."""
 
     async def allowed(caller: AnyCaller) -> Caller:
         if not any(caller.allows(scope) for scope in scopes):

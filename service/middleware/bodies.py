@@ -1,7 +1,7 @@
-"""Bound what the bodies of all requests cost: how long one may take, and how much memory all of them hold together.
+"""Limit the time in which a request's body must arrive, and the memory of all bodies together.
 
-The size of one body is bounded by FastAPI itself (``max_body_size`` on the app and on each route), which counts bytes as they are
-read, so a missing or wrong ``Content-Length`` changes nothing.
+The size of one body is limited by FastAPI itself (``max_body_size`` on the app and on each route), which counts the bytes that
+are read, so that a missing or wrong ``Content-Length`` makes no difference.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from service.limits import BODY_MIN_BYTES_PER_SECOND, BODY_SILENCE_SECONDS, MAX_
 
 
 class BufferedBodies:
-    """The bytes of all bodies that are being read into memory.
+    """Counts the bytes of all bodies that are being read into memory.
 
-    When there is no room for the next bytes, the largest body of all is given up. So a few clients that hold large bodies cannot
-    keep out the many that send small ones.
+    If they exceed the limit, the largest body is aborted. Thus a few clients with large bodies cannot block the many with small
+    ones.
     """
 
     def __init__(self, max_bytes: int = MAX_BUFFERED_BYTES) -> None:
@@ -38,7 +38,7 @@ class BufferedBodies:
 
     @property
     def has_room(self) -> bool:
-        """Whether less than three quarters are used."""
+        """Whether less than three quarters of the memory for bodies is used."""
         return 4 * self.total_bytes < 3 * self.max_bytes
 
     def release(self, body: _Body) -> None:
@@ -48,7 +48,7 @@ class BufferedBodies:
 
 
 class _Body:
-    """One body on its way in."""
+    """One body that is being received."""
 
     def __init__(self) -> None:
         self.buffered_bytes = 0
@@ -62,12 +62,12 @@ class _Body:
 
 
 class BodyLimits:
-    """Cut off a body that arrives too slowly, one for which there is no memory, and a client that does not take in its answer.
+    """Aborts bodies that arrive too slowly or for which there is no memory, and connections whose client does not read.
 
-    A body must keep up a minimum rate. Bytes that came faster buy time, but never more than `silence_seconds` of it.
+    A body must arrive at a minimum rate on average. A body that was faster may pause for at most `silence_seconds`.
 
     Args:
-        streams_to_disk: whether a request's body is written to disk as it comes (by method and path), and so holds no memory.
+        streams_to_disk: whether the body of a request (by method and path) is streamed to disk and so uses no memory.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class BodyLimits:
 
         async def limited_receive() -> Message:
             nonlocal deadline, complete
-            if complete:  # waiting for a disconnect may take as long as the answer takes
+            if complete:  # from now on the app waits for a disconnect, which has no time limit
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline) as body.waiting:

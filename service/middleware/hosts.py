@@ -1,9 +1,8 @@
-"""Refuse what a web page may not make a browser do: reach this server under a foreign name, or send it requests from another
-site.
+"""Refuse requests that a web page of another site makes a browser send (DNS rebinding and cross-site requests).
 
-An open server on this machine can be reached by every page that its user has open. Three checks keep such pages out: the ``Host``
-header must be one of the server's own names (a page can point its own name at 127.0.0.1: DNS rebinding), a request that a browser
-marks as coming from another site (``Sec-Fetch-Site``) is refused, and so is one whose ``Origin`` is not the server's own.
+A server without keys on this machine could be reached by every page that its user opens. Three checks prevent this: the ``Host``
+header must be one of the server's own names (with DNS rebinding a page points its own name to 127.0.0.1); a request that the
+browser marks as coming from another site (``Sec-Fetch-Site``) is refused; and so is one whose ``Origin`` is not the server's.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from service.limits import PROBES
 from service.problems import problem
 
 _READING = ("GET", "HEAD", "OPTIONS")
-_FOREIGN = ("cross-site", "same-site")  # same-site: another port or subdomain, which somebody else may run
+_FOREIGN = ("cross-site", "same-site")  # same-site is another port or subdomain, possibly of another owner
 
 
 class HostAndOriginCheck:
-    """Answer 400 to a foreign host name and 403 to a request from a page of another origin.
+    """Responds with 400 to an unknown host name and with 403 to a request from a page of another origin.
 
     Args:
-        allowed_hosts: the names of this server, without a port.
-        allowed_origins: origins such as ``https://app.example`` whose pages may use this server; none by default.
+        allowed_hosts: the names of this server, without port.
+        allowed_origins: origins such as ``https://app.example`` whose pages may use this server; by default none.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: tuple[str, ...], allowed_origins: tuple[str, ...] = ()) -> None:
@@ -56,7 +55,7 @@ class HostAndOriginCheck:
         return await self.app(scope, receive, send)
 
     def _foreign_page(self, method: str, headers: Headers, host: str) -> str | None:
-        """Return which page the request comes from, if it is a page that may not send it."""
+        """Return the description of the page that sent the request, if that page may not send it; else None."""
         origin = headers.get("origin")
         if origin is not None and origin.lower() in self.allowed_origins:
             return None

@@ -1,7 +1,7 @@
-"""Refuse predictions that would wait too long, before anything is read or parsed for them.
+"""Refuse predictions that would wait too long, before their bodies are read or parsed.
 
-A refusal costs a few microseconds, and it is sent only after a pause: clients that ask again at once would otherwise make more
-refusals than the server has time for, and take it from the requests that it has accepted.
+A refusal costs a few microseconds and is sent after a pause. Otherwise clients that retry at once would cause so many refusals
+that these slow down the accepted requests.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PAUSE_SECONDS = 0.5
 MAX_PAUSING = 256  # more than these are refused at once
 
 
-_SMALL_SHARE = 16  # a body of less than this part of all memory for bodies is always let in: larger ones make room for it
+_SMALL_SHARE = 16  # a body below 1/16 of the memory for bodies is always accepted: larger ones are aborted for it
 
 
 class OverloadRefusal:
-    """Answer 503 to predictions for which the queue or the memory for bodies has no room."""
+    """Responds with 503 to predictions for which there is no room in the queue or in the memory for bodies."""
 
     def __init__(self, app: ASGIApp, queue: WorkQueue, buffered: BufferedBodies) -> None:
         self.app = app

@@ -1,5 +1,5 @@
-"""What every answer carries, whoever made it: a request id, security headers, a problem document for an error, a line in the log
-and a count in the metrics. The outermost layer.
+"""The outermost middleware: adds a request id and security headers to every response, converts errors to problem documents, and
+writes access log and metrics.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ResponseMiddleware:
 
 
 class _Answer:
-    """One answer on its way out. An error that is not yet a problem document is held back and sent as one."""
+    """One response being sent. An error that is not a problem document yet is held back and sent as one."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         self.status = 500
@@ -92,7 +92,7 @@ class _Answer:
         await self._send(message)
 
     async def fail(self) -> None:
-        """Say that the server failed, unless an answer is already under way."""
+        """Send a problem document with status 500, unless a response has already begun."""
         if not self._started:
             await problem(self._scope, 500, INTERNAL_DETAIL)(self._scope, self._receive, self.send)
 
@@ -112,11 +112,11 @@ class _Answer:
 
 
 def _request_id(headers: Headers) -> str:
-    """The caller's own id if it is plain enough for a log line, else a new one."""
+    """Return the caller's own request id if it is safe for a log line, else a new one."""
     given = headers.get(REQUEST_ID_HEADER, "")
     return given if ACCEPTED_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
 def _route(scope: Scope) -> str:
-    """The template that the router matched, which routing leaves in the scope."""
+    """Return the template of the matched route, which the router stores in the scope."""
     return getattr(scope.get("route"), "path", UNMATCHED)

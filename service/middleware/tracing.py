@@ -1,4 +1,4 @@
-"""One span for each request, where OpenTelemetry is configured (`finetune.runtime.tracing`)."""
+"""Record one tracing span per request, if OpenTelemetry is configured (`finetune.runtime.tracing`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.metrics import METHODS, UNMATCHED
 
 
 class TracingMiddleware:
-    """Puts the span into ``scope["state"]["span"]``, so that the parts of an answer can be written under it."""
+    """Stores the span in ``scope["state"]["span"]``, so that handlers can add child spans."""
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self.app, self.tracing = app, tracing

@@ -12,7 +12,7 @@ from finetune.errors import BundleError, NotFound, NotReady
 from service.middleware.auth import Caller, caller_with
 from service.models import LoadedModel
 from service.oip import HEADER_LENGTH, infer, model_metadata, parse_request, server_metadata
-from service.predictions import statistics_of_model
+from service.predictions import sample_record, statistics_of_model
 from service.problems import RESPONSES
 from service.state import ServerState
 
@@ -84,7 +84,12 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         asked = parse_request(await request.body(), request.headers.get(HEADER_LENGTH))
         body, head_length, found = await server.queue.run(infer, model, asked, server.image_limits)
         server.metrics.predicted(model.name, model.version, "named", len(asked.files) or len(asked.pixels))  # type: ignore[arg-type]
-        server.drift.observe(model, [statistics_of_model(model, found.probs, found.embedding)])
+        statistics = statistics_of_model(model, found.probs, found.embedding)
+        server.drift.observe(model, [statistics])
+        for row, data in enumerate(asked.files):
+            if server.samples.draws(model):
+                record = sample_record(model, caller_with(request, "predict").owner, found.probs[row], statistics.row(row))
+                server.samples.offer(model, data, record)
         if head_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head_length)})

@@ -13,9 +13,9 @@ from fastapi import APIRouter, Request, Response
 
 from finetune.errors import NotFound
 from finetune.runtime.tracing import Tracing
-from service.middleware.auth import caller_with
+from service.middleware.auth import Caller, caller_with
 from service.models import LoadedModel
-from service.predictions import Upload, predict, predict_one_of_several, read_upload, timings, unasked_fields
+from service.predictions import Upload, predict, predict_one_of_several, read_upload, sample_record, timings, unasked_fields
 from service.problems import RESPONSES
 from service.schemas.predictions import PredictionAnswer, PredictionList, PredictOptions
 from service.state import ServerState
@@ -84,20 +84,26 @@ def predict_router(max_body_bytes: int) -> APIRouter:
         for model in (server.models.default(), choice.model):
             if not server.may_use_default(caller, model):
                 raise NotFound("This server has no default model that you may use. GET /v1/models lists those that you may use")
-        return await _answer(request, server, choice.model, choice.role, choice.shadow)
+        return await _answer(request, server, caller, choice.model, choice.role, choice.shadow)
 
     @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_EXTRA, max_body_size=max_body_bytes, responses=_ANSWERS)
     async def predict_with_named_model(request: Request, name: str) -> Response:
         """Classify images with a registered model: `name`, `name@version` or `name@alias`."""
         server: ServerState = request.app.state.server
-        server.check_may_use(caller_with(request, "predict"), name.partition("@")[0])
-        return await _answer(request, server, await server.models.get(name))
+        caller = caller_with(request, "predict")
+        server.check_may_use(caller, name.partition("@")[0])
+        return await _answer(request, server, caller, await server.models.get(name))
 
     return router
 
 
 async def _answer(
-    request: Request, server: ServerState, model: LoadedModel, role: str = "named", shadow: LoadedModel | None = None
+    request: Request,
+    server: ServerState,
+    caller: Caller,
+    model: LoadedModel,
+    role: str = "named",
+    shadow: LoadedModel | None = None,
 ) -> Response:
     upload = await read_upload(request)
     unasked = unasked_fields(model, upload.options)
@@ -108,8 +114,9 @@ async def _answer(
         if shadow is not None:
             server.shadows.compare(shadow, upload, answer)
     server.metrics.predicted(model.name, model.version, role, len(upload.images))
-    server.drift.observe(model, [stages.statistics for stages in upload.stages])
-    for stages in upload.stages:
+    server.drift.observe(model, [stages.statistics for stages in upload.stages.values()])
+    _sample(server, caller, model, upload)
+    for stages in upload.stages.values():
         server.metrics.stage_seconds.labels("load").observe(stages.load_seconds)
         server.metrics.stage_seconds.labels("run").observe(stages.run_seconds)
     if server.tracing is not None:
@@ -118,10 +125,18 @@ async def _answer(
     return Response(answer.model_dump_json(exclude=excluded), media_type="application/json")
 
 
+def _sample(server: ServerState, caller: Caller, model: LoadedModel, upload: Upload) -> None:
+    """Keep the images that are drawn, if the operator has turned sampling on."""
+    for index, stages in upload.stages.items():
+        if server.samples.draws(model):
+            record = sample_record(model, caller.owner, stages.probs, stages.statistics)
+            server.samples.offer(model, upload.images[index][1], record)
+
+
 def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Upload) -> None:
     """Write what loading and running each image took under the request's span."""
     about, parent = {"finetune.model": model.name, "finetune.version": model.version}, request.scope["state"]["span"]
-    for stages in upload.stages:
+    for stages in upload.stages.values():
         loaded = stages.ended - stages.run_seconds
         tracing.add("decode and preprocess", loaded - stages.load_seconds, loaded, about, parent)
         tracing.add("inference", loaded, stages.ended, about, parent)

@@ -1,4 +1,4 @@
-"""The pages of the server: templates and the files that they load. Nothing is loaded from another host. See docs/page.md."""
+"""The web pages of the server: templates and static files, without external resources. See docs/page.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
 VIEWS = ("data", "train", "runs", "compare", "models", "try")
 LANGUAGES = ("en", "de")
-FIRST_MODULES = ("dom.js", "api.js", "i18n.js", "preferences.js", "session.js")  # what app.js imports, fetched with it
+FIRST_MODULES = ("dom.js", "api.js", "i18n.js", "preferences.js", "session.js")  # imports of app.js, preloaded with it
 
 _templates = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
@@ -26,7 +26,7 @@ _templates = Environment(
 
 
 class PageFiles(StaticFiles):
-    """The files of the page. Browsers keep them and ask each time whether they have changed."""
+    """The static files of the page. Browsers cache them but check each time whether they have changed."""
 
     def __init__(self) -> None:
         super().__init__(directory=STATIC)
@@ -38,19 +38,19 @@ class PageFiles(StaticFiles):
 
 
 def render(template: str, **values: object) -> str:
-    """Return a page; every value is escaped as HTML."""
+    """Render a template; all values are escaped as HTML."""
     return _templates.get_template(template).render(**values)
 
 
 def main_page(accept_language: str) -> str:
-    """Return the page at ``/`` in the first of the languages that a browser asks for and the page knows."""
+    """Return the page at ``/`` in the preferred language of the browser among those of the page."""
     language = language_of(accept_language)
     return render("index.html", language=language, words=strings(language), views=VIEWS, modules=FIRST_MODULES)
 
 
 @functools.cache
 def strings(language: str) -> dict[str, str | dict[str, str]]:
-    """Return every sentence of the page in a language, by key."""
+    """Return all texts of the page in a language, by key."""
     found: dict[str, str | dict[str, str]] = json.loads((STATIC / "strings" / f"{language}.json").read_text(encoding="utf-8"))
     return found
 

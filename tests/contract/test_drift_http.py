@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import threading
@@ -28,6 +29,7 @@ from finetune.metrics.novelty import Subspace
 from finetune.monitoring.answers import concatenated, statistics_of
 from finetune.monitoring.drift import MIN_WINDOW
 from finetune.monitoring.reference import Reference
+from finetune.monitoring.samples import Sample, SamplingPolicy, samples_of
 from finetune.storage.files import write_json
 from service.state import ServerState
 
@@ -226,3 +228,85 @@ def _state_of(client: TestClient) -> ServerState:
     while not hasattr(app, "state"):
         app = app.app  # type: ignore[union-attr]
     return app.state.server  # type: ignore[union-attr]
+
+
+# --- images that are kept -------------------------------------------------------------------------
+
+
+def kept(home: Path, model: str = "colours") -> list[Sample]:
+    registry = Registry(home / "models")
+    return samples_of(registry, registry.lookup(model))
+
+
+def sampled_bytes(home: Path) -> int:
+    """What is kept of the model ``colours`` takes on disk, while a server may be deleting some."""
+    total = 0
+    for path in list((home / "models/colours/monitoring/1/sampled-inputs").iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def test_nothing_is_kept_unless_it_is_turned_on(home: Path) -> None:
+    with in_process(home) as client:
+        send(client, mixed(20))
+    assert kept(home) == []  # a server that has ended has written what it drew
+    assert not list(home.rglob("sampled-inputs"))
+
+
+def test_what_was_asked_is_kept_with_its_answer_and_its_owner_and_no_secret(home: Path) -> None:
+    secret = KeyStore(open_jobs(home)).create("ann", ["predict"])[0]
+    ann = {"Authorization": f"Bearer {secret}"}
+    data = b"".join(struct.pack("<I", len(one)) + one for one in (picture("red"), picture("blue")))
+    given = {"name": "images", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(data)}}
+    head = json.dumps({"inputs": [given]}).encode()
+    with in_process(home, sampling=SamplingPolicy(1.0)) as client:
+        assert client.post("/predict", content=picture("green", (9, 9)), headers=ann).status_code == 200
+        several = [("images", ("secret name.png", picture("red", (7, 7)))), ("images", ("b.png", b"no image"))]
+        assert client.post("/v1/models/colours/predict", files=several, headers=ann).json()["n_failed"] == 1
+        length = {"Inference-Header-Content-Length": str(len(head))}
+        assert client.post("/v2/models/colours/infer", content=head + data, headers=ann | length).status_code == 200
+        until(lambda: len(kept(home)) == 4)
+    found = {sample.path.read_bytes(): sample.record for sample in kept(home)}
+    assert set(found) == {picture("green", (9, 9)), picture("red", (7, 7)), picture("red"), picture("blue")}
+    green = found[picture("green", (9, 9))]
+    assert (green["owner"], green["predictions"][0]["label"]) == ("ann", "green")
+    assert green["confidence"] == pytest.approx(green["predictions"][0]["probability"])
+    assert found[picture("blue")]["predictions"][0]["label"] == "blue"
+    everything = b"".join(path.read_bytes() for path in home.rglob("sampled-inputs/*.json"))
+    assert secret.encode() not in everything
+    assert b"secret name" not in everything
+
+
+def test_a_share_of_the_images_is_kept_within_the_bytes_that_are_allowed_and_goes_with_the_model(
+    home: Path,
+) -> None:
+    with in_process(home, sampling=SamplingPolicy(0.25)) as client:
+        for begin in range(0, 200, 50):
+            files = [("images", ("a.png", picture("red", (16, 16)) + str(begin + number).encode())) for number in range(50)]
+            assert client.post("/predict", files=files).json()["n_failed"] == 0
+        until(lambda: 'finetune_sampled_inputs_total{outcome="kept"}' in client.get("/metrics").text)
+    assert 10 <= len(kept(home)) <= 100  # 50 with a standard deviation of 6; a server that has ended has written what it drew
+    size = sampled_bytes(home)
+    with in_process(home, sampling=SamplingPolicy(0.0, max_bytes=size // 2)) as client:  # off again; what is too much goes
+        until(lambda: 0 < sampled_bytes(home) <= size // 2)
+        assert client.delete("/v1/models/colours?force=true").status_code == 200
+    assert not list(home.rglob("sampled-inputs"))
+
+
+def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) -> None:
+    with in_process(home) as client:
+        send(client, ["red"] * (MIN_WINDOW - 10))
+        state = _state_of(client)
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert found.state == "collecting"
+        send(client, ["red"] * 10)
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert (found.state, found.n) == ("drifted", MIN_WINDOW)
+        assert found.drifted_since is not None
+        send(client, ["red"] * 50)  # fewer than make another look worth its risk of being wrong
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert found.n == MIN_WINDOW

@@ -63,7 +63,7 @@ function versionRow(model, one, deployed, again, signal) {
   const save = () => saveFile(`${path}/bundle`, `${model.id}-${one.version}.tar`);
 
   async function showMore() {
-    const version = await request(path, { signal });
+    const [version, drift] = await Promise.all([request(path, { signal }), request(`${path}/drift`, { signal })]);
     const accuracy = inWords(version.metrics, "models.accuracy", { n: version.metrics["test/n"] ?? 0 });
     put(more,
       h("dl", { class: "figures" }, [
@@ -71,6 +71,7 @@ function versionRow(model, one, deployed, again, signal) {
         [t("data.classes"), classNames(version.classes)], [t("models.method"), methodName(version.method.type)],
         [t("models.backbone"), version.backbone], [t("models.license"), version.license ?? t("unknown")], [t("models.size"), bytes(version.bundle_bytes)],
       ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      h("p", { class: "hint" }, driftInWords(drift)),
       abstention(version),
       h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
         session.may("jobs") && h("a", { class: "button", href: `#/train//${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("models.train_on")),
@@ -107,6 +108,12 @@ function versionRow(model, one, deployed, again, signal) {
       !isLive && !deployed.pinned && promoteButton(model.id, one.version, again),
       session.may("jobs") && !isLive && h("button", { type: "button", class: "quiet", onclick: () => remove(model, one, again) }, t("delete"))),
     details);
+}
+
+/** Return whether the live answers of a version still look like those to images that did not train it. */
+function driftInWords({ state, n, n_needed: needed, tests }) {
+  const differing = tests.filter(({ drifted }) => drifted).map(({ name }) => t(`models.drift.${name}`)).join(", ");
+  return t(`models.drift.${state}`, { n, needed, differing });
 }
 
 async function remove(model, one, again) {

@@ -1,0 +1,95 @@
+"""Keep a fraction of the images that are asked about, if the operator has turned that on, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.bundle.registry import Registry
+from finetune.errors import FinetuneError
+from finetune.monitoring.samples import SampleStore, SamplingPolicy
+from service.metrics import Metrics
+from service.models import LoadedModel
+
+log = logging.getLogger(__name__)
+
+ENFORCE_SECONDS = 60.0
+MAX_WAITING_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    name: str
+    version: str
+    data: bytes
+    record: Mapping[str, Any]
+    at: float
+
+
+class InputSampler:
+    """Draws images, and writes them in the background within the policy. `offer` may be called from one thread."""
+
+    def __init__(
+        self, registry: Registry, policy: SamplingPolicy, metrics: Metrics, enforce_seconds: float = ENFORCE_SECONDS
+    ) -> None:
+        self.fraction = policy.fraction
+        self._registry = registry
+        self._store = SampleStore(registry, policy)
+        self._metrics = metrics
+        self._enforce_seconds = enforce_seconds
+        self._drawn: queue.SimpleQueue[_Drawn | None] = queue.SimpleQueue()
+        self._waiting_bytes = 0
+        self._counting = threading.Lock()  # over the line above
+        self._thread = threading.Thread(target=self._write, name="samples", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write, and to delete what an earlier server has kept and is too old or too much now."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what was drawn, and end."""
+        self._drawn.put(None)
+        self._thread.join()
+
+    def draws(self, model: LoadedModel) -> bool:
+        """Return, for one image, whether to keep it. A bundle outside the registry has no place for it."""
+        if self.fraction == 0.0 or random.random() >= self.fraction:
+            return False
+        return model.source.path == self._registry.root / model.name / model.version
+
+    def offer(self, model: LoadedModel, data: bytes, record: Mapping[str, Any]) -> None:
+        """Keep an image that was drawn; drop it while too much waits to be written."""
+        with self._counting:
+            if self._waiting_bytes + len(data) > MAX_WAITING_BYTES:
+                self._metrics.sampled_inputs.labels("dropped").inc()
+                return
+            self._waiting_bytes += len(data)
+        self._drawn.put(_Drawn(model.name, model.version, data, record, time.time()))
+
+    def _write(self) -> None:
+        enforce_at = time.monotonic()
+        while True:
+            try:
+                if time.monotonic() >= enforce_at:
+                    enforce_at = time.monotonic() + self._enforce_seconds
+                    self._store.enforce(time.time())
+                drawn = self._drawn.get(timeout=max(0.01, enforce_at - time.monotonic()))
+                if drawn is None:
+                    return
+                self._keep(drawn)
+            except queue.Empty:
+                continue
+            except (OSError, FinetuneError):  # a full disk, a folder that cannot be written to: answers go on
+                log.exception("inputs could not be sampled")
+
+    def _keep(self, drawn: _Drawn) -> None:
+        with self._counting:
+            self._waiting_bytes -= len(drawn.data)
+        kept = self._store.keep(drawn.name, drawn.version, drawn.data, drawn.record, drawn.at)
+        self._metrics.sampled_inputs.labels("kept" if kept else "dropped").inc()
