@@ -122,7 +122,7 @@ def _is_abandoned(arriving: Path) -> bool:
 
 
 def _is_old(path: Path) -> bool:
-    """Return whether nothing has changed in a folder for an hour; False where it has vanished since it was listed."""
+    """Return whether a folder is unchanged for an hour; False if it was deleted in the meantime."""
     try:
         return time.time() - path.stat().st_mtime > _ORPHAN_SECONDS
     except FileNotFoundError:

@@ -85,7 +85,7 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
 
 
 def _leading_names(metrics: Mapping[str, float]) -> list[str]:
-    """Return the figures of a job that are shown: of each split the headline, and before it what is told first."""
+    """Return the keys of the metrics to show: for each split the metric that is reported first, and the headline."""
     splits = dict.fromkeys(name.partition("/")[0] for name in metrics)
     tasks = [task for task in TASKS if any(f"{split}/{task.headline.key}" in metrics for split in splits)]
     return [

@@ -213,7 +213,7 @@ def headline_error(arm: ArmPredictions) -> tuple[float, float]:
 
 
 def class_mean_interval(arm: ArmPredictions) -> Interval:
-    """Return the 95 % interval of an arm's mean recall over classes: that of the images, widened by what the seeds vary."""
+    """Return the 95 % interval of an arm's mean recall over classes, over images and training seeds."""
     labels = arm.runs[0].labels
     counts = np.bincount(labels)
     present = counts > 0

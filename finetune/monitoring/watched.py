@@ -1,12 +1,13 @@
-"""One model version that is watched: its reference, its window, and the files that keep the window over a restart.
+"""One monitored model version: its reference, its window, and the files that preserve the window over a restart.
 
-In a version's folder `Registry.monitoring_of`: ``window.npz``, and in ``arriving/`` the statistics of answers that other
-processes gave (batch predictions), each a file that a server takes in and deletes.
+The folder `Registry.monitoring_of` of a version contains ``window.npz`` and, in ``arriving/``, files with the statistics of
+predictions by other processes (batch predictions), which a server adds to the window and deletes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune.bundle.calibration import NOVEL, Calibration
-from finetune.bundle.manifest import MODEL, Manifest, read_manifest
+from finetune.bundle.manifest import DRIFT, MODEL, Manifest, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
 from finetune.monitoring.drift import Drift, drift_of
@@ -24,20 +25,20 @@ from finetune.tasks import task_named
 
 WINDOW = "window.npz"
 ARRIVING = "arriving"
-MAX_ARRIVING_FILES = 50  # of a version, while no server takes them in; the oldest are deleted
+MAX_ARRIVING_FILES = 50  # per version, while no server reads them; the oldest are deleted
 
 
 class Watched:
-    """A version's window beside its reference. One thread at a time may use it.
+    """A version's reference and window. Not thread-safe.
 
     Args:
-        bundle: its folder.
-        monitoring: where its window is kept; None for a bundle outside the registry, whose window is lost with the process.
+        bundle: the folder of the bundle.
+        monitoring: the folder of the window's file; None for a bundle outside the registry, whose window is not stored.
     """
 
     def __init__(self, bundle: Path, monitoring: Path | None) -> None:
         self.manifest = read_manifest(bundle)
-        self.reference = read_reference(bundle)
+        self.reference = read_reference(bundle) if DRIFT in self.manifest.files else None
         self.window = _empty_window(self.manifest)
         self._monitoring = monitoring
         if monitoring is not None:
@@ -45,21 +46,21 @@ class Watched:
         self._written = self.window.n_seen
 
     def drift(self) -> Drift:
-        """Compare what the window holds with the reference."""
+        """Test the predictions in the window against the reference."""
         return drift_of(self.reference, self.window)
 
     def fits(self, answers: AnswerStatistics) -> bool:
-        """Return whether answers are of a model with these classes and this task."""
+        """Return whether the statistics fit the task and the number of classes of this version."""
         n_classes, given = len(self.manifest.classes), answers.given
         if task_named(self.manifest.task).exclusive:
             return given is None and (not len(answers) or int(answers.label.max()) < n_classes)
         return given is not None and given.shape[1] == n_classes
 
     def take_in(self) -> int:
-        """Add what other processes have left in ``arriving/``; return how many answers that were."""
+        """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
         before = self.window.n_seen
-        for path in sorted((self._monitoring / ARRIVING).glob("*.npz")) if self._monitoring is not None else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or taken meanwhile
+        for path in _arrived(self._monitoring):
+            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or already read
                 answers, arrays = read_statistics(path.read_bytes())
                 if self.fits(answers) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
                     self.window.add(answers, float(arrays["at"]))
@@ -68,7 +69,7 @@ class Watched:
 
     @property
     def has_changed(self) -> bool:
-        """Whether there are answers that the file does not know of."""
+        """Whether the window has predictions that are not in its file yet."""
         return self._monitoring is not None and self.window.n_seen != self._written
 
     def write(self, folder: Path) -> None:
@@ -78,13 +79,13 @@ class Watched:
 
 
 def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
-    """Return the document of a version's drift as the workspace's files tell it; a running server may know of newer answers."""
+    """Return the document of a version's drift from the workspace's files; a running server may have newer predictions."""
     version = registry.lookup(reference)
     return drift_document(version, Watched(version.path, registry.monitoring_of(version.name, version.version)).drift())
 
 
 def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
-    """Return the JSON document of a version's drift, the same over HTTP and at a shell."""
+    """Return the JSON document of a version's drift, for HTTP and the command line."""
     since = None if found.drifted_since is None else int(found.drifted_since)
     reference = None if found.reference_split is None else {"split": found.reference_split, "n": found.reference_n}
     said = {key: value for key, value in found.to_dict().items() if key not in ("reference_split", "reference_n")}
@@ -95,11 +96,11 @@ def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
 def leave_for_server(
     registry: Registry, version: ModelVersion, name: str, answers: AnswerStatistics, model_sha256: str, at: float
 ) -> None:
-    """Leave the statistics of answers for a server to take in; a second time under the same name replaces the first.
+    """Write statistics to ``arriving/`` for a server to add to the window; a file with the same name is replaced.
 
     Args:
-        model_sha256: of the model that gave them.
-        at: when, Unix seconds.
+        model_sha256: of the model that made the predictions.
+        at: time of the predictions, Unix seconds.
     """
     with registry.monitoring(version.name, version.version) as folder:
         if folder is None:
@@ -111,12 +112,21 @@ def leave_for_server(
             old.unlink(missing_ok=True)
 
 
+def _arrived(monitoring: Path | None) -> list[Path]:
+    """Return what other processes have left, in the order of its names; nothing where the version is being deleted."""
+    try:
+        names = [] if monitoring is None else sorted(os.listdir(monitoring / ARRIVING))
+    except FileNotFoundError:
+        return []
+    return [monitoring / ARRIVING / name for name in names if monitoring is not None and name.endswith(".npz")]
+
+
 def _empty_window(manifest: Manifest) -> Window:
     calibration = Calibration.of(manifest.calibration)
     place = round(100 * NOVEL) - 1
     known = calibration is not None and len(calibration.novelty) > place
     return Window(
-        manifest.files[MODEL],
+        manifest.files.get(MODEL, ""),
         len(manifest.classes),
         several=not task_named(manifest.task).exclusive,
         unlike_beyond=calibration.novelty[place] if calibration is not None and known else None,

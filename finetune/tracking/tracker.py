@@ -154,7 +154,7 @@ def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment
 
     Raises:
         InvalidInput: no such tracker.
-        MissingExtra: a tracker that was asked for is not installed.
+        MissingExtra: a requested tracker is not installed.
     """
     if asked is None and VARIABLE in environment:
         asked = environment[VARIABLE].split()

@@ -1,1 +1,1 @@
-"""The HTTP routes, a module for each kind of resource. A route translates a request to one call and the result to one answer."""
+"""The HTTP routes, one module per kind of resource. A route translates a request into a call and its result into a response."""

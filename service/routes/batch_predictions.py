@@ -1,4 +1,4 @@
-"""``/v1/batch_predictions``: many images answered by one model, in the queue of the jobs; the answers are a table to download."""
+"""``/v1/batch_predictions``: predictions for many images by one model, as a queued job with a table to download."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ batch_router = APIRouter(prefix=BATCH.path, tags=["batch predictions"], response
 async def create_batch(
     request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
 ) -> BatchDocument:
-    """Queue the images of an upload (`purpose` `batch`, or a dataset) to be answered. An alias means what it means now."""
+    """Queue a batch prediction for the images of an upload (`purpose` `batch`, or a dataset). An alias is resolved now."""
     body = await json_body(request, "batch prediction")
     job, new = await run_in_threadpool(_create, Submission(server, caller, idempotency_key), body)
     announce(response, job, new=new)
@@ -57,10 +57,10 @@ def _create(submission: Submission, raw: bytes) -> tuple[Job, bool]:
 
 
 def _version(server: ServerState, caller: Caller, reference: str | None) -> str:
-    """Return the version that will answer, as ``name@version``.
+    """Resolve the model reference of a request to ``name@version``.
 
     Raises:
-        NotFound: no such model, or none that this caller may use.
+        NotFound: there is no such model that this caller may use.
     """
     if reference is not None:
         found = find_model(server, caller, reference)
@@ -83,7 +83,7 @@ add_lifecycle(batch_router, BATCH, "batch", BatchDocument, _document)
 
 @batch_router.get("/{batch_id}/result")
 def batch_result(caller: Submitting, server: Server, batch_id: str) -> BatchResult:
-    """Return how many images were answered, which could not be read and why, and where the answers are."""
+    """Return the number of predicted images, those that could not be read with the reasons, and links to the tables."""
     job, result = _finished(server, caller, batch_id)
     return BatchResult.model_validate({**result, "answers": answer_links(job.id, result["files"])})
 
@@ -95,7 +95,7 @@ def batch_answers(
     batch_id: str,
     format: Annotated[Format, Query(description="`npz` holds the logits, and the embeddings where they were asked for.")] = "csv",
 ) -> FileResponse:
-    """Download the answers, one row an image: file, sha256, predicted class, its probability, the probability of each class."""
+    """Download the predictions, one row per image: file, sha256, predicted class, its probability, all probabilities."""
     job, result = _finished(server, caller, batch_id)
     path = server.run_of(job.id).root / f"answers.{format}"
     if path.name not in result["files"] or not path.exists():

@@ -1,4 +1,4 @@
-"""``POST /v1/files/{id}/check`` and ``/v1/checks``: the examination of an upload, in the queue of the jobs."""
+"""``POST /v1/files/{id}/check`` and ``/v1/checks``: the examination of an upload, as a queued job."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ checks_router = APIRouter(prefix=CHECK.path, tags=["data checks"], responses=RES
 async def check_file(
     request: Request, response: Response, caller: Submitting, server: Server, file_id: str, idempotency_key: IdempotencyKey = None
 ) -> CheckDocument:
-    """Queue an upload to be examined: copies, leaks, labels that are probably wrong, shortcuts, classes, pictures of nothing."""
+    """Queue a data check of an upload: copies, leakage, probable label errors, shortcuts, classes, empty images."""
     submission = Submission(server, caller, idempotency_key)
-    await run_in_threadpool(submission.locate, file_id)  # a file that is not there is 404, whatever the body
+    await run_in_threadpool(submission.locate, file_id)  # 404 for a missing file comes before errors of the body
     raw = await request.body()
     body = await json_body(request, "data check") if raw.strip() else b"{}"
     job, new = await create_checked(submission, partial(_create, file_id, body))
@@ -65,7 +65,7 @@ add_lifecycle(checks_router, CHECK, "check", CheckDocument, _document)
 
 @checks_router.get("/{check_id}/result")
 def check_result(caller: Submitting, server: Server, check_id: str) -> CheckResult:
-    """Return all findings, the worst first: each with its evidence, what to do, and the images that have it."""
+    """Return all findings, worst first, each with its evidence, advice, and the images concerned."""
     job = _finished(server, caller, check_id)
     found: Mapping[str, Any] = read_object(server.run_of(job.id).examination)
     if not found:
@@ -75,7 +75,7 @@ def check_result(caller: Submitting, server: Server, check_id: str) -> CheckResu
 
 @checks_router.get("/{check_id}/report", response_class=HTMLResponse)
 def check_report(caller: Submitting, server: Server, check_id: str) -> HTMLResponse:
-    """Return the page of the findings, with pictures: one HTML file that loads nothing."""
+    """Return the findings as one self-contained HTML page with images."""
     job = _finished(server, caller, check_id)
     return report_answer(server.run_of(job.id), server.without_home)
 

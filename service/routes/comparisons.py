@@ -1,4 +1,4 @@
-"""``/v1/fine_tuning/comparisons``: several ways to train on the same images, compared; or jobs that exist, compared."""
+"""``/v1/fine_tuning/comparisons``: compare several ways to train on the same images, or existing jobs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ comparisons_router = APIRouter(prefix=COMPARISON.path, tags=["comparisons"], res
 async def create_comparison(
     request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
 ) -> ComparisonDocument:
-    """Queue a comparison. What is wrong with any arm, or with the dataset, is said now, all at once, with field paths."""
+    """Queue a comparison. All problems of the arms and of the dataset are reported at once, with field paths."""
     body = await json_body(request, "comparison")
     job, new = await create_checked(Submission(server, caller, idempotency_key), partial(_create, body))
     announce(response, job, new=new)
@@ -85,7 +85,7 @@ add_lifecycle(comparisons_router, COMPARISON, "comparison", ComparisonDocument, 
 
 @comparisons_router.get("/{comparison_id}/result")
 def comparison_result(caller: Submitting, server: Server, comparison_id: str) -> ComparisonResult:
-    """Return what a comparison came to: arms with figures and intervals, pairs with their tests, the verdict, cost."""
+    """Return the result of a comparison: arms with metrics and intervals, pairs with their tests, the verdict, and costs."""
     job, result = _finished(server, caller, comparison_id)
     runs = server.home / "runs"
     arms = [{**arm, "runs": [link_of_run(runs, Path(run)) or "" for run in arm["runs"]]} for arm in result["arms"]]
@@ -100,7 +100,7 @@ def comparison_result(caller: Submitting, server: Server, comparison_id: str) ->
 
 @comparisons_router.get("/{comparison_id}/report", response_class=HTMLResponse)
 def comparison_report(caller: Submitting, server: Server, comparison_id: str) -> HTMLResponse:
-    """Return the page of a comparison: verdict, differences, cost, disputed images. It loads nothing and has no script."""
+    """Return the page of a comparison: verdict, differences, costs, disputed images. It is self-contained, without scripts."""
     job, result = _finished(server, caller, comparison_id)
     named = (html.escape(result["dataset"]), html.escape(_dataset_name(server, job)))
     return report_answer(server.run_of(job.id), lambda page: server.without_home(page).replace(*named))
@@ -108,14 +108,14 @@ def comparison_report(caller: Submitting, server: Server, comparison_id: str) ->
 
 @comparisons_router.get("/{comparison_id}/runs")
 def comparison_runs(caller: Submitting, server: Server, comparison_id: str) -> RunList:
-    """List the runs of a comparison in their order: which have finished, and what they came to. Compared jobs are not listed."""
+    """List the runs of a comparison in order, with status and metrics. A comparison of existing jobs has none."""
     job = server.database.jobs.get(comparison_id, caller.sees, COMPARISON)
     return RunList(data=list(_runs(server, job)))
 
 
 @comparisons_router.get("/{comparison_id}/runs/{run_name}")
 def comparison_run(caller: Submitting, server: Server, comparison_id: str, run_name: str) -> RunResult:
-    """Return one finished run: figures with n and intervals by split, resolved hyperparameters."""
+    """Return one finished run: metrics with n and intervals by split, and resolved hyperparameters."""
     run, summary = _run(server, caller, comparison_id, run_name)
     outcome = read_object(run.outcome)
     if summary.status != "finished":
@@ -132,7 +132,7 @@ def comparison_run(caller: Submitting, server: Server, comparison_id: str, run_n
 
 @comparisons_router.get("/{comparison_id}/runs/{run_name}/report", response_class=HTMLResponse)
 def comparison_run_report(caller: Submitting, server: Server, comparison_id: str, run_name: str) -> HTMLResponse:
-    """Return the report of one run. The first run of each arm has one, and the run that was chosen."""
+    """Return the report of one run. Only the first run of each arm and the chosen run have a report."""
     run, _ = _run(server, caller, comparison_id, run_name)
     return report_answer(run, server.without_home)
 
@@ -145,7 +145,7 @@ def _finished(server: ServerState, caller: Caller, comparison_id: str) -> tuple[
 
 
 def _dataset_name(server: ServerState, job: Job) -> str:
-    """Return what the client calls the compared data; an upload's folder is named after its id."""
+    """Return the display name of the compared data, since the folder of an upload is named after its id."""
     assert job.result is not None
     name = str(job.result["dataset"])
     try:
@@ -155,7 +155,7 @@ def _dataset_name(server: ServerState, job: Job) -> str:
 
 
 def _runs(server: ServerState, job: Job) -> Iterator[ComparedRun]:
-    """Yield what is known of each run, in the order in which they are made."""
+    """Yield the summary of each run, in the order in which they are made."""
     if "runs" in job.spec:
         return
     spec = parse_comparison(job.spec)
@@ -178,7 +178,7 @@ def _runs(server: ServerState, job: Job) -> Iterator[ComparedRun]:
 
 
 def _run(server: ServerState, caller: Caller, comparison_id: str, run_name: str) -> tuple[RunDir, ComparedRun]:
-    """Return a run of a comparison by its name; what is not one of the names that its spec gives leads nowhere."""
+    """Return a run of a comparison by its name. Only names from the comparison's spec are accepted, never paths."""
     job = server.database.jobs.get(comparison_id, caller.sees, COMPARISON)
     found = next((run for run in _runs(server, job) if run.name == run_name), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""``/v1/deployments/default``: what answers requests that name no model, and what is tried beside it."""
+"""``/v1/deployments/default``: the model for requests without a model name, with its canary and shadow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ deployment_router = APIRouter(prefix="/v1/deployments", tags=["models"], respons
 
 @deployment_router.get("/default")
 def get_default(caller: Reading, server: Server) -> DeploymentDocument:
-    """Return what answers requests that name no model."""
+    """Return the deployment for requests without a model name."""
     return _document(server, caller)
 
 
 @deployment_router.get("/default/history")
 def default_history(caller: Reading, server: Server) -> DeploymentHistory:
-    """List what has answered requests that name no model, since when and by whose decision; of models that you may use."""
+    """List the changes of the default deployment, with time and author, for models that you may use."""
     past = [
         PastDeployment(reference=one.deployment.reference, at=int(one.at), by=one.by)
         for one in reversed(deployments(server.models.registry))
@@ -34,7 +34,7 @@ def default_history(caller: Reading, server: Server) -> DeploymentHistory:
 
 @deployment_router.put("/default")
 def put_default(caller: Administering, server: Server, change: DeploymentChange) -> DeploymentDocument:
-    """Promote a model to what answers requests that name none, from the next request on. Registering a model never does this."""
+    """Promote a model to the default for requests without a model name. Registering a model never does this."""
     _refuse_if_pinned(server)
     deployment = Deployment(change.reference, canary=_share(change.canary), shadow=_share(change.shadow))
     promote_to_default(server.models.registry, deployment, minimum=change.minimum, force=change.force, by=caller.owner)
@@ -44,7 +44,7 @@ def put_default(caller: Administering, server: Server, change: DeploymentChange)
 
 @deployment_router.post("/default/rollback")
 def roll_back_default(caller: Administering, server: Server) -> DeploymentDocument:
-    """Deploy again what was the default before."""
+    """Restore the previous default deployment."""
     _refuse_if_pinned(server)
     roll_back(server.models.registry, by=caller.owner)
     server.models.refresh()

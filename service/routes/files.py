@@ -1,4 +1,4 @@
-"""``/v1/files``: datasets that clients bring. Each route translates one request to one call and its result to one answer."""
+"""``/v1/files``: upload, list and delete datasets."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SummaryDocument(BaseModel):
 
 
 class FileDocument(ListItem):
-    """An uploaded dataset, in the words of the public API and our own (`sha256`, `summary`)."""
+    """An uploaded dataset: the fields of the public API, and `sha256` and `summary`."""
 
     object: Literal["file"] = "file"
     bytes: int = Field(description="Of the archive as it came.")
@@ -81,17 +81,17 @@ class FileDeleted(BaseModel):
 
 
 def files_router(max_body_bytes: int) -> APIRouter:
-    """The routes of uploads; the first takes a body of a dataset's size."""
+    """Return the routes of uploads. Only the first accepts a large body."""
     router = APIRouter(prefix="/v1/files", tags=["files"], responses=RESPONSES)
 
     @router.post("", status_code=201, openapi_extra=UPLOAD_BODY, max_body_size=max_body_bytes)
     async def upload_file(
         request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
     ) -> FileDocument:
-        """Upload a dataset. It is unpacked and looked through at once; a member that cannot be taken is named in the refusal."""
+        """Upload a dataset. It is unpacked and examined at once; errors name the files that cannot be accepted."""
         given = request.headers.get("content-length", "")
         announced = int(given) if given.isdecimal() else 0
-        if idempotency_key is None:  # else this may be a repetition, which adds nothing
+        if idempotency_key is None:  # with a key this may be a repetition, which adds nothing
             least = max(0, announced - MULTIPART_OVERHEAD_BYTES)
             stored = await run_in_threadpool(server.stored_bytes, caller.owner)
             stored += await run_in_threadpool(server.part_uploads.pending_bytes, caller.owner)
@@ -113,19 +113,19 @@ def files_router(max_body_bytes: int) -> APIRouter:
         limit: Limit = 20,
         purpose: Annotated[str | None, Query(max_length=100)] = None,
     ) -> FileList:
-        """Your uploads, newest first."""
+        """List your uploads, newest first."""
         page, more = server.database.files.list(caller.sees, after=after, limit=limit)
         documents = [file_document(file) for file in page if purpose in (None, file.purpose)]
         return FileList.of(documents, more)
 
     @router.get("/{file_id}")
     def get_file(caller: Submitting, server: Server, file_id: str) -> FileDocument:
-        """One upload with what was found in it."""
+        """Return one upload with the summary of its contents."""
         return file_document(server.database.files.get(file_id, caller.sees))
 
     @router.delete("/{file_id}")
     def delete_file(caller: Submitting, server: Server, file_id: str) -> FileDeleted:
-        """Delete an upload that no unfinished job reads. Models made from it stay."""
+        """Delete an upload that no unfinished job uses. Models made from it are kept."""
         server.database.files.delete(file_id, caller.sees)
         server.uploads.discard(file_id)
         server.pictures.forget(server.uploads.place_of(file_id).resolve())

@@ -1,4 +1,4 @@
-"""``/v2``: the Open Inference Protocol, so that clients of other inference servers (``tritonclient[http]``) can ask this one."""
+"""``/v2``: the Open Inference Protocol, for clients of other inference servers (``tritonclient[http]``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DOCUMENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jso
 
 
 def inference_v2_router(max_body_bytes: int) -> APIRouter:
-    """Return the routes of the protocol; inference takes bodies as large as images."""
+    """Return the routes of the protocol. Only inference accepts large bodies."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=RESPONSES)
 
     @router.get("", responses=_DOCUMENT)
@@ -42,19 +42,19 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
 
     @router.get("/health/live", response_class=Response)
     async def v2_live() -> Response:
-        """Whether the process answers."""
+        """Return 200 while the process responds."""
         return Response()
 
     @router.get("/health/ready", response_class=Response)
     async def v2_ready(request: Request) -> Response:
-        """Whether the default model has passed its probes."""
+        """Return 200 if the default model has passed its probes, else 503."""
         _state(request).models.check_ready()
         return Response()
 
     @router.get("/models/{name}/ready", response_class=Response)
     @router.get("/models/{name}/versions/{version}/ready", name="v2_version_ready", response_class=Response)
     async def v2_model_ready(request: Request, name: str, version: str = "") -> Response:
-        """Whether a model can be loaded; loads it."""
+        """Load a model and return 200 if it passes its checks, else 503."""
         try:
             await _model(request, name, version)
         except BundleError as error:
@@ -64,7 +64,7 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
     @router.get("/models/{name}", responses=_DOCUMENT)
     @router.get("/models/{name}/versions/{version}", name="v2_version", responses=_DOCUMENT)
     async def v2_model(request: Request, name: str, version: str = "") -> JSONResponse:
-        """Return what a model takes and gives."""
+        """Return the metadata of a model's inputs and outputs."""
         model = await _model(request, name, version)
         versions = [one.version for one in _state(request).models.registry.versions(model.name)]
         return JSONResponse(model_metadata(model, versions))

@@ -1,7 +1,7 @@
-"""``/v1/fine_tuning/jobs``: each route translates one request to one call of the store and the result to one answer.
+"""``/v1/fine_tuning/jobs``: create fine-tuning jobs, and return their results.
 
-HTTP reads the database; logs, checkpoints and figures are looked up in the run's folder, where the run writes them. What other
-kinds of jobs share is in `service.routes.lifecycle`.
+State comes from the database; logs, checkpoints and metrics come from the run's folder. Routes that all kinds of jobs share are
+in `service.routes.lifecycle`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ jobs_router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=
 async def create_job(
     request: Request, response: Response, caller: Submitting, server: Server, idempotency_key: IdempotencyKey = None
 ) -> JobDocument:
-    """Queue a fine-tuning job. What is wrong with the request or its dataset is said now, all at once, with field paths."""
+    """Queue a fine-tuning job. All problems of the request and its dataset are reported at once, with field paths."""
     body = await json_body(request, "job")
     job, new = await create_checked(Submission(server, caller, idempotency_key), partial(_create, body))
     announce(response, job, new=new)
@@ -84,7 +84,7 @@ add_lifecycle(jobs_router, TRAINING, "job", JobDocument, _document)
 
 @jobs_router.get("/{job_id}/checkpoints")
 def job_checkpoints(caller: Submitting, server: Server, job_id: str, after: After = None, limit: Limit = 10) -> CheckpointList:
-    """The checkpoints that the job could resume from, newest first. A solved head needs none."""
+    """List the checkpoints from which the job could resume, newest first. A linear probe has none."""
     job = server.database.jobs.get(job_id, caller.sees, TRAINING)
     documents = checkpoint_documents(job.id, server.run_of(job.id))
     if after is not None:
@@ -98,7 +98,7 @@ def job_checkpoints(caller: Submitting, server: Server, job_id: str, after: Afte
 
 @jobs_router.get("/{job_id}/result")
 def job_result(caller: Submitting, server: Server, job_id: str) -> ResultDocument:
-    """Return what a job that has succeeded came to: figures with n and intervals, resolved hyperparameters, where the rest is."""
+    """Return the result of a job: metrics with n and intervals, resolved hyperparameters, and links."""
     job = server.database.jobs.get(job_id, caller.sees, TRAINING)
     if job.state != "succeeded":
         raise Conflict(f"{job_id} is {job.state}; only a job that has succeeded has a result")
@@ -129,7 +129,7 @@ def job_result(caller: Submitting, server: Server, job_id: str) -> ResultDocumen
 
 @jobs_router.get("/{job_id}/diagnosis")
 def job_diagnosis(caller: Submitting, server: Server, job_id: str) -> DiagnosisDocument:
-    """Return what is wrong with a job's run, from its own records: also while it is running, and after it has failed."""
+    """Return the diagnosis of a job's run from its own records, also while it is running or after it has failed."""
     job = server.database.jobs.get(job_id, caller.sees, TRAINING)
     run = server.run_of(job.id)
     try:
@@ -140,7 +140,7 @@ def job_diagnosis(caller: Submitting, server: Server, job_id: str) -> DiagnosisD
 
 
 def _license(server: ServerState, model: str | None, version: str | None) -> str | None:
-    """Return the licence of the pretrained weights, if the version is still registered."""
+    """Return the licence of the pretrained weights, or None if the version is no longer registered."""
     try:
         manifest = read_manifest(server.models.registry.resolve(str(model), version).path)
     except (NotFound, BundleError):

@@ -1,6 +1,7 @@
-"""What can be asked of a job of any kind: its state, history and log, its end, its deletion. Each kind has these routes.
+"""The routes that all kinds of jobs share: list, state, events, log, cancel and delete.
 
-Annotations are evaluated here (no ``from __future__ import annotations``): some that FastAPI reads are local to `add_lifecycle`.
+This module does not use ``from __future__ import annotations``, since FastAPI could not resolve annotations that are local to
+`add_lifecycle`.
 """
 
 import os
@@ -25,8 +26,8 @@ from service.schemas.jobs import EventDocument, EventList, JobState, State, even
 from service.schemas.lists import After, Limit, Page
 from service.state import Server, ServerState
 
-LARGEST_LOG_BYTES = 8 << 20  # of a longer log, what one answer holds
-MAX_OFFSET = (1 << 63) - 1  # what a file can be asked for
+LARGEST_LOG_BYTES = 8 << 20  # of a log in one response
+MAX_OFFSET = (1 << 63) - 1  # the largest offset of a file
 EVENT_STREAM = "text/event-stream"
 EVENTS_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {
@@ -49,13 +50,13 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
     """Add the routes of one kind of job.
 
     Args:
-        noun: in the names of operations and of the path's parameter: ``get_job``, ``{job_id}``.
-        document: a job as its owner sees it.
+        noun: used in the names of operations and of the path parameter: ``get_job``, ``{job_id}``.
+        document: converts a job to its document.
     """
     path = f"/{{{noun}_id}}"
     Id = Annotated[str, PathParameter(alias=f"{noun}_id")]
     title, plural = kind.title, f"{noun}es" if noun.endswith("h") else f"{noun}s"
-    object_name: Any = kind.object  # `Deleted` spells out which there are
+    object_name: Any = kind.object  # `Deleted` lists the values
 
     @router.get("", name=f"list_{plural}", description=f"List your {plural}, newest first. {_FILTER}", response_model=Page[model])  # type: ignore[valid-type]
     def list_(
@@ -150,7 +151,7 @@ def _events(server: ServerState, job_id: str, after: int | None, limit: int, ord
 
 
 def _part_of(log: Path, offset: int | None) -> bytes:
-    """Bytes as they are in the file, so that an offset means the same on both sides."""
+    """Return the log's bytes unchanged, so that clients can count offsets."""
     try:
         with open(log, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - LARGEST_LOG_BYTES) if offset is None else offset)

@@ -1,4 +1,4 @@
-"""``/v1/models``: what is registered, who may use it, and which version an alias means."""
+"""``/v1/models``: registered models with their versions, aliases, access rights and files."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def get_model(caller: Reading, server: Server, name: str) -> ModelDocument:
 
 @models_router.get("/{name}/versions/{version}")
 def get_version(caller: Reading, server: Server, name: str, version: str) -> VersionDocument:
-    """Return everything about one version: classes, method, figures with n and intervals, licence, parity, calibration."""
+    """Return the details of a version: classes, method, metrics with n and intervals, licence, parity, calibration."""
     return _version_document(server, find_model(server, caller, f"{name}@{version}"))
 
 
 @models_router.put("/{name}/versions/{version}/abstention")
 def set_abstention(caller: Submitting, server: Server, name: str, version: str, wanted: Abstention) -> VersionDocument:
-    """Choose when a version abstains without being asked to; every answer then says `abstained`."""
+    """Set the precision at which a version abstains by default; every prediction then has `abstained`."""
     found = find_model(server, caller, f"{name}@{version}", to_change=True)
     server.models.registry.set_abstention(found.name, found.version, wanted.precision)
     server.models.refresh()
@@ -88,14 +88,14 @@ def set_abstention(caller: Submitting, server: Server, name: str, version: str, 
 
 @models_router.get("/{name}/versions/{version}/card", response_class=PlainTextResponse, responses=CARD_ANSWER)
 def get_card(caller: Reading, server: Server, name: str, version: str) -> PlainTextResponse:
-    """Return the model card as Markdown: what the bundle records of how it was made, how good it is, and its licence."""
+    """Return the model card as Markdown: how the model was made, its metrics, and its licence."""
     found = find_model(server, caller, f"{name}@{version}")
     return PlainTextResponse(model_card(read_manifest(found.path)), media_type="text/markdown")
 
 
 @models_router.get("/{name}/versions/{version}/drift")
 def get_drift(caller: Reading, server: Server, name: str, version: str) -> DriftDocument:
-    """Return whether the live answers of a version have drifted away from its answers to images that did not train it."""
+    """Return whether a version's predictions in production have drifted from its predictions for held-out images."""
     found = find_model(server, caller, f"{name}@{version}")
     return DriftDocument.model_validate(drift_document(found, server.drift.drift(found)))
 
@@ -141,7 +141,7 @@ def _version_document(server: ServerState, found: ModelVersion) -> VersionDocume
 
 @models_router.get("/{name}/versions/{version}/report", response_class=HTMLResponse)
 def get_report(caller: Reading, server: Server, name: str, version: str) -> HTMLResponse:
-    """Return the report of the run that made a version, as one page that loads nothing."""
+    """Return the report of the run that made a version, as one self-contained page."""
     found = find_model(server, caller, f"{name}@{version}")
     run = run_of(server.home / "runs", found)
     if run is None or not run.report.exists():
@@ -162,7 +162,7 @@ def get_bundle(caller: Reading, server: Server, name: str, version: str) -> Stre
 
 @models_router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=BUNDLE_ANSWER)
 def get_bundle_file(caller: Reading, server: Server, name: str, version: str, file: str) -> FileResponse:
-    """Download one file of a version's bundle: `model.onnx` runs by itself, `weights.safetensors` can be trained on."""
+    """Download one file of a version's bundle, such as `model.onnx` (to run) or `weights.safetensors` (to train further)."""
     found = find_model(server, caller, f"{name}@{version}")
     files = read_manifest(found.path).files
     if file not in files:
@@ -178,7 +178,7 @@ def get_predictions(
     version: str,
     format: Annotated[Literal["csv", "npz"], Query(description="`npz` holds the logits and embeddings.")] = "csv",
 ) -> Response:
-    """Download what a version answered to its test images, one row an image: what a later version is compared with."""
+    """Download a version's predictions for its test images, one row per image. Later versions are compared with them."""
     found = find_model(server, caller, f"{name}@{version}")
     path = server.models.registry.predictions_of(found)
     if not path.exists():
@@ -213,7 +213,7 @@ def delete_model(
         bool, Query(description="Also if it is the server's default, or if an alias such as `champion` means it.")
     ] = False,
 ) -> ModelDeleted:
-    """Delete a model, or one version of it (`name@version`). Requests that it is answering now are answered."""
+    """Delete a model, or one version of it (`name@version`). Requests in progress are completed."""
     found = find_model(server, caller, name, to_change=True)
     registry = server.models.registry
     if "@" in name:
@@ -233,9 +233,10 @@ def delete_model(
 
 @models_router.put("/{name}/aliases/{alias}")
 def put_alias(caller: Submitting, server: Server, name: str, alias: str, target: AliasTarget) -> ModelDocument:
-    """Promote a version: make an alias mean it, from the next request on. `champion` is what the bare name answers with. A
-    version
-    that fails a check is refused, and the alias keeps its meaning."""
+    """Promote a version: point an alias at it, from the next request on. A name without alias or version means `champion`.
+
+    A version that fails a check is refused, and the alias is unchanged.
+    """
     found = find_model(server, caller, name, to_change=True)
     promote(
         server.models.registry, found.name, target.version, alias, minimum=target.minimum, force=target.force, by=caller.owner
@@ -246,7 +247,7 @@ def put_alias(caller: Submitting, server: Server, name: str, alias: str, target:
 
 @models_router.post("/{name}/aliases/{alias}/rollback")
 def roll_back_alias(caller: Submitting, server: Server, name: str, alias: str) -> ModelDocument:
-    """Make an alias mean the version that it meant before."""
+    """Point an alias back at its previous version."""
     found = find_model(server, caller, name, to_change=True)
     server.models.registry.rollback(found.name, alias, by=caller.owner)
     server.models.refresh()
@@ -254,11 +255,11 @@ def roll_back_alias(caller: Submitting, server: Server, name: str, alias: str) -
 
 
 def find_model(server: ServerState, caller: Caller, reference: str, *, to_change: bool = False) -> ModelVersion:
-    """Return what a reference means to this caller.
+    """Resolve a model reference for this caller.
 
     Raises:
-        NotFound: no such model, or another owner's private one.
-        HTTPException: 403 to change a shared model of somebody else.
+        NotFound: there is no such model, or it is another owner's private one.
+        HTTPException: 403 for a change of another owner's shared model.
     """
     name = reference.partition("@")[0]
     server.check_may_use(caller, name)
@@ -269,7 +270,7 @@ def find_model(server: ServerState, caller: Caller, reference: str, *, to_change
 
 
 def model_document(server: ServerState, name: str) -> ModelDocument | None:
-    """Return the document of a model, or None if it was deleted meanwhile."""
+    """Return the document of a model, or None if it was deleted in the meantime."""
     versions = server.models.registry.versions(name)
     return _document(server, name, versions) if versions else None
 

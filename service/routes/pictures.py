@@ -1,4 +1,4 @@
-"""Pictures and answers for people who look at data and results: what an upload holds, its corrections, and what a run said."""
+"""Images of uploads with their corrections, and predictions of runs, for display on the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_SIDE_PX = 1024
 LONG_PAGE = 1000
 ONE_YEAR = "private, max-age=31536000, immutable"  # of an upload: its contents never change
 BYTES = {"schema": {"type": "string", "format": "binary"}}
-PICTURE: dict[int | str, dict[str, Any]] = {  # generators of clients know no image/* and take the first that they know
+PICTURE: dict[int | str, dict[str, Any]] = {  # client generators do not know image/* and use the first media type that they know
     200: {
         "description": "The picture's bytes, with its own media type.",
         "content": dict.fromkeys(("application/octet-stream", *MEDIA_TYPES), BYTES),
@@ -60,7 +60,7 @@ class ImageDocument(ListItem):
 
 
 class AnswerDocument(ListItem):
-    """What a run answered to one image."""
+    """A run's prediction for one image."""
 
     object: Literal["fine_tuning.answer"] = "fine_tuning.answer"
     label: str = Field(description="What the image is labelled as; all labels, with commas, where there may be several.")
@@ -74,7 +74,7 @@ class AnswerDocument(ListItem):
 
 
 class MetricsRow(BaseModel):
-    """What a run measured at one step."""
+    """The metrics of a run at one step."""
 
     step: int
     epoch: float | None
@@ -121,7 +121,7 @@ def correct_file(
     wanted: Corrections,
     idempotency_key: IdempotencyKey = None,
 ) -> FileDocument:
-    """Make a corrected copy of an upload: other labels, images left out, classes renamed. It is an upload of its own."""
+    """Make a corrected copy of an upload: change labels, leave out images, rename classes. The copy is a new upload."""
     file = server.database.files.get(file_id, caller.sees)
     pictures = server.pictures.of(server.uploads.place_of(file.id).resolve())
     with server.uploads.arriving(0, caller.owner) as folder:
@@ -133,13 +133,13 @@ def correct_file(
 
 @pictures_router.get("/files/{file_id}/image", response_class=Response, responses=PICTURE)
 def get_file_image(caller: Submitting, server: Server, file_id: str, image_id: ImageId = "", side_px: SidePx = None) -> Response:
-    """Return one image of an upload, as it is or as a thumbnail."""
+    """Return one image of an upload, as the original file or as a thumbnail."""
     return _picture(server, _of_upload(server, caller, file_id), image_id, side_px)
 
 
 @pictures_router.get("/fine_tuning/jobs/{job_id}/metrics")
 def job_metrics(caller: Submitting, server: Server, job_id: str) -> MetricsHistory:
-    """Return what a job has measured so far, oldest first."""
+    """Return the metrics of a job so far, oldest first."""
     return _metrics(server.run_of(server.database.jobs.get(job_id, caller.sees, TRAINING).id))
 
 
@@ -155,14 +155,14 @@ def job_answers(
     after: AfterImage = None,
     limit: PageLength = 100,
 ) -> AnswerList:
-    """List what a job's run answered to the images of a split, those answered with the most confidence first."""
+    """List the predictions of a job's run for the images of a split, most confident first."""
     job = server.database.jobs.get(job_id, caller.sees, TRAINING)
     return _answers(server.run_of(job.id), split, _wanted(label, answer, wrong), after, limit)
 
 
 @pictures_router.get("/fine_tuning/jobs/{job_id}/image", response_class=Response, responses=PICTURE)
 def get_job_image(caller: Submitting, server: Server, job_id: str, image_id: ImageId = "", side_px: SidePx = None) -> Response:
-    """Return one image of the data that a job was given, as it is or as a thumbnail."""
+    """Return one image of a job's data, as the original file or as a thumbnail."""
     return _picture(server, _of_job(server, caller, TRAINING, job_id), image_id, side_px)
 
 
@@ -179,7 +179,7 @@ def comparison_run_answers(
     after: AfterImage = None,
     limit: PageLength = 100,
 ) -> AnswerList:
-    """List what one run of a comparison answered to the images of a split, most confident answers first."""
+    """List the predictions of one run of a comparison for the images of a split, most confident first."""
     study = server.run_of(server.database.jobs.get(comparison_id, caller.sees, COMPARISON).id)
     if run_name not in {child.name for child in (study.root / "runs").glob("*")}:
         raise NotFound(f"{comparison_id} has no run {run_name[:100]!r}")
@@ -190,7 +190,7 @@ def comparison_run_answers(
 def get_comparison_image(
     caller: Submitting, server: Server, comparison_id: str, image_id: ImageId = "", side_px: SidePx = None
 ) -> Response:
-    """Return one image of the data that a comparison was given, as it is or as a thumbnail."""
+    """Return one image of a comparison's data, as the original file or as a thumbnail."""
     return _picture(server, _of_job(server, caller, COMPARISON, comparison_id), image_id, side_px)
 
 
@@ -239,7 +239,7 @@ def _answers(run: RunDir, split: str, wanted: Callable[[Answer], bool], after: s
 
 
 def _page(documents: list[D], after: str | None, limit: int) -> tuple[list[D], bool]:
-    """Return the documents that follow `after`, as many as `limit`, and whether there are more."""
+    """Return at most `limit` documents after the id `after`, and whether there are more."""
     start = 0
     if after is not None:
         ids = [one.id for one in documents]

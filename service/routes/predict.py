@@ -1,7 +1,7 @@
 """``/predict`` and ``/v1/models/{name}/predict``.
 
-The most frequent requests by far, so their bodies and options are read by hand: FastAPI's own reading of forms and parameters
-costs more than all the rest of the answer but the model.
+These are by far the most frequent requests. Their bodies and options are parsed by hand, since FastAPI's parsing of forms and
+parameters takes longer than the rest of the response without the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _QUERY: dict[str, dict[str, Any]] = {
     "abstain": {"type": "boolean"},
     "precision": _LEVEL,
 }
-_MAY_BE_NULL = ("top_k", "coverage", "abstain", "precision")  # in a form, as BentoML's client writes what is not given
+_MAY_BE_NULL = ("top_k", "coverage", "abstain", "precision")  # BentoML's client sends null for options not given
 _FORM_OPTIONS = {
     name: {
         **schema,
@@ -72,7 +72,7 @@ PREDICT_EXTRA: dict[str, Any] = {
 
 
 def predict_router(max_body_bytes: int) -> APIRouter:
-    """Return the two predict routes, whose bodies may be as large as images."""
+    """Return the two predict routes, which accept large bodies."""
     router = APIRouter(tags=["predict"], responses=RESPONSES)
 
     @router.post("/predict", openapi_extra=PREDICT_EXTRA, max_body_size=max_body_bytes, responses=_ANSWERS)
@@ -134,7 +134,7 @@ def _sample(server: ServerState, caller: Caller, model: LoadedModel, upload: Upl
 
 
 def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Upload) -> None:
-    """Write what loading and running each image took under the request's span."""
+    """Record the stages of each prediction as child spans of the request's span."""
     about, parent = {"finetune.model": model.name, "finetune.version": model.version}, request.scope["state"]["span"]
     for stages in upload.stages.values():
         loaded = stages.ended - stages.run_seconds
@@ -143,7 +143,7 @@ def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Uploa
 
 
 async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:
-    """Predict each image on its own: on a CPU one after the other on each core is faster than a batch."""
+    """Predict each image separately, which is faster on a CPU than a batch."""
     server.queue.check_room()
     tasks = [
         server.queue.run(predict_one_of_several, model, upload, index, server.image_limits, admitted=True)

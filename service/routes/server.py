@@ -1,4 +1,4 @@
-"""What the server says about itself: health, readiness, metrics, and its page at ``/``."""
+"""Health, readiness, metrics, API documentation, and the page at ``/``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Status(BaseModel):
 
 
 class ReadyStatus(Status):
-    """What the server answers with. A private model is not named: this route needs no key."""
+    """The default model of the server. A private model is not named, since this route needs no key."""
 
     reference: str | None = Field(description="What was promoted, as in `flowers@champion`.")
     model: str | None
@@ -30,7 +30,7 @@ class ReadyStatus(Status):
 
 
 class CallerDocument(BaseModel):
-    """Who asks, and what they may do here."""
+    """The caller and their scopes."""
 
     object: Literal["caller"] = "caller"
     owner: str
@@ -43,13 +43,13 @@ server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
 
 @server_router.get("/livez")
 async def alive() -> Status:
-    """Whether the process answers."""
+    """Return 200 while the process responds."""
     return Status()
 
 
 @server_router.get("/readyz")
 async def ready(server: Server) -> ReadyStatus:
-    """Whether the default model has passed its probes, and which it is; until then 503, with what is missing."""
+    """Return the default model once it has passed its probes; until then 503 with the reason."""
     server.models.check_ready()
     model = server.models.default()
     if not server.models.serves_a_folder and server.access.of(model.name).visibility == "private":
@@ -62,7 +62,7 @@ async def ready(server: Server) -> ReadyStatus:
 
 @server_router.get("/v1/caller", responses={"4XX": RESPONSES["4XX"]})
 async def get_caller(caller: AnyCaller) -> CallerDocument:
-    """Return who you are for this server: the owner that your key stands for, and what it may do."""
+    """Return the owner and the scopes of your key."""
     return CallerDocument(owner=caller.owner, scopes=sorted(caller.scopes), needs_key=caller.key_id is not None)  # type: ignore[arg-type]
 
 
@@ -72,25 +72,25 @@ async def get_caller(caller: AnyCaller) -> CallerDocument:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, "4XX": RESPONSES["4XX"]},
 )
 def metrics(_: Measuring, server: Server) -> Response:
-    """Counters for Prometheus. They name every model, so a key needs the scope `metrics` (or admin)."""
+    """Return the metrics in Prometheus format. They name every model, so the key needs the scope `metrics` (or admin)."""
     return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @server_router.get("/schema.json", include_in_schema=False)
 async def bento_schema() -> JSONResponse:
-    """What BentoML's own Python client reads before its first call."""
+    """Return the schema that BentoML's own Python client reads before its first call."""
     return JSONResponse(await run_in_threadpool(_client_schema))
 
 
 def _client_schema() -> dict[str, Any]:
-    from service.bento import client_schema  # BentoML takes a second to import, and only its own client asks for this
+    from service.bento import client_schema  # importing BentoML takes a second, and only its own client needs this route
 
     return client_schema()
 
 
 @server_router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
-    """The API documentation as a page."""
+    """Return the API documentation as a page."""
     page = await run_in_threadpool(docs_page, request.app.openapi(), str(request.base_url).rstrip("/"))
     return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
 

@@ -1,4 +1,4 @@
-"""``/v1/uploads``: datasets that arrive in parts, so that a lost connection costs one part. Complete, they are files."""
+"""``/v1/uploads``: multi-part uploads of datasets, so that a lost connection costs one part only. They become files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PART_BODY: dict[str, Any] = {
 
 
 class UploadRequest(BaseModel):
-    """What is going to arrive."""
+    """The announcement of a multi-part upload."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,7 +61,7 @@ class UploadRequest(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """Which parts make up the file, in their order."""
+    """The parts of the file, in order."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,7 +70,7 @@ class CompletionRequest(BaseModel):
 
 
 class PartDocument(BaseModel):
-    """One part that has arrived."""
+    """One received part."""
 
     id: str
     object: Literal["upload.part"] = "upload.part"
@@ -81,7 +81,7 @@ class PartDocument(BaseModel):
 
 
 class UploadDocument(ListItem):
-    """An upload in parts."""
+    """A multi-part upload."""
 
     object: Literal["upload"] = "upload"
     bytes: int
@@ -98,10 +98,10 @@ UploadList = Page[UploadDocument]
 
 
 def uploads_router(max_bytes: int) -> APIRouter:
-    """The routes of uploads in parts.
+    """Return the routes of multi-part uploads.
 
     Args:
-        max_bytes: what all parts of one may come to.
+        max_bytes: largest total size of the parts of one upload.
     """
     router = APIRouter(prefix="/v1/uploads", tags=["files"], responses=RESPONSES)
 
@@ -113,7 +113,7 @@ def uploads_router(max_bytes: int) -> APIRouter:
         wanted: UploadRequest,
         idempotency_key: IdempotencyKey = None,
     ) -> UploadDocument:
-        """Begin an upload in parts. The same `Idempotency-Key` finds one that was interrupted, with the parts that arrived."""
+        """Begin a multi-part upload. With the same `Idempotency-Key` an interrupted one is returned, with its received parts."""
         if wanted.bytes > max_bytes:
             raise InvalidInput(
                 f"an upload has at most {max_bytes:,} bytes, and {wanted.bytes:,} are announced",
@@ -139,25 +139,25 @@ def uploads_router(max_bytes: int) -> APIRouter:
 
     @router.get("")
     def list_uploads(caller: Submitting, server: Server, after: After = None, limit: Limit = 20) -> UploadList:
-        """List your uploads in parts, newest first."""
+        """List your multi-part uploads, newest first."""
         found = [one for one in server.part_uploads.of(caller.sees) if not _file_is_gone(server, one)]
         later = [one for one in found if after is None or one.id < after]
         documents = []
         for one in later[:limit]:
-            with contextlib.suppress(NotFound):  # cancelled at this moment
+            with contextlib.suppress(NotFound):  # cancelled in the meantime
                 documents.append(_document(server, one, caller))
         return UploadList.of(documents, len(later) > limit)
 
     @router.get("/{upload_id}")
     def get_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
-        """Return an upload in parts with what has arrived of it."""
+        """Return a multi-part upload with its received parts."""
         return _document(server, server.part_uploads.get(upload_id, caller.sees), caller)
 
     @router.post(
         "/{upload_id}/parts", status_code=201, openapi_extra=PART_BODY, max_body_size=MAX_PART_BYTES + MULTIPART_OVERHEAD_BYTES
     )
     async def add_upload_part(request: Request, caller: Submitting, server: Server, upload_id: str) -> PartDocument:
-        """Add a part. Parts may arrive in any order and side by side."""
+        """Add a part. Parts may be sent in any order and concurrently."""
         upload = server.part_uploads.get(upload_id, caller.sees)
         given = request.headers.get("content-length", "")
         with server.uploads.arriving(int(given) if given.isdecimal() else 0, caller.owner) as folder:
@@ -167,9 +167,10 @@ def uploads_router(max_bytes: int) -> APIRouter:
 
     @router.post("/{upload_id}/complete")
     def complete_upload(caller: Submitting, server: Server, upload_id: str, wanted: CompletionRequest) -> UploadDocument:
-        """Put the parts together and look through the whole, as `POST /v1/files` does; asked again, it answers the same.
+        """Join the parts and examine the file, as `POST /v1/files` does. Idempotent.
 
-        What is refused stays, for another order or better parts, until it is cancelled or a day has passed.
+        If the file is refused, the parts are kept until the upload is cancelled or a day has passed, so that they can be replaced
+        or joined in another order.
         """
         upload = server.part_uploads.get(upload_id, caller.sees)
         with server.uploads.arriving(upload.size_bytes, caller.owner) as folder:
@@ -182,7 +183,7 @@ def uploads_router(max_bytes: int) -> APIRouter:
 
     @router.post("/{upload_id}/cancel")
     def cancel_upload(caller: Submitting, server: Server, upload_id: str) -> UploadDocument:
-        """Forget an upload and what has arrived of it; one that is complete is a file, and stays."""
+        """Delete an unfinished upload and its parts. A completed one is a file and cannot be cancelled."""
         upload = server.part_uploads.get(upload_id, caller.sees)
         document = _document(server, upload, caller)
         server.part_uploads.cancel(upload)
@@ -193,13 +194,13 @@ def uploads_router(max_bytes: int) -> APIRouter:
 
 def _make_file(server: ServerState, upload: PartUpload, archive: Path) -> None:
     received = examine(archive, upload.filename, upload.purpose)
-    # Under its own id as the key: should this process die before it is noted, the next attempt finds the same file.
+    # The upload's id is the idempotency key: if this process dies before `completed`, the next attempt finds the same file.
     file, _ = record_upload(server, upload.owner, received, upload.id)
     server.part_uploads.completed(upload, file.id)
 
 
 def _file_is_gone(server: ServerState, upload: PartUpload) -> bool:
-    """Return whether an upload was complete and its file has been deleted since."""
+    """Return whether an upload was completed and its file was deleted later."""
     return upload.file_id is not None and not server.database.files.has(upload.file_id)
 
 

@@ -1,4 +1,4 @@
-"""``/v1/webhooks``: addresses that are told of the ends of jobs and of promotions."""
+"""``/v1/webhooks``: URLs to which the ends of jobs and promotions are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ webhooks_router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=
 
 @webhooks_router.post("", status_code=201)
 def create_webhook(caller: Submitting, server: Server, asked: WebhookRequest) -> CreatedWebhook:
-    """Have an address told of the ends of your jobs, and of promotions of models that you may use."""
+    """Create a webhook for the ends of your jobs, and for promotions of models that you may use."""
     server.webhooks_reach.check_url(asked.url)
     made = server.database.webhooks.create(caller.owner, asked.url, asked.events)
     return CreatedWebhook(**webhook_document(made).model_dump(), secret=made.secret)
@@ -44,7 +44,7 @@ def get_webhook(caller: Submitting, server: Server, webhook_id: str) -> WebhookD
 
 @webhooks_router.delete("/{webhook_id}", status_code=204, response_class=Response)
 def delete_webhook(caller: Submitting, server: Server, webhook_id: str) -> Response:
-    """Delete a webhook, with what it was still to be told."""
+    """Delete a webhook and its pending deliveries."""
     server.database.webhooks.delete(webhook_id, caller.sees)
     return Response(status_code=204)
 
@@ -53,6 +53,6 @@ def delete_webhook(caller: Submitting, server: Server, webhook_id: str) -> Respo
 def list_deliveries(
     caller: Submitting, server: Server, webhook_id: str, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> DeliveryList:
-    """List what was sent to a webhook, or is to be, newest first: whether it arrived, and if not, why."""
+    """List the deliveries of a webhook, newest first, with their states and errors."""
     found = server.database.webhooks.deliveries(webhook_id, caller.sees, limit)
     return DeliveryList.of([delivery_document(one) for one in found], has_more=False)

@@ -1,4 +1,4 @@
-"""Batch predictions as clients see them: the request, the state, and what came of it."""
+"""Documents of batch predictions: request, state and result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.schemas.lists import Page
 
 
 class BatchDocument(JobState):
-    """Images that are answered in the queue of the jobs."""
+    """A batch prediction, which is a queued job."""
 
     object: Literal["batch_prediction"] = "batch_prediction"
     description: str = Field(description="The request in a few words.")
@@ -38,7 +38,7 @@ class UnreadableDocument(BaseModel):
 
 
 class BatchResult(BaseModel):
-    """What a batch prediction came to."""
+    """The result of a batch prediction."""
 
     object: Literal["batch_prediction"] = "batch_prediction"
     id: str
@@ -70,7 +70,7 @@ BATCH_BODY: dict[str, Any] = {
 
 
 def batch_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> BatchDocument:
-    """Return a batch prediction as its owner sees it; `within` hides where on this machine things lie."""
+    """Return the document of a batch prediction; `within` removes local paths from texts."""
     asked, result = job.request or job.spec, job.result
     return BatchDocument(
         **job_state(job, queue_position),
@@ -86,5 +86,5 @@ def batch_document(job: Job, *, queue_position: int | None, within: Callable[[st
 
 
 def answer_links(job_id: str, files: list[str]) -> list[str]:
-    """Return the path of the answers in each format."""
+    """Return the URL path of the table in each format."""
     return [f"{BATCH.path}/{job_id}/answers?format={name.rpartition('.')[2]}" for name in files]

@@ -1,4 +1,4 @@
-"""Examinations of data as clients see them: the request, the state, and what was found."""
+"""Documents of data checks: request, state and findings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.jobs.store import Job
 from service.schemas.jobs import JobError, JobState, job_error, job_state
 from service.schemas.lists import Page
 
-FIELDS = ("model", "data", "validation_file", "test_file", "metadata")  # of a job, that a check of its data may have too
+FIELDS = ("model", "data", "validation_file", "test_file", "metadata")  # of a job spec that a data check accepts
 CHECK_BODY: dict[str, Any] = {
     "requestBody": {
         "required": False,
@@ -38,7 +38,7 @@ CHECK_BODY: dict[str, Any] = {
 
 
 class CheckDocument(JobState):
-    """Data that is examined in the queue of the jobs."""
+    """A data check, which is a queued job."""
 
     object: Literal["data_check"] = "data_check"
     description: str = Field(description="The request in a few words.")
@@ -53,7 +53,7 @@ CheckList = Page[CheckDocument]
 
 
 class DataCaseDocument(BaseModel):
-    """One image, or images that belong together, with the fault."""
+    """One image, or a group of related images, with the problem."""
 
     ids: list[str]
     score: float = Field(description="How certain it is; larger is more.")
@@ -63,7 +63,7 @@ class DataCaseDocument(BaseModel):
 
 
 class DataFindingDocument(BaseModel):
-    """One kind of fault."""
+    """One kind of problem in the data."""
 
     kind: str = Field(description="Such as `near_duplicates`; stays the same between releases.")
     severity: Literal["problem", "doubt", "note"]
@@ -77,7 +77,7 @@ class DataFindingDocument(BaseModel):
 
 
 class CheckResult(BaseModel):
-    """What an examination found."""
+    """The result of a data check."""
 
     object: Literal["data_check"] = "data_check"
     id: str
@@ -90,7 +90,7 @@ class CheckResult(BaseModel):
 
 
 def check_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> CheckDocument:
-    """Return an examination as its owner sees it; `within` hides where on this machine things lie."""
+    """Return the document of a data check; `within` removes local paths from texts."""
     asked, result = job.request or job.spec, job.result
     return CheckDocument(
         **job_state(job, queue_position),

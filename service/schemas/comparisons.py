@@ -1,4 +1,4 @@
-"""Comparisons as clients see them: the request, the state, the verdict, and the runs behind it."""
+"""Documents of comparisons: request, state, verdict and runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VerdictDocument(BaseModel):
 
 
 class ComparisonDocument(JobState):
-    """A comparison. `status` is its state by its fixed name, as a job's; `verdict` is there once it has succeeded."""
+    """A comparison, which is a queued job. `verdict` is null before it has succeeded."""
 
     object: Literal["fine_tuning.comparison"] = "fine_tuning.comparison"
     description: str = Field(description="The request in a few words.")
@@ -71,7 +71,7 @@ class ArmResultDocument(BaseModel):
 
 
 class PairDocument(BaseModel):
-    """One metric of two arms on the same images. Only the headline metric is tested; others have an interval alone."""
+    """The difference of one metric between two arms on the same images. Only the headline metric has a test."""
 
     a: str
     b: str
@@ -94,7 +94,7 @@ class PairDocument(BaseModel):
 
 
 class ComparisonResult(BaseModel):
-    """What a comparison came to: the document that `finetune compare --json` prints, with paths on this server."""
+    """The result of a comparison: the document of `finetune compare --json`, with paths on this server."""
 
     object: Literal["comparison"] = "comparison"
     id: str
@@ -134,7 +134,7 @@ class RunList(BaseModel):
 
 
 class RunResult(ComparedRun):
-    """One finished run with everything that was measured."""
+    """One finished run with all its metrics."""
 
     classes: list[str]
     hyperparameters: dict[str, Any] = Field(description="As resolved: what every `auto` became.")
@@ -144,7 +144,7 @@ class RunResult(ComparedRun):
 
 
 def comparison_document(job: Job, *, queue_position: int | None, within: Callable[[str], str]) -> ComparisonDocument:
-    """Return a comparison as its owner sees it; `within` hides where on this machine things lie."""
+    """Return the document of a comparison; `within` removes local paths from texts."""
     result, asked = job.result or {}, job.request or job.spec
     registered = COMPARISON.registered(result) if result else None
     model, _, version = (registered or "").partition("@")

@@ -1,4 +1,4 @@
-"""A diagnosis as clients see it: the document that `finetune diagnose RUN --json` prints."""
+"""The document of a diagnosis, the same as of `finetune diagnose RUN --json`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FindingDocument(BaseModel):
 
 
 class ClearDocument(BaseModel):
-    """Something that was looked at and is fine."""
+    """A check that found nothing."""
 
     code: str
     title: str
@@ -37,7 +37,7 @@ class ClearDocument(BaseModel):
 
 
 class NotCheckedDocument(BaseModel):
-    """Something that could not be looked at."""
+    """A check that could not be made."""
 
     code: str
     title: str
@@ -45,7 +45,7 @@ class NotCheckedDocument(BaseModel):
 
 
 class DiagnosisDocument(BaseModel):
-    """What the records of a job's run say about it."""
+    """The diagnosis of a job's run from its records."""
 
     object: Literal["diagnosis"]
     schema_version: int

@@ -1,4 +1,4 @@
-"""The document of drift: how live answers compare with those to images that did not train the model."""
+"""The document of drift: predictions in production compared with those for held-out images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.monitoring.drift import EffectMeasure, State
 
 
 class DriftTestDocument(BaseModel):
-    """One comparison of live answers with the reference."""
+    """One test of predictions in production against the reference."""
 
     name: str = Field(description="`confidence`, `classes` and `embedding`; with several labels `labels`, `labels_per_image`.")
     what: str = Field(description="What is compared.")
@@ -25,14 +25,14 @@ class DriftTestDocument(BaseModel):
 
 
 class DriftReference(BaseModel):
-    """The held-out images that live ones are compared with."""
+    """The held-out images of the reference."""
 
     split: str
     n: int
 
 
 class DriftHour(BaseModel):
-    """What the answers of one hour came to."""
+    """Statistics of the predictions of one hour."""
 
     at: int = Field(description="When it began, Unix seconds.")
     n: int
@@ -43,7 +43,7 @@ class DriftHour(BaseModel):
 
 
 class DriftDocument(BaseModel):
-    """Whether the live answers of a version differ from its answers to images that did not train it."""
+    """Whether a version's predictions in production differ from its predictions for held-out images."""
 
     object: Literal["model.drift"] = "model.drift"
     model: str

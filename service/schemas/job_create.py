@@ -1,4 +1,4 @@
-"""The bodies of creations as the OpenAPI document shows them: the specs' own schemas, and what the stock client may send."""
+"""OpenAPI schemas of the bodies that create jobs and comparisons, including the fields of the stock client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NULLABLE = ("seed", "suffix", "metadata", "hyperparameters", "validation_file",
 
 
 def _job_schemas() -> dict[str, Any]:
-    """Schemas for the components of the document: `JobCreate` and what it refers to."""
+    """Return `JobCreate` and the schemas that it refers to, for the components of the OpenAPI document."""
     schema = JobSpec.model_json_schema(ref_template=_REFERENCES)
     definitions: dict[str, Any] = schema.pop("$defs")
     properties = schema["properties"]
@@ -50,7 +50,7 @@ def _job_schemas() -> dict[str, Any]:
 
 
 def _comparison_schemas(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Schemas of the two forms of a comparison's creation."""
+    """Return the schemas of the two bodies that create a comparison."""
     settings = ComparisonSettings.model_json_schema(ref_template=_REFERENCES)
     runs = ComparedRuns.model_json_schema(ref_template=_REFERENCES)
     definitions = settings.pop("$defs")

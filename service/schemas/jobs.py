@@ -1,4 +1,4 @@
-"""Jobs, events and checkpoints as clients see them: the public fine-tuning API's shapes, with our own fields beside them."""
+"""Documents of jobs, events and checkpoints, in the form of the public fine-tuning API with additional fields."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class JobError(BaseModel):
 
 
 class ProgressDocument(BaseModel):
-    """Where the run is: `done` of `total` `unit`s of the phase."""
+    """The progress of the run: `done` of `total` `unit`s of the phase."""
 
     phase: str
     done: int
@@ -41,7 +41,7 @@ class ProgressDocument(BaseModel):
 
 
 class JobState(ListItem):
-    """Where a job of any kind is. `status` is its state by its fixed name, `cancelling` included."""
+    """The state of a job of any kind. `status` is one of the fixed names, including `cancelling`."""
 
     created_at: int = Field(description="Unix seconds, as all times.")
     started_at: int | None
@@ -78,7 +78,7 @@ class JobDocument(JobState):
 
 
 class ResultDocument(BaseModel):
-    """What a finished job came to."""
+    """The result of a finished job."""
 
     object: Literal["fine_tuning.job.result"] = "fine_tuning.job.result"
     job_id: str
@@ -136,11 +136,11 @@ CheckpointList = Page[CheckpointDocument]
 def job_document(
     job: Job, *, queue_position: int | None, within: Callable[[str], str], resolved: Mapping[str, Any] | None = None
 ) -> JobDocument:
-    """Return a job as its owner sees it.
+    """Return the document of a fine-tuning job.
 
     Args:
-        within: hides where on this machine things lie.
-        resolved: the hyperparameters that the run has decided.
+        within: removes local paths from texts.
+        resolved: the resolved hyperparameters of the run.
     """
     spec, result = job.spec, job.result or {}
     asked = job.request or spec
@@ -164,7 +164,7 @@ def job_document(
 
 
 def job_state(job: Job, queue_position: int | None) -> dict[str, Any]:
-    """Return the fields of `JobState`."""
+    """Return the fields of `JobState` for a job."""
     progress = ProgressDocument.model_validate(job.progress) if job.progress and not job.finished else None
     return {
         "id": job.id,
@@ -182,12 +182,12 @@ def job_state(job: Job, queue_position: int | None) -> dict[str, Any]:
 
 
 def _decided(asked: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved values of what was asked for as ``auto``."""
+    """Return the resolved values of the fields that were requested as ``auto``."""
     return {key: resolved[key] for key, value in asked.items() if value == "auto" and key in resolved}
 
 
 def result_links(job_id: str, result: Mapping[str, Any]) -> list[str]:
-    """Return the paths of what a finished job made."""
+    """Return the URL paths of a finished job's result, report and bundle."""
     if not result:
         return []
     links = [f"/v1/fine_tuning/jobs/{job_id}/result"]
@@ -198,13 +198,13 @@ def result_links(job_id: str, result: Mapping[str, Any]) -> list[str]:
 
 
 def _estimated_finish(progress: ProgressDocument | None) -> int | None:
-    """When the present phase ends, by the run's own estimate, a few seconds old at most; training takes nearly all of a run."""
+    """Return the estimated end of the present phase, in Unix seconds. Training takes nearly all the time of a run."""
     seconds = None if progress is None else progress.values.get("eta_seconds")
     return None if seconds is None else int(time.time() + seconds)
 
 
 def job_error(job: Job, within: Callable[[str], str]) -> JobError | None:
-    """Return why a job failed, if it did; `within` hides where on this machine things lie."""
+    """Return the error of a failed job, else None; `within` removes local paths from its message."""
     if job.error_code is None:
         return None
     param = "training_file" if job.error_code in _ABOUT_THE_DATA else "model" if job.error_code in _ABOUT_THE_MODEL else None
@@ -227,10 +227,10 @@ def event_document(event: Event, within: Callable[[str], str]) -> EventDocument:
 
 
 def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
-    """The whole checkpoints of a run, newest first, each with the last metrics up to its step."""
+    """Return the complete checkpoints of a run, newest first, each with the last metrics up to its step."""
     rows = read_lines(run.metrics)
     found = []
-    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last: what has one is complete
+    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last, so the checkpoint is complete
         matched, created_ns = re.match(r"step-(\d+)", checksum.name), modified_ns(checksum)
         if matched is None or created_ns is None:  # None: the run has made newer ones, and keeps only a few
             continue

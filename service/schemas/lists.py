@@ -1,4 +1,4 @@
-"""One page of a list, as the public API writes it: ``{object, data, has_more, first_id, last_id}``."""
+"""Pages of lists in the form of the public API: ``{object, data, has_more, first_id, last_id}``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 class ListItem(BaseModel):
-    """What a list holds; its id is the cursor."""
+    """An item of a list. Its id is the cursor for the next page."""
 
     id: str
 

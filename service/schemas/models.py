@@ -1,4 +1,4 @@
-"""Documents of registered models and of what the server answers with."""
+"""Documents of registered models and of the default deployment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class VersionSummary(BaseModel):
 
 
 class ModelDocument(ListItem):
-    """A registered model, in the words of the public fine-tuning API (`id`, `object`, `created`, `owned_by`) and our own."""
+    """A registered model: the fields of the public API (`id`, `object`, `created`, `owned_by`) and additional ones."""
 
     object: Literal["model"] = "model"
     created: int = Field(description="Unix seconds, of the newest version.")
@@ -32,7 +32,7 @@ class ModelDocument(ListItem):
 
 
 class VersionDocument(BaseModel):
-    """One version of a model: what it knows, how it was made, how good it is, and where the rest is."""
+    """One version of a model: classes, method, metrics, calibration and links."""
 
     object: Literal["model.version"] = "model.version"
     id: str = Field(description="`name@version`.")
@@ -70,7 +70,7 @@ class ModelChange(BaseModel):
 
 
 class Abstention(BaseModel):
-    """When a version abstains without being asked to."""
+    """The precision at which a version abstains by default."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -84,8 +84,8 @@ class ModelDeleted(BaseModel):
 
 
 class PromotionConditions(BaseModel):
-    """What a version must fulfil to be promoted, besides loading, parity, the same classes, and not being worse than the version
-    that it replaces on the test images of both (paired test, p < 0.05)."""
+    """Additional conditions of a promotion. A version must always load, have parity, know the same classes, and not be worse
+    than the version that it replaces on the test images of both (paired test, p < 0.05)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -105,7 +105,7 @@ class ShareDocument(BaseModel):
 
 
 class DeploymentChange(PromotionConditions):
-    """What answers requests that name no model. What is left out is switched off."""
+    """The new deployment for requests without a model name. A canary or shadow that is not given is switched off."""
 
     reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]
     canary: ShareDocument | None = Field(default=None, description="Answers this share of the requests instead.")
@@ -113,7 +113,7 @@ class DeploymentChange(PromotionConditions):
 
 
 class DeploymentDocument(BaseModel):
-    """What answers requests that name no model. The names are null while there is no default that the caller may see."""
+    """The deployment for requests without a model name. The names are null if there is no default that the caller may see."""
 
     object: Literal["deployment"] = "deployment"
     reference: str | None
@@ -125,7 +125,7 @@ class DeploymentDocument(BaseModel):
 
 
 class PastDeployment(BaseModel):
-    """One change of what answers requests that name no model."""
+    """One change of the default deployment."""
 
     object: Literal["deployment.change"] = "deployment.change"
     reference: str
@@ -134,7 +134,7 @@ class PastDeployment(BaseModel):
 
 
 class DeploymentHistory(BaseModel):
-    """Every change, newest first; the first entry is what is deployed now."""
+    """All changes, newest first; the first entry is the present deployment."""
 
     object: Literal["list"] = "list"
     data: list[PastDeployment]

@@ -1,4 +1,4 @@
-"""Documents of predictions: what may be asked, and the answers."""
+"""Documents of predictions: options and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.problems import FieldProblem
 
 
 class PredictOptions(BaseModel):
-    """What may be asked besides the image, in the query or as form fields (a form field wins)."""
+    """The options of a prediction, as query parameters or form fields (a form field wins)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +38,7 @@ class PredictOptions(BaseModel):
 
     @property
     def asked(self) -> Asked:
-        """What is asked about how far to rely on the answer."""
+        """The requested prediction set and abstention."""
         return Asked(self.coverage, self.per_class, self.abstain, self.precision)
 
 
@@ -48,7 +48,7 @@ class LabelProbability(BaseModel):
 
 
 class Explanation(BaseModel):
-    """Where the model looked. Both are null, with a reason, for a model whose head does not allow an exact map."""
+    """The class activation map. Map and images are null, with a reason, for a model whose head does not allow an exact map."""
 
     label: str = Field(description="The class that is explained: the most probable one.")
     cam: list[list[float]] | None = Field(description="h' × w' contributions to the class's logit, over the preprocessed image.")
@@ -64,14 +64,14 @@ class Timings(BaseModel):
 
 
 class PredictionSet(BaseModel):
-    """Labels of which one is right with a chosen probability."""
+    """A set of labels that contains the true one with a chosen probability."""
 
     coverage: float = Field(description="That the set has: what was asked, rounded up to what the bundle knows.")
     labels: list[str] = Field(description="Most probable first; never empty.")
 
 
 class ImagePrediction(BaseModel):
-    """What the model says about one image."""
+    """The prediction for one image."""
 
     predictions: list[LabelProbability] = Field(description="Most probable first.")
     explanation: Explanation | None
@@ -105,7 +105,7 @@ class PredictionAnswer(ImagePrediction):
 
 
 class ImageFailure(BaseModel):
-    """Why one image of several has no prediction."""
+    """The error of an image without prediction."""
 
     code: str = Field(description="Stable: branch on this.")
     message: str
@@ -113,7 +113,7 @@ class ImageFailure(BaseModel):
 
 
 class ImageResult(BaseModel):
-    """One image of a request with several: its prediction, or why there is none."""
+    """The prediction or the error of one image in a request with several."""
 
     index: int = Field(description="Its position among the images of the request, from 0.")
     filename: str | None
@@ -122,7 +122,7 @@ class ImageResult(BaseModel):
 
 
 class PredictionList(BaseModel):
-    """The answer to several images, in their order. An image that cannot be read does not keep the others from being answered."""
+    """The predictions for several images, in order. An unreadable image has an error and does not affect the others."""
 
     object: Literal["list"] = "list"
     model: str

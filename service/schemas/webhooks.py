@@ -1,4 +1,4 @@
-"""Webhooks as their owner sees them."""
+"""Documents of webhooks and their deliveries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.schemas.lists import ListItem, Page
 
 
 class WebhookRequest(BaseModel):
-    """An address to tell, and what of."""
+    """A URL, and the types of events to send to it."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"url": "https://example.org/hooks"}]})
 
@@ -52,7 +52,7 @@ DeliveryList = Page[DeliveryDocument]
 
 
 def webhook_document(webhook: Webhook) -> WebhookDocument:
-    """Return a webhook without its secret."""
+    """Return the document of a webhook, without its secret."""
     return WebhookDocument(
         id=webhook.id,
         url=webhook.url,
@@ -64,7 +64,7 @@ def webhook_document(webhook: Webhook) -> WebhookDocument:
 
 
 def delivery_document(delivery: Delivery) -> DeliveryDocument:
-    """Return what came of a delivery so far."""
+    """Return the document of a delivery."""
     return DeliveryDocument(
         id=delivery.id,
         type=delivery.type,

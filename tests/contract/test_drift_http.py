@@ -310,3 +310,21 @@ def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) 
         state.drift.look()
         ((_, _, found),) = state.drift.last_found()
         assert found.n == MIN_WINDOW
+
+
+def test_another_model_in_a_served_folder_begins_a_window_of_its_own(tmp_path: Path) -> None:
+    served = bundle_in(tmp_path / "bundle")
+    with in_process(tmp_path, model=str(served)) as client:
+        send(client, ["red"] * 30)
+        state = _state_of(client)
+        state.drift.look()
+        assert [(name, found.n_seen) for name, _, found in state.drift.last_found()] == [("colours", 30)]
+        other = write_bundle(tmp_path / "other", classes=("a", "b", "c"), cam=False)
+        for file in other.iterdir():  # the manifest last
+            if file.name != "bundle.json":
+                (served / file.name).write_bytes(file.read_bytes())
+        (served / "bundle.json").write_bytes((other / "bundle.json").read_bytes())
+        until(lambda: client.post("/predict", content=picture("red")).json()["predictions"][0]["label"] == "a")
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert (found.n_seen < 30, found.state) == (True, "no_reference")
