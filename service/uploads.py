@@ -55,6 +55,7 @@ class Received:
     contents: Path  # temporary folder, to be moved to its final place
 
     def summary(self) -> dict[str, Any]:
+        """Return the description of the contents as JSON values."""
         return asdict(self.intake)
 
 
@@ -66,6 +67,7 @@ class Uploads:
         self._arriving: Counter[str] = Counter()  # by owner
 
     def place_of(self, file_id: str) -> Path:
+        """Return the folder of an upload's contents, which need not exist."""
         return self.folder / file_id
 
     @contextlib.contextmanager

@@ -59,6 +59,7 @@ def _progress(document: Mapping[str, Any]) -> Progress:
 
 
 def show_event(event: EventView) -> None:
+    """Print one event with its time, coloured by its level."""
     console.print(f"{_clock(event.at)}  {event.message}", style=_COLOURS.get(event.level), markup=False)
 
 
@@ -97,6 +98,7 @@ def _leading_names(metrics: Mapping[str, float]) -> list[str]:
 
 
 def show_jobs(jobs: Sequence[JobView]) -> None:
+    """Print a table of jobs for `finetune jobs list`."""
     if not jobs:
         console.print("no job yet: finetune jobs submit --data FOLDER queues one")
         return
@@ -109,6 +111,7 @@ def _state(job: JobView) -> str:
 
 
 def show_keys(keys: Sequence[ApiKey]) -> None:
+    """Print a table of API keys for `finetune keys list`."""
     if not keys:
         console.print("no key yet: finetune keys create OWNER makes one")
         return

@@ -102,6 +102,7 @@ class Pair:
 
     @property
     def significant(self) -> bool:
+        """Whether the adjusted p value is below `ALPHA`."""
         return self.p_adjusted < ALPHA
 
     @property
@@ -112,6 +113,7 @@ class Pair:
 
     @property
     def outcome(self) -> Literal["better", "equivalent", "undecided"]:
+        """The conclusion: a significant difference, equivalence within the margin, or neither."""
         return "better" if self.significant else "equivalent" if self.equivalent else "undecided"
 
     @property

@@ -131,7 +131,9 @@ class Tracker(Protocol):
 class TrackerModule(Protocol):
     """The interface of a tracker's module."""
 
-    def open_tracker(self, destination: str | None, workspace: Workspace) -> Tracker: ...
+    def open_tracker(self, destination: str | None, workspace: Workspace) -> Tracker:
+        """Connect to the tracker at `destination`; None for its default."""
+        ...
 
 
 def open_tracker(choice: Choice, workspace: Workspace) -> Tracker:
