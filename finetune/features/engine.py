@@ -26,7 +26,7 @@ INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
 
 class Engine(Protocol):
-    """Runs a prefix."""
+    """An implementation that runs a prefix."""
 
     @property
     def name(self) -> str:

@@ -206,6 +206,11 @@ class _Disagreement(Exception):
 def _open_onnx(
     module: PixelPrefix, images: NDArray[np.uint8], plain: TorchEngine, store: Path, graph: GraphSource | None
 ) -> OnnxEngine:
+    """Return the stored engine, or export one and compare it with torch.
+
+    Raises:
+        _Disagreement: the outputs differ.
+    """
     file, verdict = store / "prefix.onnx", store / "engine.json"
     if (kept := _kept_graph(file, verdict)) is not None:
         return OnnxEngine(open_session(kept))
@@ -229,6 +234,7 @@ def _kept_graph(file: Path, verdict: Path) -> bytes | None:
 
 
 def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallback) -> TorchEngine:
+    """Return the engine with float16 autocast if it agrees with float32, else the one without, with an event."""
     on_device = module.to("cuda")
     plain, fast = TorchEngine(on_device, "cuda", autocast=False), TorchEngine(on_device, "cuda", autocast=True)
     cosine = agreement(fast.run(images), plain.run(images))

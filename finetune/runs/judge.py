@@ -181,6 +181,7 @@ def _refuse(found: str | None) -> None:
 
 
 def _divergence(predictions: Predictions) -> str | None:
+    """Return a phrase with the loss if training diverged; None if not."""
     evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
     loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
     surely_better = evaluation.intervals[evaluation.headline][0] > chance  # a high loss then shows only overconfidence

@@ -119,6 +119,7 @@ class Resolved:
         }
 
     def _values_of_steps(self) -> dict[str, Any]:
+        """Return the resolved values that only apply if the recipe takes optimiser steps."""
         recipe = self.recipe
         return {
             "hyperparameters.n_epochs": recipe.n_epochs,

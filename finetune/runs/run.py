@@ -238,7 +238,7 @@ def calibration_of(
         own_val: whether the predictions on val were made by the exported model itself.
 
     Returns:
-        None if there are no held-out predictions, or too few.
+        None if there are no held-out predictions, or too few, or if the task is multilabel.
     """
     held_out = answers.get(POOLED, answers.get("val"))
     if held_out is None:

@@ -274,6 +274,8 @@ def default_layer_decay(n_stages: int) -> float:
 
 @dataclass(frozen=True)
 class _Choice(Generic[T]):
+    """A resolved value, and its source in words."""
+
     value: T
     source: str
 
