@@ -38,7 +38,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
 from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
-from finetune.storage.files import read_json, sha256_file, write_atomic, write_json
+from finetune.storage.files import read_json, write_atomic, write_json
 
 OPSET = 20
 
@@ -212,8 +212,8 @@ def _open_onnx(
         _Disagreement: the outputs differ.
     """
     file, verdict = store / "prefix.onnx", store / "engine.json"
-    if file.exists() and verdict.exists() and read_json(verdict).get("sha256") == sha256_file(file):
-        return OnnxEngine(open_session(file.read_bytes()))
+    if (kept := _kept_graph(file, verdict)) is not None:
+        return OnnxEngine(open_session(kept))
     model = export_prefix(module) if graph is None else only_embedding(graph())
     engine = OnnxEngine(open_session(model))
     cosine = agreement(engine.run(images), plain.run(images))
@@ -222,6 +222,15 @@ def _open_onnx(
     write_atomic(file, lambda stream: stream.write(model))
     write_json(verdict, {"sha256": hashlib.sha256(model).hexdigest(), "cosine": cosine, "images": len(images)})
     return engine
+
+
+def _kept_graph(file: Path, verdict: Path) -> bytes | None:
+    """Return a graph that an earlier run exported and compared; None if there is none, or none any more."""
+    try:
+        model, compared = file.read_bytes(), read_json(verdict).get("sha256")
+    except FileNotFoundError:
+        return None
+    return model if hashlib.sha256(model).hexdigest() == compared else None
 
 
 def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallback) -> TorchEngine:
