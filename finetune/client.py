@@ -64,6 +64,7 @@ class Client:
         self._connection = Connection(url, api_key, transport)
 
     def close(self) -> None:
+        """Close the connections to the server."""
         self._connection.http.close()
 
     def __enter__(self) -> Client:
@@ -216,6 +217,7 @@ class Client:
         yield from self._listed(COMPARISON, status, metadata)
 
     def cancel(self, job_id: str) -> Document:
+        """Cancel a job of any kind; return its document."""
         return self._json("POST", f"{_job(job_id)}/cancel")
 
     def delete_job(self, job_id: str) -> None:

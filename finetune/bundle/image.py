@@ -100,8 +100,8 @@ _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
 _LARGE_PIXELS = 25_000_000  # larger images other than JPEGs are averaged down before they are converted
 _SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image up to this size; a tile is always decoded as a whole
 _END_OF_JPEG = b"\xff\xd9"
-_ANY_BITS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
-_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
+_CONTINUATIONS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
+_MAX_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
 _START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
 
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
@@ -305,10 +305,10 @@ def _with_end_mark(data: bytes) -> bytes | None:
     data = data.rstrip(b"\xff")
     whole = data + _END_OF_JPEG
     image = JpegImageFile(io.BytesIO(whole))
-    if image.width * image.height > _MENDED_PIXELS:
+    if image.width * image.height > _MAX_MENDED_PIXELS:
         return None
     pixels = np.asarray(image)
-    for bits in _ANY_BITS:
+    for bits in _CONTINUATIONS:
         if not np.array_equal(np.asarray(JpegImageFile(io.BytesIO(data + bits + _END_OF_JPEG))), pixels):
             return None
     return whole

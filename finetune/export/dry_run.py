@@ -48,11 +48,11 @@ def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path
             return graph
         with contextlib.suppress(ExportError):  # the graph differs in a way that the fingerprint does not cover: trace again
             _check(graph, module)
-            _note(compared, graph)
+            _record_comparison(compared, graph)
             return graph
     graph = _traced(module)
     write_atomic(file, lambda stream: stream.write(graph.proto))
-    _note(compared, graph)
+    _record_comparison(compared, graph)
     return graph
 
 
@@ -62,7 +62,7 @@ def _traced(module: DeployModule) -> Graph:
     return graph
 
 
-def _note(compared: Path, graph: Graph) -> None:
+def _record_comparison(compared: Path, graph: Graph) -> None:
     digest = hashlib.sha256(graph.proto).hexdigest()
     write_atomic(compared, lambda stream: stream.write(digest.encode()))
 

@@ -170,12 +170,12 @@ def build_backbone(
     module = _create(name, found, input_size_px)
     preprocess = _preprocess(module, found, input_size_px, resize)
     with torch.no_grad():
-        trace = _watch_noise(name, module, found, preprocess.input_size_px, seed=0)
+        trace = _trace_noise(name, module, found, preprocess.input_size_px, seed=0)
     feature_format = _feature_format(module, trace)
     readout = _readout(module, trace, feature_format)
     _drop_unused(module, trace, readout)
     load_weights(module, found)
-    second = _watch_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
+    second = _trace_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
     layout = lay_out(module, trace, second)
     n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
     # LeViT and others cache tensors that they compute in eval mode; switching to train mode clears these caches.
@@ -233,7 +233,7 @@ def _preprocess(
     )
 
 
-def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int], seed: int) -> Trace:
+def _trace_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int], seed: int) -> Trace:
     image = 2 * torch.rand(1, 3, *input_size_px, generator=torch.Generator().manual_seed(seed)) - 1
     try:
         trace = watch(module.eval(), image)

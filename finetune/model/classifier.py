@@ -128,9 +128,9 @@ class Classifier(nn.Module):
         """
         if self.aux is None:
             raise ValueError("this classifier was built without an auxiliary head")
-        with self.aux.listening(self.backbone) as heard:
+        with self.aux.recording(self.backbone) as activations:
             logits = self(images)
-        return logits, self.aux(heard[-1])
+        return logits, self.aux(activations[-1])
 
     def _cam(self, maps: Tensor, labels: Tensor) -> Tensor:
         weights = self.head.weight[labels]  # (B, D)

@@ -83,7 +83,7 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
         WeightsError: the weights cannot be found, downloaded or read; the message says how to supply them.
     """
     if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
-        return _of_another_place(backbone, weights, cache)
+        return _from_folder_or_hub(backbone, weights, cache)
     cfg = pretrained_cfg(backbone)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
@@ -129,10 +129,10 @@ def find_cfg(backbone: str, cache: Path | None = None) -> dict[str, Any]:
         UnknownBackbone: there is no such backbone.
         WeightsError: the hub cannot be reached.
     """
-    return _cfg_of_another_place(backbone, cache) if backbone.startswith((LOCAL_FOLDER, ON_HUB)) else pretrained_cfg(backbone)
+    return _cfg_from_folder_or_hub(backbone, cache) if backbone.startswith((LOCAL_FOLDER, ON_HUB)) else pretrained_cfg(backbone)
 
 
-def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
+def _cfg_from_folder_or_hub(backbone: str, cache: Path | None) -> dict[str, Any]:
     """Return the record in ``config.json`` of a folder or hub repository, with the arguments that build the network.
 
     Raises:
@@ -155,8 +155,8 @@ def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
     return {**known, **given, "architecture": known["architecture"], "model_args": dict(arguments or {})}
 
 
-def _of_another_place(backbone: str, weights: str, cache: Path | None) -> Weights:
-    cfg = _cfg_of_another_place(backbone, cache)
+def _from_folder_or_hub(backbone: str, weights: str, cache: Path | None) -> Weights:
+    cfg = _cfg_from_folder_or_hub(backbone, cache)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
     if weights not in ("auto", "hub"):
@@ -265,7 +265,7 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
     for name in filenames:
         # Without a network the hub client retries for half a minute; this request fails at once.
         address = huggingface_hub.hf_hub_url(repository, name, revision=revision)
-        if not _answers(backbone, repository, address):
+        if not _is_on_hub(backbone, repository, address):
             continue
         try:
             return Path(
@@ -278,7 +278,7 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
     raise _unreachable(backbone, f"https://huggingface.co/{repository}", f"no {' or '.join(filenames)} there")
 
 
-def _answers(backbone: str, repository: str, address: str) -> bool:
+def _is_on_hub(backbone: str, repository: str, address: str) -> bool:
     """Return whether the hub has the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One model version that is watched: its reference, its window, and the files that keep the window over a restart.
+"""One monitored model version: its reference, its window, and the files that preserve the window over a restart.
 
 The folder `Registry.monitoring_of` of a version contains ``window.npz``, ``accepted.npz`` if an operator has accepted predictions
 in production as the reference, and in ``arriving/`` the statistics of predictions of other processes (batch predictions), each a
@@ -29,15 +29,15 @@ WINDOW = "window.npz"
 ACCEPTED = "accepted.npz"
 ACCEPTED_SPLIT = "accepted"
 ARRIVING = "arriving"
-MAX_ARRIVING_FILES = 50  # of a version, while no server takes them in; the oldest are deleted
+MAX_ARRIVING_FILES = 50  # per version, while no server reads them; the oldest are deleted
 
 
 class Watched:
-    """A version's window beside its reference. One thread at a time may use it.
+    """A version's reference and window. Not thread-safe.
 
     Args:
-        bundle: its folder.
-        monitoring: where its window is kept; None for a bundle outside the registry, whose window is lost with the process.
+        bundle: the folder of the bundle.
+        monitoring: the folder of the window's file; None for a bundle outside the registry, whose window is not stored.
     """
 
     def __init__(self, bundle: Path, monitoring: Path | None) -> None:
@@ -53,7 +53,7 @@ class Watched:
         self.follow_reference()
 
     def drift(self) -> Drift:
-        """Compare what the window holds with the reference."""
+        """Test the predictions in the window against the reference."""
         return drift_of(self.reference, self.window)
 
     def follow_reference(self) -> None:
@@ -87,17 +87,17 @@ class Watched:
         self.follow_reference()
 
     def fits(self, answers: AnswerStatistics) -> bool:
-        """Return whether answers are of a model with these classes and this task."""
+        """Return whether the statistics fit the task and the number of classes of this version."""
         n_classes, given = len(self.manifest.classes), answers.given
         if task_named(self.manifest.task).exclusive:
             return given is None and (not len(answers) or int(answers.label.max()) < n_classes)
         return given is not None and given.shape[1] == n_classes
 
     def take_in(self) -> int:
-        """Add what other processes have left in ``arriving/``; return how many answers that were."""
+        """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
         before = self.window.n_seen
         for path in _arrived(self._monitoring):
-            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or taken meanwhile
+            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or already read
                 answers, arrays = read_statistics(path.read_bytes())
                 if self.fits(answers) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
                     self.window.add(answers, float(arrays["at"]))
@@ -106,7 +106,7 @@ class Watched:
 
     @property
     def has_changed(self) -> bool:
-        """Whether there are answers that the file does not know of."""
+        """Whether the window has predictions that are not in its file yet."""
         return self._monitoring is not None and self.window.n_seen != self._written
 
     def write(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class Watched:
 
 
 def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
-    """Return the document of a version's drift as the workspace's files tell it; a running server may know of newer answers."""
+    """Return the document of a version's drift from the workspace's files; a running server may have newer predictions."""
     version = registry.lookup(reference)
     return drift_document(version, Watched(version.path, registry.monitoring_of(version.name, version.version)).drift())
 
@@ -143,7 +143,7 @@ def write_choice(registry: Registry, version: ModelVersion, watched: Watched, *,
 
 
 def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
-    """Return the JSON document of a version's drift, the same over HTTP and at a shell."""
+    """Return the JSON document of a version's drift, for HTTP and the command line."""
     since = None if found.drifted_since is None else int(found.drifted_since)
     reference = None if found.reference_split is None else {"split": found.reference_split, "n": found.reference_n}
     said = {key: value for key, value in found.to_dict().items() if key not in ("reference_split", "reference_n")}
@@ -154,11 +154,11 @@ def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
 def leave_for_server(
     registry: Registry, version: ModelVersion, name: str, answers: AnswerStatistics, model_sha256: str, at: float
 ) -> None:
-    """Leave the statistics of answers for a server to take in; a second time under the same name replaces the first.
+    """Write statistics to ``arriving/`` for a server to add to the window; a file with the same name is replaced.
 
     Args:
-        model_sha256: of the model that gave them.
-        at: when, Unix seconds.
+        model_sha256: of the model that made the predictions.
+        at: time of the predictions, Unix seconds.
     """
     with registry.monitoring(version.name, version.version) as folder:
         if folder is None:

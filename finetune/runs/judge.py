@@ -18,7 +18,7 @@ from finetune.tasks import task_named
 from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
-LOSS_OF_NONSENSE = 10.0  # times the loss of predicting the same probability for every class
+DIVERGED_LOSS = 10.0  # times the loss of predicting the same probability for every class
 N_COMPARED_EMBEDDINGS = 40  # spread evenly over a table, and so over all folds
 N_PARTS = 5  # that val is divided into; each part is given labels by thresholds that were chosen on the others
 MIN_IMAGES_TO_REFUSE = 20  # with fewer images, a good model is too often as bad as chance by accident
@@ -184,7 +184,7 @@ def _divergence(predictions: Predictions) -> str | None:
     evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
     loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
     surely_better = evaluation.intervals[evaluation.headline][0] > chance  # a high loss then shows only overconfidence
-    if surely_better or loss <= LOSS_OF_NONSENSE * uniform:
+    if surely_better or loss <= DIVERGED_LOSS * uniform:
         return None
     return (
         f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "

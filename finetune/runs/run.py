@@ -113,7 +113,7 @@ def run_job(
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
             import_drawing()
-        trained = learner.train(context, _decided(run, options))
+        trained = learner.train(context, _earlier_choices(run, options))
         carried = carried or Carried()
         predictions, thresholds = decided(
             predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
@@ -412,7 +412,7 @@ def finished_outcome(run: RunDir, options: RunOptions) -> Outcome | None:
     return done if RunOptions(goal=done.goal).reaches(options.goal) else None  # type: ignore[arg-type]
 
 
-def _decided(run: RunDir, options: RunOptions) -> Choices | None:
+def _earlier_choices(run: RunDir, options: RunOptions) -> Choices | None:
     if options.decided_by is None:
         return None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))[1]
