@@ -118,6 +118,8 @@ class _State:
 
 @dataclass(frozen=True)
 class _Weights:
+    """Weights that may be kept, with their metrics on val and the way they were obtained."""
+
     name: str
     values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are predicted correctly
     tensors: dict[str, Tensor]
@@ -183,6 +185,11 @@ def fit(
 
 
 def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
+    """Return the newest intact checkpoint of this run; if there is none, empty the journal and return None.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run.
+    """
     damaged: list[str] = []
     found = checkpoint.load_newest(run.checkpoints, lambda path, why: damaged.append(f"{path.name} ({why})"))
     if damaged:
@@ -377,6 +384,11 @@ class _Training:
             raise ValueError(f"epoch {epoch} ended at step {ended_at}: an epoch has {self.recipe.steps_per_epoch} steps")
 
     def _take_step(self, batch: Batch, parameters: Parameters) -> None:
+        """Take one optimiser step on a batch, and check and report the loss at times.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         recipe, step = self.recipe, self.state.step
         seed = step_seed(recipe.seed, step)
         torch.manual_seed(seed)
@@ -573,6 +585,7 @@ class _Training:
         self.state.history.append(record)
 
     def _report(self, lr: float) -> None:
+        """Report progress: loss, metrics, speed and the remaining seconds."""
         loss, correct, count = self.totals.tolist()
         step, total = self.state.step, self._last_step
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
@@ -607,6 +620,7 @@ class _Training:
         return self.seconds_before + (process_clock() - self.began)
 
     def _save(self) -> None:
+        """Write a checkpoint of the current step."""
         self.state.epoch_totals = tuple(self.totals.tolist())
         seconds = self._seconds()
         self.state.seconds, self.state.cpu_seconds = seconds.wall, seconds.cpu
