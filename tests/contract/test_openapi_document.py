@@ -54,6 +54,7 @@ SURFACE = {
     "/predict": {"post"},
     "/v1/models/{name}/versions/{version}": {"get"},
     "/v1/models/{name}/versions/{version}/drift": {"get"},
+    "/v1/models/{name}/versions/{version}/drift/reference": {"put"},
     "/v1/models/{name}/versions/{version}/report": {"get"},
     "/v1/models/{name}/versions/{version}/bundle": {"get"},
     "/v1/models/{name}/versions/{version}/predictions": {"get"},
