@@ -389,6 +389,11 @@ def check_bytes(size: int, limits: ImageLimits) -> None:
 
 
 def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> None:
+    """Check the size of an image.
+
+    Raises:
+        ImageTooLarge: it has too many pixels, or too long a side.
+    """
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
             f"the {name} image is {width}×{height} = {width * height:,} pixels, more than the {limits.max_pixels:,} allowed."
@@ -491,7 +496,7 @@ def _grey16_to_8(image: Image.Image) -> np.ndarray:
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0
     values = np.arange(65_536, dtype=np.int64)  # 0..65535; the values of a 12-bit TIFF are 0..4095
     levels = white - values if inverted else values
-    grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # one table instead of 12 bytes a pixel
+    grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # a table saves memory
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey[levels == key] = 255

@@ -404,6 +404,7 @@ class Registry:
                 write_json(folder / _ACCESS, dataclasses.asdict(access))
 
     def _versions_of(self, name: str) -> tuple[ModelVersion, ...]:
+        """Return all versions of a model in the order of registration, from a consistent reading of its folder."""
         if not re.fullmatch(SUFFIX_PATTERN, name):  # the path could be outside the folder
             return ()
         folder = self.root / name

@@ -104,7 +104,7 @@ def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Try
     if ending.exit_code == EXIT_BUSY:
         reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."
         return TryAgain(reason, BUSY_SECONDS, counted=None)
-    if code == "disk_full" or (code is None and ending.disk_full):  # a run on a full disk may be unable to say so
+    if code == "disk_full" or (code is None and ending.disk_full):  # a run may be unable to write this error on a full disk
         return TryAgain(_what_happened(ending), DISK_FULL_SECONDS, counted=None)
     if code is not None and code != "out_of_memory":
         return _failed(ending, code)
@@ -132,6 +132,7 @@ def _failed(ending: Ending, code: str) -> Finish:
 
 
 def _what_happened(ending: Ending) -> str:
+    """Return a sentence that says how the attempt ended."""
     if ending.error is not None:
         return f"The run failed: {ending.error['message']}"
     if ending.disk_full:

@@ -99,6 +99,7 @@ def trace(module: DeployModule) -> Graph:
 
 
 def _exported(module: DeployModule, images: torch.Tensor) -> torch.onnx.ONNXProgram:
+    """Export the module with torch's ONNX exporter, with a dynamic batch size."""
     with evaluating(module), torch.no_grad(), collection_paused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own implementation
         program = torch.onnx.export(

@@ -201,6 +201,7 @@ def _write(
 
 
 def _manifest(network: ExportedNetwork, facts: BundleFacts) -> Manifest:
+    """Return the manifest without the results of the comparison and without checksums."""
     backbone = network.backbone
     return Manifest(
         name=facts.name,

@@ -103,6 +103,8 @@ def quantize(model: bytes, calibration: np.ndarray) -> bytes:
 
 
 class _Batches(CalibrationDataReader):
+    """The calibration images in batches, as onnxruntime.quantization reads them."""
+
     def __init__(self, images: np.ndarray) -> None:
         self._batches: Iterator[np.ndarray] = iter(
             images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)

@@ -50,6 +50,7 @@ def divergences(classifier: Classifier, pixels: NDArray[np.uint8]) -> NDArray[np
 
 @torch.no_grad()
 def _of_group(classifier: Classifier, layers: list[nn.BatchNorm2d], pixels: NDArray[np.uint8]) -> list[float]:
+    """Return the divergence of each layer for one group of images; 0 for a layer that is not reached."""
     found: dict[int, float] = {}
 
     def measure(layer: nn.Module, given: tuple[Any, ...]) -> None:

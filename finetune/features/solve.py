@@ -313,6 +313,11 @@ def _standardise(
     overwrite: Float32s | None,
     weights: Floats | None = None,
 ) -> _Standardised:
+    """Standardise the features of training and validation rows; write the result into `overwrite` if it is given.
+
+    Raises:
+        TrainingError: some rows are not finite.
+    """
     mean, inverse_std = _moments(train) if weights is None else _weighted_moments(train, weights)
     parts = [train] if val is None else [train, val]
     shape = (sum(len(part) for part in parts), train.shape[1])

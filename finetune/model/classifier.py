@@ -133,6 +133,7 @@ class Classifier(nn.Module):
         return logits, self.aux(activations[-1])
 
     def _cam(self, maps: Tensor, labels: Tensor) -> Tensor:
+        """Return the activation map (B, h', w') of one label (B,) per image, from feature maps (B, D, h', w')."""
         weights = self.head.weight[labels]  # (B, D)
         if self.cam_kind == "layernorm":
             norm = self.backbone.layernorm()
@@ -179,6 +180,7 @@ def pool(maps: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _cam(backbone: Backbone, pooling: Pooling) -> tuple[CamKind | None, str]:
+    """Return how the class activation map is exact (None: not at all), and an explanation for the user."""
     note = backbone.readout.note
     if backbone.readout.kind == "own":
         return None, note

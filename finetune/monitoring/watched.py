@@ -1,7 +1,8 @@
 """One monitored model version: its reference, its window, and the files that preserve the window over a restart.
 
-The folder `Registry.monitoring_of` of a version contains ``window.npz`` and, in ``arriving/``, files with the statistics of
-predictions by other processes (batch predictions), which a server adds to the window and deletes.
+The folder `Registry.monitoring_of` of a version contains ``window.npz``, ``accepted.npz`` if an operator has accepted predictions
+in production as the reference, and in ``arriving/`` the statistics of predictions of other processes (batch predictions), each a
+file that a server reads and deletes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import numpy as np
 from finetune.bundle.calibration import NOVEL, Calibration
 from finetune.bundle.manifest import DRIFT, MODEL, Manifest, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
+from finetune.errors import Conflict, NotFound
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
-from finetune.monitoring.drift import Drift, drift_of
-from finetune.monitoring.reference import read_reference
+from finetune.monitoring.drift import MIN_WINDOW, Drift, drift_of
+from finetune.monitoring.reference import Reference, read_reference, write_reference
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from finetune.tasks import task_named
 
 WINDOW = "window.npz"
+ACCEPTED = "accepted.npz"
+ACCEPTED_SPLIT = "accepted"
 ARRIVING = "arriving"
 MAX_ARRIVING_FILES = 50  # per version, while no server reads them; the oldest are deleted
 
@@ -38,16 +42,49 @@ class Watched:
 
     def __init__(self, bundle: Path, monitoring: Path | None) -> None:
         self.manifest = read_manifest(bundle)
-        self.reference = read_reference(bundle) if DRIFT in self.manifest.files else None
+        self._exported = read_reference(bundle / DRIFT) if DRIFT in self.manifest.files else None
         self.window = _empty_window(self.manifest)
         self._monitoring = monitoring
         if monitoring is not None:
             self.window.read(monitoring / WINDOW)
         self._written = self.window.n_seen
+        self._accepted_ns: int | None = None
+        self.reference = self._exported
+        self.follow_reference()
 
     def drift(self) -> Drift:
         """Test the predictions in the window against the reference."""
         return drift_of(self.reference, self.window)
+
+    def follow_reference(self) -> None:
+        """Use the accepted reference if there is one, else the bundle's; a change ends the alarm."""
+        path = None if self._monitoring is None else self._monitoring / ACCEPTED
+        try:
+            written_ns = None if path is None else path.stat().st_mtime_ns
+        except FileNotFoundError:
+            written_ns = None
+        if written_ns == self._accepted_ns:
+            return
+        self._accepted_ns, self.reference = written_ns, self._exported
+        if path is not None and written_ns is not None:
+            self.reference = read_reference(path) or self._exported
+        self.window.alarm.since = None
+
+    def accept(self, folder: Path) -> None:
+        """Write the answers in the window into the version's folder as the reference of later comparisons.
+
+        Raises:
+            Conflict: there are fewer than `MIN_WINDOW` answers.
+        """
+        if len(self.window) < MIN_WINDOW:
+            raise Conflict(f"{len(self.window)} live images are too few to compare others with; {MIN_WINDOW} are needed")
+        write_reference(folder / ACCEPTED, Reference(ACCEPTED_SPLIT, self.window.answers()))
+        self.follow_reference()
+
+    def restore_reference(self, folder: Path) -> None:
+        """Delete the accepted reference from the version's folder, so that the bundle's is used again."""
+        (folder / ACCEPTED).unlink(missing_ok=True)
+        self.follow_reference()
 
     def fits(self, answers: AnswerStatistics) -> bool:
         """Return whether the statistics fit the task and the number of classes of this version."""
@@ -82,6 +119,27 @@ def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
     """Return the document of a version's drift from the workspace's files; a running server may have newer predictions."""
     version = registry.lookup(reference)
     return drift_document(version, Watched(version.path, registry.monitoring_of(version.name, version.version)).drift())
+
+
+def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dict[str, Any]:
+    """Accept the stored live answers of a version as its reference, or restore the bundle's; return the document of its drift.
+
+    Raises:
+        Conflict: there are too few live answers to accept.
+        NotFound: the version was deleted meanwhile.
+    """
+    version = registry.lookup(reference)
+    watched = Watched(version.path, registry.monitoring_of(version.name, version.version))
+    write_choice(registry, version, watched, accept=accept)
+    return drift_document(version, watched.drift())
+
+
+def write_choice(registry: Registry, version: ModelVersion, watched: Watched, *, accept: bool) -> None:
+    """Write what `choose_reference` has chosen."""
+    with registry.monitoring(version.name, version.version) as folder:
+        if folder is None:
+            raise NotFound(f"{version.name}@{version.version} was deleted")
+        watched.accept(folder) if accept else watched.restore_reference(folder)
 
 
 def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:

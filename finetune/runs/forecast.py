@@ -173,6 +173,7 @@ def _with_fixed_costs(computing: Forecast, speeds: Speeds) -> Forecast:
 
 
 def _facts(speeds: Speeds, n_train: int, n_val: int, n_classes: int) -> Facts:
+    """Return the facts that a recipe is resolved from."""
     return Facts(
         n_train=n_train,
         n_val=n_val,

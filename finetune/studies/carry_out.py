@@ -161,6 +161,7 @@ def _study(
 
 
 def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run all folds and the final run; the pooled predictions of the folds evaluate the final model."""
     n_folds = spec.data.folds
     assert n_folds is not None
     dataset, network = read_and_build(spec, shared, progress)
@@ -187,6 +188,7 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
 
 
 def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run the run that makes the choices, then the refit; val metrics are the first one's, test metrics the second one's."""
     dataset, _ = read_and_build(spec, shared, progress)
     _split(spec, dataset, run)
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
@@ -203,6 +205,7 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
 
 
 def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run the candidates of method auto, and keep the best."""
     dataset, network = read_and_build(spec, shared, progress)
     _split(spec, dataset, run)
     study = escalation(spec, len(network.facts.stages), options, run)

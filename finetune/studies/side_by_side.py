@@ -118,6 +118,7 @@ def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Out
 
 
 def _start(child: _ParallelChild, places: Places, workspace: Workspace) -> None:
+    """Start the process of a child."""
     folder = child.folder
     folder.error.unlink(missing_ok=True)
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}

@@ -287,6 +287,11 @@ def _hold_out(
 
 
 def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
+    """Choose the metric, predict the gains, and return the study.
+
+    Raises:
+        InvalidInput: all requested numbers of images are beyond `FARTHEST`.
+    """
     counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
     metric = PER_CLASS if are_unequal(counts.values()) else TOP1
     curve, n_classes = curves[metric], len(dataset.classes)
