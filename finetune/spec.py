@@ -113,6 +113,13 @@ class ModelSpec(Section):
 Column = Annotated[str | None, Field(min_length=1, max_length=1000)]
 
 
+def _no_empty_separator(given: Any) -> Any:
+    """Refuse what YAML makes of a separator without quotes: ``label_separator: |`` begins a text there, which is empty."""
+    if given == "":
+        raise ValueError("an empty text separates nothing; in a YAML file, put the separator into quotes: label_separator: '|'")
+    return given
+
+
 class DataSpec(Section):
     """How the labelled images are read and split."""
 
@@ -145,6 +152,7 @@ class DataSpec(Section):
     label_separator: Annotated[
         str | None, Field(min_length=1, max_length=8, description="between several labels in one cell of a table")
     ] = None
+    _separates = field_validator("label_separator", mode="before")(_no_empty_separator)
     splits: Annotated[
         dict[str, Literal["train", "val", "test", "none", "class"]],
         Field(max_length=1000, description="what folder names, or values of the split column, mean; none leaves out"),
@@ -376,6 +384,7 @@ class JobSpec(Section):
         return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:
+        """Return the spec as YAML text with all fields, in the order of their definition."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -465,12 +474,18 @@ def _flatten(nested: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tu
     return pairs
 
 
+_PUNCTUATION = re.compile(r"\s*[^\w\s\[\]{}'\"~]+\s*")  # such as | ; and , which YAML takes for syntax and which are separators
+
+
 def _parse_setting(setting: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise SpecError(f"--set {setting!r}: expected key.path=value, for example hyperparameters.n_epochs=5")
+    path = tuple(key.strip().split("."))
+    if _PUNCTUATION.fullmatch(text):
+        return path, text.strip()
     try:
-        return tuple(key.strip().split(".")), yaml.safe_load(text)
+        return path, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {setting!r}: the value is not YAML: {error}") from None
 

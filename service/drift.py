@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from finetune.bundle.manifest import MANIFEST
+from finetune.bundle.manifest import MANIFEST, MODEL, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import FinetuneError
 from finetune.jobs.database import reading, writing
@@ -25,7 +25,7 @@ from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
 from finetune.monitoring.answers import AnswerStatistics, concatenated
 from finetune.monitoring.drift import MIN_WINDOW, Drift
-from finetune.monitoring.watched import Watched
+from finetune.monitoring.watched import Watched, write_choice
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from service.models import LoadedModel
 from service.promotions import tell_users
@@ -44,6 +44,7 @@ class _Given:
     name: str
     version: str
     bundle: Path
+    written_ns: int  # modification time of the bundle
     at: float
     answers: AnswerStatistics
 
@@ -63,6 +64,7 @@ class DriftWatch:
         self._lock = threading.Lock()  # protects everything below
         self._watched: dict[Path, Watched] = {}  # by bundle folder
         self._names: dict[Path, tuple[str, str]] = {}
+        self._written_ns: dict[Path, int] = {}  # modification time of each bundle
         self._found: dict[Path, Drift] = {}  # result of the last test
         self._written_at = time.monotonic()  # of the last write of the windows
         self._cannot_write = False
@@ -85,7 +87,7 @@ class DriftWatch:
         """Queue the statistics of a model's predictions for the background thread."""
         if answers:
             at, source = time.time(), model.source
-            self._arrived.extend(_Given(source.name, source.version, source.path, at, one) for one in answers)
+            self._arrived.extend(_Given(source.name, source.version, source.path, source.written_ns, at, one) for one in answers)
 
     def drift(self, version: ModelVersion) -> Drift:
         """Compare the recent predictions of a registered version with its reference.
@@ -96,6 +98,19 @@ class DriftWatch:
         with self._lock:
             self._take_in()
             return self._watching(version.name, version.version, version.path).drift()
+
+    def choose_reference(self, version: ModelVersion, *, accept: bool) -> Drift:
+        """Compare a version with its recent predictions from now on, or with the reference in its bundle again.
+
+        Raises:
+            Conflict: there are too few predictions to accept.
+        """
+        with self._lock:
+            self._take_in()
+            watched = self._watching(version.name, version.version, version.path)
+            write_choice(self._registry, version, watched, accept=accept)
+            found = self._found[version.path] = watched.drift()
+            return found
 
     def last_found(self) -> list[tuple[str, str, Drift]]:
         """Return (name, version, drift) of the versions that were tested since the server started."""
@@ -109,6 +124,7 @@ class DriftWatch:
             self._take_in()
             for path, watched in self._watched.items():
                 watched.take_in()
+                watched.follow_reference()
                 self._compare(path, watched)
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
                 self._keep()
@@ -135,6 +151,7 @@ class DriftWatch:
             waiting[given.bundle].append(given)
         for bundle, several in waiting.items():
             try:
+                self._forget_replaced(bundle, several[-1].written_ns)
                 watched = self._watching(several[0].name, several[0].version, bundle)
             except FinetuneError as error:  # the bundle was deleted or damaged since the prediction
                 log.info("%s is not watched for drift: %s", bundle, error.message)
@@ -142,6 +159,14 @@ class DriftWatch:
             fitting = [given.answers for given in several if watched.fits(given.answers)]
             if fitting:
                 watched.window.add(concatenated(fitting), several[-1].at)
+
+    def _forget_replaced(self, bundle: Path, written_ns: int) -> None:
+        """Drop the window of a bundle folder if its model was replaced."""
+        if self._written_ns.get(bundle) != written_ns:
+            self._written_ns[bundle] = written_ns
+            watched = self._watched.get(bundle)
+            if watched is not None and read_manifest(bundle).files.get(MODEL, "") != watched.window.model_sha256:
+                self._forget(bundle)
 
     def _compare(self, path: Path, watched: Watched) -> None:
         window, alarm = watched.window, watched.window.alarm
@@ -204,5 +229,9 @@ class DriftWatch:
 
     def _forget_deleted(self) -> None:
         for path in [path for path in self._watched if not (path / MANIFEST).exists()]:
-            del self._watched[path], self._names[path]
-            self._found.pop(path, None)
+            self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        del self._watched[path], self._names[path]
+        self._found.pop(path, None)
+        self._written_ns.pop(path, None)

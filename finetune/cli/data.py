@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def diff(before: str, after: str, settings: tuple[str, ...], as_json: bool) -> N
     """Show what changed from BEFORE to AFTER, image by image.
 
     Each is anything that can be trained on, or the revision of data that was read before. Images are matched by their bytes,
-    so that a file that was only renamed is called so.
+    so that a renamed file is listed as renamed.
     """
     from dataclasses import asdict
 
@@ -121,7 +122,8 @@ def _show(manifest: Manifest, notes: dict[str, Any]) -> None:
 
     counts = _counts(manifest)
     rows = [[name, *(counts[split][name] for split in counts)] for name in manifest.classes[:SHOWN_CLASSES]]
-    totals = ["all", *(sum(one.values()) for one in counts.values())]
+    sizes = Counter(row.split or "all" for row in manifest.rows)
+    totals = ["all images", *(sizes[split] for split in counts)]
     table(f"Data: {printable(manifest.root)}", ["class", *counts], [*rows, totals])
     if len(manifest.classes) > SHOWN_CLASSES:
         console.print(f"  … and {len(manifest.classes) - SHOWN_CLASSES} more classes")

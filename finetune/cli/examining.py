@@ -90,9 +90,15 @@ def show_examination(found: Examined) -> None:
     for finding in findings:
         if finding.count and finding.severity != "note":
             _show_cases(finding)
-    n_accepted = sum(finding.acknowledged for finding in findings)
-    if n_accepted:
-        console.print(f"{plural(n_accepted, 'case')} acknowledged before, not shown", markup=False)
+    for finding in findings:
+        if finding.count and finding.severity == "note":
+            console.print(f"[{_STYLES['note']}]note[/] {escape(finding.title)}: {escape(finding.evidence)}")
+    accepted = {finding.kind: finding.acknowledged for finding in findings if finding.acknowledged}
+    if accepted:
+        kinds = natural_list([f"{count:,} of {kind}" for kind, count in accepted.items()])
+        console.print(
+            f"acknowledged before, not shown: {kinds} (--reopen {next(iter(accepted))} reports them again)", markup=False
+        )
     console.print(f"page      {shortened(found.page)}" if found.page else "", markup=False, soft_wrap=True)
     if found.manifest is not None:
         out, grouped, suggested = found.changes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
+from finetune.data.dataset import left_out_files
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
 from finetune.messages import byte_size, duration, natural_list, plural, printable
@@ -45,12 +46,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     data, backbone, recipe = plan["dataset"], plan["backbone"], plan["recipe"]
     splits = list(data["counts"])
     rows = [[name, *(data["counts"][split][name] for split in splits)] for name in data["classes"][:SHOWN_CLASSES]]
-    totals = ["all", *(sum(data["counts"][split].values()) for split in splits)]
+    totals = ["all images", *(data["sizes"].get(split, 0) for split in splits)]
     table(f"Data: {data['root']}", ["class", *splits], [*rows, totals])
     if len(data["classes"]) > SHOWN_CLASSES:
         console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more classes")
     if folds := plan["folds"]:
-        sizes = sorted(sum(fold["test"].values()) for fold in folds)
+        sizes = sorted(plan["fold_sizes"])
         each = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
         console.print(f"  {len(folds)} folds hold out {each} images each, every image once\n", markup=False)
     weights = backbone["weights"]
@@ -105,8 +106,8 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             )
     if "val" in splits[1:]:
         console.print("The val images have chosen the weights, so val figures flatter the model.\n")
-    understood = read_json(run.resolved)["dataset"].get("understood", ()) if run.resolved.exists() else ()
-    show_notes(understood, outcome.warnings, [None] * outcome.quarantined)
+    data = read_json(run.resolved)["dataset"] if run.resolved.exists() else {}
+    show_notes(data.get("understood", ()), outcome.warnings, data.get("quarantined", ()), named=False)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
@@ -288,7 +289,7 @@ def _show_arms(found: Mapping[str, Any]) -> None:
 
 
 def _show_leading_of_arms(found: Mapping[str, Any]) -> None:
-    """Print the mean over classes of each arm, where that is told first."""
+    """Print the leading metric of each arm, if it is another one than the headline."""
     leading = found.get("leading", found["headline"])
     if leading == found["headline"]:
         return
@@ -347,6 +348,7 @@ def _ratio(value: float | None) -> str:
 
 
 def show_backbone_names(names: Sequence[str], limit: int) -> None:
+    """Print at most `limit` names, and how many more there are."""
     for name in names[:limit]:
         console.print(name, markup=False)
     if len(names) > limit:
@@ -428,6 +430,7 @@ def show_models(
 
 
 def show_manifest(manifest: Manifest) -> None:
+    """Print a bundle's manifest for `finetune models show`."""
     weights = manifest.backbone["weights"]
     facts = [
         ["classes", ", ".join(manifest.classes)],
@@ -488,18 +491,24 @@ def show_demo(result: DemoResult) -> None:
     )
 
 
-def show_notes(understood: Sequence[str], warnings: Sequence[str], quarantined: Sequence[Any]) -> None:
-    """Print how the data was read, warnings about it, and the files that were left out."""
+def show_notes(
+    understood: Sequence[str], warnings: Sequence[str], quarantined: Sequence[Mapping[str, str]], *, named: bool = True
+) -> None:
+    """Print how the data was read, warnings about it, and the files that were left out.
+
+    Args:
+        quarantined: file and reason of each.
+        named: name the first of these files, else count them.
+    """
     for sentence in understood:
         console.print(f"[cyan]read[/] {escape(sentence)}")
     for warning in warnings:
         console.print(f"[yellow]note[/] {escape(warning)}")
     if quarantined:
-        named = "" if any(quarantined) else " (finetune check names them)"
-        console.print(f"[yellow]note[/] left out: {plural(len(quarantined), 'unreadable file')}{named}")
-    for bad in quarantined[:5]:
-        if bad is not None:
-            console.print(f"     {printable(bad['file'])}: {bad['reason']}", markup=False)
+        where = "" if named else " (finetune check names them)"
+        console.print(f"[yellow]note[/] left out: {left_out_files(bad['reason'] for bad in quarantined)}{where}")
+    for bad in quarantined[:5] if named else ():
+        console.print(f"     {printable(bad['file'])}: {bad['reason']}", markup=False)
 
 
 def _value(value: Any) -> str:

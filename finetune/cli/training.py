@@ -111,6 +111,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
     "--fix", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write a corrected manifest; no image is touched."
 )
 @click.option("--acknowledge", multiple=True, metavar="KIND|KEY", help="Never report these cases again; repeatable.")
+@click.option("--reopen", multiple=True, metavar="KIND|KEY", help="Report acknowledged cases again; repeatable.")
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page with pictures is written.")
 @click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: the examination alone, into it.")
 @json_option
@@ -119,6 +120,7 @@ def check(
     quick: bool,
     fix: Path | None,
     acknowledge: tuple[str, ...],
+    reopen: tuple[str, ...],
     page: Path | None,
     run_dir: Path | None,
     as_json: bool,
@@ -129,8 +131,8 @@ def check(
     probably wrong, labels that a file's size, name or camera gives away, small classes, pictures of nothing. Then what would
     train, and what it would take.
     """
-    if quick and (fix or acknowledge or page):
-        raise click.UsageError("--quick leaves the examination out, which --fix, --acknowledge and --page are about")
+    if quick and (fix or acknowledge or reopen or page):
+        raise click.UsageError("--quick leaves the examination out, which --fix, --acknowledge, --reopen and --page are about")
     with objects_exempt():
         from finetune.cli.examining import carry_out, data_problems, show_examination
         from finetune.cli.show import show_plan
@@ -150,7 +152,9 @@ def check(
         found = None
         if not quick:
             command = f"finetune check {shlex.quote(spec.training_file)}"
-            found = examine_request(spec, shared, progress, accept=acknowledge, page=page, fix=fix, command=command)
+            found = examine_request(
+                spec, shared, progress, accept=acknowledge, reopened=reopen, page=page, fix=fix, command=command
+            )
     if as_json:
         print_json({**document, "examination": None if found is None else found.to_dict()})
     else:
@@ -198,10 +202,10 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 @reading_option
 @json_option
 def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None, out: Path | None, as_json: bool) -> None:
-    """Measure MODEL on labelled images.
+    """Evaluate MODEL on labelled images.
 
     MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
-    figures without them are given beside.
+    metrics without them are shown too.
     """
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
@@ -233,8 +237,8 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """List backbones, or show the stages of one. With one name, also what each method would train.
 
-    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each family that was tried, and what
-    came of it.
+    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each tested family is listed with
+    the result of its test.
     """
     from finetune.cli.show import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json

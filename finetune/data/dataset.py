@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -57,12 +57,34 @@ class Sample:
         return (self.target,) if isinstance(self.target, int) else self.target
 
 
+NO_SUCH_FILE = "no such file"
+NAMES_NO_FILE = "names no image file"
+
+
+def is_missing(reason: str) -> bool:
+    """Return whether the reason for leaving a file out is that it does not exist."""
+    return reason.startswith((NO_SUCH_FILE, NAMES_NO_FILE))
+
+
+def left_out_files(reasons: Iterable[str]) -> str:
+    """Return how many files are missing and how many cannot be read, given the reason for each; empty if none are."""
+    missing = [is_missing(reason) for reason in reasons]
+    n_missing, n_unreadable = missing.count(True), missing.count(False)
+    parts = [(n_missing, "missing file"), (n_unreadable, "unreadable file")]
+    return " and ".join(plural(count, what) for count, what in parts if count)
+
+
 @dataclass(frozen=True)
 class BadImage:
     """A file that looks like an image and is left out, with the reason."""
 
     where: str
     reason: str
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether a table or export names no file, or one that does not exist."""
+        return is_missing(self.reason)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from finetune.data.names import same_class, why_no_class_name
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
 from finetune.data.reading import Reading
+from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.data.sources import Listing, Record, Source, source_of
 from finetune.data.tables import SUFFIXES
 from finetune.errors import DataError, Problem, did_you_mean
@@ -258,6 +259,7 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
     train, place = found.counts(key), found.places.get(key, "")
     _check_names(found, place, notes)
     _check_number_of_classes(found, train, place, notes)
+    first_alone = next((name for name, count in train.items() if count == 1), None)
     for name, count in train.items():
         if not count:
             unusable = _unusable(f"{place}/{printable(name)}/", notes)
@@ -265,14 +267,23 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
         elif count == 1 and "val" not in found.splits() and found.several:
             notes.left_out.append(f"{place}: only 1 image has the label {name!r}, so it is learnt or measured, not both")
         elif count == 1 and "val" not in found.splits():
+            hint = _separator_hint(train) if name == first_alone else ""
             notes.problem(
                 _inside(place, name),
-                f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on",
+                f"class {name!r} has 1 image; it takes at least 2, one to train on and one to validate on{hint}",
             )
     others: tuple[Split, ...] = ("val", "test")
     for split in others:
         if split in found.splits():
             _compare_classes(split, found.counts(split), train, found.places.get(split, place), notes)
+
+
+def _separator_hint(names: Iterable[str]) -> str:
+    """Return what to do where class names look like several labels each; empty where they do not."""
+    found = forgotten_separator(names)
+    if found is None:
+        return ""
+    return f". If {found[1][0]!r} is several labels of one image: {how_to_separate(found[0])}"
 
 
 def _check_names(found: _Found, place: str, notes: Notes) -> None:

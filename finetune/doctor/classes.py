@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 from finetune.data.dataset import Dataset
+from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.doctor.finding import Case, Finding, case_key
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
@@ -21,6 +22,7 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
     totals = Counter[str]()
     for of_split in counts.values():
         totals.update(of_split)
+    yield from _combined(totals)
     yield from _alike(totals)
     yield from _small(totals)
     yield from _missing(counts)
@@ -29,8 +31,31 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
 
 def first_look(dataset: Dataset) -> tuple[str, ...]:
     """Return a sentence for each finding that needs no pixels and that the checks of every job do not make anyway."""
-    told = ("alike_names", "small_classes", "imbalance")
+    told = ("combined_labels", "alike_names", "small_classes", "imbalance")
     return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in told)
+
+
+def _combined(totals: Mapping[str, int]) -> Iterator[Finding]:
+    """Class names that look like several labels in one cell of a table."""
+    found = forgotten_separator(totals)
+    if found is None:
+        return
+    separator, combined = found
+    n_parts = len({part.strip() for name in totals for part in name.split(separator)} - {""})
+    shown = natural_list([repr(name) for name in combined], 4)
+    yield Finding(
+        "combined_labels",
+        "doubt",
+        "Classes that look like several labels each",
+        len(combined),
+        f"{len(combined):,} of {plural(len(totals), 'class')} ({shown}) look like combinations of {plural(n_parts, 'label')}, "
+        f"separated by {separator!r}.",
+        f"If they are, {how_to_separate(separator)} reads each as several labels of one image, from a table.",
+        tuple(
+            Case((), 1.0, f"{name}: {plural(totals[name], 'image')}", key=case_key("combined_labels", [name]))
+            for name in combined
+        ),
+    )
 
 
 def _alike(totals: Mapping[str, int]) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from finetune.doctor.shortcuts import find_shortcuts
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 
-VERSION = 7  # of what is found: examinations of another one are not read
+VERSION = 8  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
@@ -116,7 +116,20 @@ class _Examining:
     # ------------------------------------------------------------------------------------------------------------ files
 
     def _unreadable(self) -> Iterator[Finding]:
-        bad = self.dataset.bad
+        n_files = len(self.dataset.bad) + len(self.samples)
+        missing = [one for one in self.dataset.bad if one.is_missing]
+        if missing:
+            cases = tuple(Case((one.where,), 1.0, one.reason, key=case_key("missing_files", [one.where])) for one in missing)
+            yield Finding(
+                "missing_files",
+                "problem",
+                "Files that are named and do not exist",
+                len(missing),
+                f"{plural(len(missing), 'row')} of {n_files:,} name no file that exists; they are left out.",
+                "Put the files where the table says, correct the table, or delete the rows.",
+                cases,
+            )
+        bad = [one for one in self.dataset.bad if not one.is_missing]
         if bad:
             cases = tuple(Case((one.where,), 1.0, one.reason, key=case_key("unreadable", [one.where])) for one in bad)
             yield Finding(
@@ -124,7 +137,7 @@ class _Examining:
                 "problem",
                 "Files that cannot be read",
                 len(bad),
-                f"{plural(len(bad), 'file')} of {len(bad) + len(self.samples):,} cannot be decoded; they are left out.",
+                f"{plural(len(bad), 'file')} of {n_files:,} cannot be decoded; they are left out.",
                 "Copy them again from where they came from, or delete them.",
                 cases,
             )

@@ -9,8 +9,9 @@ from pathlib import Path
 from finetune.data.corrections import Row, write_corrections
 from finetune.data.dataset import Dataset, Sample
 from finetune.doctor.duplicates import clusters
-from finetune.doctor.finding import Examination, Finding
+from finetune.doctor.finding import Examination
 from finetune.errors import InvalidInput, did_you_mean
+from finetune.messages import natural_list
 from finetune.storage.files import file_lock, write_atomic
 
 
@@ -128,13 +129,7 @@ def acknowledge(path: Path, examination: Examination, what: Iterable[str]) -> in
     Raises:
         InvalidInput: neither.
     """
-    lines: list[str] = []
-    for one in what:
-        keys = _keys_of(one, examination.findings)
-        if not keys:
-            kinds = [finding.kind for finding in examination.findings]
-            raise InvalidInput(f"{one!r}: neither a kind of finding nor the key of a case here.{did_you_mean(one, kinds)}")
-        lines += [f"{key} {kind}" for key, kind in keys]
+    lines = [f"{key} {kind}" for one in what for key, kind in _cases_meant(one, examination)]
     with file_lock(path.with_suffix(".lock")):
         known = accepted_in(path)
         new = [line for line in dict.fromkeys(lines) if line.split()[0] not in known]
@@ -143,6 +138,36 @@ def acknowledge(path: Path, examination: Examination, what: Iterable[str]) -> in
     return len(new)
 
 
-def _keys_of(what: str, findings: Sequence[Finding]) -> list[tuple[str, str]]:
-    cases = [(case.key, finding.kind) for finding in findings for case in finding.cases]
-    return [(key, kind) for key, kind in cases if what in (key, kind)]
+def reopen(path: Path, examination: Examination, what: Iterable[str]) -> int:
+    """Take back what was acknowledged, so that these cases are reported again; return how many they are.
+
+    Args:
+        examination: with the cases that were acknowledged.
+        what: kinds of findings, which stands for all their acknowledged cases in this data, or keys of cases.
+
+    Raises:
+        InvalidInput: neither, or nothing of it was acknowledged.
+    """
+    with file_lock(path.with_suffix(".lock")):
+        known, taken_back = accepted_in(path), set[str]()
+        for one in what:
+            keys = {key for key, _ in _cases_meant(one, examination)} & known
+            if not keys:
+                kinds = {finding.kind for finding in examination.findings for case in finding.cases if case.key in known}
+                acknowledged = f"acknowledged are {natural_list(sorted(kinds))}" if kinds else "nothing was acknowledged"
+                raise InvalidInput(f"--reopen {one}: no case of it was acknowledged in this data; {acknowledged}")
+            taken_back |= keys
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        left = [line for line in lines if line.strip() and line.split()[0] not in taken_back]
+        write_atomic(path, lambda stream: stream.write("".join(f"{line}\n" for line in left).encode()))
+    return len(taken_back)
+
+
+def _cases_meant(what: str, examination: Examination) -> list[tuple[str, str]]:
+    """Return key and kind of the cases that a kind or a key stands for."""
+    cases = [(case.key, finding.kind) for finding in examination.findings for case in finding.cases]
+    meant = [(key, kind) for key, kind in cases if what in (key, kind)]
+    if not meant:
+        kinds = [finding.kind for finding in examination.findings]
+        raise InvalidInput(f"{what!r}: neither a kind of finding nor the key of a case here.{did_you_mean(what, kinds)}")
+    return meant

@@ -13,7 +13,7 @@ from finetune.data.dataset import Dataset
 from finetune.doctor.examine import VERSION, examine, without_accepted
 from finetune.doctor.finding import LISTED, Examination
 from finetune.doctor.page import write_page
-from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
+from finetune.doctor.prescribe import accepted_in, acknowledge, reopen, write_manifest
 from finetune.errors import DataError
 from finetune.features.engine import Prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
@@ -48,6 +48,7 @@ def examine_request(
     progress: ProgressCallback = silent,
     *,
     accept: Sequence[str] = (),
+    reopened: Sequence[str] = (),
     page: Path | None = None,
     fix: Path | None = None,
     command: str = "finetune check",
@@ -56,6 +57,7 @@ def examine_request(
 
     Args:
         accept: kinds or keys of findings to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
+        reopened: kinds or keys of acknowledged findings that are to be reported again.
         page: path of the page; by default in the workspace.
         fix: path of the manifest.
         command: that the page shows for repeating the examination.
@@ -71,6 +73,8 @@ def examine_request(
     preprocess = framing(spec, dataset, network.facts.preprocess)
     whole = _examined(dataset, network.prefix, preprocess, shared, progress)
     accepted_file = shared.workspace.datasets / "acknowledged.txt"
+    if reopened:
+        reopen(accepted_file, whole, reopened)
     if accept:
         acknowledge(accepted_file, whole, accept)
     accepted = accepted_in(accepted_file)

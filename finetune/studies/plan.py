@@ -38,6 +38,7 @@ class Plan:
             **self.deepest.resolved.to_dict(),
             "spec": self.spec.model_dump(mode="json"),
             "folds": [dataset.counts() for dataset in self.folds],
+            "fold_sizes": [dataset.sizes()["test"] for dataset in self.folds],  # images that each holds out
             "candidates": [candidate.resolved.recipe.method for candidate in self.candidates],
             "estimate": asdict(self.cost),
         }

@@ -37,7 +37,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.tasks.task import JudgedRows
 from finetune.training import checkpoint
-from finetune.training.activity import listening
+from finetune.training.activity import measuring_activity
 from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
@@ -84,7 +84,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointSchedule:
     """When checkpoints are written, in addition to the end of each epoch, and which run they belong to."""
 
     identity: Mapping[str, str]  # digests that identify the run, by name (``spec``, ``dataset``)
@@ -118,6 +118,8 @@ class _State:
 
 @dataclass(frozen=True)
 class _Weights:
+    """Weights that may be kept, with their metrics on val and the way they were obtained."""
+
     name: str
     values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are predicted correctly
     tensors: dict[str, Tensor]
@@ -131,7 +133,7 @@ def fit(
     train: TrainBatches,
     val: Iterable[Batch] | Choices,
     run: RunDir,
-    saving: Saving,
+    checkpointing: CheckpointSchedule,
     *,
     task: Task,
     objective: Objective,
@@ -150,7 +152,7 @@ def fit(
     Args:
         val: the validation images, on which the weights are chosen; or the choices of an earlier run: then nothing is evaluated,
             and training ends after their number of epochs.
-        saving: when checkpoints are written.
+        checkpointing: when checkpoints are written.
         train_targets, val_targets: encoded by `task`; the ``indices`` of a batch are rows of these arrays.
         train_weights: (N,) weights of the training images in the loss, with mean 1; None: all equal.
         numerics: is called once, when the run begins; a resumed run uses the same numerics.
@@ -167,28 +169,35 @@ def fit(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with _memory_errors_named(recipe.batch_size):
-        found = _find_checkpoint(run, saving)
+        found = _find_checkpoint(run, checkpointing)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
         targets = _Targets(task, objective, train_targets, val_targets, train_weights)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
-            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
+            training = _Training(
+                classifier, recipe, train, val, run, checkpointing, chosen, targets, sample, prepare, forward, progress
+            )
             if found is None:
                 training.begin(solve_head)
             else:
                 training.resume(found)
             del found  # frees its copy of all weights
-            with training.stop.listening():
+            with training.stop.receiving_signals():
                 return training.run_to_end()
 
 
-def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
+def _find_checkpoint(run: RunDir, checkpointing: CheckpointSchedule) -> dict[str, Any] | None:
+    """Return the newest intact checkpoint of this run; if there is none, empty the journal and return None.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run.
+    """
     damaged: list[str] = []
     found = checkpoint.load_newest(run.checkpoints, lambda path, why: damaged.append(f"{path.name} ({why})"))
     if damaged:
         run.record(CheckpointDamaged(f"checkpoints that cannot be read are left out: {', '.join(damaged)}"))
     if found is not None:
-        checkpoint.check_belongs(found["identity"], saving.identity, run.checkpoints)
+        checkpoint.check_belongs(found["identity"], checkpointing.identity, run.checkpoints)
     else:
         write_atomic(
             run.metrics, lambda stream: stream.write(b"")
@@ -216,7 +225,7 @@ class _Training:
     train: TrainBatches
     val: Iterable[Batch] | Choices
     run: RunDir
-    saving: Saving
+    checkpointing: CheckpointSchedule
     numerics: Numerics
     targets: _Targets
     sample: TrainSample | None
@@ -341,7 +350,7 @@ class _Training:
         """
         state = self.state
         if self._sample_is_due():
-            self._answer_sample()
+            self._predict_sample()
         elif state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
             self._end_epoch()
         elif state.step < self._last_step and not state.stopped_early:
@@ -377,6 +386,11 @@ class _Training:
             raise ValueError(f"epoch {epoch} ended at step {ended_at}: an epoch has {self.recipe.steps_per_epoch} steps")
 
     def _take_step(self, batch: Batch, parameters: Parameters) -> None:
+        """Take one optimiser step on a batch, and check and report the loss at times.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         recipe, step = self.recipe, self.state.step
         seed = step_seed(recipe.seed, step)
         torch.manual_seed(seed)
@@ -435,7 +449,7 @@ class _Training:
     def _end_epoch(self) -> None:
         """Evaluate, log the metrics, keep the weights if they are the best, decide on early stopping, and write a checkpoint."""
         state, recipe = self.state, self.recipe
-        with self._shipping_weights():
+        with self._weights_to_evaluate():
             choosing = not isinstance(self.val, Choices)
             values = {} if isinstance(self.val, Choices) else self._evaluate(self.val)
             if self._improves(values, state.best) if choosing else state.step == self._last_step:
@@ -458,12 +472,12 @@ class _Training:
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
         if isinstance(self.val, Choices):
-            kept = self._as_decided(kept, self.val)
+            kept = self._with_choices(kept, self.val)
         elif state.best_step > 0:
             for share in INTERPOLATION_SHARES if state.start_weights else ():
-                kept = self._better(kept, self._pulled_back(kept, share), self.val)
+                kept = self._better(kept, self._interpolated(kept, share), self.val)
             if self.recipe.bn == "recalibrate":
-                kept = self._better(kept, self._with_fresh_statistics(kept), self.val)
+                kept = self._better(kept, self._with_recalibrated_statistics(kept), self.val)
         state.chosen, state.best, state.best_weights = kept.name, kept.values, kept.tensors
         state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
@@ -472,18 +486,18 @@ class _Training:
         self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
         self._save()
 
-    def _as_decided(self, kept: _Weights, decided: Choices) -> _Weights:
+    def _with_choices(self, kept: _Weights, decided: Choices) -> _Weights:
         if decided.share < 1.0:
-            kept = self._pulled_back(kept, decided.share)
-        return self._with_fresh_statistics(kept) if decided.recalibrated else kept
+            kept = self._interpolated(kept, decided.share)
+        return self._with_recalibrated_statistics(kept) if decided.recalibrated else kept
 
-    def _pulled_back(self, kept: _Weights, share: float) -> _Weights:
+    def _interpolated(self, kept: _Weights, share: float) -> _Weights:
         """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
         name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
         tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
         return replace(kept, name=name, tensors=tensors, share=share)
 
-    def _with_fresh_statistics(self, kept: _Weights) -> _Weights:
+    def _with_recalibrated_statistics(self, kept: _Weights) -> _Weights:
         name = f"{kept.name}, running statistics recalibrated"
         return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
 
@@ -506,7 +520,7 @@ class _Training:
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
-    def _shipping_weights(self) -> AbstractContextManager[None]:
+    def _weights_to_evaluate(self) -> AbstractContextManager[None]:
         """Load the weights to evaluate into the classifier for the block: the moving average, if there is one."""
         return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
 
@@ -524,17 +538,17 @@ class _Training:
         return measured("val", task, rows)
 
     @torch.no_grad()
-    def _answer_sample(self) -> None:
+    def _predict_sample(self) -> None:
         """Predict the sample with the weights to evaluate, and measure dead channels on its first batch."""
         assert self.sample is not None
         logits: list[np.ndarray] = []
-        with self._shipping_weights(), closed_after(self.sample.batches) as batches:
+        with self._weights_to_evaluate(), closed_after(self.sample.batches) as batches:
             self.classifier.eval()
             for batch in batches:
-                with nullcontext() if logits else listening(self.classifier) as heard:
+                with nullcontext() if logits else measuring_activity(self.classifier) as measured_activity:
                     logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
-                if heard is not None:
-                    activity = heard
+                if measured_activity is not None:
+                    activity = measured_activity
         answers = np.concatenate(logits)
         self.sample.keep(self.state.step, answers)
         task = self.targets.task
@@ -573,6 +587,7 @@ class _Training:
         self.state.history.append(record)
 
     def _report(self, lr: float) -> None:
+        """Report progress: loss, metrics, speed and the remaining seconds."""
         loss, correct, count = self.totals.tolist()
         step, total = self.state.step, self._last_step
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
@@ -598,15 +613,16 @@ class _Training:
     # checkpoints --------------------------------------------------------------------------------------------------
 
     def _checkpoint_is_due(self) -> bool:
-        every = self.saving.every_steps
+        every = self.checkpointing.every_steps
         by_steps = every is not None and self.state.step % every == 0
-        return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
+        return by_steps or time.perf_counter() - self.saved_at >= self.checkpointing.every_seconds
 
     def _seconds(self) -> Seconds:
         """Return the seconds of this session and of those before it."""
         return self.seconds_before + (process_clock() - self.began)
 
     def _save(self) -> None:
+        """Write a checkpoint of the current step."""
         self.state.epoch_totals = tuple(self.totals.tolist())
         seconds = self._seconds()
         self.state.seconds, self.state.cpu_seconds = seconds.wall, seconds.cpu
@@ -616,7 +632,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state if self.average is not None else None,
             "numerics": self.numerics.to_dict(),
-            "identity": dict(self.saving.identity),
+            "identity": dict(self.checkpointing.identity),
             "torch": str(torch.__version__),
         }
         checkpoint.save(self.run.checkpoints, self.state.step, content)

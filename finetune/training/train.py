@@ -29,7 +29,7 @@ from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext, TrainingCost
-from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.training.fit import CheckpointSchedule, Fitted, Forward, Prepare, TrainBatches, fit, forward_images
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
 from finetune.training.measurements import write_sample_answers
@@ -121,7 +121,7 @@ def _take_steps(
         source.train,
         source.val if decided is None else decided,
         context.run,
-        Saving(context.identity),
+        CheckpointSchedule(context.identity),
         task=context.task,
         objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
         train_targets=context.targets(dataset.of("train")),
@@ -148,6 +148,7 @@ def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingConte
 
 
 def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
+    """Choose precision, memory layout and threads, and record the timings as an event."""
     compute = context.compute
     measuring = Progress("preparing", 0, 1, "measurements", message="timing this machine")
     context.progress(measuring)
@@ -173,6 +174,7 @@ class _BatchSource:
 
 
 def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource:
+    """Return batches of decoded images: augmented for training, preprocessed for evaluation."""
     train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
     augment = context.augment.at_size(recipe.train_size_px)
     pixels = PixelStore(context.store)

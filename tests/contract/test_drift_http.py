@@ -22,6 +22,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Access, Registry
 from finetune.cli import cli
 from finetune.client import Client
+from finetune.errors import Conflict
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.webhooks import WebhookStore
@@ -173,6 +174,47 @@ def test_it_is_kept_over_a_restart_and_deleted_with_the_version(home: Path, monk
     assert not monitoring.exists()
 
 
+def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    with in_process(home) as client:
+        send(client, ["red"] * 150)
+        early = client.put(f"{PATH}/reference", json={"use": "live"})
+        assert (early.status_code, "150 live images are too few" in early.json()["detail"]) == (409, True)
+        assert client.put(f"{PATH}/reference", json={"use": "dead"}).status_code == 422
+        send(client, ["red"] * 150)
+        assert drift(client)["state"] == "drifted"
+        accepted = client.put(f"{PATH}/reference", json={"use": "live"}).json()
+        assert (accepted["state"], accepted["reference"]) == ("steady", {"split": "accepted", "n": 300})
+        send(client, mixed(600))
+        assert drift(client)["state"] == "drifted", "from what was accepted"
+        assert client.put(f"{PATH}/reference", json={"use": "bundle"}).json()["reference"]["split"] == "test"
+        assert client.put(f"{PATH}/reference", json={"use": "live"}).json()["reference"]["n"] == 900
+    run = CliRunner().invoke
+    assert json.loads(run(cli, ["models", "drift", "colours", "--json"]).output)["reference"]["split"] == "accepted"
+    assert json.loads(run(cli, ["models", "drift", "colours", "--reset", "--json"]).output)["reference"]["split"] == "test"
+    assert json.loads(run(cli, ["models", "drift", "colours", "--accept", "--json"]).output)["reference"]["split"] == "accepted"
+    assert run(cli, ["models", "drift", "colours", "--accept", "--reset"]).exit_code == 2
+    with pytest.raises(Conflict, match="0 live images are too few"):
+        run(cli, ["models", "drift", "old", "--accept"], catch_exceptions=False, standalone_mode=False)
+    with in_process(home) as client:  # follows what a shell chooses
+        assert drift(client)["reference"]["split"] == "accepted"
+        run(cli, ["models", "drift", "colours", "--reset"])
+        _state_of(client).drift.look()
+        assert drift(client)["reference"]["split"] == "test"
+
+
+def test_only_who_may_change_a_model_chooses_its_reference(home: Path) -> None:
+    keys = KeyStore(open_jobs(home))
+    predicting, other = (
+        {"Authorization": f"Bearer {keys.create(name, [scope])[0]}"} for name, scope in (("ann", "predict"), ("bob", "jobs"))
+    )
+    with in_process(home) as client:
+        for key in (predicting, other):
+            assert client.put(f"{PATH}/reference", json={"use": "bundle"}, headers=key).status_code == 403
+
+
 def test_the_python_client_reads_the_same_document(client: TestClient) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=client.get(request.url.path).json()))
     with Client("http://127.0.0.1", transport=transport) as ours:
@@ -310,3 +352,21 @@ def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) 
         state.drift.look()
         ((_, _, found),) = state.drift.last_found()
         assert found.n == MIN_WINDOW
+
+
+def test_another_model_in_a_served_folder_begins_a_window_of_its_own(tmp_path: Path) -> None:
+    served = bundle_in(tmp_path / "bundle")
+    with in_process(tmp_path, model=str(served)) as client:
+        send(client, ["red"] * 30)
+        state = _state_of(client)
+        state.drift.look()
+        assert [(name, found.n_seen) for name, _, found in state.drift.last_found()] == [("colours", 30)]
+        other = write_bundle(tmp_path / "other", classes=("a", "b", "c"), cam=False)
+        for file in other.iterdir():  # the manifest last
+            if file.name != "bundle.json":
+                (served / file.name).write_bytes(file.read_bytes())
+        (served / "bundle.json").write_bytes((other / "bundle.json").read_bytes())
+        until(lambda: client.post("/predict", content=picture("red")).json()["predictions"][0]["label"] == "a")
+        state.drift.look()
+        ((_, _, found),) = state.drift.last_found()
+        assert (found.n_seen < 30, found.state) == (True, "no_reference")

@@ -20,22 +20,23 @@ from tiny_runs import shared_at, tiny_spec
 
 from finetune.bundle.image import decode_image
 from finetune.cli import cli
+from finetune.cli.examining import show_examination
 from finetune.data.check import check_images
 from finetune.data.corrections import corrected
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import NO_SUCH_FILE, BadImage, Dataset
 from finetune.data.index import index_dataset
 from finetune.data.split import split_dataset
 from finetune.doctor.duplicates import clusters, near_duplicates
 from finetune.doctor.examine import examine, without_accepted
-from finetune.doctor.finding import Examination
+from finetune.doctor.finding import Examination, Finding
 from finetune.doctor.labels import doubt_labels
 from finetune.doctor.looks import look_at_all
 from finetune.doctor.modes import classes_that_are_two
-from finetune.doctor.prescribe import accepted_in, acknowledge, write_manifest
+from finetune.doctor.prescribe import accepted_in, acknowledge, reopen, write_manifest
 from finetune.doctor.shortcuts import find_shortcuts
 from finetune.errors import DataError, InvalidInput
 from finetune.runs.resolve import DatasetFacts
-from finetune.studies.examination import examine_request
+from finetune.studies.examination import Examined, examine_request
 
 
 def texture(seed: int, size_px: tuple[int, int] = (240, 180)) -> Image.Image:
@@ -401,3 +402,40 @@ def test_what_is_too_small_or_all_the_same_is_not_looked_at() -> None:
     assert classes_that_are_two(embeddings, kinds) == [], "no other class says how different images of one kind are"
     same = np.ones((200, 8), np.float32)
     assert classes_that_are_two(same, np.repeat([0, 1], 100)) == []
+
+
+def test_missing_files_are_a_finding_of_their_own_and_what_was_acknowledged_can_be_taken_back(tmp_path: Path) -> None:
+    bad = (BadImage("labels.csv, row 2: a.jpg", NO_SUCH_FILE), BadImage("b.jpg", "not an image file"))
+    write_textures(tmp_path / "photos", {"a": 4, "b": 4})
+    dataset = replace(read(tmp_path / "photos"), bad=bad)
+    found = examine(dataset, np.zeros((8, 4), np.float32), backbone="none")
+    missing, unreadable = found.of("missing_files"), found.of("unreadable")
+    assert missing is not None
+    assert unreadable is not None
+    assert [case.ids for case in missing.cases] == [("labels.csv, row 2: a.jpg",)]
+    assert missing.evidence == "1 row of 10 name no file that exists; they are left out."
+    assert [case.ids for case in unreadable.cases] == [("b.jpg",)]
+    accepted = tmp_path / "acknowledged.txt"
+    assert acknowledge(accepted, found, ["missing_files", "unreadable"]) == 2
+    with pytest.raises(
+        InvalidInput, match=r"--reopen small_classes: no case of it was acknowledged in this data; acknowledged are"
+    ):
+        reopen(accepted, found, ["small_classes"])
+    assert reopen(accepted, found, ["missing_files"]) == 1
+    assert accepted_in(accepted) == {unreadable.cases[0].key}
+    assert reopen(accepted, found, [unreadable.cases[0].key]) == 1
+    assert accepted_in(accepted) == frozenset()
+    with pytest.raises(InvalidInput, match="neither a kind of finding nor the key of a case here"):
+        reopen(accepted, found, ["unredable"])
+
+
+def test_notes_are_named_and_what_was_acknowledged_says_how_it_is_taken_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    note = Finding("formats", "note", "Formats", 2, "3 PNG (RGB) and 1 JPEG (L).", "Nothing.")
+    doubt = Finding("blank", "doubt", "Pictures of nothing", 0, "…", "…", acknowledged=2)
+    found = Examination("0" * 64, 4, ("a", "b"), (note, doubt), "none")
+    show_examination(Examined(found, read(write_textures(tmp_path / "photos", {"a": 2, "b": 2})), None, None, None, (0, 0, 0)))  # type: ignore[arg-type]
+    said = " ".join(capfd.readouterr().err.split())
+    assert "note Formats: 3 PNG (RGB) and 1 JPEG (L)." in said
+    assert "acknowledged before, not shown: 2 of blank (--reopen blank reports them again)" in said

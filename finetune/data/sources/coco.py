@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from finetune.data.dataset import BadImage, Split
+from finetune.data.dataset import NO_SUCH_FILE, BadImage, Split
 from finetune.data.names import class_name
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Node, Place, shown_path
@@ -87,7 +87,7 @@ class _Document:
                 continue
             node = lookup.find(name)
             if node is None:
-                notes.bad.append(BadImage(f"{printable(self.node.path)}: {printable(name)}", "no such file"))
+                notes.bad.append(BadImage(f"{printable(self.node.path)}: {printable(name)}", NO_SUCH_FILE))
                 continue
             records.append(Record(printable(node.path), node.file, labels, split))
         if unlabelled:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from finetune.data.dataset import BadImage, Split
+from finetune.data.dataset import NO_SUCH_FILE, BadImage, Split
 from finetune.data.layout import without_wrapping
 from finetune.data.names import class_name
 from finetune.data.notes import Notes
@@ -97,7 +97,7 @@ def _records(node: Node, classes: Sequence[str], split: Split | None, lookup: Lo
         name = match["quoted"] if match["quoted"] is not None else match["plain"]
         found = lookup.find(name)
         if found is None:
-            notes.bad.append(BadImage(f"{shown}, line {number}: {printable(name)}", "no such file"))
+            notes.bad.append(BadImage(f"{shown}, line {number}: {printable(name)}", NO_SUCH_FILE))
             continue
         records.append(Record(printable(found.path), found.file, tuple(dict.fromkeys(classes[one] for one in numbers)), split))
     notes.many(shown, wrong, f"class numbers beyond the {plural(len(classes), 'class')} of {_CLASSES}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from finetune.data.dataset import BadImage
+from finetune.data.dataset import NAMES_NO_FILE, NO_SUCH_FILE, BadImage
 from finetune.data.names import class_name
 from finetune.data.notes import Notes
 from finetune.data.places.tree import IMAGE_SUFFIXES, Node, Place, shown_path
@@ -177,7 +177,7 @@ def _records(
             continue
         found = None if task.image is None else lookup.find(task.image)
         if found is None:
-            what = "no such file; export the images and put them beside the export" if task.image else "the task names no image"
+            what = f"{NO_SUCH_FILE}; export the images and put them beside the export" if task.image else NAMES_NO_FILE
             notes.bad.append(BadImage(f"{printable(node.path)}: {printable(task.image or 'a task')}", what))
             continue
         records.append(Record(printable(found.path), found.file, labels))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.dataset import BadImage, Split
+from finetune.data.dataset import NAMES_NO_FILE, NO_SUCH_FILE, BadImage, Split
 from finetune.data.files import ImageFile
 from finetune.data.names import class_name
 from finetune.data.notes import Notes
@@ -154,12 +154,12 @@ class _Rows:
             node = self.lookup.find(cell)
             if node is not None:
                 return self._id_of(node), node.file
-            self.notes.bad.append(BadImage(f"{row.place}: {printable(cell)}", "no such file"))
+            self.notes.bad.append(BadImage(f"{row.place}: {printable(cell)}", NO_SUCH_FILE))
             self.odd.fileless.append(printable(cell))
             return None
         if cell is None or isinstance(cell, Sequence):
             self.odd.fileless.append(row.place)
-            self.notes.bad.append(BadImage(row.place, "names no image file"))
+            self.notes.bad.append(BadImage(row.place, NAMES_NO_FILE))
             return None
         return printable(cell.name) if cell.name else row.place, cell.file
 

@@ -67,7 +67,7 @@ class NotChecked:
     reason: str
 
 
-Verdict = Finding | Clear | NotChecked
+CheckOutcome = Finding | Clear | NotChecked
 
 
 class Check(Protocol):
@@ -88,7 +88,7 @@ class Check(Protocol):
         """Codes of the findings that this one causes if both are made."""
         ...
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         """Return the finding, or that the check passed, or why it could not be made."""
         ...
 
@@ -108,6 +108,7 @@ class Diagnosis:
 
     @property
     def problems(self) -> tuple[Finding, ...]:
+        """The findings that are problems, not notes."""
         return tuple(finding for finding in self.findings if finding.severity == "problem")
 
     @property

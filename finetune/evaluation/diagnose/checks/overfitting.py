@@ -11,12 +11,12 @@ import math
 import numpy as np
 
 from finetune.evaluation.diagnose.checks.degradation import Degradation
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of
 
 GAP = 0.15  # of the headline metric, between training and held-out images
-LARGE_GAP = 0.3
+LARGE_GAP = 0.25
 CLEARLY = 3.0  # standard errors
 EVALUATIONS_LEFT, RISE = 3, 2.0  # evaluations after the lowest val loss; standard errors by which it has risen since
 FITTED = 0.9  # least score on training images: below it the model does not even fit those
@@ -29,7 +29,7 @@ class Overfitting:
     title = "Overfitting"
     explains = frozenset({"overconfidence"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         sample = records.last_sample
         held_out = held_out_score(records)
         if sample is None or held_out is None:
