@@ -69,7 +69,7 @@ class RunDir:
         return self.root / "measurements"
 
     def train_sample_at(self, step: int) -> Path:
-        """The table of predictions for a fixed sample of training images after this step."""
+        """Return the path of the predictions for a fixed sample of training images after this step."""
         return self.measurements / f"train-step-{step:08d}.npz"
 
     @property
