@@ -10,7 +10,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-services test-longer test-browser test-all check-wheel check-formats golden lint format gpu-check bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-failed test-services test-longer test-browser test-all check-wheel check-formats golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -40,6 +40,9 @@ test: $(READY)  ## The default tests, under five minutes on two cores
 
 test-longer: $(READY)  ## The tests that take longest, which CI runs beside the default ones
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m 'longer and not slow'
+
+test-failed: $(READY)  ## The tests that failed last time, one after another
+	$(TEST_ENV) $(BIN)/python -m pytest -m '' --last-failed --last-failed-no-failures none
 
 test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, against real ones; a skip is a failure
 	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services

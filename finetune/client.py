@@ -64,6 +64,7 @@ class Client:
         self._connection = Connection(url, api_key, transport)
 
     def close(self) -> None:
+        """Close the connections to the server."""
         self._connection.http.close()
 
     def __enter__(self) -> Client:
@@ -145,6 +146,11 @@ class Client:
         """Return whether a version's predictions in production have drifted from its predictions for held-out images."""
         return self._json("GET", f"/v1/models/{quote(name, safe='')}/versions/{quote(version, safe='')}/drift")
 
+    def set_drift_reference(self, use: str, name: str, version: str = "champion") -> Document:
+        """Accept the last images in production as the reference of later ones (``live``), or restore that of the ``bundle``."""
+        path = f"/v1/models/{quote(name, safe='')}/versions/{quote(version, safe='')}/drift/reference"
+        return self._json("PUT", path, json={"use": use})
+
     def download_answers(self, batch_id: str, path: str | Path) -> Path:
         """Download the table of a batch prediction to a ``.csv``, ``.npz`` or ``.parquet`` file."""
         target = Path(path)
@@ -211,6 +217,7 @@ class Client:
         yield from self._listed(COMPARISON, status, metadata)
 
     def cancel(self, job_id: str) -> Document:
+        """Cancel a job of any kind; return its document."""
         return self._json("POST", f"{_job(job_id)}/cancel")
 
     def delete_job(self, job_id: str) -> None:

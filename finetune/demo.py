@@ -145,4 +145,6 @@ def ask(url: str, image: Path) -> dict[str, Any]:
 
 
 class ServerFailed(FinetuneError):
+    """The server of the demo stopped or did not become ready."""
+
     code = "server_failed"

@@ -4,7 +4,7 @@
     ├── InvalidInput                 invalid_input         2   422   the user gave something that cannot work
     │   ├── SpecError                invalid_spec          2   422   the job request: carries every problem with its field path
     │   ├── DataError                invalid_data          2   422   a dataset that cannot be trained on
-    │   │   └── DataChangedError     data_changed          2   422   data that is not what it was when the run began
+    │   │   └── DataChangedError     data_changed          2   422   data that has changed since the run began
     │   ├── ImageError               invalid_image         2   422   one image that cannot be decoded under the limits
     │   │   ├── ImageTooLarge        image_too_large       2   413   more bytes or pixels than allowed
     │   │   └── UnsupportedImage     unsupported_image     2   415   not one of the image formats that are read
@@ -19,7 +19,7 @@
     │   └── NoBetterThanChance       no_better_than_chance 1   500   a model that is not registered, for it learnt nothing
     ├── CheckpointError              checkpoint_invalid    1   500   a checkpoint that does not belong to this run
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
-    ├── ExecutorError                executor_unavailable  1   503   what runs attempts (a Ray cluster) does not answer or refuses
+    ├── ExecutorError                executor_unavailable  1   503   an executor (a Ray cluster) that does not respond or refuses
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
     └── MissingExtra                 missing_extra         2   501   a command whose optional dependencies are not installed
 

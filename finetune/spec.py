@@ -384,6 +384,7 @@ class JobSpec(Section):
         return self.model_copy(update={**found, "model": model, "data": data})
 
     def to_yaml(self) -> str:
+        """Return the spec as YAML text with all fields, in the order of their definition."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

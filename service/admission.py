@@ -64,6 +64,7 @@ class WorkQueue:
             self.seconds_each += _FORGETTING * (time.perf_counter() - began - self.seconds_each)
 
     def stop(self) -> None:
+        """Cancel waiting work, without waiting for running work."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 

@@ -25,7 +25,7 @@ from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
 from finetune.monitoring.answers import AnswerStatistics, concatenated
 from finetune.monitoring.drift import MIN_WINDOW, Drift
-from finetune.monitoring.watched import Watched
+from finetune.monitoring.watched import Watched, write_choice
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from service.models import LoadedModel
 from service.promotions import tell_users
@@ -99,6 +99,19 @@ class DriftWatch:
             self._take_in()
             return self._watching(version.name, version.version, version.path).drift()
 
+    def choose_reference(self, version: ModelVersion, *, accept: bool) -> Drift:
+        """Compare a version with its recent predictions from now on, or with the reference in its bundle again.
+
+        Raises:
+            Conflict: there are too few predictions to accept.
+        """
+        with self._lock:
+            self._take_in()
+            watched = self._watching(version.name, version.version, version.path)
+            write_choice(self._registry, version, watched, accept=accept)
+            found = self._found[version.path] = watched.drift()
+            return found
+
     def last_found(self) -> list[tuple[str, str, Drift]]:
         """Return (name, version, drift) of the versions that were tested since the server started."""
         with self._lock:
@@ -111,6 +124,7 @@ class DriftWatch:
             self._take_in()
             for path, watched in self._watched.items():
                 watched.take_in()
+                watched.follow_reference()
                 self._compare(path, watched)
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
                 self._keep()

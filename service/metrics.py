@@ -69,11 +69,13 @@ class Metrics:
         )
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a response and its duration."""
         known_method = method if method in METHODS else "other"
         self.requests.labels(route, known_method, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
     def predicted(self, model: str, version: str, role: str, n_images: int) -> None:
+        """Count predicted images of a model."""
         self.predictions.labels(model, version, role).inc(n_images)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
@@ -90,10 +92,13 @@ class Metrics:
         self.registry.register(_DriftCollector(last_found))
 
     def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class WatchedModels(Protocol):
+    """The view of the loaded models that the metrics need."""
+
     swaps: int
 
     def default(self) -> _Named: ...

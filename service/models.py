@@ -119,6 +119,7 @@ class LoadedModels:
         self._watcher.start()
 
     def stop(self) -> None:
+        """Stop the background thread and the loader."""
         self._stopping.set()
         self._watcher.join()
         self._loader.shutdown(cancel_futures=True)

@@ -37,6 +37,7 @@ class InferRequest:
 
 
 def server_metadata(version: str) -> dict[str, Any]:
+    """Return the metadata of the server."""
     return {"name": "finetune", "version": version, "extensions": ["binary_tensor_data", "classification"]}
 
 

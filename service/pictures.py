@@ -38,6 +38,7 @@ class Pictures:
     samples: Mapping[str, Sample]
 
     def sample(self, sample_id: str) -> Sample:
+        """Return the sample with this id. Raises NotFound if the dataset does not have it."""
         found = self.samples.get(sample_id)
         if found is None:
             raise NotFound(f"no image {sample_id[:200]!r} in this dataset")

@@ -1,4 +1,4 @@
-"""How fast this machine trains a backbone: measured once by a child process, then known (see `finetune.runs.forecast`)."""
+"""Measure how fast this machine trains a backbone, in a child process, and cache the result (see `finetune.runs.forecast`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Question = Mapping[str, Any]  # backbone, input_size_px, device, threads
 
 
 class Planner:
-    """Measures backbones one after the other, and keeps what it has measured in the workspace's cache."""
+    """Measures backbones one at a time, and caches the measurements in the workspace."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -44,19 +44,19 @@ class Planner:
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End the child process, if there is one."""
+        """Kill the child process, if there is one."""
         self._stopping.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
         if (child := self._child) is not None:
             child.kill()
 
     async def speeds(self, question: Question) -> Speeds:
-        """Return the speeds of a backbone on this machine; whoever asks while they are measured waits for the same measurement.
+        """Return the speeds of a backbone on this machine; concurrent requests for it share one measurement.
 
         Raises:
             Conflict: this installation cannot train.
             InvalidInput: the backbone cannot be used.
-            Overloaded: too many others wait, or the measurement ended without an answer.
+            Overloaded: too many other backbones wait, or the measurement failed.
         """
         if not can_train():
             raise Conflict(NO_TRAINING)
@@ -77,9 +77,9 @@ class Planner:
             self._known[key] = done.result()
 
     def _found(self, key: str, question: Question) -> Speeds:
-        """Return what an earlier server of this workspace has measured, else measure it."""
+        """Return the cached measurement of this workspace, else measure."""
         file = self._workspace.cache / "notes" / f"speeds-{key}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or of another release
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or of another release
             return Speeds.from_dict(read_json(file))
         answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}))
         if "problem" in answer:
@@ -88,10 +88,10 @@ class Planner:
         return Speeds.from_dict(answer["speeds"])
 
     def _ask(self, given: Question) -> str:
-        """Return what the child process writes.
+        """Run the child process and return its output.
 
         Raises:
-            Overloaded: it took too long, or ended without an answer, which says nothing about the backbone.
+            Overloaded: it took too long or failed, which is not the fault of the backbone.
         """
         if self._stopping.is_set():
             raise Overloaded("this server is ending")

@@ -1,4 +1,4 @@
-"""Keep a fraction of the images that are asked about, if the operator has turned that on, in a thread of its own."""
+"""Store a fraction of the images of prediction requests, if the operator has enabled it, in a background thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Drawn:
 
 
 class InputSampler:
-    """Draws images, and writes them in the background within the policy. `offer` may be called from one thread."""
+    """Draws images at random and stores them in a background thread, limited by the policy."""
 
     def __init__(
         self, registry: Registry, policy: SamplingPolicy, metrics: Metrics, enforce_seconds: float = ENFORCE_SECONDS
@@ -45,26 +45,26 @@ class InputSampler:
         self._enforce_seconds = enforce_seconds
         self._drawn: queue.SimpleQueue[_Drawn | None] = queue.SimpleQueue()
         self._waiting_bytes = 0
-        self._counting = threading.Lock()  # over the line above
+        self._counting = threading.Lock()  # protects `_waiting_bytes`
         self._thread = threading.Thread(target=self._write, name="samples", daemon=True)
 
     def start(self) -> None:
-        """Begin to write, and to delete what an earlier server has kept and is too old or too much now."""
+        """Start the background thread, which also deletes samples that exceed the policy."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Write what was drawn, and end."""
+        """Write the queued images and stop the background thread."""
         self._drawn.put(None)
         self._thread.join()
 
     def draws(self, model: LoadedModel) -> bool:
-        """Return, for one image, whether to keep it. A bundle outside the registry has no place for it."""
+        """Draw at random whether to store an image; False for a bundle outside the registry, which has no folder for it."""
         if self.fraction == 0.0 or random.random() >= self.fraction:
             return False
         return model.source.path == self._registry.root / model.name / model.version
 
     def offer(self, model: LoadedModel, data: bytes, record: Mapping[str, Any]) -> None:
-        """Keep an image that was drawn; drop it while too much waits to be written."""
+        """Queue a drawn image for storing; drop it if too many bytes are queued."""
         with self._counting:
             if self._waiting_bytes + len(data) > MAX_WAITING_BYTES:
                 self._metrics.sampled_inputs.labels("dropped").inc()
@@ -85,7 +85,7 @@ class InputSampler:
                 self._keep(drawn)
             except queue.Empty:
                 continue
-            except (OSError, FinetuneError) as error:  # a full disk, a folder that cannot be written to: answers go on
+            except (OSError, FinetuneError) as error:  # must not stop predictions
                 if str(error) != trouble:
                     log.error("inputs cannot be sampled: %s", error)
                 trouble = str(error)

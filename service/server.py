@@ -31,6 +31,8 @@ _BACKLOG = 2048
 
 
 class PortTaken(Conflict):
+    """Another program uses the port."""
+
     code = "port_taken"
 
 

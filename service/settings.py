@@ -85,6 +85,7 @@ class Settings:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read the settings from environment variables. Raises InvalidInput for an invalid value."""
         names = _names(environment, "FINETUNE_ALLOWED_HOSTS")
         return Settings(
             home=Path(environment.get("FINETUNE_HOME", ".finetune")).absolute(),

@@ -48,6 +48,7 @@ class SpecChecker:
         self._waiting: dict[str, int] = {}
 
     def stop(self) -> None:
+        """Cancel waiting checks."""
         self._queue.stop()
 
     def problems(self, specs: Sequence[JobSpec], answers: Answers) -> Sequence[Sequence[Problem]]:

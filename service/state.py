@@ -81,6 +81,7 @@ class ModelAccess:
         self._known.pop(model, None)
 
     def of(self, model: str) -> Access:
+        """Return the access rights of a model."""
         now = time.monotonic()
         until, access = self._known.get(model, (0.0, Access()))
         if now >= until:
@@ -120,6 +121,7 @@ class ServerState:
     max_unfinished_jobs: int = 100
 
     def run_of(self, job_id: str) -> RunDir:
+        """Return the run folder of a job."""
         return RunDir(self.home / "runs" / job_id)
 
     def stored_bytes(self, owner: str) -> int:

@@ -55,6 +55,7 @@ class Received:
     contents: Path  # temporary folder, to be moved to its final place
 
     def summary(self) -> dict[str, Any]:
+        """Return the description of the contents as JSON values."""
         return asdict(self.intake)
 
 
@@ -66,6 +67,7 @@ class Uploads:
         self._arriving: Counter[str] = Counter()  # by owner
 
     def place_of(self, file_id: str) -> Path:
+        """Return the folder of an upload's contents, which need not exist."""
         return self.folder / file_id
 
     @contextlib.contextmanager
@@ -122,7 +124,7 @@ def _is_abandoned(arriving: Path) -> bool:
 
 
 def _is_old(path: Path) -> bool:
-    """Return whether nothing has changed in a folder for an hour; False where it has vanished since it was listed."""
+    """Return whether a folder is unchanged for an hour; False if it was deleted in the meantime."""
     try:
         return time.time() - path.stat().st_mtime > _ORPHAN_SECONDS
     except FileNotFoundError:

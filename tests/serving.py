@@ -95,7 +95,7 @@ def _port_of(process: subprocess.Popen[bytes], log: Path) -> int | None:
 
 def port_in(log: Path) -> int | None:
     """Return the port that is named in what a server has printed; None while there is none."""
-    said = re.search(r"serves on http://127\.0\.0\.1:(\d+) ", log.read_text(errors="replace"))
+    said = re.search(r"serves on http://\S+:(\d+) ", log.read_text(errors="replace"))
     return None if said is None else int(said[1])
 
 

@@ -257,6 +257,14 @@ class Judge:
         return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
 
     def _calibration(self, what: str) -> Calibration:
+        """Return the calibration of the bundle.
+
+        Args:
+            what: the option that needs it, for the error.
+
+        Raises:
+            InvalidInput: the model is multilabel, or the bundle has no calibration.
+        """
         if not self._exclusive:
             raise InvalidInput(
                 f"This model gives an image any number of labels, each with a threshold of its own, so {what} does not apply to "

@@ -80,6 +80,7 @@ def _classes(classes: Sequence[str]) -> str:
 
 
 def _figures(manifest: Manifest) -> str:
+    """Return the section with a table of metrics by split."""
     task, metrics = task_named(manifest.task), manifest.metrics
     splits = [split for split in SPLITS if f"{split}/{task.headline.key}" in metrics]
     if not splits:
@@ -106,6 +107,7 @@ def _figure(metrics: Mapping[str, float], split: str, metric: Any) -> str:
 
 
 def _reliance(manifest: Manifest) -> str:
+    """Return the section about thresholds, or about calibration and abstention."""
     calibration, thresholds = Calibration.of(manifest.calibration), manifest.thresholds
     if thresholds is not None:
         shown = zip(manifest.classes[:SHOWN_CLASSES], thresholds, strict=False)
@@ -166,6 +168,7 @@ def _interval(found: Mapping[str, float]) -> str:
 
 
 def _made(manifest: Manifest) -> list[list[str]]:
+    """Return the rows of the table that says how the model was made."""
     weights, preprocess = _weights(manifest), manifest.preprocess
     size = manifest.backbone.get("n_parameters")
     frozen = manifest.frozen.get("stages")
@@ -224,6 +227,7 @@ def _licence(manifest: Manifest) -> str:
 
 
 def _limits(manifest: Manifest) -> list[str]:
+    """Return sentences about the limits of the model."""
     split = next((split for split in SPLITS if f"{split}/n" in manifest.metrics), None)
     lines = []
     if task_named(manifest.task).exclusive:

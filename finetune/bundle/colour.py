@@ -63,6 +63,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _build(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform from a profile to sRGB; None if they are equal, or if the profile is damaged or of another kind."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         described = source.profile
@@ -79,6 +80,7 @@ def _build(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    """Return the transform from a profile to sRGB for pixels of `mode`."""
     return ImageCms.buildTransform(
         source,
         ImageCms.createProfile("sRGB"),

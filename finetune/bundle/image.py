@@ -100,8 +100,8 @@ _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
 _LARGE_PIXELS = 25_000_000  # larger images other than JPEGs are averaged down before they are converted
 _SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image up to this size; a tile is always decoded as a whole
 _END_OF_JPEG = b"\xff\xd9"
-_ANY_BITS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
-_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
+_CONTINUATIONS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
+_MAX_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
 _START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
 
 _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
@@ -305,10 +305,10 @@ def _with_end_mark(data: bytes) -> bytes | None:
     data = data.rstrip(b"\xff")
     whole = data + _END_OF_JPEG
     image = JpegImageFile(io.BytesIO(whole))
-    if image.width * image.height > _MENDED_PIXELS:
+    if image.width * image.height > _MAX_MENDED_PIXELS:
         return None
     pixels = np.asarray(image)
-    for bits in _ANY_BITS:
+    for bits in _CONTINUATIONS:
         if not np.array_equal(np.asarray(JpegImageFile(io.BytesIO(data + bits + _END_OF_JPEG))), pixels):
             return None
     return whole
@@ -389,6 +389,11 @@ def check_bytes(size: int, limits: ImageLimits) -> None:
 
 
 def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> None:
+    """Check the size of an image.
+
+    Raises:
+        ImageTooLarge: it has too many pixels, or too long a side.
+    """
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
             f"the {name} image is {width}×{height} = {width * height:,} pixels, more than the {limits.max_pixels:,} allowed."
@@ -491,7 +496,7 @@ def _grey16_to_8(image: Image.Image) -> np.ndarray:
         inverted = image.tag_v2.get(_PHOTOMETRIC) == 0
     values = np.arange(65_536, dtype=np.int64)  # 0..65535; the values of a 12-bit TIFF are 0..4095
     levels = white - values if inverted else values
-    grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # one table instead of 12 bytes a pixel
+    grey = (((levels % 2**32) * 255 + white // 2) % 2**32 // white).astype(np.uint8)  # a table saves memory
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey[levels == key] = 255

@@ -67,6 +67,7 @@ class Manifest:
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        """Check that the fields do not contradict each other."""
         twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
         if twice:
             raise ValueError(f"classes {twice} stand there twice")

@@ -147,7 +147,11 @@ def _depth(value: Any) -> int:
 
 
 def _rgb(pixels: Any) -> NDArray[np.uint8]:
-    """Return pixels as (H, W, 3) uint8."""
+    """Return pixels as (H, W, 3) uint8.
+
+    Raises:
+        InvalidInput: they have another shape, or are not whole numbers from 0 to 255.
+    """
     array = np.asarray(pixels)
     if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise InvalidInput(f"an array of shape {array.shape} is no image; give {TAKEN}")

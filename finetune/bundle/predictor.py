@@ -264,6 +264,7 @@ def read_probe(path: Path) -> Probe:
 
 
 def _parse_probe(folder: Path, data: bytes) -> Probe:
+    """Return the probe in the content of a file; `folder` is for the error."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])
@@ -365,6 +366,7 @@ def _check_probes(folder: Path, predictor: Predictor, probe: Probe) -> None:
 
 
 def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
+    """Return a problem if the model computes other logits from the probe's pixels."""
     try:
         logits = predictor.run(probe.images).logits
     except (InvalidInput, *ORT_ERRORS) as error:
@@ -385,6 +387,7 @@ def _model_problems(predictor: Predictor, probe: Probe) -> list[Problem]:
 
 
 def _image_problems(preprocess: Preprocess, probe: Probe) -> list[Problem]:
+    """Return a problem for each file of the probe that is decoded or preprocessed into other pixels."""
     problems = []
     for index, (encoded, expected) in enumerate(zip(probe.encoded, probe.images, strict=True)):
         where = f"image probe {index} (bytes → array)"

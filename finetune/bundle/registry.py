@@ -135,14 +135,14 @@ class Registry:
         with _locked(folder):
             for known in self._versions_of(name) if once else ():
                 if read_manifest(known.path).files == manifest.files:
-                    self._announce(name, known.version)  # in case it was killed before the aliases moved
+                    self._point_aliases(name, known.version)  # in case it was killed before the aliases moved
                     return self.resolve(name, known.version)
             version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))
             _keep_predictions(predictions, folder / _PREDICTIONS / f"{version}.npz")
             arriving.rename(folder / version)
-            self._announce(name, version)
+            self._point_aliases(name, version)
         return self._describe(name, version, _aliases(folder))
 
     def predictions_of(self, version: ModelVersion) -> Path:
@@ -171,7 +171,7 @@ class Registry:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield folder
 
-    def _announce(self, name: str, version: str) -> None:
+    def _point_aliases(self, name: str, version: str) -> None:
         """Point ``latest`` at a new version, and promote the version or the model if nothing was promoted before."""
         folder = self.root / name
         aliases = _aliases(folder)
@@ -222,7 +222,7 @@ class Registry:
         """
         found = self._versions_of(name)
         if not found:
-            raise NotFound(f"no model {name!r}.{self._known_instead(name)}")
+            raise NotFound(f"no model {name!r}.{self._suggestion(name)}")
         by_key = {key: version for version in found for key in (version.version, *version.aliases)}
         by_key.setdefault(LATEST, found[-1])  # aliases.json is missing if the folder was filled by hand
         by_key.setdefault(CHAMPION, by_key[LATEST])
@@ -233,7 +233,7 @@ class Registry:
             )
         return by_key[key]
 
-    def _known_instead(self, name: str) -> str:
+    def _suggestion(self, name: str) -> str:
         """Return a sentence that suggests existing models in place of an unknown name."""
         names = self.names()
         if not names:
@@ -404,6 +404,7 @@ class Registry:
                 write_json(folder / _ACCESS, dataclasses.asdict(access))
 
     def _versions_of(self, name: str) -> tuple[ModelVersion, ...]:
+        """Return all versions of a model in the order of registration, from a consistent reading of its folder."""
         if not re.fullmatch(SUFFIX_PATTERN, name):  # the path could be outside the folder
             return ()
         folder = self.root / name

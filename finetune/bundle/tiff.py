@@ -83,6 +83,7 @@ def _directories(data: bytes) -> Iterator[Tags]:
 
 
 def _tags(data: bytes, first: int, n_entries: int, layout: _Layout) -> Tags:
+    """Return the integer tags of a directory that this module uses."""
     wanted = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT)
     tags: dict[int, tuple[int, ...]] = {}
     for start in range(first, first + n_entries * layout.entry_bytes, layout.entry_bytes):

@@ -59,6 +59,7 @@ def _progress(document: Mapping[str, Any]) -> Progress:
 
 
 def show_event(event: EventView) -> None:
+    """Print one event with its time, coloured by its level."""
     console.print(f"{_clock(event.at)}  {event.message}", style=_COLOURS.get(event.level), markup=False)
 
 
@@ -85,7 +86,7 @@ def show_job(job: JobView, events: Sequence[EventView]) -> None:
 
 
 def _leading_names(metrics: Mapping[str, float]) -> list[str]:
-    """Return the figures of a job that are shown: of each split the headline, and before it what is told first."""
+    """Return the keys of the metrics to show: for each split the metric that is reported first, and the headline."""
     splits = dict.fromkeys(name.partition("/")[0] for name in metrics)
     tasks = [task for task in TASKS if any(f"{split}/{task.headline.key}" in metrics for split in splits)]
     return [
@@ -97,6 +98,7 @@ def _leading_names(metrics: Mapping[str, float]) -> list[str]:
 
 
 def show_jobs(jobs: Sequence[JobView]) -> None:
+    """Print a table of jobs for `finetune jobs list`."""
     if not jobs:
         console.print("no job yet: finetune jobs submit --data FOLDER queues one")
         return
@@ -109,6 +111,7 @@ def _state(job: JobView) -> str:
 
 
 def show_keys(keys: Sequence[ApiKey]) -> None:
+    """Print a table of API keys for `finetune keys list`."""
     if not keys:
         console.print("no key yet: finetune keys create OWNER makes one")
         return

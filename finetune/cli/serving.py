@@ -280,8 +280,10 @@ def card(model: str) -> None:
 @models.command()
 @click.argument("reference", metavar="MODEL")
 @click.option("--server", metavar="URL", help="Ask a server, which knows the newest answers; key in FINETUNE_API_KEY.")
+@click.option("--accept", is_flag=True, help="From now on compare with the live answers of now.")
+@click.option("--reset", is_flag=True, help="Compare with the bundle's reference again.")
 @json_option
-def drift(reference: str, server: str | None, as_json: bool) -> None:
+def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json: bool) -> None:
     """Show whether live answers have drifted.
 
     They are compared with the answers to images that did not train the model.
@@ -292,16 +294,24 @@ def drift(reference: str, server: str | None, as_json: bool) -> None:
     from finetune.cli.show_drift import show_drift
     from finetune.cli.terminal import print_json
 
+    if accept and reset:
+        raise click.UsageError("Give either --accept or --reset")
     name, _, version = reference.partition("@")
     if server is not None:
         from finetune.client import Client
 
         with Client(server, os.environ.get("FINETUNE_API_KEY")) as client:
-            found = client.drift(name, version or "champion")
+            if accept or reset:
+                found = client.set_drift_reference("live" if accept else "bundle", name, version or "champion")
+            else:
+                found = client.drift(name, version or "champion")
     else:
-        from finetune.monitoring.watched import drift_as_stored
+        from finetune.monitoring.watched import choose_reference, drift_as_stored
 
-        found = drift_as_stored(_registry(), reference)
+        if accept or reset:
+            found = choose_reference(_registry(), reference, accept=accept)
+        else:
+            found = drift_as_stored(_registry(), reference)
     print_json(found) if as_json else show_drift(found)
     sys.exit(1 if found["state"] == "drifted" else 0)
 

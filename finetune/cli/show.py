@@ -289,7 +289,7 @@ def _show_arms(found: Mapping[str, Any]) -> None:
 
 
 def _show_leading_of_arms(found: Mapping[str, Any]) -> None:
-    """Print the mean over classes of each arm, where that is told first."""
+    """Print the leading metric of each arm, if it is another one than the headline."""
     leading = found.get("leading", found["headline"])
     if leading == found["headline"]:
         return
@@ -348,6 +348,7 @@ def _ratio(value: float | None) -> str:
 
 
 def show_backbone_names(names: Sequence[str], limit: int) -> None:
+    """Print at most `limit` names, and how many more there are."""
     for name in names[:limit]:
         console.print(name, markup=False)
     if len(names) > limit:
@@ -429,6 +430,7 @@ def show_models(
 
 
 def show_manifest(manifest: Manifest) -> None:
+    """Print a bundle's manifest for `finetune models show`."""
     weights = manifest.backbone["weights"]
     facts = [
         ["classes", ", ".join(manifest.classes)],

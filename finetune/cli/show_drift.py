@@ -1,4 +1,4 @@
-"""How drift and the images that were kept are shown in a terminal."""
+"""Print drift and sampled images in a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EFFECTS = {"ks_distance": "KS distance", "population_stability_index": "PSI", "
 
 
 def show_drift(found: Mapping[str, Any]) -> None:
-    """Print a sentence, and the tests behind it as a table."""
+    """Print the conclusion, and the tests as a table."""
     rows = [
         [one["name"], one["test"].partition(" ")[0], _p(one["adjusted_p"]), f"{one['effect']:.3f}",
          f"{_EFFECTS[one['effect_measure']]} {one['threshold']:g}", "drifted" if one["drifted"] else ""]
@@ -35,7 +35,7 @@ def _p(value: float) -> str:
 
 
 def show_samples(found: Mapping[str, Any]) -> None:
-    """Print how many images were kept, and where they are."""
+    """Print the number of stored images, and their folder."""
     model = f"{printable(found['model'])}@{found['version']}"
     if not found["n"]:
         click.echo(

@@ -1,8 +1,8 @@
-"""``python -m finetune.cli.speed_check``: measure how fast this machine computes a backbone (`finetune.runs.speeds`).
+"""``python -m finetune.cli.speed_check``: measure the speed of a backbone on this machine (`finetune.runs.speeds`).
 
 Reads ``{"backbone": …, "input_size_px": …, "device": …, "threads": …, "networks": folder}`` as JSON from standard input and
-writes ``{"speeds": …}``, or ``{"problem": sentence}`` where the backbone cannot be used. The server runs it in a child process,
-because the server itself imports nothing that trains.
+writes ``{"speeds": …}``, or ``{"problem": sentence}`` if the backbone cannot be used. The server runs this module in a child
+process, because the server itself must not import the training libraries.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from finetune.errors import ExportError, InvalidInput
 
-NICE = 10  # behind the requests and predictions of the server
+NICE = 10  # the server's predictions have priority
 CPU_SECONDS = 120
-MEMORY_BYTES = 16 << 30  # of address space, of which torch reserves much and uses little
+MEMORY_BYTES = 16 << 30  # of address space; torch reserves much more than it uses
 
 
 def main() -> None:

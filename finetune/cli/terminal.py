@@ -25,6 +25,7 @@ def print_json(document: Any) -> None:
 
 
 def show_error(error: FinetuneError, *, as_json: bool) -> None:
+    """Print an error on stderr; with `as_json` also as a JSON document on stdout."""
     if as_json:
         problems = [{"where": problem.where, "message": problem.message} for problem in error.problems]
         print_json({"error": {"code": error.code, "message": error.message, "problems": problems}})

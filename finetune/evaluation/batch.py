@@ -33,7 +33,7 @@ from finetune.storage.files import read_json, write_json
 
 FORMATS = (".csv", ".npz", ".parquet")
 PART_IMAGES = 512
-STATISTICS = ".statistics"  # of a part: what is kept of its answers to look for drift, as .npz
+STATISTICS = ".statistics"  # of a part: statistics of its predictions for drift monitoring, as .npz
 SHOWN_UNREADABLE = 1000
 
 
@@ -53,7 +53,7 @@ def answer_folder(
     Args:
         images: a folder, an archive, or the stored form of an upload.
         embedding: write the embeddings too.
-        answered: called before the result is written, with what is kept of the last answers to look for drift.
+        answered: called before the result is written, with the statistics of the last predictions for drift monitoring.
 
     Raises:
         DataError: there is no image file under `images`.

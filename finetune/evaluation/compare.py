@@ -102,6 +102,7 @@ class Pair:
 
     @property
     def significant(self) -> bool:
+        """Whether the adjusted p value is below `ALPHA`."""
         return self.p_adjusted < ALPHA
 
     @property
@@ -112,6 +113,7 @@ class Pair:
 
     @property
     def outcome(self) -> Literal["better", "equivalent", "undecided"]:
+        """The conclusion: a significant difference, equivalence within the margin, or neither."""
         return "better" if self.significant else "equivalent" if self.equivalent else "undecided"
 
     @property
@@ -213,7 +215,7 @@ def headline_error(arm: ArmPredictions) -> tuple[float, float]:
 
 
 def class_mean_interval(arm: ArmPredictions) -> Interval:
-    """Return the 95 % interval of an arm's mean recall over classes: that of the images, widened by what the seeds vary."""
+    """Return the 95 % interval of an arm's mean recall over classes, over images and training seeds."""
     labels = arm.runs[0].labels
     counts = np.bincount(labels)
     present = counts > 0

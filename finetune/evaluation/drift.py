@@ -1,4 +1,4 @@
-"""From a table of predictions to the reference that live answers are compared with."""
+"""Compute the reference of drift monitoring from a table of predictions."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def reference_of(
     *,
     fitted_on_these: bool = False,
 ) -> Reference | None:
-    """Return the reference that answers to held-out images give; None where they are too few or not finite.
+    """Compute the reference from predictions for held-out images; None if they are too few or not finite.
 
     Args:
-        temperature: that the bundle makes probabilities with.
-        subspace: where the embeddings of known images lie; None where the bundle has none, or where the embeddings in the table
-            are not those that the exported model gives.
-        thresholds: of the probabilities, where an image may have several labels.
-        fitted_on_these: the subspace was fitted to these embeddings, so their distances are measured from subspaces that were
-            fitted without them.
+        temperature: the bundle's; logits are divided by it.
+        subspace: of the embeddings of known images; None if the bundle has none, or if the embeddings in the table differ from
+            those of the exported model.
+        thresholds: (C,) of the probabilities, for a multi-label model.
+        fitted_on_these: whether the subspace was fitted to these embeddings. Then distances are measured by cross-fitting, from
+            subspaces that were fitted without them.
     """
     if len(predictions) < MIN_IMAGES or not np.isfinite(predictions.logits).all():
         return None
     rows = np.arange(len(predictions))
     if fitted_on_these and subspace is not None and predictions.embedding is not None:
-        rows = known_images(len(predictions))  # those that the subspace was fitted to
+        rows = known_images(len(predictions))  # to which the subspace was fitted
     elif len(predictions) > MAX_IMAGES:
         rows = np.linspace(0, len(predictions) - 1, MAX_IMAGES).round().astype(np.int64)
     kept = predictions.take(rows)

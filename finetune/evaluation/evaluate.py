@@ -50,8 +50,8 @@ class Evaluation:
     per_class: tuple[ClassMetrics, ...]
     bins: tuple[ReliabilityBin, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None  # [true][predicted] counts, (C, C); None where labels are not exclusive
-    class_sizes: tuple[int, ...] = ()  # images of each class in all data that the model was made and judged with; (): not known
-    facts: Mapping[str, float] = field(default_factory=dict)  # of the answers, beside the metrics: labels per image …
+    class_sizes: tuple[int, ...] = ()  # images by class in all splits of the run's data; (): unknown
+    facts: Mapping[str, float] = field(default_factory=dict)  # figures that are not metrics: labels per image …
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Evaluation:
         """The metric that is displayed first: the mean over classes if their sizes are unequal, else the headline."""
         task = task_named(self.task)
         leading = task.leading(self.class_sizes or [row.n for row in self.per_class])
-        return leading if leading.key in self.intervals else task.headline  # judged before that metric had an interval
+        return leading if leading.key in self.intervals else task.headline  # an evaluation of an earlier release has no interval
 
     @property
     def why_leading(self) -> str:

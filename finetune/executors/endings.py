@@ -79,7 +79,7 @@ class TryAgain:
     counted: Literal["stalled", "lost"] | None = "stalled"
 
 
-def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | TryAgain:
+def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | TryAgain:
     """Decide what happens to a job after an attempt at it has ended.
 
     A complete run has succeeded, whatever its exit code. Otherwise these are considered in this order: a cancellation, the memory
@@ -104,22 +104,22 @@ def what_follows(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Tr
     if ending.exit_code == EXIT_BUSY:
         reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."
         return TryAgain(reason, BUSY_SECONDS, counted=None)
-    if code == "disk_full" or (code is None and ending.disk_full):  # a run on a full disk may be unable to say so
+    if code == "disk_full" or (code is None and ending.disk_full):  # a run may be unable to write this error on a full disk
         return TryAgain(_what_happened(ending), DISK_FULL_SECONDS, counted=None)
     if code is not None and code != "out_of_memory":
         return _failed(ending, code)
-    return _after_a_death(ending, code, retry_base_seconds)
+    return _after_crash(ending, code, retry_base_seconds)
 
 
-def _after_a_death(ending: Ending, code: str | None, retry_base_seconds: float) -> Finish | TryAgain:
+def _after_crash(ending: Ending, code: str | None, retry_base_seconds: float) -> Finish | TryAgain:
     """Try again after a crash, until too many attempts in a row have written no new checkpoint."""
     if ending.exit_code == EXIT_INTERRUPTED and ending.lost_attempts < MAX_LOST_ATTEMPTS and not ending.hung:
         return TryAgain(_what_happened(ending), retry_base_seconds, counted="lost")
-    starved = code == "out_of_memory" or _killed_for_memory(ending)
-    if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if starved else MAX_STALLED_ATTEMPTS):
+    memory_ran_out = code == "out_of_memory" or _killed_for_memory(ending)
+    if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if memory_ran_out else MAX_STALLED_ATTEMPTS):
         times = f"It ended so {ending.stalled_attempts} times in a row without a new checkpoint."
         message = f"{_what_happened(ending)} {times} The log ends with:\n{ending.log_tail}"
-        return Finish("failed", "out_of_memory" if starved else "stalled" if ending.hung else "crash_loop", message)
+        return Finish("failed", "out_of_memory" if memory_ran_out else "stalled" if ending.hung else "crash_loop", message)
     doubled = retry_base_seconds * 2.0 ** max(ending.stalled_attempts - 1, 0)
     return TryAgain(_what_happened(ending), min(doubled, LONGEST_DELAY_SECONDS))
 
@@ -132,6 +132,7 @@ def _failed(ending: Ending, code: str) -> Finish:
 
 
 def _what_happened(ending: Ending) -> str:
+    """Return a sentence that says how the attempt ended."""
     if ending.error is not None:
         return f"The run failed: {ending.error['message']}"
     if ending.disk_full:

@@ -19,6 +19,8 @@ from finetune.executors.memory import memory_of_tree
 
 @dataclass
 class _Child:
+    """A started process, and when it is to be killed."""
+
     process: subprocess.Popen[bytes]
     kill_at: float | None = None  # monotonic seconds
 
@@ -60,7 +62,7 @@ class LocalExecutor:
             _signal_group(child.process, signal.SIGKILL)
         code = child.process.poll()
         if code is not None:
-            _signal_group(child.process, signal.SIGKILL)  # whatever the attempt itself started
+            _signal_group(child.process, signal.SIGKILL)  # ends all processes that the attempt has started
             del self._children[handle.reference]
         return code
 

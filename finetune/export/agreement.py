@@ -111,14 +111,14 @@ def parity(
     return Parity(
         n_images=len(images),
         batch_sizes=BATCH_SIZES,
-        max_prob_difference=_furthest(expected.probs[taken], given.probs),
-        max_logit_difference=_furthest(expected.logits[taken], given.logits),
+        max_prob_difference=_largest_difference(expected.probs[taken], given.probs),
+        max_logit_difference=_largest_difference(expected.logits[taken], given.logits),
         n_flips=n_flips,
         n_ties=n_ties,
         min_embedding_cosine=_least_cosine(expected.embedding[taken], given.embedding),
         max_cam_error=_cam_error(given, reference.head_bias),
         n_from_bytes=len(from_bytes),
-        max_prob_difference_from_bytes=_furthest(expected.probs[: len(from_bytes)], from_bytes),
+        max_prob_difference_from_bytes=_largest_difference(expected.probs[: len(from_bytes)], from_bytes),
         n_flips_from_bytes=n_flips_from_bytes,
         reference=reference.source,
     )
@@ -148,7 +148,7 @@ def joined(parts: Sequence[Outputs]) -> Outputs:
     )
 
 
-def _furthest(expected: np.ndarray, given: np.ndarray) -> float:
+def _largest_difference(expected: np.ndarray, given: np.ndarray) -> float:
     return float(np.abs(expected - given).max())
 
 

@@ -48,11 +48,11 @@ def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path
             return graph
         with contextlib.suppress(ExportError):  # the graph differs in a way that the fingerprint does not cover: trace again
             _check(graph, module)
-            _note(compared, graph)
+            _record_comparison(compared, graph)
             return graph
     graph = _traced(module)
     write_atomic(file, lambda stream: stream.write(graph.proto))
-    _note(compared, graph)
+    _record_comparison(compared, graph)
     return graph
 
 
@@ -62,7 +62,7 @@ def _traced(module: DeployModule) -> Graph:
     return graph
 
 
-def _note(compared: Path, graph: Graph) -> None:
+def _record_comparison(compared: Path, graph: Graph) -> None:
     digest = hashlib.sha256(graph.proto).hexdigest()
     write_atomic(compared, lambda stream: stream.write(digest.encode()))
 
@@ -94,6 +94,11 @@ def fingerprint(module: DeployModule) -> str:
 
 
 def _check(graph: Graph, module: DeployModule) -> None:
+    """Run the graph on noise images and compare it with torch.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the graph, or an output differs.
+    """
     name = module.classifier.backbone.name
     model = fill(graph, module)
     try:
@@ -122,6 +127,11 @@ def _torch_outputs(module: DeployModule, images: np.ndarray) -> list[np.ndarray]
 
 
 def _compare(name: str, outputs: Sequence[str], expected: list[np.ndarray], computed: list[np.ndarray]) -> None:
+    """Compare the outputs of ONNX Runtime with torch's.
+
+    Raises:
+        ExportError: an output has another shape or other values.
+    """
     same_class = expected[outputs.index("logits")].argmax(1) == computed[outputs.index("logits")].argmax(1)
     for output, wanted, given in zip(outputs, expected, computed, strict=True):
         if wanted.shape != given.shape:

@@ -141,7 +141,7 @@ def export_bundle(
     if quantize == "int8":
         progress(Progress("exporting", 1, 3, "steps", message="quantising to int8"))
         model, outcome = _quantised(model, facts, manifest.preprocess, samples, training or samples, threads)
-        manifest = dataclasses.replace(manifest, model={**manifest.model, **_said_of(outcome)})
+        manifest = dataclasses.replace(manifest, model={**manifest.model, **_quantization_entry(outcome)})
         predictor = Predictor(manifest, open_session(model, threads=threads))
         progress(Progress("exporting", 2, 3, "steps", message=outcome.sentence))
     with atomic_folder(out) as folder:
@@ -162,10 +162,10 @@ def _quantised(
     threads: int,
 ) -> tuple[bytes, Quantization]:
     """Return the int8 model if it is as good on `samples`, else the model itself."""
-    judged = _spread(samples, _N_JUDGED)
+    judged = _evenly_spaced(samples, _N_JUDGED)
     return quantize_if_as_good(
         model,
-        calibration=np.stack([sample.decode(preprocess.load) for sample in _spread(training, N_CALIBRATION)]),
+        calibration=np.stack([sample.decode(preprocess.load) for sample in _evenly_spaced(training, N_CALIBRATION)]),
         images=np.stack([sample.decode(preprocess.load) for sample in judged]),
         targets=task_named(facts.task).encode([sample.target for sample in judged], len(facts.classes)),
         task=task_named(facts.task),
@@ -173,7 +173,7 @@ def _quantised(
     )
 
 
-def _said_of(outcome: Quantization) -> dict[str, Any]:
+def _quantization_entry(outcome: Quantization) -> dict[str, Any]:
     tolerance = {"logits_tolerance": LOGITS_TOLERANCE} if outcome.kept else {}
     return {"quantization": outcome.to_dict(), **tolerance}
 
@@ -201,6 +201,7 @@ def _write(
 
 
 def _manifest(network: ExportedNetwork, facts: BundleFacts) -> Manifest:
+    """Return the manifest without the results of the comparison and without checksums."""
     backbone = network.backbone
     return Manifest(
         name=facts.name,
@@ -230,7 +231,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _spread(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
+def _evenly_spaced(samples: Sequence[Sample], n: int) -> Sequence[Sample]:
     """Return at most `n` samples, evenly spaced in their order, and so over the classes."""
     chosen = np.linspace(0, len(samples) - 1, min(n, len(samples))).round().astype(int)
     return [samples[index] for index in chosen]

@@ -83,7 +83,7 @@ def quantize_if_as_good(
 
 def quantize(model: bytes, calibration: np.ndarray) -> bytes:
     """Return the graph with int8 convolutions and matrix products, calibrated on images (N, h, w, 3) uint8."""
-    with tempfile.TemporaryDirectory() as folder, _without_advice():
+    with tempfile.TemporaryDirectory() as folder, _root_logger_silenced():
         given, made = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         given.write_bytes(model)
         quantize_static(
@@ -103,6 +103,8 @@ def quantize(model: bytes, calibration: np.ndarray) -> bytes:
 
 
 class _Batches(CalibrationDataReader):
+    """The calibration images in batches, as onnxruntime.quantization reads them."""
+
     def __init__(self, images: np.ndarray) -> None:
         self._batches: Iterator[np.ndarray] = iter(
             images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)
@@ -140,7 +142,7 @@ def _logits(model: bytes, images: np.ndarray, threads: int) -> np.ndarray:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def _root_logger_silenced() -> Iterator[None]:
     """Silence the root logger during the block: the quantiser advises to optimise the graph first, which has been done."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

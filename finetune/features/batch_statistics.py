@@ -50,15 +50,16 @@ def divergences(classifier: Classifier, pixels: NDArray[np.uint8]) -> NDArray[np
 
 @torch.no_grad()
 def _of_group(classifier: Classifier, layers: list[nn.BatchNorm2d], pixels: NDArray[np.uint8]) -> list[float]:
+    """Return the divergence of each layer for one group of images; 0 for a layer that is not reached."""
     found: dict[int, float] = {}
 
-    def hear(layer: nn.Module, given: tuple[Any, ...]) -> None:
+    def measure(layer: nn.Module, given: tuple[Any, ...]) -> None:
         assert isinstance(layer, nn.BatchNorm2d)
         found[id(layer)] = _divergence(layer, given[0])
         if len(found) == len(layers):
             raise _LastLayerReached
 
-    handles = [layer.register_forward_pre_hook(hear) for layer in layers]
+    handles = [layer.register_forward_pre_hook(measure) for layer in layers]
     try:
         classifier.backbone(classifier.normalise(torch.from_numpy(pixels)))
     except _LastLayerReached:

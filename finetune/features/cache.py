@@ -192,6 +192,7 @@ class ShardWriter:
 
 
 def _write_shard(stream: IO[bytes], keys: NDArray[np.uint8], rows: NDArray[Any], seconds: Seconds) -> None:
+    """Write a shard: rows, keys, description and tail."""
     stream.write(rows.data)
     stream.write(keys.data)
     description = {
@@ -242,6 +243,11 @@ def _read_keys(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
 
 
 def _open_shard(path: Path, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shard:
+    """Open a shard and verify the checksum of its rows.
+
+    Raises:
+        DamagedShard: the checksum or the size is wrong.
+    """
     with open(path, "rb") as stream:
         description, rows_bytes = _describe(stream, path, row_shape, dtype)
         mapped = mmap.mmap(stream.fileno(), rows_bytes, access=mmap.ACCESS_READ)

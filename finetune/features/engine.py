@@ -26,7 +26,7 @@ INPUT_NAME, OUTPUT_NAME = "images", "embedding"
 
 
 class Engine(Protocol):
-    """Runs a prefix."""
+    """An implementation that runs a prefix."""
 
     @property
     def name(self) -> str:
@@ -119,8 +119,10 @@ def refused(folder: Path) -> str | None:
     Args:
         folder: with the result of the comparison.
     """
-    verdict = folder / "engine.json"
-    refusal: str | None = read_json(verdict).get("refused") if verdict.exists() else None
+    try:
+        refusal: str | None = read_json(folder / "engine.json").get("refused")
+    except FileNotFoundError:
+        return None
     return refusal
 
 

@@ -38,7 +38,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
 from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
-from finetune.storage.files import read_json, sha256_file, write_atomic, write_json
+from finetune.storage.files import read_json, write_atomic, write_json
 
 OPSET = 20
 
@@ -206,9 +206,14 @@ class _Disagreement(Exception):
 def _open_onnx(
     module: PixelPrefix, images: NDArray[np.uint8], plain: TorchEngine, store: Path, graph: GraphSource | None
 ) -> OnnxEngine:
+    """Return the stored engine, or export one and compare it with torch.
+
+    Raises:
+        _Disagreement: the outputs differ.
+    """
     file, verdict = store / "prefix.onnx", store / "engine.json"
-    if file.exists() and verdict.exists() and read_json(verdict).get("sha256") == sha256_file(file):
-        return OnnxEngine(open_session(file.read_bytes()))
+    if (kept := _kept_graph(file, verdict)) is not None:
+        return OnnxEngine(open_session(kept))
     model = export_prefix(module) if graph is None else only_embedding(graph())
     engine = OnnxEngine(open_session(model))
     cosine = agreement(engine.run(images), plain.run(images))
@@ -219,7 +224,17 @@ def _open_onnx(
     return engine
 
 
+def _kept_graph(file: Path, verdict: Path) -> bytes | None:
+    """Return a graph that an earlier run exported and compared; None if there is none, or none any more."""
+    try:
+        model, compared = file.read_bytes(), read_json(verdict).get("sha256")
+    except FileNotFoundError:
+        return None
+    return model if hashlib.sha256(model).hexdigest() == compared else None
+
+
 def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallback) -> TorchEngine:
+    """Return the engine with float16 autocast if it agrees with float32, else the one without, with an event."""
     on_device = module.to("cuda")
     plain, fast = TorchEngine(on_device, "cuda", autocast=False), TorchEngine(on_device, "cuda", autocast=True)
     cosine = agreement(fast.run(images), plain.run(images))

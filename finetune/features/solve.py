@@ -120,7 +120,7 @@ def solve_softmax_head(
         val_features=val_features,
         val_targets=val_targets,
         l2=l2,
-        dealt_by=labels,
+        strata=labels,
         folds=folds,
         seed=seed,
         overwrite=overwrite,
@@ -166,7 +166,7 @@ def solve_head(
     val_features: NDArray[np.floating[Any]] | None,
     val_targets: NDArray[Any] | None,
     l2: float | None,
-    dealt_by: NDArray[np.integer[Any]],
+    strata: NDArray[np.integer[Any]],
     folds: int,
     seed: int,
     overwrite: NDArray[np.float32] | None,
@@ -176,7 +176,7 @@ def solve_head(
 
     Args:
         problem_of: constructs the problem from standardised rows (R, D) and the encoded target of each row.
-        dealt_by: (N,) integers that the folds are stratified by.
+        strata: (N,) integers that the folds are stratified by.
     """
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
@@ -198,7 +198,7 @@ def solve_head(
         if l2 is None and n_val:
             splits = [_Split(weights, np.arange(n_train, n_train + n_val))]
         elif l2 is None:
-            splits = _fold_splits(dealt_by, weights, views, folds, seed)
+            splits = _fold_splits(strata, weights, views, folds, seed)
         path, held_out_logits, start = _walk_path(problem, splits)
         best = min(path, key=lambda point: point.val_nll, default=None)
         chosen = l2 if l2 is not None else best.l2 if best else L2_WITHOUT_EVIDENCE
@@ -313,6 +313,11 @@ def _standardise(
     overwrite: Float32s | None,
     weights: Floats | None = None,
 ) -> _Standardised:
+    """Standardise the features of training and validation rows; write the result into `overwrite` if it is given.
+
+    Raises:
+        TrainingError: some rows are not finite.
+    """
     mean, inverse_std = _moments(train) if weights is None else _weighted_moments(train, weights)
     parts = [train] if val is None else [train, val]
     shape = (sum(len(part) for part in parts), train.shape[1])

@@ -52,7 +52,7 @@ def solve_sigmoid_head(
         val_features=val_features,
         val_targets=val_targets,
         l2=l2,
-        dealt_by=_rarest_label(targets),
+        strata=_rarest_label(targets),
         folds=folds,
         seed=seed,
         overwrite=overwrite,

@@ -157,6 +157,8 @@ class FileStore:
 
 
 class FilesFull(Conflict):
+    """An owner's uploads, finished jobs and models exceed the limit on disk space."""
+
     code, http_status = "files_full", 413
 
 

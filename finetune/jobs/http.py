@@ -32,6 +32,8 @@ class RequestRefused(InvalidInput):
 
 
 class ServerUnreachable(FinetuneError):
+    """The server did not respond, or failed, in all tries."""
+
     code = "server_unreachable"
 
 

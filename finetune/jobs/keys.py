@@ -40,6 +40,7 @@ class ApiKey:
     last_used_at: float | None
 
     def allows(self, scope: str) -> bool:
+        """Return whether the key has the scope, or the scope ``admin``."""
         return scope in self.scopes or "admin" in self.scopes
 
     def to_dict(self) -> dict[str, Any]:

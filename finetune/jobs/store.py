@@ -429,6 +429,8 @@ class JobStore:
 
 
 class QueueFull(Conflict):
+    """The owner has reached the limit on unfinished jobs."""
+
     code, http_status = "queue_full", 429
 
 

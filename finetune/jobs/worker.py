@@ -24,7 +24,7 @@ import yaml
 
 from finetune.bundle.registry import Access, Registry, Visibility
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
-from finetune.executors.endings import Ending, Finish, what_follows
+from finetune.executors.endings import Ending, Finish, next_action
 from finetune.executors.executor import Executor, Handle, Resources
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.files import FileStore
@@ -312,7 +312,7 @@ class Worker:
             max_memory_bytes=self.settings.max_memory_bytes,
             log_tail=_tail(run.log),
         )
-        follows = what_follows(ending, self.settings.retry_base_seconds)
+        follows = next_action(ending, self.settings.retry_base_seconds)
         log.info("%s: exit code %d; %s", claim.job.id, exit_code, follows)
         if isinstance(follows, Finish):
             result: Mapping[str, Any] | None = read_json(run.root / kind.result) if complete else None

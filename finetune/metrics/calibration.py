@@ -53,6 +53,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def ece(rows: Rows) -> float:
+    """Return the expected calibration error of the predicted classes."""
     return expected_calibration_error(reliability_bins(rows.confidence, rows.predicted == rows.targets))
 
 

@@ -1,8 +1,8 @@
-"""Whether two samples of answers come from the same distribution, and how far apart they are. NumPy alone.
+"""Two-sample tests for drift: whether two samples of predictions come from the same distribution, and how far they differ.
 
-Each comparison gives a p-value and an effect size: with many images every difference is significant, also one that does not
-matter, so an alarm takes both. The method is that of Rabanser, Günnemann & Lipton 2019, "Failing Loudly" (arXiv:1810.11953):
-univariate two-sample tests on what a trained classifier gives, corrected for their number.
+Each test returns a p-value and an effect size, since with many images even irrelevant differences are significant: an alarm needs
+both. The method is that of Rabanser, Günnemann & Lipton 2019, "Failing Loudly" (arXiv:1810.11953): univariate two-sample tests on
+the outputs of a trained classifier, corrected for their number. Needs NumPy only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_EXPECTED = 5.0  # below this expected count of a cell, chi-square's distribution is not trusted
+LEAST_EXPECTED = 5.0  # with a smaller expected count in a cell the chi-square approximation is not used
 MAX_DRAWS = 9_999
 _EXCEEDED = 50  # draws at least as extreme after which a Monte Carlo p-value is precise enough
 _DRAWS_AT_ONCE = 250
-_SEED = 0  # the same samples always give the same p-value
-_SAME = 1e-9  # relative: probabilities of equally extreme tables, up to rounding
+_SEED = 0  # makes p-values deterministic
+_SAME = 1e-9  # relative tolerance for equally extreme tables
 
 Values = NDArray[np.floating[Any]]
 Counts = NDArray[np.integer[Any]]
@@ -51,8 +51,8 @@ def _kolmogorov_survival(value: float) -> float:
 def homogeneity_test(reference: Counts, live: Counts) -> tuple[float, float]:
     """Compare counts by class with Pearson's chi-square test of homogeneity; return the statistic and the p-value.
 
-    Where a count below `LEAST_EXPECTED` is expected, the p-value comes from random tables with the same margins instead, drawn
-    until it is precise enough (Besag & Clifford 1991, Biometrika 78), which is valid for any counts.
+    If an expected count is below `LEAST_EXPECTED`, the p-value is computed from random tables with the same margins instead,
+    drawn until it is precise enough (sequential Monte Carlo: Besag & Clifford 1991, Biometrika 78), valid for any counts.
 
     Args:
         reference, live: (C,) counts; neither all zero.
@@ -69,7 +69,7 @@ def homogeneity_test(reference: Counts, live: Counts) -> tuple[float, float]:
 
 
 def _chi_square(live: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the statistic of each row of (K, C) live counts, where `total` (C,) are those of both samples together."""
+    """Return (K,) statistics for the rows of `live` counts (K, C); `total` (C,) are the counts of both samples together."""
     share = live.sum(axis=1, keepdims=True) / total.sum()
     return np.asarray(((live - total * share) ** 2 / (total * share * (1.0 - share))).sum(axis=1))
 
@@ -100,10 +100,10 @@ def chi_square_survival(value: float, degrees: int) -> float:
 
 
 def population_stability_index(reference: Counts, live: Counts) -> float:
-    """Return how far the class shares of two samples are apart, less what samples of this size differ by without any change.
+    """Return the population stability index of two samples' class shares, minus its expectation without drift; at least 0.
 
-    That is (C - 1)(1/N + 1/M) on average (Yurdakul & Naranjo 2020, Journal of Risk Model Validation 14), which for many classes
-    and few images is above every threshold in use.
+    The expectation is (C - 1)(1/N + 1/M) (Yurdakul & Naranjo 2020, Journal of Risk Model Validation 14), which for many classes
+    and few images exceeds all usual thresholds.
 
     Args:
         reference, live: (C,) counts; neither all zero.
@@ -119,13 +119,13 @@ def population_stability_index(reference: Counts, live: Counts) -> float:
 
 
 def labels_test(reference: Counts, n_reference: int, live: Counts, n_live: int) -> tuple[float, float]:
-    """Compare how often each label was given; return the largest difference of shares and the p-value over all labels.
+    """Compare the frequencies of a multi-label model's labels; return the largest difference and the p-value over all labels.
 
-    For images with several labels, whose counts are not those of exclusive classes. Each label has Fisher's exact test; the
-    smallest p-value is multiplied by their number (Bonferroni), which holds however the labels depend on each other.
+    Fisher's exact test is used for each label. The smallest p-value is multiplied by the number of labels (Bonferroni), which is
+    valid for any dependence between labels.
 
     Args:
-        reference, live: (C,) images that each label was given to, of `n_reference` and `n_live`.
+        reference, live: (C,) numbers of images with each label, out of `n_reference` and `n_live`.
     """
     difference = float(np.abs(reference / n_reference - live / n_live).max())
     smallest = min(_fisher(int(a), n_reference, int(b), n_live) for a, b in zip(reference, live, strict=True))
@@ -145,7 +145,7 @@ def _fisher(first: int, n_first: int, second: int, n_second: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Return p-values adjusted for their number by Holm's method: valid however they depend on each other."""
+    """Return p-values adjusted for multiple testing by Holm's (1979) method, which is valid for any dependence."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     largest = 0.0

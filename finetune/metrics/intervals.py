@@ -18,14 +18,13 @@ def wilson_interval(n_correct: float, n: int) -> tuple[float, float]:
 
 
 def interval_of_mean_of_proportions(n_correct: Sequence[float], n: Sequence[int]) -> tuple[float, float]:
-    """Return the interval of the mean of independent proportions that count the same, whatever their n: recall over classes.
+    """Return the interval of the unweighted mean of independent proportions, such as the mean recall over classes.
 
-    Each side is the wider one of two. The first combines Wilson's limits of the proportions (Zou, Huang & Zhang 2009, "A note on
-    confidence interval estimation for a linear function of binomial proportions", Computational Statistics & Data Analysis 53):
-    it is right where few proportions have a say, also where one of them is 0 or 1, and Wald's and the bootstrap's variance is
-    nothing. The second is normal, with half a success and half a failure added to each proportion before its variance is
-    computed: it is right where many small proportions are added up, which the first is too narrow for. How often both hold the
-    truth is measured in ``benchmarks/macro_interval.py``.
+    Each bound is the wider of two. The first combines Wilson's limits of the proportions (Zou, Huang & Zhang 2009, "A note on
+    confidence interval estimation for a linear function of binomial proportions", Computational Statistics & Data Analysis 53).
+    It is accurate for few proportions, including proportions of 0 or 1, for which Wald's and the bootstrap's variance is zero.
+    The second is normal, with half a success and half a failure added to each proportion for its variance. It is accurate for
+    many proportions with small n, for which the first is too narrow. ``benchmarks/macro_interval.py`` measures the coverage.
     """
     shares = [k / m for k, m in zip(n_correct, n, strict=True)]
     mean = math.fsum(shares) / len(shares)

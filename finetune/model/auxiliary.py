@@ -38,13 +38,13 @@ class AuxiliaryHead(nn.Module):
         return logits
 
     @contextlib.contextmanager
-    def listening(self, backbone: Backbone) -> Iterator[list[Tensor]]:
+    def recording(self, backbone: Backbone) -> Iterator[list[Tensor]]:
         """Yield a list to which every forward pass through the stage appends the activation, during the block."""
-        heard: list[Tensor] = []
+        activations: list[Tensor] = []
         module = backbone.module.get_submodule(self._last_module)
-        handle = module.register_forward_hook(lambda _, __, activation: heard.append(activation))
+        handle = module.register_forward_hook(lambda _, __, activation: activations.append(activation))
         try:
-            yield heard
+            yield activations
         finally:
             handle.remove()
 

@@ -170,12 +170,12 @@ def build_backbone(
     module = _create(name, found, input_size_px)
     preprocess = _preprocess(module, found, input_size_px, resize)
     with torch.no_grad():
-        trace = _watch_noise(name, module, found, preprocess.input_size_px, seed=0)
+        trace = _trace_noise(name, module, found, preprocess.input_size_px, seed=0)
     feature_format = _feature_format(module, trace)
     readout = _readout(module, trace, feature_format)
     _drop_unused(module, trace, readout)
     load_weights(module, found)
-    second = _watch_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
+    second = _trace_noise(name, module, found, preprocess.input_size_px, seed=1) if shares_tensors(trace) else None
     layout = lay_out(module, trace, second)
     n_features = (trace.pre_logits if readout.kind == "own" else feature_format.as_map(trace.features)).shape[1]
     # LeViT and others cache tensors that they compute in eval mode; switching to train mode clears these caches.
@@ -190,6 +190,12 @@ def _own_size(origin: Origin) -> int | Literal["auto"]:
 
 
 def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -> nn.Module:
+    """Create timm's network without its classifier and without weights.
+
+    Raises:
+        UnknownBackbone: the network does not separate features and head.
+        InvalidInput: it cannot take images of this size.
+    """
     options: dict[str, Any] = dict(weights.pretrained_cfg.get("model_args", {}))
     architecture = weights.pretrained_cfg["architecture"] if "model_args" in weights.pretrained_cfg else name
     if timm.model_entrypoint(weights.pretrained_cfg["architecture"]).__module__ == vgg.__name__:
@@ -216,6 +222,7 @@ def _create(name: str, weights: Weights, input_size_px: int | Literal["auto"]) -
 def _preprocess(
     module: nn.Module, weights: Weights, input_size_px: int | Literal["auto"], resize: Resize | Literal["auto"]
 ) -> Preprocess:
+    """Return the preprocessing from timm's record of the weights, with the requested input size and resize mode."""
     config = resolve_model_data_config(module, pretrained_cfg=weights.pretrained_cfg)
     _, height, width = config["input_size"]
     own = _RESIZE[config["crop_mode"]]
@@ -233,7 +240,13 @@ def _preprocess(
     )
 
 
-def _watch_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int], seed: int) -> Trace:
+def _trace_noise(name: str, module: nn.Module, weights: Weights, input_size_px: tuple[int, int], seed: int) -> Trace:
+    """Trace a forward pass of a noise image.
+
+    Raises:
+        InvalidInput: the network cannot take images of this size.
+        UnknownBackbone: it does not end in feature maps.
+    """
     image = 2 * torch.rand(1, 3, *input_size_px, generator=torch.Generator().manual_seed(seed)) - 1
     try:
         trace = watch(module.eval(), image)

@@ -128,11 +128,12 @@ class Classifier(nn.Module):
         """
         if self.aux is None:
             raise ValueError("this classifier was built without an auxiliary head")
-        with self.aux.listening(self.backbone) as heard:
+        with self.aux.recording(self.backbone) as activations:
             logits = self(images)
-        return logits, self.aux(heard[-1])
+        return logits, self.aux(activations[-1])
 
     def _cam(self, maps: Tensor, labels: Tensor) -> Tensor:
+        """Return the activation map (B, h', w') of one label (B,) per image, from feature maps (B, D, h', w')."""
         weights = self.head.weight[labels]  # (B, D)
         if self.cam_kind == "layernorm":
             norm = self.backbone.layernorm()
@@ -179,6 +180,7 @@ def pool(maps: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _cam(backbone: Backbone, pooling: Pooling) -> tuple[CamKind | None, str]:
+    """Return how the class activation map is exact (None: not at all), and an explanation for the user."""
     note = backbone.readout.note
     if backbone.readout.kind == "own":
         return None, note

@@ -50,14 +50,14 @@ def cut_at(classifier: Classifier, stage: int) -> Cut:
 
     def suffix(activation: Tensor) -> Tensor:
         for module, options in tail:
-            activation = module(activation, **{key: _beside(activation, value) for key, value in options.items()})
+            activation = module(activation, **{key: _on_device_of(activation, value) for key, value in options.items()})
         return classifier.head_logits(classifier.read(activation))
 
     prefix = _Prefix(_without(backbone.module, frozenset(link.name for link in links)))
     return Cut(stage, prefix, suffix, links[0].input_shape)
 
 
-def _beside(activation: Tensor, option: Any) -> Any:
+def _on_device_of(activation: Tensor, option: Any) -> Any:
     return option.to(activation.device) if isinstance(option, Tensor) else option
 
 
@@ -97,7 +97,9 @@ class _Prefix(nn.Module):
         return activation
 
 
-class _HandOn(nn.Module):
+class _ReturnInput(nn.Module):
+    """A module that takes the place of another and returns its input."""
+
     def forward(self, activation: Tensor, **_: Any) -> Tensor:
         return activation
 
@@ -109,7 +111,7 @@ def _without(module: nn.Module, skipped: frozenset[str], above: str = "") -> nn.
     for name, child in module._modules.items():
         full = f"{above}.{name}" if above else name
         if full in skipped:
-            children[name] = _HandOn()
+            children[name] = _ReturnInput()
         elif child is not None and any(other.startswith(f"{full}.") for other in skipped):
             children[name] = _without(child, skipped, full)
         else:

@@ -54,11 +54,11 @@ class Block(nn.Module):
         within = self.act1(self.norm1(self.conv1(activation)))
         within = self.norm2(self.conv2(within))
         if self.shortcut:
-            within = within + self._handed_on(activation)
+            within = within + self._identity(activation)
         result: Tensor = self.act2(within)
         return result
 
-    def _handed_on(self, activation: Tensor) -> Tensor:
+    def _identity(self, activation: Tensor) -> Tensor:
         if self.stride > 1:
             activation = activation[:, :, :: self.stride, :: self.stride]
         return functional.pad(activation, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else activation
@@ -111,6 +111,8 @@ def _convolution(n_in: int, n_out: int, stride: int, aid: Aid) -> tuple[nn.Modul
 
 
 def _entrypoint(kind: str, depth: int, aid: Aid) -> Callable[..., nn.Module]:
+    """Return the function that timm calls to build a network."""
+
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,

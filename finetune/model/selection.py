@@ -84,6 +84,11 @@ def _from_top(stages: Sequence[StageLike], count: int) -> list[int]:
 
 
 def _named(stages: Sequence[StageLike], wanted: Sequence[str]) -> list[int]:
+    """Return the indices of the stages with these names.
+
+    Raises:
+        SpecError: some names are not those of stages.
+    """
     index_of = {stage.name: stage.index for stage in stages}
     allowed = [*index_of, HEAD]  # the head always trains, so it may be named too
     problems = [

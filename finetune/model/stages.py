@@ -368,6 +368,7 @@ def _stage(
     tensor_stage: Mapping[str, int],
     output_shape: tuple[int, ...],
 ) -> Stage:
+    """Describe a stage: its modules in the chain and beside it, its tensors and its output."""
     parameters = {key: value for key, value in module.named_parameters() if tensor_stage[key] == index}
     buffers = tuple(key for key, _ in module.named_buffers() if tensor_stage[key] == index)
     on_chain = set(run)

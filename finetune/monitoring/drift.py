@@ -1,7 +1,7 @@
-"""Compare the live answers of a model with its reference, and say in a sentence whether they have drifted apart.
+"""Compare a model's predictions in production with its reference, and summarise in a sentence whether they have drifted.
 
-Drift is reported where a test is significant over all tests of the window (Holm, `ALPHA`) and its effect reaches a threshold.
-The tests and their sources are in `finetune.metrics.drift`; ``docs/monitoring.md`` says how often they are wrong, as measured.
+Drift is reported if a test is significant after adjustment for all tests of the window (Holm, `ALPHA`) and its effect reaches a
+threshold. The tests and their sources are in `finetune.metrics.drift`; ``docs/monitoring.md`` has their measured error rates.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from finetune.monitoring.reference import Reference
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 
 MIN_WINDOW = 200
-"""Live images below which nothing is said: they could not show a difference that matters."""
+"""Least number of images in production for a test; fewer could not show a relevant difference."""
 ALPHA = 0.001
-"""The probability of an alarm in one window although nothing has changed, at most. Low, because windows are many."""
+"""The significance level: the probability of a false alarm in one window. Low, because there are many windows."""
 KS_THRESHOLD = 0.1
 PSI_THRESHOLD = 0.2
 SHARE_THRESHOLD = 0.1
@@ -46,23 +46,23 @@ _SAID = {
 
 @dataclass(frozen=True)
 class DriftTest:
-    """One comparison of live answers with the reference."""
+    """One test of predictions in production against the reference."""
 
     name: str
     what: str
     test: str
     statistic: float
     p: float
-    adjusted_p: float  # for the number of tests (Holm)
+    adjusted_p: float  # adjusted for the number of tests (Holm)
     effect: float
     effect_measure: EffectMeasure
-    threshold: float  # of the effect
+    threshold: float  # least effect that is relevant
     drifted: bool
 
 
 @dataclass(frozen=True)
 class HourSummary:
-    """What one hour's answers came to."""
+    """Statistics of the predictions of one hour."""
 
     at: int
     n: int
@@ -72,14 +72,14 @@ class HourSummary:
 
 @dataclass(frozen=True)
 class Drift:
-    """Whether a version's live answers differ from those to held-out images."""
+    """The result of all tests: whether predictions in production differ from those for held-out images."""
 
     state: State
     sentence: str
-    n: int  # live images compared
+    n: int  # compared images in production
     n_needed: int
-    n_seen: int  # live images in all
-    window: int  # images that are compared at most
+    n_seen: int  # all images in production
+    window: int  # largest number of compared images
     reference_split: str | None
     reference_n: int
     alpha: float
@@ -88,12 +88,12 @@ class Drift:
     hours: tuple[HourSummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the result as JSON values."""
         return asdict(self)
 
 
 def drift_of(reference: Reference | None, window: Window) -> Drift:
-    """Compare the answers in a window with the reference."""
+    """Test the predictions in a window against the reference."""
     tests: tuple[DriftTest, ...] = ()
     if reference is None:
         state: State = "no_reference"
@@ -122,7 +122,7 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
 
 
 def compare(reference: Reference, live: AnswerStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
-    """Return every test of live answers against the reference; both hold at least one answer."""
+    """Run all tests of predictions in production against the reference; neither may be empty."""
     held_out = reference.answers
     found = [("confidence", "Kolmogorov-Smirnov", *_ks(held_out.confidence, live.confidence, 3))]
     if held_out.given is not None and live.given is not None:
@@ -142,11 +142,11 @@ def compare(reference: Reference, live: AnswerStatistics, alpha: float = ALPHA) 
     )  # fmt: skip
 
 
-_Found = tuple[float, float, float, EffectMeasure, float]  # statistic, p, effect, its measure, its threshold
+_Found = tuple[float, float, float, EffectMeasure, float]  # statistic, p, effect, effect measure, threshold
 
 
 def _ks(reference: Any, live: Any, decimals: int) -> _Found:
-    """Compare values up to so many decimals: processors differ in the last bits, and 0.9999 is as sure as 0.99999."""
+    """Compare values rounded to `decimals`, since results differ between processors in the last bits."""
     distance, p = ks_test(np.round(reference, decimals), np.round(live, decimals))
     return distance, p, distance, "ks_distance", KS_THRESHOLD
 

@@ -1,4 +1,4 @@
-"""What live answers of a model are compared with: those to images that did not train it. In the bundle, ``drift.npz``."""
+"""The reference of drift monitoring: statistics of predictions for held-out images, in the bundle as ``drift.npz``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.manifest import DRIFT
 from finetune.errors import BundleError
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
 
-MIN_IMAGES = 20  # fewer show nothing that live answers could differ from
-MAX_IMAGES = 10_000  # more take room and show hardly more
+MIN_IMAGES = 20  # with fewer the tests have no power
+MAX_IMAGES = 10_000  # more hardly increase the power
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The answers to held-out images."""
+    """The statistics of a model's predictions for held-out images."""
 
-    split: str  # which images: test, or val where there is no test
+    split: str  # test, or val if there is no test split, or cv; accepted: live images that an operator has accepted
     answers: AnswerStatistics
 
     def __len__(self) -> int:
@@ -30,29 +29,29 @@ class Reference:
 
     @property
     def distances(self) -> NDArray[np.float32] | None:
-        """How unlike known images each is; None where the bundle has no score for that."""
+        """The finite distances of the held-out images' embeddings; None if there are none."""
         known = self.answers.distance[np.isfinite(self.answers.distance)]
         return known if len(known) else None
 
     def without_distances(self) -> Reference:
-        """Return the reference of a model whose embeddings differ from those in the table."""
+        """Return the reference without distances, for a model whose embeddings differ from those in the table."""
         return replace(self, answers=replace(self.answers, distance=np.full(len(self), np.nan, np.float32)))
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Write a reference."""
+    """Write a reference file."""
     header = np.frombuffer(json.dumps({"schema_version": 1, "split": reference.split}).encode(), np.uint8)
     write_statistics(path, reference.answers, header=header)
 
 
-def read_reference(bundle: Path) -> Reference | None:
-    """Return the reference in a bundle folder; None for bundles that have none, as those of earlier versions.
+def read_reference(path: Path) -> Reference | None:
+    """Return the reference in a file; None if there is no such file, as in bundles of earlier versions.
 
     Raises:
         BundleError: the file is damaged.
     """
     try:
-        data = (bundle / DRIFT).read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
@@ -60,4 +59,4 @@ def read_reference(bundle: Path) -> Reference | None:
         header = json.loads(arrays["header"].tobytes())
         return Reference(str(header["split"]), answers)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{bundle}: {DRIFT} cannot be read: {error}. Export the bundle again") from None
+        raise BundleError(f"{path.parent}: {path.name} cannot be read: {error}. Delete it, or export the bundle again") from None

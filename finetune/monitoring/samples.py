@@ -1,8 +1,8 @@
-"""Images that a server was asked about and kept, for whoever labels next. Off unless an operator turns it on.
+"""Sampled inputs: images of prediction requests that are stored for later labelling. Off by default.
 
-Each image is one file as it was sent, ``<milliseconds>-<sha256>.jpg``, beside a ``.json`` with who asked, when, and the answer,
-in ``sampled-inputs/`` of a version's monitoring folder. Nothing is kept longer than an age, nor more than a number of bytes over
-all models; the oldest go first.
+Each image is stored as it was sent, as ``<milliseconds>-<sha256>.jpg``, with a ``.json`` record of the caller, the time and the
+prediction, in ``sampled-inputs/`` of a version's monitoring folder. Samples are deleted after a maximal age, and the oldest first
+if all samples of all models exceed a number of bytes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _RECORD = ".json"
 
 @dataclass(frozen=True)
 class SamplingPolicy:
-    """How much is kept.
+    """How many images are stored, and for how long.
 
     Args:
-        fraction: of the images that are asked about; 0 keeps none.
-        max_bytes: of all samples of all models, records included.
-        max_age_seconds: after which a sample is deleted.
+        fraction: share of the images of prediction requests; 0 stores none.
+        max_bytes: of all samples of all models, including records.
+        max_age_seconds: age at which a sample is deleted.
     """
 
     fraction: float = 0.0
@@ -57,21 +57,21 @@ class SamplingPolicy:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image that was kept."""
+    """One stored image with its record."""
 
     path: Path
     record: Mapping[str, Any]
 
     @property
     def unsureness(self) -> tuple[bool, float]:
-        """The place in an order that has the images first that are unlike known ones, then those with the least sure answers."""
+        """A sort key that puts novel images first, then those with the least confident predictions."""
         novelty = self.record.get("novelty")
         return (not (isinstance(novelty, float) and novelty >= NOVEL), float(self.record.get("confidence", 1.0)))
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The files of one sample, as they were found."""
+    """The files of one sample."""
 
     at: float
     path: Path
@@ -79,9 +79,9 @@ class _Kept:
 
 
 class SampleStore:
-    """The samples of a registry, kept within a policy. One thread at a time may use it.
+    """The samples of a registry, limited by a policy. Not thread-safe.
 
-    What other processes delete is noticed by `enforce`.
+    Deletions by other processes are only noticed by `enforce`.
     """
 
     def __init__(self, registry: Registry, policy: SamplingPolicy) -> None:
@@ -92,20 +92,20 @@ class SampleStore:
 
     @property
     def size_bytes(self) -> int:
-        """What the samples take on disk, as last known."""
+        """The disk space of the samples, as last counted."""
         return self._bytes
 
     def enforce(self, now: float) -> None:
-        """Look at what is there, and delete what is too old or too much."""
+        """List the samples on disk, and delete those that exceed the policy."""
         found = sorted(_files(self._registry, sweep=True), key=lambda one: one.at)
         self._kept, self._bytes = deque(found), sum(one.size_bytes for one in found)
         self._make_room(0, now)
 
     def keep(self, name: str, version: str, data: bytes, record: Mapping[str, Any], at: float) -> bool:
-        """Keep one image with its record; return whether it was: not where its version is gone, or where it alone is too large.
+        """Store one image with its record; return False if its version was deleted or the image exceeds `max_bytes` by itself.
 
         Args:
-            at: when it was asked about, Unix seconds.
+            at: time of the request, Unix seconds.
         """
         digest = hashlib.sha256(data).hexdigest()
         said = json_text({"at": _text_of(at), "model": name, "version": version, "sha256": digest, **record}, indent=1).encode()
@@ -138,12 +138,12 @@ class SampleStore:
 
 
 def folder_of(registry: Registry, version: ModelVersion) -> Path:
-    """Return where the samples of a version are; it exists once there is one."""
+    """Return the folder of a version's samples, which may not exist yet."""
     return registry.monitoring_of(version.name, version.version) / FOLDER
 
 
 def samples_of(registry: Registry, version: ModelVersion) -> list[Sample]:
-    """Return the samples of a version that can be read, oldest first."""
+    """Return the readable samples of a version, oldest first."""
     found = []
     for kept in sorted(_files_in(folder_of(registry, version)), key=lambda one: one.path.name):
         with contextlib.suppress(FileNotFoundError, ValueError):  # deleted meanwhile
@@ -156,10 +156,10 @@ def samples_of(registry: Registry, version: ModelVersion) -> list[Sample]:
 
 
 def copy_samples(samples: Sequence[Sample], out: Path) -> list[dict[str, Any]]:
-    """Copy samples into a new folder, those that are best to label first, with ``samples.jsonl`` beside them; return its lines.
+    """Copy samples into a new folder with a file ``samples.jsonl``, most useful for labelling first; return its lines.
 
     Raises:
-        InvalidInput: there is something in the folder.
+        InvalidInput: the folder is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise InvalidInput(f"{printable(out)} is not empty; give a new folder")
@@ -188,10 +188,10 @@ def _files(registry: Registry, *, sweep: bool = False) -> Iterator[_Kept]:
 
 
 def _files_in(folder: Path, *, sweep: bool = False) -> Iterator[_Kept]:
-    """Yield the samples in a folder; records without an image, of a writer that was killed, count too.
+    """Yield the samples in a folder, including records without an image, which a killed process left behind.
 
     Args:
-        sweep: also delete unfinished files, which nobody else may be writing then.
+        sweep: also delete unfinished files; no other process may be writing samples then.
     """
     sizes: dict[str, int] = {}
     paths: dict[str, Path] = {}
@@ -219,7 +219,7 @@ def _ending(data: bytes) -> str:
     try:
         return _ENDINGS[sniff(data)]
     except UnsupportedImage:
-        return "jpg"  # an image behind other bytes, which was read: what it is called is only for people
+        return "jpg"  # an image after other bytes; the suffix is for people only
 
 
 def _text_of(at: float) -> str:

@@ -1,7 +1,8 @@
-"""One model version that is watched: its reference, its window, and the files that keep the window over a restart.
+"""One monitored model version: its reference, its window, and the files that preserve the window over a restart.
 
-In a version's folder `Registry.monitoring_of`: ``window.npz``, and in ``arriving/`` the statistics of answers that other
-processes gave (batch predictions), each a file that a server takes in and deletes.
+The folder `Registry.monitoring_of` of a version contains ``window.npz``, ``accepted.npz`` if an operator has accepted predictions
+in production as the reference, and in ``arriving/`` the statistics of predictions of other processes (batch predictions), each a
+file that a server reads and deletes.
 """
 
 from __future__ import annotations
@@ -17,50 +18,86 @@ import numpy as np
 from finetune.bundle.calibration import NOVEL, Calibration
 from finetune.bundle.manifest import DRIFT, MODEL, Manifest, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
+from finetune.errors import Conflict, NotFound
 from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
-from finetune.monitoring.drift import Drift, drift_of
-from finetune.monitoring.reference import read_reference
+from finetune.monitoring.drift import MIN_WINDOW, Drift, drift_of
+from finetune.monitoring.reference import Reference, read_reference, write_reference
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from finetune.tasks import task_named
 
 WINDOW = "window.npz"
+ACCEPTED = "accepted.npz"
+ACCEPTED_SPLIT = "accepted"
 ARRIVING = "arriving"
-MAX_ARRIVING_FILES = 50  # of a version, while no server takes them in; the oldest are deleted
+MAX_ARRIVING_FILES = 50  # per version, while no server reads them; the oldest are deleted
 
 
 class Watched:
-    """A version's window beside its reference. One thread at a time may use it.
+    """A version's reference and window. Not thread-safe.
 
     Args:
-        bundle: its folder.
-        monitoring: where its window is kept; None for a bundle outside the registry, whose window is lost with the process.
+        bundle: the folder of the bundle.
+        monitoring: the folder of the window's file; None for a bundle outside the registry, whose window is not stored.
     """
 
     def __init__(self, bundle: Path, monitoring: Path | None) -> None:
         self.manifest = read_manifest(bundle)
-        self.reference = read_reference(bundle) if DRIFT in self.manifest.files else None
+        self._exported = read_reference(bundle / DRIFT) if DRIFT in self.manifest.files else None
         self.window = _empty_window(self.manifest)
         self._monitoring = monitoring
         if monitoring is not None:
             self.window.read(monitoring / WINDOW)
         self._written = self.window.n_seen
+        self._accepted_ns: int | None = None
+        self.reference = self._exported
+        self.follow_reference()
 
     def drift(self) -> Drift:
-        """Compare what the window holds with the reference."""
+        """Test the predictions in the window against the reference."""
         return drift_of(self.reference, self.window)
 
+    def follow_reference(self) -> None:
+        """Use the accepted reference if there is one, else the bundle's; a change ends the alarm."""
+        path = None if self._monitoring is None else self._monitoring / ACCEPTED
+        try:
+            written_ns = None if path is None else path.stat().st_mtime_ns
+        except FileNotFoundError:
+            written_ns = None
+        if written_ns == self._accepted_ns:
+            return
+        self._accepted_ns, self.reference = written_ns, self._exported
+        if path is not None and written_ns is not None:
+            self.reference = read_reference(path) or self._exported
+        self.window.alarm.since = None
+
+    def accept(self, folder: Path) -> None:
+        """Write the answers in the window into the version's folder as the reference of later comparisons.
+
+        Raises:
+            Conflict: there are fewer than `MIN_WINDOW` answers.
+        """
+        if len(self.window) < MIN_WINDOW:
+            raise Conflict(f"{len(self.window)} live images are too few to compare others with; {MIN_WINDOW} are needed")
+        write_reference(folder / ACCEPTED, Reference(ACCEPTED_SPLIT, self.window.answers()))
+        self.follow_reference()
+
+    def restore_reference(self, folder: Path) -> None:
+        """Delete the accepted reference from the version's folder, so that the bundle's is used again."""
+        (folder / ACCEPTED).unlink(missing_ok=True)
+        self.follow_reference()
+
     def fits(self, answers: AnswerStatistics) -> bool:
-        """Return whether answers are of a model with these classes and this task."""
+        """Return whether the statistics fit the task and the number of classes of this version."""
         n_classes, given = len(self.manifest.classes), answers.given
         if task_named(self.manifest.task).exclusive:
             return given is None and (not len(answers) or int(answers.label.max()) < n_classes)
         return given is not None and given.shape[1] == n_classes
 
     def take_in(self) -> int:
-        """Add what other processes have left in ``arriving/``; return how many answers that were."""
+        """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
         before = self.window.n_seen
         for path in _arrived(self._monitoring):
-            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or taken meanwhile
+            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or already read
                 answers, arrays = read_statistics(path.read_bytes())
                 if self.fits(answers) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
                     self.window.add(answers, float(arrays["at"]))
@@ -69,7 +106,7 @@ class Watched:
 
     @property
     def has_changed(self) -> bool:
-        """Whether there are answers that the file does not know of."""
+        """Whether the window has predictions that are not in its file yet."""
         return self._monitoring is not None and self.window.n_seen != self._written
 
     def write(self, folder: Path) -> None:
@@ -79,13 +116,34 @@ class Watched:
 
 
 def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
-    """Return the document of a version's drift as the workspace's files tell it; a running server may know of newer answers."""
+    """Return the document of a version's drift from the workspace's files; a running server may have newer predictions."""
     version = registry.lookup(reference)
     return drift_document(version, Watched(version.path, registry.monitoring_of(version.name, version.version)).drift())
 
 
+def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dict[str, Any]:
+    """Accept the stored live answers of a version as its reference, or restore the bundle's; return the document of its drift.
+
+    Raises:
+        Conflict: there are too few live answers to accept.
+        NotFound: the version was deleted meanwhile.
+    """
+    version = registry.lookup(reference)
+    watched = Watched(version.path, registry.monitoring_of(version.name, version.version))
+    write_choice(registry, version, watched, accept=accept)
+    return drift_document(version, watched.drift())
+
+
+def write_choice(registry: Registry, version: ModelVersion, watched: Watched, *, accept: bool) -> None:
+    """Write what `choose_reference` has chosen."""
+    with registry.monitoring(version.name, version.version) as folder:
+        if folder is None:
+            raise NotFound(f"{version.name}@{version.version} was deleted")
+        watched.accept(folder) if accept else watched.restore_reference(folder)
+
+
 def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
-    """Return the JSON document of a version's drift, the same over HTTP and at a shell."""
+    """Return the JSON document of a version's drift, for HTTP and the command line."""
     since = None if found.drifted_since is None else int(found.drifted_since)
     reference = None if found.reference_split is None else {"split": found.reference_split, "n": found.reference_n}
     said = {key: value for key, value in found.to_dict().items() if key not in ("reference_split", "reference_n")}
@@ -96,11 +154,11 @@ def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
 def leave_for_server(
     registry: Registry, version: ModelVersion, name: str, answers: AnswerStatistics, model_sha256: str, at: float
 ) -> None:
-    """Leave the statistics of answers for a server to take in; a second time under the same name replaces the first.
+    """Write statistics to ``arriving/`` for a server to add to the window; a file with the same name is replaced.
 
     Args:
-        model_sha256: of the model that gave them.
-        at: when, Unix seconds.
+        model_sha256: of the model that made the predictions.
+        at: time of the predictions, Unix seconds.
     """
     with registry.monitoring(version.name, version.version) as folder:
         if folder is None:

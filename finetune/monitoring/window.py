@@ -1,4 +1,4 @@
-"""The newest answers of one model version, in constant memory, and what each of the last hours came to."""
+"""The window of the newest predictions of one model version, with sums for each of the last hours, in constant memory."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ HOUR_SECONDS = 3600
 
 @dataclass
 class Hour:
-    """What the answers of one hour came to."""
+    """Sums over the predictions of one hour."""
 
-    at: int  # its beginning, Unix seconds
+    at: int  # begin, Unix seconds
     n: int = 0
     confidence_sum: float = 0.0
-    n_unlike: int = 0  # further from known images than 95 % of held-out ones
+    n_unlike: int = 0  # images with a larger distance than 95 % of the held-out ones
 
 
 @dataclass
 class Alarm:
-    """Whether drift was found, so that it is told once and not with every image after it."""
+    """The state of the alarm, so that drift is reported once and not at every test."""
 
-    since: float | None = None  # Unix seconds; None: no drift is known
-    last_seen: int = 0  # how many answers there had been when drift was last found
+    since: float | None = None  # begin of the drift, Unix seconds; None: no drift
+    last_seen: int = 0  # number of predictions when drift was last found
     looked_at: int = 0  # how many answers there had been when it was last looked for
 
 
 class Window:
-    """The last `WINDOW_IMAGES` answers of one model and the last `HOURS` hours in sums. One thread at a time may use it.
+    """The last `WINDOW_IMAGES` predictions of one model, and sums for the last `HOURS` hours. Not thread-safe.
 
     Args:
-        model_sha256: of the model's file; what was kept of another model under the same name is not this model's.
-        n_classes: of the model. several: an image may have several labels.
-        unlike_beyond: the distance from known images from which on an image counts as unlike them; None: not known.
+        model_sha256: of the model's file; a stored window of another model with the same name is ignored.
+        n_classes: of the model.
+        several: whether it is a multi-label model.
+        unlike_beyond: the distance above which an image counts as novel; None: unknown.
     """
 
     def __init__(self, model_sha256: str, n_classes: int, *, several: bool, unlike_beyond: float | None = None) -> None:
         self.model_sha256 = model_sha256
-        self.n_seen = 0  # answers in all
+        self.n_seen = 0  # number of all predictions so far
         self.alarm = Alarm()
         self.hours: dict[int, Hour] = {}
         self._unlike_beyond = unlike_beyond
@@ -61,7 +62,7 @@ class Window:
         return min(self.n_seen, WINDOW_IMAGES)
 
     def add(self, answers: AnswerStatistics, at: float) -> None:
-        """Add answers that were given at a time (Unix seconds); the oldest make room."""
+        """Add predictions of the time `at` (Unix seconds); the oldest are overwritten."""
         self._add_to_hour(answers, at)
         kept = answers.last(WINDOW_IMAGES)
         places = (self.n_seen + len(answers) - len(kept) + np.arange(len(kept))) % WINDOW_IMAGES
@@ -82,11 +83,11 @@ class Window:
 
     @property
     def knows_unlike(self) -> bool:
-        """Whether hours count what is unlike anything known."""
+        """Whether hours count novel images."""
         return self._unlike_beyond is not None
 
     def answers(self) -> AnswerStatistics:
-        """Return a copy of what the window holds, oldest first."""
+        """Return a copy of the statistics in the window, oldest first."""
         order = self._order()
         given = None if self._given is None else self._given[order]
         return AnswerStatistics(self._confidence[order], self._label[order], self._distance[order], given)
@@ -95,7 +96,7 @@ class Window:
         return (self.n_seen - len(self) + np.arange(len(self))) % WINDOW_IMAGES
 
     def write(self, path: Path) -> None:
-        """Write the window as one file, whole or not at all."""
+        """Write the window as one file, atomically."""
         header: dict[str, Any] = {
             "schema_version": 1,
             "model_sha256": self.model_sha256,
@@ -106,7 +107,7 @@ class Window:
         write_statistics(path, self.answers(), header=np.frombuffer(json.dumps(header).encode(), np.uint8))
 
     def read(self, path: Path) -> None:
-        """Take over what `write` wrote; nothing where there is no such file, or where it is damaged or of another model."""
+        """Load a window that `write` wrote; do nothing if the file is missing, damaged, or of another model."""
         try:
             answers, arrays = read_statistics(path.read_bytes())
             header = json.loads(arrays["header"].tobytes())

@@ -77,6 +77,8 @@ def _style() -> Iterator[None]:
 
 
 def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Apply the style of this module while the decorated function draws."""
+
     @wraps(draw)
     def drawn(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         with _style():
@@ -164,6 +166,7 @@ def _shade_phases(axes: Axes, phases: Sequence[Mapping[str, Any]]) -> None:
 
 @styled
 def learning_rate(records: Sequence[Record]) -> Figure | None:
+    """Draw the learning rate by step; None if there is none."""
     points = series(records, "train/lr", by="step")
     if len(points) < 2:
         return None

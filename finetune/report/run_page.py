@@ -72,7 +72,7 @@ class ReportInputs:
     """The data of the page, except ``metrics.jsonl``. Sections without data are left out of the page."""
 
     title: str
-    evaluations: Mapping[str, Evaluation]  # by split, the one to judge by first
+    evaluations: Mapping[str, Evaluation]  # by split, most independent one first
     summary: str = ""  # one or two sentences under the title
     folds: CrossValidation | None = None
     note: str = ""  # shown below the figures: which images and weights they belong to

@@ -132,6 +132,7 @@ class BuiltNetwork:
         return head if fits else None
 
     def _keep(self, embedding: NDArray[np.float32], samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        """Record the network for later runs, with torch's embeddings (N, D) of N samples."""
         weights_file = self.classifier.backbone.weights.file
         record = Record(
             task=self.task,

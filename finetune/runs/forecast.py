@@ -120,7 +120,7 @@ def forecast(spec: JobSpec, speeds: Speeds, images: Images) -> Forecast:
     Raises:
         SpecError: the request does not fit the backbone.
     """
-    return _with_what_every_run_does(_of_study(spec, speeds, images), speeds)
+    return _with_fixed_costs(_of_study(spec, speeds, images), speeds)
 
 
 def _of_study(spec: JobSpec, speeds: Speeds, images: Images) -> Forecast:
@@ -162,7 +162,7 @@ def _of_run(spec: JobSpec, speeds: Speeds, images: Images, rounds: int) -> Forec
     return Forecast(few, math.sqrt(few * many), many)
 
 
-def _with_what_every_run_does(computing: Forecast, speeds: Speeds) -> Forecast:
+def _with_fixed_costs(computing: Forecast, speeds: Speeds) -> Forecast:
     """Add the work that does not depend on the images, and widen the limits by `UNCERTAINTY`."""
     once, trace = EVERY_RUN * speeds.start_seconds, FIRST_TRACE * speeds.start_seconds
     return Forecast(
@@ -173,6 +173,7 @@ def _with_what_every_run_does(computing: Forecast, speeds: Speeds) -> Forecast:
 
 
 def _facts(speeds: Speeds, n_train: int, n_val: int, n_classes: int) -> Facts:
+    """Return the facts that a recipe is resolved from."""
     return Facts(
         n_train=n_train,
         n_val=n_val,

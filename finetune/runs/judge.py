@@ -18,7 +18,7 @@ from finetune.tasks import task_named
 from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
-LOSS_OF_NONSENSE = 10.0  # times the loss of predicting the same probability for every class
+DIVERGED_LOSS = 10.0  # times the loss of predicting the same probability for every class
 N_COMPARED_EMBEDDINGS = 40  # spread evenly over a table, and so over all folds
 N_PARTS = 5  # that val is divided into; each part is given labels by thresholds that were chosen on the others
 MIN_IMAGES_TO_REFUSE = 20  # with fewer images, a good model is too often as bad as chance by accident
@@ -55,7 +55,7 @@ def table_of(
     )
 
 
-def decided(
+def apply_thresholds(
     predictions: Mapping[str, Predictions], given: tuple[float, ...] | None = None
 ) -> tuple[dict[str, Predictions], tuple[float, ...] | None]:
     """Add to multilabel predictions the thresholds at which a label is predicted, chosen on val.
@@ -74,7 +74,7 @@ def decided(
     if chosen is None:
         return dict(predictions), None
     tables = {
-        split: left_out_thresholds(table) if split == "val" else table.with_thresholds(np.asarray(chosen))
+        split: cross_fitted_thresholds(table) if split == "val" else table.with_thresholds(np.asarray(chosen))
         for split, table in predictions.items()
     }
     return tables, chosen
@@ -86,7 +86,7 @@ def thresholds_of(table: Predictions) -> tuple[float, ...] | None:
     return None if found is None else tuple(float(one) for one in found)
 
 
-def left_out_thresholds(table: Predictions) -> Predictions:
+def cross_fitted_thresholds(table: Predictions) -> Predictions:
     """Return the table with cross-fitted thresholds: each part of its images has those that were chosen on the other parts."""
     part = np.arange(len(table)) % N_PARTS
     rows = np.zeros_like(table.logits)
@@ -105,7 +105,7 @@ def judge(
     """Evaluate every table of predictions, and fit the temperature on val.
 
     Args:
-        thresholds: as `decided` returned them; they become part of the result.
+        thresholds: as `apply_thresholds` returned them; they become part of the result.
         leaked: by split, the ids of its images that are also in train, or whose group is. Such a split is evaluated a second time
             without them, under its name with the suffix ``_unseen``.
         class_sizes: images of each class in all splits together.
@@ -145,7 +145,7 @@ def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictio
     return own.shape == stored.shape and bool(np.allclose(own, stored, rtol=1e-2, atol=1e-2 * float(np.abs(stored).max())))
 
 
-def refuse_nonsense(predictions: Predictions) -> None:
+def refuse_no_better_than_chance(predictions: Predictions) -> None:
     """Refuse a model that is no better than giving every image the same prediction. Too few images are not judged.
 
     Raises:
@@ -164,7 +164,7 @@ def refuse_diverged(predictions: Predictions) -> None:
     _refuse(_divergence(predictions))
 
 
-def doubt(predictions: Predictions) -> str | None:
+def chance_warning(predictions: Predictions) -> str | None:
     """Return a warning for a model that is registered although it may be no better than chance; None if it is better."""
     found = _divergence(predictions)
     if found is None and (found := _no_better_than_chance(predictions)) and len(predictions) < MIN_IMAGES_TO_REFUSE:
@@ -181,10 +181,11 @@ def _refuse(found: str | None) -> None:
 
 
 def _divergence(predictions: Predictions) -> str | None:
+    """Return a phrase with the loss if training diverged; None if not."""
     evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
     loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
     surely_better = evaluation.intervals[evaluation.headline][0] > chance  # a high loss then shows only overconfidence
-    if surely_better or loss <= LOSS_OF_NONSENSE * uniform:
+    if surely_better or loss <= DIVERGED_LOSS * uniform:
         return None
     return (
         f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "

@@ -73,7 +73,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Record:
-        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        """Return the inverse of `to_dict`, also for values from JSON, in which tuples are lists."""
         return cls(**{**given, "facts": BackboneFacts.from_dict(given["facts"])})
 
 

@@ -69,9 +69,9 @@ def compare_normalisations(network: Classifier, prepared: Prepared, samples: Seq
     """Compare the present normalisation of pixels (``own``) with the other common ones (``others``).
 
     Returns:
-        The content of ``measurements/preprocessing.json``. Each of ``others`` has its ``name``; ``statistics`` as `_nearer`
-        returns them, None without batch normalisation; and ``left_out`` as `_compare_left_out` returns it, None if the statistics
-        already show that it is worse, so that no head was fitted.
+        The content of ``measurements/preprocessing.json``. Each of ``others`` has its ``name``; ``statistics`` as
+        `_statistics_gain` returns them, None without batch normalisation; and ``left_out`` as `_compare_leave_one_out` returns
+        it, None if the statistics already show that it is worse, so that no head was fitted.
     """
     preprocess = prepared.resolved.preprocess
     pixels = np.stack([sample.decode(preprocess.load) for sample in samples])  # (N, h, w, 3) uint8
@@ -79,9 +79,12 @@ def compare_normalisations(network: Classifier, prepared: Prepared, samples: Seq
     classifier = copy.deepcopy(network).eval()
     own = _own(preprocess)
     remembered = _divergences(classifier, own, pixels[:STATISTICS_IMAGES])
-    others = [(other, _nearer(remembered, _divergences(classifier, other, pixels[:STATISTICS_IMAGES]))) for other in _others(own)]
+    others = [
+        (other, _statistics_gain(remembered, _divergences(classifier, other, pixels[:STATISTICS_IMAGES])))
+        for other in _others(own)
+    ]
     tried = [other for other, statistics in others if statistics is None or statistics["gain"] > 0]
-    left_out = _compare_left_out(classifier, own, tried, pixels, labels)
+    left_out = _compare_leave_one_out(classifier, own, tried, pixels, labels)
     return {
         "own": {"name": own.name, "n": len(samples)},
         "others": [
@@ -90,7 +93,7 @@ def compare_normalisations(network: Classifier, prepared: Prepared, samples: Seq
     }
 
 
-def _compare_left_out(
+def _compare_leave_one_out(
     classifier: Classifier, own: Normalisation, others: Sequence[Normalisation], pixels: NDArray[np.uint8], labels: _Labels
 ) -> dict[str, dict[str, float]]:
     """Compare leave-one-out predictions under each of `others` with those under the present normalisation.
@@ -102,16 +105,16 @@ def _compare_left_out(
     """
     if not others:
         return {}
-    of_own = _LeftOut.of(_features(classifier, own, pixels), labels)
+    of_own = _LeaveOneOut.of(_features(classifier, own, pixels), labels)
     found = {}
     for other in others:
         n = min(FIRST_IMAGES, len(pixels))
         features = _features(classifier, other, pixels[:n])
-        first = _LeftOut.of(features, labels.first(n))
-        reference = _LeftOut.of(of_own.features[:n], labels.first(n))
+        first = _LeaveOneOut.of(features, labels.first(n))
+        reference = _LeaveOneOut.of(of_own.features[:n], labels.first(n))
         if first.better_than(reference) > 0 and n < len(pixels):
             features = np.concatenate([features, _features(classifier, other, pixels[n:])])
-            first, reference = _LeftOut.of(features, labels), of_own
+            first, reference = _LeaveOneOut.of(features, labels), of_own
         found[other.name] = {
             "n": len(first.scores),
             "top1": float(first.scores.mean()),
@@ -130,7 +133,7 @@ class _Labels:
 
     @cached_property
     def indicators(self) -> Features:
-        """(N, C) 1 where an image has the label, else 0."""
+        """(N, C) 1 if an image has the label, else 0."""
         if self.targets.ndim > 1:
             return np.asarray(self.targets, dtype=np.float64)
         one_hot: Features = np.eye(int(self.targets.max()) + 1)[self.targets]
@@ -145,7 +148,7 @@ class _Labels:
 
 
 @dataclass(frozen=True)
-class _LeftOut:
+class _LeaveOneOut:
     """Leave-one-out predictions of a ridge head: each image is predicted by the head that was fitted without it."""
 
     features: Features  # (N, D)
@@ -153,13 +156,13 @@ class _LeftOut:
     scores: NDArray[np.float64]  # (N,) from 0 to 1, by the task's metric
 
     @classmethod
-    def of(cls, features: Features, labels: _Labels) -> _LeftOut:
+    def of(cls, features: Features, labels: _Labels) -> _LeaveOneOut:
         """Fit with the ridge penalty that has the smallest leave-one-out error."""
         spread = features.std(axis=0)
         rows = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
         kernel = rows @ rows.T / max(rows.shape[1], 1) + 1.0  # the constant is the bias
         values, vectors = np.linalg.eigh(kernel)
-        best: _LeftOut | None = None
+        best: _LeaveOneOut | None = None
         for strength in STRENGTHS:
             inverse = (vectors / (values.clip(min=0) + strength)) @ vectors.T
             residuals = (inverse @ labels.indicators) / np.diagonal(inverse)[:, None]  # (N, C), leave-one-out (PRESS)
@@ -169,7 +172,7 @@ class _LeftOut:
         assert best is not None
         return best
 
-    def better_than(self, other: _LeftOut) -> float:
+    def better_than(self, other: _LeaveOneOut) -> float:
         """Return by how many standard errors the mean squared error is smaller than that of `other` on the same images."""
         gains = other.squared_errors - self.squared_errors
         error = float(gains.std(ddof=1)) / np.sqrt(len(gains))
@@ -182,7 +185,7 @@ def _divergences(classifier: Classifier, given: Normalisation, pixels: NDArray[n
         return divergences(classifier, ordered)
 
 
-def _nearer(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> dict[str, float] | None:
+def _statistics_gain(own: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> dict[str, float] | None:
     """Return how much closer the activation statistics are to the running statistics in the weights with another normalisation.
 
     Args:

@@ -119,11 +119,11 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
         network = network or built_network(spec, indexed, shared)
         reading.network.set_result(network)
         network.try_export()
-        shared.datasets[data_key] = _of_a_revision(spec, reading.dataset.result(), shared)
+        shared.datasets[data_key] = _with_revision(spec, reading.dataset.result(), shared)
     return shared.datasets[data_key], network
 
 
-def _of_a_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
+def _with_revision(spec: JobSpec, dataset: Dataset, shared: Shared) -> Dataset:
     """Apply the corrections of the request's manifest, record the dataset's revision, and return the dataset with it.
 
     Raises:
@@ -163,7 +163,7 @@ def _decisions(run: RunDir | None, options: RunOptions) -> tuple[Resolved | None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))
 
 
-_NOT_OF_THE_FILES = {
+_FIELDS_WITHOUT_EFFECT_ON_FILES = {
     *("val_fraction", "test_fraction", "split_seed", "split_file", "folds", "resize", "class_weights", "logit_adjustment"),
 }
 
@@ -171,7 +171,7 @@ _NOT_OF_THE_FILES = {
 def _data_key(spec: JobSpec) -> str:
     """Return the digest of everything in a request that determines which files are read and which samples are left out."""
     manifest = state_of(Path(spec.data.manifest)) if spec.data.manifest is not None else None
-    data = spec.data.model_dump_json(exclude=_NOT_OF_THE_FILES)
+    data = spec.data.model_dump_json(exclude=_FIELDS_WITHOUT_EFFECT_ON_FILES)
     parts = (spec.training_file, spec.validation_file, spec.test_file, data, manifest)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -209,7 +209,7 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
         dataset = index_dataset(
             spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, shared.store)
         )
-        _refuse_what_is_not_learnt(spec, dataset)
+        _refuse_unlearnable(spec, dataset)
         return dataset
     except InvalidInput as of_data:
         from finetune.runs.build import seeded_backbone
@@ -222,7 +222,7 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
         raise
 
 
-def _refuse_what_is_not_learnt(spec: JobSpec, dataset: Dataset) -> None:
+def _refuse_unlearnable(spec: JobSpec, dataset: Dataset) -> None:
     """Refuse losses and labels that the task cannot learn from.
 
     Raises:

@@ -60,7 +60,7 @@ def measure_finished_run(run: RunDir, shared: Shared, progress: ProgressCallback
 
 
 def sampled(prepared: Prepared) -> tuple[Sample, ...]:
-    """Return `N_IMAGES` images, chosen and ordered by their bytes: independent of their classes, and the same for all splits."""
+    """Return `N_IMAGES` images, chosen and ordered by their bytes, so independently of classes, splits and folds."""
     samples = prepared.dataset.samples
     chosen = [samples[index] for index in choose_sample(samples, N_IMAGES)]
     return tuple(sorted(chosen, key=lambda sample: (sample.sha256, sample.id)))

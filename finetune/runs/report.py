@@ -1,4 +1,4 @@
-"""Gather what the report page of a run shows."""
+"""Collect the content of a run's report page, and write the page."""
 
 from __future__ import annotations
 

@@ -119,6 +119,7 @@ class Resolved:
         }
 
     def _values_of_steps(self) -> dict[str, Any]:
+        """Return the resolved values that only apply if the recipe takes optimiser steps."""
         recipe = self.recipe
         return {
             "hyperparameters.n_epochs": recipe.n_epochs,
@@ -132,7 +133,7 @@ class Resolved:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as ``resolved.json`` holds them."""
+        """Return the content of ``resolved.json``."""
         trainable = set(self.recipe.trainable)
         backbone = self.backbone.to_dict()
         backbone["stages"] = [{**stage, "trains": stage["index"] in trainable} for stage in backbone["stages"]]
@@ -154,7 +155,7 @@ class Resolved:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Resolved:
-        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        """Return the inverse of `to_dict`, also for values from JSON, in which tuples are lists."""
         stages = [{key: value for key, value in stage.items() if key != "trains"} for stage in given["backbone"]["stages"]]
         return cls(
             spec=parse_spec(given["spec"]),

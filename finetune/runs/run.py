@@ -33,7 +33,15 @@ from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
 from finetune.monitoring.reference import Reference
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.judge import decided, doubt, embeddings_hold, judge, predict_splits, refuse_diverged, refuse_nonsense
+from finetune.runs.judge import (
+    apply_thresholds,
+    chance_warning,
+    embeddings_hold,
+    judge,
+    predict_splits,
+    refuse_diverged,
+    refuse_no_better_than_chance,
+)
 from finetune.runs.learner import Learner
 from finetune.runs.model_cost import model_cost
 from finetune.runs.options import RunOptions
@@ -114,9 +122,9 @@ def run_job(
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
             import_drawing()
-        trained = learner.train(context, _decided(run, options))
+        trained = learner.train(context, _earlier_choices(run, options))
         carried = carried or Carried()
-        predictions, thresholds = decided(
+        predictions, thresholds = apply_thresholds(
             predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
         )
         for split, table in predictions.items():
@@ -231,7 +239,7 @@ def calibration_of(
         own_val: whether the predictions on val were made by the exported model itself.
 
     Returns:
-        None if there are no held-out predictions, or too few.
+        None if there are no held-out predictions, or too few, or if the task is multilabel.
     """
     held_out = answers.get(POOLED, answers.get("val"))
     if held_out is None:
@@ -356,8 +364,8 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
     warnings, judged = outcome.warnings, most_independent(predictions)
     if judged is not None:
         if resolved.spec.export.register_model == "auto":
-            refuse_nonsense(judged)
-        warnings = (*warnings, *filter(None, [doubt(judged)]))
+            refuse_no_better_than_chance(judged)
+        warnings = (*warnings, *filter(None, [chance_warning(judged)]))
     answers = RunDir(outcome.run).predictions_of("test")
     version = Registry(workspace.models).register(
         outcome.bundle, resolved.model_name, once=True, predictions=answers if answers.exists() else None
@@ -413,7 +421,7 @@ def finished_outcome(run: RunDir, options: RunOptions) -> Outcome | None:
     return done if RunOptions(goal=done.goal).reaches(options.goal) else None  # type: ignore[arg-type]
 
 
-def _decided(run: RunDir, options: RunOptions) -> Choices | None:
+def _earlier_choices(run: RunDir, options: RunOptions) -> Choices | None:
     if options.decided_by is None:
         return None
     return decisions_of(RunDir((run.root / options.decided_by).resolve()))[1]

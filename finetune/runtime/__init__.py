@@ -1,1 +1,1 @@
-"""What every process needs to compute: processor cores, ONNX Runtime sessions, Python's garbage collector. Torch-free."""
+"""Cores, devices, clocks, ONNX Runtime sessions, garbage collection and tracing of a process. Torch-free."""

@@ -1,4 +1,4 @@
-"""Switch off Python's collector of cyclic garbage where it only costs time.
+"""Disable Python's garbage collector where it only takes time.
 
 Importing torch and timm and tracing a network create millions of objects that are never freed, and the collector visits all of
 them again and again; at the end of the process it visits them once more. CPU seconds with and without the collector, measured

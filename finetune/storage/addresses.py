@@ -1,4 +1,4 @@
-"""Addresses of files that are elsewhere: ``s3://``, ``gs://``, ``hf://`` and whatever else fsspec knows."""
+"""URIs of remote files: ``s3://``, ``gs://``, ``hf://`` and all others that fsspec supports."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "
 
 
 def is_uri(location: object) -> bool:
-    """Return whether a location is an address, such as ``s3://bucket/photos``."""
+    """Return whether a location is a URI, such as ``s3://bucket/photos``."""
     return _URI.match(str(location)) is not None
 
 
 @lru_cache(maxsize=32)
 def open_address(location: str, process: int) -> tuple[Any, str]:
-    """Return the fsspec filesystem of an address and the path in it.
+    """Return the fsspec filesystem of a URI, and the path in it.
 
     Args:
-        process: the process's number; a forked process needs a filesystem of its own.
+        process: the process id, as part of the cache's key: a forked process must not use its parent's filesystem.
 
     Raises:
         MissingExtra: fsspec is not installed.
@@ -40,7 +40,7 @@ def open_address(location: str, process: int) -> tuple[Any, str]:
 
 @contextmanager
 def errors_named(location: str) -> Iterator[None]:
-    """Turn whatever the library behind an address raises into `DataError` or `MissingExtra`; each has exceptions of its own."""
+    """Convert all exceptions of the library behind a URI, which differ by library, to `DataError` or `MissingExtra`."""
     try:
         yield
     except (DataError, MissingExtra, DiskFull):

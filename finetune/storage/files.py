@@ -124,15 +124,15 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 
 def found_in(folder: Path, pattern: str) -> list[Path]:
-    """Return what matches a pattern in a folder, in no order.
+    """Return the paths in a folder that match a glob pattern, in no particular order.
 
-    What vanishes while it is looked for is left out, where `Path.glob` raises `FileNotFoundError`.
+    Paths that are deleted in the meantime are skipped, where `Path.glob` would raise `FileNotFoundError`.
     """
     return [folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True)]
 
 
 def modified_ns(path: Path) -> int | None:
-    """Return when a file was last changed, in nanoseconds since the epoch; None where there is none, or none any more."""
+    """Return the modification time of a file in nanoseconds since the epoch; None if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):

@@ -16,6 +16,8 @@ from finetune.storage.journal import append_line
 
 
 class RunBusy(Conflict):
+    """Another process is working on the run."""
+
     code, exit_code = "run_busy", os.EX_TEMPFAIL
 
 
@@ -174,6 +176,7 @@ class RunDir:
         return self.root / ".lock"
 
     def create(self) -> RunDir:
+        """Create the folder if it does not exist; return self."""
         self.root.mkdir(parents=True, exist_ok=True)
         return self
 

@@ -124,11 +124,11 @@ def carry_out(
     return run_job(spec, run, shared, progress, options)
 
 
-Conduct = Callable[[JobSpec, RunDir, Shared, ProgressCallback, RunOptions], Conclusion]
+RunStudy = Callable[[JobSpec, RunDir, Shared, ProgressCallback, RunOptions], Conclusion]
 
 
 def _study(
-    spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions, conduct: Conduct
+    spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions, conduct: RunStudy
 ) -> Outcome:
     """Run the children, write the study's results, and export and register the kept model as far as `options.goal` requires."""
     with run.held(), failures_recorded(run):
@@ -161,10 +161,11 @@ def _study(
 
 
 def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run all folds and the final run; the pooled predictions of the folds evaluate the final model."""
     n_folds = spec.data.folds
     assert n_folds is not None
     dataset, network = read_and_build(spec, shared, progress)
-    whole = _divided(spec, dataset, run)
+    whole = _split(spec, dataset, run)
     data = spec.data.model_copy(
         # The resize mode depends on all images, so it is resolved once for all folds.
         update={"folds": None, "resize": resolve_resize(spec, whole, network.facts.preprocess).resize}
@@ -187,8 +188,9 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
 
 
 def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run the run that makes the choices, then the refit; val metrics are the first one's, test metrics the second one's."""
     dataset, _ = read_and_build(spec, shared, progress)
-    _divided(spec, dataset, run)
+    _split(spec, dataset, run)
     hyperparameters = spec.hyperparameters.model_copy(update={"refit": False})
     study = Refit(spec.model_copy(update={"hyperparameters": hyperparameters}), run)
     outcomes = run_children(study, run, shared, progress, carry_out)
@@ -203,8 +205,9 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
 
 
 def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallback, options: RunOptions) -> Conclusion:
+    """Run the candidates of method auto, and keep the best."""
     dataset, network = read_and_build(spec, shared, progress)
-    _divided(spec, dataset, run)
+    _split(spec, dataset, run)
     study = escalation(spec, len(network.facts.stages), options, run)
     outcomes = run_children(study, run, shared, progress, carry_out)
     n_done = len(outcomes)
@@ -219,7 +222,7 @@ def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCall
     )
 
 
-def _divided(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
+def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
     """Return the dataset with the study's split, and record its size and warnings as events."""
     divided = split_for(spec, dataset, run)
     announce(DatasetFacts.of(divided), run)

@@ -43,6 +43,7 @@ class Folds:
         return [] if FINAL in finished else [Child(FINAL, "final model", self.spec, RunOptions(goal="judged"), self.whole)]
 
     def _fold(self, number: int) -> Child:
+        """Return the child of a fold, numbered from 1."""
         dataset = self.datasets[number - 1]
         used = {sample.id for sample in dataset.samples}
         return Child(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from finetune.errors import ExecutorError, FinetuneError, error_of
 from finetune.executors import Executor, Handle
-from finetune.executors.endings import Ending, Finish, what_follows
+from finetune.executors.endings import Ending, Finish, next_action
 from finetune.executors.places import STOP_SECONDS, Places
 from finetune.jobs.lease import LEASE_VARIABLE
 from finetune.progress import Progress, ProgressCallback
@@ -32,7 +32,7 @@ _INHERITED = (LEASE_VARIABLE, "MLFLOW_TRACKING_URI")  # environment variables th
 
 
 @dataclass
-class _Going:
+class _ParallelChild:
     """A child whose process is running, or waits to be started (again)."""
 
     title: str
@@ -40,7 +40,7 @@ class _Going:
     slot: int
     handle: Handle | None = None
     not_before: float = 0.0  # monotonic seconds
-    fruitless: int = 0  # number of its processes that have ended
+    n_ended: int = 0  # number of its processes that have ended
     message: str = field(default="", repr=False)  # the last progress that was shown
 
 
@@ -58,20 +58,20 @@ def run_side_by_side(
     """
     waiting = deque(range(len(children)))
     free = deque(range(len(places.each)))
-    going: dict[int, _Going] = {}
+    going: dict[int, _ParallelChild] = {}
     try:
         while waiting or going:
             while waiting and free:
                 number = waiting.popleft()
                 title, spec, folder = children[number]
                 _write_spec(folder, spec.with_absolute_paths())
-                going[number] = _Going(title, folder, free.popleft())
+                going[number] = _ParallelChild(title, folder, free.popleft())
             for number, child in list(going.items()):
-                if (outcome := _attend(child, places, workspace)) is not None:
+                if (outcome := _advance(child, places, workspace)) is not None:
                     del going[number]
                     free.append(child.slot)
                     yield number, outcome
-            _show(list(going.values()), progress)
+            _report_progress(list(going.values()), progress)
             time.sleep(_LOOK_SECONDS)
     finally:
         _stop(list(going.values()), places.executor)
@@ -82,7 +82,7 @@ def _write_spec(folder: RunDir, spec: JobSpec) -> None:
     write_atomic(folder.spec, lambda stream: stream.write(text))
 
 
-def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | None:
+def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Outcome | None:
     """Start a child whose delay is over, or check its process; return its outcome if it has finished, else None.
 
     Raises:
@@ -96,15 +96,15 @@ def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | No
     if code is None:
         return None
     child.handle = None
-    child.fruitless += 1
+    child.n_ended += 1
     folder = child.folder
-    follows = what_follows(
+    follows = next_action(
         Ending(
             exit_code=code,
             error=read_json(folder.error) if folder.error.exists() else None,
             complete=folder.outcome.exists(),
-            stalled_attempts=child.fruitless,
-            lost_attempts=child.fruitless,
+            stalled_attempts=child.n_ended,
+            lost_attempts=child.n_ended,
             log_tail=_log_tail(folder),
         ),
         RETRY_SECONDS,
@@ -117,7 +117,8 @@ def _attend(child: _Going, places: Places, workspace: Workspace) -> Outcome | No
     raise _failure(child, follows)
 
 
-def _start(child: _Going, places: Places, workspace: Workspace) -> None:
+def _start(child: _ParallelChild, places: Places, workspace: Workspace) -> None:
+    """Start the process of a child."""
     folder = child.folder
     folder.error.unlink(missing_ok=True)
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -131,14 +132,14 @@ def _start(child: _Going, places: Places, workspace: Workspace) -> None:
     )
 
 
-def _failure(child: _Going, finish: Finish) -> FinetuneError:
+def _failure(child: _ParallelChild, finish: Finish) -> FinetuneError:
     """Return the error that the child wrote, as if it had been raised in this process; else one with the end of its log."""
     if child.folder.error.exists():
         return error_of(read_json(child.folder.error))
     return ExecutorError(f"{child.title}: {finish.error_message}")
 
 
-def _stop(children: Sequence[_Going], executor: Executor) -> None:
+def _stop(children: Sequence[_ParallelChild], executor: Executor) -> None:
     """Ask the running children to write a checkpoint and stop, and wait until they have ended."""
     handles = [child.handle for child in children if child.handle is not None]
     for handle in handles:
@@ -148,7 +149,7 @@ def _stop(children: Sequence[_Going], executor: Executor) -> None:
             time.sleep(_LOOK_SECONDS)
 
 
-def _show(children: Sequence[_Going], progress: ProgressCallback) -> None:
+def _report_progress(children: Sequence[_ParallelChild], progress: ProgressCallback) -> None:
     """Report the progress of every running child whose progress has changed."""
     for child in children:
         if child.handle is None or not child.folder.progress.exists():

@@ -25,7 +25,7 @@ from finetune.tracking.tracker import Choice, parse_choice
 EVERY_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts while a tracker does not respond
 AFTER_A_KILL_SECONDS = 60.0  # how long to try to report the end of a killed run
-DEATH_SECONDS = 0.01  # between two looks whether a killed process is gone
+DEATH_SECONDS = 0.01  # between two checks whether a killed process has ended
 LOCK_SECONDS = 0.5  # between two attempts to get the lock of the mirror
 USED_SHARE = 0.9  # of the seconds that the training process waits
 NICENESS = 10  # training has priority
@@ -57,9 +57,9 @@ class TrainingProcess:
                 return None
 
     def _wait_for_death(self) -> float:
-        """Wait until a process that was killed is gone with its locks; return how many seconds are left.
+        """Wait until the killed process has ended and released its locks; return how many seconds this process has left.
 
-        The kernel closes the files of such a process one after the other: `input` may end while the run's lock still seems held.
+        The kernel closes the files of a killed process one by one, so `input` may end before the run's lock is released.
         """
         deadline = time.monotonic() + AFTER_A_KILL_SECONDS
         while os.getppid() == self.pid and time.monotonic() < deadline:

@@ -131,7 +131,9 @@ class Tracker(Protocol):
 class TrackerModule(Protocol):
     """The interface of a tracker's module."""
 
-    def open_tracker(self, destination: str | None, workspace: Workspace) -> Tracker: ...
+    def open_tracker(self, destination: str | None, workspace: Workspace) -> Tracker:
+        """Connect to the tracker at `destination`; None for its default."""
+        ...
 
 
 def open_tracker(choice: Choice, workspace: Workspace) -> Tracker:
@@ -154,7 +156,7 @@ def choose(asked: Sequence[str] | None, without: Sequence[str] = (), environment
 
     Raises:
         InvalidInput: no such tracker.
-        MissingExtra: a tracker that was asked for is not installed.
+        MissingExtra: a requested tracker is not installed.
     """
     if asked is None and VARIABLE in environment:
         asked = environment[VARIABLE].split()

@@ -1,1 +1,1 @@
-"""From a request to trained weights: recipe, frozen-prefix features, solved head, optimiser, checkpoints, the training loop."""
+"""Train a network: the recipe, the solved head, the optimiser, the training loop and its checkpoints."""

@@ -29,7 +29,7 @@ class Activity:
 
     dead_fractions: dict[str, float] = field(default_factory=dict)  # stage key -> share
 
-    def hear(self, stage: str, output: Tensor, channel_axis: int) -> None:
+    def update(self, stage: str, output: Tensor, channel_axis: int) -> None:
         """Update the share of `stage` with the output of one of its activation functions."""
         axis = channel_axis % output.ndim
         others = [dim for dim in range(output.ndim) if dim != axis]
@@ -43,7 +43,7 @@ class Activity:
 
 
 @contextmanager
-def listening(classifier: Classifier) -> Iterator[Activity]:
+def measuring_activity(classifier: Classifier) -> Iterator[Activity]:
     """Measure dead channels in every forward pass through the backbone during the block."""
     activity = Activity()
     handles = [module.register_forward_hook(_hook(activity, stage, axis)) for module, stage, axis in _layers(classifier)]
@@ -55,11 +55,11 @@ def listening(classifier: Classifier) -> Iterator[Activity]:
 
 
 def _hook(activity: Activity, stage: str, axis: int) -> Any:
-    def hear(_: nn.Module, __: Any, output: Any) -> None:
+    def update(_: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim > 2 and max(output.shape[2:]) > 1:
-            activity.hear(stage, output, axis)
+            activity.update(stage, output, axis)
 
-    return hear
+    return update
 
 
 def _layers(classifier: Classifier) -> Sequence[tuple[nn.Module, str, int]]:

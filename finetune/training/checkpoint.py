@@ -89,7 +89,7 @@ def _write(path: Path, state: Mapping[str, Any]) -> str:
         writer = _HashingWriter(stream)
         try:
             torch.save(dict(state), cast(IO[bytes], writer))
-        except RuntimeError as error:  # torch's zip writer replaces the error of the stream under it by one of its own
+        except RuntimeError as error:  # torch's zip writer replaces the stream's error by one of its own
             raise writer.failure or error from error
     return writer.sha256.hexdigest()
 

@@ -37,7 +37,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.tasks.task import JudgedRows
 from finetune.training import checkpoint
-from finetune.training.activity import listening
+from finetune.training.activity import measuring_activity
 from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
 from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
@@ -118,6 +118,8 @@ class _State:
 
 @dataclass(frozen=True)
 class _Weights:
+    """Weights that may be kept, with their metrics on val and the way they were obtained."""
+
     name: str
     values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are predicted correctly
     tensors: dict[str, Tensor]
@@ -178,11 +180,16 @@ def fit(
             else:
                 training.resume(found)
             del found  # frees its copy of all weights
-            with training.stop.listening():
+            with training.stop.receiving_signals():
                 return training.run_to_end()
 
 
 def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
+    """Return the newest intact checkpoint of this run; if there is none, empty the journal and return None.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run.
+    """
     damaged: list[str] = []
     found = checkpoint.load_newest(run.checkpoints, lambda path, why: damaged.append(f"{path.name} ({why})"))
     if damaged:
@@ -341,7 +348,7 @@ class _Training:
         """
         state = self.state
         if self._sample_is_due():
-            self._answer_sample()
+            self._predict_sample()
         elif state.evaluated_step < state.step and state.step % self.recipe.steps_per_epoch == 0:
             self._end_epoch()
         elif state.step < self._last_step and not state.stopped_early:
@@ -377,6 +384,11 @@ class _Training:
             raise ValueError(f"epoch {epoch} ended at step {ended_at}: an epoch has {self.recipe.steps_per_epoch} steps")
 
     def _take_step(self, batch: Batch, parameters: Parameters) -> None:
+        """Take one optimiser step on a batch, and check and report the loss at times.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         recipe, step = self.recipe, self.state.step
         seed = step_seed(recipe.seed, step)
         torch.manual_seed(seed)
@@ -435,7 +447,7 @@ class _Training:
     def _end_epoch(self) -> None:
         """Evaluate, log the metrics, keep the weights if they are the best, decide on early stopping, and write a checkpoint."""
         state, recipe = self.state, self.recipe
-        with self._shipping_weights():
+        with self._weights_to_evaluate():
             choosing = not isinstance(self.val, Choices)
             values = {} if isinstance(self.val, Choices) else self._evaluate(self.val)
             if self._improves(values, state.best) if choosing else state.step == self._last_step:
@@ -458,12 +470,12 @@ class _Training:
         state = self.state
         kept = _Weights(state.chosen, state.best, state.best_weights)
         if isinstance(self.val, Choices):
-            kept = self._as_decided(kept, self.val)
+            kept = self._with_choices(kept, self.val)
         elif state.best_step > 0:
             for share in INTERPOLATION_SHARES if state.start_weights else ():
-                kept = self._better(kept, self._pulled_back(kept, share), self.val)
+                kept = self._better(kept, self._interpolated(kept, share), self.val)
             if self.recipe.bn == "recalibrate":
-                kept = self._better(kept, self._with_fresh_statistics(kept), self.val)
+                kept = self._better(kept, self._with_recalibrated_statistics(kept), self.val)
         state.chosen, state.best, state.best_weights = kept.name, kept.values, kept.tensors
         state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
@@ -472,18 +484,18 @@ class _Training:
         self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
         self._save()
 
-    def _as_decided(self, kept: _Weights, decided: Choices) -> _Weights:
+    def _with_choices(self, kept: _Weights, decided: Choices) -> _Weights:
         if decided.share < 1.0:
-            kept = self._pulled_back(kept, decided.share)
-        return self._with_fresh_statistics(kept) if decided.recalibrated else kept
+            kept = self._interpolated(kept, decided.share)
+        return self._with_recalibrated_statistics(kept) if decided.recalibrated else kept
 
-    def _pulled_back(self, kept: _Weights, share: float) -> _Weights:
+    def _interpolated(self, kept: _Weights, share: float) -> _Weights:
         """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
         name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
         tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
         return replace(kept, name=name, tensors=tensors, share=share)
 
-    def _with_fresh_statistics(self, kept: _Weights) -> _Weights:
+    def _with_recalibrated_statistics(self, kept: _Weights) -> _Weights:
         name = f"{kept.name}, running statistics recalibrated"
         return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
 
@@ -506,7 +518,7 @@ class _Training:
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
-    def _shipping_weights(self) -> AbstractContextManager[None]:
+    def _weights_to_evaluate(self) -> AbstractContextManager[None]:
         """Load the weights to evaluate into the classifier for the block: the moving average, if there is one."""
         return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
 
@@ -524,17 +536,17 @@ class _Training:
         return measured("val", task, rows)
 
     @torch.no_grad()
-    def _answer_sample(self) -> None:
+    def _predict_sample(self) -> None:
         """Predict the sample with the weights to evaluate, and measure dead channels on its first batch."""
         assert self.sample is not None
         logits: list[np.ndarray] = []
-        with self._shipping_weights(), closed_after(self.sample.batches) as batches:
+        with self._weights_to_evaluate(), closed_after(self.sample.batches) as batches:
             self.classifier.eval()
             for batch in batches:
-                with nullcontext() if logits else listening(self.classifier) as heard:
+                with nullcontext() if logits else measuring_activity(self.classifier) as measured_activity:
                     logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
-                if heard is not None:
-                    activity = heard
+                if measured_activity is not None:
+                    activity = measured_activity
         answers = np.concatenate(logits)
         self.sample.keep(self.state.step, answers)
         task = self.targets.task
@@ -573,6 +585,7 @@ class _Training:
         self.state.history.append(record)
 
     def _report(self, lr: float) -> None:
+        """Report progress: loss, metrics, speed and the remaining seconds."""
         loss, correct, count = self.totals.tolist()
         step, total = self.state.step, self._last_step
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
@@ -607,6 +620,7 @@ class _Training:
         return self.seconds_before + (process_clock() - self.began)
 
     def _save(self) -> None:
+        """Write a checkpoint of the current step."""
         self.state.epoch_totals = tuple(self.totals.tolist())
         seconds = self._seconds()
         self.state.seconds, self.state.cpu_seconds = seconds.wall, seconds.cpu

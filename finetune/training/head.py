@@ -108,6 +108,7 @@ def features_of_head(journal: Sequence[Mapping[str, Any]]) -> Seconds:
 
 
 def _record(head: SolvedHead, cost: TrainingCost, recipe: Recipe, context: TrainingContext) -> None:
+    """Write the head's metrics into the journal, and record how it was chosen as an event."""
     values = {
         "head/l2": head.l2,
         "head/seconds": head.seconds,

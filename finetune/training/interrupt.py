@@ -20,7 +20,7 @@ class StopRequest:
         self.received: signal.Signals | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def receiving_signals(self) -> Iterator[None]:
         """Receive signals during the block. Python delivers signals to the main thread only; in others the flag is never set."""
         if threading.current_thread() is not threading.main_thread():
             yield

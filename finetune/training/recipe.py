@@ -249,7 +249,7 @@ def refit_recipe(recipe: Recipe, n_train: int, l2: float | None) -> Recipe:
     return replace(recipe, phases=phases, steps_per_epoch=epoch_steps, ema_half_life_steps=half_life, l2=l2)
 
 
-def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:
+def unfreeze_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = None) -> list[tuple[tuple[int, ...], int]]:
     """Return for each phase of gradual unfreezing, from the top, the stages that train and the number of epochs.
 
     If there are fewer epochs than stages, several stages are unfrozen at once. The last phase trains every stage and has the
@@ -263,7 +263,7 @@ def thaw_schedule(n_stages: int, n_epochs: int, epochs_per_stage: int | None = N
 
 
 def default_layer_decay(n_stages: int) -> float:
-    """Return the ratio of a stage's learning rate to that of the stage above it.
+    """Return the ratio of a stage's learning rate to that of the stage above it, by the number of stages.
 
     It is 0.6 for the default backbone's 8 stages. For other numbers of stages the ratio between top and bottom stage is the same,
     as far as the factor stays between 0.5 and 0.85.
@@ -274,6 +274,8 @@ def default_layer_decay(n_stages: int) -> float:
 
 @dataclass(frozen=True)
 class _Choice(Generic[T]):
+    """A resolved value, and its source in words."""
+
     value: T
     source: str
 
@@ -320,7 +322,7 @@ def _stepped_phases(
 def _spans(method: Stepped, n_epochs: int, stages: Sequence[StageLike]) -> list[tuple[tuple[int, ...], int]]:
     if isinstance(method, Gradual):
         each = method.epochs_per_stage
-        return thaw_schedule(len(stages), n_epochs, None if each == "auto" else each)
+        return unfreeze_schedule(len(stages), n_epochs, None if each == "auto" else each)
     return [(tuple(sorted(plan_freeze(stages, method).trainable)), n_epochs)]
 
 

@@ -132,6 +132,11 @@ class _NoRoom(Exception):
 def _activations(
     classifier: Classifier, stage: int, dtype: RowType, samples: Sequence[Sample], views: Views, context: FeatureContext
 ) -> Activations:
+    """Compute the missing activations into the cache, and return all of them.
+
+    Raises:
+        _NoRoom: they do not fit into the cache.
+    """
     wanted = FrozenRows(ClassifierPrefix(classifier, stage), dtype, samples, views, context)
     wanted.settle_engine()
     if wanted.n_missing:

@@ -45,7 +45,7 @@ def plan_sample(recipe: Recipe, samples: Sequence[Sample], input_size_px: tuple[
     Args:
         size: number of images, whatever they cost; None: as many as the budget allows.
     """
-    ends = [epoch * recipe.steps_per_epoch for epoch in _looked_at(recipe.n_epochs)]
+    ends = [epoch * recipe.steps_per_epoch for epoch in _predicted_epochs(recipe.n_epochs)]
     budget = _affordable_images(recipe, input_size_px)
     if size is None and budget < SMALLEST * (len(ends) + 1):
         ends = ends[-1:]
@@ -60,7 +60,7 @@ def choose_sample(samples: Sequence[Sample], size: int) -> NDArray[np.int64]:
     return np.sort(np.array(order[:size], dtype=np.int64))
 
 
-def _looked_at(n_epochs: int) -> list[int]:
+def _predicted_epochs(n_epochs: int) -> list[int]:
     """Return the epochs after which the sample is predicted: 1, 2, 4, 8 … and the last."""
     doubling = [2**power for power in range(n_epochs.bit_length()) if 2**power < n_epochs]
     return [*doubling, n_epochs] if n_epochs else []

@@ -148,6 +148,7 @@ def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingConte
 
 
 def _measured_numerics(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> Numerics:
+    """Choose precision, memory layout and threads, and record the timings as an event."""
     compute = context.compute
     measuring = Progress("preparing", 0, 1, "measurements", message="timing this machine")
     context.progress(measuring)
@@ -173,6 +174,7 @@ class _BatchSource:
 
 
 def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource:
+    """Return batches of decoded images: augmented for training, preprocessed for evaluation."""
     train, val, threads = context.dataset.of("train"), context.dataset.of("val"), context.compute.threads
     augment = context.augment.at_size(recipe.train_size_px)
     pixels = PixelStore(context.store)

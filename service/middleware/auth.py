@@ -49,6 +49,7 @@ class Caller:
         return None if self.is_admin else self.owner
 
     def allows(self, scope: str) -> bool:
+        """Return whether the caller has the scope, or the scope ``admin``."""
         return self.is_admin or scope in self.scopes
 
 
@@ -160,6 +161,7 @@ def _is_loopback(scope: Scope) -> bool:
 
 
 async def caller(request: Request) -> Caller:
+    """Return the caller that `Authentication` stored in the request."""
     found: Caller = request.state.caller
     return found
 

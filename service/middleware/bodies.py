@@ -28,6 +28,7 @@ class BufferedBodies:
         self._bodies: set[_Body] = set()
 
     def add(self, body: _Body, n_bytes: int) -> None:
+        """Count further bytes of a body; abort the largest bodies while the limit is exceeded."""
         self._bodies.add(body)
         body.buffered_bytes += n_bytes
         self.total_bytes += n_bytes
@@ -42,6 +43,7 @@ class BufferedBodies:
         return 4 * self.total_bytes < 3 * self.max_bytes
 
     def release(self, body: _Body) -> None:
+        """Stop counting a body."""
         self._bodies.discard(body)
         self.total_bytes -= body.buffered_bytes
         body.buffered_bytes = 0

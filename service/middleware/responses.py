@@ -33,6 +33,8 @@ SECURITY_HEADERS = {
 
 
 class ResponseMiddleware:
+    """Adds request id and security headers, converts errors to problem documents, and records each response."""
+
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics

@@ -75,6 +75,8 @@ FileList = Page[FileDocument]
 
 
 class FileDeleted(BaseModel):
+    """The confirmation that an upload was deleted."""
+
     id: str
     object: Literal["file"] = "file"
     deleted: Literal[True] = True
@@ -135,6 +137,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
 
 
 def record_upload(server: ServerState, owner: str, received: Received, idempotency_key: str | None) -> tuple[UploadedFile, bool]:
+    """Move received contents to their place and record the upload; return it and whether it is new."""
     body = f"{received.filename}\0{received.purpose}\0{received.sha256}"
     return server.database.files.create(
         owner,
@@ -153,6 +156,7 @@ def record_upload(server: ServerState, owner: str, received: Received, idempoten
 
 
 def file_document(file: UploadedFile) -> FileDocument:
+    """Return the document of an upload."""
     return FileDocument(
         id=file.id,
         bytes=file.size_bytes,

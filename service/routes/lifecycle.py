@@ -41,6 +41,8 @@ D = TypeVar("D", bound=JobState)
 
 
 class Deleted(BaseModel):
+    """The confirmation that a job was deleted."""
+
     id: str
     object: Literal["fine_tuning.job", "fine_tuning.comparison", "batch_prediction", "data_check"]
     deleted: Literal[True] = True

@@ -30,7 +30,7 @@ from service.results import (
     resolved_hyperparameters,
     run_of,
 )
-from service.schemas.drift import DriftDocument
+from service.schemas.drift import DriftDocument, ReferenceChoice
 from service.schemas.models import (
     Abstention,
     AliasTarget,
@@ -75,6 +75,14 @@ def get_model(caller: Reading, server: Server, name: str) -> ModelDocument:
 def get_version(caller: Reading, server: Server, name: str, version: str) -> VersionDocument:
     """Return the details of a version: classes, method, metrics with n and intervals, licence, parity, calibration."""
     return _version_document(server, find_model(server, caller, f"{name}@{version}"))
+
+
+@models_router.put("/{name}/versions/{version}/drift/reference")
+def set_drift_reference(caller: Submitting, server: Server, name: str, version: str, wanted: ReferenceChoice) -> DriftDocument:
+    """Accept the last images in production as the reference of later ones, or return to the held-out images of the bundle."""
+    found = find_model(server, caller, f"{name}@{version}", to_change=True)
+    drift = server.drift.choose_reference(found, accept=wanted.use == "live")
+    return DriftDocument.model_validate(drift_document(found, drift))
 
 
 @models_router.put("/{name}/versions/{version}/abstention")

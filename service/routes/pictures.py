@@ -82,6 +82,8 @@ class MetricsRow(BaseModel):
 
 
 class MetricsHistory(BaseModel):
+    """The metrics of a run by step, oldest first."""
+
     object: Literal["list"] = "list"
     data: list[MetricsRow]
 

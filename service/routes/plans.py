@@ -1,4 +1,4 @@
-"""``POST /v1/fine_tuning/plans``: what methods would train and how long they would take, before anything is uploaded."""
+"""``POST /v1/fine_tuning/plans``: what methods would train, with estimated durations, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from service.state import Server
 plans_router = APIRouter(prefix="/v1/fine_tuning/plans", tags=["fine-tuning jobs"], responses=RESPONSES)
 
 NOT_PLANNED = "is neither a timm name nor a registered model such as flowers@3; of others it is not foretold how long they take"
-NO_FILE = "none"  # stands for the training file, which a plan does without
+NO_FILE = "none"  # placeholder for the training file, which a plan does not need
 
 
 @plans_router.post("")
 async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -> PlanDocument:
-    """Return which stages methods would train, and estimate how long a job takes here; nothing is trained or stored.
+    """Return which stages each method would train, and an estimate of a job's duration. Nothing is trained or stored.
 
-    The first time that a backbone is asked for, the machine is measured, which takes about ten seconds.
+    The first request for a backbone measures its speed on this machine, which takes about ten seconds.
     """
     submission = Submission(server, caller, None)
     specs, backbone = await run_in_threadpool(_read, asked, submission)
@@ -46,10 +46,10 @@ async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -
 
 
 def _read(asked: PlanRequest, submission: Submission) -> tuple[list[JobSpec], str]:
-    """Return the job that each method would be, and what timm calls their backbone.
+    """Return the job spec of each method, and the timm name of their backbone.
 
     Raises:
-        SpecError: with one problem for each field that is wrong.
+        SpecError: the request is invalid; it has one problem per invalid field.
     """
     shared = asked.model_dump(include={"model", "data", "hyperparameters", "compute"}, exclude_none=True)
     specs: list[JobSpec] = []

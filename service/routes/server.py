@@ -18,6 +18,8 @@ from service.web import main_page
 
 
 class Status(BaseModel):
+    """The confirmation that the server is healthy."""
+
     status: Literal["ok"] = "ok"
 
 

@@ -24,7 +24,7 @@ webhooks_router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=
 
 @webhooks_router.post("", status_code=201)
 def create_webhook(caller: Submitting, server: Server, asked: WebhookRequest) -> CreatedWebhook:
-    """Have an address told of the ends of your jobs, and of promotions of models that you may use."""
+    """Create a webhook for the ends of your jobs, and for promotions of models that you may use."""
     server.webhooks_reach.check_url(asked.url)
     made = server.database.webhooks.create(caller.owner, asked.url, asked.events)
     return CreatedWebhook(**webhook_document(made).model_dump(), secret=made.secret)

@@ -32,6 +32,8 @@ BatchList = Page[BatchDocument]
 
 
 class UnreadableDocument(BaseModel):
+    """An image that could not be read, and why."""
+
     file: str
     code: str
     message: str

@@ -15,11 +15,15 @@ from service.schemas.lists import Page
 
 
 class ArmDocument(BaseModel):
+    """One arm of a comparison's request."""
+
     name: str
     set: dict[str, Any] = Field(description="What the arm changes of the request, `key.path` to value.")
 
 
 class VerdictDocument(BaseModel):
+    """The arm to choose, and why."""
+
     choose: str = Field(description="The name of the arm.")
     outcome: Literal["better", "equivalent", "undecided"]
     sentence: str
@@ -54,6 +58,8 @@ ComparisonList = Page[ComparisonDocument]
 
 
 class FigureDocument(BaseModel):
+    """A mean over runs with its 95 % interval."""
+
     value: float | None
     low: float | None = Field(description="Of the 95 % interval.")
     high: float | None
@@ -62,6 +68,8 @@ class FigureDocument(BaseModel):
 
 
 class ArmResultDocument(BaseModel):
+    """The metrics and costs of one arm."""
+
     name: str
     runs: list[str] = Field(description="Paths on this server of the runs, by seed.")
     metrics: dict[str, FigureDocument] = Field(description="By `split/name`: the mean over runs.")
@@ -129,6 +137,8 @@ class ComparedRun(BaseModel):
 
 
 class RunList(BaseModel):
+    """The runs of a comparison, in order."""
+
     object: Literal["list"] = "list"
     data: list[ComparedRun]
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field
 
 
 class EvidenceDocument(BaseModel):
+    """One figure that supports a finding."""
+
     what: str
     value: str
     expected: str = Field(description="What the value would be where nothing is wrong; may be empty.")

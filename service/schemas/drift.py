@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from finetune.monitoring.drift import EffectMeasure, State
 
@@ -25,10 +25,20 @@ class DriftTestDocument(BaseModel):
 
 
 class DriftReference(BaseModel):
-    """The held-out images of the reference."""
+    """The images of the reference."""
 
-    split: str
+    split: str = Field(description="Of the data set; `accepted`: images in production that were accepted as the reference.")
     n: int
+
+
+class ReferenceChoice(BaseModel):
+    """Which images later ones are compared with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    use: Literal["live", "bundle"] = Field(
+        description="`live`: the last images in production; `bundle`: the held-out images of the bundle."
+    )
 
 
 class DriftHour(BaseModel):

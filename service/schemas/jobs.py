@@ -24,6 +24,8 @@ _ABOUT_THE_MODEL = ("unknown_backbone", "weights_unavailable")
 
 
 class JobError(BaseModel):
+    """Why a job failed."""
+
     code: str = Field(description="Stable: branch on this.")
     message: str
     param: str | None = None
@@ -102,6 +104,8 @@ JobList = Page[JobDocument]
 
 
 class EventDocument(ListItem):
+    """One event in a job's history."""
+
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
     level: Literal["info", "warn", "error"]
@@ -115,6 +119,8 @@ EventList = Page[EventDocument]
 
 
 class CheckpointMetrics(BaseModel):
+    """The metrics of a checkpoint's step."""
+
     step: int
     train_loss: float | None = None
     valid_loss: float | None = None
@@ -122,6 +128,8 @@ class CheckpointMetrics(BaseModel):
 
 
 class CheckpointDocument(ListItem):
+    """One checkpoint of a job's run."""
+
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuning_job_id: str
@@ -216,6 +224,7 @@ def _whole(seconds: float | None) -> int | None:
 
 
 def event_document(event: Event, within: Callable[[str], str]) -> EventDocument:
+    """Return the document of an event; `within` removes local paths from texts."""
     return EventDocument(
         id=f"{EVENT_PREFIX}{event.seq}",
         created_at=int(event.at),
@@ -230,7 +239,7 @@ def checkpoint_documents(job_id: str, run: RunDir) -> list[CheckpointDocument]:
     """Return the complete checkpoints of a run, newest first, each with the last metrics up to its step."""
     rows = read_lines(run.metrics)
     found = []
-    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last: what has one is complete
+    for checksum in found_in(run.checkpoints, "step-*.sha256"):  # written last, so the checkpoint is complete
         matched, created_ns = re.match(r"step-(\d+)", checksum.name), modified_ns(checksum)
         if matched is None or created_ns is None:  # None: the run has made newer ones, and keeps only a few
             continue

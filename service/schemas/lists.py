@@ -21,6 +21,8 @@ T = TypeVar("T", bound=ListItem)
 
 
 class Page(BaseModel, Generic[T]):
+    """One page of a list."""
+
     object: Literal["list"] = "list"
     data: list[T]
     has_more: bool
@@ -29,5 +31,6 @@ class Page(BaseModel, Generic[T]):
 
     @classmethod
     def of(cls, data: list[T], has_more: bool) -> Page[T]:
+        """Return a page of these items."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, has_more=has_more, first_id=first, last_id=last)

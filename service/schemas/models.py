@@ -12,6 +12,8 @@ Visibility = Literal["private", "shared"]
 
 
 class VersionSummary(BaseModel):
+    """One version of a model in a list."""
+
     version: str
     created: int = Field(description="Unix seconds.")
     aliases: list[str]
@@ -64,6 +66,8 @@ ModelList = Page[ModelDocument]
 
 
 class ModelChange(BaseModel):
+    """The new access rights of a model."""
+
     model_config = ConfigDict(extra="forbid")
 
     visibility: Visibility
@@ -78,6 +82,8 @@ class Abstention(BaseModel):
 
 
 class ModelDeleted(BaseModel):
+    """The confirmation that a model or version was deleted."""
+
     id: str
     object: Literal["model"] = "model"
     deleted: Literal[True] = True
@@ -94,10 +100,14 @@ class PromotionConditions(BaseModel):
 
 
 class AliasTarget(PromotionConditions):
+    """The version for an alias, with conditions of the promotion."""
+
     version: str = Field(min_length=1, max_length=63, description="A version's number, or an alias that means it.")
 
 
 class ShareDocument(BaseModel):
+    """A model and its share of the requests, in percent."""
+
     model_config = ConfigDict(extra="forbid")
 
     reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]

@@ -1,4 +1,4 @@
-"""What training would take and which stages would learn, as clients see it: the request and the answer."""
+"""Documents of training plans: the request, the trained stages, and estimated durations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_METHODS = 16
 
 
 class PlanRequest(BaseModel):
-    """What is known before the pictures have arrived."""
+    """The request for a plan: methods, and facts about data that need not be uploaded yet."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,7 +31,7 @@ class PlanRequest(BaseModel):
 
 
 class PlanStage(BaseModel):
-    """A coarse part of the backbone; the first is the stem, and the head comes after the last."""
+    """A stage of the backbone; the first is the stem, and the head comes after the last."""
 
     index: int
     name: str
@@ -39,7 +39,7 @@ class PlanStage(BaseModel):
 
 
 class PlanSeconds(BaseModel):
-    """How long a job takes, if nothing else runs on this machine and none waits before it: an estimate, from a measurement."""
+    """The estimated duration of a job, if nothing else runs on this machine and no job is queued before it."""
 
     low: float
     about: float
@@ -51,7 +51,7 @@ class PlanSeconds(BaseModel):
 
 
 class PlannedMethod(BaseModel):
-    """What one method would do."""
+    """The plan of one method."""
 
     method: dict[str, Any] = Field(description="As it was understood.")
     trains: list[int] = Field(description="Stages that learn, by index, besides the head.")
@@ -60,7 +60,7 @@ class PlannedMethod(BaseModel):
 
 
 class PlanDocument(BaseModel):
-    """What each method would train of a backbone, and how long it would take on this machine."""
+    """What each method would train of a backbone, with estimated durations on this machine."""
 
     object: Literal["training_plan"] = "training_plan"
     backbone: str

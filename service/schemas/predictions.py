@@ -43,6 +43,8 @@ class PredictOptions(BaseModel):
 
 
 class LabelProbability(BaseModel):
+    """A class and its probability."""
+
     label: str
     probability: float
 
@@ -58,6 +60,8 @@ class Explanation(BaseModel):
 
 
 class Timings(BaseModel):
+    """The durations of a request, in milliseconds."""
+
     predict_ms: float = Field(description="Decoding, preprocessing and the model.")
     explain_ms: float
     total_ms: float = Field(description="From the complete body to the answer, waiting for a free core included.")
@@ -99,6 +103,8 @@ class ImagePrediction(BaseModel):
 
 
 class PredictionAnswer(ImagePrediction):
+    """The prediction for one image, with the model and the timings."""
+
     model: str
     version: str
     timings: Timings

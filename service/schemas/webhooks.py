@@ -24,6 +24,8 @@ class WebhookRequest(BaseModel):
 
 
 class WebhookDocument(ListItem):
+    """A webhook, without its secret."""
+
     object: Literal["webhook"] = "webhook"
     url: str
     events: list[str]
@@ -33,10 +35,14 @@ class WebhookDocument(ListItem):
 
 
 class CreatedWebhook(WebhookDocument):
+    """A new webhook with its secret."""
+
     secret: str = Field(description="Signs what is sent, as in the Standard Webhooks specification; shown only now.")
 
 
 class DeliveryDocument(ListItem):
+    """The delivery of one event to a webhook."""
+
     object: Literal["webhook.delivery"] = "webhook.delivery"
     type: str
     state: Literal["delivered", "waiting", "given up"]

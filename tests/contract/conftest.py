@@ -11,6 +11,15 @@ from sqlalchemy import Engine, text
 
 from finetune.jobs.database import open_database
 from finetune.jobs.schema import metadata
+from service import spec_check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient_check_of_names() -> Iterator[None]:
+    """Wait long for the process that knows the training libraries: on a busy machine its imports alone may take a minute."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spec_check, "SECONDS", 240)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from archives import photographs, zip_of
-from serving import in_process, live_server, registered, until
+from serving import END_SECONDS, in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
@@ -366,8 +366,8 @@ def test_an_idempotency_key_belongs_to_its_owner(client: TestClient, home: Path)
 def test_a_server_with_a_key_may_listen_for_others_and_without_one_may_not(home: Path) -> None:
     key = new_key(home, "ann", "predict")
     with live_server(home, "--host", "0.0.0.0") as server:
-        assert httpx.post(f"{server.url}/predict", content=picture()).status_code == 401
-        assert httpx.post(f"{server.url}/predict", content=picture(), headers=key).status_code == 200
+        assert httpx.post(f"{server.url}/predict", content=picture(), timeout=END_SECONDS).status_code == 401
+        assert httpx.post(f"{server.url}/predict", content=picture(), headers=key, timeout=END_SECONDS).status_code == 200
         log = server.log.read_text()
     _, key_id, secret = key["Authorization"].split("_", 2)  # the secret part may hold underscores of its own
     assert secret not in log

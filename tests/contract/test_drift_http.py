@@ -22,6 +22,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Access, Registry
 from finetune.cli import cli
 from finetune.client import Client
+from finetune.errors import Conflict
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.webhooks import WebhookStore
@@ -171,6 +172,47 @@ def test_it_is_kept_over_a_restart_and_deleted_with_the_version(home: Path, monk
         assert client.delete("/v1/models/colours?force=true").status_code == 200
         assert client.get(PATH).status_code == 404
     assert not monitoring.exists()
+
+
+def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    with in_process(home) as client:
+        send(client, ["red"] * 150)
+        early = client.put(f"{PATH}/reference", json={"use": "live"})
+        assert (early.status_code, "150 live images are too few" in early.json()["detail"]) == (409, True)
+        assert client.put(f"{PATH}/reference", json={"use": "dead"}).status_code == 422
+        send(client, ["red"] * 150)
+        assert drift(client)["state"] == "drifted"
+        accepted = client.put(f"{PATH}/reference", json={"use": "live"}).json()
+        assert (accepted["state"], accepted["reference"]) == ("steady", {"split": "accepted", "n": 300})
+        send(client, mixed(600))
+        assert drift(client)["state"] == "drifted", "from what was accepted"
+        assert client.put(f"{PATH}/reference", json={"use": "bundle"}).json()["reference"]["split"] == "test"
+        assert client.put(f"{PATH}/reference", json={"use": "live"}).json()["reference"]["n"] == 900
+    run = CliRunner().invoke
+    assert json.loads(run(cli, ["models", "drift", "colours", "--json"]).output)["reference"]["split"] == "accepted"
+    assert json.loads(run(cli, ["models", "drift", "colours", "--reset", "--json"]).output)["reference"]["split"] == "test"
+    assert json.loads(run(cli, ["models", "drift", "colours", "--accept", "--json"]).output)["reference"]["split"] == "accepted"
+    assert run(cli, ["models", "drift", "colours", "--accept", "--reset"]).exit_code == 2
+    with pytest.raises(Conflict, match="0 live images are too few"):
+        run(cli, ["models", "drift", "old", "--accept"], catch_exceptions=False, standalone_mode=False)
+    with in_process(home) as client:  # follows what a shell chooses
+        assert drift(client)["reference"]["split"] == "accepted"
+        run(cli, ["models", "drift", "colours", "--reset"])
+        _state_of(client).drift.look()
+        assert drift(client)["reference"]["split"] == "test"
+
+
+def test_only_who_may_change_a_model_chooses_its_reference(home: Path) -> None:
+    keys = KeyStore(open_jobs(home))
+    predicting, other = (
+        {"Authorization": f"Bearer {keys.create(name, [scope])[0]}"} for name, scope in (("ann", "predict"), ("bob", "jobs"))
+    )
+    with in_process(home) as client:
+        for key in (predicting, other):
+            assert client.put(f"{PATH}/reference", json={"use": "bundle"}, headers=key).status_code == 403
 
 
 def test_the_python_client_reads_the_same_document(client: TestClient) -> None:

@@ -492,7 +492,7 @@ def test_two_hundred_readers_see_every_event_and_the_server_still_stops_at_once(
     store, claim = claimed(home)
     store.heartbeat(claim, records=[{"at": 1.0, "kind": "note", "message": f"line {number}"} for number in range(20)])
     until(lambda: all("line 19" in text for text in told))
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert httpx.get(f"{server.url}/readyz", timeout=END_SECONDS).status_code == 200
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(timeout=END_SECONDS)
     for _ in range(readers):
@@ -506,7 +506,7 @@ def test_a_reader_comes_back_to_a_new_server_where_it_left(server: LiveServer, h
     job_id = queued_job(home, "again")
     store, claim = claimed(home)
     store.finish(claim, "cancelled")
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=END_SECONDS) as client:
         whole = read_stream(client, job_id)
         assert read_stream(client, job_id, **{"Last-Event-ID": whole[1]["id"]}) == whole[2:]
 

@@ -209,7 +209,7 @@ def test_a_whole_run_with_a_real_worker_ends_in_a_served_model(tmp_path: Path, m
         job = client.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "succeeded", (job.error, (tmp_path / "server.log").read_text()[-2000:])
         assert job.fine_tuned_model == "flowers"
-        answer = httpx.post(f"{server.url}/v1/models/{job.fine_tuned_model}/predict", content=members["daisy/0.png"])
+        answer = httpx.post(f"{server.url}/v1/models/{job.fine_tuned_model}/predict", content=members["daisy/0.png"], timeout=240)
         assert answer.status_code == 200
         assert {row["label"] for row in answer.json()["predictions"]} == {"daisy", "rose"}
         assert [model.id for model in client.models.list()] == ["flowers"]

@@ -54,6 +54,7 @@ SURFACE = {
     "/predict": {"post"},
     "/v1/models/{name}/versions/{version}": {"get"},
     "/v1/models/{name}/versions/{version}/drift": {"get"},
+    "/v1/models/{name}/versions/{version}/drift/reference": {"put"},
     "/v1/models/{name}/versions/{version}/report": {"get"},
     "/v1/models/{name}/versions/{version}/bundle": {"get"},
     "/v1/models/{name}/versions/{version}/predictions": {"get"},
@@ -120,7 +121,7 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
         secret, _ = KeyStore(open_jobs(tmp_path)).create("ann", ["predict", "jobs"])
         headers = {"Authorization": f"Bearer {secret}"}
     unchecked = [NOT_SAYABLE] if closed else [NOT_SAYABLE, "ignored_auth"]
-    with live_server(tmp_path) as server, httpx.Client(base_url=server.url, headers=headers) as client:
+    with live_server(tmp_path) as server, httpx.Client(base_url=server.url, headers=headers, timeout=240) as client:
         files = {"file": ("flowers.zip", zip_of(photographs()))}
         file_id = client.post("/v1/files", files=files, data={"purpose": "fine-tune"}).json()["id"]
         job_id = client.post("/v1/fine_tuning/jobs", json={"training_file": file_id}).json()["id"]

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
-from serving import LiveServer, in_process, live_server, registered, until
+from serving import END_SECONDS, LiveServer, in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -61,7 +61,7 @@ def test_a_server_and_all_its_processes_listen_on_exactly_one_socket(home: Path,
         if worker:
             until(lambda: len(server.process_tree()) == 2)
         assert listening(server) == [("127.0.0.1", port_of(server))]
-        assert httpx.post(f"{server.url}/predict", content=picture()).status_code == 200
+        assert httpx.post(f"{server.url}/predict", content=picture(), timeout=END_SECONDS).status_code == 200
         assert listening(server) == [("127.0.0.1", port_of(server))]
         assert len(server.process_tree()) == 1 + worker
 

@@ -127,7 +127,7 @@ def test_the_service_is_built_without_trying_to_import_anything_that_trains() ->
 
 
 def test_metrics_count_by_route_template_and_unknown_paths_add_one_series_only(server: LiveServer) -> None:
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=END_SECONDS) as client:
         for number in range(50):
             client.get(f"/scan/{number}")
             client.post(f"/v1/models/unknown-{number}/predict", content=b"x")
@@ -184,7 +184,7 @@ def told(connection: socket.socket, end: bytes) -> bytes:
 def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) -> None:
     with live_server(home, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
         headers = {"X-Request-Id": "mine-1", "Authorization": "Bearer ft_secretsecret"}
-        assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers).status_code == 200
+        assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers, timeout=END_SECONDS).status_code == 200
         until(lambda: '"mine-1"' in server.log.read_text())  # the line is written after the answer has left
         text = server.log.read_text()
     entries = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -194,7 +194,7 @@ def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) ->
 
 
 def test_metrics_tell_where_the_time_of_predictions_goes(server: LiveServer) -> None:
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=END_SECONDS) as client:
         client.post("/predict", content=picture())
         text = client.get("/metrics").text
     assert re.search(r'finetune_prediction_seconds_count\{stage="load"\} [1-9]', text)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from archives import bad, photographs, zip_of
-from serving import in_process, live_server
+from serving import END_SECONDS, in_process, live_server
 from starlette.testclient import TestClient
 
 from finetune.errors import Conflict, NotFound
@@ -298,5 +298,5 @@ def test_our_client_goes_on_where_it_was_interrupted_also_in_another_process(
         again = Unsteady(set())
         assert send(again) == file
         assert again.n_parts == 0
-        httpx.delete(f"{server.url}/v1/files/{file['id']}")
+        httpx.delete(f"{server.url}/v1/files/{file['id']}", timeout=END_SECONDS)
         assert send()["id"] != file["id"]

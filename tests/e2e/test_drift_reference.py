@@ -9,6 +9,7 @@ import pytest
 from tiny_labels import write_colours
 from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
+from finetune.bundle.manifest import DRIFT
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample
 from finetune.evaluation.answers import Answer, ask
@@ -30,7 +31,7 @@ def test_the_reference_is_what_the_bundle_answers_to_the_held_out_images(tmp_pat
     spec = tiny_spec(training_file, suffix="watched", data=fractions)
     outcome = carry_out_at(tmp_path, spec, RunDir(tmp_path / "runs" / "one"))
     bundle, table = Path(str(outcome.bundle)), read(RunDir(outcome.run).predictions_of(split))
-    reference, predictor = read_reference(bundle), Predictor.load(bundle)
+    reference, predictor = read_reference(bundle / DRIFT), Predictor.load(bundle)
     assert reference is not None
     assert (reference.split, len(reference)) == (split, len(table))
     answers = list(ask(predictor, [Sample(name, LocalFile(folder / name), ()) for name in table.ids]))

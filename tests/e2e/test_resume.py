@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import signal
@@ -29,13 +30,20 @@ EVERYTHING_RANDOM = {
 DEADLINE_SECONDS = 120
 
 
-def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Connection) -> None:
-    """In a process of its own: reports each batch as it is asked for, and at last the fingerprint of the result."""
+def _train(folder: Path, given: dict[str, Any], loader_threads: int, reports: Connection, kill_after: int | None) -> None:
+    """In a process of its own: reports each batch as it is asked for, and at last the fingerprint of the result.
+
+    After `kill_after` batches it is killed at some moment in the next step, at whose end it waits: a machine that is slow to kill
+    it does not let it come to its end.
+    """
     samples = [local_sample(path, int(path.stem) % 3, "train") for path in sorted((folder / "images").glob("*.png"))]
+    taken = itertools.count()
 
     def reporting(train: TrainBatches) -> TrainBatches:
         def batches(epoch: int, start_step: int) -> Iterable[Batch]:
             for batch in train(epoch, start_step):
+                if next(taken) == kill_after:
+                    signal.pause()
                 reports.send("batch")
                 yield batch
 
@@ -60,7 +68,7 @@ def _attempt(
 ) -> dict[str, Any] | None:
     """The run's fingerprint, or None where it was killed (when it had asked for `kill_after` batches) before it could tell."""
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(folder, given, loader_threads, sending))
+    process = context.Process(target=_train, args=(folder, given, loader_threads, sending, kill_after))
     process.start()
     sending.close()
     seen = 0

@@ -359,7 +359,7 @@ def test_processes_and_threads_that_register_at_once_each_get_their_own_version(
     threads = [threading.Thread(target=register) for _ in range(2)]
     for thread in threads:
         thread.start()
-    in_processes = [version for process in processes for version in process.communicate(timeout=60)[0].split()]
+    in_processes = [version for process in processes for version in process.communicate(timeout=240)[0].split()]
     for thread in threads:
         thread.join()
     everything = sorted((*in_processes, *in_threads), key=int)
@@ -397,24 +397,29 @@ def test_a_folder_in_place_of_a_version_is_not_one(registry: Registry, bundle: P
 
 def test_a_reader_never_sees_half_a_version_while_others_register_and_delete(registry: Registry, bundle: Path) -> None:
     registry.register(bundle, "trees")
-    done = threading.Event()
+    enough, changes = threading.Event(), 0
 
     def churn() -> None:
-        for _ in range(12):
+        nonlocal changes
+        while changes < 12 or not enough.is_set():
             registry.register(bundle, "trees")
             registry.delete("trees", versions(registry)[0], force=True)
-        done.set()
+            changes += 1
 
     writer = threading.Thread(target=churn)
     writer.start()
     seen = 0
-    while not done.is_set():
-        for version in registry.list():
-            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                names = sorted(entry.name for entry in version.path.iterdir())
-                assert names == ["bundle.json", "model.onnx", "probe.npz"] or not version.path.exists()
-                seen += 1
-        assert int(registry.resolve("trees").version) >= 1
-    writer.join()
-    assert seen >= 12
-    assert len(versions(registry)) == 1
+    try:
+        while writer.is_alive():
+            for version in registry.list():
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    names = sorted(entry.name for entry in version.path.iterdir())
+                    assert names == ["bundle.json", "model.onnx", "probe.npz"] or not version.path.exists()
+                    seen += 1
+            assert int(registry.resolve("trees").version) >= 1
+            if seen >= 12:
+                enough.set()
+    finally:
+        enough.set()
+        writer.join()
+    assert (changes >= 12, seen >= 12, len(versions(registry))) == (True, True, 1)

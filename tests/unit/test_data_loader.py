@@ -175,7 +175,7 @@ def test_results_come_in_order_also_when_later_items_are_done_first() -> None:
 
     def slow_first(item: int) -> int:
         if item == 0:
-            assert second_done.wait(10)
+            assert second_done.wait(120)
         if item == 1:
             second_done.set()
         return item

@@ -169,6 +169,28 @@ def test_a_gap_alone_is_a_note() -> None:
     assert found.sentence.startswith("nothing is wrong")
 
 
+def test_a_gap_of_a_quarter_is_a_problem() -> None:
+    found = diagnose_records(run_records(lines=journal(val=[(0.6, 0.72)] * 6)))
+    (finding,) = found.findings
+    assert (finding.code, finding.severity) == ("overfitting", "problem")
+
+
+@pytest.mark.parametrize(("n", "underfits"), [(60, False), (600, True)])
+def test_a_few_training_images_show_underfitting_only_beyond_their_sampling_error(n: int, underfits: bool) -> None:
+    samples = {0: answered(n, 0.6, sureness=2.0), N_STEPS: answered(n, 0.8)}
+    found = diagnose_records(run_records(samples=samples, lines=journal(val=[(0.6, 0.79)] * 6)))
+    assert (found.finding("underfitting") is not None) == underfits
+
+
+@pytest.mark.parametrize(("recall", "collapsed"), [(0.97, True), (0.7, False)])
+def test_a_class_that_is_not_learnt_yet_has_not_collapsed(recall: float, collapsed: bool) -> None:
+    unlearnt = answered(400, recall, prefix="val")
+    logits = unlearnt.logits.copy()
+    logits[:, -1] = -9.0  # the last class is never answered
+    found = diagnose_records(run_records(held_out={"val": replace(unlearnt, logits=logits)}))
+    assert (found.finding("collapsed_classes") is not None) == collapsed
+
+
 def test_a_loss_that_rises_while_errors_fall_is_overconfidence() -> None:
     lines = journal(val=[(0.3, 0.9), (0.3, 0.91), (0.5, 0.92), (1.0, 0.93), (1.5, 0.93), (2.0, 0.93)])
     (finding,) = diagnose_records(run_records(lines=lines)).findings

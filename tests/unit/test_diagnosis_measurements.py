@@ -21,7 +21,7 @@ from finetune.runs.preprocessing import measure_finished_run
 from finetune.storage.files import read_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.training.activity import Activity, listening
+from finetune.training.activity import Activity, measuring_activity
 from finetune.training.sample import SMALLEST, choose_sample, plan_sample
 
 FULL = {
@@ -74,21 +74,21 @@ def test_a_channel_that_is_constant_is_dead(channel_axis: int) -> None:
     output[:, :2] = 0.0
     output[:, 2] = 3.0  # constant too: it passes nothing on
     activity = Activity()
-    activity.hear("stage1", output.movedim(1, channel_axis), channel_axis)
+    activity.update("stage1", output.movedim(1, channel_axis), channel_axis)
     assert activity.dead_fractions == {"stage1": 3 / 8}
-    activity.hear("stage1", torch.rand(4, 8, 6, 6), 1)
+    activity.update("stage1", torch.rand(4, 8, 6, 6), 1)
     assert activity.dead_fractions == {"stage1": 3 / 8}, "the worst layer of a stage counts"
 
 
 def test_relus_that_were_sunk_are_heard(tmp_path: Path) -> None:
     classifier = tiny_classifier("test_resnet").eval()
     images = torch.rand(8, 3, 64, 64)
-    with torch.no_grad(), listening(classifier) as before:
+    with torch.no_grad(), measuring_activity(classifier) as before:
         classifier(images)
     norms = [module for module in classifier.backbone.module.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.constant_(norm.bias, -100.0)
-    with torch.no_grad(), listening(classifier) as after:
+    with torch.no_grad(), measuring_activity(classifier) as after:
         classifier(images)
     assert max(before.dead_fractions.values()) < 0.5
     assert max(after.dead_fractions.values()) == 1.0

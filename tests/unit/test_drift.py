@@ -300,7 +300,7 @@ def test_a_reference_is_what_the_table_of_predictions_says(tmp_path: Path) -> No
     assert reference.answers.label.tolist() == expected.argmax(axis=1).tolist()
     assert reference.answers.distance == pytest.approx(subspace.distances(predictions.embedding), rel=1e-6)
     write_reference(tmp_path / DRIFT, reference)
-    again = read_reference(tmp_path)
+    again = read_reference(tmp_path / DRIFT)
     assert again is not None
     assert (again.split, again.answers.confidence.tolist()) == ("test", reference.answers.confidence.tolist())
     assert reference.without_distances().distances is None
@@ -335,12 +335,12 @@ def test_the_reference_is_a_file_of_the_bundle_with_its_checksum(tmp_path: Path)
         tmp_path / "bundle", subspace=Subspace(np.zeros(3, np.float32), np.zeros((0, 3), np.float32)), reference=reference
     )
     assert DRIFT in Predictor.load(bundle).manifest.files
-    assert read_reference(write_bundle(tmp_path / "old")) is None
+    assert read_reference(write_bundle(tmp_path / "old") / DRIFT) is None
     (bundle / DRIFT).write_bytes(b"PK")
     with pytest.raises(BundleError, match=r"drift\.npz: has sha256"):
         Predictor.load(bundle)
     with pytest.raises(BundleError, match=r"drift\.npz cannot be read"):
-        read_reference(bundle)
+        read_reference(bundle / DRIFT)
 
 
 def test_the_state_is_said_in_a_sentence() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -339,6 +340,23 @@ def test_a_damaged_graph_on_disk_is_exported_again(
     more = write_images(tmp_path / "more", N_IMAGES + 2)
     features = pooled_features(embedding_prefix(classifier, lambda: graph), more, views, Watcher().context(cache))
     np.testing.assert_allclose(features, expected(classifier, more), rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_that_another_process_deletes_at_this_moment_is_exported_again(
+    cache: Path, tmp_path: Path, classifier: Classifier, views: Views, graph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_json, deleted = prefix.read_json, []
+
+    def meanwhile(path: Path) -> Any:
+        deleted.append(path.name)
+        path.unlink()
+        return read_json(path)
+
+    monkeypatch.setattr(prefix, "read_json", meanwhile)
+    more = write_images(tmp_path / "more", N_IMAGES + 2)
+    features = pooled_features(embedding_prefix(classifier, lambda: graph), more, views, Watcher().context(cache))
+    np.testing.assert_allclose(features, expected(classifier, more), rtol=1e-3, atol=1e-5)
+    assert deleted == ["engine.json"]
 
 
 def test_runs_at_the_same_time_share_a_cache(

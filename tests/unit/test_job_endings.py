@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.executors.endings import Ending, Finish, TryAgain, what_follows
+from finetune.executors.endings import Ending, Finish, TryAgain, next_action
 
 DIVERGED = {"code": "training_failed", "message": "the loss became nan at step 7", "problems": []}
 BAD_SPEC = {"code": "invalid_data", "message": "no class folder", "problems": [{"where": "training_file", "message": "is empty"}]}
@@ -17,7 +17,7 @@ KILLED = -signal.SIGKILL
 
 
 def follows(exit_code: int, **facts: Any) -> Finish | TryAgain:
-    return what_follows(Ending(exit_code, **facts), retry_base_seconds=2.0)
+    return next_action(Ending(exit_code, **facts), retry_base_seconds=2.0)
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, 130, KILLED])
@@ -133,6 +133,6 @@ def test_memory_that_runs_out_is_tried_once_more(exit_code: int, facts: dict[str
 
 
 def test_pauses_grow_only_so_far() -> None:
-    again = what_follows(Ending(KILLED, stalled_attempts=2), retry_base_seconds=1e6)
+    again = next_action(Ending(KILLED, stalled_attempts=2), retry_base_seconds=1e6)
     assert isinstance(again, TryAgain)
     assert again.delay_seconds == 600.0

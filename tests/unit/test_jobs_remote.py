@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -69,7 +70,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     taken: list[float] = []
-    monkeypatch.setattr("finetune.jobs.http.time.sleep", taken.append)
+    monkeypatch.setattr("finetune.jobs.http.time", SimpleNamespace(sleep=taken.append))
     return taken
 
 

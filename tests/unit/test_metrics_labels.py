@@ -19,7 +19,7 @@ from finetune.evaluation.predictions import Predictions, concatenate, read, writ
 from finetune.evaluation.tables import rows_of
 from finetune.features.solve_labels import solve_sigmoid_head
 from finetune.metrics import labels
-from finetune.runs.judge import decided
+from finetune.runs.judge import apply_thresholds
 from finetune.tasks import task_named, task_of
 from finetune.tasks.balance import balance_of_labels
 from finetune.training.objectives.multilabel import MultilabelObjective
@@ -148,7 +148,7 @@ def test_thresholds_of_probabilities_and_logits_give_the_same_labels() -> None:
 def test_val_is_judged_by_thresholds_that_its_own_images_have_not_chosen() -> None:
     logits, targets = made_up(300)
     held_out, judged = table(logits, targets), table(*made_up(100, seed=1), "test")
-    tables, chosen = decided({"val": held_out, "test": judged})
+    tables, chosen = apply_thresholds({"val": held_out, "test": judged})
     assert chosen is not None
     assert tables["test"].thresholds == pytest.approx(np.tile(np.float32(chosen), (100, 1)))
     of_val = tables["val"].thresholds
@@ -156,10 +156,10 @@ def test_val_is_judged_by_thresholds_that_its_own_images_have_not_chosen() -> No
     assert len(np.unique(of_val, axis=0)) > 1, "each part has its own"
     first = np.arange(300) % 5 != 0
     assert of_val[0] == pytest.approx(TASK.choose_thresholds(logits[first], targets[first]))
-    again, carried = decided({"test": judged}, chosen)
+    again, carried = apply_thresholds({"test": judged}, chosen)
     assert carried == chosen
     assert again["test"].thresholds == pytest.approx(tables["test"].thresholds)
-    assert decided({"test": judged}) == ({"test": judged}, None)
+    assert apply_thresholds({"test": judged}) == ({"test": judged}, None)
 
 
 def test_a_table_keeps_its_thresholds(tmp_path) -> None:  # type: ignore[no-untyped-def]

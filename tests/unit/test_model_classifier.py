@@ -160,11 +160,11 @@ def test_an_auxiliary_head_hears_its_stage_behind_a_cut() -> None:
     cut = cut_at(classifier, 2)
     assert classifier.aux is not None
     with torch.no_grad():
-        with classifier.aux.listening(classifier.backbone) as heard:
+        with classifier.aux.recording(classifier.backbone) as activations:
             logits = cut.suffix(cut.prefix(images))
         whole = classifier.forward_with_aux(images)
         assert torch.equal(logits, whole[0])
-        assert torch.equal(classifier.aux(heard[-1]), whole[1])
+        assert torch.equal(classifier.aux(activations[-1]), whole[1])
 
 
 def test_an_auxiliary_head_on_no_inner_stage_is_refused() -> None:

@@ -16,11 +16,11 @@ from finetune.evaluation.predictions import Predictions
 from finetune.runs.judge import (
     MIN_IMAGES_TO_CALIBRATE,
     calibrate,
-    doubt,
+    chance_warning,
     embeddings_hold,
     judge,
     refuse_diverged,
-    refuse_nonsense,
+    refuse_no_better_than_chance,
 )
 
 
@@ -35,9 +35,9 @@ def answered(n_right: int, n: int, *, sure: float = 1.0) -> Predictions:
 def test_a_model_that_is_no_better_than_one_answer_to_all_is_refused_with_both_figures(n_right: int) -> None:
     says = rf"its top1 on the 100 test images is {n_right / 100:.3f}; one answer to all of them has 0.500"
     with pytest.raises(NoBetterThanChance, match=says) as caught:
-        refuse_nonsense(answered(n_right, 100))
+        refuse_no_better_than_chance(answered(n_right, 100))
     assert "--set export.register_model=always" in caught.value.message
-    assert says.replace("\\", "") in str(doubt(answered(n_right, 100))), "and where the request insists, it is said"
+    assert says.replace("\\", "") in str(chance_warning(answered(n_right, 100))), "and where the request insists, it is said"
 
 
 def test_embeddings_hold_only_where_this_model_gives_the_same_ones() -> None:
@@ -63,21 +63,21 @@ def test_embeddings_hold_only_where_this_model_gives_the_same_ones() -> None:
 
 
 def test_a_model_that_is_better_passes_without_a_word() -> None:
-    refuse_nonsense(answered(51, 100))
+    refuse_no_better_than_chance(answered(51, 100))
     refuse_diverged(answered(51, 100))
-    assert doubt(answered(51, 100)) is None
+    assert chance_warning(answered(51, 100)) is None
 
 
 def test_chance_is_the_share_of_the_largest_class_and_not_one_in_so_many() -> None:
     targets = np.array([0] * 90 + [1] * 10)
     always_the_first = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), targets)
     with pytest.raises(NoBetterThanChance, match=r"is 0\.900; one answer to all of them has 0\.900"):
-        refuse_nonsense(always_the_first)
+        refuse_no_better_than_chance(always_the_first)
 
 
 def test_a_few_images_refuse_nobody_and_say_so() -> None:
-    refuse_nonsense(answered(2, 6))
-    said = doubt(answered(2, 6))
+    refuse_no_better_than_chance(answered(2, 6))
+    said = chance_warning(answered(2, 6))
     assert said is not None
     assert said.startswith("registered without proof that it is better than chance: its top1 on the 6 test images is 0.333")
     assert said.endswith("6 images say little, so evaluate it on more")
@@ -85,8 +85,8 @@ def test_a_few_images_refuse_nobody_and_say_so() -> None:
 
 def test_where_all_images_are_of_one_class_there_is_no_chance_to_beat() -> None:
     one_class = table(np.tile(np.array([[1, 0]], np.float32), (100, 1)), np.zeros(100, np.int64))
-    refuse_nonsense(one_class)
-    assert doubt(one_class) is None
+    refuse_no_better_than_chance(one_class)
+    assert chance_warning(one_class) is None
 
 
 @pytest.mark.parametrize("n", [6, 100])
@@ -94,14 +94,14 @@ def test_weights_that_ran_away_are_refused_however_few_images_tell(n: int) -> No
     diverged = answered(n // 2, n, sure=1e9)
     with pytest.raises(NoBetterThanChance, match=rf"its loss on the {n} test images is 5e\+08; answering at random has 0\.693"):
         refuse_diverged(diverged)
-    assert str(doubt(diverged)).endswith("so training diverged")
+    assert str(chance_warning(diverged)).endswith("so training diverged")
 
 
 def test_a_good_model_that_is_far_too_sure_of_its_mistakes_has_not_diverged() -> None:
     sure = answered(90, 100, sure=100.0)
     assert evaluate(sure).values["loss"] == pytest.approx(10.0)
     refuse_diverged(sure)
-    assert doubt(sure) is None
+    assert chance_warning(sure) is None
 
 
 def test_a_temperature_needs_enough_held_out_images_and_a_best_value() -> None:

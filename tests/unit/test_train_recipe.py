@@ -19,7 +19,7 @@ from finetune.training.recipe import (
     learning_rates,
     resolve_recipe,
     schedule_factor,
-    thaw_schedule,
+    unfreeze_schedule,
 )
 
 CLOTHING = Facts(n_train=3068, n_val=341, n_classes=10, n_parameters=3_371_008)
@@ -110,7 +110,7 @@ def test_gradual_thaws_from_the_top_and_ends_with_everything() -> None:
 def test_a_thaw_schedule_spends_exactly_its_epochs_and_ends_with_every_stage(
     n_stages: int, n_epochs: int, each: int | None
 ) -> None:
-    spans = thaw_schedule(n_stages, n_epochs, each)
+    spans = unfreeze_schedule(n_stages, n_epochs, each)
     assert sum(epochs for _, epochs in spans) == n_epochs
     assert all(epochs >= 1 for _, epochs in spans)
     assert spans[-1][0] == tuple(range(n_stages))

@@ -108,6 +108,7 @@ class Diagnosis:
 
     @property
     def problems(self) -> tuple[Finding, ...]:
+        """The findings that are problems, not notes."""
         return tuple(finding for finding in self.findings if finding.severity == "problem")
 
     @property

@@ -89,6 +89,7 @@ class RunRecords:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
+        """The training recipe in ``resolved.json``; empty if there is none."""
         found: Mapping[str, Any] = self.resolved.get("recipe", {})
         return found
 
@@ -109,6 +110,7 @@ class RunRecords:
 
     @property
     def is_pretrained(self) -> bool:
+        """Whether training started from pretrained weights."""
         weights = self.resolved.get("backbone", {}).get("weights", {})
         return bool(weights) and weights["source"] != "none"
 

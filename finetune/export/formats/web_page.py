@@ -51,6 +51,7 @@ def write(opened: Opened, folder: Path) -> str:
 
 
 def _page(opened: Opened, script: str, wasm: bytes) -> str:
+    """Return the page: the template with classes, preprocessing, model and runtime filled in."""
     manifest = opened.manifest
     facts = {
         "classes": list(manifest.classes),

@@ -39,10 +39,12 @@ def points(difference: float | None, metric: Metric[Any], *, signed: bool = True
 
 
 def count(value: float | None) -> str:
+    """Format a number of images; a dash for None."""
     return "–" if value is None else f"{value:,.0f}"
 
 
 def pvalue(value: float | None) -> str:
+    """Format a p value; a dash for None."""
     if value is None:
         return "–"
     return "< 0.0001" if value < 0.0001 else f"{value:.2g}"

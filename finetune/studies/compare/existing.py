@@ -55,6 +55,7 @@ def compare_runs(
 
 
 def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Comparison:
+    """Group finished runs into arms, compare them, and write the page and ``comparison.json`` into `folder`."""
     outcomes = [_outcome(run) for run in folders]
     answers = [_test_answers(run) for run in folders]
     kept, left_out = _common_images(folders, answers)

@@ -271,6 +271,7 @@ def _latencies(arms: Sequence[ArmRuns]) -> Sequence[float | None]:
 
 
 def _arm_result(arm: ArmRuns, split: str, latency_seconds: float | None) -> ArmResult:
+    """Return metrics with intervals, cost and recalls of one arm, as means over its runs."""
     evaluations = [evaluate(run) for run in arm.predictions.runs]
     first, n = evaluations[0], evaluations[0].n
     metrics = {}

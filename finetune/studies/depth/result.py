@@ -169,6 +169,7 @@ def _train_error(records: RunRecords) -> float:
 
 
 def _result(network: Network, records: RunRecords, seconds: float, shallower: tuple[Network, RunRecords] | None) -> NetworkResult:
+    """Return the measurements of one network, compared with the best shallower one."""
     sample = records.last_sample
     assert sample is not None
     score = mean_of(records.scores(sample))

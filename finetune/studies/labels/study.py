@@ -35,7 +35,7 @@ HELD_OUT = 0.2
 REPEATS, SIZES = 8, 6
 FARTHEST = 4.0  # largest number of training images that is predicted, relative to the present number
 FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
-COURSE_POINTS = 40  # of the drawn curve
+CURVE_POINTS = 40  # of the drawn curve
 MATTERS = 0.005  # of accuracy: the smallest gain that is worth more labels
 TOP1, PER_CLASS = "top1", "mean_per_class_accuracy"
 _LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes"}
@@ -187,7 +187,7 @@ def study_labels(
             f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), 'class')} are too few for "
             f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each class. Add images"
         )
-    return _concluded(dataset, network.prefix.backbone, curves, tuple(sorted(set(more))))
+    return _conclude(dataset, network.prefix.backbone, curves, tuple(sorted(set(more))))
 
 
 def measured(
@@ -211,7 +211,7 @@ def measured(
     asked: tuple[int, ...] = ()
     for number in range(repeats):
         rng = np.random.default_rng([seed, number])
-        train, held_out = _divided(units, rng)
+        train, held_out = _hold_out(units, rng)
         if not asked:
             asked = training_sizes(len(train), n_classes, sizes)
             if not asked or len(np.unique(labels[train])) < n_classes or not len(held_out):
@@ -220,7 +220,7 @@ def measured(
         # A fifth of the groups is held out, so the number of training images differs a little between repetitions.
         for place, chosen in enumerate(nested(labels[train], [min(one, len(train)) for one in asked], rng)):
             rows = train[chosen]
-            right = _right(features, labels, rows, held_out, n_classes, place, strength, seed)
+            right = _correct(features, labels, rows, held_out, n_classes, place, strength, seed)
             row[TOP1].append(1 - float(right.mean()))
             of_class = [right[labels[held_out] == label].mean() for label in np.unique(labels[held_out])]
             row[PER_CLASS].append(1 - float(np.mean(of_class)))
@@ -232,7 +232,7 @@ def measured(
     return {name: LearningCurve(asked, np.array(values), share) for name, values in errors.items()}
 
 
-def _right(
+def _correct(
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -273,7 +273,7 @@ def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[ND
     return [by_class[label] for label in sorted(by_class)]
 
 
-def _divided(
+def _hold_out(
     units: Sequence[Sequence[NDArray[np.int64]]], rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Hold out a fifth of each class's units at random; return the positions to train on and the positions held out."""
@@ -286,7 +286,12 @@ def _divided(
     return np.concatenate(train), np.concatenate(held_out) if held_out else np.empty(0, np.int64)
 
 
-def _concluded(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
+def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurve], more: tuple[int, ...]) -> LabelsStudy:
+    """Choose the metric, predict the gains, and return the study.
+
+    Raises:
+        InvalidInput: all requested numbers of images are beyond `FARTHEST`.
+    """
     counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
     metric = PER_CLASS if are_unequal(counts.values()) else TOP1
     curve, n_classes = curves[metric], len(dataset.classes)
@@ -326,7 +331,7 @@ def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
         command: that the page shows for repeating the study.
     """
     found = replace(found, page=path)
-    html = render_labels(found.to_dict(), _course(found), found.metric_label, rows_of(found), command)
+    html = render_labels(found.to_dict(), _predicted_curve(found), found.metric_label, rows_of(found), command)
     write_atomic(path, lambda stream: stream.write(html.encode("utf-8", "replace")))
     return found
 
@@ -339,12 +344,12 @@ def rows_of(found: LabelsStudy) -> list[list[str]]:
     ]
 
 
-def _course(found: LabelsStudy) -> list[dict[str, float]]:
+def _predicted_curve(found: LabelsStudy) -> list[dict[str, float]]:
     """Return the predicted curve with its interval, from the smallest size to the largest projection, for drawing."""
     curve = found.curve
-    sizes = np.geomspace(curve.sizes[0], found.projections[-1].n_train, COURSE_POINTS)
-    course = []
+    sizes = np.geomspace(curve.sizes[0], found.projections[-1].n_train, CURVE_POINTS)
+    curve_points = []
     for size in sorted({*sizes.round(), float(curve.sizes[-1])}):
         error = curve.error(int(size))
-        course.append({"n_train": float(size), "value": 1 - error.value, "low": 1 - error.high, "high": 1 - error.low})
-    return course
+        curve_points.append({"n_train": float(size), "value": 1 - error.value, "low": 1 - error.high, "high": 1 - error.low})
+    return curve_points

@@ -34,6 +34,8 @@ START_SECONDS = 120.0
 
 
 class ServerFailed(FinetuneError):
+    """MLflow's server did not start or does not respond."""
+
     code = "mlflow_server_failed"
 
 

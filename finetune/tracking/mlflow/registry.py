@@ -74,6 +74,7 @@ class _Synchronisation:
         self.notes: list[str] = []
 
     def run(self) -> list[str]:
+        """Synchronise versions, then aliases; return one sentence for each difference that remains."""
         model = self._registered()
         agreed = self._agreed()
         if model is None or agreed.destination != self.target.shown:

@@ -44,6 +44,7 @@ class MulticlassObjective:
         return share * loss + (1.0 - share) * self._cross_entropy(logits, other_targets, label_smoothing, other)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, label_smoothing: float, image_weights: Tensor | None) -> Tensor:
+        """Return the mean cross entropy, with class weights if there are any."""
         if self.balance.weights is None and image_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from finetune.evaluation.diagnose.checks.underfitting import still_falling
 from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
@@ -15,6 +16,7 @@ FEWEST_IMAGES = 5  # of a class
 RARE = 0.1  # predictions of a class, relative to its number of images
 UNLIKELY = math.log(1e-3)
 LEAST_RECALL = 0.2  # of the other classes: in a model that recognises nothing no class has collapsed
+FITTED_RECALL = 0.85  # of the other classes: below it, while the loss still falls, the missing classes may yet be learnt
 
 
 class CollapsedClasses:
@@ -43,6 +45,8 @@ class CollapsedClasses:
         figure = f"{int((given > 0).sum())} of {int((true > 0).sum())} classes are answered with"
         if not lost or (recall < LEAST_RECALL and len(lost) < n_classes - 1):
             return Clear(self.code, self.title, figure)
+        if recall < FITTED_RECALL and still_falling(records):
+            return Clear(self.code, self.title, f"{figure}; the training loss is still falling, so the others may yet be learnt")
         names = natural_list([table.classes[index] for index in lost])
         return Finding(
             self.code,

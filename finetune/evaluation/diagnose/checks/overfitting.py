@@ -16,7 +16,7 @@ from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of
 
 GAP = 0.15  # of the headline metric, between training and held-out images
-LARGE_GAP = 0.3
+LARGE_GAP = 0.25
 CLEARLY = 3.0  # standard errors
 EVALUATIONS_LEFT, RISE = 3, 2.0  # evaluations after the lowest val loss; standard errors by which it has risen since
 FITTED = 0.9  # least score on training images: below it the model does not even fit those

@@ -32,9 +32,10 @@ class Underfitting:
         here, (split, there) = mean_of(records.scores(sample)), held_out
         train_error, gap = 1 - here.value, here.value - there.value
         figure = f"{train_error:.1%} of training images answered wrongly"
-        if train_error < TRAIN_ERROR + here.error or gap > max(SMALL_GAP, CLEARLY * math.hypot(here.error, there.error)):
+        large_gap = gap > max(SMALL_GAP, CLEARLY * math.hypot(here.error, there.error))
+        if train_error < TRAIN_ERROR + CLEARLY * here.error or large_gap:
             return Clear(self.code, self.title, figure)
-        falling = _still_falling(records)
+        falling = still_falling(records)
         return Finding(
             self.code,
             self.title,
@@ -51,8 +52,11 @@ class Underfitting:
         )
 
 
-def _still_falling(records: RunRecords) -> bool:
+def still_falling(records: RunRecords) -> bool:
+    """Return whether the training loss falls clearly over the last third of the epochs."""
     values = np.array([value for _, value in records.curve("train/loss")])
+    if len(values) < 3:
+        return False
     third = values[-max(len(values) // 3, 3) :]
     trend = slope(third)
     return trend.z < -CLEARLY and -trend.value * len(third) > 0.02 * float(third.mean())
