@@ -44,6 +44,7 @@ from finetune.tasks import task_named
 
 SIZES = (MIN_WINDOW, WINDOW_IMAGES)
 STREAM_IMAGES, LOOK_EVERY = 10_000, 100  # as the server looks
+ROUNDS_OF_ACCURACY = 20
 MIXES = {"the commonest class a third as often": 1 / 3, "the commonest class not at all": 0.0}
 PARTS = {"a tenth blurred": ("blurred, radius 3 %", 0.1), "a third blurred": ("blurred, radius 3 %", 1 / 3)}
 OTHERS = {"a twentieth of other things": 0.05, "a fifth of other things": 0.2, "other things alone": 1.0}
@@ -93,6 +94,7 @@ def main() -> None:
         "alpha": ALPHA,
     }
     found |= measured(photographs, arguments.rounds)
+    found["accuracy"] = accuracy(photographs, min(arguments.rounds, ROUNDS_OF_ACCURACY))
     found["microseconds"] = cost(photographs)
     print(json.dumps(found, indent=2))
     if arguments.out:
@@ -205,6 +207,17 @@ def measured(photographs: Photographs, rounds: int) -> dict[str, Any]:
         },
         "streams": {"images_each": STREAM_IMAGES, "look_every": LOOK_EVERY, **streams},
     }
+
+
+def accuracy(photographs: Photographs, rounds: int) -> dict[str, float]:
+    """Return the mean accuracy on live images under each change: how much it matters."""
+    of: dict[str, list[float]] = defaultdict(list)
+    for seed in range(rounds):
+        one = watch(photographs, seed)
+        for name, embeddings in photographs.embeddings.items():
+            right = one.answers(embeddings[one.live]).label == photographs.labels[one.live]
+            of[name].append(float(right.mean()))
+    return {name: round(float(np.mean(values)), 4) for name, values in of.items()}
 
 
 def drawn_windows(photographs: Photographs, one: Watch, size: int, draw: np.random.Generator) -> dict[str, AnswerStatistics]:

@@ -25,7 +25,7 @@ from finetune.spec import parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.choices import Choices
-from finetune.training.fit import Fitted, Saving, TrainBatches, fit
+from finetune.training.fit import CheckpointSchedule, Fitted, TrainBatches, fit
 from finetune.training.machine import Numerics
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Facts, Recipe, resolve_recipe
@@ -126,7 +126,7 @@ def train_tiny(
         wrap(epochs_of(train, classifier, recipe, loader_threads)),
         decided or EvalLoader(val, classifier.backbone.preprocess, threads=loader_threads),
         run.create(),
-        Saving(identity or {"spec": "a", "dataset": "b"}, every_steps=every_steps),
+        CheckpointSchedule(identity or {"spec": "a", "dataset": "b"}, every_steps=every_steps),
         **MULTICLASS,
         train_targets=targets_of(train),
         val_targets=targets_of(val),

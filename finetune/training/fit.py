@@ -84,7 +84,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointSchedule:
     """When checkpoints are written, in addition to the end of each epoch, and which run they belong to."""
 
     identity: Mapping[str, str]  # digests that identify the run, by name (``spec``, ``dataset``)
@@ -133,7 +133,7 @@ def fit(
     train: TrainBatches,
     val: Iterable[Batch] | Choices,
     run: RunDir,
-    saving: Saving,
+    checkpointing: CheckpointSchedule,
     *,
     task: Task,
     objective: Objective,
@@ -152,7 +152,7 @@ def fit(
     Args:
         val: the validation images, on which the weights are chosen; or the choices of an earlier run: then nothing is evaluated,
             and training ends after their number of epochs.
-        saving: when checkpoints are written.
+        checkpointing: when checkpoints are written.
         train_targets, val_targets: encoded by `task`; the ``indices`` of a batch are rows of these arrays.
         train_weights: (N,) weights of the training images in the loss, with mean 1; None: all equal.
         numerics: is called once, when the run begins; a resumed run uses the same numerics.
@@ -169,12 +169,14 @@ def fit(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
     with _memory_errors_named(recipe.batch_size):
-        found = _find_checkpoint(run, saving)
+        found = _find_checkpoint(run, checkpointing)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
         targets = _Targets(task, objective, train_targets, val_targets, train_weights)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
-            training = _Training(classifier, recipe, train, val, run, saving, chosen, targets, sample, prepare, forward, progress)
+            training = _Training(
+                classifier, recipe, train, val, run, checkpointing, chosen, targets, sample, prepare, forward, progress
+            )
             if found is None:
                 training.begin(solve_head)
             else:
@@ -184,7 +186,7 @@ def fit(
                 return training.run_to_end()
 
 
-def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
+def _find_checkpoint(run: RunDir, checkpointing: CheckpointSchedule) -> dict[str, Any] | None:
     """Return the newest intact checkpoint of this run; if there is none, empty the journal and return None.
 
     Raises:
@@ -195,7 +197,7 @@ def _find_checkpoint(run: RunDir, saving: Saving) -> dict[str, Any] | None:
     if damaged:
         run.record(CheckpointDamaged(f"checkpoints that cannot be read are left out: {', '.join(damaged)}"))
     if found is not None:
-        checkpoint.check_belongs(found["identity"], saving.identity, run.checkpoints)
+        checkpoint.check_belongs(found["identity"], checkpointing.identity, run.checkpoints)
     else:
         write_atomic(
             run.metrics, lambda stream: stream.write(b"")
@@ -223,7 +225,7 @@ class _Training:
     train: TrainBatches
     val: Iterable[Batch] | Choices
     run: RunDir
-    saving: Saving
+    checkpointing: CheckpointSchedule
     numerics: Numerics
     targets: _Targets
     sample: TrainSample | None
@@ -611,9 +613,9 @@ class _Training:
     # checkpoints --------------------------------------------------------------------------------------------------
 
     def _checkpoint_is_due(self) -> bool:
-        every = self.saving.every_steps
+        every = self.checkpointing.every_steps
         by_steps = every is not None and self.state.step % every == 0
-        return by_steps or time.perf_counter() - self.saved_at >= self.saving.every_seconds
+        return by_steps or time.perf_counter() - self.saved_at >= self.checkpointing.every_seconds
 
     def _seconds(self) -> Seconds:
         """Return the seconds of this session and of those before it."""
@@ -630,7 +632,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state if self.average is not None else None,
             "numerics": self.numerics.to_dict(),
-            "identity": dict(self.saving.identity),
+            "identity": dict(self.checkpointing.identity),
             "torch": str(torch.__version__),
         }
         checkpoint.save(self.run.checkpoints, self.state.step, content)

@@ -29,7 +29,7 @@ from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext, TrainingCost
-from finetune.training.fit import Fitted, Forward, Prepare, Saving, TrainBatches, fit, forward_images
+from finetune.training.fit import CheckpointSchedule, Fitted, Forward, Prepare, TrainBatches, fit, forward_images
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
 from finetune.training.measurements import write_sample_answers
@@ -121,7 +121,7 @@ def _take_steps(
         source.train,
         source.val if decided is None else decided,
         context.run,
-        Saving(context.identity),
+        CheckpointSchedule(context.identity),
         task=context.task,
         objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
         train_targets=context.targets(dataset.of("train")),

@@ -11,7 +11,7 @@ from tiny_training import CLASSES, MULTICLASS, epochs_of, targets_of, tiny_class
 
 from finetune.data.loader import EvalLoader
 from finetune.storage.rundir import RunDir
-from finetune.training.fit import Fitted, Saving, fit
+from finetune.training.fit import CheckpointSchedule, Fitted, fit
 from finetune.training.interrupt import Interrupted
 from finetune.training.machine import Numerics, choose_numerics, computes_bfloat16
 
@@ -42,7 +42,7 @@ def train_on_gpu(folder: Path, numerics: Numerics, *, stop_after: int | None = N
         counted,
         val,
         RunDir(folder).create(),
-        Saving({}),
+        CheckpointSchedule({}),
         **MULTICLASS,
         train_targets=targets_of(samples[:20]),
         val_targets=targets_of(samples[20:]),

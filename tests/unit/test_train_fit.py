@@ -252,7 +252,7 @@ def test_an_auxiliary_head_trains_with_the_rest(tmp_path: Path, samples: list[Sa
         lambda epoch, start: batches[start:],
         batches,
         run,
-        fit.Saving({}),
+        fit.CheckpointSchedule({}),
         **MULTICLASS,
         train_targets=targets,
         val_targets=targets,

@@ -20,7 +20,7 @@ from finetune.features.rows import FeatureContext, Views
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.training.fit import Fitted, Saving, fit
+from finetune.training.fit import CheckpointSchedule, Fitted, fit
 from finetune.training.machine import Numerics
 from finetune.training.replay import Activations, ForwardFrom, cached_activations, prepare_activation
 
@@ -61,7 +61,7 @@ def train_partial(
     given = {"n_epochs": 4, "batch_size": BATCH_SIZE, "learning_rate": 3e-2}
     recipe = tiny_recipe(classifier, N_TRAIN, seed=SEED, method={"type": "partial", "stages": 2}, hyperparameters=given)
     numerics = Numerics(threads=1)
-    saving = Saving({"spec": "a"})
+    checkpointing = CheckpointSchedule({"spec": "a"})
     targets = {**MULTICLASS, "train_targets": targets_of(train), "val_targets": targets_of(val)}
     if cached:
         stage = min(recipe.trainable)
@@ -74,7 +74,7 @@ def train_partial(
             of_train.train_batches(BATCH_SIZE, SEED),
             of_val.eval_batches(5),
             run,
-            saving,
+            checkpointing,
             numerics=lambda: numerics,
             **targets,
             prepare=prepare_activation,
@@ -90,7 +90,7 @@ def train_partial(
             yield Batch(np.stack(pixels), indices)
 
     val_loader = EvalLoader(val, classifier.backbone.preprocess)
-    return fit(classifier, recipe, batches, val_loader, run, saving, numerics=lambda: numerics, **targets), classifier
+    return fit(classifier, recipe, batches, val_loader, run, checkpointing, numerics=lambda: numerics, **targets), classifier
 
 
 def losses(fitted: Fitted, name: str) -> np.ndarray:
