@@ -78,6 +78,11 @@ class RunDir:
         return self.measurements / "neighbours.csv"
 
     @property
+    def label_doubts(self) -> Path:
+        """The table of the labels that are probably wrong."""
+        return self.measurements / "label_doubts.csv"
+
+    @property
     def preprocessing(self) -> Path:
         """How well the frozen features separate the classes with other normalisations of pixels."""
         return self.measurements / "preprocessing.json"
@@ -118,6 +123,12 @@ class RunDir:
         """The study that this run is a child of, or None."""
         above = self.root.parent.parent
         return RunDir(above) if self.root.parent.name == "runs" and RunDir(above).study.exists() else None
+
+    @property
+    def outermost(self) -> RunDir:
+        """The outermost study that this run belongs to, or this run."""
+        parent = self.parent
+        return self if parent is None else parent.outermost
 
     @property
     def options(self) -> Path:
