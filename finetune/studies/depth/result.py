@@ -287,7 +287,8 @@ def _of_gradients(one: NetworkResult) -> str:
             f"{at} gradients are alike from the stem to the top, so they do not vanish on the way down; they are small all over "
             f"(at most {max(one.gradients):.0e} of the weights), because all images look nearly the same at the top."
         )
-    return f"{at} gradients do not vanish on the way down ({10**decades:,.{0 if decades >= 1 else 1}f} times as large at the bottom as at the top)."
+    factor = f"{10**decades:,.{0 if decades >= 1 else 1}f}"
+    return f"{at} gradients do not vanish on the way down ({factor} times as large at the bottom as at the top)."
 
 
 def _of_shortcut(shortcut: Shortcut) -> str:
