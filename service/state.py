@@ -24,6 +24,7 @@ from finetune.jobs.store import JobStore
 from finetune.jobs.webhooks import WebhookStore
 from finetune.runtime.tracing import Tracing
 from finetune.storage.rundir import RunDir
+from service.acknowledgements import Acknowledgements
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
@@ -119,6 +120,10 @@ class ServerState:
     hub_models: bool = False
     max_files_bytes: int = 20 << 30
     max_unfinished_jobs: int = 100
+
+    @property
+    def acknowledgements(self) -> Acknowledgements:
+        return Acknowledgements(self.home / "acknowledged")
 
     def run_of(self, job_id: str) -> RunDir:
         """Return the run folder of a job."""

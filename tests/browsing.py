@@ -37,5 +37,6 @@ class Visit:
     errors: list[str] = field(default_factory=list)  # exceptions, and what the console calls an error
 
     def go(self, place: str) -> None:
+        """Open a place and wait until it is drawn; what was there before stays until then."""
         self.page.goto(f"{self.server.url}/#/{place}")
-        self.page.wait_for_selector("main:not([aria-busy]) h1")
+        self.page.wait_for_selector(f'main:not([aria-busy]) > [data-place="#/{place}"] h1')

@@ -22,6 +22,7 @@ from service.asgi import create_app
 from service.settings import Settings
 
 URL = "http://127.0.0.1"
+START_SECONDS = 240  # for a server to answer, on a machine that is busy
 END_SECONDS = 240  # for a server that was told to stop: a bound for a hang, never a wait
 
 
@@ -73,10 +74,10 @@ def live_server(
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        until(lambda: _port_of(process, log) is not None)
+        until(lambda: _port_of(process, log) is not None, START_SECONDS)
         url = f"{URL}:{_port_of(process, log)}"
         with httpx.Client(base_url=url) as client:
-            until(lambda: _answers(client, process, "/readyz" if ready else "/livez"))
+            until(lambda: _answers(client, process, "/readyz" if ready else "/livez"), START_SECONDS)
         yield LiveServer(url, process, log)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -41,10 +41,10 @@ def backup(file: Path, as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @json_option
 def restore(file: Path, as_json: bool) -> None:
-    """Make a new workspace of a backup, in FINETUNE_HOME.
+    """Restore a backup into a new workspace, in FINETUNE_HOME.
 
-    The workspace must not exist yet. Every file is checked first. It may lie in another place than before: paths in it are
-    changed. Jobs that were running go on from their newest checkpoints once a worker runs.
+    The workspace must not exist yet. Every file is checked first. Its path may differ from the original one: paths in files and
+    databases are changed. Jobs that were running resume from their newest checkpoints when a worker runs.
     """
     from finetune.cli.terminal import print_json
     from finetune.messages import byte_size

@@ -61,7 +61,7 @@ def diff(before: str, after: str, settings: tuple[str, ...], as_json: bool) -> N
     """Show what changed from BEFORE to AFTER, image by image.
 
     Each is anything that can be trained on, or the revision of data that was read before. Images are matched by their bytes,
-    so that a file that was only renamed is called so.
+    so that a renamed file is listed as renamed.
     """
     from dataclasses import asdict
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 )
 @json_option
 def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json: bool) -> None:
-    """Say what is wrong with a run, from its own records.
+    """Find out what is wrong with a run, from its own records.
 
-    RUN is the folder of a run, finished or not. Each finding comes with evidence, confidence and advice. Looked for are
+    RUN is the folder of a run, finished or not. Each finding comes with evidence, confidence and advice. The checks are for
     overfitting, underfitting, degradation, vanishing and exploding gradients, dead units, learning rates, shuffled labels,
     leakage, collapsed classes, frozen stages and wrong preprocessing.
     """

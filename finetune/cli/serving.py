@@ -359,9 +359,9 @@ def samples(reference: str, out: Path | None, owner: str | None, delete: bool, a
 @click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
 @click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
 def abstain(reference: str, precision: float, off: bool) -> None:
-    """Choose that a version abstains without being asked to.
+    """Make a version abstain by default.
 
-    MODEL is a name, name@version or name@alias. A running server follows between requests.
+    MODEL is a name, name@version or name@alias. A running server applies it from the next request on.
     """
     registry = _registry()
     name, _, version = reference.partition("@")
@@ -409,14 +409,14 @@ def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @models.command()
 @click.argument("name")
 @click.argument("version", required=False)
-@click.option("--alias", default="champion", show_default=True, help="What the bare name answers with is its champion.")
-@click.option("--default", "as_default", is_flag=True, help="Also make the model what the server and `predict` answer with.")
+@click.option("--alias", default="champion", show_default=True, help="A name without version or alias means its champion.")
+@click.option("--default", "as_default", is_flag=True, help="Also make it the default model of the server and of `predict`.")
 @condition_options
 def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
     """Check a version and point an alias at it.
 
-    The version must load and give its known answers, have been exported exactly, know the same classes, reach every --min, and
-    not be worse than the version that it replaces on the test images of both (paired test, p < 0.05).
+    The version must load, reproduce its recorded outputs, have parity with the trained model, know the same classes, reach every
+    --min, and not be worse than the version that it replaces on the test images of both (paired test, p < 0.05).
     A running server switches to it between requests. Registering a model never changes what answers; promoting it does.
     """
     from finetune.bundle.deployment import Deployment
@@ -445,7 +445,7 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
 @click.option("--shadow", metavar="MODEL=PERCENT", help="A model that computes this share a second time; disagreement is logged.")
 @condition_options
 def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tuple[str, ...], force: bool) -> None:
-    """Choose what answers requests without a model name.
+    """Choose the model for requests without a model name.
 
     MODEL is a name, name@version or name@alias. A canary or a shadow that is not given is switched off.
     """
@@ -496,7 +496,7 @@ def _say_default(registry: Any) -> None:
 @click.option("--alias", default="champion", show_default=True)
 @click.option("--default", "of_default", is_flag=True, help="Undo the last change of the server's default instead.")
 def rollback(name: str | None, alias: str, of_default: bool) -> None:
-    """Point an alias back at what it meant before."""
+    """Point an alias back at its previous version."""
     from finetune.bundle.deployment import roll_back
 
     registry = _registry()
@@ -517,7 +517,7 @@ def rollback(name: str | None, alias: str, of_default: bool) -> None:
 def share(name: str, private: bool) -> None:
     """Let everyone use a private model.
 
-    A model that a job with an API key made is its owner's alone until it is shared.
+    A model that was made by a job with an API key is private to its owner until it is shared.
     """
     registry = _registry()
     registry.resolve(name)

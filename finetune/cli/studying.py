@@ -26,7 +26,9 @@ def study() -> None:
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--depths", default="8,20,44", show_default=True, help="Numbers of layers, each 6 n + 2.")
 @click.option("--kinds", default="plain,residual", show_default=True, help="Without and with identity shortcuts.")
-@click.option("--aids", default="none,he,bn", show_default=True, help="First weights as usual, as He drew them; batch norm.")
+@click.option(
+    "--aids", default="none,he,bn", show_default=True, help="Default initialisation, He initialisation, batch normalisation."
+)
 @click.option("--epochs", type=int, help="Of every network (default about 320 steps).")
 @click.option("--images", default=2000, show_default=True, help="Training images at most.")
 @click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
@@ -72,17 +74,25 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
 
 @study.command()
 @spec_options
-@click.option("--more", metavar="N,N,…", help="Images a class to foresee (default a quarter, a half and all of a class's).")
-@click.option("--repeats", default=8, show_default=True, type=click.IntRange(min=2), help="Times that images are held out anew.")
+@click.option(
+    "--more", metavar="N,N,…", help="More images per class to estimate (default a quarter, a half and all of a class's)."
+)
+@click.option(
+    "--repeats",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Number of random splits into training and held-out images.",
+)
 @click.option("--sizes", default=6, show_default=True, type=click.IntRange(min=4), help="Points of the curve.")
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page is written.")
 @json_option
 def labels(spec: JobSpec, more: str | None, repeats: int, sizes: int, page: Path | None, as_json: bool) -> None:
-    """Foresee what more labelled images would bring.
+    """Estimate the gain of more labelled images.
 
-    Measures accuracy with growing parts of the data, several times over, and extends the learning curve with its interval:
-    "200 more images a class: +1.4 points, 0.3 to 2.6". Says so when it cannot be told. Heads are solved on the features of the
-    frozen backbone, which are computed once: a minute or less on two cores. Writes a page with the curve.
+    Measures accuracy with growing parts of the data, several times, and extrapolates the learning curve with its interval:
+    "200 more images a class: +1.4 points, 0.3 to 2.6". Reports if the data do not suffice for that. Heads are solved on the
+    features of the frozen backbone, which are computed once: a minute or less on two cores. Writes a page with the curve.
     """
     with objects_exempt():
         from finetune.cli.show_labels import show_labels

@@ -23,7 +23,7 @@ SHOWN = 10
 @click.option(
     "--out", default="suggestions", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Where to write."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the choice among pictures that would do as well.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice among equally good pictures.")
 @json_option
 def suggest(
     pictures: tuple[Path, ...], model: str | None, number: int, labelled: str | None, out: Path, seed: int, as_json: bool

@@ -69,9 +69,9 @@ def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
 @click.argument("runs", nargs=-1, metavar="[RUN…]")
 @json_option
 def sync(runs: tuple[str, ...], as_json: bool) -> None:
-    """Send what MLflow lacks of RUNs; synchronise models and aliases.
+    """Send missing data of RUNs to MLflow; synchronise models and aliases.
 
-    Without RUN: of all runs of the workspace that were to be tracked. Repeating costs nothing.
+    Without RUN, all runs of the workspace that were to be tracked are sent. It is safe to repeat.
     """
     from finetune.cli.terminal import print_json
     from finetune.progress_bars import console

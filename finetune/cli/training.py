@@ -202,10 +202,10 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 @reading_option
 @json_option
 def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None, out: Path | None, as_json: bool) -> None:
-    """Measure MODEL on labelled images.
+    """Evaluate MODEL on labelled images.
 
     MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
-    figures without them are given beside.
+    metrics without them are shown too.
     """
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
@@ -237,8 +237,8 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
     """List backbones, or show the stages of one. With one name, also what each method would train.
 
-    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each family that was tried, and what
-    came of it.
+    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each tested family is listed with
+    the result of its test.
     """
     from finetune.cli.show import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def webhooks() -> None:
-    """Have addresses told of jobs and promotions."""
+    """Manage webhooks, which report jobs and promotions to a URL."""
 
 
 def _store() -> WebhookStore:
@@ -27,15 +27,15 @@ def _store() -> WebhookStore:
 
 @webhooks.command("create")
 @click.argument("url")
-@click.option("--owner", help="Whose jobs it is told of: the owner of a key. Default: jobs made without a key.")
+@click.option("--owner", help="Owner of the reported jobs, as in their API key. Default: jobs made without a key.")
 @click.option(
     "--event", "events", multiple=True, metavar="TYPE", help="Such as fine_tuning.job.succeeded; repeatable. Default: all."
 )
 @json_option
 def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json: bool) -> None:
-    """Make a webhook and print its secret.
+    """Create a webhook and print its secret.
 
-    The secret signs what is sent, and is shown this once. What is sent, and how to verify it: docs/webhooks.md.
+    The secret signs the deliveries, and is shown only now. docs/webhooks.md describes deliveries and how to verify them.
     """
     from finetune.cli.terminal import print_json
     from finetune.jobs.store import LOCAL_OWNER
@@ -51,7 +51,7 @@ def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json
 @webhooks.command("list")
 @json_option
 def list_webhooks(as_json: bool) -> None:
-    """List every webhook and what became of its newest delivery."""
+    """List all webhooks with the state of their newest deliveries."""
     from finetune.cli.terminal import print_json, table
 
     store = _store()
@@ -71,9 +71,9 @@ def list_webhooks(as_json: bool) -> None:
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1, max=100))
 @json_option
 def list_deliveries(webhook_id: str, limit: int, as_json: bool) -> None:
-    """List what a webhook was sent, newest first.
+    """List the deliveries of a webhook, newest first.
 
-    Of what did not arrive it says why.
+    A failed delivery is listed with the reason.
     """
     from dataclasses import asdict
 
@@ -90,6 +90,6 @@ def list_deliveries(webhook_id: str, limit: int, as_json: bool) -> None:
 @webhooks.command("delete")
 @click.argument("webhook_id")
 def delete_webhook(webhook_id: str) -> None:
-    """Delete a webhook, with what it was still to be told."""
+    """Delete a webhook and its pending deliveries."""
     _store().delete(webhook_id)
     click.echo(f"webhook {webhook_id} is deleted", err=True)

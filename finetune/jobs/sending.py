@@ -24,6 +24,7 @@ from finetune.jobs.webhooks import Delivery, Webhook, WebhookStore, check_url, s
 
 TIMEOUT_SECONDS = 15.0  # of one delivery, from resolving the name to the headers of the response
 _WATCH_SECONDS = 1.0
+_STOP_SECONDS = 5.0
 _AT_ONCE = 4
 _FORGET_SECONDS = 3600.0
 _MAX_HEAD_BYTES = 64 * 1024  # of a response's status line and headers; its body is not read
@@ -285,9 +286,14 @@ class Sender:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more deliveries. Interrupted and due ones are delivered by the next server."""
+        """Start no more deliveries. Interrupted and due ones are delivered by the next server.
+
+        The thread has ended on return, unless it waits for the database.
+        """
         self._stopping.set()
         self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:
         collect_at = forget_at = 0.0

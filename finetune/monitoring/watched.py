@@ -71,10 +71,10 @@ class Watched:
         self.window.alarm.since = None
 
     def accept(self, folder: Path) -> None:
-        """Write the answers in the window into the version's folder as the reference of later comparisons.
+        """Write the predictions in the window as the version's reference for later tests.
 
         Raises:
-            Conflict: there are fewer than `MIN_WINDOW` answers.
+            Conflict: there are fewer than `MIN_WINDOW` predictions.
         """
         if len(self.window) < MIN_WINDOW:
             raise Conflict(f"{len(self.window)} live images are too few to compare others with; {MIN_WINDOW} are needed")
@@ -122,11 +122,11 @@ def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
 
 
 def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dict[str, Any]:
-    """Accept the stored live answers of a version as its reference, or restore the bundle's; return the document of its drift.
+    """Accept a version's stored predictions in production as its reference, or restore the bundle's; return the drift document.
 
     Raises:
-        Conflict: there are too few live answers to accept.
-        NotFound: the version was deleted meanwhile.
+        Conflict: there are too few predictions to accept.
+        NotFound: the version was deleted in the meantime.
     """
     version = registry.lookup(reference)
     watched = Watched(version.path, registry.monitoring_of(version.name, version.version))
@@ -135,7 +135,7 @@ def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dic
 
 
 def write_choice(registry: Registry, version: ModelVersion, watched: Watched, *, accept: bool) -> None:
-    """Write what `choose_reference` has chosen."""
+    """Accept the window as the version's reference, or restore the bundle's. Raises NotFound if the version was deleted."""
     with registry.monitoring(version.name, version.version) as folder:
         if folder is None:
             raise NotFound(f"{version.name}@{version.version} was deleted")
@@ -171,7 +171,7 @@ def leave_for_server(
 
 
 def _arrived(monitoring: Path | None) -> list[Path]:
-    """Return what other processes have left, in the order of its names; nothing where the version is being deleted."""
+    """Return the files in ``arriving/``, sorted by name; empty if the version is being deleted."""
     try:
         names = [] if monitoring is None else sorted(os.listdir(monitoring / ARRIVING))
     except FileNotFoundError:

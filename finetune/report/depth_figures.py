@@ -20,7 +20,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "plain": {"color": "#d55e00", "marker": "s", "linestyle": "-"},
     "residual": {"color": "#0072b2", "marker": "o", "linestyle": "--"},
 }
-AID_TITLES = {"none": "no aid", "he": "He first weights", "bn": "batch normalisation"}
+AID_TITLES = {"none": "default initialisation", "he": "He initialisation", "bn": "batch normalisation"}
 CHANCE_MARGIN = 1.05
 ZERO_DECADE = -14.0  # where gradients of exactly zero are drawn
 

@@ -22,6 +22,7 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
+from finetune.training.label_doubts import label_doubts_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
@@ -62,7 +63,7 @@ def write_run_report(
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
-        warnings=resolved.dataset.warnings,
+        warnings=(*resolved.dataset.warnings, *label_doubts_noted(run)),
         diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,

@@ -63,6 +63,7 @@ from finetune.tasks.balance import Balance
 from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 from finetune.training.image_weights import image_weights
+from finetune.training.label_doubts import label_doubts_noted
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,7 @@ def outcome_of(
         summary=trained.summary,
         classes=resolved.dataset.classes,
         n_train=resolved.dataset.sizes.get("train", 0),
-        warnings=resolved.dataset.warnings,
+        warnings=(*resolved.dataset.warnings, *label_doubts_noted(run)),
         quarantined=len(resolved.dataset.quarantined),
         choices=trained.choices.to_dict(),
         frozen=trained.frozen,

@@ -31,7 +31,7 @@ from finetune.storage.files import TEMPORARY_SUFFIX, atomic_path
 
 MANIFEST = "backup.json"
 SCHEMA_VERSION = 1
-FOLDERS = ("files", "runs", "models", "mlartifacts")
+FOLDERS = ("files", "runs", "models", "acknowledged", "mlartifacts")
 JOBS, MLFLOW = "jobs.db", "mlflow.db"
 _LEFT_OUT = re.compile(
     rf"\.lock|\..*\.lock|\.arriving-.*|\.upload-.*|\.leaving-.*|lease-\d+|\..*{re.escape(TEMPORARY_SUFFIX)}|sampled-inputs"

@@ -69,13 +69,18 @@ class RunDir:
         return self.root / "measurements"
 
     def train_sample_at(self, step: int) -> Path:
-        """The table of predictions for a fixed sample of training images after this step."""
+        """Return the path of the predictions for a fixed sample of training images after this step."""
         return self.measurements / f"train-step-{step:08d}.npz"
 
     @property
     def neighbours(self) -> Path:
         """The table of the nearest training image of each held-out image."""
         return self.measurements / "neighbours.csv"
+
+    @property
+    def label_doubts(self) -> Path:
+        """The table of the labels that are probably wrong."""
+        return self.measurements / "label_doubts.csv"
 
     @property
     def preprocessing(self) -> Path:
@@ -118,6 +123,12 @@ class RunDir:
         """The study that this run is a child of, or None."""
         above = self.root.parent.parent
         return RunDir(above) if self.root.parent.name == "runs" and RunDir(above).study.exists() else None
+
+    @property
+    def outermost(self) -> RunDir:
+        """The outermost study that this run belongs to, or this run."""
+        parent = self.parent
+        return self if parent is None else parent.outermost
 
     @property
     def options(self) -> Path:

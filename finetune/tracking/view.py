@@ -137,9 +137,7 @@ def children(run: RunDir) -> list[RunDir]:
 
 def top_of(run: RunDir) -> RunDir:
     """Return the outermost study that a run belongs to, or the run itself."""
-    while (parent := run.parent) is not None:
-        run = parent
-    return run
+    return run.outermost
 
 
 def files_of(run: RunDir) -> list[Path]:

@@ -10,16 +10,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 
-from finetune.errors import Conflict, NotFound, Problem, SpecError
+from finetune.errors import Conflict, InvalidInput, NotFound, Problem, SpecError
 from finetune.jobs.kinds import CHECK
 from finetune.jobs.store import Job
+from service.acknowledgements import accepted_as, without_accepted
 from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body, read_request, summary
 from service.middleware.auth import Caller, Submitting
 from service.problems import RESPONSES
 from service.results import read_object, report_answer
 from service.routes.lifecycle import add_lifecycle
-from service.schemas.checks import CHECK_BODY, FIELDS, CheckDocument, CheckResult, check_document
+from service.schemas.checks import CHECK_BODY, FIELDS, Acknowledgement, CheckDocument, CheckResult, check_document
 from service.state import Server, ServerState
 
 file_checks_router = APIRouter(prefix="/v1/files", tags=["data checks"], responses=RESPONSES)
@@ -66,11 +67,47 @@ add_lifecycle(checks_router, CHECK, "check", CheckDocument, _document)
 @checks_router.get("/{check_id}/result")
 def check_result(caller: Submitting, server: Server, check_id: str) -> CheckResult:
     """Return all findings, worst first, each with its evidence, advice, and the images concerned."""
+    return _result(server, _finished(server, caller, check_id))
+
+
+@checks_router.post("/{check_id}/acknowledgements")
+def acknowledge_cases(caller: Submitting, server: Server, check_id: str, asked: Acknowledgement) -> CheckResult:
+    """Accept cases of a finding as they are, or show them again; return what is left.
+
+    Cases of images are accepted in all uploads that hold these images, others in this upload.
+    """
     job = _finished(server, caller, check_id)
+    finding = next((one for one in _found(server, job)["findings"] if one["kind"] == asked.kind), None)
+    if finding is None:
+        raise NotFound(f"{check_id} has no finding of the kind {asked.kind!r}")
+    known = {case["key"] for case in finding["cases"]}
+    if unknown := [key for key in asked.keys or () if key not in known]:
+        problem = Problem("keys", f"no case {unknown[0]!r} among those that are listed")
+        raise InvalidInput(f"{check_id}: {asked.kind} has {problem.message}", [problem])
+    meant = [
+        accepted_as(_file_of(job), case)
+        for case in finding["cases"]
+        if case["key"] in (known if asked.keys is None else asked.keys)
+    ]
+    server.acknowledgements.change(job.owner, *((meant, ()) if asked.acknowledged else ((), meant)))
+    return _result(server, job)
+
+
+def _result(server: ServerState, job: Job) -> CheckResult:
+    found, accepted = _found(server, job), server.acknowledgements.of(job.owner)
+    findings = [without_accepted(one, _file_of(job), accepted) for one in found["findings"]]
+    return CheckResult.model_validate({**found, "findings": findings, "id": job.id, "report": f"{CHECK.path}/{job.id}/report"})
+
+
+def _found(server: ServerState, job: Job) -> Mapping[str, Any]:
     found: Mapping[str, Any] = read_object(server.run_of(job.id).examination)
     if not found:
-        raise NotFound(f"what {check_id} found is gone; ask for the check again")
-    return CheckResult.model_validate({**found, "id": job.id, "report": f"{CHECK.path}/{job.id}/report"})
+        raise NotFound(f"what {job.id} found is gone; ask for the check again")
+    return found
+
+
+def _file_of(job: Job) -> str:
+    return str((job.request or job.spec)["training_file"])
 
 
 @checks_router.get("/{check_id}/report", response_class=HTMLResponse)

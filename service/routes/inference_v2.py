@@ -42,7 +42,7 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
 
     @router.get("/health/live", response_class=Response)
     async def v2_live() -> Response:
-        """Return 200 while the process responds."""
+        """Report that the process responds."""
         return Response()
 
     @router.get("/health/ready", response_class=Response)

@@ -45,7 +45,7 @@ server_router = APIRouter(tags=["server"], responses={"5XX": RESPONSES["5XX"]})
 
 @server_router.get("/livez")
 async def alive() -> Status:
-    """Return 200 while the process responds."""
+    """Report that the process responds."""
     return Status()
 
 

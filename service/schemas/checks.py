@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from finetune.doctor.finding import LISTED
 from finetune.jobs.kinds import CHECK
 from finetune.jobs.store import Job
 from service.schemas.jobs import JobError, JobState, job_error, job_state
@@ -73,7 +74,19 @@ class DataFindingDocument(BaseModel):
     advice: str
     cases: list[DataCaseDocument] = Field(description="The strongest first, at most 200.")
     fix: Literal["leave_out", "group", "relabel", "none"]
-    acknowledged: int
+    acknowledged: int = Field(description="Cases that were looked at and accepted; they are not among `cases`.")
+
+
+class Acknowledgement(BaseModel):
+    """Cases of one finding that are as they should be, or are to be shown again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(max_length=100, description="Of the finding.")
+    keys: list[Annotated[str, Field(max_length=100)]] | None = Field(
+        default=None, max_length=LISTED, description="Of the cases; null for all that are listed."
+    )
+    acknowledged: bool = True
 
 
 class CheckResult(BaseModel):

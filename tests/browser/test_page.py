@@ -19,7 +19,7 @@ from standin import write_bundle
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]  # the whole way takes minutes, on a busy machine many
 
 SIZES = [{"width": 1280, "theme": "light"}, {"width": 390, "theme": "dark", "language": "de"}]
 WORDS = {
@@ -166,12 +166,36 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     assert [error for error in visit.errors if not any(code in error for code in expected)] == []
 
 
+def test_the_first_model_takes_at_most_six_clicks(visit: Visit, tmp_path: Path) -> None:
+    """From a folder of 150 photographs of 4 classes to an answer of the model, with nothing but defaults."""
+    page = visit.page
+    folder = tmp_path / "shapes"
+    for label, name in enumerate(("circle", "line", "square", "star")):
+        (folder / name).mkdir(parents=True)
+        for number in range(38 if label < 2 else 37):
+            (folder / name / f"{number:02d}.jpg").write_bytes(photograph(label, number))
+    page.add_init_script("window.clicks = 0; addEventListener('pointerdown', (event) => { clicks += event.isTrusted; }, true)")
+    visit.go("")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text("Choose a folder", exact=True).click()
+    chooser.value.set_files(folder)
+    page.get_by_role("button", name="Train", exact=True).click()
+    expect(page.locator(".accuracy")).to_be_visible()
+    page.get_by_role("link", name="Try it").first.click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text("Choose a picture", exact=True).click()
+    chooser.value.set_files({"name": "a star.jpg", "mimeType": "image/jpeg", "buffer": photograph(3, 99)})
+    expect(page.locator(".answer .bars li")).to_have_count(4)
+    assert 1 <= page.evaluate("clicks") <= 6, "a click too many before the first answer"
+    assert [error for error in visit.errors if "422" not in error] == []  # the model may not know when it is unsure
+
+
 def test_a_key_is_asked_for_kept_in_memory_alone_and_decides_what_is_shown(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
     keys = KeyStore(open_jobs(tmp_path / "home"))
     trainer, _ = keys.create("ann", ("jobs", "predict"))
     asker, _ = keys.create("bob", ("predict",))
-    until(lambda: httpx.get(f"{visit.server.url}/v1/caller").status_code == 401)
+    until(lambda: httpx.get(f"{visit.server.url}/v1/caller", timeout=60).status_code == 401)
     page.goto(visit.server.url)
     accessible(page)
     page.get_by_label("API key").fill("ft_wrong")
@@ -198,6 +222,7 @@ def test_a_run_is_found_again_after_server_and_worker_were_killed(visit: Visit, 
     page.locator("#train-folder").set_input_files(photographs)
     choose_a_tiny_network(page)
     page.get_by_label("n_epochs", exact=True).fill("600")
+    page.get_by_label("early_stopping_epochs", exact=True).fill("600")  # it must still train when the server is back
     page.get_by_text("Better", exact=True).click()
     page.locator("button[type=submit]").click()
     page.wait_for_url(re.compile("#/runs/ftjob-"))
@@ -255,7 +280,7 @@ def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Vis
     page.locator("#train-files").set_input_files(archive)
     page.locator("button[type=submit]").click()
     expect(page.get_by_role("alert")).to_be_visible()  # the job cannot be sent; the pictures have arrived
-    (file,) = httpx.get(f"{visit.server.url}/v1/files").json()["data"]
+    (file,) = httpx.get(f"{visit.server.url}/v1/files", timeout=60).json()["data"]
     assert file["summary"]["counts"] == {"all": {"a": 13, "b": 13}}
     assert len(arrived) == 4  # parts of 8 MiB, each once
     assert len(set(arrived)) == 1
@@ -272,6 +297,19 @@ def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> 
     leave_out = page.get_by_role("button", name="Leave 3 pictures out")
     expect(leave_out).to_be_visible()
     accessible(page)
+    page.locator("#language").select_option("de")  # what the server has found is said in the person's language too
+    expect(page.get_by_role("heading", name="Dateien mit genau demselben Inhalt")).to_be_visible()
+    accessible(page)
+    page.locator("#language").select_option("en")
+    expect(page.get_by_role("heading", name="Files with the same bytes")).to_be_visible()
+
+    copies_card = page.locator(".findings section").filter(has=page.get_by_role("heading", name="Files with the same bytes"))
+    copies_card.get_by_role("button", name="as they should be").click()
+    expect(leave_out).to_have_count(0)
+    expect(page.get_by_text("was accepted").or_(page.get_by_text("were accepted"))).to_be_visible()
+    accessible(page)
+    page.get_by_role("button", name="Show again").click()
+    expect(leave_out).to_be_visible()
 
     def found_in_two_ways(route: Route) -> None:
         answer = route.fetch()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from archives import photographs, zip_of
-from serving import in_process, live_server
+from serving import in_process, live_server, until
 from starlette.testclient import TestClient
 
 from finetune.client import Client
@@ -26,6 +26,7 @@ FOUND = Examination(
     classes=("daisy", "rose"),
     findings=(
         Finding("duplicates", "note", "Files with the same bytes", 1, "1 file more.", "Leave one.", (Case(("a", "b"), key="k"),)),
+        Finding("small_classes", "doubt", "Few", 2, "Two.", "Add.", (Case((), key="daisy"), Case((), key="rose"))),
     ),
     backbone="tiny",
 )
@@ -102,12 +103,46 @@ def test_what_was_found_is_json_and_a_page(client: TestClient, tmp_path: Path) -
     assert (done["status"], done["conclusion"]) == ("succeeded", "Found in 6 images: 1 note.")
     result, report = (client.get(path) for path in done["result_files"])
     assert (result.json()["id"], result.json()["n_images"]) == (check_id, 6)
-    assert [(one["kind"], one["cases"][0]["ids"]) for one in result.json()["findings"]] == [("duplicates", ["a", "b"])]
+    assert [(one["kind"], one["cases"][0]["ids"]) for one in result.json()["findings"]] == [
+        ("duplicates", ["a", "b"]),
+        ("small_classes", []),
+    ]
     assert report.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in report.headers["content-security-policy"]
     assert str(tmp_path) not in report.text
     assert client.delete(f"/v1/checks/{check_id}").json()["object"] == "data_check"
     assert client.get(f"/v1/checks/{check_id}/result").status_code == 404
+
+
+def test_what_was_looked_at_and_accepted_is_not_shown_again_until_it_is_withdrawn(client: TestClient, tmp_path: Path) -> None:
+    def checked() -> str:
+        check_id = str(client.post(f"/v1/files/{upload(client)}/check").json()["id"])
+        finished(tmp_path, check_id)
+        return check_id
+
+    def left(check_id: str) -> dict[str, tuple[int, int]]:
+        found = client.get(f"/v1/checks/{check_id}/result").json()["findings"]
+        return {one["kind"]: (one["count"], one["acknowledged"]) for one in found}
+
+    def say(check_id: str, **asked: Any) -> int:
+        answer = client.post(f"/v1/checks/{check_id}/acknowledgements", json=asked)
+        assert answer.status_code != 200 or answer.json() == client.get(f"/v1/checks/{check_id}/result").json()
+        return answer.status_code
+
+    first = checked()
+    assert say(first, kind="duplicates") == 200
+    assert say(first, kind="small_classes", keys=["rose"]) == 200
+    assert left(first) == {"duplicates": (0, 1), "small_classes": (1, 1)}
+    second = checked()  # another upload: the images are the same, its classes are another matter
+    assert left(second) == {"duplicates": (0, 1), "small_classes": (2, 0)}
+    assert say(first, kind="duplicates", acknowledged=False) == 200
+    assert left(first)["duplicates"] == left(second)["duplicates"] == (1, 0)
+    assert say(first, kind="leaks") == 404
+    assert say(first, kind="duplicates", keys=["nothing"]) == 422
+    keys = KeyStore(open_jobs(tmp_path))
+    bob = {"Authorization": f"Bearer {keys.create('bob', ['jobs'])[0]}"}
+    until(lambda: client.get("/v1/checks").status_code == 401)  # from now on a key is needed
+    assert client.post(f"/v1/checks/{first}/acknowledgements", json={"kind": "duplicates"}, headers=bob).status_code == 404
 
 
 def test_nobody_else_s_upload_is_examined_and_no_check_of_another_is_seen(client: TestClient, tmp_path: Path) -> None:

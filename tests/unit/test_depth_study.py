@@ -101,7 +101,7 @@ def test_degradation_and_its_cure_are_said_in_one_sentence() -> None:
     found = made_up(CURED, {"plain44_bn"})
     assert headline(found) == (
         "Plain networks degrade: with 44 layers 60% of the training images are answered wrongly, with 8 layers 2%; identity "
-        "shortcuts cure it: 3% at 44 layers, at the most."
+        "shortcuts cure it: 3% with the same 44 layers."
     )
     text = " ".join(paragraphs(found))
     assert "adds no parameter, lowers the training error from 60.0% to 3.0% (57 ± 1 points" in text
@@ -118,6 +118,8 @@ def test_where_nothing_degrades_that_is_said() -> None:
 
 
 def test_a_cure_that_fails_is_not_called_one() -> None:
+    found = made_up({**CURED, "residual44_bn": 0.62}, {"plain44_bn"})
+    assert headline(found).endswith("identity shortcuts do not help here: 62% with the same 44 layers.")
     found = made_up({**CURED, "residual44_bn": 0.5}, {"plain44_bn", "residual44_bn"})
     assert "some of those networks degrade too" in headline(found)
 

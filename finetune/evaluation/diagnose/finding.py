@@ -67,7 +67,7 @@ class NotChecked:
     reason: str
 
 
-Verdict = Finding | Clear | NotChecked
+CheckOutcome = Finding | Clear | NotChecked
 
 
 class Check(Protocol):
@@ -88,7 +88,7 @@ class Check(Protocol):
         """Codes of the findings that this one causes if both are made."""
         ...
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         """Return the finding, or that the check passed, or why it could not be made."""
         ...
 

@@ -19,7 +19,7 @@ from finetune.evaluation.diagnose.statistics import mean_of, paired
 from finetune.model.depth import Aid
 from finetune.studies.depth.request import DepthRequest, Network
 
-WITH_AID: Mapping[Aid, str] = {"": "PyTorch's own first weights", "he": "He first weights", "bn": "batch normalisation"}
+WITH_AID: Mapping[Aid, str] = {"": "PyTorch's default initialisation", "he": "He initialisation", "bn": "batch normalisation"}
 CLEARLY = 2.0  # standard errors
 LESS_ERROR = 0.02  # reduction of the training error that counts as an effect of the shortcut
 VANISHED, EXPLODED = -3.0, 3.0  # powers of ten by which the gradient changes from the top of a network to its stem
@@ -233,12 +233,12 @@ def headline(study: DepthStudy) -> str:
     )
     if not residual:
         return f"{text}."
-    cured = [family for family in residual if not family[-1].degraded_against]
-    if len(cured) == len(residual):
-        worst = max(family[-1].train_error for family in residual)
-        return f"{text}; identity shortcuts cure it: {worst:.0%} at {deepest} layers, at the most."
-    least = min(family[-1].train_error for family in residual)
-    return f"{text}; with identity shortcuts it is {least:.0%} at best, and some of those networks degrade too."
+    same = study.of("residual", one[-1].network.aid)[-1]
+    if same.train_error > one[-1].train_error - LESS_ERROR:
+        return f"{text}; identity shortcuts do not help here: {same.train_error:.0%} with the same {deepest} layers."
+    if any(family[-1].degraded_against for family in residual):
+        return f"{text}; with identity shortcuts it is {same.train_error:.0%}, and some of those networks degrade too."
+    return f"{text}; identity shortcuts cure it: {same.train_error:.0%} with the same {deepest} layers."
 
 
 def paragraphs(study: DepthStudy) -> list[str]:
@@ -287,7 +287,8 @@ def _of_gradients(one: NetworkResult) -> str:
             f"{at} gradients are alike from the stem to the top, so they do not vanish on the way down; they are small all over "
             f"(at most {max(one.gradients):.0e} of the weights), because all images look nearly the same at the top."
         )
-    return f"{at} gradients do not vanish on the way down ({10**decades:.2g} times as large at the bottom as at the top)."
+    factor = f"{10**decades:,.{0 if decades >= 1 else 1}f}"
+    return f"{at} gradients do not vanish on the way down ({factor} times as large at the bottom as at the top)."
 
 
 def _of_shortcut(shortcut: Shortcut) -> str:

@@ -76,7 +76,7 @@ async function show({ moved = true } = {}) {
     else link.removeAttribute("aria-current");
   }
   document.title = `${t(`nav.${view}`)} · finetune`;
-  const root = h("div", { class: `view view-${view}` });
+  const root = h("div", { class: `view view-${view}`, "data-place": location.hash });
   try {
     main.setAttribute("aria-busy", "true"); // what is there stays until the next is complete
     const { open } = await import(`./views/${view}.js`);

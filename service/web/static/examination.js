@@ -2,7 +2,7 @@
 
 import { all, follow, request } from "./api.js";
 import { alertBox, h, put } from "./dom.js";
-import { known, percent, t } from "./i18n.js";
+import { asServed, known, percent, serverWords, t } from "./i18n.js";
 import { hasEnded } from "./jobs.js";
 import { picture } from "./pictures.js";
 import { session } from "./session.js";
@@ -47,13 +47,30 @@ export function examinationOf(file, { change, mark, enlarge, signal }) {
       begin.disabled = false;
     }
     const ended = await request(path, { signal });
-    if (ended.status !== "succeeded") return put(state, ended.error && alertBox(ended.error.message));
+    if (ended.status !== "succeeded") return put(state, ended.error && alertBox(session.failure(ended.error)));
     const found = await request(`${path}/result`, { signal });
     begin.textContent = t("check.again");
-    put(state, h("p", { class: "hint" }, ended.conclusion));
-    const open = found.findings.filter(({ count }) => count > 0);
-    return put(cards, open.length ? open.map(card) : h("p", { class: "notice good" }, t("check.nothing")));
+    put(state, h("p", { class: "hint" }, serverWords("check.conclusion", { n: found.n_images }) ?? ended.conclusion));
+    return showFindings(path, found);
   }
+
+  function showFindings(path, { findings }) {
+    const acknowledge = async (kind, keys, acknowledged) => {
+      try {
+        showFindings(path, await request(`${path}/acknowledgements`, { method: "POST", json: { kind, keys, acknowledged }, signal }));
+      } catch (error) {
+        if (error.name !== "AbortError") put(state, alertBox(session.words(error)));
+      }
+      cards.querySelector("button")?.focus(); // the button that was used is gone
+    };
+    const left = findings.filter(({ count }) => count > 0).map((finding) => card(finding, acknowledge));
+    const accepted = findings.filter(({ acknowledged }) => acknowledged > 0);
+    put(cards, left.length ? left : h("p", { class: "notice good" }, t("check.nothing")), accepted.map((finding) => h("div", { class: "row" },
+      h("p", { class: "hint" }, `${titleOf(finding)}: `, t("check.accepted", { n: finding.acknowledged })),
+      h("button", { type: "button", class: "quiet", onclick: () => acknowledge(finding.kind, null, false) }, t("check.show_again")))));
+  }
+
+  const titleOf = ({ kind, title }) => serverWords(`finding.${kind}.title`) ?? title;
 
   /** Return the pictures that may be left out: of copies all but one that is not left out already, else every one. */
   function superfluousOf({ fix, cases }) {
@@ -64,14 +81,18 @@ export function examinationOf(file, { change, mark, enlarge, signal }) {
     return out;
   }
 
-  function card(finding) {
+  function card(finding, acknowledge) {
     const cases = h("ul", { class: "cases" });
     const more = h("button", { type: "button", class: "quiet", onclick: () => showCases(finding.cases.length) }, t("check.more"));
     const showCases = (most) => {
-      put(cases, finding.cases.slice(0, most).map((one) => caseOf(finding, one)));
+      put(cases, finding.cases.slice(0, most).map((one) => caseOf(finding, one, acknowledge)));
       more.hidden = most >= finding.cases.length;
     };
     showCases(SHOWN_CASES);
+    const told = (tag, part, attributes) => {
+      const words = serverWords(`finding.${finding.kind}.${part}`, { n: finding.count });
+      return words === null ? h(tag, { ...attributes, ...asServed() }, finding[part]) : h(tag, attributes, words);
+    };
     const n = superfluousOf(finding).size;
     const leaveOut = (event) => {
       event.target.disabled = true;
@@ -79,16 +100,18 @@ export function examinationOf(file, { change, mark, enlarge, signal }) {
       if (images.size) change({ images, label: null });
     };
     return h("section", { class: `card finding-${finding.severity}` },
-      h("div", { class: "row" }, h("h3", {}, finding.title), h("span", { class: `tag ${finding.severity === "problem" ? "bad" : ""}` }, t(`check.${finding.severity}`, { n: finding.count }))),
-      h("p", {}, finding.evidence), h("p", { class: "hint" }, finding.advice), cases, h("div", { class: "row" }, more,
-        n > 0 && h("button", { type: "button", onclick: leaveOut }, t("check.leave_out", { n }))));
+      h("div", { class: "row" }, told("h3", "title", {}), h("span", { class: `tag ${finding.severity === "problem" ? "bad" : ""}` }, t(`check.${finding.severity}`, { n: finding.count }))),
+      told("p", "evidence", {}), told("p", "advice", { class: "hint" }), cases, h("div", { class: "row" }, more,
+        n > 0 && h("button", { type: "button", onclick: leaveOut }, t("check.leave_out", { n })),
+        h("button", { type: "button", class: "quiet", onclick: () => acknowledge(finding.kind, null, true) }, t("check.all_fine", { n: finding.cases.length }))));
   }
 
-  function caseOf({ fix }, { ids, said, suggested }) {
+  function caseOf({ kind, fix, count }, { ids, said, suggested, key }, acknowledge) {
     const accept = fix === "relabel" && suggested !== null && ids.length === 1
       && h("button", { type: "button", onclick: (event) => { event.target.disabled = true; change({ images: new Set(ids), label: suggested }); } }, t("check.it_is", { name: suggested }));
     return h("li", {}, h("div", { class: "strip" }, ids.slice(0, SHOWN_CASES).map((id) => h("button", { type: "button", class: "tile", title: id, onclick: () => open(id) },
-      picture(`v1/files/${file.id}/image?id=${encodeURIComponent(id)}&side_px=160`, id)))), h("p", { class: "hint" }, said), accept);
+      picture(`v1/files/${file.id}/image?id=${encodeURIComponent(id)}&side_px=160`, id)))), h("p", { class: "hint", ...asServed() }, said), accept,
+      count > 1 && ids.length > 0 && h("button", { type: "button", class: "quiet", onclick: () => acknowledge(kind, [key], true) }, t("check.fine")));
   }
 
   async function open(id) {

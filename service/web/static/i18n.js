@@ -5,14 +5,20 @@ import { preferences } from "./preferences.js";
 export const LANGUAGES = { en: "English", de: "Deutsch" };
 
 let strings = {};
+let fromServer = {}; // what the server says in English, by its codes: strings/server.<language>.json, in other languages
 let plurals = new Intl.PluralRules("en");
 let language = "en";
+
+/** Return the attributes of an element whose text is as the server wrote it, for those who read aloud. */
+export function asServed() {
+  return language === "en" ? {} : { lang: "en" };
+}
 
 /** Load a language, by default the one that the page came in or that was chosen before. */
 export async function useLanguage(wanted = preferences.language ?? document.documentElement.lang) {
   language = wanted in LANGUAGES ? wanted : "en";
-  const answer = await fetch(`static/strings/${language}.json`);
-  strings = await answer.json();
+  const read = async (file) => (await fetch(`static/strings/${file}.json`)).json();
+  [strings, fromServer] = await Promise.all([read(language), language === "en" ? {} : read(`server.${language}`)]);
   plurals = new Intl.PluralRules(language);
   document.documentElement.lang = language;
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
@@ -25,8 +31,15 @@ export function currentLanguage() {
 
 /** Return the sentence of a key with its values in it; of a key with plural forms, the one that `n` takes. */
 export function t(key, values = {}) {
-  const found = strings[key];
-  if (found === undefined) return key;
+  return key in strings ? filled(strings[key], values) : key;
+}
+
+/** Return what the server says under a code in the person's language, or null where that is English or has no such sentence. */
+export function serverWords(code, values = {}) {
+  return code in fromServer ? filled(fromServer[code], values) : null;
+}
+
+function filled(found, values) {
   const form = values.n === 0 && found.zero ? "zero" : plurals.select(values.n);
   const text = typeof found === "string" ? found : (found[form] ?? found.other);
   return text.replace(/\{(\w+)\}/g, (_, name) => {

@@ -2,7 +2,8 @@
 
 import { h } from "./dom.js";
 import { inWords } from "./figures.js";
-import { duration, known, list, percent, t } from "./i18n.js";
+import { asServed, duration, known, list, number, percent, serverWords, t } from "./i18n.js";
+import { session } from "./session.js";
 
 const MARKS = { queued: "○", running: "◐", cancelling: "◌", succeeded: "●", failed: "✕", cancelled: "–" };
 const ENDED = ["succeeded", "failed", "cancelled"];
@@ -39,8 +40,8 @@ export function stateMark(status) {
 
 /** Return where a job is, in one sentence. */
 export function progressSentence(job) {
-  if (job.status === "failed") return job.error?.message ?? "";
-  if (job.status === "succeeded") return isComparison(job) ? (job.verdict?.sentence ?? "") : accuracyOf(job);
+  if (job.status === "failed") return session.failure(job.error);
+  if (job.status === "succeeded") return isComparison(job) ? shortVerdict(job.verdict) : accuracyOf(job);
   if (job.status === "queued") return t("run.queue", { n: job.queue_position ?? 0 });
   if (!job.phase) return "";
   const { done, total } = job.progress ?? {};
@@ -49,6 +50,28 @@ export function progressSentence(job) {
   const eta = job.progress?.values?.eta_seconds;
   if (eta) parts.push(t("run.eta", { time: duration(eta) }));
   return parts.join(" · ");
+}
+
+function shortVerdict(verdict) {
+  if (!verdict) return "";
+  return serverWords("verdict.short", { outcome: t(`verdict.${verdict.outcome}`), choose: methodName(verdict.choose) }) ?? verdict.sentence;
+}
+
+/** Return which way a comparison chooses, and why, in one paragraph. */
+export function verdictOf(result, pairs) {
+  const { outcome, choose, sentence, margin } = result.verdict;
+  const others = result.arms.filter(({ name }) => name !== choose);
+  const points = (difference) => number(100 * difference, 1);
+  const value = ({ metrics }) => metrics[result.headline]?.value ?? 0;
+  const second = [...others].sort((one, other) => value(other) - value(one))[0];
+  const pair = pairs.find(({ a, b }) => [a, b].includes(choose) && [a, b].includes(second?.name));
+  const sign = pair?.a === choose ? 1 : -1;
+  const words = pair && serverWords(`verdict.${outcome}`, {
+    choose: methodName(choose), others: list(others.map(({ name }) => methodName(name))), second: methodName(second.name), images: pair.n,
+    margin: points(margin), points: points(sign * pair.difference),
+    low: points(Math.min(sign * pair.low, sign * pair.high)), high: points(Math.max(sign * pair.low, sign * pair.high)),
+  });
+  return words ? h("p", { class: "lead" }, words) : h("p", { class: "lead", ...asServed() }, sentence);
 }
 
 function accuracyOf(job) {

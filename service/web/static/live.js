@@ -4,7 +4,7 @@ import { follow, request, requestText } from "./api.js";
 import { lines } from "./charts.js";
 import { alertBox, h, put } from "./dom.js";
 import { headline, OF_IMAGES } from "./figures.js";
-import { duration, known, number, percent, t, when } from "./i18n.js";
+import { asServed, duration, known, number, percent, t, when } from "./i18n.js";
 import { hasEnded, isComparison, pathOf, stateMark, titleOf } from "./jobs.js";
 import { session } from "./session.js";
 
@@ -100,7 +100,7 @@ export function watch(root, job, signal, ended) {
     onconnection: (connected) => { connection.textContent = connected ? "" : t("run.reconnecting"); },
     onevent: async (kind, data) => {
       if (kind === "message") {
-        said.append(h("li", { class: data.level }, h("time", {}, when(data.created_at)), ` ${data.message}`));
+        said.append(h("li", { class: data.level, ...asServed() }, h("time", {}, when(data.created_at)), ` ${data.message}`));
         return;
       }
       if (kind === "progress") {
@@ -121,11 +121,11 @@ export function watch(root, job, signal, ended) {
     bar.hidden = true;
     if (notify) notify.hidden = true;
     if (current.status === "failed")
-      put(messages, alertBox(h("strong", {}, t("run.failed")), ` ${current.error?.message ?? ""}`), h("a", { class: "button", href: "#/train" }, t("run.try_again")));
+      put(messages, alertBox(h("strong", {}, t("run.failed")), ` ${session.failure(current.error)}`), h("a", { class: "button", href: "#/train" }, t("run.try_again")));
     if (!hasEnded(job)) tell(current);
     if (!said.children.length) {
       const events = await request(`${path}/events?order=asc&limit=100`, { signal });
-      put(said, events.data.map((one) => h("li", { class: one.level }, h("time", {}, when(one.created_at)), ` ${one.message}`)));
+      put(said, events.data.map((one) => h("li", { class: one.level, ...asServed() }, h("time", {}, when(one.created_at)), ` ${one.message}`)));
     }
     await ended(current);
   }

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from finetune.evaluation.diagnose.checks.underfitting import still_falling
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.messages import natural_list
@@ -26,7 +26,7 @@ class CollapsedClasses:
     title = "Collapsed classes"
     explains = frozenset({"underfitting"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         judged = records.judged
         if judged is None or not records.task.exclusive:
             return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")

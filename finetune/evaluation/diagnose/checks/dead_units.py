@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import Curve, RunRecords
 
@@ -16,7 +16,7 @@ class DeadUnits:
     title = "Dead units"
     explains = frozenset({"collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         curves = _curves(records)
         if not curves:
             return NotChecked(self.code, self.title, "no activations were listened to at two points of training")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import paired
 from finetune.evaluation.predictions import Predictions
@@ -19,7 +19,7 @@ class Degradation:
     title = "Degradation"
     explains = frozenset({"underfitting", "collapsed_classes"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         found = _reference(records)
         if isinstance(found, str):
             return NotChecked(self.code, self.title, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from finetune.evaluation.diagnose.checks.gradient_profile import profiles
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
@@ -21,7 +21,7 @@ class ExplodingGradients:
     title = "Exploding gradients"
     explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         harm = harm_of(records)
         if not records.owners and harm is None:
             return NotChecked(self.code, self.title, "no gradients were measured")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import HEAD, RunRecords
 
 MOVES = 1e-9  # ratio of step to weight norm that other stages must exceed before a stage at zero counts as not moved
@@ -15,7 +15,7 @@ class FrozenStage:
     title = "A stage frozen by accident"
     explains = frozenset({"underfitting", "degradation"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         if changed := _frozen_that_changed(records):
             return changed
         if not records.owners:

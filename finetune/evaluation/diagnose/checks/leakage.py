@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import JUDGED_BY, Neighbour, RunRecords
 from finetune.evaluation.diagnose.statistics import log_binomial_tail
 
@@ -20,7 +20,7 @@ class Leakage:
     title = "Leakage between splits"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         by_split = {split: [one for one in records.neighbours if one.split == split] for split in JUDGED_BY}
         known = {split: found for split, found in by_split.items() if found}
         if not known:

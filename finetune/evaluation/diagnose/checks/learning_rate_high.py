@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.evaluation.diagnose.checks.update_sizes import measured_ratios, planned_ratios
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
@@ -19,7 +19,7 @@ class LearningRateHigh:
         {"vanishing_gradients", "exploding_gradients", "dead_units", "collapsed_classes", "degradation", "underfitting"}
     )
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         planned = planned_ratios(records)
         if not planned:
             return NotChecked(self.code, self.title, "no steps were measured")

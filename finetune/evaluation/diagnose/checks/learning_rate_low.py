@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.evaluation.diagnose.checks.update_sizes import moved
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import paired
 
@@ -18,7 +18,7 @@ class LearningRateLow:
     title = "Learning rate too low"
     explains = frozenset({"underfitting", "collapsed_classes"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         distances = moved(records)
         first, last = records.first_sample, records.last_sample
         if not distances or first is None or last is None or max(records.samples) == 0:

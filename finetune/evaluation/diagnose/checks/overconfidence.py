@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import mean_of
 
@@ -19,7 +19,7 @@ class Overconfidence:
     title = "Overconfidence"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         losses = [value for _, value in records.curve("val/loss")]
         scores = [value for _, value in records.curve(f"val/{records.headline.key}")]
         table = records.held_out.get("val")

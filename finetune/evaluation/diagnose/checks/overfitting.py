@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from finetune.evaluation.diagnose.checks.degradation import Degradation
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import Mean, mean_of
 
@@ -29,7 +29,7 @@ class Overfitting:
     title = "Overfitting"
     explains = frozenset({"overconfidence"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         sample = records.last_sample
         held_out = held_out_score(records)
         if sample is None or held_out is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 
 NEARER = 0.15  # natural logarithm of a ratio of divergences; red and blue exchanged give 0.23, another scale 1.7 and more
@@ -27,7 +27,7 @@ class WrongPreprocessing:
     title = "Wrong preprocessing"
     explains = frozenset({"shuffled_labels", "underfitting", "collapsed_classes", "degradation", "overfitting"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         measured = records.preprocessing
         if measured is None:
             reason = (

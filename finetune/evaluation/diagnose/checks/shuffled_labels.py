@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import mean_of, share
 
@@ -23,7 +23,7 @@ class ShuffledLabels:
     title = "Labels that do not belong to their images"
     explains = frozenset({"overfitting", "underfitting", "degradation", "collapsed_classes", "overconfidence"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         judged = records.judged
         if judged is None or not records.task.exclusive:
             return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")

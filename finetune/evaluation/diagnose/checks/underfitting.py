@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from finetune.evaluation.diagnose.checks.overfitting import held_out_score
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
 from finetune.evaluation.diagnose.statistics import mean_of, slope
 
@@ -23,7 +23,7 @@ class Underfitting:
     title = "Underfitting"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         sample, held_out = records.last_sample, held_out_score(records)
         if sample is None or held_out is None:
             return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")

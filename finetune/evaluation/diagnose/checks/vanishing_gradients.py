@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.evaluation.diagnose.checks.gradient_profile import FEWEST_STAGES, Profile, profiles
-from finetune.evaluation.diagnose.finding import Clear, Evidence, Finding, NotChecked, Verdict, confidence
+from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.harm import harm_of
 from finetune.evaluation.diagnose.records import RunRecords
 
@@ -17,7 +17,7 @@ class VanishingGradients:
     title = "Vanishing gradients"
     explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> Verdict:
+    def look(self, records: RunRecords) -> CheckOutcome:
         found = profiles(records)
         if not found:
             return NotChecked(self.code, self.title, f"it takes measured gradients of at least {FEWEST_STAGES} stages")

@@ -4,7 +4,7 @@ import { all, request } from "../api.js";
 import { bars, forest } from "../charts.js";
 import { alertBox, field, h, put } from "../dom.js";
 import { bytes, duration, number, percent, t, when } from "../i18n.js";
-import { hasEnded, linkOf, methodName, progressSentence, stateMark, titleOf } from "../jobs.js";
+import { hasEnded, linkOf, methodName, progressSentence, stateMark, titleOf, verdictOf } from "../jobs.js";
 import { watch } from "../live.js";
 import { promoteButton } from "../promotion.js";
 import { gallery, reportButton } from "../result.js";
@@ -81,7 +81,7 @@ async function showVerdict(root, comparison, path, signal) {
   const mark = { better: "▲", equivalent: "＝", undecided: "?" }[result.verdict.outcome];
   put(root,
     h("section", { class: `verdict ${result.verdict.outcome}` }, h("h2", {}, h("span", { "aria-hidden": "true" }, `${mark} `), t(`verdict.${result.verdict.outcome}`)),
-      h("p", { class: "lead" }, result.verdict.sentence),
+      verdictOf(result, pairs),
       h("div", { class: "row" },
         comparison.fine_tuned_model && promoteButton(comparison.fine_tuned_model, comparison.fine_tuned_version, () => {}),
         comparison.fine_tuned_model && h("a", { class: "button", href: `#/try/${encodeURIComponent(`${comparison.fine_tuned_model}@${comparison.fine_tuned_version}`)}` }, t("result.try")),
