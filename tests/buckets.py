@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a local S3 server."""
+    """A new bucket of a local S3 server; all such servers of one process have the same buckets."""
     from finetune.storage.addresses import open_address
 
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -25,8 +26,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     open_address.cache_clear()
     s3fs = pytest.importorskip("s3fs")
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("photos")
-    yield "s3://photos"
+    name = f"photos-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
     server.stop()
     open_address.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()

@@ -135,5 +135,5 @@ def test_a_bucket_of_a_real_s3_server_is_read_like_a_folder(bucket: str, reading
     there = check_images(index_dataset(f"{bucket}/flowers", reading=reading))
     assert there.digest == check_images(index_dataset(local)).digest
     assert check_images(index_dataset(f"{bucket}/packed.zip", reading=reading)).digest == there.digest
-    with pytest.raises(DataError, match="s3://photos/nothing: no such folder or file"):
+    with pytest.raises(DataError, match=f"{bucket}/nothing: no such folder or file"):
         index_dataset(f"{bucket}/nothing", reading=reading)

@@ -190,4 +190,4 @@ def test_a_row_is_the_answer_to_the_image_that_it_names(run: RunDir) -> None:
         assert list(found.ids) == [path for path, _, part, *_ in rows if part == split]
         assert found.digests() == [sha256 for _, _, part, sha256, *_ in rows if part == split]
         assert [found.classes[label] for label in found.labels] == [label for _, label, part, *_ in rows if part == split]
-        assert evaluate(found) == read_judgement(run.evaluation).evaluations[split]
+        assert evaluate(found, (20, 20, 20)) == read_judgement(run.evaluation).evaluations[split]
