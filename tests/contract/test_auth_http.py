@@ -28,6 +28,7 @@ OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
 BATCHES = "/v1/batch_predictions"
 OWN_BODIES: dict[str, Any] = {
+    "/acknowledgements": {"kind": "duplicates"},
     "/drift/reference": {"use": "bundle"},
     "/abstention": {"precision": 0.9},
     "/revisions": {"renamed": {"daisy": "tulip"}},
