@@ -274,7 +274,8 @@ class Judge:
         if self.calibration is None:
             raise InvalidInput(
                 "This model cannot say how far to rely on its answers: its bundle was made without calibration on held-out "
-                f"images (before there was one, or with too few of them). Train it again, or ask without {what}",
+                "images. It takes at least 20 of them, or an earlier version of finetune made the bundle. Train it again with "
+                f"more images, or ask without {what}",
                 [Problem(what, "needs a bundle with calibration on held-out images")],
             )
         return self.calibration

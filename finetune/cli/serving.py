@@ -72,8 +72,9 @@ def predict(
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
-    from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, predictions_of
+    from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, map_files, predictions_of
     from finetune.evaluation.tables import check_ending, write_table
+    from finetune.messages import plural
     from finetune.progress_bars import console, progress_bars
     from finetune.runtime.cores import available_cores
 
@@ -88,10 +89,12 @@ def predict(
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
     samples = files_under(images)
+    maps = map_files(samples)
     documents: list[dict[str, Any]] = []
     answers: list[Answer] = []
     with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
-        for answer in ask(predictor, samples, what=f"{len(samples):,} images", progress=progress):
+        asking = ask(predictor, samples, what=f"{len(samples):,} images", progress=progress)
+        for answer, map_file in zip(asking, maps, strict=True):
             if isinstance(answer, Unreadable):
                 documents.append(_refused(answer.sample.id, answer.error))
                 continue
@@ -104,8 +107,7 @@ def predict(
                 document |= several.to_dict()
             document |= predictor.judge.certainty(answer.probs, answer.embedding, asked).to_dict()
             if explain is not None and answer.cam is not None:
-                picture = explain / f"{Path(answer.sample.id).stem}.cam.png"
-                document["explanation"] = str(write_overlay(picture, answer.image, answer.cam))
+                document["explanation"] = str(write_overlay(explain / map_file, answer.image, answer.cam))
             documents.append(document)
     if out is not None:
         temperature = float(manifest.calibration.get("temperature", 1.0))
@@ -119,6 +121,11 @@ def predict(
         console.print(f"{len(answers):,} answers are in {out}", markup=False)
         if asked.abstain:
             console.print("its owner has switched abstention on: --json says which of these not to rely on", markup=False)
+    if explain is not None and not as_json:
+        n_maps = sum("explanation" in document for document in documents)
+        console.print(
+            f"{plural(n_maps, 'activation map')} in {explain}" if n_maps else "this model has no activation maps", markup=False
+        )
     sys.exit(2 if any("error" in document for document in documents) else 0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,22 @@ def files_under(paths: Sequence[Path]) -> list[Sample]:
             found, missing = sorted(match for match in pattern if match.is_file()), f"{path}: no such image file"
         samples += [Sample(str(file), LocalFile(file), ()) for file in found] or [Sample(str(path), NoFile(missing), ())]
     return samples
+
+
+def map_files(samples: Sequence[Sample]) -> list[Path]:
+    """Return a relative file name for the activation map of each sample; no two are equal.
+
+    It is the image's path below the folder that all images have in common, such as ``cat/1.cam.png``. Where ``1.jpg`` and
+    ``1.png`` lie in one folder, the second is numbered.
+    """
+    paths = [Path(os.path.abspath(sample.id)) for sample in samples]
+    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = path.relative_to(common)
+        names = (inside.with_name(f"{inside.stem}{number}.cam.png") for number in itertools.chain([""], itertools.count(-2, -1)))
+        found[next(name for name in names if name not in found)] = None
+    return list(found)
 
 
 def _decoded(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | Unreadable:

@@ -14,7 +14,7 @@ import numpy as np
 from finetune.messages import plural
 from finetune.metrics.drift import holm, homogeneity_test, ks_test, labels_test, population_stability_index
 from finetune.monitoring.answers import AnswerStatistics
-from finetune.monitoring.reference import Reference
+from finetune.monitoring.reference import MIN_IMAGES, Reference
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 
 MIN_WINDOW = 200
@@ -169,8 +169,9 @@ def _of_labels(reference: Any, live: Any) -> list[tuple[str, str, float, float, 
 def _sentence(state: State, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
     if reference is None or state == "no_reference":
         return (
-            "Nothing to compare with: the bundle has no reference. It was made by an earlier version of finetune, or with too "
-            "few images that did not train it; train the model again"
+            f"Nothing to compare with: the bundle has no reference. It takes at least {MIN_IMAGES} test or val images, or an "
+            "earlier version of finetune made the bundle. Train the model again with more images, or accept the live answers of "
+            "now as the reference"
         )
     if state == "collecting":
         return f"Not enough yet: {len(window)} of {MIN_WINDOW} images"

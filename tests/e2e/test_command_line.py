@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -230,6 +231,17 @@ def test_predict_names_the_class_and_draws_where_it_looked(pictures: Path, home:
     assert len(answer["predictions"]) == 2
     with Image.open(answer["explanation"]) as drawn:
         assert drawn.size == (64, 64)
+
+
+def test_every_image_has_an_activation_map_of_its_own(pictures: Path, home: Path, tmp_path: Path):
+    folder = tmp_path / "holiday"
+    for name, colour in (("a/1.png", "red"), ("b/1.png", "green"), ("b/1.jpg", "blue")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / colour / "000.png", folder / name)
+    answers = run("predict", str(folder), "--model", "colours@1", "--explain", str(tmp_path / "maps"))
+    maps = sorted(Path(answer["explanation"]).relative_to(tmp_path / "maps") for answer in answers)
+    assert maps == [Path("a/1.cam.png"), Path("b/1-2.cam.png"), Path("b/1.cam.png")]
+    assert all((tmp_path / "maps" / name).is_file() for name in maps)
 
 
 def test_predict_answers_for_the_good_files_and_names_the_bad_one(pictures: Path, home: Path, tmp_path: Path):

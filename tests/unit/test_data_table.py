@@ -145,6 +145,13 @@ def test_a_group_column_is_taken_and_one_that_may_be_is_said(tmp_path: Path) -> 
     assert any("data.group_column=patient_id keeps them on one side" in sentence for sentence in told)
 
 
+def test_a_weight_column_that_nobody_named_is_said_and_not_used(tmp_path: Path) -> None:
+    text = rows_of("a,1", "b,2", "a,3", "b,4", header="file_name,label,Weight")
+    dataset = index_dataset(write_table(tmp_path, text))
+    assert {sample.weight for sample in dataset.samples} == {1.0}
+    assert any("the column 'Weight' is not used; with data.weight_column=Weight" in sentence for sentence in dataset.understood)
+
+
 def test_splits_of_another_name_ask_and_are_told(tmp_path: Path) -> None:
     text = rows_of("a,A", "b,A", "a,A", "b,A", "a,B", "b,B", header="file_name,label,split")
     table = write_table(tmp_path, text)

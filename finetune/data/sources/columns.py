@@ -32,6 +32,7 @@ _PERHAPS_GROUPS = (
     "case_id",
     "site",
 )
+_PERHAPS_WEIGHTS = ("weight", "weights", "sample_weight", "sample_weights")
 _SAMPLE_ROWS = 50
 
 
@@ -155,6 +156,12 @@ class _Chooser:
             self.notes.say(
                 f"{self.shown}: if {perhaps[0]!r} says which images belong together, data.group_column={perhaps[0]} keeps them "
                 "on one side of the split"
+            )
+        unused = [column for column in self.aliases(_PERHAPS_WEIGHTS) if column not in used.values()]
+        if weight is None and unused:
+            self.notes.say(
+                f"{self.shown}: the column {unused[0]!r} is not used; with data.weight_column={unused[0]} each image counts that "
+                "much in training"
             )
 
 
