@@ -209,7 +209,7 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     over, pooled = found["over_folds"], found["pooled"]
     task = next(task for task in TASKS if task.headline.key in over)
     headline = recorded_leading(task, pooled, "cv")
-    names = (headline.key, "macro_f1", "loss")
+    names = tuple(dict.fromkeys((headline.key, task.headline.key, "macro_f1", "loss")))
     rows = [
         [
             f"fold {fold['fold']}",
@@ -222,7 +222,8 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     for title, key in (("mean", "mean"), ("± sd", "standard_deviation")):
         rows.append([title, None, *(f"{over[name][key]:.4f}" for name in names), None])
     rows.append(["pooled (cv)", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None])
-    table("Cross-validation", ["", "held out", *names, "took"], rows)
+    titles = [headline.label if headline is not task.headline and name == headline.key else name for name in names]
+    table("Cross-validation", ["", "held out", *titles, "took"], rows)
     low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
         f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "

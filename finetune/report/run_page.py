@@ -229,7 +229,7 @@ def _cardinality(split: str, found: Evaluation) -> str:
 
 def _folds(found: CrossValidation) -> dict[str, Any]:
     pooled = found.pooled
-    metrics = task_named(pooled.task).metrics
+    task = task_named(pooled.task)
     headline = pooled.leading
     expected = found.spreads[headline.key]
     low, high = (headline.text(bound) for bound in pooled.intervals[headline.key])
@@ -240,7 +240,8 @@ def _folds(found: CrossValidation) -> dict[str, Any]:
         f"not seen the image, it is {headline.text(pooled.values[headline.key])} on {pooled.n:,} images, 95 % interval {low} – "
         f"{high}, which is for these models on more such images."
     )
-    shown = [headline, *(metric for metric in metrics if metric.key in _FOLD_METRICS)]
+    first = [headline, task.headline, *(metric for metric in task.metrics if metric.key in _FOLD_METRICS)]
+    shown = list({metric.key: metric for metric in first}.values())
     names = [metric.key for metric in shown]
     rows = [
         [

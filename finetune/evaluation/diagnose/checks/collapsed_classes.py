@@ -44,6 +44,9 @@ class CollapsedClasses:
         lost = [index for index in np.flatnonzero(rare) if int(true[index]) * math.log1p(-min(recall, 0.99)) < UNLIKELY]
         figure = f"{int((given > 0).sum())} of {int((true > 0).sum())} classes are answered with"
         if not lost or (recall < LEAST_RECALL and len(lost) < n_classes - 1):
+            few = [] if lost else [table.classes[index] for index in np.flatnonzero((true > 0) & (given == 0))]
+            if few:
+                figure += f"; there are too few images of {natural_list(few)} to tell"
             return Clear(self.code, self.title, figure)
         if recall < FITTED_RECALL and still_falling(records):
             return Clear(self.code, self.title, f"{figure}; the training loss is still falling, so the others may yet be learnt")
