@@ -350,7 +350,7 @@ class LoadedModels:
             try:
                 self.refresh()
                 trouble = ""
-            except (OSError, ValueError) as error:  # a folder that cannot be read
+            except Exception as error:  # whatever is wrong with a folder, the next look may find it repaired
                 if str(error) != trouble:
                     log.exception("The models folder cannot be read; the loaded models go on answering")
                 trouble = str(error)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 CHILD = (sys.executable, "-m", "finetune.cli.speed_check")
 SECONDS = 600  # the child limits its own CPU time
 MAX_WAITING = 8
+MAX_OF_OWNER = 3
 
 Question = Mapping[str, Any]  # backbone, input_size_px, device, threads
 
@@ -40,6 +41,7 @@ class Planner:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="measure")
         self._known: dict[str, Speeds] = {}
         self._measuring: dict[str, asyncio.Future[Speeds]] = {}
+        self._owners: dict[str, str] = {}  # for whom each is measured
         self._child: subprocess.Popen[str] | None = None
         self._stopping = threading.Event()
 
@@ -50,13 +52,16 @@ class Planner:
         if (child := self._child) is not None:
             child.kill()
 
-    async def speeds(self, question: Question) -> Speeds:
+    async def speeds(self, question: Question, owner: str) -> Speeds:
         """Return the speeds of a backbone on this machine; concurrent requests for it share one measurement.
+
+        Args:
+            owner: who asks. At most `MAX_OF_OWNER` backbones of an owner wait or are measured, so that nobody fills the queue.
 
         Raises:
             Conflict: this installation cannot train.
             InvalidInput: the backbone cannot be used.
-            Overloaded: too many other backbones wait, or the measurement failed.
+            Overloaded: too many backbones wait, of this owner or in all, or the measurement failed.
         """
         if not can_train():
             raise Conflict(NO_TRAINING)
@@ -64,15 +69,17 @@ class Planner:
         if key in self._known:
             return self._known[key]
         if key not in self._measuring:
+            if list(self._owners.values()).count(owner) >= MAX_OF_OWNER:
+                raise Overloaded(f"{MAX_OF_OWNER} other backbones are being measured for you. Try again in a moment")
             if len(self._measuring) >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} other backbones wait to be measured. Try again in a moment")
             running = asyncio.get_running_loop().run_in_executor(self._executor, self._found, key, question)
-            self._measuring[key] = running
+            self._measuring[key], self._owners[key] = running, owner
             running.add_done_callback(lambda done: self._measured(key, done))
         return await asyncio.shield(self._measuring[key])
 
     def _measured(self, key: str, done: asyncio.Future[Speeds]) -> None:
-        del self._measuring[key]
+        del self._measuring[key], self._owners[key]
         if not done.cancelled() and done.exception() is None:
             self._known[key] = done.result()
 

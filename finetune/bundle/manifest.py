@@ -182,6 +182,8 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
         given = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{MANIFEST} is not JSON: {error}") from None
+    except RecursionError:
+        raise BundleError(f"{MANIFEST} is nested too deeply to be a manifest") from None
     if not isinstance(given, dict):
         raise BundleError(f"{MANIFEST} must be a JSON object, found {type(given).__name__}")
     return given

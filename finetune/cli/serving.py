@@ -263,10 +263,12 @@ def pull(address: str, name: str | None) -> None:
     model is new here.
     """
     from finetune.bundle.manifest import read_manifest
+    from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
 
     registry = _registry()
     bundle = registry.locate(address)
+    Predictor.load(bundle)  # it must answer its own probe before it may become a version
     predictions = bundle / PREDICTIONS
     found = registry.register(
         bundle, name or read_manifest(bundle).name, once=True, predictions=predictions if predictions.exists() else None

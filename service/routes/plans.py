@@ -41,7 +41,7 @@ async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -
         "device": compute.device,
         "threads": available_cores() if compute.threads == "auto" else compute.threads,
     }
-    speeds = await server.planner.speeds(question)
+    speeds = await server.planner.speeds(question, caller.owner)
     return _document(asked, specs, speeds)
 
 

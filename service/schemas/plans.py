@@ -22,7 +22,7 @@ class PlanRequest(BaseModel):
     images: int | None = Field(default=None, ge=1, le=10_000_000, description="How many; without it no time is foretold.")
     classes: int = Field(default=2, ge=1, le=100_000)
     bytes: int | None = Field(
-        default=None, ge=1, description="Of all image files together; by default those of typical photographs."
+        default=None, ge=1, le=1 << 50, description="Of all image files together; by default those of typical photographs."
     )
     model: str | dict[str, Any] | None = Field(default=None, description="As for a job.")
     data: dict[str, Any] | None = Field(default=None, description="As for a job.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,12 @@ import pytest
 from serving import in_process, until
 from starlette.testclient import TestClient
 
+from finetune.errors import Overloaded
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
-from service.plans import Planner
+from finetune.storage.workspace import Workspace
+from service.plans import MAX_OF_OWNER, Planner
 
 PLANS = "/v1/fine_tuning/plans"
 STAGES = [{"index": index, "name": f"blocks.{index}", "n_parameters": 100, "output_shape": [8, 7, 7]} for index in range(4)]
@@ -92,6 +95,27 @@ def test_a_backbone_is_measured_once_also_for_those_who_ask_meanwhile_and_for_th
     assert child.asked == [DEFAULT_BACKBONE, "resnet18"]
 
 
+def test_nobody_fills_the_queue_of_measurements(child: StandIn, tmp_path: Path) -> None:
+    def question(backbone: str) -> dict[str, Any]:
+        return {"backbone": backbone, "input_size_px": None, "device": "cpu", "threads": 1}
+
+    async def ask() -> list[str]:
+        planner = Planner(Workspace.at(tmp_path))
+        child.go_on.clear()
+        waiting = [asyncio.create_task(planner.speeds(question(f"net{number}"), "ann")) for number in range(MAX_OF_OWNER)]
+        await asyncio.sleep(0)  # each has taken its place
+        with pytest.raises(Overloaded, match="are being measured for you"):
+            await planner.speeds(question("another"), "ann")
+        waiting.append(asyncio.create_task(planner.speeds(question("bobs"), "bob")))
+        await asyncio.sleep(0)
+        child.go_on.set()
+        found = [(await one).backbone for one in waiting]
+        planner.stop()
+        return [*found, (await Planner(Workspace.at(tmp_path)).speeds(question("net0"), "ann")).backbone]
+
+    assert asyncio.run(ask()) == [*(f"net{number}" for number in range(MAX_OF_OWNER)), "bobs", "net0"]
+
+
 def test_what_cannot_be_planned_is_refused_with_the_field(client: TestClient, child: StandIn) -> None:
     for body, field in (
         ({"methods": ["half"]}, "methods[0]"),
@@ -101,6 +125,7 @@ def test_what_cannot_be_planned_is_refused_with_the_field(client: TestClient, ch
         ({"methods": ["full"], "model": "nobody@1"}, "model.backbone"),
         ({"methods": ["full"], "training_file": "file-1"}, "training_file"),
         ({"methods": []}, "methods"),
+        ({"methods": ["full"], "images": 1, "bytes": 10**400}, "bytes"),
     ):
         answer = client.post(PLANS, json=body)
         assert answer.status_code == 422, body

@@ -102,6 +102,24 @@ def test_when_nobody_watches_any_more_the_server_is_not_ready(tmp_path: Path) ->
         models.check_ready()
 
 
+def test_whatever_is_wrong_with_a_folder_the_next_look_finds_it_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(tmp_path, bundle_of(tmp_path, 1))
+    look = LoadedModels.refresh
+
+    def first_look(models: LoadedModels) -> None:
+        monkeypatch.setattr(LoadedModels, "refresh", look)
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(LoadedModels, "refresh", first_look)
+    models = LoadedModels(Registry(tmp_path / "models"), watch_seconds=0.01)
+    models.start()
+    try:
+        until(lambda: bool(models.loaded()))
+        models.check_ready()
+    finally:
+        models.stop()
+
+
 # --- listing --------------------------------------------------------------------------------------
 
 

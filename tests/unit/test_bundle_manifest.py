@@ -83,6 +83,7 @@ def test_all_fields_that_are_off_are_named_at_once() -> None:
         ("{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         ("[]", "must be a JSON object, found list"),
+        ("[" * 100_000, "is nested too deeply"),
         ("{}", "schema_version None, this finetune reads 1. Export the bundle again"),
         ('{"schema_version": 2}', "schema_version 2, this finetune reads 1. It was written by a newer finetune"),
     ],

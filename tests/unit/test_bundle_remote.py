@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_a_version_goes_to_another_workspace_with_its_answers_to_the_test_images
     assert read_manifest(version.path).files == read_manifest(bundle).files
     assert there.predictions_of(version).read_bytes() == b"a table"
     assert there.names() == ("trees",), "what was fetched is not a model of its own"
+
+
+def test_a_bundle_that_lacks_its_model_is_not_registered(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    del manifest["files"]["model.onnx"]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "there"))
+    with pytest.raises(BundleError, match=r"model\.onnx: bundle\.json has no checksum for it"):
+        CliRunner().invoke(cli, ["models", "pull", str(bundle)], catch_exceptions=False)
+    assert Registry(tmp_path / "there/models").list() == ()
 
 
 def test_a_bucket_of_a_real_s3_server_holds_bundles(bucket: str, bundle: Path, tmp_path: Path) -> None:
