@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.tasks.balance import Balance
+from finetune.training.objectives.objective import with_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +35,8 @@ class MulticlassObjective:
         label_smoothing: float,
         image_weights: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        logits = with_offsets(logits, self.balance)
         own, other = image_weights or (None, None)
-        logits = logits.float()
-        if self.balance.offsets is not None:
-            logits = logits + torch.as_tensor(self.balance.offsets, dtype=torch.float32, device=logits.device)
         loss = self._cross_entropy(logits, targets, label_smoothing, own)
         if share == 1.0:
             return loss

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.tasks.balance import Balance
+from finetune.training.objectives.objective import with_offsets
 
 LossName = Literal["binary_cross_entropy", "asymmetric"]
 
@@ -44,10 +45,8 @@ class MultilabelObjective:
         label_smoothing: float,
         image_weights: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        logits = with_offsets(logits, self.balance)
         own, other = image_weights or (None, None)
-        logits = logits.float()
-        if self.balance.offsets is not None:
-            logits = logits + torch.as_tensor(self.balance.offsets, dtype=torch.float32, device=logits.device)
         loss = self._one(logits, targets, label_smoothing, own)
         if share == 1.0:
             return loss

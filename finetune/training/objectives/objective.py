@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from finetune.tasks.balance import Balance
@@ -50,3 +51,11 @@ class Objective(Protocol):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities (B, C) of logits (B, C): the link function, as it is exported."""
         ...
+
+
+def with_offsets(logits: Tensor, balance: Balance) -> Tensor:
+    """Return logits (B, C) in float32, with the offsets of logit adjustment added if there are any."""
+    logits = logits.float()
+    if balance.offsets is None:
+        return logits
+    return logits + torch.as_tensor(balance.offsets, dtype=torch.float32, device=logits.device)
