@@ -15,7 +15,9 @@ from finetune.spec import Section, merged_mapping, problems_of
 class BatchSpec(Section):
     """The images of a batch prediction, and the model."""
 
-    HINT: ClassVar[str] = ". The answers contain the probabilities of all classes; top_k, coverage and abstain are options of /predict"
+    HINT: ClassVar[str] = (
+        ". The answers contain the probabilities of all classes; top_k, coverage and abstain are options of /predict"
+    )
 
     input_file: Annotated[
         str, Field(min_length=1, max_length=4096, description="A folder of images; on a server the id of an upload, file-….")

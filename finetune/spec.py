@@ -46,7 +46,8 @@ class HeadSpec(Section):
     pooling: Annotated[
         Literal["avg", "max", "avgmax", "gem"],
         Field(
-            description="How the feature map is reduced to one vector per image: global average pooling (avg), global max pooling, "
+            description="How the feature map is reduced to one vector per image: global average pooling (avg), global max "
+            "pooling, "
             "the mean of both (avgmax), or generalised mean with exponent 3 (gem). Class activation maps are exact with avg."
         ),
     ] = "avg"
@@ -57,7 +58,8 @@ class HeadSpec(Section):
     aux: Annotated[
         bool | str | None,
         Field(
-            description="Train an auxiliary classifier on an intermediate stage, as in Inception, and drop it at export: true for "
+            description="Train an auxiliary classifier on an intermediate stage, as in Inception, and drop it at export: "
+            "true for "
             "the last stage but one, or the name of a stage. For methods that train by steps."
         ),
     ] = None
@@ -91,14 +93,16 @@ class ModelSpec(Section):
         Field(
             min_length=1,
             max_length=1000,
-            description="The pretrained network: a timm name such as resnet50, local-dir:FOLDER, hf-hub:OWNER/NAME, or a model of "
+            description="The pretrained network: a timm name such as resnet50, local-dir:FOLDER, hf-hub:OWNER/NAME, or a "
+            "model of "
             "your own as name@version or as the folder of a run.",
         ),
     ] = DEFAULT_BACKBONE
     weights: Annotated[
         str,
         Field(
-            description="Where the initial weights come from: package (installed with finetune), hub (downloaded from timm's hub), "
+            description="Where the initial weights come from: package (installed with finetune), hub (downloaded from timm's "
+            "hub), "
             "auto (package if it has them, else hub), none (random initialisation), or the path of a .pth or .safetensors file."
         ),
     ] = "auto"
@@ -157,7 +161,8 @@ class DataSpec(Section):
         Field(
             ge=0,
             lt=2**32,
-            description="Seed of the split into train, val and test. The seed of training does not change the split, so that runs "
+            description="Seed of the split into train, val and test. The seed of training does not change the split, so that "
+            "runs "
             "with different seeds are compared on the same images.",
         ),
     ] = 0
@@ -222,7 +227,8 @@ class DataSpec(Section):
         str,
         Field(
             max_length=40,
-            description="Encoding of the file names in archives that do not state it, such as cp437, cp932 or gbk. auto: detected.",
+            description="Encoding of the file names in archives that do not state it, such as cp437, cp932 or gbk. auto: "
+            "detected.",
         ),
     ] = "auto"
     within: Annotated[
@@ -249,13 +255,14 @@ class DataSpec(Section):
         Literal["quarantine", "fail"],
         Field(description="What to do with an image that cannot be read: leave it out and report it (quarantine), or fail."),
     ] = "quarantine"
-    max_bad_fraction: Annotated[
-        Fraction, Field(description="Fail if a larger share of the images than this cannot be read.")
-    ] = 0.05
+    max_bad_fraction: Annotated[Fraction, Field(description="Fail if a larger share of the images than this cannot be read.")] = (
+        0.05
+    )
     resize: Annotated[
         Literal["auto", "crop", "squash", "letterbox"],
         Field(
-            description="How an image becomes a square: crop its centre, squash it (change its aspect ratio), or letterbox it (add "
+            description="How an image becomes a square: crop its centre, squash it (change its aspect ratio), or letterbox "
+            "it (add "
             "borders). auto: chosen by the shapes of the images."
         ),
     ] = "auto"
@@ -292,12 +299,14 @@ class DataSpec(Section):
 BatchNormPolicy = Annotated[
     Literal["frozen", "train", "recalibrate"],
     Field(
-        description="Batch normalisation in the stages that train: frozen keeps the running statistics of the pretrained weights, "
+        description="Batch normalisation in the stages that train: frozen keeps the running statistics of the pretrained "
+        "weights, "
         "train updates them at every step, recalibrate estimates them once at the end."
     ),
 ]
 WarmHead = Annotated[
-    bool, Field(description="Solve the head on frozen features before the first step, so that early steps do not harm the backbone.")
+    bool,
+    Field(description="Solve the head on frozen features before the first step, so that early steps do not harm the backbone."),
 ]
 LayerDecay = Annotated[
     Auto | Annotated[float, Field(gt=0.0, le=1.0)],
@@ -378,7 +387,8 @@ class Hyperparameters(Section):
     train_size_px: Annotated[
         Auto | Annotated[int, Field(ge=32, le=1024)],
         Field(
-            description="Side of the training images in pixels, for full and gradual; evaluation always uses model.input_size_px. "
+            description="Side of the training images in pixels, for full and gradual; evaluation always uses "
+            "model.input_size_px. "
             "auto: 0.8 of that size for pretrained weights."
         ),
     ] = "auto"
@@ -397,7 +407,8 @@ class Hyperparameters(Section):
     loss: Annotated[
         Literal["auto", "cross_entropy", "binary_cross_entropy", "asymmetric"],
         Field(
-            description="The loss of training by steps: cross_entropy for one label per image, binary_cross_entropy (the default) "
+            description="The loss of training by steps: cross_entropy for one label per image, binary_cross_entropy (the "
+            "default) "
             "or asymmetric for several."
         ),
     ] = "auto"
@@ -501,13 +512,12 @@ class JobSpec(Section):
     validation_file: Annotated[
         str | None, Field(description="Labelled images to validate on, in any of the same formats. null: split off.")
     ] = None
-    test_file: Annotated[
-        str | None, Field(description="Labelled images to test on once, at the end. null: split off.")
-    ] = None
+    test_file: Annotated[str | None, Field(description="Labelled images to test on once, at the end. null: split off.")] = None
     task: Annotated[
         Literal["auto", "multiclass", "multilabel"],
         Field(
-            description="multiclass: exactly one label per image. multilabel: several labels, or none. auto: detected from the labels."
+            description="multiclass: exactly one label per image. multilabel: several labels, or none. auto: detected from "
+            "the labels."
         ),
     ] = "auto"
     data: Annotated[DataSpec, Field(description="How the labelled images are read and split.")] = DataSpec()
@@ -524,9 +534,7 @@ class JobSpec(Section):
     ] = AugmentationSpec()
     export: Annotated[ExportSpec, Field(description="How the trained model is exported and registered.")] = ExportSpec()
     compute: Annotated[ComputeSpec, Field(description="Device, precision and threads.")] = ComputeSpec()
-    seed: Annotated[
-        int, Field(ge=0, lt=2**32, description="Seed of training. The split has its own seed, data.split_seed.")
-    ] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of training. The split has its own seed, data.split_seed.")] = 0
     suffix: Annotated[
         str | None,
         Field(pattern=SUFFIX_PATTERN, description="Name of the registered model. null: derived from the name of the data."),

@@ -22,15 +22,29 @@ from finetune.runtime.collector import objects_exempt
 @job_options
 @click.option("--methods", help="Methods to compare, separated by commas. Default: linear_probe,partial,full.")
 @click.option("--models", help="Backbones to compare, separated by commas; each is combined with each method.")
-@click.option("--arm", "arms", multiple=True, metavar="NAME:KEY=VALUE,…", help="Another arm to compare, defined by its settings; repeatable (arms).")
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    metavar="NAME:KEY=VALUE,…",
+    help="Another arm to compare, defined by its settings; repeatable (arms).",
+)
 @click.option("--seeds", type=int, help="Number of runs of each arm, with different seeds. Default: 3.")
 @click.option("--margin", type=float, help="The largest difference that does not matter. Default: 0.01, one point.")
-@click.option("--budget", metavar="DURATION", help="Approximate time limit, such as 20m or 2h; the cheapest arms are trained first.")
+@click.option(
+    "--budget", metavar="DURATION", help="Approximate time limit, such as 20m or 2h; the cheapest arms are trained first."
+)
 @click.option("--no-register", is_flag=True, help="Do not register the best run of the chosen arm as a model.")
 @places_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the comparison; an unfinished one in it is resumed.")
-@click.option("--server", metavar="URL", help="Run the comparison on a server and show its progress here; the key is read from FINETUNE_API_KEY.")
-@click.option("--detach", is_flag=True, help="Queue the comparison, on --server or for this workspace's worker, print its id and exit.")
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Run the comparison on a server and show its progress here; the key is read from FINETUNE_API_KEY.",
+)
+@click.option(
+    "--detach", is_flag=True, help="Queue the comparison, on --server or for this workspace's worker, print its id and exit."
+)
 @tracking_options
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, detach: bool, as_json: bool, **given: Any) -> None:
@@ -122,8 +136,8 @@ def _in_the_queue(
     tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
     if run_dir is not None or take_places(given) is not None or any(tracked):
         raise click.UsageError(
-            "--run-dir, --slots, --executor and the tracking options apply only without --server and --detach: a queued comparison "
-            "is run by a worker, with the worker's settings"
+            "--run-dir, --slots, --executor and the tracking options cannot be combined with --server, --detach or a queued "
+            "comparison, which is run by a worker with the worker's settings"
         )
     client = client_of(server)
     if _is_queued_comparison(what):
@@ -166,6 +180,12 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
         "budget_seconds": None if budget is None else _seconds(budget),
         "register_chosen": False if no_register else None,
     }
+    if given["method"] is not None and not (own["models"] or own["arms"]):
+        other = "full" if given["method"] == "linear_probe" else "linear_probe"
+        raise click.UsageError(
+            "--method sets one method for all arms that --models and --arm define. To compare methods, use --methods, as in: "
+            f"--methods {given['method']},{other}"
+        )
     overrides, settings = take_job_options(given)
     spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
     if path is not None and spec_file is None:
@@ -187,7 +207,8 @@ def _arm(text: str) -> dict[str, Any]:
     pairs = [pair.partition("=") for pair in changes.split(",") if pair.strip()]
     if not colon or not name.strip() or any(not equals for _, equals, _ in pairs):
         raise click.BadParameter(
-            f"{text!r}: expected NAME:KEY=VALUE or NAME:KEY=VALUE,KEY=VALUE, such as strong:augmentation=strong", param_hint="--arm"
+            f"{text!r}: expected NAME:KEY=VALUE or NAME:KEY=VALUE,KEY=VALUE, such as strong:augmentation=strong",
+            param_hint="--arm",
         )
     return {"name": name.strip(), "set": {key.strip(): yaml.safe_load(value) for key, _, value in pairs}}
 

@@ -30,7 +30,11 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
 def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--slots`` and the executor options to a command whose runs can be executed in parallel; see `take_places`."""
     slots = click.option(
-        "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Number of runs in parallel, each in a process of its own."
+        "--slots",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Number of runs in parallel, each in a process of its own.",
     )
     return slots(executor_options("Where these processes run.")(command))
 

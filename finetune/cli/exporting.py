@@ -12,7 +12,12 @@ FORMATS = ("timm", "safetensors", "onnx", "openvino", "web")
 @click.command()
 @click.argument("model")
 @click.option("--format", "name", type=click.Choice(FORMATS), required=True, metavar="FORMAT", help="One of the formats below.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder. Default: named after the model, its version and the format.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A new folder. Default: named after the model, its version and the format.",
+)
 @click.option(
     "--onnxruntime-web",
     "runtime",

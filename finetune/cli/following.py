@@ -26,7 +26,9 @@ def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME[=PLACE]",
             help="mlflow (the default), mlflow=URI, tensorboard, tensorboard=FOLDER or none; repeatable.",
         ),
-        click.option("--experiment", metavar="NAME", help="Name of the experiment in the trackers. Default: the name of the data."),
+        click.option(
+            "--experiment", metavar="NAME", help="Name of the experiment in the trackers. Default: the name of the data."
+        ),
     ):
         command = decorate(command)
     return command

@@ -23,7 +23,11 @@ SECONDS_PER_DAY = 86400.0
 
 @click.command()
 @click.option("--slots", type=click.IntRange(min=1), help="Number of jobs in parallel. Default: one per GPU, else 1.")
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads for all jobs together. Default: the cores of this machine.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Number of CPU threads for all jobs together. Default: the cores of this machine.",
+)
 @click.option("--gpus", metavar="0,1", help="CUDA devices to use. Default: all visible ones; with Ray, none.")
 @click.option("--stall-minutes", default=30.0, show_default=True, help="Restart a job that has written nothing for this time.")
 @click.option(
@@ -99,7 +103,9 @@ def _kinds(text: str | None) -> tuple[str, ...]:
         return kinds_carried_out_here()
     asked = tuple(name.strip() for name in text.split(",") if name.strip())
     if not asked or any(name not in KINDS for name in asked):
-        raise click.BadParameter(f"{text!r}: expected one or more of {', '.join(KINDS)}, separated by commas", param_hint="--kinds")
+        raise click.BadParameter(
+            f"{text!r}: expected one or more of {', '.join(KINDS)}, separated by commas", param_hint="--kinds"
+        )
     return asked
 
 
@@ -107,7 +113,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number.strip())
     except ValueError:
-        raise click.BadParameter(f"{text!r}: expected device numbers separated by commas, such as 0,1", param_hint="--gpus") from None
+        raise click.BadParameter(
+            f"{text!r}: expected device numbers separated by commas, such as 0,1", param_hint="--gpus"
+        ) from None
 
 
 @click.group()
@@ -128,7 +136,10 @@ def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(client=client_of(server), **given)
 
     option = click.option(
-        "--server", metavar="URL", envvar="FINETUNE_SERVER", help="Use this server instead of the workspace; the key is read from FINETUNE_API_KEY."
+        "--server",
+        metavar="URL",
+        envvar="FINETUNE_SERVER",
+        help="Use this server instead of the workspace; the key is read from FINETUNE_API_KEY.",
     )
     return option(functools.update_wrapper(build, command))
 
@@ -146,7 +157,9 @@ def client_of(server: str | None) -> JobsClient:
 @spec_options
 @place_option
 @click.option("--detach", is_flag=True, help="Print the id of the job and exit without waiting for its end.")
-@click.option("--idempotency-key", metavar="KEY", help="Makes repetition safe: the same key and spec, sent again, return the same job.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Makes repetition safe: the same key and spec, sent again, return the same job."
+)
 @json_option
 def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str | None, as_json: bool) -> None:
     """Queue a fine-tuning job and follow it to its end.
@@ -257,9 +270,16 @@ def _keys() -> Any:
 @keys.command("create")
 @click.argument("owner")
 @click.option(
-    "--scope", "scopes", multiple=True, default=("predict", "jobs"), show_default=True, help="What the key may do: predict | jobs | metrics | admin; repeatable."
+    "--scope",
+    "scopes",
+    multiple=True,
+    default=("predict", "jobs"),
+    show_default=True,
+    help="What the key may do: predict | jobs | metrics | admin; repeatable.",
 )
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Number of days after which the key expires. Default: never.")
+@click.option(
+    "--days", type=click.FloatRange(min=0, min_open=True), help="Number of days after which the key expires. Default: never."
+)
 @json_option
 def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json: bool) -> None:
     """Create a key for OWNER and print it.

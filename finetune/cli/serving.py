@@ -21,19 +21,45 @@ QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="name, name@version, name@alias, a bundle folder or a URL. Default: the default model of the workspace.")
+@click.option(
+    "--model", help="name, name@version, name@alias, a bundle folder or a URL. Default: the default model of the workspace."
+)
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Number of classes to show.")
 @click.option(
-    "--coverage", type=float, metavar="SHARE", help="Also show a prediction set: classes that contain the correct one with this probability, such as 0.9."
+    "--coverage",
+    type=float,
+    metavar="SHARE",
+    help="Also show a prediction set: classes that contain the correct one with this probability, such as 0.9.",
 )
 @click.option("--per-class", is_flag=True, help="Guarantee the coverage for each class separately; the sets are larger.")
-@click.option("--abstain/--answer-always", default=None, help="Mark predictions that are too uncertain to rely on. Default: the setting of the model.")
-@click.option("--precision", type=float, metavar="SHARE", help="With --abstain: the share of the remaining predictions that must be correct. Default: 0.95.")
 @click.option(
-    "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write the class activation map of each image to this folder, as PNG."
+    "--abstain/--answer-always",
+    default=None,
+    help="Mark predictions that are too uncertain to rely on. Default: the setting of the model.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the prediction for each image to a .csv, .parquet or .npz file.")
-@click.option("--server", metavar="URL", help="Let a server predict for one folder or archive; needs --out. The key is read from FINETUNE_API_KEY.")
+@click.option(
+    "--precision",
+    type=float,
+    metavar="SHARE",
+    help="With --abstain: the share of the remaining predictions that must be correct. Default: 0.95.",
+)
+@click.option(
+    "--explain",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write the class activation map of each image to this folder, as PNG.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the prediction for each image to a .csv, .parquet or .npz file.",
+)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Let a server predict for one folder or archive; needs --out. The key is read from FINETUNE_API_KEY.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: IMAGES is a request file.")
 @json_option
 def predict(
@@ -130,7 +156,8 @@ def predict(
     if explain is not None and not as_json:
         n_maps = sum("explanation" in document for document in documents)
         console.print(
-            f"{plural(n_maps, 'activation map')} written to {explain}" if n_maps else "this model has no activation maps", markup=False
+            f"{plural(n_maps, 'activation map')} written to {explain}" if n_maps else "this model has no activation maps",
+            markup=False,
         )
     sys.exit(2 if any("error" in document for document in documents) else 0)
 
@@ -307,7 +334,9 @@ def card(model: str) -> None:
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--server", metavar="URL", help="Ask a server, which has the newest predictions; the key is read from FINETUNE_API_KEY.")
+@click.option(
+    "--server", metavar="URL", help="Ask a server, which has the newest predictions; the key is read from FINETUNE_API_KEY."
+)
 @click.option("--accept", is_flag=True, help="Use the present live predictions as the reference from now on.")
 @click.option("--reset", is_flag=True, help="Use the reference in the bundle again.")
 @json_option
@@ -345,7 +374,9 @@ def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy the images to this folder, most useful to label first.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy the images to this folder, most useful to label first."
+)
 @click.option("--owner", help="Only images that were sent with the keys of this owner.")
 @click.option("--delete", is_flag=True, help="Delete the images.")
 @json_option
@@ -361,7 +392,9 @@ def samples(reference: str, out: Path | None, owner: str | None, delete: bool, a
     from finetune.monitoring.samples import copy_samples, delete_samples, folder_of, samples_of
 
     if delete and out is not None:
-        raise click.UsageError("--out and --delete cannot be combined: first copy the images with --out, then delete them with --delete")
+        raise click.UsageError(
+            "--out and --delete cannot be combined: first copy the images with --out, then delete them with --delete"
+        )
     registry = _registry()
     version = registry.lookup(reference)
     found = [one for one in samples_of(registry, version) if owner is None or one.record.get("owner") == owner]
@@ -383,7 +416,13 @@ def samples(reference: str, out: Path | None, owner: str | None, delete: bool, a
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of the remaining predictions that must be correct.")
+@click.option(
+    "--precision",
+    default=0.95,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of the remaining predictions that must be correct.",
+)
 @click.option("--off", is_flag=True, help="Switch abstention off.")
 def abstain(reference: str, precision: float, off: bool) -> None:
     """Make a version abstain by default.
@@ -415,15 +454,21 @@ def _minimum(given: tuple[str, ...]) -> dict[str, float]:
         try:
             found[metric] = float(value)
         except ValueError:
-            raise click.BadParameter(
-                f"{text!r}: expected METRIC=VALUE, such as test/top1=0.9", param_hint="--min"
-            ) from None
+            raise click.BadParameter(f"{text!r}: expected METRIC=VALUE, such as test/top1=0.9", param_hint="--min") from None
     return found
 
 
 _condition_options = (
-    click.option("--min", "minimum", multiple=True, metavar="METRIC=VALUE", help="Refuse a version whose metric is lower, such as test/top1=0.9; repeatable."),
-    click.option("--force", is_flag=True, help="Promote even if a check fails. A version that cannot be loaded is always refused."),
+    click.option(
+        "--min",
+        "minimum",
+        multiple=True,
+        metavar="METRIC=VALUE",
+        help="Refuse a version whose metric is lower, such as test/top1=0.9; repeatable.",
+    ),
+    click.option(
+        "--force", is_flag=True, help="Promote even if a check fails. A version that cannot be loaded is always refused."
+    ),
 )
 
 
@@ -437,8 +482,15 @@ def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @models.command()
 @click.argument("name")
 @click.argument("version", required=False)
-@click.option("--alias", default="champion", show_default=True, help="The alias to set. A model name without version or alias means its champion.")
-@click.option("--default", "as_default", is_flag=True, help="Also make it the default model of the server and of finetune predict.")
+@click.option(
+    "--alias",
+    default="champion",
+    show_default=True,
+    help="The alias to set. A model name without version or alias means its champion.",
+)
+@click.option(
+    "--default", "as_default", is_flag=True, help="Also make it the default model of the server and of finetune predict."
+)
 @condition_options
 def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
     """Check a version and point an alias at it.
@@ -459,7 +511,9 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
     name, _, inside = name.partition("@")
     version = version or inside or None
     if version is None and not as_default:
-        raise click.UsageError(f"Give the version to promote, as in: finetune models promote {name} 2 (finetune models list shows the versions)")
+        raise click.UsageError(
+            f"Give the version to promote, as in: finetune models promote {name} 2 (finetune models list shows the versions)"
+        )
     if version is not None:
         promoted, checks = promote_version(registry, name, version, alias, minimum=_minimum(minimum), force=force, by=_by())
         for check in checks:
@@ -474,7 +528,11 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
 @models.command()
 @click.argument("reference", metavar="MODEL")
 @click.option("--canary", metavar="MODEL=PERCENT", help="Let another model answer this share of the requests.")
-@click.option("--shadow", metavar="MODEL=PERCENT", help="Let another model also predict for this share of the requests; disagreements are logged.")
+@click.option(
+    "--shadow",
+    metavar="MODEL=PERCENT",
+    help="Let another model also predict for this share of the requests; disagreements are logged.",
+)
 @condition_options
 def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tuple[str, ...], force: bool) -> None:
     """Choose the model for requests without a model name.
@@ -504,7 +562,9 @@ def _share(text: str | None, option: str) -> Any:
     except ValueError:
         value = -1.0
     if not reference or not 0.0 <= value <= 100.0:
-        raise click.BadParameter(f"{text!r}: expected MODEL=PERCENT with a percentage from 0 to 100, such as flowers@4=10", param_hint=option)
+        raise click.BadParameter(
+            f"{text!r}: expected MODEL=PERCENT with a percentage from 0 to 100, such as flowers@4=10", param_hint=option
+        )
     return Share(reference, value)
 
 
@@ -559,4 +619,7 @@ def share(name: str, private: bool) -> None:
     access = registry.access(name)
     registry.set_access(name, replace(access, visibility="private" if private else "shared"))
     whose = f"its owner {access.owner}" if access.owner else "administrators"
-    click.echo(f"{name} can be used only by {whose}" if private else f"{name} can be used by everyone with access to the server", err=True)
+    click.echo(
+        f"{name} can be used only by {whose}" if private else f"{name} can be used by everyone with access to the server",
+        err=True,
+    )

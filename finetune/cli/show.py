@@ -113,8 +113,8 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
-    _show_cost(outcome.cost, run)
-    _show_problems(run)
+    show_cost(outcome.cost, run)
+    show_findings(run)
     lines = [f"report    {shortened(run.report)}"]
     if outcome.model is not None:
         reference = f"{outcome.model}@{outcome.version}"
@@ -130,7 +130,7 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _show_problems(run: RunDir) -> None:
+def show_findings(run: RunDir) -> None:
     """Print the findings of the diagnosis, each with what to try first, and the command that shows all of it.
 
     Of a study, the diagnosis of the run whose model it kept is shown. Notes are shown if there is no problem.
@@ -143,9 +143,7 @@ def _show_problems(run: RunDir) -> None:
     causes = [finding for finding in found.problems or found.findings if finding.caused_by is None]
     for finding in causes:
         advice = f" Try: {finding.advice[0]}." if finding.advice else ""
-        console.print(
-            f"[yellow]{escape(finding.title)}[/] ({finding.certainty}): {escape(finding.sentence)}.{escape(advice)}"
-        )
+        console.print(f"[yellow]{escape(finding.title)}[/] ({finding.certainty}): {escape(finding.sentence)}.{escape(advice)}")
     if causes:
         console.print(f"diagnosis finetune diagnose {shortened(run.root)}\n", markup=False, soft_wrap=True)
 
@@ -200,7 +198,7 @@ def _percents(interval: tuple[float, float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
 
 
-def _show_cost(cost: Mapping[str, float], run: RunDir) -> None:
+def show_cost(cost: Mapping[str, float], run: RunDir) -> None:
     """Print the costs of a run, those of its interrupted attempts included."""
     rows = [
         ["this run in all, wall time", duration(cost["wall_seconds"])],
@@ -442,7 +440,9 @@ def show_models(
         reference = deployed.reference if deployed is not None else default.name
         console.print(f"default: {reference}, version {default.version}", markup=False)
     else:
-        console.print("no default model: finetune models promote NAME --default chooses the one for requests without a model name")
+        console.print(
+            "no default model: finetune models promote NAME --default chooses the one for requests without a model name"
+        )
     for kind in ("canary", "shadow"):
         share = getattr(deployed, kind, None)
         if share is not None:

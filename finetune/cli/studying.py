@@ -26,9 +26,17 @@ def study() -> None:
 @study.command()
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--depths", default="8,20,44", show_default=True, help="Numbers of layers, separated by commas; each is 6 n + 2.")
-@click.option("--kinds", default="plain,residual", show_default=True, help="Networks without (plain) and with (residual) identity shortcuts.")
 @click.option(
-    "--aids", default="none,he,bn", show_default=True, help="none: PyTorch's default initialisation; he: He initialisation; bn: batch normalisation."
+    "--kinds",
+    default="plain,residual",
+    show_default=True,
+    help="Networks without (plain) and with (residual) identity shortcuts.",
+)
+@click.option(
+    "--aids",
+    default="none,he,bn",
+    show_default=True,
+    help="none: PyTorch's default initialisation; he: He initialisation; bn: batch normalisation.",
 )
 @click.option("--epochs", type=int, help="Epochs of each network. Default: about 320 steps.")
 @click.option("--images", default=2000, show_default=True, help="Maximum number of training images.")
@@ -81,7 +89,9 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
 @study.command()
 @spec_options
 @click.option(
-    "--more", metavar="N,N,…", help="Numbers of additional images per class. Default: a quarter, a half and all of the present number."
+    "--more",
+    metavar="N,N,…",
+    help="Numbers of additional images per class. Default: a quarter, a half and all of the present number.",
 )
 @click.option(
     "--repeats",
@@ -91,7 +101,9 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
     help="Number of random splits into training and held-out images.",
 )
 @click.option("--sizes", default=6, show_default=True, type=click.IntRange(min=4), help="Number of points of the learning curve.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to write the page. Default: in the workspace.")
+@click.option(
+    "--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to write the page. Default: in the workspace."
+)
 @json_option
 def labels(spec: JobSpec, more: str | None, repeats: int, sizes: int, page: Path | None, as_json: bool) -> None:
     """Estimate the gain of more labelled images.

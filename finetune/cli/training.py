@@ -34,11 +34,17 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--test", metavar="DATA", help="Separate images for the final test (test_file)."),
             click.option("--name", help="Name of the registered model (suffix). Default: the name of the data."),
             click.option(
-                "--model", metavar="BACKBONE", help="A timm model (finetune backbones lists them), or a model of your own: flowers@3."
+                "--model",
+                metavar="BACKBONE",
+                help="A timm model (finetune backbones lists them), or a model of your own: flowers@3.",
             ),
             click.option("--method", help=f"What trains: {' | '.join(METHOD_NAMES)}. Default: linear_probe."),
-            click.option("--epochs", type=int, help="Number of epochs, for all methods but linear_probe (hyperparameters.n_epochs)."),
-            click.option("--folds", type=int, help="Cross-validate with this number of folds, then train on all images (data.folds)."),
+            click.option(
+                "--epochs", type=int, help="Number of epochs, for all methods but linear_probe (hyperparameters.n_epochs)."
+            ),
+            click.option(
+                "--folds", type=int, help="Cross-validate with this number of folds, then train on all images (data.folds)."
+            ),
             click.option("--seed", type=int, help="Random seed of training. The split has its own, data.split_seed."),
             click.option(
                 "--set",
@@ -115,11 +121,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 @spec_options
 @click.option("--quick", is_flag=True, help="Only show the plan; do not search for copies, wrong labels and shortcuts.")
 @click.option(
-    "--fix", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write the proposed corrections to a CSV file. Images are not changed."
+    "--fix",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Write the proposed corrections to a CSV file. Images are not changed.",
 )
-@click.option("--acknowledge", multiple=True, metavar="KIND|KEY", help="Accept these findings: they are not reported again. Repeatable.")
+@click.option(
+    "--acknowledge", multiple=True, metavar="KIND|KEY", help="Accept these findings: they are not reported again. Repeatable."
+)
 @click.option("--reopen", multiple=True, metavar="KIND|KEY", help="Report accepted findings again; repeatable.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to write the page with pictures. Default: in the workspace.")
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Where to write the page with pictures. Default: in the workspace.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: the examination alone, into it.")
 @json_option
 def check(
@@ -181,7 +197,11 @@ def check(
 
 @click.command()
 @spec_options
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run; an unfinished run in it is resumed. Default: in the workspace.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of the run; an unfinished run in it is resumed. Default: in the workspace.",
+)
 @places_options
 @tracking_options
 @json_option
@@ -223,7 +243,12 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 @click.argument("model")
 @click.option("--data", required=True, metavar="DATA", help="Labelled images: a folder, archive, table or URL.")
 @click.option("--split", help="Which split of data that has splits. Default: test, else val, else all images.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the prediction for each image to a .csv, .parquet or .npz file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the prediction for each image to a .csv, .parquet or .npz file.",
+)
 @reading_option
 @json_option
 def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None, out: Path | None, as_json: bool) -> None:

@@ -34,7 +34,11 @@ def _store() -> WebhookStore:
 @click.argument("url")
 @click.option("--owner", help="Report the jobs of this owner of an API key. Default: jobs without a key.")
 @click.option(
-    "--event", "events", multiple=True, metavar="TYPE", help="Event to report, such as fine_tuning.job.succeeded; repeatable. Default: all."
+    "--event",
+    "events",
+    multiple=True,
+    metavar="TYPE",
+    help="Event to report, such as fine_tuning.job.succeeded; repeatable. Default: all.",
 )
 @json_option
 def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json: bool) -> None:
