@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py --minutes 30 --out soak.json --picture soak.png
 
-These share one `finetune serve` with its worker: single predictions, batches, the Open Inference Protocol, uploads in one piece and
-in parts, real fine-tuning jobs one after the other, batch predictions and data checks in the queue, promotions with canary and
-shadow, pages of models and jobs, plans, damaged requests, readers of live events, webhooks, and samples of the inputs. Each job that
-ends registers a new version. Every few seconds the resident memory of the server's processes is read from /proc; a line is fitted to
-what comes after the warm-up. Linux only.
+These share one `finetune serve` with its worker: single predictions, batches, the Open Inference Protocol, uploads in one piece
+and in parts, real fine-tuning jobs one after the other, batch predictions and data checks in the queue, promotions with canary
+and shadow, pages of models and jobs, plans, damaged requests, readers of live events, webhooks, and samples of the inputs. Each
+job that ends registers a new version. Every few seconds the resident memory of the server's processes is read from /proc; a line
+is fitted to what comes after the warm-up. Linux only.
 """
 
 from __future__ import annotations

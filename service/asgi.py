@@ -37,6 +37,7 @@ from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
+from service.middleware.head import HeadAsGet
 from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
@@ -102,7 +103,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     """Return the app wrapped in the middleware, which is added from the innermost to the outermost."""
     state: ServerState = api.state.server
     buffered = BufferedBodies()
-    app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
+    app: ASGIApp = BodyLimits(HeadAsGet(api), buffered, _streams_to_disk)
     app = Authentication(app, lambda: state.database.keys)
     if settings.cors_origins:
         app = CORSMiddleware(
