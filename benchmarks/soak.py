@@ -155,7 +155,7 @@ def promotes(client: Client, stop: threading.Event) -> None:
         model = client.ask("GET model", "GET", "/v1/models/soak")
         if model is None:
             continue
-        newest = [one["version"] for one in model.json()["versions"]][-2:]
+        newest = [one["version"] for one in model.json()["versions"]][:2]
         body = {"version": newest[number % len(newest)], "force": True}
         client.ask("PUT alias", "PUT", "/v1/models/soak/aliases/champion", json=body)
         shares = {kind: {"reference": "soak@latest", "percent": 20.0} for kind in ("canary", "shadow")} if number % 2 else {}

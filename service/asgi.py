@@ -28,6 +28,7 @@ from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
 from finetune.jobs.sending import Reachable, Sender
 from finetune.jobs.store import Event
+from finetune.runtime.memory import return_free_memory
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
@@ -74,6 +75,7 @@ from service.uploads import Uploads
 from service.web import PageFiles
 from service.worker import WorkerProcess
 
+TRIM_SECONDS = 60.0
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
@@ -188,7 +190,9 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
             _end_on_sigterm(state.event_streams.close, state.planner.stop)
         if worker is not None:
             worker.start()
+        trimming = asyncio.create_task(_return_memory())
         yield
+        trimming.cancel()
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
@@ -235,6 +239,13 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")
     return api
+
+
+async def _return_memory() -> None:
+    """Return memory that replaced models and large requests have left, every minute."""
+    while True:
+        await asyncio.sleep(TRIM_SECONDS)
+        await asyncio.to_thread(return_free_memory)
 
 
 def _streams_to_disk(method: str, path: str) -> bool:
