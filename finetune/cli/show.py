@@ -101,8 +101,8 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             whole = split.removesuffix(UNSEEN)
             n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
             console.print(
-                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too: {whole} figures flatter the model, "
-                f"{split} figures do not.\n"
+                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too, as the same file, a near duplicate or "
+                f"one of a group: {whole} figures flatter the model, {split} figures do not.\n"
             )
     if "val" in splits[1:]:
         console.print("The val images have chosen the weights, so val figures flatter the model.\n")
