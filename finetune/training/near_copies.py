@@ -20,7 +20,6 @@ from finetune.data.dataset import Dataset, Sample
 from finetune.events import DataWarning
 from finetune.features.duplicates import compare_pictures
 from finetune.messages import natural_list, plural, printable
-from finetune.progress import ProgressCallback, silent
 from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
@@ -33,9 +32,7 @@ SHOWN = 3
 _VERSION = 1  # of `finetune.features.alignment`: scores of another one are not read
 
 
-def note_near_copies(
-    run: RunDir, dataset: Dataset, store: Store, progress: ProgressCallback = silent, threads: int | None = None
-) -> None:
+def note_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: int | None = None) -> None:
     """Compare the likeliest pairs of a run; write the copies into the run folder, and record them as an event.
 
     The runs of a cross-validation are left out, because together they hold out every image.
@@ -50,7 +47,7 @@ def note_near_copies(
     pairs = likely[:most]
     copies = [
         {"split": one.split, "file": one.id, "copy_of": other.id, "score": round(score, 4)}
-        for (one, other), score in zip(pairs, _scores(pairs, store, progress, threads), strict=True)
+        for (one, other), score in zip(pairs, _scores(pairs, store, threads), strict=True)
         if score >= LEAST_SCORE
     ]
     write_json(run.near_copies, {"candidates": len(likely), "compared": len(pairs), "copies": copies})
@@ -82,7 +79,7 @@ def near_copies_noted(run: RunDir) -> tuple[str, ...]:
     if found["compared"] < found["candidates"]:
         only = f". Of {found['candidates']:,} likely pairs {found['compared']:,} were compared"
     return (
-        f"Near duplicates of training images: {n_images} ({shown}{more}), so figures with them flatter the model{only}. "
+        f"Near duplicates of training images: {n_images} ({shown}{more}), so figures with them are too high{only}. "
         "finetune check --fix keeps copies on one side of the split",
     )
 
@@ -107,7 +104,7 @@ def _scores(pairs: Sequence[tuple[Sample, Sample]], store: Store, progress: Prog
     new = list({_key(*pair): pair for pair in pairs if _key(*pair) not in known}.values())
     samples = [sample for pair in new for sample in pair]
     positions = [(2 * number, 2 * number + 1) for number in range(len(new))]
-    scores = compare_pictures(samples, positions, progress, threads)
+    scores = compare_pictures(samples, positions, threads=threads)
     found = {_key(*pair): score for pair, score in zip(new, scores, strict=True)}
     append_note(notes, "".join(f"{one} {other} {score:.6f};\n" for (one, other), score in found.items()))
     return [(known | found)[_key(one, other)] for one, other in pairs]
