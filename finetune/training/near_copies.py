@@ -97,7 +97,7 @@ def _candidates(run: RunDir) -> list[tuple[str, str]]:
     return [(held_out, nearest) for ratio, held_out, nearest in sorted(rows) if ratio <= LARGEST_RATIO]
 
 
-def _scores(pairs: Sequence[tuple[Sample, Sample]], store: Store, progress: ProgressCallback, threads: int | None) -> list[float]:
+def _scores(pairs: Sequence[tuple[Sample, Sample]], store: Store, threads: int | None) -> list[float]:
     """Return the score of each pair, computed now or by an earlier run."""
     notes = store.folder("notes") / f"copies-{_VERSION}-{DECODER}.txt"
     known = _recall(notes)
