@@ -6,11 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,11 +16,10 @@ from finetune.jobs.kinds import can_train
 from finetune.runs.forecast import Speeds
 from finetune.storage.files import read_json, write_json
 from finetune.storage.workspace import Workspace
+from service.child import ChildProgram
 from service.worker import NO_TRAINING
 
-log = logging.getLogger(__name__)
-
-CHILD = (sys.executable, "-m", "finetune.cli.speed_check")
+CHILD = "finetune.cli.speed_check"
 SECONDS = 600  # the child limits its own CPU time
 MAX_WAITING = 8
 MAX_OF_OWNER = 3
@@ -42,15 +36,12 @@ class Planner:
         self._known: dict[str, Speeds] = {}
         self._measuring: dict[str, asyncio.Future[Speeds]] = {}
         self._owners: dict[str, str] = {}  # for whom each is measured
-        self._child: subprocess.Popen[str] | None = None
-        self._stopping = threading.Event()
+        self._child = ChildProgram(CHILD, seconds=SECONDS)
 
     def stop(self) -> None:
         """Kill the child process, if there is one."""
-        self._stopping.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        if (child := self._child) is not None:
-            child.kill()
+        self._child.stop()
 
     async def speeds(self, question: Question, owner: str) -> Speeds:
         """Return the speeds of a backbone on this machine; concurrent requests for it share one measurement.
@@ -88,41 +79,11 @@ class Planner:
         file = self._workspace.cache / "notes" / f"speeds-{key}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or of another release
             return Speeds.from_dict(read_json(file))
-        answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}))
+        answer = self._child.ask({**question, "networks": str(self._workspace.networks)}, f"measuring {question['backbone']}")
         if "problem" in answer:
             raise InvalidInput(answer["problem"])
         write_json(file, answer["speeds"])
         return Speeds.from_dict(answer["speeds"])
-
-    def _ask(self, given: Question) -> str:
-        """Run the child process and return its output.
-
-        Raises:
-            Overloaded: it took too long or failed, which is not the fault of the backbone.
-        """
-        if self._stopping.is_set():
-            raise Overloaded("this server is ending")
-        die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
-        child = subprocess.Popen(
-            [*die_with_parent, *CHILD],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._child = child
-        if self._stopping.is_set():
-            child.kill()
-        try:
-            said, errors = child.communicate(json.dumps(given), timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            raise Overloaded(f"measuring {given['backbone']} took more than {SECONDS} s") from None
-        finally:
-            self._child = None
-        if child.returncode != 0:
-            if not self._stopping.is_set():
-                log.error("measuring %s failed:\n%s", given["backbone"], errors[-2000:])
-            raise Overloaded(f"{given['backbone']} could not be measured; the server's log says why")
-        return said
 
 
 def _key(question: Question) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
 from finetune.storage.workspace import Workspace
+from service.child import ChildProgram
 from service.plans import MAX_OF_OWNER, Planner
 
 PLANS = "/v1/fine_tuning/plans"
@@ -34,28 +34,26 @@ class StandIn:
         self.go_on.set()
         self.problem = ""
 
-    def answer(self, given: Mapping[str, Any]) -> str:
+    def answer(self, given: Mapping[str, Any]) -> dict[str, Any]:
         self.asked.append(given["backbone"])
         assert self.go_on.wait(60)
         if self.problem:
-            return json.dumps({"problem": self.problem})
-        return json.dumps(
-            {
-                "speeds": {
-                    "backbone": given["backbone"], "stages": STAGES, "n_parameters": 400, "has_batch_norm": True,
-                    "resizable": True, "input_size_px": [224, 224], "device": "cpu", "threads": given["threads"],
-                    "start_seconds": 3.0, "decode_seconds": 0.001, "decode_seconds_per_megabyte": 0.01,
-                    "feature_seconds": 0.01, "prefix_shares": {"0": 0.0, "2": 0.8, "3": 0.9, "4": 1.0},
-                    "step_seconds": {"0": 0.05, "2": 0.02, "3": 0.01, "4": 0.0},
-                }
+            return {"problem": self.problem}
+        return {
+            "speeds": {
+                "backbone": given["backbone"], "stages": STAGES, "n_parameters": 400, "has_batch_norm": True,
+                "resizable": True, "input_size_px": [224, 224], "device": "cpu", "threads": given["threads"],
+                "start_seconds": 3.0, "decode_seconds": 0.001, "decode_seconds_per_megabyte": 0.01,
+                "feature_seconds": 0.01, "prefix_shares": {"0": 0.0, "2": 0.8, "3": 0.9, "4": 1.0},
+                "step_seconds": {"0": 0.05, "2": 0.02, "3": 0.01, "4": 0.0},
             }
-        )  # fmt: skip
+        }  # fmt: skip
 
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     child = StandIn()
-    monkeypatch.setattr(Planner, "_ask", lambda _, given: child.answer(given))
+    monkeypatch.setattr(ChildProgram, "ask", lambda _, given, what: child.answer(given))
     return child
 
 

@@ -14,8 +14,8 @@ export function asServed() {
   return language === "en" ? {} : { lang: "en" };
 }
 
-/** Load a language, by default the one that the page came in or that was chosen before. */
-export async function useLanguage(wanted = preferences.language ?? document.documentElement.lang) {
+/** Load a language, by default the one that the address names (`/?lang=de`), that was chosen before, or that the page came in. */
+export async function useLanguage(wanted = new URLSearchParams(location.search).get("lang") ?? preferences.language ?? document.documentElement.lang) {
   language = wanted in LANGUAGES ? wanted : "en";
   const read = async (file) => (await fetch(`static/strings/${file}.json`)).json();
   [strings, fromServer] = await Promise.all([read(language), language === "en" ? {} : read(`server.${language}`)]);

@@ -1,7 +1,8 @@
 // What answers now, since when and by whose decision; every model with its versions; promotion and the way back.
 
-import { request, hasKey, saveFile } from "../api.js";
+import { request } from "../api.js";
 import { alertBox, ask, field, h, put } from "../dom.js";
+import { downloadButton } from "../downloads.js";
 import { inWords } from "../figures.js";
 import { bytes, percent, t, when } from "../i18n.js";
 import { classNames, methodName } from "../jobs.js";
@@ -60,7 +61,6 @@ function versionRow(model, one, deployed, again, signal) {
   const path = `v1/models/${encodeURIComponent(model.id)}/versions/${encodeURIComponent(one.version)}`;
   const more = h("div", {});
   const details = h("details", { ontoggle: () => details.open && !more.children.length && showMore() }, h("summary", {}, t("models.details")), more);
-  const save = () => saveFile(`${path}/bundle`, `${model.id}-${one.version}.tar`);
 
   async function showMore() {
     const [version, drift] = await Promise.all([request(path, { signal }), request(`${path}/drift`, { signal })]);
@@ -75,7 +75,6 @@ function versionRow(model, one, deployed, again, signal) {
       abstention(version),
       h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
         session.may("jobs") && h("a", { class: "button", href: `#/train//${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("models.train_on")),
-        h("button", { type: "button", onclick: () => saveFile(`${path}/files/model.onnx`, `${model.id}-${one.version}.onnx`) }, t("models.onnx")),
         version.links.job?.startsWith("/v1/fine_tuning/jobs/") && session.may("jobs") && h("a", { class: "button", href: `#/runs/${version.links.job.split("/").at(-1)}` }, t("models.run"))));
   }
 
@@ -104,7 +103,7 @@ function versionRow(model, one, deployed, again, signal) {
       one.refused && h("span", { class: "tag bad" }, one.refused)),
     h("div", { class: "row" },
       h("a", { class: "button", href: `#/try/${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("result.try")),
-      hasKey() ? h("button", { type: "button", onclick: save }, t("models.download")) : h("a", { class: "button", href: `${path}/bundle`, download: true }, t("models.download")),
+      downloadButton(model.id, one.version),
       !isLive && !deployed.pinned && promoteButton(model.id, one.version, again),
       session.may("jobs") && !isLive && h("button", { type: "button", class: "quiet", onclick: () => remove(model, one, again) }, t("delete"))),
     details);
