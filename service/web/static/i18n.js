@@ -5,6 +5,7 @@ import { preferences } from "./preferences.js";
 export const LANGUAGES = { en: "English", de: "Deutsch" };
 
 let strings = {};
+let warnings = []; // patterns of the server's warnings, which have no codes, and their sentences: strings/warnings.<language>.json
 let fromServer = {}; // what the server says in English, by its codes: strings/server.<language>.json, in other languages
 let plurals = new Intl.PluralRules("en");
 let language = "en";
@@ -18,7 +19,9 @@ export function asServed() {
 export async function useLanguage(wanted = new URLSearchParams(location.search).get("lang") ?? preferences.language ?? document.documentElement.lang) {
   language = wanted in LANGUAGES ? wanted : "en";
   const read = async (file) => (await fetch(`static/strings/${file}.json`)).json();
-  [strings, fromServer] = await Promise.all([read(language), language === "en" ? {} : read(`server.${language}`)]);
+  let found;
+  [strings, fromServer, found] = await Promise.all([read(language), ...["server", "warnings"].map((file) => (language === "en" ? {} : read(`${file}.${language}`)))]);
+  warnings = Object.entries(found).map(([pattern, sentence]) => [new RegExp(pattern, "s"), sentence]);
   plurals = new Intl.PluralRules(language);
   document.documentElement.lang = language;
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
@@ -37,6 +40,15 @@ export function t(key, values = {}) {
 /** Return what the server says under a code in the person's language, or null where that is English or has no such sentence. */
 export function serverWords(code, values = {}) {
   return code in fromServer ? filled(fromServer[code], values) : null;
+}
+
+/** Return a warning of the server in the person's language, or null where that is English or it has no such sentence. */
+export function warningWords(text) {
+  for (const [pattern, sentence] of warnings) {
+    const found = pattern.exec(text);
+    if (found) return filled(sentence, found.groups ?? {});
+  }
+  return null;
 }
 
 function filled(found, values) {

@@ -3,10 +3,11 @@
 import { hasKey, request, requestBlob, saveFile } from "./api.js";
 import { answerBars, bars, confusion, intervalBar } from "./charts.js";
 import { ask, h, put } from "./dom.js";
-import { asServed, bytes, duration, known, number, percent, t } from "./i18n.js";
+import { bytes, duration, known, number, percent, t } from "./i18n.js";
 import { curvesOf } from "./live.js";
 import { methodName } from "./jobs.js";
 import { picture } from "./pictures.js";
+import { warningItem } from "./said.js";
 
 const WORST = 24;
 const CELL = 60;
@@ -26,7 +27,7 @@ export async function showResult(root, job, signal) {
       h("a", { class: "button", href: `#/train/${job.training_file}` }, t("result.again"))),
     judged && accuracy(judged, split),
     result.warnings.length > 0 && h("section", {}, h("h2", {}, t("result.warnings")),
-      h("ul", { class: "notices" }, result.warnings.map((text) => h("li", { class: "notice", ...asServed() }, text)))),
+      h("ul", { class: "notices" }, result.warnings.map(warningItem))),
     unequal && perClass(judged),
     judged && await mistakes(path, split, version, job.training_file, signal),
     judged?.confusion && h("section", {}, h("h2", {}, t("result.confusion")),

@@ -4,8 +4,9 @@ import { all, request } from "../api.js";
 import { bars } from "../charts.js";
 import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { examinationOf } from "../examination.js";
-import { asServed, bytes, list, number, t, when } from "../i18n.js";
+import { bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
+import { warningItem } from "../said.js";
 import { session } from "../session.js";
 
 const PAGE = 1000;
@@ -233,7 +234,7 @@ function findings(file, counts) {
   const few = Object.entries(counts).filter(([, n]) => n < FEW).map(([name]) => name);
   const sizes = Object.values(counts);
   const cards = [
-    ...file.summary.warnings.map((text) => h("li", { class: "notice", ...asServed() }, text)),
+    ...file.summary.warnings.map(warningItem),
     ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good" }, text)),
     few.length > 0 && h("li", { class: "notice" }, t("data.few", { names: list(few), n: FEW })),
     Math.max(...sizes) > UNEVEN * Math.min(...sizes) && h("li", { class: "notice" }, t("data.uneven")),
