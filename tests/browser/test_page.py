@@ -81,7 +81,7 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     expect(page.locator(".class-card")).to_have_count(len(CLASSES))
     page.get_by_label(say["name"]).fill("Flowers")
     choose_a_tiny_network(page)
-    expect(page.locator(".network")).to_contain_text(["", "layer3", "5", "5"])  # the stages of this network, not of any
+    expect(page.locator(".network")).to_contain_text(["", "2", "5", ""])  # how many stages of this network
     expect(page.locator(".estimate span")).to_have_count(4)
     accessible(page)
     page.get_by_label("learning_rate", exact=True).fill("-1")
@@ -205,6 +205,7 @@ def test_a_key_is_asked_for_kept_in_memory_alone_and_decides_what_is_shown(visit
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#who")).to_contain_text("ann")
     expect(page.locator("nav li:visible")).to_have_count(6)
+    expect(page.locator(".view-train")).to_be_visible()
     accessible(page)
     stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
     assert trainer not in stored

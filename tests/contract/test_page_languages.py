@@ -109,6 +109,11 @@ def warnings_of_checked_data() -> tuple[str, ...]:
     return found
 
 
+def test_plainer_words_for_warnings_are_for_warnings_that_there_are() -> None:
+    for pattern in patterns("en"):
+        assert any(pattern.pattern == other.pattern for other in patterns("de")), pattern
+
+
 @pytest.mark.parametrize("language", [one for one in LANGUAGES if one != "en"])
 def test_warnings_are_translated(language: str) -> None:
     known = patterns(language)
@@ -128,6 +133,14 @@ def test_events_are_translated_by_their_kind(language: str) -> None:
     )
     assert {"planned", "queued", "running", "cancelled"} <= kinds
     assert kinds - translated == {"warning", "failed"}  # warnings have patterns, failures the codes of their errors
+
+
+@pytest.mark.parametrize("language", [one for one in LANGUAGES if one != "en"])
+def test_what_an_examination_finds_has_plain_words_in_every_language(language: str) -> None:
+    plain, other = words("en"), words(language)
+    assert plain.keys() == {key for key in other if key.startswith(("finding.", "check."))}
+    for key, sentence in plain.items():
+        assert isinstance(sentence, dict) == isinstance(other[key], dict), key
 
 
 @pytest.mark.parametrize("language", [one for one in LANGUAGES if one != "en"])

@@ -6,7 +6,7 @@ export const LANGUAGES = { en: "English", de: "Deutsch" };
 
 let strings = {};
 let warnings = []; // patterns of the server's warnings, which have no codes, and their sentences: strings/warnings.<language>.json
-let fromServer = {}; // what the server says in English, by its codes: strings/server.<language>.json, in other languages
+let fromServer = {}; // what the server says, by its codes, in plainer words or another language: strings/server.<language>.json
 let plurals = new Intl.PluralRules("en");
 let language = "en";
 
@@ -20,7 +20,7 @@ export async function useLanguage(wanted = new URLSearchParams(location.search).
   language = wanted in LANGUAGES ? wanted : "en";
   const read = async (file) => (await fetch(`static/strings/${file}.json`)).json();
   let found;
-  [strings, fromServer, found] = await Promise.all([read(language), ...["server", "warnings"].map((file) => (language === "en" ? {} : read(`${file}.${language}`)))]);
+  [strings, fromServer, found] = await Promise.all([read(language), read(`server.${language}`), read(`warnings.${language}`)]);
   warnings = Object.entries(found).map(([pattern, sentence]) => [new RegExp(pattern, "s"), sentence]);
   plurals = new Intl.PluralRules(language);
   document.documentElement.lang = language;
@@ -37,12 +37,12 @@ export function t(key, values = {}) {
   return key in strings ? filled(strings[key], values) : key;
 }
 
-/** Return what the server says under a code in the person's language, or null where that is English or has no such sentence. */
+/** Return what the server says under a code in the person's words, or null where there is no such sentence. */
 export function serverWords(code, values = {}) {
   return code in fromServer ? filled(fromServer[code], values) : null;
 }
 
-/** Return a warning of the server in the person's language, or null where that is English or it has no such sentence. */
+/** Return a warning of the server in the person's words, or null where there is no such sentence. */
 export function warningWords(text) {
   for (const [pattern, sentence] of warnings) {
     const found = pattern.exec(text);

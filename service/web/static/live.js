@@ -102,6 +102,7 @@ export function watch(root, job, signal, ended) {
     onevent: async (kind, data) => {
       if (kind === "message") {
         said.append(eventItem(data));
+        if (data.kind === "running") showState({ status: "running" }); // its first progress may take seconds
         return;
       }
       if (kind === "progress") {

@@ -3,7 +3,7 @@
 import { hasKey, request, requestBlob, saveFile } from "./api.js";
 import { answerBars, bars, confusion, intervalBar } from "./charts.js";
 import { ask, h, put } from "./dom.js";
-import { bytes, duration, known, number, percent, t } from "./i18n.js";
+import { asServed, bytes, duration, known, number, percent, t } from "./i18n.js";
 import { curvesOf } from "./live.js";
 import { methodName } from "./jobs.js";
 import { picture } from "./pictures.js";
@@ -34,8 +34,8 @@ export async function showResult(root, job, signal) {
       confusion(judged.confusion, judged.classes, (label, answer) => showCell(path, split, label, answer, version, job.training_file))),
     judged && !unequal && perClass(judged),
     cost(result),
-    h("section", {}, h("h2", {}, t("result.how")), h("p", {}, result.summary),
-      h("p", { class: "hint" }, t("result.made", { method: methodName(result.method.type), backbone: job.model, license: result.license ?? t("unknown") })),
+    h("section", {}, h("h2", {}, t("result.how")), h("p", {}, t("result.made", { method: methodName(result.method.type), backbone: job.model, license: result.license ?? t("unknown") })),
+      h("p", { class: "hint", ...asServed() }, result.summary),
       h("div", { class: "charts" }, curvesOf(metrics.data))));
 }
 
