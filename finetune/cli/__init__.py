@@ -5,6 +5,7 @@ Only click is imported here, so that ``finetune --help`` is fast: commands impor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -27,7 +28,8 @@ from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.cli.webhooks import webhooks
 from finetune.distribution import install_command
-from finetune.errors import FinetuneError, MissingExtra
+from finetune.errors import FinetuneError, InvalidInput, MissingExtra
+from finetune.messages import printable
 from finetune.runtime.collector import skip_final_collection
 
 
@@ -104,6 +106,15 @@ _TRAIN_MODULES = frozenset(
 """Modules that the extra "train" installs. If one is missing, the error message names the extra."""
 
 
+_UNUSABLE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    }
+)
+"""Errors of the operating system that are about a path, which a user has given or can change."""
+
+
 def main() -> None:
     """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
     try:
@@ -126,6 +137,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.errno not in _UNUSABLE:
+            raise
+        _leave(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
     finally:
         skip_final_collection()
 

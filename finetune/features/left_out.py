@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.runtime.blas import blas_threads_for
+
 RIDGE = 0.5  # penalty on standardised features, per image; measured: 0.3 to 1 rank wrong labels equally well
 LEAST_IMAGES = 50
 LEAST_OF_A_CLASS = 5  # below, too little is known of a class to doubt a label
@@ -46,7 +48,8 @@ def doubted_labels(parts: Sequence[Features], labels: NDArray[np.integer[Any]], 
     counts = np.bincount(labels, minlength=n_classes)
     if len(labels) < LEAST_IMAGES or (counts >= LEAST_OF_A_CLASS).sum() < 2:
         return []
-    scores = left_out_scores(parts, np.eye(n_classes, dtype=np.float32)[labels])
+    with blas_threads_for(sum(part.size for part in parts)):
+        scores = left_out_scores(parts, np.eye(n_classes, dtype=np.float32)[labels])
     if not np.isfinite(scores).all():
         return []
     rows, suggested = np.arange(len(labels)), scores.argmax(axis=1)

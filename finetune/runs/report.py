@@ -29,13 +29,15 @@ SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
-def import_drawing() -> None:
-    """Start importing matplotlib in another thread, so that its import, a third of a second, overlaps with training."""
+def import_beside_training() -> None:
+    """Start importing in another thread what comes after training, matplotlib and SciPy: half a second beside training."""
 
     def load() -> None:
+        import scipy.special  # noqa: F401
+
         import finetune.report.run_figures  # noqa: F401
 
-    threading.Thread(target=load, name="import of matplotlib").start()
+    threading.Thread(target=load, name="imports").start()
 
 
 def write_run_report(

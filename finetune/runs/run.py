@@ -48,7 +48,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
 from finetune.runs.preprocessing import check_preprocessing
-from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
+from finetune.runs.report import SHOWN_FIRST, import_beside_training, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -121,7 +121,7 @@ def run_job(
         check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
-            import_drawing()
+            import_beside_training()
         trained = learner.train(context, _earlier_choices(run, options))
         carried = carried or Carried()
         predictions, thresholds = apply_thresholds(
