@@ -319,6 +319,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_planted_copies_in_real_photographs(photos: Path, tmp_path: Path) -> None:
     copied(photos / "train", tmp_path / "data")
     planted = plant_copies(tmp_path / "data", 0.05)
@@ -333,6 +334,7 @@ def test_planted_copies_in_real_photographs(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_planted_wrong_labels_in_real_photographs(photos: Path, tmp_path: Path) -> None:
     copied(photos / "train", tmp_path / "data")
     planted = plant_wrong_labels(tmp_path / "data", 0.05)
