@@ -1,11 +1,11 @@
-"""Images per second that training keeps up on a GPU, beside what its step alone could do. Runs in the folder that check.py lies in.
+"""Images per second that training sustains on a GPU, beside what its step alone could do. Runs in the folder of check.py.
 
     python sustained.py --out sustained.json --images 8000 --epochs 3
 
-The photographs of the folder are cropped and turned into as many different files as asked. Then, for each backbone, the step alone
-is timed (forward, backward; images already on the device) in float32 and bfloat16 by batch size; then the product trains, in full and
-as a probe, and each epoch's images per second are read from its journal. A step far faster than an epoch means that decoding and
-augmentation on the processor's cores are what limits.
+The photographs of the folder are cropped and mirrored into as many different files as asked. Then, for each backbone, the step
+alone is timed (forward, backward; images already on the device) in float32 and bfloat16 by batch size; then the product trains,
+in full and as a probe, and each epoch's images per second are read from its journal. A step that is far faster than an epoch
+means that decoding and augmentation on the processor's cores set the pace.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def child(environment: dict[str, str], *arguments: str) -> Any:
 def trained(environment: dict[str, str], folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Train in a process of its own and read the rates of its epochs."""
     name = request["suffix"]
-    spec, run = folder / f"{name}.json", folder / name
+    spec, run = folder / f"{name}.yaml", folder / name
     spec.write_text(json.dumps(request))
     command = [sys.executable, "-m", "finetune", "train", str(spec), "--run-dir", str(run), "--json"]
     began = time.perf_counter()
