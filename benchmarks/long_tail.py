@@ -1,12 +1,13 @@
-"""What each way of balancing classes gains in mean recall on a long tail: real photographs whose classes fall from 500 images to 10.
+"""What each way of balancing classes gains in mean recall on a long tail of real photographs, from 500 images of a class to 10.
 
     python benchmarks/long_tail.py --data photos --out results/long_tail.json
 
-``photos/train`` and ``photos/validation`` have class folders. The largest class keeps 500 images of train and the smallest 10, on a
-geometric scale (1:50); val is cut from these. All other photographs are the test split. The same model is trained without balancing,
-with each value of ``data.class_weights`` and with logit adjustment: as a solved head (``linear_probe``), and as a head that takes
-steps on the frozen backbone (``partial`` with ``train: [head]``), since ``sampling`` changes the steps alone. The gain in mean recall
-over the run without balancing has the 95 % interval of a paired bootstrap over test images, drawn within classes.
+``photos/train`` and ``photos/validation`` have class folders. The largest class keeps 500 images of train and the smallest 10,
+on a geometric scale (1:50); val is cut from these. All other photographs are the test split. The same model is trained without
+balancing, with each value of ``data.class_weights`` and with logit adjustment: as a solved head (``linear_probe``), and as a
+head that takes steps on the frozen backbone (``partial`` with ``train: [head]``), since ``sampling`` only changes steps. The
+gain in mean recall over the run without balancing has the 95 % interval of a paired bootstrap over test images, drawn within
+classes.
 """
 
 from __future__ import annotations
