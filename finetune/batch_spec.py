@@ -15,14 +15,21 @@ from finetune.spec import Section, merged_mapping, problems_of
 class BatchSpec(Section):
     """The images of a batch prediction, and the model."""
 
-    HINT: ClassVar[str] = ". The answers hold the probability of every class; top_k, coverage and abstain are for /predict"
+    HINT: ClassVar[str] = (
+        ". The answers contain the probabilities of all classes; top_k, coverage and abstain are options of /predict"
+    )
 
-    input_file: Annotated[str, Field(min_length=1, max_length=4096, description="A folder of images; on a server a `file-…` id.")]
+    input_file: Annotated[
+        str, Field(min_length=1, max_length=4096, description="A folder of images; on a server the id of an upload, file-….")
+    ]
     model: Annotated[
-        str | None, Field(min_length=1, max_length=127, description="name, name@version or name@alias; null for the default.")
+        str | None,
+        Field(min_length=1, max_length=127, description="name, name@version or name@alias. null: the default model."),
     ] = None
-    embedding: Annotated[bool, Field(description="Keep each image's embedding in the .npz answers.")] = False
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+    embedding: Annotated[bool, Field(description="Also store the embedding of each image, in the .npz answers.")] = False
+    metadata: Annotated[
+        dict[str, str], Field(max_length=64, description="Your own keys and values, kept with the batch prediction.")
+    ] = Field(default_factory=dict)
 
 
 def parse_batch(given: Mapping[str, Any]) -> BatchSpec:

@@ -45,34 +45,54 @@ class ArmSpec(Section):
 
     HINT: ClassVar[str] = ', as in {"name": "wide", "set": {"model": "resnet50", "hyperparameters.n_epochs": 5}}'
 
-    name: Annotated[str, Field(min_length=1, max_length=60)]
-    set: dict[str, Any] = Field(default_factory=dict)
+    name: Annotated[str, Field(min_length=1, max_length=60, description="Name of the arm, for tables and folders.")]
+    set: Annotated[
+        dict[str, Any], Field(description='Fields of the job spec and their values in this arm: {"augmentation": "strong"}.')
+    ] = Field(default_factory=dict)
+
+
+_Margin = Annotated[
+    float,
+    Field(gt=0.0, lt=0.5, description="The largest difference of the headline metric that does not matter: 0.01 is one point."),
+]
 
 
 class ComparisonSettings(Section):
     """The settings of a comparison, besides the job spec that its arms share."""
 
     methods: Annotated[
-        tuple[MethodName, ...], Field(description="one arm for each method; by default linear_probe, partial and full")
+        tuple[MethodName, ...], Field(description="One arm for each method. By default linear_probe, partial and full.")
     ] = ()
-    models: Annotated[tuple[str, ...], Field(description="one arm for each backbone, times the methods")] = ()
+    models: Annotated[
+        tuple[str, ...], Field(description="One arm for each of these backbones, combined with each of the methods.")
+    ] = ()
     arms: Annotated[
-        tuple[ArmSpec, ...], Field(description="arms by their settings, beside or in place of methods and models")
+        tuple[ArmSpec, ...], Field(description="Arms that differ in any other settings, in addition to methods and models.")
     ] = ()
-    seeds: Annotated[int, Field(ge=1, le=50, description="runs of each arm, with seed, seed + 1 …")] = 3
-    margin: Annotated[
-        float, Field(gt=0.0, lt=0.5, description="a difference of the headline metric that does not matter, 0.01 is one point")
-    ] = 0.01
-    budget_seconds: Annotated[float | None, Field(gt=0.0, description="about the time that the comparison may take")] = None
-    register_chosen: Annotated[bool, Field(description="make the chosen arm's best run a version in the registry")] = True
+    seeds: Annotated[
+        int, Field(ge=1, le=50, description="Number of runs of each arm, with the seeds seed, seed + 1, seed + 2 and so on.")
+    ] = 3
+    margin: _Margin = 0.01
+    budget_seconds: Annotated[
+        float | None,
+        Field(gt=0.0, description="Approximate limit of the comparison's time; the cheapest arms are trained first. null: none."),
+    ] = None
+    register_chosen: Annotated[
+        bool, Field(description="Register the best run of the chosen arm as a new version of the model.")
+    ] = True
 
 
 class ComparedRuns(Section):
     """The request to compare finished runs without training."""
 
-    runs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2, max_length=100)]
-    margin: Annotated[float, Field(gt=0.0, lt=0.5, description="a difference of the headline metric that does not matter")] = 0.01
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+    runs: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(min_length=2, max_length=100, description="The folders of the finished runs; on a server the ids of their jobs."),
+    ]
+    margin: _Margin = 0.01
+    metadata: Annotated[
+        dict[str, str], Field(max_length=64, description="Your own keys and values, kept with the comparison.")
+    ] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -246,7 +266,15 @@ def _between(arms: list[Arm]) -> list[Problem]:
     """Return the problems of the arms in combination, such as equal names."""
     problems = []
     if len(arms) < 2:
-        problems.append(Problem("arms", f"a comparison needs at least two arms, given {len(arms)}"))
+        only = f"{len(arms)} ({arms[0].name})" if arms else "none"
+        problems.append(
+            Problem(
+                "arms",
+                f"a comparison needs at least two arms, given {only}. Add a method (methods, as in --methods linear_probe,full), "
+                "a backbone (models, --models) or an arm with other settings (arms, --arm); to train in one way only, use "
+                "finetune train",
+            )
+        )
     if len(arms) > MOST_ARMS:
         problems.append(Problem("arms", f"at most {MOST_ARMS} arms, given {len(arms)}"))
     slugs = [arm.slug for arm in arms]
@@ -256,5 +284,6 @@ def _between(arms: list[Arm]) -> list[Problem]:
         split = ("val_fraction", "test_fraction", "split_seed", "split_file", "folds", *_READING)
         if any(getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key) for key in split):
             differing = [key for key in split if getattr(arm.spec.data, key) != getattr(arms[0].spec.data, key)]
-            problems.append(Problem(f"arm {arm.name!r}", f"divides the data otherwise: {', '.join(differing)} must be the same"))
+            said = f"reads or splits the data differently: {', '.join(differing)} must be the same in all arms"
+            problems.append(Problem(f"arm {arm.name!r}", said))
     return problems

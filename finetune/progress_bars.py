@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,7 +24,9 @@ PHASES = {
 }
 SHORT = {"images_per_second": "img/s", "images/s": "img/s", "val/top1": "val", "val/map": "val"}
 HIDDEN = {"eta_seconds", "lr", "top1", "exact_match"}  # a line has 80 characters; the report shows everything
-_DESCRIPTION_CHARACTERS = 26
+LEAST_IMPORTANT = ("images/s", "images_per_second", "loss")  # are left out, in this order, if a line is too narrow for all values
+_SHORTEST, _LONGEST = 26, 44  # characters of a description
+_OTHER_COLUMNS = 27  # characters: the bar, the percentage, the remaining time, and spaces
 
 
 @contextmanager
@@ -42,17 +44,33 @@ def progress_bars(*, shown: bool) -> Iterator[ProgressCallback]:
     )
     with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
         tasks: dict[tuple[str, int, str], TaskID] = {}
+        widest = _SHORTEST
 
         def update(progress: Progress) -> None:
             key = (progress.phase, progress.total, progress.unit)
-            description = f"{progress.message or PHASES[progress.phase]:<{_DESCRIPTION_CHARACTERS}.{_DESCRIPTION_CHARACTERS}}"
+            nonlocal widest
+            description = _shortened(progress.message or PHASES[progress.phase])
+            widest = max(widest, len(description))
             if key not in tasks:
                 tasks[key] = bars.add_task(description, total=progress.total, values="")
-            values = " ".join(
-                f"{SHORT.get(name, name)} {value:,.0f}" if value >= 1000 else f"{SHORT.get(name, name)} {value:.3g}"
-                for name, value in progress.values.items()
-                if name not in HIDDEN
-            )
-            bars.update(tasks[key], completed=progress.done, description=description, values=values)
+            values = values_text(progress.values, console.width - widest - _OTHER_COLUMNS)
+            bars.update(tasks[key], completed=progress.done, description=f"{description:<{_SHORTEST}}", values=values)
 
         yield update
+
+
+def _shortened(description: str) -> str:
+    return description if len(description) <= _LONGEST else f"{description[: _LONGEST - 1]}…"
+
+
+def values_text(values: Mapping[str, float], n_characters: int) -> str:
+    """Return the values as text of at most `n_characters`; the least important ones are left out if they do not fit."""
+    shown = {
+        name: f"{SHORT.get(name, name)} {value:,.0f}" if value >= 1000 else f"{SHORT.get(name, name)} {value:.3g}"
+        for name, value in values.items()
+        if name not in HIDDEN
+    }
+    for name in LEAST_IMPORTANT:
+        if len(" ".join(shown.values())) > n_characters:
+            shown.pop(name, None)
+    return " ".join(shown.values())

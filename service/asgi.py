@@ -137,8 +137,9 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
+    workspace = replace(Workspace.from_environment(), root=settings.home.absolute())
     queue = WorkQueue(settings.threads)
-    metrics.watch_queue(lambda: queue.taken)
+    metrics.watch_queue(lambda: queue.taken + queue.batched)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
     samples = InputSampler(registry, settings.sampling, metrics)
@@ -157,9 +158,9 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         uploads=Uploads(settings.files_folder),
         part_uploads=PartUploads(settings.files_folder),
         checks=WorkQueue(2, max_wait_seconds=60.0),
-        spec_checker=SpecChecker(),
+        spec_checker=SpecChecker(workspace.cache / "notes"),
         pictures=PictureIndex(settings.image_limits),
-        planner=Planner(replace(Workspace.from_environment(), root=settings.home.absolute())),
+        planner=Planner(workspace),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,

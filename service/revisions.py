@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from finetune.data.contents import hold_again
 from finetune.data.dataset import Dataset, Sample
@@ -25,6 +25,7 @@ from finetune.errors import DataError, InvalidInput, NotFound, Problem
 from finetune.jobs.files import UploadedFile
 from finetune.storage.files import folder_bytes
 from service.pictures import Pictures
+from service.schemas.body import RequestBody
 from service.uploads import Received
 
 MAX_LABEL = 200  # characters
@@ -35,10 +36,8 @@ MAY_HOLD = (
 Label = Annotated[str, Field(description=f"The name of a class: {MAY_HOLD.partition(': ')[2]}.")]
 
 
-class Corrections(BaseModel):
+class Corrections(RequestBody):
     """The corrections of a copy. Images and classes that are not listed are unchanged."""
-
-    model_config = ConfigDict(extra="forbid")
 
     labels: dict[str, Label | None] = Field(
         default={}, max_length=10_000, description="Image id → its class, or null to leave the image out."

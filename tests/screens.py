@@ -58,6 +58,7 @@ class Screen:
             if stream:
                 parts += ["", f"--- {name} ---", *(line.rstrip() for line in stream.splitlines())]
         text = _without_folder("\n".join(parts) + "\n", self.folder)
+        text = re.sub(r"(?<=/datasets/[0-9a-f]{12}-)[0-9a-f]{8}(?=\.html)", "00000000", text)  # depends on versions of libraries
         for name in masks:
             text = re.sub(MASKS[name], f"<{name}>", text)
         if masks:

@@ -5,6 +5,7 @@ Only click is imported here, so that ``finetune --help`` is fast: commands impor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -20,54 +21,64 @@ from finetune.cli.diagnosing import diagnose
 from finetune.cli.exporting import export
 from finetune.cli.jobs import jobs, keys, worker
 from finetune.cli.serving import build, models, predict, serve
+from finetune.cli.spec_file import spec
 from finetune.cli.studying import study
 from finetune.cli.suggesting import suggest
 from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.cli.webhooks import webhooks
 from finetune.distribution import install_command
-from finetune.errors import FinetuneError, MissingExtra
+from finetune.errors import FinetuneError, InvalidInput, MissingExtra
+from finetune.messages import printable
 from finetune.runtime.collector import skip_final_collection
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Sections(click.Group):
+    """A click group that lists its commands in sections, in the order in which a user needs them."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list of commands for each of `SECTIONS`."""
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                limit = formatter.width - 6 - width
+                formatter.write_dl([(f"{command.name:<{width}}", command.get_short_help_str(limit)) for command in commands])
+
+
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Start": (demo, spec, backbones),
+    "Data": (check, data, suggest),
+    "Training": (train, compare, evaluate, diagnose, study, mlflow),
+    "Models": (predict, models, export, build),
+    "Server and jobs": (serve, jobs, worker, keys, webhooks),
+    "Workspace": (backup, restore),
+}
+
+
+@click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="finetune")
 def cli() -> None:
-    """Fine-tune a pretrained image classifier on your photographs, compare, export, serve.
+    """Fine-tune pretrained image classifiers on your own images, compare and serve them.
 
-        \b
-    finetune check --data photos                show the plan and its cost
-    finetune train --data photos                fit a head on frozen features
-    finetune train --data photos --method full  then train every stage too
-    finetune serve                              serve the promoted model
+    \b
+    finetune demo                         see it all on an example, about 2 min
+    finetune check photos                 examine the images, show the plan
+    finetune train photos                 train a linear probe, the fast method
+    finetune train photos --method full   train all stages of the network
+    finetune compare photos               which method is better, how surely?
+    finetune predict some.jpg             classify images
+    finetune serve                        answer over HTTP, with a page at /
+
+    Here `photos` is a folder with one folder of images per class; many other formats are read too. `finetune COMMAND --help`
+    explains a command, with examples. Models, runs and caches are stored in the folder .finetune, or where FINETUNE_HOME points.
+
+    Exit codes: 0 success, 1 failure, 2 invalid input, 130 interrupted.
     """
 
 
-for command in (
-    check,
-    data,
-    train,
-    compare,
-    evaluate,
-    diagnose,
-    study,
-    predict,
-    suggest,
-    serve,
-    build,
-    backbones,
-    models,
-    export,
-    mlflow,
-    demo,
-    worker,
-    jobs,
-    keys,
-    webhooks,
-    backup,
-    restore,
-):
-    cli.add_command(command)
+for section in SECTIONS.values():
+    for command in section:
+        cli.add_command(command)
 
 
 _TRAIN_MODULES = frozenset(
@@ -95,6 +106,15 @@ _TRAIN_MODULES = frozenset(
 """Modules that the extra "train" installs. If one is missing, the error message names the extra."""
 
 
+_UNUSABLE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    }
+)
+"""Errors of the operating system that are about a path, which a user has given or can change."""
+
+
 def main() -> None:
     """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
     try:
@@ -117,6 +137,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.errno not in _UNUSABLE:
+            raise
+        _leave(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
     finally:
         skip_final_collection()
 

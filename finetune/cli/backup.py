@@ -16,8 +16,11 @@ from finetune.cli.training import json_option
 def backup(file: Path, as_json: bool) -> None:
     """Write the workspace to a tar file, while it is in use.
 
-    FILE gets the jobs, keys, uploads, runs, models and MLflow's records; not the cache. Jobs that are kept in PostgreSQL are not
-    in it: back that database up with pg_dump before.
+    FILE will contain jobs, keys, uploads, runs, models and the MLflow database, but not the cache. Jobs in a PostgreSQL
+    database are not included: back that database up with pg_dump first.
+
+    \b
+    finetune backup finetune.tar
     """
     from finetune.cli.terminal import print_json
     from finetune.jobs.database import DATABASE_VARIABLE
@@ -33,8 +36,8 @@ def backup(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(file), "n_files": made.n_files, "size_bytes": made.size_bytes, "jobs_included": not elsewhere})
     if elsewhere:
-        console.print("[yellow]note[/] the jobs are kept in another database, which is not in this backup: pg_dump it too")
-    console.print(f"{made.n_files:,} files, {byte_size(made.size_bytes)}, are in {file}", markup=False, soft_wrap=True)
+        console.print("[yellow]note[/] the jobs are in a PostgreSQL database, which is not in this backup: use pg_dump for it")
+    console.print(f"{made.n_files:,} files ({byte_size(made.size_bytes)}) written to {file}", markup=False, soft_wrap=True)
 
 
 @click.command()
@@ -43,8 +46,12 @@ def backup(file: Path, as_json: bool) -> None:
 def restore(file: Path, as_json: bool) -> None:
     """Restore a backup into a new workspace, in FINETUNE_HOME.
 
-    The workspace must not exist yet. Every file is checked first. Its path may differ from the original one: paths in files and
-    databases are changed. Jobs that were running resume from their newest checkpoints when a worker runs.
+    The folder that FINETUNE_HOME names (by default .finetune) must not exist yet. All files are verified first. If its path
+    differs from that of the original workspace, paths in files and databases are adapted. Jobs that were running resume from
+    their newest checkpoints when a worker runs.
+
+    \b
+    FINETUNE_HOME=/srv/finetune finetune restore finetune.tar
     """
     from finetune.cli.terminal import print_json
     from finetune.messages import byte_size
@@ -56,4 +63,4 @@ def restore(file: Path, as_json: bool) -> None:
     made = restore_backup(file, root)
     if as_json:
         print_json({"workspace": str(root), "n_files": made.n_files, "size_bytes": made.size_bytes, "made_of": str(made.root)})
-    console.print(f"{made.n_files:,} files, {byte_size(made.size_bytes)}, are in {root}", markup=False, soft_wrap=True)
+    console.print(f"{made.n_files:,} files ({byte_size(made.size_bytes)}) restored to {root}", markup=False, soft_wrap=True)

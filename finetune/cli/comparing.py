@@ -20,33 +20,49 @@ from finetune.runtime.collector import objects_exempt
 @click.command()
 @click.argument("what", nargs=-1, metavar="[DATA | SPEC.yaml | RUN RUN… | COMPARISON]", type=click.Path(path_type=Path))
 @job_options
-@click.option("--methods", help="Arms, separated by commas (default linear_probe,partial,full).")
-@click.option("--models", help="Arms by backbone, separated by commas; times the methods.")
-@click.option("--arm", "arms", multiple=True, metavar="NAME:KEY=VALUE,…", help="An arm by its settings; repeatable (arms).")
-@click.option("--seeds", type=int, help="Runs of each arm (default 3).")
-@click.option("--margin", type=float, help="A difference that does not matter (default 0.01, one point).")
-@click.option("--budget", metavar="DURATION", help="About how long it may take, such as 20m or 2h: what fits, cheapest first.")
-@click.option("--no-register", is_flag=True, help="Do not register the chosen arm's best run.")
+@click.option("--methods", help="Methods to compare, separated by commas. Default: linear_probe,partial,full.")
+@click.option("--models", help="Backbones to compare, separated by commas; each is combined with each method.")
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    metavar="NAME:KEY=VALUE,…",
+    help="Another arm to compare, defined by its settings; repeatable (arms).",
+)
+@click.option("--seeds", type=int, help="Number of runs of each arm, with different seeds. Default: 3.")
+@click.option("--margin", type=float, help="The largest difference that does not matter. Default: 0.01, one point.")
+@click.option(
+    "--budget", metavar="DURATION", help="Approximate time limit, such as 20m or 2h; the cheapest arms are trained first."
+)
+@click.option("--no-register", is_flag=True, help="Do not register the best run of the chosen arm as a model.")
 @places_options
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the comparison writes; an unfinished one is resumed.")
-@click.option("--server", metavar="URL", help="Compare on a server and follow it from here; key in FINETUNE_API_KEY.")
-@click.option("--detach", is_flag=True, help="Queue it, on --server or for this workspace's worker, print its id and leave.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the comparison; an unfinished one in it is resumed.")
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Run the comparison on a server and show its progress here; the key is read from FINETUNE_API_KEY.",
+)
+@click.option(
+    "--detach", is_flag=True, help="Queue the comparison, on --server or for this workspace's worker, print its id and exit."
+)
 @tracking_options
 @json_option
 def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, detach: bool, as_json: bool, **given: Any) -> None:
-    """Train in several ways on the same images and compare them.
+    """Train in several ways on the same images and compare.
 
-    WHAT is the data, a spec file, or the folders of two or more finished runs, which are then compared as they are. A server
-    knows finished runs by the ids of their jobs. With the id of a queued comparison, it is followed and what it came to is shown;
-    with the folder of a finished one, that is shown again.
+    Each way to train is called an arm. By default the arms are the methods linear_probe, partial and full, each trained with
+    three seeds. The result is a recommendation with paired tests on the test images, 95 % intervals and costs, and a page.
 
-    By default the arms are linear_probe, partial and full, with three seeds each. Others, for example:
+    Instead of DATA, give a spec file; two or more folders of finished runs, which are compared without training (with --server,
+    the ids of finished jobs); the id of a queued comparison, to follow it; or the folder of a finished one, to show it again.
 
     \b
+    finetune compare photos
     finetune compare photos --methods linear_probe,full --seeds 5
     finetune compare photos --models resnet18,resnet50 --methods linear_probe
     finetune compare photos --arm light:augmentation=light \\
                             --arm strong:augmentation=strong
+    finetune compare photos --budget 20m
     finetune compare .finetune/runs/photos-full-… .finetune/runs/photos-partial-…
     finetune compare photos --server http://gpu-box:3000
     """
@@ -120,7 +136,8 @@ def _in_the_queue(
     tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
     if run_dir is not None or take_places(given) is not None or any(tracked):
         raise click.UsageError(
-            "--run-dir, --slots, --executor and the tracking options are for a comparison in this process; a worker has its own"
+            "--run-dir, --slots, --executor and the tracking options cannot be combined with --server, --detach or a queued "
+            "comparison, which is run by a worker with the worker's settings"
         )
     client = client_of(server)
     if _is_queued_comparison(what):
@@ -163,6 +180,12 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
         "budget_seconds": None if budget is None else _seconds(budget),
         "register_chosen": False if no_register else None,
     }
+    if given["method"] is not None and not (own["models"] or own["arms"]):
+        other = "full" if given["method"] == "linear_probe" else "linear_probe"
+        raise click.UsageError(
+            "--method sets one method for all arms that --models and --arm define. To compare methods, use --methods, as in: "
+            f"--methods {given['method']},{other}"
+        )
     overrides, settings = take_job_options(given)
     spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
     if path is not None and spec_file is None:
@@ -184,7 +207,8 @@ def _arm(text: str) -> dict[str, Any]:
     pairs = [pair.partition("=") for pair in changes.split(",") if pair.strip()]
     if not colon or not name.strip() or any(not equals for _, equals, _ in pairs):
         raise click.BadParameter(
-            f"{text!r}: expected NAME:KEY=VALUE,KEY=VALUE, such as strong:augmentation=strong", param_hint="--arm"
+            f"{text!r}: expected NAME:KEY=VALUE or NAME:KEY=VALUE,KEY=VALUE, such as strong:augmentation=strong",
+            param_hint="--arm",
         )
     return {"name": name.strip(), "set": {key.strip(): yaml.safe_load(value) for key, _, value in pairs}}
 
@@ -197,5 +221,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         raise click.BadParameter(f"{text!r}: expected a duration such as 90s, 20m or 2h", param_hint="--budget") from None
     if value <= 0:
-        raise click.BadParameter(f"{text!r}: a budget is more than nothing", param_hint="--budget")
+        raise click.BadParameter(f"{text!r}: a budget must be greater than 0, such as 20m", param_hint="--budget")
     return value

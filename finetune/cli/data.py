@@ -19,7 +19,12 @@ _SHOWN = 8
 
 @click.group()
 def data() -> None:
-    """Show what data holds, and what changed in it."""
+    """Show the contents of data, and compare two versions.
+
+    \b
+    finetune data show photos
+    finetune data diff photos photos-2.zip
+    """
 
 
 @data.command()
@@ -29,8 +34,8 @@ def data() -> None:
 def show(data: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Show the classes, counts and revision of DATA, and how it was read.
 
-    DATA is anything that can be trained on, or the revision of data that was read before. A job that sets data.revision
-    refuses any other.
+    DATA is a folder, archive, table or URL of labelled images, or the revision of data that was read before. The revision
+    changes with any image or label; a job with data.revision refuses data with another revision.
     """
     from finetune.cli.terminal import print_json
 
@@ -60,8 +65,8 @@ def show(data: str, settings: tuple[str, ...], as_json: bool) -> None:
 def diff(before: str, after: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Show what changed from BEFORE to AFTER, image by image.
 
-    Each is anything that can be trained on, or the revision of data that was read before. Images are matched by their bytes,
-    so that a renamed file is listed as renamed.
+    BEFORE and AFTER are folders, archives, tables or URLs of labelled images, or revisions of data that was read before. Images
+    are matched by content, so a renamed file is listed as renamed.
     """
     from dataclasses import asdict
 

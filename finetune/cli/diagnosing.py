@@ -19,20 +19,24 @@ if TYPE_CHECKING:
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
-    help="A shallower run, or one with more frozen, on the same data: its training error is the one to reach.",
+    help="A run on the same data that is shallower or has more frozen stages, to compare the training errors.",
 )
 @click.option(
     "--check-preprocessing",
     is_flag=True,
-    help="Measure whether the pretrained weights expect pixels as they are given, if the run did not (seconds).",
+    help="Test whether the pixel normalisation fits the pretrained weights, if the run did not (takes seconds).",
 )
 @json_option
 def diagnose(run: Path, against: Path | None, check_preprocessing: bool, as_json: bool) -> None:
-    """Find out what is wrong with a run, from its own records.
+    """Find out what is wrong with a run, from its records.
 
-    RUN is the folder of a run, finished or not. Each finding comes with evidence, confidence and advice. The checks are for
+    RUN is the folder of a run, finished or not. Each finding has evidence, a confidence and advice. The checks cover
     overfitting, underfitting, degradation, vanishing and exploding gradients, dead units, learning rates, shuffled labels,
-    leakage, collapsed classes, frozen stages and wrong preprocessing.
+    leakage between splits, classes that are never predicted, stages frozen by accident, and wrong preprocessing.
+
+    \b
+    finetune diagnose .finetune/runs/photos-full-1a2b3c4d
+    finetune diagnose .finetune/runs/deep --against .finetune/runs/shallow
     """
     from finetune.cli.show_diagnosis import show_diagnosis
     from finetune.cli.terminal import print_json

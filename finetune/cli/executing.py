@@ -19,7 +19,7 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
             "--ray-address",
             metavar="URL",
             envvar="RAY_API_SERVER_ADDRESS",
-            help="The cluster's dashboard (default: http://127.0.0.1:8265). Its machines share the workspace.",
+            help="URL of the Ray dashboard. Default: http://127.0.0.1:8265. All machines must share the workspace.",
         )
         executor = click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True, help=what)
         return executor(address(command))
@@ -30,9 +30,13 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
 def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--slots`` and the executor options to a command whose runs can be executed in parallel; see `take_places`."""
     slots = click.option(
-        "--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Runs that go on at once, in processes."
+        "--slots",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Number of runs in parallel, each in a process of its own.",
     )
-    return slots(executor_options("Where those processes run.")(command))
+    return slots(executor_options("Where these processes run.")(command))
 
 
 def take_places(given: dict[str, Any]) -> Places | None:

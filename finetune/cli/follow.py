@@ -100,7 +100,7 @@ def _leading_names(metrics: Mapping[str, float]) -> list[str]:
 def show_jobs(jobs: Sequence[JobView]) -> None:
     """Print a table of jobs for `finetune jobs list`."""
     if not jobs:
-        console.print("no job yet: finetune jobs submit --data FOLDER queues one")
+        console.print("no job yet: `finetune jobs submit FOLDER` queues one")
         return
     rows = [[job.id, _state(job), job.what, _date(job.created_at), job.model or job.error_code or ""] for job in jobs]
     table("", ["job", "state", "what", "created", "model or error"], rows)
@@ -113,7 +113,7 @@ def _state(job: JobView) -> str:
 def show_keys(keys: Sequence[ApiKey]) -> None:
     """Print a table of API keys for `finetune keys list`."""
     if not keys:
-        console.print("no key yet: finetune keys create OWNER makes one")
+        console.print("no key yet: `finetune keys create OWNER` creates one")
         return
     now = time.time()
     rows = [

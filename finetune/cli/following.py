@@ -24,9 +24,11 @@ def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "trackers",
             multiple=True,
             metavar="NAME[=PLACE]",
-            help="mlflow (the default), mlflow=URI, tensorboard, tensorboard=FOLDER, none; repeatable.",
+            help="mlflow (the default), mlflow=URI, tensorboard, tensorboard=FOLDER or none; repeatable.",
         ),
-        click.option("--experiment", metavar="NAME", help="Where trackers gather the run (default: the data's name)."),
+        click.option(
+            "--experiment", metavar="NAME", help="Name of the experiment in the trackers. Default: the name of the data."
+        ),
     ):
         command = decorate(command)
     return command

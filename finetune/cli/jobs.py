@@ -22,22 +22,26 @@ SECONDS_PER_DAY = 86400.0
 
 
 @click.command()
-@click.option("--slots", type=click.IntRange(min=1), help="Jobs that run at once (default: one for each GPU, else 1).")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for all of them (default: this machine's cores).")
-@click.option("--gpus", metavar="0,1", help="CUDA devices to use (default: all that this process may; with Ray, none).")
-@click.option("--stall-minutes", default=30.0, show_default=True, help="A job that writes nothing for so long is restarted.")
+@click.option("--slots", type=click.IntRange(min=1), help="Number of jobs in parallel. Default: one per GPU, else 1.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Number of CPU threads for all jobs together. Default: the cores of this machine.",
+)
+@click.option("--gpus", metavar="0,1", help="CUDA devices to use. Default: all visible ones; with Ray, none.")
+@click.option("--stall-minutes", default=30.0, show_default=True, help="Restart a job that has written nothing for this time.")
 @click.option(
     "--max-memory-gib",
     type=click.FloatRange(min=0.0, min_open=True),
     envvar="FINETUNE_MAX_JOB_MEMORY_GIB",
-    help="A job that takes more memory than this fails (default: no limit).",
+    help="Fail a job that uses more memory than this. Default: no limit.",
 )
 @click.option(
     "--kinds",
     metavar="KIND,…",
-    help="What it carries out: training, comparison, batch, check. Default: all that what is installed here can.",
+    help="Kinds of jobs to run: training, comparison, batch, check. Default: all that the installed packages allow.",
 )
-@click.option("--until-idle", is_flag=True, help="Stop when no job is left to do.")
+@click.option("--until-idle", is_flag=True, help="Exit when no job is queued or running.")
 @executor_options("Where jobs run.")
 def worker(
     slots: int | None,
@@ -52,10 +56,12 @@ def worker(
 ) -> None:
     """Run queued jobs, each in a process of its own.
 
-    SIGTERM or Ctrl-C stops it and hands the running jobs back. Any number of workers may share a workspace. A job whose worker
-    dies resumes elsewhere from its newest checkpoint. Where torch is not installed, it answers batch predictions alone. With
-    --executor ray, each job is a job of a Ray cluster that takes --threads / --slots cores and, if --gpus names as many as there
-    are slots, one GPU of Ray's choice.
+    Any number of workers may share a workspace. Ctrl-C or SIGTERM stops the worker and puts its running jobs back into the
+    queue. If a worker dies, its jobs are resumed by another one from their newest checkpoints. `finetune serve` runs a worker
+    itself. Without torch, a worker runs batch predictions only.
+
+    With --executor ray, each job runs on a Ray cluster with --threads / --slots cores and, if --gpus lists one device per slot,
+    one GPU.
     """
     import logging
 
@@ -97,7 +103,9 @@ def _kinds(text: str | None) -> tuple[str, ...]:
         return kinds_carried_out_here()
     asked = tuple(name.strip() for name in text.split(",") if name.strip())
     if not asked or any(name not in KINDS for name in asked):
-        raise click.BadParameter(f"{text!r}: give some of {', '.join(KINDS)}", param_hint="--kinds")
+        raise click.BadParameter(
+            f"{text!r}: expected one or more of {', '.join(KINDS)}, separated by commas", param_hint="--kinds"
+        )
     return asked
 
 
@@ -105,12 +113,20 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(",") if number.strip())
     except ValueError:
-        raise click.BadParameter(f"{text!r}: give device numbers, as in 0,1", param_hint="--gpus") from None
+        raise click.BadParameter(
+            f"{text!r}: expected device numbers separated by commas, such as 0,1", param_hint="--gpus"
+        ) from None
 
 
 @click.group()
 def jobs() -> None:
-    """Queue and watch jobs and comparisons, here or on a server."""
+    """Queue and follow jobs, in this workspace or on a server.
+
+    \b
+    finetune jobs submit photos --method full --server http://gpu-box:3000
+    finetune jobs list
+    finetune jobs show ftjob-… --follow
+    """
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +136,10 @@ def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(client=client_of(server), **given)
 
     option = click.option(
-        "--server", metavar="URL", envvar="FINETUNE_SERVER", help="A server instead of this workspace; key in FINETUNE_API_KEY."
+        "--server",
+        metavar="URL",
+        envvar="FINETUNE_SERVER",
+        help="Use this server instead of the workspace; the key is read from FINETUNE_API_KEY.",
     )
     return option(functools.update_wrapper(build, command))
 
@@ -137,13 +156,19 @@ def client_of(server: str | None) -> JobsClient:
 @jobs.command()
 @spec_options
 @place_option
-@click.option("--detach", is_flag=True, help="Print the job's id and leave; do not wait for its end.")
-@click.option("--idempotency-key", metavar="KEY", help="The same key and spec give the same job, however often they are sent.")
+@click.option("--detach", is_flag=True, help="Print the id of the job and exit without waiting for its end.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Makes repetition safe: the same key and spec, sent again, return the same job."
+)
 @json_option
 def submit(spec: JobSpec, client: JobsClient, detach: bool, idempotency_key: str | None, as_json: bool) -> None:
-    """Queue a job and follow it to its end. Exit code: 0 succeeded, 1 failed, 130 cancelled.
+    """Queue a fine-tuning job and follow it to its end.
 
-    Ctrl-C stops following; the job goes on.
+    The arguments are those of `finetune train`. Ctrl-C stops following, but not the job. Exit codes: 0 succeeded, 1 failed, 130
+    cancelled.
+
+    \b
+    finetune jobs submit photos --method full --server http://gpu-box:3000
     """
     from finetune.cli.follow import follow
     from finetune.cli.terminal import print_json
@@ -175,10 +200,10 @@ def list_jobs(client: JobsClient, limit: int, as_json: bool) -> None:
 @jobs.command()
 @click.argument("job_id")
 @place_option
-@click.option("--follow", "following", is_flag=True, help="Stay until it ends; the exit code is its outcome.")
+@click.option("--follow", "following", is_flag=True, help="Follow the job to its end; the exit code tells its outcome.")
 @json_option
 def show(job_id: str, client: JobsClient, following: bool, as_json: bool) -> None:
-    """Show one job: its state, its history, its result."""
+    """Show the state, events and result of a job."""
     from finetune.cli.follow import follow, show_job
     from finetune.cli.terminal import print_json
 
@@ -195,9 +220,9 @@ def show(job_id: str, client: JobsClient, following: bool, as_json: bool) -> Non
 @jobs.command()
 @click.argument("job_id")
 @place_option
-@click.option("--follow", "following", is_flag=True, help="Go on printing until the job ends.")
+@click.option("--follow", "following", is_flag=True, help="Keep printing until the job ends.")
 def logs(job_id: str, client: JobsClient, following: bool) -> None:
-    """Print what the job's processes printed."""
+    """Print the output of the processes of a job."""
     import time
 
     offset = 0
@@ -216,7 +241,10 @@ def logs(job_id: str, client: JobsClient, following: bool) -> None:
 @place_option
 @json_option
 def cancel(job_id: str, client: JobsClient, as_json: bool) -> None:
-    """Stop a queued job at once, or a running one at a checkpoint."""
+    """Cancel a job.
+
+    A queued job is cancelled at once. A running one first writes a checkpoint.
+    """
     from finetune.cli.terminal import print_json
 
     job: JobView = client.cancel(job_id)
@@ -225,7 +253,10 @@ def cancel(job_id: str, client: JobsClient, as_json: bool) -> None:
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the API keys of this workspace's server."""
+    """Create, list and revoke API keys for the server.
+
+    From the first key on, the server requires a key for all requests.
+    """
 
 
 def _keys() -> Any:
@@ -239,12 +270,23 @@ def _keys() -> Any:
 @keys.command("create")
 @click.argument("owner")
 @click.option(
-    "--scope", "scopes", multiple=True, default=("predict", "jobs"), show_default=True, help="predict | jobs | metrics | admin."
+    "--scope",
+    "scopes",
+    multiple=True,
+    default=("predict", "jobs"),
+    show_default=True,
+    help="What the key may do: predict | jobs | metrics | admin; repeatable.",
 )
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The key expires after so many days (default: never).")
+@click.option(
+    "--days", type=click.FloatRange(min=0, min_open=True), help="Number of days after which the key expires. Default: never."
+)
 @json_option
 def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json: bool) -> None:
-    """Make a key for OWNER and print it: the only time that it is shown."""
+    """Create a key for OWNER and print it.
+
+    The key is not stored and cannot be shown again. OWNER is any name; jobs, files and models belong to the owner of the key
+    that created them.
+    """
     from finetune.cli.terminal import print_json
 
     secret, key = _keys().create(owner, scopes, lifetime_seconds=None if days is None else days * SECONDS_PER_DAY)
@@ -258,7 +300,7 @@ def create_key(owner: str, scopes: tuple[str, ...], days: float | None, as_json:
 @keys.command("list")
 @json_option
 def list_keys(as_json: bool) -> None:
-    """List every key: whose, for what, since and until when. The key itself is never shown."""
+    """List all keys with owner, scopes and dates."""
     from finetune.cli.follow import show_keys
     from finetune.cli.terminal import print_json
 
@@ -269,6 +311,9 @@ def list_keys(as_json: bool) -> None:
 @keys.command("revoke")
 @click.argument("key_id")
 def revoke_key(key_id: str) -> None:
-    """Make a key useless, for good."""
+    """Revoke a key permanently.
+
+    KEY_ID is the id in `finetune keys list`, not the key itself.
+    """
     _keys().revoke(key_id)
     click.echo(f"key {key_id} is revoked", err=True)

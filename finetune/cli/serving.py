@@ -16,24 +16,51 @@ from finetune.cli.training import json_option
 if TYPE_CHECKING:
     from finetune.errors import FinetuneError
 
+NOT_COMPARED = "A promotion cannot compare it with another version on the same images"
 QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", help="A registered name, name@version, a bundle folder or an address. Default: the default model.")
-@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option(
-    "--coverage", type=float, metavar="SHARE", help="Also give the labels of which one is right with this probability, as in 0.9."
+    "--model", help="name, name@version, name@alias, a bundle folder or a URL. Default: the default model of the workspace."
 )
-@click.option("--per-class", is_flag=True, help="The coverage holds for each class by itself: larger sets.")
-@click.option("--abstain/--answer-always", default=None, help="Say where not to rely on an answer. Default: the model's setting.")
-@click.option("--precision", type=float, metavar="SHARE", help="Share of the answers given that shall be right. Default: 0.95.")
+@click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Number of classes to show.")
 @click.option(
-    "--explain", type=click.Path(path_type=Path), metavar="FOLDER", help="Write each image's activation map there as PNG."
+    "--coverage",
+    type=float,
+    metavar="SHARE",
+    help="Also show a prediction set: classes that contain the correct one with this probability, such as 0.9.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
-@click.option("--server", metavar="URL", help="Have a server answer one folder or archive, into --out; key in FINETUNE_API_KEY.")
+@click.option("--per-class", is_flag=True, help="Guarantee the coverage for each class separately; the sets are larger.")
+@click.option(
+    "--abstain/--answer-always",
+    default=None,
+    help="Mark predictions that are too uncertain to rely on. Default: the setting of the model.",
+)
+@click.option(
+    "--precision",
+    type=float,
+    metavar="SHARE",
+    help="With --abstain: the share of the remaining predictions that must be correct. Default: 0.95.",
+)
+@click.option(
+    "--explain",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write the class activation map of each image to this folder, as PNG.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the prediction for each image to a .csv, .parquet or .npz file.",
+)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Let a server predict for one folder or archive; needs --out. The key is read from FINETUNE_API_KEY.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: IMAGES is a request file.")
 @json_option
 def predict(
@@ -50,10 +77,16 @@ def predict(
     run_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Classify images with a bundle, exactly as the server does.
+    """Classify images with a model.
 
-    IMAGES are files, folders (with everything inside) and patterns such as 'holiday/*.jpg'. The exit code is 2 if any image
-    cannot be read. With --server, they wait in the server's queue, and --out gets the answers.
+    IMAGES are files, folders (searched recursively) and patterns such as 'holiday/*.jpg'. The predictions are exactly those of
+    the server. The exit code is 2 if an image cannot be read.
+
+    \b
+    finetune predict some.jpg
+    finetune predict holiday --model photos@3 --out predictions.csv
+    finetune predict some.jpg --explain maps         where the model looked
+    finetune predict some.jpg --coverage 0.9 --abstain
     """
     if run_dir is not None:
         from finetune.cli.batch import carry_out
@@ -65,7 +98,7 @@ def predict(
         from finetune.cli.batch import ask_server
 
         if out is None or explain is not None:
-            raise click.UsageError("--server needs --out FILE for the answers, and draws no maps (--explain)")
+            raise click.UsageError("--server needs --out FILE for the predictions, and cannot be combined with --explain")
         ask_server(images, model, server, out, as_json=as_json)
         return
     from finetune.bundle.calibration import Asked
@@ -81,13 +114,13 @@ def predict(
     if out is not None:
         check_ending(out)
         if coverage is not None or abstain or precision is not None:
-            raise click.UsageError("--out writes probabilities alone: ask for --coverage, --abstain and --precision with --json")
+            raise click.UsageError("--out writes probabilities only; use --json for --coverage, --abstain and --precision")
     predictor = Predictor.load(_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
     asked = predictor.judge.resolved(Asked(coverage, per_class, abstain, precision))
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
-        console.print(f"with {name}, this workspace's default (--model names another)", style="dim", markup=False)
+        console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
     samples = files_under(images)
     maps = map_files(samples)
     documents: list[dict[str, Any]] = []
@@ -118,13 +151,14 @@ def predict(
         _show_predictions(documents)
     else:
         _show_predictions([document for document in documents if "error" in document])
-        console.print(f"{len(answers):,} answers are in {out}", markup=False)
+        console.print(f"{plural(len(answers), 'prediction')} written to {out}", markup=False)
         if asked.abstain:
-            console.print("its owner has switched abstention on: --json says which of these not to rely on", markup=False)
+            console.print("this model abstains by default: --json marks the predictions that are too uncertain", markup=False)
     if explain is not None and not as_json:
         n_maps = sum("explanation" in document for document in documents)
         console.print(
-            f"{plural(n_maps, 'activation map')} in {explain}" if n_maps else "this model has no activation maps", markup=False
+            f"{plural(n_maps, 'activation map')} written to {explain}" if n_maps else "this model has no activation maps",
+            markup=False,
         )
     sys.exit(2 if any("error" in document for document in documents) else 0)
 
@@ -157,14 +191,21 @@ def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:
 @click.command()
 @click.option(
     "--model",
-    help="What /predict answers with: a registered name, name@version, a bundle folder, or an address such as "
-    "s3://bucket/flowers/3. Default: what was promoted.",
+    help="The model of /predict: name, name@version, name@alias, a bundle folder, or a URL such as s3://bucket/flowers/3. "
+    "Default: the promoted model.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=3000, show_default=True)
-@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which carries jobs out.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than this need API keys.")
+@click.option("--port", default=3000, show_default=True, help="Port to listen on.")
+@click.option("--worker/--no-worker", default=True, show_default=True, help="Also run a worker, which runs the jobs.")
 def serve(model: str | None, host: str, port: int, worker: bool) -> None:
-    """Serve predictions and fine-tuning jobs over HTTP. Routes: /predict, /v1/fine_tuning/jobs, and a page at /."""
+    """Serve predictions and fine-tuning jobs over HTTP.
+
+    The server has a page at /, documentation of all routes at /docs, and a worker that runs the jobs. Stop it with Ctrl-C.
+
+    \b
+    finetune serve
+    curl -F image=@some.jpg http://127.0.0.1:3000/predict
+    """
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
     arguments += [] if worker else ["--no-worker"]
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)
@@ -173,10 +214,10 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
 @click.command()
 @click.argument("model", required=False)
 def build(model: str | None) -> None:
-    """Build a bento of the service with a model inside.
+    """Build a BentoML archive of the service with a model.
 
-    MODEL is a name, name@version or name@alias; without it, the workspace's default is taken. Prints the bento's tag. `bentoml
-    serve TAG` serves it, `bentoml containerize TAG` makes an image of it.
+    MODEL is a name, name@version or name@alias; by default the default model of the workspace. Prints the tag of the archive (a
+    bento). `bentoml serve TAG` serves it, `bentoml containerize TAG` builds a container image.
     """
     from finetune.bento import build_bento
 
@@ -185,7 +226,13 @@ def build(model: str | None) -> None:
 
 @click.group()
 def models() -> None:
-    """List, show and promote registered models."""
+    """List, show, promote and share registered models.
+
+    \b
+    finetune models list
+    finetune models promote photos 3 --default
+    finetune models rollback photos
+    """
 
 
 def _registry() -> Any:
@@ -198,7 +245,7 @@ def _registry() -> Any:
 @models.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List registered models, aliases and the default."""
+    """List registered models, their aliases and the default."""
     from finetune.bundle.deployment import read_deployment
     from finetune.cli.show import show_models
     from finetune.cli.terminal import print_json
@@ -226,7 +273,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def show_model(model: str, as_json: bool) -> None:
-    """Show one model: classes, weights and licence, metrics."""
+    """Show the classes, weights, licence and metrics of a model."""
     from finetune.bundle.manifest import read_manifest
     from finetune.cli.show import show_manifest
     from finetune.cli.terminal import print_json
@@ -241,8 +288,8 @@ def show_model(model: str, as_json: bool) -> None:
 def push(model: str, address: str) -> None:
     """Copy a version to object storage.
 
-    MODEL is a name, name@version or name@alias, ADDRESS a folder of its own, such as s3://bucket/models/flowers/3. From there
-    `finetune models pull`, `finetune serve --model` and whatever else takes a model read it.
+    MODEL is a name, name@version or name@alias. ADDRESS is the URL of a folder of its own, such as
+    s3://bucket/models/flowers/3. Commands that take a model accept this URL: `finetune serve --model URL`, for example.
     """
     from finetune.bundle.remote import push_bundle
 
@@ -255,31 +302,40 @@ def push(model: str, address: str) -> None:
 
 @models.command()
 @click.argument("address")
-@click.option("--name", help="What the model is called here. Default: what its bundle calls it.")
+@click.option("--name", help="Name of the model in this workspace. Default: the name in the bundle.")
 def pull(address: str, name: str | None) -> None:
     """Register a bundle as the next version of a model.
 
-    ADDRESS is where `finetune models push` put it, or a folder of a bundle or of a run. Nothing is promoted by it, unless the
-    model is new here.
+    ADDRESS is the URL that was given to `finetune models push`, or the folder of a bundle or run. The version is not promoted,
+    unless the model is new in this workspace. Prints name@version on stdout, and what was registered on stderr.
     """
     from finetune.bundle.manifest import read_manifest
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
+    from finetune.cli.show import show_manifest
+    from finetune.evaluation.predictions import why_not_of
 
     registry = _registry()
     bundle = registry.locate(address)
-    Predictor.load(bundle)  # it must answer its own probe before it may become a version
-    predictions = bundle / PREDICTIONS
-    found = registry.register(
-        bundle, name or read_manifest(bundle).name, once=True, predictions=predictions if predictions.exists() else None
-    )
+    manifest = Predictor.load(bundle).manifest  # it must answer its own probe before it may become a version
+    table = bundle / PREDICTIONS
+    damage = why_not_of(table, manifest.task, manifest.classes) if table.exists() else "is not there"
+    name = name or manifest.name
+    before = registry.versions(name)
+    found = registry.register(bundle, name, once=True, predictions=table if not damage else None)
     click.echo(f"{found.name}@{found.version}")
+    show_manifest(read_manifest(found.path))
+    if found.version in {version.version for version in before}:
+        click.echo(f"It was registered before, as {found.name}@{found.version}", err=True)
+    if damage:
+        click.echo(f"Without its predictions on test images: {PREDICTIONS} {damage}. {NOT_COMPARED}", err=True)
+    _say_default(registry)
 
 
 @models.command()
 @click.argument("model")
 def card(model: str) -> None:
-    """Print the model card: what the bundle records, as Markdown."""
+    """Print the model card, as Markdown."""
     from finetune.bundle.card import model_card
     from finetune.bundle.manifest import read_manifest
 
@@ -288,17 +344,18 @@ def card(model: str) -> None:
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--server", metavar="URL", help="Ask a server, which knows the newest answers; key in FINETUNE_API_KEY.")
-@click.option("--accept", is_flag=True, help="From now on compare with the live answers of now.")
-@click.option("--reset", is_flag=True, help="Compare with the bundle's reference again.")
+@click.option(
+    "--server", metavar="URL", help="Ask a server, which has the newest predictions; the key is read from FINETUNE_API_KEY."
+)
+@click.option("--accept", is_flag=True, help="Use the present live predictions as the reference from now on.")
+@click.option("--reset", is_flag=True, help="Use the reference in the bundle again.")
 @json_option
 def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json: bool) -> None:
-    """Show whether live answers have drifted.
+    """Show whether live predictions have drifted.
 
-    They are compared with the answers to images that did not train the model.
-
-    MODEL is a name, name@version or name@alias. Without --server, the workspace's files tell it, which a running server writes
-    once a minute. The exit code is 1 where there is drift.
+    Compares the predictions that a server made with those on images that the model was not trained on: confidence, predicted
+    classes, and distance of the embeddings from known images. MODEL is a name, name@version or name@alias. Without --server,
+    the files of the workspace are read, which a running server updates once a minute. The exit code is 1 if there is drift.
     """
     from finetune.cli.show_drift import show_drift
     from finetune.cli.terminal import print_json
@@ -327,23 +384,27 @@ def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy them there, the best to label first.")
-@click.option("--owner", help="Only what this owner's keys asked about.")
-@click.option("--delete", is_flag=True, help="Delete them.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Copy the images to this folder, most useful to label first."
+)
+@click.option("--owner", help="Only images that were sent with the keys of this owner.")
+@click.option("--delete", is_flag=True, help="Delete the images.")
 @json_option
 def samples(reference: str, out: Path | None, owner: str | None, delete: bool, as_json: bool) -> None:
-    """Show, copy or delete images that a server kept.
+    """Show, copy or delete images that a server stored.
 
-    MODEL is a name, name@version or name@alias. A server keeps images only while FINETUNE_SAMPLE_INPUTS is above 0. With --out,
-    images that are unlike known ones come first, then those with the least sure answers; `finetune suggest FOLDER` chooses
-    among them.
+    MODEL is a name, name@version or name@alias. A server stores images only if FINETUNE_SAMPLE_INPUTS is above 0. With --out,
+    images that are unlike known ones come first, then those with the least certain predictions; `finetune suggest FOLDER`
+    chooses among them.
     """
     from finetune.cli.show_drift import show_samples
     from finetune.cli.terminal import print_json
     from finetune.monitoring.samples import copy_samples, delete_samples, folder_of, samples_of
 
     if delete and out is not None:
-        raise click.UsageError("--delete copies nothing: give --out first, then --delete")
+        raise click.UsageError(
+            "--out and --delete cannot be combined: first copy the images with --out, then delete them with --delete"
+        )
     registry = _registry()
     version = registry.lookup(reference)
     found = [one for one in samples_of(registry, version) if owner is None or one.record.get("owner") == owner]
@@ -365,17 +426,24 @@ def samples(reference: str, out: Path | None, owner: str | None, delete: bool, a
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--precision", default=0.95, show_default=True, metavar="SHARE", help="Share of its answers that shall be right.")
-@click.option("--off", is_flag=True, help="Switch it off: the model answers every image again.")
+@click.option(
+    "--precision",
+    default=0.95,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of the remaining predictions that must be correct.",
+)
+@click.option("--off", is_flag=True, help="Switch abstention off.")
 def abstain(reference: str, precision: float, off: bool) -> None:
     """Make a version abstain by default.
 
-    MODEL is a name, name@version or name@alias. A running server applies it from the next request on.
+    The version then marks predictions that are too uncertain to rely on. MODEL is a name, name@version or name@alias. A running
+    server applies the setting from the next request on.
     """
     registry = _registry()
     name, _, version = reference.partition("@")
     found = registry.set_abstention(name, version or None, None if off else precision)
-    said = "answers every image" if off else f"abstains, so that {precision:.0%} of its answers are right"
+    said = "does not abstain" if off else f"abstains, so that {precision:.0%} of its other predictions are correct"
     click.echo(f"{found.name}@{found.version} {said}", err=True)
 
 
@@ -396,15 +464,21 @@ def _minimum(given: tuple[str, ...]) -> dict[str, float]:
         try:
             found[metric] = float(value)
         except ValueError:
-            raise click.BadParameter(
-                f"{text!r}: give a metric and its least value, as in test/top1=0.9", param_hint="--min"
-            ) from None
+            raise click.BadParameter(f"{text!r}: expected METRIC=VALUE, such as test/top1=0.9", param_hint="--min") from None
     return found
 
 
 _condition_options = (
-    click.option("--min", "minimum", multiple=True, metavar="METRIC=VALUE", help="Refuse below this, as in test/top1=0.9."),
-    click.option("--force", is_flag=True, help="Promote although a check fails. What cannot be loaded is refused anyway."),
+    click.option(
+        "--min",
+        "minimum",
+        multiple=True,
+        metavar="METRIC=VALUE",
+        help="Refuse a version whose metric is lower, such as test/top1=0.9; repeatable.",
+    ),
+    click.option(
+        "--force", is_flag=True, help="Promote even if a check fails. A version that cannot be loaded is always refused."
+    ),
 )
 
 
@@ -418,15 +492,26 @@ def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @models.command()
 @click.argument("name")
 @click.argument("version", required=False)
-@click.option("--alias", default="champion", show_default=True, help="A name without version or alias means its champion.")
-@click.option("--default", "as_default", is_flag=True, help="Also make it the default model of the server and of `predict`.")
+@click.option(
+    "--alias",
+    default="champion",
+    show_default=True,
+    help="The alias to set. A model name without version or alias means its champion.",
+)
+@click.option(
+    "--default", "as_default", is_flag=True, help="Also make it the default model of the server and of finetune predict."
+)
 @condition_options
 def promote(name: str, version: str | None, alias: str, as_default: bool, minimum: tuple[str, ...], force: bool) -> None:
     """Check a version and point an alias at it.
 
-    The version must load, reproduce its recorded outputs, have parity with the trained model, know the same classes, reach every
-    --min, and not be worse than the version that it replaces on the test images of both (paired test, p < 0.05).
-    A running server switches to it between requests. Registering a model never changes what answers; promoting it does.
+    The version must load, reproduce its recorded outputs, agree with the trained model, have the same classes, reach every
+    --min, and not be significantly worse than the version that it replaces on the test images of both (paired test, p < 0.05).
+    A running server switches to it between two requests.
+
+    \b
+    finetune models promote photos 3
+    finetune models promote photos 3 --default --min test/top1=0.9
     """
     from finetune.bundle.deployment import Deployment
     from finetune.promotion import promote as promote_version
@@ -436,7 +521,9 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
     name, _, inside = name.partition("@")
     version = version or inside or None
     if version is None and not as_default:
-        raise click.UsageError(f"Give the version to promote: finetune models promote {name} 2 (finetune models list shows them)")
+        raise click.UsageError(
+            f"Give the version to promote, as in: finetune models promote {name} 2 (finetune models list shows the versions)"
+        )
     if version is not None:
         promoted, checks = promote_version(registry, name, version, alias, minimum=_minimum(minimum), force=force, by=_by())
         for check in checks:
@@ -450,13 +537,20 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
 
 @models.command()
 @click.argument("reference", metavar="MODEL")
-@click.option("--canary", metavar="MODEL=PERCENT", help="A model that answers this share of the requests instead.")
-@click.option("--shadow", metavar="MODEL=PERCENT", help="A model that computes this share a second time; disagreement is logged.")
+@click.option("--canary", metavar="MODEL=PERCENT", help="Let another model answer this share of the requests.")
+@click.option(
+    "--shadow",
+    metavar="MODEL=PERCENT",
+    help="Let another model also predict for this share of the requests; disagreements are logged.",
+)
 @condition_options
 def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tuple[str, ...], force: bool) -> None:
     """Choose the model for requests without a model name.
 
-    MODEL is a name, name@version or name@alias. A canary or a shadow that is not given is switched off.
+    MODEL is a name, name@version or name@alias. A canary or shadow that is not given is switched off.
+
+    \b
+    finetune models deploy photos --canary photos@4=10 --shadow photos@5=100
     """
     from finetune.bundle.deployment import Deployment
     from finetune.promotion import promote_to_default
@@ -478,7 +572,9 @@ def _share(text: str | None, option: str) -> Any:
     except ValueError:
         value = -1.0
     if not reference or not 0.0 <= value <= 100.0:
-        raise click.BadParameter(f"{text!r}: give a model and a percentage, as in flowers@4=10", param_hint=option)
+        raise click.BadParameter(
+            f"{text!r}: expected MODEL=PERCENT with a percentage from 0 to 100, such as flowers@4=10", param_hint=option
+        )
     return Share(reference, value)
 
 
@@ -489,7 +585,7 @@ def _say_default(registry: Any) -> None:
     try:
         default = registry.default()
     except NotFound as error:
-        click.echo(f"Requests that name no model are not answered: {error.message}", err=True)
+        click.echo(f"There is no default model, so requests without a model name are refused: {error.message}", err=True)
         return
     deployed = read_deployment(registry)
     beside = (
@@ -497,13 +593,13 @@ def _say_default(registry: Any) -> None:
     )
     also = "".join(f", {kind} {share.reference} {share.percent:g} %" for kind, share in beside)
     reference = deployed.reference if deployed else default.name
-    click.echo(f"Requests that name no model are answered by {reference}, version {default.version}{also}", err=True)
+    click.echo(f"Requests without a model name are answered by {reference}, version {default.version}{also}", err=True)
 
 
 @models.command()
 @click.argument("name", required=False)
-@click.option("--alias", default="champion", show_default=True)
-@click.option("--default", "of_default", is_flag=True, help="Undo the last change of the server's default instead.")
+@click.option("--alias", default="champion", show_default=True, help="The alias to move back.")
+@click.option("--default", "of_default", is_flag=True, help="Instead, undo the last change of the default model of the server.")
 def rollback(name: str | None, alias: str, of_default: bool) -> None:
     """Point an alias back at its previous version."""
     from finetune.bundle.deployment import roll_back
@@ -522,15 +618,18 @@ def rollback(name: str | None, alias: str, of_default: bool) -> None:
 
 @models.command()
 @click.argument("name")
-@click.option("--private", is_flag=True, help="Take it back: only its owner and administrators may use it.")
+@click.option("--private", is_flag=True, help="Make it private again: only its owner and administrators may use it.")
 def share(name: str, private: bool) -> None:
     """Let everyone use a private model.
 
-    A model that was made by a job with an API key is private to its owner until it is shared.
+    A model that a job with an API key made is private to the owner of the key until it is shared.
     """
     registry = _registry()
     registry.resolve(name)
     access = registry.access(name)
     registry.set_access(name, replace(access, visibility="private" if private else "shared"))
     whose = f"its owner {access.owner}" if access.owner else "administrators"
-    click.echo(f"{name} is for {whose} alone" if private else f"{name} is for everyone who may use the server", err=True)
+    click.echo(
+        f"{name} can be used only by {whose}" if private else f"{name} can be used by everyone with access to the server",
+        err=True,
+    )

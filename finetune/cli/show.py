@@ -12,10 +12,13 @@ from finetune.cli.terminal import shortened, table
 from finetune.data.dataset import left_out_files
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
+from finetune.events import Planned
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
 from finetune.progress_bars import console
 from finetune.storage.files import read_json
+from finetune.storage.journal import read_lines
+from finetune.storage.rundir import RunDir
 from finetune.tasks import TASKS, task_named
 from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first, recorded_leading
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.model.tried import Trial
     from finetune.runs.outcome import Outcome
-    from finetune.storage.rundir import RunDir
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
@@ -35,9 +37,9 @@ HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val last, s
 JUDGED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
     "test": "{n:,} test images",
-    "val": "{n:,} val images, which also chose the weights",
+    "val": "{n:,} val images, on which the weights were chosen too",
     "test_unseen": "the {n:,} test images that it was not trained on",
-    "val_unseen": "the {n:,} val images that it was not trained on, which also chose the weights",
+    "val_unseen": "the {n:,} val images that it was not trained on, on which the weights were chosen too",
 }
 
 
@@ -101,18 +103,18 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             whole = split.removesuffix(UNSEEN)
             n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
             console.print(
-                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too: {whole} figures flatter the model, "
-                f"{split} figures do not.\n"
+                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too, so {whole} figures are too high; "
+                f"{split} figures leave these images out.\n"
             )
     if "val" in splits[1:]:
-        console.print("The val images have chosen the weights, so val figures flatter the model.\n")
+        console.print("The weights were chosen on the val images, so val figures are somewhat too high.\n")
     data = read_json(run.resolved)["dataset"] if run.resolved.exists() else {}
     show_notes(data.get("understood", ()), outcome.warnings, data.get("quarantined", ()), named=False)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
         _show_folds(outcome.cross_validation)
-    _show_cost(outcome.cost)
-    _show_problems(run)
+    show_cost(outcome.cost, run)
+    show_findings(run)
     lines = [f"report    {shortened(run.report)}"]
     if outcome.model is not None:
         reference = f"{outcome.model}@{outcome.version}"
@@ -128,14 +130,22 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _show_problems(run: RunDir) -> None:
-    """Print the causes that the run's diagnosis found, and the command that shows the full diagnosis."""
-    found = read_diagnosis(run)
-    causes = [finding for finding in found.problems if finding.caused_by is None] if found else []
+def show_findings(run: RunDir) -> None:
+    """Print the findings of the diagnosis, each with what to try first, and the command that shows all of it.
+
+    Of a study, the diagnosis of the run whose model it kept is shown. Notes are shown if there is no problem.
+    """
+    from finetune.studies.study import kept_run
+
+    found = read_diagnosis(run) or read_diagnosis(kept_run(run))
+    if found is None:
+        return
+    causes = [finding for finding in found.problems or found.findings if finding.caused_by is None]
     for finding in causes:
-        console.print(f"[yellow]{escape(finding.title)}[/] ({finding.certainty}): {escape(finding.sentence)}")
+        advice = f" Try: {finding.advice[0]}." if finding.advice else ""
+        console.print(f"[yellow]{escape(finding.title)}[/] ({finding.certainty}): {escape(finding.sentence)}.{escape(advice)}")
     if causes:
-        console.print(f"          finetune diagnose {shortened(run.root)}\n", markup=False, soft_wrap=True)
+        console.print(f"diagnosis finetune diagnose {shortened(run.root)}\n", markup=False, soft_wrap=True)
 
 
 def _show_headline(evaluation: Evaluation, images: str) -> None:
@@ -188,11 +198,12 @@ def _percents(interval: tuple[float, float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
 
 
-def _show_cost(cost: Mapping[str, float]) -> None:
+def show_cost(cost: Mapping[str, float], run: RunDir) -> None:
+    """Print the costs of a run, those of its interrupted attempts included."""
     rows = [
-        ["wall time", duration(cost["wall_seconds"])],
-        ["training from nothing", duration(cost["train_seconds"])],
-        ["of it, frozen features", duration(cost["feature_seconds"])],
+        ["this run in all, wall time", duration(cost["wall_seconds"])],
+        ["training, without cached features", duration(cost["train_seconds"])],
+        ["  of which frozen features", duration(cost["feature_seconds"])],
         ["peak memory", byte_size(cost["peak_memory_bytes"])],
         ["trainable parameters", f"{cost['trainable_parameters']:,.0f} of {cost['total_parameters']:,.0f}"],
     ]
@@ -201,7 +212,13 @@ def _show_cost(cost: Mapping[str, float]) -> None:
             ["bundle", byte_size(cost["bundle_bytes"])],
             ["one prediction", f"{cost['latency_seconds'] * 1000:.1f} ms on one core"],
         ]
-    table("Cost, all attempts together", ["what", "measured"], rows)
+    n_attempts = sum(event["kind"] == Planned.kind for event in read_lines(run.events))
+    table(f"Cost, {n_attempts} attempts together" if n_attempts > 1 else "Cost", ["what", "measured"], rows)
+    if cost["train_seconds"] > cost["wall_seconds"]:
+        console.print(
+            "An earlier run computed frozen features that this run took from the cache. Training counts the time that they "
+            "took then, so that the costs of runs can be compared.\n"
+        )
 
 
 def _show_folds(found: Mapping[str, Any]) -> None:
@@ -409,7 +426,7 @@ def show_models(
 ) -> None:
     """Print for `finetune models list` the versions, aliases and owners, and the default model."""
     if not versions:
-        console.print("no model yet: finetune train --data FOLDER makes one, finetune demo shows the whole way")
+        console.print("no model yet: `finetune train FOLDER` trains one; `finetune demo` shows the whole workflow on an example")
         return
     rows = []
     for version in versions:
@@ -423,7 +440,9 @@ def show_models(
         reference = deployed.reference if deployed is not None else default.name
         console.print(f"default: {reference}, version {default.version}", markup=False)
     else:
-        console.print("no default: finetune models promote NAME --default chooses what the server answers with")
+        console.print(
+            "no default model: finetune models promote NAME --default chooses the one for requests without a model name"
+        )
     for kind in ("canary", "shadow"):
         share = getattr(deployed, kind, None)
         if share is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import signal
 from pathlib import Path
@@ -19,29 +20,42 @@ if TYPE_CHECKING:
 
 @click.group()
 def study() -> None:
-    """Experiments on your own images that show how training works."""
+    """Show on your own images how training behaves."""
 
 
 @study.command()
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--depths", default="8,20,44", show_default=True, help="Numbers of layers, each 6 n + 2.")
-@click.option("--kinds", default="plain,residual", show_default=True, help="Without and with identity shortcuts.")
+@click.option("--depths", default="8,20,44", show_default=True, help="Numbers of layers, separated by commas; each is 6 n + 2.")
 @click.option(
-    "--aids", default="none,he,bn", show_default=True, help="Default initialisation, He initialisation, batch normalisation."
+    "--kinds",
+    default="plain,residual",
+    show_default=True,
+    help="Networks without (plain) and with (residual) identity shortcuts.",
 )
-@click.option("--epochs", type=int, help="Of every network (default about 320 steps).")
-@click.option("--images", default=2000, show_default=True, help="Training images at most.")
-@click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
-@click.option("--seed", default=0, show_default=True, help="Of weights and order.")
+@click.option(
+    "--aids",
+    default="none,he,bn",
+    show_default=True,
+    help="none: PyTorch's default initialisation; he: He initialisation; bn: batch normalisation.",
+)
+@click.option("--epochs", type=int, help="Epochs of each network. Default: about 320 steps.")
+@click.option("--images", default=2000, show_default=True, help="Maximum number of training images.")
+@click.option("--size", default=32, show_default=True, help="Side of the input images in pixels.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the weights and of the order of images.")
 @places_options
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the study writes; an unfinished one is resumed.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the study; an unfinished one in it is resumed.")
 @json_option
 def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) -> None:
-    """Show what depth does to plain and to residual networks.
+    """Show the effect of depth on plain and residual networks.
 
-    Trains small networks of growing depth from nothing on DATA (by default handwritten digits), with and without
-    identity shortcuts, He initialisation and batch normalisation, and writes a page: degradation shows in the
-    training error, vanishing gradients in the gradients by block. Some minutes on two cores.
+    Trains small networks of growing depth from random weights on DATA (by default handwritten digits), with and without
+    identity shortcuts, He initialisation and batch normalisation, and writes a page with training and validation
+    errors and with the gradients of each block. Degradation is a rise of the training error with depth; vanishing
+    gradients are a fall of the gradient towards the first block. Takes some minutes on two cores.
+
+    \b
+    finetune study depth
+    finetune study depth photos --depths 8,20,44 --aids bn
     """
     from finetune.jobs.lease import watch_lease_from_environment
 
@@ -75,7 +89,9 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
 @study.command()
 @spec_options
 @click.option(
-    "--more", metavar="N,N,…", help="More images per class to estimate (default a quarter, a half and all of a class's)."
+    "--more",
+    metavar="N,N,…",
+    help="Numbers of additional images per class. Default: a quarter, a half and all of the present number.",
 )
 @click.option(
     "--repeats",
@@ -84,15 +100,20 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
     type=click.IntRange(min=2),
     help="Number of random splits into training and held-out images.",
 )
-@click.option("--sizes", default=6, show_default=True, type=click.IntRange(min=4), help="Points of the curve.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page is written.")
+@click.option("--sizes", default=6, show_default=True, type=click.IntRange(min=4), help="Number of points of the learning curve.")
+@click.option(
+    "--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to write the page. Default: in the workspace."
+)
 @json_option
 def labels(spec: JobSpec, more: str | None, repeats: int, sizes: int, page: Path | None, as_json: bool) -> None:
     """Estimate the gain of more labelled images.
 
-    Measures accuracy with growing parts of the data, several times, and extrapolates the learning curve with its interval:
-    "200 more images a class: +1.4 points, 0.3 to 2.6". Reports if the data do not suffice for that. Heads are solved on the
-    features of the frozen backbone, which are computed once: a minute or less on two cores. Writes a page with the curve.
+    Trains heads on growing parts of the data, several times, and extrapolates the learning curve with a 95 % interval: "200
+    more images per class: +1.4 points, 0.3 to 2.6". It says so if the data is not sufficient for an estimate. The features of
+    the frozen backbone are computed once, so it takes a minute or less on two cores. Writes a page with the curve.
+
+    \b
+    finetune study labels photos --more 50,200,500
     """
     with objects_exempt():
         from finetune.cli.show_labels import show_labels
@@ -106,7 +127,8 @@ def labels(spec: JobSpec, more: str | None, repeats: int, sizes: int, page: Path
     asked = () if more is None else _numbers(more, "--more", "50,100,200")
     with progress_bars(shown=not as_json) as progress:
         found = study_labels(spec, shared, progress, more=asked, repeats=repeats, sizes=sizes)
-    page = page or shared.workspace.datasets / f"{found.revision[:12]}-labels.html"
+    settings = hashlib.sha256(f"{spec.digest()} {asked} {repeats} {sizes}".encode()).hexdigest()
+    page = page or shared.workspace.datasets / f"{found.revision[:12]}-labels-{settings[:8]}.html"
     found = write_page(page, found, f"finetune study labels {shlex.quote(spec.training_file)}")
     print_json(found.to_dict()) if as_json else show_labels(found)
 

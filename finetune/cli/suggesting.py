@@ -18,21 +18,24 @@ SHOWN = 10
 @click.command()
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", help="A registered name, name@version, or a bundle folder. Default: the workspace's default model.")
-@click.option("-n", "--number", default=50, show_default=True, type=click.IntRange(min=1), help="How many to suggest.")
-@click.option("--labelled", metavar="DATA", help="Data with labels: copies of its pictures are not suggested.")
+@click.option("-n", "--number", default=50, show_default=True, type=click.IntRange(min=1), help="Number of images to suggest.")
+@click.option("--labelled", metavar="DATA", help="Your labelled data: copies of its images are not suggested.")
 @click.option(
-    "--out", default="suggestions", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Where to write."
+    "--out", default="suggestions", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Output folder."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice among equally good pictures.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the selection.")
 @json_option
 def suggest(
     pictures: tuple[Path, ...], model: str | None, number: int, labelled: str | None, out: Path, seed: int, as_json: bool
 ) -> None:
-    """Choose the unlabelled pictures that are best to label next.
+    """Choose the unlabelled images that are best to label next.
 
-    PICTURES are folders (with everything inside), files and patterns. Chosen are pictures of which the model is unsure and
-    which differ from one another. Writes a table, a page with the pictures and why each was chosen, and an import file for
-    Label Studio with the model's answers. Exact and near copies are left out.
+    PICTURES are folders (searched recursively), files and patterns. The model chooses images that it is uncertain about and
+    that differ from each other; exact and near copies are left out. The output folder gets a table, a page that shows each image
+    with the reason, and an import file for Label Studio with the model's predictions.
+
+    \b
+    finetune suggest unsorted --model photos -n 50 --labelled photos
     """
     from finetune.bundle.registry import Registry
     from finetune.cli.terminal import print_json

@@ -28,7 +28,7 @@ class RunOrCommand(click.Group):
 
 @click.group(cls=RunOrCommand, subcommand_metavar="[RUN] | sync [RUN…]")
 def mlflow() -> None:
-    """Open the MLflow pages, or send what MLflow missed.
+    """Open MLflow's pages, or send missing data to MLflow.
 
     \b
     finetune mlflow             all experiments
@@ -41,13 +41,13 @@ def mlflow() -> None:
 
 @mlflow.command("open")
 @click.argument("run", required=False)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=5000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=5000, show_default=True, help="Port to listen on.")
 @click.option("--no-browser", is_flag=True, help="Only print the links.")
 def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
     """Open the MLflow pages, at RUN or at all experiments.
 
-    They are served until Ctrl-C.
+    The pages are served until Ctrl-C. RUN is the folder of a run or comparison, its name in the workspace, or MLflow's run id.
     """
     from finetune.progress_bars import console
     from finetune.storage.workspace import Workspace
@@ -69,9 +69,10 @@ def open_(run: str | None, host: str, port: int, no_browser: bool) -> None:
 @click.argument("runs", nargs=-1, metavar="[RUN…]")
 @json_option
 def sync(runs: tuple[str, ...], as_json: bool) -> None:
-    """Send missing data of RUNs to MLflow; synchronise models and aliases.
+    """Send missing data to MLflow; synchronise models.
 
-    Without RUN, all runs of the workspace that were to be tracked are sent. It is safe to repeat.
+    Sends what MLflow lacks of each RUN, also of runs that were made with --no-mlflow. Without RUN, all tracked runs of the
+    workspace are completed. Registered models and aliases are made equal on both sides. It is safe to repeat.
     """
     from finetune.cli.terminal import print_json
     from finetune.progress_bars import console
@@ -90,7 +91,7 @@ def sync(runs: tuple[str, ...], as_json: bool) -> None:
         said = f"not complete: {one.reason}" if one.reason else f"complete, run {one.run_id}"
         console.print(f"{one.run.root.name}: {said}", markup=False, soft_wrap=True)
     if not done:
-        console.print("MLflow has every run that was to be tracked", markup=False)
+        console.print("MLflow has all tracked runs", markup=False)
     for note in notes:
         console.print(f"[yellow]note[/] {note}")
     if any(one.reason for one in done):

@@ -18,7 +18,10 @@ from finetune.runtime.collector import objects_exempt
 if TYPE_CHECKING:
     from finetune.spec import JobSpec
 
-NO_DATA = "no data was given: name a folder of labelled images, an archive of one, a table that names images, or a spec file"
+NO_DATA = (
+    "No data was given. Give a folder with one folder of images per class, an archive of one, a table of file names and labels, "
+    "or a spec file (.yaml), for example: finetune train photos"
+)
 METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
 
 
@@ -26,19 +29,29 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add flags for the most frequent fields of a job spec to a command, and ``--set`` for all others."""
     for decorate in reversed(
         [
-            click.option("--data", metavar="DATA", help="Labelled images: a folder, archive, table or address (training_file)."),
-            click.option("--validation", metavar="DATA", help="Labelled images to validate on (validation_file)."),
-            click.option("--test", metavar="DATA", help="Labelled images to test on once, at the end (test_file)."),
-            click.option("--name", help="Name of the registered model (suffix)."),
+            click.option("--data", metavar="DATA", help="Labelled images: a folder, archive, table or URL (training_file)."),
+            click.option("--validation", metavar="DATA", help="Separate images for validation (validation_file)."),
+            click.option("--test", metavar="DATA", help="Separate images for the final test (test_file)."),
+            click.option("--name", help="Name of the registered model (suffix). Default: the name of the data."),
             click.option(
-                "--model", metavar="BACKBONE", help="A timm name (see finetune backbones), or your own model: flowers@3."
+                "--model",
+                metavar="BACKBONE",
+                help="A timm model (finetune backbones lists them), or a model of your own: flowers@3.",
             ),
-            click.option("--method", help=f"{' | '.join(METHOD_NAMES)}."),
-            click.option("--epochs", type=int, help="Epochs of training (hyperparameters.n_epochs)."),
-            click.option("--folds", type=int, help="Cross-validate with so many folds, then train on all images (data.folds)."),
-            click.option("--seed", type=int, help="Of training; the split has data.split_seed."),
+            click.option("--method", help=f"What trains: {' | '.join(METHOD_NAMES)}. Default: linear_probe."),
             click.option(
-                "--set", "settings", multiple=True, metavar="KEY.PATH=VALUE", help="Any other field of the spec; repeatable."
+                "--epochs", type=int, help="Number of epochs, for all methods but linear_probe (hyperparameters.n_epochs)."
+            ),
+            click.option(
+                "--folds", type=int, help="Cross-validate with this number of folds, then train on all images (data.folds)."
+            ),
+            click.option("--seed", type=int, help="Random seed of training. The split has its own, data.split_seed."),
+            click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="KEY.PATH=VALUE",
+                help="Any other setting, such as data.val_fraction=0.2; repeatable. `finetune spec` lists all of them.",
             ),
         ]
     ):
@@ -99,20 +112,30 @@ reading_option = click.option(
     "settings",
     multiple=True,
     metavar="data.KEY=VALUE",
-    help="How the data is read, such as data.label_column=species; repeatable.",
+    help="How the data is read, such as data.label_column=species; repeatable. `finetune spec data` lists the settings.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 
 
 @click.command()
 @spec_options
-@click.option("--quick", is_flag=True, help="The plan alone; copies, labels and shortcuts are not looked for.")
+@click.option("--quick", is_flag=True, help="Only show the plan; do not search for copies, wrong labels and shortcuts.")
 @click.option(
-    "--fix", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write a corrected manifest; no image is touched."
+    "--fix",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Write the proposed corrections to a CSV file. Images are not changed.",
 )
-@click.option("--acknowledge", multiple=True, metavar="KIND|KEY", help="Never report these cases again; repeatable.")
-@click.option("--reopen", multiple=True, metavar="KIND|KEY", help="Report acknowledged cases again; repeatable.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE.html", help="Where the page with pictures is written.")
+@click.option(
+    "--acknowledge", multiple=True, metavar="KIND|KEY", help="Accept these findings: they are not reported again. Repeatable."
+)
+@click.option("--reopen", multiple=True, metavar="KIND|KEY", help="Report accepted findings again; repeatable.")
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Where to write the page with pictures. Default: in the workspace.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), hidden=True, help="A worker's: the examination alone, into it.")
 @json_option
 def check(
@@ -125,14 +148,23 @@ def check(
     run_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Examine the data and show the plan. Nothing is trained.
+    """Examine the images and show the training plan.
 
-    What is wrong with the data: unreadable files, copies within and across splits and under several labels, labels that are
-    probably wrong, labels that a file's size, name or camera gives away, small classes, pictures of nothing. Then what would
-    train, and what it would take.
+    Nothing is trained. Reported are unreadable files, copies of an image within and across splits or with different labels,
+    labels that are probably wrong, labels that can be predicted from a file's size, name or camera alone, small classes, and
+    blank, dark or blurred images. The plan shows the settings, the stages that would train, and estimates of time and memory.
+
+    \b
+    finetune check photos
+    finetune check photos --method full --quick     only the plan of a method
+    finetune check photos --fix corrected.csv       then train with:
+    finetune train photos --set data.manifest=corrected.csv
+    finetune check photos --acknowledge label_errors
     """
     if quick and (fix or acknowledge or reopen or page):
-        raise click.UsageError("--quick leaves the examination out, which --fix, --acknowledge, --reopen and --page are about")
+        raise click.UsageError(
+            "--quick omits the examination, so it cannot be combined with --fix, --acknowledge, --reopen or --page"
+        )
     with objects_exempt():
         from finetune.cli.examining import carry_out, data_problems, show_examination
         from finetune.cli.show import show_plan
@@ -165,14 +197,27 @@ def check(
 
 @click.command()
 @spec_options
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run writes; an unfinished run there is resumed.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of the run; an unfinished run in it is resumed. Default: in the workspace.",
+)
 @places_options
 @tracking_options
 @json_option
 def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Fine-tune, evaluate, export and register a model.
 
-    The same command after a crash or Ctrl-C goes on where the run stopped. With --folds and --slots, folds go on side by side.
+    By default the head is trained on the frozen backbone (linear_probe). If a run is interrupted, by Ctrl-C or a crash, the
+    same command resumes it. At the end, the metrics on the test images, the costs and the diagnosis are printed.
+
+    \b
+    finetune train photos
+    finetune train photos --method partial --set method.stages=2
+    finetune train photos --method full --model resnet50 --epochs 10
+    finetune train photos --folds 5              cross-validate: few images
+    finetune train labels.csv --set data.label_column=species
+    finetune train job.yaml --seed 1             a spec file; options override
     """
     from finetune.jobs.lease import watch_lease_from_environment
 
@@ -196,16 +241,25 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 
 @click.command()
 @click.argument("model")
-@click.option("--data", required=True, metavar="DATA", help="A folder, archive, table or address of labelled images.")
-@click.option("--split", help="Which part, where the data has train, val and test (default test, else val, else all).")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every answer: .csv, .parquet or .npz.")
+@click.option("--data", required=True, metavar="DATA", help="Labelled images: a folder, archive, table or URL.")
+@click.option("--split", help="Which split of data that has splits. Default: test, else val, else all images.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the prediction for each image to a .csv, .parquet or .npz file.",
+)
 @reading_option
 @json_option
 def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None, out: Path | None, as_json: bool) -> None:
     """Evaluate MODEL on labelled images.
 
-    MODEL is a registered name, name@version, or a bundle folder. Images that the model was trained on are counted, and the
-    metrics without them are shown too.
+    MODEL is a registered name, name@version, name@alias, or a bundle folder. If the model was trained on some of the images,
+    their number is printed, and the metrics are also computed without them.
+
+    \b
+    finetune evaluate photos --data more-photos
+    finetune evaluate photos@3 --data other.zip --out predictions.csv
     """
     from finetune.bundle.registry import Registry
     from finetune.cli.show import show_evaluation
@@ -232,13 +286,17 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--limit", default=40, show_default=True, help="How many names to list.")
+@click.option("--limit", default=40, show_default=True, help="Maximum number of names to list.")
 @json_option
 def backbones(name: str | None, limit: int, as_json: bool) -> None:
-    """List backbones, or show the stages of one. With one name, also what each method would train.
+    """List backbones, or show the stages of one.
 
-    NAME is a timm name (resnet50) or a pattern (resnet*). Without it, the smallest member of each tested family is listed with
-    the result of its test.
+    NAME is the name of a timm model or a pattern. With a name, its stages are shown, and which of them each method trains.
+    Without NAME, the smallest model of each architecture family is listed, with the result of a test of all features.
+
+    \b
+    finetune backbones resnet50       stages, parameters, what each method trains
+    finetune backbones 'vgg*'         names that match
     """
     from finetune.cli.show import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 @click.group()
 def webhooks() -> None:
-    """Manage webhooks, which report jobs and promotions to a URL."""
+    """Manage webhooks, which report events to a URL.
+
+    \b
+    finetune webhooks create https://example.org/hooks
+    finetune webhooks deliveries whk-…
+    """
 
 
 def _store() -> WebhookStore:
@@ -27,15 +32,19 @@ def _store() -> WebhookStore:
 
 @webhooks.command("create")
 @click.argument("url")
-@click.option("--owner", help="Owner of the reported jobs, as in their API key. Default: jobs made without a key.")
+@click.option("--owner", help="Report the jobs of this owner of an API key. Default: jobs without a key.")
 @click.option(
-    "--event", "events", multiple=True, metavar="TYPE", help="Such as fine_tuning.job.succeeded; repeatable. Default: all."
+    "--event",
+    "events",
+    multiple=True,
+    metavar="TYPE",
+    help="Event to report, such as fine_tuning.job.succeeded; repeatable. Default: all.",
 )
 @json_option
 def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json: bool) -> None:
     """Create a webhook and print its secret.
 
-    The secret signs the deliveries, and is shown only now. docs/webhooks.md describes deliveries and how to verify them.
+    The secret signs the deliveries; it cannot be shown again. docs/webhooks.md describes the deliveries and how to verify them.
     """
     from finetune.cli.terminal import print_json
     from finetune.jobs.job import LOCAL_OWNER
@@ -45,7 +54,7 @@ def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json
         print_json({**made.to_dict(), "secret": made.secret})
     else:
         click.echo(made.secret)
-        click.echo(f"webhook {made.id} of {made.owner}: keep the secret, it is not shown again", err=True)
+        click.echo(f"webhook {made.id} of {made.owner}: store the secret, it is not shown again", err=True)
 
 
 @webhooks.command("list")

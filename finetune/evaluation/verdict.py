@@ -96,7 +96,7 @@ def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair]
     pair = next(pair for pair in pairs if {pair.a, pair.b} == {best.name, runner_up.name})
     sign = 1 if pair.a == best.name else -1
     low, high = sorted((sign * pair.headline.low, sign * pair.headline.high))
-    gain = points(sign * pair.headline.difference, metric)
+    gain = points_of(sign * pair.headline.difference, metric)
     price = _price(best, runner_up)
     return (
         f"{best.name} is better than {natural(arm.name for arm in others)}: by {gain} over {runner_up.name} "
@@ -106,11 +106,11 @@ def _better(best: Standing, standings: Sequence[Standing], pairs: Sequence[Pair]
 
 
 def _equivalent(cheapest: Standing, unbeaten: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> str:
-    margin = points(pairs[0].margin, metric)
+    margin = points_of(pairs[0].margin, metric)
     others = [arm for arm in unbeaten if arm.name != cheapest.name]
     price = _price(max(others, key=Standing.cheapness), cheapest)
     return (
-        f"There is no difference that matters: {natural(arm.name for arm in unbeaten)} are within {margin} of each other on "
+        f"There is no difference that matters: {natural(arm.name for arm in unbeaten)} differ by at most {margin} on "
         f"{pairs[0].n:,} images, so take the cheapest, {cheapest.name}"
         f"{f' ({max(others, key=Standing.cheapness).name} takes {price})' if price else ''}."
     )
@@ -122,27 +122,26 @@ def _undecided(
     least_sure = max(pairs, key=lambda pair: pair.smallest_detectable)
     largest = max(pairs, key=lambda pair: abs(pair.headline.difference))
     lead = abs(largest.headline.difference)
-    detectable = points(least_sure.smallest_detectable, metric)
-    surely = f"and only {detectable} or more would surely have shown"
+    reliably = f"these images reliably show differences of {points(least_sure.smallest_detectable, metric)} or more"
     names = natural(arm.name for arm in unbeaten)
     if lead == 0:
         return (
-            f"On these {least_sure.n:,} images no difference was seen between {names}, {surely}. Until there are more images, "
-            f"the cheapest, {proposed.name}, is as good a choice."
+            f"On these {least_sure.n:,} images no difference in {metric.label} was found between {names}; {reliably}. Until "
+            f"there "
+            f"are more images, choose the cheapest, {proposed.name}."
         )
     if proposed.name == best.name and largest.p_value < PROBABLY:
-        opening = f"{best.name} is probably the best of {names}, but it is not certain"
-        closing = f"Until then {best.name} is the better bet."
+        opening = f"{best.name} is probably the best of {names}, but that is not certain"
+        closing = f"Until then, choose {best.name}."
     else:
-        opening = f"These {least_sure.n:,} images cannot tell {names} apart"
-        cheapest = f"the cheapest, {proposed.name}, is as good a choice"
-        closing = f"Until then {cheapest if proposed.name != best.name else f'{proposed.name} is as good a choice as any'}."
-    found = f"{best.name} leads by {points(lead, metric)}, {surely}"
+        opening = f"{least_sure.n:,} images are too few to decide between {names}"
+        closing = f"Until then, choose {proposed.name if proposed.name == best.name else f'the cheapest, {proposed.name}'}."
+    found = f"{best.name} is ahead by {points_of(lead, metric)}; {reliably}"
     if least_sure.headline.seed_share > 0.5:
-        advice = "The runs of an arm differ much from seed to seed: more seeds would tell."
+        advice = "The runs of an arm differ much from seed to seed, so more seeds would help."
     else:
         needed = images_needed(least_sure, max(lead, least_sure.margin))
-        advice = f"About {needed:,} test images would show a difference like this one."
+        advice = f"About {needed:,} test images would show whether a difference of this size is real."
     return f"{opening}: {found}. {advice} {closing}"
 
 
@@ -161,6 +160,11 @@ def points(difference: float, metric: Metric[Any]) -> str:
         return f"{difference:.3f}"
     value = 100 * difference
     return f"{value:.1f} point{'' if abs(round(value, 1)) == 1 else 's'}"
+
+
+def points_of(difference: float, metric: Metric[Any]) -> str:
+    """Return a difference as text with the name of the metric: ``4.3 points of top-1 accuracy``, ``0.012 in macro F1``."""
+    return f"{points(difference, metric)} {'of' if metric.percent else 'in'} {metric.label}"
 
 
 def natural(names: Iterable[str]) -> str:

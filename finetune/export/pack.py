@@ -127,7 +127,7 @@ def export_bundle(
     """
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
-    progress(Progress("exporting", 0, 3, "steps", message="comparing torch, ONNX and image files"))
+    progress(Progress("exporting", 0, 3, "steps", message="comparing the export with torch"))
     compared = parity_samples(samples)
     files = [sample.read() for sample in compared]
     images = np.stack([network.preprocess.load(data) for data in files])  # (N, h, w, 3) uint8

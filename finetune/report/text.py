@@ -10,12 +10,12 @@ from finetune.messages import byte_size, duration
 SHOWN_CLASSES = 40  # in one figure or table, worst first
 
 _COSTS = {
-    "wall_seconds": "the whole run",
-    "train_seconds": "training from nothing",
-    "train_cpu_seconds": "training from nothing, processor time",
-    "feature_seconds": "of it, computing frozen features",
-    "feature_cpu_seconds": "of it, computing frozen features, processor time",
-    "cpu_seconds": "the whole run, processor time",
+    "wall_seconds": "this run in all",
+    "train_seconds": "training, without cached features",
+    "train_cpu_seconds": "training, without cached features, CPU time",
+    "feature_seconds": "of which computing frozen features",
+    "feature_cpu_seconds": "of which computing frozen features, CPU time",
+    "cpu_seconds": "this run in all, CPU time",
     "peak_memory_bytes": "peak memory",
     "trainable_parameters": "trained parameters",
     "total_parameters": "all parameters",

@@ -42,23 +42,50 @@ def _name_means(key: str):  # type: ignore[no-untyped-def]
 class JobSpec(Section):
     """The request for a fine-tuning job. `docs/spec.md` describes each field and its default."""
 
-    model: Annotated[ModelSpec, _name_means("backbone")] = ModelSpec(backbone=DEFAULT_BACKBONE)
-    training_file: str = Field(min_length=1)
-    validation_file: str | None = None
-    test_file: str | None = None
+    model: Annotated[
+        ModelSpec, _name_means("backbone"), Field(description="The network. A name alone is model.backbone: model: resnet50.")
+    ] = ModelSpec(backbone=DEFAULT_BACKBONE)
+    training_file: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="The labelled images: a folder, an archive, a table or an address; on a server also the id of an upload. "
+            "Required.",
+        ),
+    ]
+    validation_file: Annotated[
+        str | None, Field(description="Labelled images to validate on, in any of the same formats. null: split off.")
+    ] = None
+    test_file: Annotated[str | None, Field(description="Labelled images to test on once, at the end. null: split off.")] = None
     task: Annotated[
         Literal["auto", "multiclass", "multilabel"],
-        Field(description="multilabel: an image may have several labels, or none; auto: found from the labels"),
+        Field(
+            description="multiclass: exactly one label per image. multilabel: several labels, or none. auto: detected from "
+            "the labels."
+        ),
     ] = "auto"
-    data: DataSpec = DataSpec()
-    method: Annotated[Method, _name_means("type")] = LinearProbe()
-    hyperparameters: Hyperparameters = Hyperparameters()
-    augmentation: Annotated[AugmentationSpec, _name_means("policy")] = AugmentationSpec()
-    export: ExportSpec = ExportSpec()
-    compute: ComputeSpec = ComputeSpec()
-    seed: int = Field(0, ge=0, lt=2**32, description="of training; the split has data.split_seed")
-    suffix: str | None = Field(None, pattern=SUFFIX_PATTERN)
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
+    data: Annotated[DataSpec, Field(description="How the labelled images are read and split.")] = DataSpec()
+    method: Annotated[
+        Method, _name_means("type"), Field(description="What trains. A name alone is method.type: method: full.")
+    ] = LinearProbe()
+    hyperparameters: Annotated[
+        Hyperparameters, Field(description="Training settings. Each auto is resolved and recorded in the run.")
+    ] = Hyperparameters()
+    augmentation: Annotated[
+        AugmentationSpec,
+        _name_means("policy"),
+        Field(description="Augmentation. A name alone is augmentation.policy: augmentation: light."),
+    ] = AugmentationSpec()
+    export: Annotated[ExportSpec, Field(description="How the trained model is exported and registered.")] = ExportSpec()
+    compute: Annotated[ComputeSpec, Field(description="Device, precision and threads.")] = ComputeSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Seed of training. The split has its own seed, data.split_seed.")] = 0
+    suffix: Annotated[
+        str | None,
+        Field(pattern=SUFFIX_PATTERN, description="Name of the registered model. null: derived from the name of the data."),
+    ] = None
+    metadata: Annotated[
+        dict[str, str], Field(max_length=64, description="Your own keys and values, kept with the job and its run.")
+    ] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _loss_fits(self) -> JobSpec:
@@ -107,11 +134,11 @@ class JobSpec(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_SECTIONS: Mapping[str, type[Section]] = {
+SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelSpec, "head": HeadSpec, "data": DataSpec, "hyperparameters": Hyperparameters,
     "augmentation": AugmentationSpec, "export": ExportSpec, "compute": ComputeSpec,
 }  # fmt: skip
-_METHODS: Mapping[str, type[Section]] = {
+METHOD_SECTIONS: Mapping[str, type[Section]] = {
     "linear_probe": LinearProbe, "partial": Partial, "full": Full, "gradual": Gradual, "auto": AutoMethod,
 }  # fmt: skip
 
@@ -125,6 +152,6 @@ def parse_spec(given: Mapping[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(dict(given))
     except ValidationError as error:
-        problems = problems_of(error, given, JobSpec, {**_SECTIONS, **_METHODS}, elsewhere=_SECTIONS)
+        problems = problems_of(error, given, JobSpec, {**SECTIONS, **METHOD_SECTIONS}, elsewhere=SECTIONS)
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise SpecError(f"the job spec has {count}", problems) from None

@@ -32,11 +32,25 @@ class Section(BaseModel):
 class HeadSpec(Section):
     """The head on top of the backbone: pooling over positions, dropout, one linear layer."""
 
-    pooling: Literal["avg", "max", "avgmax", "gem"] = "avg"
-    dropout: Auto | Fraction = "auto"
+    pooling: Annotated[
+        Literal["avg", "max", "avgmax", "gem"],
+        Field(
+            description="How the feature map is reduced to one vector per image: global average pooling (avg), global max "
+            "pooling, "
+            "the mean of both (avgmax), or generalised mean with exponent 3 (gem). Class activation maps are exact with avg."
+        ),
+    ] = "avg"
+    dropout: Annotated[
+        Auto | Fraction,
+        Field(description="Dropout rate between pooling and the linear layer, in training by steps; a solved head has none."),
+    ] = "auto"
     aux: Annotated[
         bool | str | None,
-        Field(description="auxiliary classifier while training, dropped at export: true or a stage name"),
+        Field(
+            description="Train an auxiliary classifier on an intermediate stage, as in Inception, and drop it at export: "
+            "true for "
+            "the last stage but one, or the name of a stage. For methods that train by steps."
+        ),
     ] = None
 
 
@@ -48,15 +62,24 @@ class ModelSpec(Section):
         Field(
             min_length=1,
             max_length=1000,
-            description="a timm name, local-dir:FOLDER or hf-hub:OWNER/NAME; or one's own model: name@version, or a run's folder",
+            description="The pretrained network: a timm name such as resnet50, local-dir:FOLDER, hf-hub:OWNER/NAME, or a "
+            "model of "
+            "your own as name@version or as the folder of a run.",
         ),
     ] = DEFAULT_BACKBONE
     weights: Annotated[
         str,
-        Field(description="auto (installed package, else timm's hub) | package | hub | none | path of .pth or .safetensors"),
+        Field(
+            description="Where the initial weights come from: package (installed with finetune), hub (downloaded from timm's "
+            "hub), "
+            "auto (package if it has them, else hub), none (random initialisation), or the path of a .pth or .safetensors file."
+        ),
     ] = "auto"
-    input_size_px: Auto | Annotated[int, Field(ge=32, le=1024)] = "auto"
-    head: HeadSpec = HeadSpec()
+    input_size_px: Annotated[
+        Auto | Annotated[int, Field(ge=32, le=1024)],
+        Field(description="Side of the square input images in pixels. auto: the size that the weights were trained with."),
+    ] = "auto"
+    head: Annotated[HeadSpec, Field(description="The head: pooling, dropout and one linear layer.")] = HeadSpec()
 
     @field_validator("backbone")
     @classmethod
@@ -92,65 +115,132 @@ def _no_empty_separator(given: Any) -> Any:
 class DataSpec(Section):
     """How the labelled images are read and split."""
 
-    val_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.15
-    test_fraction: Annotated[Auto | Fraction, Field(description="auto: 0.15, and nothing with folds, which test every image")] = (
-        "auto"
-    )
+    val_fraction: Annotated[
+        float, Field(gt=0.0, lt=0.9, description="Share of the images to validate on, if no validation images are given.")
+    ] = 0.15
+    test_fraction: Annotated[
+        Auto | Fraction,
+        Field(
+            description="Share of the images to test on, if no test images are given. auto: 0.15, or 0 with data.folds, which "
+            "tests on every image."
+        ),
+    ] = "auto"
     split_seed: Annotated[
-        int, Field(ge=0, lt=2**32, description="of the split alone: runs with another seed are compared on the same images")
+        int,
+        Field(
+            ge=0,
+            lt=2**32,
+            description="Seed of the split into train, val and test. The seed of training does not change the split, so that "
+            "runs "
+            "with different seeds are compared on the same images.",
+        ),
     ] = 0
     split_file: Annotated[
-        str | None, Field(min_length=1, description="a split.csv of an earlier run: its images stay on the side they were on")
+        str | None,
+        Field(
+            min_length=1,
+            description="The split.csv of an earlier run: its images stay in the same split, and only new images are drawn.",
+        ),
     ] = None
     revision: Annotated[
         str | None,
-        Field(pattern=r"^[0-9a-f]{8,64}$", description="what finetune data show calls the data: anything else is refused"),
+        Field(
+            pattern=r"^[0-9a-f]{8,64}$",
+            description="The revision of the data that is expected, as finetune data show prints it; other data is refused.",
+        ),
     ] = None
     manifest: Annotated[
         str | None,
-        Field(min_length=1, description="corrections of finetune check --fix: labels, groups, images left out"),
+        Field(
+            min_length=1,
+            description="A CSV file of corrections, written by finetune check --fix: labels, groups, and images to leave out.",
+        ),
     ] = None
-    file_column: Column = None
-    label_column: Column = None
-    split_column: Column = None
-    group_column: Annotated[Column, Field(description="images of one group are on one side of every split")] = None
+    file_column: Annotated[Column, Field(description="The column of a table that names the image files. null: detected.")] = None
+    label_column: Annotated[Column, Field(description="The column of a table with the labels. null: detected.")] = None
+    split_column: Annotated[
+        Column, Field(description="The column of a table that says train, val or test. null: detected, if there is one.")
+    ] = None
+    group_column: Annotated[
+        Column,
+        Field(
+            description="The column of a table with the group of an image, such as a patient: images of one group are never in "
+            "two splits or folds."
+        ),
+    ] = None
     weight_column: Annotated[
         Column,
-        Field(description="how much an image counts in the training loss, a number from 0 up; figures count every image once"),
+        Field(
+            description="The column of a table with the weight of an image in the training loss, 0 or more. Metrics count every "
+            "image once."
+        ),
     ] = None
     label_separator: Annotated[
-        str | None, Field(min_length=1, max_length=8, description="between several labels in one cell of a table")
+        str | None,
+        Field(min_length=1, max_length=8, description="The text between several labels in one cell of a table, such as |."),
     ] = None
     _separates = field_validator("label_separator", mode="before")(_no_empty_separator)
     splits: Annotated[
         dict[str, Literal["train", "val", "test", "none", "class"]],
-        Field(max_length=1000, description="what folder names, or values of the split column, mean; none leaves out"),
+        Field(
+            max_length=1000,
+            description="What the names of folders, or the values of the split column, mean, as in {dev_set: val, extra: none}: "
+            "train, val, test, none (left out) or class (a class of that name).",
+        ),
     ] = Field(default_factory=dict)
     class_folder: Annotated[
-        Literal["auto", "first", "last"], Field(description="which of nested folders names the class: the outermost or innermost")
+        Literal["auto", "first", "last"],
+        Field(description="Which of nested folders names the class: first is the outermost, last the innermost."),
     ] = "auto"
     name_encoding: Annotated[
-        str, Field(max_length=40, description="of names in archives that do not tell it, such as cp437, cp932 or gbk")
+        str,
+        Field(
+            max_length=40,
+            description="Encoding of the file names in archives that do not state it, such as cp437, cp932 or gbk. auto: "
+            "detected.",
+        ),
     ] = "auto"
     within: Annotated[
-        tuple[str, ...] | None, Field(description="folders that links and tables may lead into; a server sets it for its jobs")
+        tuple[str, ...] | None,
+        Field(description="The only folders that links and tables may point into. A server sets this for its jobs."),
     ] = None
     class_weights: Annotated[
         Literal["none", "balanced", "effective_number", "sampling"],
         Field(
-            description="weight of an image in the loss by its class: balanced is one over the class's images; sampling: steps "
-            "see every class equally often"
+            description="Weight of an image in the training loss by the size of its class: balanced is one over the number of "
+            "images of the class, effective_number is less steep, sampling draws every class equally often."
         ),
     ] = "none"
     logit_adjustment: Annotated[
-        float, Field(ge=0.0, le=2.0, description="1 aims at the mean of the classes' recall, whatever their sizes; 0 is off")
+        float,
+        Field(
+            ge=0.0,
+            le=2.0,
+            description="Strength of logit adjustment for classes of different size: 1 optimises the mean recall over classes, "
+            "0 switches it off. An alternative to class_weights.",
+        ),
     ] = 0.0
-    on_bad_image: Literal["quarantine", "fail"] = "quarantine"
-    max_bad_fraction: Fraction = 0.05
-    resize: Literal["auto", "crop", "squash", "letterbox"] = "auto"
+    on_bad_image: Annotated[
+        Literal["quarantine", "fail"],
+        Field(description="What to do with an image that cannot be read: leave it out and report it (quarantine), or fail."),
+    ] = "quarantine"
+    max_bad_fraction: Annotated[Fraction, Field(description="Fail if a larger share of the images than this cannot be read.")] = (
+        0.05
+    )
+    resize: Annotated[
+        Literal["auto", "crop", "squash", "letterbox"],
+        Field(
+            description="How an image becomes a square: crop its centre, squash it (change its aspect ratio), or letterbox "
+            "it (add "
+            "borders). auto: chosen by the shapes of the images."
+        ),
+    ] = "auto"
     folds: Annotated[
         Annotated[int, Field(ge=2, le=50)] | None,
-        Field(description="cross-validation: the whole job is done so many times, each time tested on other images"),
+        Field(
+            description="Cross-validate with this number of folds, each tested on other images, then train on all images. "
+            "null: one split."
+        ),
     ] = None
 
     @model_validator(mode="after")
@@ -175,22 +265,44 @@ class DataSpec(Section):
         return 0.15 if self.folds is None else 0.0
 
 
-BatchNormPolicy = Literal["frozen", "train", "recalibrate"]
+BatchNormPolicy = Annotated[
+    Literal["frozen", "train", "recalibrate"],
+    Field(
+        description="Batch normalisation in the stages that train: frozen keeps the running statistics of the pretrained "
+        "weights, "
+        "train updates them at every step, recalibrate estimates them once at the end."
+    ),
+]
+WarmHead = Annotated[
+    bool,
+    Field(description="Solve the head on frozen features before the first step, so that early steps do not harm the backbone."),
+]
+LayerDecay = Annotated[
+    Auto | Annotated[float, Field(gt=0.0, le=1.0)],
+    Field(description="Ratio of the learning rate of a stage to that of the stage above it. 1: the same for all stages."),
+]
+MethodType = Field(description="The method: which part of the network trains.")
 
 
 class LinearProbe(Section):
     """Freeze the whole backbone and fit only the linear head on its features."""
 
-    type: Literal["linear_probe"] = "linear_probe"
+    type: Annotated[Literal["linear_probe"], MethodType] = "linear_probe"
 
 
 class Partial(Section):
     """Train the head and the last stages: `stages` counts them from the top (default 1), `train` names them."""
 
-    type: Literal["partial"] = "partial"
-    stages: Annotated[int, Field(ge=1)] | None = None
-    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    warm_head: bool = True
+    type: Annotated[Literal["partial"], MethodType] = "partial"
+    stages: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="How many stages train, counted from the top. null: 1, unless train names them."),
+    ] = None
+    train: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1)] | None,
+        Field(description="The stages that train, by name, as finetune backbones NAME lists them: [layer3, layer4]."),
+    ] = None
+    warm_head: WarmHead = True
     bn: BatchNormPolicy = "frozen"
 
     @model_validator(mode="after")
@@ -203,26 +315,29 @@ class Partial(Section):
 class Full(Section):
     """Train all stages. `warm_head` fits the head on frozen features first (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
 
-    type: Literal["full"] = "full"
-    warm_head: bool = True
-    layer_decay: Auto | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
+    type: Annotated[Literal["full"], MethodType] = "full"
+    warm_head: WarmHead = True
+    layer_decay: LayerDecay = "auto"
     bn: BatchNormPolicy = "frozen"
 
 
 class Gradual(Section):
     """Unfreeze stage by stage from the top, one phase each (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146)."""
 
-    type: Literal["gradual"] = "gradual"
-    warm_head: bool = True
-    epochs_per_stage: Auto | Annotated[int, Field(ge=1)] = "auto"
-    layer_decay: Auto | Annotated[float, Field(gt=0.0, le=1.0)] = "auto"
+    type: Annotated[Literal["gradual"], MethodType] = "gradual"
+    warm_head: WarmHead = True
+    epochs_per_stage: Annotated[
+        Auto | Annotated[int, Field(ge=1)],
+        Field(description="Epochs between unfreezing one stage and the next. auto: n_epochs divided by the number of stages."),
+    ] = "auto"
+    layer_decay: LayerDecay = "auto"
     bn: BatchNormPolicy = "frozen"
 
 
 class AutoMethod(Section):
     """Start with the linear probe, train more stages while that improves the model, and keep the best."""
 
-    type: Literal["auto"] = "auto"
+    type: Annotated[Literal["auto"], MethodType] = "auto"
 
 
 MethodName = Literal["linear_probe", "partial", "full", "gradual", "auto"]
@@ -233,37 +348,86 @@ Method = Annotated[LinearProbe | Partial | Full | Gradual | AutoMethod, Field(di
 class Hyperparameters(Section):
     """Training settings. Every ``auto`` is resolved from the data, the backbone and the machine; the run records the values."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=10_000)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    n_epochs: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=10_000)],
+        Field(description="Number of epochs of the methods that train by steps. A linear probe takes no steps."),
+    ] = "auto"
+    batch_size: Annotated[Auto | Annotated[int, Field(ge=1, le=4096)], Field(description="Images per optimiser step.")] = "auto"
     train_size_px: Annotated[
         Auto | Annotated[int, Field(ge=32, le=1024)],
-        Field(description="side of the images that steps are taken on, for full and gradual; evaluation sees input_size_px"),
+        Field(
+            description="Side of the training images in pixels, for full and gradual; evaluation always uses "
+            "model.input_size_px. "
+            "auto: 0.8 of that size for pretrained weights."
+        ),
     ] = "auto"
-    learning_rate: Auto | Annotated[float, Field(gt=0.0, le=10.0)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=100.0)] = "auto"
-    weight_decay: Auto | Annotated[float, Field(ge=0.0, le=10.0)] = "auto"
+    learning_rate: Annotated[
+        Auto | Annotated[float, Field(gt=0.0, le=10.0)],
+        Field(description="Peak learning rate (AdamW) of the head and the topmost stage; lower stages get less (layer_decay)."),
+    ] = "auto"
+    learning_rate_multiplier: Annotated[
+        Auto | Annotated[float, Field(gt=0.0, le=100.0)],
+        Field(description="Factor on the learning rate, whether that is given or auto."),
+    ] = "auto"
+    weight_decay: Annotated[
+        Auto | Annotated[float, Field(ge=0.0, le=10.0)],
+        Field(description="Weight decay (decoupled L2 regularisation, AdamW) of training by steps; not on biases and norms."),
+    ] = "auto"
     loss: Annotated[
         Literal["auto", "cross_entropy", "binary_cross_entropy", "asymmetric"],
-        Field(description="that steps minimise; auto: cross_entropy, for multilabel binary_cross_entropy (or asymmetric)"),
+        Field(
+            description="The loss of training by steps: cross_entropy for one label per image, binary_cross_entropy (the "
+            "default) "
+            "or asymmetric for several."
+        ),
     ] = "auto"
-    label_smoothing: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    mixup: Annotated[float, Field(ge=0.0, le=10.0, description="alpha of the Beta distribution; 0 is off")] = 0.0
-    warmup_fraction: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    early_stopping_epochs: Auto | Annotated[int, Field(ge=1)] | None = "auto"
-    ema: Auto | bool = "auto"
-    l2: Auto | Annotated[float, Field(ge=0.0, description="L2 strength of the solved head; auto: by validation")] = "auto"
-    views: Auto | Annotated[int, Field(ge=1, le=64, description="cached augmented views per image, for frozen prefixes")] = "auto"
+    label_smoothing: Annotated[
+        Auto | Annotated[float, Field(ge=0.0, lt=1.0)],
+        Field(description="Label smoothing of training by steps. 0: off."),
+    ] = "auto"
+    mixup: Annotated[
+        float, Field(ge=0.0, le=10.0, description="Mixup: the alpha of the Beta distribution that images are mixed by. 0: off.")
+    ] = 0.0
+    warmup_fraction: Annotated[
+        Auto | Annotated[float, Field(ge=0.0, lt=1.0)],
+        Field(description="Share of the steps of each phase in which the learning rate rises linearly to its peak."),
+    ] = "auto"
+    early_stopping_epochs: Annotated[
+        Auto | Annotated[int, Field(ge=1)] | None,
+        Field(description="Stop after this number of epochs without improvement on the validation images. null: never."),
+    ] = "auto"
+    ema: Annotated[Auto | bool, Field(description="Evaluate and export an exponential moving average of the weights.")] = "auto"
+    l2: Annotated[
+        Auto | Annotated[float, Field(ge=0.0)],
+        Field(description="L2 regularisation strength of the solved head. auto: chosen on the validation images."),
+    ] = "auto"
+    views: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=64)],
+        Field(description="Augmented views of each image that the frozen stages are computed for and that are cached."),
+    ] = "auto"
     refit: Annotated[
         Auto | bool,
-        Field(description="at the end train on train + val, with what val has chosen; auto: with data.folds only"),
+        Field(
+            description="Train once more at the end, on the training and validation images together, with what validation chose. "
+            "auto: only with data.folds."
+        ),
     ] = "auto"
 
 
 class AugmentationSpec(Section):
     """A named policy, or explicit albumentations transforms: ``[{RandomCrop: {height: 200, width: 200}}, …]``."""
 
-    policy: Literal["none", "light", "default", "strong"] = "default"
-    transforms: tuple[dict[str, dict[str, Any]], ...] | None = None
+    policy: Annotated[
+        Literal["none", "light", "default", "strong"],
+        Field(
+            description="Random changes of the training images: light crops slightly and never mirrors (for digits and text), "
+            "default also mirrors, strong adds rotation, shear, blur and erasing."
+        ),
+    ] = "default"
+    transforms: Annotated[
+        tuple[dict[str, dict[str, Any]], ...] | None,
+        Field(description="A list of albumentations transforms in place of the policy: [{HorizontalFlip: {p: 0.5}}]."),
+    ] = None
 
 
 class ExportSpec(Section):
@@ -271,17 +435,28 @@ class ExportSpec(Section):
 
     register_model: Annotated[
         Literal["auto", "always"],
-        Field(description="auto: as a new version, unless the model is no better than always giving the same answer"),
+        Field(
+            description="auto registers the model as a new version unless it is no better than always predicting the same class; "
+            "always registers it in any case."
+        ),
     ] = "auto"
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Annotated[
+        Literal["none", "int8"],
+        Field(description="Quantise the exported model to int8; kept only if it is as accurate on the validation images."),
+    ] = "none"
 
 
 class ComputeSpec(Section):
     """Device, precision and threads. A run resumes bit-equal only with its original device and number of threads."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Where to train. auto: a GPU if there is one.")] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Number format of the computation. auto: measured on this machine."),
+    ] = "auto"
+    threads: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=1024)], Field(description="CPU threads. auto: the cores available to the process.")
+    ] = "auto"
 
 
 SHORTHAND = {"model": "backbone", "method": "type", "augmentation": "policy"}

@@ -58,7 +58,7 @@ def examine_request(
     Args:
         accept: kinds or keys of findings to acknowledge; see `finetune.doctor.prescribe.acknowledge`.
         reopened: kinds or keys of acknowledged findings that are to be reported again.
-        page: path of the page; by default in the workspace.
+        page: path of the page; by default in the workspace, one for each data revision and settings.
         fix: path of the manifest.
         command: that the page shows for repeating the examination.
 
@@ -71,7 +71,8 @@ def examine_request(
     given_splits = any(sample.split is not None for sample in dataset.samples)
     dataset = split_for(spec, dataset, None)
     preprocess = framing(spec, dataset, network.facts.preprocess)
-    whole = _examined(dataset, network.prefix, preprocess, shared, progress)
+    identity = _identity(dataset, network.prefix, preprocess)
+    whole = _examined(identity, dataset, network.prefix, preprocess, shared, progress)
     accepted_file = shared.workspace.datasets / "acknowledged.txt"
     if reopened:
         reopen(accepted_file, whole, reopened)
@@ -80,7 +81,7 @@ def examine_request(
     accepted = accepted_in(accepted_file)
     examination = replace(whole, findings=tuple(without_accepted(finding, accepted) for finding in whole.findings))
     examination = replace(examination, findings=tuple(one for one in examination.findings if one.count > 0 or one.acknowledged))
-    page = page or shared.workspace.datasets / f"{examination.revision[:12]}.html"
+    page = page or shared.workspace.datasets / f"{examination.revision[:12]}-{identity[:8]}.html"
     write_page(page, examination, dataset, preprocess, command)
     changes = (0, 0, 0)
     if fix is not None:
@@ -88,14 +89,19 @@ def examine_request(
     return Examined(examination, dataset, preprocess, page, fix, changes)
 
 
+def _identity(dataset: Dataset, prefix: Prefix, preprocess: Preprocess) -> str:
+    """Return the sha256 of everything that the findings depend on: the data, its split, the features, the preprocessing."""
+    ids = hashlib.sha256("\n".join(sample.id for sample in dataset.samples).encode("utf-8", "surrogatepass")).hexdigest()
+    parts = (VERSION, dataset.revision, dataset.digest, ids, prefix.digest, preprocess.digest(), repr(dataset.bad))
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _examined(
-    dataset: Dataset, prefix: Prefix, preprocess: Preprocess, shared: Shared, progress: ProgressCallback
+    identity: str, dataset: Dataset, prefix: Prefix, preprocess: Preprocess, shared: Shared, progress: ProgressCallback
 ) -> Examination:
     """Return all findings, acknowledged ones included; read them from the cache if nothing has changed since they were made."""
     notes = shared.store.folder("notes")
-    ids = hashlib.sha256("\n".join(sample.id for sample in dataset.samples).encode("utf-8", "surrogatepass")).hexdigest()
-    parts = (VERSION, dataset.revision, dataset.digest, ids, prefix.digest, preprocess.digest(), repr(dataset.bad))
-    kept = notes / f"examined-{hashlib.sha256(repr(parts).encode('utf-8', 'surrogatepass')).hexdigest()[:24]}.json"
+    kept = notes / f"examined-{identity[:24]}.json"
     if kept.exists():
         return Examination.from_dict(read_json(kept))
     context = FeatureContext(shared.store, progress=progress)

@@ -158,7 +158,7 @@ def _cost(view: RunView) -> str:
     said = []
     if "train_seconds" in costs:
         features = f", {_seconds(costs['feature_seconds'])} of it for frozen features" if "feature_seconds" in costs else ""
-        said.append(f"training from nothing {_seconds(costs['train_seconds'])}{features}")
+        said.append(f"training without cached features {_seconds(costs['train_seconds'])}{features}")
         said.append(f"this run {_seconds(costs.get('wall_seconds'))}")
     labels = {
         "peak_memory_bytes": "peak memory {}",

@@ -126,8 +126,8 @@ def correct_file(
     """Make a corrected copy of an upload: change labels, leave out images, rename classes. The copy is a new upload."""
     file = server.database.files.get(file_id, caller.sees)
     pictures = server.pictures.of(server.uploads.place_of(file.id).resolve())
-    with server.uploads.arriving(0, caller.owner) as folder:
-        received = write_corrected(pictures, file, wanted, folder / "contents")
+    with server.uploads.arriving(0, caller.owner) as arrival:
+        received = write_corrected(pictures, file, wanted, arrival.folder / "contents")
         made, _ = record_upload(server, caller.owner, received, idempotency_key)
     response.headers["Location"] = f"/v1/files/{made.id}"
     return file_document(made)

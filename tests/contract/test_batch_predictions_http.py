@@ -62,7 +62,7 @@ def problems(answer: Any) -> dict[str, str]:
 @pytest.mark.parametrize("option", ["coverage", "abstain", "top_k"])
 def test_an_option_of_a_single_prediction_is_refused_with_what_is_allowed(client: TestClient, option: str) -> None:
     found = problems(client.post(BATCHES, json={"input_file": upload(client), option: 0.9}))
-    allowed = "unknown key; allowed are input_file, model, embedding, metadata. The answers hold the probability of every class"
+    allowed = "unknown key; allowed are input_file, model, embedding, metadata. The answers contain the probabilities"
     assert found[option].startswith(allowed)
 
 

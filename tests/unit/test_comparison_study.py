@@ -157,7 +157,7 @@ def test_a_request_names_everything_that_is_wrong_with_it(tmp_path: Path) -> Non
     assert "hyperparameters.n_epoch" in said
     with pytest.raises(SpecError, match="at least two arms"):
         spec_of(methods=["full"])
-    with pytest.raises(SpecError, match=r"divides the data otherwise"):
+    with pytest.raises(SpecError, match=r"reads or splits the data differently"):
         spec_of(methods=[], arms=[{"name": "a"}, {"name": "b", "set": {"data.split_seed": 4}}])
     for key in ("training_file", "suffix", "metadata.team"):
         with pytest.raises(SpecError, match=rf"arms\[1\]\.set\.{key}: arm 'b': all arms share this"):

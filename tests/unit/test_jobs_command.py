@@ -191,7 +191,7 @@ def test_a_comparison_that_is_queued_here_is_listed_followed_and_shown_with_its_
 
 
 def test_a_comparison_in_the_queue_takes_no_places_and_a_cancelled_one_exits_as_interrupted(home: Path) -> None:
-    with pytest.raises(UsageError, match="a worker has its own"):
+    with pytest.raises(UsageError, match="which is run by a worker"):
         invoke("compare", "My Flowers", "--detach", "--slots", "2")
     comparison_id = invoke("compare", "My Flowers", "--detach", "--json").stdout
     comparison_id = json.loads(comparison_id)["id"]

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from finetune.errors import NotFound, SpecError
-from finetune.spec import METHODS, Full, JobSpec, LinearProbe, Partial, load_spec, parse_spec
+from finetune.batch_spec import BatchSpec
+from finetune.comparison_spec import ArmSpec, ComparedRuns, ComparisonSettings
+from finetune.errors import InvalidInput, NotFound, SpecError
+from finetune.spec import (
+    METHOD_SECTIONS,
+    METHODS,
+    Full,
+    Hyperparameters,
+    JobSpec,
+    LinearProbe,
+    Partial,
+    Section,
+    load_spec,
+    parse_spec,
+)
+from finetune.spec_template import allowed_values, annotated_spec
 
 
 def problems_of(given: dict) -> dict[str, str]:
@@ -180,10 +195,55 @@ def test_the_json_schema_names_every_field():
     assert set(schema["properties"]) == set(JobSpec.model_fields)
 
 
-def test_the_documented_defaults_are_the_defaults():
-    text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
-    documented = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
-    assert documented == parse_spec({"training_file": "photos"}).model_dump(mode="json")
+def test_the_annotated_spec_holds_the_defaults_and_is_what_the_documentation_shows():
+    text = annotated_spec()
+    assert yaml.safe_load(text) == parse_spec({"training_file": "photos"}).model_dump(mode="json")
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"```yaml\n{text}```" in (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
+
+
+def test_every_field_of_every_request_has_a_description_in_sentences():
+    sections = [JobSpec, ComparisonSettings, ComparedRuns, ArmSpec, BatchSpec, *METHOD_SECTIONS.values()]
+    for section in sections:  # grows while nested sections are found
+        sections += [field.annotation for field in section.model_fields.values() if _is_section(field.annotation)]
+        for name, field in section.model_fields.items():
+            said = field.description or ""
+            assert said.endswith((".", ")")), f"{section.__name__}.{name}: {said!r}"
+    assert len(sections) > 15
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+@pytest.mark.parametrize(
+    ("key", "lines"),
+    [
+        ("seed", ["seed: 0"]),
+        ("hyperparameters.l2", ["hyperparameters:", "  l2: auto"]),
+        ("model.head.pooling", ["model:", "  head:", "    pooling: avg"]),
+        ("method.stages", ["method:", "  # stages: null"]),
+    ],
+)
+def test_one_field_can_be_printed_with_the_sections_around_it(key: str, lines: list[str]):
+    shown = annotated_spec(key).splitlines()
+    assert [line for line in shown if line in lines] == lines
+    assert not [line for line in shown if line not in lines and not line.lstrip().startswith("# ")]
+
+
+def test_a_field_that_does_not_exist_is_refused_with_the_nearest_ones():
+    with pytest.raises(
+        InvalidInput, match=r"data\.label_colum: no such field of the job spec\. Did you mean 'data\.label_column'"
+    ):
+        annotated_spec("data.label_colum")
+
+
+def test_allowed_values_are_given_with_their_ranges():
+    schema = Hyperparameters.model_json_schema()["properties"]
+    assert allowed_values(schema["n_epochs"]) == "(auto | whole number, 1 to 10,000)"
+    assert allowed_values(schema["label_smoothing"]) == "(auto | number, 0 to less than 1)"
+    assert allowed_values(schema["l2"]) == "(auto | number, 0 or more)"
+    assert allowed_values({"type": "string"}) == ""
 
 
 @pytest.mark.parametrize(("folds", "allowed"), [(1, "greater than or equal to 2"), (51, "less than or equal to 50")])

@@ -32,8 +32,8 @@ def test_the_arm_that_beats_all_others_is_chosen_and_its_price_is_said() -> None
     verdict = judge_arms(standings, [pair("linear_probe", "full", -0.043, 0.0004)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("full", "better")
     assert verdict.sentence == (
-        "full is better than linear_probe: by 4.3 points over linear_probe (95 % interval 2.3 points to 6.3 points, p = 0.0004 "
-        "on 1,000 images), at 34 times its training time."
+        "full is better than linear_probe: by 4.3 points of top-1 accuracy over linear_probe (95 % interval 2.3 points to "
+        "6.3 points, p = 0.0004 on 1,000 images), at 34 times its training time."
     )
     assert verdict.pareto == ("linear_probe", "full")
 
@@ -42,7 +42,7 @@ def test_of_equivalent_arms_the_cheapest_is_chosen() -> None:
     standings = [standing("linear_probe", 0.903, 36), standing("partial", 0.904, 142)]
     verdict = judge_arms(standings, [pair("linear_probe", "partial", -0.001, 0.7, error=0.003)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("linear_probe", "equivalent")
-    assert "no difference that matters" in verdict.sentence
+    assert "linear_probe and partial differ by at most 1.0 point of top-1 accuracy on 1,000 images" in verdict.sentence
     assert "partial takes 4 times its training time" in verdict.sentence
 
 
@@ -50,22 +50,22 @@ def test_what_cannot_be_told_apart_is_not_called_equal() -> None:
     standings = [standing("linear_probe", 0.90, 36), standing("partial", 0.91, 142)]
     verdict = judge_arms(standings, [pair("linear_probe", "partial", -0.01, 0.5, error=0.015)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
-    assert "cannot tell linear_probe and partial apart" in verdict.sentence
+    assert "1,000 images are too few to decide between linear_probe and partial" in verdict.sentence
     assert "About 17,640 test images would show" in verdict.sentence
 
 
-def test_an_arm_that_is_probably_better_is_the_better_bet() -> None:
+def test_an_arm_that_is_probably_better_is_proposed() -> None:
     standings = [standing("linear_probe", 0.60, 1), standing("full", 0.90, 60)]
     verdict = judge_arms(standings, [pair("linear_probe", "full", -0.3, 0.06, error=0.15)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("full", "undecided")
     assert "full is probably the best" in verdict.sentence
 
 
-def test_seeds_are_asked_for_where_seeds_are_what_differs() -> None:
+def test_more_seeds_are_advised_if_the_runs_of_an_arm_differ_most_by_seed() -> None:
     found = pair("linear_probe", "full", -0.02, 0.4, error=0.03)
     found = replace(found, headline=replace(found.headline, seed_share=0.9))
     verdict = judge_arms([standing("linear_probe", 0.9, 1), standing("full", 0.92, 60)], [found], TOP1)
-    assert "more seeds would tell" in verdict.sentence
+    assert "more seeds would help" in verdict.sentence
 
 
 def test_a_beaten_arm_is_out_and_the_rest_is_judged_among_itself() -> None:
@@ -77,7 +77,7 @@ def test_a_beaten_arm_is_out_and_the_rest_is_judged_among_itself() -> None:
     ]
     verdict = judge_arms(standings, pairs, TOP1)
     assert (verdict.choose, verdict.outcome) == ("partial", "equivalent")
-    assert "linear_probe" not in verdict.sentence.partition("are within")[0]
+    assert "linear_probe" not in verdict.sentence.partition("differ by")[0]
 
 
 @pytest.mark.parametrize("latency", [0.005, 0.02])
@@ -99,8 +99,8 @@ def test_arms_between_which_no_difference_was_seen_are_not_ranked() -> None:
     standings = [standing("linear_probe", 0.933, 10), standing("partial", 0.933, 20)]
     verdict = judge_arms(standings, [pair("linear_probe", "partial", 0.0, 1.0, error=0.15)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
-    assert "no difference was seen" in verdict.sentence
-    assert "leads" not in verdict.sentence
+    assert "no difference in top-1 accuracy was found" in verdict.sentence
+    assert "ahead" not in verdict.sentence
     assert "probably" not in verdict.sentence
 
 
@@ -108,4 +108,4 @@ def test_who_leads_by_chance_is_not_called_probably_the_best() -> None:
     standings = [standing("linear_probe", 0.95, 10), standing("partial", 0.93, 20)]
     verdict = judge_arms(standings, [pair("linear_probe", "partial", 0.02, 0.78, error=0.05)], TOP1)
     assert (verdict.choose, verdict.outcome) == ("linear_probe", "undecided")
-    assert "cannot tell linear_probe and partial apart: linear_probe leads by 2.0 points" in verdict.sentence
+    assert "linear_probe and partial: linear_probe is ahead by 2.0 points of top-1 accuracy" in verdict.sentence
