@@ -33,6 +33,7 @@ from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
+from service.exports import Exporter
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
@@ -58,6 +59,7 @@ from service.routes.models import models_router
 from service.routes.pictures import pictures_router
 from service.routes.plans import plans_router
 from service.routes.predict import predict_router
+from service.routes.runs import runs_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
@@ -161,6 +163,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         spec_checker=SpecChecker(workspace.cache / "notes"),
         pictures=PictureIndex(settings.image_limits),
         planner=Planner(workspace),
+        exporter=Exporter(settings.home / "exports", settings.onnxruntime_web),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
@@ -177,6 +180,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         logging.getLogger("service").setLevel(logging.INFO)
         state.uploads.sweep(database.files.ids)
         state.part_uploads.sweep()
+        state.exporter.sweep()
         models.start()
         webhooks.start()
         drift.start()
@@ -184,7 +188,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         if threading.current_thread() is threading.main_thread():  # signals need it; tests use another thread
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
-            _end_on_sigterm(state.event_streams.close, state.planner.stop)
+            _end_on_sigterm(state.event_streams.close, state.planner.stop, state.exporter.stop)
         if worker is not None:
             worker.start()
         yield
@@ -199,6 +203,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.checks.stop()
         state.spec_checker.stop()
         state.planner.stop()
+        state.exporter.stop()
         if state.tracing is not None:
             state.tracing.stop()
 
@@ -231,6 +236,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(checks_router)
     api.include_router(pictures_router)
     api.include_router(webhooks_router)
+    api.include_router(runs_router)
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")
     return api
