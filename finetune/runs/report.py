@@ -23,6 +23,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
 from finetune.training.label_doubts import label_doubts_noted
+from finetune.training.near_copies import near_copies_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
@@ -65,7 +66,7 @@ def write_run_report(
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
-        warnings=(*resolved.dataset.warnings, *label_doubts_noted(run)),
+        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
         diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,

@@ -25,6 +25,7 @@ from finetune.runtime.seconds import Seconds, process_clock, thread_clock
 from finetune.training.context import TrainingContext, TrainingCost
 from finetune.training.label_doubts import note_label_doubts
 from finetune.training.measurements import write_neighbours, write_sample_answers
+from finetune.training.near_copies import note_near_copies
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
 
@@ -99,12 +100,17 @@ def _beside(action: Callable[[], None] | None) -> Iterator[None]:
 def _compare_with_training(
     prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
 ) -> None:
-    """Write the nearest training image of each held-out image, for the diagnosis of leaks, and the labels that are doubted."""
+    """Compare the held-out images with the training images by their features.
+
+    Writes the nearest training image of each held-out image for the diagnosis, the near duplicates of training images, and the
+    labels that are doubted.
+    """
     train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
     held_out = [(val, val_features)] if val_features is not None else []
     if test and context.compute.device == "cpu":  # then the features of all images were computed when the files were checked
         held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
+    note_near_copies(context.run, context.dataset, context.store, threads=context.compute.threads)
     note_label_doubts(context.run, context.dataset, [(train, features), *held_out])
 
 
