@@ -123,6 +123,7 @@ def run_job(
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
             import_beside_training()
+            learner.begin_reference(prepared.checked_on)
         trained = learner.train(context, _earlier_choices(run, options))
         carried = carried or Carried()
         predictions, thresholds = apply_thresholds(
