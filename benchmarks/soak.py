@@ -348,7 +348,10 @@ def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[flo
     tally = Tally()
     limits = httpx.Limits(max_connections=64)
     try:
-        with receiver() as (hook, received), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
+        with (
+            receiver() as (hook, received),
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as http,
+        ):
             client = Client(http, tally)
             _until(lambda: _answers(http, server, "/livez"), 120)
             form = {"files": {"file": ("pictures.zip", archive)}, "data": {"purpose": "fine-tune"}}

@@ -43,7 +43,7 @@ from finetune.tasks import task_named
 
 LATEST = "latest"  # moves to every new version
 CHAMPION = "champion"  # the version of the bare name; moves only by promotion
-PRIVATE, SHARED = "private", "shared"
+SHARED = "shared"
 Visibility = Literal["private", "shared"]
 
 _ALIASES = "aliases.json"

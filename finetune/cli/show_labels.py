@@ -27,10 +27,12 @@ def show_labels(found: LabelsStudy) -> None:
     table(f"Measured: {found.metric_label}", ["training images", "", "standard error"], rows)
     table(
         "What more images would bring",
-        ["more a class", "training images", "gain, points", "95 % interval", "then"],
+        ["more a class" if found.per_class else "more images", "training images", "gain, points", "95 % interval", "then"],
         rows_of(found),
     )
     if found.too_far:
-        console.print(f"too far to foresee: {natural_list(f'{one:,}' for one in found.too_far)} more a class", markup=False)
+        console.print(
+            f"too many to predict: {natural_list(f'{one:,}' for one in found.too_far)} {found.more_label}", markup=False
+        )
     if found.page is not None:
         console.print(f"page      {shortened(found.page)}", markup=False, soft_wrap=True)

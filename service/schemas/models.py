@@ -60,6 +60,7 @@ class VersionDocument(BaseModel):
     explanation: dict[str, Any] = Field(description="Whether there is an activation map, and if not, why.")
     versions: dict[str, str] = Field(description="Of the libraries that made it.")
     bundle_bytes: int
+    exports: list[str] = Field(description="Formats of other tools in which this server can write the version.")
     links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, card, job. Null where there is none.")
 
 

@@ -540,6 +540,8 @@ def test_the_page_comes_in_the_language_that_the_browser_asks_for(client: TestCl
     page = client.get("/", headers={"Accept-Language": asked})
     assert f'<html lang="{language}">' in page.text
     assert page.headers["vary"] == "Accept-Language"
+    assert '<html lang="de">' in client.get("/?lang=de", headers={"Accept-Language": "en"}).text
+    assert '<html lang="en">' in client.get("/?lang=xx", headers={"Accept-Language": "en"}).text
 
 
 def test_every_sentence_of_the_page_is_there_in_each_language_and_is_used() -> None:
