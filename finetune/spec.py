@@ -490,6 +490,9 @@ class ComputeSpec(Section):
     ] = "auto"
 
 
+_OF_A_SOLVED_HEAD = ("l2", "views", "refit", "loss")  # the hyperparameters that a linear probe uses
+
+
 def _name_means(key: str):  # type: ignore[no-untyped-def]
     """Return a validator that accepts a string for a section with only `key` set: ``model: resnet18``, ``method: full``."""
     return BeforeValidator(lambda given: {key: given} if isinstance(given, str) else given)
@@ -559,6 +562,17 @@ class JobSpec(Section):
     def refits(self) -> bool:
         """Whether the final model is trained on the validation images too, after epochs were chosen on them."""
         return self.data.folds is not None if self.hyperparameters.refit == "auto" else self.hyperparameters.refit
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Return the field paths that were given although the method ignores them: a linear probe takes no optimiser steps."""
+        if self.method.type != "linear_probe":
+            return ()
+        given = self.hyperparameters.model_dump(exclude_defaults=True)
+        head = self.model.head.model_dump(exclude_defaults=True)
+        return (
+            *(f"hyperparameters.{name}" for name in given if name not in _OF_A_SOLVED_HEAD),
+            *(f"model.head.{name}" for name in head if name != "pooling"),
+        )
 
     def digest(self) -> str:
         """Return the sha256 of the spec in canonical JSON."""
@@ -759,7 +773,7 @@ def _plain_sentence(detail: Any, root: type[Section], sections: Mapping[str, typ
         tag = str(context["tag"])
         return f"unknown type {tag!r}; allowed are {', '.join(METHODS)}.{did_you_mean(tag, METHODS)}"
     if kind == "union_tag_not_found":
-        return f"needs a type; allowed are {', '.join(METHODS)}"
+        return f"needs a type as well, such as --method partial; allowed are {', '.join(METHODS)}"
     if kind == "value_error":
         return str(detail["msg"]).removeprefix("Value error, ")
     return None
@@ -778,6 +792,8 @@ def _requirement(detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])
+    if kind == "string_pattern_mismatch" and context["pattern"] == SUFFIX_PATTERN:
+        return "at most 63 lower-case letters, digits, '.', '_' and '-', beginning with a letter or a digit, such as my-flowers"
     if kind == "string_pattern_mismatch":
         return f"a text that matches {context['pattern']}"
     if kind in ("string_too_short", "string_too_long"):

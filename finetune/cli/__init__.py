@@ -5,8 +5,10 @@ Only click is imported here, so that ``finetune --help`` is fast: commands impor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -27,7 +29,7 @@ from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.cli.webhooks import webhooks
 from finetune.distribution import install_command
-from finetune.errors import FinetuneError, MissingExtra
+from finetune.errors import DiskFull, FinetuneError, MissingExtra, UnusablePath
 from finetune.runtime.collector import skip_final_collection
 
 
@@ -103,6 +105,8 @@ _TRAIN_MODULES = frozenset(
 )
 """Modules that the extra "train" installs. If one is missing, the error message names the extra."""
 
+_RESUMED = ("train", "compare", "study")  # commands that resume an interrupted run if they are given again
+
 
 def main() -> None:
     """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
@@ -121,13 +125,34 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        click.echo(str(stopped.__cause__ or "") or "interrupted", err=True)  # click wraps the original exception
+        said = str(stopped.__cause__ or "") or "interrupted"  # click wraps the original exception
+        click.echo(f"{said}; the same command resumes it" if _resumes(sys.argv[1:], said) else said, err=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(_unusable(error))
     finally:
         skip_final_collection()
+
+
+def _unusable(error: OSError) -> FinetuneError:
+    """Return the error to show for a path that the system refuses to read or write."""
+    if error.errno == errno.ENOSPC:
+        return DiskFull(f"{error.filename}: the disk is full. Free some space and give the same command again")
+    return UnusablePath(
+        f"{error.filename}: {error.strerror}. Give a path that can be read and written; FINETUNE_HOME names the folder for runs, "
+        "models and caches"
+    )
+
+
+def _resumes(arguments: Sequence[str], said: str) -> bool:
+    """Return whether the interrupted command is resumed if it is given again, and `said` does not say so already."""
+    queued = any(argument.startswith("--server") for argument in arguments)
+    return bool(arguments) and arguments[0] in _RESUMED and not queued and "same command" not in said
 
 
 def _leave(error: FinetuneError) -> NoReturn:

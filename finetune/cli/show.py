@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finetune.bundle.manifest import Manifest
     from finetune.bundle.registry import Access, ModelVersion
     from finetune.demo import DemoResult
+    from finetune.doctor.finding import Finding
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.model.tried import Trial
     from finetune.runs.outcome import Outcome
@@ -43,8 +44,12 @@ JUDGED_ON = {
 }
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print the plan for `finetune check`: data, stages, recipe, estimate, warnings."""
+def show_plan(plan: Mapping[str, Any], found: Sequence[Finding] = ()) -> None:
+    """Print the plan for `finetune check`: data, stages, recipe, estimate, warnings.
+
+    Args:
+        found: findings that are printed afterwards; warnings that say the same are left out here.
+    """
     data, backbone, recipe = plan["dataset"], plan["backbone"], plan["recipe"]
     splits = list(data["counts"])
     rows = [[name, *(data["counts"][split][name] for split in splits)] for name in data["classes"][:SHOWN_CLASSES]]
@@ -68,13 +73,17 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     ]
     batch = f", batch {recipe['batch_size']}" if any(phase["n_steps"] for phase in recipe["phases"]) else ""
     table(f"Recipe: {recipe['method']}{batch}", ["phase", "steps", "peak learning rate"], phases)
-    table("What was decided", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
+    table("Settings", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
     estimate = plan["estimate"]
     costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
-    costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
-    table("Training, estimated by measuring on this machine", ["what", "about"], costs)
-    show_notes(data["understood"], data["warnings"], data["quarantined"])
-    console.print(f"data revision {data['revision'][:12]} (finetune data show, data.revision)", markup=False)
+    costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["frozen features", estimate["prefix"]]]
+    table("Training, estimated by measurements on this machine", ["what", "about"], costs)
+    console.print("Reading the images, evaluation, export and report take some seconds more.\n")
+    titles = tuple(f"{finding.title}:" for finding in found if finding.count)
+    warnings = [warning for warning in data["warnings"] if not warning.startswith(titles)]
+    unreadable = any(finding.kind in ("unreadable", "missing_files") and finding.count for finding in found)
+    show_notes(data["understood"], warnings, () if unreadable else data["quarantined"])
+    console.print(f"data revision {data['revision'][:12]} (with data.revision, a job refuses any other data)\n", markup=False)
 
 
 def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[list[str]]:
@@ -181,12 +190,13 @@ def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
             [row.name, row.n, f"{row.recall:.0%}", _percents(row.intervals.get("recall")), _percent(row.precision)]
             for row in measured[:SHOWN_WORST]
         ]
-        head = ["class", "images", "found", "95 % interval", "right when said"]
-        table(f"Classes that were recognised worst ({split})", head, worst)
+        head = ["class", "images", "recall", "95 % interval", "precision"]
+        table(f"Classes with the lowest recall ({split})", head, worst)
     if evaluation.absent:
         console.print(
-            f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: "
-            "nothing is known of them, and means over classes leave them out"
+            f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: these classes are not "
+            f"measured, and "
+            "means over classes leave them out"
         )
 
 
@@ -332,11 +342,11 @@ def show_evaluation(found: BundleEvaluation) -> None:
     """Print an evaluation for `finetune evaluate`: whether the model has seen the images, then metrics, then classes."""
     evaluation = found.evaluation
     if found.n_trained_on is None:
-        console.print("[yellow]note[/] this bundle does not say which images it was made with; it may have seen these before")
+        console.print("[yellow]note[/] this bundle does not record its training images; some of these images may be among them")
     elif found.n_trained_on or found.n_chosen_on:
         console.print(
             f"[yellow]note[/] the model was trained on {found.n_trained_on:,} of these {plural(evaluation.n, 'image')}, and "
-            f"{found.n_chosen_on:,} chose its weights: they flatter it"
+            f"its weights were chosen on {found.n_chosen_on:,}, so the figures on all images are too high"
         )
     if found.unseen is not None:
         _show_headline(found.unseen, "the {n:,} others")

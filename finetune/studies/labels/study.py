@@ -102,13 +102,13 @@ class LabelsStudy:
         """One sentence with the main result of the study."""
         last = self.projections[-1]
         gain = f"{points(last.gain.value)} points, {points_range(last.gain)}"
-        more = f"{last.more_per_class:,} more images a class"
+        more = f"{last.more_per_class:,} more images per class"
         if not self.curve.fits:
-            return f"What {more} would bring cannot be told: the measured accuracies follow no learning curve."
+            return f"The gain from {more} cannot be estimated: the measured accuracies do not follow a learning curve."
         return {
             "helps": f"{more} would help: {gain}.",
             "hardly helps": f"{more} would hardly help: {gain}.",
-            "cannot tell": f"It cannot be told whether {more} would help: {gain}.",
+            "cannot tell": f"It is uncertain whether {more} would help: {gain}.",
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
