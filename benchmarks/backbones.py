@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +17,11 @@ from pathlib import Path
 import timm
 import torch
 
-from finetune.export.trial import try_backbone
+from finetune.export.trial import NO_MEMORY, try_backbone
 from finetune.model.tried import TABLE, Trial, read_trials, write_trials
+from finetune.runtime.memory import limit_memory, says_out_of_memory
 
-MEMORY_BYTES = 12 << 30  # address space, of which torch reserves much and uses little
+MEMORY_BYTES = 8 << 30
 SECONDS = 1800
 OWN = {"depth"}  # networks of this project, registered with timm
 
@@ -44,18 +45,16 @@ def in_a_process(name: str) -> Trial:
     """Try a backbone in a child process."""
     command = [sys.executable, __file__, "--child", name]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, preexec_fn=_limit)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return Trial(name, works=False, reason=f"not done within {SECONDS} s")
     lines = ran.stdout.strip().splitlines()
+    if ran.returncode == -signal.SIGKILL or (ran.returncode != 0 and says_out_of_memory(ran.stderr)):
+        return Trial(name, works=False, reason=NO_MEMORY)
     if ran.returncode != 0 or not lines:
         last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
         return Trial(name, works=False, reason=last)
     return Trial(**json.loads(lines[-1]))
-
-
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def main() -> None:
@@ -67,6 +66,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.child:
+        limit_memory(MEMORY_BYTES)
         print(json.dumps(dataclasses.asdict(try_backbone(given.child))))
         return
     rows = read_trials(given.out)

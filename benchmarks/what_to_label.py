@@ -32,8 +32,8 @@ Choose = Callable[[Floats, Floats, int, np.random.Generator], NDArray[np.int64]]
 WAYS: Mapping[str, Choose] = {
     "at random": lambda probs, embeddings, n, rng: rng.choice(len(probs), n, replace=False),
     "least margin": lambda probs, embeddings, n, rng: np.argsort(margins(probs), kind="stable")[:n],
-    "clusters": lambda probs, embeddings, n, rng: choose(np.full_like(probs, 0.5), embeddings, n, int(rng.integers(2**31))),
-    "suggest": lambda probs, embeddings, n, rng: choose(probs, embeddings, n, int(rng.integers(2**31))),
+    "clusters": lambda probs, embeddings, n, rng: choose(np.ones(len(probs)), embeddings, n, int(rng.integers(2**31))),
+    "suggest": lambda probs, embeddings, n, rng: choose(1 - margins(probs), embeddings, n, int(rng.integers(2**31))),
 }
 
 

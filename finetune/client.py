@@ -28,13 +28,14 @@ import httpx
 from finetune.errors import Conflict
 from finetune.jobs.http import Connection, RequestRefused, ServerUnreachable, refusal
 from finetune.jobs.kinds import BATCH, COMPARISON, TRAINING, Kind, kind_of_id
-from finetune.storage.files import atomic_folder
+from finetune.storage.files import atomic_folder, atomic_path
 
 __all__ = ["Client", "JobFailed", "RequestRefused", "ServerUnreachable"]
 
 Document = dict[str, Any]
 Image = str | Path | bytes | BinaryIO
 
+EXPORT_SECONDS = 900.0  # for the server to write a large model
 _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -301,6 +302,25 @@ class Client:
                     contents = archive.extractfile(member) if member.isreg() else None
                     if contents is not None:
                         (arriving / Path(member.name).name).write_bytes(contents.read())
+        return target
+
+    def download_export(self, name: str, version: str, format: str, file: str | Path) -> Path:
+        """Download a version in the format of another tool into `file`, which must not exist yet; return the file.
+
+        Args:
+            format: one of the version's `exports`. `web` is an HTML file, the others are zip files.
+        """
+        target = Path(file)
+        if target.exists():
+            raise Conflict(f"{target} exists already; give another file")
+        path = f"/v1/models/{quote(name)}/versions/{quote(version)}/exports/{quote(format)}"
+        with self._connection.http.stream("GET", path, timeout=EXPORT_SECONDS) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise refusal(answer)
+            with atomic_path(target) as arriving, open(arriving, "wb") as stream:
+                for piece in answer.iter_bytes():
+                    stream.write(piece)
         return target
 
     def promote(self, name: str, version: str, alias: str = "champion", *, force: bool = False) -> Document:

@@ -22,7 +22,6 @@
     ├── ExecutorError                executor_unavailable  1   503   an executor (a Ray cluster) that does not respond or refuses
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
     ├── DamagedFile                  file_damaged          1   500   a file of a run or workspace that is not what finetune wrote
-    ├── UnusablePath                 path_unusable         1   500   a file or folder that the system refuses to read or write
     └── MissingExtra                 missing_extra         2   501   a command whose optional dependencies are not installed
 
 A message says what was given, where, what is allowed and what to try next. ``code`` is stable: clients branch on it.
@@ -147,10 +146,6 @@ class DamagedFile(FinetuneError, ValueError):
     """Also a `ValueError`, because readers of caches and journals treat any undecodable content alike."""
 
     code = "file_damaged"
-
-
-class UnusablePath(FinetuneError):
-    code = "path_unusable"
 
 
 class NotReady(FinetuneError):

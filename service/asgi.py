@@ -26,13 +26,14 @@ from finetune.bundle.predictor import Predictor, check_provider
 from finetune.bundle.registry import Registry
 from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
+from finetune.jobs.job import Event
 from finetune.jobs.sending import Reachable, Sender
-from finetune.jobs.store import Event
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
+from service.exports import Exporter
 from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
@@ -58,6 +59,7 @@ from service.routes.models import models_router
 from service.routes.pictures import pictures_router
 from service.routes.plans import plans_router
 from service.routes.predict import predict_router
+from service.routes.runs import runs_router
 from service.routes.server import server_router
 from service.routes.uploads import uploads_router
 from service.routes.webhooks import webhooks_router
@@ -137,8 +139,9 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     metrics = Metrics()
     metrics.watch_models(models)
     database = Database(settings.home)
+    workspace = replace(Workspace.from_environment(), root=settings.home.absolute())
     queue = WorkQueue(settings.threads)
-    metrics.watch_queue(lambda: queue.taken)
+    metrics.watch_queue(lambda: queue.taken + queue.batched)
     drift = DriftWatch(registry, lambda: database.webhooks, seconds=10 * settings.watch_seconds)
     metrics.watch_drift(drift.last_found)
     samples = InputSampler(registry, settings.sampling, metrics)
@@ -157,9 +160,10 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         uploads=Uploads(settings.files_folder),
         part_uploads=PartUploads(settings.files_folder),
         checks=WorkQueue(2, max_wait_seconds=60.0),
-        spec_checker=SpecChecker(),
+        spec_checker=SpecChecker(workspace.cache / "notes"),
         pictures=PictureIndex(settings.image_limits),
-        planner=Planner(replace(Workspace.from_environment(), root=settings.home.absolute())),
+        planner=Planner(workspace),
+        exporter=Exporter(settings.home / "exports", settings.onnxruntime_web),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
@@ -176,6 +180,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         logging.getLogger("service").setLevel(logging.INFO)
         state.uploads.sweep(database.files.ids)
         state.part_uploads.sweep()
+        state.exporter.sweep()
         models.start()
         webhooks.start()
         drift.start()
@@ -183,7 +188,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         if threading.current_thread() is threading.main_thread():  # signals need it; tests use another thread
             if supervised:
                 signal_when_parent_dies(signal.SIGTERM)
-            _end_on_sigterm(state.event_streams.close, state.planner.stop)
+            _end_on_sigterm(state.event_streams.close, state.planner.stop, state.exporter.stop)
         if worker is not None:
             worker.start()
         yield
@@ -198,6 +203,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         state.checks.stop()
         state.spec_checker.stop()
         state.planner.stop()
+        state.exporter.stop()
         if state.tracing is not None:
             state.tracing.stop()
 
@@ -230,6 +236,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(checks_router)
     api.include_router(pictures_router)
     api.include_router(webhooks_router)
+    api.include_router(runs_router)
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")
     return api

@@ -109,8 +109,8 @@ class DriftWatch:
             self._take_in()
             watched = self._watching(version.name, version.version, version.path)
             write_choice(self._registry, version, watched, accept=accept)
-            found = self._found[version.path] = watched.drift()
-            return found
+            self._compare(version.path, watched, with_another=True)
+            return self._found[version.path]
 
     def last_found(self) -> list[tuple[str, str, Drift]]:
         """Return (name, version, drift) of the versions that were tested since the server started."""
@@ -124,8 +124,7 @@ class DriftWatch:
             self._take_in()
             for path, watched in self._watched.items():
                 watched.take_in()
-                watched.follow_reference()
-                self._compare(path, watched)
+                self._compare(path, watched, with_another=watched.follow_reference())
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
                 self._keep()
 
@@ -168,10 +167,11 @@ class DriftWatch:
             if watched is not None and read_manifest(bundle).files.get(MODEL, "") != watched.window.model_sha256:
                 self._forget(bundle)
 
-    def _compare(self, path: Path, watched: Watched) -> None:
+    def _compare(self, path: Path, watched: Watched, *, with_another: bool = False) -> None:
+        """Test a window if it has enough new predictions, or was never tested, or is compared `with_another` reference now."""
         window, alarm = watched.window, watched.window.alarm
         known, ready = self._found.get(path), watched.reference is not None and len(window) >= MIN_WINDOW
-        enough_new = ready and window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES
+        enough_new = ready and (with_another or window.n_seen - alarm.looked_at >= LOOK_EVERY_IMAGES)
         if ready and not enough_new and known is not None and known.tests:
             return
         found = watched.drift()

@@ -35,6 +35,11 @@ class InferRequest:
     outputs: Mapping[str, Mapping[str, Any]]  # name → parameters; empty: all
     binary_by_default: bool
 
+    @property
+    def n_images(self) -> int:
+        """The number of images in the batch."""
+        return len(self.files) if self.pixels is None else len(self.pixels)
+
 
 def server_metadata(version: str) -> dict[str, Any]:
     """Return the metadata of the server."""

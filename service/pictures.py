@@ -11,16 +11,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from finetune.bundle.image import ImageLimits, decode_image, sniff
+from finetune.data.archive import ArchiveError
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
-from finetune.data.intake import needs_care
-from finetune.errors import DataError, NotFound, UnsupportedImage
+from finetune.data.intake import listed, needs_care
+from finetune.data.reading import reading_of
+from finetune.errors import DataError, MissingExtra, NotFound, UnsupportedImage
 from finetune.evaluation.predictions import Predictions
+from finetune.spec import DataSpec
 from finetune.tasks import task_named
 
 DATASETS_REMEMBERED = 8
@@ -52,25 +56,36 @@ class PictureIndex:
         self._limits = limits
         self._lock = threading.Lock()
         self._decoding = threading.Semaphore(DECODED_AT_ONCE)
-        self._known: OrderedDict[tuple[Path, ...], Pictures] = OrderedDict()
+        self._known: OrderedDict[tuple[Path | str, ...], Pictures] = OrderedDict()
 
-    def of(self, training: Path, validation: Path | None = None, test: Path | None = None) -> Pictures:
+    def of(
+        self, training: Path, validation: Path | None = None, test: Path | None = None, data: Mapping[str, Any] | None = None
+    ) -> Pictures:
         """Return the images of a dataset.
 
+        Args:
+            data: how it is to be read, the section `data` of a job spec.
+
         Raises:
-            NotFound: the data no longer exists, or is of a kind that is not displayed.
+            NotFound: the data no longer exists, or its images are cells of a table, which are not displayed.
         """
-        key = tuple(path for path in (training, validation, test) if path is not None)
+        reading = DataSpec.model_validate(data or {})
+        named = {"training_file": training, "validation_file": validation, "test_file": test}
+        locations = {name: path for name, path in named.items() if path is not None}
+        key: tuple[Path | str, ...] = (*locations.values(), reading.model_dump_json())
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        if any(map(needs_care, key)):
-            raise NotFound("The pictures of data with tables or annotations in it are not shown here")
         try:
-            dataset = index_dataset(training, validation, test, for_training=False)
-        except DataError:
+            if any(map(needs_care, locations.values())):
+                dataset = listed(locations, reading)
+            else:
+                dataset = index_dataset(training, validation, test, for_training=False, reading=reading_of(reading))
+        except (DataError, ArchiveError, MissingExtra):
             raise NotFound("The pictures are gone: the dataset was deleted, or can no longer be read") from None
+        if not dataset.samples:
+            raise NotFound("The pictures are cells of a table. Those are trained on and not shown here")
         found = Pictures(dataset, {sample.id: sample for sample in dataset.samples})
         with self._lock:
             self._known[key] = found

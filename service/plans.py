@@ -8,11 +8,13 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune import __version__
@@ -30,37 +32,56 @@ SECONDS = 600  # the child limits its own CPU time
 MAX_WAITING = 8
 MAX_OF_OWNER = 3
 
+MAX_REMEMBERED = 1000
+NOT_AWAITED = "this measurement ended because nobody waits for it, or because the server is ending"
+
 Question = Mapping[str, Any]  # backbone, input_size_px, device, threads
 
 
+@dataclass
+class _Measurement:
+    """A measurement that waits or runs, and who waits for it."""
+
+    owner: str
+    result: asyncio.Future[Speeds] = field(init=False)
+    n_waiting: int = 0  # requests
+    child: subprocess.Popen[str] | None = None
+    is_over: threading.Event = field(default_factory=threading.Event)  # nobody waits for it any more, or the server stops
+
+    def end(self) -> None:
+        """Kill the child process, or prevent that it is started."""
+        self.is_over.set()
+        if (child := self.child) is not None:
+            child.kill()
+
+
 class Planner:
-    """Measures backbones one at a time, and caches the measurements in the workspace."""
+    """Measures backbones one at a time, and caches the measurements in the workspace. What nobody waits for is not measured."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="measure")
         self._known: dict[str, Speeds] = {}
-        self._measuring: dict[str, asyncio.Future[Speeds]] = {}
-        self._owners: dict[str, str] = {}  # for whom each is measured
-        self._child: subprocess.Popen[str] | None = None
-        self._stopping = threading.Event()
+        self._unusable: dict[str, str] = {}  # why, of backbones that cannot be measured
+        self._measuring: dict[str, _Measurement] = {}
 
     def stop(self) -> None:
         """Kill the child process, if there is one."""
-        self._stopping.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        if (child := self._child) is not None:
-            child.kill()
+        for measurement in self._measuring.values():
+            measurement.end()
 
     async def speeds(self, question: Question, owner: str) -> Speeds:
         """Return the speeds of a backbone on this machine; concurrent requests for it share one measurement.
+
+        The measurement ends when the last of these requests is cancelled.
 
         Args:
             owner: who asks. At most `MAX_OF_OWNER` backbones of an owner wait or are measured, so that nobody fills the queue.
 
         Raises:
             Conflict: this installation cannot train.
-            InvalidInput: the backbone cannot be used.
+            InvalidInput: the backbone cannot be used or measured.
             Overloaded: too many backbones wait, of this owner or in all, or the measurement failed.
         """
         if not can_train():
@@ -68,47 +89,70 @@ class Planner:
         key = _key(question)
         if key in self._known:
             return self._known[key]
-        if key not in self._measuring:
-            if list(self._owners.values()).count(owner) >= MAX_OF_OWNER:
-                raise Overloaded(f"{MAX_OF_OWNER} other backbones are being measured for you. Try again in a moment")
-            if len(self._measuring) >= MAX_WAITING:
-                raise Overloaded(f"{MAX_WAITING} other backbones wait to be measured. Try again in a moment")
-            running = asyncio.get_running_loop().run_in_executor(self._executor, self._found, key, question)
-            self._measuring[key], self._owners[key] = running, owner
-            running.add_done_callback(lambda done: self._measured(key, done))
-        return await asyncio.shield(self._measuring[key])
+        if key in self._unusable:
+            raise InvalidInput(self._unusable[key])
+        measurement = self._measuring.get(key) or self._begin(key, question, owner)
+        measurement.n_waiting += 1
+        try:
+            return await asyncio.shield(measurement.result)
+        finally:
+            measurement.n_waiting -= 1
+            if not measurement.n_waiting and not measurement.result.done():
+                del self._measuring[key]
+                measurement.end()
+                measurement.result.cancel()
 
-    def _measured(self, key: str, done: asyncio.Future[Speeds]) -> None:
-        del self._measuring[key], self._owners[key]
-        if not done.cancelled() and done.exception() is None:
+    def _begin(self, key: str, question: Question, owner: str) -> _Measurement:
+        if sum(one.owner == owner for one in self._measuring.values()) >= MAX_OF_OWNER:
+            raise Overloaded(f"{MAX_OF_OWNER} other backbones are being measured for you. Try again in a moment")
+        if len(self._measuring) >= MAX_WAITING:
+            raise Overloaded(f"{MAX_WAITING} other backbones wait to be measured. Try again in a moment")
+        measurement = self._measuring[key] = _Measurement(owner)
+        running = asyncio.get_running_loop().run_in_executor(self._executor, self._found, key, question, measurement)
+        measurement.result = running
+        running.add_done_callback(lambda done: self._measured(key, measurement, done))
+        return measurement
+
+    def _measured(self, key: str, measurement: _Measurement, done: asyncio.Future[Speeds]) -> None:
+        if self._measuring.get(key) is measurement:
+            del self._measuring[key]
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
             self._known[key] = done.result()
+        elif isinstance(error, InvalidInput):
+            if len(self._unusable) >= MAX_REMEMBERED:
+                self._unusable.clear()
+            self._unusable[key] = error.message
 
-    def _found(self, key: str, question: Question) -> Speeds:
+    def _found(self, key: str, question: Question, measurement: _Measurement) -> Speeds:
         """Return the cached measurement of this workspace, else measure."""
         file = self._workspace.cache / "notes" / f"speeds-{key}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or of another release
             return Speeds.from_dict(read_json(file))
-        answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}))
+        answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}, measurement))
         if "problem" in answer:
             raise InvalidInput(answer["problem"])
         write_json(file, answer["speeds"])
         return Speeds.from_dict(answer["speeds"])
 
-    def _ask(self, given: Question) -> str:
+    def _ask(self, given: Question, measurement: _Measurement) -> str:
         """Run the child process and return its output.
 
         Raises:
-            Overloaded: it took too long or failed, which is not the fault of the backbone.
+            InvalidInput: it takes more CPU time or memory than a plan may use.
+            Overloaded: it took too long or failed, which is not the fault of the backbone; or nobody waits for it any more.
         """
-        if self._stopping.is_set():
-            raise Overloaded("this server is ending")
+        if measurement.is_over.is_set():
+            raise Overloaded(NOT_AWAITED)
         die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
         child = subprocess.Popen(
             [*die_with_parent, *CHILD],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._child = child
-        if self._stopping.is_set():
+        measurement.child = child
+        if measurement.is_over.is_set():
             child.kill()
         try:
             said, errors = child.communicate(json.dumps(given), timeout=SECONDS)
@@ -117,12 +161,15 @@ class Planner:
             child.communicate()
             raise Overloaded(f"measuring {given['backbone']} took more than {SECONDS} s") from None
         finally:
-            self._child = None
-        if child.returncode != 0:
-            if not self._stopping.is_set():
-                log.error("measuring %s failed:\n%s", given["backbone"], errors[-2000:])
-            raise Overloaded(f"{given['backbone']} could not be measured; the server's log says why")
-        return said
+            measurement.child = None
+        if child.returncode == 0:
+            return said
+        if measurement.is_over.is_set():
+            raise Overloaded(NOT_AWAITED)
+        if child.returncode == -signal.SIGXCPU:
+            raise InvalidInput(f"{given['backbone']} takes too long to measure on this machine. A job may train it nevertheless")
+        log.error("measuring %s failed:\n%s", given["backbone"], errors[-2000:])
+        raise Overloaded(f"{given['backbone']} could not be measured; the server's log says why")
 
 
 def _key(question: Question) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from finetune.data.contents import hold_again
 from finetune.data.dataset import Dataset, Sample
@@ -21,10 +21,11 @@ from finetune.data.files import StoredFile
 from finetune.data.intake import Intake, describe
 from finetune.data.names import class_name, why_no_class_name
 from finetune.data.places.tree import is_system
-from finetune.errors import DataError, InvalidInput, NotFound, Problem
+from finetune.errors import Conflict, DataError, InvalidInput, Problem
 from finetune.jobs.files import UploadedFile
 from finetune.storage.files import folder_bytes
 from service.pictures import Pictures
+from service.schemas.body import RequestBody
 from service.uploads import Received
 
 MAX_LABEL = 200  # characters
@@ -35,10 +36,8 @@ MAY_HOLD = (
 Label = Annotated[str, Field(description=f"The name of a class: {MAY_HOLD.partition(': ')[2]}.")]
 
 
-class Corrections(BaseModel):
+class Corrections(RequestBody):
     """The corrections of a copy. Images and classes that are not listed are unchanged."""
-
-    model_config = ConfigDict(extra="forbid")
 
     labels: dict[str, Label | None] = Field(
         default={}, max_length=10_000, description="Image id → its class, or null to leave the image out."
@@ -50,10 +49,13 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     """Write a corrected copy into the folder `contents` and return its description.
 
     Raises:
-        InvalidInput: the dataset does not have an image or a class, labels cannot be changed, or there are no corrections.
+        InvalidInput: the dataset does not have an image or a class, or there are no corrections.
+        Conflict: the copy would lose what a table says of its images.
         DataError: the copy could not be trained on.
     """
     dataset = pictures.dataset
+    if (why := why_not_correctable(dataset)) is not None:
+        raise Conflict(why)
     problems = [Problem(f"labels.{one}", "there is no such image") for one in wanted.labels if one not in pictures.samples]
     problems += [Problem(f"renamed.{one}", "there is no such class") for one in wanted.renamed if one not in dataset.classes]
     if not wanted.labels and not wanted.renamed:
@@ -91,11 +93,20 @@ def write_corrected(pictures: Pictures, original: UploadedFile, wanted: Correcti
     return Received(original.filename, original.purpose, n_bytes, digest, intake, folder_bytes(contents), contents)
 
 
+def why_not_correctable(dataset: Dataset) -> str | None:
+    """Return why a copy in class folders cannot hold everything that is known of the samples; None if it can."""
+    if not all(isinstance(sample.file, StoredFile) for sample in dataset.samples):
+        return "only uploaded images can be corrected here"
+    if not all(isinstance(sample.target, int) for sample in dataset.samples):
+        return "images with several labels cannot be corrected here: correct the table, and send it again"
+    if any(sample.group is not None or sample.weight != 1.0 for sample in dataset.samples):
+        return "the table has groups or weights, which a corrected copy would lose: correct the table, and send it again"
+    return None
+
+
 def _place(sample: Sample, pictures: Pictures, wanted: Corrections) -> str | None:
     """Return the folder of a sample in the copy; None if the sample is left out."""
     labels = pictures.dataset.label_names(sample)
-    if len(labels) != 1 or not isinstance(sample.file, StoredFile):
-        raise NotFound("Only uploaded images in class folders can be corrected here")
     label = wanted.labels.get(sample.id, wanted.renamed.get(labels[0], labels[0]))
     return None if label is None else f"{sample.split}/{label}" if sample.split else label
 

@@ -46,6 +46,7 @@ class Settings:
         provider: ONNX Runtime's execution provider; each model's outputs are compared with the CPU's when it is loaded.
         json_logs: write the log as JSON lines.
         webhook_networks: networks to which webhooks may be sent, besides public addresses.
+        onnxruntime_web: the folder of the npm package, for exports as a page; need not exist.
         sampling: which images of prediction requests are stored for monitoring; by default none.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     provider: Provider = "cpu"
     json_logs: bool = False
     webhook_networks: tuple[Network, ...] = ()
+    onnxruntime_web: Path = Path("node_modules/onnxruntime-web")
     sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
 
     @property
@@ -105,6 +107,7 @@ class Settings:
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
             webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),
+            onnxruntime_web=Path(environment.get("FINETUNE_ONNXRUNTIME_WEB") or "node_modules/onnxruntime-web").absolute(),
             sampling=SamplingPolicy(
                 fraction=_share(environment, "FINETUNE_SAMPLE_INPUTS"),
                 max_bytes=_positive(environment, "FINETUNE_SAMPLE_BYTES", default=1 << 30),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import logging
 import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 
-from finetune.errors import Overloaded, Problem
+from finetune import __version__
+from finetune.backbone_names import why_unknown
+from finetune.errors import DiskFull, Overloaded, Problem
 from finetune.jobs.kinds import can_train
 from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
+from finetune.storage.files import read_json, write_json
 from service.admission import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -35,13 +42,15 @@ class Unchecked(Exception):
 
 
 class SpecChecker:
-    """Checks the names in specs. Valid names are cached, so that most jobs need no child process.
+    """Checks the names in specs. timm's names are cached, in the workspace too, so that most jobs need no child process.
 
     The child processes have their own threads, so that a request with known names never waits for one. Each owner has at most
     one child process at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, catalogues: Path) -> None:
+        self._catalogues = catalogues
+        self._names: Sequence[str] = ()  # of all backbones of this release of timm; empty if they are not known yet
         self._known_backbones = {DEFAULT_BACKBONE}
         self._queue = WorkQueue(2, max_wait_seconds=SECONDS)
         self._turns: dict[str, asyncio.Lock] = {}
@@ -58,14 +67,14 @@ class SpecChecker:
             answers: what `ask` returned for specs that were `Unchecked`.
 
         Raises:
-            Unchecked: some names are neither in `answers` nor in the cache.
+            Unchecked: neither `answers` nor the cache has what some specs need.
         """
         if not can_train():
             return [() for _ in specs]
-        unchecked = [spec for spec in specs if not self._is_known(spec) and key_of(spec) not in answers]
-        if unchecked:
+        found = [answers.get(key_of(spec), self._known_problems(spec)) for spec in specs]
+        if unchecked := [spec for spec, problems in zip(specs, found, strict=True) if problems is None]:
             raise Unchecked(unchecked)
-        return [answers.get(key_of(spec), ()) for spec in specs]
+        return [problems for problems in found if problems is not None]
 
     async def ask(self, specs: Sequence[JobSpec], owner: str) -> Answers:
         """Check specs in a child process; return their problems by `key_of`.
@@ -84,9 +93,28 @@ class SpecChecker:
             if not self._waiting[owner]:
                 del self._waiting[owner], self._turns[owner]
 
-    def _is_known(self, spec: JobSpec) -> bool:
-        known = is_own_model(spec.model.backbone) or spec.model.backbone in self._known_backbones
-        return known and spec.augmentation.transforms is None
+    def _known_problems(self, spec: JobSpec) -> Sequence[Problem] | None:
+        """Return the problems of a spec if the cache tells them; None if a child process has to."""
+        backbone = spec.model.backbone
+        if not (is_own_model(backbone) or backbone in self._known_backbones):
+            if not (names := self._catalogue()):
+                return None
+            if why := why_unknown(backbone, names):
+                return [Problem("model.backbone", why)]
+        return None if spec.augmentation.transforms is not None else ()
+
+    def _catalogue(self) -> Sequence[str]:
+        """Return all names of backbones, from the workspace's cache if need be; empty if they are not known yet."""
+        if not self._names:
+            with contextlib.suppress(OSError, ValueError):  # never written, or damaged
+                found = read_json(self._catalogue_file())
+                if isinstance(found, list) and all(isinstance(name, str) for name in found):
+                    self._names = found
+        return self._names
+
+    def _catalogue_file(self) -> Path:
+        release = hashlib.sha256(repr([__version__, version("timm")]).encode()).hexdigest()[:16]
+        return self._catalogues / f"backbones-{release}.json"
 
     def _ask(self, specs: Sequence[JobSpec]) -> Answers:
         answered = json.loads(_run([spec.model_dump(mode="json") for spec in specs]))
@@ -96,7 +124,11 @@ class SpecChecker:
         }
         if len(self._known_backbones) > MAX_REMEMBERED:
             self._known_backbones = {DEFAULT_BACKBONE}
-        self._known_backbones |= {*answered["catalogue"], *(spec.model.backbone for spec in specs if not answers[key_of(spec)])}
+        self._known_backbones |= {spec.model.backbone for spec in specs if not answers[key_of(spec)]}
+        if answered["catalogue"] != list(self._names):
+            self._names = answered["catalogue"]
+            with contextlib.suppress(OSError, DiskFull):  # a cache, which the next child process can fill
+                write_json(self._catalogue_file(), self._names)
         return answers
 
 

@@ -28,6 +28,7 @@ from service.acknowledgements import Acknowledgements
 from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
+from service.exports import Exporter
 from service.metrics import Metrics
 from service.middleware.auth import Caller
 from service.models import LoadedModel, LoadedModels, no_such_model
@@ -114,6 +115,7 @@ class ServerState:
     spec_checker: SpecChecker
     pictures: PictureIndex
     planner: Planner
+    exporter: Exporter
     webhooks_reach: Reachable = field(default_factory=Reachable)
     tracing: Tracing | None = None
     data_roots: tuple[Path, ...] = ()

@@ -6,15 +6,17 @@ start. Independent of HTTP routes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from starlette.requests import Request
 
 from finetune.data.intake import Intake, take_in
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
-from finetune.jobs.store import LOCAL_OWNER
+from finetune.jobs.job import LOCAL_OWNER
 from finetune.storage.files import folder_bytes, sha256_file
 from service.part_uploads import MAX_PARTS
 
@@ -36,6 +38,10 @@ HOW_TO_SEND = "Send it as a form: curl -F purpose=fine-tune -F file=@photos.zip"
 HOW_TO_SEND_A_PART = "Send it as a form: curl -F part_number=1 -F data=@part"
 MAX_AT_ONCE = 32
 MAX_AT_ONCE_OF_AN_OWNER = 4
+SILENCE_SECONDS = 3.0  # when all places are taken, an upload of which nothing has arrived for so long makes room for another
+DISPLACED = (
+    "Too many uploads are arriving, and this one was silent or slow, so it made room for another. Send it again in a moment"
+)
 MIN_FREE_BYTES = 256 << 20
 MAX_NAME_CHARACTERS = 255
 _ARRIVING = ".arriving-"
@@ -59,44 +65,118 @@ class Received:
         return asdict(self.intake)
 
 
+class Arrival:
+    """One upload that is being received or examined: its owner, its temporary folder, and how fast its body arrives."""
+
+    def __init__(self, owner: str, folder: Path) -> None:
+        self.owner = owner
+        self.folder = folder
+        self.is_receiving = False
+        self._began_at = self._last_at = time.monotonic()
+        self._n_bytes = 0
+        self._has_to_go = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: asyncio.Timeout | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The mean rate of the body so far."""
+        return self._n_bytes / max(time.monotonic() - self._began_at, 1e-3)
+
+    @property
+    def may_be_displaced(self) -> bool:
+        """Whether its body is still arriving, and has been for long enough to show how fast."""
+        return self.is_receiving and not self._has_to_go and time.monotonic() - self._began_at >= SILENCE_SECONDS
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing of its body has arrived for `SILENCE_SECONDS`."""
+        return time.monotonic() - self._last_at >= SILENCE_SECONDS
+
+    async def body_of(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a request's body. Raises `Overloaded` if the upload is displaced."""
+        self._loop, self.is_receiving = asyncio.get_running_loop(), True
+        chunks = request.stream()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(0.0 if self._has_to_go else None) as self._waiting:
+                        chunk = await anext(chunks)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise Overloaded(DISPLACED) from None
+                self._n_bytes += len(chunk)
+                self._last_at = time.monotonic()
+                yield chunk
+        finally:
+            self.is_receiving, self._waiting = False, None
+
+    def displace(self) -> None:
+        """End the upload with `Overloaded`. Can be called from any thread."""
+        self._has_to_go = True
+        assert self._loop is not None, "only an upload whose body is arriving can be displaced"
+        self._loop.call_soon_threadsafe(self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.reschedule(0.0)
+
+
 class Uploads:
     """The folder of uploaded datasets, ``files/<id>`` of the workspace."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._arriving: Counter[str] = Counter()  # by owner
+        self._lock = threading.Lock()
+        self._arriving: set[Arrival] = set()
 
     def place_of(self, file_id: str) -> Path:
         """Return the folder of an upload's contents, which need not exist."""
         return self.folder / file_id
 
     @contextlib.contextmanager
-    def arriving(self, announced_bytes: int = 0, owner: str = LOCAL_OWNER) -> Iterator[Path]:
-        """Yield a temporary folder for one upload, which is deleted at the end of the block.
+    def arriving(self, announced_bytes: int = 0, owner: str = LOCAL_OWNER) -> Iterator[Arrival]:
+        """Yield one upload with a temporary folder, which is deleted at the end of the block.
 
         Raises:
-            Overloaded: there are too many concurrent uploads, in total or of this owner.
+            Overloaded: there are too many concurrent uploads of this owner, or in total and none of them has to make room.
             DiskFull: there is no space for the announced bytes and the unpacked contents.
         """
-        n_arriving = self._arriving.total()
-        if n_arriving >= MAX_AT_ONCE:
-            raise Overloaded(f"{n_arriving} uploads are arriving already. Try again in a moment")
-        if owner != LOCAL_OWNER and self._arriving[owner] >= MAX_AT_ONCE_OF_AN_OWNER:
-            raise Overloaded(f"{self._arriving[owner]} uploads of yours are arriving already. Try again when one has arrived")
-        arriving = self.folder / f"{_ARRIVING}{secrets.token_hex(8)}"
-        arriving.mkdir(parents=True)
-        self._arriving[owner] += 1
+        arrival = Arrival(owner, self.folder / f"{_ARRIVING}{secrets.token_hex(8)}")
+        self._admit(arrival)
         try:
-            with open(arriving / ".lock", "wb") as lock:
+            arrival.folder.mkdir(parents=True)
+            with open(arrival.folder / ".lock", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if shutil.disk_usage(arriving).free < 2 * announced_bytes + MIN_FREE_BYTES:
+                if shutil.disk_usage(arrival.folder).free < 2 * announced_bytes + MIN_FREE_BYTES:
                     raise DiskFull(
                         "The server's disk has no room for this upload and its contents. Free some space and try again"
                     )
-                yield arriving
+                yield arrival
         finally:
-            self._arriving[owner] -= 1
-            shutil.rmtree(arriving, ignore_errors=True)
+            with self._lock:
+                self._arriving.discard(arrival)
+            shutil.rmtree(arrival.folder, ignore_errors=True)
+
+    def _admit(self, newcomer: Arrival) -> None:
+        """Give an upload one of the places. If there is none, another upload has to make room, or `Overloaded` is raised."""
+        with self._lock:
+            n_of = Counter(one.owner for one in self._arriving)
+            n_mine = n_of[newcomer.owner]
+            if newcomer.owner != LOCAL_OWNER and n_mine >= MAX_AT_ONCE_OF_AN_OWNER:
+                raise Overloaded(f"{n_mine} uploads of yours are arriving already. Try again when one has arrived")
+            if len(self._arriving) >= MAX_AT_ONCE:
+                slow = self._to_displace(n_of, n_mine)
+                if slow is None:
+                    raise Overloaded(f"{len(self._arriving)} uploads are arriving already. Try again in a moment")
+                slow.displace()
+            self._arriving.add(newcomer)
+
+    def _to_displace(self, n_of: Mapping[str, int], n_mine: int) -> Arrival | None:
+        """Return the upload that makes room: a silent one, else the slowest of the owner with the most; None if all is fair."""
+        unfair = [one for one in self._arriving if one.may_be_displaced and (one.is_silent or n_of[one.owner] > n_mine + 1)]
+        return max(unfair, key=lambda one: (one.is_silent, n_of[one.owner], -one.bytes_per_second), default=None)
 
     def sweep(self, known: Callable[[], Collection[str]]) -> None:
         """Delete files that killed servers left behind: unfinished uploads, and old contents without a database row."""
@@ -148,17 +228,18 @@ class _ToDisk(MultiPartParser):
 
 
 @contextlib.asynccontextmanager
-async def _form(request: Request, target: Path, how: str) -> AsyncIterator[FormData]:
+async def _form(request: Request, arrival: Arrival, target: Path, how: str) -> AsyncIterator[FormData]:
     """Stream the file of a multipart request to `target` and yield the form.
 
     Raises:
         HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
+        Overloaded: the upload had to make room for another.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise HTTPException(415, f"A body of type {media_type[:100]!r} is not an upload. {how}")
     try:
-        form = await _ToDisk(request.headers, request.stream(), target).parse()
+        form = await _ToDisk(request.headers, arrival.body_of(request), target).parse()
     except MultiPartException as error:
         raise HTTPException(400, f"The multipart body cannot be read: {error.message}") from None
     try:
@@ -167,14 +248,15 @@ async def _form(request: Request, target: Path, how: str) -> AsyncIterator[FormD
         await form.close()
 
 
-async def receive(request: Request, target: Path) -> tuple[str, str]:
+async def receive(request: Request, arrival: Arrival, target: Path) -> tuple[str, str]:
     """Stream the form's file to `target`; return its name and its purpose.
 
     Raises:
         HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
+        Overloaded: the upload had to make room for another.
         InvalidInput: fields are missing, unknown, given twice, or invalid.
     """
-    async with _form(request, target, HOW_TO_SEND) as form:
+    async with _form(request, arrival, target, HOW_TO_SEND) as form:
         problems = _field_problems(form, "file", required=("purpose",))
         purpose, file = form.get("purpose"), form.get("file")
         if purpose is not None and purpose not in PURPOSES:
@@ -185,14 +267,15 @@ async def receive(request: Request, target: Path) -> tuple[str, str]:
         return plain_name(file.filename or "dataset"), str(purpose)
 
 
-async def receive_part(request: Request, target: Path) -> int | None:
+async def receive_part(request: Request, arrival: Arrival, target: Path) -> int | None:
     """Stream the form's part to `target`; return its number, or None if the client gave none.
 
     Raises:
         HTTPException: 415 if the body is not a form, 400 if it is an invalid one.
+        Overloaded: the upload had to make room for another.
         InvalidInput: fields are missing, unknown, given twice, or invalid; or the part is empty.
     """
-    async with _form(request, target, HOW_TO_SEND_A_PART) as form:
+    async with _form(request, arrival, target, HOW_TO_SEND_A_PART) as form:
         problems = _field_problems(form, "data", optional=("part_number",))
         number = str(form.get("part_number", "1"))
         if re.fullmatch("[1-9][0-9]{0,4}", number) is None or int(number) > MAX_PARTS:

@@ -50,6 +50,10 @@ class LiveServer:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def home(self) -> Path:
+        return self.log.parent
+
     def process_tree(self) -> list[int]:
         """The ids of the server process and of everything that it started, directly or not."""
         found = [self.process.pid]

@@ -66,7 +66,8 @@ def main() -> None:
     data = options.data or (PHOTOGRAPHS if PHOTOGRAPHS.is_dir() else None)
     n_images = write_photographs(data, options.out / "data") if data else write_digits(options.out / "data")
     copy_tests(options.out / "tests")
-    shutil.copy(HERE / "check.py", options.out / "check.py")
+    for script in ("check.py", "sustained.py"):
+        shutil.copy(HERE / script, options.out / script)
     kind = "photographs" if data else "digits"
     assumed = "" if options.installed else "assumed: nobody gave a list of what is installed there"
     facts = {"python": options.python, "images": n_images, "kind": kind, "wheels": needed, "note": assumed}

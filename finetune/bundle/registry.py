@@ -43,7 +43,7 @@ from finetune.tasks import task_named
 
 LATEST = "latest"  # moves to every new version
 CHAMPION = "champion"  # the version of the bare name; moves only by promotion
-PRIVATE, SHARED = "private", "shared"
+SHARED = "shared"
 Visibility = Literal["private", "shared"]
 
 _ALIASES = "aliases.json"
@@ -348,6 +348,9 @@ class Registry:
                 shutil.rmtree(gone)
                 self.predictions_of(found).unlink(missing_ok=True)
                 shutil.rmtree(self.monitoring_of(name, found.version), ignore_errors=True)
+            for emptied in (folder / _PREDICTIONS, folder / _MONITORING):
+                with contextlib.suppress(OSError):  # other versions have files there, or there never were any
+                    emptied.rmdir()
 
     def set_abstention(self, name: str, version: str | None, precision: float | None) -> ModelVersion:
         """Switch abstention of a version on, with this precision of the predictions that are returned; None: switch it off.

@@ -29,7 +29,8 @@ from finetune.cli.tracking import mlflow
 from finetune.cli.training import backbones, check, evaluate, train
 from finetune.cli.webhooks import webhooks
 from finetune.distribution import install_command
-from finetune.errors import DiskFull, FinetuneError, MissingExtra, UnusablePath
+from finetune.errors import FinetuneError, InvalidInput, MissingExtra
+from finetune.messages import printable
 from finetune.runtime.collector import skip_final_collection
 
 
@@ -108,6 +109,15 @@ _TRAIN_MODULES = frozenset(
 _RESUMED = ("train", "compare", "study")  # commands that resume an interrupted run if they are given again
 
 
+_UNUSABLE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    }
+)
+"""Errors of the operating system that are about a path, which a user has given or can change."""
+
+
 def main() -> None:
     """Run a command; print a `FinetuneError` on stderr and exit with its code (1 failed, 2 bad input)."""
     try:
@@ -132,21 +142,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or error.errno not in _UNUSABLE:
             raise
-        _leave(_unusable(error))
+        _leave(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
     finally:
         skip_final_collection()
-
-
-def _unusable(error: OSError) -> FinetuneError:
-    """Return the error to show for a path that the system refuses to read or write."""
-    if error.errno == errno.ENOSPC:
-        return DiskFull(f"{error.filename}: the disk is full. Free some space and give the same command again")
-    return UnusablePath(
-        f"{error.filename}: {error.strerror}. Give a path that can be read and written; FINETUNE_HOME names the folder for runs, "
-        "models and caches"
-    )
 
 
 def _resumes(arguments: Sequence[str], said: str) -> bool:

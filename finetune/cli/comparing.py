@@ -13,7 +13,7 @@ import click
 
 from finetune.cli.executing import places_options, take_places
 from finetune.cli.following import take_trackers, tracking_options
-from finetune.cli.training import NO_DATA, job_options, json_option, names_data, take_job_options
+from finetune.cli.training import NO_DATA, is_spec_file, job_options, json_option, names_data, take_job_options
 from finetune.runtime.collector import objects_exempt
 
 
@@ -187,7 +187,7 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
             f"--methods {given['method']},{other}"
         )
     overrides, settings = take_job_options(given)
-    spec_file = path if path is not None and path.suffix.lower() in (".yaml", ".yml", ".json") else None
+    spec_file = path if path is not None and is_spec_file(path) else None
     if path is not None and spec_file is None:
         overrides["training_file"] = str(path)
     if spec_file is None and not names_data(overrides, settings):

@@ -105,7 +105,7 @@ def show_examination(found: Examined) -> None:
         said = f"{out:,} left out, {grouped:,} in groups of copies, {suggested:,} with another label suggested"
         console.print(f"manifest  {shortened(found.manifest)}: {said}", markup=False, soft_wrap=True)
         console.print(f"train     add --set data.manifest={shortened(found.manifest)}", markup=False, soft_wrap=True)
-    elif any(finding.fix != "none" for finding in findings):
+    elif any(finding.fix != "none" or finding.kind == "label_errors" for finding in findings):
         console.print("fix       --fix corrected.csv writes a manifest; no image is touched", markup=False, soft_wrap=True)
 
 
@@ -114,7 +114,7 @@ def _show_cases(finding: Finding) -> None:
     shown = [case for case in finding.cases if case.ids or finding.kind == "shortcuts"][:SHOWN_CASES]
     for case in shown:
         names = natural_list([printable(one) for one in case.ids], 3)
-        rather = f", rather {case.suggested}" if case.suggested else ""
+        rather = f", rather {case.suggested}" if case.suggested and finding.fix == "relabel" else ""
         console.print(f"    {': '.join(filter(None, (names, case.said)))}{rather}", markup=False)
     if shown and finding.count > len(shown):
         console.print(f"    and {finding.count - len(shown):,} more", markup=False)

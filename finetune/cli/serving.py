@@ -16,6 +16,7 @@ from finetune.cli.training import json_option
 if TYPE_CHECKING:
     from finetune.errors import FinetuneError
 
+NOT_COMPARED = "A promotion cannot compare it with another version on the same images"
 QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
 
@@ -313,20 +314,29 @@ def pull(address: str, name: str | None) -> None:
     """Register a bundle as the next version of a model.
 
     ADDRESS is the URL that was given to `finetune models push`, or the folder of a bundle or run. The version is not promoted,
-    unless the model is new in this workspace.
+    unless the model is new in this workspace. Prints name@version on stdout, and what was registered on stderr.
     """
     from finetune.bundle.manifest import read_manifest
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
+    from finetune.cli.show import show_manifest
+    from finetune.evaluation.predictions import why_not_of
 
     registry = _registry()
     bundle = registry.locate(address)
-    Predictor.load(bundle)  # it must answer its own probe before it may become a version
-    predictions = bundle / PREDICTIONS
-    found = registry.register(
-        bundle, name or read_manifest(bundle).name, once=True, predictions=predictions if predictions.exists() else None
-    )
+    manifest = Predictor.load(bundle).manifest  # it must answer its own probe before it may become a version
+    table = bundle / PREDICTIONS
+    damage = why_not_of(table, manifest.task, manifest.classes) if table.exists() else "is not there"
+    name = name or manifest.name
+    before = registry.versions(name)
+    found = registry.register(bundle, name, once=True, predictions=table if not damage else None)
     click.echo(f"{found.name}@{found.version}")
+    show_manifest(read_manifest(found.path))
+    if found.version in {version.version for version in before}:
+        click.echo(f"It was registered before, as {found.name}@{found.version}", err=True)
+    if damage:
+        click.echo(f"Without its predictions on test images: {PREDICTIONS} {damage}. {NOT_COMPARED}", err=True)
+    _say_default(registry)
 
 
 @models.command()

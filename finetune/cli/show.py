@@ -112,8 +112,8 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
             whole = split.removesuffix(UNSEEN)
             n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
             console.print(
-                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too, so {whole} figures are too high; "
-                f"{split} figures leave these images out.\n"
+                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too (the same file, a near duplicate, or "
+                f"one of a group), so {whole} figures are too high; {split} figures leave these images out.\n"
             )
     if "val" in splits[1:]:
         console.print("The weights were chosen on the val images, so val figures are somewhat too high.\n")

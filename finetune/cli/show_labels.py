@@ -27,12 +27,12 @@ def show_labels(found: LabelsStudy) -> None:
     table("Measured", ["training images", found.metric_label, "standard error"], rows)
     table(
         "Estimated gain from more images",
-        ["more per class", "training images", "gain, points", "95 % interval", "then"],
+        ["more per class" if found.per_class else "more images", "training images", "gain, points", "95 % interval", "then"],
         rows_of(found),
     )
     if found.too_far:
         console.print(
-            f"too many for an estimate: {natural_list(f'{one:,}' for one in found.too_far)} more per class", markup=False
+            f"too many for an estimate: {natural_list(f'{one:,}' for one in found.too_far)} {found.more_label}", markup=False
         )
     if found.page is not None:
         console.print(f"page      {shortened(found.page)}", markup=False, soft_wrap=True)

@@ -15,27 +15,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ExportError, InvalidInput
+from finetune.errors import ExportError, InvalidInput, OutOfMemory
+from finetune.messages import byte_size
+from finetune.runtime.memory import available_memory, limit_memory, memory_errors_named
 
 NICE = 10  # the server's predictions have priority
 CPU_SECONDS = 120
-MEMORY_BYTES = 16 << 30  # of address space; torch reserves much more than it uses
+MEMORY_SHARE = 0.5  # of this machine's memory, at most
+MEMORY_BYTES = 16 << 30
 
 
 def main() -> None:
     os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    memory_bytes = min(MEMORY_BYTES, int(MEMORY_SHARE * available_memory()))
+    limit_memory(memory_bytes)
     started = time.process_time()
     given = json.load(sys.stdin)
     from finetune.runs.speeds import measure_speeds
     from finetune.training.compute import Compute, resolve_device
 
     answer: dict[str, Any]
+    no_memory = f"{given['backbone']} takes more memory to measure than the {byte_size(memory_bytes)} that a plan may use here"
     try:
-        compute = Compute(resolve_device(given["device"]), "auto", given["threads"])
-        speeds = measure_speeds(given["backbone"], given["input_size_px"], compute, Path(given["networks"]), started)
-    except (InvalidInput, ExportError) as error:
+        with memory_errors_named(no_memory):
+            compute = Compute(resolve_device(given["device"]), "auto", given["threads"])
+            speeds = measure_speeds(given["backbone"], given["input_size_px"], compute, Path(given["networks"]), started)
+    except (InvalidInput, ExportError, OutOfMemory) as error:
         answer = {"problem": error.message}
     else:
         answer = {"speeds": speeds.to_dict()}

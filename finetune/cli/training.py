@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ def note_settings_without_effect(spec: JobSpec) -> None:
 
 NO_DATA = (
     "No data was given. Give a folder with one folder of images per class, an archive of one, a table of file names and labels, "
-    "or a spec file (.yaml), for example: finetune train photos"
+    "or a spec file (.yaml, .json), for example: finetune train photos"
 )
 METHOD_NAMES = ("linear_probe", "partial", "full", "gradual", "auto")
 
@@ -95,6 +96,19 @@ def names_data(overrides: Mapping[str, Any], settings: Sequence[str]) -> bool:
     return "training_file" in overrides or any(setting.startswith("training_file=") for setting in settings)
 
 
+def is_spec_file(path: Path) -> bool:
+    """Return whether a file is a request and not data: YAML, or a JSON object without the ``images`` of a COCO file."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return True
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "images" not in content
+
+
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add a spec file or data as argument, `job_options` and ``--set`` to a command; it gets one validated `spec`."""
 
@@ -103,7 +117,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         overrides, settings = take_job_options(given)
         what: str | None = given.pop("what")
-        spec_file = Path(what) if what is not None and what.lower().endswith((".yaml", ".yml")) else None
+        spec_file = Path(what) if what is not None and is_spec_file(Path(what)) else None
         if what is not None and spec_file is None:
             if "training_file" in overrides:
                 raise click.UsageError(f"the data is given twice: {what} and --data {overrides['training_file']}")

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,14 @@ if TYPE_CHECKING:
 _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 
 
+class _Given(NamedTuple):
+    """What an augmentation was built from, besides the preprocessing."""
+
+    policy: Policy
+    transforms: Sequence[Mapping[str, Mapping[str, Any]]] | None
+    notes: Path | None
+
+
 class Augment:
     """``augment(rgb, seed)``: (H, W, 3) uint8 → (h, w, 3) uint8. Threads may share it: each has its own transforms."""
 
@@ -53,12 +61,10 @@ class Augment:
         make_transforms: Callable[[], Sequence[Any]],
         preprocess: Preprocess,
         smallest_crop: float,
-        rebuilt: Callable[[Preprocess], Augment],
-        notes: Path | None = None,
+        given: _Given,
     ) -> None:
         self.name = name
-        self._notes = notes
-        self._rebuilt = rebuilt
+        self._given = given
         self.preprocess = preprocess
         self._make_transforms = make_transforms
         self._pads = preprocess.resize == "letterbox" and name in _SMALLEST_CROP
@@ -75,7 +81,11 @@ class Augment:
     def at_size(self, size_px: tuple[int, int]) -> Augment:
         """The same augmentation for views of another size (h, w)."""
         same = size_px == self.preprocess.input_size_px
-        return self if same else self._rebuilt(replace(self.preprocess, input_size_px=size_px))
+        return self if same else _rebuilt(self._given, replace(self.preprocess, input_size_px=size_px))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process builds it anew from what it was built from."""
+        return _rebuilt, (self._given, self.preprocess)
 
     def __call__(self, rgb: np.ndarray, seed: int) -> np.ndarray:
         if not self._pipeline.transforms:
@@ -102,7 +112,8 @@ class Augment:
 
         It is noted in a file where there is a folder for that, so that it can be had again without importing albumentations.
         """
-        note = self._notes / f"views-{self._identity()}.txt" if self._notes and self.name in _SMALLEST_CROP else None
+        notes = self._given.notes
+        note = notes / f"views-{self._identity()}.txt" if notes and self.name in _SMALLEST_CROP else None
         if note is not None and note.is_file():
             return note.read_text("ascii")
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), default=str)
@@ -143,18 +154,13 @@ def build_augment(
     Raises:
         SpecError: unknown transforms (with near misses), parameters they refuse, or a result that is not repeatable 8-bit RGB.
     """
-
-    def rebuilt(preprocess: Preprocess) -> Augment:
-        return build_augment(policy, transforms, preprocess, notes)
-
+    given = _Given(policy, transforms, notes)
     if transforms is None:
         smallest = _SMALLEST_CROP[policy]
-        return Augment(
-            policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, rebuilt, notes
-        )
+        return Augment(policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, given)
     problems: list[Problem] = []
     built = _transforms().build_all(transforms, "augmentation.transforms", problems)
-    augment = Augment("transforms", lambda: built, preprocess, smallest_crop=0.25, rebuilt=rebuilt)
+    augment = Augment("transforms", lambda: built, preprocess, smallest_crop=0.25, given=given)
     if not problems:
         problems += _rehearse(augment)
     if problems:
@@ -162,19 +168,14 @@ def build_augment(
     return augment
 
 
+def _rebuilt(given: _Given, preprocess: Preprocess) -> Augment:
+    return build_augment(given.policy, given.transforms, preprocess, given.notes)
+
+
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """The 64-bit seed of one view: of position alone, so neither workers nor a resumed run can change it."""
     position = b"".join(number.to_bytes(8, "little") for number in (seed, epoch, index))
     return int.from_bytes(hashlib.blake2b(position, digest_size=8).digest(), "little")
-
-
-def preview_grid(images: Sequence[np.ndarray], augment: Augment, *, seed: int = 0, n_views: int = 6) -> np.ndarray:
-    """One row per image for people to look at, (rows * h, (1 + n_views) * w, 3) uint8: first as evaluated, then as trained on."""
-    rows = []
-    for index, rgb in enumerate(images):
-        views = [augment(rgb, sample_seed(seed, epoch, index)) for epoch in range(n_views)]
-        rows.append(np.concatenate([augment.preprocess(rgb), *views], axis=1))
-    return np.concatenate(rows, axis=0)
 
 
 def _rehearse(augment: Augment) -> list[Problem]:

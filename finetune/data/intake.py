@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, ArchiveLimits, archive_kind
 from finetune.data.contents import hold_file, unpack_archive
-from finetune.data.dataset import Dataset
+from finetune.data.dataset import Dataset, LocalFile, Sample, StoredFile
 from finetune.data.index import index_dataset
 from finetune.data.places import open_place
 from finetune.data.reading import Reading, reading_of
@@ -97,10 +97,31 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
     return _index(locations, data).sizes()
 
 
-def _index(locations: Mapping[str, Path], data: DataSpec) -> Dataset:
+def listed(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> Dataset:
+    """Return the samples of data with tables or annotations, which are read in a child process, to show their images.
+
+    Images that are cells of a table have no file of their own and are left out.
+
+    Args:
+        locations: as for `check`.
+
+    Raises:
+        DataError: the data cannot be read.
+        ArchiveError: an archive is refused; the message names the member.
+    """
+    paths = {name: str(path) for name, path in locations.items()}
+    answer = _ask({"listed": paths, "data": data.model_dump(mode="json")}, limits, "data")
+    samples = tuple(
+        Sample(id, StoredFile(Path(path), name), target if isinstance(target, int) else tuple(target), split, group, weight)
+        for id, path, name, target, split, group, weight in answer["samples"]
+    )
+    return Dataset(answer["name"], answer["root"], tuple(answer["classes"]), samples)
+
+
+def _index(locations: Mapping[str, Path], data: DataSpec, *, for_training: bool = True) -> Dataset:
     paths = [locations.get(name) for name in ("training_file", "validation_file", "test_file")]
     assert paths[0] is not None
-    return index_dataset(paths[0], paths[1], paths[2], reading=reading_of(data))
+    return index_dataset(paths[0], paths[1], paths[2], for_training=for_training, reading=reading_of(data))
 
 
 def needs_care(location: Path) -> bool:
@@ -226,8 +247,29 @@ def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[s
     return {"sizes": dataset.sizes()}
 
 
+def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+    """In the child: what `listed` answers."""
+    paths = {name: Path(path) for name, path in locations.items()}
+    try:
+        dataset = _index(paths, DataSpec.model_validate(data), for_training=False)
+    except MemoryError:
+        return _refusal(DataError("reading the data takes too much memory"), None)
+    except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
+        return _refusal(error, None)
+    samples = [
+        (one.id, str(one.file.path), str(one.file), one.target, one.split, one.group, one.weight)
+        for one in dataset.samples
+        if isinstance(one.file, StoredFile | LocalFile)
+    ]
+    return {"name": dataset.name, "root": dataset.root, "classes": dataset.classes, "samples": samples}
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
+    if "listed" in request:
+        _limit_this_process(DEFAULT_LIMITS)
+        sys.stdout.write(json.dumps(_list(request["listed"], request["data"])))
+        return
     if "locations" in request:
         _limit_this_process(DEFAULT_LIMITS)
         sys.stdout.write(json.dumps(_look_again(**request)))

@@ -74,12 +74,18 @@ class TrainLoader:
         return max(0, steps_per_epoch(len(self.samples), self.batch_size) - self.start_step)
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = steps_per_epoch(len(self.samples), self.batch_size)
-        order = epoch_order(len(self.samples), self.seed, self.epoch, self.classes)
-        times = times_before(order)
-        part = slice(self.start_step * self.batch_size, steps * self.batch_size)
-        order, times = order[part], times[part]
+        order, times = self.positions()
         return load_batches(order, lambda place: self._view(int(order[place]), int(times[place])), self.batch_size, self.threads)
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the index of each sample in the rest of the epoch, and how often that sample came earlier in the epoch."""
+        order = epoch_order(len(self.samples), self.seed, self.epoch, self.classes)
+        part = slice(self.start_step * self.batch_size, (self.start_step + len(self)) * self.batch_size)
+        return order[part], times_before(order)[part]
+
+    def batch(self, indices: np.ndarray, times: np.ndarray) -> Batch:
+        """Return the batch of some positions of this epoch, loaded in the calling thread."""
+        return Batch(np.stack([self._view(int(index), int(time)) for index, time in zip(indices, times, strict=True)]), indices)
 
     def _view(self, index: int, time: int) -> np.ndarray:
         sample, short_side_px = self.samples[index], self.augment.decode_short_side_px

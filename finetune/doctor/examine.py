@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from finetune.data.check import advise_resize, image_facts
 from finetune.data.dataset import Dataset, Sample
 from finetune.doctor.classes import class_findings
-from finetune.doctor.duplicates import Pair, clusters, near_duplicates, same_bytes
 from finetune.doctor.finding import Case, Examination, Finding, Fix, Severity, case_key
-from finetune.doctor.labels import doubt_labels
+from finetune.doctor.labels import doubt_label_sets, doubt_labels
 from finetune.doctor.looks import Look, look_at_all
 from finetune.doctor.modes import classes_that_are_two
 from finetune.doctor.shortcuts import find_shortcuts
+from finetune.features.duplicates import Pair, clusters, near_duplicates, same_bytes
 from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
+from finetune.training.label_doubts import label_changes, with_changes
 
-VERSION = 8  # of what is found: examinations of another one are not read
+VERSION = 9  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32
@@ -83,9 +84,9 @@ class _Examining:
         exclusive = all(isinstance(sample.target, int) for sample in self.samples)
         yield from self._unreadable()
         yield from self._copies(same_bytes(self.samples), near)
+        with self._timed("labels"):
+            yield from self._labels() if exclusive else self._label_sets()
         if exclusive:
-            with self._timed("labels"):
-                yield from self._labels()
             with self._timed("shortcuts"):
                 yield from self._shortcuts(looks)
             with self._timed("groups"):
@@ -239,6 +240,35 @@ class _Examining:
                 for one in doubts.doubted
             ),
             "relabel",
+        )
+
+    def _label_sets(self) -> Iterator[Finding]:
+        """Yield the doubts of labels in data with any number of labels per image."""
+        doubts = doubt_label_sets(self.samples, self.embeddings, len(self.dataset.classes))
+        if doubts is None:
+            return
+        self.confidence = tuple(round(float(one), 6) for one in doubts.confidence)
+        if not doubts.doubted:
+            return
+        n_labels = sum(len(one.wrong) + len(one.missing) for one in doubts.doubted)
+        yield Finding(
+            "label_errors",
+            "doubt",
+            "Labels that are probably wrong",
+            len(doubts.doubted),
+            f"Of {plural(len(self.samples), 'image')}, {len(doubts.doubted):,} have labels ({n_labels:,} in all) that are "
+            "doubted by linear heads on frozen features without the image. A doubt is no proof: look at the first ones.",
+            "Correct the labels in the manifest, or acknowledge the case.",
+            tuple(
+                self._case(
+                    "label_errors",
+                    [one.row],
+                    round(1 - one.own_score, 4),
+                    f"labelled {self._label(one.row) or 'with nothing'}; {label_changes(self.dataset, one.wrong, one.missing)}",
+                    self.dataset.label_text(with_changes(self.samples[one.row], one.wrong, one.missing)),
+                )
+                for one in doubts.doubted
+            ),
         )
 
     def _groups(self) -> Iterator[Finding]:

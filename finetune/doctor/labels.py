@@ -1,4 +1,4 @@
-"""Labels that are probably wrong: what a linear head on frozen features says of images that it was not fitted on."""
+"""Find labels that are probably wrong: predictions of a linear head on frozen features for images that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Sample
+from finetune.data.dataset import Sample, targets_of
+from finetune.features.left_out import DoubtedLabels, doubted_decisions, doubts_by_image
 from finetune.features.solve import solve_softmax_head
+from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.metrics.labels import sigmoid
+from finetune.tasks import task_named
 
 FOLDS = 5
-LEAST_LIFT = 0.3  # of the way from always naming the largest class to being always right: below, the head knows nothing
+LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a share of what is possible; below, nothing is doubted
 LEAST_IMAGES = 50
-LEAST_OF_A_CLASS = 5  # below, the head knows too little of a class to doubt anybody's word
+MOST_OWN = 0.2  # with any number of labels per image: the probability of a decision as given, up to which it is doubted
+LEAST_OF_A_CLASS = 5  # below, too little is known of a class to doubt a label
 
 
 @dataclass(frozen=True)
 class Doubts:
-    """What the head says of every sample, each by a fit that has not seen it.
+    """The head's predictions for every sample, each by a fit that has not seen it.
 
     Args:
-        confidence: (N,) probability of the label that was given.
+        confidence: (N,) probability of the given label.
         suggested: (N,) the most probable class.
         doubted: positions of the labels that are doubted, the least probable first.
     """
@@ -32,16 +37,30 @@ class Doubts:
     doubted: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class LabelSetDoubts:
+    """The same for samples with any number of labels.
+
+    Args:
+        confidence: (N,) probability of the least probable of a sample's decisions, label by label, as they are given.
+        doubted: the samples with doubted labels, the least probable first.
+    """
+
+    confidence: NDArray[np.float64]
+    doubted: tuple[DoubtedLabels, ...]
+
+
 def _above_majority(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
     largest = float(np.bincount(labels).max()) / len(labels)
     return (float((predicted == labels).mean()) - largest) / max(1 - largest, 1e-9)
 
 
 def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_classes: int) -> Doubts | None:
-    """Return which labels are doubted; None where there are too few images to doubt any.
+    """Return which labels are doubted; None if there are too few images to doubt any.
 
-    A label is doubted where another class is more probable, and as probable as that class is on average for images that have it
-    (the rule of confident learning, Northcutt et al. 2021): classes that are hard to tell apart are not called wrong for it.
+    A label is doubted if another class is more probable, and at least as probable as that class is on average for its own images
+    (the rule of confident learning, Northcutt et al. 2021). So a label is not doubted only because two classes are hard to tell
+    apart.
     """
     labels = np.array([sample.labels[0] for sample in samples])
     counts = np.bincount(labels, minlength=n_classes)
@@ -66,3 +85,28 @@ def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_c
     doubted = np.flatnonzero(is_doubted)
     order = doubted[np.argsort(confidence[doubted], kind="stable")]
     return Doubts(confidence, suggested.astype(np.int64), tuple(int(one) for one in order))
+
+
+def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_classes: int) -> LabelSetDoubts | None:
+    """Return which labels are doubted if samples may have any number of them; None if there are too few images to doubt any.
+
+    The rule of `doubt_labels` is applied to each label by itself, with the images that have it and those that do not as the two
+    classes. The given decision must also be improbable (`MOST_OWN`), because the labels of an image are many decisions.
+    """
+    targets = task_named("multilabel").encode(targets_of(samples), n_classes)
+    given = targets.astype(bool)
+    known = (given.sum(axis=0) >= LEAST_OF_A_CLASS) & ((~given).sum(axis=0) >= LEAST_OF_A_CLASS)
+    if len(samples) < LEAST_IMAGES or not known.any():
+        return None
+    solved = solve_sigmoid_head(embeddings, targets, n_classes, folds=FOLDS)
+    if solved.held_out_logits is None:
+        return None
+    held_out = np.asarray(solved.held_out_images)
+    probs = sigmoid(solved.held_out_logits.astype(np.float64))
+    wrong, missing = doubted_decisions(probs, given[held_out], known)
+    own = np.where(given[held_out], probs, 1.0 - probs)
+    confidence = np.ones(len(samples))
+    confidence[held_out] = own.min(axis=1)
+    return LabelSetDoubts(
+        confidence, tuple(doubts_by_image(own, wrong & (own <= MOST_OWN), missing & (own <= MOST_OWN), held_out))
+    )

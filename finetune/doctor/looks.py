@@ -9,17 +9,16 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.bundle.image import DECODER, decode_image
+from finetune.bundle.image import DECODER
 from finetune.data.check import append_note
 from finetune.data.dataset import Sample
+from finetune.data.grey import grey
 from finetune.data.parallel import ordered_map
 from finetune.errors import ImageError
 from finetune.progress import Progress, ProgressCallback, silent
@@ -71,19 +70,6 @@ def look_at_all(samples: Sequence[Sample], *, memory: Path | None = None, progre
         append_note(_notes(memory), "".join(f"{line}\n" for line in lines))
     wanted = {sample.sha256 for sample in samples}
     return {sha256: look for sha256, look in known.items() if sha256 in wanted}
-
-
-def grey(sample: Sample, side_px: int) -> NDArray[np.uint8]:
-    """Return an image as grey values, (h, w), its longer side `side_px`.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    rgb = sample.decode(partial(decode_image, short_side_px=side_px))
-    picture = Image.fromarray(rgb).convert("L")
-    scale = side_px / max(picture.size)
-    size = (max(8, round(picture.width * scale)), max(8, round(picture.height * scale)))
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def _look(sample: Sample) -> Look | None:

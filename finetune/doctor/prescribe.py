@@ -8,9 +8,9 @@ from pathlib import Path
 
 from finetune.data.corrections import Row, write_corrections
 from finetune.data.dataset import Dataset, Sample
-from finetune.doctor.duplicates import clusters
 from finetune.doctor.finding import Examination
 from finetune.errors import InvalidInput, did_you_mean
+from finetune.features.duplicates import clusters
 from finetune.messages import natural_list
 from finetune.storage.files import file_lock, write_atomic
 

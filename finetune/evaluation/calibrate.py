@@ -20,6 +20,7 @@ from finetune.evaluation.selective import operating_point
 from finetune.metrics.conformal import class_thresholds, conformal_quantile, coverage_threshold
 from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.novelty import Subspace, fit_subspace, held_out_distances, known_images
+from finetune.runtime.blas import blas_threads_for
 from finetune.tasks import task_named
 
 MIN_IMAGES = 20  # fewer cannot demonstrate any of the precision levels, and hardly any coverage
@@ -89,8 +90,9 @@ def _novelty(held_out: Predictions) -> tuple[Subspace | None, tuple[float, ...],
     if held_out.embedding is None or len(held_out) < MIN_IMAGES_FOR_NOVELTY or not np.isfinite(held_out.embedding).all():
         return None, (), nothing
     rows = known_images(len(held_out))
-    subspace = fit_subspace(held_out.embedding[rows])
-    distances = held_out_distances(held_out.embedding[rows])
+    with blas_threads_for(held_out.embedding[rows].size):
+        subspace = fit_subspace(held_out.embedding[rows])
+        distances = held_out_distances(held_out.embedding[rows])
     quantiles = [conformal_quantile(distances, percent / 100) for percent in range(1, 100)]
     known = tuple(quantile for quantile in quantiles if quantile is not None)
     limit = conformal_quantile(distances, NOVEL)

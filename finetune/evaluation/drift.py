@@ -11,6 +11,7 @@ from finetune.evaluation.predictions import Predictions
 from finetune.metrics.novelty import Subspace, held_out_distances, known_images
 from finetune.monitoring.answers import AnswerStatistics, statistics_of
 from finetune.monitoring.reference import MAX_IMAGES, MIN_IMAGES, Reference
+from finetune.runtime.blas import blas_threads_for
 from finetune.tasks import task_named
 
 
@@ -43,7 +44,8 @@ def reference_of(
     probs = task_named(kept.task).probabilities(kept.logits, temperature)
     answers = statistics_of(kept.task, probs, kept.embedding, subspace, thresholds)
     if fitted_on_these and subspace is not None and kept.embedding is not None:
-        answers = _with_distances(answers, held_out_distances(kept.embedding))
+        with blas_threads_for(kept.embedding.size):
+            answers = _with_distances(answers, held_out_distances(kept.embedding))
     return Reference(kept.split, answers)
 
 

@@ -178,3 +178,19 @@ def read(path: Path) -> Predictions:
         raise InvalidInput(f"{path}: not a table of predictions: {error.message}") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise InvalidInput(f"{path}: not a table of predictions ({error})") from None
+
+
+def why_not_of(path: Path, task: str, classes: Sequence[str]) -> str:
+    """Return why a file is not a table of a model's predictions, as the end of a sentence; an empty text if it is one.
+
+    Args:
+        task: of the model.
+        classes: of the model.
+    """
+    try:
+        found = read(path)
+    except InvalidInput as error:
+        return f"is {error.message.removeprefix(f'{path}: ')}"
+    if (found.task, found.classes) != (task, tuple(classes)):
+        return "has the predictions of a model with other classes"
+    return ""

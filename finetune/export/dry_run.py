@@ -20,6 +20,7 @@ from finetune.errors import ExportError
 from finetune.export.graph import DeployModule, Graph, evaluating, fill, named_weights, trace
 from finetune.export.template import INPUT_NAME
 from finetune.model.classifier import Classifier
+from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
 
@@ -36,12 +37,21 @@ def dry_run_export(classifier: Classifier, task: str = "multiclass", cache: Path
 
     Raises:
         ExportError: the backbone cannot be expressed in ONNX or run by ONNX Runtime, or the outputs differ.
+        OutOfMemory: there is not enough memory to find out.
     """
-    module = DeployModule(classifier, task=task)
+    with memory_errors_named(
+        f"{classifier.backbone.name} cannot be exported here: there is not enough memory for it; choose a smaller backbone, or a "
+        "machine with more memory"
+    ):
+        return _cached(DeployModule(classifier, task=task), cache)
+
+
+def _cached(module: DeployModule, cache: Path | None) -> Graph:
+    """Return the graph of a module, from the cache if it is there."""
     if cache is None:
         return _traced(module)
     of_layers = fingerprint(module)
-    file, compared = cache / f"{of_layers}.onnx", cache / f"{of_layers}-{_weights_digest(classifier)}.compared"
+    file, compared = cache / f"{of_layers}.onnx", cache / f"{of_layers}-{_weights_digest(module.classifier)}.compared"
     if file.is_file():
         graph = Graph(file.read_bytes(), module.outputs)
         if compared.is_file() and compared.read_text() == hashlib.sha256(graph.proto).hexdigest():

@@ -9,14 +9,25 @@ from numpy.typing import NDArray
 from finetune.bundle.predictor import Outputs
 from finetune.export.agreement import Reference, joined
 from finetune.export.graph import DeployModule, evaluating, head_of
+from finetune.export.template import Head
+from finetune.training.objectives import objective_of
 
 _BATCH = 32
+_SOURCE = f"torch {torch.__version__} in the process that exported"
 
 
 def torch_reference(module: DeployModule, images: NDArray[np.uint8]) -> Reference:
     """Return the outputs of `module` for images (N, h, w, 3) uint8 as a reference."""
-    source = f"torch {torch.__version__} in the process that exported"
-    return Reference(torch_outputs(module, images), head_of(module.classifier).bias, source)
+    return Reference(torch_outputs(module, images), head_of(module.classifier).bias, _SOURCE)
+
+
+def head_reference(embeddings: NDArray[np.float32], head: Head, temperature: float, task: str) -> Reference:
+    """Return torch's outputs of a head on embeddings (N, D), which torch has computed before, as a reference."""
+    with torch.no_grad():
+        weight, bias, values = (torch.from_numpy(array) for array in (head.weight, head.bias, embeddings))
+        logits = torch.nn.functional.linear(values, weight, bias)
+        probs = objective_of(task).probabilities(logits / temperature)
+    return Reference(Outputs(probs.numpy(), logits.numpy(), embeddings, cam=None), head.bias, _SOURCE)
 
 
 def torch_outputs(module: DeployModule, images: NDArray[np.uint8]) -> Outputs:

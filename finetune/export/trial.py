@@ -22,7 +22,10 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import FreezePlan
 from finetune.model.tried import Trial
+from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.session import open_session
+
+NO_MEMORY = "not tried to the end: it takes more memory than the trial may use"
 
 _N_CLASSES = 5
 _BATCH = 2
@@ -34,21 +37,23 @@ def try_backbone(name: str) -> Trial:
     torch.manual_seed(0)
     known: dict[str, Any] = {}
     try:
-        backbone = build_backbone(name, weights="none")
-        classifier = Classifier(backbone, _N_CLASSES)
-        known = {
-            "n_stages": len(backbone.stages),
-            "cam_kind": classifier.cam_kind,
-            "input_size_px": backbone.preprocess.input_size_px[0],
-            "n_parameters": backbone.n_parameters,
-        }
-        if reason := _train_last_stage(classifier):
-            return Trial(name, works=False, reason=reason, **known)
-        module = DeployModule(classifier.eval())
-        model = fill(dry_run_export(classifier), module)
+        with memory_errors_named(NO_MEMORY):
+            backbone = build_backbone(name, weights="none")
+            classifier = Classifier(backbone, _N_CLASSES)
+            known = {
+                "n_stages": len(backbone.stages),
+                "cam_kind": classifier.cam_kind,
+                "input_size_px": backbone.preprocess.input_size_px[0],
+                "n_parameters": backbone.n_parameters,
+            }
+            if reason := _train_last_stage(classifier):
+                return Trial(name, works=False, reason=reason, **known)
+            module = DeployModule(classifier.eval())
+            model = fill(dry_run_export(classifier), module)
+            milliseconds = _milliseconds(model, backbone.preprocess.input_size_px)
     except FinetuneError as error:
         return Trial(name, works=False, reason=error.message, **known)
-    return Trial(name, works=True, **known, milliseconds=_milliseconds(model, backbone.preprocess.input_size_px))
+    return Trial(name, works=True, **known, milliseconds=milliseconds)
 
 
 def _train_last_stage(classifier: Classifier) -> str:

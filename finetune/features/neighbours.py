@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.runtime.blas import blas_threads_for
+
 COMPARED_WITH = 5  # the rank of the neighbour whose distance the nearest one's is divided by
 CHUNK_ROWS = 512
 _SMALLEST = 1e-6  # of a standard deviation, per feature
@@ -30,6 +32,11 @@ def nearest_training_images(train: NDArray[np.floating[Any]], held_out: NDArray[
     """Find the nearest training row (N, D) for each held-out row (M, D); return None if there are too few training rows."""
     if len(train) <= COMPARED_WITH or not len(held_out):
         return None
+    with blas_threads_for(train.size):
+        return _nearest(train, held_out)
+
+
+def _nearest(train: NDArray[np.floating[Any]], held_out: NDArray[np.floating[Any]]) -> Neighbours:
     mean, spread = train.mean(axis=0), train.std(axis=0)
     scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > _SMALLEST * np.abs(mean).max(initial=1.0))
     rows, questions = ((part - mean) * scale for part in (train, held_out))

@@ -40,11 +40,11 @@ from finetune.storage.store import Store
 
 RowType = Literal["float16", "float32"]
 
-CHECKED_IMAGES = 16  # that an engine is compared with torch on
+CHECKED_IMAGES = 8  # that an engine is compared with torch on, before any image; the export is compared on more
 TIMED_IMAGES = 8  # that the speed is measured on
 COPIED_ROWS = 1024  # rows that are copied from the cache at a time
 CPU_BATCH = 8  # rows per call of an engine on a CPU
-DECODED_AHEAD_BYTES = 128 * 1024**2  # of decoded pixels that may wait for the engine, also while it is being opened
+DECODED_AHEAD_BYTES = 256 * 1024**2  # of decoded pixels that may wait for the engine, also while it is being opened
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from finetune.errors import TrainingError
 from finetune.metrics.accuracy import top1
 from finetune.metrics.likelihood import nll
 from finetune.metrics.rows import judge_rows
+from finetune.runtime.blas import blas_threads_for
 
 # Penalties from strong to weak, two per decade. They are added to the mean loss: scikit-learn's C is 1 / (l2 * N).
 L2_PATH = tuple(float(10.0**exponent) for exponent in np.arange(1.0, -5.1, -0.5))
@@ -35,7 +34,6 @@ FINAL_TOLERANCE = 1e-6
 SMALLEST_GRADIENT = 1e-6  # smaller gradients are rounding errors of float32 sums
 MAX_ITERATIONS = 1000
 CHUNK_ROWS = 4096
-ONE_THREAD_ELEMENTS = 2**25  # 128 MiB of features; for smaller matrices one BLAS thread is faster than several
 
 Float32s = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -73,7 +71,7 @@ class SolvedHead:
 
 def head_logits(features: NDArray[np.floating[Any]], weight: Float32s, bias: Float32s) -> Float32s:
     """Return the logits (N, C) of a linear head (C, D), (C,) on features (N, D)."""
-    with _threads_for(features):
+    with blas_threads_for(features.size):
         return np.asarray(features @ weight.T + bias, dtype=np.float32)
 
 
@@ -181,7 +179,7 @@ def solve_head(
     started = time.perf_counter()
     views = features.shape[1] if features.ndim == 3 else 1
     n_train, n_val = len(targets) * views, 0 if val_features is None else len(val_features)
-    with _threads_for(features):
+    with blas_threads_for(features.size):
         of_rows = None if image_weights is None else np.repeat(image_weights, views)
         matrix = _standardise(features.reshape(n_train, -1), val_features, overwrite, of_rows)
         row_targets = np.repeat(targets, views, axis=0)
@@ -219,11 +217,6 @@ def solve_head(
         converged=solution.converged,
         seconds=time.perf_counter() - started,
     )
-
-
-def _threads_for(features: NDArray[np.floating[Any]]) -> AbstractContextManager[object]:
-    """Return a context that limits BLAS to one thread if the matrix is small."""
-    return threadpool_limits(1, "blas") if features.size <= ONE_THREAD_ELEMENTS else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def solve_sigmoid_head(
         val_features=val_features,
         val_targets=val_targets,
         l2=l2,
-        strata=_rarest_label(targets),
+        strata=rarest_label(targets),
         folds=folds,
         seed=seed,
         overwrite=overwrite,
@@ -60,7 +60,7 @@ def solve_sigmoid_head(
     )
 
 
-def _rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+def rarest_label(targets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return the rarest label (N,) of each image, C if it has none. Folds that are stratified by it all contain rare labels."""
     n_classes = targets.shape[1]
     counts = targets.sum(axis=0, dtype=np.int64)

@@ -11,9 +11,10 @@ from finetune.comparison_spec import ComparedRuns, ComparisonSpec
 from finetune.errors import Conflict
 from finetune.jobs.creation import digest_of
 from finetune.jobs.database import open_jobs
+from finetune.jobs.job import LOCAL_OWNER, Event, Job
 from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.jobs.schema import TERMINAL
-from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
+from finetune.jobs.store import JobStore
 from finetune.jobs.tracking import mlflow_run_of
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent

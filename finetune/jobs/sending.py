@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +24,11 @@ from finetune.errors import FinetuneError, InvalidInput
 from finetune.jobs.webhooks import Delivery, Webhook, WebhookStore, check_url, signature_headers
 
 TIMEOUT_SECONDS = 15.0  # of one delivery, from resolving the name to the headers of the response
+RESOLVE_SECONDS = 5.0  # of these, for resolving the name
 _WATCH_SECONDS = 1.0
 _STOP_SECONDS = 5.0
 _AT_ONCE = 4
+_RESOLVING_AT_ONCE = 32
 _FORGET_SECONDS = 3600.0
 _MAX_HEAD_BYTES = 64 * 1024  # of a response's status line and headers; its body is not read
 _SETTING = "FINETUNE_WEBHOOK_NETWORKS"
@@ -56,6 +59,7 @@ _IPV4_AT_THE_END = (
 _ISATAP = 0x00005EFE  # RFC 5214: the 32 bits before the IPv4 address, except for one bit
 
 log = logging.getLogger(__name__)
+_resolving = threading.BoundedSemaphore(_RESOLVING_AT_ONCE)
 
 
 class Refused(Exception):
@@ -131,8 +135,36 @@ def embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """Return the IP addresses of a host name."""
+    """Return the IP addresses of a host name. It may take as long as the system's resolver waits for name servers."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def resolve_within(seconds: float, resolver: Resolve, host: str, port: int) -> Sequence[str]:
+    """Return the IP addresses of a host name, found in a thread of its own, because a resolution cannot be interrupted.
+
+    The thread of a resolution that takes too long ends when the resolver gives up. There are at most `_RESOLVING_AT_ONCE`.
+
+    Raises:
+        TimeoutError: there was no answer in time, or too many resolutions have not ended yet.
+        OSError: the name cannot be resolved.
+    """
+    if not _resolving.acquire(blocking=False):
+        raise TimeoutError(f"{_RESOLVING_AT_ONCE} other host names have waited too long for an answer of their name servers")
+    found: Future[Sequence[str]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(resolver(host, port))
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be encoded
+            found.set_exception(error)
+        finally:
+            _resolving.release()
+
+    threading.Thread(target=work, name="resolve", daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"the name servers of {host} did not answer within {seconds:.0f} s") from None
 
 
 class _Deadline:
@@ -228,7 +260,8 @@ def post(
     parts = urlsplit(url)
     assert parts.hostname is not None, "an address without a host is refused when it is given"
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolver(parts.hostname, port)]
+    found = resolve_within(min(RESOLVE_SECONDS, deadline.left()), resolver, parts.hostname, port)
+    addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found]
     if not addresses:
         raise Refused(f"{parts.hostname} has no address")
     for address in addresses:

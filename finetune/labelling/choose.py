@@ -1,9 +1,10 @@
 """Choose images of a pool for labelling by uncertainty and diversity.
 
 The embeddings are clustered by k-means, weighted by the model's uncertainty, and the image nearest to each centre is chosen
-(CLUE: Prabhu et al. 2021, arXiv:2010.08666). Uncertainty is the margin between the two highest probabilities here, where CLUE
-uses the entropy. benchmarks/README.md compares the gain with that of random choice and of other methods. Needs NumPy only;
-deterministic for equal pools and seeds.
+(CLUE: Prabhu et al. 2021, arXiv:2010.08666). CLUE measures uncertainty by the entropy. Here an image is uncertain if the margin
+between the two highest probabilities is small; with several labels per image, if labels have probabilities near their thresholds.
+benchmarks/README.md compares the gain with that of random choice and of other methods. Needs NumPy only; deterministic for equal
+pools and seeds.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ LEAST_WEIGHT = 1e-9  # of an image that the model is certain of, so that a pool 
 Floats = NDArray[np.floating]
 
 
-def choose(probs: Floats, embeddings: Floats, n: int, seed: int = 0) -> NDArray[np.int64]:
+def choose(uncertainty: Floats, embeddings: Floats, n: int, seed: int = 0) -> NDArray[np.int64]:
     """Return the indices of `n` different images, or of all if there are no more.
 
     Args:
-        probs: (N, C) of a single-label task.
+        uncertainty: (N,) at least 0, such as 1 minus the margin.
         embeddings: (N, D).
     """
-    if n >= len(probs):
-        return np.arange(len(probs))
+    if n >= len(uncertainty):
+        return np.arange(len(uncertainty))
     points = unit(embeddings - embeddings.mean(axis=0))
-    weights = 1 - margins(probs) + LEAST_WEIGHT
+    weights = uncertainty + LEAST_WEIGHT
     distances = _squared_distances(points, _centres(points, weights, n, np.random.default_rng(seed)))
     chosen: list[int] = []
     taken = np.zeros(len(points), bool)
@@ -43,6 +44,17 @@ def margins(probs: Floats) -> NDArray[np.float64]:
     ordered = np.sort(probs, axis=1)
     second = ordered[:, -2] if ordered.shape[1] > 1 else 0.0
     return np.asarray(ordered[:, -1] - second, np.float64)
+
+
+def label_margins(probs: Floats, thresholds: Floats) -> NDArray[np.float64]:
+    """Return (N, C) distances of probabilities from thresholds (C,): 0 at the threshold, 1 at a probability of 0 or 1."""
+    limits = np.clip(thresholds, 1e-6, 1 - 1e-6)
+    return np.asarray(np.where(probs < limits, (limits - probs) / limits, (probs - limits) / (1 - limits)), np.float64)
+
+
+def label_uncertainty(probs: Floats, thresholds: Floats) -> NDArray[np.float64]:
+    """Return (N,) uncertainties of images with any number of labels: the mean over labels of 1 minus `label_margins`."""
+    return np.asarray((1 - label_margins(probs, thresholds)).mean(axis=1), np.float64)
 
 
 def unit(vectors: Floats) -> NDArray[np.float32]:

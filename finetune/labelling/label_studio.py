@@ -14,8 +14,12 @@ CONTROL, OBJECT = "label", "image"  # names in the labelling configuration, to w
 _LOCAL_FILES = "/data/local-files/?d="  # URL under which Label Studio serves local files
 
 
-def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, Any]]:
-    """Return the tasks. Image URLs are paths relative to the given folder, which Label Studio must serve as local files."""
+def tasks_of(suggestions: Sequence[Suggestion], model: str, *, exclusive: bool = True) -> list[dict[str, Any]]:
+    """Return the tasks. Image URLs are paths relative to the given folder, which Label Studio must serve as local files.
+
+    Args:
+        exclusive: whether every image has exactly one label.
+    """
     return [
         {
             "data": {
@@ -27,15 +31,17 @@ def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, An
             "predictions": [
                 {
                     "model_version": model,
-                    "score": round(one.probabilities[0], 6),
+                    "score": round(one.probabilities[0] if exclusive else one.margin, 6),
                     "result": [
                         {
                             "from_name": CONTROL,
                             "to_name": OBJECT,
                             "type": "choices",
-                            "value": {"choices": [one.likely[0]]},
+                            "value": {"choices": list(one.given)},
                         }
-                    ],
+                    ]
+                    if one.given
+                    else [],
                 }
             ],
         }
@@ -43,10 +49,11 @@ def tasks_of(suggestions: Sequence[Suggestion], model: str) -> list[dict[str, An
     ]
 
 
-def labelling_page(classes: Sequence[str]) -> str:
+def labelling_page(classes: Sequence[str], *, exclusive: bool = True) -> str:
     """Return Label Studio's labelling configuration (XML) for the tasks."""
+    choice = "single" if exclusive else "multiple"
     choices = "\n".join(f"    <Choice value={quoteattr(name)}/>" for name in classes)
     return (
         f'<View>\n  <Image name="{OBJECT}" value="${OBJECT}"/>\n'
-        f'  <Choices name="{CONTROL}" toName="{OBJECT}" choice="single" showInline="true">\n{choices}\n  </Choices>\n</View>\n'
+        f'  <Choices name="{CONTROL}" toName="{OBJECT}" choice="{choice}" showInline="true">\n{choices}\n  </Choices>\n</View>\n'
     )

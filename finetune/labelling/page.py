@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from finetune.bundle.image import decode_image
 from finetune.errors import ImageError
@@ -16,6 +16,7 @@ from finetune.messages import plural, printable
 from finetune.report.pictures import THUMBNAIL_PX, data_uri, thumbnail
 from finetune.report.templates import render
 from finetune.storage.files import json_text, write_atomic
+from finetune.tasks import task_named
 
 TABLE, PAGE, TASKS, LABELLING_PAGE = "suggestions.csv", "suggestions.html", "label_studio.json", "label_studio.xml"
 
@@ -25,8 +26,8 @@ def write_suggestions(folder: Path, found: Suggestions) -> dict[str, Path]:
     texts = {
         TABLE: _table(found),
         PAGE: _page(found),
-        TASKS: json_text(tasks_of(found.chosen, found.model), indent=2) + "\n",
-        LABELLING_PAGE: labelling_page(found.classes),
+        TASKS: json_text(tasks_of(found.chosen, found.model, exclusive=found.exclusive), indent=2) + "\n",
+        LABELLING_PAGE: labelling_page(found.classes, exclusive=found.exclusive),
     }
     for name, text in texts.items():
         data = text.encode("utf-8", "surrogateescape" if name == TABLE else "backslashreplace")
@@ -42,30 +43,27 @@ def write_suggestions(folder: Path, found: Suggestions) -> dict[str, Path]:
 def _table(found: Suggestions) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["rank", "file", "predicted", "probability", "second", "second_probability", "stands_for", "reason", "sha256"]
-    )
+    first, second = ("predicted", "second") if found.exclusive else ("least_certain", "second_least_certain")
+    several = [] if found.exclusive else ["predicted"]
+    names = [first, "probability" if found.exclusive else f"{first}_probability", second, f"{second}_probability"]
+    writer.writerow(["rank", "file", *several, *names, "stands_for", "reason", "sha256"])
     for one in found.chosen:
-        second: tuple[Any, Any] = (one.likely[1], round(one.probabilities[1], 6)) if len(one.likely) > 1 else ("", "")
-        first = (one.likely[0], round(one.probabilities[0], 6))
-        writer.writerow([one.rank, one.file, *first, *second, one.stands_for, one.reason, one.sha256])
+        given = [] if found.exclusive else [json_text(list(one.given))]
+        likely = [value for pair in zip(one.likely, one.probabilities, strict=True) for value in (pair[0], round(pair[1], 6))]
+        likely = [*likely, *[""] * 4][:4]
+        writer.writerow([one.rank, one.file, *given, *likely, one.stands_for, one.reason, one.sha256])
     return text.getvalue()
 
 
 def _page(found: Suggestions) -> str:
-    rows: dict[str, list[Suggestion]] = {}
-    for one in found.chosen:
-        rows.setdefault(one.likely[0], []).append(one)
-    by_class = [
-        [name, len(of), f"{of[0].probabilities[0]:.0%}"] for name, of in sorted(rows.items(), key=lambda pair: -len(pair[1]))
-    ]
+    counts = Counter(label for one in found.chosen for label in one.given or (task_named("multilabel").label_text((), ()),))
     return render(
         "suggest.html",
         title="What to label next",
         found=found,
         counts=plural(len(found.chosen), "picture"),
         pictures=[{"suggestion": one, "file": printable(one.file), "uri": _picture(one)} for one in found.chosen],
-        by_class=by_class,
+        by_class=[[name, count] for name, count in counts.most_common()],
     )
 
 

@@ -20,7 +20,7 @@ from finetune.data.index import index_dataset
 from finetune.data.places.opening import check_present
 from finetune.errors import DataError, InvalidInput, Problem
 from finetune.evaluation.answers import Answer, Unreadable, ask, files_under
-from finetune.labelling.choose import choose, margins, unit
+from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins, unit
 from finetune.messages import plural, printable
 from finetune.progress import ProgressCallback, silent
 from finetune.runtime.cores import available_cores
@@ -37,8 +37,9 @@ class Suggestion:
     Args:
         file: its path as found.
         relative: its path relative to the given folder.
-        likely: the most probable classes, with their `probabilities`.
-        margin: difference of the two highest probabilities; 0 is maximal uncertainty.
+        given: the labels that the model predicts: exactly one, or any number if images may have several.
+        likely: the most probable classes, with their `probabilities`; if images may have several labels, the least certain ones.
+        margin: difference of the two highest probabilities, or 1 minus the uncertainty of the labels; 0 is maximal uncertainty.
         stands_for: number of images of the pool to which it is the nearest suggestion, including itself.
         reason: probabilities and `stands_for` as a sentence.
     """
@@ -47,6 +48,7 @@ class Suggestion:
     file: str
     relative: str
     sha256: str
+    given: tuple[str, ...]
     likely: tuple[str, ...]
     probabilities: tuple[float, ...]
     margin: float
@@ -60,6 +62,7 @@ class Suggestion:
             "rank": self.rank,
             "file": printable(self.file),
             "sha256": self.sha256,
+            "labels": list(self.given),
             "predictions": [
                 {"label": label, "probability": probability}
                 for label, probability in zip(self.likely, self.probabilities, strict=True)
@@ -76,6 +79,7 @@ class Suggestions:
 
     model: str
     classes: tuple[str, ...]
+    exclusive: bool  # whether every image has exactly one label
     n_pictures: int  # size of the pool
     chosen: tuple[Suggestion, ...]
     unreadable: tuple[Unreadable, ...] = ()
@@ -125,7 +129,7 @@ def suggest(
         labelled: data with labels, in any supported format; near duplicates of its images are not suggested.
 
     Raises:
-        InvalidInput: `n` is less than one, or the bundle is a multi-label model.
+        InvalidInput: `n` is less than one.
         DataError: there is no readable unlabelled image.
     """
     if n < 1:
@@ -133,8 +137,6 @@ def suggest(
     check_present(*(folder for folder in folders if not set("*?[") & set(str(folder))), labelled)
     predictor = Predictor.load(bundle, threads=available_cores())
     manifest = predictor.manifest
-    if not predictor.task.exclusive:
-        raise InvalidInput(f"{manifest.name} gives several labels a picture; suggestions are for models that give exactly one")
     pool, unreadable = _answers(predictor, files_under(folders), "the pictures", progress)
     known = _answers(predictor, _labelled(labelled), "the labelled pictures", progress)[0] if labelled is not None else []
     seen = read_seen(bundle) or Seen()
@@ -143,20 +145,61 @@ def suggest(
         problems = [Problem(printable(bad.sample.id), bad.error.message) for bad in unreadable[:10]]
         where = ", ".join(printable(folder) for folder in folders)
         raise DataError(f"{where}: holds no readable picture that is not labelled already", problems)
-    probs = np.stack([one.probs for one in fresh]).astype(np.float64)
+    certainty = Certainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
     embeddings = np.stack([one.embedding for one in fresh])
-    rows, near = _chosen_without_copies(fresh, probs, embeddings, known, n, seed, progress)
+    rows, near = _chosen_without_copies(fresh, 1 - certainty.margins, embeddings, known, n, seed, progress)
     version = "" if manifest.version is None else f"@{manifest.version}"
     return Suggestions(
         f"{manifest.name}{version}",
         manifest.classes,
+        predictor.task.exclusive,
         len(pool) + len(unreadable),
-        _described(fresh, rows, probs, embeddings, manifest.classes, folders),
+        _described(fresh, rows, certainty, embeddings, folders),
         tuple(unreadable),
         same_bytes,
         n_seen,
         near,
     )
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How certain a model is of N images.
+
+    Args:
+        margins: (N,) 0 is maximal uncertainty.
+        thresholds: (C,) probabilities from which a label is predicted; None if every image has exactly one label.
+    """
+
+    classes: tuple[str, ...]
+    probs: NDArray[np.float64]  # (N, C)
+    margins: NDArray[np.float64]
+    thresholds: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> Certainty:
+        """Return the certainty of the predictor's answers `probs` (N, C)."""
+        classes = predictor.manifest.classes
+        if predictor.task.exclusive:
+            return cls(classes, probs, margins(probs), None)
+        thresholds = np.array(predictor.manifest.thresholds or (0.5,) * len(classes))
+        return cls(classes, probs, 1 - label_uncertainty(probs, thresholds), thresholds)
+
+    def given(self, row: int) -> tuple[str, ...]:
+        """Return the labels that the model predicts for an image, the most probable first."""
+        if self.thresholds is None:
+            return self.likely(row)[0][:1]
+        order = task_named("multilabel").given(self.probs[row], tuple(self.thresholds))
+        return tuple(self.classes[one] for one in order)
+
+    def likely(self, row: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Return the most probable classes of an image, or the least certain labels, with their probabilities."""
+        if self.thresholds is None:
+            order = task_named("multiclass").ranking(self.probs[row])
+        else:
+            order = np.argsort(label_margins(self.probs[row], self.thresholds), kind="stable")
+        order = order[:SHOWN_CLASSES]
+        return tuple(self.classes[one] for one in order), tuple(float(self.probs[row, one]) for one in order)
 
 
 def _labelled(data: Path | str) -> Sequence[Sample]:
@@ -195,7 +238,7 @@ def _without_known(pool: Sequence[Answer], labelled: set[str], seen: Seen) -> tu
 
 def _chosen_without_copies(
     fresh: Sequence[Answer],
-    probs: NDArray[np.float64],
+    uncertainty: NDArray[np.float64],
     embeddings: NDArray[np.float32],
     known: Sequence[Answer],
     n: int,
@@ -205,7 +248,7 @@ def _chosen_without_copies(
     """Choose `n` rows; remove near duplicates of chosen or labelled images from the pool and repeat until there are none."""
     left = np.arange(len(fresh))
     while True:
-        picked = left[choose(probs[left], embeddings[left], n, seed)]
+        picked = left[choose(uncertainty[left], embeddings[left], n, seed)]
         copies = _copies(fresh, embeddings, picked, known, progress)
         if not copies:
             return [int(one) for one in picked], len(fresh) - len(left)
@@ -220,7 +263,7 @@ def _copies(
     progress: ProgressCallback,
 ) -> set[int]:
     """Return the choices that are near duplicates of an earlier choice or of a labelled image."""
-    from finetune.doctor.duplicates import clusters, near_duplicates  # imports OpenCV, which only this function needs
+    from finetune.features.duplicates import clusters, near_duplicates  # imports OpenCV, which only this function needs
 
     near = _nearest(embeddings[picked], known)
     samples = [*(known[one].sample for one in near), *(fresh[one].sample for one in picked)]
@@ -246,9 +289,8 @@ def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[i
 def _described(
     fresh: Sequence[Answer],
     rows: Sequence[int],
-    probs: NDArray[np.float64],
+    certainty: Certainty,
     embeddings: NDArray[np.float32],
-    classes: Sequence[str],
     folders: Sequence[Path],
 ) -> tuple[Suggestion, ...]:
     """Return the choices as suggestions with reasons, least certain first."""
@@ -256,34 +298,32 @@ def _described(
     nearest = (centred @ centred[list(rows)].T).argmax(axis=1)  # (N,) the nearest suggestion to each image
     nearest[list(rows)] = np.arange(len(rows))
     stands_for = np.bincount(nearest, minlength=len(rows))
-    certain = margins(probs[list(rows)])
-    ranking = task_named("multiclass").ranking
+    certain = certainty.margins[list(rows)]
     found = []
     for rank, place in enumerate(np.argsort(certain, kind="stable"), start=1):
         row = rows[place]
         answer = fresh[row]
-        order = ranking(probs[row])[:SHOWN_CLASSES]
-        likely = tuple(classes[one] for one in order)
-        probabilities = tuple(float(probs[row, one]) for one in order)
+        likely, probabilities = certainty.likely(row)
         found.append(
             Suggestion(
                 rank,
                 answer.sample.id,
                 _relative(answer.sample.id, folders),
                 answer.sample.sha256,
+                certainty.given(row),
                 likely,
                 probabilities,
                 float(certain[place]),
                 int(stands_for[place]),
-                _reason(likely, probabilities, int(stands_for[place])),
+                _reason(likely, probabilities, int(stands_for[place]), exclusive=certainty.thresholds is None),
                 answer.sample,
             )
         )
     return tuple(found)
 
 
-def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: int) -> str:
-    said = f"{likely[0]} {probabilities[0]:.0%}"
+def _reason(likely: Sequence[str], probabilities: Sequence[float], stands_for: int, *, exclusive: bool) -> str:
+    said = f"{'' if exclusive else 'least certain: '}{likely[0]} {probabilities[0]:.0%}"
     if len(likely) > 1:
         said += f", {likely[1]} {probabilities[1]:.0%}"
     others = f"; nearest to {plural(stands_for - 1, 'picture')} that were not chosen" if stands_for > 1 else "; unlike the others"

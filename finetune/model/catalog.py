@@ -10,9 +10,8 @@ from typing import Any
 import timm
 
 import finetune.model.depth  # noqa: F401  # registers our own networks
-from finetune.errors import UnknownBackbone, did_you_mean
-
-_SHOWN = 5
+from finetune.backbone_names import no_architecture, no_tag, split_name, suggestion
+from finetune.errors import UnknownBackbone
 
 
 def list_backbones(pattern: str = "*") -> tuple[str, ...]:
@@ -24,13 +23,16 @@ def list_backbones(pattern: str = "*") -> tuple[str, ...]:
     wanted = pattern if any(wildcard in pattern for wildcard in "*?[") else f"*{pattern}*"
     names = tuple(timm.list_models(wanted))
     if not names:
-        raise UnknownBackbone(f"no backbone matches {pattern!r}.{_suggest(pattern)} All of them: finetune backbones '*'")
+        raise UnknownBackbone(
+            f"no backbone matches {pattern!r}.{suggestion(pattern, timm.list_models())} All of them: finetune backbones '*'"
+        )
     return names
 
 
 def all_names() -> tuple[str, ...]:
-    """Return all architectures, and each architecture with each tag of its pretrained weights."""
-    return (*timm.list_models(), *timm.list_models(pretrained=True, include_tags=True))
+    """Return all architectures, earlier names of them, and each architecture with each tag of its pretrained weights."""
+    earlier = (name for name, now in timm.models.get_deprecated_models().items() if now)
+    return (*timm.list_models(), *earlier, *timm.list_models(pretrained=True, include_tags=True))
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
@@ -41,34 +43,14 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     """
     architecture, tag = split_name(name)
     if not timm.is_model(architecture):
-        raise UnknownBackbone(f"model.backbone: timm has no architecture {name!r}.{_suggest(architecture)}")
+        raise UnknownBackbone(f"model.backbone: {no_architecture(name, timm.list_models())}")
     tags = _tags(architecture)
-    if tag and tag not in tags:
-        allowed = ", ".join(tags) or "none"
-        raise UnknownBackbone(
-            f"model.backbone: {architecture} has no weights tagged {tag!r}; its tags are {allowed}.{did_you_mean(tag, tags)}"
-        )
+    if name != architecture and tag not in tags:
+        raise UnknownBackbone(f"model.backbone: {no_tag(architecture, tag, tags)}")
     found = timm.get_pretrained_cfg(name)
     recorded: dict[str, Any] = found.to_dict() if found is not None else {}
     return {**recorded, "architecture": architecture}
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Split ``resnet50.a1_in1k`` into the architecture ``resnet50`` and the tag ``a1_in1k`` of its weights (may be empty)."""
-    architecture, _, tag = name.partition(".")
-    return architecture, tag
-
-
 def _tags(architecture: str) -> list[str]:
     return [split_name(name)[1] for name in timm.list_models(architecture, pretrained=True, include_tags=True)]
-
-
-def _suggest(name: str) -> str:
-    """Return a sentence with the architectures whose name contains `name` (``mobilenetv3``), else with similar spellings."""
-    names = timm.list_models()
-    given = name.lower().replace("-", "_")
-    containing = [known for known in names if given and given in known]
-    if not containing or given in containing:
-        return did_you_mean(given, names)
-    more = ", …" if len(containing) > _SHOWN else ""
-    return f" Names like it: {', '.join(containing[:_SHOWN])}{more}."

@@ -25,10 +25,11 @@ import torch
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
+from finetune.backbone_names import split_name
 from finetune.bundle.manifest import WEIGHTS
 from finetune.bundle.weights import Origin
 from finetune.errors import Problem, UnknownBackbone, WeightsError, did_you_mean
-from finetune.model.catalog import pretrained_cfg, split_name
+from finetune.model.catalog import pretrained_cfg
 from finetune.model.packages import PACKAGES, package_of
 from finetune.model.tensors import backbone_tensors, read_tensors
 from finetune.spec import LOCAL_FOLDER, ON_HUB

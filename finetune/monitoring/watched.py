@@ -56,19 +56,20 @@ class Watched:
         """Test the predictions in the window against the reference."""
         return drift_of(self.reference, self.window)
 
-    def follow_reference(self) -> None:
-        """Use the accepted reference if there is one, else the bundle's; a change ends the alarm."""
+    def follow_reference(self) -> bool:
+        """Use the accepted reference if there is one, else the bundle's; return whether it changed, which ends the alarm."""
         path = None if self._monitoring is None else self._monitoring / ACCEPTED
         try:
             written_ns = None if path is None else path.stat().st_mtime_ns
         except FileNotFoundError:
             written_ns = None
         if written_ns == self._accepted_ns:
-            return
+            return False
         self._accepted_ns, self.reference = written_ns, self._exported
         if path is not None and written_ns is not None:
             self.reference = read_reference(path) or self._exported
         self.window.alarm.since = None
+        return True
 
     def accept(self, folder: Path) -> None:
         """Write the predictions in the window as the version's reference for later tests.

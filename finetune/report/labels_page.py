@@ -16,6 +16,8 @@ def render_labels(
     label: str,
     projected: Sequence[Sequence[str]],
     command: str,
+    more_label: str,
+    labels: Sequence[str],
 ) -> str:
     """Return the page as one HTML document.
 
@@ -25,6 +27,8 @@ def render_labels(
         label: the metric's display name.
         projected: the rows of the table of projections.
         command: the command that repeats the study.
+        more_label: heading of the numbers of additional images.
+        labels: the display names of all measured metrics, in the order of the document's curves.
     """
     curve = document["curves"][document["metric"]]
     svg = learning_curve(curve, course, document["projections"], label)
@@ -52,4 +56,6 @@ def render_labels(
         measured=measured,
         counts=[[name, f"{count:,}"] for name, count in counts],
         command=command,
+        more_label=more_label,
+        labels=list(labels),
     )

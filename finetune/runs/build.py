@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,7 @@ from finetune.errors import FinetuneError, UnknownBackbone, WeightsError
 from finetune.export.agreement import Reference
 from finetune.export.dry_run import dry_run_export
 from finetune.export.graph import EXPORTER, DeployModule, Graph, fold, head_of
-from finetune.export.reference import torch_reference
+from finetune.export.reference import head_reference, torch_outputs
 from finetune.export.template import Head, with_head
 from finetune.features.engine import onnx_engine_name
 from finetune.features.prefix import ClassifierPrefix, embedding_prefix
@@ -50,6 +50,7 @@ class BuiltNetwork:
         self._spec, self._shared = spec, shared
         self._tracing = threading.Lock()
         self._traced: Future[Graph] = Future()
+        self._begun: tuple[tuple[Sample, ...], Preprocess, Future[NDArray[np.float32]]] | None = None
 
     def traced(self) -> Graph:
         """Return the traced network, after a trial export. The first caller traces it; callers in other threads wait for it.
@@ -96,16 +97,38 @@ class BuiltNetwork:
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
         return True
 
+    def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        """Compute the embeddings of samples in torch in another thread, on one core, while the head is solved."""
+
+        def compute() -> NDArray[np.float32]:
+            images = np.stack([sample.decode(preprocess.load) for sample in samples])
+            with on_threads(1):
+                return self._embeddings(images)
+
+        pool = ThreadPoolExecutor(1, "reference")
+        self._begun = (tuple(samples), preprocess, pool.submit(compute))
+        pool.shutdown(wait=False)
+
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
         """Compute the outputs in torch, and record the network with torch's embeddings so that later runs need no torch."""
-        classifier = self.classifier.with_head(torch.from_numpy(head.weight), torch.from_numpy(head.bias))
-        found = torch_reference(DeployModule(classifier, temperature, self.task), images)
+        embeddings = self._begun_for(samples, preprocess)
+        found = head_reference(self._embeddings(images) if embeddings is None else embeddings, head, temperature, self.task)
         folder = engine_folder(self.prefix, preprocess, self._shared.store)
         if self.prefix.expected_engine("cpu", folder) == onnx_engine_name():
             self._keep(found.outputs.embedding, samples, preprocess)
         return found
+
+    def _begun_for(self, samples: Sequence[Sample], preprocess: Preprocess) -> NDArray[np.float32] | None:
+        """Return the embeddings that `begin_reference` computes; None if it was not called for these samples."""
+        if self._begun is None or self._begun[:2] != (tuple(samples), preprocess):
+            return None
+        return self._begun[2].result()
+
+    def _embeddings(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return torch's embeddings (N, D) of images (N, h, w, 3) uint8."""
+        return torch_outputs(DeployModule(self.classifier, task=self.task), images).embedding
 
     def fresh_classifier(self, seed: int) -> Classifier:
         """Return an independent copy to train, whose head is initialised from `seed`."""

@@ -106,8 +106,8 @@ def judge(
 
     Args:
         thresholds: as `apply_thresholds` returned them; they become part of the result.
-        leaked: by split, the ids of its images that are also in train, or whose group is. Such a split is evaluated a second time
-            without them, under its name with the suffix ``_unseen``.
+        leaked: by split, the ids of its images that are in train too. Such a split is evaluated a second time without them, under
+            its name with the suffix ``_unseen``.
         class_sizes: images of each class in all splits together.
     """
     evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}

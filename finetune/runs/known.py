@@ -121,6 +121,9 @@ class KnownNetwork:
     def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
         return not len(self._stored(samples, preprocess).missing)
 
+    def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        """Do nothing: an earlier run computed the embeddings."""
+
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:

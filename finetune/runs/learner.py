@@ -6,6 +6,7 @@ steps; `finetune.runs.stepped` takes optimiser steps in torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,11 @@ BATCH_SIZE = 16  # at which ONNX Runtime has the highest throughput on a CPU
 
 
 class Learner(Protocol):
-    """A network with a head. Call `train` first, then `answer` and `exported`."""
+    """A network with a head. Call `begin_reference` if it will be exported, `train`, then `answer` and `exported`."""
+
+    def begin_reference(self, samples: Sequence[Sample]) -> None:
+        """Start computing beside the training what the export will be compared with, as far as training does not change it."""
+        ...
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         """Train, or resume the training that an earlier process of the same run began.

@@ -68,6 +68,10 @@ class Network(Protocol):
         """Return whether `reference` is available for these samples with this preprocessing."""
         ...
 
+    def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        """Start, in another thread, the part of `reference` that does not depend on the head, if it is not available already."""
+        ...
+
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:

@@ -35,6 +35,7 @@ from finetune.runs.network import Network
 from finetune.runs.options import RunOptions
 from finetune.runs.resolve import Resolved, resolve, resolve_compute, resolve_resize, resolve_task
 from finetune.runs.shared import Shared
+from finetune.runtime.collector import importing
 from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json
@@ -143,7 +144,8 @@ def built_network(spec: JobSpec, dataset: Dataset, shared: Shared) -> BuiltNetwo
     Raises:
         InvalidInput: the backbone, its weights or the head does not exist under the name in the request.
     """
-    from finetune.runs.build import BuiltNetwork, build_network
+    with importing("torch"):
+        from finetune.runs.build import BuiltNetwork, build_network
 
     key = _network_key(spec, dataset)
     network = shared.networks.get(key)

@@ -23,19 +23,22 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
 from finetune.training.label_doubts import label_doubts_noted
+from finetune.training.near_copies import near_copies_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
 SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
-def import_drawing() -> None:
-    """Start importing matplotlib in another thread, so that its import, a third of a second, overlaps with training."""
+def import_beside_training() -> None:
+    """Start importing in another thread what comes after training, matplotlib and SciPy: half a second beside training."""
 
     def load() -> None:
+        import scipy.special  # noqa: F401
+
         import finetune.report.run_figures  # noqa: F401
 
-    threading.Thread(target=load, name="import of matplotlib").start()
+    threading.Thread(target=load, name="imports").start()
 
 
 def write_run_report(
@@ -63,7 +66,7 @@ def write_run_report(
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
-        warnings=(*resolved.dataset.warnings, *label_doubts_noted(run)),
+        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
         diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,

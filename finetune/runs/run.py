@@ -18,7 +18,7 @@ from finetune.bundle.calibration import HELD_OUT
 from finetune.bundle.manifest import THRESHOLDS, Manifest, read_manifest
 from finetune.bundle.predictor import Seen
 from finetune.bundle.registry import Registry
-from finetune.data.dataset import targets_of
+from finetune.data.dataset import Dataset, targets_of
 from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
@@ -48,7 +48,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
 from finetune.runs.preprocessing import check_preprocessing
-from finetune.runs.report import SHOWN_FIRST, import_drawing, write_run_report
+from finetune.runs.report import SHOWN_FIRST, import_beside_training, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -64,6 +64,7 @@ from finetune.training.choices import Choices
 from finetune.training.context import Trained, TrainingContext
 from finetune.training.image_weights import image_weights
 from finetune.training.label_doubts import label_doubts_noted
+from finetune.training.near_copies import near_copies_in, near_copies_noted
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def run_job(
         check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
-            import_drawing()
+            import_beside_training()
+            learner.begin_reference(prepared.checked_on)
         trained = learner.train(context, _earlier_choices(run, options))
         carried = carried or Carried()
         predictions, thresholds = apply_thresholds(
@@ -130,7 +132,7 @@ def run_job(
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
         judgement = carry_over(
-            judge(predictions, thresholds, leaked(prepared.dataset), prepared.dataset.class_sizes()), carried.judgement
+            judge(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()), carried.judgement
         )
         write_judgement(run.evaluation, judgement)
         diagnosis = write_diagnosis(run)
@@ -194,6 +196,12 @@ def _weighting(prepared: Prepared) -> tuple[Balance, NDArray[np.float64] | None]
     targets = prepared.task.encode(targets_of(train), n_classes)
     balance = prepared.task.balance(targets, n_classes, data.class_weights, data.logit_adjustment)
     return balance, image_weights(train, dataset.classes, targets, balance.of_steps)
+
+
+def in_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:
+    """Return, for val and test, the ids of images that are in train too: the same file, a near duplicate, or one of a group."""
+    exact, near = leaked(dataset), near_copies_in(run)
+    return {split: exact.get(split, frozenset()) | near.get(split, frozenset()) for split in {**exact, **near}}
 
 
 def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
@@ -395,7 +403,7 @@ def outcome_of(
         summary=trained.summary,
         classes=resolved.dataset.classes,
         n_train=resolved.dataset.sizes.get("train", 0),
-        warnings=(*resolved.dataset.warnings, *label_doubts_noted(run)),
+        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
         quarantined=len(resolved.dataset.quarantined),
         choices=trained.choices.to_dict(),
         frozen=trained.frozen,

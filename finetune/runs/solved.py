@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
-from finetune.export.agreement import Reference
+from finetune.export.agreement import Reference, parity_samples
 from finetune.export.pack import ExportedNetwork, KeptWeights
 from finetune.export.template import Head
 from finetune.features.rows import Views, pooled_features
@@ -36,6 +36,9 @@ class SolvedLearner:
         """The solved head; only available after `train`."""
         assert self._head is not None, "train comes first"
         return self._head
+
+    def begin_reference(self, samples: Sequence[Sample]) -> None:
+        self.network.begin_reference(parity_samples(samples), self.preprocess)
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         before = self.network.frozen_digest()

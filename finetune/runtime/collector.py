@@ -9,6 +9,7 @@ process.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,16 @@ def objects_exempt() -> Iterator[None]:
             yield
         finally:
             gc.freeze()
+
+
+@contextmanager
+def importing(module: str) -> Iterator[None]:
+    """Do the same as `objects_exempt` in a block that imports `module` for the first time, and nothing in later ones."""
+    if module in sys.modules:
+        yield
+        return
+    with objects_exempt():
+        yield
 
 
 def skip_final_collection() -> None:

@@ -83,6 +83,11 @@ class RunDir:
         return self.measurements / "label_doubts.csv"
 
     @property
+    def near_copies(self) -> Path:
+        """The held-out images that are near duplicates of training images."""
+        return self.measurements / "near_copies.json"
+
+    @property
     def preprocessing(self) -> Path:
         """How well the frozen features separate the classes with other normalisations of pixels."""
         return self.measurements / "preprocessing.json"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.storage.files import TEMPORARY_SUFFIX, files_under
 
@@ -50,6 +50,10 @@ class Store:
         self._given_budget = budget_bytes
         self._room_bytes: int | None = None  # counted at the first call of `reserve`
         self._deletable: list[_Entry] = []  # the least recently used one last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same folder."""
+        return Store, (self.root, self._given_budget)
 
     def folder(self, namespace: Namespace) -> Path:
         """Return the folder of a namespace, which may not exist yet."""

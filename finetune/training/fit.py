@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune.data.loader import Batch
-from finetune.errors import OutOfMemory, TrainingError
+from finetune.errors import TrainingError
 from finetune.events import CheckpointDamaged, Resumed, Trained, TrainingStarted
 from finetune.events import Interrupted as InterruptedEvent
 from finetune.model.auxiliary import AUX_LOSS_WEIGHT
@@ -30,6 +30,7 @@ from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import HEAD, FreezePlan
 from finetune.progress import Progress, ProgressCallback, silent
+from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.seconds import Seconds, process_clock
 from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
@@ -168,7 +169,7 @@ def fit(
         DiskFull: there is no space left for a checkpoint.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
     """
-    with _memory_errors_named(recipe.batch_size):
+    with memory_errors_named(_no_memory_for(recipe.batch_size)):
         found = _find_checkpoint(run, checkpointing)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
         targets = _Targets(task, objective, train_targets, val_targets, train_weights)
@@ -666,20 +667,8 @@ def closed_after(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
             iterator.close()
 
 
-@contextmanager
-def _memory_errors_named(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _out_of_memory(batch_size) from error
-    except RuntimeError as error:  # PyTorch's CPU allocator has no exception of its own
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise _out_of_memory(batch_size) from error
-        raise
-
-
-def _out_of_memory(batch_size: int) -> OutOfMemory:
-    return OutOfMemory(
+def _no_memory_for(batch_size: int) -> str:
+    return (
         f"out of memory at batch size {batch_size}. Try hyperparameters.batch_size: {max(1, batch_size // 2)}, a smaller "
         "model.input_size_px, or a method that trains fewer stages."
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,12 @@ from finetune.features.heads import head_solver
 from finetune.features.rows import Views, pooled_features
 from finetune.features.solve import SolvedHead, head_logits
 from finetune.progress import Progress
-from finetune.runtime.seconds import Seconds, process_clock
+from finetune.runtime.blas import ONE_THREAD_ELEMENTS, blas_threads_for
+from finetune.runtime.seconds import Seconds, process_clock, thread_clock
 from finetune.training.context import TrainingContext, TrainingCost
 from finetune.training.label_doubts import note_label_doubts
 from finetune.training.measurements import write_neighbours, write_sample_answers
+from finetune.training.near_copies import note_near_copies
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
 
@@ -46,27 +51,33 @@ def solve_head(
     train_features = _features(prefix, train, views, "training", context, spent.append, of_train)
     val_features = _features(prefix, val, seen, "validation", context, spent.append, of_val) if val else None
     first_view = train_features if n_views == 1 else train_features[:, 0]
-    _compare_with_training(prefix, seen, first_view, val_features, context)
     chosen = choose_sample(train, context.sample_size or LARGEST)
-    sampled = first_view[chosen]  # a copy: the solver overwrites the features
-    began = process_clock()
-    head = head_solver(context.task.name)(
-        train_features,
-        context.targets(train),
-        len(context.dataset.classes),
-        val_features=val_features,
-        val_targets=context.targets(val) if val else None,
-        l2=recipe.l2,
-        label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
-        seed=recipe.seed,
-        overwrite=matrix,
-        class_weights=context.balance.weights,
-        image_weights=context.image_weights,
-    )
+    sampled = first_view[chosen]  # a copy: the solver may overwrite the features
+    compare = partial(_compare_with_training, prefix, seen, first_view, val_features, context)
+    one_thread = matrix.size <= ONE_THREAD_ELEMENTS
+    if not one_thread:
+        compare()
+    clock = thread_clock if one_thread else process_clock  # the comparison is not part of the cost of training
+    with blas_threads_for(matrix.size), _beside(compare if one_thread else None):
+        began = clock()
+        head = head_solver(context.task.name)(
+            train_features,
+            context.targets(train),
+            len(context.dataset.classes),
+            val_features=val_features,
+            val_targets=context.targets(val) if val else None,
+            l2=recipe.l2,
+            label_smoothing=recipe.label_smoothing if not recipe.n_steps else 0.0,
+            seed=recipe.seed,
+            overwrite=None if one_thread else matrix,  # of a small matrix both may have a copy
+            class_weights=context.balance.weights,
+            image_weights=context.image_weights,
+        )
+        seconds = clock() - began
     if (offsets := context.balance.offsets) is not None:
         held_out = None if head.held_out_logits is None else (head.held_out_logits - offsets).astype(np.float32)
         head = replace(head, bias=(head.bias - offsets).astype(np.float32), held_out_logits=held_out)
-    cost = TrainingCost(process_clock() - began, sum(spent, Seconds()))
+    cost = TrainingCost(seconds, sum(spent, Seconds()))
     _record(head, cost, recipe, context)
     if not recipe.n_steps:  # else the training loop predicts the sample itself
         logits = head_logits(sampled, head.weight, head.bias)
@@ -74,15 +85,32 @@ def solve_head(
     return head, cost
 
 
+@contextmanager
+def _beside(action: Callable[[], None] | None) -> Iterator[None]:
+    """Call `action` in another thread during the block, and wait for its end. Its exception is raised at the end of the block."""
+    if action is None:
+        yield
+        return
+    with ThreadPoolExecutor(1, "comparing") as pool:
+        running = pool.submit(action)
+        yield
+        running.result()
+
+
 def _compare_with_training(
     prefix: Prefix, seen: Views, features: NDArray[np.float32], val_features: NDArray[np.float32] | None, context: TrainingContext
 ) -> None:
-    """Write the nearest training image of each held-out image, for the diagnosis of leaks, and the labels that are doubted."""
+    """Compare the held-out images with the training images by their features.
+
+    Writes the nearest training image of each held-out image for the diagnosis, the near duplicates of training images, and the
+    labels that are doubted.
+    """
     train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
     held_out = [(val, val_features)] if val_features is not None else []
     if test and context.compute.device == "cpu":  # then the features of all images were computed when the files were checked
         held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
+    note_near_copies(context.run, context.dataset, context.store, threads=context.compute.threads)
     note_label_doubts(context.run, context.dataset, [(train, features), *held_out])
 
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.events import DataWarning
-from finetune.features.left_out import Features, doubted_labels
-from finetune.messages import plural, printable
+from finetune.features.left_out import Features, doubted_label_sets, doubted_labels
+from finetune.messages import natural_list, plural, printable
 from finetune.storage.files import write_atomic
 from finetune.storage.rundir import RunDir
+from finetune.tasks import task_named
 
-COLUMNS = ("path", "split", "label", "suggested", "score")
+COLUMNS = ("path", "split", "label", "suggested", "score", "doubt")
 SHOWN = 3
 
 
@@ -32,20 +34,51 @@ def note_label_doubts(run: RunDir, dataset: Dataset, parts: Sequence[tuple[Seque
     """
     table = run.outermost.label_doubts
     samples = [sample for of_part, _ in parts for sample in of_part]
-    if table.exists() or not all(isinstance(sample.target, int) for sample in samples):
+    if table.exists():
         return
-    labels = np.array([sample.labels[0] for sample in samples], np.int64)
+    exclusive = all(isinstance(sample.target, int) for sample in samples)
+    features = [part for _, part in parts]
     text = io.StringIO(newline="")
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for doubt in doubted_labels([features for _, features in parts], labels, len(dataset.classes)):
-        sample = samples[doubt.row]
-        rows.writerow(
-            (sample.id, sample.split, dataset.label_text(sample), dataset.classes[doubt.suggested], f"{doubt.own_score:.4f}")
-        )
+    rows.writerows(_of_one_label(dataset, samples, features) if exclusive else _of_several(dataset, samples, features))
     write_atomic(table, lambda stream: stream.write(text.getvalue().encode("utf-8", "surrogateescape")))
     for sentence in label_doubts_noted(run):
         run.record(DataWarning(sentence))
+
+
+def _of_one_label(dataset: Dataset, samples: Sequence[Sample], features: Sequence[Features]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table for images that have exactly one label each."""
+    labels = np.array([sample.labels[0] for sample in samples], np.int64)
+    for doubt in doubted_labels(features, labels, len(dataset.classes)):
+        sample, suggested = samples[doubt.row], dataset.classes[doubt.suggested]
+        label = dataset.label_text(sample)
+        yield (*_place(sample), label, suggested, f"{doubt.own_score:.4f}", f"is {label}, rather {suggested}")
+
+
+def _of_several(dataset: Dataset, samples: Sequence[Sample], features: Sequence[Features]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table for images with any number of labels."""
+    targets = task_named("multilabel").encode(targets_of(samples), len(dataset.classes))
+    for doubt in doubted_label_sets(features, targets):
+        sample = samples[doubt.row]
+        corrected = with_changes(sample, doubt.wrong, doubt.missing)
+        said = label_changes(dataset, doubt.wrong, doubt.missing)
+        yield (*_place(sample), dataset.label_text(sample), dataset.label_text(corrected), f"{doubt.own_score:.4f}", said)
+
+
+def label_changes(dataset: Dataset, wrong: Sequence[int], missing: Sequence[int]) -> str:
+    """Return a phrase with the labels that an image probably has wrongly, and those that it probably lacks."""
+    parts = [("is probably not", wrong), ("is probably also", missing)]
+    return " and ".join(f"{what} {natural_list([dataset.classes[one] for one in labels])}" for what, labels in parts if labels)
+
+
+def with_changes(sample: Sample, wrong: Sequence[int], missing: Sequence[int]) -> Sample:
+    """Return the sample without the labels that are probably wrong, and with those that it probably lacks."""
+    return replace(sample, target=tuple(sorted({*sample.labels, *missing} - set(wrong))))
+
+
+def _place(sample: Sample) -> tuple[str, str]:
+    return sample.id, sample.split or ""
 
 
 def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
@@ -57,7 +90,7 @@ def label_doubts_noted(run: RunDir) -> tuple[str, ...]:
     found = list(csv.DictReader(io.StringIO(text, newline="")))
     if not found:
         return ()
-    shown = "; ".join(f"{printable(one['path'])} is {one['label']}, rather {one['suggested']}" for one in found[:SHOWN])
+    shown = "; ".join(f"{printable(one['path'])} {one['doubt']}" for one in found[:SHOWN])
     more = f"; and {len(found) - SHOWN:,} more in measurements/{table.name}" if len(found) > SHOWN else ""
     images = f"{plural(len(found), 'image')} ({shown}{more})"
     return (f"Labels that are probably wrong: {images}. finetune check shows them, and looks closer",)

@@ -7,6 +7,7 @@ loop (`finetune.training.fit`), which do not depend on each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, EvalLoader, TrainLoader
 from finetune.data.pixels import PixelStore
+from finetune.data.processes import ViewProcesses
 from finetune.events import PrefixPlanned, SettingsMeasured
 from finetune.features.engine import GraphSource
 from finetune.features.plan import plan_prefix
@@ -28,6 +30,7 @@ from finetune.model.freeze import apply_freeze, frozen_digest
 from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
+from finetune.training.compute import view_processes
 from finetune.training.context import Trained, TrainingContext, TrainingCost
 from finetune.training.fit import CheckpointSchedule, Fitted, Forward, Prepare, TrainBatches, fit, forward_images
 from finetune.training.head import features_of_head, solve_head
@@ -113,28 +116,28 @@ def _take_steps(
 
     source = _cached_source(classifier, recipe, context, spent.append)
     activations = sum(spent, Seconds()) if source else Seconds()
-    source = source or _image_source(classifier, recipe, context)
-    dataset = context.dataset
-    fitted = fit(
-        classifier,
-        recipe,
-        source.train,
-        source.val if decided is None else decided,
-        context.run,
-        CheckpointSchedule(context.identity),
-        task=context.task,
-        objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
-        train_targets=context.targets(dataset.of("train")),
-        train_weights=context.image_weights,
-        val_targets=context.targets(dataset.of("val")),
-        numerics=numerics,
-        solve_head=solver,
-        sample=_train_sample(classifier, recipe, context, source),
-        prepare=source.prepare,
-        forward=source.forward,
-        progress=context.progress,
-    )
-    return fitted, activations
+    with closing(source or _image_source(classifier, recipe, context)) as source:
+        fitted = fit(
+            classifier,
+            recipe,
+            source.train,
+            source.val if decided is None else decided,
+            context.run,
+            CheckpointSchedule(context.identity),
+            task=context.task,
+            objective=objective_of(context.task.name).minimising(recipe.loss).balanced(context.balance.of_steps),
+            train_targets=context.targets(context.dataset.of("train")),
+            train_weights=context.image_weights,
+            val_targets=context.targets(context.dataset.of("val")),
+            numerics=numerics,
+            solve_head=solver,
+            sample=_train_sample(classifier, recipe, context, source),
+            prepare=source.prepare,
+            forward=source.forward,
+            progress=context.progress,
+        )
+        helpers = source.cpu_seconds()
+    return replace(fitted, seconds=fitted.seconds + Seconds(0.0, helpers)), activations
 
 
 def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingContext, source: _BatchSource) -> TrainSample:
@@ -171,6 +174,15 @@ class _BatchSource:
     sample: Callable[[NDArray[np.int64]], Iterable[Batch]]  # training images at these positions, preprocessed as for evaluation
     prepare: Prepare
     forward: Forward
+    processes: ViewProcesses | None = None  # that compute the training batches
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds that processes beside this one took for the batches."""
+        return self.processes.cpu_seconds if self.processes else 0.0
+
+    def close(self) -> None:
+        if self.processes is not None:
+            self.processes.close()
 
 
 def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingContext) -> _BatchSource:
@@ -179,10 +191,16 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     augment = context.augment.at_size(recipe.train_size_px)
     pixels = PixelStore(context.store)
 
+    loader = TrainLoader(
+        train, augment, recipe.batch_size, recipe.seed, threads=threads, pixels=pixels, classes=_sampled_classes(context)
+    )
+    n_processes = view_processes(context.compute, recipe.n_steps * recipe.batch_size)
+    processes = ViewProcesses(loader, n_processes) if n_processes else None
+
     def batches(epoch: int, start_step: int) -> Iterable[Batch]:
-        return TrainLoader(
-            train, augment, recipe.batch_size, recipe.seed, epoch, start_step, threads, pixels, _sampled_classes(context)
-        )
+        if processes is not None:
+            return processes.batches(epoch, start_step)
+        return replace(loader, epoch=epoch, start_step=start_step)
 
     def sample(indices: NDArray[np.int64]) -> Iterable[Batch]:
         return evaluated([train[index] for index in indices])
@@ -190,7 +208,7 @@ def _image_source(classifier: Classifier, recipe: Recipe, context: TrainingConte
     def evaluated(samples: Sequence[Sample]) -> EvalLoader:
         return EvalLoader(samples, classifier.backbone.preprocess, recipe.batch_size, threads, pixels)
 
-    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images)
+    return _BatchSource(batches, evaluated(val), sample, prepare_images, forward_images, processes)
 
 
 def _cached_source(

@@ -98,9 +98,10 @@ def files_router(max_body_bytes: int) -> APIRouter:
             stored = await run_in_threadpool(server.stored_bytes, caller.owner)
             stored += await run_in_threadpool(server.part_uploads.pending_bytes, caller.owner)
             check_quota(stored, least, server.max_files_bytes)
-        with server.uploads.arriving(announced, caller.owner) as folder:
-            filename, purpose = await receive(request, folder / "archive")
-            received = await run_in_threadpool(examine, folder / "archive", filename, purpose)
+        with server.uploads.arriving(announced, caller.owner) as arrival:
+            archive = arrival.folder / "archive"
+            filename, purpose = await receive(request, arrival, archive)
+            received = await run_in_threadpool(examine, archive, filename, purpose)
             file, new = await run_in_threadpool(record_upload, server, caller.owner, received, idempotency_key)
         response.headers["Location"] = f"/v1/files/{file.id}"
         if not new:

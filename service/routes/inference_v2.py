@@ -82,8 +82,8 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         server = _state(request)
         model = await _model(request, name, version)
         asked = parse_request(await request.body(), request.headers.get(HEADER_LENGTH))
-        body, head_length, found = await server.queue.run(infer, model, asked, server.image_limits)
-        server.metrics.predicted(model.name, model.version, "named", len(asked.files) or len(asked.pixels))  # type: ignore[arg-type]
+        body, head_length, found = await server.queue.run(infer, model, asked, server.image_limits, n_items=asked.n_images)
+        server.metrics.predicted(model.name, model.version, "named", asked.n_images)
         statistics = statistics_of_model(model, found.probs, found.embedding)
         server.drift.observe(model, [statistics])
         for row, data in enumerate(asked.files):

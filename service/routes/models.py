@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from finetune.bundle.card import model_card
@@ -18,6 +20,7 @@ from finetune.evaluation.predictions import read
 from finetune.evaluation.tables import csv_lines
 from finetune.monitoring.watched import drift_document
 from finetune.promotion import promote
+from service.exports import Format
 from service.middleware.auth import Caller, Reading, Submitting
 from service.problems import RESPONSES
 from service.results import (
@@ -137,6 +140,7 @@ def _version_document(server: ServerState, found: ModelVersion) -> VersionDocume
         explanation=dict(manifest.cam),
         versions=dict(manifest.versions),
         bundle_bytes=sum((found.path / file).stat().st_size for file in manifest.files),
+        exports=list(server.exporter.available()),
         links={
             "report": f"{place}/report" if run is not None and run.report.exists() else None,
             "bundle": f"{place}/bundle",
@@ -166,6 +170,21 @@ def get_bundle(caller: Reading, server: Server, name: str, version: str) -> Stre
     pieces, size = bundle_archive(found, read_manifest(found.path))
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{found.name}-{found.version}.tar"'}
     return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
+
+
+@models_router.get("/{name}/versions/{version}/exports/{format}", response_class=StreamingResponse, responses=BUNDLE_ANSWER)
+async def get_export(
+    caller: Reading,
+    server: Server,
+    name: str,
+    version: str,
+    format: Annotated[Format, PathParameter(description="`web` is one HTML file; the others are zip files.")],
+) -> StreamingResponse:
+    """Download a version in the format of another tool, as `finetune export` writes it. It is written for each request."""
+    found = await run_in_threadpool(find_model, server, caller, f"{name}@{version}")
+    exported = await server.exporter.write(found, format, caller.owner)
+    headers = {"Content-Length": str(exported.size_bytes), "Content-Disposition": f'attachment; filename="{exported.filename}"'}
+    return StreamingResponse(exported.pieces(), media_type="application/octet-stream", headers=headers)
 
 
 @models_router.get("/{name}/versions/{version}/files/{file}", response_class=FileResponse, responses=BUNDLE_ANSWER)

@@ -18,7 +18,7 @@ from service.creation import IdempotencyKey
 from service.middleware.auth import Caller, Submitting
 from service.pictures import MEDIA_TYPES, Answer, Pictures, answers_of
 from service.problems import RESPONSES
-from service.revisions import Corrections, write_corrected
+from service.revisions import Corrections, why_not_correctable, write_corrected
 from service.routes.files import FileDocument, file_document, record_upload
 from service.schemas.lists import ListItem, Page
 from service.state import Server, ServerState
@@ -57,6 +57,7 @@ class ImageDocument(ListItem):
     object: Literal["file.image"] = "file.image"
     labels: list[str]
     split: Literal["train", "val", "test"] | None = Field(description="Null where the upload has no splits.")
+    correctable: bool = Field(description="Whether a revision may change its label or leave it out.")
 
 
 class AnswerDocument(ListItem):
@@ -106,8 +107,9 @@ def list_file_images(
 ) -> ImageList:
     """List the images of an upload, or those of one class, in the order of the dataset."""
     dataset = _of_upload(server, caller, file_id).dataset
+    correctable = why_not_correctable(dataset) is None
     documents = [
-        ImageDocument(id=sample.id, labels=list(names), split=sample.split)  # type: ignore[arg-type]
+        ImageDocument(id=sample.id, labels=list(names), split=sample.split, correctable=correctable)  # type: ignore[arg-type]
         for sample in dataset.samples
         if label in (None, *(names := dataset.label_names(sample))) and image_id in (None, sample.id)
     ]
@@ -126,8 +128,8 @@ def correct_file(
     """Make a corrected copy of an upload: change labels, leave out images, rename classes. The copy is a new upload."""
     file = server.database.files.get(file_id, caller.sees)
     pictures = server.pictures.of(server.uploads.place_of(file.id).resolve())
-    with server.uploads.arriving(0, caller.owner) as folder:
-        received = write_corrected(pictures, file, wanted, folder / "contents")
+    with server.uploads.arriving(0, caller.owner) as arrival:
+        received = write_corrected(pictures, file, wanted, arrival.folder / "contents")
         made, _ = record_upload(server, caller.owner, received, idempotency_key)
     response.headers["Location"] = f"/v1/files/{made.id}"
     return file_document(made)
@@ -207,7 +209,7 @@ def _of_job(server: ServerState, caller: Caller, kind: Kind, job_id: str) -> Pic
     training, validation, test = paths
     if training is None:
         raise NotFound(f"{job_id} compares jobs that exist; the images are theirs")
-    return server.pictures.of(training, validation, test)
+    return server.pictures.of(training, validation, test, spec.get("data"))
 
 
 def _picture(server: ServerState, pictures: Pictures, image_id: str, side_px: int | None) -> Response:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from finetune.errors import Problem, SpecError
@@ -14,10 +14,12 @@ from finetune.runs.forecast import Images, Speeds, forecast, stages_of
 from finetune.runtime.cores import available_cores
 from finetune.spec import JobSpec, is_own_model, is_registered_model, parse_spec
 from service.creation import Submission
+from service.disconnects import while_connected
 from service.job_request import parse_body, server_problems, summary
 from service.middleware.auth import Submitting
 from service.problems import RESPONSES
 from service.schemas.plans import PlanDocument, PlannedMethod, PlanRequest, PlanSeconds, PlanStage
+from service.spec_check import Unchecked
 from service.state import Server
 
 plans_router = APIRouter(prefix="/v1/fine_tuning/plans", tags=["fine-tuning jobs"], responses=RESPONSES)
@@ -27,13 +29,18 @@ NO_FILE = "none"  # placeholder for the training file, which a plan does not nee
 
 
 @plans_router.post("")
-async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -> PlanDocument:
+async def plan_methods(request: Request, asked: PlanRequest, caller: Submitting, server: Server) -> PlanDocument:
     """Return which stages each method would train, and an estimate of a job's duration. Nothing is trained or stored.
 
-    The first request for a backbone measures its speed on this machine, which takes about ten seconds.
+    The first request for a backbone measures its speed on this machine, which takes about ten seconds. It stops if all clients
+    that wait for it have left.
     """
     submission = Submission(server, caller, None)
-    specs, backbone = await run_in_threadpool(_read, asked, submission)
+    try:
+        specs, backbone = await run_in_threadpool(_read, asked, submission)
+    except Unchecked as unchecked:
+        answers = await while_connected(request, server.spec_checker.ask(unchecked.specs, caller.owner))
+        specs, backbone = await run_in_threadpool(_read, asked, replace(submission, answers=answers))
     compute, size = specs[0].compute, specs[0].model.input_size_px
     question = {
         "backbone": backbone,
@@ -41,7 +48,7 @@ async def plan_methods(asked: PlanRequest, caller: Submitting, server: Server) -
         "device": compute.device,
         "threads": available_cores() if compute.threads == "auto" else compute.threads,
     }
-    speeds = await server.planner.speeds(question, caller.owner)
+    speeds = await while_connected(request, server.planner.speeds(question, caller.owner))
     return _document(asked, specs, speeds)
 
 
@@ -50,6 +57,7 @@ def _read(asked: PlanRequest, submission: Submission) -> tuple[list[JobSpec], st
 
     Raises:
         SpecError: the request is invalid; it has one problem per invalid field.
+        Unchecked: whether there is such a backbone is not known yet.
     """
     shared = asked.model_dump(include={"model", "data", "hyperparameters", "compute"}, exclude_none=True)
     specs: list[JobSpec] = []
@@ -70,6 +78,8 @@ def _read(asked: PlanRequest, submission: Submission) -> tuple[list[JobSpec], st
         backbone = submission.find_model(backbone).architecture
     elif not problems and is_own_model(backbone):
         problems = [Problem("model.backbone", f"{backbone[:200]!r} {NOT_PLANNED}")]
+    elif not problems:
+        problems = list(submission.check_names(specs[:1])[0])
     if problems:
         problems = list(dict.fromkeys(problems))
         raise SpecError(summary(problems), problems)

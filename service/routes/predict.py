@@ -6,13 +6,13 @@ parameters takes longer than the rest of the response without the model.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from finetune.errors import NotFound
 from finetune.runtime.tracing import Tracing
+from service.disconnects import while_connected
 from service.middleware.auth import Caller, caller_with
 from service.models import LoadedModel
 from service.predictions import Upload, predict, predict_one_of_several, read_upload, sample_record, timings, unasked_fields
@@ -52,7 +52,8 @@ PREDICT_EXTRA: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF or TIFF file: as the form field `image`, or as the body itself; "
-        "or up to 64 files as the repeated form field `images`, which are answered one by one, errors included.",
+        "or up to 64 files, together at most 64 MiB, as the repeated form field `images`, which are answered one by one, errors "
+        "included.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -108,12 +109,12 @@ async def _answer(
     upload = await read_upload(request)
     unasked = unasked_fields(model, upload.options)
     if upload.several:
-        answer: PredictionAnswer | PredictionList = await _predict_several(server, model, upload)
+        answer: PredictionAnswer | PredictionList = await while_connected(request, _predict_several(server, model, upload))
     else:
         answer = await server.queue.run(predict, model, upload, server.image_limits)
         if shadow is not None:
             server.shadows.compare(shadow, upload, answer)
-    server.metrics.predicted(model.name, model.version, role, len(upload.images))
+    server.metrics.predicted(model.name, model.version, role, len(upload.stages))
     server.drift.observe(model, [stages.statistics for stages in upload.stages.values()])
     _sample(server, caller, model, upload)
     for stages in upload.stages.values():
@@ -144,12 +145,8 @@ def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Uploa
 
 async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:
     """Predict each image separately, which is faster on a CPU than a batch."""
-    server.queue.check_room()
-    tasks = [
-        server.queue.run(predict_one_of_several, model, upload, index, server.image_limits, admitted=True)
-        for index in range(len(upload.images))
-    ]
-    found = await asyncio.gather(*tasks)
+    items = [(model, upload, index, server.image_limits) for index in range(len(upload.images))]
+    found = await server.queue.run_batch(predict_one_of_several, items)
     return PredictionList(
         model=model.name,
         version=model.version,

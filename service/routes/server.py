@@ -99,5 +99,5 @@ async def docs(request: Request) -> HTMLResponse:
 
 @server_router.get("/", include_in_schema=False)
 async def page(request: Request) -> HTMLResponse:
-    text = main_page(request.headers.get("accept-language", ""))
+    text = main_page(request.headers.get("accept-language", ""), request.query_params.get("lang", ""))
     return HTMLResponse(text, headers={"Cache-Control": "no-cache", "Vary": "Accept-Language"})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from finetune.errors import InvalidInput, NotFound, Problem
@@ -18,6 +18,7 @@ from service.middleware.auth import Caller, Submitting
 from service.part_uploads import Part, PartUpload, md5_of
 from service.problems import RESPONSES
 from service.routes.files import FileDocument, file_document, record_upload
+from service.schemas.body import RequestBody
 from service.schemas.lists import After, Limit, ListItem, Page
 from service.state import Server, ServerState
 from service.uploads import examine, plain_name, receive_part
@@ -48,22 +49,18 @@ PART_BODY: dict[str, Any] = {
 }
 
 
-class UploadRequest(BaseModel):
+class UploadRequest(RequestBody):
     """The announcement of a multi-part upload."""
-
-    model_config = ConfigDict(extra="forbid")
 
     filename: str = Field(min_length=1, max_length=1000)
     purpose: Literal["fine-tune", "batch"]
-    bytes: int = Field(ge=1, strict=True, description="Of all parts together.")
+    bytes: int = Field(ge=1, description="Of all parts together.")
     mime_type: str | None = Field(None, max_length=200, description="Not needed: what the bytes are is seen from them.")
     expires_after: dict[str, Any] | None = Field(None, description="Taken and not followed: a day after the last part.")
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(RequestBody):
     """The parts of the file, in order."""
-
-    model_config = ConfigDict(extra="forbid")
 
     part_ids: list[str] = Field(min_length=1, max_length=10_000)
     md5: str | None = Field(None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole, in hexadecimal digits.")
@@ -160,9 +157,9 @@ def uploads_router(max_bytes: int) -> APIRouter:
         """Add a part. Parts may be sent in any order and concurrently."""
         upload = server.part_uploads.get(upload_id, caller.sees)
         given = request.headers.get("content-length", "")
-        with server.uploads.arriving(int(given) if given.isdecimal() else 0, caller.owner) as folder:
-            number = await receive_part(request, folder / "part")
-            part = await run_in_threadpool(server.part_uploads.add, upload, folder / "part", number)
+        with server.uploads.arriving(int(given) if given.isdecimal() else 0, caller.owner) as arrival:
+            number = await receive_part(request, arrival, arrival.folder / "part")
+            part = await run_in_threadpool(server.part_uploads.add, upload, arrival.folder / "part", number)
         return _part_document(upload, part)
 
     @router.post("/{upload_id}/complete")
@@ -173,8 +170,8 @@ def uploads_router(max_bytes: int) -> APIRouter:
         or joined in another order.
         """
         upload = server.part_uploads.get(upload_id, caller.sees)
-        with server.uploads.arriving(upload.size_bytes, caller.owner) as folder:
-            archive = folder / "archive"
+        with server.uploads.arriving(upload.size_bytes, caller.owner) as arrival:
+            archive = arrival.folder / "archive"
             with server.part_uploads.completing(upload, wanted.part_ids, archive) as known:
                 if known.file_id is None:
                     _check_md5(archive, wanted.md5)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from finetune.doctor.finding import LISTED
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import CHECK
-from finetune.jobs.store import Job
+from service.schemas.body import RequestBody
 from service.schemas.jobs import JobError, JobState, job_error, job_state
 from service.schemas.lists import Page
 
@@ -77,10 +78,8 @@ class DataFindingDocument(BaseModel):
     acknowledged: int = Field(description="Cases that were looked at and accepted; they are not among `cases`.")
 
 
-class Acknowledgement(BaseModel):
+class Acknowledgement(RequestBody):
     """Cases of one finding that are as they should be, or are to be shown again."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: str = Field(max_length=100, description="Of the finding.")
     keys: list[Annotated[str, Field(max_length=100)]] | None = Field(

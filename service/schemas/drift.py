@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from finetune.monitoring.drift import EffectMeasure, State
+from service.schemas.body import RequestBody
 
 
 class DriftTestDocument(BaseModel):
@@ -31,10 +32,8 @@ class DriftReference(BaseModel):
     n: int
 
 
-class ReferenceChoice(BaseModel):
+class ReferenceChoice(RequestBody):
     """Which images later ones are compared with."""
-
-    model_config = ConfigDict(extra="forbid")
 
     use: Literal["live", "bundle"] = Field(
         description="`live`: the last images in production; `bundle`: the held-out images of the bundle."
@@ -66,6 +65,8 @@ class DriftDocument(BaseModel):
     window: int
     reference: DriftReference | None
     alpha: float = Field(description="The probability of an alarm in one window although nothing has changed, at most.")
-    drifted_since: int | None = Field(description="When drift was first found, Unix seconds; null while there is none.")
+    drifted_since: int | None = Field(
+        description="When the server first found drift, Unix seconds; null while it has found none. It tests every 100 images."
+    )
     tests: list[DriftTestDocument] = Field(description="Empty below `n_needed`.")
     hours: list[DriftHour] = Field(description="The last 48 hours that had answers, oldest first.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from service.schemas.body import RequestBody
 from service.schemas.lists import ListItem, Page
 
 Visibility = Literal["private", "shared"]
@@ -59,24 +60,21 @@ class VersionDocument(BaseModel):
     explanation: dict[str, Any] = Field(description="Whether there is an activation map, and if not, why.")
     versions: dict[str, str] = Field(description="Of the libraries that made it.")
     bundle_bytes: int
+    exports: list[str] = Field(description="Formats of other tools in which this server can write the version.")
     links: dict[str, str | None] = Field(description="Paths on this server: report, bundle, card, job. Null where there is none.")
 
 
 ModelList = Page[ModelDocument]
 
 
-class ModelChange(BaseModel):
+class ModelChange(RequestBody):
     """The new access rights of a model."""
-
-    model_config = ConfigDict(extra="forbid")
 
     visibility: Visibility
 
 
-class Abstention(BaseModel):
+class Abstention(RequestBody):
     """The precision at which a version abstains by default."""
-
-    model_config = ConfigDict(extra="forbid")
 
     precision: float | None = Field(ge=0.5, le=0.99, description="The share of its answers that shall be right; null: never.")
 
@@ -89,11 +87,9 @@ class ModelDeleted(BaseModel):
     deleted: Literal[True] = True
 
 
-class PromotionConditions(BaseModel):
+class PromotionConditions(RequestBody):
     """Additional conditions of a promotion. A version must always load, have parity, know the same classes, and not be worse
     than the version that it replaces on the test images of both (paired test, p < 0.05)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     minimum: dict[str, float] = Field(default={}, max_length=32, description="The least value of each metric, as in `test/top1`.")
     force: bool = Field(default=False, description="Promote although a condition fails. What cannot be loaded is refused anyway.")
@@ -105,10 +101,8 @@ class AliasTarget(PromotionConditions):
     version: str = Field(min_length=1, max_length=63, description="A version's number, or an alias that means it.")
 
 
-class ShareDocument(BaseModel):
+class ShareDocument(RequestBody):
     """A model and its share of the requests, in percent."""
-
-    model_config = ConfigDict(extra="forbid")
 
     reference: Annotated[str, Field(min_length=1, max_length=127, description="name, name@version or name@alias")]
     percent: Annotated[float, Field(ge=0.0, le=100.0)]

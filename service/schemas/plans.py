@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from finetune.runs.forecast import Forecast
+from service.schemas.body import RequestBody
 
 MAX_METHODS = 16
 
 
-class PlanRequest(BaseModel):
+class PlanRequest(RequestBody):
     """The request for a plan: methods, and facts about data that need not be uploaded yet."""
-
-    model_config = ConfigDict(extra="forbid")
 
     methods: list[str | dict[str, Any]] = Field(
         min_length=1, max_length=MAX_METHODS, description="As for a job: `linear_probe`, `{type: partial, stages: 2}` …"

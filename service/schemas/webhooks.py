@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from finetune.jobs.outbox import TYPES
 from finetune.jobs.webhooks import MAX_URL, Delivery, Webhook
+from service.schemas.body import RequestBody
 from service.schemas.lists import ListItem, Page
 
 
-class WebhookRequest(BaseModel):
+class WebhookRequest(RequestBody):
     """A URL, and the types of events to send to it."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"url": "https://example.org/hooks"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"url": "https://example.org/hooks"}]})
 
     url: Annotated[str, Field(min_length=1, max_length=MAX_URL, description="An https address on a public host.")]
     events: Annotated[
         list[Annotated[str, Field(max_length=64)]],
-        Field(max_length=len(TYPES), description=f"Any of {', '.join(TYPES)}; all, if empty."),
-    ] = []
+        Field(max_length=len(TYPES), default_factory=list, description=f"Any of {', '.join(TYPES)}; all, if empty."),
+    ]
 
 
 class WebhookDocument(ListItem):

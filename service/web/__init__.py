@@ -42,9 +42,9 @@ def render(template: str, **values: object) -> str:
     return _templates.get_template(template).render(**values)
 
 
-def main_page(accept_language: str) -> str:
-    """Return the page at ``/`` in the preferred language of the browser among those of the page."""
-    language = language_of(accept_language)
+def main_page(accept_language: str, asked: str = "") -> str:
+    """Return the page at ``/`` in the language `asked` for, else in the one that the browser prefers among those of the page."""
+    language = asked if asked in LANGUAGES else language_of(accept_language)
     return render("index.html", language=language, words=strings(language), views=VIEWS, modules=FIRST_MODULES)
 
 

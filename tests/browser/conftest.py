@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from browsing import CLASSES, ENVIRONMENT, Visit, photograph
@@ -52,23 +52,49 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What servers have measured of this machine, which each of them would measure anew."""
-    return tmp_path_factory.mktemp("notes")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "notes"  # one for all processes
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _home(folder: Path, measured: Path) -> Path:
+    """Return the folder of a workspace that has the measurements of others and nothing else."""
+    home = folder / "home"
+    (home / "cache").mkdir(parents=True)
+    (home / "cache" / "notes").symlink_to(measured)
+    return home
 
 
 @pytest.fixture
 def server(tmp_path: Path, measured: Path) -> Iterator[LiveServer]:
     """A server with a worker and nothing in it."""
-    home = tmp_path / "home"
-    (home / "cache").mkdir(parents=True)
-    (home / "cache" / "notes").symlink_to(measured)
+    with live_server(_home(tmp_path, measured), worker=True, ready=False, environment=ENVIRONMENT) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Iterator[LiveServer]:
+    """A server with a worker, and in it what other tests have left."""
+    home = _home(tmp_path_factory.mktemp("shared"), measured)
     with live_server(home, worker=True, ready=False, environment=ENVIRONMENT) as server:
         yield server
 
 
 @pytest.fixture
 def visit(browser: Browser, server: LiveServer, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """A tab of the width and theme that the test asks for by `@pytest.mark.parametrize("visit", [...], indirect=True)`."""
-    options = getattr(request, "param", {})
+    """A tab on a server of its own, of the width, theme and language that the test asks for with
+    `@pytest.mark.parametrize("visit", [...], indirect=True)`."""
+    yield from _tab(browser, server, getattr(request, "param", {}))
+
+
+@pytest.fixture
+def shared_visit(browser: Browser, shared_server: LiveServer) -> Iterator[Visit]:
+    """A tab on the server that tests share, for those that bring what they look at."""
+    yield from _tab(browser, shared_server, {})
+
+
+def _tab(browser: Browser, server: LiveServer, options: Mapping[str, Any]) -> Iterator[Visit]:
     context = browser.new_context(
         viewport={"width": options.get("width", 1280), "height": 850},
         color_scheme=options.get("theme", "light"),

@@ -81,7 +81,7 @@ def test_from_a_folder_of_photographs_to_a_served_model_and_back(visit: Visit, p
     expect(page.locator(".class-card")).to_have_count(len(CLASSES))
     page.get_by_label(say["name"]).fill("Flowers")
     choose_a_tiny_network(page)
-    expect(page.locator(".network")).to_contain_text(["", "layer3", "5", "5"])  # the stages of this network, not of any
+    expect(page.locator(".network")).to_contain_text(["", "2", "5", ""])  # how many stages of this network
     expect(page.locator(".estimate span")).to_have_count(4)
     accessible(page)
     page.get_by_label("learning_rate", exact=True).fill("-1")
@@ -205,6 +205,7 @@ def test_a_key_is_asked_for_kept_in_memory_alone_and_decides_what_is_shown(visit
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#who")).to_contain_text("ann")
     expect(page.locator("nav li:visible")).to_have_count(6)
+    expect(page.locator(".view-train")).to_be_visible()
     accessible(page)
     stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
     assert trainer not in stored
@@ -238,13 +239,13 @@ def test_a_run_is_found_again_after_server_and_worker_were_killed(visit: Visit, 
         expect(page.locator(".state-cancelled")).to_be_visible()
 
 
-def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tmp_path: Path) -> None:
-    page = visit.page
+def test_thousands_of_thumbnails_exist_only_where_they_are_seen(shared_visit: Visit) -> None:
+    page = shared_visit.page
     picture = photograph(0, 0, 32)
     archive = zip_of({f"{name}/{number:04d}.jpg": picture for name in ("a", "b") for number in range(1200)})
     sent = {"file": ("many.zip", archive)}
-    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
-    visit.go(f"data/{file['id']}")
+    file = httpx.post(f"{shared_visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    shared_visit.go(f"data/{file['id']}")
     for position in (0.25, 0.5, 0.75, 1):
         page.evaluate(f"scrollTo(0, {position} * document.documentElement.scrollHeight)")
         expect(page.locator(".cell img[src]").first).to_be_visible()
@@ -252,8 +253,8 @@ def test_thousands_of_thumbnails_exist_only_where_they_are_seen(visit: Visit, tm
     expect(page.locator('[aria-posinset="2400"] img[src]')).to_be_visible()
 
 
-def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Visit, tmp_path: Path) -> None:
-    page = visit.page
+def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(shared_visit: Visit, tmp_path: Path) -> None:
+    page = shared_visit.page
     page.on("dialog", lambda dialog: dialog.accept())  # "leave this page?"
     archive = tmp_path / "large.zip"
     megabyte = os.urandom(1 << 20)
@@ -270,7 +271,7 @@ def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Vis
 
     page.route("**/v1/uploads/*/parts", on_the_way)
     page.route("**/v1/fine_tuning/jobs", lambda route: route.abort())
-    visit.go("train")
+    shared_visit.go("train")
     page.locator("#train-files").set_input_files(archive)
     page.locator("button[type=submit]").click()
     expect(page.get_by_text("sending goes on by itself")).to_be_visible()
@@ -280,19 +281,20 @@ def test_an_upload_goes_on_after_a_lost_connection_and_after_a_reload(visit: Vis
     page.locator("#train-files").set_input_files(archive)
     page.locator("button[type=submit]").click()
     expect(page.get_by_role("alert")).to_be_visible()  # the job cannot be sent; the pictures have arrived
-    (file,) = httpx.get(f"{visit.server.url}/v1/files", timeout=60).json()["data"]
+    files = httpx.get(f"{shared_visit.server.url}/v1/files", timeout=60).json()["data"]
+    (file,) = (one for one in files if one["filename"] == "large.zip")
     assert file["summary"]["counts"] == {"all": {"a": 13, "b": 13}}
     assert len(arrived) == 4  # parts of 8 MiB, each once
     assert len(set(arrived)) == 1
 
 
-def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> None:
-    page = visit.page
+def test_what_an_examination_finds_is_dealt_with_by_its_button(shared_visit: Visit) -> None:
+    page = shared_visit.page
     pictures = {f"{name}/{n:02d}.jpg": photograph(label, n) for label, name in enumerate("ab") for n in range(12)}
     copies = {f"a/copy-{n}.jpg": photograph(0, n) for n in range(3)}
     sent = {"file": ("letters.zip", zip_of({**pictures, **copies}))}
-    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
-    visit.go(f"data/{file['id']}")
+    file = httpx.post(f"{shared_visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    shared_visit.go(f"data/{file['id']}")
     page.get_by_role("button", name="Examine the pictures").click()
     leave_out = page.get_by_role("button", name="Leave 3 pictures out")
     expect(leave_out).to_be_visible()
@@ -315,7 +317,12 @@ def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> 
         answer = route.fetch()
         found = answer.json()
         again = [
-            {**one, "title": "Found again", "cases": [{**case, "ids": case["ids"][::-1]} for case in one["cases"]]}
+            {
+                **one,
+                "kind": "again",
+                "title": "Found again",
+                "cases": [{**case, "ids": case["ids"][::-1]} for case in one["cases"]],
+            }
             for one in found["findings"]
             if one["kind"] == "duplicates"
         ]
@@ -330,17 +337,17 @@ def test_what_an_examination_finds_is_dealt_with_by_its_button(visit: Visit) -> 
     page.get_by_role("button", name="Save as a new version").click()
     page.wait_for_url(lambda url: "#/data/file-" in url and file["id"] not in url)
     expect(page.locator("main")).to_contain_text("24 pictures")
-    assert visit.errors == []
+    assert shared_visit.errors == []
 
 
-def test_several_pictures_are_corrected_together_and_taken_back_together(visit: Visit) -> None:
-    page = visit.page
+def test_several_pictures_are_corrected_together_and_taken_back_together(shared_visit: Visit) -> None:
+    page = shared_visit.page
     archive = zip_of(
         {f"{name}/{number:02d}.jpg": photograph(label, number, 32) for label, name in enumerate("ab") for number in range(8)}
     )
     sent = {"file": ("letters.zip", archive)}
-    file = httpx.post(f"{visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
-    visit.go(f"data/{file['id']}")
+    file = httpx.post(f"{shared_visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    shared_visit.go(f"data/{file['id']}")
     page.get_by_role("button", name="Choose several").click()
     tiles = page.locator(".tile")
     tiles.nth(0).click()
@@ -362,16 +369,52 @@ def test_several_pictures_are_corrected_together_and_taken_back_together(visit: 
     expect(page.locator("section").filter(has=page.get_by_role("heading", name="Classes")).locator(".bars li")).to_have_text(
         [re.compile("a.*4"), re.compile("b.*8"), re.compile("c.*4")]
     )
-    assert visit.errors == []
+    assert shared_visit.errors == []
 
 
-def test_a_webcam_is_answered_live(visit: Visit, tmp_path: Path) -> None:
-    registered(tmp_path / "home", write_bundle(tmp_path / "bundle"))
-    page = visit.page
-    visit.go("try")
+def test_pictures_with_labels_in_a_table_are_shown_and_corrected(shared_visit: Visit) -> None:
+    page = shared_visit.page
+    pictures = {f"{number:02d}.jpg": photograph(number % 2, number, 32) for number in range(12)}
+    table = "\n".join(["file,label", *(f"{name},{'ab'[number % 2]}" for number, name in enumerate(pictures))])
+    sent = {"file": ("table.zip", zip_of({**pictures, "labels.csv": table.encode()}))}
+    file = httpx.post(f"{shared_visit.server.url}/v1/files", files=sent, data={"purpose": "fine-tune"}, timeout=240).json()
+    shared_visit.go(f"data/{file['id']}")
+    expect(page.locator(".cell img[src]")).to_have_count(12)
+    accessible(page)
+    page.locator(".tile").first.click()
+    page.locator("dialog select").select_option("b")
+    page.locator("dialog").get_by_role("button", name="Change the class").click()
+    page.get_by_role("button", name="Save as a new version").click()
+    page.wait_for_url(lambda url: "#/data/file-" in url and file["id"] not in url)
+    expect(page.locator("section").filter(has=page.get_by_role("heading", name="Classes")).locator(".bars li")).to_have_text(
+        [re.compile("a.*5"), re.compile("b.*7")]
+    )
+    assert shared_visit.errors == []
+
+
+def test_a_model_is_taken_along_in_the_formats_that_the_server_can_write(shared_visit: Visit, tmp_path: Path) -> None:
+    registered(shared_visit.server.home, write_bundle(tmp_path / "bundle"), "luggage")
+    page = shared_visit.page
+    shared_visit.go("models/luggage")
+    page.get_by_role("button", name="Download").click()
+    dialog = page.locator("dialog")
+    expect(dialog.get_by_role("button", name="Download: Weights for timm (PyTorch)")).to_be_visible()
+    accessible(page)
+    with page.expect_download() as download:
+        dialog.get_by_role("link", name="Download: Everything, as it runs here").click()
+    assert download.value.suggested_filename == "luggage-1.tar"
+    dialog.get_by_role("button", name="Download: All weights in one file").click()  # this bundle has no weights
+    expect(dialog.get_by_role("alert")).to_be_visible()
+    assert len(shared_visit.errors) == 1  # the refusal
+
+
+def test_a_webcam_is_answered_live(shared_visit: Visit, tmp_path: Path) -> None:
+    registered(shared_visit.server.home, write_bundle(tmp_path / "bundle"))
+    page = shared_visit.page
+    shared_visit.go("try")
     page.get_by_role("button", name="Use the webcam").click()
     expect(page.locator(".answer .bars li")).to_have_count(3)
     accessible(page)
     page.get_by_role("button", name="Stop the webcam").click()
     expect(page.get_by_role("button", name="Use the webcam")).to_be_visible()
-    assert visit.errors == [error for error in visit.errors if "422" in error]
+    assert shared_visit.errors == [error for error in shared_visit.errors if "422" in error]

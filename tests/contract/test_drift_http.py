@@ -171,7 +171,7 @@ def test_it_is_kept_over_a_restart_and_deleted_with_the_version(home: Path, monk
         assert monitoring.is_dir()
         assert client.delete("/v1/models/colours?force=true").status_code == 200
         assert client.get(PATH).status_code == 404
-    assert not monitoring.exists()
+    assert not monitoring.parent.exists()
 
 
 def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
@@ -190,7 +190,8 @@ def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
         send(client, mixed(600))
         assert drift(client)["state"] == "drifted", "from what was accepted"
         assert client.put(f"{PATH}/reference", json={"use": "bundle"}).json()["reference"]["split"] == "test"
-        assert client.put(f"{PATH}/reference", json={"use": "live"}).json()["reference"]["n"] == 900
+        send(client, ["red"] * 50)
+        assert client.put(f"{PATH}/reference", json={"use": "live"}).json()["reference"]["n"] == 950
     run = CliRunner().invoke
     assert json.loads(run(cli, ["models", "drift", "colours", "--json"]).output)["reference"]["split"] == "accepted"
     assert json.loads(run(cli, ["models", "drift", "colours", "--reset", "--json"]).output)["reference"]["split"] == "test"
@@ -203,6 +204,23 @@ def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
         run(cli, ["models", "drift", "colours", "--reset"])
         _state_of(client).drift.look()
         assert drift(client)["reference"]["split"] == "test"
+
+
+def test_drift_from_a_reference_that_was_chosen_again_has_begun_at_once(client: TestClient) -> None:
+    send(client, ["red"] * MIN_WINDOW)
+    assert client.put(f"{PATH}/reference", json={"use": "live"}).json()["drifted_since"] is None
+    again = client.put(f"{PATH}/reference", json={"use": "bundle"}).json()
+    assert again["state"] == "drifted"
+    assert again["drifted_since"] is not None
+    assert drift(client)["drifted_since"] == again["drifted_since"]
+
+
+def test_images_that_cannot_be_read_are_not_counted(client: TestClient) -> None:
+    files = [("images", ("a.png", picture("red"))), ("images", ("b.png", b"no image")), ("images", ("c.png", b""))]
+    assert client.post("/predict", files=files).json()["n_failed"] == 2
+    assert client.post("/predict", content=b"no image").status_code == 415
+    assert drift(client)["n_seen"] == 1
+    assert 'finetune_predictions_total{model="colours",role="default",version="1"} 1.0' in client.get("/metrics").text
 
 
 def test_only_who_may_change_a_model_chooses_its_reference(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,43 @@ def test_a_deleted_upload_has_no_images_any_more(client: TestClient) -> None:
     assert client.get(f"/v1/files/{file}/images").status_code == 200
     client.delete(f"/v1/files/{file}")
     assert client.get(f"/v1/files/{file}/images").status_code == 404
+
+
+def table_of(rows: list[str], images: dict[str, bytes]) -> dict[str, bytes]:
+    return {**images, "labels.csv": "\n".join(rows).encode()}
+
+
+def test_images_that_a_table_labels_are_shown_and_can_be_corrected(client: TestClient) -> None:
+    images = {f"images/{number}.png": image for number, image in enumerate(photographs().values())}
+    rows = ["file,label", *(f"{name},{'even' if number % 2 == 0 else 'odd'}" for number, name in enumerate(images))]
+    file = uploaded(client, images=table_of(rows, images))
+    listed = client.get(f"/v1/files/{file}/images").json()["data"]
+    assert {one["id"] for one in listed} == set(images)
+    assert all(one["correctable"] for one in listed)
+    shown = client.get(f"/v1/files/{file}/image", params={"id": "images/0.png"})
+    assert shown.content == images["images/0.png"]
+    copy = client.post(f"/v1/files/{file}/revisions", json={"labels": {"images/0.png": "odd"}})
+    assert copy.status_code == 201, copy.text
+    before, after = (client.get(f"/v1/files/{one}").json()["summary"]["counts"]["all"] for one in (file, copy.json()["id"]))
+    assert after == {"even": before["even"] - 1, "odd": before["odd"] + 1}
+
+
+@pytest.mark.parametrize(("column", "reason"), [("group", "groups or weights"), ("labels", "several labels")])
+def test_a_table_that_says_more_than_a_class_is_shown_and_not_corrected(client: TestClient, column: str, reason: str) -> None:
+    images = {f"{number}.png": image for number, image in enumerate(photographs().values())}
+    if column == "group":
+        rows = ["file,label,group", *(f"{name},{'ab'[number % 2]},g{number}" for number, name in enumerate(images))]
+        table = {"labels.csv": "\n".join(rows).encode()}
+    else:
+        lines = [json.dumps({"file": name, "label": ["a", "b"][: 1 + number % 2]}) for number, name in enumerate(images)]
+        table = {"labels.jsonl": "\n".join(lines).encode()}
+    file = uploaded(client, images={**images, **table})
+    listed = client.get(f"/v1/files/{file}/images").json()["data"]
+    assert len(listed) == len(images)
+    wanted = next(one for one in listed if not one["correctable"])
+    refused = client.post(f"/v1/files/{file}/revisions", json={"labels": {wanted["id"]: "a"}})
+    assert refused.status_code == 409
+    assert reason in refused.json()["detail"]
 
 
 def test_another_owner_sees_neither_images_nor_answers(client: TestClient, tmp_path: Path) -> None:
@@ -217,11 +255,16 @@ def test_a_copy_with_a_class_of_one_image_has_no_splits(client: TestClient) -> N
     assert counts == {"all": {**before, "daisy": before["daisy"] - 1, "zz": 1}}
 
 
-def test_pictures_of_data_with_tables_are_not_read_in_the_server(client: TestClient) -> None:
+def test_tables_are_read_in_a_child_process(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     table = b"file_name,label\n0.png,a\n1.png,a\n2.png,b\n3.png,b\n"
     images = {f"{number}.png": encoded(f"{number}") for number in range(4)}
-    sent = {"file": ("p.zip", zip_of({**images, "metadata.csv": table}))}
-    file = client.post("/v1/files", files=sent, data={"purpose": "fine-tune"}).json()
-    assert "id" in file, file
-    answer = client.get(f"/v1/files/{file['id']}/images")
-    assert (answer.status_code, "tables" in answer.json()["detail"]) == (404, True)
+    file = uploaded(client, images={**images, "metadata.csv": table})
+
+    def read_here(*_: object, **__: object) -> None:
+        raise AssertionError("the server reads a table itself")
+
+    monkeypatch.setattr("service.pictures.index_dataset", read_here)
+    listed = client.get(f"/v1/files/{file}/images").json()["data"]
+    assert [(one["id"], one["labels"]) for one in listed] == [
+        ("0.png", ["a"]), ("1.png", ["a"]), ("2.png", ["b"]), ("3.png", ["b"])
+    ]  # fmt: skip

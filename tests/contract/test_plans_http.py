@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import children_of
 from serving import in_process, until
+from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from finetune.errors import Overloaded
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
 from finetune.storage.workspace import Workspace
+from service import plans, spec_check
+from service.disconnects import while_connected
 from service.plans import MAX_OF_OWNER, Planner
 
 PLANS = "/v1/fine_tuning/plans"
+CATALOGUE = ["resnet18", "resnet18.a1_in1k", "resnet34"]
 STAGES = [{"index": index, "name": f"blocks.{index}", "n_parameters": 100, "output_shape": [8, 7, 7]} for index in range(4)]
 
 
@@ -55,7 +62,8 @@ class StandIn:
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     child = StandIn()
-    monkeypatch.setattr(Planner, "_ask", lambda _, given: child.answer(given))
+    monkeypatch.setattr(Planner, "_ask", lambda _, given, measurement: child.answer(given))
+    monkeypatch.setattr(spec_check, "_run", lambda specs: json.dumps({"problems": [[] for _ in specs], "catalogue": CATALOGUE}))
     return child
 
 
@@ -130,10 +138,84 @@ def test_what_cannot_be_planned_is_refused_with_the_field(client: TestClient, ch
         answer = client.post(PLANS, json=body)
         assert answer.status_code == 422, body
         assert [one["field"] for one in answer.json()["errors"]] == [field], answer.json()
-    child.problem = "model.backbone: there is no backbone 'resnet19'"
+    child.problem = "resnet34 takes more memory to measure than the 2.0 GiB that a plan may use here"
+    for _ in range(2):
+        answer = client.post(PLANS, json={"methods": ["full"], "model": "resnet34"})
+        assert (answer.status_code, answer.json()["detail"]) == (422, child.problem)
+    assert child.asked == [DEFAULT_BACKBONE, "resnet34"], "what cannot be measured is not measured again"
     answer = client.post(PLANS, json={"methods": ["full"], "model": "resnet19"})
     assert answer.status_code == 422
-    assert "resnet19" in answer.json()["detail"]
+    assert answer.json()["errors"] == [
+        {"field": "model.backbone", "detail": "timm has no architecture 'resnet19'. Did you mean 'resnet18' or 'resnet34'?"}
+    ]
+    assert "resnet19" not in child.asked
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("images", True), ("images", "12"), ("images", 1.5), ("classes", True), ("bytes", True), ("methods", "full")],
+)
+def test_a_value_of_another_type_is_no_number(client: TestClient, field: str, value: Any) -> None:
+    answer = client.post(PLANS, json={"methods": ["full"], field: value})
+    assert answer.status_code == 422
+    assert [one["field"] for one in answer.json()["errors"]] == [field]
+
+
+def test_a_measurement_that_nobody_waits_for_is_killed_and_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "CHILD", ("sleep", "600"))
+
+    async def leave() -> None:
+        planner = Planner(Workspace.at(tmp_path))
+        first = [asyncio.create_task(planner.speeds({"backbone": "giant"}, "ann")) for _ in range(2)]
+        second = asyncio.create_task(planner.speeds({"backbone": "other"}, "ann"))
+        await _until(lambda: len(children_of(os.getpid())) == 1)
+        (running,) = children_of(os.getpid())
+        first[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first[0]
+        assert children_of(os.getpid()) == [running], "one request still waits for it"
+        first[1].cancel()
+        await _until(lambda: children_of(os.getpid()) not in ([running], []))
+        second.cancel()
+        await _until(lambda: children_of(os.getpid()) == [])
+        planner.stop()
+
+    asyncio.run(leave())
+
+
+def test_the_measurement_ends_when_its_client_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the server's end of the connection."""
+
+    async def scenario() -> None:
+        left, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Message:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        request = Request({"type": "http", "headers": []}, receive)
+        waiting = asyncio.create_task(while_connected(request, work()))
+        await asyncio.sleep(0)
+        left.set()
+        with pytest.raises(ClientDisconnect):
+            await waiting
+        assert cancelled.is_set()
+
+    asyncio.run(scenario())
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.01)
 
 
 def test_a_key_that_may_not_train_is_told_no_plan(client: TestClient, tmp_path: Path) -> None:

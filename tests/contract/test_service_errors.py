@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from finetune.bundle.image import ImageLimits
+from finetune.errors import Overloaded
 from service.admission import WorkQueue
 from service.metrics import Metrics
 from service.middleware.bodies import BodyLimits, BufferedBodies
@@ -231,6 +232,62 @@ def test_a_prediction_that_would_wait_too_long_is_refused_and_the_others_finish(
         return [await running, await waiting], refused.value.code
 
     assert asyncio.run(scenario()) == ([1, 2], "overloaded")
+
+
+def test_batches_alternate_and_leave_room_for_single_requests() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue(threads=1)
+        gate, done = threading.Event(), []
+
+        def work(name: str) -> str:
+            assert gate.wait(60)
+            done.append(name)
+            return name
+
+        batches = [asyncio.create_task(queue.run_batch(work, [(f"{batch}{n}",) for n in range(64)])) for batch in "abc"]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (queue.taken, queue.batched) == (1, 191)
+        assert queue.has_room
+        single = asyncio.create_task(queue.run(work, "single"))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await single == "single"
+        answers = [await batch for batch in batches]
+        assert answers == [[f"{batch}{n}" for n in range(64)] for batch in "abc"]
+        assert done.index("single") == 1
+        assert [name for name in done if name != "single"][:6] == ["a0", "b0", "c0", "a1", "b1", "c1"]
+        assert (queue.taken, queue.batched) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_batches_are_bounded_and_one_that_fails_or_is_cancelled_takes_no_place() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue(threads=1, max_batch_wait_seconds=1.0)
+        gate = threading.Event()
+
+        def work(number: int) -> int:
+            assert gate.wait(60)
+            if number == 7:
+                raise KeyError("seven")
+            return number
+
+        long = asyncio.create_task(queue.run_batch(work, [(number,) for number in range(6)] * 10))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):  # 59 images of 0.02 s each wait
+            await queue.run_batch(work, [(1,)])
+        long.cancel()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        assert (queue.taken, queue.batched) == (0, 0)
+        with pytest.raises(KeyError):
+            await queue.run_batch(work, [(number,) for number in range(5, 10)])
+        assert (queue.taken, queue.batched) == (0, 0)
+
+    asyncio.run(scenario())
 
 
 def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +513,8 @@ def test_the_page_comes_in_the_language_that_the_browser_asks_for(client: TestCl
     page = client.get("/", headers={"Accept-Language": asked})
     assert f'<html lang="{language}">' in page.text
     assert page.headers["vary"] == "Accept-Language"
+    assert '<html lang="de">' in client.get("/?lang=de", headers={"Accept-Language": "en"}).text
+    assert '<html lang="en">' in client.get("/?lang=xx", headers={"Accept-Language": "en"}).text
 
 
 def test_every_sentence_of_the_page_is_there_in_each_language_and_is_used() -> None:

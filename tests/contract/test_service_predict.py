@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,15 @@ def test_one_image_in_the_list_field_is_a_list_too(client: TestClient) -> None:
     answer = client.post("/v1/models/colours/predict", files=[("images", ("red.png", picture("red")))]).json()
     assert len(answer["data"]) == 1
     assert "embedding" not in answer["data"][0]["result"]
+
+
+def test_an_idle_server_answers_several_full_requests_at_once(client: TestClient) -> None:
+    files = [("images", ("red.png", picture("red")))] * 64
+    with ThreadPoolExecutor(3) as pool:
+        answers = [answer.result() for answer in [pool.submit(client.post, "/predict?top_k=1", files=files) for _ in range(3)]]
+    assert [(answer.status_code, len(answer.json()["data"]), answer.json()["n_failed"]) for answer in answers] == [
+        (200, 64, 0)
+    ] * 3
 
 
 def test_too_many_images_and_both_fields_are_refused(client: TestClient) -> None:

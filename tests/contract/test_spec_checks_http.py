@@ -113,6 +113,28 @@ def test_the_names_that_a_check_lists_need_no_check(tmp_path: Path, monkeypatch:
     assert child.asked == [["resnet18"]]
 
 
+def test_a_name_that_timm_does_not_list_costs_no_process_once_the_list_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = stand_in(monkeypatch, "resnet18", "resnet50", "resnet50.a1_in1k")
+    with in_process(tmp_path, wait=False) as client:
+        assert client.post(JOBS, json={"training_file": upload(client), "model": "resnet18"}).status_code == 201
+    with in_process(tmp_path, wait=False) as client:  # the next server knows it, too
+        file_id = upload(client)
+        for model, said in (
+            ("resnet51", "timm has no architecture 'resnet51'. Did you mean 'resnet50' or 'resnet18'?"),
+            ("resnet50.a9", "resnet50 has no weights tagged 'a9'; its tags are a1_in1k."),
+            ("resnet50.", "resnet50 has no weights tagged ''; its tags are a1_in1k."),
+        ):
+            for path, body in ((JOBS, {"model": model}), (COMPARISONS, {"models": [model, "resnet18"]})):
+                answer = client.post(path, json={"training_file": file_id, **body})
+                assert answer.status_code == 422
+                assert said in answer.json()["detail"]
+        body = {"training_file": file_id, "model": "resnet50.a1_in1k", "suffix": "tagged"}
+        assert client.post(JOBS, json=body).status_code == 201
+    assert child.asked == [["resnet18"]]
+
+
 def test_known_names_wait_for_no_check_and_one_owner_has_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = stand_in(monkeypatch)
     keys = KeyStore(open_jobs(tmp_path))

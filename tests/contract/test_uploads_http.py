@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import threading
@@ -14,13 +15,16 @@ import httpx
 import pytest
 from archives import bad, photographs, zip_of
 from serving import END_SECONDS, in_process, live_server
+from starlette.requests import Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from finetune.errors import Conflict, NotFound
+from finetune.errors import Conflict, NotFound, Overloaded
 from finetune.jobs.database import open_jobs
 from finetune.jobs.http import Connection, ServerUnreachable
 from finetune.jobs.keys import KeyStore
 from service.part_uploads import KEPT_SECONDS, MAX_PENDING_OF_AN_OWNER, PartUploads
+from service.uploads import Arrival, Uploads
 
 ARCHIVE = zip_of(photographs())
 HALF = len(ARCHIVE) // 2
@@ -256,6 +260,57 @@ def test_what_nobody_goes_on_with_is_removed_after_a_day(client: TestClient, tmp
     os.utime(tmp_path / "files" / f".{old}", (long_ago, long_ago))
     latest = begin(client).json()["id"]
     assert left_in(tmp_path) == sorted([f".{new}", f".{latest}"])
+
+
+def test_silent_uploads_make_room_and_no_owner_keeps_more_places_than_others_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.uploads.SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr("service.uploads.MAX_AT_ONCE", 3)
+    (tmp_path / "files").mkdir()
+    uploads, gone = Uploads(tmp_path / "files"), []
+
+    async def send(owner: str, pieces: list[bytes], leaves: asyncio.Event) -> str:
+        async def receive() -> Message:
+            if pieces:
+                return {"type": "http.request", "body": pieces.pop(), "more_body": True}
+            await leaves.wait()
+            return {"type": "http.request", "body": b"end", "more_body": False}
+
+        try:
+            with uploads.arriving(0, owner) as arrival:
+                return b"".join([chunk async for chunk in arrival.body_of(Request({"type": "http"}, receive))]).decode()
+        except Overloaded as error:
+            gone.append(owner)
+            return error.message
+
+    async def scenario() -> None:
+        leaves = asyncio.Event()
+
+        def begin(owner: str, *pieces: bytes) -> asyncio.Task[str]:
+            return asyncio.create_task(send(owner, list(pieces), leaves))
+
+        async def settled() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        first = [begin("ann", b"much" * 10), begin("ann", b"a"), begin("bob", b"b")]
+        await settled()
+        monkeypatch.setattr(Arrival, "is_silent", False)
+        first.append(begin("cid", b"c"))
+        await settled()
+        assert gone == ["ann"], "who has most gives the slowest"
+        assert "made room for another" in await first[1]
+        assert "uploads are arriving already" in await begin("dan"), "each has one: nobody has to go"
+        monkeypatch.setattr(Arrival, "is_silent", property(lambda arrival: arrival.owner == "bob"))
+        first.append(begin("eve", b"e"))
+        await settled()
+        assert gone == ["ann", "dan", "bob"], "what is silent gives its place to anybody"
+        leaves.set()
+        assert [await first[number] for number in (0, 3, 4)] == ["much" * 10 + "end", "cend", "eend"]
+
+    asyncio.run(scenario())
+    assert left_in(tmp_path) == []
 
 
 class Unsteady(httpx.HTTPTransport):

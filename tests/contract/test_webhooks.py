@@ -235,6 +235,32 @@ def test_an_exchange_has_one_deadline_and_an_answer_one_size(handler: type[Dribb
         server.shutdown()
 
 
+def test_a_name_server_that_does_not_answer_holds_a_delivery_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.jobs.sending.RESOLVE_SECONDS", 0.01)
+    monkeypatch.setattr("finetune.jobs.sending._resolving", threading.BoundedSemaphore(2))
+    answered = threading.Event()
+
+    def silent(host: str, port: int) -> list[str]:
+        assert answered.wait(60)
+        return ["127.0.0.1"]
+
+    before = set(threading.enumerate())
+    try:
+        for said in (
+            "the name servers of example.org did not answer",
+            "the name servers of example.org",
+            "other host names have",
+        ):
+            with pytest.raises(TimeoutError, match=said):
+                post("https://example.org/hooks", b"{}", {}, Reachable(), silent)
+    finally:
+        answered.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(60)
+    with pytest.raises(Refused, match="not public"):
+        post("https://example.org/hooks", b"{}", {}, Reachable(), lambda host, port: ["127.0.0.1"])
+
+
 def test_a_receiver_that_does_not_answer_holds_one_delivery_and_no_others(
     store: WebhookStore, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

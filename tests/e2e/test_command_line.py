@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_bundle import write_tiny_bundle
 
-from finetune.cli import cli
+from finetune.bundle.registry import Registry
+from finetune.cli import cli, main
 from finetune.distribution import install_command
 from finetune.errors import InvalidInput, SpecError
 from finetune.evaluation.evaluate import evaluate
@@ -304,3 +306,29 @@ def test_without_the_train_extra_a_training_command_says_what_to_install():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert install_command("train") in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["models", "samples", "trees", "--out", "/proc/x"],
+        ["models", "pull", "BUNDLE", "--name", "trees"],
+    ],
+)
+def test_a_path_that_cannot_be_written_is_named_in_a_sentence(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    write_tiny_bundle(bundle)
+    Registry(tmp_path / "models").register(bundle, "trees")
+    home = tmp_path if "samples" in arguments else Path("/proc/x")
+    monkeypatch.setenv("FINETUNE_HOME", str(home))
+    monkeypatch.setattr("finetune.cli.skip_final_collection", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["finetune", *(str(bundle) if one == "BUNDLE" else one for one in arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "/proc/x" in said
+    assert "cannot be read or written here" in said
+    assert "Traceback" not in said

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_bundle import write_tiny_bundle
+from tiny_bundle import CLASSES, write_tiny_bundle
 
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.predictor import Predictor
@@ -18,7 +19,15 @@ from finetune.bundle.registry import Registry
 from finetune.bundle.remote import fetch_bundle, push_bundle
 from finetune.cli import cli
 from finetune.errors import BundleError, DataError, NotReady
+from finetune.evaluation.predictions import Predictions, digests_as_rows, write
 from service.models import LoadedModels
+
+
+def table_of(classes: tuple[str, ...]) -> Predictions:
+    logits = np.eye(len(classes), dtype=np.float32)
+    digests = digests_as_rows([""] * len(classes))
+    ids = tuple(f"{name}.png" for name in classes)
+    return Predictions("test", "multiclass", classes, ids, digests, np.arange(len(classes)), logits)
 
 
 @pytest.fixture
@@ -85,7 +94,8 @@ def test_an_address_keeps_the_bundle_that_it_has(bundle: Path, address: str, tmp
 def test_a_version_goes_to_another_workspace_with_its_answers_to_the_test_images(
     bundle: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "answers.npz").write_bytes(b"a table")
+    write(tmp_path / "answers.npz", table_of(CLASSES))
+    table = (tmp_path / "answers.npz").read_bytes()
     here = Registry(tmp_path / "here/models")
     here.register(bundle, "trees", predictions=tmp_path / "answers.npz")
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "here"))
@@ -93,14 +103,34 @@ def test_a_version_goes_to_another_workspace_with_its_answers_to_the_test_images
     assert (pushed.exit_code, pushed.stderr) == (0, f"trees@1 is at {address}\n")
 
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "there"))
-    for _ in range(2):  # the second time it is there already
+    for time in (1, 2):
         pulled = CliRunner().invoke(cli, ["models", "pull", address], catch_exceptions=False)
         assert (pulled.exit_code, pulled.stdout) == (0, "trees@1\n")
+        assert ("It was registered before, as trees@1" in pulled.stderr) == (time == 2)
+        assert "Requests that name no model are answered by trees@champion, version 1" in pulled.stderr
     there = Registry(tmp_path / "there/models")
     (version,) = there.list()
     assert read_manifest(version.path).files == read_manifest(bundle).files
-    assert there.predictions_of(version).read_bytes() == b"a table"
+    assert there.predictions_of(version).read_bytes() == table
     assert there.names() == ("trees",), "what was fetched is not a model of its own"
+
+
+@pytest.mark.parametrize("kind", ["junk", "of other classes", "absent"])
+def test_what_is_no_table_of_the_models_predictions_is_left_out_and_said(
+    kind: str, bundle: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "answers.npz"
+    table.write_bytes(b"a table")
+    if kind == "of other classes":
+        write(table, table_of(("a", "b")))
+    push_bundle(bundle, address, None if kind == "absent" else table)
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "there"))
+    pulled = CliRunner().invoke(cli, ["models", "pull", address], catch_exceptions=False)
+    assert (pulled.exit_code, pulled.stdout) == (0, "trees@1\n")
+    why = {"junk": "is not a table of predictions", "of other classes": "other classes", "absent": "is not there"}[kind]
+    assert f"predictions.npz {why}" in pulled.stderr.replace("has the predictions of a model with ", "")
+    there = Registry(tmp_path / "there/models")
+    assert not there.predictions_of(there.lookup("trees@1")).exists()
 
 
 def test_a_bundle_that_lacks_its_model_is_not_registered(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ from finetune.data.corrections import corrected
 from finetune.data.dataset import NO_SUCH_FILE, BadImage, Dataset
 from finetune.data.index import index_dataset
 from finetune.data.split import split_dataset
-from finetune.doctor.duplicates import clusters, near_duplicates
 from finetune.doctor.examine import examine, without_accepted
 from finetune.doctor.finding import Examination, Finding
 from finetune.doctor.labels import doubt_labels
@@ -35,6 +34,7 @@ from finetune.doctor.modes import classes_that_are_two
 from finetune.doctor.prescribe import accepted_in, acknowledge, reopen, write_manifest
 from finetune.doctor.shortcuts import find_shortcuts
 from finetune.errors import DataError, InvalidInput
+from finetune.features.duplicates import clusters, near_duplicates
 from finetune.runs.resolve import DatasetFacts
 from finetune.studies.examination import Examined, examine_request
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ from folders import local_sample
 from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
 from finetune.data.dataset import Dataset
-from finetune.features.left_out import RIDGE, doubted_labels, left_out_scores
+from finetune.doctor.examine import examine
+from finetune.doctor.labels import doubt_label_sets
+from finetune.features.left_out import RIDGE, doubted_label_sets, doubted_labels, left_out_scores
 from finetune.storage.files import write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -92,6 +96,65 @@ def test_the_first_run_of_a_study_writes_the_table_and_all_of_them_say_it(tmp_pa
     )
     assert [len(read_lines(run.events)) for run in runs] == [1, 0]
     assert label_doubts_noted(RunDir(tmp_path / "another")) == ()
+
+
+def label_sets(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features as of `clouds`, and targets (n, 4): the class, and a label that every second image has, in features of its own."""
+    features, labels = clouds(n)
+    second = np.arange(n) // 3 % 2
+    own = (second * 8.0 + np.random.default_rng(1).normal(size=n))[:, None].repeat(4, axis=1)
+    targets = np.column_stack([np.eye(3, dtype=np.uint8)[labels], second])
+    return np.concatenate([features, own], axis=1).astype(np.float32), targets
+
+
+def test_single_labels_of_several_are_doubted() -> None:
+    features, targets = label_sets(300)
+    assert doubted_label_sets([features], targets) == []
+    given = targets.copy()
+    wrong = range(0, 300, 29)
+    given[wrong, 3] ^= 1
+    found = doubted_label_sets([features[:100], features[100:]], given)
+    assert {doubt.row for doubt in found} <= set(wrong)
+    assert len(found) >= len(wrong) // 3, "those that look like the opposite at least as much as it does on average"
+    for doubt in found:
+        assert (doubt.missing, doubt.wrong) == (((3,), ()) if targets[doubt.row, 3] else ((), (3,)))
+    assert [doubt.own_score for doubt in found] == sorted(doubt.own_score for doubt in found)
+    assert doubted_label_sets([features[:45]], given[:45]) == [], "too few images"
+    chance = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    assert doubted_label_sets([chance], given) == [], "features that know nothing"
+
+
+def test_doubts_of_several_labels_are_told_label_by_label(tmp_path: Path) -> None:
+    features, targets = label_sets(90)
+    given = targets.copy()
+    number = int(features[:, -1].argmax())  # clearly wet
+    given[number, 3] = 0
+    names = (*CLASSES, "wet")
+    samples = [
+        replace(
+            local_sample(Path(f"{place}.jpg"), 0, "train"),
+            target=tuple(int(one) for one in np.flatnonzero(row)),
+            sha256=f"{place:064x}",
+            size_px=(9, 9),
+        )
+        for place, row in enumerate(given)
+    ]
+    run, dataset = RunDir(tmp_path / "run").create(), Dataset("trees", "/trees", names, tuple(samples))
+    note_label_doubts(run, dataset, [(samples, features)])
+    (said,) = label_doubts_noted(run)
+    assert said.startswith(f"Labels that are probably wrong: 1 image ({number}.jpg is probably also wet)")
+    with run.label_doubts.open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    right = {names[one] for one in np.flatnonzero(targets[number])}
+    assert set(json.loads(row["suggested"])) == right
+    doubts = doubt_label_sets(samples, features, 4)
+    assert doubts is not None
+    assert [one.row for one in doubts.doubted] == [number]
+    assert int(doubts.confidence.argmin()) == number
+    finding = examine(dataset, features, backbone="none").of("label_errors")
+    assert finding is not None
+    assert "is probably also wet" in finding.cases[0].said
+    assert set(json.loads(finding.cases[0].suggested or "")) == right
 
 
 @pytest.mark.longer

@@ -16,16 +16,19 @@ from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
 from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
 from finetune.studies.labels.study import (
+    MEAN_AP,
     PER_CLASS,
     TOP1,
     LabelsStudy,
     Projection,
+    Weighting,
     measured,
     points,
     rows_of,
     study_labels,
     write_page,
 )
+from finetune.tasks import task_named
 
 SIZES = (100, 164, 270, 443, 728, 1200)
 
@@ -175,3 +178,40 @@ def test_amounts_that_cannot_be_foreseen_are_refused_and_left_out_beside_others(
 def test_too_few_images_make_no_curve() -> None:
     features, samples = clusters(12)
     assert measured(features, samples, 3, seed=0) is None
+
+
+# ── several labels per image, and weights of classes ──────────────────────────────────────────────
+
+
+def test_images_with_several_labels_have_a_curve_of_their_average_precision(tmp_path: Path) -> None:
+    features, samples = clusters(400)
+    rng = np.random.default_rng(1)
+    several = [
+        replace(sample, target=tuple(sorted({*sample.labels, *np.flatnonzero(rng.random(3) < 0.1).tolist()})))
+        for sample in samples
+    ]
+    curves = measured(features, several, 3, 0, 3, 4, weighting=Weighting(task_named("multilabel")))
+    assert curves is not None
+    assert set(curves) == {MEAN_AP}
+    curve = curves[MEAN_AP]
+    assert 0.05 < curve.mean[-1] < curve.mean[0] < 0.7
+    projection = Projection(100, 420, curve.gain(320, 420), curve.error(420), per_class=False)
+    found = LabelsStudy("photos", "0" * 64, "tiny", 400, {"a": 9}, MEAN_AP, curves, (projection,))
+    assert "100 more images" in found.sentence
+    assert "a class" not in found.sentence
+    assert found.to_dict()["projections"][0]["more_images"] == 100
+    page = write_page(tmp_path / "page.html", found, "finetune study labels photos").page
+    assert page is not None
+    assert "mean average precision" in page.read_text(encoding="utf-8")
+
+
+def test_balanced_weights_raise_the_mean_over_unequal_classes() -> None:
+    features, samples = clusters(1200, n_classes=2)
+    rare = [sample for row, sample in enumerate(samples) if sample.target == 0 or row % 12 == 0]
+    rows = [int(sample.id) for sample in rare]
+    errors = {}
+    for weights in ("none", "balanced"):
+        curves = measured(features[rows], rare, 2, 0, 3, 4, weighting=Weighting(task_named("multiclass"), weights))  # type: ignore[arg-type]
+        assert curves is not None
+        errors[weights] = curves[PER_CLASS].mean[-1]
+    assert errors["balanced"] < errors["none"] - 0.02

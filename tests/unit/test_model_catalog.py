@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.backbone_names import split_name, why_unknown
 from finetune.errors import UnknownBackbone
-from finetune.model.catalog import all_names, list_backbones, pretrained_cfg, split_name
+from finetune.model.catalog import all_names, list_backbones, pretrained_cfg
 
 
 def test_a_pattern_lists_what_it_matches_and_a_word_what_contains_it() -> None:
@@ -49,3 +50,15 @@ def test_every_name_of_the_catalogue_is_a_backbone() -> None:
     names = all_names()[::100]
     assert len(names) > 20
     assert all(pretrained_cfg(name)["architecture"] == name.partition(".")[0] for name in names)
+
+
+def test_the_list_of_names_alone_tells_what_timm_tells() -> None:
+    """A server answers from the list, and a job with timm; both say the same."""
+    names = all_names()
+    for name in ("resnet50.a9_in1k", "resnet188", "ResNet50", "mobilenetv3", "resnet18.", "x" * 300):
+        with pytest.raises(UnknownBackbone) as caught:
+            pretrained_cfg(name)
+        assert caught.value.message == f"model.backbone: {why_unknown(name, names)}"
+    for name in ("resnet50", "resnet50.a1_in1k", "test_resnet", "gluon_resnet50_v1b"):
+        assert why_unknown(name, names) is None
+        assert pretrained_cfg(name)["architecture"] == name.partition(".")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from click import UsageError
 from diagnosed import N_STEPS, answered, run_records, write_run
 from PIL import Image
 
-from finetune import cli
 from finetune.cli import _resumes
 from finetune.cli.comparing import compare
 from finetune.cli.show import show_cost, show_findings
@@ -166,31 +164,6 @@ def test_a_damaged_file_of_a_run_is_named_in_one_sentence(tmp_path: Path) -> Non
         read_json(tmp_path / "outcome.json")
     with pytest.raises(ValueError, match="damaged"):  # as readers of caches expect it
         read_json(tmp_path / "outcome.json")
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            NotADirectoryError(errno.ENOTDIR, "Not a directory", "notes.txt/models"),
-            "notes.txt/models: Not a directory. Give a path",
-        ),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "/root/x: Permission denied. Give a path"),
-        (OSError(errno.ENOSPC, "No space left on device", "/disk/x"), "/disk/x: the disk is full"),
-    ],
-)
-def test_a_path_that_the_system_refuses_ends_a_command_without_a_traceback(
-    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(**_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(cli.cli, "main", refused)
-    monkeypatch.setattr(cli, "skip_final_collection", lambda: None)
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 1
-    assert said in shown(capsys)
 
 
 def test_a_table_whose_files_are_all_missing_is_refused_before_a_network_is_built(tmp_path: Path) -> None:

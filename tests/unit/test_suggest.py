@@ -15,10 +15,10 @@ from planted import CHANGES, saved
 from tiny_bundle import CLASSES, write_tiny_bundle
 
 import finetune
-from finetune.bundle.predictor import Seen
+from finetune.bundle.predictor import Predictor, Seen
 from finetune.data.index import index_dataset
 from finetune.errors import DataError, InvalidInput
-from finetune.labelling.choose import choose, margins
+from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins
 from finetune.labelling.page import write_suggestions
 from finetune.labelling.suggest import Suggestions, suggest
 from finetune.storage.files import sha256_file
@@ -67,16 +67,16 @@ def test_unsure_pictures_are_chosen_and_spread_over_what_they_show() -> None:
     unsure = np.tile(np.arange(50) < 10, 4)
     first = np.where(unsure, 0.5 + rng.uniform(0, 0.02, 200), 0.999)
     probs = np.stack([first, 1 - first], axis=1)
-    chosen = choose(probs, embeddings, 4)
+    chosen = choose(1 - margins(probs), embeddings, 4)
     assert sorted(chosen // 50) == [0, 1, 2, 3], "one of each kind"
-    assert unsure[choose(probs, embeddings, 12)].mean() > 0.7, "a fifth of the pool is unsure"
+    assert unsure[choose(1 - margins(probs), embeddings, 12)].mean() > 0.7, "a fifth of the pool is unsure"
 
 
 def test_equal_pools_and_seeds_give_equal_choices() -> None:
     rng = np.random.default_rng(0)
     probs, embeddings = rng.dirichlet(np.ones(3), 60), rng.normal(size=(60, 8))
-    first = choose(probs, embeddings, 20, seed=5)
-    assert first.tolist() == choose(probs, embeddings, 20, seed=5).tolist()
+    first = choose(1 - margins(probs), embeddings, 20, seed=5)
+    assert first.tolist() == choose(1 - margins(probs), embeddings, 20, seed=5).tolist()
     assert len(set(first.tolist())) == 20
 
 
@@ -84,9 +84,9 @@ def test_equal_pools_and_seeds_give_equal_choices() -> None:
 def test_pools_that_are_small_alike_or_certain_are_chosen_from(n: int) -> None:
     same = np.ones((4, 5))
     certain = np.tile([1.0, 0.0], (4, 1))
-    chosen = choose(certain, same, n)
+    chosen = choose(1 - margins(certain), same, n)
     assert len(set(chosen.tolist())) == min(n, 4)
-    assert choose(np.ones((4, 1)), same, n).shape == chosen.shape, "a model with one class"
+    assert choose(1 - margins(np.ones((4, 1))), same, n).shape == chosen.shape, "a model with one class"
 
 
 def test_the_margin_is_between_the_first_two() -> None:
@@ -197,3 +197,36 @@ def test_from_python(bundle: Path, pool: Path, tmp_path: Path, found: Suggestion
     document = json.loads(json.dumps(again.to_dict()))
     assert len(document["suggestions"]) == 6
     assert document["model"] == "trees"
+
+
+# ── several labels per image ──────────────────────────────────────────────────────────────────────
+
+
+def test_with_several_labels_an_image_is_uncertain_near_the_thresholds() -> None:
+    thresholds = np.array([0.5, 0.2])
+    assert label_margins(np.array([[0.5, 0.2], [1.0, 0.0], [0.75, 0.6]]), thresholds) == pytest.approx(
+        np.array([[0.0, 0.0], [1.0, 1.0], [0.5, 0.5]])
+    )
+    assert label_uncertainty(np.array([[0.5, 0.2], [1.0, 0.0], [0.5, 0.0]]), thresholds) == pytest.approx([1.0, 0.0, 0.5])
+
+
+def test_suggestions_of_a_model_with_several_labels_hold_all_that_it_predicts(pool: Path, tmp_path: Path) -> None:
+    thresholds = [1e-9, 1e-9, 1e-9, 0.9, 1e-9]
+    write_tiny_bundle(tmp_path / "bundle", task="multilabel", calibration={"thresholds": thresholds})
+    found = suggest(tmp_path / "bundle", [pool], 6)
+    predictor = Predictor.load(tmp_path / "bundle")
+    assert not found.exclusive
+    assert [one.margin for one in found.chosen] == sorted(one.margin for one in found.chosen)
+    limit = dict(zip(CLASSES, thresholds, strict=True))
+    for one in found.chosen:
+        scores = predictor.predict(Path(one.file).read_bytes()).several.scores  # type: ignore[union-attr]
+        assert set(one.given) == {name for name in CLASSES if scores[name] >= limit[name]}
+        assert one.reason.startswith(f"least certain: {one.likely[0]} {one.probabilities[0]:.0%}")
+    assert any(len(one.given) != 1 for one in found.chosen)
+    paths = write_suggestions(tmp_path / "out", found)
+    rows = list(csv.DictReader(paths["table"].read_text(encoding="utf-8").splitlines()))
+    assert [json.loads(row["predicted"]) for row in rows] == [list(one.given) for one in found.chosen]
+    tasks = json.loads(paths["label_studio"].read_text(encoding="utf-8"))
+    answers = [[result["value"]["choices"] for result in task["predictions"][0]["result"]] for task in tasks]
+    assert answers == [[list(one.given)] if one.given else [] for one in found.chosen]
+    assert ET.fromstring(paths["labelling_page"].read_text(encoding="utf-8")).find("Choices").get("choice") == "multiple"  # type: ignore[union-attr]

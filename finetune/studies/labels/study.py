@@ -16,40 +16,49 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.dataset import Dataset, Sample
+from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.errors import InvalidInput
 from finetune.features.heads import head_solver
 from finetune.features.rows import FeatureContext, Views, pooled_features
+from finetune.features.solve_labels import rarest_label
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
+from finetune.metrics.labels import judge_labels, mean_average_precision
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.report.labels_page import render_labels
 from finetune.runs.prepare import framing, read_and_build, split_for
+from finetune.runs.resolve import resolve_task
 from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import write_atomic
 from finetune.studies.labels.curve import Estimate, LearningCurve, nested, training_sizes
-from finetune.tasks import task_named
+from finetune.tasks import Task, task_named
+from finetune.tasks.balance import ClassWeights
 
 HELD_OUT = 0.2
 REPEATS, SIZES = 8, 6
 FARTHEST = 4.0  # largest number of training images that is predicted, relative to the present number
 FOLDS = 3  # that choose the strength of the L2 penalty, once for each size
 CURVE_POINTS = 40  # of the drawn curve
-MATTERS = 0.005  # of accuracy: the smallest gain that is worth more labels
-TOP1, PER_CLASS = "top1", "mean_per_class_accuracy"
-_LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes"}
+MATTERS = 0.005  # of the metric: the smallest gain that is worth more labels
+TOP1, PER_CLASS, MEAN_AP = "top1", "mean_per_class_accuracy", "map"
+METRIC_LABELS = {TOP1: "accuracy", PER_CLASS: "accuracy, mean over classes", MEAN_AP: "mean average precision"}
 Verdict = Literal["helps", "hardly helps", "cannot tell"]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The predicted metric and its gain with more images per class."""
+    """The predicted metric and its gain with more images.
 
-    more_per_class: int
+    Args:
+        more: additional images: per class, or, if images may have several labels, in all.
+    """
+
+    more: int
     n_train: int
     gain: Estimate
     value: Estimate
+    per_class: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the projection as JSON values."""
@@ -57,7 +66,7 @@ class Projection:
             name: {"value": one.value, "low": one.low, "high": one.high}
             for name, one in (("gain", self.gain), ("value", self.value))
         }
-        return {"more_per_class": self.more_per_class, "n_train": self.n_train, **spelled}
+        return {"more_per_class" if self.per_class else "more_images": self.more, "n_train": self.n_train, **spelled}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class LabelsStudy:
     """The result of a labels study.
 
     Args:
-        metric: that the verdict uses: accuracy, or the mean over classes if their sizes are very unequal.
+        metric: that the verdict uses: accuracy, or the mean over classes if their sizes are very unequal; mean average precision
+            if images may have several labels.
         curves: the learning curve of each metric.
         projections: of `metric`, for increasing numbers of images.
     """
@@ -78,7 +88,7 @@ class LabelsStudy:
     metric: str
     curves: Mapping[str, LearningCurve]
     projections: tuple[Projection, ...]
-    too_far: tuple[int, ...] = ()  # requested numbers of images per class that are beyond `FARTHEST`
+    too_far: tuple[int, ...] = ()  # requested numbers of additional images that are beyond `FARTHEST`
     page: Path | None = field(default=None, compare=False)
 
     @property
@@ -87,7 +97,17 @@ class LabelsStudy:
 
     @property
     def metric_label(self) -> str:
-        return _LABELS[self.metric]
+        return METRIC_LABELS[self.metric]
+
+    @property
+    def per_class(self) -> bool:
+        """Whether additional images are counted per class; otherwise images may have several labels, and are counted in all."""
+        return self.metric != MEAN_AP
+
+    @property
+    def more_label(self) -> str:
+        """The heading of the numbers of additional images."""
+        return "more images per class" if self.per_class else "more images"
 
     @property
     def verdict(self) -> Verdict:
@@ -102,9 +122,9 @@ class LabelsStudy:
         """One sentence with the main result of the study."""
         last = self.projections[-1]
         gain = f"{points(last.gain.value)} points, {points_range(last.gain)}"
-        more = f"{last.more_per_class:,} more images per class"
+        more = f"{last.more:,} {self.more_label}"
         if not self.curve.fits:
-            return f"The gain from {more} cannot be estimated: the measured accuracies do not follow a learning curve."
+            return f"The gain from {more} cannot be estimated: the measured values do not follow a learning curve."
         return {
             "helps": f"{more} would help: {gain}.",
             "hardly helps": f"{more} would hardly help: {gain}.",
@@ -160,34 +180,44 @@ def study_labels(
     """Measure the learning curve of a request's data, and predict the gain from more labels.
 
     Args:
-        more: additional images per class to predict the gain for; by default a quarter, a half and all of the average number of
-            training images per class.
+        more: additional images to predict the gain for, per class, or in all if images may have several labels; by default a
+            quarter, a half and all of the present number of training images.
         repeats: number of repetitions with other held-out images.
         sizes: number of training set sizes.
 
     Raises:
-        InvalidInput: the images have several labels each, there are too few of them, or an argument is too small.
+        InvalidInput: there are too few images, or an argument is too small.
     """
     if repeats < 2 or sizes < 4:
         raise InvalidInput(f"a learning curve needs at least 2 repetitions and 4 sizes, given {repeats} and {sizes}")
     if any(one < 1 for one in more):
-        raise InvalidInput(f"more images a class: must be at least 1, given {natural_list(more)}")
+        raise InvalidInput(f"more images: must be at least 1, given {natural_list(more)}")
     if spec.data.weight_column is not None:
         raise InvalidInput("data.weight_column: the labels study counts every image once; leave it out")
     dataset, network = read_and_build(spec, shared, progress)
-    if any(not isinstance(sample.target, int) for sample in dataset.samples):
-        raise InvalidInput("the labels study is for images with exactly one label; these have several")
+    task = resolve_task(spec, dataset)
     preprocess = framing(spec, split_for(spec, dataset, None), network.facts.preprocess)
     features = pooled_features(
         network.prefix, dataset.samples, Views(preprocess), FeatureContext(shared.store, progress=progress)
     )
-    curves = measured(features, dataset.samples, len(dataset.classes), spec.seed, repeats, sizes, progress)
+    weighting = Weighting(task, spec.data.class_weights, spec.data.logit_adjustment)
+    curves = measured(features, dataset.samples, len(dataset.classes), spec.seed, repeats, sizes, progress, weighting)
     if curves is None:
+        what = "class" if task.exclusive else "label"
         raise InvalidInput(
-            f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), 'class')} are too few for "
-            f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each class. Add images"
+            f"{dataset.name}: {plural(len(dataset.samples), 'image')} of {plural(len(dataset.classes), what)} are too few for "
+            f"a learning curve, which needs at least {10 * len(dataset.classes) + 1} images, two of each {what}. Add images"
         )
     return _conclude(dataset, network.prefix.backbone, curves, tuple(sorted(set(more))))
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """The task of the heads, and how they compensate unequal class sizes; see `finetune.tasks.balance`."""
+
+    task: Task
+    class_weights: ClassWeights = "none"
+    logit_adjustment: float = 0.0
 
 
 def measured(
@@ -198,72 +228,95 @@ def measured(
     repeats: int = REPEATS,
     sizes: int = SIZES,
     progress: ProgressCallback = silent,
+    weighting: Weighting | None = None,
 ) -> dict[str, LearningCurve] | None:
     """Return the learning curve of each metric; None if there are too few images.
 
     Args:
         features: (N, D), one row for each sample.
+        weighting: by default one label per image, and no weights.
     """
-    labels = np.array([sample.labels[0] for sample in samples])
-    units = _units(samples, labels)
-    errors: dict[str, list[list[float]]] = {TOP1: [], PER_CLASS: []}
-    strength: dict[int, float] = {}
+    weighting = weighting or Weighting(task_named("multiclass"))
+    targets = weighting.task.encode(targets_of(samples), n_classes)
+    strata = targets if weighting.task.exclusive else rarest_label(targets)  # (N,)
+    units = _units(samples, strata)
+    heads = _Heads(features, targets, n_classes, weighting, seed)
+    errors: dict[str, list[list[float]]] = {}
     asked: tuple[int, ...] = ()
     for number in range(repeats):
         rng = np.random.default_rng([seed, number])
         train, held_out = _hold_out(units, rng)
         if not asked:
             asked = training_sizes(len(train), n_classes, sizes)
-            if not asked or len(np.unique(labels[train])) < n_classes or not len(held_out):
+            if not asked or not len(held_out) or not heads.all_classes_in(train):
                 return None
-        row: dict[str, list[float]] = {TOP1: [], PER_CLASS: []}
+        rows: list[dict[str, float]] = []
         # A fifth of the groups is held out, so the number of training images differs a little between repetitions.
-        for place, chosen in enumerate(nested(labels[train], [min(one, len(train)) for one in asked], rng)):
-            rows = train[chosen]
-            right = _correct(features, labels, rows, held_out, n_classes, place, strength, seed)
-            row[TOP1].append(1 - float(right.mean()))
-            of_class = [right[labels[held_out] == label].mean() for label in np.unique(labels[held_out])]
-            row[PER_CLASS].append(1 - float(np.mean(of_class)))
+        for place, chosen in enumerate(nested(strata[train], [min(one, len(train)) for one in asked], rng)):
+            rows.append(heads.errors(train[chosen], held_out, place))
             done = number * len(asked) + place + 1
             progress(Progress("training", done, repeats * len(asked), "heads", message="solving heads"))
-        for name, values in row.items():
-            errors[name].append(values)
+        for name in rows[0]:
+            errors.setdefault(name, []).append([row[name] for row in rows])
     share = HELD_OUT / (1 - HELD_OUT)
     return {name: LearningCurve(asked, np.array(values), share) for name, values in errors.items()}
 
 
-def _correct(
-    features: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    held_out: NDArray[np.int64],
-    n_classes: int,
-    place: int,
-    strength: dict[int, float],
-    seed: int,
-) -> NDArray[np.bool_]:
-    """Return which held-out images a head that is solved on `rows` predicts correctly.
+@dataclass
+class _Heads:
+    """Solves heads on subsets of images, and evaluates them on others.
 
     Args:
-        place: position of the size.
-        strength: by position of the size, the L2 penalty; chosen by the first head of each size, and added here.
+        targets: as the task encodes them.
+        strength: the L2 penalty for each size, by the size's position; chosen by the first head of each size.
     """
-    head = head_solver("multiclass")(
-        features[rows],
-        labels[rows],
-        n_classes,
-        val_features=None,
-        val_targets=None,
-        l2=strength.get(place),
-        label_smoothing=0.0,
-        seed=seed,
-    )
-    strength.setdefault(place, head.l2)
-    return np.asarray(task_named("multiclass").judge(head.logits(features[held_out]), labels[held_out]).score == 1)
+
+    features: NDArray[np.float32]
+    targets: NDArray[Any]
+    n_classes: int
+    weighting: Weighting
+    seed: int
+    strength: dict[int, float] = field(default_factory=dict)
+
+    def all_classes_in(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether each class has one of these images; labels of images that may have several can be absent."""
+        return not self.weighting.task.exclusive or len(np.unique(self.targets[rows])) == self.n_classes
+
+    def errors(self, rows: NDArray[np.int64], held_out: NDArray[np.int64], place: int) -> dict[str, float]:
+        """Return 1 minus each metric on `held_out` of a head that is solved on `rows`, for the size at position `place`."""
+        task = self.weighting.task
+        balance = task.balance(self.targets[rows], self.n_classes, self.weighting.class_weights, self.weighting.logit_adjustment)
+        head = head_solver(task.name)(
+            self.features[rows],
+            self.targets[rows],
+            self.n_classes,
+            val_features=None,
+            val_targets=None,
+            l2=self.strength.get(place),
+            label_smoothing=0.0,
+            seed=self.seed,
+            class_weights=balance.weights,
+        )
+        self.strength.setdefault(place, head.l2)
+        logits = head.logits(self.features[held_out])
+        if balance.offsets is not None:
+            logits = (logits - balance.offsets).astype(np.float32)
+        truth = self.targets[held_out]
+        if not task.exclusive:
+            return {MEAN_AP: 1 - mean_average_precision(judge_labels(logits, truth))}
+        right = np.asarray(task.judge(logits, truth).score == 1)
+        return {
+            TOP1: 1 - float(right.mean()),
+            PER_CLASS: 1 - float(np.mean([right[truth == label].mean() for label in np.unique(truth)])),
+        }
 
 
 def _units(samples: Sequence[Sample], labels: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
-    """Return for each class the positions of images that are held out together: a group, or files with the same bytes."""
+    """Return for each class the positions of images that are held out together: a group, or files with the same bytes.
+
+    Args:
+        labels: (N,) the class of each image; if it may have several, the rarest.
+    """
     found: dict[str, list[int]] = defaultdict(list)
     for position, sample in enumerate(samples):
         found[sample.sha256 if sample.group is None else f"group {sample.group}"].append(position)
@@ -293,24 +346,25 @@ def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurv
         InvalidInput: all requested numbers of images are beyond `FARTHEST`.
     """
     counts = {name: sum(of[name] for of in dataset.counts().values()) for name in dataset.classes}
-    metric = PER_CLASS if are_unequal(counts.values()) else TOP1
-    curve, n_classes = curves[metric], len(dataset.classes)
+    metric = MEAN_AP if MEAN_AP in curves else PER_CLASS if are_unequal(counts.values()) else TOP1
+    per_class = metric != MEAN_AP
+    curve, times = curves[metric], len(dataset.classes) if per_class else 1
     start = curve.sizes[-1]
-    asked = more or tuple(sorted({_rounded(share * start / n_classes) for share in (0.25, 0.5, 1.0)}))
-    near = [one for one in asked if start + one * n_classes <= FARTHEST * start]
+    asked = more or tuple(sorted({_rounded(share * start / times) for share in (0.25, 0.5, 1.0)}))
+    near = [one for one in asked if start + one * times <= FARTHEST * start]
     too_far = tuple(one for one in asked if one not in near)
     if not near:
-        farthest = int((FARTHEST - 1) * start / n_classes)
+        farthest = int((FARTHEST - 1) * start / times)
         raise InvalidInput(
-            f"{asked[0]:,} more images a class are more than can be foreseen from {start:,} training images; ask for at most "
-            f"{farthest:,}"
+            f"{asked[0]:,} more images{' per class' if per_class else ''} are more than can be predicted from {start:,} training "
+            f"images; ask for at most {farthest:,}"
         )
     projections = []
     for one in near:
-        end = start + one * n_classes
+        end = start + one * times
         error = curve.error(end)
         value = Estimate(1 - error.value, 1 - error.high, 1 - error.low)
-        projections.append(Projection(one, end, curve.gain(start, end), value))
+        projections.append(Projection(one, end, curve.gain(start, end), value, per_class))
     revision = dataset.revision or dataset.digest
     return LabelsStudy(
         dataset.name, revision, backbone, len(dataset.samples), counts, metric, curves, tuple(projections), too_far
@@ -331,15 +385,18 @@ def write_page(path: Path, found: LabelsStudy, command: str) -> LabelsStudy:
         command: that the page shows for repeating the study.
     """
     found = replace(found, page=path)
-    html = render_labels(found.to_dict(), _predicted_curve(found), found.metric_label, rows_of(found), command)
+    labels = [METRIC_LABELS[name] for name in found.curves]
+    html = render_labels(
+        found.to_dict(), _predicted_curve(found), found.metric_label, rows_of(found), command, found.more_label, labels
+    )
     write_atomic(path, lambda stream: stream.write(html.encode("utf-8", "replace")))
     return found
 
 
 def rows_of(found: LabelsStudy) -> list[list[str]]:
-    """Return the projections as rows of a table: more images per class, training images, gain, its interval, the metric then."""
+    """Return the projections as rows of a table: more images, training images, gain, its interval, the metric then."""
     return [
-        [f"+{one.more_per_class:,}", f"{one.n_train:,}", points(one.gain.value), points_range(one.gain), f"{one.value.value:.1%}"]
+        [f"+{one.more:,}", f"{one.n_train:,}", points(one.gain.value), points_range(one.gain), f"{one.value.value:.1%}"]
         for one in found.projections
     ]
 

@@ -3,6 +3,7 @@
 import { Refused, request } from "./api.js";
 import { h, newId, put, svg } from "./dom.js";
 import { duration, list, percent, t } from "./i18n.js";
+import { methodName } from "./jobs.js";
 
 export const CHOICES = {
   quick: { method: "linear_probe" },
@@ -56,12 +57,12 @@ export function planChoices(known, onchange, signal) {
   function show() {
     for (const [key, { network, time }] of shown) {
       const planned = plan && ofChoice(key, plan, known().seeds);
-      put(network, planned && [drawing(plan.stages, planned), h("span", { class: "hint" }, inWords(plan, planned))]);
+      put(network, planned && [drawing(plan.stages, planned), h("span", { class: "hint" }, inWords(plan, planned, key))]);
       put(time, planned?.seconds && h("span", { title: t("plan.note") }, t("plan.time", {
         about: duration(rounded(planned.seconds.about)), low: duration(rounded(planned.seconds.low)), high: duration(rounded(planned.seconds.high)),
       })));
     }
-    put(note, plan?.methods[0].seconds ? t("plan.note") : "");
+    put(note, plan && t(plan.methods[0].seconds ? "plan.note" : "plan.later"));
   }
 
   signal.addEventListener("abort", () => { clearTimeout(timer); asking?.abort(); }, { once: true });
@@ -103,13 +104,21 @@ function drawing(stages, { trains, may_train }) {
     part(width - head, head, "learns", t("plan.head")));
 }
 
-function inWords({ stages, parameters }, { trains, may_train }) {
-  const learning = trains.length ? trains : may_train;
-  if (!learning.length) return t("plan.learns_head");
-  const names = learning.length === stages.length ? t("plan.every_stage", { n: stages.length }) : list(stages.filter(({ index }) => learning.includes(index)).map(({ name }) => name));
-  if (!trains.length) return t("plan.tries", { stages: names });
+function inWords({ stages, parameters }, { trains, may_train }, key) {
+  const { methods } = CHOICES[key];
+  if (methods) return t("plan.compares", { ways: list(methods.map(methodName)) });
+  if (!trains.length && !may_train.length) return t("plan.learns_head");
+  if (!trains.length) return t("plan.tries", { stages: stagesInWords(stages, may_train) });
   const share = stages.filter(({ index }) => trains.includes(index)).reduce((sum, stage) => sum + stage.parameters, 0) / parameters;
-  return t("plan.learns", { stages: names, share: percent(share) });
+  return t("plan.learns", { stages: stagesInWords(stages, trains), share: percent(share) });
+}
+
+/** Return which stages these are: their names in the network's code say nothing to most people. */
+function stagesInWords(stages, chosen) {
+  if (chosen.length === stages.length) return t("plan.every_stage", { n: stages.length });
+  const last = stages.slice(-chosen.length).every(({ index }) => chosen.includes(index));
+  if (last) return t("plan.last_stages", { n: chosen.length, total: stages.length });
+  return list(stages.filter(({ index }) => chosen.includes(index)).map(({ name }) => name));
 }
 
 /** Return seconds as a person would say them: an estimate of 13.7 s pretends to know more than it does. */

@@ -5,7 +5,8 @@ import { preferences } from "./preferences.js";
 export const LANGUAGES = { en: "English", de: "Deutsch" };
 
 let strings = {};
-let fromServer = {}; // what the server says in English, by its codes: strings/server.<language>.json, in other languages
+let warnings = []; // patterns of the server's warnings, which have no codes, and their sentences: strings/warnings.<language>.json
+let fromServer = {}; // what the server says, by its codes, in plainer words or another language: strings/server.<language>.json
 let plurals = new Intl.PluralRules("en");
 let language = "en";
 
@@ -14,11 +15,13 @@ export function asServed() {
   return language === "en" ? {} : { lang: "en" };
 }
 
-/** Load a language, by default the one that the page came in or that was chosen before. */
-export async function useLanguage(wanted = preferences.language ?? document.documentElement.lang) {
+/** Load a language, by default the one that the address names (`/?lang=de`), that was chosen before, or that the page came in. */
+export async function useLanguage(wanted = new URLSearchParams(location.search).get("lang") ?? preferences.language ?? document.documentElement.lang) {
   language = wanted in LANGUAGES ? wanted : "en";
   const read = async (file) => (await fetch(`static/strings/${file}.json`)).json();
-  [strings, fromServer] = await Promise.all([read(language), language === "en" ? {} : read(`server.${language}`)]);
+  let found;
+  [strings, fromServer, found] = await Promise.all([read(language), read(`server.${language}`), read(`warnings.${language}`)]);
+  warnings = Object.entries(found).map(([pattern, sentence]) => [new RegExp(pattern, "s"), sentence]);
   plurals = new Intl.PluralRules(language);
   document.documentElement.lang = language;
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
@@ -34,9 +37,18 @@ export function t(key, values = {}) {
   return key in strings ? filled(strings[key], values) : key;
 }
 
-/** Return what the server says under a code in the person's language, or null where that is English or has no such sentence. */
+/** Return what the server says under a code in the person's words, or null where there is no such sentence. */
 export function serverWords(code, values = {}) {
   return code in fromServer ? filled(fromServer[code], values) : null;
+}
+
+/** Return a warning of the server in the person's words, or null where there is no such sentence. */
+export function warningWords(text) {
+  for (const [pattern, sentence] of warnings) {
+    const found = pattern.exec(text);
+    if (found) return filled(sentence, found.groups ?? {});
+  }
+  return null;
 }
 
 function filled(found, values) {

@@ -52,7 +52,7 @@ export function progressSentence(job) {
   return parts.join(" · ");
 }
 
-function shortVerdict(verdict) {
+export function shortVerdict(verdict) {
   if (!verdict) return "";
   return serverWords("verdict.short", { outcome: t(`verdict.${verdict.outcome}`), choose: methodName(verdict.choose) }) ?? verdict.sentence;
 }

@@ -4,8 +4,9 @@ import { follow, request, requestText } from "./api.js";
 import { lines } from "./charts.js";
 import { alertBox, h, put } from "./dom.js";
 import { headline, OF_IMAGES } from "./figures.js";
-import { asServed, duration, known, number, percent, t, when } from "./i18n.js";
+import { duration, known, number, percent, t } from "./i18n.js";
 import { hasEnded, isComparison, pathOf, stateMark, titleOf } from "./jobs.js";
+import { eventItem } from "./said.js";
 import { session } from "./session.js";
 
 const PHASES = ["preparing", "features", "training", "evaluating", "exporting", "registering"];
@@ -36,7 +37,7 @@ export function watch(root, job, signal, ended) {
   function showState(current) {
     put(state, stateMark(current.status), current.status === "queued" && ` · ${t("run.queue", { n: current.queue_position ?? 0 })}`);
     cancel.disabled = current.status === "cancelling";
-    const shown = isComparison(current) ? [] : PHASES;
+    const shown = isComparison(job) ? [] : PHASES;
     put(phases, shown.map((name) => {
       const place = PHASES.indexOf(name) - PHASES.indexOf(phase);
       const kind = phase === null ? "later" : place < 0 ? "done" : place === 0 ? "now" : "later";
@@ -100,7 +101,8 @@ export function watch(root, job, signal, ended) {
     onconnection: (connected) => { connection.textContent = connected ? "" : t("run.reconnecting"); },
     onevent: async (kind, data) => {
       if (kind === "message") {
-        said.append(h("li", { class: data.level, ...asServed() }, h("time", {}, when(data.created_at)), ` ${data.message}`));
+        said.append(eventItem(data));
+        if (data.kind === "running") showState({ status: "running" }); // its first progress may take seconds
         return;
       }
       if (kind === "progress") {
@@ -125,7 +127,7 @@ export function watch(root, job, signal, ended) {
     if (!hasEnded(job)) tell(current);
     if (!said.children.length) {
       const events = await request(`${path}/events?order=asc&limit=100`, { signal });
-      put(said, events.data.map((one) => h("li", { class: one.level, ...asServed() }, h("time", {}, when(one.created_at)), ` ${one.message}`)));
+      put(said, events.data.map(eventItem));
     }
     await ended(current);
   }

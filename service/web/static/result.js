@@ -7,6 +7,7 @@ import { asServed, bytes, duration, known, number, percent, t } from "./i18n.js"
 import { curvesOf } from "./live.js";
 import { methodName } from "./jobs.js";
 import { picture } from "./pictures.js";
+import { warningItem } from "./said.js";
 
 const WORST = 24;
 const CELL = 60;
@@ -26,15 +27,15 @@ export async function showResult(root, job, signal) {
       h("a", { class: "button", href: `#/train/${job.training_file}` }, t("result.again"))),
     judged && accuracy(judged, split),
     result.warnings.length > 0 && h("section", {}, h("h2", {}, t("result.warnings")),
-      h("ul", { class: "notices" }, result.warnings.map((text) => h("li", { class: "notice", ...asServed() }, text)))),
+      h("ul", { class: "notices" }, result.warnings.map(warningItem))),
     unequal && perClass(judged),
     judged && await mistakes(path, split, version, job.training_file, signal),
     judged?.confusion && h("section", {}, h("h2", {}, t("result.confusion")),
       confusion(judged.confusion, judged.classes, (label, answer) => showCell(path, split, label, answer, version, job.training_file))),
     judged && !unequal && perClass(judged),
     cost(result),
-    h("section", {}, h("h2", {}, t("result.how")), h("p", {}, result.summary),
-      h("p", { class: "hint" }, t("result.made", { method: methodName(result.method.type), backbone: job.model, license: result.license ?? t("unknown") })),
+    h("section", {}, h("h2", {}, t("result.how")), h("p", {}, t("result.made", { method: methodName(result.method.type), backbone: job.model, license: result.license ?? t("unknown") })),
+      h("p", { class: "hint", ...asServed() }, result.summary),
       h("div", { class: "charts" }, curvesOf(metrics.data))));
 }
 

@@ -9,6 +9,7 @@ import { watch } from "../live.js";
 import { promoteButton } from "../promotion.js";
 import { gallery, reportButton } from "../result.js";
 import { session } from "../session.js";
+import { localRuns } from "./runs.js";
 
 const RUNS_MS = 3000;
 const MOST_DISPUTED = 24;
@@ -18,14 +19,17 @@ export async function open(root, [id], signal) {
 }
 
 async function openList(root, signal) {
-  const [comparisons, jobs] = await Promise.all([all("v1/fine_tuning/comparisons", { signal, most: 100 }), all("v1/fine_tuning/jobs?status=succeeded", { signal, most: 100 })]);
+  const [comparisons, jobs, made] = await Promise.all([
+    all("v1/fine_tuning/comparisons", { signal, most: 100 }), all("v1/fine_tuning/jobs?status=succeeded", { signal, most: 100 }),
+    localRuns("comparison", signal),
+  ]);
   put(root, h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, t("compare.title")), h("a", { class: "button primary", href: "#/train" }, t("compare.new"))),
-    comparisons.length
+    comparisons.length || made
       ? h("ul", { class: "cards wide" }, comparisons.map((one) => h("li", { class: "card" },
         h("div", { class: "row" }, h("h2", {}, h("a", { href: linkOf(one) }, titleOf(one))), stateMark(one.status)),
         h("p", {}, progressSentence(one)), h("p", { class: "hint" }, when(one.created_at)))))
       : h("div", { class: "empty" }, h("p", {}, t("compare.empty")), h("a", { class: "button primary", href: "#/train" }, t("compare.new"))),
-    jobs.length > 1 && ofJobs(jobs));
+    made, jobs.length > 1 && ofJobs(jobs));
 }
 
 /** Return the form that compares runs that exist. */
@@ -76,7 +80,7 @@ async function openOne(root, id, signal) {
 }
 
 async function showVerdict(root, comparison, path, signal) {
-  const [result, runs] = await Promise.all([request(`${path}/result`, { signal }), request(`${path}/runs`, { signal })]);
+  const result = await request(`${path}/result`, { signal });
   const pairs = result.pairs.filter(({ metric }) => metric.split("/").at(-1) === result.headline.split("/").at(-1));
   const mark = { better: "▲", equivalent: "＝", undecided: "?" }[result.verdict.outcome];
   put(root,
@@ -88,7 +92,7 @@ async function showVerdict(root, comparison, path, signal) {
         reportButton(`${path}/report`), comparison.fine_tuned_model && h("a", { class: "button", href: "#/models" }, t("compare.live")))),
     arms(result),
     h("section", {}, forest(pairs.map((pair) => ({ ...pair, a: methodName(pair.a), b: methodName(pair.b) })), result.verdict.margin)),
-    disputed(path, result, runs.data, signal),
+    disputed(result, signal),
     cost(result));
 }
 
@@ -104,23 +108,28 @@ function arms(result) {
   h("p", { class: "hint" }, t("compare.left_out", { n: result.left_out })));
 }
 
+/** Return the path of a run's pictures: those of a comparison's runs are the comparison's. */
+function imagesOf(run) {
+  return run.replace(/\/runs\/[^/]+$/, "");
+}
+
 /** Return the pictures that one way gets right and another wrong, by the first run of each. */
-function disputed(path, result, runs, signal) {
-  const firsts = result.arms.map(({ name }) => runs.find((run) => run.arm === name && run.status === "finished")).filter(Boolean);
+function disputed(result, signal) {
+  const firsts = result.arms.filter(({ runs }) => runs[0]); // those of the command line have no path
   if (firsts.length < 2) return null;
-  const options = () => firsts.map((run) => h("option", { value: run.name }, methodName(run.arm)));
+  const options = () => firsts.map(({ name, runs: [run] }) => h("option", { value: run.slice(1) }, methodName(name)));
   const [right, wrong] = [h("select", { onchange: show }, options()), h("select", { onchange: show }, options())];
   wrong.selectedIndex = 1;
   const found = h("div", { "aria-live": "polite" });
   const wrongOf = async (run) => {
-    const { data } = await request(`${path}/runs/${encodeURIComponent(run)}/answers?split=${result.split}&wrong=true&limit=1000`, { signal });
+    const { data } = await request(`${run}/answers?split=${result.split}&wrong=true&limit=1000`, { signal });
     return data;
   };
   async function show() {
     const [ofRight, ofWrong] = await Promise.all([wrongOf(right.value), wrongOf(wrong.value)]);
     const alsoWrong = new Set(ofRight.map(({ id }) => id));
     const divided = ofWrong.filter(({ id }) => !alsoWrong.has(id));
-    put(found, h("p", {}, t("compare.divided", { n: divided.length })), gallery(path, divided.slice(0, MOST_DISPUTED), null));
+    put(found, h("p", {}, t("compare.divided", { n: divided.length })), gallery(imagesOf(right.value), divided.slice(0, MOST_DISPUTED), null));
   }
   show().catch(() => put(found, h("p", { class: "hint" }, t("compare.no_answers")))); // runs whose folders are gone
   return h("section", {}, h("h2", {}, t("compare.disputed")),

@@ -6,6 +6,7 @@ import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { examinationOf } from "../examination.js";
 import { asServed, bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
+import { warningItem } from "../said.js";
 import { session } from "../session.js";
 
 const PAGE = 1000;
@@ -161,6 +162,10 @@ async function openOne(root, id, imageId, signal) {
     const { picture } = await import("../pictures.js");
     const decided = await ask(one.labels.join(", "), (answer) => {
       const is = h("select", { value: mark(one.id) ?? one.labels[0] }, file.summary.classes.map((name) => h("option", { value: name }, name)));
+      if (one.correctable === false) return [
+        picture(`v1/files/${file.id}/image?id=${encodeURIComponent(one.id)}&side_px=${LARGE_PX}`, one.id, { class: "large" }),
+        h("p", { class: "hint" }, one.id), h("p", {}, t("data.not_correctable")),
+        h("button", { type: "button", onclick: () => answer(null) }, t("close"))];
       return [
         picture(`v1/files/${file.id}/image?id=${encodeURIComponent(one.id)}&side_px=${LARGE_PX}`, one.id, { class: "large" }),
         h("p", { class: "hint" }, one.id),
@@ -185,6 +190,7 @@ async function openOne(root, id, imageId, signal) {
   addEventListener("beforeunload", (event) => { if (changes.length) event.preventDefault(); }, { signal });
   const first = await request(`v1/files/${file.id}/images?limit=1`, { signal }).catch((error) => error);
   const visible = Array.isArray(first.data);
+  const correctable = visible && first.data.every((image) => image.correctable);
   put(root,
     h("p", { class: "crumbs" }, h("a", { href: "#/data" }, t("data.title"))),
     h("div", { class: "row heading" }, h("h1", { tabindex: "-1" }, file.filename),
@@ -199,7 +205,8 @@ async function openOne(root, id, imageId, signal) {
     Object.keys(file.summary.counts).length > 1 && h("p", { class: "hint" }, t("data.splits", {
       splits: list(Object.entries(file.summary.counts).map(([split, some]) => `${split} ${number(total(some))}`)) })),
     h("section", {}, h("h2", {}, t("data.pictures")),
-      visible ? [h("p", { class: "hint" }, t("data.pictures_how")), h("div", { class: "row" }, field(t("data.class"), label), rename, choose),
+      visible ? [h("p", { class: "hint" }, t(correctable ? "data.pictures_how" : "data.not_correctable")),
+        h("div", { class: "row" }, field(t("data.class"), label), correctable && [rename, choose]),
         grid]
         : h("p", { class: "notice" }, session.words(first))));
   if (!visible) return;
@@ -227,8 +234,8 @@ function findings(file, counts) {
   const few = Object.entries(counts).filter(([, n]) => n < FEW).map(([name]) => name);
   const sizes = Object.values(counts);
   const cards = [
-    ...file.summary.warnings.map((text) => h("li", { class: "notice", ...asServed() }, text)),
-    ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good" }, text)),
+    ...file.summary.warnings.map(warningItem),
+    ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good", ...asServed() }, text)),
     few.length > 0 && h("li", { class: "notice" }, t("data.few", { names: list(few), n: FEW })),
     Math.max(...sizes) > UNEVEN * Math.min(...sizes) && h("li", { class: "notice" }, t("data.uneven")),
   ].filter(Boolean);

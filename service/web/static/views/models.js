@@ -1,7 +1,8 @@
 // What answers now, since when and by whose decision; every model with its versions; promotion and the way back.
 
-import { request, hasKey, saveFile } from "../api.js";
+import { request } from "../api.js";
 import { alertBox, ask, field, h, put } from "../dom.js";
+import { downloadButton } from "../downloads.js";
 import { inWords } from "../figures.js";
 import { bytes, percent, t, when } from "../i18n.js";
 import { classNames, methodName } from "../jobs.js";
@@ -9,6 +10,8 @@ import { promoteButton } from "../promotion.js";
 import { reportButton } from "../result.js";
 import { session } from "../session.js";
 
+const LOCAL = "local"; // the owner where there are no keys
+const FIRST = "first registration"; // nobody decided: the first model of a workspace is its default
 const PRECISIONS = [0.8, 0.9, 0.95, 0.99]; // of the answers that are given, how many are right
 
 export async function open(root, [name], signal) {
@@ -39,19 +42,24 @@ function live(deployed, history, again) {
   };
   return h("section", { class: "card live" }, h("h2", {}, t("models.live")),
     h("p", { class: "figure" }, h("a", { href: `#/models/${encodeURIComponent(deployed.model)}` }, `${deployed.model} @ ${deployed.version}`)),
-    now && h("p", { class: "hint" }, t("models.since", { when: when(now.at), by: now.by })),
+    now && h("p", { class: "hint" }, sinceWhen(now)),
     deployed.pinned && h("p", { class: "hint" }, t("models.pinned")),
     messages,
     h("div", { class: "row" }, h("a", { class: "button", href: "#/try" }, t("result.try")),
       session.may("admin") && !deployed.pinned && past.length > 0 && h("button", { type: "button", onclick: back }, t("models.back"))),
     past.length > 0 && h("details", {}, h("summary", {}, t("models.history")),
-      h("ol", { class: "events" }, history.map((one) => h("li", {}, h("time", {}, when(one.at)), ` ${one.reference} · ${one.by}`)))));
+      h("ol", { class: "events" }, history.map((one) => h("li", {}, h("time", {}, when(one.at)), ` ${[one.reference, one.by === FIRST ? t("models.first") : one.by === LOCAL ? null : one.by].filter(Boolean).join(" · ")}`)))));
+}
+
+function sinceWhen({ at, by }) {
+  if (by === FIRST) return t("models.since_first", { when: when(at) });
+  return by === LOCAL ? t("models.since_when", { when: when(at) }) : t("models.since", { when: when(at), by });
 }
 
 function modelCard(model, deployed, again, signal) {
   return h("section", { class: "card" },
     h("div", { class: "row" }, h("h2", {}, h("a", { href: `#/models/${encodeURIComponent(model.id)}` }, model.id)),
-      h("span", { class: "tag" }, t(`models.${model.visibility}`)), h("span", { class: "hint" }, model.owned_by)),
+      h("span", { class: "tag" }, t(`models.${model.visibility}`)), model.owned_by !== LOCAL && h("span", { class: "hint" }, model.owned_by)),
     h("ul", { class: "versions" }, model.versions.map((one) => versionRow(model, one, deployed, again, signal))));
 }
 
@@ -60,7 +68,6 @@ function versionRow(model, one, deployed, again, signal) {
   const path = `v1/models/${encodeURIComponent(model.id)}/versions/${encodeURIComponent(one.version)}`;
   const more = h("div", {});
   const details = h("details", { ontoggle: () => details.open && !more.children.length && showMore() }, h("summary", {}, t("models.details")), more);
-  const save = () => saveFile(`${path}/bundle`, `${model.id}-${one.version}.tar`);
 
   async function showMore() {
     const [version, drift] = await Promise.all([request(path, { signal }), request(`${path}/drift`, { signal })]);
@@ -75,7 +82,6 @@ function versionRow(model, one, deployed, again, signal) {
       abstention(version),
       h("div", { class: "row" }, version.links.report && reportButton(`${path}/report`),
         session.may("jobs") && h("a", { class: "button", href: `#/train//${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("models.train_on")),
-        h("button", { type: "button", onclick: () => saveFile(`${path}/files/model.onnx`, `${model.id}-${one.version}.onnx`) }, t("models.onnx")),
         version.links.job?.startsWith("/v1/fine_tuning/jobs/") && session.may("jobs") && h("a", { class: "button", href: `#/runs/${version.links.job.split("/").at(-1)}` }, t("models.run"))));
   }
 
@@ -104,7 +110,7 @@ function versionRow(model, one, deployed, again, signal) {
       one.refused && h("span", { class: "tag bad" }, one.refused)),
     h("div", { class: "row" },
       h("a", { class: "button", href: `#/try/${encodeURIComponent(`${model.id}@${one.version}`)}` }, t("result.try")),
-      hasKey() ? h("button", { type: "button", onclick: save }, t("models.download")) : h("a", { class: "button", href: `${path}/bundle`, download: true }, t("models.download")),
+      downloadButton(model.id, one.version),
       !isLive && !deployed.pinned && promoteButton(model.id, one.version, again),
       session.may("jobs") && !isLive && h("button", { type: "button", class: "quiet", onclick: () => remove(model, one, again) }, t("delete"))),
     details);

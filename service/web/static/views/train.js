@@ -139,7 +139,7 @@ export async function open(root, [wanted, from], signal) {
   /** What is missing before training can begin; nothing where it can. */
   function missing() {
     if (dataset.value || state.archive || state.layout.length) return null;
-    if (!state.classes.size) return t("train.missing_pictures");
+    if (!state.classes.size) return t(files.length ? "train.missing_pictures" : "train.missing_first_pictures");
     const empty = [...state.classes].filter(([, some]) => some.length < 2).map(([label]) => label);
     if (empty.length) return t("train.missing_in_class", { name: empty[0] });
     return state.classes.size < 2 ? t("train.missing_class") : null;

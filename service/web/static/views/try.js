@@ -3,6 +3,7 @@
 import { hasKey, Refused, request } from "../api.js";
 import { answerBars } from "../charts.js";
 import { alertBox, field, h, put } from "../dom.js";
+import { downloadButton } from "../downloads.js";
 import { duration, list, percent, t } from "../i18n.js";
 import { session } from "../session.js";
 
@@ -96,6 +97,7 @@ export async function open(root, [wanted], signal) {
       !labels && reliance.checked && silent.has(model.value) && h("p", { class: "hint" }, t("try.no_reliance")),
       explanation?.reason && h("p", { class: "hint" }, t("try.no_map", { reason: explanation.reason })),
       !labels && abstained === undefined && h("p", { class: "hint" }, t("try.always_answers")),
+      !live && models.data.some(({ id }) => id === said.model) && h("div", { class: "row" }, downloadButton(said.model, said.version)),
       !live && code());
   }
 

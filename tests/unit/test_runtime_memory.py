@@ -1,0 +1,58 @@
+"""Errors that mean that there was not enough memory are recognised, whichever library raises them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ExportError, OutOfMemory
+from finetune.runtime.memory import available_memory, memory_errors_named, ran_out_of_memory
+
+LIMITED = """
+import sys
+from finetune.runtime.memory import limit_memory, memory_errors_named
+import numpy, onnxruntime, torch
+limit_memory(1 << 30)
+for allocate in (lambda: torch.ones(1 << 29), lambda: numpy.ones(1 << 28), lambda: bytearray(2 << 30)):
+    try:
+        with memory_errors_named("too large"):
+            allocate()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.longer
+def test_what_a_limited_process_cannot_allocate_is_named() -> None:
+    ran = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True, timeout=240)
+    assert ran.stdout.splitlines() == ["OutOfMemory too large"] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to …"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 1"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (KeyError("memory"), False),
+    ],
+)
+def test_an_error_is_recognised_also_as_the_cause_of_another(error: Exception, is_memory: bool) -> None:
+    assert ran_out_of_memory(error) == is_memory
+    wrapped = ExportError("the graph is refused")
+    wrapped.__cause__ = error
+    with pytest.raises(OutOfMemory if is_memory else ExportError), memory_errors_named("not enough"):
+        raise wrapped
+
+
+def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path) -> None:
+    quota = tmp_path / "memory.max"
+    whole = available_memory(quota)
+    for text, expected in (("max", whole), ("1048576", 1 << 20), (str(whole * 2), whole)):
+        quota.write_text(f"{text}\n")
+        assert available_memory(quota) == expected
