@@ -48,7 +48,7 @@ test-services: $(SERVICES_READY)  ## The tests that need PostgreSQL or Ray, agai
 	$(TEST_ENV) $(SERVICES)/bin/python -m pytest --services
 
 test-browser: $(READY)  ## The page in a real Chromium (Debian: apt-get install chromium)
-	$(TEST_ENV) FINETUNE_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -m browser tests/browser
+	$(TEST_ENV) FINETUNE_BROWSER_REQUIRED=1 $(BIN)/python -m pytest -n $(WORKERS) -m browser tests/browser
 
 test-all: $(READY)  ## The default tests and the slow ones
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m ''

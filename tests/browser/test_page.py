@@ -317,7 +317,12 @@ def test_what_an_examination_finds_is_dealt_with_by_its_button(shared_visit: Vis
         answer = route.fetch()
         found = answer.json()
         again = [
-            {**one, "title": "Found again", "cases": [{**case, "ids": case["ids"][::-1]} for case in one["cases"]]}
+            {
+                **one,
+                "kind": "again",
+                "title": "Found again",
+                "cases": [{**case, "ids": case["ids"][::-1]} for case in one["cases"]],
+            }
             for one in found["findings"]
             if one["kind"] == "duplicates"
         ]

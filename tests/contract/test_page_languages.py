@@ -136,9 +136,9 @@ def test_events_are_translated_by_their_kind(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", [one for one in LANGUAGES if one != "en"])
-def test_what_an_examination_finds_has_plain_words_in_every_language(language: str) -> None:
+def test_findings_verdicts_and_events_have_plain_words_in_every_language(language: str) -> None:
     plain, other = words("en"), words(language)
-    assert plain.keys() == {key for key in other if key.startswith(("finding.", "check."))}
+    assert plain.keys() == {key for key in other if key.startswith(("event.", "finding.", "check.", "verdict."))}
     for key, sentence in plain.items():
         assert isinstance(sentence, dict) == isinstance(other[key], dict), key
 

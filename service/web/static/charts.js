@@ -3,10 +3,13 @@
 import { h, newId, svg } from "./dom.js";
 import { number, percent, points, t } from "./i18n.js";
 
+const LONG_NOTE = 12; // characters, beside which a phone has no room for a name and a bar
+
 /** Return horizontal bars of `{label, share, note, strong, given, threshold}`, each with its number. A row that is `given` has a
  * mark, one with a `threshold` a line where that is. */
 export function bars(rows, { label } = {}) {
-  return h("ul", { class: "bars", "aria-label": label }, rows.map((row) =>
+  const long = rows.some(({ note }) => note?.length > LONG_NOTE);
+  return h("ul", { class: long ? "bars long" : "bars", "aria-label": label }, rows.map((row) =>
     h("li", { class: row.strong ? "strong" : null },
       h("span", { class: "bar-name" }, row.given && h("span", { class: "given", role: "img", "aria-label": t("try.given") }, "✓ "), row.label),
       h("span", { class: "bar-track", "aria-hidden": "true" },
@@ -73,7 +76,7 @@ export function forest(rows, margin) {
   const known = rows.filter(({ difference }) => difference !== null);
   if (!known.length) return null;
   const reach = Math.max(margin * 2, ...known.flatMap(({ low, high, difference }) => [low, high, difference].map((x) => Math.abs(x ?? 0)))) * 1.1;
-  const [width, rowHeight, top] = [560, 58, 8];
+  const [width, rowHeight, top] = [560, 84, 8];
   const height = top + rowHeight * known.length + 30;
   const px = (x) => 12 + ((x + reach) / (2 * reach)) * (width - 24);
   const sentences = known.map((row) => t("compare.difference", {
@@ -88,7 +91,7 @@ export function forest(rows, margin) {
         const y = top + rowHeight * at + 36;
         return [
           svg("text", { class: "name", x: 12, y: y - 16 }, `${row.a} − ${row.b}`),
-          svg("text", { class: "tick", x: width - 12, y: y - 16, "text-anchor": "end" },
+          svg("text", { class: "tick", x: width - 12, y: y + 26, "text-anchor": "end" },
             `${points(row.difference)} [${points(row.low ?? row.difference)}, ${points(row.high ?? row.difference)}]`),
           svg("line", { class: "whisker", x1: px(row.low ?? row.difference), x2: px(row.high ?? row.difference), y1: y, y2: y }),
           svg("rect", { class: "point", x: px(row.difference) - 5, y: y - 5, width: 10, height: 10 }),

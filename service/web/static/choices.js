@@ -62,7 +62,7 @@ export function planChoices(known, onchange, signal) {
         about: duration(rounded(planned.seconds.about)), low: duration(rounded(planned.seconds.low)), high: duration(rounded(planned.seconds.high)),
       })));
     }
-    put(note, plan?.methods[0].seconds ? t("plan.note") : t("plan.later"));
+    put(note, plan && t(plan.methods[0].seconds ? "plan.note" : "plan.later"));
   }
 
   signal.addEventListener("abort", () => { clearTimeout(timer); asking?.abort(); }, { once: true });

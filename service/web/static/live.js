@@ -37,7 +37,7 @@ export function watch(root, job, signal, ended) {
   function showState(current) {
     put(state, stateMark(current.status), current.status === "queued" && ` · ${t("run.queue", { n: current.queue_position ?? 0 })}`);
     cancel.disabled = current.status === "cancelling";
-    const shown = isComparison(current) ? [] : PHASES;
+    const shown = isComparison(job) ? [] : PHASES;
     put(phases, shown.map((name) => {
       const place = PHASES.indexOf(name) - PHASES.indexOf(phase);
       const kind = phase === null ? "later" : place < 0 ? "done" : place === 0 ? "now" : "later";

@@ -3,7 +3,7 @@
 import { Refused, request } from "./api.js";
 import { alertBox, ask, field, h, put } from "./dom.js";
 import { headline } from "./figures.js";
-import { t } from "./i18n.js";
+import { asServed, t } from "./i18n.js";
 import { session } from "./session.js";
 
 /** Return the button that promotes a version; null where the person's key may not.
@@ -42,7 +42,7 @@ function confirmPromotion(model, version, wholeServer) {
         if (!(error instanceof Refused)) throw error;
         const refused = error.code === "promotion_refused";
         put(messages, alertBox(refused ? t("promote.refused") : session.words(error),
-          refused && h("ul", {}, error.errors.map((one) => h("li", {}, `${one.field}: ${one.detail}`)))),
+          refused && h("ul", {}, error.errors.map((one) => h("li", {}, one.field.startsWith("test/") ? [t("promote.figure"), h("span", asServed(), ` (${one.field}): ${one.detail}`)] : h("span", asServed(), `${one.field}: ${one.detail}`))))),
         refused && h("button", { type: "button", class: "danger", onclick: () => send(true) }, t("promote.anyway")));
       }
     };

@@ -4,7 +4,7 @@ import { all, request } from "../api.js";
 import { bars } from "../charts.js";
 import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { examinationOf } from "../examination.js";
-import { bytes, list, number, t, when } from "../i18n.js";
+import { asServed, bytes, list, number, t, when } from "../i18n.js";
 import { virtualGrid } from "../pictures.js";
 import { warningItem } from "../said.js";
 import { session } from "../session.js";
@@ -235,7 +235,7 @@ function findings(file, counts) {
   const sizes = Object.values(counts);
   const cards = [
     ...file.summary.warnings.map(warningItem),
-    ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good" }, text)),
+    ...(file.summary.understood ?? []).map((text) => h("li", { class: "notice good", ...asServed() }, text)),
     few.length > 0 && h("li", { class: "notice" }, t("data.few", { names: list(few), n: FEW })),
     Math.max(...sizes) > UNEVEN * Math.min(...sizes) && h("li", { class: "notice" }, t("data.uneven")),
   ].filter(Boolean);

@@ -10,6 +10,7 @@ import { promoteButton } from "../promotion.js";
 import { reportButton } from "../result.js";
 import { session } from "../session.js";
 
+const LOCAL = "local"; // the owner where there are no keys
 const FIRST = "first registration"; // nobody decided: the first model of a workspace is its default
 const PRECISIONS = [0.8, 0.9, 0.95, 0.99]; // of the answers that are given, how many are right
 
@@ -41,19 +42,24 @@ function live(deployed, history, again) {
   };
   return h("section", { class: "card live" }, h("h2", {}, t("models.live")),
     h("p", { class: "figure" }, h("a", { href: `#/models/${encodeURIComponent(deployed.model)}` }, `${deployed.model} @ ${deployed.version}`)),
-    now && h("p", { class: "hint" }, now.by === FIRST ? t("models.since_first", { when: when(now.at) }) : t("models.since", { when: when(now.at), by: now.by })),
+    now && h("p", { class: "hint" }, sinceWhen(now)),
     deployed.pinned && h("p", { class: "hint" }, t("models.pinned")),
     messages,
     h("div", { class: "row" }, h("a", { class: "button", href: "#/try" }, t("result.try")),
       session.may("admin") && !deployed.pinned && past.length > 0 && h("button", { type: "button", onclick: back }, t("models.back"))),
     past.length > 0 && h("details", {}, h("summary", {}, t("models.history")),
-      h("ol", { class: "events" }, history.map((one) => h("li", {}, h("time", {}, when(one.at)), ` ${one.reference} · ${one.by === FIRST ? t("models.first") : one.by}`)))));
+      h("ol", { class: "events" }, history.map((one) => h("li", {}, h("time", {}, when(one.at)), ` ${[one.reference, one.by === FIRST ? t("models.first") : one.by === LOCAL ? null : one.by].filter(Boolean).join(" · ")}`)))));
+}
+
+function sinceWhen({ at, by }) {
+  if (by === FIRST) return t("models.since_first", { when: when(at) });
+  return by === LOCAL ? t("models.since_when", { when: when(at) }) : t("models.since", { when: when(at), by });
 }
 
 function modelCard(model, deployed, again, signal) {
   return h("section", { class: "card" },
     h("div", { class: "row" }, h("h2", {}, h("a", { href: `#/models/${encodeURIComponent(model.id)}` }, model.id)),
-      h("span", { class: "tag" }, t(`models.${model.visibility}`)), h("span", { class: "hint" }, model.owned_by)),
+      h("span", { class: "tag" }, t(`models.${model.visibility}`)), model.owned_by !== LOCAL && h("span", { class: "hint" }, model.owned_by)),
     h("ul", { class: "versions" }, model.versions.map((one) => versionRow(model, one, deployed, again, signal))));
 }
 

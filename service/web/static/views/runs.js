@@ -24,7 +24,7 @@ async function openList(root, signal) {
     put(rows, jobs.map((job) => h("li", { class: "card" },
       h("div", { class: "row" }, h("h2", {}, h("a", { href: linkOf(job) }, titleOf(job))), stateMark(job.status)),
       h("p", {}, progressSentence(job)),
-      h("p", { class: "hint" }, when(job.created_at), job.training_file && ` · ${isComparison(job) ? "" : job.model}`))));
+      h("p", { class: "hint" }, [when(job.created_at), isComparison(job) ? null : job.model].filter(Boolean).join(" · ")))));
     return jobs;
   };
   const [jobs, made] = [show(await read()), await localRuns("training", signal)];
