@@ -161,7 +161,7 @@ def test_predict_prints_the_set_and_refuses_what_a_bundle_cannot_say(registry: R
         str(tmp_path / "a.csv"),
     ]
     refused = CliRunner().invoke(cli, arguments)
-    assert (refused.exit_code, "with --json" in refused.output) == (2, True)
+    assert (refused.exit_code, "use --json" in refused.output) == (2, True)
 
 
 def test_the_card_command_prints_what_the_bundle_records(registry: Registry) -> None:
