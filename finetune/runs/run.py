@@ -117,7 +117,7 @@ def run_job(
 
         prepared = prepare(spec, shared, progress, run, options)
         write_json(run.resolved, prepared.resolved.to_dict())
-        announce(prepared.resolved.dataset, run)
+        announce(prepared.resolved.dataset, run, prepared.task)
         context = training_context(prepared, run, shared, progress, options.sample_size)
         check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
@@ -156,10 +156,10 @@ def run_job(
         return outcome
 
 
-def announce(dataset: DatasetFacts, run: RunDir) -> None:
+def announce(dataset: DatasetFacts, run: RunDir, task: Task) -> None:
     """Record the size of the data and its warnings as events of the run or study."""
     sizes = ", ".join(f"{count:,} {split}" for split, count in dataset.sizes.items())
-    message = f"{plural(len(dataset.classes), 'class')}; images: {sizes}"
+    message = f"{plural(len(dataset.classes), 'class' if task.exclusive else 'label')}; images: {sizes}"
     run.record(Planned(message, dict(dataset.sizes), len(dataset.quarantined)))
     for warning in dataset.warnings:
         run.record(DataWarning(warning))

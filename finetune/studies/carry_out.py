@@ -28,7 +28,7 @@ from finetune.runs.judge import calibrate, thresholds_of
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
-from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize
+from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize, resolve_task
 from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
@@ -225,7 +225,7 @@ def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCall
 def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
     """Return the dataset with the study's split, and record its size and warnings as events."""
     divided = split_for(spec, dataset, run)
-    announce(DatasetFacts.of(divided), run)
+    announce(DatasetFacts.of(divided), run, resolve_task(spec, divided))
     return divided
 
 

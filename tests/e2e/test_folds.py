@@ -202,6 +202,7 @@ def test_a_killed_process_with_folds_resumes_to_the_same_bits(
     assert weights_of(home / "run" / "runs" / "final" / "runs" / "refit" / "bundle") == uninterrupted
 
 
+@pytest.mark.usefixtures("unmeasured_machine")
 def test_check_refuses_more_folds_than_a_class_has_images_and_shows_the_folds_otherwise(pictures: Path) -> None:
     tiny = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64", "--json"]
     command = ["check", "--data", str(pictures), *tiny, "--folds"]
