@@ -20,10 +20,11 @@ from typing import Any
 
 from sqlalchemy import insert
 
+from finetune.jobs.creation import new_id
 from finetune.jobs.database import open_database, writing
 from finetune.jobs.history import model_owner
 from finetune.jobs.schema import jobs
-from finetune.jobs.store import JobStore, new_id
+from finetune.jobs.store import JobStore
 from finetune.spec import parse_spec
 
 OWNERS = 20

@@ -26,8 +26,8 @@ from finetune.bundle.predictor import Predictor, check_provider
 from finetune.bundle.registry import Registry
 from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
+from finetune.jobs.job import Event
 from finetune.jobs.sending import Reachable, Sender
-from finetune.jobs.store import Event
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.comparison_spec import ComparedRuns, ComparisonSettings, ComparisonSpec, parse_comparison, parse_request
 from finetune.errors import NotFound, Problem, SpecError
 from finetune.jobs.creation import digest_of
-from finetune.jobs.store import Job
+from finetune.jobs.job import Job
 from finetune.storage.rundir import RunDir
 from service.job_request import (
     MAY_BE_NULL,

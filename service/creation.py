@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 
 from finetune.bundle.weights import Origin, open_origin
 from finetune.errors import Problem
-from finetune.jobs.creation import digest_of
+from finetune.jobs.creation import NameTaken, digest_of
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import TRAINING, Kind
-from finetune.jobs.store import Job, NameTaken
 from finetune.naming import as_model_name
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from finetune.errors import DiskFull, NotFound, StoreError
 from finetune.jobs.history import Update
-from finetune.jobs.store import Event
+from finetune.jobs.job import Event
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -17,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune import __version__
 from finetune.errors import Conflict, InvalidInput, Overloaded
 from finetune.jobs.kinds import can_train
 from finetune.runs.forecast import Speeds
-from finetune.storage.files import read_json, write_json
+from finetune.runs.known_speeds import find_speeds, speeds_file, speeds_key
+from finetune.storage.files import write_json
 from finetune.storage.workspace import Workspace
 from service.worker import NO_TRAINING
 
@@ -86,7 +84,7 @@ class Planner:
         """
         if not can_train():
             raise Conflict(NO_TRAINING)
-        key = _key(question)
+        key = speeds_key(question)
         if key in self._known:
             return self._known[key]
         if key in self._unusable:
@@ -108,7 +106,7 @@ class Planner:
         if len(self._measuring) >= MAX_WAITING:
             raise Overloaded(f"{MAX_WAITING} other backbones wait to be measured. Try again in a moment")
         measurement = self._measuring[key] = _Measurement(owner)
-        running = asyncio.get_running_loop().run_in_executor(self._executor, self._found, key, question, measurement)
+        running = asyncio.get_running_loop().run_in_executor(self._executor, self._found, question, measurement)
         measurement.result = running
         running.add_done_callback(lambda done: self._measured(key, measurement, done))
         return measurement
@@ -126,15 +124,14 @@ class Planner:
                 self._unusable.clear()
             self._unusable[key] = error.message
 
-    def _found(self, key: str, question: Question, measurement: _Measurement) -> Speeds:
+    def _found(self, question: Question, measurement: _Measurement) -> Speeds:
         """Return the cached measurement of this workspace, else measure."""
-        file = self._workspace.cache / "notes" / f"speeds-{key}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or of another release
-            return Speeds.from_dict(read_json(file))
+        if (known := find_speeds(self._workspace, question)) is not None:
+            return known
         answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}, measurement))
         if "problem" in answer:
             raise InvalidInput(answer["problem"])
-        write_json(file, answer["speeds"])
+        write_json(speeds_file(self._workspace, question), answer["speeds"])
         return Speeds.from_dict(answer["speeds"])
 
     def _ask(self, given: Question, measurement: _Measurement) -> str:
@@ -170,8 +167,3 @@ class Planner:
             raise InvalidInput(f"{given['backbone']} takes too long to measure on this machine. A job may train it nevertheless")
         log.error("measuring %s failed:\n%s", given["backbone"], errors[-2000:])
         raise Overloaded(f"{given['backbone']} could not be measured; the server's log says why")
-
-
-def _key(question: Question) -> str:
-    text = json.dumps([__version__, dict(question)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -28,7 +28,7 @@ from starlette.requests import Request
 
 from finetune.data.intake import Intake, take_in
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
-from finetune.jobs.store import LOCAL_OWNER
+from finetune.jobs.job import LOCAL_OWNER
 from finetune.storage.files import folder_bytes, sha256_file
 from service.part_uploads import MAX_PARTS
 

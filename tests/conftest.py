@@ -130,3 +130,9 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unmeasured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `finetune check` leave out the forecast of the whole job, for which a child process would measure the backbone."""
+    monkeypatch.setattr("finetune.runs.known_speeds.ask_child", lambda question: None)

@@ -21,9 +21,10 @@ from training_standin import next_state
 from finetune.executors.executor import Executor, Handle
 from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database, writing
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import TRAINING, Kind
 from finetune.jobs.schema import HELD, jobs
-from finetune.jobs.store import Job, JobStore
+from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from finetune.cli.terminal import shortened, table
+from finetune.cli.terminal import shortened
 from finetune.data.check import check_images
 from finetune.data.index import IndexRefused
 from finetune.doctor.finding import LISTED
@@ -83,16 +83,13 @@ def summary_of(examination: Examination) -> str:
 def show_examination(found: Examined) -> None:
     """Print the findings, worst first, with a few cases of each."""
     findings = found.examination.findings
-    rows = [[one.severity, one.title, one.count] for one in findings if one.count]
-    table("Examination", ["", "what", "cases"], rows)
-    if not rows:
-        console.print("Nothing was found.\n")
+    console.print(f"\n{summary_of(found.examination)}\n", markup=False)
     for finding in findings:
         if finding.count and finding.severity != "note":
             _show_cases(finding)
     for finding in findings:
         if finding.count and finding.severity == "note":
-            console.print(f"[{_STYLES['note']}]note[/] {escape(finding.title)}: {escape(finding.evidence)}")
+            console.print(_words(finding))
     accepted = {finding.kind: finding.acknowledged for finding in findings if finding.acknowledged}
     if accepted:
         kinds = natural_list([f"{count:,} of {kind}" for kind, count in accepted.items()])
@@ -109,8 +106,13 @@ def show_examination(found: Examined) -> None:
         console.print("fix       --fix corrected.csv writes a manifest; no image is touched", markup=False, soft_wrap=True)
 
 
+def _words(finding: Finding) -> str:
+    said = f"{finding.title}: {finding.evidence} {finding.advice}"
+    return f"[{_STYLES[finding.severity]}]{finding.severity}[/] {escape(said)}"
+
+
 def _show_cases(finding: Finding) -> None:
-    console.print(f"[{_STYLES[finding.severity]}]{finding.severity}[/] {escape(finding.title)}: {escape(finding.evidence)}")
+    console.print(_words(finding))
     shown = [case for case in finding.cases if case.ids or finding.kind == "shortcuts"][:SHOWN_CASES]
     for case in shown:
         names = natural_list([printable(one) for one in case.ids], 3)

@@ -10,8 +10,9 @@ from rich.markup import escape
 
 from finetune.cli.terminal import shortened, table
 from finetune.data.dataset import left_out_files
+from finetune.doctor.finding import not_in
 from finetune.evaluation.diagnose import read_diagnosis
-from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_evaluation
 from finetune.events import Planned
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from finetune.bundle.manifest import Manifest
     from finetune.bundle.registry import Access, ModelVersion
     from finetune.demo import DemoResult
+    from finetune.doctor.finding import Examination
     from finetune.evaluation.of_bundle import BundleEvaluation
     from finetune.model.tried import Trial
     from finetune.runs.outcome import Outcome
@@ -43,15 +45,20 @@ JUDGED_ON = {
 }
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print the plan for `finetune check`: data, stages, recipe, estimate, warnings."""
+def show_plan(plan: Mapping[str, Any], examination: Examination | None = None) -> None:
+    """Print the plan for `finetune check`: data, stages, recipe, estimate, warnings.
+
+    Args:
+        examination: of the same data, which is printed afterwards; notes that repeat its findings are left out.
+    """
     data, backbone, recipe = plan["dataset"], plan["backbone"], plan["recipe"]
     splits = list(data["counts"])
     rows = [[name, *(data["counts"][split][name] for split in splits)] for name in data["classes"][:SHOWN_CLASSES]]
     totals = ["all images", *(data["sizes"].get(split, 0) for split in splits)]
-    table(f"Data: {data['root']}", ["class", *splits], [*rows, totals])
+    exclusive = task_named(plan["task"]).exclusive
+    table(f"Data: {data['root']}", ["class" if exclusive else "label", *splits], [*rows, totals])
     if len(data["classes"]) > SHOWN_CLASSES:
-        console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more classes")
+        console.print(f"  … and {len(data['classes']) - SHOWN_CLASSES} more {'classes' if exclusive else 'labels'}")
     if folds := plan["folds"]:
         sizes = sorted(plan["fold_sizes"])
         each = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
@@ -70,10 +77,15 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table(f"Recipe: {recipe['method']}{batch}", ["phase", "steps", "peak learning rate"], phases)
     table("What was decided", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
     estimate = plan["estimate"]
-    costs = [["time", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
+    whole = plan["forecast"]
+    costs = [["training alone", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
+    if whole:
+        about, low, high = (duration(whole[name]) for name in ("about", "low", "high"))
+        costs = [["whole job, nothing cached", f"{about} ({low} to {high})"], *costs]
     costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
-    table("Training, estimated by measuring on this machine", ["what", "about"], costs)
-    show_notes(data["understood"], data["warnings"], data["quarantined"])
+    table("Estimated by measuring on this machine", ["what", "about"], costs)
+    quarantined = () if examination and examination.of("unreadable", "missing_files") else data["quarantined"]
+    show_notes(data["understood"], not_in(examination, data["warnings"]) if examination else data["warnings"], quarantined)
     console.print(f"data revision {data['revision'][:12]} (finetune data show, data.revision)", markup=False)
 
 
@@ -92,16 +104,16 @@ def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[li
 
 def show_outcome(outcome: Outcome, run: RunDir) -> None:
     """Print the outcome for `finetune train`: metrics, most independent split first, costs, and what to do next."""
-    judgement = read_judgement(run.evaluation)
-    splits = [split for split in HONEST_FIRST if split in judgement.evaluations]
-    first = judgement.evaluations[splits[0]]
+    evaluation = read_evaluation(run.evaluation)
+    splits = [split for split in HONEST_FIRST if split in evaluation.evaluations]
+    first = evaluation.evaluations[splits[0]]
     console.print(f"\n{outcome.summary}\n", markup=False)
     _show_headline(first, JUDGED_ON[splits[0]])
-    _show_figures({split: judgement.evaluations[split] for split in splits})
+    _show_figures({split: evaluation.evaluations[split] for split in splits})
     for split in splits:
         if split.endswith(UNSEEN):
             whole = split.removesuffix(UNSEEN)
-            n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
+            n_seen = evaluation.evaluations[whole].n - evaluation.evaluations[split].n
             console.print(
                 f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too (the same file, a near duplicate, or "
                 f"one of a group), so {whole} figures are too high; {split} figures leave these images out.\n"

@@ -204,7 +204,7 @@ def check(
     if as_json:
         print_json({**document, "examination": None if found is None else found.to_dict()})
     else:
-        show_plan(document)
+        show_plan(document, None if found is None else found.examination)
         if found is not None:
             show_examination(found)
 

@@ -47,7 +47,7 @@ def create_webhook(url: str, owner: str | None, events: tuple[str, ...], as_json
     The secret signs the deliveries; it cannot be shown again. docs/webhooks.md describes the deliveries and how to verify them.
     """
     from finetune.cli.terminal import print_json
-    from finetune.jobs.store import LOCAL_OWNER
+    from finetune.jobs.job import LOCAL_OWNER
 
     made = _store().create(owner or LOCAL_OWNER, url, events)
     if as_json:

@@ -178,15 +178,6 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(position, digest_size=8).digest(), "little")
 
 
-def preview_grid(images: Sequence[np.ndarray], augment: Augment, *, seed: int = 0, n_views: int = 6) -> np.ndarray:
-    """One row per image for people to look at, (rows * h, (1 + n_views) * w, 3) uint8: first as evaluated, then as trained on."""
-    rows = []
-    for index, rgb in enumerate(images):
-        views = [augment(rgb, sample_seed(seed, epoch, index)) for epoch in range(n_views)]
-        rows.append(np.concatenate([augment.preprocess(rgb), *views], axis=1))
-    return np.concatenate(rows, axis=0)
-
-
 def _rehearse(augment: Augment) -> list[Problem]:
     """Try the transforms on a made-up image: what needs masks, yields floats or ignores the seed is found before training."""
     rgb = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)

@@ -149,9 +149,9 @@ def _group_and_weight(sample: Sample) -> tuple[str, ...]:
     return () if sample.group is None and sample.weight == 1.0 else (sample.group or "", repr(sample.weight))
 
 
-def unmeasured(split: str, classes: Sequence[str]) -> str:
-    """Return the warning that a split has no image of these classes."""
-    return f"{split}: no images of {plural(len(classes), 'class')}, which it cannot measure: {natural_list(classes)}"
+def unmeasured(split: str, classes: Sequence[str], noun: str = "class") -> str:
+    """Return the warning that a split has no image of these classes, or labels."""
+    return f"{split}: no images of {plural(len(classes), noun)}, which it cannot measure: {natural_list(classes)}"
 
 
 __all__ = [

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from finetune.storage.files import write_atomic
 
 COLUMNS = ("path", "label", "split", "sha256", "group")
 _WITHOUT_GROUPS = COLUMNS[:4]  # of files that earlier releases wrote
+MOST_PROPOSED_FOLDS = 5
 _FAR_FROM_ASKED, _ENOUGH_IMAGES = 2.0, 50  # times the share that was asked for, from which it is worth a warning
 
 
@@ -66,7 +68,7 @@ def split_dataset(
     for unit, side in zip(units, sides, strict=True):
         kept += [replace(sample, split=(recorded or {}).get(sample.sha256) or side) for sample in unit.samples]
     divided = _sorted(dataset, kept)
-    return replace(divided, warnings=(*divided.warnings, *_far_from_asked(divided, loose, shares)))
+    return replace(divided, warnings=(*divided.warnings, *_far_from_asked(divided, loose, shares), *_scarce(divided, units)))
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
@@ -385,6 +387,26 @@ def _foldable(count: int) -> str:
     if count < 3:
         return "folds need at least 3"
     return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
+
+
+def _scarce(divided: Dataset, units: Sequence[_Unit]) -> list[str]:
+    """Return a warning about the classes that have a single image, or group, left to train on, and the folds that avoid it."""
+    if not _exclusive(divided):
+        return []
+    of_class = _of_class(units)
+    in_train = {sample.id for sample in divided.of("train")}
+    trained = Counter(label for unit in units if unit.samples[0].id in in_train for label in unit.labels)
+    scarce = [label for label in of_class if trained[label] == 1]
+    if not scarce:
+        return []
+    named = natural_list([f"{divided.classes[label]} (of {len(of_class[label])})" for label in scarce], 5)
+    counts = [len(positions) for positions in of_class.values()]
+    n_folds = next((n for n in range(MOST_PROPOSED_FOLDS, 1, -1) if all(_folds_fit(count, n) for count in counts)), None)
+    said = f"only 1 image is left to train on: {named}"
+    if n_folds is None:
+        return [f"{said}: add images, or merge classes"]
+    command = f"finetune train {shlex.quote(printable(divided.root))} --folds {n_folds}"
+    return [f"{said}. Cross-validation trains and tests on all of them, and the final model trains on all: {command}"]
 
 
 def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[str, float]) -> list[str]:

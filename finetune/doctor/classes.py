@@ -24,9 +24,10 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
         totals.update(of_split)
     yield from _combined(totals)
     yield from _alike(totals)
-    yield from _small(totals)
-    yield from _missing(counts)
-    yield from _unequal(totals)
+    noun = "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
+    yield from _small(totals, noun)
+    yield from _missing(counts, noun)
+    yield from _unequal(totals, noun)
 
 
 def first_look(dataset: Dataset) -> tuple[str, ...]:
@@ -82,17 +83,17 @@ def _spelling(name: str) -> str:
     return re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
-def _small(totals: Mapping[str, int]) -> Iterator[Finding]:
+def _small(totals: Mapping[str, int], noun: str) -> Iterator[Finding]:
     small = {name: count for name, count in totals.items() if count < FEW_IMAGES}
     if small:
         said = natural_list([f"{name} ({count})" for name, count in sorted(small.items(), key=lambda pair: pair[1])], 10)
         yield Finding(
             "small_classes",
             "doubt",
-            "Classes with few images",
+            f"{_several(noun).capitalize()} with few images",
             len(small),
-            f"{said}: figures of classes with fewer than {FEW_IMAGES} images say little.",
-            "Add images, or merge classes.",
+            f"{said}: figures of {_several(noun)} with fewer than {FEW_IMAGES} images say little.",
+            f"Add images, or merge {_several(noun)}.",
             tuple(
                 Case((), 1.0, f"{name}: {plural(count, 'image')}", key=case_key("small_classes", [name]))
                 for name, count in small.items()
@@ -100,16 +101,21 @@ def _small(totals: Mapping[str, int]) -> Iterator[Finding]:
         )
 
 
-def _missing(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
+def _several(noun: str) -> str:
+    """Return the plural of ``class`` or ``label``."""
+    return {"class": "classes", "label": "labels"}[noun]
+
+
+def _missing(counts: Mapping[str, Mapping[str, int]], noun: str) -> Iterator[Finding]:
     missing = [(split, name) for split, of in counts.items() for name, count in of.items() if not count and split != "all"]
     if missing:
         yield Finding(
             "missing_in_split",
             "problem",
-            "Classes that a split cannot measure",
+            f"{_several(noun).capitalize()} that a split cannot measure",
             len(missing),
             natural_list([f"{name} has no {split} image" for split, name in missing], 8) + ".",
-            "Add images of these classes, or draw the split anew.",
+            f"Add images of these {_several(noun)}, or draw the split anew.",
             tuple(
                 Case((), 1.0, f"{name}: none in {split}", key=case_key("missing_in_split", [split, name]))
                 for split, name in missing
@@ -117,18 +123,18 @@ def _missing(counts: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
         )
 
 
-def _unequal(totals: Counter[str]) -> Iterator[Finding]:
+def _unequal(totals: Counter[str], noun: str) -> Iterator[Finding]:
     if not are_unequal(totals.values()):
         return
     most, least = totals.most_common(1)[0], min(totals.items(), key=lambda pair: pair[1])
     yield Finding(
         "imbalance",
         "note",
-        "Classes of very different size",
+        f"{_several(noun).capitalize()} of very different size",
         1,
-        f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Accuracy over all images hides what happens to "
-        "small classes: read the mean over classes (macro) figures first.",
-        "Add images of the small classes, or set data.class_weights: balanced or data.logit_adjustment: 1.",
+        f"{most[0]} has {most[1]:,} images, {least[0]} {least[1]:,}. Figures over all images hardly depend on small "
+        f"{_several(noun)}: read the mean over {_several(noun)} (macro) first.",
+        f"Add images of the small {_several(noun)}, or set data.class_weights: balanced or data.logit_adjustment: 1.",
         (
             Case(
                 (),

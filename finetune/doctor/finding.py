@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -87,9 +88,24 @@ class Examination:
         tuples = {"classes": tuple(given["classes"]), "findings": tuple(findings), "confidence": tuple(given["confidence"])}
         return cls(**{**given, **tuples})
 
-    def of(self, kind: str) -> Finding | None:
-        """Return the finding of a kind, if there is one."""
-        return next((finding for finding in self.findings if finding.kind == kind), None)
+    def of(self, *kinds: str) -> Finding | None:
+        """Return the first finding of one of these kinds, if there is one."""
+        return next((finding for finding in self.findings if finding.kind in kinds), None)
+
+
+_IN_WARNINGS = {
+    "conflicting_labels": r"in more than one class \(",
+    "leaks": r"with the same bytes as a",
+    "missing_in_split": r"^(val|test): no images of",
+}  # how `finetune.data` words the same in the warnings of a dataset
+
+
+def not_in(examination: Examination, warnings: Sequence[str]) -> list[str]:
+    """Return the warnings about data that no finding of the examination repeats."""
+    patterns = [
+        re.escape(f"{one.title}:") if one.kind not in _IN_WARNINGS else _IN_WARNINGS[one.kind] for one in examination.findings
+    ]
+    return [warning for warning in warnings if not any(re.search(pattern, warning) for pattern in patterns)]
 
 
 def case_key(kind: str, digests: Sequence[str]) -> str:

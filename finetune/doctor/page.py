@@ -42,12 +42,16 @@ def write_page(path: Path, examination: Examination, dataset: Dataset, preproces
         title=f"Examination of {dataset.name}",
         examination=examination,
         root=dataset.root,
-        counts=f"{plural(examination.n_images, 'image')}, {plural(len(examination.classes), 'class')}",
+        counts=f"{plural(examination.n_images, 'image')}, {plural(len(examination.classes), _noun(dataset))}",
         findings=[_shown(finding, pictures) for finding in examination.findings],
         seen=_seen(dataset, preprocess),
         command=command,
     )
     write_atomic(path, lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
+
+
+def _noun(dataset: Dataset) -> str:
+    return "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
 
 
 def _shown(finding: Finding, pictures: _Pictures) -> dict[str, Any]:

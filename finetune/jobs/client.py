@@ -11,16 +11,17 @@ from finetune.comparison_spec import ComparedRuns, ComparisonSpec
 from finetune.errors import Conflict
 from finetune.jobs.creation import digest_of
 from finetune.jobs.database import open_jobs
+from finetune.jobs.job import LOCAL_OWNER, Event, Job
 from finetune.jobs.kinds import COMPARISON, TRAINING, Kind
 from finetune.jobs.schema import TERMINAL
-from finetune.jobs.store import LOCAL_OWNER, Event, Job, JobStore
+from finetune.jobs.store import JobStore
 from finetune.jobs.tracking import mlflow_run_of
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
 
-Asked = JobSpec | ComparisonSpec | ComparedRuns
+Request = JobSpec | ComparisonSpec | ComparedRuns
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class EventView:
 class JobsClient(Protocol):
     """The operations that `finetune jobs` and `finetune compare` need, on a workspace or a server."""
 
-    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(self, asked: Request, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; the same idempotency key and request return the job of the first call."""
         ...
 
@@ -100,7 +101,7 @@ class LocalJobs:
         self.home = home
         self.store = JobStore(open_jobs(home))
 
-    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(self, asked: Request, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job. File names become absolute paths, so that a worker on this machine finds them."""
         kind, spec, suffix = _as_queued(asked)
         digest = digest_of(spec)
@@ -143,7 +144,7 @@ class LocalJobs:
             return stream.read()
 
 
-def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
+def _as_queued(asked: Request) -> tuple[Kind, dict[str, Any], str | None]:
     """Return a request as it is queued: its kind, the spec for the command, and the name of the model that it may register."""
     if isinstance(asked, ComparedRuns):
         absolute = [str(Path(run).absolute()) for run in asked.runs]

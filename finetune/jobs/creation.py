@@ -14,8 +14,8 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from finetune.errors import InvalidInput
-from finetune.jobs.schema import idempotency, jobs
+from finetune.errors import Conflict, InvalidInput
+from finetune.jobs.schema import UNFINISHED, idempotency, jobs
 
 IDEMPOTENCY_SECONDS = 24 * 3600.0
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
@@ -78,3 +78,23 @@ def model_owner(connection: Connection, name: str) -> str | None:
     """Return the owner of a model's name: that of the oldest job for it that neither failed nor was cancelled, or None."""
     makers = select(jobs.c.owner).where(jobs.c.suffix == name, jobs.c.state.not_in(("failed", "cancelled")))
     return connection.execute(makers.order_by(jobs.c.id).limit(1)).scalar_one_or_none()
+
+
+class QueueFull(Conflict):
+    """The owner has reached the limit on unfinished jobs."""
+
+    code, http_status = "queue_full", 429
+
+
+class NameTaken(Conflict):
+    """The name of a new job's model belongs to another owner."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model name {name!r} is taken; choose another suffix")
+
+
+def check_quota(connection: Connection, owner: str, max_queued: int) -> None:
+    """Raise `QueueFull` if the owner already has `max_queued` unfinished jobs."""
+    unfinished = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(UNFINISHED))
+    if connection.execute(unfinished).scalar_one() >= max_queued:
+        raise QueueFull(f"{max_queued} jobs of yours have not finished yet, and that is the limit; wait for one or cancel one")

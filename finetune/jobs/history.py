@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Engine, func, select
 
 from finetune.jobs import creation
 from finetune.jobs.database import reading
+from finetune.jobs.job import Event
 from finetune.jobs.schema import TERMINAL, job_events, jobs
-from finetune.jobs.store import Event
 
 _IDS_A_QUERY = 500
 

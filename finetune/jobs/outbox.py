@@ -17,7 +17,7 @@ from finetune.jobs.kinds import KINDS
 from finetune.jobs.schema import TERMINAL, webhook_deliveries, webhooks
 
 if TYPE_CHECKING:
-    from finetune.jobs.store import Job
+    from finetune.jobs.job import Job
 
 PROMOTED, DEPLOYED, DRIFTED = "model.promoted", "deployment.changed", "model.drifted"
 TYPES = (*(f"{kind.object}.{state}" for kind in KINDS.values() for state in TERMINAL), PROMOTED, DEPLOYED, DRIFTED)

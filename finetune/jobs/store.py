@@ -1,4 +1,4 @@
-"""The database rows of jobs of every kind, and the only code that changes the state of a job.
+"""The store of jobs of every kind: the only code that changes the state of a job.
 
     queued ──claim──▶ running ──▶ succeeded | failed | cancelled        terminal states never change
       ▲                  │ ▲
@@ -13,104 +13,45 @@ in which they happened.
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    RowMapping,
-    Select,
-    Text,
-    and_,
-    case,
-    cast,
-    delete,
-    func,
-    insert,
-    literal,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Engine, and_, delete, func, insert, or_, select, update
 
-from finetune.errors import Conflict, NotFound
-from finetune.executors.endings import MAX_LOST_ATTEMPTS
+from finetune.errors import Conflict
 from finetune.jobs.clock import LeaseTime, lease_time
-from finetune.jobs.creation import earlier_object, model_owner, new_id, one_creation_at_a_time, remember_object
+from finetune.jobs.creation import (
+    NameTaken,
+    check_quota,
+    earlier_object,
+    model_owner,
+    new_id,
+    one_creation_at_a_time,
+    remember_object,
+)
 from finetune.jobs.database import reading, writing
 from finetune.jobs.files import check_not_full, stored_by
-from finetune.jobs.kinds import KINDS, TRAINING, Kind, kind_of_id
-from finetune.jobs.outbox import enqueue_ended
-from finetune.jobs.schema import HELD, STATES, TERMINAL, UNFINISHED, idempotency, job_events, jobs
+from finetune.jobs.job import Claim, Event, Job, job_of, storable_text, to_json
+from finetune.jobs.kinds import KINDS, TRAINING, Kind
+from finetune.jobs.rows import (
+    add_run_events,
+    attempt_counts,
+    claimable,
+    end_time,
+    expired,
+    held_row,
+    job_row,
+    metadata_value,
+    record_event,
+    release_lost,
+    released,
+    write_held,
+)
+from finetune.jobs.schema import TERMINAL, UNFINISHED, idempotency, job_events, jobs
 
 LEASE_SECONDS = 30.0
-LOCAL_OWNER = "local"  # owner of jobs that were submitted without an API key
-
-
-class LeaseLost(Exception):
-    """The job is no longer held under this claim. The caller must stop working on it and write nothing more."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job, decoded from its row."""
-
-    id: str
-    kind: Kind
-    owner: str
-    state: str
-    phase: str | None
-    spec: Mapping[str, Any]
-    request: Mapping[str, Any] | None
-    suffix: str | None
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    attempts: int
-    progress: Mapping[str, Any] | None
-    result: Mapping[str, Any] | None
-    error_code: str | None
-    error_message: str | None
-    cancel_requested_at: float | None
-    worker: str | None  # name of the worker that holds it now
-
-    @property
-    def finished(self) -> bool:
-        return self.state in TERMINAL
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The right to work on a job until the lease ends; `fence` is the token that every write needs."""
-
-    job: Job
-    worker: str
-    fence: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event of a job's history; `seq` increases over all jobs and is the cursor of readers."""
-
-    seq: int
-    job_id: str
-    at: float
-    level: str
-    kind: str
-    message: str
-    data: Mapping[str, Any]
-
-    @staticmethod
-    def of(row: RowMapping) -> Event:
-        data = json.loads(row["data"] or "{}")
-        return Event(row["seq"], row["job_id"], row["at"], row["level"], row["kind"], row["message"], data)
+_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
 class JobStore:
@@ -157,34 +98,34 @@ class JobStore:
             one_creation_at_a_time(connection, owner, suffix)
             earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
             if earlier is not None:
-                return _job(_row(connection, earlier, owner)), False
+                return job_of(job_row(connection, earlier, owner)), False
             if suffix is not None and not any_suffix and model_owner(connection, suffix) not in (None, owner):
                 raise NameTaken(suffix)
             if max_queued is not None:
-                _check_quota(connection, owner, max_queued)
+                check_quota(connection, owner, max_queued)
             if max_owner_bytes is not None:
                 check_not_full(stored_by(connection, owner) + models_bytes, max_owner_bytes)
             job_id = new_id(kind.prefix)
             connection.execute(
                 insert(jobs).values(
-                    id=job_id, kind=kind.name, owner=owner, state="queued", priority=priority, spec=_dumps(spec),
-                    spec_digest=spec_digest, request=None if request is None else _dumps(request), suffix=suffix, created_at=now,
+                    id=job_id, kind=kind.name, owner=owner, state="queued", priority=priority, spec=to_json(spec),
+                    spec_digest=spec_digest, request=None if request is None else to_json(request), suffix=suffix, created_at=now,
                 )
             )  # fmt: skip
             remember_object(connection, owner, idempotency_key, body_sha256, job_id)
-            _record(connection, job_id, now, "queued", "The job is queued.")
-            return _job(_row(connection, job_id, owner)), True
+            record_event(connection, job_id, now, "queued", "The job is queued.")
+            return job_of(job_row(connection, job_id, owner)), True
 
     def get(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> Job:
         """Return a job of `owner` and `kind`, each any if None. Raises NotFound also if the job has another owner or kind."""
         with reading(self.engine) as connection:
-            return _job(_row(connection, job_id, owner, kind))
+            return job_of(job_row(connection, job_id, owner, kind))
 
     def newest(self, limit: int) -> Sequence[Job]:
         """Return the newest jobs of all kinds and owners, newest first."""
         query = select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
         with reading(self.engine) as connection:
-            return [_job(row) for row in connection.execute(query).mappings()]
+            return [job_of(row) for row in connection.execute(query).mappings()]
 
     def list(
         self,
@@ -209,10 +150,10 @@ class JobStore:
         if state is not None:
             query = query.where(jobs.c.state == state)
         for key, value in (metadata or {}).items():
-            query = query.where(_metadata_value(self.engine.dialect.name, key) == value)
+            query = query.where(metadata_value(self.engine.dialect.name, key) == value)
         with reading(self.engine) as connection:
             rows = connection.execute(query).mappings().all()
-        return [_job(row) for row in rows[:limit]], len(rows) > limit
+        return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def queue_position(self, job: Job) -> int | None:
         """Return how many queued jobs are before this one by priority and age; None if it is not queued."""
@@ -232,17 +173,17 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            row = _row(connection, job_id, owner, kind, lock=True)
+            row = job_row(connection, job_id, owner, kind, lock=True)
             if row["state"] in ("succeeded", "failed"):
                 raise Conflict(f"{job_id} has already {row['state']}; a finished job cannot be cancelled")
             if row["state"] == "queued":
-                cancelled = {"state": "cancelled", "cancel_requested_at": now, "finished_at": _after(row, now)}
+                cancelled = {"state": "cancelled", "cancel_requested_at": now, "finished_at": end_time(row, now)}
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancelled))
-                _record(connection, job_id, now, "cancelled", "The job was cancelled while it was queued.")
+                record_event(connection, job_id, now, "cancelled", "The job was cancelled while it was queued.")
             elif row["state"] == "running":
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(state="cancelling", cancel_requested_at=now))
-                _record(connection, job_id, now, "cancelling", "Cancelling was asked for.")
-            return _job(_row(connection, job_id, owner))
+                record_event(connection, job_id, now, "cancelling", "Cancelling was asked for.")
+            return job_of(job_row(connection, job_id, owner))
 
     def delete(self, job_id: str, owner: str | None = None, kind: Kind | None = None) -> None:
         """Delete a job that has ended, with its events. The model that it registered is kept.
@@ -252,7 +193,7 @@ class JobStore:
             Conflict: it has not ended, or another unfinished job uses its run.
         """
         with writing(self.engine) as connection:
-            row = _row(connection, job_id, owner, kind, lock=True)
+            row = job_row(connection, job_id, owner, kind, lock=True)
             if row["state"] not in TERMINAL:
                 raise Conflict(f"{job_id} is {row['state']}; cancel it and wait for its end before you delete it")
             reads = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED), jobs.c.spec.contains(job_id, autoescape=True)).limit(1)
@@ -291,12 +232,12 @@ class JobStore:
             kinds: names of the kinds of jobs that the worker executes.
         """
         with reading(self.engine) as connection:  # usually there is none; a read does not block other writers
-            if connection.execute(_claimable(lease_time(connection), kinds)).first() is None:
+            if connection.execute(claimable(lease_time(connection), kinds)).first() is None:
                 return None
         now = time.time()
         with writing(self.engine) as connection:
             clock = lease_time(connection)
-            job_id = connection.execute(_claimable(clock, kinds).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
+            job_id = connection.execute(claimable(clock, kinds).with_for_update(skip_locked=True, of=jobs)).scalar_one_or_none()
             if job_id is None:
                 return None
             taken = {
@@ -304,9 +245,9 @@ class JobStore:
                 "attempts": jobs.c.attempts + 1, "started_at": func.coalesce(jobs.c.started_at, now), "phase": "preparing",
             }  # fmt: skip
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(taken))
-            row = _row(connection, job_id, None)
-            _record(connection, job_id, now, "running", f"Attempt {row['attempts']} started.", data={"worker": worker})
-            return Claim(_job(row), worker, row["fence"])
+            row = job_row(connection, job_id, None)
+            record_event(connection, job_id, now, "running", f"Attempt {row['attempts']} started.", data={"worker": worker})
+            return Claim(job_of(row), worker, row["fence"])
 
     def heartbeat(
         self,
@@ -329,16 +270,16 @@ class JobStore:
             LeaseLost: another worker holds the job, or it has ended.
         """
         with writing(self.engine) as connection:
-            row = _held(connection, claim)
+            row = held_row(connection, claim)
             values: dict[str, Any] = self._lease(lease_time(connection))
             if phase is not None:
                 values["phase"] = phase
             if progress is not None:
-                values |= {"progress": _dumps(progress), "progress_at": time.time()}
+                values |= {"progress": to_json(progress), "progress_at": time.time()}
             if progressed:
                 values["progressed"] = True
-            _write(connection, claim, values)
-            _add_run_events(connection, claim.job.id, records)
+            write_held(connection, claim, values)
+            add_run_events(connection, claim.job.id, records)
             return bool(row["state"] == "cancelling")
 
     def cancel_requested(self, claim: Claim) -> bool:
@@ -361,19 +302,19 @@ class JobStore:
         if state not in TERMINAL:
             raise ValueError(f"{state!r} is not one of {TERMINAL}")
         now = time.time()
-        error_message = None if error_message is None else _plain(error_message)
+        error_message = None if error_message is None else storable_text(error_message)
         with writing(self.engine) as connection:
-            row = _held(connection, claim)
+            row = held_row(connection, claim)
             values = {
-                "result": None if result is None else _dumps(result),
+                "result": None if result is None else to_json(result),
                 "error_code": error_code,
                 "error_message": error_message,
                 "stored_bytes": stored_bytes,
             }
-            _write(connection, claim, {**_released(), **values, "state": state, "finished_at": _after(row, now)})
+            write_held(connection, claim, {**released(), **values, "state": state, "finished_at": end_time(row, now)})
             said = error_message or message or f"The job {_ENDED[state]}."
             level = "error" if state == "failed" else "info"
-            _record(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
+            record_event(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
 
     def hand_back(
         self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"
@@ -388,15 +329,15 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            row = _held(connection, claim)
+            row = held_row(connection, claim)
             if row["state"] == "cancelling":
-                _write(connection, claim, {**_released(), "state": "cancelled", "finished_at": _after(row, now)})
-                _record(connection, claim.job.id, now, "cancelled", "The job was cancelled.")
+                write_held(connection, claim, {**released(), "state": "cancelled", "finished_at": end_time(row, now)})
+                record_event(connection, claim.job.id, now, "cancelled", "The job was cancelled.")
                 return
             clock = lease_time(connection)
             waiting = {"state": "queued", "not_before": clock.seconds + delay_seconds, "clock_epoch": clock.epoch}
-            _write(connection, claim, {**_released(), **waiting, **_counts(row, counted)})
-            _record(
+            write_held(connection, claim, {**released(), **waiting, **attempt_counts(row, counted)})
+            record_event(
                 connection,
                 claim.job.id,
                 now,
@@ -409,210 +350,20 @@ class JobStore:
     def fruitless_attempts(self, claim: Claim) -> tuple[int, int]:
         """Return the numbers of consecutive attempts without a new checkpoint, if this one counts as stalled and as lost."""
         with reading(self.engine) as connection:
-            row = _row(connection, claim.job.id, None)
-            return _counts(row, "stalled")["stalled_attempts"], _counts(row, "lost")["lost_attempts"]
+            row = job_row(connection, claim.job.id, None)
+            return attempt_counts(row, "stalled")["stalled_attempts"], attempt_counts(row, "lost")["lost_attempts"]
 
     def reap(self) -> Sequence[str]:
         """Return jobs with an expired lease to the queue, or cancel them if that was requested; return their ids."""
         with reading(self.engine) as connection:
-            if connection.execute(_expired(lease_time(connection))).first() is None:
+            if connection.execute(expired(lease_time(connection))).first() is None:
                 return []
         now = time.time()
         with writing(self.engine) as connection:
-            rows = connection.execute(_expired(lease_time(connection)).with_for_update(skip_locked=True)).mappings().all()
+            rows = connection.execute(expired(lease_time(connection)).with_for_update(skip_locked=True)).mappings().all()
             for row in rows:
-                _release_lost(connection, row, now)
+                release_lost(connection, row, now)
         return [row["id"] for row in rows]
 
     def _lease(self, clock: LeaseTime) -> dict[str, Any]:
         return {"lease_until": clock.seconds + self.lease_seconds, "clock_epoch": clock.epoch}
-
-
-class QueueFull(Conflict):
-    """The owner has reached the limit on unfinished jobs."""
-
-    code, http_status = "queue_full", 429
-
-
-class NameTaken(Conflict):
-    """The name of a new job's model belongs to another owner."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the model name {name!r} is taken; choose another suffix")
-
-
-_ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
-
-
-def _claimable(clock: LeaseTime, kinds: Collection[str]) -> Select[str]:
-    """Return the query for the id of the next job. A `not_before` of an earlier boot counts as past.
-
-    Among jobs of equal priority, those of the owner with the fewest running jobs come first, then those of the owner whose last
-    job started longest ago, so that one owner's long queue does not delay the others.
-    """
-    due = or_(jobs.c.not_before <= clock.seconds, jobs.c.clock_epoch != clock.epoch)
-    held = case((jobs.c.state.in_(HELD), 1), else_=0)
-    owners = (
-        select(jobs.c.owner, func.sum(held).label("running"), func.coalesce(func.max(jobs.c.started_at), 0.0).label("served_at"))
-        .group_by(jobs.c.owner)
-        .subquery()
-    )
-    turn = (jobs.c.priority.desc(), owners.c.running, owners.c.served_at, jobs.c.created_at, jobs.c.id)
-    return (
-        select(jobs.c.id)
-        .join(owners, owners.c.owner == jobs.c.owner)
-        .where(jobs.c.state == "queued", jobs.c.kind.in_(kinds), due)
-        .order_by(*turn)
-        .limit(1)
-    )
-
-
-def _metadata_value(dialect: str, key: str) -> ColumnElement[str]:
-    """Return the value of one metadata key inside the spec's JSON."""
-    if dialect == "postgresql":
-        value: ColumnElement[str] = cast(jobs.c.spec, JSONB)["metadata"][key].astext
-        return value
-    return cast(func.json_extract(jobs.c.spec, literal(f'$.metadata."{key}"')), Text)
-
-
-def _expired(clock: LeaseTime) -> Select[Any]:
-    ended = or_(jobs.c.clock_epoch != clock.epoch, jobs.c.lease_until < clock.seconds)
-    return select(jobs).where(jobs.c.state.in_(HELD), ended)
-
-
-def _held(connection: Connection, claim: Claim) -> RowMapping:
-    """Lock and return the job's row. Raises LeaseLost if the job is no longer held under this claim."""
-    query = select(jobs).where(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
-    row = connection.execute(query.with_for_update()).mappings().one_or_none()
-    if row is None:
-        raise LeaseLost(f"{claim.job.id} is no longer held under fence {claim.fence}")
-    return row
-
-
-def _write(connection: Connection, claim: Claim, values: Mapping[str, Any]) -> None:
-    held = and_(jobs.c.id == claim.job.id, jobs.c.state.in_(HELD), jobs.c.fence == claim.fence)
-    if connection.execute(update(jobs).where(held).values(values)).rowcount != 1:
-        raise LeaseLost(f"{claim.job.id} is no longer held under fence {claim.fence}")
-
-
-def _released() -> dict[str, Any]:
-    return {"lease_owner": None, "lease_until": None, "phase": None}
-
-
-def _counts(row: RowMapping, more: str | None) -> dict[str, int]:
-    """Return the new counts of consecutive attempts without a new checkpoint when an attempt ends; it counts as `more`."""
-    return {
-        f"{kind}_attempts": 0 if row["progressed"] else row[f"{kind}_attempts"] + (kind == more) for kind in ("stalled", "lost")
-    }
-
-
-def _after(row: RowMapping, now: float) -> float:
-    """Return `now`, but at least the job's start, in case the wall clock was set back."""
-    return max(now, float(row["started_at"] or row["created_at"]))
-
-
-def _release_lost(connection: Connection, row: RowMapping, now: float) -> None:
-    """Requeue or cancel a job whose worker no longer renews its lease."""
-    lost, counts = f"Worker {row['lease_owner']} stopped renewing its lease", _counts(row, "lost")
-    ended = {"finished_at": _after(row, now)}
-    if row["state"] == "cancelling":
-        values, kind, level, said = {**ended, "state": "cancelled"}, "cancelled", "info", "The job was cancelled."
-    elif counts["lost_attempts"] >= MAX_LOST_ATTEMPTS:
-        said = (
-            f"{lost}, as {MAX_LOST_ATTEMPTS - 1} did before it; the job itself seems to end them, most often for want of memory."
-        )
-        values, kind, level = {**ended, "state": "failed", "error_code": "crash_loop", "error_message": said}, "failed", "error"
-    else:
-        values, kind, level = {"state": "queued", "not_before": 0.0}, "worker_lost", "warning"
-        said = f"{lost}; the job is queued again and resumes."
-    connection.execute(update(jobs).where(jobs.c.id == row["id"]).values({**_released(), **counts, **values}))
-    _record(connection, row["id"], now, kind, said, level=level)
-
-
-def _add_run_events(connection: Connection, job_id: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add the records that are not in the job's history yet, except the run's own final event: the job has one of its own."""
-    if not records:
-        return
-    newest = connection.execute(select(func.max(job_events.c.line)).where(job_events.c.job_id == job_id)).scalar_one()
-    for line, record in enumerate(records):
-        if (newest is None or line > newest) and record["kind"] not in STATES:
-            data = {key: _finite(value) for key, value in record.items() if key not in ("at", "level", "kind", "message")}
-            _record(
-                connection, job_id, float(record["at"]), str(record["kind"]), str(record["message"]),
-                level=str(record.get("level", "info")), data=data, line=line,
-            )  # fmt: skip
-
-
-def _check_quota(connection: Connection, owner: str, max_queued: int) -> None:
-    unfinished = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(UNFINISHED))
-    if connection.execute(unfinished).scalar_one() >= max_queued:
-        raise QueueFull(f"{max_queued} jobs of yours have not finished yet, and that is the limit; wait for one or cancel one")
-
-
-def _row(connection: Connection, job_id: str, owner: str | None, kind: Kind | None = None, *, lock: bool = False) -> RowMapping:
-    query = select(jobs).where(jobs.c.id == job_id)
-    found = connection.execute(query.with_for_update() if lock else query) if "\0" not in job_id else None
-    row = None if found is None else found.mappings().one_or_none()
-    if row is None or owner not in (None, row["owner"]) or (kind is not None and row["kind"] != kind.name):
-        asked = kind or kind_of_id(job_id)
-        raise NotFound(f"no {asked.title} {job_id!r}; finetune jobs list shows yours, and so does GET {asked.path}")
-    return row
-
-
-def _record(
-    connection: Connection,
-    job_id: str,
-    at: float,
-    kind: str,
-    message: str,
-    *,
-    level: str = "info",
-    data: Mapping[str, Any] | None = None,
-    line: int | None = None,
-) -> None:
-    event = {
-        "job_id": job_id,
-        "at": at,
-        "level": level,
-        "kind": kind,
-        "message": _plain(message),
-        "data": _dumps(data or {}),
-        "line": line,
-    }
-    connection.execute(insert(job_events).values(event))
-    if kind in TERMINAL and line is None:
-        enqueue_ended(connection, _job(_row(connection, job_id, None)), at)
-
-
-def _job(row: RowMapping) -> Job:
-    return Job(
-        id=row["id"], kind=KINDS[row["kind"]], owner=row["owner"], state=row["state"], phase=row["phase"],
-        spec=json.loads(row["spec"]),
-        request=_loads(row["request"]), suffix=row["suffix"], created_at=row["created_at"], started_at=row["started_at"],
-        finished_at=row["finished_at"], attempts=row["attempts"], progress=_loads(row["progress"]), result=_loads(row["result"]),
-        error_code=row["error_code"], error_message=row["error_message"], cancel_requested_at=row["cancel_requested_at"],
-        worker=row["lease_owner"],
-    )  # fmt: skip
-
-
-def _dumps(value: Mapping[str, Any]) -> str:
-    """Return ASCII JSON, in which lone surrogates and NULs, which databases reject as text, are escaped."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-def _plain(text: str) -> str:
-    """Return `text` with the characters replaced that databases reject."""
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None for numbers that are not finite, which JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _loads(text: str | None) -> Any:
-    return None if text is None else json.loads(text)

@@ -28,10 +28,11 @@ from finetune.executors.endings import Ending, Finish, next_action
 from finetune.executors.executor import Executor, Handle, Resources
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.files import FileStore
+from finetune.jobs.job import LOCAL_OWNER, Claim, Job, LeaseLost
 from finetune.jobs.kinds import KINDS
 from finetune.jobs.lease import LEASE_VARIABLE, write_lease
 from finetune.jobs.schema import UNFINISHED
-from finetune.jobs.store import LOCAL_OWNER, Claim, Job, JobStore, LeaseLost
+from finetune.jobs.store import JobStore
 from finetune.jobs.tracking import TrackingSync
 from finetune.runtime.cores import available_cores
 from finetune.runtime.tracing import Attributes, Tracing

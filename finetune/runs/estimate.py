@@ -1,4 +1,7 @@
-"""Estimate the time and memory of a run before it starts, by measuring a few images and steps on this machine."""
+"""Estimate the time and memory of a run's training before it starts, by measuring a few images and steps on this machine.
+
+`finetune.runs.forecast` predicts the time of the whole job.
+"""
 
 from __future__ import annotations
 

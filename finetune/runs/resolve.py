@@ -53,7 +53,8 @@ class DatasetFacts:
         """Return the facts of a dataset that has been split."""
         counts = dataset.counts()
         missing = {split: [name for name, n in counts[split].items() if not n] for split in ("val", "test") if split in counts}
-        unmeasurable = (unmeasured(split, names) for split, names in missing.items() if names)
+        noun = "class" if all(isinstance(sample.target, int) for sample in dataset.samples) else "label"
+        unmeasurable = (unmeasured(split, names, noun) for split, names in missing.items() if names)
         weights = weight_facts(dataset.of("train"), dataset.classes)
         warnings = [*dataset.warnings, *unmeasurable, *first_look(dataset)]
         return cls(

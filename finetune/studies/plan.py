@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.data.dataset import Dataset
+from finetune.data.files import LocalFile
 from finetune.data.split import fold_datasets
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.estimate import Estimate, estimate, together
+from finetune.runs.forecast import Forecast, Images, forecast
+from finetune.runs.known_speeds import measured_speeds, question_of
 from finetune.runs.options import RunOptions
 from finetune.runs.prepare import Prepared, prepare, read_and_build
 from finetune.runs.shared import Shared
-from finetune.spec import JobSpec
+from finetune.spec import JobSpec, is_own_model, is_registered_model
 from finetune.storage.rundir import RunDir
 from finetune.studies.escalate import escalation
 
@@ -25,7 +28,8 @@ class Plan:
     spec: JobSpec
     candidates: tuple[Prepared, ...]  # in order of increasing cost; more than one only for method auto
     folds: tuple[Dataset, ...]  # for cross-validation: the dataset of each fold, with its train, val and test splits
-    cost: Estimate
+    cost: Estimate  # of training alone
+    whole_job: Forecast | None  # from the start to the registered model; None if the backbone cannot be measured
 
     @property
     def deepest(self) -> Prepared:
@@ -41,6 +45,7 @@ class Plan:
             "fold_sizes": [dataset.sizes()["test"] for dataset in self.folds],  # images that each holds out
             "candidates": [candidate.resolved.recipe.method for candidate in self.candidates],
             "estimate": asdict(self.cost),
+            "forecast": None if self.whole_job is None else asdict(self.whole_job),
         }
 
 
@@ -58,7 +63,18 @@ def plan(spec: JobSpec, shared: Shared, progress: ProgressCallback = silent) -> 
         folds = fold_datasets(candidates[0].dataset, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
     rounds = (1 + len(folds)) * (2 if spec.refits else 1)
     cost = together([estimate(candidate, shared, rounds=rounds) for candidate in candidates])
-    return Plan(spec, candidates, folds, cost)
+    return Plan(spec, candidates, folds, cost, _whole_job(spec, candidates[0], shared))
+
+
+def _whole_job(spec: JobSpec, prepared: Prepared, shared: Shared) -> Forecast | None:
+    """Return the forecast that the server's plans give for these images."""
+    if is_own_model(spec.model.backbone) and not is_registered_model(spec.model.backbone):
+        return None
+    speeds = measured_speeds(shared.workspace, question_of(spec, prepared.resolved.backbone.name))
+    dataset = prepared.dataset
+    sizes = [sample.file.path.stat().st_size for sample in dataset.samples if isinstance(sample.file, LocalFile)]
+    images = Images(len(dataset.samples), len(dataset.classes), sum(sizes) / len(sizes) if sizes else None)
+    return None if speeds is None else forecast(spec, speeds, images)
 
 
 def _methods(spec: JobSpec, shared: Shared, progress: ProgressCallback) -> Sequence[JobSpec]:

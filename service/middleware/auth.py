@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from finetune.errors import FinetuneError
+from finetune.jobs.job import LOCAL_OWNER
 from finetune.jobs.keys import KeyStore
-from finetune.jobs.store import LOCAL_OWNER
 from service.limits import PROBES
 from service.problems import problem
 

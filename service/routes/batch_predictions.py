@@ -12,8 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from finetune.batch_spec import BatchSpec, parse_batch
 from finetune.errors import Conflict, NotFound, NotReady, Problem, SpecError
 from finetune.jobs.creation import digest_of
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import BATCH
-from finetune.jobs.store import Job
 from service.creation import IdempotencyKey, Submission, announce, json_body
 from service.job_request import find_folders, metadata_problems, others, parse_body, read_body, summary
 from service.middleware.auth import Caller, Submitting

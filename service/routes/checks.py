@@ -11,8 +11,8 @@ from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 
 from finetune.errors import Conflict, InvalidInput, NotFound, Problem, SpecError
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import CHECK
-from finetune.jobs.store import Job
 from service.acknowledgements import accepted_as, without_accepted
 from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body, read_request, summary

@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 
 from finetune.comparison_spec import ComparisonSpec, parse_comparison
 from finetune.errors import Conflict, NotFound
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import COMPARISON
-from finetune.jobs.store import Job
 from finetune.jobs.tracking import mlflow_run_of
 from finetune.storage.rundir import RunDir
 from service.comparison_request import read_comparison

@@ -15,8 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from finetune.bundle.manifest import read_manifest
 from finetune.errors import BundleError, Conflict, NotFound
 from finetune.evaluation.diagnose import diagnose, read_diagnosis
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import TRAINING
-from finetune.jobs.store import Job
 from service.creation import IdempotencyKey, Submission, announce, create_checked, json_body
 from service.job_request import read_body, read_request
 from service.middleware.auth import Submitting

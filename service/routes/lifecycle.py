@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from finetune.jobs.history import newest_events
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import Kind
-from finetune.jobs.store import Job
 from service.event_streams import event_seq
 from service.job_request import metadata_filter
 from service.middleware.auth import Submitting

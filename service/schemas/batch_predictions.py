@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from finetune.batch_spec import BatchSpec
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import BATCH
-from finetune.jobs.store import Job
 from service.schemas.jobs import JobError, JobState, job_error, job_state
 from service.schemas.lists import Page
 

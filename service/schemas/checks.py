@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from finetune.doctor.finding import LISTED
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import CHECK
-from finetune.jobs.store import Job
 from service.schemas.body import RequestBody
 from service.schemas.jobs import JobError, JobState, job_error, job_state
 from service.schemas.lists import Page

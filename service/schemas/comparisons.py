@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from finetune.comparison_spec import arms_asked_for, settings_of
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import COMPARISON
-from finetune.jobs.store import Job
 from service.schemas.jobs import JobError, JobState, job_error, job_state
 from service.schemas.lists import Page
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from finetune.jobs.store import Event, Job
+from finetune.jobs.job import Event, Job
 from finetune.storage.files import found_in, modified_ns
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir

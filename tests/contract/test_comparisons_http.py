@@ -14,9 +14,10 @@ from starlette.testclient import TestClient
 
 from finetune.client import Client, JobFailed
 from finetune.jobs.database import open_jobs
+from finetune.jobs.job import Claim
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.kinds import COMPARISON
-from finetune.jobs.store import Claim, JobStore
+from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 

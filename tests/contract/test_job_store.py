@@ -16,10 +16,13 @@ import pytest
 from sqlalchemy import Engine
 
 from finetune.errors import Conflict, InvalidInput, NotFound
+from finetune.executors.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs.clock import LeaseTime
+from finetune.jobs.creation import NameTaken, QueueFull, new_id
 from finetune.jobs.database import open_database
+from finetune.jobs.job import Claim, Job, LeaseLost
 from finetune.jobs.kinds import BATCH
-from finetune.jobs.store import MAX_LOST_ATTEMPTS, Claim, Job, JobStore, LeaseLost, NameTaken, QueueFull, new_id
+from finetune.jobs.store import JobStore
 
 SPEC: dict[str, Any] = {"training_file": "flowers", "metadata": {"note": "a\0b \ud800 ü"}}
 

@@ -20,8 +20,9 @@ from starlette.testclient import TestClient
 
 from finetune.bundle.registry import Access
 from finetune.jobs.database import open_jobs
+from finetune.jobs.job import Claim
 from finetune.jobs.keys import KeyStore
-from finetune.jobs.store import Claim, JobStore
+from finetune.jobs.store import JobStore
 from finetune.storage.files import modified_ns
 
 JOBS = "/v1/fine_tuning/jobs"

@@ -23,9 +23,10 @@ from finetune.errors import InvalidInput, StoreError
 from finetune.jobs import worker as worker_module
 from finetune.jobs.clock import LeaseTime, machine_time
 from finetune.jobs.database import open_database
+from finetune.jobs.job import Job
 from finetune.jobs.kinds import COMPARISON
 from finetune.jobs.lease import write_lease
-from finetune.jobs.store import Job, JobStore
+from finetune.jobs.store import JobStore
 from finetune.jobs.worker import WorkerSettings
 from finetune.runtime.device import visible_gpus
 from finetune.storage.files import write_json

@@ -97,6 +97,7 @@ def test_the_same_request_again_is_a_new_run_and_a_new_version(trained: Any, pic
     assert again["metrics"] == trained[0]["metrics"], "the same request gives the same model"
 
 
+@pytest.mark.usefixtures("unmeasured_machine")
 def test_check_shows_the_plan_and_trains_nothing(pictures: Path, home: Path):
     runs = sorted((home / "runs").iterdir())
     plan = run("check", "--data", str(pictures), "--method", "partial", *TINY)

@@ -43,6 +43,7 @@ def test_the_model_is_the_same_from_a_folder_an_archive_and_a_table(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_model_is_the_same_from_every_format(tmp_path: Path) -> None:
     same_models(list(FORMATS), tmp_path)
 

@@ -26,7 +26,8 @@ from finetune.bundle.predictor import Predictor
 from finetune.bundle.registry import Registry
 from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database, reading
-from finetune.jobs.store import Job, JobStore
+from finetune.jobs.job import Job
+from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.spec import JobSpec, parse_spec
 from finetune.storage.journal import read_lines

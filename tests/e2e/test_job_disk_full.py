@@ -16,7 +16,8 @@ from finetune.errors import DiskFull, StoreError
 from finetune.executors import endings
 from finetune.executors.local import LocalExecutor
 from finetune.jobs.database import open_database
-from finetune.jobs.store import Job, JobStore
+from finetune.jobs.job import Job
+from finetune.jobs.store import JobStore
 from finetune.jobs.worker import Worker, WorkerSettings
 from finetune.spec import parse_spec
 from finetune.storage.journal import read_lines

@@ -20,6 +20,7 @@ from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.progress import Progress, silent
 from finetune.runs.estimate import Estimate
+from finetune.runs.forecast import Forecast
 from finetune.storage.workspace import Workspace
 from finetune.studies import plan
 from finetune.training.interrupt import Interrupted, StopRequest
@@ -137,6 +138,8 @@ def colours(screen: Run, _no_bars: None) -> Run:
 def test_the_plan(colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Estimate(83.0, 1.2e9, 333_000.0, "frozen up to blocks.3: 130 rows of float16 (48, 4, 4), 0.2 MB, all in the cache")
     monkeypatch.setattr(plan, "estimate", lambda built, store, rounds: measured)
+    monkeypatch.setattr(plan, "measured_speeds", lambda workspace, question: "known")
+    monkeypatch.setattr(plan, "forecast", lambda spec, speeds, images: Forecast(60.0, 100.0, 150.0))
     golden(colours("check", "--data", "colours", "--method", "partial", *TINY), "check-partial")
     golden(colours("check", "--data", "colours", "--folds", "3", *TINY), "check-folds")
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import Conflict
+from finetune.executors.endings import MAX_LOST_ATTEMPTS
 from finetune.jobs import store as store_module
 from finetune.jobs.clock import LeaseTime
 from finetune.jobs.database import open_database
+from finetune.jobs.job import Claim, Job, LeaseLost
 from finetune.jobs.schema import HELD, TERMINAL
-from finetune.jobs.store import MAX_LOST_ATTEMPTS, Claim, Job, JobStore, LeaseLost
+from finetune.jobs.store import JobStore
 
 LEASE_SECONDS = 30.0
 MOST_AT_ONCE = 2  # few jobs, so that much happens to each

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.bundle.image import read_image
 from finetune.bundle.preprocess import Preprocess
-from finetune.data.augment import build_augment, preview_grid, sample_seed
+from finetune.data.augment import build_augment, sample_seed
 from finetune.data.transforms import Policy, offered_transforms
 from finetune.errors import SpecError
 
@@ -288,16 +287,6 @@ def test_a_transform_that_an_image_is_too_small_for_says_so_with_its_size() -> N
 
 
 # -------------------------------------------------------------------------------------------------------------- people
-
-
-def test_the_preview_shows_each_image_as_evaluated_and_then_as_trained_on(photos: Path) -> None:
-    files = sorted(photos.rglob("*.jpg"))[:2]
-    images = [read_image(file) for file in files]
-    augment = build_augment("default", None, preprocess_of((64, 64)))
-    grid = preview_grid(images, augment, seed=5, n_views=3)
-    assert grid.shape == (128, 256, 3)
-    np.testing.assert_array_equal(grid[64:, :64], preprocess_of((64, 64))(images[1]))
-    np.testing.assert_array_equal(grid[64:, 128:192], augment(images[1], sample_seed(5, 1, 1)))
 
 
 def test_an_augmentation_that_makes_no_view_costs_no_import_of_its_libraries() -> None:

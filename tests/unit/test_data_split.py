@@ -191,3 +191,20 @@ def test_large_groups_that_spoil_the_shares_are_told(tmp_path: Path) -> None:
     dataset = Dataset("pictures", str(tmp_path), ("a", "b"), tuple(samples))
     split = split_dataset(dataset, val_fraction=0.05, test_fraction=0.0)
     assert any(told.startswith("val has 50% of the images") for told in split.warnings), split.warnings
+
+
+def test_where_a_single_image_of_a_class_is_left_to_train_on_folds_are_proposed() -> None:
+    def divided(**counts: int) -> tuple[str, ...]:
+        samples = [
+            local_sample(Path(f"{name}/{number}.png"), label, None, f"{name} {number}")
+            for label, (name, count) in enumerate(counts.items())
+            for number in range(count)
+        ]
+        return split_dataset(Dataset("photos", "my photos", tuple(counts), tuple(samples))).warnings
+
+    (said,) = divided(cat=40, dog=30, newt=3)
+    assert said.startswith("only 1 image is left to train on: newt (of 3)")
+    assert said.endswith("finetune train 'my photos' --folds 3")
+    (said,) = divided(cat=40, newt=2)
+    assert said == "only 1 image is left to train on: newt (of 2): add images, or merge classes"
+    assert divided(cat=40, dog=30) == ()

@@ -27,7 +27,7 @@ from finetune.data.dataset import NO_SUCH_FILE, BadImage, Dataset
 from finetune.data.index import index_dataset
 from finetune.data.split import split_dataset
 from finetune.doctor.examine import examine, without_accepted
-from finetune.doctor.finding import Examination, Finding
+from finetune.doctor.finding import Examination, Finding, not_in
 from finetune.doctor.labels import doubt_labels
 from finetune.doctor.looks import look_at_all
 from finetune.doctor.modes import classes_that_are_two
@@ -267,6 +267,8 @@ def test_what_is_acknowledged_stays_so_and_new_cases_are_reported(tmp_path: Path
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────
 
+pytestmark = pytest.mark.usefixtures("unmeasured_machine")
+
 TINY = ["--model", "test_efficientnet", "--set", "model.weights=none", "--set", "model.input_size_px=64"]
 
 
@@ -319,6 +321,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_planted_copies_in_real_photographs(photos: Path, tmp_path: Path) -> None:
     copied(photos / "train", tmp_path / "data")
     planted = plant_copies(tmp_path / "data", 0.05)
@@ -333,6 +336,7 @@ def test_planted_copies_in_real_photographs(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_planted_wrong_labels_in_real_photographs(photos: Path, tmp_path: Path) -> None:
     copied(photos / "train", tmp_path / "data")
     planted = plant_wrong_labels(tmp_path / "data", 0.05)
@@ -439,3 +443,13 @@ def test_notes_are_named_and_what_was_acknowledged_says_how_it_is_taken_back(
     said = " ".join(capfd.readouterr().err.split())
     assert "note Formats: 3 PNG (RGB) and 1 JPEG (L)." in said
     assert "acknowledged before, not shown: 2 of blank (--reopen blank reports them again)" in said
+
+
+def test_what_an_examination_says_is_not_said_a_second_time_with_the_plan(tmp_path: Path) -> None:
+    root = write_textures(tmp_path / "photos", {"a": 12, "b": 12})
+    (root / "b" / "again.jpg").write_bytes((root / "a" / "003.jpg").read_bytes())
+    dataset, found = examined(root)
+    warnings = DatasetFacts.of(dataset).warnings
+    assert len(warnings) == 2, "the same photograph under two labels, and classes with few images"
+    assert not_in(found, (*warnings, "photos: 1 file not named like an image")) == ["photos: 1 file not named like an image"]
+    assert not_in(replace(found, findings=()), warnings) == list(warnings)

@@ -16,7 +16,6 @@ from finetune.messages import printable
 from finetune.storage.files import write_atomic
 
 WHOLE_FILE = ImageLimits(max_bytes=1 << 40)
-MISSING = None
 
 
 class Embedded(Protocol):
