@@ -12,7 +12,7 @@ from finetune.cli.terminal import shortened, table
 from finetune.data.dataset import left_out_files
 from finetune.doctor.finding import not_in
 from finetune.evaluation.diagnose import read_diagnosis
-from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_judgement
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, read_evaluation
 from finetune.events import Planned
 from finetune.messages import byte_size, duration, natural_list, plural, printable
 from finetune.metrics import Metric
@@ -104,16 +104,16 @@ def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[li
 
 def show_outcome(outcome: Outcome, run: RunDir) -> None:
     """Print the outcome for `finetune train`: metrics, most independent split first, costs, and what to do next."""
-    judgement = read_judgement(run.evaluation)
-    splits = [split for split in HONEST_FIRST if split in judgement.evaluations]
-    first = judgement.evaluations[splits[0]]
+    evaluation = read_evaluation(run.evaluation)
+    splits = [split for split in HONEST_FIRST if split in evaluation.evaluations]
+    first = evaluation.evaluations[splits[0]]
     console.print(f"\n{outcome.summary}\n", markup=False)
     _show_headline(first, JUDGED_ON[splits[0]])
-    _show_figures({split: judgement.evaluations[split] for split in splits})
+    _show_figures({split: evaluation.evaluations[split] for split in splits})
     for split in splits:
         if split.endswith(UNSEEN):
             whole = split.removesuffix(UNSEEN)
-            n_seen = judgement.evaluations[whole].n - judgement.evaluations[split].n
+            n_seen = evaluation.evaluations[whole].n - evaluation.evaluations[split].n
             console.print(
                 f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too (the same file, a near duplicate, or "
                 f"one of a group), so {whole} figures are too high; {split} figures leave these images out.\n"
