@@ -30,7 +30,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
 from finetune.evaluation.answers import files_under
-from finetune.evaluation.calibrate import calibrate_answers
+from finetune.evaluation.calibrate import fit_calibration
 from finetune.evaluation.drift import reference_of
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.features.solve import head_logits, solve_softmax_head
@@ -155,7 +155,7 @@ def watch(photographs: Photographs, seed: int) -> Watch:
     of_val = table("val", val)
     scaled = calibrate(of_val)
     temperature = scaled.temperature if scaled else 1.0
-    fitted = calibrate_answers(of_val, temperature, embeddings_hold=True)
+    fitted = fit_calibration(of_val, temperature, embeddings_hold=True)
     assert fitted is not None
     subspace = fitted.subspace
 
@@ -272,7 +272,7 @@ def cost(photographs: Photographs) -> dict[str, float]:
         "val", "multiclass", photographs.classes, ("",) * 500, digests_as_rows([""] * 500), photographs.labels[:500],
         np.zeros((500, n_classes), np.float32), plain[:500],
     )  # fmt: skip
-    fitted = calibrate_answers(predictions, 1.0, embeddings_hold=True)
+    fitted = fit_calibration(predictions, 1.0, embeddings_hold=True)
     assert fitted is not None
     window = one.answers(plain[one.live[:WINDOW_IMAGES]])
     return {

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import finetune
-from finetune.bundle.calibration import NOVEL, Asked, Judge
+from finetune.bundle.calibration import NOVEL, CertaintyEstimator, CertaintyOptions
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
 from finetune.evaluation.answers import Answer, ask, files_under
-from finetune.evaluation.calibrate import calibrate_answers, reliability_after
+from finetune.evaluation.calibrate import fit_calibration, reliability_after
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.features.solve import head_logits, solve_softmax_head
 from finetune.metrics.intervals import wilson_interval
@@ -124,17 +124,19 @@ def promises(
         )
         found = calibrate(held_out)
         temperature = found.temperature if found else 1.0
-        fitted = calibrate_answers(held_out, temperature, embeddings_hold=True)
+        fitted = fit_calibration(held_out, temperature, embeddings_hold=True)
         assert fitted is not None
-        judge = Judge(tuple(classes), fitted.calibration, fitted.subspace)
+        estimator = CertaintyEstimator(tuple(classes), fitted.calibration, fitted.subspace)
         probs = task_named("multiclass").probabilities(judged.logits, temperature)
         truth = [classes[label] for label in labels[test]]
-        sets = [judge.certainty(p, e, Asked(COVERAGE)).labels or () for p, e in zip(probs, features[test], strict=True)]
+        sets = [
+            estimator.estimate(p, e, CertaintyOptions(COVERAGE)).labels or () for p, e in zip(probs, features[test], strict=True)
+        ]
         of["accuracy"].append(float((probs.argmax(axis=1) == labels[test]).mean()))
         of["coverage"].append(float(np.mean([label in labels_of for label, labels_of in zip(truth, sets, strict=True)])))
         of["set_size"].append(float(np.mean([len(one) for one in sets])))
-        by_class = Asked(COVERAGE, per_class=True)
-        sets = [judge.certainty(p, e, by_class).labels or () for p, e in zip(probs, features[test], strict=True)]
+        by_class = CertaintyOptions(COVERAGE, per_class=True)
+        sets = [estimator.estimate(p, e, by_class).labels or () for p, e in zip(probs, features[test], strict=True)]
         of["class_set_size"].append(float(np.mean([len(one) for one in sets])))
         for label, name, labels_of in zip(labels[test], truth, sets, strict=True):
             per_class[:, label] += name in labels_of, 1
@@ -147,8 +149,8 @@ def promises(
             of["others_rejected"].append(float((fitted.subspace.distances(others) > limit).mean()))
         if f"{PRECISION:.2f}" not in fitted.calibration.precision:
             continue
-        asked_for = judge.resolved(Asked(precision=PRECISION))
-        said = [judge.certainty(p, e, asked_for).abstained for p, e in zip(probs, features[test], strict=True)]
+        asked_for = estimator.resolved(CertaintyOptions(precision=PRECISION))
+        said = [estimator.estimate(p, e, asked_for).abstained for p, e in zip(probs, features[test], strict=True)]
         answered = ~np.array(said, bool)
         right = int((probs.argmax(axis=1) == labels[test])[answered].sum())
         low, high = wilson_interval(right, int(answered.sum()))
@@ -190,7 +192,7 @@ def scores(features: Embeddings, labels: Labels, others: Embeddings) -> dict[str
         head = solve_softmax_head(features[train], labels[train], n_classes, val_features=features[val], val_targets=labels[val])
         logits = head_logits(features[val], head.weight, head.bias)
         names = [str(label) for label in range(n_classes)]
-        fitted = calibrate_answers(table("val", names, features[val], labels[val], logits), 1.0, embeddings_hold=True)
+        fitted = fit_calibration(table("val", names, features[val], labels[val], logits), 1.0, embeddings_hold=True)
         assert fitted is not None
         assert fitted.subspace is not None
         limit = fitted.calibration.novelty[round(100 * NOVEL) - 1]

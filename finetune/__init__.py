@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.api import Model, Run, check, compare, load, suggest, train
-    from finetune.bundle.calibration import Asked
+    from finetune.bundle.calibration import CertaintyOptions
     from finetune.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Asked", "Client", "Model", "Run", "__version__", "check", "compare", "load", "suggest", "train"]
+__all__ = ["CertaintyOptions", "Client", "Model", "Run", "__version__", "check", "compare", "load", "suggest", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Certainty
+from finetune.bundle.calibration import NO_CERTAINTY, NO_OPTIONS, Certainty, CertaintyOptions
 from finetune.bundle.predictor import Predictor, SeveralLabels
 from finetune.bundle.registry import Registry
 from finetune.data.dataset import LocalFile, Sample
@@ -29,7 +29,7 @@ from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.answers import Answer, Unreadable, ask
 from finetune.evaluation.diagnose import Diagnosis, diagnose, read_diagnosis
-from finetune.evaluation.evaluate import Evaluation, Judgement, read_judgement
+from finetune.evaluation.evaluate import Evaluation, RunEvaluation, read_evaluation
 from finetune.evaluation.of_bundle import BundleEvaluation, evaluate_bundle
 from finetune.evaluation.predictions import Predictions
 from finetune.progress_bars import progress_bars
@@ -52,14 +52,14 @@ ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Answered:
+class ImagePrediction:
     """A model's prediction for one image."""
 
     labels: tuple[tuple[str, float], ...]  # (class, probability), the most probable first
     embedding: NDArray[np.float32]  # (D,)
     cam: NDArray[np.float32] | None  # (h', w') class activation map of the first label; None if the head allows none
     image: NDArray[np.uint8]  # (h, w, 3) the preprocessed image
-    certainty: Certainty = NOTHING_SAID  # what was asked for: the prediction set `labels`, abstained, reason, novelty
+    certainty: Certainty = NO_CERTAINTY  # what was asked for: the prediction set `labels`, abstained, reason, novelty
     several: SeveralLabels | None = None  # of a multi-label model: `given`, `scores` and `thresholds`
 
     @property
@@ -125,45 +125,45 @@ class Model:
         """The metrics of the run that made the model, under ``split/name`` keys."""
         return self._predictor.manifest.metrics
 
-    def predict(self, image: ImageLike, asked: Asked = NOTHING) -> Answered:
+    def predict(self, image: ImageLike, options: CertaintyOptions = NO_OPTIONS) -> ImagePrediction:
         """Classify one image: a path, the bytes of an image file, or (H, W, 3) uint8 RGB pixels.
 
         Args:
-            asked: requests a prediction set or abstention: ``finetune.Asked(coverage=0.9, abstain=True)``.
+            options: requests a prediction set or abstention: ``finetune.CertaintyOptions(coverage=0.9, abstain=True)``.
 
         Raises:
             ImageError: the image cannot be read.
             InvalidInput: the bundle has no calibration for the requested coverage or precision.
         """
-        asked = self._predictor.judge.resolved(asked)
+        options = self._predictor.estimator.resolved(options)
         if isinstance(image, np.ndarray):
             pixels = self._predictor.manifest.preprocess(image)
             outputs = self._predictor.run(pixels[None])
             cam = None if outputs.cam is None else outputs.cam[0]
-            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels, asked)
+            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels, options)
         sample = Sample("image", _Bytes(image) if isinstance(image, bytes) else LocalFile(Path(image)), ())
         (answer,) = ask(self._predictor, [sample])
         if isinstance(answer, Unreadable):
             raise answer.error
-        return self._of(answer, asked)
+        return self._of(answer, options)
 
     def predict_many(
-        self, images: Sequence[str | Path], asked: Asked = NOTHING, *, progress: bool = True
-    ) -> list[Answered | Unreadable]:
+        self, images: Sequence[str | Path], options: CertaintyOptions = NO_OPTIONS, *, progress: bool = True
+    ) -> list[ImagePrediction | Unreadable]:
         """Classify many image files; return results in the order given, `Unreadable` for files that cannot be read."""
-        asked = self._predictor.judge.resolved(asked)
+        options = self._predictor.estimator.resolved(options)
         samples = [Sample(str(path), LocalFile(Path(path)), ()) for path in images]
         with progress_bars(shown=progress) as update:
             answers = list(ask(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
-        return [answer if isinstance(answer, Unreadable) else self._of(answer, asked) for answer in answers]
+        return [answer if isinstance(answer, Unreadable) else self._of(answer, options) for answer in answers]
 
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
         """Evaluate the model on labelled images, and count how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
             return evaluate_bundle(self.folder, data, split, update)
 
-    def _of(self, answer: Answer, asked: Asked) -> Answered:
-        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image, asked)
+    def _of(self, answer: Answer, options: CertaintyOptions) -> ImagePrediction:
+        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image, options)
 
     def _answered(
         self,
@@ -171,12 +171,12 @@ class Model:
         embedding: NDArray[np.float32],
         cam: NDArray[np.float32] | None,
         image: NDArray[np.uint8],
-        asked: Asked,
-    ) -> Answered:
+        options: CertaintyOptions,
+    ) -> ImagePrediction:
         order = self._predictor.task.ranking(probs)
         labels = tuple((self.classes[index], float(probs[index])) for index in order)
-        certainty = self._predictor.judge.certainty(probs, embedding, asked)
-        return Answered(labels, embedding, cam, image, certainty, self._predictor.several_labels(probs))
+        certainty = self._predictor.estimator.estimate(probs, embedding, options)
+        return ImagePrediction(labels, embedding, cam, image, certainty, self._predictor.several_labels(probs))
 
     def __repr__(self) -> str:
         version = "" if self.version is None else f"@{self.version}"
@@ -238,9 +238,9 @@ class Run:
         return Model(self.bundle)
 
     @cached_property
-    def judgement(self) -> Judgement:
+    def evaluation(self) -> RunEvaluation:
         """The evaluations of all splits: metrics with intervals, tables by class, confusion matrices."""
-        return read_judgement(self._run.evaluation)
+        return read_evaluation(self._run.evaluation)
 
     @cached_property
     def diagnosis(self) -> Diagnosis:
@@ -261,9 +261,9 @@ class Run:
             raise InvalidInput(f"{self.folder} was not judged on {split!r}; it has {found}")
         return tables.read(path)
 
-    def predict(self, image: ImageLike, asked: Asked = NOTHING) -> Answered:
+    def predict(self, image: ImageLike, options: CertaintyOptions = NO_OPTIONS) -> ImagePrediction:
         """Classify one image with the trained model; see `Model.predict`."""
-        return self.model.predict(image, asked)
+        return self.model.predict(image, options)
 
     def __repr__(self) -> str:
         split, evaluation = self._honest()
@@ -278,7 +278,7 @@ class Run:
     def _repr_html_(self) -> str:
         from finetune.report.templates import render
 
-        evaluations = self.judgement.evaluations
+        evaluations = self.evaluation.evaluations
         return render(
             "notebook_run.html",
             title=repr(self)[1:-1],
@@ -289,7 +289,7 @@ class Run:
 
     def _honest(self) -> tuple[str, Evaluation]:
         """Return the most independent split and its evaluation."""
-        evaluations = self.judgement.evaluations
+        evaluations = self.evaluation.evaluations
         split = next(split for split in _HONEST_FIRST if split in evaluations)
         return split, evaluations[split]
 

@@ -198,7 +198,7 @@ def predict_image(
     """
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
-    prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, asked=options.asked)
+    prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, options=options.certainty)
     predicted = time.perf_counter()
     statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
     stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), prediction.probs, statistics)
@@ -222,7 +222,7 @@ def predict_image(
 def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> AnswerStatistics:
     """Return the statistics of N predictions for drift monitoring, from probabilities (N, C) and embeddings (N, D)."""
     manifest = model.predictor.manifest
-    return statistics_of(manifest.task, probs, embeddings, model.predictor.judge.subspace, manifest.thresholds)
+    return statistics_of(manifest.task, probs, embeddings, model.predictor.estimator.subspace, manifest.thresholds)
 
 
 def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: AnswerStatistics) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics:
     """
     predictor = model.predictor
     order, several = predictor.task.ranking(probs)[:DEFAULT_TOP_K], predictor.several_labels(probs)
-    calibration, distance = predictor.judge.calibration, float(statistics.distance[0])
+    calibration, distance = predictor.estimator.calibration, float(statistics.distance[0])
     known = calibration is not None and calibration.novelty and math.isfinite(distance)
     return {
         "owner": owner,
@@ -250,7 +250,7 @@ def unasked_fields(model: LoadedModel, options: PredictOptions) -> set[str]:
     Raises:
         InvalidInput: the bundle has no calibration for the requested coverage or precision.
     """
-    asked = model.predictor.judge.resolved(options.asked)
+    asked = model.predictor.estimator.resolved(options.certainty)
     parts = {
         **dict.fromkeys(("labels", "scores", "thresholds"), not model.predictor.task.exclusive),
         "embedding": options.embedding,

@@ -67,7 +67,7 @@ def resolved_of(spec: JobSpec, name: str = "flowers") -> Resolved:
 
 
 def figures(top1: float, splits: tuple[str, ...] = ("test", "val"), n: int = 14) -> dict[str, float]:
-    """What a run is judged to be, as `Judgement.metrics` gives it."""
+    """What a run is judged to be, as `RunEvaluation.metrics` gives it."""
     found: dict[str, float] = {}
     for split in reversed(splits):  # as runs write them: val first
         found |= {f"{split}/top1": top1, f"{split}/macro_f1": top1 - 0.01, f"{split}/loss": 1.0 - top1}

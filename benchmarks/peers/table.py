@@ -10,6 +10,7 @@ Run = Mapping[str, Any]
 
 REFERENCE = "ours-probe-cold"
 FLOOR, STEPS = "floor", "ours-probe-steps"
+CPU = ", CPU"  # ends the names of CPU seconds
 
 
 def comparison(runs: Sequence[Run], what: Mapping[str, str]) -> list[str]:
@@ -64,14 +65,24 @@ def breakdown(runs: Sequence[Run]) -> list[str]:
         name: statistics.median(run["steps"].get(name, 0.0) for run in measured)
         for name in dict.fromkeys(name for run in measured for name in run["steps"])
     }
+    cpu = {name.removesuffix(CPU): rows.pop(name) for name in list(rows) if name.endswith(CPU)}
     rows["leaving the process"] = statistics.median(run["seconds"] - run["steps"]["whole command"] for run in measured)
     for name in (REFERENCE, "ours-probe-warm"):
-        if plain := [run["commands"]["train"] for run in _good(runs, name)]:
-            rows[f"*`finetune train` of {name}, without a stopwatch*"] = statistics.median(plain)
+        if plain := _good(runs, name):
+            row = f"*`finetune train` of {name}, without a stopwatch*"
+            rows[row] = statistics.median(run["commands"]["train"] for run in plain)
+            if of_plain := [run["commands_cpu"]["train"] for run in plain if "commands_cpu" in run]:
+                cpu[row] = statistics.median(of_plain)
     if floor is not None:
         rows["*the floor*"] = floor
-    lines = [f"| step of {STEPS} | seconds | of the floor |", "|---|---|---|"]
-    return lines + [f"| {name} | {taken:.2f} | {_text(_ratio(taken, floor), '.3f')} |" for name, taken in rows.items()]
+    if (floor_cpu := _floor(runs, f"floor{CPU}")) is not None:
+        cpu["*the floor*"] = floor_cpu
+    lines = [f"| step of {STEPS} | seconds | of the floor | CPU s | of the floor |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {name} | {taken:.2f} | {_text(_ratio(taken, floor), '.3f')} "
+        f"| {_text(cpu.get(name), '.2f')} | {_text(_ratio(cpu.get(name), floor_cpu), '.3f')} |"
+        for name, taken in rows.items()
+    ]
 
 
 def _floor(runs: Sequence[Run], key: str) -> float | None:

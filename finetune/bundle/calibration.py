@@ -38,7 +38,7 @@ Reason = Literal["unsure", "unlike"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CertaintyOptions:
     """The options of a prediction besides labels and probabilities.
 
     Args:
@@ -55,7 +55,7 @@ class Asked:
     precision: float | None = None
 
 
-NOTHING = Asked()
+NO_OPTIONS = CertaintyOptions()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Certainty:
         return found
 
 
-NOTHING_SAID = Certainty()
+NO_CERTAINTY = Certainty()
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,12 @@ class Calibration:
         return bisect.bisect_left(self.novelty, distance) / 100
 
     def _too_few(self, what: str, asked: float, best: str | None) -> InvalidInput:
-        known = f"ask for at most {best}" if best else "none can be shown"
+        known = f"the highest possible {what} is {best}" if best else f"they are too few for any {what}"
         return InvalidInput(
-            f"The {self.n:,} held-out images of this model cannot show a {what} of {asked:g}: {known}",
-            [Problem(what, f"is more than the held-out images can show; {known}")],
+            f"The {self.n:,} held-out images of this model are too few for a {what} of {asked:g}: {known}. Ask for less, or "
+            f"train "
+            "with more validation images or with folds (data.folds)",
+            [Problem(what, f"must be at most {best}" if best else "is not available for this model")],
         )
 
 
@@ -177,7 +179,7 @@ def _level(levels: tuple[str, ...], asked: float, what: str, of: str = "") -> st
     return found
 
 
-class Judge:
+class CertaintyEstimator:
     """Computes prediction sets and abstention for the predictions of one model.
 
     Args:
@@ -203,46 +205,48 @@ class Judge:
         self.subspace = subspace
         self._owner_precision = owner_precision
 
-    def resolved(self, asked: Asked) -> Asked:
+    def resolved(self, options: CertaintyOptions) -> CertaintyOptions:
         """Return the options with the owner's choices in place of None, after checking that they are available.
 
         Raises:
             InvalidInput: the bundle has no calibration, or its held-out images are too few for the requested values.
         """
-        switched_on = asked.precision is not None or self._owner_precision is not None
-        abstain = switched_on if asked.abstain is None else asked.abstain
-        precision = asked.precision if asked.precision is not None else self._owner_precision or DEFAULT_PRECISION
-        if asked.per_class and asked.coverage is None:
+        switched_on = options.precision is not None or self._owner_precision is not None
+        abstain = switched_on if options.abstain is None else options.abstain
+        precision = options.precision if options.precision is not None else self._owner_precision or DEFAULT_PRECISION
+        if options.per_class and options.coverage is None:
             raise InvalidInput("per_class needs a coverage, as in coverage=0.9", [Problem("per_class", "needs a coverage")])
-        if abstain or asked.coverage is not None:
-            asks_precision = asked.abstain is None and asked.precision is not None
+        if abstain or options.coverage is not None:
+            asks_precision = options.abstain is None and options.precision is not None
             abstaining = "precision" if asks_precision else "abstain"
-            calibration = self._calibration(abstaining if asked.coverage is None else "coverage")
+            calibration = self._calibration(abstaining if options.coverage is None else "coverage")
             if abstain:
                 calibration.operating(precision)
-            if asked.coverage is not None:
+            if options.coverage is not None:
                 _ = (
-                    calibration.thresholds_of_classes(asked.coverage)
-                    if asked.per_class
-                    else calibration.threshold_of_coverage(asked.coverage)
+                    calibration.thresholds_of_classes(options.coverage)
+                    if options.per_class
+                    else calibration.threshold_of_coverage(options.coverage)
                 )
-        return Asked(asked.coverage, asked.per_class, abstain, precision if abstain else None)
+        return CertaintyOptions(options.coverage, options.per_class, abstain, precision if abstain else None)
 
-    def certainty(self, probs: NDArray[np.floating[Any]], embedding: NDArray[np.floating[Any]], asked: Asked) -> Certainty:
+    def estimate(
+        self, probs: NDArray[np.floating[Any]], embedding: NDArray[np.floating[Any]], options: CertaintyOptions
+    ) -> Certainty:
         """Return the prediction set and the abstention for one image, as far as they are asked for.
 
         Args:
             probs, embedding: (C,) and (D,) of the image.
-            asked: as `resolved` returned it.
+            options: as `resolved` returned it.
         """
-        labels, coverage = (None, None) if asked.coverage is None else self._set(probs, asked.coverage, asked.per_class)
-        if not asked.abstain or asked.precision is None:
+        labels, coverage = (None, None) if options.coverage is None else self._set(probs, options.coverage, options.per_class)
+        if not options.abstain or options.precision is None:
             return Certainty(labels, coverage)
         calibration = self._calibration("abstain")
         novelty = None
         if self.subspace is not None and calibration.novelty:
             novelty = calibration.novelty_of(float(self.subspace.distances(embedding[None])[0]))
-        unsure = float(probs.max()) < calibration.operating(asked.precision).threshold
+        unsure = float(probs.max()) < calibration.operating(options.precision).threshold
         reason: Reason | None = "unlike" if novelty is not None and novelty >= NOVEL else "unsure" if unsure else None
         return Certainty(labels, coverage, reason is not None, reason, novelty)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.calibration import Asked
+from finetune.bundle.calibration import CertaintyOptions
 from finetune.bundle.manifest import Manifest
 from finetune.bundle.predictor import Predictor
 from finetune.errors import InvalidInput
@@ -77,12 +77,12 @@ class BundleModel:
 
         manifest = self._predictor.manifest
         top_k = _top_k(params, len(manifest.classes))
-        asked = self._predictor.judge.resolved(_asked(params))
+        asked = self._predictor.estimator.resolved(_asked(params))
         rows: list[dict[str, Any]] = []
         for images in _batches(_each(model_input), BATCH_SIZE):
             outputs = self._predictor.run(np.stack([self._pixels(image) for image in images]))
             for probs, embedding in zip(outputs.probs, outputs.embedding, strict=True):
-                certainty = self._predictor.judge.certainty(probs, embedding, asked)
+                certainty = self._predictor.estimator.estimate(probs, embedding, asked)
                 rows.append({**_row(probs, self._predictor, top_k), **certainty.to_dict()})
         said = [name for name in CERTAINTY if rows and name in rows[0]]
         return pd.DataFrame(rows, columns=[*columns_of(manifest), *said])
@@ -181,10 +181,10 @@ def _top_k(params: Mapping[str, Any] | None, n_classes: int) -> int:
     return int(asked)
 
 
-def _asked(params: Mapping[str, Any] | None) -> Asked:
+def _asked(params: Mapping[str, Any] | None) -> CertaintyOptions:
     """Return the options in `params`; MLflow itself fills in the defaults, which are None."""
     given = {name: value for name in ASKED if (value := (params or {}).get(name)) is not None}
-    return Asked(**given)
+    return CertaintyOptions(**given)
 
 
 def columns_of(manifest: Manifest) -> list[str]:

@@ -18,7 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 
-from finetune.bundle.calibration import NOTHING, NOTHING_SAID, Asked, Calibration, Certainty, Judge, parse_subspace
+from finetune.bundle.calibration import (
+    NO_CERTAINTY,
+    NO_OPTIONS,
+    Calibration,
+    Certainty,
+    CertaintyEstimator,
+    CertaintyOptions,
+    parse_subspace,
+)
 from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
@@ -71,7 +79,7 @@ class Prediction:
     version: str | None
     load_seconds: float = 0.0  # decoding and preprocessing
     run_seconds: float = 0.0  # the model
-    certainty: Certainty = NOTHING_SAID  # the parts that were asked for
+    certainty: Certainty = NO_CERTAINTY  # the parts that were asked for
     several: SeveralLabels | None = None  # of a multilabel model
 
 
@@ -110,7 +118,7 @@ class Predictor:
     ) -> None:
         self.manifest = manifest
         self.task = task_named(manifest.task)
-        self.judge = Judge(
+        self.estimator = CertaintyEstimator(
             manifest.classes,
             Calibration.of(manifest.calibration),
             subspace,
@@ -165,20 +173,22 @@ class Predictor:
             dict(zip(classes, thresholds, strict=True)),
         )
 
-    def predict(self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS, asked: Asked = NOTHING) -> Prediction:
+    def predict(
+        self, data: bytes, top_k: int = 5, *, limits: ImageLimits = DEFAULT_LIMITS, options: CertaintyOptions = NO_OPTIONS
+    ) -> Prediction:
         """Predict one encoded image.
 
         Args:
             top_k: number of most probable classes to return, at most all.
-            asked: whether to return a prediction set, and whether to abstain.
+            options: whether to return a prediction set, and whether to abstain.
 
         Raises:
             ImageError: the bytes are not an image that can be decoded within `limits`.
-            InvalidInput: `top_k` is below 1, or the bundle's held-out images are too few for `asked`.
+            InvalidInput: `top_k` is below 1, or the bundle's held-out images are too few for `options`.
         """
         if top_k < 1:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
-        asked = self.judge.resolved(asked)
+        options = self.estimator.resolved(options)
         began = time.perf_counter()
         image = self.manifest.preprocess.load(data, limits=limits)
         loaded = time.perf_counter()
@@ -198,7 +208,7 @@ class Predictor:
             self.manifest.version,
             loaded - began,
             ran - loaded,
-            self.judge.certainty(probs, outputs.embedding[0], asked),
+            self.estimator.estimate(probs, outputs.embedding[0], options),
             self.several_labels(probs),
         )
 

@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeGuard
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.bundle import deployment
-from finetune.bundle.calibration import Asked, Calibration, Judge
+from finetune.bundle.calibration import Calibration, CertaintyEstimator, CertaintyOptions
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.bundle.remote import fetch_bundle
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_you_mean
@@ -366,7 +366,9 @@ class Registry:
             manifest = read_manifest(found.path)
             if precision is not None:
                 calibration, exclusive = Calibration.of(manifest.calibration), task_named(manifest.task).exclusive
-                Judge(manifest.classes, calibration, None, exclusive=exclusive).resolved(Asked(precision=precision))
+                CertaintyEstimator(manifest.classes, calibration, None, exclusive=exclusive).resolved(
+                    CertaintyOptions(precision=precision)
+                )
             abstain: dict[Literal["precision"], float] = {} if precision is None else {"precision": precision}
             written = (found.path / MANIFEST).stat()
             write_json(found.path / MANIFEST, dataclasses.replace(manifest, abstain=abstain).to_dict())

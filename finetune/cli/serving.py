@@ -101,7 +101,7 @@ def predict(
             raise click.UsageError("--server needs --out FILE for the predictions, and cannot be combined with --explain")
         ask_server(images, model, server, out, as_json=as_json)
         return
-    from finetune.bundle.calibration import Asked
+    from finetune.bundle.calibration import CertaintyOptions
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
@@ -117,7 +117,7 @@ def predict(
             raise click.UsageError("--out writes probabilities only; use --json for --coverage, --abstain and --precision")
     predictor = Predictor.load(_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
-    asked = predictor.judge.resolved(Asked(coverage, per_class, abstain, precision))
+    asked = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
@@ -138,7 +138,7 @@ def predict(
             document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
             if several := predictor.several_labels(answer.probs):
                 document |= several.to_dict()
-            document |= predictor.judge.certainty(answer.probs, answer.embedding, asked).to_dict()
+            document |= predictor.estimator.estimate(answer.probs, answer.embedding, asked).to_dict()
             if explain is not None and answer.cam is not None:
                 document["explanation"] = str(write_overlay(explain / map_file, answer.image, answer.cam))
             documents.append(document)
@@ -206,6 +206,13 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
     finetune serve
     curl -F image=@some.jpg http://127.0.0.1:3000/predict
     """
+    if model is not None and "://" not in model:
+        from finetune.errors import NotFound
+
+        try:
+            _registry().locate(model)
+        except NotFound as error:
+            click.echo(f"note: {error.message}. Until this model exists, the server answers /predict with status 503", err=True)
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
     arguments += [] if worker else ["--no-worker"]
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)

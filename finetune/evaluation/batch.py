@@ -101,7 +101,7 @@ def answer_folder(
 def _statistics(answers: Sequence[Answer], predictor: Predictor) -> AnswerStatistics:
     probs, embeddings = np.stack([one.probs for one in answers]), np.stack([one.embedding for one in answers])
     manifest = predictor.manifest
-    return statistics_of(manifest.task, probs, embeddings, predictor.judge.subspace, manifest.thresholds)
+    return statistics_of(manifest.task, probs, embeddings, predictor.estimator.subspace, manifest.thresholds)
 
 
 def _moved(progress: ProgressCallback, start: int, total: int) -> ProgressCallback:

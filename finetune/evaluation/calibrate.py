@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.calibration import CLASS_LEVELS, LEVELS, NOVEL, Asked, Calibration, Judge, Operating
+from finetune.bundle.calibration import CLASS_LEVELS, LEVELS, NOVEL, Calibration, CertaintyEstimator, CertaintyOptions, Operating
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.selective import operating_point
@@ -31,14 +31,14 @@ _ROUNDING = 1e-6  # the exported graph computes in float32: a score exactly at a
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedCalibration:
     """The calibration that is exported with a model, and the subspace of its known embeddings for novelty detection."""
 
     calibration: Calibration
     subspace: Subspace | None
 
 
-def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_hold: bool) -> Fitted | None:
+def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_hold: bool) -> FittedCalibration | None:
     """Fit coverage, abstention and novelty thresholds on held-out predictions.
 
     Args:
@@ -60,7 +60,7 @@ def calibrate_answers(held_out: Predictions, temperature: float, *, embeddings_h
     confidence = np.where(unlike, 0.0, probs.max(axis=1))  # a novel image is never answered, whatever its probability
     right = held_out.judged().score > 0
     operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
-    return Fitted(
+    return FittedCalibration(
         Calibration(
             split=held_out.split,
             n=len(held_out),
@@ -103,19 +103,19 @@ def _novelty(held_out: Predictions) -> tuple[Subspace | None, tuple[float, ...],
     return subspace, known, everywhere > limit
 
 
-def check_calibration(fitted: Fitted, others: Predictions, temperature: float) -> Calibration:
+def check_calibration(fitted: FittedCalibration, others: Predictions, temperature: float) -> Calibration:
     """Return the calibration with its `checked` figures: coverage, precision and novelty rate on images it was not fitted on."""
     calibration = fitted.calibration
-    judge = Judge(others.classes, calibration, fitted.subspace)
+    estimator = CertaintyEstimator(others.classes, calibration, fitted.subspace)
     probs = task_named(others.task).probabilities(others.logits, temperature)
     truth = [others.classes[label] for label in others.labels]
     embedding = np.zeros((len(others), 1)) if others.embedding is None else others.embedding
-    wanted = Asked(
+    wanted = CertaintyOptions(
         coverage=CHECKED_COVERAGE if f"{CHECKED_COVERAGE:.2f}" in calibration.coverage else None,
         abstain=f"{CHECKED_PRECISION:.2f}" in calibration.precision,
         precision=CHECKED_PRECISION,
     )
-    found = [judge.certainty(p, e, wanted) for p, e in zip(probs, embedding, strict=True)]
+    found = [estimator.estimate(p, e, wanted) for p, e in zip(probs, embedding, strict=True)]
     checked: dict[str, Any] = {"split": others.split, "n": len(others)}
     if wanted.coverage is not None:
         sets = [one.labels or () for one in found]

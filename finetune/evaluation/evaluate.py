@@ -178,7 +178,7 @@ def _class_metrics_from(row: Mapping[str, Any]) -> ClassMetrics:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class RunEvaluation:
     """A run's evaluations by split, and what was fitted on held-out images: the content of ``evaluation.json``."""
 
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
@@ -191,22 +191,22 @@ class Judgement:
         return {key: value for split, found in self.evaluations.items() for key, value in found.metrics(split).items()}
 
 
-def write_judgement(path: Path, judgement: Judgement) -> None:
+def write_evaluation(path: Path, run: RunEvaluation) -> None:
     """Write ``evaluation.json`` without indentation, since a confusion matrix may be large."""
     document = {
         "schema_version": 2,
-        "splits": {split: evaluation.to_json() for split, evaluation in judgement.evaluations.items()},
-        "temperature": asdict(judgement.temperature) if judgement.temperature else None,
-        **({"thresholds": list(judgement.thresholds)} if judgement.thresholds is not None else {}),
+        "splits": {split: evaluation.to_json() for split, evaluation in run.evaluations.items()},
+        "temperature": asdict(run.temperature) if run.temperature else None,
+        **({"thresholds": list(run.thresholds)} if run.thresholds is not None else {}),
     }
     write_atomic(path, lambda stream: stream.write((json_text(document) + "\n").encode()))
 
 
-def read_judgement(path: Path) -> Judgement:
+def read_evaluation(path: Path) -> RunEvaluation:
     """Read ``evaluation.json``."""
     document = read_json(path)
     temperature = document["temperature"]
-    return Judgement(
+    return RunEvaluation(
         {split: Evaluation.from_json(data) for split, data in document["splits"].items()},
         None if temperature is None else Temperature(**temperature),
         tuple(document["thresholds"]) if "thresholds" in document else None,

@@ -21,7 +21,7 @@ from finetune.progress import ProgressCallback, silent
 from finetune.spec import JobSpec
 from finetune.storage.rundir import RunDir
 
-Asked = JobSpec | ComparisonSpec | ComparedRuns
+Request = JobSpec | ComparisonSpec | ComparedRuns
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EventView:
 class JobsClient(Protocol):
     """The operations that `finetune jobs` and `finetune compare` need, on a workspace or a server."""
 
-    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(self, asked: Request, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job; the same idempotency key and request return the job of the first call."""
         ...
 
@@ -101,7 +101,7 @@ class LocalJobs:
         self.home = home
         self.store = JobStore(open_jobs(home))
 
-    def submit(self, asked: Asked, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
+    def submit(self, asked: Request, idempotency_key: str | None = None, progress: ProgressCallback = silent) -> JobView:
         """Queue a job. File names become absolute paths, so that a worker on this machine finds them."""
         kind, spec, suffix = _as_queued(asked)
         digest = digest_of(spec)
@@ -144,7 +144,7 @@ class LocalJobs:
             return stream.read()
 
 
-def _as_queued(asked: Asked) -> tuple[Kind, dict[str, Any], str | None]:
+def _as_queued(asked: Request) -> tuple[Kind, dict[str, Any], str | None]:
     """Return a request as it is queued: its kind, the spec for the command, and the name of the model that it may register."""
     if isinstance(asked, ComparedRuns):
         absolute = [str(Path(run).absolute()) for run in asked.runs]

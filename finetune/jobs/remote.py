@@ -12,7 +12,7 @@ import httpx
 
 from finetune.batch_spec import BatchSpec
 from finetune.comparison_spec import ComparisonSpec
-from finetune.jobs.client import Asked, EventView, JobView
+from finetune.jobs.client import EventView, JobView, Request
 from finetune.jobs.http import Connection
 from finetune.jobs.kinds import BATCH, COMPARISON, KINDS, TRAINING, Kind, kind_of_id
 from finetune.progress import ProgressCallback, silent
@@ -29,7 +29,7 @@ class RemoteJobs:
         self.connection = Connection(server, api_key, transport)
 
     def submit(
-        self, asked: Asked | BatchSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent
+        self, asked: Request | BatchSpec, idempotency_key: str | None = None, progress: ProgressCallback = silent
     ) -> JobView:
         """Upload the local files that the request names, then create the job; exactly once, even if requests are retried."""
         body = asked.given() if isinstance(asked, ComparisonSpec) else asked.model_dump(mode="json", exclude_unset=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.errors import NoBetterThanChance
-from finetune.evaluation.evaluate import UNSEEN, Judgement, evaluate
+from finetune.evaluation.evaluate import UNSEEN, RunEvaluation, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
@@ -30,7 +30,7 @@ def predict_splits(learner: Learner, context: TrainingContext, splits: Sequence[
     for split in splits:
         samples = context.dataset.of(split)
         if samples:
-            logits, embedding = learner.answer(samples, context, split)
+            logits, embedding = learner.predict(samples, context, split)
             found[split] = table_of(context, split, samples, logits, embedding)
     return found
 
@@ -101,7 +101,7 @@ def judge(
     thresholds: tuple[float, ...] | None = None,
     leaked: Mapping[str, frozenset[str]] | None = None,
     class_sizes: Sequence[int] = (),
-) -> Judgement:
+) -> RunEvaluation:
     """Evaluate every table of predictions, and fit the temperature on val.
 
     Args:
@@ -117,7 +117,7 @@ def judge(
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
                 evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
-    return Judgement(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
+    return RunEvaluation(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
 
 
 def calibrate(predictions: Predictions) -> Temperature | None:
@@ -140,7 +140,7 @@ def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictio
     sample_of = {sample.id: sample for sample in context.dataset.samples}
     if any(table.ids[row] not in sample_of for row in rows):
         return False
-    _, own = learner.answer(tuple(sample_of[table.ids[row]] for row in rows), context, table.split)
+    _, own = learner.predict(tuple(sample_of[table.ids[row]] for row in rows), context, table.split)
     stored = table.embedding[rows]
     return own.shape == stored.shape and bool(np.allclose(own, stored, rtol=1e-2, atol=1e-2 * float(np.abs(stored).max())))
 

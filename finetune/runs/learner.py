@@ -25,7 +25,7 @@ BATCH_SIZE = 16  # at which ONNX Runtime has the highest throughput on a CPU
 
 
 class Learner(Protocol):
-    """A network with a head. Call `begin_reference` if it will be exported, `train`, then `answer` and `exported`."""
+    """A network with a head. Call `begin_reference` if it will be exported, `train`, then `predict` and `exported`."""
 
     def begin_reference(self, samples: Sequence[Sample]) -> None:
         """Start computing beside the training what the export will be compared with, as far as training does not change it."""
@@ -40,7 +40,7 @@ class Learner(Protocol):
         """
         ...
 
-    def answer(
+    def predict(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return logits (N, C) and embeddings (N, D) of N samples, as the exported graph computes them."""

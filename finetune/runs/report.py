@@ -10,7 +10,7 @@ from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import Evaluation, Judgement
+from finetune.evaluation.evaluate import Evaluation, RunEvaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
@@ -44,7 +44,7 @@ def import_beside_training() -> None:
 def write_run_report(
     prepared: Prepared,
     trained: Trained,
-    judgement: Judgement,
+    evaluation: RunEvaluation,
     predictions: Mapping[str, Predictions],
     notes: Sequence[str],
     manifest: Manifest,
@@ -57,12 +57,12 @@ def write_run_report(
     from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only judged does not need
 
     resolved, head = prepared.resolved, trained.head
-    judged = [split for split in SHOWN_FIRST if split in judgement.evaluations]
+    judged = [split for split in SHOWN_FIRST if split in evaluation.evaluations]
     pictured = next((split for split in judged if split in predictions), None)
     calibration = Calibration.of(manifest.calibration)
     inputs = ReportInputs(
         title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
-        evaluations={split: judgement.evaluations[split] for split in judged},
+        evaluations={split: evaluation.evaluations[split] for split in judged},
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
@@ -79,10 +79,10 @@ def write_run_report(
         parity=manifest.parity,
         weights=resolved.backbone.weights,
         versions=manifest.versions,
-        temperature=judgement.temperature,
+        temperature=evaluation.temperature,
         thresholds=manifest.thresholds,
-        after=_after(predictions[pictured], judgement, calibration) if pictured == judged[0] else None,
-        curve=_curve(predictions[pictured], judgement) if pictured == judged[0] else None,
+        after=_after(predictions[pictured], evaluation, calibration) if pictured == judged[0] else None,
+        curve=_curve(predictions[pictured], evaluation) if pictured == judged[0] else None,
         calibration=calibration,
         l2_path=[asdict(point) for point in head.path] if head else (),
         l2=head.l2 if head else None,
@@ -92,17 +92,17 @@ def write_run_report(
     write_report(run, inputs, draw_figures(read_lines(run.metrics), inputs))
 
 
-def _after(judged: Predictions, judgement: Judgement, calibration: Calibration | None) -> Evaluation | None:
+def _after(judged: Predictions, evaluation: RunEvaluation, calibration: Calibration | None) -> Evaluation | None:
     """Return the evaluation of the calibrated probabilities; None if there is no temperature."""
-    if judgement.temperature is None:
+    if evaluation.temperature is None:
         return None
     fitted_on = calibration.split if calibration else "val"
-    return reliability_after(judged, judgement.temperature.temperature, fitted_on_these=judged.split == fitted_on)
+    return reliability_after(judged, evaluation.temperature.temperature, fitted_on_these=judged.split == fitted_on)
 
 
-def _curve(judged: Predictions, judgement: Judgement) -> AccuracyCoverage | None:
+def _curve(judged: Predictions, evaluation: RunEvaluation) -> AccuracyCoverage | None:
     """Return the accuracy-coverage curve; None for a multilabel task."""
-    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
     return accuracy_coverage(judged, temperature) if task_named(judged.task).exclusive else None
 
 

@@ -22,10 +22,10 @@ from finetune.data.dataset import Dataset, targets_of
 from finetune.data.split import leaked
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.calibrate import Fitted, calibrate_answers, check_calibration
+from finetune.evaluation.calibrate import FittedCalibration, check_calibration, fit_calibration
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.drift import reference_of
-from finetune.evaluation.evaluate import Judgement, read_judgement, write_judgement
+from finetune.evaluation.evaluate import RunEvaluation, read_evaluation, write_evaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
@@ -72,14 +72,14 @@ class Carried:
     """Results of a study that belong in the bundle and the report of the run whose model it keeps.
 
     Args:
-        judgement: evaluations of further splits, and the temperature and thresholds to export with; None: the run's own are used.
-        predictions: the tables of predictions that `judgement` was computed from.
+        evaluation: of further splits, with the temperature and thresholds to export with; None: the run's own are used.
+        predictions: the tables of predictions that `evaluation` was computed from.
         notes: sentences that say which weights the figures belong to.
         summary: the study's summary, which replaces the run's.
         folds: the cross-validation, if the study is one.
     """
 
-    judgement: Judgement | None = None
+    evaluation: RunEvaluation | None = None
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     summary: str = ""
@@ -131,24 +131,24 @@ def run_job(
         )
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        judgement = carry_over(
-            judge(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()), carried.judgement
+        evaluation = carry_over(
+            judge(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()), carried.evaluation
         )
-        write_judgement(run.evaluation, judgement)
+        write_evaluation(run.evaluation, evaluation)
         diagnosis = write_diagnosis(run)
-        outcome = outcome_of(prepared.resolved, trained, judgement, run, stopwatch, options)
+        outcome = outcome_of(prepared.resolved, trained, evaluation, run, stopwatch, options)
 
         if options.reaches("registered"):
             refuse_if_diverged(prepared.resolved, {**carried.predictions, **predictions})
         if options.reaches("exported"):
             answers = {**carried.predictions, **predictions}
-            fitted = calibration_of(learner, context, judgement, answers, own_val="val" in predictions)
-            reference = drift_reference(prepared.task, judgement, answers, fitted)
-            manifest = export(prepared, learner, trained, judgement, carried, fitted, reference, run, progress)
+            fitted = calibration_of(learner, context, evaluation, answers, own_val="val" in predictions)
+            reference = drift_reference(prepared.task, evaluation, answers, fitted)
+            manifest = export(prepared, learner, trained, evaluation, carried, fitted, reference, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
             write_run_report(
-                prepared, trained, judgement, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
+                prepared, trained, evaluation, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
             )
         if options.reaches("registered"):
             outcome = register(outcome, prepared.resolved, predictions, shared.workspace)
@@ -206,11 +206,11 @@ def in_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:
 
 def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
     """Return the thresholds that the run's study chose, or the run that `options.decided_by` names; None: choose them here."""
-    if carried.judgement is not None:
-        return carried.judgement.thresholds
+    if carried.evaluation is not None:
+        return carried.evaluation.thresholds
     if options.decided_by is None:
         return None
-    return read_judgement(RunDir((run.root / options.decided_by).resolve()).evaluation).thresholds
+    return read_evaluation(RunDir((run.root / options.decided_by).resolve()).evaluation).thresholds
 
 
 def learner_for(prepared: Prepared, shared: Shared) -> Learner:
@@ -223,21 +223,21 @@ def learner_for(prepared: Prepared, shared: Shared) -> Learner:
     return SteppedLearner(built_network(resolved.spec, prepared.dataset, shared), resolved)
 
 
-def carry_over(own: Judgement, carried: Judgement | None) -> Judgement:
-    """Add to a run's judgement the study's evaluations of other splits; temperature and thresholds are the study's."""
+def carry_over(own: RunEvaluation, carried: RunEvaluation | None) -> RunEvaluation:
+    """Add to a run's evaluation the study's evaluations of other splits; temperature and thresholds are the study's."""
     if carried is None:
         return own
-    return Judgement({**carried.evaluations, **own.evaluations}, carried.temperature, carried.thresholds)
+    return RunEvaluation({**carried.evaluations, **own.evaluations}, carried.temperature, carried.thresholds)
 
 
 def calibration_of(
     learner: Learner,
     context: TrainingContext,
-    judgement: Judgement,
+    evaluation: RunEvaluation,
     answers: Mapping[str, Predictions],
     *,
     own_val: bool,
-) -> Fitted | None:
+) -> FittedCalibration | None:
     """Return the calibration for new images, fitted on held-out predictions: those of all folds, else those on val.
 
     If the model was evaluated on test, the calibration is checked on test.
@@ -252,9 +252,9 @@ def calibration_of(
     held_out = answers.get(POOLED, answers.get("val"))
     if held_out is None:
         return None
-    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
+    temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
     hold = (own_val and held_out.split == "val") or embeddings_hold(learner, context, held_out)
-    fitted = calibrate_answers(held_out, temperature, embeddings_hold=hold)
+    fitted = fit_calibration(held_out, temperature, embeddings_hold=hold)
     if fitted is None or "test" not in answers:
         return fitted
     return replace(fitted, calibration=check_calibration(fitted, answers["test"], temperature))
@@ -270,14 +270,14 @@ def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
 
 
 def drift_reference(
-    task: Task, judgement: Judgement, answers: Mapping[str, Predictions], fitted: Fitted | None
+    task: Task, evaluation: RunEvaluation, answers: Mapping[str, Predictions], fitted: FittedCalibration | None
 ) -> Reference | None:
     """Return the reference for live predictions, from the predictions on test, else pooled folds or val; None without these."""
     table = next((answers[split] for split in ("test", POOLED, "val") if split in answers), None)
     if table is None:
         return None
-    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
-    thresholds = _thresholds(task, judgement).get(THRESHOLDS)
+    temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
+    thresholds = _thresholds(task, evaluation).get(THRESHOLDS)
     return reference_of(
         table,
         temperature,
@@ -291,9 +291,9 @@ def export(
     prepared: Prepared,
     learner: Learner,
     trained: Trained,
-    judgement: Judgement,
+    evaluation: RunEvaluation,
     carried: Carried,
-    fitted: Fitted | None,
+    fitted: FittedCalibration | None,
     reference: Reference | None,
     run: RunDir,
     progress: ProgressCallback,
@@ -308,11 +308,11 @@ def export(
         classes=dataset.classes,
         method=_method_facts(prepared.resolved, carried),
         spec_digest=spec.digest(),
-        metrics={**judgement.metrics, **(carried.folds.metrics if carried.folds else {})},
+        metrics={**evaluation.metrics, **(carried.folds.metrics if carried.folds else {})},
         calibration={
-            **(asdict(judgement.temperature) if judgement.temperature else {}),
+            **(asdict(evaluation.temperature) if evaluation.temperature else {}),
             **({HELD_OUT: fitted.calibration.to_dict()} if fitted else {}),
-            **_thresholds(prepared.task, judgement),
+            **_thresholds(prepared.task, evaluation),
         },
         subspace=fitted.subspace if fitted else None,
         reference=reference,
@@ -335,12 +335,12 @@ def export(
     return manifest
 
 
-def _thresholds(task: Task, judgement: Judgement) -> dict[str, list[float]]:
+def _thresholds(task: Task, evaluation: RunEvaluation) -> dict[str, list[float]]:
     """Return the manifest's entry of thresholds on calibrated probabilities, one for each label; empty without thresholds."""
-    if judgement.thresholds is None:
+    if evaluation.thresholds is None:
         return {}
-    temperature = judgement.temperature.temperature if judgement.temperature else 1.0
-    return {THRESHOLDS: list(task.probability_thresholds(np.asarray(judgement.thresholds), temperature))}
+    temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
+    return {THRESHOLDS: list(task.probability_thresholds(np.asarray(evaluation.thresholds), temperature))}
 
 
 def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:
@@ -382,7 +382,7 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
 
 
 def outcome_of(
-    resolved: Resolved, trained: Trained, judgement: Judgement, run: RunDir, stopwatch: Stopwatch, options: RunOptions
+    resolved: Resolved, trained: Trained, evaluation: RunEvaluation, run: RunDir, stopwatch: Stopwatch, options: RunOptions
 ) -> Outcome:
     """Return the outcome of a run that is trained and evaluated, but not exported yet."""
     # If only the export was missing, training was not repeated: its cost is in the earlier outcome.
@@ -393,7 +393,7 @@ def outcome_of(
         method=resolved.spec.method.type,
         carried_out=resolved.recipe.method,
         goal=options.goal,
-        metrics=judgement.metrics,
+        metrics=evaluation.metrics,
         cost={
             **stopwatch.read(),
             **{name: earlier.get(name, value) for name, value in training.items()},

@@ -61,7 +61,7 @@ class SolvedLearner:
             head=head,
         )
 
-    def answer(
+    def predict(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Apply the head to cached features. On a GPU, whose features are rounded differently, run the exported graph instead."""

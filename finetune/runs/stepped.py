@@ -41,7 +41,7 @@ class SteppedLearner:
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         return train(self.classifier, self.recipe, context, decided, self.network.untrained)
 
-    def answer(
+    def predict(
         self, samples: tuple[Sample, ...], context: TrainingContext, split: str
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         model = with_head(self._trained, head_of(self.classifier))

@@ -17,7 +17,7 @@ from finetune.data.places.opening import check_present
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.evaluate import Judgement, evaluate, read_judgement, write_judgement
+from finetune.evaluation.evaluate import RunEvaluation, evaluate, read_evaluation, write_evaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import Compared, DataChanged, StudyConcluded
@@ -57,7 +57,7 @@ class Conclusion:
     """The result of a study, from the results of its children."""
 
     kept: str  # name of the child whose weights the study keeps
-    judgement: Judgement
+    evaluation: RunEvaluation
     predictions: Mapping[str, Predictions]
     summary: str
     folds: CrossValidation | None = None
@@ -97,6 +97,8 @@ def fine_tune(
         try:
             outcome = carry_out(spec, run, shared, progress)
         except DataChangedError as error:
+            if not error.problems:  # not of the revision that the request names, which a new run would not change
+                raise
             why_new = (
                 f"this is a new run: the data has changed since {printable(run.root)} was interrupted "
                 f"({plural(len(error.problems), 'file')}, the first: {error.problems[0]})"
@@ -143,7 +145,7 @@ def _study(
         run.record(StudyConcluded(conclusion.summary, conclusion.kept))
         for split, table in conclusion.predictions.items():
             tables.write(run.predictions_of(split), table)
-        write_judgement(run.evaluation, conclusion.judgement)
+        write_evaluation(run.evaluation, conclusion.evaluation)
         _write_resolved(spec, run)
         outcome = _outcome_of(spec, run, conclusion, stopwatch, options)
         if options.reaches("registered"):
@@ -177,10 +179,10 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     pooled = pooled_predictions(run, n_folds)
     found = cross_validation(outcomes, pooled, n_folds)
     final = run.child(FINAL)
-    own = read_judgement(final.evaluation)
+    own = read_evaluation(final.evaluation)
     return Conclusion(
         kept=FINAL,
-        judgement=Judgement({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
+        evaluation=RunEvaluation({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
@@ -195,10 +197,10 @@ def _refit(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCallbac
     study = Refit(spec.model_copy(update={"hyperparameters": hyperparameters}), run)
     outcomes = run_children(study, run, shared, progress, carry_out)
     chose, refitted = run.child(CHOOSE), run.child(REFIT)
-    before, after = read_judgement(chose.evaluation), read_judgement(refitted.evaluation)
+    before, after = read_evaluation(chose.evaluation), read_evaluation(refitted.evaluation)
     return Conclusion(
         kept=REFIT,
-        judgement=Judgement({**before.evaluations, **after.evaluations}, before.temperature, before.thresholds),
+        evaluation=RunEvaluation({**before.evaluations, **after.evaluations}, before.temperature, before.thresholds),
         predictions={**_tables_in(chose), **_tables_in(refitted)},
         summary=f"{outcomes[CHOOSE].summary}; then fitted once more on train + val with what val chose",
     )
@@ -216,7 +218,7 @@ def _escalate(spec: JobSpec, run: RunDir, shared: Shared, progress: ProgressCall
     kept = study.kept(n_done)
     return Conclusion(
         kept=kept,
-        judgement=read_judgement(run.child(kept).evaluation),
+        evaluation=read_evaluation(run.child(kept).evaluation),
         predictions=_tables_in(run.child(kept)),
         summary=f"auto: {outcomes[kept].summary} ({'; '.join(study.reasons(n_done))})",
     )
@@ -232,7 +234,7 @@ def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
     """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
-    carried = Carried(conclusion.judgement, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
+    carried = Carried(conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
     options = replace(RunOptions.read(leaf), goal="exported")
     return run_job(load_spec(leaf.spec), leaf, shared, progress, options, carried)
 
@@ -254,7 +256,7 @@ def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: S
         run=run.root,
         method=spec.method.type,
         goal=options.goal,
-        metrics={**conclusion.judgement.metrics, **(folds.metrics if folds else {})},
+        metrics={**conclusion.evaluation.metrics, **(folds.metrics if folds else {})},
         cost={**kept.cost, **stopwatch.read(), **training_cost([child.cost for child in children])},
         summary=conclusion.summary,
         bundle=None,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from finetune.bundle.calibration import Asked
+from finetune.bundle.calibration import CertaintyOptions
 from service.problems import FieldProblem
 
 
@@ -37,9 +37,9 @@ class PredictOptions(BaseModel):
     )
 
     @property
-    def asked(self) -> Asked:
+    def certainty(self) -> CertaintyOptions:
         """The requested prediction set and abstention."""
-        return Asked(self.coverage, self.per_class, self.abstain, self.precision)
+        return CertaintyOptions(self.coverage, self.per_class, self.abstain, self.precision)
 
 
 class LabelProbability(BaseModel):

@@ -83,17 +83,17 @@ def trained_case(spec: JobSpec, shared: Shared, run: RunDir) -> Case:
 
 
 def test_a_learner_answers_every_sample_in_order(case: Case) -> None:
-    logits, embedding = case.learner.answer(case.samples, case.context, "val")
+    logits, embedding = case.learner.predict(case.samples, case.context, "val")
     assert len(case.samples) > 3
     assert logits.shape == (len(case.samples), len(case.context.dataset.classes))
     assert embedding.shape == (len(case.samples), case.prepared.network.facts.n_features)
     assert logits.dtype == embedding.dtype == np.float32
-    backwards, _ = case.learner.answer(case.samples[::-1], case.context, "val")
+    backwards, _ = case.learner.predict(case.samples[::-1], case.context, "val")
     np.testing.assert_allclose(backwards[::-1], logits, atol=LOGITS_TOLERANCE)
 
 
 def test_a_learner_answers_what_its_exported_graph_computes(case: Case) -> None:
-    logits, embedding = case.learner.answer(case.samples, case.context, "val")
+    logits, embedding = case.learner.predict(case.samples, case.context, "val")
     computed = case.exported_answers(temperature=1.0)
     np.testing.assert_allclose(computed["logits"], logits, atol=LOGITS_TOLERANCE)
     np.testing.assert_allclose(computed["embedding"], embedding, atol=LOGITS_TOLERANCE)

@@ -38,7 +38,7 @@ def test_the_reference_is_what_the_bundle_answers_to_the_held_out_images(tmp_pat
     found = [one for one in answers if isinstance(one, Answer)]
     probs, embeddings = np.stack([one.probs for one in found]), np.stack([one.embedding for one in found])
     manifest = predictor.manifest
-    live = statistics_of(manifest.task, probs, embeddings, predictor.judge.subspace, manifest.thresholds)
+    live = statistics_of(manifest.task, probs, embeddings, predictor.estimator.subspace, manifest.thresholds)
     assert reference.answers.confidence == pytest.approx(live.confidence, abs=1e-4)
     assert reference.answers.label.tolist() == live.label.tolist()
     if several:

@@ -20,7 +20,7 @@ from tiny_runs import carry_out_at, tiny_spec, weights_of, write_stripes
 from finetune.bundle.manifest import read_manifest
 from finetune.cli import cli
 from finetune.errors import DataError
-from finetune.evaluation.evaluate import evaluate, read_judgement
+from finetune.evaluation.evaluate import evaluate, read_evaluation
 from finetune.evaluation.folds import POOLED
 from finetune.evaluation.predictions import concatenate, read
 from finetune.progress import Progress
@@ -87,10 +87,10 @@ def test_the_pooled_figures_are_those_of_all_held_out_answers(cross_validated: A
         assert list(table.ids) == [name for name, side in split.items() if side == "test"]
         assert [table.classes[target] for target in table.labels] == [Path(name).parent.name for name in table.ids]
         own = read_json(fold(run, number).outcome)["metrics"]["test/top1"]
-        assert own == read_judgement(fold(run, number).evaluation).evaluations["test"].values["top1"]
+        assert own == read_evaluation(fold(run, number).evaluation).evaluations["test"].values["top1"]
         tables.append(table)
     pooled = evaluate(concatenate(tables, POOLED))
-    assert read_judgement(run.evaluation).evaluations[POOLED] == pooled
+    assert read_evaluation(run.evaluation).evaluations[POOLED] == pooled
     assert evaluate(read(run.predictions_of(POOLED))) == pooled
     assert outcome.metrics["cv/top1"] == pooled.values["top1"]
     assert Outcome.read(run) == outcome

@@ -17,7 +17,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.cli import cli
 from finetune.comparison_spec import parse_comparison
 from finetune.errors import DataError, InvalidInput, SpecError
-from finetune.evaluation.evaluate import read_judgement
+from finetune.evaluation.evaluate import read_evaluation
 from finetune.evaluation.of_bundle import evaluate_bundle
 from finetune.evaluation.predictions import read
 from finetune.runs.outcome import Outcome
@@ -50,7 +50,7 @@ def test_the_task_is_found_and_the_labels_are_learnt(probe: Outcome) -> None:
     assert probe.classes == COLOURS
     assert probe.metrics["test/map"] > 0.95
     assert probe.metrics["test/micro_f1"] > 0.85
-    found = read_judgement(run.evaluation)
+    found = read_evaluation(run.evaluation)
     assert found.evaluations["test"].headline == "map"
     assert found.thresholds is not None
     table = read(run.predictions_of("test"))
@@ -89,7 +89,7 @@ def test_every_door_gives_the_same_labels_with_the_same_probabilities(home: Path
     answered = model.predict(files[0])
     assert answered.given == expected[0].given  # type: ignore[union-attr]
     with pytest.raises(InvalidInput, match="does not apply"):
-        model.predict(files[0], finetune.Asked(coverage=0.9))
+        model.predict(files[0], finetune.CertaintyOptions(coverage=0.9))
 
 
 @pytest.mark.longer
@@ -177,10 +177,10 @@ def test_folds_carry_their_thresholds_and_the_bundle_has_those_of_all_answers(ho
     outcome = carry_out_at(home, spec, run)
     pooled = read(run.predictions_of("cv"))
     assert pooled.thresholds is not None
-    chosen = [read_judgement(run.child(f"fold-{fold}").child("choose").evaluation).thresholds for fold in (1, 2, 3)]
+    chosen = [read_evaluation(run.child(f"fold-{fold}").child("choose").evaluation).thresholds for fold in (1, 2, 3)]
     assert len(set(chosen)) == 3
     assert {tuple(row) for row in pooled.thresholds.tolist()} == {tuple(np.float32(one).tolist()) for one in chosen}
-    found = read_judgement(run.evaluation)
+    found = read_evaluation(run.evaluation)
     task = task_named("multilabel")
     assert found.thresholds == pytest.approx(task.choose_thresholds(pooled.logits, pooled.labels))
     manifest = Predictor.load(Path(str(outcome.bundle))).manifest

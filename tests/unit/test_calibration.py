@@ -10,17 +10,17 @@ import pytest
 from click.testing import CliRunner
 from standin import picture, write_bundle
 
-from finetune.bundle.calibration import Asked, Calibration, Judge, parse_subspace, write_subspace
+from finetune.bundle.calibration import Calibration, CertaintyEstimator, CertaintyOptions, parse_subspace, write_subspace
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
 from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.errors import BundleError, InvalidInput
 from finetune.evaluation.calibrate import (
-    Fitted,
+    FittedCalibration,
     accuracy_coverage,
-    calibrate_answers,
     check_calibration,
+    fit_calibration,
     reliability_after,
 )
 from finetune.evaluation.predictions import Predictions, digests_as_rows
@@ -47,8 +47,8 @@ def answers(n: int, seed: int, *, split: str = "val", sharpness: float = 3.0, el
     )
 
 
-def fitted(n: int = 400) -> Fitted:
-    found = calibrate_answers(answers(n, 0), 1.0, embeddings_hold=True)
+def fitted(n: int = 400) -> FittedCalibration:
+    found = fit_calibration(answers(n, 0), 1.0, embeddings_hold=True)
     assert found is not None
     return found
 
@@ -65,10 +65,10 @@ def test_what_is_learnt_on_held_out_images_holds_on_others() -> None:
 
 def test_images_of_other_things_are_unlike_anything_seen() -> None:
     found, others = fitted(), answers(100, 2, elsewhere=True)
-    judge = Judge(CLASSES, found.calibration, found.subspace)
-    asked = judge.resolved(Asked(precision=0.8))
+    estimator = CertaintyEstimator(CLASSES, found.calibration, found.subspace)
+    asked = estimator.resolved(CertaintyOptions(precision=0.8))
     probs = np.eye(4)[others.labels]  # as sure as can be
-    said = [judge.certainty(p, e, asked) for p, e in zip(probs, others.embedding, strict=True)]
+    said = [estimator.estimate(p, e, asked) for p, e in zip(probs, others.embedding, strict=True)]
     assert sum(one.reason == "unlike" for one in said) >= 95
 
 
@@ -81,16 +81,16 @@ def test_the_numbers_come_back_from_a_manifest() -> None:
 
 
 def test_few_images_show_little_and_very_few_nothing() -> None:
-    few = calibrate_answers(answers(30, 0), 1.0, embeddings_hold=True)
+    few = fit_calibration(answers(30, 0), 1.0, embeddings_hold=True)
     assert few is not None
     assert (few.subspace, few.calibration.novelty) == (None, ())
     assert max(few.calibration.coverage) == "0.96"  # 30 / 31 is 0.968
     assert "0.95" not in few.calibration.precision  # 45 answers, all right, would be needed
-    assert calibrate_answers(answers(19, 0), 1.0, embeddings_hold=True) is None
+    assert fit_calibration(answers(19, 0), 1.0, embeddings_hold=True) is None
 
 
 def test_embeddings_of_other_models_give_no_novelty() -> None:
-    found = calibrate_answers(answers(400, 0), 1.0, embeddings_hold=False)
+    found = fit_calibration(answers(400, 0), 1.0, embeddings_hold=False)
     assert found is not None
     assert (found.subspace, found.calibration.novelty) == (None, ())
 
@@ -137,7 +137,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def test_only_what_can_be_shown_is_switched_on(registry: Registry) -> None:
-    with pytest.raises(InvalidInput, match=r"cannot show a precision of 0\.9: none can be shown"):
+    with pytest.raises(InvalidInput, match=r"too few for a precision of 0\.9: they are too few for any precision"):
         registry.set_abstention("colours", None, 0.9)
     with pytest.raises(InvalidInput, match="made without calibration"):
         registry.set_abstention("old", "1", 0.9)
@@ -161,7 +161,7 @@ def test_predict_prints_the_set_and_refuses_what_a_bundle_cannot_say(registry: R
         str(tmp_path / "a.csv"),
     ]
     refused = CliRunner().invoke(cli, arguments)
-    assert (refused.exit_code, "with --json" in refused.output) == (2, True)
+    assert (refused.exit_code, "use --json" in refused.output) == (2, True)
 
 
 def test_the_card_command_prints_what_the_bundle_records(registry: Registry) -> None:
@@ -169,7 +169,7 @@ def test_the_card_command_prints_what_the_bundle_records(registry: Registry) -> 
     assert done.exit_code == 0
     assert done.output.startswith("---\n")
     assert "# colours@1" in done.output
-    assert "- It abstains only when asked to" in done.output
+    assert "- It abstains only on request" in done.output
 
 
 def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> None:
@@ -186,7 +186,7 @@ def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> 
     assert "The pretrained weights come under Apache-2.0." in card
     assert "| top-1 accuracy | 50.0% (40.0% – 60.0%) |" in card
     assert "No image was kept apart from all choices" in card
-    assert "holds no calibration on held-out images" in card
+    assert "has no calibration on held-out images" in card
     bare = model_card(dataclasses.replace(manifest, backbone={"name": "x", "weights": {"source": "none"}}))
     assert "was not pretrained" in bare
     assert "records no figures" in bare
@@ -195,13 +195,13 @@ def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> 
 @pytest.mark.parametrize(
     ("asked", "field"),
     [
-        (Asked(precision=0.9), "precision"),
-        (Asked(abstain=True), "abstain"),
-        (Asked(abstain=True, precision=0.9), "abstain"),
-        (Asked(coverage=0.9), "coverage"),
+        (CertaintyOptions(precision=0.9), "precision"),
+        (CertaintyOptions(abstain=True), "abstain"),
+        (CertaintyOptions(abstain=True, precision=0.9), "abstain"),
+        (CertaintyOptions(coverage=0.9), "coverage"),
     ],
 )
-def test_a_model_of_several_labels_refuses_what_was_asked_by_its_own_name(asked: Asked, field: str) -> None:
+def test_a_model_of_several_labels_refuses_what_was_asked_by_its_own_name(asked: CertaintyOptions, field: str) -> None:
     with pytest.raises(InvalidInput, match=f"so {field} does not apply to it") as refused:
-        Judge(CLASSES, None, None, exclusive=False).resolved(asked)
+        CertaintyEstimator(CLASSES, None, None, exclusive=False).resolved(asked)
     assert [problem.where for problem in refused.value.problems] == [field]

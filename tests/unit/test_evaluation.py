@@ -15,7 +15,7 @@ from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
 
 from finetune.errors import InvalidInput, TrainingError
-from finetune.evaluation.evaluate import Evaluation, Judgement, evaluate, read_judgement, write_judgement
+from finetune.evaluation.evaluate import Evaluation, RunEvaluation, evaluate, read_evaluation, write_evaluation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.metrics.intervals import wilson_interval
 from finetune.metrics.temperature import fit_softmax_temperature
@@ -144,9 +144,9 @@ def test_metric_keys_are_the_ones_that_everything_else_reads() -> None:
 
 def test_a_judgement_survives_its_file_unchanged(tmp_path: Path) -> None:
     found = judged(*made_up(60, 9))
-    for judgement in (Judgement({"val": found}), Judgement({"val": found}, fit_softmax_temperature(*made_up(60, 9)))):
-        write_judgement(tmp_path / "evaluation.json", judgement)
-        assert read_judgement(tmp_path / "evaluation.json") == judgement
+    for evaluation in (RunEvaluation({"val": found}), RunEvaluation({"val": found}, fit_softmax_temperature(*made_up(60, 9)))):
+        write_evaluation(tmp_path / "evaluation.json", evaluation)
+        assert read_evaluation(tmp_path / "evaluation.json") == evaluation
     assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

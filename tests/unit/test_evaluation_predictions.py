@@ -16,7 +16,7 @@ from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as module
-from finetune.evaluation.evaluate import evaluate, read_judgement
+from finetune.evaluation.evaluate import evaluate, read_evaluation
 from finetune.evaluation.predictions import Predictions, concatenate, digests_as_rows, read, write
 from finetune.storage.rundir import RunDir
 
@@ -190,4 +190,4 @@ def test_a_row_is_the_answer_to_the_image_that_it_names(run: RunDir) -> None:
         assert list(found.ids) == [path for path, _, part, *_ in rows if part == split]
         assert found.digests() == [sha256 for _, _, part, sha256, *_ in rows if part == split]
         assert [found.classes[label] for label in found.labels] == [label for _, label, part, *_ in rows if part == split]
-        assert evaluate(found, (20, 20, 20)) == read_judgement(run.evaluation).evaluations[split]
+        assert evaluate(found, (20, 20, 20)) == read_evaluation(run.evaluation).evaluations[split]

@@ -16,7 +16,7 @@ from tiny_runs import carry_out_at, shared_at, tiny_spec
 from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
-from finetune.evaluation.evaluate import read_judgement
+from finetune.evaluation.evaluate import read_evaluation
 from finetune.storage.files import read_json, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
@@ -125,7 +125,7 @@ def test_a_job_gives_the_figures_without_the_copies_beside_the_others(tmp_path: 
     outcome = carry_out_at(tmp_path, tiny_spec(root, export={"register_model": "always"}), run)
     copies = {f"test/a/copy{number}.jpg" for number in range(3)}
     assert near_copies_in(run) == {"test": copies}
-    judged = read_judgement(run.evaluation).evaluations
+    judged = read_evaluation(run.evaluation).evaluations
     assert (judged["test"].n, judged["test_unseen"].n) == (19, 16)
     assert outcome.metrics["test_unseen/n"] == 16
     (said,) = [one for one in outcome.warnings if one.startswith("Near duplicates of training images: 3 test images")]

@@ -47,10 +47,10 @@ def test_embeddings_hold_only_where_this_model_gives_the_same_ones() -> None:
     context: Any = SimpleNamespace(dataset=SimpleNamespace(samples=tuple(SimpleNamespace(id=name) for name in answers.ids)))
 
     def learner(embedding: np.ndarray) -> Any:
-        def answer(samples: Any, *_: Any) -> tuple[None, np.ndarray]:
+        def predict(samples: Any, *_: Any) -> tuple[None, np.ndarray]:
             return None, embedding[[answers.ids.index(sample.id) for sample in samples]]
 
-        return SimpleNamespace(answer=answer)
+        return SimpleNamespace(predict=predict)
 
     assert embeddings_hold(learner(own), context, answers)
     assert embeddings_hold(learner(own * np.float32(1.0001)), context, answers), "a GPU rounds otherwise"

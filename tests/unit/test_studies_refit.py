@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import carry_out_at, tiny_spec, write_stripes
 
 from finetune.bundle.manifest import read_manifest
-from finetune.evaluation.evaluate import read_judgement
+from finetune.evaluation.evaluate import read_evaluation
 from finetune.evaluation.predictions import read
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
@@ -58,7 +58,7 @@ def test_val_speaks_before_the_refit_and_test_after_it(pictures: Path, home: Pat
     assert {path.stem for path in refitted.predictions.iterdir()} == {"test"}
     for split, child in (("val", chose), ("test", refitted)):
         assert (read(run.predictions_of(split)).logits == read(child.predictions_of(split)).logits).all()
-        assert read_judgement(run.evaluation).evaluations[split] == read_judgement(child.evaluation).evaluations[split]
+        assert read_evaluation(run.evaluation).evaluations[split] == read_evaluation(child.evaluation).evaluations[split]
     assert outcome.summary.endswith("then fitted once more on train + val with what val chose")
     notes: Any = read_manifest(outcome.bundle).method["notes"]
     assert any("val figures are those of the model before that" in note for note in notes)

@@ -16,7 +16,7 @@ from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
 from finetune.cli.show import show_comparison, show_manifest
 from finetune.evaluation.compare import ArmPredictions, class_mean_interval
-from finetune.evaluation.evaluate import Evaluation, Judgement, evaluate, read_judgement, write_judgement
+from finetune.evaluation.evaluate import Evaluation, RunEvaluation, evaluate, read_evaluation, write_evaluation
 from finetune.evaluation.predictions import Predictions
 from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.intervals import interval_of_mean_of_proportions, wilson_interval
@@ -104,8 +104,8 @@ def test_an_evaluation_tells_the_mean_over_classes_first_where_classes_are_unequ
     assert {f"test/{PER_CLASS}_low", "test/top1_low"} <= unequal.metrics("test").keys()
     assert f"test/{PER_CLASS}_low" not in equal.metrics("test")
     assert unequal.to_json()["leading"] == PER_CLASS
-    write_judgement(tmp_path / "evaluation.json", Judgement({"test": unequal}))
-    assert read_judgement(tmp_path / "evaluation.json").evaluations["test"] == unequal
+    write_evaluation(tmp_path / "evaluation.json", RunEvaluation({"test": unequal}))
+    assert read_evaluation(tmp_path / "evaluation.json").evaluations["test"] == unequal
 
 
 def test_classes_are_unequal_by_the_whole_data_of_a_run_and_not_by_a_split_that_is_small() -> None:
