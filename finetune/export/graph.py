@@ -129,7 +129,9 @@ def fold(graph: Graph, module: DeployModule) -> bytes:
         model.graph.inputs.remove(value)
         value.const_value = ir.tensor(array, name=value.name)
         model.graph.register_initializer(value)
-    return serialized(ir.to_proto(optimizer.optimize(model)))
+    optimized = optimizer.optimize(model)
+    optimized.graph.sort()  # the exporter's order of nodes is not always one in which they can be computed (gemma4_vit)
+    return serialized(ir.to_proto(optimized))
 
 
 def fill(graph: Graph, module: DeployModule) -> bytes:
