@@ -18,8 +18,8 @@ def natural_list(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return ``1 image``, ``3 images``, ``2 classes``."""
-    ending = "es" if noun.endswith("s") else "s"
+    """Return ``1 image``, ``3 images``, ``2 classes``, ``2 boxes``."""
+    ending = "es" if noun.endswith(("s", "x")) else "s"
     return f"{count:,} {noun}" + ("" if count == 1 else ending)
 
 

@@ -369,6 +369,8 @@ def _likeness(data: bytes) -> str:
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "this is an HTML page, not an image (a download that led to a web page?)"
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a pointer of Git LFS, not the image itself: fetch the files with git lfs pull"
     if start.startswith((b"<svg", b"<?xml")):
         return "this is SVG or XML, a drawing and not pixels: render it to PNG first"
     if start.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6", b"%pdf")):

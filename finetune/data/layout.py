@@ -350,7 +350,7 @@ class _Reader:
             self.notes.problem(
                 self._shown(folder),
                 f"{plural(n_images, 'image')} in a folder beside train/ that is not named train, val or test; "
-                f"--set 'data.splits={{{printable(folder.name)}: none}}' leaves it out",
+                f"--set 'data.splits={{{printable(folder.name)}: none}}' leaves it out, and val or test in place of none uses it",
             )
         else:
             self.notes.left_out.append(f"{self._shown(folder)}: a folder without images beside train/, left out")

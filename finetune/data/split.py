@@ -68,7 +68,8 @@ def split_dataset(
     for unit, side in zip(units, sides, strict=True):
         kept += [replace(sample, split=(recorded or {}).get(sample.sha256) or side) for sample in unit.samples]
     divided = _sorted(dataset, kept)
-    return replace(divided, warnings=(*divided.warnings, *_far_from_asked(divided, loose, shares), *_scarce(divided, units)))
+    told = (*_far_from_asked(divided, loose, shares), *_scarce(dataset, divided))
+    return replace(divided, warnings=(*divided.warnings, *told))
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
@@ -154,7 +155,8 @@ def read_split(path: Path, dataset: Dataset) -> Dataset:
             "anew with the data as it is now, or undo the change",
             problems,
         )
-    return _sorted(dataset, samples)
+    divided = _sorted(dataset, samples)
+    return replace(divided, warnings=(*divided.warnings, *_scarce(dataset, divided)))
 
 
 @dataclass(frozen=True)
@@ -389,13 +391,18 @@ def _foldable(count: int) -> str:
     return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
 
 
-def _scarce(divided: Dataset, units: Sequence[_Unit]) -> list[str]:
-    """Return a warning about the classes that have a single image, or group, left to train on, and the folds that avoid it."""
-    if not _exclusive(divided):
+def _scarce(before: Dataset, divided: Dataset) -> list[str]:
+    """Return a warning about the classes that have a single image, or group, left to train on, and the folds that avoid it.
+
+    Args:
+        before: the same data before it was divided. Nothing is said if the user divided it.
+    """
+    given = {sample.id: sample.split for sample in before.samples}
+    if not _exclusive(divided) or "val" in given.values():
         return []
+    units = _units([sample for sample in divided.samples if given.get(sample.id) != "test"], 0, "")
     of_class = _of_class(units)
-    in_train = {sample.id for sample in divided.of("train")}
-    trained = Counter(label for unit in units if unit.samples[0].id in in_train for label in unit.labels)
+    trained = Counter(label for unit in units if unit.samples[0].split == "train" for label in unit.labels)
     scarce = [label for label in of_class if trained[label] == 1]
     if not scarce:
         return []

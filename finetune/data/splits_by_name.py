@@ -11,7 +11,8 @@ from finetune.data.reading import SplitMeaning
 
 _WORDS: dict[str, Split] = {
     "train": "train", "training": "train", "trn": "train", "trainval": "train",
-    "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val", "devel": "val", "development": "val",
+    "val": "val", "vld": "val", "valid": "val", "validation": "val", "validate": "val",
+    "dev": "val", "devel": "val", "development": "val",
     "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
 }  # fmt: skip
 _NEUTRAL = frozenset(

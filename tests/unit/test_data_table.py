@@ -266,3 +266,72 @@ def test_a_table_of_nothing_but_test_images_is_not_trained_on(tmp_path: Path) ->
     table = write_table(tmp_path, text)
     assert list(problems_of(table).values()) == ["nothing to train on: all of it is for validation or testing"]
     assert index_dataset(table, for_training=False).sizes() == {"test": 2}
+
+
+# ── tables as other programs write them ───────────────────────────────────────────────────────────
+
+PLAIN = rows_of("a", "b", "a", "b", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        pytest.param(PLAIN.encode("utf-16-le"), "read as utf-16-le", id="UTF-16 without a mark"),
+        pytest.param(PLAIN.encode("utf-16-be"), "read as utf-16-be", id="UTF-16 big-endian without a mark"),
+        pytest.param("sep=;\n" + PLAIN.replace(",", ";"), "separated by semicolons", id="Excel's line with the separator"),
+        pytest.param("# exported\n# by a tool\n" + PLAIN, "a comment before the names", id="comments"),
+        pytest.param(PLAIN.replace(",", " , "), "spaces around the cells", id="spaces"),
+        pytest.param(
+            "\n".join([PLAIN.splitlines()[0], *("'" + line.replace(",", "','") + "'" for line in PLAIN.splitlines()[1:])]),
+            "single quotes around the cells",
+            id="single quotes",
+        ),
+        pytest.param(PLAIN.replace("file_name", "id").replace(".png", ""), "names images without their endings", id="ids"),
+    ],
+)
+def test_a_table_of_another_program_is_read_and_how_is_said(tmp_path: Path, table: str | bytes, said: str) -> None:
+    dataset = index_dataset(write_table(tmp_path, table))
+    assert labels_of(dataset) == ["a", "b"] * 3
+    assert any(said in sentence for sentence in dataset.understood), dataset.understood
+
+
+def test_a_column_that_flags_validation_images_is_the_split(tmp_path: Path) -> None:
+    lines = PLAIN.splitlines()
+    table = [f"{lines[0]},is_valid", *(f"{line},{number > 3}" for number, line in enumerate(lines[1:]))]
+    dataset = index_dataset(write_table(tmp_path, "\n".join(table)))
+    assert [sample.split for sample in dataset.samples] == ["train"] * 4 + ["val"] * 2
+    assert any("true is val, false is train" in sentence for sentence in dataset.understood)
+
+
+def test_a_column_for_each_label_is_recognised_and_refused_with_a_way_out(tmp_path: Path) -> None:
+    table = "file_name,cat,dog\n" + "\n".join(f"{number}.png,{number % 2},1" for number in range(6))
+    (problem,) = problems_of(write_table(tmp_path, table)).values()
+    assert "cat, dog hold 0 and 1, as if each were a label" in problem
+
+
+def test_json_lines_in_utf_16_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    table = write_table(tmp_path, '{"file": "0.png", "label": "a"}'.encode("utf-16"), name="labels.jsonl")
+    with pytest.raises(DataError, match="UTF-16 text, and JSON lines are UTF-8"):
+        index_dataset(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("photos.rar", b"Rar!\x1a\x07\x00", "a RAR archive"),
+        ("photos.zip", b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+        ("photos.tar.bz2", b"BZh91AY", "packed with bzip2"),
+        ("labels.json", b"[1]", "JSON of an unknown form"),
+        ("labels.xlsx", b"PK\x03\x04", "spreadsheets are not read"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, data: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError) as refused:
+        index_dataset(tmp_path / name)
+    assert what in f"{refused.value.message} {refused.value.problems}"
+
+
+def test_archives_inside_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "cat.zip").write_bytes(b"PK\x03\x04")
+    assert "archives inside are not opened, so unpack them first: cat.zip" in str(problems_of(tmp_path))

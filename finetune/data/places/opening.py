@@ -19,6 +19,7 @@ from finetune.naming import without_archive_ending
 from finetune.storage.addresses import is_uri
 from finetune.storage.store import mark_used
 
+_SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 _WHAT_IS_READ = "Give a folder with one folder of images per class, an archive of one, or a table that names images"
 
 
@@ -48,6 +49,8 @@ def open_place(location: Path | str, reading: Reading) -> Place:
         return Place(LocalFolder(path, reading.roots), local=path)
     if not path.is_file():
         raise DataError(f"{printable(path)}: neither a folder nor a regular file. {_WHAT_IS_READ}")
+    if path.suffix.lower() in _SPREADSHEETS:
+        raise DataError(f"{printable(path)}: spreadsheets are not read. Save the table as CSV (UTF-8) beside the images")
     try:
         kind = kind_of_file(path)
     except OSError as error:

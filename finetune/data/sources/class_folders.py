@@ -7,10 +7,10 @@ from typing import ClassVar
 from finetune.data.dataset import Split
 from finetune.data.layout import Layout, understand
 from finetune.data.notes import Notes
-from finetune.data.places.tree import Node, Place
+from finetune.data.places.tree import Node, Place, Tree
 from finetune.data.reading import Reading
 from finetune.data.sources.source import Listing, Record, refuse_columns
-from finetune.messages import printable
+from finetune.messages import natural_list, printable
 
 
 class ClassFoldersSource:
@@ -29,7 +29,7 @@ class ClassFoldersSource:
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         if place.focus is not None:
-            notes.problem(place.shown, "is no folder, no zip or tar, and no table of images")
+            notes.problem(place.shown, f"is no folder, no zip or tar, and no table of images{_what_it_is(place.focus)}")
             return Listing()
         refuse_columns(reading, notes, "class folders")
         layout = understand(place.tree, reading, notes)
@@ -39,8 +39,37 @@ class ClassFoldersSource:
             for label, nodes in sorted(by_class.items())
             for node in nodes
         ]
+        if not records and (packed := _archives_in(place.tree)):
+            what = f"no class folders found; archives inside are not opened, so unpack them first: {natural_list(packed)}"
+            notes.problem(place.shown, what)
         classes = {split: tuple(sorted(by_class)) for split, by_class in layout.splits.items()}
         return Listing(tuple(records), classes, layout.places)
+
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".bz2", ".xz")
+
+
+def _archives_in(tree: Tree) -> list[str]:
+    return [printable(node.path) for node in tree.root().all_files() if node.name.lower().endswith(_ARCHIVES)]
+
+
+_OTHER_FILES = {
+    b"Rar!": "a RAR archive: unpack it, or pack it as a zip",
+    b"7z\xbc\xaf": "a 7z archive: unpack it, or pack it as a zip",
+    b"BZh": "packed with bzip2: unpack it, or pack it as a zip or tar.gz",
+    b"\xfd7zXZ": "packed with xz: unpack it, or pack it as a zip or tar.gz",
+    b"\x28\xb5\x2f\xfd": "packed with Zstandard: unpack it, or pack it as a zip or tar.gz",
+    b"\xd0\xcf\x11\xe0": "an old Office file: save the table as CSV",
+}  # first bytes -> what a file is, and what to do
+
+
+def _what_it_is(node: Node) -> str:
+    """Return what a file is that cannot be read as data; empty if that is not known."""
+    head = node.file.head()
+    known = next((what for start, what in _OTHER_FILES.items() if head.startswith(start)), None)
+    if known is None and node.suffix == ".json":
+        known = "JSON of an unknown form: COCO and Label Studio exports are read, and JSON lines (.jsonl), one object per line"
+    return f"; it is {known}" if known else ""
 
 
 def _record(layout: Layout, node: Node, label: str, split: Split | None) -> Record:

@@ -20,6 +20,10 @@ _FILE = (
 _LABEL = ("label", "labels", "class", "classes", "class_name", "classname", "category", "target", "tag", "tags", "choice")
 _SPLIT = ("split", "subset", "partition", "set", "usage", "phase")
 _GROUP = ("group", "group_id", "groups")
+_FLAGS_OF_VAL = ("is_valid", "is_val", "is_validation")
+TRUE, FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
+_ZERO_OR_ONE = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
+_IDS = ("id", "image_id", "uuid", "key", "name")  # columns that may name files without their endings
 _PERHAPS_GROUPS = (
     "patient",
     "patient_id",
@@ -38,35 +42,50 @@ _SAMPLE_ROWS = 50
 
 @dataclass(frozen=True)
 class Found:
-    """The columns of one table. `label` is None where the table has none and may do without."""
+    """The columns of one table. `label` is None where the table has none and may do without.
+
+    Args:
+        flags_val: the cells of `split` are true for val images and false for training images.
+    """
 
     file: str
     label: str | None
     split: str | None
     group: str | None
     weight: str | None
+    flags_val: bool = False
 
 
 def find_columns(
-    table: Table, shown: str, reading: Reading, notes: Notes, is_file: Callable[[Cell], bool], *, label_needed: bool = True
+    table: Table,
+    shown: str,
+    reading: Reading,
+    notes: Notes,
+    is_file: Callable[[Cell], bool],
+    is_stem: Callable[[Cell], bool],
+    *,
+    label_needed: bool = True,
 ) -> Found | None:
     """Find the columns; None, and a problem noted, where the file or the label is in none, or perhaps in several.
 
     Args:
         shown: what messages call the table.
         is_file: whether a cell holds an image, or names one that is there.
+        is_stem: whether a cell names an image that is there by its name without the ending.
     """
     chooser = _Chooser(table, shown, reading.columns, notes)
     sample = [row.cells for row in itertools.islice(table.rows(), _SAMPLE_ROWS)]
-    file = chooser.named("file") or chooser.file(sample, is_file)
+    file = chooser.named("file") or chooser.file(sample, is_file, is_stem)
     split = chooser.named("split") or chooser.split(reading, file)
+    flag = None if split else chooser.flag_of_val()
+    split = split or flag
     group = chooser.named("group") or chooser.alias(_GROUP, "group", said=True)
     weight = chooser.named("weight")
-    label = chooser.named("label") or chooser.label({file, split, group, weight}, needed=label_needed)
+    label = chooser.named("label") or chooser.label({file, split, group, weight}, sample, needed=label_needed)
     if chooser.failed or file is None or (label is None and label_needed):
         return None
     chooser.say(file, label, split, group, weight)
-    return Found(file, label, split, group, weight)
+    return Found(file, label, split, group, weight, flags_val=flag is not None)
 
 
 class _Chooser:
@@ -101,7 +120,7 @@ class _Chooser:
             self.notes.say(f"{self.shown}: the column {found[0]!r} was taken for the {what}; data.{what}_column names another")
         return found[0] if len(found) == 1 else None
 
-    def file(self, sample: Sequence[object], is_file: Callable[[Cell], bool]) -> str | None:
+    def file(self, sample: Sequence[object], is_file: Callable[[Cell], bool], is_stem: Callable[[Cell], bool]) -> str | None:
         """Return the column of images."""
         if self.failed:
             return None
@@ -114,11 +133,17 @@ class _Chooser:
             if not by_name:
                 self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; data.file_column names another")
             return holding[0]
+        stems = [column for column in self.aliases(_IDS) if _mostly(sample, column, is_stem)] if not (holding or by_name) else []
+        if len(stems) == 1:
+            self.notes.say(
+                f"{self.shown}: the column {stems[0]!r} names images without their endings; data.file_column names another"
+            )
+            return stems[0]
         which = f"several columns may hold the image file: {natural_list(holding or by_name)}" if holding or by_name else None
         self.problem(f"{which or 'no column for the image file'}; name it with data.file_column")
         return None
 
-    def label(self, taken: set[str | None], *, needed: bool) -> str | None:
+    def label(self, taken: set[str | None], sample: Sequence[object], *, needed: bool) -> str | None:
         """Return the column of labels."""
         by_name = [column for column in self.aliases(_LABEL) if column not in taken]
         if len(by_name) == 1:
@@ -130,7 +155,14 @@ class _Chooser:
         if self.failed or not (needed or by_name):
             return None
         which = f"several columns may hold the label: {natural_list(by_name)}" if by_name else "no column for the label"
-        self.problem(f"{which}; name it with data.label_column")
+        flags = [column for column in left if _mostly(sample, column, lambda cell: str(cell).lower() in _ZERO_OR_ONE)]
+        hint = ""
+        if len(flags) > 1 and not by_name:
+            hint = (
+                f". {natural_list(flags)} hold 0 and 1, as if each were a label; write the names of an image's labels into one "
+                "column instead, separated by | (data.label_separator)"
+            )
+        self.problem(f"{which}; name it with data.label_column{hint}")
         return None
 
     def split(self, reading: Reading, file: str | None) -> str | None:
@@ -144,6 +176,15 @@ class _Chooser:
             meanings = [split_meaning(value, reading.splits) for value in values]
             if values and all(meaning is not None and meaning.certain for meaning in meanings):
                 self.notes.say(f"{self.shown}: the column {column!r} was taken for the split; data.split_column names another")
+                return column
+        return None
+
+    def flag_of_val(self) -> str | None:
+        """Return the column that is true for val images and false for others, as some libraries write it."""
+        for column in self.aliases(_FLAGS_OF_VAL):
+            values = {str(row.cells.get(column)).lower() for row in self.table.rows()}
+            if values <= TRUE | FALSE and values & TRUE:
+                self.notes.say(f"{self.shown}: the column {column!r} was taken for the split: true is val, false is train")
                 return column
         return None
 

@@ -26,16 +26,17 @@ class Lookup:
         self._names: dict[str, list[Node]] | None = None
         self._stems: dict[str, list[Node]] = {}
 
-    def find(self, name: str, *, by_stem: bool = True) -> Node | None:
+    def find(self, name: str, *, by_stem: bool = True, tried: bool = False) -> Node | None:
         """Return the file that `name` means; None where there is none, or where several could be meant.
 
         Args:
             by_stem: a name without its ending counts too; half of all numbers would be files otherwise.
+            tried: only to find out which column names files; how the file was found is not noted.
         """
         for path in self._paths(name):
             if (node := self.tree.find(path)) is not None:
                 return node
-        return self._by_end(name, by_stem)
+        return self._by_end(name, by_stem, noted=by_stem and not tried)
 
     def say(self, notes: Notes) -> None:
         """Note how files were found, where their paths alone did not do it."""
@@ -56,7 +57,7 @@ class Lookup:
             for place in dict.fromkeys((above, f"{around}/" if around else "")):
                 yield from (f"{place}{folder}/{forward}" for folder in _IMAGE_FOLDERS)
 
-    def _by_end(self, name: str, by_stem: bool) -> Node | None:
+    def _by_end(self, name: str, by_stem: bool, *, noted: bool) -> Node | None:
         """Return the one file whose path ends like `name`, or is called so."""
         if self._names is None:
             self._names = defaultdict(list)
@@ -76,7 +77,7 @@ class Lookup:
             candidates, how = self._called(parts[-1], self._stems), "name without its ending"
         if len(candidates) != 1:
             return None
-        if by_stem:  # not merely tried
+        if noted:
             self._found_by[how] += 1
         return candidates[0]
 

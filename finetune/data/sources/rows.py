@@ -14,7 +14,7 @@ from finetune.data.names import class_name
 from finetune.data.notes import Notes
 from finetune.data.places.tree import Node, Tree, shown_path
 from finetune.data.reading import Reading
-from finetune.data.sources.columns import Found, find_columns
+from finetune.data.sources.columns import TRUE, Found, find_columns
 from finetune.data.sources.lookup import Lookup
 from finetune.data.sources.source import Listing, Record
 from finetune.data.splits_by_name import Meaning, split_meaning
@@ -58,7 +58,15 @@ def list_table(
     shown = shown_path(tree, node.path)
     for sentence in table.said:
         notes.say(sentence)
-    columns = find_columns(table, shown, reading, notes, lambda cell: _holds_image(cell, lookup), label_needed=label_needed)
+    columns = find_columns(
+        table,
+        shown,
+        reading,
+        notes,
+        lambda cell: _holds_image(cell, lookup),
+        lambda cell: isinstance(cell, str) and lookup.find(cell, tried=True) is not None,
+        label_needed=label_needed,
+    )
     if columns is None or columns.label is None:
         return None if columns is None else Listing()
     reader = _Rows(columns, lookup, reading, notes, split, folder if base is None else base, node)
@@ -143,6 +151,8 @@ class _Rows:
         cell = row.cells.get(self.columns.split) if self.columns.split is not None else None
         if not isinstance(cell, str):
             return None
+        if self.columns.flags_val:
+            return Meaning("val" if cell.lower() in TRUE else "train", certain=True)
         meaning = split_meaning(cell, self.reading.splits)
         if meaning is None:
             self.odd.splits[cell] += 1

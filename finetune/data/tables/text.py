@@ -7,6 +7,7 @@ import binascii
 import codecs
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,19 +25,29 @@ from finetune.messages import printable
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_CELL = 1 << 24
 _IMAGES_IN_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk0")
+_QUOTES_LOOKED_AT = 20  # lines of a table, to find single quotes
+_UTF16_SHARE = 0.3  # of bytes that are 0 at one parity, from which a text is UTF-16
 _LOOKED_AT = 100  # lines of a JSON table, for the names of its columns
 
 
 def open_separated(node: Node, reading: Reading) -> Table:
     """Open a CSV or TSV file. All cells stay texts: ``007`` is not 7, and ``null`` is a word."""
     text, said = _text_of(node)
-    separator = "\t" if node.suffix == ".tsv" else _separator_of(text)
+    text, declared, skipped = _without_preamble(text)
+    said += [f"{printable(node.name)}: {sentence}" for sentence in skipped]
+    separator = declared or ("\t" if node.suffix == ".tsv" else _separator_of(text))
     if separator != "," and node.suffix != ".tsv":
         said.append(f"the columns of {printable(node.name)} are separated by {_SEPARATORS[separator]}")
     header = next(_lines(text, separator, node), (0, []))[1]
     if not header:
         raise DataError(f"{printable(node.path)}: the table is empty")
     has_header = not any(_names_image(cell) for cell in header)
+    spaced = has_header and any(cell != cell.strip() for cell in header)
+    if spaced:
+        said.append(f"{printable(node.name)}: spaces around the cells were left out, as there are some in the first line")
+    quoted = _in_single_quotes(_lines(text, separator, node), skip=has_header)
+    if quoted:
+        said.append(f"{printable(node.name)}: single quotes around the cells were left out")
     columns = [cell.strip() for cell in header] if has_header else [f"column {n}" for n in range(1, len(header) + 1)]
     if not has_header:
         said.append(f"{printable(node.name)} has no line with the names of its columns: its first line names an image")
@@ -55,6 +66,12 @@ def open_separated(node: Node, reading: Reading) -> Table:
                     f"{place}: has {len(cells)} cells, but the table has {len(columns)} columns; put quotes around a text with a "
                     "separator in it"
                 )
+            if spaced:
+                cells = [cell.strip() for cell in cells]
+            if quoted:
+                cells = [
+                    cell.strip()[1:-1] if at in quoted and _is_quoted(cell.strip()) else cell for at, cell in enumerate(cells)
+                ]
             yield Row(place, {column: cell or None for column, cell in zip(columns, cells, strict=False)})
 
     return Table(tuple(column for column in columns if column), rows, tuple(said))
@@ -70,6 +87,44 @@ def _lines(text: str, separator: str, node: Node) -> Iterator[tuple[int, list[st
                 yield reader.line_num, cells
     except csv.Error as error:
         raise DataError(f"{printable(node.path)}, row {reader.line_num}: cannot be read as a table: {error}") from None
+
+
+def _without_preamble(text: str) -> tuple[str, str | None, list[str]]:
+    """Return a table's text without lines before its header, the separator that one of them declares, and what was skipped.
+
+    Excel writes ``sep=;``, and programs write comments after a number sign.
+    """
+    said, declared = [], None
+    while text:
+        first, _, rest = text.partition("\n")
+        line = first.strip()
+        if declared is None and len(line) == 5 and line.lower().startswith("sep=") and line[4] in _SEPARATORS:
+            declared = line[4]
+        elif line.startswith("#") and not _separators_in(first) and _separators_in(_first_but_comments(rest)):
+            said.append("a comment before the names of the columns was left out")
+        else:
+            break
+        text = rest
+    return text, declared, list(dict.fromkeys(said))
+
+
+def _first_but_comments(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip() and not line.startswith("#")), "")
+
+
+def _separators_in(line: str) -> int:
+    return sum(line.count(separator) for separator in _SEPARATORS)
+
+
+def _in_single_quotes(lines: Iterator[tuple[int, list[str]]], *, skip: bool) -> frozenset[int]:
+    """Return the positions of the columns of which the first cells are all in single quotes, which CSV does not know."""
+    looked_at = [cells for _, cells in itertools.islice(lines, int(skip), _QUOTES_LOOKED_AT)]
+    width = min(map(len, looked_at), default=0)
+    return frozenset(at for at in range(width) if all(_is_quoted(cells[at].strip()) for cells in looked_at))
+
+
+def _is_quoted(cell: str) -> bool:
+    return len(cell) > 2 and cell[0] == cell[-1] == "'"
 
 
 def _names_image(cell: str) -> bool:
@@ -93,6 +148,11 @@ def _text_of(node: Node) -> tuple[str, list[str]]:
                 return data.decode(encoding), []
             except UnicodeDecodeError as error:
                 raise DataError(f"{printable(node.path)}: is no {encoding} text, as it says it is: {error.reason}") from None
+    if (unmarked := _unmarked_utf16(data)) is not None:
+        try:
+            return data.decode(unmarked), [f"{printable(node.name)} does not say its encoding; it was read as {unmarked}"]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{printable(node.path)}: looks like {unmarked} text, and is none: {error.reason}") from None
     try:
         return data.decode(), []
     except UnicodeDecodeError:
@@ -104,6 +164,15 @@ def _text_of(node: Node) -> tuple[str, list[str]]:
     except UnicodeDecodeError:
         text = data.decode("utf-8", "surrogateescape")
     return text, [f"{printable(node.name)} is no UTF-8 text; it was read as {decoded.encoding}"]
+
+
+def _unmarked_utf16(data: bytes) -> str | None:
+    """Return which UTF-16 a text without a byte order mark is in; None for any other text, which has no bytes that are 0."""
+    head = data[:4096]
+    for parity, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if len(head) >= 4 and head[parity::2].count(0) > _UTF16_SHARE * len(head) > head[1 - parity :: 2].count(0):
+            return encoding
+    return None
 
 
 def _bytes_of(node: Node) -> bytes:
@@ -137,6 +206,8 @@ def open_json_lines(node: Node, reading: Reading) -> Table:
 
 def _objects(data: bytes, node: Node) -> Iterator[tuple[int, tuple[int, int], dict[str, Any]]]:
     """Yield (line number, (start, end) in the file, object) of each line that is not empty."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _unmarked_utf16(data):
+        raise DataError(f"{printable(node.path)}: is UTF-16 text, and JSON lines are UTF-8; save it as UTF-8")
     start = 3 if data.startswith(codecs.BOM_UTF8) else 0
     number = 0
     while start < len(data):
