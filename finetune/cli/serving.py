@@ -28,6 +28,13 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
     finetune serve
     curl -F image=@some.jpg http://127.0.0.1:3000/predict
     """
+    if model is not None and "://" not in model:
+        from finetune.errors import NotFound
+
+        try:
+            _registry().locate(model)
+        except NotFound as error:
+            click.echo(f"note: {error.message}. Until this model exists, the server answers /predict with status 503", err=True)
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
     arguments += [] if worker else ["--no-worker"]
     os.execv(sys.executable, [*arguments, "--model", model] if model else arguments)

@@ -501,7 +501,7 @@ class _Training:
 
     def _describe(self, step: int) -> str:
         if step == 0:
-            return "the solved head on the pretrained backbone"
+            return "the solved head on the pretrained backbone, because no epoch improved on it"
         averaged = " (moving average)" if self.average is not None else ""
         return f"the weights after epoch {step // self.recipe.steps_per_epoch}{averaged}"
 

@@ -67,7 +67,7 @@ def train(
     apply_freeze(classifier, widest_plan(recipe))
     stopped = ", stopped early" if fitted.stopped_early else ""
     return Trained(
-        summary=f"{recipe.method}: {fitted.n_steps} steps{stopped}; keeps {fitted.chosen}",
+        summary=f"{recipe.method}: {fitted.n_steps} steps{stopped}; the model has {fitted.chosen}",
         cost=TrainingCost(fitted.seconds, features_of_head(fitted.history) + activations),
         n_trainable=sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad),
         n_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
