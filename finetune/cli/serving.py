@@ -32,7 +32,7 @@ def serve(model: str | None, host: str, port: int, worker: bool) -> None:
         from finetune.errors import NotFound
 
         try:
-            _registry().locate(model)
+            workspace_registry().locate(model)
         except NotFound as error:
             click.echo(f"note: {error.message}. Until this model exists, the server answers /predict with status 503", err=True)
     arguments = [sys.executable, "-m", "service", "--host", host, "--port", str(port)]
