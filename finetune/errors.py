@@ -21,6 +21,7 @@
     ├── StoreError                   store_unusable        1   503   a job database that is damaged, newer, or out of reach
     ├── ExecutorError                executor_unavailable  1   503   an executor (a Ray cluster) that does not respond or refuses
     ├── DiskFull                     disk_full             1   503   no space left where a result must be written
+    ├── DamagedFile                  file_damaged          1   500   a file of a run or workspace that is not what finetune wrote
     └── MissingExtra                 missing_extra         2   501   a command whose optional dependencies are not installed
 
 A message says what was given, where, what is allowed and what to try next. ``code`` is stable: clients branch on it.
@@ -139,6 +140,12 @@ class ExecutorError(FinetuneError):
 
 class DiskFull(FinetuneError):
     code, http_status = "disk_full", 503
+
+
+class DamagedFile(FinetuneError, ValueError):
+    """Also a `ValueError`, because readers of caches and journals treat any undecodable content alike."""
+
+    code = "file_damaged"
 
 
 class NotReady(FinetuneError):

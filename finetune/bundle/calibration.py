@@ -151,10 +151,12 @@ class Calibration:
         return bisect.bisect_left(self.novelty, distance) / 100
 
     def _too_few(self, what: str, asked: float, best: str | None) -> InvalidInput:
-        known = f"ask for at most {best}" if best else "none can be shown"
+        known = f"the highest possible {what} is {best}" if best else f"they are too few for any {what}"
         return InvalidInput(
-            f"The {self.n:,} held-out images of this model cannot show a {what} of {asked:g}: {known}",
-            [Problem(what, f"is more than the held-out images can show; {known}")],
+            f"The {self.n:,} held-out images of this model are too few for a {what} of {asked:g}: {known}. Ask for less, or "
+            f"train "
+            "with more validation images or with folds (data.folds)",
+            [Problem(what, f"must be at most {best}" if best else "is not available for this model")],
         )
 
 

@@ -22,7 +22,7 @@ IMAGES_LICENCE = "The licence of the training images is not recorded."
 SPLITS = {
     "cv": "cross-validation: each image was answered by a model that had not seen it",
     "test": "test: images that had no part in training",
-    "val": "val: images that chose between weights, so these figures flatter the model",
+    "val": "val: images on which the weights were chosen, so these figures are somewhat too high",
 }
 
 
@@ -117,17 +117,15 @@ def _reliance(manifest: Manifest) -> str:
             f"one with the highest F1 that held-out images let expect, or 0.5 where these are too few: {limits}."
         )
     if calibration is None:
-        return "The bundle holds no calibration on held-out images, so it gives neither sets of labels nor abstains."
+        return "The bundle has no calibration on held-out images, so it can neither give prediction sets nor abstain."
     lines = []
     if temperature := manifest.calibration.get("temperature"):
         lines.append(f"Probabilities are scaled by a temperature of {temperature:.3f}, fitted on held-out images.")
-    lines.append(f"Sets of labels and abstention are calibrated on {calibration.n:,} held-out images ({calibration.split}).")
+    lines.append(f"Prediction sets and abstention are calibrated on {calibration.n:,} held-out images ({calibration.split}).")
     lines += checked_sentences(calibration)
     chosen = manifest.abstain.get("precision")
     lines.append(
-        f"Its owner has switched abstention on, at a precision of {chosen:.0%}."
-        if chosen
-        else "It abstains only when asked to: its owner has not switched abstention on."
+        f"It abstains by default, at a precision of {chosen:.0%}." if chosen else "It abstains only on request (--abstain)."
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -139,15 +137,16 @@ def checked_sentences(calibration: Calibration) -> list[str]:
     if level in calibration.precision:
         answered = calibration.precision[level].answered
         sentences.append(
-            f"Asked for a precision of {DEFAULT_PRECISION:.0%} it answers {answered:.0%} of the held-out images; the precision "
-            "of these answers is at least that with a confidence of 90 %."
+            f"With a precision of {DEFAULT_PRECISION:.0%}, it answers {answered:.0%} of the held-out images and abstains from "
+            f"the "
+            "others; the precision of its answers is at least that with a confidence of 90 %."
         )
     elif best := max(calibration.precision, default=None):
-        sentences.append(f"Its held-out images can show a precision of {float(best):.0%} at most.")
+        sentences.append(f"The highest precision that its held-out images allow is {float(best):.0%}.")
     else:
-        sentences.append("Its held-out images cannot show a precision of 50 % or more, so it cannot abstain by confidence.")
+        sentences.append("Its held-out images are too few for a precision of 50 % or more, so it cannot abstain by confidence.")
     if not calibration.novelty:
-        sentences.append("It has no score for images unlike anything seen.")
+        sentences.append("It has no score for images that are unlike the known ones.")
     checked = calibration.checked
     where = f"On {checked.get('n', 0):,} {checked.get('split')} images"
     if found := checked.get("coverage"):
@@ -246,9 +245,17 @@ def _limits(manifest: Manifest) -> list[str]:
 
 
 def _use(manifest: Manifest, reference: str) -> str:
-    calibrated = task_named(manifest.task).exclusive and Calibration.of(manifest.calibration) is not None
-    asked = " --coverage 0.9 --abstain" if calibrated else ""
+    calibration = Calibration.of(manifest.calibration) if task_named(manifest.task).exclusive else None
+    asked = "" if calibration is None else f" --coverage 0.9{_abstaining(calibration)}"
     return f"```sh\nfinetune predict some.jpg --model {reference}{asked}\nfinetune serve --model {reference}\n```"
+
+
+def _abstaining(calibration: Calibration) -> str:
+    """Return the options for abstention with the default precision, or with the highest one that the model can have."""
+    if f"{DEFAULT_PRECISION:.2f}" in calibration.precision:
+        return " --abstain"
+    best = max(calibration.precision, default=None)
+    return "" if best is None else f" --abstain --precision {best}"
 
 
 def _weights(manifest: Manifest) -> Mapping[str, Any]:

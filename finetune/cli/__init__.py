@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -20,7 +21,9 @@ from finetune.cli.demo import demo
 from finetune.cli.diagnosing import diagnose
 from finetune.cli.exporting import export
 from finetune.cli.jobs import jobs, keys, worker
-from finetune.cli.serving import build, models, predict, serve
+from finetune.cli.models import models
+from finetune.cli.predicting import predict
+from finetune.cli.serving import build, serve
 from finetune.cli.spec_file import spec
 from finetune.cli.studying import study
 from finetune.cli.suggesting import suggest
@@ -105,6 +108,8 @@ _TRAIN_MODULES = frozenset(
 )
 """Modules that the extra "train" installs. If one is missing, the error message names the extra."""
 
+_RESUMED = ("train", "compare", "study")  # commands that resume an interrupted run if they are given again
+
 
 _UNUSABLE = frozenset(
     {
@@ -132,7 +137,8 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        click.echo(str(stopped.__cause__ or "") or "interrupted", err=True)  # click wraps the original exception
+        said = str(stopped.__cause__ or "") or "interrupted"  # click wraps the original exception
+        click.echo(f"{said}; the same command resumes it" if _resumes(sys.argv[1:], said) else said, err=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -143,6 +149,12 @@ def main() -> None:
         _leave(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
     finally:
         skip_final_collection()
+
+
+def _resumes(arguments: Sequence[str], said: str) -> bool:
+    """Return whether the interrupted command is resumed if it is given again, and `said` does not say so already."""
+    queued = any(argument.startswith("--server") for argument in arguments)
+    return bool(arguments) and arguments[0] in _RESUMED and not queued and "same command" not in said
 
 
 def _leave(error: FinetuneError) -> NoReturn:

@@ -75,18 +75,18 @@ def show_plan(plan: Mapping[str, Any], examination: Examination | None = None) -
     ]
     batch = f", batch {recipe['batch_size']}" if any(phase["n_steps"] for phase in recipe["phases"]) else ""
     table(f"Recipe: {recipe['method']}{batch}", ["phase", "steps", "peak learning rate"], phases)
-    table("What was decided", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
+    table("Settings", ["field", "value", "why"], _decisions(plan["values"], plan["sources"]))
     estimate = plan["estimate"]
     whole = plan["forecast"]
     costs = [["training alone", duration(estimate["seconds"])], ["memory", byte_size(estimate["memory_bytes"])]]
     if whole:
         about, low, high = (duration(whole[name]) for name in ("about", "low", "high"))
         costs = [["whole job, nothing cached", f"{about} ({low} to {high})"], *costs]
-    costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["computed once", estimate["prefix"]]]
-    table("Estimated by measuring on this machine", ["what", "about"], costs)
+    costs += [["cache on disk", byte_size(estimate["cache_bytes"])], ["frozen features", estimate["prefix"]]]
+    table("Estimated by measurements on this machine", ["what", "about"], costs)
     quarantined = () if examination and examination.of("unreadable", "missing_files") else data["quarantined"]
     show_notes(data["understood"], not_in(examination, data["warnings"]) if examination else data["warnings"], quarantined)
-    console.print(f"data revision {data['revision'][:12]} (finetune data show, data.revision)", markup=False)
+    console.print(f"data revision {data['revision'][:12]} (with data.revision, a job refuses any other data)", markup=False)
 
 
 def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[list[str]]:
@@ -193,12 +193,13 @@ def _show_worst_classes(split: str, evaluation: Evaluation) -> None:
             [row.name, row.n, f"{row.recall:.0%}", _percents(row.intervals.get("recall")), _percent(row.precision)]
             for row in measured[:SHOWN_WORST]
         ]
-        head = ["class", "images", "found", "95 % interval", "right when said"]
-        table(f"Classes that were recognised worst ({split})", head, worst)
+        head = ["class", "images", "recall", "95 % interval", "precision"]
+        table(f"Classes with the lowest recall ({split})", head, worst)
     if evaluation.absent:
         console.print(
-            f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: "
-            "nothing is known of them, and means over classes leave them out"
+            f"[yellow]note[/] {split} has no image of {escape(natural_list(evaluation.absent))}: these classes are not "
+            f"measured, and "
+            "means over classes leave them out"
         )
 
 
@@ -344,11 +345,11 @@ def show_evaluation(found: BundleEvaluation) -> None:
     """Print an evaluation for `finetune evaluate`: whether the model has seen the images, then metrics, then classes."""
     evaluation = found.evaluation
     if found.n_trained_on is None:
-        console.print("[yellow]note[/] this bundle does not say which images it was made with; it may have seen these before")
+        console.print("[yellow]note[/] this bundle does not record its training images; some of these images may be among them")
     elif found.n_trained_on or found.n_chosen_on:
         console.print(
             f"[yellow]note[/] the model was trained on {found.n_trained_on:,} of these {plural(evaluation.n, 'image')}, and "
-            f"{found.n_chosen_on:,} chose its weights: they flatter it"
+            f"its weights were chosen on {found.n_chosen_on:,}, so the figures on all images are too high"
         )
     if found.unseen is not None:
         _show_headline(found.unseen, "the {n:,} others")

@@ -24,15 +24,15 @@ def show_labels(found: LabelsStudy) -> None:
         [size, f"{1 - mean:.1%}", f"± {100 * error:.1f}"]
         for size, mean, error in zip(curve.sizes, curve.mean, curve.standard_errors, strict=True)
     ]
-    table(f"Measured: {found.metric_label}", ["training images", "", "standard error"], rows)
+    table("Measured", ["training images", found.metric_label, "standard error"], rows)
     table(
-        "What more images would bring",
-        ["more a class" if found.per_class else "more images", "training images", "gain, points", "95 % interval", "then"],
+        "Estimated gain from more images",
+        ["more per class" if found.per_class else "more images", "training images", "gain, points", "95 % interval", "then"],
         rows_of(found),
     )
     if found.too_far:
         console.print(
-            f"too many to predict: {natural_list(f'{one:,}' for one in found.too_far)} {found.more_label}", markup=False
+            f"too many for an estimate: {natural_list(f'{one:,}' for one in found.too_far)} {found.more_label}", markup=False
         )
     if found.page is not None:
         console.print(f"page      {shortened(found.page)}", markup=False, soft_wrap=True)

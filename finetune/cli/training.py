@@ -19,6 +19,16 @@ from finetune.runtime.collector import objects_exempt
 if TYPE_CHECKING:
     from finetune.spec import JobSpec
 
+
+def note_settings_without_effect(spec: JobSpec) -> None:
+    """Print a note about settings that the method of the spec ignores."""
+    if ignored := spec.without_effect():
+        names, verb = ", ".join(ignored), "has" if len(ignored) == 1 else "have"
+        click.echo(
+            f"note: {names} {verb} no effect with linear_probe, which takes no optimiser steps (--method full does)", err=True
+        )
+
+
 NO_DATA = (
     "No data was given. Give a folder with one folder of images per class, an archive of one, a table of file names and labels, "
     "or a spec file (.yaml, .json), for example: finetune train photos"
@@ -193,6 +203,7 @@ def check(
     if run_dir is not None:
         print_json(carry_out(spec, run_dir, shared))
         return
+    note_settings_without_effect(spec)
     with progress_bars(shown=not as_json) as progress, data_problems(shared, progress):
         document = plan(spec, shared, progress).to_dict()
         found = None
@@ -237,6 +248,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the run is
     watch_lease_from_environment()
+    note_settings_without_effect(spec)
     with objects_exempt():
         from finetune.cli.show import show_outcome
         from finetune.cli.terminal import print_json

@@ -68,9 +68,9 @@ def ask(
                 yield from _answered(predictor, waiting)
                 done += len(waiting)
                 waiting = []
-                progress(Progress("evaluating", done, len(samples), "images", message=f"asking {what}".strip()))
+                progress(Progress("evaluating", done, len(samples), "images", message=f"predicting {what}".strip()))
         yield from _answered(predictor, waiting)
-    progress(Progress("evaluating", len(samples), len(samples), "images", message=f"asking {what}".strip()))
+    progress(Progress("evaluating", len(samples), len(samples), "images", message=f"predicting {what}".strip()))
 
 
 def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, *, labelled: bool) -> Predictions:

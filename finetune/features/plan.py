@@ -32,11 +32,12 @@ class PrefixPlan:
 
     def __str__(self) -> str:
         if self.stage is None:
-            return f"nothing is computed once: {self.reason}"
-        text = f"frozen up to {self.after}: {self.n_rows:,} rows of {self.dtype} {self.row_shape}, {self.n_bytes / 1e6:,.1f} MB"
+            return f"no features are cached: {self.reason}"
+        shape = "×".join(map(str, self.row_shape))
+        text = f"{self.n_rows:,} outputs of {self.after} ({shape} {self.dtype}, {self.n_bytes / 1e6:,.1f} MB)"
         if not self.n_missing:
             return f"{text}, all in the cache"
-        text += f", {self.n_missing:,} to compute with {self.engine}"
+        text += f", {self.n_missing:,} still to compute with {self.engine}"
         if self.seconds is None or self.rows_per_second is None:
             return text
         return f"{text}, about {self.seconds:,.0f} s at {self.rows_per_second:,.0f} images/s"

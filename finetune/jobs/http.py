@@ -41,6 +41,8 @@ class Connection:
     """The connection to one server, with its API key."""
 
     def __init__(self, server: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        if not server.startswith(("http://", "https://")):
+            raise InvalidInput(f"{server!r} is not the address of a server; give one such as http://127.0.0.1:3000")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.server = server.rstrip("/")
         self.http = httpx.Client(base_url=self.server, headers=headers, timeout=_TIMEOUT, transport=transport)
@@ -104,7 +106,8 @@ class Connection:
             except httpx.TransportError as error:
                 if not left:
                     raise ServerUnreachable(
-                        f"{self.server}: no answer ({error}). Is the address right, and does the server run (finetune serve)?"
+                        f"{self.server}: no answer ({error}). Check the address, and whether the server is running (finetune "
+                        f"serve)."
                     ) from error
             else:
                 if answer.is_success:

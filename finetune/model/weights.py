@@ -352,10 +352,10 @@ def _read(path: Path) -> StateDict:
             loaded: Any = safetensors.torch.load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise WeightsError(
-            f"{path}: not a checkpoint of plain tensors, so it is not read ({_first_line(error)}); "
-            "save its state_dict with torch.save or as .safetensors and give that file."
+            f"{path}: not a file of tensors alone, which is all that is read, because anything else could run code. Save the "
+            "model's state_dict with torch.save, or as .safetensors, and give that file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be read as weights ({_first_line(error)}); is the file complete?") from None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import Augment, build_augment
-from finetune.data.check import Scanned, scan, verify
+from finetune.data.check import Scanned, check_images, scan, verify
 from finetune.data.corrections import corrected
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.files import state_of
@@ -211,6 +211,8 @@ def _index(spec: JobSpec, shared: Shared) -> Dataset:
         dataset = index_dataset(
             spec.training_file, spec.validation_file, spec.test_file, reading=reading_of(spec.data, shared.store)
         )
+        if not dataset.samples:  # every file that a table names is missing: there are no classes to build a network for
+            check_images(dataset, max_bad_fraction=spec.data.max_bad_fraction)
         _refuse_unlearnable(spec, dataset)
         return dataset
     except InvalidInput as of_data:

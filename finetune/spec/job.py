@@ -33,6 +33,8 @@ from finetune.spec.sections import (
     Section,
 )
 
+_OF_A_SOLVED_HEAD = ("l2", "views", "refit", "loss")  # the hyperparameters that a linear probe uses
+
 
 def _name_means(key: str):  # type: ignore[no-untyped-def]
     """Return a validator that accepts a string for a section with only `key` set: ``model: resnet18``, ``method: full``."""
@@ -98,6 +100,17 @@ class JobSpec(Section):
         if loss != "auto" and loss not in LOSSES.get(self.task, (loss,)):
             raise ValueError(f"hyperparameters.loss: {loss} is not a loss of task {self.task}; leave it at auto")
         return self
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Return the field paths that were given although the method ignores them: a linear probe takes no optimiser steps."""
+        if self.method.type != "linear_probe":
+            return ()
+        given = self.hyperparameters.model_dump(exclude_defaults=True)
+        head = self.model.head.model_dump(exclude_defaults=True)
+        return (
+            *(f"hyperparameters.{name}" for name in given if name not in _OF_A_SOLVED_HEAD),
+            *(f"model.head.{name}" for name in head if name != "pooling"),
+        )
 
     @property
     def refits(self) -> bool:

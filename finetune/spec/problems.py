@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.errors import Problem, did_you_mean
-from finetune.spec.sections import METHODS, SHORTHAND, Section
+from finetune.spec.sections import METHODS, SHORTHAND, SUFFIX_PATTERN, Section
 
 
 def problems_of(
@@ -70,7 +70,7 @@ def _plain_sentence(
         tag = str(context["tag"])
         return f"unknown type {tag!r}; allowed are {', '.join(METHODS)}.{did_you_mean(tag, METHODS)}"
     if kind == "union_tag_not_found":
-        return f"needs a type; allowed are {', '.join(METHODS)}"
+        return f"needs a type as well, such as --method partial; allowed are {', '.join(METHODS)}"
     if kind == "value_error":
         return str(detail["msg"]).removeprefix("Value error, ")
     return None
@@ -89,6 +89,8 @@ def _requirement(detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])
+    if kind == "string_pattern_mismatch" and context["pattern"] == SUFFIX_PATTERN:
+        return "at most 63 lower-case letters, digits, '.', '_' and '-', beginning with a letter or a digit, such as my-flowers"
     if kind == "string_pattern_mismatch":
         return f"a text that matches {context['pattern']}"
     if kind in ("string_too_short", "string_too_long"):

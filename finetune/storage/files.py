@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.errors import DiskFull
+from finetune.errors import DamagedFile, DiskFull
 
 TEMPORARY_SUFFIX = ".tmp"
 """The suffix of unfinished files and folders. Their names also begin with a dot."""
@@ -103,8 +103,18 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the decoded content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the decoded content of a JSON file.
+
+    Raises:
+        DamagedFile: the content is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(
+            f"{path}: this file is damaged ({error}). Restore its folder from a backup, or delete the folder if it can be "
+            f"made again"
+        ) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -97,6 +97,8 @@ def fine_tune(
         try:
             outcome = carry_out(spec, run, shared, progress)
         except DataChangedError as error:
+            if not error.problems:  # not of the revision that the request names, which a new run would not change
+                raise
             why_new = (
                 f"this is a new run: the data has changed since {printable(run.root)} was interrupted "
                 f"({plural(len(error.problems), 'file')}, the first: {error.problems[0]})"

@@ -104,12 +104,14 @@ def test_several_images_are_each_answered_so(client: TestClient) -> None:
         (
             "coverage=0.99",
             "coverage",
-            "The 40 held-out images of this model cannot show a coverage of 0.99: ask for at most 0.95",
+            "The 40 held-out images of this model are too few for a coverage of 0.99: the highest possible coverage is 0.95",
         ),
         (
             "precision=0.97",
             "precision",
-            "The 40 held-out images of this model cannot show a precision of 0.97: ask for at most 0.95",
+            "The 40 held-out images of this model are too few for a precision of 0.97: the highest possible precision is "
+            "0.95. Ask for "
+            "less, or train with more validation images or with folds (data.folds)",
         ),
         ("coverage=0.99&per_class=1", "coverage", "coverage must be between 0.50 and 0.95 for each class"),
         ("per_class=1", "per_class", "per_class needs a coverage"),
@@ -150,7 +152,7 @@ def test_the_owner_switches_abstention_on_and_off_again(client: TestClient) -> N
     assert client.post("/predict", content=grey()).json()["abstained"] is True
     assert client.post("/predict", content=picture("red")).json()["abstained"] is False
     assert "abstained" not in client.post("/predict?abstain=false", content=grey()).json()
-    assert "switched abstention on, at a precision of 90%" in client.get(f"{place}/card").text
+    assert "It abstains by default, at a precision of 90%" in client.get(f"{place}/card").text
     client.put(f"{place}/abstention", json={"precision": None})
     until(lambda: "abstained" not in client.post("/predict", content=grey()).json())
 

@@ -136,7 +136,7 @@ def colours(screen: Run, _no_bars: None) -> Run:
 
 
 def test_the_plan(colours: Run, golden: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Estimate(83.0, 1.2e9, 333_000.0, "frozen up to blocks.3: 130 rows of float16 (48, 4, 4), 0.2 MB, all in the cache")
+    measured = Estimate(83.0, 1.2e9, 333_000.0, "130 outputs of blocks.3 (48×4×4 float16, 0.2 MB), all in the cache")
     monkeypatch.setattr(plan, "estimate", lambda built, store, rounds: measured)
     monkeypatch.setattr(plan, "measured_speeds", lambda workspace, question: "known")
     monkeypatch.setattr(plan, "forecast", lambda spec, speeds, images: Forecast(60.0, 100.0, 150.0))

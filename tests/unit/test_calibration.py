@@ -137,7 +137,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def test_only_what_can_be_shown_is_switched_on(registry: Registry) -> None:
-    with pytest.raises(InvalidInput, match=r"cannot show a precision of 0\.9: none can be shown"):
+    with pytest.raises(InvalidInput, match=r"too few for a precision of 0\.9: they are too few for any precision"):
         registry.set_abstention("colours", None, 0.9)
     with pytest.raises(InvalidInput, match="made without calibration"):
         registry.set_abstention("old", "1", 0.9)
@@ -169,7 +169,7 @@ def test_the_card_command_prints_what_the_bundle_records(registry: Registry) -> 
     assert done.exit_code == 0
     assert done.output.startswith("---\n")
     assert "# colours@1" in done.output
-    assert "- It abstains only when asked to" in done.output
+    assert "- It abstains only on request" in done.output
 
 
 def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> None:
@@ -186,7 +186,7 @@ def test_a_card_escapes_names_and_says_what_is_not_known(registry: Registry) -> 
     assert "The pretrained weights come under Apache-2.0." in card
     assert "| top-1 accuracy | 50.0% (40.0% – 60.0%) |" in card
     assert "No image was kept apart from all choices" in card
-    assert "holds no calibration on held-out images" in card
+    assert "has no calibration on held-out images" in card
     bare = model_card(dataclasses.replace(manifest, backbone={"name": "x", "weights": {"source": "none"}}))
     assert "was not pretrained" in bare
     assert "records no figures" in bare

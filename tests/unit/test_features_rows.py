@@ -420,7 +420,7 @@ def test_the_plan_counts_rows_and_bytes_and_measures_the_time(
     assert plan.n_missing == 10
     assert plan.rows_per_second is not None
     assert plan.seconds == pytest.approx(10 / plan.rows_per_second)
-    assert "10 to compute with onnxruntime" in str(plan)
+    assert "10 still to compute with onnxruntime" in str(plan)
 
 
 def test_the_plan_cuts_as_deep_as_the_freeze_and_the_room_allow(

@@ -132,7 +132,7 @@ def test_wrong_shapes_are_named_with_both_shapes(tmp_path: Path) -> None:
 
 def test_a_pickle_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(WeightsError, match="not a checkpoint of plain tensors, so it is not read"):
+    with pytest.raises(WeightsError, match="not a file of tensors alone, which is all that is read"):
         resolve_weights("test_resnet", str(tmp_path / "model.pth"))
 
 

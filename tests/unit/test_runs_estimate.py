@@ -39,7 +39,7 @@ def test_twice_the_epochs_take_longer_and_a_probe_keeps_only_pooled_features(
     assert long.seconds == pytest.approx(100 * short.seconds)
     assert short.seconds > 0
     assert short.cache_bytes == 0
-    assert "nothing is computed once" in short.prefix
+    assert "no features are cached" in short.prefix
     assert long.memory_bytes > 0
 
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click import UsageError
 from diagnosed import N_STEPS, answered, run_records, write_run
+from PIL import Image
 
+from finetune.cli import _resumes
 from finetune.cli.comparing import compare
 from finetune.cli.show import show_cost, show_findings
-from finetune.errors import SpecError
+from finetune.errors import DamagedFile, DataChangedError, DataError, InvalidInput, NotFound, SpecError
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.events import Planned
+from finetune.jobs.http import Connection
 from finetune.progress import Progress
 from finetune.progress_bars import console, progress_bars, values_text
-from finetune.storage.files import write_json
+from finetune.runs.shared import Shared
+from finetune.spec import parse_spec
+from finetune.storage.files import read_json, write_json
 from finetune.storage.rundir import RunDir
+from finetune.storage.workspace import Workspace
+from finetune.studies.carry_out import fine_tune
+from finetune.studies.compare import compare_runs
 
 COST = {
     "wall_seconds": 10.0, "train_seconds": 4.0, "feature_seconds": 3.0, "peak_memory_bytes": 2.0**30,
@@ -104,3 +113,80 @@ def test_a_label_of_40_characters_is_shown_whole_in_a_terminal_of_80_columns(
 def test_comparing_one_method_says_what_to_add() -> None:
     with pytest.raises(SpecError, match=r"at least two arms, given 1 \(linear_probe\)\. Add a method .*finetune train"):
         compare.main(["photos", "--methods", "linear_probe"], standalone_mode=False)
+
+
+def test_settings_that_a_linear_probe_ignores_are_named() -> None:
+    given = {"training_file": "photos", "hyperparameters": {"n_epochs": 5, "l2": 0.1}, "model": {"head": {"dropout": 0.5}}}
+    assert parse_spec(given).without_effect() == ("hyperparameters.n_epochs", "model.head.dropout")
+    assert parse_spec({**given, "method": "full"}).without_effect() == ()
+    assert parse_spec({"training_file": "photos"}).without_effect() == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "resumes"),
+    [
+        (["train", "photos"], "interrupted", True),
+        (["train", "photos"], "stopped by SIGINT at step 3 of 6; the same command goes on from there", False),
+        (["compare", "photos", "--server=http://gpu-box:3000"], "interrupted", False),
+        (["serve"], "interrupted", False),
+        ([], "interrupted", False),
+    ],
+)
+def test_after_an_interruption_it_is_said_whether_the_same_command_resumes(
+    arguments: list[str], said: str, resumes: bool
+) -> None:
+    assert _resumes(arguments, said) is resumes
+
+
+def test_runs_that_do_not_exist_are_refused_and_leave_no_folder(tmp_path: Path) -> None:
+    workspace = Workspace.at(tmp_path / "workspace")
+    with pytest.raises(NotFound, match=r"no such folder\. Give the folders of finished runs"):
+        compare_runs([tmp_path / "one", tmp_path / "two"], workspace)
+    assert not workspace.runs.exists()
+
+
+@pytest.mark.parametrize("arguments", [["photos", "--method", "full"], ["photos", "--method", "linear_probe"]])
+def test_a_single_method_for_the_default_arms_is_refused_with_the_option_to_use(arguments: list[str]) -> None:
+    with pytest.raises(
+        UsageError, match=r"To compare methods, use --methods, as in: --methods (full,linear_probe|linear_probe,full)"
+    ):
+        compare.main(arguments, standalone_mode=False)
+
+
+def test_an_address_of_a_server_without_a_scheme_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"'gpu-box' is not the address of a server; give one such as http://127"):
+        Connection("gpu-box")
+
+
+def test_a_damaged_file_of_a_run_is_named_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text('{"object": ')
+    with pytest.raises(DamagedFile, match=r"outcome\.json: this file is damaged \(Expecting value.*delete the folder"):
+        read_json(tmp_path / "outcome.json")
+    with pytest.raises(ValueError, match="damaged"):  # as readers of caches expect it
+        read_json(tmp_path / "outcome.json")
+
+
+def test_a_table_whose_files_are_all_missing_is_refused_before_a_network_is_built(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,red\ny.png,blue\n")
+    with pytest.raises(DataError, match="2 of 2 images do not exist"):
+        fine_tune(parse_spec({"training_file": str(tmp_path / "labels.csv")}), Shared.of(Workspace.at(tmp_path / "home")))
+
+
+def test_data_of_another_revision_than_the_one_asked_for_is_refused_once(tmp_path: Path) -> None:
+    for number, name in enumerate(("ash", "elm")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(6):
+            colour = (40 * index, 90 * number, 10)
+            Image.new("RGB", (40, 30), colour).save(tmp_path / "photos" / name / f"{index}.png")
+    given = {
+        "training_file": str(tmp_path / "photos"),
+        "data": {"revision": "abcdef12"},
+        "model": {"backbone": "test_resnet", "weights": "none", "input_size_px": 64},
+    }
+    with pytest.raises(DataChangedError, match=r"and data\.revision asks for abcdef12"):
+        fine_tune(parse_spec(given), Shared.of(Workspace.at(tmp_path / "home")))
+
+
+def test_a_name_of_a_model_that_cannot_be_is_refused_in_words() -> None:
+    with pytest.raises(SpecError, match=r"suffix: must be at most 63 lower-case letters, digits.*given 'My Model'"):
+        parse_spec({"training_file": "photos", "suffix": "My Model"})

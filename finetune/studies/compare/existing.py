@@ -48,15 +48,15 @@ def compare_runs(
         InvalidInput: there are fewer than two arms, the runs have different classes, or they have no image in common.
     """
     folders = [RunDir(run.absolute()) for run in runs]
+    outcomes = [_outcome(run) for run in folders]
     digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]
     folder = RunDir(out.absolute() if out is not None else workspace.runs / f"comparison-{digest}")
     with folder.held(), failures_recorded(folder):
-        return _compare(folders, folder, margin)
+        return _compare(folders, outcomes, folder, margin)
 
 
-def _compare(folders: Sequence[RunDir], folder: RunDir, margin: float) -> Comparison:
+def _compare(folders: Sequence[RunDir], outcomes: Sequence[Outcome], folder: RunDir, margin: float) -> Comparison:
     """Group finished runs into arms, compare them, and write the page and ``comparison.json`` into `folder`."""
-    outcomes = [_outcome(run) for run in folders]
     answers = [_test_answers(run) for run in folders]
     kept, left_out = _common_images(folders, answers)
     arms: dict[str, list[int]] = defaultdict(list)
@@ -96,8 +96,14 @@ def _samples(spec: JobSpec, table: Predictions) -> dict[str, Sample]:
 
 
 def _outcome(run: RunDir) -> Outcome:
+    if not run.root.is_dir():
+        raise NotFound(f"{run.root}: no such folder. Give the folders of finished runs, or one folder of labelled images")
     if not run.outcome.exists():
-        raise NotFound(f"{run.root}: not the folder of a finished run (it has no outcome.json)")
+        raise NotFound(
+            f"{run.root}: not the folder of a finished run (it has no outcome.json). Give the folders that finetune train "
+            f"named, or "
+            "one folder of labelled images to train on"
+        )
     return Outcome.read(run)
 
 

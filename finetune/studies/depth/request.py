@@ -65,7 +65,7 @@ class DepthRequest:
         if self.n_epochs is not None and self.n_epochs < 1:
             problems.append(Problem("epochs", f"must be at least 1, given {self.n_epochs}"))
         if problems:
-            raise SpecError("the depth study cannot be done like that", problems)
+            raise SpecError("the depth study has invalid options", problems)
 
     @property
     def networks(self) -> tuple[Network, ...]:

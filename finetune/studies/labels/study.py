@@ -107,7 +107,7 @@ class LabelsStudy:
     @property
     def more_label(self) -> str:
         """The heading of the numbers of additional images."""
-        return "more images a class" if self.per_class else "more images"
+        return "more images per class" if self.per_class else "more images"
 
     @property
     def verdict(self) -> Verdict:
@@ -124,11 +124,11 @@ class LabelsStudy:
         gain = f"{points(last.gain.value)} points, {points_range(last.gain)}"
         more = f"{last.more:,} {self.more_label}"
         if not self.curve.fits:
-            return f"What {more} would bring cannot be told: the measured values follow no learning curve."
+            return f"The gain from {more} cannot be estimated: the measured values do not follow a learning curve."
         return {
             "helps": f"{more} would help: {gain}.",
             "hardly helps": f"{more} would hardly help: {gain}.",
-            "cannot tell": f"It cannot be told whether {more} would help: {gain}.",
+            "cannot tell": f"It is uncertain whether {more} would help: {gain}.",
         }[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _conclude(dataset: Dataset, backbone: str, curves: Mapping[str, LearningCurv
     if not near:
         farthest = int((FARTHEST - 1) * start / times)
         raise InvalidInput(
-            f"{asked[0]:,} more images{' a class' if per_class else ''} are more than can be predicted from {start:,} training "
+            f"{asked[0]:,} more images{' per class' if per_class else ''} are more than can be predicted from {start:,} training "
             f"images; ask for at most {farthest:,}"
         )
     projections = []
