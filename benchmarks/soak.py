@@ -1,20 +1,23 @@
 """One real server under a moderate load of everything at once for a while: does its memory stay flat, and does it answer?
 
-    python benchmarks/soak.py --minutes 15 --out soak.json --picture soak.png
+    python benchmarks/soak.py --minutes 30 --out soak.json --picture soak.png
 
-Predictions, uploads (and their deletion), real fine-tuning jobs one after the other, lists, and readers of live events share one
-`finetune serve` with its worker. Each job that ends registers a new version, which the server swaps to under load. Every few
-seconds the resident memory of the server's processes is read from /proc; a line is fitted to what comes after the warm-up.
-Linux only.
+These share one `finetune serve` with its worker: single predictions, batches, the Open Inference Protocol, uploads in one piece
+and in parts, real fine-tuning jobs one after the other, batch predictions and data checks in the queue, promotions with canary
+and shadow, pages of models and jobs, plans, damaged requests, readers of live events, webhooks, and samples of the inputs. Each
+job that ends registers a new version. Every few seconds the resident memory of the server's processes is read from /proc; a line
+is fitted to what comes after the warm-up. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,8 +25,10 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,17 +56,17 @@ class Tally:
 
     answers: Counter[str] = field(default_factory=Counter)  # "POST predict 200"
     jobs: Counter[str] = field(default_factory=Counter)  # by how they ended
+    n_failures: int = 0
     failures: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, what: str, status: int, said: str) -> None:
+    def add(self, what: str, status: int, said: str, expected: Sequence[int] = ()) -> None:
         with self._lock:
             self.answers[f"{what} {status}"] += 1
-            if not 200 <= status < 300 and len(self.failures) < REMEMBERED_FAILURES:
-                self.failures.append(f"{what} {status}: {said[:300]}")
-
-    def not_2xx(self) -> int:
-        return sum(count for what, count in self.answers.items() if not what.split()[-1].startswith("2"))
+            if status not in expected and not (200 <= status < 300 and not expected):
+                self.n_failures += 1
+                if len(self.failures) < REMEMBERED_FAILURES:
+                    self.failures.append(f"{what} {status}: {said[:300]}")
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,18 @@ class Client:
     http: httpx.Client
     tally: Tally
 
-    def ask(self, what: str, method: str, path: str, **request: Any) -> httpx.Response | None:
-        """The answer if it is a 2xx; `what` is what it is counted as. No answer at all counts as status 0."""
+    def ask(self, what: str, method: str, path: str, expected: Sequence[int] = (), **request: Any) -> httpx.Response | None:
+        """The answer if it is a 2xx; `what` is what it is counted as. No answer at all counts as status 0.
+
+        Args:
+            expected: statuses that are right; by default all of success.
+        """
         try:
             answer = self.http.request(method, path, **request)
         except httpx.TransportError as error:
             self.tally.add(what, 0, repr(error))
             return None
-        self.tally.add(what, answer.status_code, answer.text)
+        self.tally.add(what, answer.status_code, "" if answer.is_success else answer.text, expected)
         return answer if answer.is_success else None
 
 
@@ -107,6 +116,110 @@ def uploads(client: Client, archive: bytes, stop: threading.Event) -> None:
         answer = client.ask("POST files", "POST", "/v1/files", files={"file": ("soak.zip", archive)}, data=form)
         if answer is not None:
             client.ask("DELETE file", "DELETE", f"/v1/files/{answer.json()['id']}")
+
+
+def batches(client: Client, picture: bytes, stop: threading.Event) -> None:
+    files = [("images", ("a.png", picture))] * 24
+    packed = b"".join(struct.pack("<I", len(picture)) + picture for _ in range(8))
+    tensor = {"name": "images", "datatype": "BYTES", "shape": [8], "parameters": {"binary_data_size": len(packed)}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    lengths = {"Inference-Header-Content-Length": str(len(head))}
+    while not stop.wait(2.0):
+        client.ask("POST predict, 24 images", "POST", "/predict", files=files)
+        client.ask("POST infer, 8 images", "POST", "/v2/models/soak/infer", content=head + packed, headers=lengths)
+
+
+def uploads_in_parts(client: Client, archive: bytes, stop: threading.Event) -> None:
+    pieces = [archive[: len(archive) // 2], archive[len(archive) // 2 :]]
+    wanted = {"filename": "soak.zip", "purpose": "batch", "bytes": len(archive)}
+    while not stop.wait(7.0):
+        begun = client.ask("POST upload", "POST", "/v1/uploads", json=wanted)
+        if begun is None:
+            continue
+        path = f"/v1/uploads/{begun.json()['id']}"
+        parts = [
+            client.ask("POST part", "POST", f"{path}/parts", files={"data": ("part", piece)}, data={"part_number": number})
+            for number, piece in enumerate(pieces, start=1)
+        ]
+        ids = [part.json()["id"] for part in parts if part is not None]
+        done = client.ask("POST upload complete", "POST", f"{path}/complete", json={"part_ids": ids})
+        if done is not None:
+            client.ask("DELETE file", "DELETE", f"/v1/files/{done.json()['file']['id']}")
+
+
+def promotes(client: Client, stop: threading.Event) -> None:
+    """Swap the champion between the two newest versions, with and without a canary and a shadow."""
+    for number in itertools.count():
+        if stop.wait(6.0):
+            return
+        model = client.ask("GET model", "GET", "/v1/models/soak")
+        if model is None:
+            continue
+        newest = [one["version"] for one in model.json()["versions"]][:2]
+        body = {"version": newest[number % len(newest)], "force": True}
+        client.ask("PUT alias", "PUT", "/v1/models/soak/aliases/champion", json=body)
+        shares = {kind: {"reference": "soak@latest", "percent": 20.0} for kind in ("canary", "shadow")} if number % 2 else {}
+        wanted = {"reference": "soak@champion", "force": True, **shares}
+        client.ask("PUT deployment", "PUT", "/v1/deployments/default", json=wanted)
+
+
+def queues(client: Client, file_id: str, stop: threading.Event) -> None:
+    """Batch predictions and data checks, one after the other, each read and deleted."""
+    requests: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
+        ("/v1/batch_predictions", "/v1/batch_predictions", {"input_file": file_id, "model": "soak"}, ("result", "answers")),
+        (f"/v1/files/{file_id}/check", "/v1/checks", {"model": JOB["model"]}, ("result", "report")),
+    ]
+    for where, path, body, results in itertools.cycle(requests):
+        if stop.wait(5.0):
+            return
+        created = client.ask(f"POST {path}", "POST", where, json=body)
+        if created is None:
+            continue
+        place = f"{path}/{created.json()['id']}"
+        ended = False
+        while not ended and not stop.wait(1.0):
+            job = client.ask(f"GET {path}", "GET", place)
+            ended = job is not None and job.json()["finished_at"] is not None
+            if ended and job is not None:
+                client.tally.jobs[f"{path} {job.json()['status']}"] += 1
+                for name in results if job.json()["status"] == "succeeded" else ():
+                    client.ask(f"GET {path} {name}", "GET", f"{place}/{name}")
+                client.ask(f"DELETE {path}", "DELETE", place)
+
+
+def looks(client: Client, file_id: str, job_id: str, stop: threading.Event) -> None:
+    """What the page and an operator look at."""
+    job, version = f"/v1/fine_tuning/jobs/{job_id}", "/v1/models/soak/versions/latest"
+    paths = [
+        *(f"{job}/{name}" for name in ("result", "diagnosis", "metrics", "logs", "checkpoints", "events", "answers?split=val")),
+        *(f"{version}{name}" for name in ("", "/card", "/report", "/bundle", "/predictions?format=csv", "/drift")),
+        *(f"/v1/files/{file_id}{name}" for name in ("", "/images", "/image?id=class0/0.png&side_px=64")),
+        *(
+            "/v1/deployments/default",
+            "/v1/deployments/default/history",
+            "/v1/webhooks",
+            "/v1/uploads",
+            "/v1/caller",
+            "/v2/models/soak",
+        ),
+    ]
+    plan = {"methods": ["linear_probe", "full"], "images": 100, "model": JOB["model"]}
+    for path in itertools.cycle(paths):
+        if stop.wait(0.7):
+            return
+        client.ask("GET looks", "GET", path)
+        if path == paths[0]:
+            client.ask("POST plan", "POST", "/v1/fine_tuning/plans", json=plan)
+
+
+def breaks(client: Client, picture: bytes, stop: threading.Event) -> None:
+    """Requests that are wrong, each of which has its own answer."""
+    form = {"purpose": "fine-tune"}
+    while not stop.wait(3.0):
+        client.ask("POST predict, damaged", "POST", "/predict", (400, 415, 422), content=picture[:100] + bytes(50))
+        client.ask("POST predict, of no model", "POST", "/v1/models/nobody/predict", (404,), content=picture)
+        client.ask("POST job, wrong", "POST", "/v1/fine_tuning/jobs", (422,), json={"training_file": "file-x", "seed": "1"})
+        client.ask("POST files, no archive", "POST", "/v1/files", (422,), files={"file": ("a.zip", b"PK" * 99)}, data=form)
 
 
 def submits(client: Client, file_id: str, stop: threading.Event) -> None:
@@ -151,8 +264,8 @@ def follows(client: Client, stop: threading.Event) -> None:
 
 
 def processes_of(server: int) -> dict[str, int]:
-    """The lasting processes by what they are: server and worker. Training processes come and go, and are left out."""
-    (worker,) = _children(server)
+    """The lasting processes by what they are: server and worker. Others come and go, and are left out."""
+    (worker,) = [pid for pid in _children(server) if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return {"server": server, "worker": worker}
 
 
@@ -200,6 +313,25 @@ def draw(samples: dict[str, list[float]], report: dict[str, Any], target: Path) 
     figure.savefig(target, dpi=120)
 
 
+@contextmanager
+def receiver() -> Iterator[tuple[str, Counter[str]]]:
+    """A receiver of webhooks: its address, and how many events of each type have come."""
+    received: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received[json.loads(self.rfile.read(int(self.headers["content-length"])))["type"]] += 1
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/hooks", received
+        server.shutdown()
+
+
 def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[float]]]:
     pictures = home / "pictures"
     write_pictures(pictures)
@@ -207,7 +339,8 @@ def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[flo
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "FINETUNE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "FINETUNE_HOME": str(home), "OMP_NUM_THREADS": "1", "FINETUNE_SAMPLE_INPUTS": "0.1"}
+    environment["FINETUNE_WEBHOOK_NETWORKS"] = "127.0.0.0/8"
     with open(home / "server.log", "wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "finetune", "serve", "--port", str(port)], env=environment, stdout=log, stderr=log
@@ -215,24 +348,32 @@ def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[flo
     tally = Tally()
     limits = httpx.Limits(max_connections=64)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
+        with (
+            receiver() as (hook, received),
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as http,
+        ):
             client = Client(http, tally)
             _until(lambda: _answers(http, server, "/livez"), 120)
             form = {"files": {"file": ("pictures.zip", archive)}, "data": {"purpose": "fine-tune"}}
             file_id = http.post("/v1/files", **form).raise_for_status().json()["id"]  # type: ignore[arg-type]
-            http.post("/v1/fine_tuning/jobs", json={"training_file": file_id, **JOB}).raise_for_status()
-            _until(lambda: _answers(http, server, "/readyz"), 300)  # the first model is there
-            samples = _under_load(client, server.pid, archive, picture, file_id, 60 * minutes)
+            http.post("/v1/webhooks", json={"url": hook}).raise_for_status()
+            job = http.post("/v1/fine_tuning/jobs", json={"training_file": file_id, **JOB}).raise_for_status().json()["id"]
+            _until(lambda: _answers(http, server, "/readyz"), 600)  # the first model is there
+            _until(lambda: http.get(f"/v1/fine_tuning/jobs/{job}").json()["finished_at"] is not None, 60)
+            plan = {"methods": ["full"], "model": JOB["model"]}
+            http.post("/v1/fine_tuning/plans", json=plan, timeout=600).raise_for_status()  # measured once
+            samples = _under_load(client, server.pid, archive, picture, file_id, job, 60 * minutes)
     finally:
         server.send_signal(signal.SIGTERM)
-        exit_code = server.wait(60)
+        exit_code = server.wait(120)
     report = {
         "minutes": minutes,
         "requests": tally.answers.total(),
-        "not_2xx": tally.not_2xx(),
+        "failures": tally.n_failures,
         "answers": dict(sorted(tally.answers.items())),
         "jobs": dict(tally.jobs),
-        "failures": tally.failures,
+        "webhooks": dict(received),
+        "first_failures": tally.failures,
         "memory": {name: slope(samples["seconds"], samples[name]) for name in samples if name != "seconds"},
         "server_exit_code": exit_code,
     }
@@ -240,13 +381,19 @@ def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[flo
 
 
 def _under_load(
-    client: Client, server: int, archive: bytes, picture: bytes, file_id: str, seconds: float
+    client: Client, server: int, archive: bytes, picture: bytes, file_id: str, job_id: str, seconds: float
 ) -> dict[str, list[float]]:
     stop = threading.Event()
     loads: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
         (predicts, (client, picture, stop)),
         (predicts, (client, picture, stop)),
+        (batches, (client, picture, stop)),
         (uploads, (client, archive, stop)),
+        (uploads_in_parts, (client, archive, stop)),
+        (promotes, (client, stop)),
+        (queues, (client, file_id, stop)),
+        (looks, (client, file_id, job_id, stop)),
+        (breaks, (client, picture, stop)),
         (submits, (client, file_id, stop)),
         (lists, (client, stop)),
         *[(follows, (client, stop))] * READERS,
@@ -289,7 +436,7 @@ def _until(true: Callable[[], bool], seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path, help="draw the memory over time there (needs matplotlib)")
     given = parser.parse_args()
@@ -299,18 +446,18 @@ def main() -> None:
         given.out.write_text(json.dumps({**report, "samples": samples}, indent=2) + "\n")
     if given.picture:
         draw(samples, report, given.picture)
-    print(f"{report['requests']} requests in {given.minutes:g} minutes, {report['not_2xx']} not answered with 2xx")
-    print(f"jobs: {report['jobs']}")
+    print(f"{report['requests']} requests in {given.minutes:g} minutes, {report['failures']} not answered as they should be")
+    print(f"jobs: {report['jobs']}\nwebhooks: {report['webhooks']}")
     for what, count in report["answers"].items():
         print(f"  {what:32} {count:6}")
-    for line in report["failures"]:
+    for line in report["first_failures"]:
         print(f"  {line}")
     for name, found in report["memory"].items():
         print(
             f"{name:12} {found['after_warm_up_mib']:7.1f} → {found['at_the_end_mib']:7.1f} MiB,"
             f" {found['mib_per_hour']:+.2f} ± {found['standard_error']:.2f} MiB/h"
         )
-    sys.exit(1 if report["not_2xx"] or report["server_exit_code"] else 0)
+    sys.exit(1 if report["failures"] or report["server_exit_code"] else 0)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from finetune.executors.process_parent import signal_when_parent_dies
 from finetune.jobs.history import updates
 from finetune.jobs.job import Event
 from finetune.jobs.sending import Reachable, Sender
+from finetune.runtime.memory import return_free_memory
 from finetune.runtime.tracing import tracing_from_environment
 from finetune.storage.workspace import Workspace
 from service.admission import WorkQueue
@@ -38,6 +39,7 @@ from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
+from service.middleware.head import HeadAsGet
 from service.middleware.hosts import HostAndOriginCheck
 from service.middleware.overload import OverloadRefusal
 from service.middleware.responses import ResponseMiddleware
@@ -75,6 +77,7 @@ from service.uploads import Uploads
 from service.web import PageFiles
 from service.worker import WorkerProcess
 
+TRIM_SECONDS = 60.0
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
@@ -104,7 +107,7 @@ def with_middleware(api: FastAPI, settings: Settings) -> ASGIApp:
     """Return the app wrapped in the middleware, which is added from the innermost to the outermost."""
     state: ServerState = api.state.server
     buffered = BufferedBodies()
-    app: ASGIApp = BodyLimits(api, buffered, _streams_to_disk)
+    app: ASGIApp = BodyLimits(HeadAsGet(api), buffered, _streams_to_disk)
     app = Authentication(app, lambda: state.database.keys)
     if settings.cors_origins:
         app = CORSMiddleware(
@@ -163,7 +166,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
         spec_checker=SpecChecker(workspace.cache / "notes"),
         pictures=PictureIndex(settings.image_limits),
         planner=Planner(workspace),
-        exporter=Exporter(settings.home / "exports", settings.onnxruntime_web),
+        exporter=Exporter(settings.home / "exports", settings.onnxruntime_web.absolute()),
         webhooks_reach=Reachable(settings.webhook_networks),
         tracing=tracing_from_environment(),
         data_roots=settings.data_roots,
@@ -191,7 +194,9 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
             _end_on_sigterm(state.event_streams.close, state.planner.stop, state.exporter.stop)
         if worker is not None:
             worker.start()
+        trimming = asyncio.create_task(_return_memory())
         yield
+        trimming.cancel()
         state.event_streams.close()
         if worker is not None:
             await worker.stop()
@@ -240,6 +245,13 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
     api.include_router(server_router)
     api.mount("/static", PageFiles(), name="static")
     return api
+
+
+async def _return_memory() -> None:
+    """Return memory that replaced models and large requests have left, every minute."""
+    while True:
+        await asyncio.sleep(TRIM_SECONDS)
+        await asyncio.to_thread(return_free_memory)
 
 
 def _streams_to_disk(method: str, path: str) -> bool:

@@ -27,6 +27,8 @@ from starlette.responses import JSONResponse
 from finetune.errors import DiskFull, FinetuneError, NotReady, Overloaded, StoreError
 
 MEDIA_TYPE = "application/problem+json"
+MAX_SENTENCES = 10  # of problems in one message
+MAX_LISTED_PROBLEMS = 100
 REQUEST_ID_HEADER = "X-Request-Id"
 RETRY_AFTER = {429: 10, 503: 1}  # seconds; a full queue takes longer to empty than an overload
 CLIENT_CLOSED_REQUEST = 499  # never read by the client; for the log and the metrics
@@ -171,8 +173,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         return problem(request.scope, 415, f"A body of type {media_type[:100]!r} is not taken here; send application/json")
     errors = [FieldProblem(field=_field_path(one["loc"]), detail=_sentence(one)) for one in error.errors()]
-    detail = "; ".join(f"{one.field}: {one.detail}" if one.field != "body" else one.detail for one in errors)
-    return problem(request.scope, 422, detail, errors=errors)
+    sentences = [f"{one.field}: {one.detail}" if one.field != "body" else one.detail for one in errors[:MAX_SENTENCES]]
+    if (more := len(errors) - MAX_SENTENCES) > 0:
+        sentences.append(f"and {more:,} problems more")
+    return problem(request.scope, 422, "; ".join(sentences), errors=errors[:MAX_LISTED_PROBLEMS])
 
 
 def unreadable_json(error: ValueError | RecursionError) -> str:
@@ -227,7 +231,8 @@ def _allowed(request: Request) -> str:
     """Return the methods of all routes of a path, for the Allow header; the router only returns those of the first."""
     documented = request.app.openapi()["paths"].items()
     matching = [item for template, item in documented if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), request.url.path)]
-    return ", ".join(sorted({method.upper() for item in matching[:1] for method in item}))
+    methods = {method.upper() for item in matching[:1] for method in item}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 async def _on_os_error(request: Request, error: Exception) -> JSONResponse:

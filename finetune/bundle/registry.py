@@ -297,6 +297,8 @@ class Registry:
         """
         if not re.fullmatch(_ALIAS_PATTERN, alias):
             raise InvalidInput(f"{alias!r} cannot be an alias: start with a letter a-z, as in 'champion'; numbers are versions")
+        if alias == LATEST:
+            raise InvalidInput(f"{alias!r} always means the newest version; give the version another alias, such as 'champion'")
         self.resolve(name, version)
         folder = self.root / name
         with _locked(folder):

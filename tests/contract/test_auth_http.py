@@ -199,6 +199,47 @@ def test_a_key_may_do_what_its_scopes_say(client: TestClient, home: Path) -> Non
     assert refused.json()["code"] == "forbidden"
 
 
+OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+ANY_KEY = ("/v1/caller",)
+TO_PREDICT = ("/predict", "/v1/models/{name}/predict")
+TO_READ = ("/v1/models", "/v1/deployments")  # GET
+OF_ADMINISTRATORS = {("PUT", "/v1/deployments/default"), ("POST", "/v1/deployments/default/rollback")}
+
+
+def scopes_of(method: str, path: str) -> set[str]:
+    """Which scopes may use a route, said apart from the routes themselves."""
+    if path in ANY_KEY:
+        return {"predict", "jobs", "metrics"}
+    if path == "/metrics":
+        return {"metrics"}
+    if path in TO_PREDICT or path.startswith("/v2"):
+        return {"predict"}
+    if method == "GET" and path.startswith(TO_READ):
+        return {"predict", "jobs"}
+    return set() if (method, path) in OF_ADMINISTRATORS or path.startswith("/v1/runs") else {"jobs"}
+
+
+def test_every_route_denies_keys_without_its_scope(client: TestClient, home: Path) -> None:
+    keys = {scope: new_key(home, scope, scope) for scope in ("predict", "jobs", "metrics")}
+    known = {"name": "colours", "version": "1", "alias": "champion"}
+    n_routes = 0
+    for template, item in client.get("/docs.json", headers=new_key(home, "ann", "admin")).json()["paths"].items():
+        path = re.sub(r"\{(\w+)\}", lambda found: known.get(found[1], "x-1"), template)
+        for method in item:
+            n_routes += 1
+            nameless = client.request(method, path)
+            assert (nameless.status_code == 401) != (template in OPEN), (method, path)
+            for scope, key in keys.items() if template not in OPEN else ():
+                answer = client.request(method, path, headers=key)
+                allowed = scope in scopes_of(method.upper(), template)
+                ours = (
+                    answer.status_code == 403 and "was not made by a job of yours" in answer.text
+                )  # the model is not the caller's
+                assert answer.status_code != 401
+                assert (answer.status_code != 403 or ours) == allowed, (method, path, scope, answer.text)
+    assert n_routes > 90
+
+
 # --- owners ---------------------------------------------------------------------------------------
 
 

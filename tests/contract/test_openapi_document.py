@@ -77,7 +77,12 @@ CONFIG = """
 "path.comparison_id" = "{comparison_id}"
 "path.run_name" = "full-seed0"
 "path.batch_id" = "{batch_id}"
+"path.check_id" = "{check_id}"
+"path.upload_id" = "{upload_id}"
+"path.webhook_id" = "{webhook_id}"
 "path.name" = "colours"
+"path.version" = "1"
+"path.alias" = "champion"
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", "503"]
 """
@@ -107,12 +112,12 @@ def test_every_schema_has_a_name_of_its_own(tmp_path: Path) -> None:
 def test_a_method_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
     with in_process(tmp_path, wait=False) as client:
         answer = client.patch("/v1/files/file-x")
-        assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET")
-        assert client.patch("/v1/fine_tuning/jobs").headers["allow"] == "GET, POST"
+        assert (answer.status_code, answer.headers["allow"]) == (405, "DELETE, GET, HEAD")
+        assert client.patch("/v1/fine_tuning/jobs").headers["allow"] == "GET, HEAD, POST"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2500)
 @pytest.mark.parametrize("closed", [False, True], ids=["open", "with a key"])
 def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: Path) -> None:
     registered(tmp_path, write_bundle(tmp_path / "bundle"))
@@ -127,11 +132,15 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
         job_id = client.post("/v1/fine_tuning/jobs", json={"training_file": file_id}).json()["id"]
         comparison_id = client.post("/v1/fine_tuning/comparisons", json={"training_file": file_id}).json()["id"]
         batch_id = client.post("/v1/batch_predictions", json={"input_file": file_id}).json()["id"]
+        check_id = client.post(f"/v1/files/{file_id}/check").json()["id"]
+        upload_id = client.post("/v1/uploads", json={"filename": "a.zip", "purpose": "batch", "bytes": 9}).json()["id"]
+        webhook_id = client.post("/v1/webhooks", json={"url": "https://example.org/hooks"}).json()["id"]
         store = JobStore(open_jobs(tmp_path))
-        for _ in range(3):  # what a worker holds cannot be deleted, so the identifiers below mean something to the end
+        for _ in range(4):  # what a worker holds cannot be deleted, so the identifiers below mean something to the end
             assert store.claim("worker") is not None
         config = tmp_path / "schemathesis.toml"
-        config.write_text(CONFIG.format(file_id=file_id, job_id=job_id, comparison_id=comparison_id, batch_id=batch_id))
+        ids = {"file_id": file_id, "job_id": job_id, "comparison_id": comparison_id, "batch_id": batch_id}
+        config.write_text(CONFIG.format(**ids, check_id=check_id, upload_id=upload_id, webhook_id=webhook_id))
         ran = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{server.url}/docs.json"),
@@ -139,7 +148,7 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
                 *("--exclude-checks", ",".join(unchecked), "--max-examples", "60", "--seed", "1", "--no-color"),
                 *("--continue-on-failure", "--request-timeout", "20"),
             ],
-            check=False, capture_output=True, text=True, cwd=tmp_path, timeout=850,
+            check=False, capture_output=True, text=True, cwd=tmp_path, timeout=2400,
         )  # fmt: skip
         log = server.log.read_text()
     assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]

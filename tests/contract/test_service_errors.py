@@ -316,6 +316,33 @@ def test_an_overloaded_server_refuses_predictions_before_it_reads_them(monkeypat
     assert reached == ["/v1/files", "/predict", "/predict"]
 
 
+def test_head_is_answered_as_get_without_the_body(client: TestClient) -> None:
+    for path in (
+        "/livez",
+        "/readyz",
+        "/",
+        "/v1/models",
+        "/v1/models/colours",
+        "/docs.json",
+        "/static/app.js",
+        "/v1/models/nobody",
+    ):
+        got, headed = client.get(path), client.head(path)
+        assert (headed.status_code, headed.content) == (got.status_code, b""), path
+        assert headed.headers["content-type"] == got.headers["content-type"]
+        if got.status_code == 200:
+            assert headed.headers["content-length"] == got.headers["content-length"]
+    assert client.head("/predict").status_code == 405
+    assert 'route="/v1/models/{name}"' in client.get("/metrics").text
+
+
+def test_a_request_with_thousands_of_mistakes_gets_a_short_answer(client: TestClient) -> None:
+    query = "&".join(f"k{number}=1" for number in range(2000))
+    answer = client.post(f"/predict?{query}", content=picture())
+    assert (answer.status_code, len(answer.json()["errors"])) == (422, 100)
+    assert answer.json()["detail"].endswith("and 1,990 problems more")
+
+
 JSON_ROUTES = ("/v1/webhooks", "/v1/uploads", "/v1/fine_tuning/jobs")
 JSON_TYPE = "application/json"
 

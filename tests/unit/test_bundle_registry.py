@@ -119,6 +119,8 @@ def test_registering_never_changes_what_a_bare_name_means(registry: Registry, bu
 
 def test_an_alias_may_be_pointed_at_what_another_alias_means(registry: Registry, bundle: Path) -> None:
     registry.register(bundle, "trees")
+    with pytest.raises(InvalidInput, match="always means the newest version"):
+        registry.set_alias("trees", "latest", "1")
     assert registry.set_alias("trees", "champion", "latest").aliases == ("champion", "latest")
     registry.register(bundle, "trees")
     assert registry.resolve("trees", "champion").version == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,28 @@ import pytest
 
 from finetune.errors import ExportError, OutOfMemory
 from finetune.runtime.memory import available_memory, memory_errors_named, ran_out_of_memory
+
+THREADED = """
+import threading
+from finetune.runtime.memory import return_free_memory, share_arenas
+
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+
+def work():
+    blocks = [bytearray(50_000) for _ in range(400)]  # too small to be mapped one by one
+    kept.append(blocks[-1])  # keeps the end of the arena
+
+share_arenas(2)
+kept = []
+for _ in range(8):
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+before = resident()
+return_free_memory()
+print(before, resident())
+"""
 
 LIMITED = """
 import sys
@@ -29,6 +52,14 @@ for allocate in (lambda: torch.ones(1 << 29), lambda: numpy.ones(1 << 28), lambd
 def test_what_a_limited_process_cannot_allocate_is_named() -> None:
     ran = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True, timeout=240)
     assert ran.stdout.splitlines() == ["OutOfMemory too large"] * 3
+
+
+@pytest.mark.longer
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+def test_memory_that_threads_have_freed_is_returned() -> None:
+    ran = subprocess.run([sys.executable, "-c", THREADED], capture_output=True, text=True, check=True, timeout=240)
+    before, after = map(int, ran.stdout.split())
+    assert after < before
 
 
 @pytest.mark.parametrize(
