@@ -140,7 +140,7 @@ class Model:
         if isinstance(image, np.ndarray):
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise InvalidInput(
-                    f"an image as an array has the shape (H, W, 3) and the type uint8, given {image.shape} {image.dtype}. Convert "
+                    f"an image array has the shape (H, W, 3) and the type uint8, given {image.shape} {image.dtype}. Convert "
                     "it to RGB pixels from 0 to 255, or give the path or the bytes of an image file"
                 )
             pixels = self._predictor.manifest.preprocess(image)
