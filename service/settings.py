@@ -107,7 +107,7 @@ class Settings:
             worker=environment.get("FINETUNE_WORKER", "") == "1",
             provider=_one_of(environment, "FINETUNE_PROVIDER", tuple(PROVIDERS), default="cpu"),  # type: ignore[arg-type]
             webhook_networks=_networks(environment, "FINETUNE_WEBHOOK_NETWORKS"),
-            onnxruntime_web=Path(environment.get("FINETUNE_ONNXRUNTIME_WEB") or "node_modules/onnxruntime-web").absolute(),
+            onnxruntime_web=Path(environment.get("FINETUNE_ONNXRUNTIME_WEB") or "node_modules/onnxruntime-web"),
             sampling=SamplingPolicy(
                 fraction=_share(environment, "FINETUNE_SAMPLE_INPUTS"),
                 max_bytes=_positive(environment, "FINETUNE_SAMPLE_BYTES", default=1 << 30),

@@ -25,11 +25,12 @@ from finetune.spec import parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.choices import Choices
-from finetune.training.fit import CheckpointSchedule, Fitted, TrainBatches, fit
+from finetune.training.fit import TrainBatches, fit
 from finetune.training.machine import Numerics
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Facts, Recipe, resolve_recipe
 from finetune.training.sample import SamplePlan, TrainSample
+from finetune.training.state import CheckpointSchedule, Fitted
 
 CLASSES = 3
 WALL_CLOCK = ("train/images_per_second",)

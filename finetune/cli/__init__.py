@@ -21,7 +21,9 @@ from finetune.cli.demo import demo
 from finetune.cli.diagnosing import diagnose
 from finetune.cli.exporting import export
 from finetune.cli.jobs import jobs, keys, worker
-from finetune.cli.serving import build, models, predict, serve
+from finetune.cli.models import models
+from finetune.cli.predicting import predict
+from finetune.cli.serving import build, serve
 from finetune.cli.spec_file import spec
 from finetune.cli.studying import study
 from finetune.cli.suggesting import suggest

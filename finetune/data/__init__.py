@@ -1,1 +1,1 @@
-"""From a source of labelled images to batches: index, check, split, augment, load."""
+"""Read labelled images, from any source to batches: index, check, split, augment, load."""

@@ -1,9 +1,9 @@
-"""A zip, tar or tar.gz from a stranger → its members, or one sentence that says which member was refused and why.
+"""Read zip, tar and tar.gz archives that are not trusted, member by member; refuse bad members with the reason. Torch-free.
 
-Members are read one by one with code of this module; nothing is ever "extracted", and a member's name is never a path on disk.
-The standard library's own extraction has written outside its target and hung on malformed archives. No links, no devices, no
-encryption; every limit counts bytes that were really read. A zip or a tar is read where it lies; what is packed as a whole
-(tar.gz), and what strangers upload, is unpacked into `finetune.data.contents` first. Torch-free.
+Members are read with code of this module, and a member's name never becomes a path on disk. The extraction of the standard
+library is not used, because it has written outside its target and hung on malformed archives. Links, devices and encryption are
+refused, and every limit counts bytes that were actually read. A zip or tar on the user's own disk is read in place. A tar.gz,
+which can only be read from its beginning, and every upload are unpacked into `finetune.data.contents` first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNICODE_PATH = 0x7075  # a zip's extra field with a member's name in UTF-8
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """How much an archive may hold. `ratio` is bytes out for each byte of the archive, counted above a mebibyte."""
+    """Limits on the contents of an archive. `ratio` is unpacked bytes per byte of the archive, above one mebibyte."""
 
     members: int = 50_000
     member_bytes: int = 64 << 20
@@ -53,14 +53,14 @@ class ArchiveLimits:
 
 DEFAULT_LIMITS = ArchiveLimits()
 OWN_LIMITS = ArchiveLimits(members=5_000_000, table_bytes=1 << 40, total_bytes=1 << 45, seconds=86_400.0)
-"""For an archive that a person names on their own command line: as safe, but as large as it is."""
+"""For an archive that users name on their own command line: the same safety rules, but practically no limit on size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """A regular file in an archive, or a folder that it lists."""
 
-    name: bytes  # as the archive holds it, in whatever encoding
+    name: bytes  # as stored in the archive, in any encoding
     is_utf8: bool  # the archive says that the name is UTF-8
     is_folder: bool
     size_bytes: int
@@ -78,7 +78,7 @@ class ArchiveError(DataError):
 
 
 def archive_kind(head: bytes) -> Kind | None:
-    """Return what the first 512 bytes of a file say it is; None for anything that is not read."""
+    """Return the kind of archive by the first 512 bytes of a file; None if it is none that can be read."""
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return "zip"
     if head[:2] == b"\x1f\x8b":
@@ -87,16 +87,17 @@ def archive_kind(head: bytes) -> Kind | None:
 
 
 def kind_of_file(path: Path) -> Kind | None:
-    """`archive_kind` of a file on disk."""
+    """Return the `archive_kind` of a file on disk."""
     with open(path, "rb") as stream:
         return archive_kind(stream.read(512))
 
 
 def list_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> list[Member]:
-    """List a zip or tar without reading what its members hold. What file managers leave behind is left out.
+    """List the members of a zip or tar without reading their contents. Files that file managers create are left out.
 
     Raises:
-        ArchiveError: not such an archive, a refused member (named), or a limit that was passed (named with its value).
+        ArchiveError: it is no such archive, a member is refused, or a limit is exceeded; the message names the member or the
+            limit.
     """
     with reading_errors_named():
         kind = kind_of_file(source)
@@ -116,16 +117,16 @@ def read_member(source: Path, member: Member) -> bytes:
     """Return the contents of a member of a zip or tar that `list_members` listed.
 
     Raises:
-        ArchiveError: they are damaged, or not what the archive's directory says; the member is named.
+        ArchiveError: they are damaged, or differ from the archive's directory; the member is named.
     """
     with reading_errors_named():
         return b"".join(_chunks(source, member))
 
 
 def stream_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iterator[tuple[Member, Iterator[bytes]]]:
-    """Yield every member with its contents, in chunks that must be read before the next member; raises as `list_members`.
+    """Yield every member with its contents, in chunks that must be read before the next member; raise as `list_members` does.
 
-    Chunks are read in the caller's frame: there, too, damage must be named (`reading_errors_named`).
+    The chunks are read outside this function, so the caller must wrap the reading in `reading_errors_named` too.
     """
     with reading_errors_named():
         kind = kind_of_file(source)
@@ -145,7 +146,7 @@ def stream_members(source: Path, limits: ArchiveLimits = DEFAULT_LIMITS) -> Iter
 
 
 class _Rules:
-    """What holds for the members of one archive: how many there are so far, and the names that are taken."""
+    """Checks the members of one archive against the limits; counts them and remembers their names."""
 
     def __init__(self, archive_bytes: int, limits: ArchiveLimits) -> None:
         self.archive_bytes, self.limits = archive_bytes, limits
@@ -163,7 +164,7 @@ class _Rules:
             raise refused(name, f"was not reached within {self.limits.seconds:.0f} s")
 
     def take(self, member: Member) -> bool:
-        """Check a member's name and size; return False for what file managers leave behind."""
+        """Check a member's name and size; return False for files that file managers create."""
         try:
             parts = checked_parts(member.name.decode("utf-8", "surrogateescape"), max_depth=self.limits.depth)
         except NameRefused as why:
@@ -194,7 +195,7 @@ class _Rules:
             raise refused(member, "has the name of both a file and a folder of this archive")
 
     def counted(self, member: Member, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Yield the contents of a member, counting what was really read."""
+        """Yield the contents of a member, and count the bytes that are actually read."""
         read, most = 0, self._most(member)
         for chunk in chunks:
             read += len(chunk)
@@ -209,7 +210,7 @@ class _Rules:
             yield chunk
 
     def check_ratio(self, n_bytes: int) -> None:
-        """Refuse what unpacks to far more than the archive has; `n_bytes` came out so far, headers included."""
+        """Refuse an archive that unpacks to far more bytes than it has; `n_bytes` is the number so far, including headers."""
         if n_bytes > self.limits.ratio * self.archive_bytes + _RATIO_ABOVE_BYTES:
             raise ArchiveError(f"it unpacks to more than {self.limits.ratio:.0f} times its size, as decompression bombs do")
         if n_bytes > 2 * self.limits.total_bytes + _RATIO_ABOVE_BYTES:  # headers that describe nothing
@@ -260,7 +261,7 @@ def _zip_member(entry: zipfile.ZipInfo) -> Member:
 
 
 def _unicode_path(extra: bytes, name: bytes) -> bytes | None:
-    """Return the name in UTF-8 that some programs write beside the one in the system's encoding, where it belongs to `name`."""
+    """Return the name in UTF-8 that some programs store in addition to `name`; None if there is none for it."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         body, extra = extra[4 : 4 + size], extra[4 + size :]
@@ -278,7 +279,7 @@ def _refuse_overlaps(entries: list[zipfile.ZipInfo]) -> None:
 
 
 def _chunks(source: Path, member: Member) -> Iterator[bytes]:
-    """Yield the contents of a member of a zip or a plain tar, and check them against what the archive says of them."""
+    """Yield the contents of a member of a zip or tar; check their size and checksum against the archive's directory."""
     descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         checksum = written = 0
@@ -391,14 +392,14 @@ class _Counted(io.RawIOBase):
 
 
 def refused(name: object, why: str) -> ArchiveError:
-    """Return the refusal of an archive because of one member."""
+    """Return the error that refuses an archive because of one member."""
     shown = printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))
     return ArchiveError(f"member '{shown if len(shown) <= 120 else shown[:117] + '…'}' {why}")
 
 
 @contextmanager
 def reading_errors_named() -> Iterator[None]:
-    """Turn what the standard library's readers raise on damaged archives into one sentence."""
+    """Raise `ArchiveError` with one sentence for the exceptions that the standard library raises on damaged archives."""
     try:
         yield
     except DataError:

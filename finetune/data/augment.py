@@ -1,8 +1,8 @@
-"""What an image may look like in training: random views of it, each a pure function of (image, seed).
+"""Augment training images: random views, each a pure function of (image, seed).
 
-Four named policies and explicit transforms, all carried out by albumentations 2.0.8 (the last release under the MIT licence;
-its successor is AGPL) and OpenCV, which nothing else in the project imports. A view has the model's input size and is uint8,
-so `augment` takes the place that `preprocess` has in evaluation.
+There are four named policies and explicit transforms, all carried out by albumentations 2.0.8 (the last release under the MIT
+licence; its successor is AGPL) and OpenCV. A view has the model's input size and is uint8, so augmentation in training takes the
+place of preprocessing in evaluation.
 
 | policy  | crop, share of the area | mirrored left-right | colour | more |
 |---------|-------------------------|---------------------|--------|------|
@@ -11,10 +11,10 @@ so `augment` takes the place that `preprocess` has in evaluation.
 | default | 0.35 to 1  | half of the time | mild | |
 | strong  | 0.2 to 1   | half of the time | strong, sometimes grey | rotation, shear, blur, erased patches |
 
-Two things are done otherwise than the library does them by itself. Its generators repeat in every worker and epoch, and
-``set_random_seed`` gives every transform the same stream, which ties the flip to the place of the crop; here all transforms
-of one call draw from one stream that starts at `sample_seed` (seed, epoch, index). And it enlarges and shrinks alike by
-bilinear interpolation, which aliases; here a crop is shrunk by averaging areas, for evaluation resamples with antialiasing too.
+Two defaults of the library are replaced. Its random generators repeat in every worker and epoch, and ``set_random_seed`` gives
+every transform the same stream, which correlates the flip with the position of the crop; here all transforms of one call draw
+from one stream that starts at `sample_seed` (seed, epoch, index). The library also shrinks by bilinear interpolation, which
+aliases; here a crop is shrunk by averaging areas, because evaluation resamples with antialiasing too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 
 
 class _Given(NamedTuple):
-    """What an augmentation was built from, besides the preprocessing."""
+    """The arguments that an augmentation was built from, except the preprocessing."""
 
     policy: Policy
     transforms: Sequence[Mapping[str, Mapping[str, Any]]] | None
@@ -53,7 +53,7 @@ class _Given(NamedTuple):
 
 
 class Augment:
-    """``augment(rgb, seed)``: (H, W, 3) uint8 → (h, w, 3) uint8. Threads may share it: each has its own transforms."""
+    """Computes ``augment(rgb, seed)``: (H, W, 3) uint8 → (h, w, 3) uint8. Threads may share it; each has its own transforms."""
 
     def __init__(
         self,
@@ -73,18 +73,18 @@ class Augment:
 
     @property
     def decode_short_side_px(self) -> int:
-        """The fewest pixels on an image's shorter side that leave even the smallest crop as many as the model's input."""
+        """The least length of an image's shorter side with which the smallest crop still has the model's input size."""
         return max(
             self.preprocess.decode_short_side_px, math.ceil(max(self.preprocess.input_size_px) / math.sqrt(self._smallest_crop))
         )
 
     def at_size(self, size_px: tuple[int, int]) -> Augment:
-        """The same augmentation for views of another size (h, w)."""
+        """Return the same augmentation for views of another size (h, w)."""
         same = size_px == self.preprocess.input_size_px
         return self if same else _rebuilt(self._given, replace(self.preprocess, input_size_px=size_px))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process builds it anew from what it was built from."""
+        """Pickle the arguments only; another process builds the augmentation again from them."""
         return _rebuilt, (self._given, self.preprocess)
 
     def __call__(self, rgb: np.ndarray, seed: int) -> np.ndarray:
@@ -95,7 +95,7 @@ class Augment:
         return view if view.shape[:2] == self.preprocess.input_size_px else self.preprocess(view)
 
     def transformed(self, rgb: np.ndarray, seed: int) -> np.ndarray:
-        """What the transforms make of an image, not yet framed.
+        """Return an image after the transforms, before it is brought to the input size.
 
         Raises:
             SpecError: explicit transforms that cannot take an image of this size.
@@ -104,13 +104,13 @@ class Augment:
         return view
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: everything that decides what a view looks like."""
+        """Return everything that determines a view, as JSON values."""
         return {"name": self.name, "preprocess": self.preprocess.to_dict(), "pipeline": _transforms().described(self._pipeline)}
 
     def digest(self) -> str:
         """Return the sha256 of `to_dict`: equal digests mean equal views of the same image and seed.
 
-        It is noted in a file where there is a folder for that, so that it can be had again without importing albumentations.
+        If there is a folder for notes, the digest is kept there, so that later processes need not import albumentations for it.
         """
         notes = self._given.notes
         note = notes / f"views-{self._identity()}.txt" if notes and self.name in _SMALLEST_CROP else None
@@ -124,7 +124,7 @@ class Augment:
         return digest
 
     def _identity(self) -> str:
-        """Return what decides the digest of a named policy: what it is applied for, the code here, and the library's version."""
+        """Return what determines the digest of a named policy: its arguments, this module's code, and the library's version."""
         code = [Path(__file__).with_name(name).read_bytes() for name in ("augment.py", "transforms.py")]
         parts = (self.name, self.preprocess.to_dict(), importlib.metadata.version("albumentations"), code)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -134,7 +134,7 @@ class Augment:
         return _transforms().compose(self._make_transforms())
 
     def _pipeline_of_this_thread(self) -> Any:
-        """Transforms keep the state of a call in themselves, so threads cannot share them."""
+        """Return the transforms of this thread. Transforms store the state of a call, so threads cannot share them."""
         if not hasattr(self._of_thread, "pipeline"):
             self._of_thread.pipeline = copy.deepcopy(self._pipeline)
         return self._of_thread.pipeline
@@ -146,13 +146,14 @@ def build_augment(
     preprocess: Preprocess,
     notes: Path | None = None,
 ) -> Augment:
-    """Return the augmentation of a policy; explicit `transforms` take its place when given.
+    """Return the augmentation of a policy, or of explicit `transforms` if they are given.
 
     Args:
-        notes: a folder that keeps the digests of policies.
+        notes: a folder in which the digests of policies are kept.
 
     Raises:
-        SpecError: unknown transforms (with near misses), parameters they refuse, or a result that is not repeatable 8-bit RGB.
+        SpecError: transforms are unknown (similar names are listed), refuse their parameters, or do not return repeatable 8-bit
+            RGB.
     """
     given = _Given(policy, transforms, notes)
     if transforms is None:
@@ -173,13 +174,13 @@ def _rebuilt(given: _Given, preprocess: Preprocess) -> Augment:
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """The 64-bit seed of one view: of position alone, so neither workers nor a resumed run can change it."""
+    """Return the 64-bit seed of one view. It depends on the position alone, so it is the same in a resumed run."""
     position = b"".join(number.to_bytes(8, "little") for number in (seed, epoch, index))
     return int.from_bytes(hashlib.blake2b(position, digest_size=8).digest(), "little")
 
 
 def _rehearse(augment: Augment) -> list[Problem]:
-    """Try the transforms on a made-up image: what needs masks, yields floats or ignores the seed is found before training."""
+    """Try the transforms on a synthetic image, to refuse those that need masks, return floats or ignore the seed."""
     rgb = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     where = "augmentation.transforms"
     try:
@@ -199,7 +200,7 @@ def _rehearse(augment: Augment) -> list[Problem]:
 
 
 def _transforms() -> Any:
-    """The module that imports albumentations, when it is needed."""
+    """Import and return the module that needs albumentations."""
     from finetune.data import transforms
 
     return transforms

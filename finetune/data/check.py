@@ -1,9 +1,9 @@
-"""Every file read once: its sha256, its size, and whether all of it decodes. What cannot be read is named and left out.
+"""Read every image file once: its sha256, its size, and whether it decodes. Unreadable files are named and left out. Torch-free.
 
-`scan` reads the bytes and the header of each file; `verify` decodes those whose bytes have not been decoded before, to their
-end: a truncated photograph has a perfect header. Where the pixels are wanted anyway, the caller decodes instead (`Decode`), so
-that no file is decoded twice; else JPEGs are decoded at an eighth of their size, which still walks through every coded byte and
-so finds what a full decode finds, at a third of the time. No pixels are ever made up. Torch-free.
+`scan` reads the bytes and the header of each file. `verify` decodes completely the files whose bytes have never been decoded,
+because a truncated photograph has a valid header. If the pixels are needed anyway, the caller decodes (`Decode`), so that no file
+is decoded twice. Otherwise JPEGs are decoded at an eighth of their size, which reads every coded byte and so finds the same
+errors in a third of the time. Missing pixels are never filled in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LISTED = 50  # bad files that an error spells out one by one
 
 
 Decode = Callable[[Sequence[Sample]], Mapping[int, ImageError]]
-"""Decodes samples in its own way and returns those that cannot be decoded, by position."""
+"""A function that decodes samples and returns the errors of those that cannot be decoded, by position."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,18 @@ def check_images(
     threads: int | None = None,
     memory: Path | None = None,
 ) -> Dataset:
-    """Return the dataset with `sha256` and `size_px` of every sample, without the unreadable, which `bad` names with reasons.
+    """Return the dataset with `sha256` and `size_px` of every sample; unreadable files are moved to `bad`, with reasons.
 
-    Same bytes in two classes, or in two splits, are reported as warnings: they are legal, and they mislead.
+    The same bytes in two classes, or in two splits, are reported as warnings.
 
     Args:
-        may_empty: accept classes and splits of which nothing can be read.
-        memory: a folder where it is noted which bytes decoded, and the digests of files by their state (place, size, times).
-            In the next check only files whose state is another are read, and only new bytes are decoded.
+        may_empty: accept classes and splits without a readable image.
+        memory: a folder that records which bytes decode, and the digests of files by their state (path, size, times). The next
+            check reads only files whose state has changed, and decodes only new bytes.
 
     Raises:
-        DataError: anything unreadable with `on_bad` "fail"; more than `max_bad_fraction` of the files; or a class left empty.
+        DataError: a file is unreadable and `on_bad` is "fail"; more than `max_bad_fraction` of the files are; or a class has none
+            left.
     """
     scanned = scan(dataset, progress=progress, threads=threads, memory=memory)
     return verify(
@@ -81,7 +82,7 @@ def check_images(
 def scan(
     dataset: Dataset, *, progress: ProgressCallback = silent, threads: int | None = None, memory: Path | None = None
 ) -> Scanned:
-    """Read every file: its digest, and the size that its header gives; see `check_images`."""
+    """Read every file for its digest and the size in its header; see `check_images`."""
     threads = threads or _scan_threads(dataset)
     known = _recall(memory)
     good: list[Sample] = []
@@ -111,10 +112,10 @@ def verify(
     progress: ProgressCallback = silent,
     threads: int | None = None,
 ) -> Dataset:
-    """Decode what has not been decoded before, and leave out what cannot be; see `check_images`.
+    """Decode the files that have not been decoded before, and leave out those that cannot be decoded; see `check_images`.
 
     Args:
-        decode: decodes the samples in place of this function.
+        decode: decodes the samples instead of this function.
     """
     undecoded = scanned.undecoded
     failed = (decode or partial(_decode_all, progress=progress, threads=threads))(undecoded) if undecoded else {}
@@ -137,7 +138,7 @@ def verify(
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the shapes of a dataset's images look like; quantiles over all images."""
+    """Quantiles of the sizes and shapes of a dataset's images."""
 
     n_images: int
     short_side_px: Mapping[str, float]  # p5, p50, p95 of the shorter side
@@ -147,14 +148,14 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class ResizeAdvice:
-    """How images should be framed for a model with a square input, and why, in one sentence."""
+    """The recommended resize mode for a model with a square input, and the reason in one sentence."""
 
     resize: Resize
     reason: str
 
 
 def image_facts(samples: Sequence[Sample]) -> ImageFacts:
-    """Return what the shapes of checked samples (those with a `size_px`) look like."""
+    """Return the facts about the sizes and shapes of checked samples, which have a `size_px`."""
     sizes = np.array([sample.size_px for sample in samples if sample.size_px], dtype=np.float64).reshape(-1, 2)  # (N, 2) w, h
     if not len(sizes):
         return ImageFacts(0, {"p5": 0.0, "p50": 0.0, "p95": 0.0}, {"p50": 1.0, "p90": 1.0, "p99": 1.0}, 1.0)
@@ -164,14 +165,15 @@ def image_facts(samples: Sequence[Sample]) -> ImageFacts:
 
 
 CROP_UP_TO = 1.6  # elongation at which a centre crop still shows five eighths of the longer side
-SQUASH_SPREAD = 1.3  # shapes this close to one another are bent alike
+SQUASH_SPREAD = 1.3  # up to this spread of shapes, squashing distorts all images alike
 
 
 def advise_resize(facts: ImageFacts) -> ResizeAdvice:
-    """Return what ``data.resize: auto`` means for these images.
+    """Return the resize mode that ``data.resize: auto`` chooses for these images.
 
-    A centre crop is what the pretrained weights saw, so it stays unless it would hide much of many images. Then squashing is
-    harmless when all images have one shape, for they are all bent alike; otherwise only a letterbox keeps both edges and shapes.
+    The pretrained weights were trained with a centre crop, so it is kept unless it would remove much of many images. If all
+    images have about the same shape, squashing is chosen, because it distorts them all alike; otherwise letterboxing, which keeps
+    edges and shapes.
     """
     elongated, spread = facts.elongation["p90"], facts.aspect_spread
     if elongated <= CROP_UP_TO:
@@ -191,7 +193,7 @@ def advise_resize(facts: ImageFacts) -> ResizeAdvice:
 # ---------------------------------------------------------------------------------------------------------------- internals
 
 
-_REMOTE_THREADS = 16  # they wait for the network, not for a core
+_REMOTE_THREADS = 16  # threads that wait for the network need no core
 
 
 def _scan_threads(dataset: Dataset) -> int:
@@ -200,7 +202,7 @@ def _scan_threads(dataset: Dataset) -> int:
 
 
 def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]], read_before: _KnownFiles) -> Sample | BadImage:
-    """Read one file; runs in a background thread."""
+    """Read one file, in a background thread."""
     key = read_before.key(sample)  # from before the bytes are read: what changes meanwhile has another one
     try:
         data = sample.file.read()
@@ -215,7 +217,7 @@ def _scan_one(sample: Sample, known: Mapping[str, tuple[int, int]], read_before:
 
 @dataclass
 class _KnownFiles:
-    """Digest and size of the files of one dataset that were read before, by their state, which changes with the bytes.
+    """Digests and sizes of the files of one dataset that were read before, by their state, which changes with the bytes.
 
     Args:
         files: state -> sha256, width, height.
@@ -228,7 +230,7 @@ class _KnownFiles:
 
     @classmethod
     def recall(cls, memory: Path | None, root: str) -> _KnownFiles:
-        """Return what is noted of the dataset that lies in `root`."""
+        """Return the known files of the dataset in `root`."""
         if memory is None:
             return cls(None, {})
         path = memory / f"files-{hashlib.sha256(root.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}-{DECODER}.txt"
@@ -238,27 +240,27 @@ class _KnownFiles:
         return cls(path, {key: (sha256, int(width), int(height)) for key, sha256, width, height in lines})
 
     def key(self, sample: Sample) -> str | None:
-        """Return what a file's state is noted under; None where its state cannot be told without reading it."""
+        """Return the key of a file's state; None if the state is not known without reading the file."""
         state = sample.file.state() if self.path is not None and isinstance(sample.file, SourceFile) else None
         if state is None:
             return None
         return hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def look_up(self, sample: Sample) -> Sample | None:
-        """Return a sample with its digest and size where its file is as it was when it was last read."""
+        """Return a sample with its digest and size if its file has not changed since it was last read; else None."""
         if not self.files or (key := self.key(sample)) is None or (before := self.files.get(key)) is None:
             return None
         sha256, width, height = before
         return replace(sample, sha256=sha256, size_px=(width, height))
 
     def remember(self) -> None:
-        """Note what was read in this scan."""
+        """Append the files that were read in this scan to the record."""
         if self.path is not None:
             append_note(self.path, "".join(f"{key} {sha} {width} {height};\n" for key, (sha, width, height) in self.new.items()))
 
 
 def append_note(path: Path, lines: str) -> None:
-    """Append lines to a note; without room on the disk nothing is noted."""
+    """Append lines to a file of notes; if the disk is full, do nothing."""
     if not lines:
         return
     try:
@@ -271,7 +273,7 @@ def append_note(path: Path, lines: str) -> None:
 
 
 def _decode_all(samples: Sequence[Sample], *, progress: ProgressCallback, threads: int | None) -> dict[int, ImageError]:
-    """Decode every sample to its end, as cheaply as its format allows; return those that cannot be."""
+    """Decode every sample completely, as cheaply as its format allows; return the errors by position."""
     threads = threads or available_cores()
     failed = {}
     for position, error in enumerate(ordered_map(_decode_one, samples, threads=threads, ahead=64 * threads)):
@@ -291,7 +293,7 @@ def _decode_one(sample: Sample) -> ImageError | None:
 
 
 def _in_order(indexed: Dataset, bad: Sequence[BadImage]) -> tuple[BadImage, ...]:
-    """Return bad images in the order in which they were listed; what listing itself refused comes first."""
+    """Return bad images in the order in which they were listed, after those that were refused during listing."""
     position = {str(sample.file): number for number, sample in enumerate(indexed.samples)}
     return tuple(sorted(bad, key=lambda image: position.get(image.where, -1)))
 
@@ -301,7 +303,7 @@ def _notes(memory: Path) -> Path:
 
 
 def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
-    """Return size by sha256 of the images that were decoded before; a line that a killed process left torn does not count."""
+    """Return the sizes of the images that were decoded before, by sha256; skip lines that a killed process left incomplete."""
     if memory is None or not _notes(memory).exists():
         return {}
     lines = re.findall(r"^([0-9a-f]{64}) (\d+) (\d+);$", _notes(memory).read_text("ascii", "replace"), re.MULTILINE)
@@ -309,7 +311,7 @@ def _recall(memory: Path | None) -> dict[str, tuple[int, int]]:
 
 
 def _remember(memory: Path | None, samples: Sequence[Sample]) -> None:
-    """Note that these samples were decoded; without room on the disk that is just not noted."""
+    """Record that these samples were decoded, unless the disk is full."""
     sizes = {sample.sha256: sample.size_px for sample in samples if sample.size_px}
     if memory is not None:
         append_note(_notes(memory), "".join(f"{sha256} {width} {height};\n" for sha256, (width, height) in sizes.items()))
@@ -338,7 +340,7 @@ def _judge_bad(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) ->
 
 
 def _refuse_emptied(before: Dataset, after: Dataset) -> None:
-    """Refuse data of which a training class, or a whole validation or test set, consists of unreadable images."""
+    """Refuse data in which all images of a training class, or of the whole validation or test set, are unreadable."""
     left = after.counts()
     problems = []
     for split, counts in before.counts().items():

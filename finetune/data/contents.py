@@ -1,9 +1,9 @@
-"""A folder that holds what an archive held: each file under the sha256 of its bytes, its name only in a list.
+"""Store the contents of an archive in a folder: each file under its sha256, with its name only in a list. Torch-free.
 
-No name from an archive ever becomes a path, so none can lead anywhere, be too long, or differ from another only by case; files
-that are there twice are stored once; and their digests are known without reading them again. Torch-free.
+No name from an archive becomes a path on disk. Therefore names cannot lead out of the folder, be too long or collide by case,
+identical files are stored once, and their digests are known without reading them again.
 
-    members.jsonl   one line for each member: name (or raw, in hexadecimal, where its encoding is not told), sha256, bytes
+    members.jsonl   one line for each member: name (or raw, in hexadecimal, if its encoding is unknown), sha256, bytes
     objects/ab/…    the files, named by their sha256
 """
 
@@ -37,7 +37,7 @@ MEMBERS, OBJECTS = "members.jsonl", "objects"
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What was written."""
+    """The result of unpacking."""
 
     kind: Kind
     n_files: int
@@ -46,7 +46,7 @@ class Unpacked:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One line of the list: a file, or a folder that the archive lists."""
+    """One line of the list: a file, or a folder that the archive contains as a member."""
 
     name: bytes
     is_utf8: bool
@@ -57,11 +57,11 @@ class Held:
 def unpack_archive(source: Path, target: Path, *, limits: ArchiveLimits = DEFAULT_LIMITS) -> Unpacked:
     """Write every regular file of the archive `source` into the folder `target`, which must not exist yet.
 
-    `target` appears only when all of it has been written.
+    `target` is created only after everything has been written.
 
     Raises:
-        ArchiveError: not an archive that is read, a refused member (named), or a limit that was passed (named with its value).
-        DiskFull: no room for the contents.
+        ArchiveError: it is no archive that can be read, a member is refused, or a limit is exceeded; the message names it.
+        DiskFull: the disk has no room for the contents.
     """
     with reading_errors_named(), _appearing(target) as writer:
         for member, chunks in stream_members(source, limits):
@@ -84,10 +84,10 @@ def hold_file(source: Path, name: str, target: Path) -> int:
 
 
 def hold_again(members: Iterable[tuple[str, Path]], target: Path) -> int:
-    """Write a folder that holds files of another such folder under names of its own, without copying them; return their size.
+    """Write a folder with files of another such folder under new names, as hard links; return their size.
 
     Args:
-        members: names, and where the files lie in the other folder, which is on the same disk.
+        members: names, and the paths of the files in the other folder, which is on the same disk.
     """
     with _appearing(target) as writer:
         for name, path in members:
@@ -117,7 +117,7 @@ def read_members(folder: Path) -> list[Held]:
 
 
 def object_path(folder: Path, sha256: str) -> Path:
-    """Return where the file with this digest lies."""
+    """Return the path of the file with this digest."""
     return folder / OBJECTS / sha256[:2] / sha256
 
 
@@ -171,7 +171,7 @@ class _Writer:
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[_Writer]:
-    """Yield a writer into a new folder beside `target` that becomes `target` at the end of the block; on an error it is gone."""
+    """Yield a writer into a new folder that is renamed to `target` at the end of the block; on an error it is deleted."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     staging.mkdir(parents=True)
     try:

@@ -1,7 +1,8 @@
-"""A manifest that corrects data without touching a file: images left out, other labels, groups. `data.manifest` names it.
+"""Correct data by a manifest, without changing files: leave images out, change labels, set groups. Torch-free.
 
-The doctor writes it (`finetune check DATA --fix FILE`), a person edits it in any spreadsheet. Its rows are matched to images by
-the sha256 of their bytes and, among files with the same bytes, by their ids; images without a row stay as they are. Torch-free.
+`finetune check DATA --fix FILE` writes the manifest, users edit it in any spreadsheet program, and `data.manifest` applies it.
+Its rows are matched to images by the sha256 of their bytes and, among files with the same bytes, by their ids; images without a
+row stay as they are.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _USE: Mapping[str, bool] = {"yes": True, "no": False, "true": True, "false": Fal
 
 @dataclass(frozen=True)
 class Row:
-    """What is to be done with one image.
+    """The corrections of one image.
 
     Args:
         use: ``no`` leaves it out.
-        why: what was found about the image; it has no effect, nor have the next two.
+        why: findings about the image; this and the next two fields have no effect.
         suggested: a label that may be the right one.
-        confidence: in the label, of a model that has not seen the image; the least come first.
+        confidence: in the label, of a model that has not seen the image; rows are sorted by it, lowest first.
     """
 
     file: str
@@ -53,10 +54,10 @@ def write_corrections(path: Path, rows: Iterable[Row]) -> None:
 
 
 def corrected(dataset: Dataset, path: Path) -> Dataset:
-    """Return a checked dataset as a manifest corrects it.
+    """Return a checked dataset with the corrections of a manifest.
 
     Raises:
-        DataError: it is no manifest, a label is unknown, or a class is left without an image; all problems at once.
+        DataError: the file is no manifest, a label is unknown, or a class has no image left; all problems are listed.
     """
     by_content = _by_content(_read(path))
     position = {name: label for label, name in enumerate(dataset.classes)}
@@ -111,7 +112,7 @@ def _by_content(rows: Sequence[Row]) -> Mapping[str, list[Row]]:
 
 
 def _row_of(sample: Sample, by_content: Mapping[str, list[Row]]) -> Row | None:
-    """Return the row of a sample: of those with its bytes the one with its id; any, where there is only one."""
+    """Return the row of a sample: the only row with its bytes or, among several, the one with its id; None if there is none."""
     rows = by_content.get(sample.sha256, [])
     named = next((row for row in rows if row.file == sample.id), None)
     return named or (rows[0] if len(rows) == 1 else None)

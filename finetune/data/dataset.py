@@ -1,4 +1,4 @@
-"""Samples, classes and what was left out: what every source becomes, and what everything after it works on. Torch-free."""
+"""The dataset type: samples, classes, and files that were left out. All sources return it. Torch-free."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sample:
     size_px: tuple[int, int] | None = None
 
     def decode(self, decode: Callable[[bytes], T]) -> T:
-        """Return what `decode` makes of the image file's bytes; an `ImageError` names the file."""
+        """Return the result of `decode` for the image file's bytes; an `ImageError` names the file."""
         try:
             return decode(self.file.read())
         except ImageError as error:
@@ -89,7 +89,7 @@ class BadImage:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples in a fixed order (split, class, id), the ordered class names, and what was left out or looks odd."""
+    """Samples in a fixed order (split, class, id), the ordered class names, files that were left out, and warnings."""
 
     name: str
     root: str  # the folder, file or address that was given
@@ -97,7 +97,7 @@ class Dataset:
     samples: tuple[Sample, ...] = field(repr=False)
     bad: tuple[BadImage, ...] = ()
     warnings: tuple[str, ...] = ()
-    understood: tuple[str, ...] = ()  # how the data was read, where there was something to understand
+    understood: tuple[str, ...] = ()  # sentences: how the data was interpreted, if several interpretations were possible
     revision: str = ""  # the digest of the checked data before it was split
 
     def of(self, split: str) -> tuple[Sample, ...]:
@@ -132,10 +132,10 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """The sha256 over classes, labels, splits and contents, and groups and weights where there are any.
+        """The sha256 of classes, labels, splits and contents, and of groups and weights if there are any.
 
-        Where the data lies, what files are called and their order do not matter. Before `check_images` has read the files, their
-        ids stand in for their contents.
+        The location of the data and the names and order of files have no influence. Before `check_images` has read the files,
+        their ids are used instead of their contents.
         """
         rows = sorted(
             (self.label_text(sample), sample.split or "", sample.sha256 or sample.id, *_group_and_weight(sample))

@@ -1,4 +1,4 @@
-"""Where the encoded bytes of one image are kept: a file on disk, a member of an archive, a cell of a table. Torch-free."""
+"""Types for the encoded bytes of one image: a file on disk, a member of an archive, a cell of a table. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.messages import printable
 
 
 class ImageFile(Protocol):
-    """The encoded bytes of one image, wherever they are kept. ``str()`` says where, as text that can be shown."""
+    """The protocol for the encoded bytes of one image. ``str()`` returns their location as printable text."""
 
     def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         """Return the file's bytes.
@@ -27,14 +27,14 @@ class ImageFile(Protocol):
 
 @runtime_checkable
 class SourceFile(ImageFile, Protocol):
-    """A file that a place of data holds."""
+    """The protocol for a file of a place, of any kind."""
 
     def head(self) -> bytes:
-        """Return the first bytes, enough to tell an image from other files; nothing where it cannot be read."""
+        """Return the first bytes, enough to recognise an image; empty if the file cannot be read."""
         ...
 
     def state(self) -> str | None:
-        """Return a text that is another one once the bytes have changed, without reading them; None where that is not known."""
+        """Return a text that changes whenever the bytes change, without reading them; None if it is not known."""
         ...
 
 
@@ -63,7 +63,7 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """An image that lies under the sha256 of its bytes (`finetune.data.contents`)."""
+    """An image that is stored under the sha256 of its bytes (`finetune.data.contents`)."""
 
     path: Path
     name: str  # what it was called
@@ -83,9 +83,9 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class MemberFile:
-    """An image in a zip or a tar, which stays packed.
+    """An image in a zip or tar, which is not unpacked.
 
-    A damaged member raises an `ArchiveError` and not an `ImageError`: then the archive is damaged, not a picture in it.
+    A damaged member raises `ArchiveError` and not `ImageError`, because the archive is damaged and not an image.
     """
 
     archive: Path
@@ -111,7 +111,7 @@ class MemberFile:
 
 
 def state_of(path: Path) -> str | None:
-    """Return what tells this version of a file from any other: where it lies, its size and its times, to the nanosecond."""
+    """Return a text that identifies this version of a file: its place on the disk, its size and its times, to the nanosecond."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,7 +1,7 @@
-"""Labelled data, wherever it comes from, as one dataset: samples, classes, and everything that is wrong with it at once.
+"""Read labelled data from any source as one dataset: samples and classes; report all problems at once.
 
-Places are opened (`finetune.data.places`), formats list what they hold (`finetune.data.sources`); here classes are aligned over
-splits and sources by name, never by position. No image is decoded. Torch-free.
+`finetune.data.places` opens locations, `finetune.data.sources` lists their samples; this module aligns classes over splits and
+sources by name, never by position. No image is decoded. Torch-free.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def index_dataset(
     for_training: bool = True,
     reading: Reading | None = None,
 ) -> Dataset:
-    """Find the classes and samples of `training`, and of separate `validation` and `test` data when given.
+    """Return the classes and samples of `training`, and of separate `validation` and `test` data if given.
 
-    Samples of data without splits have no split yet, unless validation data is given beside it.
+    Samples of data without splits have no split yet, unless separate validation data is given.
 
     Args:
-        for_training: refuse what could be judged on, but not trained on: a single class, classes of a single image.
+        for_training: refuse data that is sufficient for an evaluation but not for training: a single class, classes of one image.
 
     Raises:
-        DataError: with one `Problem` for everything that keeps the data from being used.
+        DataError: the data cannot be used; it has one `Problem` for each reason.
     """
     reading = reading or Reading()
     notes = Notes()
@@ -81,13 +81,13 @@ def index_dataset(
 
 
 def _cardinality(shown: str, counts: Sequence[int]) -> str:
-    """Return how many labels images have, as one sentence."""
+    """Return a sentence with the number of labels per image."""
     mean = sum(counts) / max(len(counts), 1)
     return f"{shown}: images have {min(counts, default=0)} to {max(counts, default=0)} labels, {mean:.2f} on average"
 
 
 class IndexRefused(DataError):
-    """Data that cannot be used, with what could be listed of it all the same."""
+    """Raised for data that cannot be used; `listed` has the samples that could be listed."""
 
     def __init__(self, message: str, problems: Sequence[Problem], listed: Dataset) -> None:
         super().__init__(message, problems)
@@ -108,7 +108,7 @@ def _sample(record: Record, label_of: Mapping[str, int], *, several: bool) -> Sa
 
 @dataclass(frozen=True)
 class _Opened:
-    """A location, opened, and the format that it is in."""
+    """An opened location and its format."""
 
     location: Location
     place: Place
@@ -132,7 +132,7 @@ def _refusal(main: _Opened, problems: Sequence[Problem], for_training: bool) -> 
 
 @dataclass
 class _Found:
-    """Everything that was listed, of all locations."""
+    """The samples of all locations."""
 
     records: list[Record]
     classes: dict[Split | None, tuple[str, ...]]
@@ -140,7 +140,7 @@ class _Found:
     several: bool
 
     def counts(self, split: Split | None) -> dict[str, int]:
-        """Count the images of each class of one split; classes without images are there with zero."""
+        """Count the images of each class of one split, including classes without images."""
         return self._counted()[split]
 
     def splits(self) -> list[Split | None]:
@@ -158,7 +158,7 @@ class _Found:
 
 
 def _read_all(main: _Opened, validation: Location | None, test: Location | None, reading: Reading, notes: Notes) -> _Found:
-    """Read the training data, and what was given for validation and testing beside it."""
+    """Read the training data, and the separate validation and test data."""
     listing = _listed(main, reading, notes)
     found = _Found(list(listing.records), dict(listing.classes), dict(listing.places), listing.several)
     separate: tuple[tuple[Split, Location | None], ...] = (("val", validation), ("test", test))
@@ -175,7 +175,7 @@ def _read_all(main: _Opened, validation: Location | None, test: Location | None,
                 main.shown, f"two sets for {split}: {found.places[split]} inside and {other.shown} given separately; give one"
             )
         _add(found, _listed(other, reading, notes), split, other, main, notes)
-    # Test data of one's own does not spare the cut of a validation set: then the training data is still to be split.
+    # With separate test data but no validation data, a validation set is still to be split from the training data.
     if "val" in found.splits() and None in found.splits():
         _rename_split(found, None, "train")
     found.records[:] = _with_unique_ids(found.records)
@@ -193,7 +193,7 @@ def _listed(opened: _Opened, reading: Reading, notes: Notes) -> Listing:
 
 
 def _add(found: _Found, listing: Listing, split: Split, other: _Opened, main: _Opened, notes: Notes) -> None:
-    """Add what lies in a location of its own as one split."""
+    """Add the samples of a separate location as one split."""
     if not listing.places and not listing.records:  # its problem is noted
         return
     if any(name is not None for name in listing.places):
@@ -206,7 +206,7 @@ def _add(found: _Found, listing: Listing, split: Split, other: _Opened, main: _O
 
 
 def _seen_from(main: _Opened, other: _Opened) -> str:
-    """Return what comes before the ids of another location's samples: the way to it, or its name."""
+    """Return the prefix for the ids of another location's samples: its relative path, or its name."""
     if main.place.local is None or other.place.local is None:
         return f"{other.place.tree.name}/"
     here, there = (Path(opened.place.local or ".").resolve() for opened in (main, other))
@@ -221,7 +221,7 @@ def _rename_split(found: _Found, old: Split | None, new: Split) -> None:
 
 
 def _with_unique_ids(records: Sequence[Record]) -> list[Record]:
-    """Return the records with another id for each: a table may name a file in several rows, which are samples of their own."""
+    """Return the records with unique ids. A table may name a file in several rows, each of which is a sample."""
     seen: Counter[str] = Counter()
     unique = []
     for record in records:
@@ -231,7 +231,7 @@ def _with_unique_ids(records: Sequence[Record]) -> list[Record]:
 
 
 def _unite_spellings(found: _Found, notes: Notes) -> None:
-    """Make one class of names that differ only in how their accents are encoded; in any other spelling they stay."""
+    """Make class names equal that differ only in the Unicode encoding of accents."""
     names = {name for names in found.classes.values() for name in names} | {name for r in found.records for name in r.labels}
     composed: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -279,7 +279,7 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
 
 
 def _separator_hint(names: Iterable[str]) -> str:
-    """Return what to do where class names look like several labels each; empty where they do not."""
+    """Return advice if class names look like several labels each; else an empty text."""
     found = forgotten_separator(names)
     if found is None:
         return ""
@@ -287,7 +287,7 @@ def _separator_hint(names: Iterable[str]) -> str:
 
 
 def _check_names(found: _Found, place: str, notes: Notes) -> None:
-    """Note classes whose names nobody could tell apart, or show."""
+    """Note classes whose names cannot be distinguished by readers, or cannot be displayed."""
     for split in found.splits():
         spelled: dict[str, list[str]] = defaultdict(list)
         for name in found.counts(split):
@@ -304,12 +304,12 @@ def _check_names(found: _Found, place: str, notes: Notes) -> None:
 
 
 def _inside(place: str, name: str) -> str:
-    """Return where a class is: a folder of its own, unless it is rows of a table."""
+    """Return the location of a class: its folder, or the table that contains it."""
     return place if place.lower().endswith(tuple(SUFFIXES)) else f"{place}/{printable(name)}"
 
 
 def _unusable(inside: str, notes: Notes) -> str:
-    """Return what is in a folder instead of images, in brackets."""
+    """Return the contents of a folder without readable images, in brackets."""
     bad = [image for image in notes.bad if image.where.startswith(inside)]
     if not bad:
         return ""

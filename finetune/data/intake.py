@@ -1,8 +1,7 @@
-"""Taking in an upload: unpack it, look at its classes or count its images, say what was found. In a child process with narrow
-limits.
+"""Unpack and describe uploads in a child process with strict limits. Torch-free.
 
-Archives and tables come from strangers, and their readers are other people's: whatever they do with a malformed one, it costs
-the child its memory or its time, not the server. Torch-free.
+Archives and tables are not trusted, and third-party libraries read them. If a malformed file makes a library use too much memory
+or time, only the child process is affected and not the server.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _TABLE_ALONE = (
 
 @dataclass(frozen=True)
 class Intake:
-    """What an upload held.
+    """The description of an upload.
 
     Args:
         kind: of the upload: zip, tar, tar.gz, parquet or jsonl.
-        counts: images by split (``all`` where there is none yet) and class.
-        understood: how it was read, where there was something to understand.
+        counts: images by split (``all`` if there is none yet) and class.
+        understood: sentences: how it was interpreted, if several interpretations were possible.
     """
 
     kind: str
@@ -59,16 +58,16 @@ class Intake:
 def take_in(
     archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, filename: str = "", *, labelled: bool = True
 ) -> Intake:
-    """Unpack an upload into the folder `target`, which must not exist yet, and describe it. On any error there is no `target`.
+    """Unpack an upload into the folder `target`, which must not exist yet, and describe it. On an error delete `target`.
 
     Args:
-        filename: what the client called it; it tells tables apart, whose first bytes do not.
-        labelled: it must be a dataset to train on; else an archive of any image files.
+        filename: the name given by the client, which determines the format of tables.
+        labelled: whether it must be a dataset to train on; otherwise an archive of image files is sufficient.
 
     Raises:
         ArchiveError: the archive is refused; the message names the member.
-        DataError: it holds no labelled images in a layout that is known, or, where they need no labels, no image.
-        DiskFull: no room for the contents.
+        DataError: it has no labelled images in a known layout or, if labels are not needed, no image.
+        DiskFull: the disk has no room for the contents.
     """
     request = {
         "archive": str(archive), "target": str(target), "limits": asdict(limits), "filename": filename, "labelled": labelled,
@@ -79,7 +78,7 @@ def take_in(
 
 
 def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> Mapping[str, int]:
-    """Return how many images each split has (``all``: those in none yet); refuse data as `index_dataset` does.
+    """Return the number of images of each split (``all``: images without a split); refuse data as `index_dataset` does.
 
     Tables and annotations are read in a child process.
 
@@ -98,9 +97,9 @@ def check(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits =
 
 
 def listed(locations: Mapping[str, Path], data: DataSpec, limits: ArchiveLimits = DEFAULT_LIMITS) -> Dataset:
-    """Return the samples of data with tables or annotations, which are read in a child process, to show their images.
+    """Return the samples of data with tables or annotations, which are read in a child process.
 
-    Images that are cells of a table have no file of their own and are left out.
+    Images that are embedded in a table are left out, because they have no file.
 
     Args:
         locations: as for `check`.
@@ -125,7 +124,7 @@ def _index(locations: Mapping[str, Path], data: DataSpec, *, for_training: bool 
 
 
 def needs_care(location: Path) -> bool:
-    """Return whether reading a location takes more than listing names: it is a file, or has tables or annotations in it."""
+    """Return whether a location must be read in a child process: it is a file, or has tables or annotations in it."""
     if location.is_file():
         return True
     root = open_place(location, Reading()).tree.root()
@@ -133,7 +132,7 @@ def needs_care(location: Path) -> bool:
 
 
 def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
-    """Return a child process's answer; raise what it refused."""
+    """Return the answer of a child process; raise the error with which it refused the data."""
     command = [sys.executable, "-m", "finetune.data.intake", json.dumps(request)]
     try:
         ran = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds + 30)
@@ -154,7 +153,7 @@ def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn
 
 
 def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, labelled: bool) -> dict[str, Any]:
-    """In the child: what `take_in` answers, as JSON holds it."""
+    """Compute the answer of `take_in` as JSON values, in the child process."""
     try:
         kind, n_files, size_bytes = _unpack(archive, target, limits, filename)
         if not labelled:
@@ -197,7 +196,7 @@ def _count_images(folder: Path) -> int:
 
 
 def describe(folder: Path) -> Dataset:
-    """Return the dataset in `folder`. A class may have a single image where it only validates, so that is not refused here."""
+    """Return the dataset in `folder`. A class with a single image is not refused, because the data may be for validation only."""
     try:
         return index_dataset(folder)
     except DataError as original:
@@ -216,7 +215,7 @@ def _refusal(error: FinetuneError, target: Path | None) -> dict[str, Any]:
 
 
 def _without(folder: Path | None, text: str) -> str:
-    """Return `text` as seen from inside the archive: where the server keeps it is nobody's business."""
+    """Return `text` with paths relative to the archive, so that clients do not see where the server stores it."""
     if folder is None:
         return text
     return text.replace(f"{folder}/", "").replace(str(folder), "the archive")
@@ -237,7 +236,7 @@ def _limit_this_process(limits: ArchiveLimits) -> None:
 
 
 def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
-    """In the child: what `check` answers."""
+    """Compute the answer of `check`, in the child process."""
     try:
         dataset = _index({name: Path(path) for name, path in locations.items()}, DataSpec.model_validate(data))
     except MemoryError:
@@ -248,7 +247,7 @@ def _look_again(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[s
 
 
 def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
-    """In the child: what `listed` answers."""
+    """Compute the answer of `listed`, in the child process."""
     paths = {name: Path(path) for name, path in locations.items()}
     try:
         dataset = _index(paths, DataSpec.model_validate(data), for_training=False)

@@ -1,8 +1,8 @@
-"""Class folders: which folder is the root, which are splits, which are classes. One step for every place of data.
+"""Find out which folders are the root, the splits and the classes, for every kind of place.
 
-Zips of a folder, downloads with a folder in a folder, and splits called ``training_set`` mean the same thing, and what was
-understood is said. Where folder names look like splits and nothing is certain, that is a problem that asks: a split that is
-taken for a class trains on nonsense without a word.
+Wrapping folders and splits under other names such as ``training_set`` are recognised, and the interpretation is reported. If
+folder names look like splits and the interpretation is not certain, a problem asks the user: a split that is taken for a class
+would produce a useless model without a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def without_wrapping(folder: Folder, reading: Reading) -> Folder:
 
 
 def _only_folder(folder: Folder) -> Folder | None:
-    """Return the folder around everything: the only one with images, and with folders of them, not images, in it."""
+    """Return the only folder with images if it contains folders with images and no images itself; else None."""
     if any(node.is_image for node in folder.files):
         return None
     full = [inner for inner in folder.folders if inner.has_images()]
@@ -100,7 +100,7 @@ class _Reader:
     # ---------------------------------------------------------------------------------------------------------------- splits
 
     def _splits_in(self, root: Folder) -> dict[Split | None, list[Folder]] | None:
-        """Return the folders of each split that lie in `root`; none where its folders are classes; None for a problem."""
+        """Return the folders in `root` by split; empty if its folders are classes; None if a problem was noted."""
         meanings = {folder.name: split_meaning(folder.name, self.reading.splits) for folder in root.folders}
         folders = root.folders
         named = [folder for folder in folders if (meaning := meanings[folder.name]) and meaning.split]
@@ -126,7 +126,7 @@ class _Reader:
         return self._checked(root, named, deep, others)
 
     def _without_left_out(self, folder: Folder) -> Folder:
-        """Return a folder without those inside that a person, or a tool's convention, leaves out."""
+        """Return a folder without the subfolders that the user or the convention of a tool leaves out."""
         kept = [inner for inner in folder.folders if not self._is_left_out(inner)]
         return folder if len(kept) == len(folder.folders) else _with_only(folder, kept)
 
@@ -153,7 +153,7 @@ class _Reader:
         return None if meaning is None else meaning.split
 
     def _flat(self, root: Folder, named: Sequence[Folder], others: Sequence[Folder]) -> dict[Split | None, list[Folder]] | None:
-        """Decide on folders that are named like splits and hold images directly, so that they may be classes."""
+        """Decide whether folders that are named like splits but contain images directly are splits or classes."""
         full = [folder for folder in named if folder.has_images()]
         if not full:  # empty folders of that name
             return {} if others else self._checked(root, named, [], others)
@@ -172,7 +172,7 @@ class _Reader:
         )
 
     def _same_classes(self, folders: Sequence[Folder]) -> bool:
-        """Return whether folders that may be splits hold class folders of the same names, by and large."""
+        """Return whether folders that may be splits contain class folders with mostly the same names."""
         if len(folders) < 2 or len({self._meant(folder) for folder in folders}) < 2:
             return False
         names = [self._class_names(folder) for folder in folders]
@@ -184,7 +184,7 @@ class _Reader:
         return frozenset(class_name(one.name) for one in inner.folders if one.has_images())
 
     def _inside_split(self, folder: Folder) -> Folder:
-        """Return where the class folders of a split begin: below folders around them, also of the split's own name."""
+        """Return the folder that contains the class folders of a split, below any wrapping folders."""
         split = self._meant(folder)
         while (inner := _only_folder(folder)) is not None and self._meant(inner) in (None, split):
             folder = inner
@@ -205,7 +205,7 @@ class _Reader:
     def _checked(
         self, root: Folder, named: Sequence[Folder], deep: Sequence[Folder], others: Sequence[Folder]
     ) -> dict[Split | None, list[Folder]]:
-        """Return split folders, with a note of everything beside them that is not in a split."""
+        """Return the split folders; note all files and folders beside them that belong to no split."""
         unlabelled = [
             folder for folder in named if folder not in deep and folder.has_images() and self._meant(folder) == "test" and deep
         ]
@@ -224,7 +224,7 @@ class _Reader:
         return by_split
 
     def _splits_in_classes(self, root: Folder) -> dict[Split | None, ByClass]:
-        """Read class folders that each hold splits (cat/train, cat/val, dog/train …); nothing where they do not."""
+        """Return the layout of class folders that each contain splits (cat/train, cat/val, dog/train …); None if they do not."""
         full = [folder for folder in root.folders if folder.has_images()]
         found: dict[Split | None, ByClass] = {}
         if len(full) < 2 or any(node.is_image for folder in full for node in folder.files):
@@ -290,7 +290,7 @@ class _Reader:
         return found
 
     def _checked_name(self, folder: Folder) -> str | None:
-        """Return what the class of a folder is called; note a problem where the name cannot be one's."""
+        """Return the class name of a folder; note a problem if the folder's name cannot be a class name."""
         name = class_name(in_encoding(folder.name, self.reading.name_encoding))
         why = why_no_class_name(name)
         if why is None:
@@ -357,7 +357,7 @@ class _Reader:
 
 
 def _repeated_inside(full: Sequence[Folder]) -> list[str] | None:
-    """Return the names of folders that lie in every one of several would-be class folders, which hold no images themselves."""
+    """Return the names of the folders that all of several candidate class folders contain, if these have no images themselves."""
     if len(full) < 2 or any(node.is_image for folder in full for node in folder.files):
         return None
     inside = [{inner.name for inner in folder.folders if inner.has_images()} for folder in full]

@@ -1,8 +1,8 @@
-"""Samples → batches of uint8 pixels, decoded and framed in background threads.
+"""Load batches of uint8 pixels, decoded and preprocessed in background threads.
 
-What a batch holds is a pure function of position: (seed, epoch, step) decide which samples and which views, so a run
-that resumes at step 1,234 sees what an uninterrupted one saw, whatever the number of threads. Nothing here is remembered,
-so nothing has to be saved. An image that cannot be decoded after all stops the loop with an `ImageError` that names it.
+The contents of a batch are a pure function of (seed, epoch, step). So a run that resumes at any step gets the same batches as an
+uninterrupted one, with any number of threads, and the loader has no state to save. An image that cannot be decoded stops the loop
+with an `ImageError` that names it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalLoader:
-    """Every sample once, in order, framed as in serving. May be iterated any number of times."""
+    """Yields every sample once, in order, preprocessed as in serving. It can be iterated several times."""
 
     samples: Sequence[Sample]
     preprocess: Preprocess
@@ -57,7 +57,7 @@ class EvalLoader:
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """The batches of one epoch, shuffled and augmented, from `start_step` (counted within the epoch) to its end."""
+    """Yields the batches of one epoch, shuffled and augmented, from `start_step` (counted within the epoch) on."""
 
     samples: Sequence[Sample]
     augment: Augment
@@ -70,7 +70,7 @@ class TrainLoader:
     classes: np.ndarray | None = None  # (N,) of the samples, to be seen equally often; see `epoch_order`
 
     def __len__(self) -> int:
-        """Return how many steps are left of the epoch."""
+        """Return the number of steps that are left of the epoch."""
         return max(0, steps_per_epoch(len(self.samples), self.batch_size) - self.start_step)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -97,9 +97,9 @@ class TrainLoader:
 
 
 def load_batches(order: np.ndarray, load: Callable[[int], np.ndarray], batch_size: int, threads: int) -> Iterator[Batch]:
-    """Yield batches of ``load(place)`` for the places in `order`, which holds the indices.
+    """Yield batches of ``load(place)`` for the places in `order`, which contains the indices.
 
-    About two batches of images are loaded ahead of the reader.
+    About two batches of images are loaded in advance.
     """
     ahead = max(2 * threads, min(2 * batch_size, 256))
     with closing(ordered_map(load, range(len(order)), threads=threads, ahead=ahead)) as images:

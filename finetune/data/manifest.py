@@ -1,8 +1,8 @@
-"""Revisions of data: what a dataset held, kept under its digest, so that it can be named, required and compared. Torch-free.
+"""Keep the manifest of each revision of data under its digest, to name, require and compare revisions. Torch-free.
 
-A manifest lists every sample by the sha256 of its bytes with its labels, and its split, group and weight where the data gives
-them. Its digest, `Dataset.digest`, is the revision: it is the same wherever the data lies, in whatever format and under
-whatever file names.
+A manifest lists every sample by the sha256 of its bytes, with its labels and, if the data gives them, its split, group and
+weight. Its digest, `Dataset.digest`, is the revision. It does not depend on the location, the format or the file names of the
+data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset held. `digest` depends on neither `name` nor `root` nor the ids of the rows."""
+    """The contents of a dataset. `digest` depends on neither `name` nor `root` nor the ids of the rows."""
 
     digest: str
     name: str
@@ -46,7 +46,7 @@ class Manifest:
 
 
 def manifest_of(dataset: Dataset) -> Manifest:
-    """Return the manifest of a checked dataset, as it is before it is split."""
+    """Return the manifest of a checked dataset that is not split yet."""
     rows = [
         Row(sample.id, dataset.label_names(sample), sample.sha256, sample.split, sample.group, sample.weight)
         for sample in dataset.samples
@@ -59,7 +59,7 @@ def _order(row: Row) -> tuple[str, str]:
 
 
 def keep(folder: Path, dataset: Dataset) -> Path:
-    """Write the manifest of a checked dataset under its digest; return where it lies."""
+    """Write the manifest of a checked dataset under its digest; return its path."""
     path = folder / f"{dataset.digest}.jsonl"
     if not path.exists():
         manifest = manifest_of(dataset)
@@ -78,8 +78,8 @@ def find_manifest(folder: Path, revision: str) -> Manifest:
     """Return the kept manifest whose digest begins with `revision`.
 
     Raises:
-        NotFound: there is none, or several.
-        DataError: it is damaged.
+        NotFound: there is none, or there are several.
+        DataError: the manifest is damaged.
     """
     found = sorted(folder.glob(f"{revision}*.jsonl"))
     if len(found) != 1:
@@ -106,7 +106,7 @@ def require(dataset: Dataset, revision: str, folder: Path) -> None:
     """Refuse data that is not of this revision.
 
     Raises:
-        DataChangedError: it is another one; where the asked one is known here, with what differs.
+        DataChangedError: it is another revision. If the requested one is known, the error lists the differences.
     """
     if dataset.digest.startswith(revision):
         return
@@ -122,7 +122,7 @@ def require(dataset: Dataset, revision: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed from one revision to another. Ids are of the later one, except for `removed`.
+    """The changes from one revision to another. Ids are those of the later one, except for `removed`.
 
     Args:
         replaced: ids that are in both with other bytes.
@@ -158,7 +158,7 @@ class Difference:
 
 
 def compare(before: Manifest, after: Manifest) -> Difference:
-    """Return what changed; images are matched by their bytes, then by their ids."""
+    """Return the changes from `before` to `after`; images are matched by their bytes, then by their ids."""
     olds, news = _by_content(before.rows), _by_content(after.rows)
     pairs: list[tuple[Row, Row]] = []
     gone: list[Row] = []

@@ -1,8 +1,7 @@
-"""Names of files and folders: what an archive's bytes say, which names are refused, and what a class is called.
+"""Decode and check the names of files and folders, and derive class names from them. Torch-free.
 
-An archive may hold names in any encoding and often does not say in which. They are decoded by evidence over all of its names
-together, and where the evidence leaves a choice, that is said. A path from an archive is only ever a list of checked parts.
-Torch-free.
+An archive may store names in any encoding, and often does not state which. The encoding is estimated from all names together; if
+several encodings are plausible, this is reported. A path from an archive is always a list of checked parts.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ _DRIVES = tuple(f"{letter}:" for letter in "abcdefghijklmnopqrstuvwxyz")
 
 
 class NameRefused(ValueError):
-    """A path that an archive may not hold; the message goes after the member's name."""
+    """Raised for a path that is not allowed in an archive; the message is a phrase that follows the member's name."""
 
 
 @dataclass(frozen=True)
 class DecodedNames:
-    """Names as text."""
+    """Decoded names with their encoding."""
 
     texts: tuple[str, ...]
     encoding: str
@@ -44,14 +43,14 @@ _CLOSE = 0.15  # of plausibility, within which another reading is worth a word
 
 
 def decode_names(raw: Sequence[bytes], encoding: str = "auto") -> DecodedNames:
-    """Decode names that do not say in which encoding they are.
+    """Decode names of unknown encoding.
 
     Args:
-        encoding: a Python codec's name; ``auto`` takes UTF-8 where all of them are valid UTF-8, else the most plausible of the
-            encodings that archive programs write.
+        encoding: name of a Python codec; ``auto``: UTF-8 if all names are valid UTF-8, else the most plausible of the encodings
+            that archive programs use.
 
     Raises:
-        NameRefused: `encoding` is no encoding, or a name is not valid in it.
+        NameRefused: `encoding` does not exist, or a name is not valid in it.
     """
     if encoding != "auto":
         return DecodedNames(tuple(_in(encoding, name) for name in raw), encoding)
@@ -91,7 +90,7 @@ def _decoded(raw: Sequence[bytes], encoding: str) -> tuple[str, ...] | None:
 
 
 def _readings(raw: Sequence[bytes]) -> list[tuple[str, tuple[str, ...], float]]:
-    """Return (encoding, texts, plausibility) for each encoding that can hold the names, the most plausible first."""
+    """Return (encoding, texts, plausibility) for each encoding in which the names are valid, the most plausible first."""
     sample = tuple(dict.fromkeys(part for name in raw for part in name.split(b"/") if not part.isascii()))[:500]
     found = []
     for encoding in _ENCODINGS:
@@ -103,7 +102,7 @@ def _readings(raw: Sequence[bytes]) -> list[tuple[str, tuple[str, ...], float]]:
 
 
 def _plausibility(text: str, encoding: str) -> float:
-    """Return how much `text` looks like names that people give, at most 1."""
+    """Return the plausibility of `text` as a name, at most 1."""
     foreign = [letter for letter in text if not letter.isascii()]
     values = [_letter_plausibility(letter, encoding) for letter in foreign]
     scripts = {_script(letter) for letter in foreign if letter.isalpha()}
@@ -118,7 +117,7 @@ def _plausibility(text: str, encoding: str) -> float:
 
 
 def _mixes_alphabets(word: str) -> bool:
-    """Return whether a word has Latin letters beside those of another alphabet, as only wrong readings have."""
+    """Return whether a word mixes Latin letters with those of another alphabet, which suggests a wrong encoding."""
     scripts = {_script(letter) for letter in word if letter.isalpha()}
     return len(scripts & {"LATIN", "CYRILLIC", "GREEK", "HEBREW", "ARABIC"}) > 1
 
@@ -154,7 +153,7 @@ def _script(letter: str) -> str:
 
 
 def _examples(texts: Sequence[str], others: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Return a name as it was read, and as other encodings would read it."""
+    """Return an example of a name as it was decoded, and as other encodings would decode it."""
     position = max(range(len(texts)), key=lambda index: sum(not letter.isascii() for letter in texts[index]))
     said = repr(_last_foreign_part(texts[position]))
     alternatives = [f"{_last_foreign_part(texts[position])!r} as {name}" for name, texts in others[:_SHOWN_DIFFERENCES]]
@@ -167,10 +166,10 @@ def _last_foreign_part(path: str) -> str:
 
 
 def checked_parts(path: str, *, max_depth: int = MAX_DEPTH) -> tuple[str, ...]:
-    """Return the folders and the file name of a member of an archive. Backslashes separate too, as some programs write them.
+    """Return the folders and the file name of a member of an archive. Backslashes, which some programs write, are separators too.
 
     Raises:
-        NameRefused: a path that leads out of the archive, or that nobody could show or store.
+        NameRefused: the path leads out of the archive, or cannot be displayed or stored.
     """
     if path[:1] in ("/", "\\") or path[:2].lower() in _DRIVES:
         raise NameRefused("has an absolute path")
@@ -187,17 +186,17 @@ def checked_parts(path: str, *, max_depth: int = MAX_DEPTH) -> tuple[str, ...]:
 
 
 def class_name(text: str) -> str:
-    """Return what a class is called: the name of its folder, or its label in a table, without space around it.
+    """Return the name of a class: that of its folder, or its label in a table, without surrounding whitespace.
 
-    File systems of the Mac store accents apart from their letters. A name that is decomposed throughout is composed again, as it
-    was typed; any other spelling stays.
+    File systems of macOS store accents separately from their letters (NFD). Such a name is composed again (NFC); any other
+    spelling is kept.
     """
     name = text.strip()
     return unicodedata.normalize("NFC", name) if name == unicodedata.normalize("NFD", name) else name
 
 
 def in_encoding(name: str, encoding: str) -> str:
-    """Return a name from a file system whose bytes are no UTF-8 as `encoding` reads it; ``auto`` leaves it as it is."""
+    """Return a name from a file system that is not UTF-8, decoded with `encoding`; ``auto`` returns it unchanged."""
     if encoding == "auto" or not any("\ud800" <= letter <= "\udfff" for letter in name):
         return name
     try:
@@ -207,7 +206,7 @@ def in_encoding(name: str, encoding: str) -> str:
 
 
 def why_no_class_name(name: str) -> str | None:
-    """Return what keeps a text from being a class's name; None where nothing does."""
+    """Return the reason why a text cannot be a class name; None if it can."""
     if not name.strip():
         return "is empty"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -218,12 +217,12 @@ def why_no_class_name(name: str) -> str | None:
 
 
 def same_class(name: str) -> str:
-    """Return a key that is equal for names which differ only in case, spaces around them or the encoding of accents."""
+    """Return a key that is equal for names that differ only in case, surrounding spaces or the encoding of accents."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def possible_readings(raw: bytes) -> str:
-    """Return how a name that is not UTF-8 could be read, as ``'café' as cp1252``."""
+    """Return possible decodings of a name that is not UTF-8, such as ``'café' as cp1252``."""
     readings: list[str] = []
     seen: set[str] = set()
     for encoding, texts, _ in _readings([raw]):

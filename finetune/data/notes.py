@@ -1,4 +1,4 @@
-"""What turns up while data is listed: problems that refuse it, oddities that become warnings, and how it was understood."""
+"""Collect messages while data is listed: problems that refuse it, warnings, and how it was interpreted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from finetune.messages import natural_list, plural, printable
 
 @dataclass
 class Notes:
-    """Everything worth telling that turns up while a source is listed.
+    """The messages about a source.
 
-    Problems refuse the data; bad images and odd things become warnings; `understood` says how the data was read.
+    Problems refuse the data; bad images and oddities become warnings; `understood` has sentences on how the data was interpreted.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -25,24 +25,24 @@ class Notes:
     understood: list[str] = field(default_factory=list)
 
     def problem(self, where: Path | str, message: str) -> None:
-        """Note a problem once: a folder may be listed more than once on the way."""
+        """Note a problem, once even if a folder is listed several times."""
         problem = Problem(printable(where), message)
         if problem not in self.problems:
             self.problems.append(problem)
 
     def say(self, sentence: str) -> None:
-        """Note how the data was understood, once."""
+        """Note how the data was interpreted, once."""
         if sentence not in self.understood:
             self.understood.append(sentence)
 
     def many(self, where: str, places: Iterable[str], what: str) -> None:
-        """Note one problem of many places of one location, the first of them by name."""
+        """Note one problem that many places in one location have, with the first names."""
         names = list(places)
         if names:
             self.problem(where, f"{what}: {natural_list(names)}")
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what is worth telling and keeps nobody from training."""
+        """Return the warnings, which do not prevent training."""
         if not self.not_images:
             return tuple(self.left_out)
         names = natural_list(printable(name) for name in self.not_images)

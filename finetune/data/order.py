@@ -1,4 +1,4 @@
-"""The order in which an epoch sees the samples, and how many steps it has: pure functions."""
+"""Compute the order of the samples in an epoch and the number of its steps, by pure functions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 def steps_per_epoch(n_samples: int, batch_size: int) -> int:
     """Return the number of batches in one epoch.
 
-    A last batch of a single image is left out: batch normalisation cannot learn from one. In the next epoch the shuffle leaves
-    out another.
+    A last batch of a single image is left out, because batch normalisation cannot train on it. The shuffle leaves out another
+    image in the next epoch.
     """
     full, rest = divmod(n_samples, batch_size)
     return full + (rest > 1 or (rest == 1 and full == 0))
@@ -19,8 +19,8 @@ def epoch_order(n_samples: int, seed: int, epoch: int, classes: np.ndarray | Non
     """Return the order of the samples in one epoch, (n_samples,) int64.
 
     Args:
-        classes: (n_samples,) where given, the classes are seen equally often: all samples of a small class again and again, each
-            as often as the others of its class up to one time; of a large class only some, in another epoch others.
+        classes: (n_samples,) if given, all classes occur equally often: the samples of a small class are repeated, equally often
+            up to one time; of a large class only some occur, others in other epochs.
     """
     rng = np.random.default_rng([seed, epoch])
     if classes is None:
@@ -36,7 +36,7 @@ def epoch_order(n_samples: int, seed: int, epoch: int, classes: np.ndarray | Non
 
 
 def times_before(order: np.ndarray) -> np.ndarray:
-    """Return how often each sample has come before in an order, (n,) int64: each time it is shown in another view."""
+    """Return for each position how often its sample occurs earlier in the order, (n,) int64. Every occurrence is another view."""
     by_sample = np.argsort(order, kind="stable")
     ordered = order[by_sample]
     first = np.searchsorted(ordered, ordered)

@@ -1,7 +1,7 @@
-"""A function over items in background threads: results in order, a bounded number of them ahead of the reader.
+"""Map a function over items in background threads, in order and with a bounded number of results in advance. Torch-free.
 
-Threads, not processes: decoding and resampling run outside Python's global lock, and nothing has to be copied or seeded
-per worker. Torch-free.
+Threads are used and not processes, because decoding and resampling release Python's global lock, and nothing has to be copied or
+seeded for each worker.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ Result = TypeVar("Result")
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Generator[Result, None, None]:
-    """Yield ``function(item)`` in the order of `items`, working on up to `ahead` items that nobody has asked for yet.
+    """Yield ``function(item)`` in the order of `items`; up to `ahead` items are computed in advance.
 
-    What `function` raises is raised here, at its item's turn. Closing the generator abandons what has not begun.
+    An exception of `function` is raised when the result of its item is due. Closing the generator cancels items that have not
+    begun.
     """
     if threads < 1 or ahead < 1:
         raise ValueError(f"threads and ahead must be at least 1, given {threads} and {ahead}")

@@ -1,9 +1,9 @@
-"""Decoded large photographs on disk, so that only the first epoch decodes them.
+"""Cache the decoded pixels of large photographs on disk, so that only the first epoch decodes them. Torch-free.
 
-Decoding a 12-megapixel JPEG takes about 40 ms of a core, reading its decoded pixels back 1 ms; photographs of web size decode
-in little more than reading takes, so they are not stored (`LARGE_PX`). A stored picture is found by the sha256 of the image
-file and by how it was decoded. Each is one file, written whole or not at all, so any number of runs may share a folder and be
-killed at any moment. The folder is bounded; what does not fit is decoded again. Torch-free.
+Decoding a 12-megapixel JPEG takes about 40 ms of a core, and reading its decoded pixels 1 ms. Small photographs decode almost as
+fast as their pixels are read, so they are not stored (`LARGE_PX`). The key of a stored image is the sha256 of its file and the
+way of decoding. Each is written atomically into a file of its own, so several runs can share the folder. The folder has a size
+limit; images that do not fit are decoded again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ LARGE_PX = 2_000_000  # pixels of the encoded image from which storing pays
 
 
 class PixelStore:
-    """``read(sample, short_side_px)`` is `read_image`, remembered. Threads and processes may share it."""
+    """Reads and decodes images through the cache. Threads and processes may share it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.folder = store.folder("pixels")
 
     def read(self, sample: Sample, short_side_px: int) -> np.ndarray:
-        """Return the picture, (H, W, 3) uint8, upright; the same pixels whether they were stored or not.
+        """Return the image, (H, W, 3) uint8, upright. The pixels are the same whether they were cached or not.
 
         Raises:
-            ImageError: the file does not decode, and no pixels of it are stored; it is named.
+            ImageError: the file cannot be decoded, and its pixels are not cached; the error names it.
         """
         path = self._path(sample, short_side_px)
         if path is not None and (stored := _load(path)) is not None:
@@ -49,7 +49,7 @@ class PixelStore:
         return rgb
 
     def _path(self, sample: Sample, short_side_px: int) -> Path | None:
-        """Return where the sample's pixels are stored; None where decoding is as quick as reading."""
+        """Return the path of the sample's cached pixels; None if decoding is as fast as reading."""
         if not sample.sha256 or sample.size_px is None or sample.size_px[0] * sample.size_px[1] < LARGE_PX:
             return None
         return self.folder / f"{DECODER}-short-side-{short_side_px}" / sample.sha256[:2] / f"{sample.sha256}.npy"
@@ -64,7 +64,7 @@ class PixelStore:
 
 
 def _load(path: Path) -> np.ndarray | None:
-    """Return the stored pixels, marked as used now; None where there are none, or none that can be read."""
+    """Return the cached pixels and mark them as used; None if there are none, or they cannot be read."""
     try:
         rgb: np.ndarray = np.load(path, allow_pickle=False)
         mark_used(path)

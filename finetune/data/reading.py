@@ -1,4 +1,4 @@
-"""How a location of data is to be read: which columns, which folder names mean splits, and what may be reached from it."""
+"""The options for reading data: columns, meanings of folder names, and the folders that may be accessed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SplitMeaning = Literal["train", "val", "test", "none", "class"]
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a table; None: found by their names and contents, and said."""
+    """Names of the columns of a table; None: found by their names and contents, and reported."""
 
     file: str | None = None
     label: str | None = None
@@ -34,15 +34,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Reading:
-    """How data is to be read.
+    """The options for reading data.
 
     Args:
-        splits: names of folders, or values of the split column, and what they mean; ``none`` leaves them out, ``class`` says
-            that the name is a class's. Other names are understood by themselves.
-        class_folder: which folder of a path names the class where folders are nested.
-        name_encoding: of names in archives that do not tell it.
-        roots: folders that links and tables may lead into; None: whatever the person at the command line may read.
-        store: where what must be unpacked is kept; None: in a temporary folder of this process.
+        splits: meanings of folder names, or of values of the split column; ``none`` leaves them out, ``class`` marks a class.
+            Other names are interpreted automatically.
+        class_folder: which folder of a path is the class if folders are nested.
+        name_encoding: encoding of names in archives that do not state it.
+        roots: folders that links and tables may point into; None: any folder that the user may read.
+        store: cache for unpacked archives; None: a temporary folder of this process.
     """
 
     columns: Columns = Columns()
@@ -53,7 +53,7 @@ class Reading:
     store: Store | None = field(default=None, compare=False)
 
     def scratch(self, key: str) -> Path:
-        """Return a folder, which may not exist yet, for what is made from the contents that `key` stands for."""
+        """Return a folder for files derived from the contents that `key` identifies; it may not exist yet."""
         folder = self.store.folder("sources") if self.store is not None else _of_this_process()
         return folder / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -61,7 +61,7 @@ class Reading:
         """Reserve room in the store.
 
         Raises:
-            DataError: the store may not hold so much.
+            DataError: this exceeds the size limit of the store.
         """
         if self.store is not None and not self.store.reserve(n_bytes):
             raise DataError(
@@ -71,7 +71,7 @@ class Reading:
 
 
 def reading_of(data: DataSpec, store: Store | None = None) -> Reading:
-    """Return how a request asks for its data to be read."""
+    """Return the reading options of a request."""
     return Reading(
         columns=Columns(
             file=data.file_column,

@@ -1,4 +1,4 @@
-"""Labels that look like several in one cell, such as ``red|shirt``: a separator that was probably forgotten."""
+"""Detect labels that look like several in one cell, such as ``red|shirt``, when no separator was given."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LEAST_SHARE = 0.3  # of all labels
 
 
 def forgotten_separator(labels: Iterable[str]) -> tuple[str, list[str]] | None:
-    """Return the separator that divides these class names into parts which they share, and the names that have it.
+    """Return the separator that divides these class names into shared parts, and the names that contain it.
 
-    Returns None where the names do not look like combinations of fewer parts.
+    Returns None if the names do not look like combinations of fewer parts.
     """
     names = sorted(set(labels))
     for separator, least in _SEPARATORS:
@@ -29,7 +29,7 @@ def forgotten_separator(labels: Iterable[str]) -> tuple[str, list[str]] | None:
 
 
 def how_to_separate(separator: str) -> str:
-    """Return the option that reads such labels apart, as it is written in a shell."""
+    """Return the option that separates such labels, as it is written in a shell."""
     return f"--set 'data.label_separator={separator}'"
 
 

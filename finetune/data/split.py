@@ -1,12 +1,12 @@
-"""Which images train, which choose, which judge: splits and folds that stay as they are when the data grows.
+"""Split data into train, val and test, and into folds, so that images keep their split when the data grows. Torch-free.
 
-Each image's side depends on nothing but itself and the seed: a hash of both, a number between 0 and 1, falls into the part of
-the range that belongs to val, to test or to train. So where the data lies, what files are called, in which order they were found
-and what else is there have no influence; files that are added or removed move nobody else. What belongs together (a group, files
-with the same bytes) is drawn as one. The shares are those asked for on average over the images of each class, not to the image.
+The split of an image depends only on its bytes and the seed: their hash is a number between 0 and 1, and val, test and train each
+have an interval of this range. So the location, the names and the order of the files have no influence, and adding or removing
+files does not move other images. Images of one group, and files with the same bytes, are drawn together. The shares of the splits
+are those requested on average, but not exactly.
 
-One exception keeps every class measurable: where a class would be in one of the splits with no image at all, the image whose
-number is nearest goes there. Only such an image may move when others of its class come. Knows nothing about pixels. Torch-free.
+There is one exception: if a split would have no image of a class, the image of the class whose number is nearest to the interval
+is moved there. Only such an image can change its split when other images of its class are added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune.storage.files import write_atomic
 COLUMNS = ("path", "label", "split", "sha256", "group")
 _WITHOUT_GROUPS = COLUMNS[:4]  # of files that earlier releases wrote
 MOST_PROPOSED_FOLDS = 5
-_FAR_FROM_ASKED, _ENOUGH_IMAGES = 2.0, 50  # times the share that was asked for, from which it is worth a warning
+_FAR_FROM_ASKED, _ENOUGH_IMAGES = 2.0, 50  # factor between requested and actual share, from which a warning is given
 
 
 def split_dataset(
@@ -42,12 +42,12 @@ def split_dataset(
 ) -> Dataset:
     """Return the dataset with every sample in a split, sorted by split, class and contents.
 
-    A split that the user made stays as it is: with validation data nothing is cut at all, with only test data the validation
-    set is cut from the rest. Every class with two distinct images or more is in train and in val; with three or more, also in
-    test when there is one.
+    Splits that the user gives are kept: with validation data nothing is drawn, with test data alone the validation set is drawn
+    from the rest. Every class with at least two distinct images is in train and val; with at least three, also in test if there
+    is one.
 
     Args:
-        recorded: the side of images by the sha256 of their bytes, from an earlier split; only others are drawn.
+        recorded: the split of images by the sha256 of their bytes, from an earlier split; only other images are drawn.
 
     Raises:
         DataError: a class has a single distinct image, so that it cannot be both trained on and validated on.
@@ -73,10 +73,10 @@ def split_dataset(
 
 
 def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, ...]:
-    """Return one dataset for each fold of the train and val images: a part held out as ``test``, the rest train and val.
+    """Return one dataset for each fold of the train and val images: a part is held out as ``test``, the rest is train and val.
 
-    Every image of the pool is held out in exactly one fold, which depends on itself and the seed. What was ``test`` before is in
-    none of them: it stays untouched.
+    Every image of the pool is held out in exactly one fold, which depends on the image and the seed. The previous test images are
+    in none of the folds.
 
     Raises:
         DataError: a class has too few distinct images to be in every fold's train, val and test.
@@ -101,7 +101,7 @@ def fold_datasets(dataset: Dataset, n_folds: int, *, val_fraction: float = 0.15,
 def leaked(dataset: Dataset) -> dict[str, frozenset[str]]:
     """Return, for val and test, the ids of samples that were trained on: the same bytes, or the same group, are in train.
 
-    What was cut here has none; a validation set that somebody gives may have.
+    Splits that are drawn here have none; splits that the user gives may have some.
     """
     train = [sample for sample in dataset.samples if sample.split == "train"]
     seen = {_content(sample) for sample in train} | {f"group {sample.group}" for sample in train if sample.group is not None}
@@ -174,7 +174,7 @@ def read_recorded_split(path: Path) -> list[RecordedSample]:
     """Return the rows of a CSV file that `write_split` wrote.
 
     Raises:
-        DataError: it cannot be read, or is not such a file.
+        DataError: the file cannot be read, or is no such file.
     """
     try:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
@@ -189,10 +189,10 @@ def read_recorded_split(path: Path) -> list[RecordedSample]:
 
 
 def recorded_sides(path: Path) -> dict[str, str]:
-    """Return the side of each image in a recorded split by the sha256 of its bytes, for `split_dataset`.
+    """Return the split of each image in a recorded split by the sha256 of its bytes, for `split_dataset`.
 
     Raises:
-        DataError: it is no recorded split, or has no digests.
+        DataError: the file is no recorded split, or has no digests.
     """
     rows = read_recorded_split(path)
     sides = {row.sha256: row.split for row in rows if row.sha256 and row.split}
@@ -206,7 +206,7 @@ def recorded_sides(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Samples that are never on two sides: one image, all files with its bytes, everything in its group."""
+    """Samples that are always in the same split: one image, all files with its bytes, and all images of its group."""
 
     samples: tuple[Sample, ...]
     lot: float  # from 0 to 1, decided by the unit itself and the seed
@@ -217,12 +217,12 @@ class _Unit:
 
 
 def _content(sample: Sample) -> str:
-    """Return what an image is: its bytes; its id for datasets that nobody has checked."""
+    """Return the identity of an image: the digest of its bytes; its id in a dataset that is not checked yet."""
     return sample.sha256 or sample.id
 
 
 def _units(samples: Iterable[Sample], seed: int, purpose: str) -> list[_Unit]:
-    """Return what is drawn as one, in the order of lots."""
+    """Return the units that are drawn together, in the order of their lots."""
     found: dict[str, str] = {}  # key -> a key of the same unit, in the end its smallest
 
     def first_of(key: str) -> str:
@@ -253,7 +253,7 @@ def _lot(seed: int, purpose: str, key: str) -> float:
 
 
 def _sides(units: Sequence[_Unit], shares: Mapping[str, float], recorded: Mapping[str, str]) -> list[str]:
-    """Return the split of each unit: as recorded, else by its lot; then see to it that every class is everywhere."""
+    """Return the split of each unit: as recorded, else by its lot. Then move units so that every split has every class."""
 
     def by_lot(unit: _Unit) -> str:
         known = [side for sample in unit.samples if (side := recorded.get(sample.sha256))]
@@ -290,7 +290,7 @@ _NEEDED = {"train": 1, "val": 2, "test": 3}  # units of a class from which it is
 
 @dataclass
 class _Filling:
-    """Moves single units to where a class has none. Positions of units are in the order of their lots."""
+    """Moves single units into splits that have no image of a class. Positions of units are in the order of their lots."""
 
     sides: list[str]
     fixed: Sequence[bool]
@@ -298,7 +298,7 @@ class _Filling:
     of_class: Mapping[int, Sequence[int]]
 
     def fill(self, side: str, *, from_the_end: bool = False) -> None:
-        """Give `side` a unit of every class that has enough of them: the one whose lot is nearest."""
+        """Move into `side` a unit of every class that is missing there and has enough units: the one with the nearest lot."""
         for positions in self.of_class.values():
             if len(positions) < _NEEDED[side] or any(self.sides[position] == side for position in positions):
                 continue
@@ -308,7 +308,7 @@ class _Filling:
                 self.sides[spare] = side
 
     def _is_spare(self, position: int) -> bool:
-        """Return whether a unit may leave its split without leaving there none of one of its classes."""
+        """Return whether its split keeps another unit of each of its classes if this unit is moved."""
         donor = self.sides[position]
         return not self.fixed[position] and all(self._has_more(donor, label) for label in self.labels[position])
 
@@ -318,7 +318,7 @@ class _Filling:
 
 
 def _deal(units: Sequence[_Unit], n_folds: int) -> list[int]:
-    """Return the fold of each unit: by its lot, but every class that has as many units is in every fold."""
+    """Return the fold of each unit: by its lot, but every class with enough units is in every fold."""
     folds = [min(int(unit.lot * n_folds), n_folds - 1) for unit in units]
     least = 2 if n_folds == 2 else 1  # so that the other folds leave two of each class, to train and to choose on
     for positions in _of_class(units).values():
@@ -357,7 +357,7 @@ def _refuse_single_images(dataset: Dataset, units: Sequence[_Unit]) -> None:
 
 
 def _exclusive(dataset: Dataset) -> bool:
-    """Return whether an image has exactly one label; where it may have several, a rare label is no reason to refuse all."""
+    """Return whether every image has exactly one label; otherwise data with a rare label is not refused."""
     return all(isinstance(sample.target, int) for sample in dataset.samples)
 
 
@@ -380,12 +380,12 @@ def _refuse_too_many_folds(dataset: Dataset, units: Sequence[_Unit], n_folds: in
 
 
 def _folds_fit(count: int, n_folds: int) -> bool:
-    """Whether each fold can test on one of a class's `count` images, and train on another and choose on a third."""
+    """Return whether each fold can have one of a class's `count` images in test, one in train and one in val."""
     return n_folds <= count and count - math.ceil(count / n_folds) >= 2
 
 
 def _foldable(count: int) -> str:
-    """The numbers of folds that a class with `count` distinct images allows, in words."""
+    """Return a phrase with the numbers of folds that a class with `count` distinct images allows."""
     if count < 3:
         return "folds need at least 3"
     return "only 3 folds are possible" if count == 3 else f"2 to {count} folds are possible"
@@ -417,7 +417,7 @@ def _scarce(before: Dataset, divided: Dataset) -> list[str]:
 
 
 def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[str, float]) -> list[str]:
-    """Return a warning for each share that large groups keep far from what was asked for."""
+    """Return a warning for each split whose share differs much from the requested one because of large groups."""
     if len(loose) < _ENOUGH_IMAGES or all(sample.group is None for sample in loose):
         return []
     sizes = divided.sizes()
@@ -433,7 +433,7 @@ def _far_from_asked(divided: Dataset, loose: Sequence[Sample], shares: Mapping[s
 
 
 def _sorted(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:
-    """Return the dataset with these samples, in an order that does not depend on where or in what format they lay."""
+    """Return the dataset with these samples, in an order that does not depend on their location or format."""
 
     def key(sample: Sample) -> tuple[int, tuple[int, ...], str, str]:
         return SPLITS.index(sample.split or "train"), sample.labels, _content(sample), sample.id

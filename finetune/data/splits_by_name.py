@@ -1,4 +1,4 @@
-"""What a name says of a split: ``training_set`` is training data for certain, ``train_station`` perhaps."""
+"""Interpret names as splits: ``training_set`` is certainly training data, ``train_station`` perhaps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NEUTRAL = frozenset(
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a name stands for.
+    """The meaning of a name.
 
     Args:
-        certain: the name says nothing else; otherwise a split's word is in it beside others.
+        certain: whether the name contains nothing but the word for a split.
     """
 
     meaning: SplitMeaning
@@ -36,15 +36,15 @@ class Meaning:
 
     @property
     def split(self) -> Split | None:
-        """The split that it stands for, if it is one."""
+        """The split that the name means, or None."""
         return None if self.meaning == "none" or self.meaning == "class" else self.meaning
 
 
 def split_meaning(name: str, given: Mapping[str, SplitMeaning]) -> Meaning | None:
-    """Return what a folder's name, or a value of a split column, means; None for any other name.
+    """Return the meaning of a folder's name or of a value of a split column; None if it contains no word for a split.
 
     Args:
-        given: what a person said that names mean; it counts first, in any case of letters.
+        given: meanings of names that the user has given, which come first; case is ignored.
     """
     asked = {key.casefold(): meaning for key, meaning in given.items()}
     if name.casefold() in asked:
@@ -64,7 +64,7 @@ def _tokens(name: str) -> list[str]:
 
 
 def _word(token: str) -> str:
-    """Return a split's word out of a compound such as ``trainset``."""
+    """Return the word for a split in a compound such as ``trainset``; else the token itself."""
     for word in _WORDS:
         if token.startswith(word) and token[len(word) :] in _NEUTRAL:
             return word

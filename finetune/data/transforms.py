@@ -1,7 +1,7 @@
-"""What albumentations and OpenCV carry out: the transforms of the named policies, and those that a request names itself.
+"""Build the transforms of the named policies and those of requests, with albumentations and OpenCV.
 
-Nothing else in the project imports these two libraries, and this module is imported when the first view is made: it takes half
-a second, which a run that augments nothing need not wait for.
+Only this module imports albumentations. It is imported when the first view is computed, because the import takes half a second,
+which a run without augmentation does not need.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _REFUSALS = (CropSizeError, ValueError, TypeError, LookupError, NotImplementedEr
 
 
 def compose(transforms: Sequence[Any]) -> Any:
-    """The transforms, one after another; nothing where there are none."""
+    """Return the composition of the transforms."""
     return A.Compose(list(transforms), p=1.0)
 
 
 def described(pipeline: Any) -> dict[str, Any]:
-    """As JSON holds it."""
+    """Return the transforms as JSON values."""
     values: dict[str, Any] = A.to_dict(pipeline)
     return values
 
 
 def transformed(pipeline: Any, rgb: np.ndarray, seed: int) -> np.ndarray:
-    """What the transforms make of an image, all of them drawing from one stream.
+    """Return the transformed image; all transforms draw from one random stream.
 
     Raises:
         SpecError: explicit transforms that cannot take an image of this size.
@@ -64,7 +64,7 @@ def transformed(pipeline: Any, rgb: np.ndarray, seed: int) -> np.ndarray:
 
 
 def of_policy(policy: Policy, preprocess: Preprocess, smallest_crop: float) -> list[Any]:
-    """The transforms of a named policy, whose crops show at least `smallest_crop` of an image's area."""
+    """Return the transforms of a named policy, whose crops contain at least `smallest_crop` of an image's area."""
     if policy == "none":
         return []
     crop = _crop(preprocess, smallest_crop)
@@ -112,7 +112,7 @@ def _crop(preprocess: Preprocess, smallest: float) -> Any:
 
 
 def padded(rgb: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """The image on a canvas of the input's shape, as a letterbox shows it, at full resolution."""
+    """Return the image on a canvas with the input's aspect ratio, as for letterboxing, at full resolution."""
     height, width = rgb.shape[:2]
     h, w = preprocess.input_size_px
     extra_h, extra_w = max(0, round(width * h / w) - height), max(0, round(height * w / h) - width)
@@ -127,7 +127,7 @@ def padded(rgb: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 
 
 def offered_transforms() -> list[str]:
-    """The names that explicit transforms may use."""
+    """Return the names that explicit transforms may use."""
     kinds = (A.ImageOnlyTransform, A.DualTransform)
     classes = {name: value for name, value in vars(A).items() if isinstance(value, type) and issubclass(value, kinds)}
     return sorted(name for name, value in classes.items() if name not in _NOT_OFFERED and not issubclass(value, A.Transform3D))
@@ -139,7 +139,7 @@ def build_all(given: Sequence[Mapping[str, Mapping[str, Any]]], where: str, prob
 
 
 def _build(entry: Mapping[str, Mapping[str, Any]], where: str, problems: list[Problem]) -> Any:
-    """One transform, or None and a problem."""
+    """Return one transform; None if it cannot be built, which is added to the problems."""
     if not isinstance(entry, Mapping) or len(entry) != 1:
         problems.append(Problem(where, "expected one transform with its parameters, for example {HorizontalFlip: {p: 0.5}}"))
         return None
@@ -167,6 +167,6 @@ def _build(entry: Mapping[str, Mapping[str, Any]], where: str, problems: list[Pr
 
 
 def in_one_line(error: Exception) -> str:
-    """The library's sentence on one line, without the addresses that pydantic adds."""
+    """Return the library's message on one line, without the URLs that pydantic adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
     return "; ".join(lines) or type(error).__name__

@@ -1,5 +1,5 @@
-"""The examination of labelled images before training: what is wrong with them, with evidence, and what to do about it.
+"""Examine labelled images before training: what is wrong with them, the evidence, and what to do about it.
 
-Each kind of examination is a module that turns a dataset, and what is known of its images, into findings. `examine` runs all of
-them; the findings become JSON, a page with pictures, and a corrected manifest. No file of the user is ever touched.
+Each kind of examination is a module that returns findings about a dataset. `examine` runs all of them; the findings are written
+as JSON, as a page with pictures, and as a corrected manifest. Files of the user are never changed.
 """

@@ -1,4 +1,4 @@
-"""What the numbers and names of classes say, without opening an image: too small, missing, unequal, or meant to be one class."""
+"""Find problems in the sizes and names of classes, without reading images: small, missing, unequal, or equal in meaning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from finetune.doctor.finding import Case, Finding, case_key
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
 
-FEW_IMAGES = 20  # of a class, below which its figures say little
+FEW_IMAGES = 20  # of a class; with fewer, its metrics are very uncertain
 
 
 def class_findings(dataset: Dataset) -> Iterator[Finding]:
-    """Yield everything that is odd about the classes of a dataset that is split."""
+    """Yield the findings about the classes of a dataset that is split."""
     counts = dataset.counts()
     totals = Counter[str]()
     for of_split in counts.values():
@@ -31,13 +31,13 @@ def class_findings(dataset: Dataset) -> Iterator[Finding]:
 
 
 def first_look(dataset: Dataset) -> tuple[str, ...]:
-    """Return a sentence for each finding that needs no pixels and that the checks of every job do not make anyway."""
+    """Return a sentence for each finding that needs no pixels and is not part of the other checks of every job."""
     told = ("combined_labels", "alike_names", "small_classes", "imbalance")
     return tuple(f"{one.title}: {one.evidence} {one.advice}" for one in class_findings(dataset) if one.kind in told)
 
 
 def _combined(totals: Mapping[str, int]) -> Iterator[Finding]:
-    """Class names that look like several labels in one cell of a table."""
+    """Find class names that look like several labels in one cell of a table."""
     found = forgotten_separator(totals)
     if found is None:
         return
@@ -60,7 +60,7 @@ def _combined(totals: Mapping[str, int]) -> Iterator[Finding]:
 
 
 def _alike(totals: Mapping[str, int]) -> Iterator[Finding]:
-    """Names that differ in upper and lower case or in how accents are encoded alone are refused when data is read."""
+    """Find class names that differ only in spaces, hyphens or compatible characters. Names that differ in case are refused."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in totals:
         groups[_spelling(name)].append(name)
@@ -79,7 +79,7 @@ def _alike(totals: Mapping[str, int]) -> Iterator[Finding]:
 
 
 def _spelling(name: str) -> str:
-    """Return a name without what is no difference to a reader."""
+    """Return a key that is equal for names which readers would take for the same."""
     return re.sub(r"[\s_\-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 

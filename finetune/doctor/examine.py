@@ -1,4 +1,4 @@
-"""All examinations of one dataset, as findings; the worst first."""
+"""Run all examinations of a dataset, and return the findings, most severe first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def examine(
 
     Args:
         embeddings: (N, D), one row for each sample.
-        memory: a folder where facts about images are kept for the next examination.
+        memory: a folder in which facts about images are cached for the next examination.
     """
     work = _Examining(dataset, embeddings, memory, progress)
     findings = list(work.findings())
@@ -61,7 +61,7 @@ def examine(
 
 
 def without_accepted(finding: Finding, accepted: frozenset[str]) -> Finding:
-    """Return a finding without the cases whose keys a person has acknowledged."""
+    """Return a finding without the cases that the user has acknowledged, given by their keys."""
     left = tuple(case for case in finding.cases if case.key not in accepted)
     done = len(finding.cases) - len(left)
     return replace(finding, cases=left, count=finding.count - done, acknowledged=done)

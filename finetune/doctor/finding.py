@@ -1,4 +1,4 @@
-"""What an examination found: one kind of fault, with the images that have it, the evidence, and what to do."""
+"""The types for findings of an examination: a kind of fault, the images with it, the evidence, and what to do."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Severity = Literal["problem", "doubt", "note"]
-"""A problem makes figures or models wrong; a doubt is for a person to look at; a note is only worth knowing."""
+"""A problem makes metrics or models wrong; a doubt should be looked at; a note is only information."""
 Fix = Literal["leave_out", "group", "relabel", "none"]
-"""What the corrected manifest does about it. Only `leave_out` and `group` are done without a person's word for each image."""
+"""What the corrected manifest does. `leave_out` and `group` are applied automatically; `relabel` only suggests a label."""
 
 LISTED = 200  # cases of a finding that JSON for people and programs names; `count` says how many there are
 
@@ -22,9 +22,9 @@ class Case:
 
     Args:
         ids: of the samples.
-        score: how certain it is; larger is more.
-        said: what was seen, in a few words.
-        suggested: another label, where one is likelier.
+        score: certainty; larger is more certain.
+        said: a short description of what was found.
+        suggested: another label that is more probable, or None.
     """
 
     ids: tuple[str, ...]
@@ -39,11 +39,11 @@ class Finding:
     """One kind of fault.
 
     Args:
-        kind: a word that stays the same between releases, such as ``near_duplicates``.
-        count: how many cases there are.
+        kind: a name that is stable between releases, such as ``near_duplicates``.
+        count: number of cases.
         evidence: what was measured, as a sentence.
         advice: what to do.
-        cases: the strongest first.
+        cases: the most certain first.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings about one revision of a dataset, the worst first."""
+    """All findings about one revision of a dataset, most severe first."""
 
     revision: str
     n_images: int
@@ -80,7 +80,7 @@ class Examination:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Examination:
-        """Return the inverse of `to_dict`, also after a trip through JSON."""
+        """Return the inverse of `to_dict`, also for values that were read from JSON."""
         findings = []
         for one in given["findings"]:
             cases = tuple(Case(**{**case, "ids": tuple(case["ids"])}) for case in one["cases"])

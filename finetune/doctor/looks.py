@@ -1,6 +1,6 @@
-"""What each image looks like as a file: format, mode, brightness, contrast, sharpness; and a small grey picture of it.
+"""Compute facts about each image file: format, mode, brightness, contrast, sharpness. Torch-free.
 
-Computed from the bytes once and kept by their sha256, so a second examination decodes nothing. Torch-free.
+They are computed once and cached by the sha256 of the file, so a second examination decodes nothing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Look:
     Args:
         brightness: mean of the grey values, 0 to 255; `darkest` and `brightest` are their 5th and 95th percentile.
         contrast: standard deviation of the grey values.
-        sharpness: share of the grey values' variation that is between neighbouring pixels.
-        orientation: 1 where the file is stored upright.
+        sharpness: variance of the differences of neighbouring pixels, divided by the variance of the grey values.
+        orientation: the EXIF value; 1 if the file is stored upright.
     """
 
     format: str
@@ -53,7 +53,7 @@ class Look:
 
 
 def look_at_all(samples: Sequence[Sample], *, memory: Path | None = None, progress: ProgressCallback = silent) -> dict[str, Look]:
-    """Return what the images look like by the sha256 of their bytes; what cannot be read is left out."""
+    """Return the facts about images by the sha256 of their bytes; images that cannot be read are left out."""
     known = _recall(memory)
     new = {sample.sha256: sample for sample in samples if sample.sha256 not in known}
     threads = available_cores()
@@ -93,7 +93,7 @@ def _look(sample: Sample) -> Look | None:
 
 
 def _facts_of_file(data: bytes) -> dict[str, Any]:
-    """Return what a file's header says; nothing of it where Pillow does not know the header of a format."""
+    """Return the facts in a file's header; empty values if Pillow cannot read it."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             exif = picture.getexif()

@@ -1,8 +1,8 @@
-"""A class that is two: its embeddings fall into two groups that lie apart, as if two kinds of things had been given one name.
+"""Find classes that may be two: their embeddings form two separate groups, as if two kinds of things had one name.
 
-Distances are counted in standard deviations within the other classes (linear discriminant analysis), so a class is measured by
-how different things of one kind are here. The two groups are found on half of the class and looked at on the other half, since
-any class falls into two on the images that divided it. NumPy alone.
+Distances are measured in standard deviations within the other classes (linear discriminant analysis), that is, relative to the
+usual variation within a class of this data. The two groups are found on half of the class and evaluated on the other half,
+because 2-means separates any set of images that it is fitted to. NumPy alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Groups:
 
     Args:
         label: of the class.
-        apart: distance of the groups' means in standard deviations, on images that did not find them.
+        apart: distance of the groups' means in standard deviations, on images that they were not fitted to.
         first, second: positions of their most typical samples, of the larger group first.
         share: of the smaller group.
     """
@@ -41,7 +41,7 @@ class Groups:
 
 
 def classes_that_are_two(embeddings: NDArray[np.float32], labels: NDArray[np.int64], n_shown: int = 2) -> list[Groups]:
-    """Return the classes whose images fall into two groups, the farthest apart first; none where only one class is large."""
+    """Return the classes whose images form two groups, largest distance first; empty if only one class is large."""
     labels = np.asarray(labels)
     components = _principal(embeddings)
     found = []
@@ -64,7 +64,7 @@ def _principal(embeddings: NDArray[np.float32]) -> Floats:
 
 
 def _whitened(components: Floats, labels: NDArray[np.int64], others: NDArray[np.bool_]) -> Floats:
-    """Return components in which the classes among `others` have unit variance in every direction."""
+    """Return the components, scaled so that the classes among `others` have unit variance in every direction."""
     left = np.concatenate([components[one] - components[one].mean(axis=0) for one in _rows(labels, others)])
     values, vectors = np.linalg.eigh(left.T @ left / len(left))
     return np.asarray(components @ vectors / np.sqrt(values + SHRINKAGE * values.mean() + 1e-12))
@@ -75,7 +75,7 @@ def _rows(labels: NDArray[np.int64], wanted: NDArray[np.bool_]) -> list[NDArray[
 
 
 def _held_out_distance(points: Floats, rng: np.random.Generator) -> float:
-    """Divide on each half of the points; return how far apart the groups are on the other half, the mean of both."""
+    """Find the groups on each half of the points; return the mean of their distances on the other half."""
     halves = np.array_split(rng.permutation(len(points)), 2)
     found = []
     for mine, other in (halves, halves[::-1]):
@@ -86,7 +86,7 @@ def _held_out_distance(points: Floats, rng: np.random.Generator) -> float:
 
 
 def _distance(values: Floats) -> float:
-    """Return the distance of the two parts of sorted values that explain most, in standard deviations within them."""
+    """Divide sorted values so that the variance within both parts is smallest; return their distance in standard deviations."""
     n = len(values)
     count = np.arange(max(int(LEAST_SHARE * n), 1), min(int((1 - LEAST_SHARE) * n), n - 1)) + 1
     total = np.cumsum(values)
@@ -97,7 +97,7 @@ def _distance(values: Floats) -> float:
 
 
 def _two_means(points: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Return the centres of 2-means, of the best of a few starts."""
+    """Return the centres of 2-means, the best of a few initialisations."""
     best, least = (points[0], points[-1]), np.inf
     for _ in range(STARTS):
         centres = points[[int(rng.integers(len(points)))] * 2].copy()

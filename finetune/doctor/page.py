@@ -1,4 +1,4 @@
-"""Findings as one page with pictures, which loads nothing."""
+"""Write the findings as a self-contained page with pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_page(path: Path, examination: Examination, dataset: Dataset, preproces
     """Write the page.
 
     Args:
-        command: the beginning of the command line that examined the data, for what the page tells to type.
+        command: the command that examined the data, for the commands shown on the page.
     """
     pictures = _Pictures(dataset)
     text = render(
@@ -70,7 +70,7 @@ def _case(case: Case, pictures: _Pictures) -> dict[str, Any]:
 
 
 class _Pictures:
-    """Thumbnails, each made once."""
+    """Thumbnails of samples, each computed once."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -91,7 +91,7 @@ class _Pictures:
 
 
 def _seen(dataset: Dataset, preprocess: Preprocess) -> Sequence[_Picture]:
-    """Return a few images as the model sees them: of each class the first, in turn."""
+    """Return the first image of each class, up to a limit, as preprocessed for the model."""
     first: dict[int, Sample] = {}
     for sample in dataset.samples:
         for label in sample.labels[:1]:

@@ -1,4 +1,4 @@
-"""Findings → a manifest that corrects the data (`finetune.data.corrections`), and the list of what a person has accepted."""
+"""Write a manifest that corrects the data (`finetune.data.corrections`) from findings, and record acknowledged cases."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from finetune.storage.files import file_lock, write_atomic
 
 
 def write_manifest(path: Path, dataset: Dataset, examination: Examination, *, given_splits: bool) -> tuple[int, int, int]:
-    """Write a manifest of all images; return how many it leaves out, groups anew, and suggests another label for.
+    """Write a manifest of all images; return the numbers of images that it leaves out, groups, and suggests another label for.
 
-    It leaves out what certainly does no good (second files of the same bytes, blank pictures, copies in the training data of
-    validation and test images that the data gives), and gives copies one group. Labels stay: a suggestion stands beside them.
+    It leaves out images that are certainly not useful (additional files with the same bytes, blank images, training images that
+    are copies of images in given validation and test sets), and gives copies one group. Labels are not changed; suggestions are
+    added.
 
     Args:
-        given_splits: the data says itself which images validate and test.
+        given_splits: whether the data has splits of its own.
     """
     out = _left_out(dataset, examination, given_splits)
     groups = _groups(dataset, examination)
@@ -62,14 +63,14 @@ def _left_out(dataset: Dataset, examination: Examination, given_splits: bool) ->
 
 
 def _but_one(ids: Sequence[str], split_of: dict[str, str | None]) -> list[str]:
-    """Return all but the one that is kept: of a split that judges, if there is one, so that nothing is trained on what judges."""
+    """Return all ids but one to keep: one in test or val if there is one, so that the model is not trained on held-out images."""
     order = {"test": 0, "val": 1}
     kept = min(ids, key=lambda one: (order.get(split_of[one] or "", 2), one))
     return [one for one in ids if one != kept]
 
 
 def _groups(dataset: Dataset, examination: Examination) -> dict[str, str]:
-    """Return the group of every image that belongs to others: copies, with all that is already in a group with one of them."""
+    """Return the group of every image that has copies, or is in one group with an image that has copies."""
     position = {sample.id: number for number, sample in enumerate(dataset.samples)}
     pairs = [
         [position[one] for one in case.ids]
@@ -110,7 +111,7 @@ def _whys(examination: Examination) -> dict[str, list[str]]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- what is accepted
+# ------------------------------------------------------------------------------------------------------------ acknowledgements
 
 
 def accepted_in(path: Path) -> frozenset[str]:
@@ -121,13 +122,13 @@ def accepted_in(path: Path) -> frozenset[str]:
 
 
 def acknowledge(path: Path, examination: Examination, what: Iterable[str]) -> int:
-    """Note cases as looked at and accepted, so that no later examination reports them; return how many are new.
+    """Record cases as acknowledged, so that later examinations do not report them; return the number of new ones.
 
     Args:
-        what: kinds of findings, which stands for all their present cases, or keys of cases.
+        what: kinds of findings, for all their present cases, or keys of cases.
 
     Raises:
-        InvalidInput: neither.
+        InvalidInput: there is no such kind or key.
     """
     lines = [f"{key} {kind}" for one in what for key, kind in _cases_meant(one, examination)]
     with file_lock(path.with_suffix(".lock")):
@@ -139,14 +140,14 @@ def acknowledge(path: Path, examination: Examination, what: Iterable[str]) -> in
 
 
 def reopen(path: Path, examination: Examination, what: Iterable[str]) -> int:
-    """Take back what was acknowledged, so that these cases are reported again; return how many they are.
+    """Remove acknowledgements, so that these cases are reported again; return their number.
 
     Args:
-        examination: with the cases that were acknowledged.
-        what: kinds of findings, which stands for all their acknowledged cases in this data, or keys of cases.
+        examination: including the acknowledged cases.
+        what: kinds of findings, for all their acknowledged cases in this data, or keys of cases.
 
     Raises:
-        InvalidInput: neither, or nothing of it was acknowledged.
+        InvalidInput: there is no such kind or key, or none of its cases was acknowledged.
     """
     with file_lock(path.with_suffix(".lock")):
         known, taken_back = accepted_in(path), set[str]()
@@ -164,7 +165,7 @@ def reopen(path: Path, examination: Examination, what: Iterable[str]) -> int:
 
 
 def _cases_meant(what: str, examination: Examination) -> list[tuple[str, str]]:
-    """Return key and kind of the cases that a kind or a key stands for."""
+    """Return key and kind of the cases with this kind or key."""
     cases = [(case.key, finding.kind) for finding in examination.findings for case in finding.cases]
     meant = [(key, kind) for key, kind in cases if what in (key, kind)]
     if not meant:

@@ -1,7 +1,7 @@
-"""Facts of a file that give its label away: a model may learn the camera, or the size, instead of the thing.
+"""Find shortcuts: facts about files from which the label can be predicted, so that a model may learn them instead of the content.
 
-Each fact is tried alone: a small decision tree predicts the label from it, cross-validated. What it gives away of a class is
-the share of that class's images that it finds, less the share of all others that it takes for them.
+For each fact alone, a small decision tree predicts the label, with cross-validation. A class is given away by the fact to the
+extent of its recall minus the share of the other images that are predicted as this class.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Shortcut:
     """A fact that predicts labels.
 
     Args:
-        fact: what it is called.
-        given_away: classes with what the fact gives away of each, the most first.
-        accuracy: mean over classes of the share of images whose label the fact alone predicts; chance is one in the classes.
+        fact: its name.
+        given_away: class indices with the extent to which the fact gives each away, largest first.
+        accuracy: mean per-class accuracy of the prediction from this fact alone.
     """
 
     fact: str
@@ -76,7 +76,7 @@ def _ratio(sample: Sample) -> float:
 
 
 def find_shortcuts(samples: Sequence[Sample], looks: Mapping[str, Look], n_classes: int) -> list[Shortcut]:
-    """Return the facts that give classes away, the worst first."""
+    """Return the facts that give classes away, the most severe first."""
     known = [sample for sample in samples if sample.sha256 in looks]
     labels = np.array([sample.labels[0] for sample in known])
     counts = np.bincount(labels, minlength=n_classes) if len(labels) else np.zeros(n_classes, np.int64)
@@ -101,7 +101,7 @@ def find_shortcuts(samples: Sequence[Sample], looks: Mapping[str, Look], n_class
 
 
 def _predicted(values: Sequence[float | str], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each image the class that the fact alone predicts, by a tree that has not seen the image."""
+    """Return for each image the class that a tree predicts from the fact alone, fitted without this image."""
     if isinstance(values[0], str):
         column = OrdinalEncoder().fit_transform(np.array(values, dtype=object).reshape(-1, 1))
     else:

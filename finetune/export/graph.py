@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -129,9 +130,26 @@ def fold(graph: Graph, module: DeployModule) -> bytes:
         model.graph.inputs.remove(value)
         value.const_value = ir.tensor(array, name=value.name)
         model.graph.register_initializer(value)
-    optimized = optimizer.optimize(model)
-    optimized.graph.sort()  # the exporter's order of nodes is not always one in which they can be computed (gemma4_vit)
-    return serialized(ir.to_proto(optimized))
+    return serialized(ir.to_proto(optimized(model)))
+
+
+def optimized(model: ir.Model) -> ir.Model:
+    """Return the model after onnxscript's optimizer, with the constants that it loses.
+
+    It turns minimum and maximum into a clip and names the bounds after the value that is clipped. If a value is clipped twice,
+    only one pair of bounds stays in the graph.
+    """
+    model = optimizer.optimize(model)
+    graph = model.graph
+    read = (value for node in graph for value in node.inputs if value is not None)
+    constants = {id(value): value for value in read if value.const_value is not None and value.producer() is None}
+    taken = {str(value.name) for value in (*constants.values(), *graph.initializers.values())}
+    for value in constants.values():
+        if graph.initializers.get(str(value.name)) is not value:
+            value.name = next(name for number in itertools.count(1) if (name := f"{value.name}.{number}") not in taken)
+            taken.add(value.name)
+            graph.register_initializer(value)
+    return model
 
 
 def fill(graph: Graph, module: DeployModule) -> bytes:

@@ -36,6 +36,7 @@ from finetune.features.engine import (
 )
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
+from finetune.model.threads import on_threads
 from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import read_json, write_atomic, write_json
@@ -216,7 +217,8 @@ def _open_onnx(
         return OnnxEngine(open_session(kept))
     model = export_prefix(module) if graph is None else only_embedding(graph())
     engine = OnnxEngine(open_session(model))
-    cosine = agreement(engine.run(images), plain.run(images))
+    with on_threads(1):  # meanwhile the other cores decode images
+        cosine = agreement(engine.run(images), plain.run(images))
     if not cosine > LEAST_AGREEMENT:
         raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is asked for")
     write_atomic(file, lambda stream: stream.write(model))

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,6 @@ from finetune.storage.files import write_atomic
 from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
-from finetune.tasks.task import JudgedRows
 from finetune.training import checkpoint
 from finetune.training.activity import measuring_activity
 from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
@@ -50,6 +49,7 @@ from finetune.training.optim import build_optimizer, group_key, set_learning_rat
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
 from finetune.training.sample import TrainSample
 from finetune.training.signals import Parameters, StepMeter
+from finetune.training.state import CandidateWeights, CheckpointSchedule, Fitted, LoopState, improves, measured
 
 SIGNAL_EVERY_STEPS = 20
 REPORT_EVERY_STEPS = 5
@@ -64,68 +64,6 @@ def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
     """Return the logits (B, C) of normalised images (B, 3, h, w); the default of `fit(forward=…)`."""
     logits: Tensor = classifier(images)
     return logits
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The result of training. The classifier that was trained has the chosen weights and is in eval mode."""
-
-    chosen: str  # which weights were kept, in words
-    best: Mapping[str, float]  # their val/loss and the headline metric on val, such as val/top1
-    best_step: int
-    n_steps: int  # that were taken; fewer than the recipe's if training stopped early
-    stopped_early: bool
-    numerics: Numerics
-    choices: Choices
-    seconds: Seconds  # of all sessions together, without those of computing features
-    frozen_before: str  # sha256 of the parameters and buffers that never train
-    frozen_after: str
-    resumed_at_step: int | None
-    history: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class CheckpointSchedule:
-    """When checkpoints are written, in addition to the end of each epoch, and which run they belong to."""
-
-    identity: Mapping[str, str]  # digests that identify the run, by name (``spec``, ``dataset``)
-    every_seconds: float = 300.0
-    every_steps: int | None = None
-
-
-@dataclass
-class _State:
-    """The state of the training loop. A checkpoint contains it, the weights, the optimiser's state and the moving average."""
-
-    step: int = 0
-    evaluated_step: int = -1
-    sampled_step: int = -1
-    epoch_totals: tuple[float, ...] = (0.0, 0.0, 0.0)  # loss, correct and images, summed over the epoch so far
-    epochs_without_gain: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    best_step: int = -1
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    start_weights: dict[str, Tensor] = field(default_factory=dict)  # that the fine-tuned weights are interpolated with at the end
-    chosen: str = ""
-    share: float = 1.0  # see Choices
-    recalibrated: bool = False
-    stopped_early: bool = False
-    finished: bool = False
-    frozen_before: str = ""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0  # of the sessions before this one
-    cpu_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Weights that may be kept, with their metrics on val and the way they were obtained."""
-
-    name: str
-    values: dict[str, float]  # val/loss, the headline metric on val, and the share of images that are predicted correctly
-    tensors: dict[str, Tensor]
-    share: float = 1.0  # see Choices
-    recalibrated: bool = False
 
 
 def fit(
@@ -236,10 +174,10 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.stop = StopRequest()
-        self.state = _State()
+        self.state = LoopState()
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.average: MovingAverage | None = None
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.numerics.device)  # see _State.epoch_totals
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.numerics.device)  # see LoopState.epoch_totals
         self.resumed_at_step: int | None = None
         self.saved_at = self.epoch_began_at = time.perf_counter()
         self.began = process_clock()
@@ -269,7 +207,7 @@ class _Training:
 
     def resume(self, found: Mapping[str, Any]) -> None:
         """Restore the state in a checkpoint, and the journal of metrics as it was then."""
-        state = self.state = _State(**found["state"])
+        state = self.state = LoopState(**found["state"])
         self.seconds_before = Seconds(state.seconds, state.cpu_seconds)
         state.best_weights = self._on_device(state.best_weights)
         state.start_weights = self._on_device(state.start_weights)
@@ -471,7 +409,7 @@ class _Training:
         The best weights on val are kept, or those that the earlier run's choices require.
         """
         state = self.state
-        kept = _Weights(state.chosen, state.best, state.best_weights)
+        kept = CandidateWeights(state.chosen, state.best, state.best_weights)
         if isinstance(self.val, Choices):
             kept = self._with_choices(kept, self.val)
         elif state.best_step > 0:
@@ -487,22 +425,22 @@ class _Training:
         self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
         self._save()
 
-    def _with_choices(self, kept: _Weights, decided: Choices) -> _Weights:
+    def _with_choices(self, kept: CandidateWeights, decided: Choices) -> CandidateWeights:
         if decided.share < 1.0:
             kept = self._interpolated(kept, decided.share)
         return self._with_recalibrated_statistics(kept) if decided.recalibrated else kept
 
-    def _interpolated(self, kept: _Weights, share: float) -> _Weights:
+    def _interpolated(self, kept: CandidateWeights, share: float) -> CandidateWeights:
         """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
         name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
         tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
         return replace(kept, name=name, tensors=tensors, share=share)
 
-    def _with_recalibrated_statistics(self, kept: _Weights) -> _Weights:
+    def _with_recalibrated_statistics(self, kept: CandidateWeights) -> CandidateWeights:
         name = f"{kept.name}, running statistics recalibrated"
         return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
 
-    def _better(self, kept: _Weights, other: _Weights, val: Iterable[Batch]) -> _Weights:
+    def _better(self, kept: CandidateWeights, other: CandidateWeights, val: Iterable[Batch]) -> CandidateWeights:
         with holding(self.classifier, other.tensors):
             values = self._evaluate(val)
         return replace(other, values=values) if self._improves(values, kept.values) else kept
@@ -638,22 +576,6 @@ class _Training:
         }
         checkpoint.save(self.run.checkpoints, self.state.step, content)
         self.saved_at = time.perf_counter()
-
-
-def measured(split: str, task: Task, rows: JudgedRows) -> dict[str, float]:
-    """Return the loss without label smoothing, the headline metric, and the share of images that are predicted correctly."""
-    told = {metric.key: metric for metric in (task.headline, task.of_images)}
-    return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in told.items()}}
-
-
-def improves(values: Mapping[str, float], best: Mapping[str, float], headline: str) -> bool:
-    """Return whether `values` has a higher headline metric than `best`, or the same with a lower loss.
-
-    The metric comes before the loss: a loss that rises while accuracy improves shows overconfidence, which is removed by the
-    temperature that is fitted after training (Guo et al. 2017, arXiv:1706.04599).
-    """
-    key = f"val/{headline}"
-    return not best or (values[key], -values["val/loss"]) > (best[key], -best["val/loss"])
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
 from finetune.training.compute import view_processes
 from finetune.training.context import Trained, TrainingContext, TrainingCost
-from finetune.training.fit import CheckpointSchedule, Fitted, Forward, Prepare, TrainBatches, fit, forward_images
+from finetune.training.fit import Forward, Prepare, TrainBatches, fit, forward_images
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
 from finetune.training.measurements import write_sample_answers
@@ -40,6 +40,7 @@ from finetune.training.objectives import objective_of
 from finetune.training.recipe import Recipe, widest_plan
 from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
 from finetune.training.sample import TrainSample, plan_sample
+from finetune.training.state import CheckpointSchedule, Fitted
 
 
 def train(

@@ -16,6 +16,7 @@ import service
 from finetune.data.check import _warnings as check_warnings
 from finetune.data.dataset import Dataset, LocalFile, Sample, unmeasured
 from finetune.data.notes import Notes
+from finetune.data.split import split_dataset
 from finetune.doctor.classes import first_look
 from finetune.errors import FinetuneError
 from finetune.events import Event
@@ -109,6 +110,21 @@ def warnings_of_checked_data() -> tuple[str, ...]:
     return found
 
 
+def scarce_classes() -> tuple[str, ...]:
+    """Return the warnings about classes of which the split leaves one image to train on, with and without folds as a way out."""
+    found = []
+    for rare in (2, 3):
+        counts = {"many": 30, "rare": rare}
+        samples = [
+            Sample(f"{name} {at}", LocalFile(Path(name)), label, sha256=f"{name} {at}")
+            for label, (name, count) in enumerate(counts.items())
+            for at in range(count)
+        ]
+        found += split_dataset(Dataset("photos", "photos", tuple(counts), tuple(samples))).warnings
+    assert len(found) == 2
+    return tuple(found)
+
+
 def test_plainer_words_for_warnings_are_for_warnings_that_there_are() -> None:
     for pattern in patterns("en"):
         assert any(pattern.pattern == other.pattern for other in patterns("de")), pattern
@@ -119,7 +135,8 @@ def test_warnings_are_translated(language: str) -> None:
     known = patterns(language)
     noted = list(noted_warnings())
     assert len(noted) >= 9
-    for warning in (*noted, *warnings_of_checked_data(), unmeasured("test", ["a", "b"])):
+    labels = unmeasured("val", ["a", "b"], "label")
+    for warning in (*noted, *warnings_of_checked_data(), unmeasured("test", ["a", "b"]), labels, *scarce_classes()):
         assert any(pattern.search(warning) for pattern in known), warning
     for pattern, sentence in json.loads((STATIC / "strings" / f"warnings.{language}.json").read_text(encoding="utf-8")).items():
         assert set(re.findall(r"\{(\w+)\}", sentence)) <= set(re.findall(r"\(\?<(\w+)>", pattern)), pattern
@@ -129,7 +146,7 @@ def test_warnings_are_translated(language: str) -> None:
 def test_events_are_translated_by_their_kind(language: str) -> None:
     translated = {key.removeprefix("event.") for key in words(language) if key.startswith("event.")}
     kinds = {kind.kind for kind in Event.__subclasses__()} | set(
-        re.findall(r'_record\(connection, [^)]*?now, "(\w+)"', Path(store.__file__).read_text(encoding="utf-8"))
+        re.findall(r'record_event\(connection, [^)]*?now, "(\w+)"', Path(store.__file__).read_text(encoding="utf-8"))
     )
     assert {"planned", "queued", "running", "cancelled"} <= kinds
     assert kinds - translated == {"warning", "failed"}  # warnings have patterns, failures the codes of their errors

@@ -11,9 +11,10 @@ from tiny_training import CLASSES, MULTICLASS, epochs_of, targets_of, tiny_class
 
 from finetune.data.loader import EvalLoader
 from finetune.storage.rundir import RunDir
-from finetune.training.fit import CheckpointSchedule, Fitted, fit
+from finetune.training.fit import fit
 from finetune.training.interrupt import Interrupted
 from finetune.training.machine import Numerics, choose_numerics, computes_bfloat16
+from finetune.training.state import CheckpointSchedule, Fitted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

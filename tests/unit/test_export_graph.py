@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 import torch
 from exporting import classifier_of, onnx_answers, scatter, torch_answers
@@ -18,11 +20,12 @@ from finetune.errors import ExportError
 from finetune.export import dry_run as dry_run_module
 from finetune.export import graph as graph_module
 from finetune.export.dry_run import dry_run_export, fingerprint, noise
-from finetune.export.graph import DeployModule, Graph, fill, trace
+from finetune.export.graph import DeployModule, Graph, fill, optimized, trace
 from finetune.export.template import with_metadata
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.model.selection import FreezePlan
+from finetune.runtime.session import open_session
 
 SIZE_PX = (64, 64)
 
@@ -285,3 +288,24 @@ def test_attention_inside_windows_is_exported_without_the_fused_form() -> None:
         np.testing.assert_allclose(given[name], values, atol=1e-4, rtol=1e-4, err_msg=name)
     assert len(fused) > 0
     assert [part.fused_attn for part in deployed.modules() if hasattr(part, "fused_attn")] == fused
+
+
+def test_a_value_that_is_clipped_twice_keeps_both_pairs_of_bounds() -> None:
+    """onnxscript 0.7 names the bounds after the value, and drops the first pair."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        clips (float[N] images) => (float[N] a, float[N] b)
+        <float low = {0.0}, float high = {1.0}, float lower = {-2.0}, float higher = {3.0}> {
+            y = Mul(images, images)
+            m = Max(y, low)
+            a = Min(m, high)
+            n = Max(y, lower)
+            b = Min(n, higher)
+        }"""
+    )
+    proto = ir.to_proto(optimized(ir.from_proto(model)))
+    onnx.checker.check_model(proto, full_check=True)
+    images = np.array([0.5, 1.5, 3.0], np.float32)
+    a, b = open_session(proto.SerializeToString()).run(["a", "b"], {"images": images})
+    np.testing.assert_allclose(a, (images**2).clip(0, 1))
+    np.testing.assert_allclose(b, (images**2).clip(-2, 3))

@@ -29,9 +29,10 @@ from finetune.runtime.seconds import Seconds
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training import checkpoint, fit
-from finetune.training.fit import TrainBatches, improves
+from finetune.training.fit import TrainBatches
 from finetune.training.interrupt import Interrupted
 from finetune.training.objectives.multiclass import MulticlassObjective
+from finetune.training.state import improves
 
 TWO_EPOCHS = {"method": "partial", "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate": 0.003}}
 

@@ -20,9 +20,10 @@ from finetune.features.rows import FeatureContext, Views
 from finetune.model.classifier import Classifier
 from finetune.storage.rundir import RunDir
 from finetune.storage.store import Store
-from finetune.training.fit import CheckpointSchedule, Fitted, fit
+from finetune.training.fit import fit
 from finetune.training.machine import Numerics
 from finetune.training.replay import Activations, ForwardFrom, cached_activations, prepare_activation
+from finetune.training.state import CheckpointSchedule, Fitted
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

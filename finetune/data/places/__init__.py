@@ -1,7 +1,7 @@
-"""Places that data lies in, one module for each: a folder, an archive, an uploaded store, a remote folder. Torch-free.
+"""Open the places of data, one module for each kind: a folder, an archive, uploaded contents, a remote folder. Torch-free.
 
-A place is opened as a `Tree`: folders and files with names, whatever holds them. What the files mean is for
-`finetune.data.sources`, so any format works in any place.
+A place is opened as a `Tree` of folders and files. `finetune.data.sources` interprets the files, so any format works in any
+place.
 """
 
 from __future__ import annotations

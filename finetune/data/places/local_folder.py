@@ -1,4 +1,4 @@
-"""A folder on a local disk."""
+"""Open a folder on a local disk as a place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Identity = tuple[int, int]
 
 @dataclass
 class LocalFolder:
-    """A folder and all that is in it. Links are followed, with a guard against loops."""
+    """A folder with everything in it. Links are followed, with a guard against loops."""
 
     path: Path
     roots: tuple[Path, ...] | None = None  # links and tables may lead to files below these; None: anywhere
@@ -95,7 +95,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return what an entry is, links followed."""
+    """Return the kind of an entry, after following links."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     except OSError:  # a link to itself

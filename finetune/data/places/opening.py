@@ -1,4 +1,4 @@
-"""A location as a person gives it → an opened place."""
+"""Open a location that a user gives: a folder, an archive, a file or an address."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WHAT_IS_READ = "Give a folder with one folder of images per class, an archive o
 
 
 def check_present(*locations: Path | str | None) -> None:
-    """Raise `DataError` for a location on this machine where nothing is; an address is not asked."""
+    """Raise `DataError` for a local path that does not exist; addresses are not checked."""
     for location in locations:
         if location is not None and not is_uri(location) and not os.path.exists(location):
             raise DataError(f"{printable(Path(location))}: no such folder or file. {_WHAT_IS_READ}")
@@ -35,7 +35,7 @@ def open_place(location: Path | str, reading: Reading) -> Place:
 
     Raises:
         ArchiveError: an archive is refused; the member is named.
-        DataError: there is nothing, or nothing that may be read.
+        DataError: the location does not exist, or cannot be read.
     """
     if is_uri(location):
         from finetune.data.places.remote import open_remote
@@ -61,7 +61,7 @@ def open_place(location: Path | str, reading: Reading) -> Place:
 
 
 def open_packed(path: Path, kind: str, reading: Reading, shown: str) -> PackedTree:
-    """Open an archive on disk, which messages call `shown`.
+    """Open an archive on disk; messages call it `shown`.
 
     Raises:
         ArchiveError: it is refused; the member is named.
@@ -89,7 +89,7 @@ def _unpacked(path: Path, reading: Reading) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether nothing was deleted from an unpacked archive to make room for something else; mark all of it as used."""
+    """Return whether an unpacked archive is complete, since files may be evicted from the cache; mark its files as used."""
     try:
         for held in read_members(folder):
             if held.sha256:

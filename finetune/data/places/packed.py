@@ -1,4 +1,4 @@
-"""An archive that is read where it lies, and a folder of uploaded contents: both hold names as bytes."""
+"""Open an archive without unpacking it, or a folder of uploaded contents; in both, names are bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.naming import without_archive_ending
 
 @dataclass
 class PackedTree:
-    """Members with checked names."""
+    """The members of an archive, with checked names, as a tree."""
 
     name: str
     shown: str
@@ -38,7 +38,7 @@ def open_archive(
     """Open a zip or tar without unpacking it.
 
     Args:
-        shown: what messages call it.
+        shown: its name in messages.
 
     Raises:
         ArchiveError: it is refused; the member is named.
@@ -57,10 +57,10 @@ def open_archive(
 
 
 def open_contents(folder: Path, *, name_encoding: str = "auto", shown: str | None = None) -> PackedTree:
-    """Open what `finetune.data.contents` wrote.
+    """Open a folder that `finetune.data.contents` wrote.
 
     Args:
-        shown: what messages call it.
+        shown: its name in messages.
     """
     held = read_members(folder)
     names = _names([(one.name, one.is_utf8) for one in held], name_encoding)
@@ -83,7 +83,7 @@ class _Names:
 
 
 def _names(raw: Sequence[tuple[bytes, bool]], encoding: str) -> _Names:
-    """Decode and check names; those whose encoding is not told are decoded together."""
+    """Decode and check names; names of unknown encoding are decoded together."""
     untold = [name for name, is_utf8 in raw if not is_utf8 or not _is_valid(name)]
     try:
         decoded = decode_names(untold, encoding)

@@ -1,7 +1,7 @@
-"""A folder, an archive or a table at an address: ``s3://``, ``gs://``, ``hf://`` and whatever else fsspec knows.
+"""Open a folder, an archive or a table at an address that fsspec supports, such as ``s3://``, ``gs://`` or ``hf://``.
 
-Everything is listed at once; each file is fetched when it is first read and kept in the store, so that later epochs and later
-runs read it from disk. A file whose state at the address has changed (its tag, its date, its size) is fetched again.
+All files are listed at once. Each is fetched when it is first read and kept in the store, so that later epochs and runs read it
+from disk. A file whose state at the address (tag, date, size) has changed is fetched again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.storage.store import mark_used
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at an address. Read from its copy in the store, which is fetched where it is missing."""
+    """A file at an address, which is read from its copy in the store. A missing copy is fetched."""
 
     address: str
     version: str  # another text once the file has changed
@@ -39,7 +39,7 @@ class RemoteFile:
         return read_bytes(self.fetch(), limits)
 
     def fetch(self) -> Path:
-        """Return the copy on disk, fetched where it is missing.
+        """Return the path of the copy on disk; fetch it if it is missing.
 
         Raises:
             ImageError: the address cannot be read.
@@ -81,7 +81,7 @@ class RemoteFile:
 
 @dataclass
 class RemoteTree:
-    """Everything below an address."""
+    """The files below an address, as a tree."""
 
     name: str
     shown: str
@@ -100,7 +100,7 @@ def open_remote(location: str, reading: Reading) -> Place:
 
     Raises:
         MissingExtra: no package for this kind of address is installed.
-        DataError: nothing is there, or it cannot be reached; what the address's own library says is passed on.
+        DataError: the address does not exist or cannot be reached; the message of the library for this address is included.
     """
     if reading.roots is not None:
         raise DataError(f"{location}: addresses are not read here; upload the data, or name a folder of this server")
@@ -124,7 +124,7 @@ def open_remote(location: str, reading: Reading) -> Place:
 
 
 def _listing(location: str, reading: Reading) -> tuple[dict[str, RemoteFile], bool]:
-    """Return every file at or below an address by its own, and whether the address is that of a single file."""
+    """Return all files at or below an address, by their addresses, and whether the address is that of a single file."""
     with errors_named(location):
         filesystem, path = open_address(location, os.getpid())
         is_single = bool(filesystem.isfile(path))

@@ -1,4 +1,4 @@
-"""Folders and files with names, wherever they lie: what every place of data is opened as."""
+"""The types for an opened place: a tree of folders and files."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _SYSTEM_NAMES = frozenset(
 
 
 def is_system(name: str) -> bool:
-    """Return whether a name is hidden, or one that systems and programs give to what they leave behind."""
+    """Return whether a name is hidden, or typical of files that operating systems and programs create."""
     return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
 
 
 def is_worth_saying(name: str) -> bool:
-    """Return whether leaving out a hidden file should be told: it may have been meant as an image."""
+    """Return whether it should be reported that a hidden file is left out, because it may be an image."""
     return not name.startswith("._") and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
@@ -58,12 +58,12 @@ class Node:
 
     @property
     def suffix(self) -> str:
-        """The ending of the name in small letters, with its dot; nothing where it has none."""
+        """The suffix of the name in lower case, with its dot; empty if it has none."""
         return f".{self.name.rpartition('.')[2].lower()}" if "." in self.name[1:] else ""
 
     @property
     def is_image(self) -> bool:
-        """Whether it is named like an image; a file whose name does not tell is known by its first bytes."""
+        """Whether it is an image by its suffix or, without a telling suffix, by its first bytes."""
         if self._is_image is None:
             suffix = self.suffix
             if suffix in IMAGE_SUFFIXES or suffix in FOREIGN_IMAGE_SUFFIXES:
@@ -74,13 +74,13 @@ class Node:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is named like an image of a format that is not read."""
+        """Whether it has the suffix of an image format that is not supported."""
         return self.suffix in FOREIGN_IMAGE_SUFFIXES
 
 
 @dataclass(slots=True)
 class Folder:
-    """A folder with what is in it, both sorted by name."""
+    """A folder with its folders and files, each sorted by name."""
 
     name: str
     path: str  # from the tree's root; empty for the root
@@ -105,48 +105,48 @@ class Folder:
         return any(node.is_image for node in self.all_files())
 
     def folder(self, name: str) -> Folder | None:
-        """Return the folder of this name that lies directly inside."""
+        """Return the direct subfolder of this name, or None."""
         return next((folder for folder in self.folders if folder.name == name), None)
 
     def file(self, name: str) -> Node | None:
-        """Return the file of this name that lies directly inside."""
+        """Return the file of this name directly inside, or None."""
         return next((node for node in self.files if node.name == name), None)
 
 
 class Tree(Protocol):
-    """A place of data that has been opened."""
+    """The protocol for an opened place."""
 
     @property
     def name(self) -> str:
-        """What the dataset is called after it."""
+        """The name for the dataset."""
         ...
 
     @property
     def shown(self) -> str:
-        """The place as a person may read it; what lies inside is shown below it."""
+        """The place as it appears in messages."""
         ...
 
     @property
     def said(self) -> Sequence[str]:
-        """What was understood while opening it, for people."""
+        """Sentences on how the place was interpreted when it was opened."""
         ...
 
     def root(self) -> Folder:
-        """Return everything inside; read once and kept.
+        """Return the root folder; it is listed once.
 
         Raises:
-            DataError: it cannot be listed.
+            DataError: the place cannot be listed.
         """
         ...
 
     def find(self, path: str) -> Node | None:
-        """Return the file at a path from the root, also one that `root` has not been asked for; None where there is none."""
+        """Return the file at a path from the root, or None; `root` need not have been listed."""
         ...
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a location was opened as: a tree, and the file in it that was named, where it was a single file."""
+    """An opened location: a tree and, if the location is a single file, that file."""
 
     tree: Tree
     focus: Node | None = None
@@ -154,12 +154,12 @@ class Place:
 
     @property
     def shown(self) -> str:
-        """What messages call the location."""
+        """The location as it appears in messages."""
         return self.tree.shown if self.focus is None else shown_path(self.tree, self.focus.path)
 
 
 def build_folder(files: Sequence[tuple[Sequence[str], SourceFile]], folders: Sequence[Sequence[str]] = ()) -> Folder:
-    """Return the tree that paths describe; parents need not be listed."""
+    """Return the folder that these paths describe; parent folders need not be listed."""
     root = Folder("", "")
     known: dict[str, Folder] = {"": root}
 
@@ -203,5 +203,5 @@ def find_in(folder: Folder, path: str) -> Node | None:
 
 
 def shown_path(tree: Tree, path: str) -> str:
-    """Return a path inside a tree as messages name it."""
+    """Return a path inside a tree as it appears in messages."""
     return f"{tree.shown}/{printable(path)}" if path else tree.shown

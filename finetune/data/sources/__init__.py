@@ -1,4 +1,4 @@
-"""Sources of labelled images, one module for each format. A new one is a new module and a line in `SOURCES`. Torch-free."""
+"""Sources of labelled images, one module for each format. To add a format, add a module and a line in `SOURCES`. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES: tuple[Source, ...] = (
 
 
 def source_of(place: Place, reading: Reading | None = None) -> Source:
-    """Return the first source that recognises a place, else the last of all."""
+    """Return the first source that recognises a place; if none does, the last one."""
     return next((source for source in SOURCES if source.recognises(place)), SOURCES[-1])
 
 

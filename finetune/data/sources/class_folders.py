@@ -1,4 +1,4 @@
-"""One folder of images for each class; or splits with class folders inside. Labels come from folder names alone."""
+"""Read class folders, with or without splits around them. Labels come from folder names alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.messages import natural_list, printable
 
 
 class ClassFoldersSource:
-    """Class folders in any place; images may lie in folders nested inside their class folder."""
+    """The source for class folders; images may be in subfolders of their class folder."""
 
     name: ClassVar[str] = "class folders"
 
@@ -64,7 +64,7 @@ _OTHER_FILES = {
 
 
 def _what_it_is(node: Node) -> str:
-    """Return what a file is that cannot be read as data; empty if that is not known."""
+    """Return a phrase with the kind of a file that cannot be read as data; empty if it is not known."""
     head = node.file.head()
     known = next((what for start, what in _OTHER_FILES.items() if head.startswith(start)), None)
     if known is None and node.suffix == ".json":

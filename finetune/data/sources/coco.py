@@ -1,4 +1,4 @@
-"""COCO annotations of whole images: categories become labels; boxes and outlines are not used."""
+"""Read COCO annotations: the categories of an image become its labels; boxes and outlines are not used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = (b'"images"', b'"annotations"', b'"categories"')
 
 
 class CocoSource:
-    """One annotation file, or one for each split, with the images beside it or in ``images/``."""
+    """The source for COCO: one annotation file, or one for each split, with the images beside it or in ``images/``."""
 
     name: ClassVar[str] = "COCO annotations"
 
@@ -108,5 +108,5 @@ def _id(thing: Mapping[str, Any]) -> str:
 
 
 def json_id(value: Any) -> str:
-    """Return an id, which tools write as a number or a text, as a text."""
+    """Return an id as text; tools write ids as numbers or texts."""
     return str(value)

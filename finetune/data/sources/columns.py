@@ -1,4 +1,4 @@
-"""Which column of a table holds what: as named, else by its name and contents, and then it is said."""
+"""Find the columns of a table: as the user names them, else by their names and contents, which is reported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SAMPLE_ROWS = 50
 
 @dataclass(frozen=True)
 class Found:
-    """The columns of one table. `label` is None where the table has none and may do without.
+    """The columns of one table. `label` is None if the table has no labels and needs none.
 
     Args:
         flags_val: the cells of `split` are true for val images and false for training images.
@@ -66,12 +66,12 @@ def find_columns(
     *,
     label_needed: bool = True,
 ) -> Found | None:
-    """Find the columns; None, and a problem noted, where the file or the label is in none, or perhaps in several.
+    """Return the columns; None if no column, or more than one, can be that of files or labels, which is noted as a problem.
 
     Args:
-        shown: what messages call the table.
-        is_file: whether a cell holds an image, or names one that is there.
-        is_stem: whether a cell names an image that is there by its name without the ending.
+        shown: the table's name in messages.
+        is_file: returns whether a cell contains an image, or names an existing one.
+        is_stem: returns whether a cell names an existing image without its suffix.
     """
     chooser = _Chooser(table, shown, reading.columns, notes)
     sample = [row.cells for row in itertools.islice(table.rows(), _SAMPLE_ROWS)]
@@ -94,7 +94,7 @@ class _Chooser:
         self.failed = False
 
     def named(self, what: str) -> str | None:
-        """Return the column that a person named for `what`."""
+        """Return the column that the user named for `what`; None if there is none."""
         name: str | None = getattr(self.asked, what)
         if name is None or name in self.table.columns:
             return name
@@ -105,16 +105,16 @@ class _Chooser:
         return None
 
     def problem(self, message: str) -> None:
-        """Note what is wrong, with the columns that are there."""
+        """Note a problem, with a list of the columns."""
         self.failed = True
         self.notes.problem(self.shown, f"{message} (its columns are {natural_list(self.table.columns, 20)})")
 
     def aliases(self, names: Sequence[str]) -> list[str]:
-        """Return the columns that have one of these names, in any case of letters."""
+        """Return the columns that have one of these names; case is ignored."""
         return [column for column in self.table.columns if column.strip().casefold().replace(" ", "_") in names]
 
     def alias(self, names: Sequence[str], what: str, *, said: bool) -> str | None:
-        """Return the column of one of these names, where there is exactly one."""
+        """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
         if len(found) == 1 and said and found[0] != what:
             self.notes.say(f"{self.shown}: the column {found[0]!r} was taken for the {what}; data.{what}_column names another")
@@ -166,7 +166,7 @@ class _Chooser:
         return None
 
     def split(self, reading: Reading, file: str | None) -> str | None:
-        """Return the column of splits: one that is called so, or whose values are all names of splits."""
+        """Return the column of splits: named ``split``, or with another such name and only names of splits as values."""
         for column in self.aliases(_SPLIT):
             if column == file:
                 continue
@@ -189,7 +189,7 @@ class _Chooser:
         return None
 
     def say(self, file: str, label: str | None, split: str | None, group: str | None, weight: str | None) -> None:
-        """Say which columns are used, and which could be."""
+        """Report which columns are used, and which could be used."""
         used = {"images": file, "labels": label, "splits": split, "groups": group, "weights": weight}
         told = natural_list((f"{what} from {name!r}" for what, name in used.items() if name is not None), 6)
         self.notes.say(f"{self.shown}: {told}")

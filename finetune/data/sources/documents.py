@@ -1,4 +1,4 @@
-"""Annotation files in JSON, found where tools put them and read once."""
+"""Find annotation files in JSON where tools put them, and read each once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")
 
 
 def json_files(place: Place) -> Iterator[Node]:
-    """Yield the JSON files that may describe a place: the one that was named, else those beside the images of each split."""
+    """Yield the JSON files that may describe a place: the given one, else those beside the images of each split."""
     if place.focus is not None:
         if place.focus.suffix == ".json":
             yield place.focus
@@ -39,7 +39,7 @@ def _json_in(folder: Folder) -> Iterator[Node]:
 
 
 def mentions(node: Node, *words: bytes) -> bool:
-    """Return whether a file's text has all of these words, which is quicker to tell than to read it as JSON."""
+    """Return whether a file's text contains all of these words, which is faster than parsing it."""
     try:
         text = _bytes_of(node)
     except DataError:
@@ -48,7 +48,7 @@ def mentions(node: Node, *words: bytes) -> bool:
 
 
 def read_document(node: Node) -> Any:
-    """Return the JSON in a file, numbers as they were written.
+    """Return the JSON in a file; numbers are returned as texts.
 
     Raises:
         DataError: it is not JSON.
@@ -66,7 +66,7 @@ def _bytes_of(node: Node) -> bytes:
 
 
 class _Key:
-    """A file as a key: the same place and the same state."""
+    """A key for a file in its present state."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -88,7 +88,7 @@ def _cached_bytes(key: _Key) -> bytes:
 
 
 def split_around(node: Node, reading: Reading) -> Split | None:
-    """Return the split that a file is of, by its own name or that of a folder around it."""
+    """Return the split of a file by its name or that of a folder around it; None if they name none."""
     for part in (node.name.rpartition(".")[0], *reversed(node.path.split("/")[:-1])):
         meaning = split_meaning(part, reading.splits)
         if meaning is not None and meaning.split is not None and (meaning.certain or part.startswith("instances")):
@@ -97,7 +97,7 @@ def split_around(node: Node, reading: Reading) -> Split | None:
 
 
 def text_of(value: Any) -> str | None:
-    """Return a JSON value as the text that a label is; None for null and for what is no single value."""
+    """Return a JSON value as the text of a label; None for null, lists and objects."""
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, list | Mapping):

@@ -1,4 +1,4 @@
-"""ImageNet's text layout, which CVAT exports without images: ``synsets.txt`` with the classes, and a list for each subset."""
+"""Read ImageNet's text layout, which CVAT exports: ``synsets.txt`` with the classes, and a list of files for each subset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINE = re.compile(r'^(?:"(?P<quoted>[^"]*)"|(?P<plain>\S.*?))(?P<numbers>(?:\s+
 
 
 class ImagenetTextSource:
-    """``synsets.txt`` and lists of ``path number`` lines; the images lie beside them, or in ``images/``."""
+    """The source for ``synsets.txt`` with lists of ``path number`` lines; images are beside them, or in ``images/``."""
 
     name: ClassVar[str] = "ImageNet lists"
 
@@ -61,7 +61,7 @@ def _folder(place: Place) -> Folder | None:
 
 
 def _lists(folder: Folder) -> list[Node]:
-    """Return the lists: texts beside the classes whose first line is a path and a number."""
+    """Return the lists: text files beside ``synsets.txt`` whose first line is a path and a number."""
     found = []
     for node in folder.files:
         if node.suffix == ".txt" and node.name != _CLASSES:

@@ -1,4 +1,4 @@
-"""Exports of Label Studio: tasks in JSON, or its short form JSON-MIN, with choices as labels."""
+"""Read exports of Label Studio, in JSON or JSON-MIN: choices become labels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ABOUT_THE_TASK = frozenset(
 
 
 class LabelStudioSource:
-    """An export beside the images that were uploaded or served; nothing is fetched."""
+    """The source for an export beside its images; nothing is downloaded."""
 
     name: ClassVar[str] = "a Label Studio export"
 
@@ -74,7 +74,7 @@ def _is_export(node: Node) -> bool:
 
 @dataclass
 class _Task:
-    """One image, and what each annotator chose under each control of the labelling page."""
+    """One image, and the choices of each annotator under each control of the labelling configuration."""
 
     image: str | None
     answers: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
@@ -94,7 +94,7 @@ def _tasks(document: Any) -> Iterator[_Task]:
 
 
 def _image(data: Mapping[str, Any]) -> str | None:
-    """Return the value that names the image: by its key, else by its ending."""
+    """Return the value that names the image, found by its key, else by its suffix."""
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
     for key in ("image", "img", "photo", "picture"):
         if key in texts:
@@ -103,14 +103,14 @@ def _image(data: Mapping[str, Any]) -> str | None:
 
 
 def _annotations(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what counts: what was marked as the truth, else what was not cancelled."""
+    """Return the annotations to use: those marked as ground truth, else all that were not cancelled."""
     given = task.get("annotations") or task.get("completions") or []
     whole = [one for one in given if isinstance(one, Mapping) and not one.get("was_cancelled")] if isinstance(given, list) else []
     return [one for one in whole if one.get("ground_truth")] or whole
 
 
 def _choices(annotation: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
-    """Return the labels under each control; None where there are none."""
+    """Return the labels under each control; None if there are none."""
     found: dict[str, tuple[str, ...]] = {}
     result = annotation.get("result")
     for one in result if isinstance(result, list) else ():
@@ -144,7 +144,7 @@ def _names(values: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _control(tasks: Sequence[_Task], shown: str, reading: Reading, notes: Notes) -> str | None:
-    """Return the control whose choices are the labels; a problem where there are several."""
+    """Return the control whose choices are the labels; note a problem if there are several."""
     controls = Counter(name for task in tasks for answer in task.answers for name in answer)
     asked = reading.columns.label
     if asked is not None and asked in controls:
@@ -161,7 +161,7 @@ def _control(tasks: Sequence[_Task], shown: str, reading: Reading, notes: Notes)
 def _records(
     tasks: Sequence[_Task], control: str, node: Node, place: Place, shown: str, notes: Notes
 ) -> tuple[tuple[Record, ...], bool]:
-    """Return the samples, and whether images have several labels. Where annotators differ, most of them decide."""
+    """Return the samples, and whether images have several labels. If annotators differ, the majority decides."""
     lookup = Lookup(place.tree, node.path.rpartition("/")[0])
     records: list[Record] = []
     unlabelled = divided = undecided = 0

@@ -1,4 +1,4 @@
-"""The file that a table or an annotation file means, where the names in it were written on another machine."""
+"""Find the files that a table or an annotation file names, also if it was written on another machine."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _UPLOAD_PREFIX = 9  # Label Studio puts eight hexadecimal digits and a dash befo
 
 
 class Lookup:
-    """Finds files by what tables call them; first as a path, then by its end, its name, and its name without the ending."""
+    """Finds files by the names in tables: by the path, else by the end of the path, the file name, or the name without suffix."""
 
     def __init__(self, tree: Tree, folder: str) -> None:
-        """Look from `folder`, a path in the tree, in which the table lies."""
+        """Set the folder of the table, a path in the tree, which names are relative to."""
         self.tree, self.folder = tree, folder
         self._found_by: Counter[str] = Counter()
         self._names: dict[str, list[Node]] | None = None
         self._stems: dict[str, list[Node]] = {}
 
     def find(self, name: str, *, by_stem: bool = True, tried: bool = False) -> Node | None:
-        """Return the file that `name` means; None where there is none, or where several could be meant.
+        """Return the file that `name` means; None if there is none, or if it is ambiguous.
 
         Args:
-            by_stem: a name without its ending counts too; half of all numbers would be files otherwise.
-            tried: only to find out which column names files; how the file was found is not noted.
+            by_stem: accept a name without its suffix too. (Then many numbers name files.)
+            tried: the result is only used to find the column of files, so how the file was found is not recorded.
         """
         for path in self._paths(name):
             if (node := self.tree.find(path)) is not None:
@@ -39,7 +39,7 @@ class Lookup:
         return self._by_end(name, by_stem, noted=by_stem and not tried)
 
     def say(self, notes: Notes) -> None:
-        """Note how files were found, where their paths alone did not do it."""
+        """Report how files were found if not by their paths alone."""
         for how, count in self._found_by.items():
             notes.say(f"{plural(count, 'file')} found by {how}, for no file lies at the path that is given")
 
@@ -58,7 +58,7 @@ class Lookup:
                 yield from (f"{place}{folder}/{forward}" for folder in _IMAGE_FOLDERS)
 
     def _by_end(self, name: str, by_stem: bool, *, noted: bool) -> Node | None:
-        """Return the one file whose path ends like `name`, or is called so."""
+        """Return the only file whose path ends like `name`, or that has this name; else None."""
         if self._names is None:
             self._names = defaultdict(list)
             for node in self.tree.root().all_files():
@@ -82,7 +82,7 @@ class Lookup:
         return candidates[0]
 
     def _called(self, name: str, index: Mapping[str, list[Node]]) -> list[Node]:
-        """Return the files of a name; where one has exactly these letters, only that one."""
+        """Return the files with a name, ignoring case; if one matches exactly, only that one."""
         found = index.get(_key(name), [])
         return [node for node in found if name in (node.name, node.name.rpartition(".")[0])] or found
 
@@ -92,7 +92,7 @@ def _key(name: str) -> str:
 
 
 def _parts(name: str) -> list[str]:
-    """Return the parts of a path written on any system, or of the address that an annotation tool gives."""
+    """Return the parts of a path from any operating system, or of a URL that an annotation tool writes."""
     if "?d=" in name:  # Label Studio's address of a file on its own disk
         name = parse_qs(urlsplit(name).query).get("d", [name])[0]
     elif "://" in name:
@@ -103,7 +103,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _agreeing(candidates: list[Node], parts: list[str]) -> list[Node]:
-    """Return those whose folders agree with most of the path's, from its end."""
+    """Return the candidates whose path has the longest common end with this one."""
 
     def agreement(node: Node) -> int:
         count = 0

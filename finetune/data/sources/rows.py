@@ -1,4 +1,4 @@
-"""Rows of a table → records: the step that every source with a table shares."""
+"""Convert the rows of a table to records, for every source with a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.messages import natural_list, plural, printable
 
 @dataclass
 class _Odd:
-    """What single rows lack, counted."""
+    """Counts of the rows with a problem, by kind."""
 
     rows: int = 0
     unlabelled: int = 0
@@ -45,11 +45,11 @@ def list_table(
     base: str | None = None,
     label_needed: bool = True,
 ) -> Listing | None:
-    """List the samples of a table; None where its columns could not be told, which is noted.
+    """List the samples of a table; return None if its columns are not known, which is noted as a problem.
 
     Args:
-        node: the table's file; the paths in it are looked up from its folder.
-        split: of all rows, where the table's own name or folder says so.
+        node: the table's file; paths in it are relative to its folder.
+        split: the split of all rows, if the name or folder of the table determines it.
         base: the folder that ids are counted from; by default the table's.
         label_needed: whether a table without labels is a problem; otherwise it lists nothing.
     """
@@ -191,14 +191,14 @@ class _Rows:
         return weight
 
     def _note_contradiction(self, record: Record, place: str, seen: Record, seen_at: str) -> None:
-        """Note a problem where two rows say different things of one file."""
+        """Note a problem with two rows that differ on the same file."""
         what = "label" if record.labels != seen.labels else "split"
         here, there = (natural_list(one.labels) if what == "label" else one.split for one in (record, seen))
         row = seen_at.rpartition(", ")[2]
         self.notes.problem(place, f"{record.id} has the {what} {here!r} here and {there!r} in {row}")
 
     def note_odd(self, shown: str) -> None:
-        """Note what rows lacked: what keeps the data from being used, and what was left out."""
+        """Note the problems and warnings about rows."""
         if self.odd.unlabelled:
             self.notes.left_out.append(f"{shown}: {plural(self.odd.unlabelled, 'row')} without a label left out")
         if self.odd.repeated:
@@ -215,7 +215,7 @@ class _Rows:
 
 
 def _as_list(labels: Iterable[str]) -> list[str] | None:
-    """Return the labels that one text holds as a JSON list, as this project writes them; None where it is no such list."""
+    """Return the labels in a text that is a JSON list of texts, as this project writes them; None if it is not."""
     text = next(iter(labels), "")
     if not (text.startswith("[") and text.endswith("]")):
         return None

@@ -1,4 +1,4 @@
-"""A directory that the datasets library saved to disk: Arrow files with the images inside, one folder for each split."""
+"""Read a directory that the datasets library saved to disk: Arrow files with embedded images, one folder for each split."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 
 
 class SavedDatasetSource:
-    """What ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` writes."""
+    """The source for directories that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` writes."""
 
     name: ClassVar[str] = "a saved dataset"
 
@@ -143,7 +143,7 @@ def _features(info: Any) -> Mapping[str, Sequence[str]]:
 def _opened(path: Path, state: str | None) -> Any:
     """Return an Arrow file as a table in shared memory, whose offsets have been checked.
 
-    Arrow believes what a file says of its own buffers, and a damaged or malicious one would have it read outside of them.
+    Arrow does not check the offsets in a file, so a damaged or malicious file could make it read outside of its buffers.
 
     Raises:
         pyarrow.ArrowInvalid: it is damaged.
@@ -205,7 +205,7 @@ def _field(table: Any, column: str, name: str, *, is_there: bool = False) -> lis
 
 @dataclass(frozen=True, slots=True)
 class InArrow(ImageCell):
-    """The bytes of an image in an Arrow file, read where they lie."""
+    """The bytes of an image in an Arrow file, which is memory-mapped."""
 
     def read(self, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         with _READING:  # the opened files are shared between threads

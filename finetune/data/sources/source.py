@@ -1,4 +1,4 @@
-"""What a source of data is: one format of labelled images, wherever its files lie, and everything odd about them told."""
+"""The protocol of a source: one format of labelled images, in any place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.data.reading import Reading
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample as its source lists it, with its labels still texts."""
+    """One sample as its source lists it, with its labels as texts."""
 
     id: str
     file: ImageFile
@@ -30,10 +30,10 @@ class Listing:
     """The samples of one source.
 
     Args:
-        records: in a fixed order. Those whose split is None are still to be split.
-        classes: names that are there without a sample, such as an empty class folder's.
-        places: where each split was found, for messages.
-        several: whether an image may have several labels, or none, by what the source says of itself.
+        records: in a fixed order. A split of None means that the record is still to be split.
+        classes: additional classes without samples, such as empty class folders.
+        places: the location of each split, for messages.
+        several: whether the format allows several labels, or none, for an image.
     """
 
     records: tuple[Record, ...] = ()
@@ -43,7 +43,7 @@ class Listing:
 
 
 def refuse_columns(reading: Reading, notes: Notes, what: str, *, used: Collection[str] = ()) -> None:
-    """Note a problem for each column that is named where the source has none, so that nothing asked for is ignored.
+    """Note a problem for each column that the user names and the source does not have, so that no option is ignored.
 
     Args:
         what: the format, in the plural.
@@ -61,17 +61,17 @@ class Source(Protocol):
     name: ClassVar[str]
 
     def expected(self, shown: str) -> str:
-        """Return what data of this format looks like, with an example, for the error that refuses `shown`."""
+        """Return a description of this format with an example, for the error that refuses `shown`."""
         ...
 
     def recognises(self, place: Place) -> bool:
-        """Return whether a place is of this format; what is wrong inside is for `read` to tell."""
+        """Return whether a place has this format; `read` reports what is wrong inside."""
         ...
 
     def read(self, place: Place, reading: Reading, notes: Notes) -> Listing:
         """List the samples, without decoding an image.
 
         Args:
-            notes: gets every problem; what cannot be listed is left out of the result.
+            notes: receives every problem; samples that cannot be listed are left out of the result.
         """
         ...

@@ -1,4 +1,4 @@
-"""A table that names an image, or holds it, and its label in each row; the files lie beside it."""
+"""Read a table with an image, or its path, and its label in each row; paths are relative to the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.data.tables import SUFFIXES, open_table
 
 
 class TableSource:
-    """CSV, TSV, JSON lines or Parquet, given as the location. Labels are kept as text: ``007`` stays ``007``."""
+    """The source for a table that is given as the location. Labels are kept as text: ``007`` stays ``007``."""
 
     name: ClassVar[str] = "a table"
 

@@ -1,4 +1,4 @@
-"""Parquet files and Arrow files: typed columns, images often embedded in them. Needs pyarrow, which an extra installs."""
+"""Read Parquet and Arrow files: typed columns, often with embedded images. Needs pyarrow, which an extra installs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def require_pyarrow() -> Any:
     """Return pyarrow.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -80,7 +80,7 @@ def open_parquet(node: Node, reading: Reading) -> Table:
 
 
 def _is_image_column(path: Path, field: Any, shown: str, n_rows: int) -> bool:
-    """Return whether a column holds images: by its type, and a column of plain bytes by the first of them."""
+    """Return whether a column contains images, by its type or, for a column of bytes, by its first cells."""
     if is_image_struct(field.type) or not holds_images(field.type):
         return is_image_struct(field.type)
     with parquet_errors_named(shown), require_pyarrow().parquet.ParquetFile(path) as opened:
@@ -90,7 +90,7 @@ def _is_image_column(path: Path, field: Any, shown: str, n_rows: int) -> bool:
 
 
 def _holds_no_bytes(path: Path, column: str, shown: str) -> bool:
-    """Return whether a column of images only names files, judged by its first rows."""
+    """Return whether a column of images contains only file names, by its first rows."""
     with parquet_errors_named(shown), require_pyarrow().parquet.ParquetFile(path) as opened:
         first = next(opened.iter_batches(_IMAGE_BATCH_ROWS, columns=[column]))
         return all(image_bytes(value.as_py()) is None for value in first.column(0))
@@ -102,7 +102,7 @@ def _empty_batches(n_rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 class parquet_errors_named:
-    """A block in which errors of pyarrow become one sentence about the table."""
+    """Raise `DataError` with one sentence about the table for errors of pyarrow in the block."""
 
     def __init__(self, shown: str) -> None:
         self.shown = shown
@@ -135,7 +135,7 @@ def is_image_struct(kind: Any) -> bool:
 
 
 def features_of(schema: Any) -> Mapping[str, Sequence[str]]:
-    """Return the class names of columns that hold class numbers, where the file's metadata has them."""
+    """Return the class names of the columns of class numbers, if the file's metadata contains them."""
     metadata = (schema.metadata or {}).get(b"huggingface")
     if metadata is None:
         return {}
@@ -146,7 +146,7 @@ def features_of(schema: Any) -> Mapping[str, Sequence[str]]:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """Return the class names of each feature that is a class label, of the description that the datasets library writes."""
+    """Return the class names of each class label in the description of features that the datasets library writes."""
     found: dict[str, Sequence[str]] = {}
     for name, feature in features.items():
         inner = feature
@@ -160,7 +160,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
 
 
 def as_cell(value: Any, names: Sequence[str] | None) -> Cell:
-    """Return a typed value as the text that a person would write for it."""
+    """Return a typed value as text."""
     if value is None:
         return None
     if isinstance(value, list):
@@ -190,7 +190,7 @@ class ImageCell(ABC):
     """The bytes of an image in a cell of a table file.
 
     Args:
-        shown: how messages name the table.
+        shown: the table's name in messages.
         row: counted from 0.
     """
 
@@ -225,8 +225,8 @@ class ImageCell(ABC):
 class InParquet(ImageCell):
     """The bytes of an image in a Parquet file.
 
-    Pages of Parquet are compressed as a whole, so one image cannot be read by itself. The first that is asked for writes all
-    images of its column into the store, each under the sha256 of its bytes.
+    Pages of Parquet are compressed as a whole, so a single image cannot be read efficiently. When the first image is read, all
+    images of its column are written into the store, each under the sha256 of its bytes.
     """
 
     reading: Reading
@@ -258,7 +258,7 @@ _COLUMNS = _Columns()
 
 
 def _written(cell: InParquet, folder: Path) -> list[str | None]:
-    """Return the digests of a column's images, in the order of rows, and see to it that the images are in `folder`."""
+    """Return the digests of a column's images, in the order of rows; write the images into `folder` if they are missing."""
     listed = folder / "rows.json"
     if listed.exists():
         digests: list[str | None] = read_json(listed)
@@ -292,7 +292,7 @@ def _write_one(data: bytes | None, folder: Path) -> str | None:
 
 
 def image_bytes(value: Any) -> bytes | None:
-    """Return the bytes in a cell of an image column; None where it only names a file."""
+    """Return the bytes in a cell of an image column; None if it only names a file."""
     if isinstance(value, dict):
         value = value.get("bytes")
     if isinstance(value, str):

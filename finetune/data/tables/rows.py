@@ -1,4 +1,4 @@
-"""What a table is, whatever it is written in: named columns, and rows of cells that are still what the file says."""
+"""The types for a table in any format: named columns, and rows of cells as the file contains them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WHOLE_FILE = ImageLimits(max_bytes=1 << 40)
 
 
 class Embedded(Protocol):
-    """An image whose bytes are in the table itself."""
+    """An image that is embedded in the table."""
 
     @property
     def file(self) -> SourceFile: ...
 
     @property
     def name(self) -> str | None:
-        """What the table calls it, if it does."""
+        """The image's name in the table, or None."""
         ...
 
 
@@ -35,7 +35,7 @@ Cell = str | Sequence[str] | Embedded | None
 
 @dataclass(frozen=True)
 class Row:
-    """One row; `place` says where it is, for messages."""
+    """One row; `place` is its location in messages."""
 
     place: str
     cells: Mapping[str, Cell]
@@ -46,9 +46,9 @@ class Table:
     """A table that has been opened.
 
     Args:
-        rows: starts over at each call.
-        class_names: of label columns that hold numbers and say what they mean.
-        said: what had to be understood to read it.
+        rows: returns an iterator over all rows.
+        class_names: class names by column, for columns of class numbers whose names are in the file.
+        said: sentences on how the table was interpreted.
     """
 
     columns: tuple[str, ...]
@@ -57,10 +57,10 @@ class Table:
 
 
 def open_table(node: Node, reading: Reading) -> Table:
-    """Open a table by its ending.
+    """Open a table in the format of its suffix.
 
     Raises:
-        DataError: it cannot be read as what its ending says.
+        DataError: it is not in this format.
     """
     from finetune.data.tables import columnar, text
 
@@ -78,7 +78,7 @@ SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 
 
 def local_path(node: Node, reading: Reading) -> Path:
-    """Return a file on disk with a node's contents, for readers that need to jump in it; a copy where it has none of its own."""
+    """Return the path of a file with a node's contents, for readers that seek; if the node is no local file, copy it."""
     if isinstance(node.file, LocalFile | StoredFile):
         return node.file.path
     if isinstance(node.file, RemoteFile):

@@ -1,4 +1,4 @@
-"""Tables that are texts: CSV and TSV in the encodings and with the separators that spreadsheets write, and JSON lines."""
+"""Read CSV and TSV, in the encodings and with the separators of spreadsheet programs, and JSON lines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOOKED_AT = 100  # lines of a JSON table, for the names of its columns
 
 
 def open_separated(node: Node, reading: Reading) -> Table:
-    """Open a CSV or TSV file. All cells stay texts: ``007`` is not 7, and ``null`` is a word."""
+    """Open a CSV or TSV file. All cells are returned as texts: ``007`` is not 7, and ``null`` is a word."""
     text, said = _text_of(node)
     text, declared, skipped = _without_preamble(text)
     said += [f"{printable(node.name)}: {sentence}" for sentence in skipped]
@@ -133,14 +133,14 @@ def _names_image(cell: str) -> bool:
 
 
 def _separator_of(text: str) -> str:
-    """Return what separates the cells of the first line: spreadsheets of many countries write semicolons."""
+    """Return the separator of the first line. Spreadsheet programs write semicolons in many countries."""
     first = text.lstrip("\n").partition("\n")[0]
     counts = {separator: first.count(separator) for separator in _SEPARATORS}
     return max(counts, key=lambda separator: counts[separator]) if any(counts.values()) else ","
 
 
 def _text_of(node: Node) -> tuple[str, list[str]]:
-    """Return a text file's contents, and what had to be guessed of its encoding."""
+    """Return a text file's contents, and sentences on its encoding if that was guessed."""
     data = _bytes_of(node)
     for mark, encoding in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if data.startswith(mark):
@@ -186,7 +186,7 @@ def _bytes_of(node: Node) -> bytes:
 
 
 def open_json_lines(node: Node, reading: Reading) -> Table:
-    """Open a file with one JSON object a line. Numbers stay what was written: ``1.0`` is not 1."""
+    """Open a file with one JSON object per line. Numbers are returned as written: ``1.0`` is not 1."""
     data = _bytes_of(node)
     columns: dict[str, None] = {}
     for number, line in enumerate(_objects(data, node)):
@@ -249,9 +249,9 @@ def _cell(value: Any, path: tuple[str, ...], span: tuple[int, int], node: Node) 
 
 
 def _start_of_base64(text: str) -> int | None:
-    """Return where the base64 of an image begins in a text; None for a text that is none.
+    """Return the position at which the base64 of an image begins in a text; None if the text is no image.
 
-    A data URI says so; bare base64 is known by the first bytes that it encodes.
+    A data URI has a prefix; plain base64 is recognised by the first bytes that it encodes.
     """
     if text.startswith("data:image/"):
         return text.find(",") + 1
@@ -268,7 +268,7 @@ class JsonCell:
 
 @dataclass(frozen=True, slots=True)
 class InJson:
-    """The bytes of an image in a line of a JSON table; the line is read again when they are wanted."""
+    """The bytes of an image in a line of a JSON table; the line is parsed again when they are read."""
 
     table: Node
     span: tuple[int, int]
