@@ -133,14 +133,26 @@ class Model:
 
         Raises:
             ImageError: the image cannot be read.
-            InvalidInput: the bundle has no calibration for the requested coverage or precision.
+            InvalidInput: there is no such file, the array is not an image, or the bundle has no calibration for the requested
+                coverage or precision.
         """
         options = self._predictor.estimator.resolved(options)
         if isinstance(image, np.ndarray):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise InvalidInput(
+                    f"an image array has the shape (H, W, 3) and the type uint8, given {image.shape} {image.dtype}. Convert "
+                    "it to RGB pixels from 0 to 255, or give the path or the bytes of an image file"
+                )
             pixels = self._predictor.manifest.preprocess(image)
             outputs = self._predictor.run(pixels[None])
             cam = None if outputs.cam is None else outputs.cam[0]
             return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels, options)
+        if not isinstance(image, bytes | str | Path):
+            raise InvalidInput(
+                f"an image is a path, the bytes of an image file, or an array of RGB pixels, given {type(image).__name__}"
+            )
+        if not isinstance(image, bytes) and not Path(image).is_file():
+            raise InvalidInput(f"{image}: no such image file")
         sample = Sample("image", _Bytes(image) if isinstance(image, bytes) else LocalFile(Path(image)), ())
         (answer,) = ask(self._predictor, [sample])
         if isinstance(answer, Unreadable):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click import UsageError
 from diagnosed import N_STEPS, answered, run_records, write_run
 from PIL import Image
+from tiny_bundle import write_tiny_bundle
 
+import finetune
 from finetune.cli import _resumes
 from finetune.cli.comparing import compare
 from finetune.cli.show import show_cost, show_findings
@@ -25,6 +30,7 @@ from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.studies.carry_out import fine_tune
 from finetune.studies.compare import compare_runs
+from finetune.tracking.mlflow.pages import _refuse_taken_port
 
 COST = {
     "wall_seconds": 10.0, "train_seconds": 4.0, "feature_seconds": 3.0, "peak_memory_bytes": 2.0**30,
@@ -190,3 +196,33 @@ def test_data_of_another_revision_than_the_one_asked_for_is_refused_once(tmp_pat
 def test_a_name_of_a_model_that_cannot_be_is_refused_in_words() -> None:
     with pytest.raises(SpecError, match=r"suffix: must be at most 63 lower-case letters, digits.*given 'My Model'"):
         parse_spec({"training_file": "photos", "suffix": "My Model"})
+
+
+def test_a_comparison_of_fewer_than_two_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="at least two finished runs to compare, given 0"):
+        compare_runs([], Workspace.at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("nowhere.jpg", r"nowhere\.jpg: no such image file"),
+        (3, "given int"),
+        (np.zeros((4, 4), np.uint8), r"given \(4, 4\) uint8"),
+        (np.zeros((4, 4, 3)), r"given \(4, 4, 3\) float64"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_a_model_in_python(tmp_path: Path, image: Any, said: str) -> None:
+    write_tiny_bundle(tmp_path / "bundle")
+    with pytest.raises(InvalidInput, match=said):
+        finetune.load(tmp_path / "bundle").predict(image)
+
+
+def test_mlflow_refuses_a_port_that_another_program_has(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidInput, match=f"--port {port}: another program already listens on 127"):
+            _refuse_taken_port("127.0.0.1", port)
+    _refuse_taken_port("127.0.0.1", port)  # nobody listens there any more

@@ -47,6 +47,8 @@ def compare_runs(
         NotFound: a folder is not that of a finished run.
         InvalidInput: there are fewer than two arms, the runs have different classes, or they have no image in common.
     """
+    if len(runs) < 2:
+        raise InvalidInput(f"give the folders of at least two finished runs to compare, given {len(runs)}")
     folders = [RunDir(run.absolute()) for run in runs]
     outcomes = [_outcome(run) for run in folders]
     digest = hashlib.sha256("\n".join(sorted(str(run.root) for run in folders)).encode()).hexdigest()[:8]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,7 @@ def show_pages(
             command = server_command(target, host, port)
             url = command.url
             if not is_healthy(url):
+                _refuse_taken_port(host, port)
                 server = stack.enter_context(_running(command))
                 _wait_until_healthy(server, url)
                 if target.database is not None:
@@ -183,6 +185,16 @@ def _ask(url: str, what: str, **query: str) -> Any:
         )
     except httpx.HTTPError as error:
         raise ServerFailed(f"{without_credentials(url)} does not answer: {error}") from None
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Refuse a port on which another program listens.
+
+    Raises:
+        InvalidInput: the port is taken.
+    """
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        raise InvalidInput(f"--port {port}: another program already listens on {host} port {port}; give another --port")
 
 
 def is_healthy(url: str) -> bool:
