@@ -353,19 +353,19 @@ def soak(home: Path, minutes: float) -> tuple[dict[str, Any], dict[str, list[flo
             httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as http,
         ):
             client = Client(http, tally)
-            _until(lambda: _answers(http, server, "/livez"), 120)
+            _until(lambda: _answers(http, server, "/livez"), 600)
             form = {"files": {"file": ("pictures.zip", archive)}, "data": {"purpose": "fine-tune"}}
             file_id = http.post("/v1/files", **form).raise_for_status().json()["id"]  # type: ignore[arg-type]
             http.post("/v1/webhooks", json={"url": hook}).raise_for_status()
             job = http.post("/v1/fine_tuning/jobs", json={"training_file": file_id, **JOB}).raise_for_status().json()["id"]
             _until(lambda: _answers(http, server, "/readyz"), 600)  # the first model is there
-            _until(lambda: http.get(f"/v1/fine_tuning/jobs/{job}").json()["finished_at"] is not None, 60)
+            _until(lambda: http.get(f"/v1/fine_tuning/jobs/{job}").json()["finished_at"] is not None, 600)
             plan = {"methods": ["full"], "model": JOB["model"]}
             http.post("/v1/fine_tuning/plans", json=plan, timeout=600).raise_for_status()  # measured once
             samples = _under_load(client, server.pid, archive, picture, file_id, job, 60 * minutes)
     finally:
         server.send_signal(signal.SIGTERM)
-        exit_code = server.wait(120)
+        exit_code = server.wait(300)
     report = {
         "minutes": minutes,
         "requests": tally.answers.total(),

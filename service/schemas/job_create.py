@@ -31,6 +31,10 @@ def _job_schemas() -> dict[str, Any]:
     for name in _NULLABLE:
         if "anyOf" not in properties[name]:
             properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+    for field in properties.values():  # descriptions stay where readers of the document look for them
+        described = [option for option in field.get("anyOf", ()) if "description" in option]
+        if described and "description" not in field:
+            field["description"] = described[0]["description"]
     properties["integrations"] = {"anyOf": [{"type": "array", "items": {"type": "object"}, "maxItems": 0}, {"type": "null"}]}
     definitions["SupervisedMethod"] = {
         "type": "object",

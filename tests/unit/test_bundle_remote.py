@@ -107,7 +107,7 @@ def test_a_version_goes_to_another_workspace_with_its_answers_to_the_test_images
         pulled = CliRunner().invoke(cli, ["models", "pull", address], catch_exceptions=False)
         assert (pulled.exit_code, pulled.stdout) == (0, "trees@1\n")
         assert ("It was registered before, as trees@1" in pulled.stderr) == (time == 2)
-        assert "Requests that name no model are answered by trees@champion, version 1" in pulled.stderr
+        assert "Requests without a model name are answered by trees@champion, version 1" in pulled.stderr
     there = Registry(tmp_path / "there/models")
     (version,) = there.list()
     assert read_manifest(version.path).files == read_manifest(bundle).files

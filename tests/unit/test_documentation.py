@@ -134,3 +134,11 @@ def test_the_first_commands_of_the_readme_work_one_after_the_other(tmp_path: Pat
 def _found(folder: Path, word: str) -> str:
     """Return what a path that the text cuts short (``photos-full-…``) is there."""
     return str(next(folder.glob(word.replace("…", "*")))) if "…" in word else word
+
+
+def test_the_page_about_http_lists_every_route_and_no_other(tmp_path: Path) -> None:
+    with in_process(tmp_path, wait=False) as client:
+        paths = client.get("/docs.json").json()["paths"]
+    listed = re.findall(r"^\| `([A-Z]+) (/[^`]*)` \| \S", TEXTS["docs/http.md"], re.M)
+    assert len(listed) == len(set(listed)) > 90
+    assert set(listed) == {(method.upper(), path) for path, item in paths.items() for method in item}

@@ -21,4 +21,4 @@ def test_without_torch_a_worker_answers_batch_predictions_alone(monkeypatch: pyt
 def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
     refused = CliRunner().invoke(cli, ["worker", "--kinds", "batch,trainning"])
     assert refused.exit_code == 2
-    assert "give some of training, comparison, batch, check" in refused.output
+    assert "expected one or more of training, comparison, batch, check" in refused.output
