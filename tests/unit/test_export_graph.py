@@ -309,3 +309,17 @@ def test_a_value_that_is_clipped_twice_keeps_both_pairs_of_bounds() -> None:
     a, b = open_session(proto.SerializeToString()).run(["a", "b"], {"images": images})
     np.testing.assert_allclose(a, (images**2).clip(0, 1))
     np.testing.assert_allclose(b, (images**2).clip(-2, 3))
+
+
+@pytest.mark.parametrize(("difference", "refused"), [(0.5, False), (5.0, True)])
+def test_rounding_of_a_map_is_relative_to_the_features_and_weights_that_cancel_in_it(difference: float, refused: bool) -> None:
+    cam = np.full((1, 7, 7), 10.0, np.float32)
+    expected = [np.array([[3.0, 1.0]], np.float32), cam, np.full((1, 4), 1000.0, np.float32)]
+    computed = [expected[0], cam + np.float32(difference), expected[2]]
+    weight = np.full((2, 4), 0.5, np.float32)  # each row has the norm 1
+    outputs = ("logits", "cam", "embedding")
+    if refused:
+        with pytest.raises(ExportError, match="its cam differs by 5"):
+            dry_run_module.compare("net", outputs, expected, computed, weight)
+    else:
+        dry_run_module.compare("net", outputs, expected, computed, weight)
