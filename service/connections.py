@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """A connection on which request line and headers must be complete within `head_seconds` and `max_head_bytes`."""
+    """A connection on which request line and headers must be complete within `head_seconds` and `max_head_bytes`.
+
+    When there are too many, the one that has waited longest for a request is closed for a new one, so that connections on which
+    nothing is asked keep out nobody who asks.
+    """
 
     head_seconds: float = HEAD_SECONDS
     max_head_bytes: int = MAX_HEAD_BYTES
@@ -28,7 +32,8 @@ class LimitedConnection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_head = False
-        if len(self.connections) > self.max_connections:
+        self._waiting_since = self.loop.time()
+        if len(self.connections) > self.max_connections and not self._close_longest_waiting():
             self._end(503, "Too many connections are open. Try again in a moment")
             return
         self._start_head_timer()
@@ -62,8 +67,18 @@ class LimitedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._waiting_since = self.loop.time()
         if self._in_head:  # the next (pipelined) request had begun before this response was sent
             self._start_head_timer()
+
+    def _close_longest_waiting(self) -> bool:
+        """Close the other connection that has waited longest for a request; return False if all are in use."""
+        others = (one for one in self.connections if isinstance(one, LimitedConnection) and one is not self)
+        waiting = [one for one in others if one._waits_for_a_request() and not one.transport.is_closing()]
+        if not waiting:
+            return False
+        min(waiting, key=lambda one: one._waiting_since).transport.close()
+        return True
 
     def _waits_for_a_request(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)

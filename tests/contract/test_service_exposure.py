@@ -224,10 +224,22 @@ def test_a_body_has_one_length(lengths: bytes) -> None:
         assert raw(address, sent).startswith(b"HTTP/1.1 400")
 
 
-def test_more_connections_than_allowed_are_answered_and_closed() -> None:
+def test_connections_on_which_nothing_is_asked_make_room_and_those_in_use_do_not() -> None:
+    unfinished = REQUEST.replace(b"GET", b"POST")[:-2] + b"Content-Length: 5\r\n\r\n"
     with listening_with(max_connections=4, head_seconds=240.0) as (address, _), contextlib.ExitStack() as held:
-        silent = [held.enter_context(socket.create_connection(address, timeout=240)) for _ in range(4)]
+
+        def connect() -> socket.socket:
+            return held.enter_context(socket.create_connection(address, timeout=240))
+
+        silent = [connect() for _ in range(4)]
+        assert raw(address, REQUEST[:-2] + b"Connection: close\r\n\r\n").endswith(b"ok")
+        assert silent[0].recv(100) == b"", "it had waited longest"
+        in_use = [connect() for _ in range(4)]
+        for connection in in_use:
+            connection.sendall(unfinished)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        assert all(connection.recv(100) == b"" for connection in silent[1:])
         assert raw(address).startswith(b"HTTP/1.1 503")
-        for connection in silent:
+        for connection in in_use:
             connection.close()
         until(lambda: raw(address, REQUEST[:-2] + b"Connection: close\r\n\r\n").endswith(b"ok"))
