@@ -58,7 +58,8 @@ def accessible(page: Page) -> None:
     """Assert that axe finds nothing, and that nothing is wider than the window."""
     page.wait_for_selector("main:not([aria-busy]) h1")
     if folder := os.environ.get("FINETUNE_SCREENSHOTS"):
-        name = f"{page.viewport_size['width']}-{len(list(Path(folder).iterdir())):03d}.png"  # type: ignore[index]
+        number = len(list(Path(folder).iterdir()))
+        name = f"{page.viewport_size['width']}-{os.getpid()}-{number:03d}.png"  # type: ignore[index]
         page.screenshot(path=Path(folder) / name, full_page=page.locator("dialog").count() == 0)
     found = Axe().run(page, options={"resultTypes": ["violations"]})
     assert found.violations_count == 0, found.generate_report()

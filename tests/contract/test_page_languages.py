@@ -139,7 +139,8 @@ def test_warnings_are_translated(language: str) -> None:
     for warning in (*noted, *warnings_of_checked_data(), unmeasured("test", ["a", "b"]), labels, *scarce_classes()):
         assert any(pattern.search(warning) for pattern in known), warning
     for pattern, sentence in json.loads((STATIC / "strings" / f"warnings.{language}.json").read_text(encoding="utf-8")).items():
-        assert set(re.findall(r"\{(\w+)\}", sentence)) <= set(re.findall(r"\(\?<(\w+)>", pattern)), pattern
+        forms = " ".join(sentence.values()) if isinstance(sentence, dict) else sentence
+        assert set(re.findall(r"\{(\w+)\}", forms)) <= set(re.findall(r"\(\?<(\w+)>", pattern)), pattern
 
 
 @pytest.mark.parametrize("language", [one for one in LANGUAGES if one != "en"])
