@@ -28,6 +28,7 @@ from typing import IO, Any
 from finetune.errors import Conflict, InvalidInput
 from finetune.messages import printable
 from finetune.storage.files import TEMPORARY_SUFFIX, atomic_path
+from finetune.storage.rundir import RunDir
 
 MANIFEST = "backup.json"
 SCHEMA_VERSION = 1
@@ -85,7 +86,8 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
 def restore_backup(source: Path, root: Path) -> Backup:
     """Restore a backup into the folder `root`, which must be missing or empty; the folder appears complete or not at all.
 
-    If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs.
+    If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs, and runs
+    that were not finished begin anew: their checkpoints belong to a spec with the old path.
 
     Raises:
         Conflict: `root` is not empty.
@@ -213,6 +215,9 @@ def _move_paths(arriving: Path, before: str, after: str) -> None:
                 moved = moved.replace(os.fsencode(f"{old}/"), os.fsencode(f"{new}/"))
             if moved != text:
                 path.write_bytes(moved)
+    for checkpoints in list((arriving / "runs").rglob(RunDir(arriving).checkpoints.name)):
+        if not RunDir(checkpoints.parent).outcome.exists():
+            shutil.rmtree(checkpoints)
 
 
 def _move_in_database(connection: sqlite3.Connection, before: str, after: str) -> None:

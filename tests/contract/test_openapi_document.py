@@ -78,8 +78,6 @@ CONFIG = """
 "path.run_name" = "full-seed0"
 "path.batch_id" = "{batch_id}"
 "path.check_id" = "{check_id}"
-"path.upload_id" = "{upload_id}"
-"path.webhook_id" = "{webhook_id}"
 "path.name" = "colours"
 "path.version" = "1"
 "path.alias" = "champion"
@@ -133,14 +131,12 @@ def test_two_thousand_generated_requests_find_no_fault(closed: bool, tmp_path: P
         comparison_id = client.post("/v1/fine_tuning/comparisons", json={"training_file": file_id}).json()["id"]
         batch_id = client.post("/v1/batch_predictions", json={"input_file": file_id}).json()["id"]
         check_id = client.post(f"/v1/files/{file_id}/check").json()["id"]
-        upload_id = client.post("/v1/uploads", json={"filename": "a.zip", "purpose": "batch", "bytes": 9}).json()["id"]
-        webhook_id = client.post("/v1/webhooks", json={"url": "https://example.org/hooks"}).json()["id"]
         store = JobStore(open_jobs(tmp_path))
         for _ in range(4):  # what a worker holds cannot be deleted, so the identifiers below mean something to the end
             assert store.claim("worker") is not None
         config = tmp_path / "schemathesis.toml"
         ids = {"file_id": file_id, "job_id": job_id, "comparison_id": comparison_id, "batch_id": batch_id}
-        config.write_text(CONFIG.format(**ids, check_id=check_id, upload_id=upload_id, webhook_id=webhook_id))
+        config.write_text(CONFIG.format(**ids, check_id=check_id))
         ran = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{server.url}/docs.json"),

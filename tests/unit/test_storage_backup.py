@@ -80,6 +80,20 @@ def test_a_workspace_comes_back_in_another_place_with_its_paths(home: Path, tmp_
     assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")]
 
 
+def test_a_run_that_was_not_finished_begins_anew_in_another_place_and_resumes_in_the_same(home: Path, tmp_path: Path) -> None:
+    """Its checkpoints belong to a spec with the path of the data, which is another one there."""
+    job_id, _ = the_job(home)
+    RunDir(home / "runs" / job_id).outcome.unlink()
+    write_backup(home, tmp_path / "b.tar", jobs_database=home / "jobs.db")
+    home.rename(tmp_path / "lost")
+    for place in (home, tmp_path / "elsewhere"):
+        restore_backup(tmp_path / "b.tar", place)
+    resumes, anew = (RunDir(place / "runs" / job_id) for place in (home, tmp_path / "elsewhere"))
+    assert (resumes.checkpoints / "step-00000001.pt").exists()
+    assert anew.root.is_dir()
+    assert not anew.checkpoints.exists()
+
+
 def test_a_database_is_copied_as_it_is_at_one_moment_also_while_it_is_written(home: Path, tmp_path: Path) -> None:
     with closing(sqlite3.connect(home / "jobs.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
