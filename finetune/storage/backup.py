@@ -86,8 +86,8 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
 def restore_backup(source: Path, root: Path) -> Backup:
     """Restore a backup into the folder `root`, which must be missing or empty; the folder appears complete or not at all.
 
-    If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs. Runs that
-    were not finished begin anew then, because their checkpoints belong to a spec with the old path.
+    If `root` differs from the backed-up workspace's path, that path is replaced by the new one in the databases and runs. Runs
+    that were not finished begin anew then, because their checkpoints belong to a spec with the old path.
 
     Raises:
         Conflict: `root` is not empty.

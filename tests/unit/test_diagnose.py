@@ -197,6 +197,23 @@ def test_a_loss_that_rises_while_errors_fall_is_overconfidence() -> None:
     assert (finding.code, finding.severity) == ("overconfidence", "note")
 
 
+def certain(n: int, *, right: bool) -> Any:
+    """Answers that are all right or all wrong, with probabilities of exactly 0 and 1: no image differs from another."""
+    labels = np.arange(n) % len(CLASSES)
+    logits = np.full((n, len(CLASSES)), -500.0, dtype=np.float32)
+    logits[np.arange(n), labels if right else (labels + 1) % len(CLASSES)] = 500.0
+    return table(logits, labels, CLASSES)
+
+
+def test_images_that_do_not_differ_at_all_are_judged_too() -> None:
+    all_right = {"held_out": {"val": certain(6, right=True)}, "lines": journal(val=[(0.0, 1.0)] * 6)}
+    assert diagnose_records(run_records(**all_right)).finding("overconfidence") is None
+    rising = [(0.0, 0.0)] * 2 + [(900.0, 0.0)] * 4
+    all_wrong = {"held_out": {"val": certain(6, right=False)}, "samples": {N_STEPS: certain(200, right=True)}}
+    found = diagnose_records(run_records(**all_wrong, lines=journal(val=rising)))
+    assert found.finding("overfitting") is not None
+
+
 def test_large_steps_that_do_no_harm_are_fine() -> None:
     assert diagnose_records(run_records(resolved=HIGH_RATE)).findings == ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -170,6 +171,8 @@ def _finding(given: Mapping[str, Any]) -> Finding:
 
 def confidence(strength: float) -> float:
     """Return the confidence of evidence that is `strength` times its threshold: 0.5 for 1, 0.9 for 9, at most 0.99."""
+    if math.isinf(strength):
+        return 0.99 if strength > 0 else 0.0
     return round(min(max(strength, 0.0) / (1.0 + max(strength, 0.0)), 0.99), 2)
 
 

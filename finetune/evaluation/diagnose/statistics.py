@@ -36,6 +36,11 @@ def mean_of(values: Floats) -> Mean:
     return Mean(float(values.mean()), spread / math.sqrt(n), n)
 
 
+def ratio(value: float, threshold: float) -> float:
+    """Return how many times its threshold a value is; if that is 0, as of a sample without spread, 0 or infinite."""
+    return value / threshold if threshold > 0 else math.inf if value > 0 else 0.0
+
+
 def share(count: int, n: int) -> Mean:
     """Return the share `count / n` with Agresti and Coull's (1998) standard error, which is never zero."""
     p, m = (count + 2) / (n + 4), n + 4

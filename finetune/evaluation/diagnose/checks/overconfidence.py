@@ -6,7 +6,7 @@ import math
 
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
-from finetune.evaluation.diagnose.statistics import mean_of
+from finetune.evaluation.diagnose.statistics import mean_of, ratio
 
 EVALUATIONS = 3  # after the lowest val loss
 CLEARLY = 2.0  # standard errors
@@ -28,13 +28,13 @@ class Overconfidence:
         lowest = min(range(len(losses)), key=lambda index: losses[index])
         rise, error = losses[-1] - losses[lowest], mean_of(records.losses(table)).error
         better = scores[-1] >= scores[lowest]
-        if len(losses) - 1 - lowest < EVALUATIONS or rise < CLEARLY * error or not better or not math.isfinite(rise):
+        if len(losses) - 1 - lowest < EVALUATIONS or rise <= CLEARLY * error or not better or not math.isfinite(rise):
             return Clear(self.code, self.title, f"val loss {losses[-1]:.3g} at the end, {losses[lowest]:.3g} at its lowest")
         return Finding(
             self.code,
             self.title,
             "note",
-            confidence((rise / (CLEARLY * error)) ** 2),
+            confidence(ratio(rise, CLEARLY * error) ** 2),
             "the val loss rises, but no more val images are answered wrongly: the probabilities are too sure",
             (
                 Evidence("val loss", f"{losses[lowest]:.3g} at its lowest, {losses[-1]:.3g} at the end", "about the same"),

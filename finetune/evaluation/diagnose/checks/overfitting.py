@@ -13,7 +13,7 @@ import numpy as np
 from finetune.evaluation.diagnose.checks.degradation import Degradation
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
 from finetune.evaluation.diagnose.records import RunRecords
-from finetune.evaluation.diagnose.statistics import Mean, mean_of
+from finetune.evaluation.diagnose.statistics import Mean, mean_of, ratio
 
 GAP = 0.15  # of the headline metric, between training and held-out images
 LARGE_GAP = 0.25
@@ -46,7 +46,7 @@ class Overfitting:
             return Clear(self.code, self.title, figure)
         rise = _rise_of_val_loss(records)
         problem = gap >= LARGE_GAP or rise >= 1
-        certain = min(gap / GAP, gap / (CLEARLY * error)) ** 2
+        certain = min(gap / GAP, ratio(gap, CLEARLY * error)) ** 2
         return Finding(
             self.code,
             self.title,
@@ -88,7 +88,7 @@ def _rise_of_val_loss(records: RunRecords) -> float:
     lowest = int(np.argmin(losses))
     if len(losses) - 1 - lowest < EVALUATIONS_LEFT:
         return 0.0
-    return (losses[-1] - losses[lowest]) / (RISE * mean_of(records.losses(table)).error)
+    return ratio(losses[-1] - losses[lowest], RISE * mean_of(records.losses(table)).error)
 
 
 def held_out_score(records: RunRecords) -> tuple[str, Mean] | None:
