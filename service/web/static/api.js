@@ -61,6 +61,26 @@ export async function request(path, options) {
   return (await send(path, options)).json();
 }
 
+const BUSY_TRIES = 5;
+
+/** Return whether a request was refused because the server has too much to do at the moment. */
+export function isBusy(error) {
+  return error instanceof Refused && error.code === "overloaded";
+}
+
+/** Return the JSON answer of a request that is sent again while the server has too much to do; `onbusy` is called before each pause. */
+export async function requestWhenFree(path, options, onbusy) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await request(path, options);
+    } catch (error) {
+      if (!isBusy(error) || tries === BUSY_TRIES) throw error;
+      onbusy();
+      await pause(Math.min(LONGEST_PAUSE_MS, 1000 * 2 ** tries), options.signal);
+    }
+  }
+}
+
 export async function requestText(path, options) {
   return (await send(path, options)).text();
 }

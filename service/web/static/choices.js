@@ -1,6 +1,6 @@
 // The plain choice of how thoroughly to train: for each what of the chosen network would learn, and about how long that takes here.
 
-import { Refused, request } from "./api.js";
+import { isBusy, Refused, request } from "./api.js";
 import { h, newId, put, svg } from "./dom.js";
 import { duration, list, percent, t } from "./i18n.js";
 import { methodName } from "./jobs.js";
@@ -12,6 +12,7 @@ export const CHOICES = {
   compare: { methods: ["linear_probe", "partial", "full"] },
 };
 const METHODS = Object.values(CHOICES).flatMap(({ method, methods }) => methods ?? [method]);
+const BUSY_PAUSE_MS = 5000; // before a server that has too much to do is asked again
 const PAUSE_MS = 300; // after the last change, before the server is asked
 const DRAWING = { width: 146, height: 24, gap: 4, head: 18, inset: 2 };
 
@@ -48,6 +49,10 @@ export function planChoices(known, onchange, signal) {
         json: { ...sections, methods: METHODS, ...(images ? { images, classes: Math.max(1, classes ?? 2), bytes } : {}) } });
     } catch (error) {
       if (mine.signal.aborted) return;
+      if (isBusy(error)) {
+        timer = setTimeout(ask, BUSY_PAUSE_MS);
+        return;
+      }
       if (!(error instanceof Refused)) throw error;
       plan = null; // what is wrong with a setting is shown at its field when the job is sent
     }

@@ -1,6 +1,6 @@
 // From photographs to a job: pictures in named classes, a plain choice, one button.
 
-import { all, Refused, request, sendInParts } from "../api.js";
+import { all, Refused, requestWhenFree, sendInParts } from "../api.js";
 import { CHOICES, planChoices } from "../choices.js";
 import { alertBox, ask, field, h, newId, put } from "../dom.js";
 import { bytes, number, percent, t } from "../i18n.js";
@@ -206,7 +206,9 @@ export async function open(root, [wanted, from], signal) {
       if (suffix) body.suffix = suffix;
       state.attempt ??= crypto.randomUUID?.() ?? String(Math.random());
       const path = methods ? "v1/fine_tuning/comparisons" : "v1/fine_tuning/jobs";
-      const job = await request(path, { method: "POST", json: body, headers: { "Idempotency-Key": `${state.attempt}-${digest(JSON.stringify(body))}` } });
+      const job = await requestWhenFree(path, {
+        method: "POST", json: body, headers: { "Idempotency-Key": `${state.attempt}-${digest(JSON.stringify(body))}` }, signal,
+      }, () => put(progress, h("span", {}, t("train.busy"))));
       state.busy = false;
       location.hash = linkOf(job);
     } catch (error) {
