@@ -501,7 +501,8 @@ class _Training:
 
     def _describe(self, step: int) -> str:
         if step == 0:
-            return "the solved head on the pretrained backbone, because no epoch improved on it"
+            solved = "the solved head on the pretrained backbone"
+            return f"{solved}, because no epoch improved on it" if self.recipe.n_steps else solved
         averaged = " (moving average)" if self.average is not None else ""
         return f"the weights after epoch {step // self.recipe.steps_per_epoch}{averaged}"
 

@@ -156,7 +156,7 @@ def test_a_submission_is_sent_again_with_the_same_key_until_it_is_answered(pause
 
 def test_a_server_that_never_answers_is_named() -> None:
     server = Server(*[httpx.ConnectError("refused")] * 4)
-    with pytest.raises(ServerUnreachable, match=r"http://server:1234: no answer \(refused\)\. Is the address right"):
+    with pytest.raises(ServerUnreachable, match=r"http://server:1234: no answer \(refused\)\. Check the address"):
         server.client().get("ftjob-1")
 
 

@@ -52,7 +52,7 @@ def test_a_server_answers_to_the_address_that_it_listens_on() -> None:
 
 def test_settings_are_read_from_the_environment_with_sound_defaults() -> None:
     default = Settings.from_environment({"FINETUNE_HOME": "/data"})
-    web = Path("node_modules/onnxruntime-web").absolute()
+    web = Path("node_modules/onnxruntime-web")
     assert default == Settings(Path("/data"), threads=available_cores(), onnxruntime_web=web)
     assert (default.allowed_hosts, default.image_limits) == (LOOPBACK_HOSTS, ImageLimits())
     given = Settings.from_environment(
