@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from processes import children_of
 from serving import in_process, until
 from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
@@ -161,25 +161,38 @@ def test_a_value_of_another_type_is_no_number(client: TestClient, field: str, va
     assert [one["field"] for one in answer.json()["errors"]] == [field]
 
 
+MEASURING = ("sleep", "600.25")
+
+
+def measuring() -> list[int]:
+    """The processes of this one that measure; others that it has, such as those of a fixture, are left out."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if tuple(child.cmdline()) == MEASURING:
+                found.append(child.pid)
+    return found
+
+
 def test_a_measurement_that_nobody_waits_for_is_killed_and_the_next_one_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "CHILD", ("sleep", "600"))
+    monkeypatch.setattr(plans, "CHILD", MEASURING)
 
     async def leave() -> None:
         planner = Planner(Workspace.at(tmp_path))
         first = [asyncio.create_task(planner.speeds({"backbone": "giant"}, "ann")) for _ in range(2)]
         second = asyncio.create_task(planner.speeds({"backbone": "other"}, "ann"))
-        await _until(lambda: len(children_of(os.getpid())) == 1)
-        (running,) = children_of(os.getpid())
+        await _until(lambda: len(measuring()) == 1)
+        (running,) = measuring()
         first[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await first[0]
-        assert children_of(os.getpid()) == [running], "one request still waits for it"
+        assert measuring() == [running], "one request still waits for it"
         first[1].cancel()
-        await _until(lambda: children_of(os.getpid()) not in ([running], []))
+        await _until(lambda: measuring() not in ([running], []))
         second.cancel()
-        await _until(lambda: children_of(os.getpid()) == [])
+        await _until(lambda: measuring() == [])
         planner.stop()
 
     asyncio.run(leave())
