@@ -210,6 +210,7 @@ def test_answers_that_are_gone_or_were_never_written_are_not_found(client: TestC
     assert not run.root.exists()
 
 
+@pytest.mark.longer
 def test_a_worker_answers_every_image_as_predict_does(tmp_path: Path) -> None:
     """The real server and worker, through our client."""
     registered(tmp_path, write_bundle(tmp_path / "bundle"))

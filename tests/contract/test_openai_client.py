@@ -106,6 +106,7 @@ def test_a_job_is_created_listed_looked_at_and_cancelled(client: OpenAI, file_id
     assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
 
 
+@pytest.mark.longer
 def test_method_and_extra_body_reach_what_the_client_does_not_know(client: OpenAI, file_id: str) -> None:
     stock = client.fine_tuning.jobs.create(
         model="resnet18",

@@ -99,6 +99,7 @@ def test_a_number_that_is_not_finite_is_refused(checking: tuple[TestClient, str]
     assert "not JSON" in answer.json()["detail"]
 
 
+@pytest.mark.longer
 def test_a_good_name_and_good_transforms_are_accepted(client: TestClient, file_id: str) -> None:
     transforms = [{"HorizontalFlip": {"p": 0.5}}, {"OneOf": {"transforms": [{"Blur": {"p": 1.0}}, {"ToGray": {}}], "p": 0.2}}]
     body = {"training_file": file_id, "model": "resnet18", "augmentation": {"transforms": transforms}}

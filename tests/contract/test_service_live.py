@@ -212,6 +212,7 @@ def test_an_execution_provider_that_is_not_installed_is_named_at_start(home: Pat
     assert "no execution provider for 'cuda' here; it has cpu" in ran.stderr
 
 
+@pytest.mark.longer
 def test_a_server_outlives_the_shell_that_started_it(home: Path, tmp_path: Path) -> None:
     """What ``nohup finetune serve &`` promises to somebody who logs out."""
     log = tmp_path / "server.log"

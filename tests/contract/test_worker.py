@@ -401,6 +401,7 @@ def test_a_second_signal_hurries_a_worker_that_waits_for_its_run(store: JobStore
     assert store.get(job.id).state == "queued"
 
 
+@pytest.mark.longer
 def test_a_worker_that_cannot_hand_its_jobs_back_stops_all_the_same(home: Path) -> None:
     lease_seconds = 3.0  # for so long it tries
     job = submit(JobStore(open_database(home / "jobs.db")), **FOR_EVER)

@@ -182,6 +182,7 @@ def test_weights_that_run_away_end_the_run_in_one_sentence_and_nothing_is_regist
     assert len([warning for warning in outcome.warnings if warning.endswith("so training diverged")]) == 1
 
 
+@pytest.mark.longer
 def test_whoever_insists_gets_a_version_with_the_doubt_beside_it(pictures: Path, home: Path) -> None:
     """Labels that have nothing to do with the pictures, and test images enough to tell."""
     chance = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def test_the_model_is_the_same_from_every_format(tmp_path: Path) -> None:
     same_models(list(FORMATS), tmp_path)
 
 
+@pytest.mark.longer
 def test_exports_go_in_over_http_and_a_job_takes_it(tmp_path: Path) -> None:
     with in_process(tmp_path / "home", wait=False) as client:
         counts = {name: _uploaded(client, zipped(FORMATS[name].write(tmp_path / name / "data", CONTENTS))) for name in UPLOADED}

@@ -67,6 +67,7 @@ def test_every_arm_has_a_first_run_before_any_has_a_second_and_runs_of_one_seed_
     assert study.n_children == 4
 
 
+@pytest.mark.longer
 def test_a_budget_stops_what_cannot_win_any_more_and_what_does_not_fit_and_says_so(tmp_path: Path) -> None:
     n = 400
     same, worse = np.arange(n) % 10 > 0, np.arange(n) % 3 > 0

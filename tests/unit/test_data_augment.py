@@ -302,6 +302,7 @@ def test_an_augmentation_that_makes_no_view_costs_no_import_of_its_libraries() -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.longer
 def test_importing_it_asks_no_package_index(tmp_path: Path) -> None:
     code = (
         "import urllib.request\n"

@@ -67,6 +67,7 @@ def test_val_speaks_before_the_refit_and_test_after_it(pictures: Path, home: Pat
     assert (refitted.root / "../choose").resolve() == chose.root
 
 
+@pytest.mark.longer
 def test_a_refit_of_method_auto_does_what_was_kept_and_not_all_of_it_again(pictures: Path, home: Path) -> None:
     run = RunDir(home / "runs" / "auto")
     given = {"method": "auto", "hyperparameters": {"n_epochs": 1, "batch_size": 5, "refit": True}}
