@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.errors import Overloaded
@@ -16,14 +17,18 @@ from finetune.errors import Overloaded
 log = logging.getLogger(__name__)
 
 
+class CpuTimeSpent(Overloaded):
+    """The program has used all the CPU time that it allows itself."""
+
+
 class ChildProgram:
-    """Runs ``python -m module`` with a JSON object as its input, and returns the JSON object that it writes.
+    """Runs a command with a JSON object as its input, and returns the JSON object that it writes.
 
     Call `ask` from one thread that lives as long as the server: the child is killed when the thread that started it ends.
     """
 
-    def __init__(self, module: str, *, seconds: float) -> None:
-        self._module = module
+    def __init__(self, command: Sequence[str], *, seconds: float) -> None:
+        self._command = command
         self._seconds = seconds
         self._child: subprocess.Popen[str] | None = None
         self._stopping = threading.Event()
@@ -41,13 +46,14 @@ class ChildProgram:
             what: what it does, as the subject of an error's sentence.
 
         Raises:
-            Overloaded: it took too long or failed, which is not the fault of what was given.
+            CpuTimeSpent: it used all the CPU time that it allows itself.
+            Overloaded: it took too long, failed or was stopped, which is not the fault of what was given.
         """
         if self._stopping.is_set():
-            raise Overloaded("this server is ending")
+            raise Overloaded(f"{what} was stopped")
         die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
         child = subprocess.Popen(
-            [*die_with_parent, sys.executable, "-m", self._module],
+            [*die_with_parent, *self._command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._child = child
@@ -62,8 +68,11 @@ class ChildProgram:
         finally:
             self._child = None
         if child.returncode != 0:
-            if not self._stopping.is_set():
-                log.error("%s failed:\n%s", what, errors[-2000:])
+            if self._stopping.is_set():
+                raise Overloaded(f"{what} was stopped")
+            if child.returncode == -signal.SIGXCPU:
+                raise CpuTimeSpent(f"{what} used all the CPU time that it may use")
+            log.error("%s failed:\n%s", what, errors[-2000:])
             raise Overloaded(f"{what} failed; the server's log says why")
         answer: dict[str, Any] = json.loads(said)
         return answer

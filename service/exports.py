@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import shutil
+import sys
 import tempfile
 import time
 import zipfile
@@ -22,7 +23,7 @@ from finetune.jobs.kinds import can_train
 from finetune.storage.files import modified_ns
 from service.child import ChildProgram
 
-CHILD = "finetune.cli.export_format"
+CHILD = (sys.executable, "-m", "finetune.cli.export_format")
 SECONDS = 900  # the child limits its own CPU time
 MAX_WAITING = 8
 MAX_OF_OWNER = 2

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import os
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,9 +15,8 @@ from finetune.runs.forecast import Speeds
 from finetune.runs.known_speeds import find_speeds, speeds_file, speeds_key
 from finetune.storage.files import write_json
 from finetune.storage.workspace import Workspace
+from service.child import ChildProgram, CpuTimeSpent
 from service.worker import NO_TRAINING
-
-log = logging.getLogger(__name__)
 
 CHILD = (sys.executable, "-m", "finetune.cli.speed_check")
 SECONDS = 600  # the child limits its own CPU time
@@ -31,7 +24,6 @@ MAX_WAITING = 8
 MAX_OF_OWNER = 3
 
 MAX_REMEMBERED = 1000
-NOT_AWAITED = "this measurement ended because nobody waits for it, or because the server is ending"
 
 Question = Mapping[str, Any]  # backbone, input_size_px, device, threads
 
@@ -43,14 +35,7 @@ class _Measurement:
     owner: str
     result: asyncio.Future[Speeds] = field(init=False)
     n_waiting: int = 0  # requests
-    child: subprocess.Popen[str] | None = None
-    is_over: threading.Event = field(default_factory=threading.Event)  # nobody waits for it any more, or the server stops
-
-    def end(self) -> None:
-        """Kill the child process, or prevent that it is started."""
-        self.is_over.set()
-        if (child := self.child) is not None:
-            child.kill()
+    program: ChildProgram = field(default_factory=lambda: ChildProgram(CHILD, seconds=SECONDS))
 
 
 class Planner:
@@ -67,7 +52,7 @@ class Planner:
         """Kill the child process, if there is one."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for measurement in self._measuring.values():
-            measurement.end()
+            measurement.program.stop()
 
     async def speeds(self, question: Question, owner: str) -> Speeds:
         """Return the speeds of a backbone on this machine; concurrent requests for it share one measurement.
@@ -97,7 +82,7 @@ class Planner:
             measurement.n_waiting -= 1
             if not measurement.n_waiting and not measurement.result.done():
                 del self._measuring[key]
-                measurement.end()
+                measurement.program.stop()
                 measurement.result.cancel()
 
     def _begin(self, key: str, question: Question, owner: str) -> _Measurement:
@@ -125,45 +110,23 @@ class Planner:
             self._unusable[key] = error.message
 
     def _found(self, question: Question, measurement: _Measurement) -> Speeds:
-        """Return the cached measurement of this workspace, else measure."""
+        """Return the cached measurement of this workspace, else measure.
+
+        Raises:
+            InvalidInput: it takes more CPU time or memory than a plan may use, or the backbone cannot be used.
+            Overloaded: it took too long or failed, which is not the fault of the backbone; or nobody waits for it any more.
+        """
         if (known := find_speeds(self._workspace, question)) is not None:
             return known
-        answer = json.loads(self._ask({**question, "networks": str(self._workspace.networks)}, measurement))
+        try:
+            answer = measurement.program.ask(
+                {**question, "networks": str(self._workspace.networks)}, f"measuring {question['backbone']}"
+            )
+        except CpuTimeSpent:
+            raise InvalidInput(
+                f"{question['backbone']} takes too long to measure on this machine. A job may train it nevertheless"
+            ) from None
         if "problem" in answer:
             raise InvalidInput(answer["problem"])
         write_json(speeds_file(self._workspace, question), answer["speeds"])
         return Speeds.from_dict(answer["speeds"])
-
-    def _ask(self, given: Question, measurement: _Measurement) -> str:
-        """Run the child process and return its output.
-
-        Raises:
-            InvalidInput: it takes more CPU time or memory than a plan may use.
-            Overloaded: it took too long or failed, which is not the fault of the backbone; or nobody waits for it any more.
-        """
-        if measurement.is_over.is_set():
-            raise Overloaded(NOT_AWAITED)
-        die_with_parent = [sys.executable, "-m", "finetune.executors.process_parent", str(os.getpid())]
-        child = subprocess.Popen(
-            [*die_with_parent, *CHILD],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        measurement.child = child
-        if measurement.is_over.is_set():
-            child.kill()
-        try:
-            said, errors = child.communicate(json.dumps(given), timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            raise Overloaded(f"measuring {given['backbone']} took more than {SECONDS} s") from None
-        finally:
-            measurement.child = None
-        if child.returncode == 0:
-            return said
-        if measurement.is_over.is_set():
-            raise Overloaded(NOT_AWAITED)
-        if child.returncode == -signal.SIGXCPU:
-            raise InvalidInput(f"{given['backbone']} takes too long to measure on this machine. A job may train it nevertheless")
-        log.error("measuring %s failed:\n%s", given["backbone"], errors[-2000:])
-        raise Overloaded(f"{given['backbone']} could not be measured; the server's log says why")

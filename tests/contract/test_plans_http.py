@@ -18,12 +18,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from finetune.errors import Overloaded
+from finetune.errors import InvalidInput, Overloaded
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
 from finetune.storage.workspace import Workspace
 from service import plans, spec_check
+from service.child import ChildProgram
 from service.disconnects import while_connected
 from service.plans import MAX_OF_OWNER, Planner
 
@@ -41,28 +42,26 @@ class StandIn:
         self.go_on.set()
         self.problem = ""
 
-    def answer(self, given: Mapping[str, Any]) -> str:
+    def answer(self, given: Mapping[str, Any]) -> dict[str, Any]:
         self.asked.append(given["backbone"])
         assert self.go_on.wait(60)
         if self.problem:
-            return json.dumps({"problem": self.problem})
-        return json.dumps(
-            {
-                "speeds": {
-                    "backbone": given["backbone"], "stages": STAGES, "n_parameters": 400, "has_batch_norm": True,
-                    "resizable": True, "input_size_px": [224, 224], "device": "cpu", "threads": given["threads"],
-                    "start_seconds": 3.0, "decode_seconds": 0.001, "decode_seconds_per_megabyte": 0.01,
-                    "feature_seconds": 0.01, "prefix_shares": {"0": 0.0, "2": 0.8, "3": 0.9, "4": 1.0},
-                    "step_seconds": {"0": 0.05, "2": 0.02, "3": 0.01, "4": 0.0},
-                }
+            return {"problem": self.problem}
+        return {
+            "speeds": {
+                "backbone": given["backbone"], "stages": STAGES, "n_parameters": 400, "has_batch_norm": True,
+                "resizable": True, "input_size_px": [224, 224], "device": "cpu", "threads": given["threads"],
+                "start_seconds": 3.0, "decode_seconds": 0.001, "decode_seconds_per_megabyte": 0.01,
+                "feature_seconds": 0.01, "prefix_shares": {"0": 0.0, "2": 0.8, "3": 0.9, "4": 1.0},
+                "step_seconds": {"0": 0.05, "2": 0.02, "3": 0.01, "4": 0.0},
             }
-        )  # fmt: skip
+        }  # fmt: skip
 
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     child = StandIn()
-    monkeypatch.setattr(Planner, "_ask", lambda _, given, measurement: child.answer(given))
+    monkeypatch.setattr(ChildProgram, "ask", lambda _, given, what: child.answer(given))
     monkeypatch.setattr(spec_check, "_run", lambda specs: json.dumps({"problems": [[] for _ in specs], "catalogue": CATALOGUE}))
     return child
 
@@ -196,6 +195,23 @@ def test_a_measurement_that_nobody_waits_for_is_killed_and_the_next_one_begins(
         planner.stop()
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "says"),
+    [
+        ("kill -XCPU $$", InvalidInput, "giant takes too long to measure on this machine"),
+        ("exit 3", Overloaded, "measuring giant failed; the server's log says why"),
+    ],
+)
+def test_how_a_measurement_ended_decides_whose_fault_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, error: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr(plans, "CHILD", ("sh", "-c", script))
+    planner = Planner(Workspace.at(tmp_path))
+    with pytest.raises(error, match=says):
+        asyncio.run(planner.speeds({"backbone": "giant"}, "ann"))
+    planner.stop()
 
 
 def test_the_measurement_ends_when_its_client_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
