@@ -36,8 +36,8 @@ BATCHES_AHEAD = 2  # beyond one for each process
 
 class _Task(NamedTuple):
     epoch: int
-    indices: np.ndarray
-    times: np.ndarray
+    indices: np.ndarray  # (B,) positions in the samples
+    times: np.ndarray  # (B,) how often each of them came earlier in the epoch
 
 
 class _Answer(NamedTuple):

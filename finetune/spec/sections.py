@@ -36,8 +36,8 @@ class HeadSpec(Section):
         Literal["avg", "max", "avgmax", "gem"],
         Field(
             description="How the feature map is reduced to one vector per image: global average pooling (avg), global max "
-            "pooling, "
-            "the mean of both (avgmax), or generalised mean with exponent 3 (gem). Class activation maps are exact with avg."
+            "pooling, the mean of both (avgmax), or generalised mean with exponent 3 (gem). Class activation maps are exact "
+            "with avg."
         ),
     ] = "avg"
     dropout: Annotated[
@@ -47,9 +47,8 @@ class HeadSpec(Section):
     aux: Annotated[
         bool | str | None,
         Field(
-            description="Train an auxiliary classifier on an intermediate stage, as in Inception, and drop it at export: "
-            "true for "
-            "the last stage but one, or the name of a stage. For methods that train by steps."
+            description="Train an auxiliary classifier on an intermediate stage, as in Inception, and drop it at export: true "
+            "for the last stage but one, or the name of a stage. For methods that train by steps."
         ),
     ] = None
 
@@ -62,17 +61,16 @@ class ModelSpec(Section):
         Field(
             min_length=1,
             max_length=1000,
-            description="The pretrained network: a timm name such as resnet50, local-dir:FOLDER, hf-hub:OWNER/NAME, or a "
-            "model of "
-            "your own as name@version or as the folder of a run.",
+            description="The pretrained network: a timm name such as resnet50, local-dir:FOLDER, hf-hub:OWNER/NAME, or a model "
+            "of your own as name@version or as the folder of a run.",
         ),
     ] = DEFAULT_BACKBONE
     weights: Annotated[
         str,
         Field(
             description="Where the initial weights come from: package (installed with finetune), hub (downloaded from timm's "
-            "hub), "
-            "auto (package if it has them, else hub), none (random initialisation), or the path of a .pth or .safetensors file."
+            "hub), auto (package if it has them, else hub), none (random initialisation), or the path of a .pth or .safetensors "
+            "file."
         ),
     ] = "auto"
     input_size_px: Annotated[
@@ -131,8 +129,7 @@ class DataSpec(Section):
             ge=0,
             lt=2**32,
             description="Seed of the split into train, val and test. The seed of training does not change the split, so that "
-            "runs "
-            "with different seeds are compared on the same images.",
+            "runs with different seeds are compared on the same images.",
         ),
     ] = 0
     split_file: Annotated[
@@ -230,16 +227,15 @@ class DataSpec(Section):
     resize: Annotated[
         Literal["auto", "crop", "squash", "letterbox"],
         Field(
-            description="How an image becomes a square: crop its centre, squash it (change its aspect ratio), or letterbox "
-            "it (add "
-            "borders). auto: chosen by the shapes of the images."
+            description="How an image becomes a square: crop its centre, squash it (change its aspect ratio), or letterbox it "
+            "(add borders). auto: chosen by the shapes of the images."
         ),
     ] = "auto"
     folds: Annotated[
         Annotated[int, Field(ge=2, le=50)] | None,
         Field(
-            description="Cross-validate with this number of folds, each tested on other images, then train on all images. "
-            "null: one split."
+            description="Cross-validate with this number of folds, each tested on other images, then train on all images. null: "
+            "one split."
         ),
     ] = None
 
@@ -269,8 +265,7 @@ BatchNormPolicy = Annotated[
     Literal["frozen", "train", "recalibrate"],
     Field(
         description="Batch normalisation in the stages that train: frozen keeps the running statistics of the pretrained "
-        "weights, "
-        "train updates them at every step, recalibrate estimates them once at the end."
+        "weights, train updates them at every step, recalibrate estimates them once at the end."
     ),
 ]
 WarmHead = Annotated[
@@ -377,8 +372,7 @@ class Hyperparameters(Section):
         Literal["auto", "cross_entropy", "binary_cross_entropy", "asymmetric"],
         Field(
             description="The loss of training by steps: cross_entropy for one label per image, binary_cross_entropy (the "
-            "default) "
-            "or asymmetric for several."
+            "default) or asymmetric for several."
         ),
     ] = "auto"
     label_smoothing: Annotated[
