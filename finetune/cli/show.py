@@ -305,13 +305,13 @@ def _show_arms(found: Mapping[str, Any]) -> None:
             f"{scale * pair['low']:+.1f} to {scale * pair['high']:+.1f}",
             f"{pair['p_adjusted']:.2g}",
             "–" if pair["smallest_detectable"] is None else f"{scale * pair['smallest_detectable']:.1f}",
-            pair["outcome"],
+            f"{pair['a'] if pair['difference'] > 0 else pair['b']} better" if pair["outcome"] == "better" else pair["outcome"],
         ]
         for pair in found["pairs"]
         if pair["metric"] == key
     ]
     unit = "points" if metric.percent else metric.label
-    table(f"Differences in {unit}", ["pair", "difference", "95 % interval", "p", "detectable", "so"], pairs)
+    table(f"Differences in {unit}", ["pair", "difference", "95 % interval", "p", "detectable", "verdict"], pairs)
     for arm in found["arms"]:
         if arm["note"]:
             console.print(f"[yellow]note[/] {escape(arm['name'])}: {escape(arm['note'])}")

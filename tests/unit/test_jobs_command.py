@@ -186,7 +186,14 @@ def test_a_comparison_that_is_queued_here_is_listed_followed_and_shown_with_its_
     client.store.finish(claim, "succeeded", message="full is better.", result=result)
     assert json.loads(invoke("compare", comparison_id, "--json").stdout) == {**result, "mlflow_run_id": None}
     shown = invoke("compare", comparison_id).stderr
-    for text in ("full is better.", "▸ full", "linear_probe − full", f"{comparison_id}/report.html", "my-flowers@1"):
+    for text in (
+        "full is better.",
+        "▸ full",
+        "linear_probe − full",
+        "full better",
+        f"{comparison_id}/report.html",
+        "my-flowers@1",
+    ):
         assert text in shown, text
 
 

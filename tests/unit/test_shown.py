@@ -14,8 +14,7 @@ from PIL import Image
 from tiny_bundle import write_tiny_bundle
 
 import finetune
-from finetune.cli import _resumes
-from finetune.cli.comparing import compare
+from finetune.cli import _resumes, cli
 from finetune.cli.show import show_cost, show_findings
 from finetune.errors import DamagedFile, DataChangedError, DataError, InvalidInput, NotFound, SpecError
 from finetune.evaluation.diagnose import write_diagnosis
@@ -118,7 +117,7 @@ def test_a_label_of_40_characters_is_shown_whole_in_a_terminal_of_80_columns(
 
 def test_comparing_one_method_says_what_to_add() -> None:
     with pytest.raises(SpecError, match=r"at least two arms, given 1 \(linear_probe\)\. Add a method .*finetune train"):
-        compare.main(["photos", "--methods", "linear_probe"], standalone_mode=False)
+        cli.main(["compare", "photos", "--methods", "linear_probe"], standalone_mode=False)
 
 
 def test_settings_that_a_linear_probe_ignores_are_named() -> None:
@@ -156,7 +155,7 @@ def test_a_single_method_for_the_default_arms_is_refused_with_the_option_to_use(
     with pytest.raises(
         UsageError, match=r"To compare methods, use --methods, as in: --methods (full,linear_probe|linear_probe,full)"
     ):
-        compare.main(arguments, standalone_mode=False)
+        cli.main(["compare", *arguments], standalone_mode=False)
 
 
 def test_an_address_of_a_server_without_a_scheme_is_refused() -> None:
