@@ -58,7 +58,7 @@ def finished(home: Path, check_id: str) -> None:
     store.finish(claim, "succeeded", message=CHECK.conclude(result), result=result)
 
 
-@pytest.mark.longer
+@pytest.mark.usefixtures("known_backbones")
 def test_an_upload_is_queued_to_be_examined_with_or_without_a_body(client: TestClient, tmp_path: Path) -> None:
     file_id = upload(client)
     answer = client.post(f"/v1/files/{file_id}/check")
@@ -79,6 +79,7 @@ def test_an_upload_is_queued_to_be_examined_with_or_without_a_body(client: TestC
     assert repeated[0] == repeated[1]
 
 
+@pytest.mark.usefixtures("known_backbones")
 @pytest.mark.parametrize(
     ("body", "field"),
     [

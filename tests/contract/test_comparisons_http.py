@@ -174,7 +174,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, client: TestCl
     assert client.get(COMPARISONS).json()["data"] == []
 
 
-@pytest.mark.longer
+@pytest.mark.usefixtures("known_backbones")
 def test_names_that_only_the_training_libraries_know_are_checked_for_every_arm(client: TestClient, file_id: str) -> None:
     asked = {"training_file": file_id, "models": ["resnet18", "resnet19"], "methods": ["linear_probe"]}
     found = problems(client.post(COMPARISONS, json=asked))
