@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Generator, Iterator
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("services"):
         config.hook.pytest_deselected(items=[item for item in items if item not in marked])
         items[:] = marked
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what importing the tests has made from garbage collections: a million objects, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from made_once import made_once
 from postgres import PostgresMissing, running_postgres
 from sqlalchemy import Engine, text
 
+from finetune.data import intake
 from finetune.jobs.database import open_database
 from finetune.jobs.schema import metadata
 from finetune.spec import parse_spec
@@ -46,6 +48,15 @@ def tell_backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path],
 def known_backbones(tell_backbones: Callable[[Path], object], tmp_path: Path) -> None:
     """Let a server whose workspace is `tmp_path` know the names of timm's backbones."""
     tell_backbones(tmp_path)
+
+
+@pytest.fixture
+def uploads_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a server in this process read uploads itself instead of starting a process for each.
+
+    For tests of what comes after an upload; those of uploads themselves do without it.
+    """
+    monkeypatch.setattr(intake, "_run_child", lambda request, limits, what: json.loads(json.dumps(intake.answer_to(request))))
 
 
 @pytest.fixture(scope="session")

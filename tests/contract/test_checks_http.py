@@ -20,6 +20,8 @@ from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 FOUND = Examination(
     revision="a" * 64,
     n_images=6,

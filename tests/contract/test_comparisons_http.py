@@ -21,6 +21,8 @@ from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 COMPARISONS, JOBS = "/v1/fine_tuning/comparisons", "/v1/fine_tuning/jobs"
 FIGURE = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 40, "sd": 0.01}
 

@@ -25,6 +25,8 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.storage.files import modified_ns
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 
 

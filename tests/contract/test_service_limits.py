@@ -30,6 +30,8 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from service.event_streams import EventStreams
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 
 
