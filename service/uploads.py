@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from finetune.data.intake import Intake, take_in
+from finetune.data.intake import Intake, unpack_upload
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
 from finetune.jobs.job import LOCAL_OWNER
 from finetune.storage.files import folder_bytes, sha256_file
@@ -308,12 +308,12 @@ def plain_name(filename: str) -> str:
 
 
 def examine(archive: Path, filename: str, purpose: str) -> Received:
-    """Unpack an archive and return the description of its contents; see `take_in` for the errors."""
+    """Unpack an archive and return the description of its contents; see `unpack_upload` for the errors."""
     contents = archive.with_name("contents")
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
-    intake = take_in(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
+    intake = unpack_upload(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
     archive.unlink()
     return Received(filename, purpose, size_bytes, sha256, intake, folder_bytes(contents), contents)
 
