@@ -253,7 +253,7 @@ class CertaintyEstimator:
         return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
 
     def _thresholds(self, coverage: float, per_class: bool) -> tuple[float | tuple[float, ...], float]:
-        """Return the smallest probability of a label in the prediction set, or one for each class; and the coverage of the set."""
+        """Return the smallest probability of a label in the set, or one for each class; and the coverage of the set."""
         calibration = self._calibration("coverage")
         return calibration.thresholds_of_classes(coverage) if per_class else calibration.threshold_of_coverage(coverage)
 
