@@ -503,7 +503,8 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
     for path, operations in document["paths"].items():
         for operation in operations.values():
             declared = operation["responses"]["5XX"]["content"]
-            assert declared == {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}, path
+            name = "InferenceProblemDocument" if path.startswith("/v2") else "ProblemDocument"
+            assert declared == {"application/problem+json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}, path
     for name, model in (("ProblemDocument", ProblemDocument), ("PredictionAnswer", PredictionAnswer)):
         assert set(document["components"]["schemas"][name]["properties"]) == set(model.model_fields)
     references = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
