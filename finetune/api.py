@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
-_HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
+_HONEST_FIRST = ("cv_unseen", "cv", "test_unseen", "test", "val_unseen", "val")
 ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 

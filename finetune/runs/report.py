@@ -10,7 +10,7 @@ from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import Evaluation, RunEvaluation
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, RunEvaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
@@ -22,11 +22,9 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
-from finetune.training.label_doubts import label_doubts_noted
-from finetune.training.near_copies import near_copies_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
-SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
+SHOWN_FIRST = (f"{POOLED}{UNSEEN}", POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
@@ -66,7 +64,7 @@ def write_run_report(
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
-        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
+        warnings=outcome.warnings,
         diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,
