@@ -27,10 +27,10 @@ from finetune.bundle.registry import Registry
 from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.answers import Answer, Unreadable, ask
 from finetune.evaluation.diagnose import Diagnosis, diagnose, read_diagnosis
 from finetune.evaluation.evaluate import Evaluation, RunEvaluation, read_evaluation
 from finetune.evaluation.of_bundle import BundleEvaluation, evaluate_bundle
+from finetune.evaluation.predict import SamplePrediction, UnreadableSample, predict_samples
 from finetune.evaluation.predictions import Predictions
 from finetune.progress_bars import progress_bars
 from finetune.runs.outcome import Outcome
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
-_HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
+_MOST_INDEPENDENT_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
 ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 
@@ -146,7 +146,7 @@ class Model:
             pixels = self._predictor.manifest.preprocess(image)
             outputs = self._predictor.run(pixels[None])
             cam = None if outputs.cam is None else outputs.cam[0]
-            return self._answered(outputs.probs[0], outputs.embedding[0], cam, pixels, options)
+            return self._image_prediction(outputs.probs[0], outputs.embedding[0], cam, pixels, options)
         if not isinstance(image, bytes | str | Path):
             raise InvalidInput(
                 f"an image is a path, the bytes of an image file, or an array of RGB pixels, given {type(image).__name__}"
@@ -154,30 +154,32 @@ class Model:
         if not isinstance(image, bytes) and not Path(image).is_file():
             raise InvalidInput(f"{image}: no such image file")
         sample = Sample("image", _Bytes(image) if isinstance(image, bytes) else LocalFile(Path(image)), ())
-        (answer,) = ask(self._predictor, [sample])
-        if isinstance(answer, Unreadable):
-            raise answer.error
-        return self._of(answer, options)
+        (prediction,) = predict_samples(self._predictor, [sample])
+        if isinstance(prediction, UnreadableSample):
+            raise prediction.error
+        return self._of(prediction, options)
 
     def predict_many(
         self, images: Sequence[str | Path], options: CertaintyOptions = NO_OPTIONS, *, progress: bool = True
-    ) -> list[ImagePrediction | Unreadable]:
-        """Classify many image files; return results in the order given, `Unreadable` for files that cannot be read."""
+    ) -> list[ImagePrediction | UnreadableSample]:
+        """Classify many image files; return results in the order given, `UnreadableSample` for files that cannot be read."""
         options = self._predictor.estimator.resolved(options)
         samples = [Sample(str(path), LocalFile(Path(path)), ()) for path in images]
         with progress_bars(shown=progress) as update:
-            answers = list(ask(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
-        return [answer if isinstance(answer, Unreadable) else self._of(answer, options) for answer in answers]
+            predicted = list(predict_samples(self._predictor, samples, what=f"{len(samples):,} images", progress=update))
+        return [
+            prediction if isinstance(prediction, UnreadableSample) else self._of(prediction, options) for prediction in predicted
+        ]
 
     def evaluate(self, data: str | Path, split: str | None = None, *, progress: bool = True) -> BundleEvaluation:
         """Evaluate the model on labelled images, and count how many of them it was trained on."""
         with progress_bars(shown=progress) as update:
             return evaluate_bundle(self.folder, data, split, update)
 
-    def _of(self, answer: Answer, options: CertaintyOptions) -> ImagePrediction:
-        return self._answered(answer.probs, answer.embedding, answer.cam, answer.image, options)
+    def _of(self, prediction: SamplePrediction, options: CertaintyOptions) -> ImagePrediction:
+        return self._image_prediction(prediction.probs, prediction.embedding, prediction.cam, prediction.image, options)
 
-    def _answered(
+    def _image_prediction(
         self,
         probs: NDArray[np.float32],
         embedding: NDArray[np.float32],
@@ -270,7 +272,7 @@ class Run:
         path = self._run.predictions_of(split)
         if not path.exists():
             found = ", ".join(sorted(file.stem for file in self._run.predictions.glob("*.npz"))) or "none"
-            raise InvalidInput(f"{self.folder} was not judged on {split!r}; it has {found}")
+            raise InvalidInput(f"{self.folder} was not evaluated on {split!r}; it has {found}")
         return tables.read(path)
 
     def predict(self, image: ImageLike, options: CertaintyOptions = NO_OPTIONS) -> ImagePrediction:
@@ -278,7 +280,7 @@ class Run:
         return self.model.predict(image, options)
 
     def __repr__(self) -> str:
-        split, evaluation = self._honest()
+        split, evaluation = self._most_independent()
         metric = evaluation.leading
         low, high = evaluation.intervals[metric.key]
         figure = f"{metric.label} {metric.text(evaluation.values[metric.key])}"
@@ -294,15 +296,15 @@ class Run:
         return render(
             "notebook_run.html",
             title=repr(self)[1:-1],
-            splits=[split for split in _HONEST_FIRST if split in evaluations],
-            metrics=self._honest()[1].shown,
+            splits=[split for split in _MOST_INDEPENDENT_FIRST if split in evaluations],
+            metrics=self._most_independent()[1].shown,
             evaluations=evaluations,
         )
 
-    def _honest(self) -> tuple[str, Evaluation]:
+    def _most_independent(self) -> tuple[str, Evaluation]:
         """Return the most independent split and its evaluation."""
         evaluations = self.evaluation.evaluations
-        split = next(split for split in _HONEST_FIRST if split in evaluations)
+        split = next(split for split in _MOST_INDEPENDENT_FIRST if split in evaluations)
         return split, evaluations[split]
 
 
@@ -388,7 +390,7 @@ def compare(
             what to do.
     """
     from finetune.comparison_spec import parse_comparison
-    from finetune.executors.places import Places
+    from finetune.executors.slots import Slots
     from finetune.runs.shared import Shared
     from finetune.studies.compare import compare as run_comparison
     from finetune.studies.compare import compare_runs
@@ -415,7 +417,7 @@ def compare(
     place = _workspace(workspace)
     gathered = followed(choose(trackers), place, experiment or experiment_name(spec.job))
     with gathered as begun, progress_bars(shown=progress) as update:
-        shared = Shared.of(place, Places.of("local", slots) if slots > 1 else None)
+        shared = Shared.of(place, Slots.of("local", slots) if slots > 1 else None)
         found = run_comparison(spec, shared, update, out, begun)
     return replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
 

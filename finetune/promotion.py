@@ -178,7 +178,7 @@ def _not_worse(registry: Registry, candidate: ModelVersion, present: ModelVersio
     tables = [registry.predictions_of(version) for version in (candidate, present)]
     missing = [version.version for version, table in zip((candidate, present), tables, strict=True) if not table.exists()]
     if missing:
-        return Check(name, True, f"not compared: version {missing[0]} was judged on no test images")
+        return Check(name, True, f"not compared: version {missing[0]} was evaluated on no test images")
     try:
         found = compare_two(read(tables[0]), read(tables[1]), _seen_by(candidate, present))
     except InvalidInput as error:

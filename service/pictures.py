@@ -144,15 +144,15 @@ class Answer:
 
 def answers_of(table: Predictions, keep: Callable[[Answer], bool]) -> list[Answer]:
     """Return the predictions for which `keep` is true, most confident first."""
-    task, rows = task_named(table.task), table.judged()
-    probability, label_probability = task.sureness(rows)
+    task, rows = task_named(table.task), table.image_results()
+    probability, label_probability = task.predicted_and_true_probabilities(rows)
     found = [
         Answer(
             id=sample_id,
             label=task.label_text(table.labels[row], table.classes),
-            answer=task.answer_text(rows, row, table.classes),
+            answer=task.prediction_text(rows, row, table.classes),
             labels=tuple(table.classes[one] for one in task.labels_of(table.labels[row])),
-            given=tuple(table.classes[one] for one in task.answered(rows, row)),
+            given=tuple(table.classes[one] for one in task.predicted_labels(rows, row)),
             probability=float(probability[row]),
             label_probability=float(label_probability[row]),
         )

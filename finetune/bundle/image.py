@@ -344,7 +344,7 @@ def sniff(data: bytes) -> str:
         return "BMP"
     if data[4:8] == b"ftyp" and (name := _sniff_container(data)) is not None:
         return name
-    raise UnsupportedImage(f"{_likeness(data)}; {_FORMATS_READ}")
+    raise UnsupportedImage(f"{_unsupported_reason(data)}; {_FORMATS_READ}")
 
 
 def _sniff_container(data: bytes) -> str | None:
@@ -356,7 +356,7 @@ def _sniff_container(data: bytes) -> str | None:
     return "HEIF" if brands & (_HEIF_BRANDS | _ANY_CODEC_BRANDS) else None
 
 
-def _likeness(data: bytes) -> str:
+def _unsupported_reason(data: bytes) -> str:
     """Return what an unsupported file looks like, and what to do about it."""
     if data[4:8] == b"ftyp":
         return "this is a video or another file of the MP4 family: save one frame of it as JPEG"

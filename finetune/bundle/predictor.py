@@ -168,7 +168,7 @@ class Predictor:
             return None
         classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
         return SeveralLabels(
-            tuple(classes[label] for label in self.task.given(probs, thresholds)),
+            tuple(classes[label] for label in self.task.predict_labels(probs, thresholds)),
             {name: float(value) for name, value in zip(classes, probs, strict=True)},
             dict(zip(classes, thresholds, strict=True)),
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tracking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options for trackers and the experiment's name to a command; see `take_trackers`."""
+    """Add the options for trackers and the experiment's name to a command; see `pop_trackers`."""
     for decorate in (
         click.option("--no-mlflow", is_flag=True, help="Do not track the run in MLflow."),
         click.option(
@@ -48,7 +48,7 @@ class Trackers:
         return followed(self.choices, workspace, self.experiment or dataset)
 
 
-def take_trackers(given: dict[str, Any]) -> Trackers:
+def pop_trackers(given: dict[str, Any]) -> Trackers:
     """Pop the values of `tracking_options` from a command's arguments.
 
     Raises:

@@ -99,13 +99,13 @@ def pull(address: str, name: str | None) -> None:
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
     from finetune.cli.show import show_manifest
-    from finetune.evaluation.predictions import why_not_of
+    from finetune.evaluation.predictions import problem_of_table
 
     registry = workspace_registry()
     bundle = registry.locate(address)
     manifest = Predictor.load(bundle).manifest  # it must answer its own probe before it may become a version
     table = bundle / PREDICTIONS
-    damage = why_not_of(table, manifest.task, manifest.classes) if table.exists() else "is not there"
+    damage = problem_of_table(table, manifest.task, manifest.classes) if table.exists() else "is not there"
     name = name or manifest.name
     before = registry.versions(name)
     found = registry.register(bundle, name, once=True, predictions=table if not damage else None)
@@ -158,7 +158,7 @@ def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json
             else:
                 found = client.drift(name, version or "champion")
     else:
-        from finetune.monitoring.watched import choose_reference, drift_as_stored
+        from finetune.monitoring.monitored import choose_reference, drift_as_stored
 
         if accept or reset:
             found = choose_reference(workspace_registry(), reference, accept=accept)

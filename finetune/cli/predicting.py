@@ -93,17 +93,24 @@ def predict(
         print_json(carry_out(images[0], run_dir))
         return
     if server is not None:
-        from finetune.cli.batch import ask_server
+        from finetune.cli.batch import predict_on_server
 
         if out is None or explain is not None:
             raise click.UsageError("--server needs --out FILE for the predictions, and cannot be combined with --explain")
-        ask_server(images, model, server, out, as_json=as_json)
+        predict_on_server(images, model, server, out, as_json=as_json)
         return
     from finetune.bundle.calibration import CertaintyOptions
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
-    from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, map_files, predictions_of
+    from finetune.evaluation.predict import (
+        SamplePrediction,
+        UnreadableSample,
+        cam_file_names,
+        image_samples,
+        predict_samples,
+        predictions_table,
+    )
     from finetune.evaluation.tables import check_ending, write_table
     from finetune.messages import plural
     from finetune.progress_bars import console, progress_bars
@@ -119,37 +126,37 @@ def predict(
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
-    samples = files_under(images)
-    maps = map_files(samples)
+    samples = image_samples(images)
+    maps = cam_file_names(samples)
     documents: list[dict[str, Any]] = []
-    answers: list[Answer] = []
+    predicted: list[SamplePrediction] = []
     with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
-        asking = ask(predictor, samples, what=f"{len(samples):,} images", progress=progress)
-        for answer, map_file in zip(asking, maps, strict=True):
-            if isinstance(answer, Unreadable):
-                documents.append(_refused(answer.sample.id, answer.error))
+        asking = predict_samples(predictor, samples, what=f"{len(samples):,} images", progress=progress)
+        for prediction, map_file in zip(asking, maps, strict=True):
+            if isinstance(prediction, UnreadableSample):
+                documents.append(_refused(prediction.sample.id, prediction.error))
                 continue
             if out is not None:
-                answers.append(answer)
-            order = predictor.task.ranking(answer.probs)[:top_k]
-            labels = [{"label": manifest.classes[label], "probability": float(answer.probs[label])} for label in order]
-            document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
-            if several := predictor.several_labels(answer.probs):
+                predicted.append(prediction)
+            order = predictor.task.ranking(prediction.probs)[:top_k]
+            labels = [{"label": manifest.classes[label], "probability": float(prediction.probs[label])} for label in order]
+            document = {"file": prediction.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+            if several := predictor.several_labels(prediction.probs):
                 document |= several.to_dict()
-            document |= predictor.estimator.estimate(answer.probs, answer.embedding, asked).to_dict()
-            if explain is not None and answer.cam is not None:
-                document["explanation"] = str(write_overlay(explain / map_file, answer.image, answer.cam))
+            document |= predictor.estimator.estimate(prediction.probs, prediction.embedding, asked).to_dict()
+            if explain is not None and prediction.cam is not None:
+                document["explanation"] = str(write_overlay(explain / map_file, prediction.image, prediction.cam))
             documents.append(document)
     if out is not None:
         temperature = float(manifest.calibration.get("temperature", 1.0))
-        write_table(out, predictions_of(answers, predictor, "given", labelled=False), temperature)
+        write_table(out, predictions_table(predicted, predictor, "given", labelled=False), temperature)
     if as_json:
         print_json(documents)
     elif out is None:
         _show_predictions(documents)
     else:
         _show_predictions([document for document in documents if "error" in document])
-        console.print(f"{plural(len(answers), 'prediction')} written to {out}", markup=False)
+        console.print(f"{plural(len(predicted), 'prediction')} written to {out}", markup=False)
         if asked.abstain:
             console.print("this model abstains by default: --json marks the predictions that are too uncertain", markup=False)
     if explain is not None and not as_json:

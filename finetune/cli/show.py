@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 40
 SHOWN_WORST = 5
-HONEST_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val last, since the epoch was chosen on it
-JUDGED_ON = {
+MOST_INDEPENDENT_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")  # val last, since the epoch was chosen on it
+EVALUATED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
     "test": "{n:,} test images",
     "val": "{n:,} val images, on which the weights were chosen too",
@@ -105,10 +105,10 @@ def _decisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[li
 def show_outcome(outcome: Outcome, run: RunDir) -> None:
     """Print the outcome for `finetune train`: metrics, most independent split first, costs, and what to do next."""
     evaluation = read_evaluation(run.evaluation)
-    splits = [split for split in HONEST_FIRST if split in evaluation.evaluations]
+    splits = [split for split in MOST_INDEPENDENT_FIRST if split in evaluation.evaluations]
     first = evaluation.evaluations[splits[0]]
     console.print(f"\n{outcome.summary}\n", markup=False)
-    _show_headline(first, JUDGED_ON[splits[0]])
+    _show_headline(first, EVALUATED_ON[splits[0]])
     _show_figures({split: evaluation.evaluations[split] for split in splits})
     for split in splits:
         if split.endswith(UNSEEN):
@@ -484,14 +484,14 @@ def show_manifest(manifest: Manifest) -> None:
 def _show_recorded_figures(manifest: Manifest) -> None:
     """Print the metrics recorded in a bundle, most independent split first."""
     task, figures = task_named(manifest.task), manifest.metrics
-    splits = [split for split in HONEST_FIRST if f"{split}/{task.headline.key}" in figures]
+    splits = [split for split in MOST_INDEPENDENT_FIRST if f"{split}/{task.headline.key}" in figures]
     if not splits:
         return
     leading = recorded_leading(task, figures, splits[0])
-    judged_on = {f"{splits[0]}/{name}" for name in ("n", f"{leading.key}_low", f"{leading.key}_high")}
-    if judged_on <= figures.keys():
+    needed = {f"{splits[0]}/{name}" for name in ("n", f"{leading.key}_low", f"{leading.key}_high")}
+    if needed <= figures.keys():
         value, low, high = (leading.text(figures[f"{splits[0]}/{leading.key}{end}"]) for end in ("", "_low", "_high"))
-        images = JUDGED_ON[splits[0]].format(n=int(figures[f"{splits[0]}/n"]))
+        images = EVALUATED_ON[splits[0]].format(n=int(figures[f"{splits[0]}/n"]))
         console.print(f"[bold]{leading.label} {value}[/] on {images} (95 % interval {low} to {high})")
         if leading is not task.headline:
             console.print(f"({WHY_OVER_CLASSES})", style="dim")

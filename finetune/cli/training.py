@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.executing import places_options, take_places
-from finetune.cli.following import take_trackers, tracking_options
+from finetune.cli.executing import pop_slots, slots_options
+from finetune.cli.following import pop_trackers, tracking_options
 from finetune.runtime.collector import objects_exempt
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def pop_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Pop the values of `job_options` from a command's arguments; return overrides of the spec, and ``--set`` settings."""
     short_forms: dict[str, Any] = {
         "training_file": given.pop("data"),
@@ -115,7 +115,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def build(ctx: click.Context, **given: Any) -> Any:
         from finetune.spec import load_spec
 
-        overrides, settings = take_job_options(given)
+        overrides, settings = pop_job_options(given)
         what: str | None = given.pop("what")
         spec_file = Path(what) if what is not None and is_spec_file(Path(what)) else None
         if what is not None and spec_file is None:
@@ -227,7 +227,7 @@ def check(
     type=click.Path(path_type=Path),
     help="Folder of the run; an unfinished run in it is resumed. Default: in the workspace.",
 )
-@places_options
+@slots_options
 @tracking_options
 @json_option
 def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> None:
@@ -259,7 +259,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
         from finetune.studies.carry_out import fine_tune
         from finetune.tracking.view import experiment_name
 
-    workspace, places, trackers = Workspace.from_environment(), take_places(given), take_trackers(given)
+    workspace, places, trackers = Workspace.from_environment(), pop_slots(given), pop_trackers(given)
     with trackers.follow(workspace, experiment_name(spec)) as begun, progress_bars(shown=not as_json) as progress:
         outcome = fine_tune(spec, Shared.of(workspace, places), progress, run_dir, begun)
     print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))

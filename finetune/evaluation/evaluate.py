@@ -133,7 +133,7 @@ def evaluate(predictions: Predictions, class_sizes: Sequence[int] = ()) -> Evalu
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
-    rows = predictions.judged()
+    rows = predictions.image_results()
     precisions = task.class_precisions(rows) or [None] * len(predictions.classes)
     return Evaluation(
         task=task.name,

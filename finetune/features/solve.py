@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finetune.errors import TrainingError
 from finetune.metrics.accuracy import top1
 from finetune.metrics.likelihood import nll
-from finetune.metrics.rows import judge_rows
+from finetune.metrics.rows import image_results
 from finetune.runtime.blas import blas_threads_for
 
 # Penalties from strong to weak, two per decade. They are added to the mean loss: scikit-learn's C is 1 / (l2 * N).
@@ -151,7 +151,7 @@ class Problem(Protocol):
         """Return the parameters with finite biases for classes that the rows with positive weight do not determine."""
         ...
 
-    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+    def loss_and_metric(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
         """Return the loss, by which the penalty is chosen, and the headline metric of logits for these rows."""
         ...
 
@@ -268,7 +268,7 @@ def _walk_path(problem: Problem, splits: Sequence[_Split]) -> tuple[list[PathPoi
             found = minimise(problem.objective(split.weights, l2), _extrapolate(trail), PATH_TOLERANCE)
             trail[:] = [*trail[-1:], found.parameters]
         logits = np.concatenate([problem.logits(trail[-1])[split.held_out] for split, trail in zip(splits, trails, strict=True)])
-        path.append(PathPoint(l2, *problem.judge(logits, rows)))
+        path.append(PathPoint(l2, *problem.loss_and_metric(logits, rows)))
         best = min(range(len(path)), key=lambda index: path[index].val_nll)
         if best == len(path) - 1:
             best_logits, best_start = logits[np.argsort(rows, kind="stable")], trails[0][-1]
@@ -394,12 +394,12 @@ class _Problem:
             return weights
         return weights * np.asarray(self.class_weights, dtype=np.float64)[self.labels]
 
-    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+    def loss_and_metric(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
         labels = self.labels[rows]
-        judged = judge_rows(logits, labels)
+        results = image_results(logits, labels)
         weights = None if self.class_weights is None else self.class_weights[labels]
-        loss = nll(judged) if weights is None else float(np.average(judged.nll, weights=weights))
-        return loss, top1(judged)
+        loss = nll(results) if weights is None else float(np.average(results.nll, weights=weights))
+        return loss, top1(results)
 
     def logits(self, parameters: Floats) -> Float32s:
         return linear_logits(self.rows, parameters)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.features.solve import Float32s, Floats, Objective, SolvedHead, linear_logits, solve_head
-from finetune.metrics.labels import binary_cross_entropy, judge_labels, mean_average_precision, nll
+from finetune.metrics.labels import binary_cross_entropy, label_results, mean_average_precision, nll
 
 
 def solve_sigmoid_head(
@@ -132,13 +132,13 @@ class _Problem:
         completed[constant, -1] = np.where(self._share_present(weights)[constant] > 0, 1.0, -1.0) * math.log(n_seen + 1.0)
         return completed
 
-    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
-        judged = judge_labels(logits, self.targets[rows])
+    def loss_and_metric(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+        results = label_results(logits, self.targets[rows])
         if self._of_present is None:
-            return nll(judged), mean_average_precision(judged)
-        weights = np.where(judged.targets, self._of_present.T, 1.0)
-        losses = binary_cross_entropy(judged.logits, judged.targets)
-        return float((weights * losses).mean()), mean_average_precision(judged)
+            return nll(results), mean_average_precision(results)
+        weights = np.where(results.targets, self._of_present.T, 1.0)
+        losses = binary_cross_entropy(results.logits, results.targets)
+        return float((weights * losses).mean()), mean_average_precision(results)
 
     def _share_present(self, weights: Floats) -> Floats:
         """Return for each label (C,) the share of the images that have it, by weight."""

@@ -135,7 +135,7 @@ class WebhookStore:
         with reading(self.engine) as connection:
             return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
 
-    def take_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
+    def claim_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
         """Return a delivery that is due and reserve it for `_ATTEMPT_SECONDS`; None if none is due.
 
         Args:
@@ -155,7 +155,7 @@ class WebhookStore:
             hook = connection.execute(select(webhooks).where(webhooks.c.id == row["webhook_id"])).mappings().one()
         return _webhook(hook), Delivery(**row)
 
-    def settle(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
+    def record_attempt(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
         """Record the result of an attempt: delivered, to be tried again later, or given up. 410 Gone disables the webhook."""
         attempts = delivery.attempts + 1
         values: dict[str, Any] = {"attempts": attempts, "status": status, "error": error}
@@ -172,7 +172,7 @@ class WebhookStore:
                 waiting = and_(webhook_deliveries.c.webhook_id == delivery.webhook_id, webhook_deliveries.c.due_at.is_not(None))
                 connection.execute(update(webhook_deliveries).where(waiting).values(due_at=None, error="the webhook is disabled"))
 
-    def forget_old(self, now: float) -> None:
+    def delete_old(self, now: float) -> None:
         """Delete deliveries that were delivered or given up more than 30 days ago."""
         settled = webhook_deliveries.c.due_at.is_(None)
         old = or_(webhook_deliveries.c.delivered_at < now - _KEPT_SECONDS, webhook_deliveries.c.created_at < now - _KEPT_SECONDS)

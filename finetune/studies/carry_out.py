@@ -24,12 +24,12 @@ from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.judge import calibrate, thresholds_of
+from finetune.runs.evaluate import choose_thresholds, fit_temperature
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize, resolve_task
-from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
+from finetune.runs.run import StudyResults, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
@@ -182,7 +182,9 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     own = read_evaluation(final.evaluation)
     return Conclusion(
         kept=FINAL,
-        evaluation=RunEvaluation({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
+        evaluation=RunEvaluation(
+            {POOLED: evaluate(pooled), **own.evaluations}, fit_temperature(pooled), choose_thresholds(pooled)
+        ),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
@@ -234,7 +236,7 @@ def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
     """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
-    carried = Carried(conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
+    carried = StudyResults(conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
     options = replace(RunOptions.read(leaf), goal="exported")
     return run_job(load_spec(leaf.spec), leaf, shared, progress, options, carried)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from finetune.errors import ExecutorError, FinetuneError, error_of
 from finetune.executors import Executor, Handle
 from finetune.executors.endings import Ending, Finish, next_action
-from finetune.executors.places import STOP_SECONDS, Places
+from finetune.executors.slots import STOP_SECONDS, Slots
 from finetune.jobs.lease import LEASE_VARIABLE
 from finetune.progress import Progress, ProgressCallback
 from finetune.runs.outcome import Outcome
@@ -45,7 +45,7 @@ class _ParallelChild:
 
 
 def run_side_by_side(
-    children: Sequence[tuple[str, JobSpec, RunDir]], places: Places, workspace: Workspace, progress: ProgressCallback
+    children: Sequence[tuple[str, JobSpec, RunDir]], places: Slots, workspace: Workspace, progress: ProgressCallback
 ) -> Iterator[tuple[int, Outcome]]:
     """Run the children in parallel; yield the position and the outcome of each as it finishes.
 
@@ -82,7 +82,7 @@ def _write_spec(folder: RunDir, spec: JobSpec) -> None:
     write_atomic(folder.spec, lambda stream: stream.write(text))
 
 
-def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Outcome | None:
+def _advance(child: _ParallelChild, places: Slots, workspace: Workspace) -> Outcome | None:
     """Start a child whose delay is over, or check its process; return its outcome if it has finished, else None.
 
     Raises:
@@ -117,7 +117,7 @@ def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Out
     raise _failure(child, follows)
 
 
-def _start(child: _ParallelChild, places: Places, workspace: Workspace) -> None:
+def _start(child: _ParallelChild, places: Slots, workspace: Workspace) -> None:
     """Start the process of a child."""
     folder = child.folder
     folder.error.unlink(missing_ok=True)

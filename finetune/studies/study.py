@@ -55,7 +55,7 @@ class Study(Protocol):
         """The largest possible number of children; None if it is not known in advance."""
         ...
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         """Return the children to run next, given the outcomes of those that have finished; an empty sequence ends the study.
 
         The result depends only on the outcomes, so a resumed study continues with the same children. Children that are returned
@@ -78,7 +78,7 @@ def run_children(
     """Run the children that `study` asks for until it asks for no more; return their outcomes by name."""
     _begin(study, run)
     finished = _finished(run)
-    while children := study.following(finished):
+    while children := study.next_children(finished):
         _show_number(len(finished), study.n_children, progress)
         for child, outcome in _outcomes(children, run, shared, progress, run_child):
             finished[child.name] = outcome

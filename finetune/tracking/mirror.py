@@ -22,7 +22,7 @@ from finetune.storage.files import file_lock, read_json, sha256_file, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.description import describe
-from finetune.tracking.journal import Journal, Marks, points_of
+from finetune.tracking.journal import Journal, LastPoints, points_of
 from finetune.tracking.tracker import Choice, Place, Tracker, open_tracker
 from finetune.tracking.view import RunView, Status, children, files_of, read_view, top_of
 
@@ -42,9 +42,9 @@ class Sent:
     model: str = ""  # digest of the model's description
     model_id: str | None = None
 
-    def reached(self) -> Marks:
+    def reached(self) -> LastPoints:
         """Return the marks of the metrics that were sent."""
-        return Marks({key: (step, value) for key, (step, value) in self.marks.items()})
+        return LastPoints({key: (step, value) for key, (step, value) in self.marks.items()})
 
     def forgotten(self) -> Sent:
         """Return a record with the same key and nothing sent."""
@@ -92,7 +92,7 @@ def tracked_as(run: RunDir, kind: str) -> str | None:
 
 
 @contextlib.contextmanager
-def alone(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
+def mirroring_lock(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
     """Hold the lock on mirroring this run to this tracker; yield whether it was acquired within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:

@@ -38,7 +38,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.training import checkpoint
 from finetune.training.activity import measuring_activity
-from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.training.average import MovingAverage, copy_state, interpolate, loaded_state, recalibrate
 from finetune.training.choices import Choices
 from finetune.training.interrupt import Interrupted, StopRequest
 from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
@@ -421,8 +421,8 @@ class _Training:
         state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
         state.finished = True
-        judged = ": " + ", ".join(f"{key} {value:.4f}" for key, value in kept.values.items()) if kept.values else ""
-        self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
+        metrics_text = ": " + ", ".join(f"{key} {value:.4f}" for key, value in kept.values.items()) if kept.values else ""
+        self.run.record(Trained(f"keeps {kept.name}{metrics_text}", kept.values))
         self._save()
 
     def _with_choices(self, kept: CandidateWeights, decided: Choices) -> CandidateWeights:
@@ -441,13 +441,13 @@ class _Training:
         return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
 
     def _better(self, kept: CandidateWeights, other: CandidateWeights, val: Iterable[Batch]) -> CandidateWeights:
-        with holding(self.classifier, other.tensors):
+        with loaded_state(self.classifier, other.tensors):
             values = self._evaluate(val)
         return replace(other, values=values) if self._improves(values, kept.values) else kept
 
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `tensors` with the running statistics of trained stages estimated anew on one more epoch of training images."""
-        with holding(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
+        with loaded_state(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
             self.classifier.train()
             apply_freeze(self.classifier, FreezePlan(frozenset(self.recipe.trainable), bn="train"))
             recalibrate(self.classifier, (self._inputs(batch) for batch in batches), self.forward)
@@ -461,7 +461,7 @@ class _Training:
 
     def _weights_to_evaluate(self) -> AbstractContextManager[None]:
         """Load the weights to evaluate into the classifier for the block: the moving average, if there is one."""
-        return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
+        return nullcontext() if self.average is None else loaded_state(self.classifier, self.average.state)
 
     @torch.no_grad()
     def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
@@ -473,7 +473,7 @@ class _Training:
                 logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
                 indices.append(batch.indices)
         task = self.targets.task
-        rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
+        rows = task.image_results(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
         return measured("val", task, rows)
 
     @torch.no_grad()
@@ -491,7 +491,7 @@ class _Training:
         answers = np.concatenate(logits)
         self.sample.keep(self.state.step, answers)
         task = self.targets.task
-        rows = task.judge(answers, self.targets.train[self.sample.plan.indices])
+        rows = task.image_results(answers, self.targets.train[self.sample.plan.indices])
         values = measured("train_sample", task, rows)
         self._log(values | {f"train/dead_channels/{stage}": share for stage, share in activity.dead_fractions.items()})
         self.state.sampled_step = self.state.step
@@ -513,7 +513,7 @@ class _Training:
         if not count:
             return {}
         lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
-        values = {"train/loss": loss / count, f"train/{self.targets.task.of_images.key}": correct / count, "train/lr": lr}
+        values = {"train/loss": loss / count, f"train/{self.targets.task.mean_score.key}": correct / count, "train/lr": lr}
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
@@ -533,7 +533,7 @@ class _Training:
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
         values = {
             "loss": loss / count,
-            self.targets.task.of_images.key: correct / count,
+            self.targets.task.mean_score.key: correct / count,
             "lr": lr,
             "images/s": self._rate(),
             "eta_seconds": eta,

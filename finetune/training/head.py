@@ -58,7 +58,7 @@ def solve_head(
     if not one_thread:
         compare()
     clock = thread_clock if one_thread else process_clock  # the comparison is not part of the cost of training
-    with blas_threads_for(matrix.size), _beside(compare if one_thread else None):
+    with blas_threads_for(matrix.size), _in_background(compare if one_thread else None):
         began = clock()
         head = head_solver(context.task.name)(
             train_features,
@@ -86,7 +86,7 @@ def solve_head(
 
 
 @contextmanager
-def _beside(action: Callable[[], None] | None) -> Iterator[None]:
+def _in_background(action: Callable[[], None] | None) -> Iterator[None]:
     """Call `action` in another thread during the block, and wait for its end. Its exception is raised at the end of the block."""
     if action is None:
         yield

@@ -226,11 +226,11 @@ def _cached_source(
     if plan.stage is None:
         return None
     trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), features)
-    judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # without rows if there is no val split
-    if trained_on is None or judged_on is None:
+    validated_on = cached_activations(classifier, plan.stage, val, seen, features)  # without rows if there is no val split
+    if trained_on is None or validated_on is None:
         return None
     batches = trained_on.train_batches(recipe.batch_size, recipe.seed, _sampled_classes(context))
-    evaluated = judged_on.eval_batches(recipe.batch_size)
+    evaluated = validated_on.eval_batches(recipe.batch_size)
     sample = partial(trained_on.eval_batches, recipe.batch_size)
     return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
 

@@ -107,7 +107,7 @@ class ComparisonResult(BaseModel):
     object: Literal["comparison"] = "comparison"
     id: str
     dataset: str
-    split: str = Field(description="What the arms were judged on: test, or cv.")
+    split: str = Field(description="What the arms were evaluated on: test, or cv.")
     classes: list[str]
     headline: str = Field(description="The metric that the arms are tested by, as in `test/top1`.")
     leading: str | None = Field(

@@ -217,7 +217,7 @@ def test_what_cannot_be_compared_is_said_and_not_held_against_a_version(registry
     tables_given = (answers_of(tmp_path / "a.npz", 95), None, answers_of(tmp_path / "c.npz", 0, first=100))
     register_two(registry, bundle, *tables_given)
     promote(registry, "trees", "2", by="ann")
-    assert checked(registry) == "not compared: version 2 was judged on no test images"
+    assert checked(registry) == "not compared: version 2 was evaluated on no test images"
     promote(registry, "trees", "1", by="ann")
     promote(registry, "trees", "3", by="ann")
     assert checked(registry) == "not compared: no test image in common with version 1 that neither has seen"

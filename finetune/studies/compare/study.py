@@ -57,7 +57,7 @@ class ArmsTimesSeeds:
     def n_children(self) -> int:
         return len(self.spec.arms) * self.spec.settings.seeds
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for number in range(self.spec.settings.seeds):
             waiting = [arm for arm in self.spec.arms if arm.run_name(number) not in finished]
             possible = [arm for arm in waiting if not self.given_up(arm, finished)]
@@ -173,13 +173,13 @@ def compare(
         write_atomic(run.request, lambda stream: stream.write(text.encode()))
         dataset, _ = read_and_build(spec.job, shared, progress)
         split = split_for(spec.job, dataset, run)
-        judged_on = "cv" if spec.job.data.folds is not None else "test"
-        if judged_on == "test" and not split.of("test"):
+        split_name = "cv" if spec.job.data.folds is not None else "test"
+        if split_name == "test" and not split.of("test"):
             raise InvalidInput(
                 "a comparison needs images that no run has trained or chosen on: give data.test_fraction or a test folder, or "
                 "compare with --folds"
             )
-        study = ArmsTimesSeeds(spec, run, judged_on)
+        study = ArmsTimesSeeds(spec, run, split_name)
         outcomes = run_children(study, run, shared, progress, carry_out)
         arms = study.arm_runs(outcomes)
         found = conclude(
@@ -187,7 +187,7 @@ def compare(
             identifier=run.root.name,
             folder=run.root,
             dataset=dataset.name,
-            split=judged_on,
+            split=split_name,
             margin=spec.settings.margin,
         )
         chosen = best_run(found)

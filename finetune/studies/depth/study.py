@@ -47,7 +47,7 @@ class GrowingDepth:
     def n_children(self) -> int:
         return len(self.request.networks)
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for depth in self.request.depths:
             networks = [network for network in self.request.networks if network.depth == depth]
             waiting = [self._child(network) for network in networks if network.name not in finished]

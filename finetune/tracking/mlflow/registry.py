@@ -37,7 +37,7 @@ Stored = Mapping[str, tuple[str, str]]  # version in the models folder -> ids of
 
 
 @dataclass
-class Agreed:
+class SyncedState:
     """The state of both registries at the last synchronisation."""
 
     destination: str = ""
@@ -78,7 +78,7 @@ class _Synchronisation:
         model = self._registered()
         agreed = self._agreed()
         if model is None or agreed.destination != self.target.shown:
-            agreed = Agreed(self.target.shown)  # never synchronised with this MLflow before
+            agreed = SyncedState(self.target.shown)  # never synchronised with this MLflow before
         theirs = self._theirs() if model is not None else {}
         pairs = self._pairs(theirs)
         self._delete_there(agreed, theirs, pairs)
@@ -94,11 +94,11 @@ class _Synchronisation:
 
     # -- what there is
 
-    def _agreed(self) -> Agreed:
+    def _agreed(self) -> SyncedState:
         try:
-            return Agreed(**read_json(self.state_file))
+            return SyncedState(**read_json(self.state_file))
         except (FileNotFoundError, ValueError, TypeError):
-            return Agreed()
+            return SyncedState()
 
     def _registered(self) -> Any | None:
         from mlflow.exceptions import MlflowException
@@ -137,7 +137,7 @@ class _Synchronisation:
 
     # -- versions
 
-    def _delete_there(self, agreed: Agreed, theirs: dict[str, Any], pairs: Mapping[str, str]) -> None:
+    def _delete_there(self, agreed: SyncedState, theirs: dict[str, Any], pairs: Mapping[str, str]) -> None:
         """Delete the versions in MLflow that were deleted in the models folder."""
         for ours, number in list(agreed.versions.items()):
             if not self._has(ours) and number in theirs and number not in pairs.values():
@@ -145,7 +145,7 @@ class _Synchronisation:
                 del theirs[number]
                 del agreed.versions[ours]
 
-    def _push(self, agreed: Agreed, pairs: dict[str, str]) -> None:
+    def _push(self, agreed: SyncedState, pairs: dict[str, str]) -> None:
         """Register the versions in MLflow that only the models folder has."""
         for number, version in self._ours().items():
             if number in pairs:
@@ -203,7 +203,7 @@ class _Synchronisation:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _pull(self, agreed: Agreed, theirs: Mapping[str, Any], pairs: dict[str, str]) -> None:
+    def _pull(self, agreed: SyncedState, theirs: Mapping[str, Any], pairs: dict[str, str]) -> None:
         """Register versions in the models folder that were registered in MLflow from one of our bundles."""
         for number, version in sorted(theirs.items(), key=lambda item: int(item[0])):
             if number in pairs.values() or digest_of(self.client, version) is None:
@@ -221,7 +221,7 @@ class _Synchronisation:
 
     # -- aliases
 
-    def _aliases(self, agreed: Agreed, pairs: Mapping[str, str]) -> None:
+    def _aliases(self, agreed: SyncedState, pairs: Mapping[str, str]) -> None:
         here = {alias: number for number, version in self._ours().items() for alias in version.aliases if alias != LATEST}
         of_theirs = {number: ours for ours, number in pairs.items()}
         model = self._registered()
