@@ -33,7 +33,8 @@ from finetune.evaluation.calibrate import fit_calibration
 from finetune.evaluation.drift import reference_of
 from finetune.evaluation.predict import image_samples
 from finetune.evaluation.predictions import Predictions, digests_as_rows
-from finetune.features.solve import head_logits, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import head_logits
 from finetune.metrics.intervals import wilson_interval
 from finetune.monitoring.drift import ALPHA, MIN_WINDOW, DriftTest, compare
 from finetune.monitoring.reference import Reference

@@ -28,7 +28,8 @@ from finetune.data.index import index_dataset
 from finetune.evaluation.calibrate import fit_calibration, reliability_after
 from finetune.evaluation.predict import SamplePrediction, image_samples, predict_samples
 from finetune.evaluation.predictions import Predictions, digests_as_rows
-from finetune.features.solve import head_logits, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import head_logits
 from finetune.metrics.intervals import wilson_interval
 from finetune.runs.evaluate import fit_temperature
 from finetune.tasks import task_named

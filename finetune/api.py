@@ -28,7 +28,7 @@ from finetune.data.dataset import LocalFile, Sample
 from finetune.errors import InvalidInput
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.diagnose import Diagnosis, diagnose, read_diagnosis
-from finetune.evaluation.evaluate import Evaluation, RunEvaluation, read_evaluation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, Evaluation, RunEvaluation, read_evaluation
 from finetune.evaluation.of_bundle import BundleEvaluation, evaluate_bundle
 from finetune.evaluation.predict import SamplePrediction, UnreadableSample, predict_samples
 from finetune.evaluation.predictions import Predictions
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from finetune.studies.compare.result import Comparison
     from finetune.studies.plan import Plan
 
-_MOST_INDEPENDENT_FIRST = ("cv", "test_unseen", "test", "val_unseen", "val")
 ImageLike = str | Path | bytes | NDArray[np.uint8]
 
 
@@ -296,7 +295,7 @@ class Run:
         return render(
             "notebook_run.html",
             title=repr(self)[1:-1],
-            splits=[split for split in _MOST_INDEPENDENT_FIRST if split in evaluations],
+            splits=[split for split in MOST_INDEPENDENT_FIRST if split in evaluations],
             metrics=self._most_independent()[1].shown,
             evaluations=evaluations,
         )
@@ -304,7 +303,7 @@ class Run:
     def _most_independent(self) -> tuple[str, Evaluation]:
         """Return the most independent split and its evaluation."""
         evaluations = self.evaluation.evaluations
-        split = next(split for split in _MOST_INDEPENDENT_FIRST if split in evaluations)
+        split = next(split for split in MOST_INDEPENDENT_FIRST if split in evaluations)
         return split, evaluations[split]
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.bundle.aliases import CHAMPION
 from finetune.bundle.deployment import Deployment, deploy, read_deployment
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, read_seen
-from finetune.bundle.registry import CHAMPION, ModelVersion, Registry
+from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, Problem
 from finetune.evaluation.paired import compare_two
 from finetune.evaluation.predictions import read

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.bundle.image import ImageLimits, decode_image, sniff
+from finetune.bundle.image import decode_image
+from finetune.bundle.image_formats import sniff
+from finetune.bundle.image_limits import ImageLimits
 from finetune.data.archive import ArchiveError
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset

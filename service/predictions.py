@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from finetune.bundle.calibration import Certainty
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem

@@ -27,7 +27,7 @@ from finetune.bundle.calibration import (
     CertaintyOptions,
     parse_subspace,
 )
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem

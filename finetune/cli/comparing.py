@@ -72,7 +72,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
     from finetune.jobs.lease import watch_lease_from_environment
 
     with objects_exempt():
-        from finetune.cli.show import show_comparison
+        from finetune.cli.show_comparison import show_comparison
         from finetune.cli.terminal import print_json, shortened
         from finetune.comparison_spec import ComparedRuns, load_request
         from finetune.progress_bars import console, progress_bars
@@ -128,7 +128,7 @@ def _in_the_queue(
     """Queue a comparison or find a queued one, follow it to its end and show its result."""
     from finetune.cli.follow import follow
     from finetune.cli.jobs import EXIT_CODES, client_of
-    from finetune.cli.show import show_comparison
+    from finetune.cli.show_comparison import show_comparison
     from finetune.cli.terminal import print_json, shortened
     from finetune.comparison_spec import load_request
     from finetune.progress_bars import console, progress_bars

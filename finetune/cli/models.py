@@ -33,7 +33,7 @@ def models() -> None:
 def list_models(as_json: bool) -> None:
     """List registered models, their aliases and the default."""
     from finetune.bundle.deployment import read_deployment
-    from finetune.cli.show import show_models
+    from finetune.cli.show_models import show_models
     from finetune.cli.terminal import print_json
     from finetune.errors import NotFound
 
@@ -61,7 +61,7 @@ def list_models(as_json: bool) -> None:
 def show_model(model: str, as_json: bool) -> None:
     """Show the classes, weights, licence and metrics of a model."""
     from finetune.bundle.manifest import read_manifest
-    from finetune.cli.show import show_manifest
+    from finetune.cli.show_models import show_manifest
     from finetune.cli.terminal import print_json
 
     manifest = read_manifest(workspace_registry().locate(model))
@@ -98,7 +98,7 @@ def pull(address: str, name: str | None) -> None:
     from finetune.bundle.manifest import read_manifest
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
-    from finetune.cli.show import show_manifest
+    from finetune.cli.show_models import show_manifest
     from finetune.evaluation.predictions import problem_of_table
 
     registry = workspace_registry()

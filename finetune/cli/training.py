@@ -191,7 +191,7 @@ def check(
         )
     with objects_exempt():
         from finetune.cli.examining import carry_out, data_problems, show_examination
-        from finetune.cli.show import show_plan
+        from finetune.cli.show_plan import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
@@ -250,7 +250,7 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
     watch_lease_from_environment()
     note_settings_without_effect(spec)
     with objects_exempt():
-        from finetune.cli.show import show_outcome
+        from finetune.cli.show_run import show_outcome
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
@@ -288,7 +288,7 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
     finetune evaluate photos@3 --data other.zip --out predictions.csv
     """
     from finetune.bundle.registry import Registry
-    from finetune.cli.show import show_evaluation
+    from finetune.cli.show_evaluation import show_evaluation
     from finetune.cli.terminal import print_json
     from finetune.data.reading import reading_of
     from finetune.evaluation.of_bundle import evaluate_bundle
@@ -324,7 +324,7 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
     finetune backbones resnet50       stages, parameters, what each method trains
     finetune backbones 'vgg*'         names that match
     """
-    from finetune.cli.show import show_backbone, show_backbone_names, show_trials
+    from finetune.cli.show_backbones import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json
     from finetune.model.catalog import list_backbones
     from finetune.model.describe import describe_backbone

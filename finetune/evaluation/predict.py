@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample, targets_of
 from finetune.data.parallel import ordered_map

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from finetune.bundle.registry import Access, Registry, Visibility
+from finetune.bundle.access import Access, Visibility
+from finetune.bundle.registry import Registry
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.executors.endings import Ending, Finish, next_action
 from finetune.executors.executor import Executor, Handle, Resources

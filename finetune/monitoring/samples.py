@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bundle.calibration import NOVEL
-from finetune.bundle.image import sniff
+from finetune.bundle.image_formats import sniff
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput, UnsupportedImage
 from finetune.messages import printable

@@ -10,8 +10,8 @@ from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import Evaluation, RunEvaluation
-from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, Evaluation, RunEvaluation
+from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
@@ -26,7 +26,6 @@ from finetune.training.label_doubts import label_doubts_noted
 from finetune.training.near_copies import near_copies_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
-SHOWN_FIRST = (POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
@@ -57,7 +56,7 @@ def write_run_report(
     from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only evaluated does not need
 
     resolved, head = prepared.resolved, trained.head
-    evaluated = [split for split in SHOWN_FIRST if split in evaluation.evaluations]
+    evaluated = [split for split in MOST_INDEPENDENT_FIRST if split in evaluation.evaluations]
     pictured = next((split for split in evaluated if split in predictions), None)
     calibration = Calibration.of(manifest.calibration)
     inputs = ReportInputs(

@@ -25,7 +25,7 @@ from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import FittedCalibration, check_calibration, fit_calibration
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.drift import reference_of
-from finetune.evaluation.evaluate import RunEvaluation, read_evaluation, write_evaluation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, RunEvaluation, read_evaluation, write_evaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
@@ -46,7 +46,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
 from finetune.runs.preprocessing import check_preprocessing
-from finetune.runs.report import SHOWN_FIRST, import_in_background, write_run_report
+from finetune.runs.report import import_in_background, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -343,8 +343,8 @@ def _thresholds(task: Task, evaluation: RunEvaluation) -> dict[str, list[float]]
 
 
 def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:
-    """Return the predictions on the split that is most independent of training (`SHOWN_FIRST`)."""
-    return next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
+    """Return the predictions on the split that is most independent of training (`MOST_INDEPENDENT_FIRST`)."""
+    return next((predictions[split] for split in MOST_INDEPENDENT_FIRST if split in predictions), None)
 
 
 def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions]) -> None:

@@ -12,9 +12,10 @@ from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Str
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from finetune.bundle.aliases import LATEST
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
-from finetune.bundle.registry import LATEST, ModelVersion
+from finetune.bundle.registry import ModelVersion
 from finetune.errors import Conflict, NotFound
 from finetune.evaluation.predictions import read
 from finetune.evaluation.tables import csv_lines

@@ -18,8 +18,9 @@ from serving import in_process, registered, until
 from standin import COLOURS, picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.access import Access
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.client import Client
 from finetune.errors import Conflict

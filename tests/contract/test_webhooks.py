@@ -23,7 +23,7 @@ from serving import in_process, registered, until
 from standin import write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access
+from finetune.bundle.access import Access
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore

@@ -12,7 +12,9 @@ from awkward import AWKWARD, REFUSED, SRGB_PROFILE, WIDE_SPACES, encoded, heic, 
 from PIL import Image, ImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from finetune.bundle.image import FORMATS, ImageLimits, decode_image, image_size, looks_like_image, read_image, sniff
+from finetune.bundle.image import decode_image, image_size, read_image
+from finetune.bundle.image_formats import FORMATS, looks_like_image, sniff
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
 

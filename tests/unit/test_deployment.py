@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny_bundle import CLASSES, write_tiny_bundle
 
+from finetune.bundle.access import Access
 from finetune.bundle.deployment import Deployment, Share, deploy, read_deployment, roll_back
 from finetune.bundle.predictor import Seen
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Registry
 from finetune.errors import Conflict, NotFound
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.predictions import Predictions, digests_as_rows

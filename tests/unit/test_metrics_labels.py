@@ -17,7 +17,7 @@ from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.paired import compare_two, paired_gain
 from finetune.evaluation.predictions import Predictions, concatenate, read, write
 from finetune.evaluation.tables import rows_of
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
 from finetune.metrics import labels
 from finetune.runs.evaluate import apply_thresholds
 from finetune.tasks import task_named, task_of

@@ -14,7 +14,8 @@ from tiny_bundle import write_tiny_bundle
 
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
-from finetune.cli.show import show_comparison, show_manifest
+from finetune.cli.show_comparison import show_comparison
+from finetune.cli.show_models import show_manifest
 from finetune.evaluation.compare import ArmPredictions, class_mean_interval
 from finetune.evaluation.evaluate import Evaluation, RunEvaluation, evaluate, read_evaluation, write_evaluation
 from finetune.evaluation.predictions import Predictions

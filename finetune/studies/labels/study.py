@@ -20,7 +20,7 @@ from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.errors import InvalidInput
 from finetune.features.heads import head_solver
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve_labels import rarest_label
+from finetune.features.sigmoid_head import rarest_label
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.labels import label_results, mean_average_precision

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.bundle.access import Access
+from finetune.bundle.aliases import LATEST
 from finetune.bundle.manifest import Manifest, read_manifest
-from finetune.bundle.registry import LATEST, Access, ModelVersion, Registry
+from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput, NotFound
 from finetune.promotion import PromotionRefused, promote
 from finetune.spec import SUFFIX_PATTERN

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.features.solve import Float32s, Floats, Objective, SolvedHead, linear_logits, solve_head
+from finetune.features.lbfgs import Floats, Objective
+from finetune.features.solve import SolvedHead, linear_logits, solve_head
+from finetune.features.standardise import Float32s
 from finetune.metrics.labels import binary_cross_entropy, label_results, mean_average_precision, nll
 
 
@@ -36,7 +38,7 @@ def solve_sigmoid_head(
         l2: the penalty (l2 / 2) * |w|² is added to each label's mean loss; scikit-learn's C is 1 / (l2 * N).
         class_weights: (C,) weight of the images that have a label, in the fit and in the loss on held-out rows; the weight of the
             others is 1.
-        features, val_features, image_weights, overwrite: see `finetune.features.solve.solve_softmax_head`.
+        features, val_features, image_weights, overwrite: see `finetune.features.softmax_head.solve_softmax_head`.
 
     Raises:
         TrainingError: some features are not finite.
