@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from finetune.cli.show_evaluation import EVALUATED_ON
 from finetune.cli.terminal import table
 from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST
 from finetune.progress_bars import console
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from finetune.bundle.deployment import Deployment
     from finetune.bundle.manifest import Manifest
     from finetune.bundle.registry import ModelVersion
-from finetune.cli.show_evaluation import EVALUATED_ON
 
 
 def show_models(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from finetune.cli.show_evaluation import EVALUATED_ON, show_figures, show_headline
+from finetune.cli.show_plan import show_notes
 from finetune.cli.terminal import shortened, table
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, UNSEEN, Evaluation, read_evaluation
@@ -21,8 +23,6 @@ from finetune.tasks.leading import recorded_leading
 
 if TYPE_CHECKING:
     from finetune.runs.outcome import Outcome
-from finetune.cli.show_evaluation import EVALUATED_ON, show_figures, show_headline
-from finetune.cli.show_plan import show_notes
 
 SHOWN_WORST = 5
 
