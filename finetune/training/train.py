@@ -32,7 +32,9 @@ from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
 from finetune.training.compute import view_processes
 from finetune.training.context import Trained, TrainingContext, TrainingCost
-from finetune.training.fit import Forward, Prepare, TrainBatches, fit, forward_images
+from finetune.training.evaluator import Forward, Prepare, forward_images
+from finetune.training.final_weights import TrainBatches
+from finetune.training.fit import fit
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
 from finetune.training.measurements import write_sample_answers
