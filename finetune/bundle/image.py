@@ -122,14 +122,6 @@ def decode_image(data: bytes, *, short_side_px: int | None = None, limits: Image
     return np.array(image)
 
 
-def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode the image file at `path` as `decode_image` does; errors name the file."""
-    try:
-        return decode_image(read_bytes(path, limits), short_side_px=short_side_px, limits=limits)
-    except ImageError as error:
-        raise naming(path, error) from None
-
-
 def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     """Return the bytes of an image file, after checking its size.
 

@@ -11,7 +11,6 @@ from finetune.comparison_spec import arms_asked_for, settings_of
 from finetune.jobs.job import Job
 from finetune.jobs.kinds import COMPARISON
 from service.schemas.jobs import JobError, JobState, job_error, job_state
-from service.schemas.lists import Page
 
 
 class ArmDocument(BaseModel):
@@ -52,9 +51,6 @@ class ComparisonDocument(JobState):
     fine_tuned_version: str | None
     error: JobError | None
     result_files: list[str] = Field(description="Paths on this server: result and report.")
-
-
-ComparisonList = Page[ComparisonDocument]
 
 
 class FigureDocument(BaseModel):
