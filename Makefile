@@ -10,7 +10,7 @@ SERVICES_READY := $(SERVICES)/.installed
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true BENTOML_DO_NOT_TRACK=True
 WORKERS ?= 2
 
-.PHONY: help install demo test test-failed test-services test-longer test-browser test-all check-wheel check-formats golden lint format gpu-check bench bench-peers serve mlflow lock clean
+.PHONY: help install demo test test-shuffled test-failed test-services test-longer test-browser test-all check-wheel check-formats golden lint format gpu-check bench bench-peers serve mlflow lock clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -37,6 +37,9 @@ demo: $(READY)  ## Fine-tune, compare, serve and ask over HTTP, on real data (DA
 
 test: $(READY)  ## The default tests, under five minutes on two cores
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-shuffled: $(READY)  ## The default tests in another order (SEED=number repeats one), to find those that depend on it
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --shuffle $(or $(SEED),$(shell date +%s))
 
 test-longer: $(READY)  ## The tests that take longest, which CI runs beside the default ones
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m 'longer and not slow'

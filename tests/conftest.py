@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
+import gc
 import os
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from made_once import made_once, shared_folder
 
-pytest_plugins = ["buckets", "leftover_processes", "screens"]
+pytest_plugins = ["buckets", "leftover_processes", "screens", "shuffled"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = marked
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what importing the tests has made from garbage collections: a million objects, which stay to the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
@@ -68,8 +75,7 @@ def _own_network_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     The worker processes of one test session share them: any number of processes may use one folder.
     """
     before = os.environ.get("FINETUNE_CACHE")
-    own = tmp_path_factory.getbasetemp()
-    os.environ["FINETUNE_CACHE"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "networks-of-the-session")
+    os.environ["FINETUNE_CACHE"] = str(shared_folder(tmp_path_factory) / "networks-of-the-session")
     yield
     if before is None:
         del os.environ["FINETUNE_CACHE"]
@@ -96,19 +102,13 @@ def photos() -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database. Its migrations take seconds, so they run once for all workers of a session, and tests copy it."""
+    """An empty MLflow database, to be copied: its migrations take seconds."""
     import mlflow
 
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = tmp_path_factory.getbasetemp().parent / f"mlflow-{session}" if session else tmp_path_factory.mktemp("mlflow")
-    folder.mkdir(exist_ok=True)
-    path = folder / "mlflow.db"
-    with open(folder / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "ready").exists():
-            mlflow.MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
-            (folder / "ready").touch()
-    return path
+    def migrate(folder: Path) -> None:
+        mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments(max_results=1)
+
+    return made_once(tmp_path_factory, "mlflow", migrate) / "mlflow.db"
 
 
 @pytest.fixture

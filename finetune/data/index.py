@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.dataset import Dataset, Sample, Split, unmeasured
+from finetune.data.dataset import BadImage, Dataset, Sample, Split, unmeasured
 from finetune.data.names import same_class, why_no_class_name
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
@@ -251,8 +251,9 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
 
 def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
     """Note problems and warnings about the classes of each split and their counts."""
-    key: Split | None = "train" if "train" in found.splits() else None
-    if key not in found.splits():
+    splits = found.splits()
+    key: Split | None = "train" if "train" in splits else None
+    if key not in splits:
         if not notes.problems and found.records:
             notes.problem(shown, "nothing to train on: all of it is for validation or testing")
         return
@@ -260,13 +261,14 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
     _check_names(found, place, notes)
     _check_number_of_classes(found, train, place, notes)
     first_alone = next((name for name, count in train.items() if count == 1), None)
+    unreadable = _unreadable_by_folder(notes)
     for name, count in train.items():
         if not count:
-            unusable = _unusable(f"{place}/{printable(name)}/", notes)
+            unusable = _unusable(unreadable.get(f"{place}/{printable(name)}", ()))
             notes.problem(_inside(place, name), f"class {name!r} has no images{unusable}. Add some, or remove the folder")
-        elif count == 1 and "val" not in found.splits() and found.several:
+        elif count == 1 and "val" not in splits and found.several:
             notes.left_out.append(f"{place}: only 1 image has the label {name!r}, so it is learnt or measured, not both")
-        elif count == 1 and "val" not in found.splits():
+        elif count == 1 and "val" not in splits:
             hint = _separator_hint(train) if name == first_alone else ""
             notes.problem(
                 _inside(place, name),
@@ -274,7 +276,7 @@ def _check_classes(found: _Found, shown: str, notes: Notes) -> None:
             )
     others: tuple[Split, ...] = ("val", "test")
     for split in others:
-        if split in found.splits():
+        if split in splits:
             _compare_classes(split, found.counts(split), train, found.places.get(split, place), notes)
 
 
@@ -308,9 +310,19 @@ def _inside(place: str, name: str) -> str:
     return place if place.lower().endswith(tuple(SUFFIXES)) else f"{place}/{printable(name)}"
 
 
-def _unusable(inside: str, notes: Notes) -> str:
+def _unreadable_by_folder(notes: Notes) -> Mapping[str, Sequence[BadImage]]:
+    """Return the images that cannot be read by the folders that they are in, at any depth."""
+    found: dict[str, list[BadImage]] = defaultdict(list)
+    for image in notes.bad:
+        folder = image.where
+        while "/" in folder:
+            folder = folder.rpartition("/")[0]
+            found[folder].append(image)
+    return found
+
+
+def _unusable(bad: Sequence[BadImage]) -> str:
     """Return the contents of a folder without readable images, in brackets."""
-    bad = [image for image in notes.bad if image.where.startswith(inside)]
     if not bad:
         return ""
     others = f"; and {len(bad) - 1:,} more" if len(bad) > 1 else ""

@@ -133,6 +133,13 @@ def needs_care(location: Path) -> bool:
 
 def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
     """Return the answer of a child process; raise the error with which it refused the data."""
+    answer = _run_child(request, limits, what)
+    if "refused" in answer:
+        _refuse(**answer["refused"])
+    return answer
+
+
+def _run_child(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "finetune.data.intake", json.dumps(request)]
     try:
         ran = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=limits.seconds + 30)
@@ -143,8 +150,6 @@ def _ask(request: Mapping[str, Any], limits: ArchiveLimits, what: str) -> dict[s
     if ran.returncode != 0:
         raise RuntimeError(f"reading the {what} failed: {ran.stderr.decode('utf-8', 'replace')}")
     answer: dict[str, Any] = json.loads(ran.stdout)
-    if "refused" in answer:
-        _refuse(**answer["refused"])
     return answer
 
 
@@ -263,20 +268,20 @@ def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, An
     return {"name": dataset.name, "root": dataset.root, "classes": dataset.classes, "samples": samples}
 
 
+def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the child process answers to a request of `take_in`, `check` or `listed`."""
+    if "listed" in request:
+        return _list(request["listed"], request["data"])
+    if "locations" in request:
+        return _look_again(**request)
+    archive, target, limits = Path(request["archive"]), Path(request["target"]), ArchiveLimits(**request["limits"])
+    return _look(archive, target, limits, request["filename"], labelled=request["labelled"])
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
-    if "listed" in request:
-        _limit_this_process(DEFAULT_LIMITS)
-        sys.stdout.write(json.dumps(_list(request["listed"], request["data"])))
-        return
-    if "locations" in request:
-        _limit_this_process(DEFAULT_LIMITS)
-        sys.stdout.write(json.dumps(_look_again(**request)))
-        return
-    limits = ArchiveLimits(**request["limits"])
-    _limit_this_process(limits)
-    answer = _look(Path(request["archive"]), Path(request["target"]), limits, request["filename"], labelled=request["labelled"])
-    sys.stdout.write(json.dumps(answer))
+    _limit_this_process(ArchiveLimits(**request["limits"]) if "limits" in request else DEFAULT_LIMITS)
+    sys.stdout.write(json.dumps(answer_to(request)))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,19 @@ class Notes:
     not_images: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     understood: list[str] = field(default_factory=list)
+    _noted: set[Problem | str] = field(default_factory=set, repr=False)  # problems and sentences that are in the lists above
 
     def problem(self, where: Path | str, message: str) -> None:
         """Note a problem, once even if a folder is listed several times."""
         problem = Problem(printable(where), message)
-        if problem not in self.problems:
+        if problem not in self._noted:
+            self._noted.add(problem)
             self.problems.append(problem)
 
     def say(self, sentence: str) -> None:
         """Note how the data was interpreted, once."""
-        if sentence not in self.understood:
+        if sentence not in self._noted:
+            self._noted.add(sentence)
             self.understood.append(sentence)
 
     def many(self, where: str, places: Iterable[str], what: str) -> None:

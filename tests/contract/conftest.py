@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from postgres import PostgresMissing, running_postgres
 from sqlalchemy import Engine, text
 
+from finetune.data import intake
 from finetune.jobs.database import open_database
 from finetune.jobs.schema import metadata
+from finetune.spec import parse_spec
+from finetune.storage.workspace import Workspace
 from service import spec_check
+from service.spec_check import SpecChecker
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +28,35 @@ def _patient_check_of_names() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(spec_check, "SECONDS", 240)
         yield
+
+
+@pytest.fixture(scope="session")
+def tell_backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], object]:
+    """Return a function that lets servers of a workspace know the names of timm's backbones, as if they had been asked before.
+
+    The process that lists them takes seconds.
+    """
+
+    def list_them(folder: Path) -> None:
+        asyncio.run(SpecChecker(folder).ask([parse_spec({"training_file": "unused", "model": "resnet18"})], "tests"))
+
+    listed = made_once(tmp_path_factory, "backbones-of-timm", list_them)
+    return lambda home: shutil.copytree(listed, Workspace.at(home).cache / "notes", dirs_exist_ok=True)
+
+
+@pytest.fixture
+def known_backbones(tell_backbones: Callable[[Path], object], tmp_path: Path) -> None:
+    """Let a server whose workspace is `tmp_path` know the names of timm's backbones."""
+    tell_backbones(tmp_path)
+
+
+@pytest.fixture
+def uploads_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a server in this process read uploads itself instead of starting a process for each.
+
+    For tests of what comes after an upload; those of uploads themselves do without it.
+    """
+    monkeypatch.setattr(intake, "_run_child", lambda request, limits, what: json.loads(json.dumps(intake.answer_to(request))))
 
 
 @pytest.fixture(scope="session")

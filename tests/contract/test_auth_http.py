@@ -25,6 +25,8 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 OPEN = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
 BATCHES = "/v1/batch_predictions"

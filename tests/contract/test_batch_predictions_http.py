@@ -34,6 +34,8 @@ from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 BATCHES = "/v1/batch_predictions"
 IMAGES = {"a.png": picture("red"), "deep/er/b.png": picture("green"), "c.jpg": picture("blue", file_format="JPEG")}
 

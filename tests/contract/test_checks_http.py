@@ -20,6 +20,8 @@ from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 FOUND = Examination(
     revision="a" * 64,
     n_images=6,
@@ -58,7 +60,7 @@ def finished(home: Path, check_id: str) -> None:
     store.finish(claim, "succeeded", message=CHECK.conclude(result), result=result)
 
 
-@pytest.mark.longer
+@pytest.mark.usefixtures("known_backbones")
 def test_an_upload_is_queued_to_be_examined_with_or_without_a_body(client: TestClient, tmp_path: Path) -> None:
     file_id = upload(client)
     answer = client.post(f"/v1/files/{file_id}/check")
@@ -79,6 +81,7 @@ def test_an_upload_is_queued_to_be_examined_with_or_without_a_body(client: TestC
     assert repeated[0] == repeated[1]
 
 
+@pytest.mark.usefixtures("known_backbones")
 @pytest.mark.parametrize(
     ("body", "field"),
     [

@@ -21,6 +21,8 @@ from finetune.jobs.store import JobStore
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 COMPARISONS, JOBS = "/v1/fine_tuning/comparisons", "/v1/fine_tuning/jobs"
 FIGURE = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 40, "sd": 0.01}
 
@@ -174,7 +176,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], field: str, client: TestCl
     assert client.get(COMPARISONS).json()["data"] == []
 
 
-@pytest.mark.longer
+@pytest.mark.usefixtures("known_backbones")
 def test_names_that_only_the_training_libraries_know_are_checked_for_every_arm(client: TestClient, file_id: str) -> None:
     asked = {"training_file": file_id, "models": ["resnet18", "resnet19"], "methods": ["linear_probe"]}
     found = problems(client.post(COMPARISONS, json=asked))

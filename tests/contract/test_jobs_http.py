@@ -25,6 +25,8 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.storage.files import modified_ns
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -63,6 +65,7 @@ def claimed(home: Path) -> tuple[JobStore, Claim]:
 # --- creating -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("known_backbones")
 def test_a_job_is_answered_in_the_public_shape_and_in_our_own(client: TestClient, file_id: str) -> None:
     answer = client.post(
         JOBS, json={"training_file": file_id, "model": "resnet18", "method": {"type": "partial", "stages": 2}, "seed": 7}
@@ -102,6 +105,7 @@ def test_a_job_starts_from_a_registered_model_that_the_caller_may_use(tmp_path: 
             assert why in next(iter(found.values())), model
 
 
+@pytest.mark.usefixtures("known_backbones")
 def test_another_owners_private_model_is_nothing_to_start_from(tmp_path: Path) -> None:
     registry = registered(tmp_path, write_bundle(tmp_path / "bundle", with_weights=True))
     registry.set_access("colours", Access(owner="ann", visibility="private"))

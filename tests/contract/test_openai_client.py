@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, tell_backbones: Callable[[Path], object]) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("home")
+    tell_backbones(home)
     registered(home, write_bundle(home / "bundle"))
     secret, _ = KeyStore(open_jobs(home)).create("ann", ["admin"])
     with live_server(home) as server:
@@ -78,7 +79,6 @@ def test_files_go_up_are_listed_and_deleted(client: OpenAI, tmp_path: Path) -> N
         client.files.retrieve(made.id)
 
 
-@pytest.mark.longer
 def test_a_job_is_created_listed_looked_at_and_cancelled(client: OpenAI, file_id: str) -> None:
     job = client.fine_tuning.jobs.create(
         model="resnet18",
@@ -106,7 +106,6 @@ def test_a_job_is_created_listed_looked_at_and_cancelled(client: OpenAI, file_id
     assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) == []
 
 
-@pytest.mark.longer
 def test_method_and_extra_body_reach_what_the_client_does_not_know(client: OpenAI, file_id: str) -> None:
     stock = client.fine_tuning.jobs.create(
         model="resnet18",
@@ -179,6 +178,7 @@ def test_our_errors_are_its_own_exceptions(place: Place, client: OpenAI, file_id
 
 
 @pytest.mark.longer
+@pytest.mark.usefixtures("known_backbones")
 def test_a_full_queue_is_its_rate_limit_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_MAX_UNFINISHED_JOBS", "1")
     registered(tmp_path, write_bundle(tmp_path / "bundle"))

@@ -22,6 +22,8 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from finetune.storage.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 
 

@@ -30,6 +30,8 @@ from finetune.storage.files import modified_ns, write_json
 from finetune.storage.rundir import RunDir
 from service.results import run_of
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 SPLIT = {"n": 40, "top1": 0.9, "top1_interval": [0.76, 0.97], "confusion": [[18, 2], [2, 18]]}
 

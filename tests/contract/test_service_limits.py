@@ -30,6 +30,8 @@ from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
 from service.event_streams import EventStreams
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -53,7 +55,7 @@ def file_id(client: TestClient) -> str:
 
 @pytest.fixture(scope="module")
 def checking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, str]]:
-    """A server whose process that knows the training libraries is started once, with nothing queued, and the id of an upload."""
+    """A server with nothing queued, and the id of an upload."""
     with in_process(tmp_path_factory.mktemp("checking"), wait=False) as client:
         yield client, str(upload(client, zip_of(photographs())).json()["id"])
 
@@ -75,9 +77,6 @@ def nested(levels: int) -> Any:
         ({"compute": {"threads": 1024}}, "compute.threads: must be auto or at most"),
         ({"metadata": {"note": "x" * 513}}, "metadata.note: a key has 1 to 64 characters and a value at most 512"),
         ({"metadata": {"k" * 65: "x"}}, "a key has 1 to 64 characters"),
-        ({"model": "gpt-4o"}, "model.backbone: timm has no architecture 'gpt-4o'"),
-        ({"augmentation": {"transforms": [{"HorizontalFlop": {"p": 0.5}}]}}, "unknown transform 'HorizontalFlop'"),
-        ({"augmentation": {"transforms": [{"HorizontalFlip": {"p": 7.0}}]}}, "augmentation.transforms[0].HorizontalFlip"),
     ],
 )
 def test_a_job_that_cannot_or_must_not_run_is_refused_before_it_is_queued(
@@ -87,6 +86,19 @@ def test_a_job_that_cannot_or_must_not_run_is_refused_before_it_is_queued(
     answer = client.post(JOBS, json={"training_file": file_id, **changes})
     assert answer.status_code == 422
     assert said in json.dumps(answer.json(), ensure_ascii=False)
+    assert client.get(JOBS).json()["data"] == []
+
+
+def test_what_only_the_training_libraries_know_is_refused_too_and_all_of_it_is_told(checking: tuple[TestClient, str]) -> None:
+    client, file_id = checking
+    transforms = [{"HorizontalFlop": {"p": 0.5}}, {"HorizontalFlip": {"p": 7.0}}]
+    body = {"training_file": file_id, "model": "gpt-4o", "augmentation": {"transforms": transforms}}
+    answer = client.post(JOBS, json=body)
+    assert answer.status_code == 422
+    told = {one["field"]: one["detail"] for one in answer.json()["errors"]}
+    assert list(told) == ["model.backbone", "augmentation.transforms[0]", "augmentation.transforms[1].HorizontalFlip"]
+    assert told["model.backbone"].startswith("timm has no architecture 'gpt-4o'")
+    assert told["augmentation.transforms[0]"].startswith("unknown transform 'HorizontalFlop'")
     assert client.get(JOBS).json()["data"] == []
 
 

@@ -20,6 +20,8 @@ from service import spec_check
 from service.child import ChildProgram
 from service.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("uploads_read_here")
+
 JOBS, COMPARISONS = "/v1/fine_tuning/jobs", "/v1/fine_tuning/comparisons"
 
 

@@ -13,9 +13,11 @@ from finetune.runtime.collector import collection_paused, objects_exempt
 
 
 @pytest.fixture(autouse=True)
-def _thawed() -> Iterator[None]:
+def _as_before() -> Iterator[None]:
+    """Free what the tests exempt, and exempt everything again as `conftest` did."""
     yield
     gc.unfreeze()
+    gc.freeze()
 
 
 class Knot:

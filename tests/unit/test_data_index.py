@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
 import unicodedata
 from pathlib import Path
@@ -320,3 +321,22 @@ def test_the_clothing_photographs_are_found(photos: Path) -> None:
     assert list(counts) == ["train", "val"]
     assert (sum(counts["train"].values()), sum(counts["val"].values())) == (3068, 341)
     assert counts["train"]["t-shirt"] == 795
+
+
+def test_many_classes_of_one_image_take_time_that_grows_with_their_number(tmp_path: Path) -> None:
+    """Counts function calls, which do not depend on the machine."""
+
+    def n_calls(n_classes: int) -> int:
+        root = tmp_path / str(n_classes)
+        for number in range(n_classes):
+            folder = root / f"class{number}"
+            folder.mkdir(parents=True)
+            (folder / "0.png").touch()  # listing does not read it
+        counted = cProfile.Profile()
+        with pytest.raises(DataError) as refused:
+            counted.runcall(index_dataset, root)
+        assert len(refused.value.problems) == n_classes  # each is named
+        return sum(row.callcount for row in counted.getstats())
+
+    n_calls(10)  # imports
+    assert n_calls(400) < 3 * n_calls(200)

@@ -27,6 +27,7 @@ WATCHER = """
 """
 ASKS_NICELY = "signal.signal(signal.SIGTERM, signal.default_int_handler)"
 BOOT = "0b3b1c5e-3a5e-4c39-9a39-6f9b3c1d2e4f"  # of another machine
+WARNED_AT_ONCE = "import finetune.jobs.lease as watched; watched.WARNING_FRACTION = 1e-6"  # long before the lease ends
 IS_DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
@@ -54,10 +55,10 @@ def test_a_process_whose_lease_was_withdrawn_ends(tmp_path: Path) -> None:
 
 
 def test_on_another_machine_a_lease_counts_from_when_it_was_seen(tmp_path: Path) -> None:
-    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds - 10_000, BOOT), 3.0)
-    stopped = watch(tmp_path / "lease")
+    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds - 10_000, BOOT), 3000.0)
+    stopped = watch(tmp_path / "lease", before=f"{ASKS_NICELY}; {WARNED_AT_ONCE}")
     assert (stopped.returncode, stopped.stdout) == (7, "writes its checkpoint")
-    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds + 10_000, BOOT), 0.9)
+    write_lease(tmp_path / "lease", LeaseTime(machine_time().seconds + 10_000, BOOT), 0.3)
     assert watch(tmp_path / "lease", before=IS_DEAF).returncode == 130
 
 
@@ -78,7 +79,7 @@ def test_a_lease_is_renewed_in_place_also_on_a_full_disk(tmp_path: Path) -> None
 
 
 def test_a_process_whose_lease_is_running_out_is_asked_to_stop(tmp_path: Path) -> None:
-    write_lease(tmp_path / "lease", ago(25.0), 30.0)
+    write_lease(tmp_path / "lease", ago(2500.0), 3000.0)
     stopped = watch(tmp_path / "lease")
     assert (stopped.returncode, stopped.stdout) == (7, "writes its checkpoint")
 
