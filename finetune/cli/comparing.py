@@ -84,12 +84,11 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         from finetune.studies.compare import compare_runs, finished_before
         from finetune.studies.compare.result import Comparison
         from finetune.tracking.mirror import tracked_as
-        from finetune.tracking.view import experiment_name
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
-    places, trackers = pop_slots(given), pop_trackers(given)
+    slots, trackers = pop_slots(given), pop_trackers(given)
     if len(what) == 1 and (finished := RunDir(what[0].absolute()).comparison).exists():
         document = Comparison.from_dict(read_json(finished)).to_dict()
         print_json(document) if as_json else show_comparison(document, shortened(Path(document["report"])))
@@ -110,8 +109,8 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         with trackers.follow(workspace, found.dataset) as begun:
             begun(RunDir(found.folder))
     else:
-        with trackers.follow(workspace, experiment_name(asked.job)) as begun, progress_bars(shown=not as_json) as progress:
-            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begins)
+        with trackers.follow(workspace, asked.job) as begun, progress_bars(shown=not as_json) as progress:
+            found = run_comparison(asked, Shared.of(workspace, slots), progress, run_dir, begins)
     found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     print_json(found.to_dict()) if as_json else show_comparison(found.to_dict(), shortened(found.report))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from finetune.spec import JobSpec
     from finetune.storage.rundir import RunDir
     from finetune.storage.workspace import Workspace
     from finetune.tracking.tracker import Choice
@@ -41,11 +42,18 @@ class Trackers:
     choices: tuple[Choice, ...]
     experiment: str | None
 
-    def follow(self, workspace: Workspace, dataset: str) -> AbstractContextManager[Callable[[RunDir], None]]:
-        """Mirror the runs that begin in a block to the trackers; see `finetune.tracking.process.followed`."""
-        from finetune.tracking.process import followed
+    def follow(self, workspace: Workspace, of: JobSpec | str) -> AbstractContextManager[Callable[[RunDir], None]]:
+        """Mirror the runs that begin in a block to the trackers; see `finetune.tracking.process.followed`.
 
-        return followed(self.choices, workspace, self.experiment or dataset)
+        Args:
+            of: the job or the name of its dataset, after which the experiment is called by default.
+        """
+        if not self.choices:
+            return nullcontext(lambda run: None)
+        from finetune.tracking.process import followed
+        from finetune.tracking.view import experiment_name
+
+        return followed(self.choices, workspace, self.experiment or (of if isinstance(of, str) else experiment_name(of)))
 
 
 def pop_trackers(given: dict[str, Any]) -> Trackers:

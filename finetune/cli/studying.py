@@ -70,7 +70,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the study is
-    workspace, places = Workspace.from_environment(), pop_slots(given)
+    workspace, slots = Workspace.from_environment(), pop_slots(given)
     request = DepthRequest(
         data=data or write_digits(workspace.root / "demo" / "digits"),
         depths=_numbers(given["depths"], "--depths", "8,20,44"),
@@ -82,7 +82,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
         seed=given["seed"],
     )
     with progress_bars(shown=not as_json) as progress:
-        found = study_depth(request, Shared.of(workspace, places), progress, run_dir)
+        found = study_depth(request, Shared.of(workspace, slots), progress, run_dir)
     print_json(found.to_dict()) if as_json else show_depth(found)
 
 

@@ -257,11 +257,10 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.carry_out import fine_tune
-        from finetune.tracking.view import experiment_name
 
-    workspace, places, trackers = Workspace.from_environment(), pop_slots(given), pop_trackers(given)
-    with trackers.follow(workspace, experiment_name(spec)) as begun, progress_bars(shown=not as_json) as progress:
-        outcome = fine_tune(spec, Shared.of(workspace, places), progress, run_dir, begun)
+    workspace, slots, trackers = Workspace.from_environment(), pop_slots(given), pop_trackers(given)
+    with trackers.follow(workspace, spec) as begun, progress_bars(shown=not as_json) as progress:
+        outcome = fine_tune(spec, Shared.of(workspace, slots), progress, run_dir, begun)
     print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
 
 

@@ -20,7 +20,6 @@ from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
-from finetune.studies.side_by_side import run_side_by_side
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,16 @@ def run_children(
 def _outcomes(
     children: Sequence[Child], run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
 ) -> Iterator[tuple[Child, Outcome]]:
-    """Run children that do not depend on each other, in parallel if there are several and `shared.places` is set."""
-    if shared.places is None or len(children) < 2:
+    """Run children that do not depend on each other, in parallel if there are several and `shared.slots` is set."""
+    if shared.slots is None or len(children) < 2:
         for child in children:
             folder = prepare_child(run, child)
             yield child, run_child(child.spec, folder, shared, titled(progress, child.title), child.options)
         return
+    from finetune.studies.side_by_side import run_side_by_side
+
     prepared = [(child.title, child.spec, prepare_child(run, child)) for child in children]
-    for number, outcome in run_side_by_side(prepared, shared.places, shared.workspace, progress):
+    for number, outcome in run_side_by_side(prepared, shared.slots, shared.workspace, progress):
         yield children[number], outcome
 
 
