@@ -274,7 +274,7 @@ def read_probe(path: Path) -> Probe:
 
 
 def _parse_probe(folder: Path, data: bytes) -> Probe:
-    """Return the probe in the content of a file; `folder` is for the error."""
+    """Return the probe in the content of a file; errors name `folder`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])

@@ -13,7 +13,10 @@ from finetune.cli.registry import workspace_registry
 from finetune.cli.training import json_option
 
 if TYPE_CHECKING:
+    from finetune.bundle.calibration import CertaintyOptions
+    from finetune.bundle.predictor import Predictor
     from finetune.errors import FinetuneError
+    from finetune.evaluation.predict import SamplePrediction
 
 QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
@@ -104,7 +107,6 @@ def predict(
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
     from finetune.evaluation.predict import (
-        SamplePrediction,
         UnreadableSample,
         cam_file_names,
         image_samples,
@@ -112,7 +114,6 @@ def predict(
         predictions_table,
     )
     from finetune.evaluation.tables import check_ending, write_table
-    from finetune.messages import plural
     from finetune.progress_bars import console, progress_bars
     from finetune.runtime.cores import available_cores
 
@@ -122,28 +123,22 @@ def predict(
             raise click.UsageError("--out writes probabilities only; use --json for --coverage, --abstain and --precision")
     predictor = Predictor.load(workspace_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
-    asked = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
+    options = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
     samples = image_samples(images)
-    maps = cam_file_names(samples)
     documents: list[dict[str, Any]] = []
     predicted: list[SamplePrediction] = []
     with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
-        asking = predict_samples(predictor, samples, what=f"{len(samples):,} images", progress=progress)
-        for prediction, map_file in zip(asking, maps, strict=True):
+        predictions = predict_samples(predictor, samples, what=f"{len(samples):,} images", progress=progress)
+        for prediction, map_file in zip(predictions, cam_file_names(samples), strict=True):
             if isinstance(prediction, UnreadableSample):
                 documents.append(_refused(prediction.sample.id, prediction.error))
                 continue
             if out is not None:
                 predicted.append(prediction)
-            order = predictor.task.ranking(prediction.probs)[:top_k]
-            labels = [{"label": manifest.classes[label], "probability": float(prediction.probs[label])} for label in order]
-            document = {"file": prediction.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
-            if several := predictor.several_labels(prediction.probs):
-                document |= several.to_dict()
-            document |= predictor.estimator.estimate(prediction.probs, prediction.embedding, asked).to_dict()
+            document = _document(predictor, prediction, options, top_k)
             if explain is not None and prediction.cam is not None:
                 document["explanation"] = str(write_overlay(explain / map_file, prediction.image, prediction.cam))
             documents.append(document)
@@ -152,24 +147,45 @@ def predict(
         write_table(out, predictions_table(predicted, predictor, "given", labelled=False), temperature)
     if as_json:
         print_json(documents)
-    elif out is None:
+    else:
+        _show_results(documents, out, explain, abstains=bool(options.abstain))
+    sys.exit(2 if any("error" in document for document in documents) else 0)
+
+
+def _document(predictor: Predictor, prediction: SamplePrediction, options: CertaintyOptions, top_k: int) -> dict[str, Any]:
+    """Return the prediction for one image as JSON values."""
+    manifest = predictor.manifest
+    order = predictor.task.ranking(prediction.probs)[:top_k]
+    labels = [{"label": manifest.classes[label], "probability": float(prediction.probs[label])} for label in order]
+    document = {"file": prediction.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+    if several := predictor.several_labels(prediction.probs):
+        document |= several.to_dict()
+    return document | predictor.estimator.estimate(prediction.probs, prediction.embedding, options).to_dict()
+
+
+def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
+    return {"file": file, "error": {"code": error.code, "message": error.message}}
+
+
+def _show_results(documents: Sequence[Mapping[str, Any]], out: Path | None, explain: Path | None, *, abstains: bool) -> None:
+    """Print the predictions, or how many were written to `out`, and the number of maps in `explain`."""
+    from finetune.messages import plural
+    from finetune.progress_bars import console
+
+    if out is None:
         _show_predictions(documents)
     else:
-        _show_predictions([document for document in documents if "error" in document])
-        console.print(f"{plural(len(predicted), 'prediction')} written to {out}", markup=False)
-        if asked.abstain:
+        refused = [document for document in documents if "error" in document]
+        _show_predictions(refused)
+        console.print(f"{plural(len(documents) - len(refused), 'prediction')} written to {out}", markup=False)
+        if abstains:
             console.print("this model abstains by default: --json marks the predictions that are too uncertain", markup=False)
-    if explain is not None and not as_json:
+    if explain is not None:
         n_maps = sum("explanation" in document for document in documents)
         console.print(
             f"{plural(n_maps, 'activation map')} written to {explain}" if n_maps else "this model has no activation maps",
             markup=False,
         )
-    sys.exit(2 if any("error" in document for document in documents) else 0)
-
-
-def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
-    return {"file": file, "error": {"code": error.code, "message": error.message}}
 
 
 def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:

@@ -110,7 +110,7 @@ def is_spec_file(path: Path) -> bool:
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a spec file or data as argument, `job_options` and ``--set`` to a command; it gets one validated `spec`."""
+    """Add a spec file or data as argument, `job_options` and ``--set`` to a command, which is called with a valid `spec`."""
 
     def build(ctx: click.Context, **given: Any) -> Any:
         from finetune.spec import load_spec

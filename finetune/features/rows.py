@@ -160,7 +160,7 @@ def engine_folder(prefix: Prefix, preprocess: Preprocess, store: Store) -> Path:
 
 
 def rows_of(prefix: Prefix, preprocess: Preprocess, dtype: RowType, engine_name: str, store: Store) -> RowCache:
-    """Return the cache space for the rows of a prefix, computed by one engine with one preprocessing."""
+    """Return the part of the cache for the rows of a prefix, computed by one engine with one preprocessing."""
     space = _digest("rows", DECODER, prefix.digest, preprocess.digest(), dtype, engine_name)
     return RowCache(store, space, prefix.row_shape, dtype)
 
