@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
-from finetune.backbone_names import why_unknown
+from finetune.backbone_names import problem_of_name
 from finetune.errors import DiskFull, Overloaded, Problem
 from finetune.jobs.kinds import can_train
 from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
@@ -98,7 +98,7 @@ class SpecChecker:
         if not (is_own_model(backbone) or backbone in self._known_backbones):
             if not (names := self._catalogue()):
                 return None
-            if why := why_unknown(backbone, names):
+            if why := problem_of_name(backbone, names):
                 return [Problem("model.backbone", why)]
         return None if spec.augmentation.transforms is not None else ()
 

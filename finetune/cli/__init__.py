@@ -141,20 +141,20 @@ def main() -> None:
     try:
         cli.main(prog_name="finetune", standalone_mode=False)
     except FinetuneError as error:
-        _leave(error)
+        _exit_with(error)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _TRAIN_MODULES:
             raise
-        _leave(MissingExtra(f"this command needs {missing}, which only training needs: {install_command('train')}"))
+        _exit_with(MissingExtra(f"this command needs {missing}, which only training needs: {install_command('train')}"))
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        said = str(stopped.__cause__ or "") or "interrupted"  # click wraps the original exception
-        click.echo(f"{said}; the same command resumes it" if _resumes(sys.argv[1:], said) else said, err=True)
+        message = str(stopped.__cause__ or "") or "interrupted"  # click wraps the original exception
+        click.echo(f"{message}; the same command resumes it" if _resumes(sys.argv[1:], message) else message, err=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -162,18 +162,18 @@ def main() -> None:
     except OSError as error:
         if error.filename is None or error.errno not in _UNUSABLE:
             raise
-        _leave(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
+        _exit_with(InvalidInput(f"{printable(os.fsdecode(error.filename))} cannot be read or written here: {error.strerror}"))
     finally:
         skip_final_collection()
 
 
-def _resumes(arguments: Sequence[str], said: str) -> bool:
-    """Return whether the interrupted command is resumed if it is given again, and `said` does not say so already."""
+def _resumes(arguments: Sequence[str], message: str) -> bool:
+    """Return whether the interrupted command is resumed if it is given again, and `message` does not say so already."""
     queued = any(argument.startswith("--server") for argument in arguments)
-    return bool(arguments) and arguments[0] in _RESUMED and not queued and "same command" not in said
+    return bool(arguments) and arguments[0] in _RESUMED and not queued and "same command" not in message
 
 
-def _leave(error: FinetuneError) -> NoReturn:
+def _exit_with(error: FinetuneError) -> NoReturn:
     from finetune.cli.terminal import show_error
 
     show_error(error, as_json="--json" in sys.argv)

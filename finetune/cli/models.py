@@ -115,7 +115,7 @@ def pull(address: str, name: str | None) -> None:
         click.echo(f"It was registered before, as {found.name}@{found.version}", err=True)
     if damage:
         click.echo(f"Without its predictions on test images: {PREDICTIONS} {damage}. {NOT_COMPARED}", err=True)
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()
@@ -318,7 +318,7 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
     if as_default:
         reference = f"{name}@{alias}"
         promote_to_default(registry, Deployment(reference), minimum=_minimum(minimum), force=force, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()
@@ -344,7 +344,7 @@ def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tupl
     registry = workspace_registry()
     wanted = Deployment(reference, canary=_share(canary, "--canary"), shadow=_share(shadow, "--shadow"))
     promote_to_default(registry, wanted, minimum=_minimum(minimum), force=force, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 def _share(text: str | None, option: str) -> Any:
@@ -364,7 +364,7 @@ def _share(text: str | None, option: str) -> Any:
     return Share(reference, value)
 
 
-def _say_default(registry: Any) -> None:
+def _print_default(registry: Any) -> None:
     from finetune.bundle.deployment import read_deployment
     from finetune.errors import NotFound
 
@@ -399,7 +399,7 @@ def rollback(name: str | None, alias: str, of_default: bool) -> None:
         click.echo(f"{name}@{alias} is version {version.version} again (it was version {before})", err=True)
     else:
         roll_back(registry, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()

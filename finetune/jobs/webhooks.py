@@ -182,12 +182,12 @@ class WebhookStore:
 
 def check_url(url: str) -> None:
     """Raise `InvalidInput` unless `url` is like ``https://host/path``. Its host's addresses are checked at each delivery."""
-    wrong = _what_is_wrong(url)
+    wrong = _problem_of_url(url)
     if wrong is not None:
         raise InvalidInput(f"{url[:100]!r}: {wrong}; give an address such as https://example.org/hooks")
 
 
-def _what_is_wrong(url: str) -> str | None:
+def _problem_of_url(url: str) -> str | None:
     """Return why a text is not a valid URL of a webhook, or None if it is."""
     if len(url) > MAX_URL:
         return f"the address has more than {MAX_URL:,} characters"
@@ -207,10 +207,10 @@ def _what_is_wrong(url: str) -> str | None:
         return "the address does not begin with https://"
     if parts.username is not None or parts.fragment:
         return "the address has a user or a fragment"
-    return _what_is_wrong_with_host(parts.hostname or "", in_brackets="[" in parts.netloc)
+    return _problem_of_host(parts.hostname or "", in_brackets="[" in parts.netloc)
 
 
-def _what_is_wrong_with_host(host: str, *, in_brackets: bool) -> str | None:
+def _problem_of_host(host: str, *, in_brackets: bool) -> str | None:
     if not host:
         return "the host is missing"
     if in_brackets:

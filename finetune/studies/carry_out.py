@@ -39,7 +39,7 @@ from finetune.storage.workspace import Workspace
 from finetune.studies.escalate import escalation
 from finetune.studies.folds import FINAL, Folds, cross_validation, pooled_predictions
 from finetune.studies.refit import CHOOSE, REFIT, Refit
-from finetune.studies.study import kept_run, note_kept, run_children
+from finetune.studies.study import kept_run, record_kept, run_children
 
 REFIT_NOTE = (
     "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
@@ -141,7 +141,7 @@ def _study(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         options.write(run)
         conclusion = conduct(spec, run, shared, progress, options)
-        note_kept(run, conclusion.kept)
+        record_kept(run, conclusion.kept)
         run.record(StudyConcluded(conclusion.summary, conclusion.kept))
         for split, table in conclusion.predictions.items():
             tables.write(run.predictions_of(split), table)

@@ -116,7 +116,7 @@ def prepare_child(run: RunDir, child: Child) -> RunDir:
     return folder
 
 
-def note_kept(run: RunDir, name: str) -> None:
+def record_kept(run: RunDir, name: str) -> None:
     """Record in ``study.json`` which child the study keeps."""
     write_json(run.study, {**read_json(run.study), "kept": name})
 

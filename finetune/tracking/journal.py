@@ -61,7 +61,7 @@ class LastPoints:
     def __init__(self, reached: Mapping[str, tuple[int, float | None]]) -> None:
         self._reached = dict(reached)
 
-    def take(self, point: Point) -> bool:
+    def add(self, point: Point) -> bool:
         """Record a point as sent; return whether it is new, that is, of a later step or of the same step with another value.
 
         Keys under ``train/`` and ``head/`` are compared by step only: values that depend on the clock, such as images per second,

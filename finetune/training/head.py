@@ -24,7 +24,7 @@ from finetune.runtime.blas import ONE_THREAD_ELEMENTS, blas_threads_for
 from finetune.runtime.seconds import Seconds, process_clock, thread_clock
 from finetune.training.context import TrainingContext, TrainingCost
 from finetune.training.label_doubts import note_label_doubts
-from finetune.training.measurements import write_neighbours, write_sample_answers
+from finetune.training.measurements import write_neighbours, write_sample_predictions
 from finetune.training.near_copies import note_near_copies
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
@@ -81,7 +81,7 @@ def solve_head(
     _record(head, cost, recipe, context)
     if not recipe.n_steps:  # else the training loop predicts the sample itself
         logits = head_logits(sampled, head.weight, head.bias)
-        write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
+        write_sample_predictions(context.run, context.task, context.dataset, chosen, 0, logits)
     return head, cost
 
 

@@ -37,7 +37,7 @@ from finetune.training.final_weights import TrainBatches
 from finetune.training.fit import fit
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
-from finetune.training.measurements import write_sample_answers
+from finetune.training.measurements import write_sample_predictions
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Recipe, widest_plan
 from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
@@ -148,7 +148,7 @@ def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingConte
     plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
 
     def keep(step: int, logits: NDArray[np.float32]) -> None:
-        write_sample_answers(context.run, context.task, context.dataset, plan.indices, step, logits)
+        write_sample_predictions(context.run, context.task, context.dataset, plan.indices, step, logits)
 
     return TrainSample(plan, source.sample(plan.indices), keep)
 

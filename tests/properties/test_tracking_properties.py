@@ -74,7 +74,7 @@ def test_each_step_is_sent_once_however_often_a_run_goes_back_to_a_checkpoint(
 
     def look() -> None:
         for records in journal.unread():
-            sent.extend(point.step for record in records for point in points_of(record) if marks.take(point))
+            sent.extend(point.step for record in records for point in points_of(record) if marks.add(point))
             journal.accept()
 
     for number, (start, end) in enumerate(attempts):

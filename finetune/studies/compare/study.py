@@ -34,7 +34,7 @@ from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import carry_out
 from finetune.studies.compare.page import write_comparison_page
 from finetune.studies.compare.result import ArmRuns, Comparison, conclude
-from finetune.studies.study import Child, note_kept, run_children
+from finetune.studies.study import Child, record_kept, run_children
 
 STOPS_AT = 0.05  # with a budget, an arm is not run again after losing with a smaller p value, adjusted for the number of pairs
 
@@ -191,7 +191,7 @@ def compare(
             margin=spec.settings.margin,
         )
         chosen = best_run(found)
-        note_kept(run, chosen.name)
+        record_kept(run, chosen.name)
         run.record(StudyConcluded(found.verdict.sentence, chosen.name))
         registered = _register(spec, chosen, outcomes, shared, progress) if spec.settings.register_chosen else None
         found = dataclasses.replace(found, registered=registered, cost=stopwatch.read())

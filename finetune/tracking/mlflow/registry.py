@@ -78,7 +78,7 @@ class _Synchronisation:
     def run(self) -> list[str]:
         """Synchronise versions, then aliases; return one sentence for each difference that remains."""
         model = self._registered()
-        agreed = self._agreed()
+        agreed = self._read_state()
         if model is None or agreed.destination != self.target.shown:
             agreed = SyncedState(self.target.shown)  # never synchronised with this MLflow before
         theirs = self._theirs() if model is not None else {}
@@ -96,7 +96,7 @@ class _Synchronisation:
 
     # -- what there is
 
-    def _agreed(self) -> SyncedState:
+    def _read_state(self) -> SyncedState:
         try:
             return SyncedState(**read_json(self.state_file))
         except (FileNotFoundError, ValueError, TypeError):
@@ -233,12 +233,12 @@ class _Synchronisation:
             if str(number) in of_theirs
         }
         for alias in sorted({*here, *there}):
-            if settled := self._settle(alias, here.get(alias), there.get(alias), agreed.aliases.get(alias), pairs):
+            if settled := self._synchronise_alias(alias, here.get(alias), there.get(alias), agreed.aliases.get(alias), pairs):
                 agreed.aliases[alias] = settled
             else:
                 agreed.aliases.pop(alias, None)
 
-    def _settle(
+    def _synchronise_alias(
         self, alias: str, here: str | None, there: str | None, before: str | None, pairs: Mapping[str, str]
     ) -> str | None:
         """Synchronise one alias; return the version that it has in both registries, or None if that failed."""
