@@ -38,7 +38,7 @@ def tell_backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path],
     """
 
     def list_them(folder: Path) -> None:
-        asyncio.run(SpecChecker(folder).ask([parse_spec({"training_file": "unused", "model": "resnet18"})], "tests"))
+        asyncio.run(SpecChecker(folder).check([parse_spec({"training_file": "unused", "model": "resnet18"})], "tests"))
 
     listed = made_once(tmp_path_factory, "backbones-of-timm", list_them)
     return lambda home: shutil.copytree(listed, Workspace.at(home).cache / "notes", dirs_exist_ok=True)

@@ -30,7 +30,7 @@ def test_the_reference_is_what_the_bundle_answers_to_the_held_out_images(tmp_pat
     fractions = {"val_fraction": 0.45, "test_fraction": 0.0} if split == "val" else {"val_fraction": 0.2, "test_fraction": 0.4}
     spec = tiny_spec(training_file, suffix="watched", data=fractions)
     outcome = carry_out_at(tmp_path, spec, RunDir(tmp_path / "runs" / "one"))
-    bundle, table = Path(str(outcome.bundle)), read(RunDir(outcome.run).predictions_table(split))
+    bundle, table = Path(str(outcome.bundle)), read(RunDir(outcome.run).predictions_of(split))
     reference, predictor = read_reference(bundle / DRIFT), Predictor.load(bundle)
     assert reference is not None
     assert (reference.split, len(reference)) == (split, len(table))
