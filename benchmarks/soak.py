@@ -5,8 +5,9 @@
 These share one `finetune serve` with its worker: single predictions, batches, the Open Inference Protocol, uploads in one piece
 and in parts, real fine-tuning jobs one after the other, batch predictions and data checks in the queue, promotions with canary
 and shadow, pages of models and jobs, plans, damaged requests, readers of live events, webhooks, and samples of the inputs. Each
-job that ends registers a new version. Every few seconds the resident memory of the server's processes is read from /proc; a line
-is fitted to what comes after the warm-up. Linux only.
+job that ends registers a new version. Every few seconds the resident memory of the server's processes is read from /proc. A line
+is fitted to what comes after the warm-up, and one to the least of each minute: the server returns freed memory every few seconds,
+and what a leak would add is what remains. Linux only.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 import httpx
 import numpy as np
 from job_chaos import write_pictures
+from numpy.typing import NDArray
 
 WARM_UP_FRACTION = 0.25
 SAMPLE_SECONDS = 5.0
@@ -283,17 +285,29 @@ def slope(seconds: list[float], mib: list[float]) -> dict[str, float]:
     t, y = np.asarray(seconds) / 3600, np.asarray(mib)
     kept = t >= WARM_UP_FRACTION * t[-1]
     t, y = t[kept], y[kept]
-    design = np.stack([t, np.ones_like(t)], axis=1)
-    solved, *_ = np.linalg.lstsq(design, y, rcond=None)
-    left = y - design @ solved
-    error = np.sqrt(left @ left / (len(t) - 2) / np.sum((t - t.mean()) ** 2))
+    minutes = np.floor(60 * t)
+    least = np.array([np.flatnonzero(minutes == minute)[y[minutes == minute].argmin()] for minute in np.unique(minutes)])
+    line, of_least = _line(t, y), _line(t[least], y[least])
     return {
-        "mib_per_hour": round(float(solved[0]), 2),
-        "standard_error": round(float(error), 2),
+        "mib_per_hour": line[0],
+        "standard_error": line[1],
+        "least_of_minutes_mib_per_hour": of_least[0],
+        "least_of_minutes_standard_error": of_least[1],
         "after_warm_up_mib": round(float(y[: len(y) // 5].mean()), 1),
         "at_the_end_mib": round(float(y[-len(y) // 5 :].mean()), 1),
         "highest_mib": round(float(np.max(mib)), 1),
     }
+
+
+def _line(t: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """The slope of a fitted line, and its standard error; not a number for fewer than three points."""
+    if len(t) < 3:
+        return float("nan"), float("nan")
+    design = np.stack([t, np.ones_like(t)], axis=1)
+    solved, *_ = np.linalg.lstsq(design, y, rcond=None)
+    left = y - design @ solved
+    error = np.sqrt(left @ left / (len(t) - 2) / np.sum((t - t.mean()) ** 2))
+    return round(float(solved[0]), 2), round(float(error), 2)
 
 
 def draw(samples: dict[str, list[float]], report: dict[str, Any], target: Path) -> None:
@@ -455,7 +469,8 @@ def main() -> None:
     for name, found in report["memory"].items():
         print(
             f"{name:12} {found['after_warm_up_mib']:7.1f} → {found['at_the_end_mib']:7.1f} MiB,"
-            f" {found['mib_per_hour']:+.2f} ± {found['standard_error']:.2f} MiB/h"
+            f" {found['mib_per_hour']:+.2f} ± {found['standard_error']:.2f} MiB/h, the least of each minute"
+            f" {found['least_of_minutes_mib_per_hour']:+.2f} ± {found['least_of_minutes_standard_error']:.2f}"
         )
     sys.exit(1 if report["failures"] or report["server_exit_code"] else 0)
 

@@ -77,7 +77,7 @@ from service.uploads import Uploads
 from service.web import PageFiles
 from service.worker import WorkerProcess
 
-TRIM_SECONDS = 60.0
+TRIM_SECONDS = 15.0
 KEY_DESCRIPTION = "An API key (`finetune keys create`). A server without any key is open, to its own machine alone."
 
 
@@ -248,7 +248,7 @@ def create_api(settings: Settings, *, supervised: bool = False) -> FastAPI:
 
 
 async def _return_memory() -> None:
-    """Return memory that replaced models and large requests have left, every minute."""
+    """Return memory that replaced models and large requests have left, again and again."""
     while True:
         await asyncio.sleep(TRIM_SECONDS)
         await asyncio.to_thread(return_free_memory)

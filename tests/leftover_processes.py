@@ -21,7 +21,7 @@ from processes import all_processes, command_line, environment_of, is_running, l
 
 VARIABLE = "FINETUNE_TESTS_RUN"
 TAG = f"{VARIABLE}={uuid.uuid4().hex}".encode()
-GRACE_SECONDS = 10.0  # a process that was told to stop may still be stopping
+GRACE_SECONDS = 60.0  # a process that was told to stop may still be stopping, on a machine that is busy
 # Python's own helper lives as long as the pytest process that needed it first; Chromium's crash handlers leave its process group
 # and are started some time after the browser, which they live as long as: whether the browser is left is looked at.
 EXEMPT = (b"from multiprocessing.resource_tracker import main", b"chrome_crashpad_handler")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from finetune.jobs.schema import metadata
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
 from service import spec_check
+from service.child import ChildProgram
 from service.spec_check import SpecChecker
 
 
@@ -34,11 +35,18 @@ def _patient_check_of_names() -> Iterator[None]:
 def tell_backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], object]:
     """Return a function that lets servers of a workspace know the names of timm's backbones, as if they had been asked before.
 
-    The process that lists them takes seconds.
+    They are listed in this process: importing timm in another one takes seconds.
     """
 
     def list_them(folder: Path) -> None:
-        asyncio.run(SpecChecker(folder).check([parse_spec({"training_file": "unused", "model": "resnet18"})], "tests"))
+        from finetune.model.catalog import all_names
+
+        def answer(_: ChildProgram, given: Mapping[str, list[object]], what: str) -> dict[str, object]:
+            return {"problems": [[] for _ in given["specs"]], "catalogue": all_names()}
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ChildProgram, "run", answer)
+            asyncio.run(SpecChecker(folder).check([parse_spec({"training_file": "unused"})], "tests"))
 
     listed = made_once(tmp_path_factory, "backbones-of-timm", list_them)
     return lambda home: shutil.copytree(listed, Workspace.at(home).cache / "notes", dirs_exist_ok=True)
