@@ -31,10 +31,16 @@ class Sections(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with this name; None if there is none."""
-        if cmd_name not in _MODULES:
-            return None
-        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name)
-        return command
+        if cmd_name in _MODULES and cmd_name not in self.commands:
+            self.add_command(getattr(import_module(_MODULES[cmd_name]), cmd_name))
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command in the arguments; the error for an unknown one suggests a command with a similar name."""
+        if args[0] not in _MODULES:
+            for name in _MODULES:
+                self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one list of commands for each of `SECTIONS`."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EVALUATED_ON = {
     "cv": "{n:,} images, each by a model that had not seen it",
+    "cv_unseen": "the {n:,} images without a near duplicate in their fold's training images",
     "test": "{n:,} test images",
     "val": "{n:,} val images, on which the weights were chosen too",
     "test_unseen": "the {n:,} test images that it was not trained on",

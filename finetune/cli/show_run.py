@@ -39,9 +39,10 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
         if split.endswith(UNSEEN):
             whole = split.removesuffix(UNSEEN)
             n_seen = evaluation.evaluations[whole].n - evaluation.evaluations[split].n
+            images, data = (f"{whole} images", "the training data") if whole != "cv" else ("images", "their fold's training data")
             console.print(
-                f"[yellow]note[/] {n_seen:,} {whole} images are in the training data too (the same file, a near duplicate, or "
-                f"one of a group), so {whole} figures are too high; {split} figures leave these images out.\n"
+                f"[yellow]note[/] {n_seen:,} {images} are in {data} too (the same file, a near duplicate, or one of a group), so "
+                f"{whole} figures are too high; {split} figures leave these images out.\n"
             )
     if "val" in splits[1:]:
         console.print("The weights were chosen on the val images, so val figures are somewhat too high.\n")
@@ -49,7 +50,7 @@ def show_outcome(outcome: Outcome, run: RunDir) -> None:
     show_notes(data.get("understood", ()), outcome.warnings, data.get("quarantined", ()), named=False)
     _show_worst_classes(splits[0], first)
     if outcome.cross_validation:
-        _show_folds(outcome.cross_validation)
+        _show_folds(outcome.cross_validation, copies="cv_unseen" in splits)
     show_cost(outcome.cost, run)
     show_findings(run)
     lines = [f"report    {shortened(run.report)}"]
@@ -134,8 +135,12 @@ def show_cost(cost: Mapping[str, float], run: RunDir) -> None:
         )
 
 
-def _show_folds(found: Mapping[str, Any]) -> None:
-    """Print the metrics of each fold on its held-out images, and their mean and interval."""
+def _show_folds(found: Mapping[str, Any], *, copies: bool) -> None:
+    """Print the metrics of each fold on its held-out images, and their mean and interval.
+
+    Args:
+        copies: whether held-out images are near duplicates of training images of their fold.
+    """
     over, pooled = found["over_folds"], found["pooled"]
     task = next(task for task in TASKS if task.headline.key in over)
     headline = recorded_leading(task, pooled, "cv")
@@ -157,6 +162,7 @@ def _show_folds(found: Mapping[str, Any]) -> None:
     low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
         f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "
-        "(Student's t over the folds): it was made as they were, on all images.\n",
+        "(Student's t over the folds): it was made as they were, on all images."
+        f"{' Near duplicates are counted here, so expect less: see cv_unseen.' * copies}\n",
         markup=False,
     )

@@ -20,7 +20,7 @@ from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
 UNSEEN = "_unseen"
 """Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
-MOST_INDEPENDENT_FIRST = ("cv", f"test{UNSEEN}", "test", f"val{UNSEEN}", "val")
+MOST_INDEPENDENT_FIRST = (f"cv{UNSEEN}", "cv", f"test{UNSEEN}", "test", f"val{UNSEEN}", "val")
 """The splits in the order in which they are displayed. Val comes last, because the epoch was chosen on it."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
-from finetune.evaluation.evaluate import UNSEEN, RunEvaluation, evaluate
+from finetune.evaluation.evaluate import UNSEEN, Evaluation, RunEvaluation, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
 from finetune.metrics.temperature import Temperature
 from finetune.runs.learner import Learner
@@ -107,13 +107,25 @@ def evaluate_splits(
         class_sizes: images of each class in all splits together.
     """
     evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
-    for split, ids in (leaked or {}).items():
+    evaluations |= unseen_evaluations(predictions, leaked or {}, class_sizes)
+    return RunEvaluation(evaluations, fit_temperature(predictions["val"]) if "val" in predictions else None, thresholds)
+
+
+def unseen_evaluations(
+    predictions: Mapping[str, Predictions], leaked: Mapping[str, frozenset[str]], class_sizes: Sequence[int] = ()
+) -> dict[str, Evaluation]:
+    """Return evaluations of splits without the images that are in the training data too, under names that end in `UNSEEN`.
+
+    There is none of a split that would lose no image, or all. See `evaluate_splits` for the arguments.
+    """
+    found = {}
+    for split, ids in leaked.items():
         if split in predictions:
             table = predictions[split]
             unseen = np.array([row for row, name in enumerate(table.ids) if name not in ids], dtype=np.int64)
             if 0 < len(unseen) < len(table):
-                evaluations[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
-    return RunEvaluation(evaluations, fit_temperature(predictions["val"]) if "val" in predictions else None, thresholds)
+                found[f"{split}{UNSEEN}"] = evaluate(table.take(unseen), class_sizes)
+    return found
 
 
 def fit_temperature(predictions: Predictions) -> Temperature | None:

@@ -22,8 +22,6 @@ from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
-from finetune.training.label_doubts import label_doubts_noted
-from finetune.training.near_copies import near_copies_noted
 
 # By independence from training: val comes last, because the weights were chosen on it.
 GALLERY_SIZE = 12
@@ -65,7 +63,7 @@ def write_run_report(
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
-        warnings=(*resolved.dataset.warnings, *near_copies_noted(run), *label_doubts_noted(run)),
+        warnings=outcome.warnings,
         diagnosis=diagnosis,
         spec=resolved.spec.model_dump(mode="json"),
         sources=resolved.sources,

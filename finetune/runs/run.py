@@ -75,6 +75,7 @@ class StudyResults:
         notes: sentences that say which weights the figures belong to.
         summary: the study's summary, which replaces the run's.
         folds: the cross-validation, if the study is one.
+        warnings: what the study found about the data.
     """
 
     evaluation: RunEvaluation | None = None
@@ -82,6 +83,7 @@ class StudyResults:
     notes: tuple[str, ...] = ()
     summary: str = ""
     folds: CrossValidation | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def run_job(
@@ -146,9 +148,8 @@ def run_job(
             manifest = export(prepared, learner, trained, evaluation, carried, fitted, reference, run, progress)
             cost = {**outcome.cost, **stopwatch.read(), **model_cost(run)}
             outcome = replace(outcome, bundle=run.bundle, cost=cost, summary=carried.summary or outcome.summary)
-            write_run_report(
-                prepared, trained, evaluation, answers, carried.notes, manifest, outcome, run, diagnosis, carried.folds
-            )
+            told = replace(outcome, warnings=(*outcome.warnings, *carried.warnings))
+            write_run_report(prepared, trained, evaluation, answers, carried.notes, manifest, told, run, diagnosis, carried.folds)
         if options.reaches("registered"):
             outcome = register(outcome, prepared.resolved, predictions, shared.workspace)
         finish(outcome, run)

@@ -35,7 +35,7 @@ def solve_head(
 ) -> tuple[SolvedHead, TrainingCost]:
     """Solve the head on frozen features, record it in the run folder, and return it with its cost.
 
-    The features of the training, validation and, on a CPU, test images are also searched for near-duplicates, for the diagnosis.
+    The features of the held-out images are compared with those of the training images too: see `_compare_with_training`.
 
     Args:
         prefix: the whole backbone with pooling, from pixels to the embedding.
@@ -107,7 +107,7 @@ def _compare_with_training(
     """
     train, val, test = (context.dataset.of(split) for split in ("train", "val", "test"))
     held_out = [(val, val_features)] if val_features is not None else []
-    if test and context.compute.device == "cpu":  # then the features of all images were computed when the files were checked
+    if test:  # on a CPU their features were computed when the files were checked, on a GPU this is one more pass over them
         held_out.append((test, _features(prefix, test, seen, "test", context, lambda _: None)))
     write_neighbours(context.run, context.dataset, (train, features), held_out)
     note_near_copies(context.run, context.dataset, context.store, threads=context.compute.threads)

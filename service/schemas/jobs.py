@@ -89,7 +89,9 @@ class ResultDocument(BaseModel):
     version: str | None
     classes: list[str]
     method: dict[str, Any]
-    hyperparameters: dict[str, Any] = Field(description="As resolved: what every `auto` became.")
+    hyperparameters: dict[str, Any] = Field(
+        description="As resolved: what every `auto` became. Null: not used, as the learning rate of a linear probe."
+    )
     metrics: dict[str, float | None] = Field(description="By `split/name`.")
     cost: dict[str, float | None] = Field(description="Seconds, bytes, parameters, the latency of one prediction.")
     splits: dict[str, Any] = Field(description="By split: n, figures with intervals, per class, confusion.")
