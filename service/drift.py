@@ -86,9 +86,9 @@ class DriftWatch:
     def observe(self, model: LoadedModel, answers: Sequence[PredictionStatistics]) -> None:
         """Queue the statistics of a model's predictions for the background thread."""
         if answers:
-            at, source = time.time(), model.source
+            at, bundle = time.time(), model.bundle
             self._arrived.extend(
-                _QueuedPrediction(source.name, source.version, source.path, source.written_ns, at, one) for one in answers
+                _QueuedPrediction(bundle.name, bundle.version, bundle.path, bundle.written_ns, at, one) for one in answers
             )
 
     def drift(self, version: ModelVersion) -> Drift:
@@ -125,7 +125,7 @@ class DriftWatch:
             self._drop_deleted()
             self._add_queued()
             for path, watched in self._watched.items():
-                watched.add_arrived()
+                watched.collect()
                 self._compare(path, watched, with_another=watched.follow_reference())
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
                 self._write_windows()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import NotFound
+from finetune.runtime.logs import configure_logs, wants_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
@@ -100,7 +101,7 @@ def sync_models(choice: Choice, workspace: Workspace) -> list[str]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logs(as_json=wants_json(os.environ))
     os.nice(NICENESS)
     request = json.load(sys.stdin)
     workspace, choice = Workspace.at(Path(request["home"])), Choice("mlflow")

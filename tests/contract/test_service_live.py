@@ -182,12 +182,14 @@ def told(connection: socket.socket, end: bytes) -> bytes:
 
 
 def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) -> None:
-    with live_server(home, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
+    with live_server(home, worker=True, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
         headers = {"X-Request-Id": "mine-1", "Authorization": "Bearer ft_secretsecret"}
         assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers, timeout=END_SECONDS).status_code == 200
         until(lambda: '"mine-1"' in server.log.read_text())  # the line is written after the answer has left
-        text = server.log.read_text()
-    entries = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        until(lambda: "waits for jobs" in server.log.read_text())
+    text = server.log.read_text()
+    entries = [json.loads(line) for line in text.splitlines()]
+    assert {"service.server", "service.access", "finetune.jobs.worker"} <= {entry["logger"] for entry in entries}
     (entry,) = [entry for entry in entries if entry.get("request_id") == "mine-1"]
     assert (entry["status"], entry["route"], entry["owner"], entry["level"]) == (200, "/predict", "local", "info")
     assert "secretsecret" not in text
