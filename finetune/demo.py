@@ -106,9 +106,9 @@ def held_out_image(run: RunDir) -> tuple[Path, str]:
 @contextmanager
 def serving(bundle: Path, *, ready_seconds: float = 60) -> Iterator[str]:
     """Run a server on a free port of this machine while the block runs; yield its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port), "--model", str(bundle), "--no-worker"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

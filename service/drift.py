@@ -80,14 +80,14 @@ class DriftWatch:
         self._stopping.set()
         self._thread.join()
         with self._lock:
-            self._take_in()
+            self._collect()
             self._keep()
 
     def observe(self, model: LoadedModel, answers: Sequence[AnswerStatistics]) -> None:
         """Queue the statistics of a model's predictions for the background thread."""
         if answers:
-            at, source = time.time(), model.source
-            self._arrived.extend(_Given(source.name, source.version, source.path, source.written_ns, at, one) for one in answers)
+            at, bundle = time.time(), model.bundle
+            self._arrived.extend(_Given(bundle.name, bundle.version, bundle.path, bundle.written_ns, at, one) for one in answers)
 
     def drift(self, version: ModelVersion) -> Drift:
         """Compare the recent predictions of a registered version with its reference.
@@ -96,7 +96,7 @@ class DriftWatch:
             BundleError: the bundle is damaged.
         """
         with self._lock:
-            self._take_in()
+            self._collect()
             return self._watching(version.name, version.version, version.path).drift()
 
     def choose_reference(self, version: ModelVersion, *, accept: bool) -> Drift:
@@ -106,7 +106,7 @@ class DriftWatch:
             Conflict: there are too few predictions to accept.
         """
         with self._lock:
-            self._take_in()
+            self._collect()
             watched = self._watching(version.name, version.version, version.path)
             write_choice(self._registry, version, watched, accept=accept)
             self._compare(version.path, watched, with_another=True)
@@ -121,9 +121,9 @@ class DriftWatch:
         """Process the queue, test versions with enough new predictions, report new drift, and write the windows periodically."""
         with self._lock:
             self._forget_deleted()
-            self._take_in()
+            self._collect()
             for path, watched in self._watched.items():
-                watched.take_in()
+                watched.collect()
                 self._compare(path, watched, with_another=watched.follow_reference())
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
                 self._keep()
@@ -142,7 +142,7 @@ class DriftWatch:
             self._names[bundle] = (name, version)
         return self._watched[bundle]
 
-    def _take_in(self) -> None:
+    def _collect(self) -> None:
         """Move the queued statistics into their windows."""
         waiting: dict[Path, list[_Given]] = defaultdict(list)
         while self._arrived:

@@ -61,7 +61,7 @@ class InputSampler:
         """Draw at random whether to store an image; False for a bundle outside the registry, which has no folder for it."""
         if self.fraction == 0.0 or random.random() >= self.fraction:
             return False
-        return model.source.path == self._registry.root / model.name / model.version
+        return model.bundle.path == self._registry.root / model.name / model.version
 
     def offer(self, model: LoadedModel, data: bytes, record: Mapping[str, Any]) -> None:
         """Queue a drawn image for storing; drop it if too many bytes are queued."""

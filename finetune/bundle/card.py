@@ -138,8 +138,7 @@ def checked_sentences(calibration: Calibration) -> list[str]:
         answered = calibration.precision[level].answered
         sentences.append(
             f"With a precision of {DEFAULT_PRECISION:.0%}, it answers {answered:.0%} of the held-out images and abstains from "
-            f"the "
-            "others; the precision of its answers is at least that with a confidence of 90 %."
+            "the others; the precision of its answers is at least that with a confidence of 90 %."
         )
     elif best := max(calibration.precision, default=None):
         sentences.append(f"The highest precision that its held-out images allow is {float(best):.0%}.")

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.calibration import CLASS_LEVELS, LEVELS, NOVEL, Calibration, CertaintyEstimator, CertaintyOptions, Operating
+from finetune.bundle.calibration import (
+    CLASS_LEVELS,
+    LEVELS,
+    NOVEL,
+    Calibration,
+    CertaintyEstimator,
+    CertaintyOptions,
+    OperatingPoint,
+)
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.selective import operating_point
@@ -70,7 +78,7 @@ def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_hol
                 for level, thresholds in by_class.items()
             },
             precision={
-                level: Operating(_below(point.threshold), point.n_answered / len(held_out))
+                level: OperatingPoint(_below(point.threshold), point.n_answered / len(held_out))
                 for level, point in operating.items()
                 if point is not None and point.threshold > 0.0
             },

@@ -126,9 +126,8 @@ def _undecided(
     names = natural(arm.name for arm in unbeaten)
     if lead == 0:
         return (
-            f"On these {least_sure.n:,} images no difference in {metric.label} was found between {names}; {reliably}. Until "
-            f"there "
-            f"are more images, choose the cheapest, {proposed.name}."
+            f"On these {least_sure.n:,} images no difference in {metric.label} was found between {names}; {reliably}. "
+            f"Until there are more images, choose the cheapest, {proposed.name}."
         )
     if proposed.name == best.name and largest.p_value < PROBABLY:
         opening = f"{best.name} is probably the best of {names}, but that is not certain"

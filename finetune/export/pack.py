@@ -27,14 +27,14 @@ from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import Reference, parity, parity_samples
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
-from finetune.export.template import INPUT_NAME, OPSET, Head, with_metadata
+from finetune.export.template import Head, with_metadata
 from finetune.metrics.novelty import Subspace
 from finetune.model.facts import BackboneFacts
 from finetune.model.tensors import Tensors, serialised_tensors
 from finetune.monitoring.reference import Reference as DriftReference
 from finetune.monitoring.reference import write_reference
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, OPSET, open_session
 from finetune.storage.files import atomic_folder, write_atomic
 from finetune.tasks import task_named
 

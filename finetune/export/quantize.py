@@ -19,8 +19,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from finetune.export.template import INPUT_NAME
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, open_session
 from finetune.tasks import Task
 
 N_CALIBRATION = 64  # images; with 256 the outputs do not agree better with float32

@@ -145,7 +145,7 @@ def suggest(
         problems = [Problem(printable(bad.sample.id), bad.error.message) for bad in unreadable[:10]]
         where = ", ".join(printable(folder) for folder in folders)
         raise DataError(f"{where}: holds no readable picture that is not labelled already", problems)
-    certainty = Certainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
+    certainty = PoolCertainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
     embeddings = np.stack([one.embedding for one in fresh])
     rows, near = _chosen_without_copies(fresh, 1 - certainty.margins, embeddings, known, n, seed, progress)
     version = "" if manifest.version is None else f"@{manifest.version}"
@@ -163,7 +163,7 @@ def suggest(
 
 
 @dataclass(frozen=True)
-class Certainty:
+class PoolCertainty:
     """How certain a model is of N images.
 
     Args:
@@ -177,7 +177,7 @@ class Certainty:
     thresholds: NDArray[np.float64] | None
 
     @classmethod
-    def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> Certainty:
+    def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> PoolCertainty:
         """Return the certainty of the predictor's answers `probs` (N, C)."""
         classes = predictor.manifest.classes
         if predictor.task.exclusive:
@@ -289,7 +289,7 @@ def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[i
 def _described(
     fresh: Sequence[Answer],
     rows: Sequence[int],
-    certainty: Certainty,
+    certainty: PoolCertainty,
     embeddings: NDArray[np.float32],
     folders: Sequence[Path],
 ) -> tuple[Suggestion, ...]:

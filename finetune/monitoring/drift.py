@@ -25,7 +25,7 @@ KS_THRESHOLD = 0.1
 PSI_THRESHOLD = 0.2
 SHARE_THRESHOLD = 0.1
 
-State = Literal["no_reference", "collecting", "steady", "drifted"]
+DriftState = Literal["no_reference", "collecting", "steady", "drifted"]
 EffectMeasure = Literal["ks_distance", "population_stability_index", "share_difference"]
 
 _WHAT = {
@@ -74,7 +74,7 @@ class HourSummary:
 class Drift:
     """The result of all tests: whether predictions in production differ from those for held-out images."""
 
-    state: State
+    state: DriftState
     sentence: str
     n: int  # compared images in production
     n_needed: int
@@ -96,7 +96,7 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
     """Test the predictions in a window against the reference."""
     tests: tuple[DriftTest, ...] = ()
     if reference is None:
-        state: State = "no_reference"
+        state: DriftState = "no_reference"
     elif len(window) < MIN_WINDOW:
         state = "collecting"
     else:
@@ -166,7 +166,7 @@ def _of_labels(reference: Any, live: Any) -> list[tuple[str, str, float, float, 
     ]
 
 
-def _sentence(state: State, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
+def _sentence(state: DriftState, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
     if reference is None or state == "no_reference":
         return (
             f"Nothing to compare with: the bundle has no reference. It takes at least {MIN_IMAGES} test or val images, or an "

@@ -94,7 +94,7 @@ class Watched:
             return given is None and (not len(answers) or int(answers.label.max()) < n_classes)
         return given is not None and given.shape[1] == n_classes
 
-    def take_in(self) -> int:
+    def collect(self) -> int:
         """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
         before = self.window.n_seen
         for path in _arrived(self._monitoring):

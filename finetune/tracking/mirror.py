@@ -52,7 +52,7 @@ class Sent:
 
 
 @dataclass
-class State:
+class MirrorState:
     """The content of ``tracking/<tracker>.json``; `runs` by their path inside the folder, ``.`` for the folder itself."""
 
     experiment: str
@@ -68,16 +68,16 @@ def state_file(run: RunDir, kind: str) -> Path:
     return run.tracking / f"{kind}.json"
 
 
-def read_state(run: RunDir, kind: str) -> State | None:
+def read_state(run: RunDir, kind: str) -> MirrorState | None:
     """Return the recorded state of a run's mirror; None if the run was never meant to be mirrored to this tracker."""
     try:
         found = read_json(state_file(run, kind))
     except FileNotFoundError:
         return None
-    return State(**{**found, "runs": {name: Sent(**sent) for name, sent in found["runs"].items()}})
+    return MirrorState(**{**found, "runs": {name: Sent(**sent) for name, sent in found["runs"].items()}})
 
 
-def write_state(run: RunDir, kind: str, state: State) -> None:
+def write_state(run: RunDir, kind: str, state: MirrorState) -> None:
     """Write the state of a run's mirror. Errors of a full disk are ignored here: the run itself reports them."""
     with contextlib.suppress(OSError, DiskFull):
         write_json(state_file(run, kind), asdict(state))
@@ -108,7 +108,7 @@ class Mirror:
 
     def __init__(self, run: RunDir, choice: Choice, workspace: Workspace, experiment: str) -> None:
         self.run, self.choice, self.workspace = run, choice, workspace
-        self.state = read_state(run, choice.kind) or State(experiment)
+        self.state = read_state(run, choice.kind) or MirrorState(experiment)
         self._tracker: Tracker | None = None
         self._begun: set[str] = set()
         self._journals: dict[str, Journal] = {}

@@ -268,8 +268,8 @@ def test_what_other_processes_leave_is_taken_in_once(tmp_path: Path) -> None:
     )  # the same job, killed before it said that it was done
     leave_for_server(registry, version, "of-another-model", answers, "f" * 64, 7_200.0)
     (folder / ARRIVING / "damaged.npz").write_bytes(b"PK")
-    assert (watched.take_in(), watched.window.n_seen) == (30, 30)
-    assert (watched.take_in(), list((folder / ARRIVING).iterdir())) == (0, [])
+    assert (watched.collect(), watched.window.n_seen) == (30, 30)
+    assert (watched.collect(), list((folder / ARRIVING).iterdir())) == (0, [])
     for number in range(MAX_ARRIVING_FILES + 3):
         leave_for_server(registry, version, f"batch-{number}", answers, sha256, 7_200.0)
     assert len(list((folder / ARRIVING).iterdir())) == MAX_ARRIVING_FILES

@@ -132,10 +132,10 @@ class RunRecords:
     def n_classes(self) -> int:
         return len(self.resolved.get("dataset", {}).get("classes", ()))
 
-    def called(self, owner: str) -> str:
+    def called(self, part: str) -> str:
         """Return a stage's display name: its key, with the backbone's own name for it."""
-        name = self.stage_names.get(owner)
-        return owner if name is None else f"{owner} ({name})"
+        name = self.stage_names.get(part)
+        return part if name is None else f"{part} ({name})"
 
     # what happened ------------------------------------------------------------------------------------------------
 
@@ -148,17 +148,17 @@ class RunRecords:
         }
         return sorted(points.items())
 
-    def signal(self, kind: str, owner: str) -> Curve:
+    def signal(self, kind: str, part: str) -> Curve:
         """Return one measurement of a stage by step; `kind` is grad_norm, weight_norm, update_ratio or dead_channels."""
-        return self.curve(f"train/{kind}/{owner}", by="step")
+        return self.curve(f"train/{kind}/{part}", by="step")
 
     @cached_property
-    def owners(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """The parts whose gradients were measured: stage keys from the stem up, then the head."""
         found = {
             match[1] for line in self.lines for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))
         }
-        return tuple(sorted(found, key=lambda owner: (owner == HEAD, int(owner.removeprefix("stage")) if owner != HEAD else 0)))
+        return tuple(sorted(found, key=lambda part: (part == HEAD, int(part.removeprefix("stage")) if part != HEAD else 0)))
 
     @property
     def n_steps(self) -> int:
