@@ -55,11 +55,17 @@ HOW_TO_SEND = (
 class Stages:
     """The durations of the stages of one prediction, and its statistics."""
 
-    load_seconds: float  # decoding and preprocessing
+    decode_seconds: float
+    preprocess_seconds: float
     run_seconds: float  # ONNX Runtime
     ended: float  # Unix seconds
     probs: np.ndarray  # (C,) float32
     statistics: PredictionStatistics  # for drift monitoring
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The durations by stage, as the metrics name them."""
+        return {"decode": self.decode_seconds, "preprocess": self.preprocess_seconds, "run": self.run_seconds}
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,14 @@ def predict_image(
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, options=options.certainty)
     predicted = time.perf_counter()
     statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
-    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), prediction.probs, statistics)
+    stages = Stages(
+        prediction.decode_seconds,
+        prediction.preprocess_seconds,
+        prediction.run_seconds,
+        time.time(),
+        prediction.probs,
+        statistics,
+    )
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(

@@ -77,7 +77,8 @@ class Prediction:
     embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
-    load_seconds: float = 0.0  # decoding and preprocessing
+    decode_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
     run_seconds: float = 0.0  # the model
     certainty: Certainty = NO_CERTAINTY  # the parts that were asked for
     several: SeveralLabels | None = None  # of a multilabel model
@@ -190,7 +191,9 @@ class Predictor:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
         options = self.estimator.resolved(options)
         began = time.perf_counter()
-        image = self.manifest.preprocess.load(data, limits=limits)
+        decoded = self.manifest.preprocess.decode(data, limits=limits)
+        resampled_from = time.perf_counter()
+        image = self.manifest.preprocess.resample(*decoded)
         loaded = time.perf_counter()
         outputs = self.run(image[None])
         ran = time.perf_counter()
@@ -206,7 +209,8 @@ class Predictor:
             outputs.embedding[0],
             self.manifest.name,
             self.manifest.version,
-            loaded - began,
+            resampled_from - began,
+            loaded - resampled_from,
             ran - loaded,
             self.estimator.estimate(probs, outputs.embedding[0], options),
             self.several_labels(probs),
