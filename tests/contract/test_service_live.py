@@ -199,8 +199,8 @@ def test_metrics_tell_where_the_time_of_predictions_goes(server: LiveServer) -> 
     with httpx.Client(base_url=server.url, timeout=END_SECONDS) as client:
         client.post("/predict", content=picture())
         text = client.get("/metrics").text
-    assert re.search(r'finetune_prediction_seconds_count\{stage="load"\} [1-9]', text)
-    assert re.search(r'finetune_prediction_seconds_count\{stage="run"\} [1-9]', text)
+    for stage in ("decode", "preprocess", "run"):
+        assert re.search(rf'finetune_prediction_seconds_count\{{model="colours",stage="{stage}"\}} [1-9]', text)
     assert "finetune_predictions_waiting 0.0" in text
     assert 'finetune_default_model{model="colours",version="1"} 1.0' in text
 
