@@ -7,6 +7,7 @@ wrote them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -60,13 +61,14 @@ def read_body(raw: bytes) -> dict[str, Any]:
     """Parse a JSON object strictly: no duplicate keys, no NaN, only valid Unicode.
 
     Raises:
-        InvalidInput: the body is not such an object.
+        InvalidInput: the body is not such an object. Numbers that are not finite, and the first value that is nested too deeply,
+            are reported with their field paths.
     """
     try:
-        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_no_constant, parse_float=_finite_number)
-        if _depth(body) > MAX_DEPTH:
-            raise InvalidInput(f"the body is nested more than {MAX_DEPTH} levels deep")
+        body = json.loads(raw, object_pairs_hook=_without_twins, parse_constant=_NotFinite, parse_float=_number)
         json.dumps(body, ensure_ascii=False).encode()
+        if problems := _structure_problems(body):
+            raise InvalidInput(summary(problems), problems)
     except RecursionError:
         raise InvalidInput(f"the body is nested more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:
@@ -390,26 +392,39 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _finite_number(text: str) -> float:
+class _NotFinite(float):
+    """A number in JSON that is infinite or not a number, with its text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _number(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:50]} is too large for a number")
-    return number
+    return number if math.isfinite(number) else _NotFinite(text)
 
 
-def _depth(value: Any) -> int:
-    """Return the number of nested levels of lists and objects, at most `MAX_DEPTH` + 1."""
-    deepest, level = 0, [value]
-    while level := [inner for one in level for inner in _inside(one)]:
-        deepest += 1
-        if deepest > MAX_DEPTH:
-            break
-    return deepest
+def _structure_problems(body: Any) -> list[Problem]:
+    """Return a problem for each number that is not finite, else one for the first value that is nested too deeply."""
+    not_finite: list[Problem] = []
+    level = [("", body)]
+    for _ in range(MAX_DEPTH):
+        outer, level = level, []
+        for path, inner in itertools.chain.from_iterable(_inside(place, one) for place, one in outer):
+            if isinstance(inner, _NotFinite):
+                why = "is too large for a number" if inner.text[-1].isdigit() else "is not a number in JSON"
+                not_finite.append(Problem(path, f"{inner.text[:50]} {why}"))
+            elif isinstance(inner, dict | list):
+                level.append((path, inner))
+    if not_finite:
+        return not_finite[:MAX_SHOWN_PROBLEMS]
+    too_deep = (inside for path, one in level for inside, _ in _inside(path, one))
+    return [Problem(field, f"nested more than {MAX_DEPTH} levels deep") for field in itertools.islice(too_deep, 1)]
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+def _inside(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """Yield the values directly inside an object or a list, with their field paths."""
+    if isinstance(value, dict):
+        yield from ((f"{path}.{key[:100]}" if path else key[:100], inner) for key, inner in value.items())
+    elif isinstance(value, list):
+        yield from ((f"{path}[{index}]", inner) for index, inner in enumerate(value))

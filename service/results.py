@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,10 +82,40 @@ def report_answer(run: RunDir, within: Callable[[str], str]) -> HTMLResponse:
 
 
 def resolved_hyperparameters(run: RunDir) -> dict[str, Any]:
-    """Return the resolved hyperparameters of a run; empty before the run has resolved them."""
+    """Return the hyperparameters that a run is carried out with; empty before it has resolved them.
+
+    Those of training by steps are null if the run takes none. ``l2`` is missing until the run has chosen it.
+    """
     resolved = read_object(run.resolved)
-    recipe = resolved.get("recipe") or resolved.get("hyperparameters") or {}
-    return {key: value for key, value in recipe.items() if key not in ("phases", "sources")} if isinstance(recipe, dict) else {}
+    recipe = resolved.get("recipe")
+    if not isinstance(recipe, dict):
+        return {}
+    found = {key: value for key, value in recipe.items() if key not in ("phases", "sources", "ema_half_life_steps", "l2")}
+    half_life = recipe.get("ema_half_life_steps")
+    found |= {"ema": half_life is not None, "ema_half_life_steps": half_life}
+    l2, outcome = recipe.get("l2"), read_object(run.outcome)
+    if l2 is not None or outcome:
+        found["l2"] = l2 if l2 is not None else (outcome.get("choices") or {}).get("l2")
+    spec = resolved.get("spec") or {}
+    asked = spec.get("hyperparameters") or {}
+    refit = asked.get("refit", "auto")
+    found["refit"] = spec.get("data", {}).get("folds") is not None if refit == "auto" else refit
+    return found | _of_steps([phase for phase in recipe["phases"] if phase["n_epochs"]], asked)
+
+
+def _of_steps(phases: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that determine the phases which take steps; the topmost stage has the learning rate as given."""
+    if not phases:
+        return {"n_epochs": 0, "learning_rate": None, "learning_rate_multiplier": None, "warmup_fraction": None}
+    multiplier, rate = asked.get("learning_rate_multiplier", "auto"), asked.get("learning_rate", "auto")
+    multiplier = 1.0 if multiplier == "auto" else multiplier
+    peak = max(max(phase["stage_lr"].values(), default=phase["head_lr"]) for phase in phases)
+    return {
+        "n_epochs": sum(phase["n_epochs"] for phase in phases),
+        "learning_rate": peak / multiplier if rate == "auto" else rate,
+        "learning_rate_multiplier": multiplier,
+        "warmup_fraction": phases[0]["warmup_fraction"],
+    }
 
 
 def evaluated_splits(run: RunDir | None) -> dict[str, Any]:

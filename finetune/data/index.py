@@ -231,17 +231,33 @@ def _with_unique_ids(records: Sequence[Record]) -> list[Record]:
 
 
 def _unite_spellings(found: _Found, notes: Notes) -> None:
-    """Make class names equal that differ only in the Unicode encoding of accents."""
+    """Make class names equal that differ only in the Unicode encoding of accents or in spaces around them; other names stay."""
     names = {name for names in found.classes.values() for name in names} | {name for r in found.records for name in r.labels}
-    composed: dict[str, list[str]] = defaultdict(list)
+    spelled: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        composed[unicodedata.normalize("NFC", name)].append(name)
-    renamed = {name: united for united, spellings in composed.items() if len(spellings) > 1 for name in spellings}
+        spelled[unicodedata.normalize("NFC", name).strip()].append(name)
+    several = {united: sorted(spellings) for united, spellings in spelled.items() if len(spellings) > 1}
+    spaced = {
+        united: spellings for united, spellings in several.items() if len({name.strip() for name in spellings}) < len(spellings)
+    }
+    encoded = sorted(printable(united) for united in several.keys() - spaced.keys())
+    if encoded:
+        notes.say(f"class names that differ only in how accents are encoded are one class: {natural_list(encoded)}")
+    for united, spellings in sorted(spaced.items()):
+        notes.left_out.append(
+            f"the labels {natural_list(map(repr, spellings))} differ only in the spaces around them; all are {united!r} now"
+        )
+    kept = sorted(
+        name
+        for spellings in spelled.values()
+        for name in spellings
+        if len(spellings) == 1 and name.strip() and name != name.strip()
+    )
+    if kept:
+        notes.left_out.append(f"class names with spaces around them, kept as they are given: {natural_list(map(repr, kept))}")
+    renamed = {name: united for united, spellings in several.items() for name in spellings}
     if not renamed:
         return
-    notes.say(
-        f"class names that differ only in how accents are encoded are one class: {natural_list(sorted(set(renamed.values())))}"
-    )
     found.records[:] = [
         replace(record, labels=tuple(dict.fromkeys(renamed.get(name, name) for name in record.labels)))
         for record in found.records

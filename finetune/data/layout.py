@@ -7,8 +7,11 @@ would produce a useless model without a warning.
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.dataset import SPLITS, BadImage, Split
@@ -164,11 +167,14 @@ class _Reader:
         return None
 
     def _ask(self, root: Folder, named: Sequence[Folder], why: str) -> None:
-        guesses = ", ".join(f"{printable(folder.name)}: {self._meant(folder)}" for folder in named)
+        meant = {folder.name: self._meant(folder) for folder in named}
+        others = [folder.name for folder in root.folders if folder.has_images() and folder not in named]
+        if len(others) == 1 and "train" not in meant.values():
+            meant = {others[0]: "train", **meant}
         self.notes.problem(
             self._shown(root),
             f"{_slashed(named)}: {why}. Say what they are with data.splits, for example "
-            f"--set 'data.splits={{{guesses}}}' (train, val, test, class, or none to leave a folder out)",
+            f"{_splits_flag(meant)} (train, val, test, class, or none to leave a folder out)",
         )
 
     def _same_classes(self, folders: Sequence[Folder]) -> bool:
@@ -276,7 +282,7 @@ class _Reader:
                 same = " and ".join(map(repr, names))
                 self.notes.problem(
                     self._shown(root),
-                    f"class folders {same} differ only in case, spaces or accent encoding; merge or rename them",
+                    f"class folders {same} differ only in how accents are encoded; merge or rename them",
                 )
         return found
 
@@ -300,11 +306,13 @@ class _Reader:
 
     def _ask_for_level(self, root: Folder, full: Sequence[Folder], repeated: Sequence[str]) -> None:
         tops = [printable(folder.name) for folder in full]
+        meant = dict(zip((folder.name for folder in full), SPLITS, strict=False))
         self.notes.problem(
             self._shown(root),
             f"the same folders ({natural_list(map(printable, repeated))}) lie in each of {natural_list(tops)}, so either may be "
             f"the classes. --set data.class_folder=last takes {natural_list(map(printable, repeated))}; "
-            f"--set data.class_folder=first takes {natural_list(tops)}; if they are splits, say so with data.splits",
+            f"--set data.class_folder=first takes {natural_list(tops)}. If those are splits, say what each is, for example "
+            f"{_splits_flag(meant)} (train, val, test, or none to leave a folder out)",
         )
 
     def _say_nested(self, full: Iterable[Folder]) -> None:
@@ -373,6 +381,15 @@ def _with_only(root: Folder, folders: Sequence[Folder]) -> Folder:
 
 def _slashed(folders: Iterable[Folder]) -> str:
     return " and ".join(f"{printable(folder.name)}/" for folder in folders)
+
+
+def _splits_flag(meant: Mapping[str, Split | None]) -> str:
+    """Return the flag that gives folders their splits, with names in quotes where YAML needs them."""
+    names = {
+        name: printable(name) if re.fullmatch(r"\w[\w.-]*", name) else json.dumps(printable(name), ensure_ascii=False)
+        for name in meant
+    }
+    return f"--set {shlex.quote('data.splits={' + ', '.join(f'{names[name]}: {split}' for name, split in meant.items()) + '}')}"
 
 
 def _hint_for_bytes(name: str) -> str:

@@ -186,13 +186,12 @@ def checked_parts(path: str, *, max_depth: int = MAX_DEPTH) -> tuple[str, ...]:
 
 
 def class_name(text: str) -> str:
-    """Return the name of a class: that of its folder, or its label in a table, without surrounding whitespace.
+    """Return the name of a class: that of its folder, or its label in a table.
 
     File systems of macOS store accents separately from their letters (NFD). Such a name is composed again (NFC); any other
     spelling is kept.
     """
-    name = text.strip()
-    return unicodedata.normalize("NFC", name) if name == unicodedata.normalize("NFD", name) else name
+    return unicodedata.normalize("NFC", text) if text == unicodedata.normalize("NFD", text) else text
 
 
 def in_encoding(name: str, encoding: str) -> str:

@@ -17,19 +17,19 @@ from finetune.data.places.opening import check_present
 from finetune.data.split import fold_datasets
 from finetune.errors import DataChangedError
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.evaluate import RunEvaluation, evaluate, read_evaluation, write_evaluation
+from finetune.evaluation.evaluate import RunEvaluation, read_evaluation, write_evaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.judge import calibrate, thresholds_of
+from finetune.runs.evaluate import choose_thresholds, fit_temperature, unseen_evaluations
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize, resolve_task
-from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
+from finetune.runs.run import StudyResults, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
@@ -37,9 +37,10 @@ from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.studies.escalate import escalation
-from finetune.studies.folds import FINAL, Folds, cross_validation, pooled_predictions
+from finetune.studies.folds import FINAL, Folds, cross_validation, fold_name, pooled_predictions
 from finetune.studies.refit import CHOOSE, REFIT, Refit
-from finetune.studies.study import kept_run, note_kept, run_children
+from finetune.studies.study import kept_run, record_kept, run_children
+from finetune.training.near_copies import near_copies_in, near_copies_noted, pool_near_copies
 
 REFIT_NOTE = (
     "The weights were fitted once more on train + val with what val had chosen: val figures are those of the model before that, "
@@ -61,6 +62,7 @@ class Conclusion:
     predictions: Mapping[str, Predictions]
     summary: str
     folds: CrossValidation | None = None
+    warnings: tuple[str, ...] = ()  # beside those of the kept child
 
 
 def fine_tune(
@@ -141,7 +143,7 @@ def _study(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         options.write(run)
         conclusion = conduct(spec, run, shared, progress, options)
-        note_kept(run, conclusion.kept)
+        record_kept(run, conclusion.kept)
         run.record(StudyConcluded(conclusion.summary, conclusion.kept))
         for split, table in conclusion.predictions.items():
             tables.write(run.predictions_of(split), table)
@@ -177,15 +179,21 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
     datasets = fold_datasets(whole, n_folds, val_fraction=data.val_fraction, seed=data.split_seed)
     outcomes = run_children(Folds(of_child, datasets, whole), run, shared, progress, carry_out)
     pooled = pooled_predictions(run, n_folds)
+    pool_near_copies(run, [kept_run(run.child(fold_name(number))) for number in range(1, n_folds + 1)])
     found = cross_validation(outcomes, pooled, n_folds)
     final = run.child(FINAL)
     own = read_evaluation(final.evaluation)
     return Conclusion(
         kept=FINAL,
-        evaluation=RunEvaluation({POOLED: evaluate(pooled), **own.evaluations}, calibrate(pooled), thresholds_of(pooled)),
+        evaluation=RunEvaluation(
+            {POOLED: found.pooled, **unseen_evaluations({POOLED: pooled}, near_copies_in(run)), **own.evaluations},
+            fit_temperature(pooled),
+            choose_thresholds(pooled),
+        ),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
         folds=found,
+        warnings=near_copies_noted(run),
     )
 
 
@@ -234,7 +242,9 @@ def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
     """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
-    carried = Carried(conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds)
+    carried = StudyResults(
+        conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds, conclusion.warnings
+    )
     options = replace(RunOptions.read(leaf), goal="exported")
     return run_job(load_spec(leaf.spec), leaf, shared, progress, options, carried)
 
@@ -261,6 +271,7 @@ def _outcome_of(spec: JobSpec, run: RunDir, conclusion: Conclusion, stopwatch: S
         summary=conclusion.summary,
         bundle=None,
         cross_validation=folds.to_dict() if folds else None,
+        warnings=(*kept.warnings, *conclusion.warnings),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from finetune.bundle.image import DECODER
 from finetune.data.check import append_note
 from finetune.data.dataset import Dataset, Sample
+from finetune.evaluation.folds import POOLED
 from finetune.events import DataWarning
 from finetune.features.duplicates import compare_pictures
 from finetune.messages import natural_list, plural, printable
@@ -29,15 +30,13 @@ LARGEST_RATIO = 0.9  # of the distances to the nearest and the fifth nearest tra
 MOST_COMPARED_SHARE = 0.15  # pairs that are compared at most, as a share of all images
 MOST_COMPARED = 100  # pairs that are always allowed
 SHOWN = 3
+_IMAGES_OF = {"val": "val image", "test": "test image", POOLED: "held-out image"}
 _VERSION = 1  # of `finetune.features.alignment`: scores of another one are not read
 
 
 def note_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: int | None = None) -> None:
-    """Compare the likeliest pairs of a run; write the copies into the run folder, and record them as an event.
-
-    The runs of a cross-validation are left out, because together they hold out every image.
-    """
-    if run.near_copies.exists() or _is_fold(run):
+    """Compare the likeliest pairs of a run; write the copies into the run folder, and record them as an event."""
+    if run.near_copies.exists():
         return
     candidates = _candidates(run)
     most = max(MOST_COMPARED, round(MOST_COMPARED_SHARE * len(dataset.samples)))
@@ -55,8 +54,25 @@ def note_near_copies(run: RunDir, dataset: Dataset, store: Store, *, threads: in
         run.record(DataWarning(sentence))
 
 
+def pool_near_copies(run: RunDir, kept: Sequence[RunDir]) -> None:
+    """Write the copies that the folds of a cross-validation found among their test images into the study's folder, as `POOLED`.
+
+    Args:
+        run: the folder of the study.
+        kept: of each fold the run whose model was tested.
+    """
+    if run.near_copies.exists():
+        return
+    found = [read_json(fold.near_copies) for fold in kept if fold.near_copies.exists()]
+    copies = [{**copy, "split": POOLED} for one in found for copy in one["copies"] if copy["split"] == "test"]
+    counts = {name: sum(one[name] for one in found) for name in ("candidates", "compared")}
+    write_json(run.near_copies, {**counts, "copies": copies})
+    for sentence in near_copies_noted(run):
+        run.record(DataWarning(sentence))
+
+
 def near_copies_in(run: RunDir) -> dict[str, frozenset[str]]:
-    """Return, for val and test, the ids of the images that have a near duplicate among the training images of a run."""
+    """Return by split the ids of held-out images with a near duplicate among the training images of the run, or of their fold."""
     found: dict[str, set[str]] = defaultdict(set)
     for copy in read_json(run.near_copies)["copies"] if run.near_copies.exists() else ():
         found[copy["split"]].add(copy["file"])
@@ -71,8 +87,8 @@ def near_copies_noted(run: RunDir) -> tuple[str, ...]:
     copies: Sequence[Mapping[str, str]] = found["copies"]
     if not copies:
         return ()
-    counts = {split: sum(one["split"] == split for one in copies) for split in ("val", "test")}
-    n_images = natural_list([plural(count, f"{split} image") for split, count in counts.items() if count])
+    counts = {split: sum(one["split"] == split for one in copies) for split in _IMAGES_OF}
+    n_images = natural_list([plural(count, _IMAGES_OF[split]) for split, count in counts.items() if count])
     shown = "; ".join(f"{printable(one['file'])} is {printable(one['copy_of'])}" for one in copies[:SHOWN])
     more = f"; and {len(copies) - SHOWN:,} more in {run.near_copies.parent.name}/{run.near_copies.name}" * (len(copies) > SHOWN)
     only = ""
@@ -82,10 +98,6 @@ def near_copies_noted(run: RunDir) -> tuple[str, ...]:
         f"Near duplicates of training images: {n_images} ({shown}{more}), so figures with them are too high{only}. "
         "finetune check --fix keeps copies on one side of the split",
     )
-
-
-def _is_fold(run: RunDir) -> bool:
-    return run.parent is not None and (read_json(run.parent.study).get("kind") == "folds" or _is_fold(run.parent))
 
 
 def _candidates(run: RunDir) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from archives import photographs, zip_of
 from diagnosed import neighbours, run_records, write_run
+from run_folders import begin_run, end_run, resolved_of, spec_of
 from serving import in_process, live_server, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
@@ -26,9 +27,10 @@ from finetune.errors import Conflict
 from finetune.evaluation.diagnose import diagnose
 from finetune.jobs.database import open_jobs
 from finetune.jobs.store import JobStore
+from finetune.spec.sections import Hyperparameters
 from finetune.storage.files import modified_ns, write_json
 from finetune.storage.rundir import RunDir
-from service.results import run_of
+from service.results import resolved_hyperparameters, run_of
 
 pytestmark = pytest.mark.usefixtures("uploads_read_here")
 
@@ -53,9 +55,9 @@ def finished_job(client: TestClient | httpx.Client, home: Path) -> str:
     run = RunDir(home / "runs" / job_id).create()
     outcome = {
         "model": "mine", "version": "1", "classes": ["red", "green", "blue"], "summary": "a head", "warnings": ["few images"],
-        "metrics": {"test/top1": 0.9, "cost/wall_seconds": 3.5}, "cross_validation": None,
+        "metrics": {"test/top1": 0.9, "cost/wall_seconds": 3.5}, "cross_validation": None, "choices": {"l2": 0.1},
     }  # fmt: skip
-    write_json(run.resolved, {"recipe": {"batch_size": 16, "weight_decay": 0.05, "phases": [], "sources": {}}})
+    begin_run(run, spec_of("linear_probe", hyperparameters={"batch_size": 16}))
     write_json(run.evaluation, {"splits": {"test": SPLIT}})
     run.report.write_text("<!doctype html><title>report</title>")
     registered(home, home / "bundle", "mine")
@@ -89,7 +91,9 @@ def test_a_jobs_result_has_its_figures_and_its_resolved_hyperparameters(client: 
     job_id = finished_job(client, tmp_path)
     job = client.get(f"{JOBS}/{job_id}").json()
     assert job["hyperparameters"]["batch_size"] == 16
-    assert job["hyperparameters"]["learning_rate"] == "auto"  # this run has not decided it
+    assert job["hyperparameters"]["l2"] == 0.1
+    assert job["hyperparameters"]["learning_rate"] is None, "a linear probe has none"
+    assert "auto" not in job["hyperparameters"].values()
     assert job["result_files"] == [
         f"{JOBS}/{job_id}/result",
         "/v1/models/mine/versions/1/report",
@@ -100,11 +104,49 @@ def test_a_jobs_result_has_its_figures_and_its_resolved_hyperparameters(client: 
     assert result["splits"] == {"test": SPLIT}
     assert (result["metrics"], result["cost"]) == ({"test/top1": 0.9}, {"wall_seconds": 3.5})
     assert result["hyperparameters"]["weight_decay"] == 0.05
+    assert "auto" not in result["hyperparameters"].values()
     for path in job["result_files"]:
         assert client.get(path).status_code == 200, path
     other = client.post(JOBS, json={"training_file": job["training_file"], "suffix": "mine"}).json()["id"]
     assert client.get(f"{JOBS}/{other}/result").status_code == 409
     assert client.get(f"{JOBS}/{other}").json()["result_files"] == []
+
+
+def test_a_run_that_has_not_chosen_its_l2_says_auto(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    begin_run(run, spec_of("linear_probe"))
+    assert "l2" not in resolved_hyperparameters(run)
+    assert resolved_hyperparameters(RunDir(tmp_path / "none")) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("full", {}),
+        ({"type": "full", "warm_head": False}, {"learning_rate_multiplier": 3.0}),
+        ("gradual", {"ema": False, "early_stopping_epochs": None}),
+        ({"type": "partial", "stages": 2}, {"learning_rate": 0.002, "learning_rate_multiplier": 0.5, "l2": 1.0}),
+        ("linear_probe", {"views": 3}),
+    ],
+)
+def test_a_job_that_is_given_the_resolved_hyperparameters_of_another_does_the_same(
+    tmp_path: Path, method: str | dict[str, object], given: dict[str, object]
+) -> None:
+    run = RunDir(tmp_path / "run")
+    resolved = begin_run(run, spec_of(method, hyperparameters=given))
+    end_run(run, resolved)  # with L2 10
+    found = resolved_hyperparameters(run)
+    asked = {name: found[name] for name in Hyperparameters.model_fields}
+    assert "auto" not in asked.values()
+    for name, value in given.items():
+        assert asked[name] == value, name
+    assert asked["l2"] == given.get("l2", 10.0)
+    asked["train_size_px"] = min(asked["train_size_px"])
+    unused = ("learning_rate", "learning_rate_multiplier", "warmup_fraction", "n_epochs") if method == "linear_probe" else ()
+    assert all(not asked.pop(name) for name in unused)
+    again = resolved_of(spec_of(method, hyperparameters=asked)).recipe
+    same = {"sources": {}, "l2": None}
+    assert replace(again, **same) == replace(resolved.recipe, **same)
 
 
 def test_a_version_says_what_it_is_and_how_good(client: TestClient, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from serving import in_process, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access
+from finetune.bundle.access import Access
 from finetune.errors import StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore
@@ -70,7 +70,6 @@ def nested(levels: int) -> Any:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"augmentation": {"transforms": [{"OneOf": {"transforms": nested(400)}}]}}, "nested more than 16 levels"),
         ({"augmentation": {"transforms": [{"Resize": {"height": 12_000, "width": 12_000}}]}}, "at most 10,000, given 12000"),
         ({"augmentation": {"transforms": [{"CoarseDropout": {"num_holes_range": [1, 5_000_000]}}]}}, "at most 10,000"),
         ({"augmentation": {"transforms": [{"Blur": {"name": "x" * 20_000}}]}}, "more than 16 KiB"),
@@ -102,13 +101,31 @@ def test_what_only_the_training_libraries_know_is_refused_too_and_all_of_it_is_t
     assert client.get(JOBS).json()["data"] == []
 
 
-@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
-def test_a_number_that_is_not_finite_is_refused(checking: tuple[TestClient, str], number: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        ("1e999", "1e999 is too large for a number"),
+        ("-1e999", "-1e999 is too large for a number"),
+        ("NaN", "NaN is not a number in JSON"),
+        ("Infinity", "Infinity is not a number in JSON"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_with_its_field(checking: tuple[TestClient, str], number: str, said: str) -> None:
     client, file_id = checking
     body = f'{{"training_file": "{file_id}", "augmentation": {{"transforms": [{{"HorizontalFlip": {{"p": {number}}}}}]}}}}'
     answer = client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
-    assert "not JSON" in answer.json()["detail"]
+    assert answer.json()["errors"] == [{"field": "augmentation.transforms[0].HorizontalFlip.p", "detail": said}]
+
+
+@pytest.mark.parametrize("levels", [17, 400])
+def test_a_value_that_is_nested_too_deeply_is_refused_with_its_field(checking: tuple[TestClient, str], levels: int) -> None:
+    client, file_id = checking
+    transforms = [{"OneOf": {"transforms": nested(levels)}}]
+    answer = client.post(JOBS, json={"training_file": file_id, "augmentation": {"transforms": transforms}})
+    assert answer.status_code == 422
+    field = "augmentation.transforms[0].OneOf.transforms" + "[0]" * 12  # 16 levels in all
+    assert answer.json()["errors"] == [{"field": field, "detail": "nested more than 16 levels deep"}]
 
 
 @pytest.mark.longer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,21 @@ def test_names_that_only_look_different_are_refused(written: Format, tmp_path: P
     with pytest.raises(DataError) as caught:
         index_dataset(location)
     assert any("'Rose' and 'rose' differ only in case" in problem.message for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [*((name, None) for name in FORMATS), *((name, zipped) for name in IN_FOLDERS), ("class folders", tarred)]
+)
+def test_spaces_around_a_class_name_are_told_and_kept_where_it_is_the_only_spelling(
+    name: str, pack: Callable[[Path], Path] | None, tmp_path: Path
+) -> None:
+    def read(folder: str, contents: Contents) -> Dataset:
+        location = FORMATS[name].write(tmp_path / folder, contents)
+        return index_dataset(pack(location) if pack else location)
+
+    alone = read("alone", {None: {"cat ": 3, "dog": 2}})
+    assert alone.classes == ("cat ", "dog")
+    assert "class names with spaces around them, kept as they are given: 'cat '" in alone.warnings
+    both = read("both", {None: {"cat": 2, "cat ": 3, "dog": 2}})
+    assert both.counts() == {"all": {"cat": 5, "dog": 2}}
+    assert "the labels 'cat', 'cat ' differ only in the spaces around them; all are 'cat' now" in both.warnings

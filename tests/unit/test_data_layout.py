@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
+import shlex
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from folders import encoded
 
 from finetune.data.dataset import Dataset
@@ -62,6 +65,49 @@ def place(request: pytest.FixtureRequest) -> Callable[[Path, Mapping[str, bytes]
 
 def told(error: DataError) -> str:
     return " | ".join(problem.message for problem in error.problems)
+
+
+FOREIGN: tuple[Files, ...] = (
+    {"entraînement": 2, "validation": 1},
+    {"Trainieren": 2, "Validierung": 1},
+    {"Trainingsdaten": 2, "Validierungsdaten": 1},
+    {"обучение": 2, "валидационный": 1},
+    {"訓練データ": 2, "検証データ": 1},
+    {"训练集": 2, "验证集": 1},
+    {"eğitim": 2, "doğrulama": 1},
+)
+
+
+@pytest.mark.parametrize("names", FOREIGN, ids=lambda names: next(iter(names)))
+def test_splits_in_other_languages_are_taken_for_splits_where_the_same_classes_lie_in_them(names: Files, tmp_path: Path) -> None:
+    files = {f"{name}/{label}": count for name, count in names.items() for label in ("cat", "dog")}
+    dataset = index_dataset(as_zip(tmp_path, members(files)))
+    assert dataset.counts() == {"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "dog": 1}}
+    train, val = names
+    assert f"splits: {train}/ is train, {val}/ is val" in dataset.understood
+
+
+def test_words_for_splits_in_other_languages_are_classes_where_images_lie_in_them_beside_others(tmp_path: Path) -> None:
+    dataset = index_dataset(as_folder(tmp_path, members({"prueba": 2, "cat": 2, "dog": 2})))
+    assert dataset.classes == ("cat", "dog", "prueba")
+
+
+def test_the_question_proposes_an_answer_that_can_be_pasted(tmp_path: Path) -> None:
+    files = members({f"{name}/{label}": 2 for name in ("site a: new", "validation") for label in ("cat", "dog")})
+    with pytest.raises(DataError) as caught:
+        index_dataset(as_folder(tmp_path, files))
+    _, flag = next(part for part in itertools.pairwise(shlex.split(told(caught.value))) if part[0] == "--set")
+    assert flag == 'data.splits={"site a: new": train, validation: val}'
+    answer = yaml.safe_load(flag.partition("=")[2])
+    assert index_dataset(tmp_path / "data", reading=Reading(splits=answer)).sizes() == {"train": 4, "val": 4}
+
+
+def test_a_single_picture_is_answered_with_what_is_read_and_what_predicts(tmp_path: Path) -> None:
+    (tmp_path / "my cat.png").write_bytes(encoded("cat"))
+    with pytest.raises(
+        DataError, match=r"cat\.png: is a single picture\. Give a folder .* finetune predict '.*my cat\.png' --model NAME"
+    ):
+        index_dataset(tmp_path / "my cat.png")
 
 
 UNDERSTOOD: dict[str, tuple[Files, dict[str, dict[str, int]], str]] = {
@@ -155,7 +201,7 @@ ASKED: dict[str, tuple[Files, str, Reading, dict[str, dict[str, int]]]] = {
     ),
     "and they are splits": (
         {"site_a/cat": 2, "site_a/dog": 2, "site_b/cat": 1, "site_b/dog": 2},
-        "if they are splits, say so with data.splits",
+        "If those are splits, say what each is, for example --set 'data.splits={site_a: train, site_b: val}'",
         Reading(splits={"site_a": "train", "site_b": "test"}),
         {"train": {"cat": 2, "dog": 2}, "test": {"cat": 1, "dog": 2}},
     ),

@@ -164,6 +164,18 @@ def test_splits_of_another_name_ask_and_are_told(tmp_path: Path) -> None:
     assert subset.sizes() == {"train": 2, "val": 4}
 
 
+def test_splits_in_another_language_are_read_and_said(tmp_path: Path) -> None:
+    rows = [
+        f"images/{n}.png,{label},{split}"
+        for n, (label, split) in enumerate(zip("aabbab", ["Trainieren"] * 4 + ["Validierung"] * 2, strict=True))
+    ]
+    dataset = index_dataset(write_table(tmp_path, "\n".join(["file,label,split", *rows]) + "\n"))
+    assert dataset.sizes() == {"train": 4, "val": 2}
+    assert any(
+        "'Trainieren' is train, 'Validierung' is val; data.splits says otherwise" in sentence for sentence in dataset.understood
+    )
+
+
 @pytest.mark.parametrize("weight", ["-1", "much", "", "inf", "nan"])
 def test_a_weight_that_is_none_is_refused(tmp_path: Path, weight: str) -> None:
     table = write_table(tmp_path, rows_of("a,1", f"b,{weight}", "a,1", "b,1", header="file_name,label,w"))

@@ -179,7 +179,7 @@ def test_a_run_writes_its_diagnosis_into_its_folder_its_journal_and_its_report(f
 
 def test_every_measured_stage_belongs_to_the_backbone(full_run: RunDir) -> None:
     records = RunRecords.read(full_run.root)
-    assert set(records.owners) == {*records.stage_names, "head"}
+    assert set(records.parts) == {*records.stage_names, "head"}
     assert records.signal("dead_channels", next(iter(records.stage_names)))
 
 

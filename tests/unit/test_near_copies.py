@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from tiny_runs import carry_out_at, shared_at, tiny_spec
 from finetune.data.check import check_images
 from finetune.data.dataset import Dataset
 from finetune.data.index import index_dataset
+from finetune.data.split import read_recorded_split
 from finetune.evaluation.evaluate import read_evaluation
+from finetune.runs.outcome import Outcome
 from finetune.storage.files import read_json, write_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.training import near_copies
 from finetune.training.measurements import NEIGHBOURS_COLUMNS
-from finetune.training.near_copies import near_copies_in, near_copies_noted, note_near_copies
+from finetune.training.near_copies import near_copies_in, near_copies_noted, note_near_copies, pool_near_copies
 
 
 def picture(seed: int) -> Image.Image:
@@ -97,9 +100,7 @@ def test_pairs_are_compared_once_and_the_likeliest_first(
     assert "Of 3 likely pairs 1 were compared" in near_copies_noted(runs[0])[0]
 
 
-def test_files_with_the_same_bytes_and_the_runs_of_a_cross_validation_are_left_to_others(
-    leaking: Dataset, tmp_path: Path
-) -> None:
+def test_files_with_the_same_bytes_are_left_to_the_check_of_the_data(leaking: Dataset, tmp_path: Path) -> None:
     same = {sample.id: sample.sha256 for sample in leaking.samples}["train/a/03.jpg"]
     samples = tuple(replace(s, sha256=same) if s.id == "test/a/copy.jpg" else s for s in leaking.samples)
     run, store = RunDir(tmp_path / "run").create(), shared_at(tmp_path / "home").store
@@ -107,12 +108,51 @@ def test_files_with_the_same_bytes_and_the_runs_of_a_cross_validation_are_left_t
     note_near_copies(run, replace(leaking, samples=samples), store, threads=1)
     assert near_copies_in(run) == {}
     assert near_copies_noted(run) == ()
+
+
+def test_what_the_folds_found_among_their_test_images_is_told_once_of_the_whole_cross_validation(tmp_path: Path) -> None:
     study = RunDir(tmp_path / "folds").create()
-    write_json(study.study, {"kind": "folds"})
-    fold = study.child("fold-1").create()
-    write_candidates(fold, CANDIDATES)
-    note_near_copies(fold, leaking, store, threads=1)
-    assert not fold.near_copies.exists()
+    folds = [study.child(f"fold-{number}").create() for number in (1, 2, 3)]
+    for number, fold in enumerate(folds[:2]):  # the third computed no features
+        copies = [
+            {"split": split, "file": f"{split}{number}.jpg", "copy_of": "a.jpg", "score": 0.98} for split in ("val", "test")
+        ]
+        write_json(fold.near_copies, {"candidates": 5, "compared": 4, "copies": copies})
+    pool_near_copies(study, folds)
+    assert near_copies_in(study) == {"cv": {"test0.jpg", "test1.jpg"}}
+    (said,) = near_copies_noted(study)
+    assert said.startswith("Near duplicates of training images: 2 held-out images (test0.jpg is a.jpg; test1.jpg is a.jpg)")
+    assert "Of 10 likely pairs 8 were compared" in said
+    pool_near_copies(study, folds)
+    assert [line["message"] for line in read_lines(study.events)] == [said], "a resumed study tells it once"
+
+
+@pytest.mark.longer
+@pytest.mark.usefixtures("one_torch_thread")
+def test_cross_validation_gives_the_figures_without_the_copies_beside_the_others(tmp_path: Path) -> None:
+    root = write_pictures(tmp_path / "data", {"a": 24, "b": 24})
+    for number in range(4):
+        (root / f"a/copy{number}.jpg").write_bytes(saved(picture(number), 60))
+    run = RunDir(tmp_path / "runs" / "one")
+    outcome = carry_out_at(tmp_path, tiny_spec(root, data={"folds": 3}, export={"register_model": "always"}), run)
+    fold_of = {
+        row.id: number
+        for number in (1, 2, 3)
+        for row in read_recorded_split(run.child(f"fold-{number}").split)
+        if row.split == "test"
+    }
+    apart = {
+        name for number in range(4) for name in (f"a/copy{number}.jpg", f"a/{number:02d}.jpg")
+        if fold_of[f"a/copy{number}.jpg"] != fold_of[f"a/{number:02d}.jpg"]
+    }  # fmt: skip
+    assert apart, "the folds of this seed divide pairs"
+    assert near_copies_in(run) == {"cv": apart}
+    judged = read_evaluation(run.evaluation).evaluations
+    assert (judged["cv"].n, judged["cv_unseen"].n) == (52, 52 - len(apart))
+    assert outcome.metrics["cv_unseen/n"] == 52 - len(apart)
+    (said,) = [one for one in outcome.warnings if "held-out image" in one]
+    assert said in Outcome.read(run).warnings
+    assert html.escape(said.partition(" (")[0]) in run.report.read_text()
 
 
 @pytest.mark.longer

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
+from finetune.bundle.image_formats import looks_like_image
 from finetune.data.archive import OWN_LIMITS, ArchiveError, kind_of_file
 from finetune.data.contents import OBJECTS, is_contents, object_path, read_members, unpack_archive
 from finetune.data.files import LocalFile, state_of
@@ -49,6 +51,11 @@ def open_place(location: Path | str, reading: Reading) -> Place:
         return Place(LocalFolder(path, reading.roots), local=path)
     if not path.is_file():
         raise DataError(f"{printable(path)}: neither a folder nor a regular file. {_WHAT_IS_READ}")
+    if looks_like_image(LocalFile(path).head()):
+        raise DataError(
+            f"{printable(path)}: is a single picture. {_WHAT_IS_READ}. To label a picture with a trained model: "
+            f"finetune predict {shlex.quote(printable(path))} --model NAME"
+        )
     if path.suffix.lower() in _SPREADSHEETS:
         raise DataError(f"{printable(path)}: spreadsheets are not read. Save the table as CSV (UTF-8) beside the images")
     try:

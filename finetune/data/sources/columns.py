@@ -174,7 +174,8 @@ class _Chooser:
             if column.strip().casefold() == "split":
                 return column
             meanings = [split_meaning(value, reading.splits) for value in values]
-            if values and all(meaning is not None and meaning.certain for meaning in meanings):
+            are_certain = all(meaning is not None and meaning.certain for meaning in meanings)
+            if values and (are_certain or len({meaning and meaning.split for meaning in meanings} - {None}) == len(values) > 1):
                 self.notes.say(f"{self.shown}: the column {column!r} was taken for the split; data.split_column names another")
                 return column
         return None

@@ -77,7 +77,7 @@ def _lines(node: Node, place: Place, notes: Notes) -> Sequence[str]:
     except (ImageError, UnicodeDecodeError) as error:
         notes.problem(shown_path(place.tree, node.path), f"cannot be read as text: {error}")
         return ()
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _records(node: Node, classes: Sequence[str], split: Split | None, lookup: Lookup, place: Place, notes: Notes) -> list[Record]:
@@ -86,7 +86,7 @@ def _records(node: Node, classes: Sequence[str], split: Split | None, lookup: Lo
     wrong: list[str] = []
     unlabelled = 0
     for number, line in enumerate(_lines(node, place, notes), start=1):
-        match = _LINE.match(line)
+        match = _LINE.match(line.strip())
         numbers = [] if match is None else [int(one) for one in match["numbers"].split()]
         if match is None:
             unlabelled += 1

@@ -31,6 +31,7 @@ class _Odd:
     repeated: int = 0
     fileless: list[str] = field(default_factory=list)
     splits: Counter[str] = field(default_factory=Counter)
+    perhaps: dict[str, str] = field(default_factory=dict)  # split by cells that mean it only perhaps
     weights: list[str] = field(default_factory=list)
 
 
@@ -141,7 +142,7 @@ class _Rows:
         if isinstance(cell, str):
             if separator is None:
                 return (class_name(cell),) if cell.strip() else None
-            return tuple(dict.fromkeys(class_name(part) for part in cell.split(separator) if part.strip()))
+            return tuple(dict.fromkeys(class_name(part.strip()) for part in cell.split(separator) if part.strip()))
         if isinstance(cell, Sequence):
             self.several = True
             return tuple(dict.fromkeys(map(class_name, cell)))
@@ -156,6 +157,8 @@ class _Rows:
         meaning = split_meaning(cell, self.reading.splits)
         if meaning is None:
             self.odd.splits[cell] += 1
+        elif not meaning.certain:
+            self.odd.perhaps[cell] = meaning.meaning
         return meaning
 
     def _file(self, row: Row) -> tuple[str, ImageFile] | None:
@@ -211,6 +214,9 @@ class _Rows:
                 f"the split column {self.columns.split!r} holds {values}, which are not train, val or test; say what they mean "
                 f"with data.splits, for example --set 'data.splits={{{printable(guess)}: train}}'",
             )
+        if self.odd.perhaps:
+            read = natural_list(f"{printable(cell)!r} is {split}" for cell, split in sorted(self.odd.perhaps.items()))
+            self.notes.say(f"{shown}: the split column {self.columns.split!r}: {read}; data.splits says otherwise")
         self.notes.many(shown, self.odd.weights, "weights must be numbers from 0 up")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, check_bytes
+from finetune.bundle.image_formats import HEAD_BYTES
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes
 from finetune.data.files import LocalFile, SourceFile, StoredFile
 from finetune.data.names import decode_names
 from finetune.data.places.tree import FOREIGN_IMAGE_SUFFIXES, IMAGE_SUFFIXES, Node
@@ -25,7 +26,7 @@ from finetune.messages import printable
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_CELL = 1 << 24
 _IMAGES_IN_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk0")
-_QUOTES_LOOKED_AT = 20  # lines of a table, to find single quotes
+_LINES_LOOKED_AT = 20  # of a table, to find single quotes, and spaces after separators
 _UTF16_SHARE = 0.3  # of bytes that are 0 at one parity, from which a text is UTF-16
 _LOOKED_AT = 100  # lines of a JSON table, for the names of its columns
 
@@ -42,9 +43,9 @@ def open_separated(node: Node, reading: Reading) -> Table:
     if not header:
         raise DataError(f"{printable(node.path)}: the table is empty")
     has_header = not any(_names_image(cell) for cell in header)
-    spaced = has_header and any(cell != cell.strip() for cell in header)
+    spaced = any(cell != cell.strip() for cell in header) or _after_separators(_lines(text, separator, node), skip=has_header)
     if spaced:
-        said.append(f"{printable(node.name)}: spaces around the cells were left out, as there are some in the first line")
+        said.append(f"{printable(node.name)}: spaces around the cells were left out, as the first lines have them throughout")
     quoted = _in_single_quotes(_lines(text, separator, node), skip=has_header)
     if quoted:
         said.append(f"{printable(node.name)}: single quotes around the cells were left out")
@@ -116,9 +117,15 @@ def _separators_in(line: str) -> int:
     return sum(line.count(separator) for separator in _SEPARATORS)
 
 
+def _after_separators(lines: Iterator[tuple[int, list[str]]], *, skip: bool) -> bool:
+    """Return whether each of the first lines has a space after every separator."""
+    looked_at = [cells[1:] for _, cells in itertools.islice(lines, int(skip), _LINES_LOOKED_AT)]
+    return bool(looked_at) and all(cells and all(cell.startswith(" ") for cell in cells) for cells in looked_at)
+
+
 def _in_single_quotes(lines: Iterator[tuple[int, list[str]]], *, skip: bool) -> frozenset[int]:
     """Return the positions of the columns of which the first cells are all in single quotes, which CSV does not know."""
-    looked_at = [cells for _, cells in itertools.islice(lines, int(skip), _QUOTES_LOOKED_AT)]
+    looked_at = [cells for _, cells in itertools.islice(lines, int(skip), _LINES_LOOKED_AT)]
     width = min(map(len, looked_at), default=0)
     return frozenset(at for at in range(width) if all(_is_quoted(cells[at].strip()) for cells in looked_at))
 

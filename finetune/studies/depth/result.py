@@ -198,13 +198,11 @@ def _early_gradients(records: RunRecords) -> tuple[int, tuple[float, ...]]:
 
     Step 0 is not used: the head is initialised with zeros, so no gradient reaches the blocks at that step.
     """
-    owners = [owner for owner in records.owners if owner != HEAD]
-    steps = sorted({step for owner in owners for step, _ in records.signal("grad_norm", owner) if step > 0})
+    parts = [part for part in records.parts if part != HEAD]
+    steps = sorted({step for part in parts for step, _ in records.signal("grad_norm", part) if step > 0})
     if not steps:
         return 0, ()
-    at = [
-        (dict(records.signal("grad_norm", one))[steps[0]], dict(records.signal("weight_norm", one))[steps[0]]) for one in owners
-    ]
+    at = [(dict(records.signal("grad_norm", one))[steps[0]], dict(records.signal("weight_norm", one))[steps[0]]) for one in parts]
     return int(steps[0]), tuple(gradient / max(weight, 1e-12) for gradient, weight in at)
 
 
