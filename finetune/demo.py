@@ -67,7 +67,7 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
     chosen = RunDir(best_run(found).root)
     asked, truth = held_out_image(chosen)
     with serving(chosen.bundle) as url:
-        answer = ask(url, asked)
+        answer = post_image(url, asked)
     return DemoResult(found, asked, truth, answer, time.monotonic() - began)
 
 
@@ -135,7 +135,7 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], seconds: float)
     raise ServerFailed(f"the server was not ready after {seconds:.0f} s; start it by hand to see why: finetune serve")
 
 
-def ask(url: str, image: Path) -> dict[str, Any]:
+def post_image(url: str, image: Path) -> dict[str, Any]:
     """POST the file to ``/predict`` and return the decoded response."""
     with open(image, "rb") as stream:
         response = httpx.post(f"{url}/predict", files={"image": (image.name, stream)}, params={"top_k": 3}, timeout=30)

@@ -20,11 +20,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from finetune.bundle.calibration import Certainty
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
-from finetune.monitoring.answers import AnswerStatistics, statistics_of
+from finetune.monitoring.statistics import PredictionStatistics, statistics_of
 from service.forms import Part, read_form
 from service.models import LoadedModel
 from service.problems import FieldProblem
@@ -60,7 +60,7 @@ class Stages:
     run_seconds: float  # ONNX Runtime
     ended: float  # Unix seconds
     probs: np.ndarray  # (C,) float32
-    statistics: AnswerStatistics  # for drift monitoring
+    statistics: PredictionStatistics  # for drift monitoring
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -232,13 +232,13 @@ def predict_image(
     return found, seconds, stages
 
 
-def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> AnswerStatistics:
+def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> PredictionStatistics:
     """Return the statistics of N predictions for drift monitoring, from probabilities (N, C) and embeddings (N, D)."""
     manifest = model.predictor.manifest
     return statistics_of(manifest.task, probs, embeddings, model.predictor.estimator.subspace, manifest.thresholds)
 
 
-def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: AnswerStatistics) -> dict[str, Any]:
+def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: PredictionStatistics) -> dict[str, Any]:
     """Return the record for a sampled image: the caller, and the model's prediction from its probabilities (C,).
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
 from finetune.jobs.sending import Network

@@ -233,7 +233,7 @@ def _limits(manifest: Manifest) -> list[str]:
         lines.append(f"{always}{', unless it abstains' if Calibration.of(manifest.calibration) else ''}.")
     if split is not None:
         n = manifest.metrics[f"{split}/n"]
-        lines.append(f"Its figures hold for images like the {n:,.0f} that it was judged on; measure it again on any others.")
+        lines.append(f"Its figures hold for images like the {n:,.0f} that it was evaluated on; measure it again on any others.")
     if split == "val":
         lines.append("No image was kept apart from all choices, so how good it is on new images was not measured.")
     if reason := manifest.cam.get("reason"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.bundle.registry import Registry
 
 _DEFAULT = "default.json"
-_JOURNAL = "default.jsonl"
+JOURNAL = "default.jsonl"
 
 _Reference = Annotated[str, Field(min_length=1, max_length=127)]
 _Percent = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -135,7 +135,7 @@ def roll_back(registry: Registry, **audit: Any) -> Deployment:
 
 def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:
     write_json(registry.root / _DEFAULT, deployment.to_dict())
-    append_line(registry.root / _JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
+    append_line(registry.root / JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Deployed:
 def deployments(registry: Registry) -> list[Deployed]:
     """Return all deployments in the journal, oldest first."""
     found = []
-    for line in read_lines(registry.root / _JOURNAL):
+    for line in read_lines(registry.root / JOURNAL):
         with contextlib.suppress(ValidationError):
             if isinstance(line, dict):
                 deployment = _ADAPTER.validate_python(line.get("deployment"))

@@ -27,7 +27,7 @@ from finetune.bundle.calibration import (
     CertaintyOptions,
     parse_subspace,
 )
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
@@ -169,7 +169,7 @@ class Predictor:
             return None
         classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
         return SeveralLabels(
-            tuple(classes[label] for label in self.task.given(probs, thresholds)),
+            tuple(classes[label] for label in self.task.predict_labels(probs, thresholds)),
             {name: float(value) for name, value in zip(classes, probs, strict=True)},
             dict(zip(classes, thresholds, strict=True)),
         )
@@ -278,7 +278,7 @@ def read_probe(path: Path) -> Probe:
 
 
 def _parse_probe(folder: Path, data: bytes) -> Probe:
-    """Return the probe in the content of a file; `folder` is for the error."""
+    """Return the probe in the content of a file; errors name `folder`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])

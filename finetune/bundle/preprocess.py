@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from finetune.bundle.image import DEFAULT_LIMITS, Box, ImageLimits, naming, open_upright, read_bytes
+from finetune.bundle.image import Box, naming, open_upright, read_bytes
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.errors import BundleError, ImageError, Problem
 
 Resize = Literal["crop", "squash", "letterbox"]

@@ -128,7 +128,7 @@ def jobs() -> None:
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--server`` to a command; it gets a `client` of that server, or of the workspace."""
+    """Add ``--server`` to a command, which is called with a `client` of that server, or of the workspace."""
 
     def build(*, server: str | None, **given: Any) -> Any:
         return command(client=client_of(server), **given)

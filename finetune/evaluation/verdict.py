@@ -53,7 +53,7 @@ class Verdict:
     pareto: tuple[str, ...]  # the Pareto front: arms that no other arm dominates in quality and costs
 
 
-def judge_arms(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
+def decide_verdict(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
     """Choose among the arms by the rules in the module's docstring."""
     beaten = {pair.b if pair.winner == pair.a else pair.a for pair in pairs if pair.winner is not None}
     unbeaten = [arm for arm in standings if arm.name not in beaten] or list(standings)

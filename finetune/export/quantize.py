@@ -67,7 +67,7 @@ def quantize_if_as_good(
     """
     quantised = quantize(model, calibration)
     answers = [_logits(candidate, images, threads) for candidate in (model, quantised)]
-    float32, int8 = (task.headline.compute(task.judge(logits, targets)) for logits in answers)
+    float32, int8 = (task.headline.compute(task.image_results(logits, targets)) for logits in answers)
     outcome = Quantization(
         kept=int8 >= float32 - MAX_LOSS,
         n_images=len(images),

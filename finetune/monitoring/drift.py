@@ -13,8 +13,8 @@ import numpy as np
 
 from finetune.messages import plural
 from finetune.metrics.drift import holm, homogeneity_test, ks_test, labels_test, population_stability_index
-from finetune.monitoring.answers import AnswerStatistics
 from finetune.monitoring.reference import MIN_IMAGES, Reference
+from finetune.monitoring.statistics import PredictionStatistics
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 
 MIN_WINDOW = 200
@@ -100,7 +100,7 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
     elif len(window) < MIN_WINDOW:
         state = "collecting"
     else:
-        tests = compare(reference, window.answers())
+        tests = compare(reference, window.statistics())
         state = "drifted" if any(test.drifted for test in tests) else "steady"
     return Drift(
         state=state,
@@ -121,9 +121,9 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
     )
 
 
-def compare(reference: Reference, live: AnswerStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
+def compare(reference: Reference, live: PredictionStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
     """Run all tests of predictions in production against the reference; neither may be empty."""
-    held_out = reference.answers
+    held_out = reference.statistics
     found = [("confidence", "Kolmogorov-Smirnov", *_ks(held_out.confidence, live.confidence, 3))]
     if held_out.given is not None and live.given is not None:
         found += _of_labels(held_out.given, live.given)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bundle.calibration import NOVEL
-from finetune.bundle.image import sniff
+from finetune.bundle.image_formats import sniff
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput, UnsupportedImage
 from finetune.messages import printable
@@ -63,7 +63,7 @@ class Sample:
     record: Mapping[str, Any]
 
     @property
-    def unsureness(self) -> tuple[bool, float]:
+    def uncertainty(self) -> tuple[bool, float]:
         """A sort key that puts novel images first, then those with the least confident predictions."""
         novelty = self.record.get("novelty")
         return (not (isinstance(novelty, float) and novelty >= NOVEL), float(self.record.get("confidence", 1.0)))
@@ -169,7 +169,7 @@ def copy_samples(samples: Sequence[Sample], out: Path) -> list[dict[str, Any]]:
         raise InvalidInput(f"{printable(out)} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, sample in enumerate(sorted(samples, key=lambda one: one.unsureness), start=1):
+    for number, sample in enumerate(sorted(samples, key=lambda one: one.uncertainty), start=1):
         name = f"{number:05d}-{sample.path.name}"
         with contextlib.suppress(FileNotFoundError), atomic_path(out / name) as temporary:  # deleted meanwhile
             shutil.copyfile(sample.path, temporary)

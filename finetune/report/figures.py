@@ -120,7 +120,7 @@ def learning_curves(records: Sequence[Record], task: Task, phases: Sequence[Mapp
         return None
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
     best = best_epoch(records, task.headline.key)
-    shown = {metric.key: metric for metric in (task.headline, task.of_images)}
+    shown = {metric.key: metric for metric in (task.headline, task.mean_score)}
     panels = [*((metric.key, _capital(metric.label), metric.percent) for metric in shown.values()), ("loss", "Loss", False)]
     for axes, (name, title, percent) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         curves = {split: series(records, f"{split}/{name}") for split in ("train", "val")}

@@ -87,9 +87,9 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         statistics = statistics_of_model(model, found.probs, found.embedding)
         server.drift.observe(model, [statistics])
         for row, data in enumerate(asked.files):
-            if server.samples.draws(model):
+            if server.samples.selects(model):
                 record = sample_record(model, caller_with(request, "predict").owner, found.probs[row], statistics.row(row))
-                server.samples.offer(model, data, record)
+                server.samples.submit(model, data, record)
         if head_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head_length)})

@@ -128,9 +128,9 @@ async def _answer(
 def _sample(server: ServerState, caller: Caller, model: LoadedModel, upload: Upload) -> None:
     """Keep the images that are drawn, if the operator has turned sampling on."""
     for index, stages in upload.stages.items():
-        if server.samples.draws(model):
+        if server.samples.selects(model):
             record = sample_record(model, caller.owner, stages.probs, stages.statistics)
-            server.samples.offer(model, upload.images[index][1], record)
+            server.samples.submit(model, upload.images[index][1], record)
 
 
 def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Upload) -> None:

@@ -102,9 +102,6 @@ class ResultDocument(BaseModel):
     links: dict[str, str | None] = Field(description="Paths on this server: version, report, bundle. Null where there is none.")
 
 
-JobList = Page[JobDocument]
-
-
 class EventDocument(ListItem):
     """One event in a job's history."""
 

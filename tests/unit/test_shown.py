@@ -15,7 +15,7 @@ from tiny_bundle import write_tiny_bundle
 
 import finetune
 from finetune.cli import _resumes, cli
-from finetune.cli.show import show_cost, show_findings
+from finetune.cli.show_run import show_cost, show_findings
 from finetune.errors import DamagedFile, DataChangedError, DataError, InvalidInput, NotFound, SpecError
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.events import Planned

@@ -27,7 +27,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import Task, task_named
 
 HEAD = "head"
-JUDGED_BY = ("test", "val")  # the more independent split first
+HELD_OUT_SPLITS = ("test", "val")  # the more independent split first
 
 Curve = list[tuple[float, float]]  # (epoch or step, value)
 
@@ -178,7 +178,7 @@ class RunRecords:
     @property
     def score(self) -> Metric[Any]:
         """The metric that is the mean over images of `scores`."""
-        return self.task.of_images
+        return self.task.mean_score
 
     @property
     def first_sample(self) -> Predictions | None:
@@ -191,9 +191,9 @@ class RunRecords:
         return self.samples[max(self.samples)] if self.samples else None
 
     @property
-    def judged(self) -> tuple[str, Predictions] | None:
+    def most_independent(self) -> tuple[str, Predictions] | None:
         """The most independent held-out split and the predictions for it."""
-        return next(((split, self.held_out[split]) for split in JUDGED_BY if split in self.held_out), None)
+        return next(((split, self.held_out[split]) for split in HELD_OUT_SPLITS if split in self.held_out), None)
 
     @property
     def last_val(self) -> tuple[float, float] | None:
@@ -207,11 +207,11 @@ class RunRecords:
         Labels are given from a probability of 1/2, even if the table has thresholds: scores of training and held-out images are
         compared, and the tables of training images have no thresholds.
         """
-        return self.task.judge(table.logits, table.labels).score
+        return self.task.image_results(table.logits, table.labels).score
 
     def losses(self, table: Predictions) -> NDArray[np.float64]:
         """Return (N,) losses of the images, in nats."""
-        return table.judged().nll
+        return table.image_results().nll
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

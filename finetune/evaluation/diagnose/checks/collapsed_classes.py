@@ -26,14 +26,14 @@ class CollapsedClasses:
     title = "Collapsed classes"
     explains = frozenset({"underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
-        judged = records.judged
-        if judged is None or not records.task.exclusive:
+    def check(self, records: RunRecords) -> CheckOutcome:
+        held_out = records.most_independent
+        if held_out is None or not records.task.exclusive:
             return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
         harm = harm_of(records)
         if harm is not None and harm.kind != "worse":
             return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
-        split, table = judged
+        split, table = held_out
         n_classes = len(table.classes)
         answers = np.array([records.task.ranking(row)[0] for row in table.logits])
         true, given = np.bincount(table.labels, minlength=n_classes), np.bincount(answers, minlength=n_classes)

@@ -16,7 +16,7 @@ class DeadUnits:
     title = "Dead units"
     explains = frozenset({"collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         curves = _curves(records)
         if not curves:
             return NotChecked(self.code, self.title, "no activations were listened to at two points of training")

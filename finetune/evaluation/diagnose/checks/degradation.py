@@ -19,7 +19,7 @@ class Degradation:
     title = "Degradation"
     explains = frozenset({"underfitting", "collapsed_classes"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         found = _reference(records)
         if isinstance(found, str):
             return NotChecked(self.code, self.title, found)

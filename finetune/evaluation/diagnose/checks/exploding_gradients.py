@@ -21,7 +21,7 @@ class ExplodingGradients:
     title = "Exploding gradients"
     explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         harm = harm_of(records)
         if not records.parts and harm is None:
             return NotChecked(self.code, self.title, "no gradients were measured")

@@ -15,7 +15,7 @@ class FrozenStage:
     title = "A stage frozen by accident"
     explains = frozenset({"underfitting", "degradation"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         if changed := _frozen_that_changed(records):
             return changed
         if not records.parts:

@@ -19,7 +19,7 @@ class LearningRateHigh:
         {"vanishing_gradients", "exploding_gradients", "dead_units", "collapsed_classes", "degradation", "underfitting"}
     )
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         planned = planned_ratios(records)
         if not planned:
             return NotChecked(self.code, self.title, "no steps were measured")

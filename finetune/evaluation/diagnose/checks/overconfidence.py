@@ -19,7 +19,7 @@ class Overconfidence:
     title = "Overconfidence"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         losses = [value for _, value in records.curve("val/loss")]
         scores = [value for _, value in records.curve(f"val/{records.headline.key}")]
         table = records.held_out.get("val")

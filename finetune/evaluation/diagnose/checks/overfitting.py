@@ -29,7 +29,7 @@ class Overfitting:
     title = "Overfitting"
     explains = frozenset({"overconfidence"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         sample = records.last_sample
         held_out = held_out_score(records)
         if sample is None or held_out is None:
@@ -40,7 +40,7 @@ class Overfitting:
         error = math.hypot(here.error, there.error)
         figure = f"{records.score.label} {records.score.text(here.value)} on training images, "
         figure += f"{records.score.text(there.value)} on {split}"
-        if isinstance(Degradation().look(records), Finding):
+        if isinstance(Degradation().check(records), Finding):
             return Clear(self.code, self.title, "the training error rose, which overfitting never does")
         if here.value < FITTED or gap < GAP or gap < CLEARLY * error:
             return Clear(self.code, self.title, figure)

@@ -27,7 +27,7 @@ class WrongPreprocessing:
     title = "Wrong preprocessing"
     explains = frozenset({"shuffled_labels", "underfitting", "collapsed_classes", "degradation", "overfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         measured = records.preprocessing
         if measured is None:
             reason = (

@@ -23,7 +23,7 @@ class Underfitting:
     title = "Underfitting"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         sample, held_out = records.last_sample, held_out_score(records)
         if sample is None or held_out is None:
             return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")

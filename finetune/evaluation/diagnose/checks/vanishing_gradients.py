@@ -17,7 +17,7 @@ class VanishingGradients:
     title = "Vanishing gradients"
     explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         found = profiles(records)
         if not found:
             return NotChecked(self.code, self.title, f"it takes measured gradients of at least {FEWEST_STAGES} stages")
