@@ -53,7 +53,7 @@ def make_bundle(folder: Path) -> None:
         "from finetune.export.formats.bundle import Opened; "
         "export_classifier(classifier_of('test_efficientnet'), FACTS, pictures(folder, 4), folder / 'bundle'); "
         "opened = Opened(folder / 'bundle'); (folder / 'images.bin').write_bytes(opened.images.tobytes()); "
-        "np.savez(folder / 'answers.npz', shape=opened.images.shape, probs=opened.answers.probs)"
+        "np.savez(folder / 'answers.npz', shape=opened.images.shape, probs=opened.outputs.probs)"
     )
     run([sys.executable, "-c", script, str(folder)], environment={"PYTHONPATH": f"{REPOSITORY / 'tests'}:{REPOSITORY}"})
 

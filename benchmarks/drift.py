@@ -29,17 +29,18 @@ from finetune.bundle.image import decode_image
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
-from finetune.evaluation.answers import files_under
 from finetune.evaluation.calibrate import fit_calibration
 from finetune.evaluation.drift import reference_of
+from finetune.evaluation.predict import image_samples
 from finetune.evaluation.predictions import Predictions, digests_as_rows
-from finetune.features.solve import head_logits, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import head_logits
 from finetune.metrics.intervals import wilson_interval
-from finetune.monitoring.answers import AnswerStatistics, concatenated, statistics_of
 from finetune.monitoring.drift import ALPHA, MIN_WINDOW, DriftTest, compare
 from finetune.monitoring.reference import Reference
+from finetune.monitoring.statistics import PredictionStatistics, concatenated, statistics_of
 from finetune.monitoring.window import WINDOW_IMAGES, Window
-from finetune.runs.judge import calibrate
+from finetune.runs.evaluate import fit_temperature
 from finetune.tasks import task_named
 
 SIZES = (MIN_WINDOW, WINDOW_IMAGES)
@@ -111,7 +112,7 @@ def embedded(arguments: argparse.Namespace) -> Photographs:
     dataset = index_dataset(arguments.data, for_training=False)
     embeddings = {name: asked(predictor, dataset.samples, change) for name, change in CHANGES.items()}
     labels = np.array([sample.target for sample in dataset.samples], np.int64)
-    others = asked(predictor, files_under([arguments.others]), CHANGES["plain"])
+    others = asked(predictor, image_samples([arguments.others]), CHANGES["plain"])
     if arguments.features:
         np.savez(arguments.features, **embeddings, labels=labels, classes=np.array(dataset.classes), others=others)  # type: ignore[arg-type]
     return Photographs(embeddings, labels, tuple(dataset.classes), others)
@@ -133,7 +134,7 @@ class Watch:
 
     reference: Reference
     of_val: Reference  # where there is no test
-    answers: Callable[[NDArray[np.float32]], AnswerStatistics]
+    answers: Callable[[NDArray[np.float32]], PredictionStatistics]
     live: NDArray[np.int64]  # rows
 
 
@@ -153,13 +154,13 @@ def watch(photographs: Photographs, seed: int) -> Watch:
         )
 
     of_val = table("val", val)
-    scaled = calibrate(of_val)
+    scaled = fit_temperature(of_val)
     temperature = scaled.temperature if scaled else 1.0
-    fitted = fit_calibration(of_val, temperature, embeddings_hold=True)
+    fitted = fit_calibration(of_val, temperature, embeddings_match=True)
     assert fitted is not None
     subspace = fitted.subspace
 
-    def answers(embeddings: NDArray[np.float32]) -> AnswerStatistics:
+    def answers(embeddings: NDArray[np.float32]) -> PredictionStatistics:
         logits = head_logits(embeddings, head.weight, head.bias)
         probs = task_named("multiclass").probabilities(logits, temperature)
         return statistics_of("multiclass", probs, embeddings, subspace)
@@ -220,7 +221,7 @@ def accuracy(photographs: Photographs, rounds: int) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 4) for name, values in of.items()}
 
 
-def drawn_windows(photographs: Photographs, one: Watch, size: int, draw: np.random.Generator) -> dict[str, AnswerStatistics]:
+def drawn_windows(photographs: Photographs, one: Watch, size: int, draw: np.random.Generator) -> dict[str, PredictionStatistics]:
     """Return a live window of every kind."""
     plain, labels = photographs.embeddings["plain"], photographs.labels
     rows = draw.choice(one.live, size, replace=False)
@@ -250,16 +251,16 @@ def count(alarms: Counter[str], tests: Sequence[DriftTest]) -> None:
     alarms["any"] += bool(drifted)
 
 
-def stream(reference: Reference, live: AnswerStatistics, draw: np.random.Generator) -> tuple[int, int]:
+def stream(reference: Reference, live: PredictionStatistics, draw: np.random.Generator) -> tuple[int, int]:
     """Look at a stream of images of the same kind as the server does; return the looks, and those that raised an alarm."""
     window = Window("", 1 + int(live.label.max()), several=False)
     looks = wrong = 0
     for _ in range(STREAM_IMAGES // LOOK_EVERY):
         rows = draw.integers(0, len(live), LOOK_EVERY)
-        window.add(AnswerStatistics(live.confidence[rows], live.label[rows], live.distance[rows]), 0.0)
+        window.add(PredictionStatistics(live.confidence[rows], live.label[rows], live.distance[rows]), 0.0)
         if len(window) >= MIN_WINDOW:
             looks += 1
-            wrong += any(test.drifted for test in compare(reference, window.answers()))
+            wrong += any(test.drifted for test in compare(reference, window.statistics()))
     return looks, wrong
 
 
@@ -272,7 +273,7 @@ def cost(photographs: Photographs) -> dict[str, float]:
         "val", "multiclass", photographs.classes, ("",) * 500, digests_as_rows([""] * 500), photographs.labels[:500],
         np.zeros((500, n_classes), np.float32), plain[:500],
     )  # fmt: skip
-    fitted = fit_calibration(predictions, 1.0, embeddings_hold=True)
+    fitted = fit_calibration(predictions, 1.0, embeddings_match=True)
     assert fitted is not None
     window = one.answers(plain[one.live[:WINDOW_IMAGES]])
     return {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve import solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
 from finetune.runs.prepare import framing, read_and_build, split_for
 from finetune.runs.shared import Shared
 from finetune.spec import parse_spec

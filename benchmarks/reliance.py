@@ -25,12 +25,13 @@ from finetune.bundle.calibration import NOVEL, CertaintyEstimator, CertaintyOpti
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
-from finetune.evaluation.answers import Answer, ask, files_under
 from finetune.evaluation.calibrate import fit_calibration, reliability_after
+from finetune.evaluation.predict import SamplePrediction, image_samples, predict_samples
 from finetune.evaluation.predictions import Predictions, digests_as_rows
-from finetune.features.solve import head_logits, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import head_logits
 from finetune.metrics.intervals import wilson_interval
-from finetune.runs.judge import calibrate
+from finetune.runs.evaluate import fit_temperature
 from finetune.tasks import task_named
 
 COVERAGE, PRECISION = 0.90, 0.95
@@ -74,7 +75,7 @@ def embeddings_of(arguments: argparse.Namespace) -> tuple[Embeddings, Labels, li
     predictor = Predictor.load(run.bundle)
     dataset = index_dataset(arguments.data, for_training=False)
     features, labels = asked(predictor, dataset.samples)
-    others = asked(predictor, files_under([arguments.others]))[0] if arguments.others else None
+    others = asked(predictor, image_samples([arguments.others]))[0] if arguments.others else None
     if arguments.features:
         empty = np.empty((0, features.shape[1]), np.float32)
         np.savez(
@@ -88,7 +89,7 @@ def embeddings_of(arguments: argparse.Namespace) -> tuple[Embeddings, Labels, li
 
 
 def asked(predictor: Predictor, samples: Sequence[Sample]) -> tuple[Embeddings, Labels]:
-    answers = [answer for answer in ask(predictor, samples) if isinstance(answer, Answer)]
+    answers = [answer for answer in predict_samples(predictor, samples) if isinstance(answer, SamplePrediction)]
     targets = [answer.sample.target if isinstance(answer.sample.target, int) else -1 for answer in answers]
     return np.stack([answer.embedding for answer in answers]), np.array(targets, np.int64)
 
@@ -122,9 +123,9 @@ def promises(
             table(split, classes, features[rows], labels[rows], head_logits(features[rows], head.weight, head.bias))
             for split, rows in (("val", val), ("test", test))
         )
-        found = calibrate(held_out)
+        found = fit_temperature(held_out)
         temperature = found.temperature if found else 1.0
-        fitted = fit_calibration(held_out, temperature, embeddings_hold=True)
+        fitted = fit_calibration(held_out, temperature, embeddings_match=True)
         assert fitted is not None
         estimator = CertaintyEstimator(tuple(classes), fitted.calibration, fitted.subspace)
         probs = task_named("multiclass").probabilities(judged.logits, temperature)
@@ -192,7 +193,7 @@ def scores(features: Embeddings, labels: Labels, others: Embeddings) -> dict[str
         head = solve_softmax_head(features[train], labels[train], n_classes, val_features=features[val], val_targets=labels[val])
         logits = head_logits(features[val], head.weight, head.bias)
         names = [str(label) for label in range(n_classes)]
-        fitted = fit_calibration(table("val", names, features[val], labels[val], logits), 1.0, embeddings_hold=True)
+        fitted = fit_calibration(table("val", names, features[val], labels[val], logits), 1.0, embeddings_match=True)
         assert fitted is not None
         assert fitted.subspace is not None
         limit = fitted.calibration.novelty[round(100 * NOVEL) - 1]

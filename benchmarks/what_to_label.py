@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve import SolvedHead, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import SolvedHead
 from finetune.labelling.choose import choose, margins
 from finetune.metrics.rows import log_softmax
 from finetune.runs.prepare import framing, read_and_build, split_for

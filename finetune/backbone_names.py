@@ -28,18 +28,18 @@ def suggestion(architecture: str, known: Sequence[str]) -> str:
     return f" Names like it: {', '.join(containing[:_SHOWN])}{more}."
 
 
-def no_architecture(name: str, known: Sequence[str]) -> str:
+def unknown_architecture(name: str, known: Sequence[str]) -> str:
     """Return the message for a name whose architecture is not among the known ones."""
     return f"timm has no architecture {name[:200]!r}.{suggestion(split_name(name)[0][:200], known)}"
 
 
-def no_tag(architecture: str, tag: str, tags: Sequence[str]) -> str:
+def unknown_tag(architecture: str, tag: str, tags: Sequence[str]) -> str:
     """Return the message for a tag of weights that an architecture does not have."""
     allowed = ", ".join(tags) or "none"
     return f"{architecture} has no weights tagged {tag[:200]!r}; its tags are {allowed}.{did_you_mean(tag[:200], tags)}"
 
 
-def why_unknown(name: str, names: Sequence[str]) -> str | None:
+def problem_of_name(name: str, names: Sequence[str]) -> str | None:
     """Return why a backbone is not in timm's list of names, or None if it is.
 
     Args:
@@ -50,5 +50,5 @@ def why_unknown(name: str, names: Sequence[str]) -> str | None:
     architecture, tag = split_name(name)
     architectures = [known for known in names if "." not in known]
     if architecture not in architectures:
-        return no_architecture(name, architectures)
-    return no_tag(architecture, tag, [split_name(known)[1] for known in names if known.startswith(f"{architecture}.")])
+        return unknown_architecture(name, architectures)
+    return unknown_tag(architecture, tag, [split_name(known)[1] for known in names if known.startswith(f"{architecture}.")])

@@ -20,9 +20,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from finetune.bundle.aliases import CHAMPION
 from finetune.bundle.deployment import Deployment, deploy
 from finetune.bundle.manifest import MANIFEST, read_manifest
-from finetune.bundle.registry import CHAMPION, Registry
+from finetune.bundle.registry import Registry
 from finetune.distribution import DISTRIBUTION
 from finetune.errors import InvalidInput
 

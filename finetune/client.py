@@ -274,7 +274,7 @@ class Client:
 
     def report(self, job_id: str) -> str:
         """Return the page of a finished comparison or data check as one self-contained HTML document."""
-        return self._connection.ask("GET", f"{_job(job_id)}/report").text
+        return self._connection.request("GET", f"{_job(job_id)}/report").text
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────
 
@@ -333,7 +333,7 @@ class Client:
         return self._json("PUT", "/v1/deployments/default", json={"reference": reference, "force": force})
 
     def _json(self, method: str, path: str, **request: Any) -> Document:
-        document: Document = self._connection.ask(method, path, **request).json()
+        document: Document = self._connection.request(method, path, **request).json()
         return document
 
     def _listed(self, kind: Kind, status: str | None, metadata: Mapping[str, str] | None) -> Iterator[Document]:

@@ -67,7 +67,7 @@ def run_demo(data: Path | None, workspace: Workspace, progress: ProgressCallback
     chosen = RunDir(best_run(found).root)
     asked, truth = held_out_image(chosen)
     with serving(chosen.bundle) as url:
-        answer = ask(url, asked)
+        answer = post_image(url, asked)
     return DemoResult(found, asked, truth, answer, time.monotonic() - began)
 
 
@@ -106,9 +106,9 @@ def held_out_image(run: RunDir) -> tuple[Path, str]:
 @contextmanager
 def serving(bundle: Path, *, ready_seconds: float = 60) -> Iterator[str]:
     """Run a server on a free port of this machine while the block runs; yield its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port), "--model", str(bundle), "--no-worker"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -135,7 +135,7 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], seconds: float)
     raise ServerFailed(f"the server was not ready after {seconds:.0f} s; start it by hand to see why: finetune serve")
 
 
-def ask(url: str, image: Path) -> dict[str, Any]:
+def post_image(url: str, image: Path) -> dict[str, Any]:
     """POST the file to ``/predict`` and return the decoded response."""
     with open(image, "rb") as stream:
         response = httpx.post(f"{url}/predict", files={"image": (image.name, stream)}, params={"top_k": 3}, timeout=30)

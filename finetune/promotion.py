@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.bundle.aliases import CHAMPION
 from finetune.bundle.deployment import Deployment, deploy, read_deployment
 from finetune.bundle.manifest import Manifest, read_manifest
 from finetune.bundle.predictor import Predictor, read_seen
-from finetune.bundle.registry import CHAMPION, ModelVersion, Registry
+from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, Problem
 from finetune.evaluation.paired import compare_two
 from finetune.evaluation.predictions import read
@@ -178,7 +179,7 @@ def _not_worse(registry: Registry, candidate: ModelVersion, present: ModelVersio
     tables = [registry.predictions_of(version) for version in (candidate, present)]
     missing = [version.version for version, table in zip((candidate, present), tables, strict=True) if not table.exists()]
     if missing:
-        return Check(name, True, f"not compared: version {missing[0]} was judged on no test images")
+        return Check(name, True, f"not compared: version {missing[0]} was evaluated on no test images")
     try:
         found = compare_two(read(tables[0]), read(tables[1]), _seen_by(candidate, present))
     except InvalidInput as error:

@@ -116,4 +116,4 @@ class WorkQueue:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-OVERLOADED = "{} requests are already running or waiting. Try again in a moment"
+OVERLOADED = "the server is too busy to answer in time; requests running or waiting: {}. Try again in a moment"

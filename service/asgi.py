@@ -35,7 +35,7 @@ from service.admission import WorkQueue
 from service.drift import DriftWatch
 from service.event_streams import EventStreams
 from service.exports import Exporter
-from service.limits import MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES, PROBES
+from service.limits import HEALTH_CHECKS, MAX_JSON_BYTES, MULTIPART_OVERHEAD_BYTES
 from service.metrics import Metrics
 from service.middleware.auth import Authentication
 from service.middleware.bodies import BodyLimits, BufferedBodies
@@ -93,7 +93,7 @@ class Api(FastAPI):
         document["components"]["schemas"] |= {**component_schemas(), **JOB_SCHEMAS, **BATCH_SCHEMAS}
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}}
         document["security"] = [{"key": []}] if self._needs_key() else [{"key": []}, {}]
-        for path in PROBES:
+        for path in HEALTH_CHECKS:
             document["paths"][path]["get"]["security"] = []
         return document
 

@@ -1,4 +1,4 @@
-"""A program with the training libraries, which the server must not import, run as a child process for one question at a time."""
+"""Run a program with the training libraries, which the server must not import, as a child process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class CpuTimeSpent(Overloaded):
 class ChildProgram:
     """Runs a command with a JSON object as its input, and returns the JSON object that it writes.
 
-    Call `ask` from one thread that lives as long as the server: the child is killed when the thread that started it ends.
+    Call `run` from a thread that lives as long as the server, one call at a time: the child is killed when the thread that
+    started it ends.
     """
 
     def __init__(self, command: Sequence[str], *, seconds: float) -> None:
@@ -39,7 +40,7 @@ class ChildProgram:
         if (child := self._child) is not None:
             child.kill()
 
-    def ask(self, given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    def run(self, given: Mapping[str, Any], what: str) -> dict[str, Any]:
         """Run the program once.
 
         Args:
@@ -60,7 +61,7 @@ class ChildProgram:
         if self._stopping.is_set():
             child.kill()
         try:
-            said, errors = child.communicate(json.dumps(given), timeout=self._seconds)
+            output, errors = child.communicate(json.dumps(given), timeout=self._seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
@@ -74,5 +75,5 @@ class ChildProgram:
                 raise CpuTimeSpent(f"{what} used all the CPU time that it may use")
             log.error("%s failed:\n%s", what, errors[-2000:])
             raise Overloaded(f"{what} failed; the server's log says why")
-        answer: dict[str, Any] = json.loads(said)
+        answer: dict[str, Any] = json.loads(output)
         return answer

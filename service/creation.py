@@ -130,7 +130,7 @@ async def create_checked(submission: Submission, create: Callable[[Submission], 
     try:
         return await checks.run(create, submission)
     except Unchecked as unchecked:
-        answers = await submission.server.spec_checker.ask(unchecked.specs, submission.caller.owner)
+        answers = await submission.server.spec_checker.check(unchecked.specs, submission.caller.owner)
     return await checks.run(create, replace(submission, answers=answers))
 
 

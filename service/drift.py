@@ -23,9 +23,9 @@ from finetune.jobs.database import reading, writing
 from finetune.jobs.outbox import DRIFTED
 from finetune.jobs.schema import webhooks
 from finetune.jobs.webhooks import WebhookStore
-from finetune.monitoring.answers import AnswerStatistics, concatenated
 from finetune.monitoring.drift import MIN_WINDOW, Drift
-from finetune.monitoring.watched import Watched, write_choice
+from finetune.monitoring.monitored import MonitoredVersion, write_choice
+from finetune.monitoring.statistics import PredictionStatistics, concatenated
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from service.models import LoadedModel
 from service.promotions import tell_users
@@ -38,7 +38,7 @@ _MAX_WAITING = 20_000  # predictions in the queue; beyond it the oldest are drop
 
 
 @dataclass(frozen=True)
-class _Given:
+class _QueuedPrediction:
     """Statistics of one prediction, with its bundle and time."""
 
     name: str
@@ -46,7 +46,7 @@ class _Given:
     bundle: Path
     written_ns: int  # modification time of the bundle
     at: float
-    answers: AnswerStatistics
+    statistics: PredictionStatistics
 
 
 class DriftWatch:
@@ -60,9 +60,9 @@ class DriftWatch:
         self._registry = registry
         self._webhooks_store = webhooks_store
         self._seconds = seconds
-        self._arrived: deque[_Given] = deque(maxlen=_MAX_WAITING)
+        self._arrived: deque[_QueuedPrediction] = deque(maxlen=_MAX_WAITING)
         self._lock = threading.Lock()  # protects everything below
-        self._watched: dict[Path, Watched] = {}  # by bundle folder
+        self._watched: dict[Path, MonitoredVersion] = {}  # by bundle folder
         self._names: dict[Path, tuple[str, str]] = {}
         self._written_ns: dict[Path, int] = {}  # modification time of each bundle
         self._found: dict[Path, Drift] = {}  # result of the last test
@@ -80,14 +80,16 @@ class DriftWatch:
         self._stopping.set()
         self._thread.join()
         with self._lock:
-            self._take_in()
-            self._keep()
+            self._add_queued()
+            self._write_windows()
 
-    def observe(self, model: LoadedModel, answers: Sequence[AnswerStatistics]) -> None:
+    def observe(self, model: LoadedModel, answers: Sequence[PredictionStatistics]) -> None:
         """Queue the statistics of a model's predictions for the background thread."""
         if answers:
-            at, source = time.time(), model.source
-            self._arrived.extend(_Given(source.name, source.version, source.path, source.written_ns, at, one) for one in answers)
+            at, bundle = time.time(), model.bundle
+            self._arrived.extend(
+                _QueuedPrediction(bundle.name, bundle.version, bundle.path, bundle.written_ns, at, one) for one in answers
+            )
 
     def drift(self, version: ModelVersion) -> Drift:
         """Compare the recent predictions of a registered version with its reference.
@@ -96,8 +98,8 @@ class DriftWatch:
             BundleError: the bundle is damaged.
         """
         with self._lock:
-            self._take_in()
-            return self._watching(version.name, version.version, version.path).drift()
+            self._add_queued()
+            return self._monitored(version.name, version.version, version.path).drift()
 
     def choose_reference(self, version: ModelVersion, *, accept: bool) -> Drift:
         """Compare a version with its recent predictions from now on, or with the reference in its bundle again.
@@ -106,8 +108,8 @@ class DriftWatch:
             Conflict: there are too few predictions to accept.
         """
         with self._lock:
-            self._take_in()
-            watched = self._watching(version.name, version.version, version.path)
+            self._add_queued()
+            watched = self._monitored(version.name, version.version, version.path)
             write_choice(self._registry, version, watched, accept=accept)
             self._compare(version.path, watched, with_another=True)
             return self._found[version.path]
@@ -117,57 +119,57 @@ class DriftWatch:
         with self._lock:
             return [(*self._names[path], drift) for path, drift in self._found.items()]
 
-    def look(self) -> None:
+    def run_round(self) -> None:
         """Process the queue, test versions with enough new predictions, report new drift, and write the windows periodically."""
         with self._lock:
-            self._forget_deleted()
-            self._take_in()
+            self._drop_deleted()
+            self._add_queued()
             for path, watched in self._watched.items():
-                watched.take_in()
+                watched.collect()
                 self._compare(path, watched, with_another=watched.follow_reference())
             if time.monotonic() - self._written_at >= KEEP_SECONDS:
-                self._keep()
+                self._write_windows()
 
     def _watch(self) -> None:
         while not self._stopping.wait(self._seconds):
             try:
-                self.look()
+                self.run_round()
             except (OSError, FinetuneError):  # the database or the folder is unreachable: try again in the next round
-                log.exception("drift could not be looked for; the next look is in %g seconds", self._seconds)
+                log.exception("drift could not be tested; the next attempt is in %g seconds", self._seconds)
 
-    def _watching(self, name: str, version: str, bundle: Path) -> Watched:
+    def _monitored(self, name: str, version: str, bundle: Path) -> MonitoredVersion:
         if bundle not in self._watched:
             registered = bundle == self._registry.root / name / version
-            self._watched[bundle] = Watched(bundle, self._registry.monitoring_of(name, version) if registered else None)
+            self._watched[bundle] = MonitoredVersion(bundle, self._registry.monitoring_of(name, version) if registered else None)
             self._names[bundle] = (name, version)
         return self._watched[bundle]
 
-    def _take_in(self) -> None:
+    def _add_queued(self) -> None:
         """Move the queued statistics into their windows."""
-        waiting: dict[Path, list[_Given]] = defaultdict(list)
+        waiting: dict[Path, list[_QueuedPrediction]] = defaultdict(list)
         while self._arrived:
             given = self._arrived.popleft()
             waiting[given.bundle].append(given)
         for bundle, several in waiting.items():
             try:
-                self._forget_replaced(bundle, several[-1].written_ns)
-                watched = self._watching(several[0].name, several[0].version, bundle)
+                self._drop_replaced(bundle, several[-1].written_ns)
+                watched = self._monitored(several[0].name, several[0].version, bundle)
             except FinetuneError as error:  # the bundle was deleted or damaged since the prediction
                 log.info("%s is not watched for drift: %s", bundle, error.message)
                 continue
-            fitting = [given.answers for given in several if watched.fits(given.answers)]
+            fitting = [given.statistics for given in several if watched.fits(given.statistics)]
             if fitting:
                 watched.window.add(concatenated(fitting), several[-1].at)
 
-    def _forget_replaced(self, bundle: Path, written_ns: int) -> None:
+    def _drop_replaced(self, bundle: Path, written_ns: int) -> None:
         """Drop the window of a bundle folder if its model was replaced."""
         if self._written_ns.get(bundle) != written_ns:
             self._written_ns[bundle] = written_ns
             watched = self._watched.get(bundle)
             if watched is not None and read_manifest(bundle).files.get(MODEL, "") != watched.window.model_sha256:
-                self._forget(bundle)
+                self._drop(bundle)
 
-    def _compare(self, path: Path, watched: Watched, *, with_another: bool = False) -> None:
+    def _compare(self, path: Path, watched: MonitoredVersion, *, with_another: bool = False) -> None:
         """Test a window if it has enough new predictions, or was never tested, or is compared `with_another` reference now."""
         window, alarm = watched.window, watched.window.alarm
         known, ready = self._found.get(path), watched.reference is not None and len(window) >= MIN_WINDOW
@@ -176,11 +178,11 @@ class DriftWatch:
             return
         found = watched.drift()
         if enough_new:
-            self._settle(path, window, found)
+            self._update_alarm(path, window, found)
             alarm.looked_at = window.n_seen
         self._found[path] = replace(found, drifted_since=alarm.since) if found.state == "drifted" else found
 
-    def _settle(self, path: Path, window: Window, found: Drift) -> None:
+    def _update_alarm(self, path: Path, window: Window, found: Drift) -> None:
         """Record that drift has begun or ended. It has ended after a whole window of predictions without drift."""
         alarm = window.alarm
         name, version = self._names[path]
@@ -188,7 +190,7 @@ class DriftWatch:
             alarm.last_seen = window.n_seen
             if alarm.since is None:
                 since = time.time()
-                self._tell(name, version, found, since)
+                self._notify(name, version, found, since)
                 alarm.since = since
                 self._written_at = -KEEP_SECONDS  # write at once, so that it is not reported again after a restart
                 log.warning("%s@%s: %s", name, version, found.sentence)
@@ -196,7 +198,7 @@ class DriftWatch:
             alarm.since = None
             log.info("%s@%s: %s", name, version, found.sentence)
 
-    def _tell(self, name: str, version: str, found: Drift, since: float) -> None:
+    def _notify(self, name: str, version: str, found: Drift, since: float) -> None:
         engine = self._webhooks_store().engine
         with reading(engine) as connection:
             if connection.execute(select(webhooks.c.id).limit(1)).first() is None:
@@ -212,7 +214,7 @@ class DriftWatch:
         with writing(engine) as connection:
             tell_users(connection, self._registry, DRIFTED, name, data, since, f"{name} {version} {since}")
 
-    def _keep(self) -> None:
+    def _write_windows(self) -> None:
         """Write every changed window into its version's folder."""
         self._written_at = time.monotonic()
         for path, watched in self._watched.items():
@@ -227,11 +229,11 @@ class DriftWatch:
                     log.warning("the windows of live answers are not kept over a restart: %s", error)
                 self._cannot_write = True
 
-    def _forget_deleted(self) -> None:
+    def _drop_deleted(self) -> None:
         for path in [path for path in self._watched if not (path / MANIFEST).exists()]:
-            self._forget(path)
+            self._drop(path)
 
-    def _forget(self, path: Path) -> None:
+    def _drop(self, path: Path) -> None:
         del self._watched[path], self._names[path]
         self._found.pop(path, None)
         self._written_ns.pop(path, None)

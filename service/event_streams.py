@@ -75,7 +75,7 @@ class EventStreams:
         Args:
             still_allowed: called every few seconds; the stream ends when it returns False, since the key is no longer valid.
         """
-        channel = self._join(job_id)
+        channel = self._subscribe(job_id)
         try:
             position, progress = -1, None
             checked_at = time.monotonic()
@@ -104,7 +104,7 @@ class EventStreams:
                 except TimeoutError:
                     yield ": the job goes on\n\n"
         finally:
-            self._leave(job_id, channel)
+            self._unsubscribe(job_id, channel)
 
     def close(self) -> None:
         """End all streams. Clients reconnect to the next server with the id of their last event."""
@@ -112,7 +112,7 @@ class EventStreams:
         for channel in self._channels.values():
             channel.wake()
 
-    def _join(self, job_id: str) -> _Channel:
+    def _subscribe(self, job_id: str) -> _Channel:
         channel = self._channels.setdefault(job_id, _Channel())
         channel.readers += 1
         if self._poller is None or self._poller.done():
@@ -120,7 +120,7 @@ class EventStreams:
             self._poller.add_done_callback(self._polled)
         return channel
 
-    def _leave(self, job_id: str, channel: _Channel) -> None:
+    def _unsubscribe(self, job_id: str, channel: _Channel) -> None:
         channel.readers -= 1
         if channel.readers == 0 and self._channels.get(job_id) is channel:
             del self._channels[job_id]

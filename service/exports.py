@@ -129,7 +129,7 @@ class Exporter:
             out = Path(work) / base
             runtime = str(self._runtime) if name == "web" else None
             given = {"bundle": str(version.path), "format": name, "out": str(out), "runtime": runtime}
-            answer = self._child.ask(given, f"writing {version.name}@{version.version} as {name}")
+            answer = self._child.run(given, f"writing {version.name}@{version.version} as {name}")
             if "error" in answer:
                 raise error_of(answer["error"])
             if name == "web":

@@ -17,4 +17,4 @@ BODY_MIN_BYTES_PER_SECOND = 4 * KIB
 MAX_BUFFERED_BYTES = 256 * MIB  # of all bodies in memory together
 SEND_SECONDS = 60.0  # a client that reads nothing of its response for this long is disconnected
 
-PROBES = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # health checks of container platforms
+HEALTH_CHECKS = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready")  # health checks of container platforms

@@ -7,7 +7,7 @@ route matches; the `model` label is a registered name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -53,8 +53,8 @@ class Metrics:
 
         self.stage_seconds = Histogram(
             "finetune_prediction_seconds",
-            "Where the time of a prediction goes: load is decoding and preprocessing, run is the model",
-            ["stage"],
+            "Where the time of a prediction goes, by model: decode, preprocess (resizing), run (ONNX Runtime)",
+            ["model", "stage"],
             buckets=SECONDS,
             registry=self.registry,
         )
@@ -77,6 +77,11 @@ class Metrics:
     def predicted(self, model: str, version: str, role: str, n_images: int) -> None:
         """Count predicted images of a model."""
         self.predictions.labels(model, version, role).inc(n_images)
+
+    def took(self, model: str, stages: Mapping[str, float]) -> None:
+        """Count the seconds that each stage of one prediction took."""
+        for stage, seconds in stages.items():
+            self.stage_seconds.labels(model, stage).observe(seconds)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Add a gauge of the predictions that run or wait."""

@@ -34,8 +34,8 @@ MAX_PENDING_LOADS = 16
 
 
 @dataclass(frozen=True)
-class Source:
-    """A bundle folder with its time of writing; a rewritten bundle is a different source."""
+class WrittenBundle:
+    """A bundle folder with its time of writing; a rewritten bundle is a different one."""
 
     name: str
     version: str
@@ -47,16 +47,16 @@ class Source:
 class LoadedModel:
     """A bundle in memory whose probes have both passed."""
 
-    source: Source
+    bundle: WrittenBundle
     predictor: Predictor
 
     @property
     def name(self) -> str:
-        return self.source.name
+        return self.bundle.name
 
     @property
     def version(self) -> str:
-        return self.source.version
+        return self.bundle.version
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
@@ -106,7 +106,7 @@ class LoadedModels:
         self._beside: dict[str, LoadedModel] = {}  # canary and shadow, by reference
         self._reason = "The models have not been looked at yet"
         self._named: OrderedDict[str, LoadedModel] = OrderedDict()
-        self._refused: dict[Source, str] = {}
+        self._refused: dict[WrittenBundle, str] = {}
         self._maps = threading.Lock()  # held briefly, to read or change the dictionaries above
         self._loading = threading.Lock()  # held while a bundle loads: one at a time
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-loading")
@@ -186,10 +186,10 @@ class LoadedModels:
         if loaded is not None:
             return loaded
         with self._loading:
-            source = _source(self.find(reference))
-            loaded = self._follow(self._named.get(reference), source)
+            bundle = _registered_bundle(self.find(reference))
+            loaded = self._follow(self._named.get(reference), bundle)
             if loaded is None:
-                raise BundleError(f"{source.name}@{source.version} is not served: {self._refused[source]}")
+                raise BundleError(f"{bundle.name}@{bundle.version} is not served: {self._refused[bundle]}")
             self._keep(reference, loaded)
             return loaded
 
@@ -216,20 +216,20 @@ class LoadedModels:
     def refused(self) -> dict[tuple[str, str], str]:
         """Map (name, version) of each requested bundle that is not served to the reason."""
         with self._maps:
-            return {(source.name, source.version): reason for source, reason in self._refused.items()}
+            return {(bundle.name, bundle.version): reason for bundle, reason in self._refused.items()}
 
     def refresh(self) -> None:
         """Check the registry once and load the present version of each reference."""
         with self._loading:
             with self._maps:
                 self._refused = {
-                    source: why for source, why in self._refused.items() if source.written_ns == _written_ns(source.path)
+                    bundle: why for bundle, why in self._refused.items() if bundle.written_ns == _written_ns(bundle.path)
                 }
                 named = list(self._named.items())
             self._refresh_default()
             for reference, loaded in named:
                 try:
-                    newer = self._follow(loaded, _source(self.registry.lookup(reference)))
+                    newer = self._follow(loaded, _registered_bundle(self.registry.lookup(reference)))
                 except NotFound:
                     with self._maps:
                         self._named.pop(reference, None)
@@ -246,7 +246,7 @@ class LoadedModels:
 
     def _refresh_default(self) -> None:
         try:
-            source = self._default_source()
+            bundle = self._default_bundle()
         except NotFound:
             self._default, self._reason = None, self._why_there_is_none()
             return
@@ -258,9 +258,9 @@ class LoadedModels:
             return
         finally:
             self._refresh_beside()
-        loaded = self._follow(self._default, source)
+        loaded = self._follow(self._default, bundle)
         if loaded is None:
-            self._reason = f"{source.name}@{source.version} is not served: {self._refused[source]}"
+            self._reason = f"{bundle.name}@{bundle.version} is not served: {self._refused[bundle]}"
         self._default = loaded
 
     def _refresh_beside(self) -> None:
@@ -270,7 +270,9 @@ class LoadedModels:
         for share in (deployed.canary, deployed.shadow) if deployed is not None else ():
             if share is not None:
                 with contextlib.suppress(NotFound):
-                    loaded = self._follow(self._beside.get(share.reference), _source(self.registry.lookup(share.reference)))
+                    loaded = self._follow(
+                        self._beside.get(share.reference), _registered_bundle(self.registry.lookup(share.reference))
+                    )
                     if loaded is not None:
                         beside[share.reference] = loaded
         self._beside = beside
@@ -283,13 +285,13 @@ class LoadedModels:
             return "The model that this server answers with is not registered any more. An administrator must promote another one"
         return "No default model is chosen. An administrator chooses one: finetune models promote NAME --default"
 
-    def _follow(self, present: LoadedModel | None, wanted: Source) -> LoadedModel | None:
+    def _follow(self, present: LoadedModel | None, wanted: WrittenBundle) -> LoadedModel | None:
         """Load the model of `wanted` if it is not `present` already; return `present` if the new one fails its checks."""
-        if present is not None and present.source == wanted:
+        if present is not None and present.bundle == wanted:
             return present
         if wanted in self._refused:
             return present
-        same = next((other for other in self._all() if other.source == wanted), None)
+        same = next((other for other in self._all() if other.bundle == wanted), None)
         if same is not None:
             return same
         try:
@@ -315,18 +317,18 @@ class LoadedModels:
                 self._named.popitem(last=False)
 
     def _named_bytes(self) -> int:
-        sizes = {model.source: model.predictor.model_bytes for model in self._named.values()}
+        sizes = {model.bundle: model.predictor.model_bytes for model in self._named.values()}
         return sum(sizes.values())
 
-    def _default_source(self) -> Source:
+    def _default_bundle(self) -> WrittenBundle:
         if self.pinned is None:
             self._deployment = read_deployment(self.registry)
-            return _source(self.registry.lookup(default_reference(self.registry)))
+            return _registered_bundle(self.registry.lookup(default_reference(self.registry)))
         if is_uri(self.pinned):
-            return _folder_source(self._fetched_once(self.pinned))
+            return _bundle_in(self._fetched_once(self.pinned))
         if self.serves_a_folder:
-            return _folder_source(Path(self.pinned))
-        return _source(self.registry.lookup(self.pinned))
+            return _bundle_in(Path(self.pinned))
+        return _registered_bundle(self.registry.lookup(self.pinned))
 
     def _fetched_once(self, address: str) -> Path:
         """Return the local copy of the bundle at the pinned URI; download it once. Later changes at the URI are ignored.
@@ -363,14 +365,14 @@ def no_such_model(name: str) -> NotFound:
     return NotFound(f"no model {name[:100]!r}; GET /v1/models lists those that you may use")
 
 
-def _source(version: ModelVersion) -> Source:
-    return Source(version.name, version.version, version.path, _written_ns(version.path))
+def _registered_bundle(version: ModelVersion) -> WrittenBundle:
+    return WrittenBundle(version.name, version.version, version.path, _written_ns(version.path))
 
 
-def _folder_source(folder: Path) -> Source:
-    """Return the source of a bundle outside the registry, named by its manifest."""
+def _bundle_in(folder: Path) -> WrittenBundle:
+    """Return a bundle outside the registry, named by its manifest."""
     manifest = read_manifest(folder)
-    return Source(manifest.name, manifest.version or "0", folder, _written_ns(folder))
+    return WrittenBundle(manifest.name, manifest.version or "0", folder, _written_ns(folder))
 
 
 def _written_ns(folder: Path) -> int:

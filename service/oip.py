@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.predictor import Outputs
 from finetune.errors import InvalidInput, Problem
 from service.models import LoadedModel

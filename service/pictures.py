@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.bundle.image import ImageLimits, decode_image, sniff
+from finetune.bundle.image import decode_image
+from finetune.bundle.image_formats import sniff
+from finetune.bundle.image_limits import ImageLimits
 from finetune.data.archive import ArchiveError
 from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
@@ -144,15 +146,15 @@ class Answer:
 
 def answers_of(table: Predictions, keep: Callable[[Answer], bool]) -> list[Answer]:
     """Return the predictions for which `keep` is true, most confident first."""
-    task, rows = task_named(table.task), table.judged()
-    probability, label_probability = task.sureness(rows)
+    task, rows = task_named(table.task), table.image_results()
+    probability, label_probability = task.predicted_and_true_probabilities(rows)
     found = [
         Answer(
             id=sample_id,
             label=task.label_text(table.labels[row], table.classes),
-            answer=task.answer_text(rows, row, table.classes),
+            answer=task.prediction_text(rows, row, table.classes),
             labels=tuple(table.classes[one] for one in task.labels_of(table.labels[row])),
-            given=tuple(table.classes[one] for one in task.answered(rows, row)),
+            given=tuple(table.classes[one] for one in task.predicted_labels(rows, row)),
             probability=float(probability[row]),
             label_probability=float(label_probability[row]),
         )

@@ -119,7 +119,7 @@ class Planner:
         if (known := find_speeds(self._workspace, question)) is not None:
             return known
         try:
-            answer = measurement.program.ask(
+            answer = measurement.program.run(
                 {**question, "networks": str(self._workspace.networks)}, f"measuring {question['backbone']}"
             )
         except CpuTimeSpent:

@@ -20,11 +20,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from finetune.bundle.calibration import Certainty
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.overlay import image_jpeg, overlay_png
 from finetune.bundle.predictor import Prediction
 from finetune.errors import FinetuneError, ImageError, InvalidInput, Problem
-from finetune.monitoring.answers import AnswerStatistics, statistics_of
+from finetune.monitoring.statistics import PredictionStatistics, statistics_of
 from service.forms import Part, read_form
 from service.models import LoadedModel
 from service.problems import FieldProblem
@@ -55,11 +55,17 @@ HOW_TO_SEND = (
 class Stages:
     """The durations of the stages of one prediction, and its statistics."""
 
-    load_seconds: float  # decoding and preprocessing
+    decode_seconds: float
+    preprocess_seconds: float
     run_seconds: float  # ONNX Runtime
     ended: float  # Unix seconds
     probs: np.ndarray  # (C,) float32
-    statistics: AnswerStatistics  # for drift monitoring
+    statistics: PredictionStatistics  # for drift monitoring
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The durations by stage, as the metrics name them."""
+        return {"decode": self.decode_seconds, "preprocess": self.preprocess_seconds, "run": self.run_seconds}
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,14 @@ def predict_image(
     prediction = model.predictor.predict(data, top_k=options.top_k or DEFAULT_TOP_K, limits=limits, options=options.certainty)
     predicted = time.perf_counter()
     statistics = statistics_of_model(model, prediction.probs[None], prediction.embedding[None])
-    stages = Stages(prediction.load_seconds, prediction.run_seconds, time.time(), prediction.probs, statistics)
+    stages = Stages(
+        prediction.decode_seconds,
+        prediction.preprocess_seconds,
+        prediction.run_seconds,
+        time.time(),
+        prediction.probs,
+        statistics,
+    )
     explanation = _explanation(model, prediction) if options.explain else None
     seconds = time.perf_counter() - predicted
     found = ImagePrediction.model_construct(
@@ -219,13 +232,13 @@ def predict_image(
     return found, seconds, stages
 
 
-def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> AnswerStatistics:
+def statistics_of_model(model: LoadedModel, probs: np.ndarray, embeddings: np.ndarray) -> PredictionStatistics:
     """Return the statistics of N predictions for drift monitoring, from probabilities (N, C) and embeddings (N, D)."""
     manifest = model.predictor.manifest
     return statistics_of(manifest.task, probs, embeddings, model.predictor.estimator.subspace, manifest.thresholds)
 
 
-def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: AnswerStatistics) -> dict[str, Any]:
+def sample_record(model: LoadedModel, owner: str, probs: np.ndarray, statistics: PredictionStatistics) -> dict[str, Any]:
     """Return the record for a sampled image: the caller, and the model's prediction from its probabilities (C,).
 
     Args:

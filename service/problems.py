@@ -85,16 +85,30 @@ class ProblemDocument(BaseModel):
     error: ErrorObject
 
 
-_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be answered as it is", "content": _CONTENT},
-    "5XX": {"description": "The server cannot answer now", "content": _CONTENT},
-}
+class InferenceProblemDocument(ProblemDocument):
+    """RFC 9457 problem details on routes of the Open Inference Protocol, which wants the message itself as ``error``."""
+
+    error: str  # type: ignore[assignment]
+
+
+def _responses(document: type[ProblemDocument]) -> dict[int | str, dict[str, Any]]:
+    content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{document.__name__}"}}}
+    return {
+        "4XX": {"description": "The request cannot be answered as it is", "content": content},
+        "5XX": {"description": "The server cannot answer now", "content": content},
+    }
+
+
+RESPONSES = _responses(ProblemDocument)
+INFERENCE_RESPONSES = _responses(InferenceProblemDocument)
 
 
 def component_schemas() -> dict[str, Any]:
-    """Return the schemas to which `RESPONSES` refers, for the components of the OpenAPI document."""
-    _, schema = models_json_schema([(ProblemDocument, "serialization")], ref_template="#/components/schemas/{model}")
+    """Return the schemas to which the responses refer, for the components of the OpenAPI document."""
+    _, schema = models_json_schema(
+        [(ProblemDocument, "serialization"), (InferenceProblemDocument, "serialization")],
+        ref_template="#/components/schemas/{model}",
+    )
     definitions: dict[str, Any] = schema["$defs"]
     return definitions
 
@@ -110,18 +124,29 @@ def problem(
 ) -> JSONResponse:
     """Return the problem document for an error as a response, which also middleware outside the app can send."""
     code = code or CODES.get(status, f"http_{status}")
-    document = ProblemDocument(
-        type=f"urn:finetune:problem:{code}",
-        title=_title(status),
-        status=status,
-        detail=detail,
-        instance=scope.get("path", ""),
-        code=code,
-        request_id=scope.get("state", {}).get("request_id", ""),
-        errors=list(errors),
-        error=ErrorObject(message=detail, type=_error_type(status), param=errors[0].field if errors else None, code=code),
-    )
+    path = scope.get("path", "")
+    fields: dict[str, Any] = {
+        "type": f"urn:finetune:problem:{code}",
+        "title": _title(status),
+        "status": status,
+        "detail": detail,
+        "instance": path,
+        "code": code,
+        "request_id": scope.get("state", {}).get("request_id", ""),
+        "errors": list(errors),
+    }
+    document: ProblemDocument
+    if f"{path}/".startswith("/v2/"):
+        document = InferenceProblemDocument(**fields, error=_with_fields(detail, errors))
+    else:
+        param = errors[0].field if errors else None
+        document = ProblemDocument(**fields, error=ErrorObject(message=detail, type=_error_type(status), param=param, code=code))
     return JSONResponse(document.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
+
+
+def _with_fields(detail: str, errors: Sequence[FieldProblem]) -> str:
+    """Return the message with the fields, for a client that shows nothing else."""
+    return "; ".join([detail, *(f"{one.field}: {one.detail}" for one in errors[:MAX_SENTENCES])])
 
 
 def _title(status: int) -> str:

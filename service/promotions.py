@@ -9,8 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
+from finetune.bundle.access import SHARED
+from finetune.bundle.aliases import LATEST
 from finetune.bundle.deployment import deployments
-from finetune.bundle.registry import LATEST, SHARED, Registry
+from finetune.bundle.registry import Registry
 from finetune.jobs.database import reading, writing
 from finetune.jobs.outbox import DEPLOYED, PROMOTED, enqueue, webhooks_for
 from finetune.jobs.schema import webhooks

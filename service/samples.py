@@ -24,7 +24,7 @@ MAX_WAITING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _SelectedImage:
     name: str
     version: str
     data: bytes
@@ -43,7 +43,7 @@ class InputSampler:
         self._store = SampleStore(registry, policy)
         self._metrics = metrics
         self._enforce_seconds = enforce_seconds
-        self._drawn: queue.SimpleQueue[_Drawn | None] = queue.SimpleQueue()
+        self._selected: queue.SimpleQueue[_SelectedImage | None] = queue.SimpleQueue()
         self._waiting_bytes = 0
         self._counting = threading.Lock()  # protects `_waiting_bytes`
         self._thread = threading.Thread(target=self._write, name="samples", daemon=True)
@@ -54,23 +54,23 @@ class InputSampler:
 
     def stop(self) -> None:
         """Write the queued images and stop the background thread."""
-        self._drawn.put(None)
+        self._selected.put(None)
         self._thread.join()
 
-    def draws(self, model: LoadedModel) -> bool:
+    def selects(self, model: LoadedModel) -> bool:
         """Draw at random whether to store an image; False for a bundle outside the registry, which has no folder for it."""
         if self.fraction == 0.0 or random.random() >= self.fraction:
             return False
-        return model.source.path == self._registry.root / model.name / model.version
+        return model.bundle.path == self._registry.root / model.name / model.version
 
-    def offer(self, model: LoadedModel, data: bytes, record: Mapping[str, Any]) -> None:
+    def submit(self, model: LoadedModel, data: bytes, record: Mapping[str, Any]) -> None:
         """Queue a drawn image for storing; drop it if too many bytes are queued."""
         with self._counting:
             if self._waiting_bytes + len(data) > MAX_WAITING_BYTES:
                 self._metrics.sampled_inputs.labels("dropped").inc()
                 return
             self._waiting_bytes += len(data)
-        self._drawn.put(_Drawn(model.name, model.version, data, record, time.time()))
+        self._selected.put(_SelectedImage(model.name, model.version, data, record, time.time()))
 
     def _write(self) -> None:
         enforce_at, trouble = time.monotonic(), ""
@@ -79,7 +79,7 @@ class InputSampler:
                 if time.monotonic() >= enforce_at:
                     enforce_at = time.monotonic() + self._enforce_seconds
                     self._store.enforce(time.time())
-                drawn = self._drawn.get(timeout=max(0.01, enforce_at - time.monotonic()))
+                drawn = self._selected.get(timeout=max(0.01, enforce_at - time.monotonic()))
                 if drawn is None:
                     return
                 self._keep(drawn)
@@ -90,7 +90,7 @@ class InputSampler:
                     log.error("inputs cannot be sampled: %s", error)
                 trouble = str(error)
 
-    def _keep(self, drawn: _Drawn) -> None:
+    def _keep(self, drawn: _SelectedImage) -> None:
         with self._counting:
             self._waiting_bytes -= len(drawn.data)
         kept = self._store.keep(drawn.name, drawn.version, drawn.data, drawn.record, drawn.at)

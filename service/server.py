@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -18,17 +19,19 @@ import uvicorn
 from finetune.errors import Conflict, InvalidInput
 from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
 from finetune.jobs.keys import KeyStore
+from finetune.runtime.logs import configure_logs
 from finetune.runtime.memory import share_arenas
 from service.asgi import create_app
 from service.connections import LimitedConnection
 from service.limits import KEEP_ALIVE_SECONDS
-from service.logs import configure_logs
 from service.settings import Settings
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 3000
 GRACEFUL_SHUTDOWN_SECONDS = 10  # how long requests in flight may take to finish after SIGTERM
 _BACKLOG = 2048
+
+log = logging.getLogger(__name__)
 
 
 class PortTaken(Conflict):
@@ -50,7 +53,7 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         settings.home.mkdir(parents=True, mode=0o700)  # images, hashes of keys and logs must not be readable by other users
     address = listen_address(host, has_api_key=has_api_key(settings.home))
     listener = listen(address, port)
-    configure_logs(as_json=settings.json_logs)
+    configure_logs("service", as_json=settings.json_logs)
     config = uvicorn.Config(
         create_app(settings.answering_to(address)),
         http=LimitedConnection,
@@ -66,7 +69,11 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         backlog=_BACKLOG,
     )
     shown = f"[{address}]" if ":" in address else address
-    sys.stderr.write(f"finetune serves on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops it)\n")
+    serves = f"finetune serves on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops it)"
+    if settings.json_logs:
+        log.info(serves)
+    else:
+        sys.stderr.write(f"{serves}\n")
     server = _Server(config)
     server.run(sockets=[listener])
     if not server.started:

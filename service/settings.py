@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.bundle.predictor import PROVIDERS, Provider
 from finetune.errors import InvalidInput
 from finetune.jobs.sending import Network
 from finetune.monitoring.samples import SamplingPolicy
 from finetune.runtime.cores import available_cores
+from finetune.runtime.logs import wants_json
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
@@ -113,7 +114,7 @@ class Settings:
                 max_bytes=_positive(environment, "FINETUNE_SAMPLE_BYTES", default=1 << 30),
                 max_age_seconds=86400.0 * _positive(environment, "FINETUNE_SAMPLE_DAYS", default=30),
             ),
-            json_logs=_one_of(environment, "FINETUNE_LOG_FORMAT", ("text", "json"), default="text") == "json",
+            json_logs=wants_json(environment),
         )
 
 

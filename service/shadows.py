@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import FinetuneError
 from service.admission import WorkQueue
 from service.metrics import Metrics

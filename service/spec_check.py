@@ -6,27 +6,23 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
-import resource
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from finetune import __version__
-from finetune.backbone_names import why_unknown
+from finetune.backbone_names import problem_of_name
 from finetune.errors import DiskFull, Overloaded, Problem
 from finetune.jobs.kinds import can_train
 from finetune.spec import DEFAULT_BACKBONE, JobSpec, is_own_model
 from finetune.storage.files import read_json, write_json
 from service.admission import WorkQueue
-
-log = logging.getLogger(__name__)
+from service.child import ChildProgram
 
 COMMAND = (sys.executable, "-m", "finetune.cli.spec_check")
-SECONDS = 60
-MEMORY_BYTES = 8 << 30  # of address space; torch reserves much more than it uses
+SECONDS = 60.0
 MAX_WAITING = 8  # waiting requests of one owner, besides the one that is being checked
 MAX_REMEMBERED = 10_000
 
@@ -34,7 +30,7 @@ Answers = Mapping[str, Sequence[Problem]]  # by `key_of` a spec
 
 
 class Unchecked(Exception):
-    """Specs have names that are not known yet. Call `SpecChecker.ask`, then parse the request again."""
+    """Specs have names that are not known yet. Call `SpecChecker.check`, then parse the request again."""
 
     def __init__(self, specs: Sequence[JobSpec]) -> None:
         super().__init__(f"{len(specs)} specs have names that are not known yet")
@@ -55,16 +51,19 @@ class SpecChecker:
         self._queue = WorkQueue(2, max_wait_seconds=SECONDS)
         self._turns: dict[str, asyncio.Lock] = {}
         self._waiting: dict[str, int] = {}
+        self._running: set[ChildProgram] = set()
 
     def stop(self) -> None:
-        """Cancel waiting checks."""
+        """Cancel waiting checks and kill the child processes."""
         self._queue.stop()
+        for program in tuple(self._running):
+            program.stop()
 
     def problems(self, specs: Sequence[JobSpec], answers: Answers) -> Sequence[Sequence[Problem]]:
         """Return the problems of each spec; none if the training libraries are not installed here.
 
         Args:
-            answers: what `ask` returned for specs that were `Unchecked`.
+            answers: what `check` returned for specs that were `Unchecked`.
 
         Raises:
             Unchecked: neither `answers` nor the cache has what some specs need.
@@ -76,7 +75,7 @@ class SpecChecker:
             raise Unchecked(unchecked)
         return [problems for problems in found if problems is not None]
 
-    async def ask(self, specs: Sequence[JobSpec], owner: str) -> Answers:
+    async def check(self, specs: Sequence[JobSpec], owner: str) -> Answers:
         """Check specs in a child process; return their problems by `key_of`.
 
         Raises:
@@ -87,7 +86,7 @@ class SpecChecker:
         self._waiting[owner] = self._waiting.get(owner, 0) + 1
         try:
             async with self._turns.setdefault(owner, asyncio.Lock()):
-                return await self._queue.run(self._ask, specs)
+                return await self._queue.run(self._check, specs)
         finally:
             self._waiting[owner] -= 1
             if not self._waiting[owner]:
@@ -99,7 +98,7 @@ class SpecChecker:
         if not (is_own_model(backbone) or backbone in self._known_backbones):
             if not (names := self._catalogue()):
                 return None
-            if why := why_unknown(backbone, names):
+            if why := problem_of_name(backbone, names):
                 return [Problem("model.backbone", why)]
         return None if spec.augmentation.transforms is not None else ()
 
@@ -116,8 +115,8 @@ class SpecChecker:
         release = hashlib.sha256(repr([__version__, version("timm")]).encode()).hexdigest()[:16]
         return self._catalogues / f"backbones-{release}.json"
 
-    def _ask(self, specs: Sequence[JobSpec]) -> Answers:
-        answered = json.loads(_run([spec.model_dump(mode="json") for spec in specs]))
+    def _check(self, specs: Sequence[JobSpec]) -> Answers:
+        answered = self._run_child({"specs": [spec.model_dump(mode="json") for spec in specs]})
         answers = {
             key_of(spec): [Problem(**problem) for problem in problems]
             for spec, problems in zip(specs, answered["problems"], strict=True)
@@ -131,34 +130,18 @@ class SpecChecker:
                 write_json(self._catalogue_file(), self._names)
         return answers
 
+    def _run_child(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        program = ChildProgram(COMMAND, seconds=SECONDS)
+        self._running.add(program)
+        try:
+            return program.run(given, "checking model.backbone and augmentation.transforms")
+        except Overloaded as error:
+            hint = "Try again in a moment; if it stays so, name another backbone or other transforms"
+            raise Overloaded(f"{error.message}. {hint}") from None
+        finally:
+            self._running.discard(program)
+
 
 def key_of(spec: JobSpec) -> str:
     """Return a key that is equal for specs with equal names to check."""
     return json.dumps([spec.model.backbone, spec.augmentation.transforms])
-
-
-def _run(given: object) -> str:
-    """Run the child process and return its output.
-
-    Raises:
-        Overloaded: it took too long or failed, which is not the fault of the job.
-    """
-    try:
-        ran = subprocess.run(
-            COMMAND,
-            input=json.dumps(given), capture_output=True, text=True, check=False, timeout=SECONDS, preexec_fn=_limit,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise Overloaded(f"checking the job took more than {SECONDS} s. Try again in a moment") from None
-    if ran.returncode != 0:
-        log.error("the check of a job's spec failed:\n%s", ran.stderr[-2000:])
-        raise Overloaded(
-            "model.backbone and augmentation.transforms could not be checked (the server's log says why). Try again in a moment; "
-            "if it stays so, name another backbone or other transforms"
-        )
-    return ran.stdout
-
-
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

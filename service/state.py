@@ -13,8 +13,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 from sqlalchemy import Engine
 
-from finetune.bundle.image import ImageLimits
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.access import Access
+from finetune.bundle.image_limits import ImageLimits
+from finetune.bundle.registry import Registry
 from finetune.errors import DiskFull, StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -26,10 +25,10 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from finetune.data.intake import Intake, take_in
+from finetune.data.intake import Intake, unpack_upload
 from finetune.errors import DiskFull, InvalidInput, Overloaded, Problem
 from finetune.jobs.job import LOCAL_OWNER
-from finetune.storage.files import folder_bytes, sha256_file
+from finetune.storage.files import file_lock, folder_bytes, fsync_folder, sha256_file
 from service.part_uploads import MAX_PARTS
 
 TO_TRAIN_ON, TO_ANSWER = "fine-tune", "batch"
@@ -147,8 +146,7 @@ class Uploads:
         self._admit(arrival)
         try:
             arrival.folder.mkdir(parents=True)
-            with open(arrival.folder / ".lock", "wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with file_lock(arrival.folder / ".lock"):
                 if shutil.disk_usage(arrival.folder).free < 2 * announced_bytes + MIN_FREE_BYTES:
                     raise DiskFull(
                         "The server's disk has no room for this upload and its contents. Free some space and try again"
@@ -193,14 +191,11 @@ class Uploads:
 
 
 def _is_abandoned(arriving: Path) -> bool:
-    try:
-        with open(arriving / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    lock = arriving / ".lock"
+    if not lock.exists():
         return _is_old(arriving)  # it may just have been created
-    except BlockingIOError:
-        return False
-    return True
+    with file_lock(lock, wait=False) as acquired:
+        return acquired
 
 
 def _is_old(path: Path) -> bool:
@@ -308,12 +303,12 @@ def plain_name(filename: str) -> str:
 
 
 def examine(archive: Path, filename: str, purpose: str) -> Received:
-    """Unpack an archive and return the description of its contents; see `take_in` for the errors."""
+    """Unpack an archive and return the description of its contents; see `unpack_upload` for the errors."""
     contents = archive.with_name("contents")
     size_bytes, sha256 = archive.stat().st_size, sha256_file(archive)
     if size_bytes == 0:
         raise InvalidInput(f"the file is empty. {HOW_TO_SEND}", [Problem("file", "is empty")])
-    intake = take_in(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
+    intake = unpack_upload(archive, contents, filename=filename, labelled=purpose == TO_TRAIN_ON)
     archive.unlink()
     return Received(filename, purpose, size_bytes, sha256, intake, folder_bytes(contents), contents)
 
@@ -321,8 +316,4 @@ def examine(archive: Path, filename: str, purpose: str) -> Received:
 def move_to(contents: Path, place: Path) -> None:
     """Move the contents to their place atomically, and flush the folder before the row is committed."""
     os.rename(contents, place)
-    descriptor = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(place.parent)

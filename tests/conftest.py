@@ -135,4 +135,4 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture
 def unmeasured_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `finetune check` leave out the forecast of the whole job, for which a child process would measure the backbone."""
-    monkeypatch.setattr("finetune.runs.known_speeds.ask_child", lambda question: None)
+    monkeypatch.setattr("finetune.runs.known_speeds.measure_in_child", lambda question: None)

@@ -17,11 +17,10 @@ from finetune.data.dataset import Sample
 from finetune.export.graph import EXPORTER, DeployModule, Graph, evaluating, fill, head_of, trace
 from finetune.export.pack import BundleFacts, ExportedNetwork, KeptWeights, export_bundle
 from finetune.export.reference import torch_reference
-from finetune.export.template import INPUT_NAME
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.runs.build import carried_tensors, facts_of
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, open_session
 
 CLASSES = ("ash", "beech", "cedar", "elm")
 FACTS = BundleFacts(

@@ -25,7 +25,8 @@ from finetune.spec import parse_spec
 from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.choices import Choices
-from finetune.training.fit import TrainBatches, fit
+from finetune.training.final_weights import TrainBatches
+from finetune.training.fit import fit
 from finetune.training.machine import Numerics
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Facts, Recipe, resolve_recipe

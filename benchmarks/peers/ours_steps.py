@@ -31,7 +31,7 @@ STEPS = (
     ("comparing held-out with training images", "finetune.training.head", "_compare_with_training"),
     ("solving the head", "finetune.runs.solved", "solve_head"),
     ("predictions for val and test", "finetune.runs.run", "predict_splits"),
-    ("evaluation, calibration, drift reference", "finetune.runs.run", "judge"),
+    ("evaluation, calibration, drift reference", "finetune.runs.run", "evaluate_splits"),
     ("evaluation, calibration, drift reference", "finetune.runs.run", "calibration_of"),
     ("evaluation, calibration, drift reference", "finetune.runs.run", "drift_reference"),
     ("bundle and its comparison with torch", "finetune.runs.run", "export"),

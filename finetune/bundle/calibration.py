@@ -82,7 +82,7 @@ NO_CERTAINTY = Certainty()
 
 
 @dataclass(frozen=True)
-class Operating:
+class OperatingPoint:
     """The operating point of abstention for one precision."""
 
     threshold: float  # of the probability of the most probable class
@@ -97,7 +97,7 @@ class Calibration:
     n: int  # held-out images
     coverage: Mapping[str, float] = field(default_factory=dict)  # level -> smallest probability of a label in the set
     class_coverage: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # level -> the same for each class
-    precision: Mapping[str, Operating] = field(default_factory=dict)  # level -> operating point
+    precision: Mapping[str, OperatingPoint] = field(default_factory=dict)  # level -> operating point
     novelty: tuple[float, ...] = ()  # distances that 1 %, 2 % … of the held-out images do not exceed; empty if not known
     checked: Mapping[str, Any] = field(default_factory=dict)  # coverage and precision measured on the test images
 
@@ -135,7 +135,7 @@ class Calibration:
         level = _level(CLASS_LEVELS, coverage, "coverage", " for each class")
         return tuple(threshold or 0.0 for threshold in self.class_coverage[level]), float(level)
 
-    def operating(self, precision: float) -> Operating:
+    def operating_point(self, precision: float) -> OperatingPoint:
         """Return the operating point for a precision.
 
         Raises:
@@ -154,8 +154,7 @@ class Calibration:
         known = f"the highest possible {what} is {best}" if best else f"they are too few for any {what}"
         return InvalidInput(
             f"The {self.n:,} held-out images of this model are too few for a {what} of {asked:g}: {known}. Ask for less, or "
-            f"train "
-            "with more validation images or with folds (data.folds)",
+            "train with more validation images or with folds (data.folds)",
             [Problem(what, f"must be at most {best}" if best else "is not available for this model")],
         )
 
@@ -221,13 +220,9 @@ class CertaintyEstimator:
             abstaining = "precision" if asks_precision else "abstain"
             calibration = self._calibration(abstaining if options.coverage is None else "coverage")
             if abstain:
-                calibration.operating(precision)
+                calibration.operating_point(precision)
             if options.coverage is not None:
-                _ = (
-                    calibration.thresholds_of_classes(options.coverage)
-                    if options.per_class
-                    else calibration.threshold_of_coverage(options.coverage)
-                )
+                self._thresholds(options.coverage, options.per_class)
         return CertaintyOptions(options.coverage, options.per_class, abstain, precision if abstain else None)
 
     def estimate(
@@ -246,19 +241,21 @@ class CertaintyEstimator:
         novelty = None
         if self.subspace is not None and calibration.novelty:
             novelty = calibration.novelty_of(float(self.subspace.distances(embedding[None])[0]))
-        unsure = float(probs.max()) < calibration.operating(options.precision).threshold
+        unsure = float(probs.max()) < calibration.operating_point(options.precision).threshold
         reason: Reason | None = "unlike" if novelty is not None and novelty >= NOVEL else "unsure" if unsure else None
         return Certainty(labels, coverage, reason is not None, reason, novelty)
 
     def _set(self, probs: NDArray[np.floating[Any]], coverage: float, per_class: bool) -> tuple[tuple[str, ...], float]:
-        calibration = self._calibration("coverage")
-        thresholds, level = (
-            calibration.thresholds_of_classes(coverage) if per_class else calibration.threshold_of_coverage(coverage)
-        )
+        thresholds, level = self._thresholds(coverage, per_class)
         order = np.argsort(-probs, kind="stable")
         inside = probs >= np.asarray(thresholds)
         # The most probable label always belongs to the set: an empty set is of no use, and this can only raise the coverage.
         return tuple(self._classes[label] for label in order if inside[label] or label == order[0]), level
+
+    def _thresholds(self, coverage: float, per_class: bool) -> tuple[float | tuple[float, ...], float]:
+        """Return the smallest probability of a label in the set, or one for each class; and the coverage of the set."""
+        calibration = self._calibration("coverage")
+        return calibration.thresholds_of_classes(coverage) if per_class else calibration.threshold_of_coverage(coverage)
 
     def _calibration(self, what: str) -> Calibration:
         """Return the calibration of the bundle.

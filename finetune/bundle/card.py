@@ -138,8 +138,7 @@ def checked_sentences(calibration: Calibration) -> list[str]:
         answered = calibration.precision[level].answered
         sentences.append(
             f"With a precision of {DEFAULT_PRECISION:.0%}, it answers {answered:.0%} of the held-out images and abstains from "
-            f"the "
-            "others; the precision of its answers is at least that with a confidence of 90 %."
+            "the others; the precision of its answers is at least that with a confidence of 90 %."
         )
     elif best := max(calibration.precision, default=None):
         sentences.append(f"The highest precision that its held-out images allow is {float(best):.0%}.")
@@ -234,7 +233,7 @@ def _limits(manifest: Manifest) -> list[str]:
         lines.append(f"{always}{', unless it abstains' if Calibration.of(manifest.calibration) else ''}.")
     if split is not None:
         n = manifest.metrics[f"{split}/n"]
-        lines.append(f"Its figures hold for images like the {n:,.0f} that it was judged on; measure it again on any others.")
+        lines.append(f"Its figures hold for images like the {n:,.0f} that it was evaluated on; measure it again on any others.")
     if split == "val":
         lines.append("No image was kept apart from all choices, so how good it is on new images was not measured.")
     if reason := manifest.cam.get("reason"):

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from finetune.errors import Conflict, NotFound
-from finetune.storage.files import write_json
+from finetune.storage.files import file_lock, write_json
 from finetune.storage.journal import append_line, read_lines
 
 if TYPE_CHECKING:
     from finetune.bundle.registry import Registry
 
 _DEFAULT = "default.json"
-_JOURNAL = "default.jsonl"
+JOURNAL = "default.jsonl"
 
 _Reference = Annotated[str, Field(min_length=1, max_length=127)]
 _Percent = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -102,14 +99,14 @@ def deploy(registry: Registry, deployment: Deployment, **audit: Any) -> Deployme
     shares = [share.reference for share in (deployment.canary, deployment.shadow) if share is not None]
     for reference in (deployment.reference, *shares):
         registry.lookup(reference)
-    with _locked(registry.root):
+    with file_lock(registry.root / ".lock"):
         _write(registry, deployment, **audit)
     return deployment
 
 
 def deploy_first(registry: Registry, name: str) -> None:
     """Deploy the model `name` if it is the first in the registry; if one other model is there, not deployed, deploy that one."""
-    with _locked(registry.root):
+    with file_lock(registry.root / ".lock"):
         deployed = read_deployment(registry)
         others = [known for known in registry.names() if known != name]
         if deployed is not None and (others or deployed.reference.partition("@")[0] == name):
@@ -125,7 +122,7 @@ def roll_back(registry: Registry, **audit: Any) -> Deployment:
     Raises:
         Conflict: there was no other deployment whose model still exists.
     """
-    with _locked(registry.root):
+    with file_lock(registry.root / ".lock"):
         present = read_deployment(registry)
         for earlier in reversed(_history(registry)):
             if earlier != present:
@@ -138,7 +135,7 @@ def roll_back(registry: Registry, **audit: Any) -> Deployment:
 
 def _write(registry: Registry, deployment: Deployment, **audit: Any) -> None:
     write_json(registry.root / _DEFAULT, deployment.to_dict())
-    append_line(registry.root / _JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
+    append_line(registry.root / JOURNAL, {"at": time.time(), "deployment": deployment.to_dict(), **audit})
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class Deployed:
 def deployments(registry: Registry) -> list[Deployed]:
     """Return all deployments in the journal, oldest first."""
     found = []
-    for line in read_lines(registry.root / _JOURNAL):
+    for line in read_lines(registry.root / JOURNAL):
         with contextlib.suppress(ValidationError):
             if isinstance(line, dict):
                 deployment = _ADAPTER.validate_python(line.get("deployment"))
@@ -163,11 +160,3 @@ def deployments(registry: Registry) -> list[Deployed]:
 
 def _history(registry: Registry) -> list[Deployment]:
     return [one.deployment for one in deployments(registry)]
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -26,36 +26,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from finetune.bundle.colour import to_srgb
+from finetune.bundle.image_formats import from_first_byte, sniff
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes, check_pixels, check_scans, check_tiles
 from finetune.bundle.tiff import refuse_pages, unusual_numbers
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "BMP", "GIF", "TIFF")
-_FORMATS_READ = "JPEG, PNG, WebP, HEIC, AVIF, BMP, GIF and TIFF are read"
 DECODER = f"pillow-{PIL.__version__}-heif-{version('pillow-heif')}-srgb"
 """The name of the decoder in the keys of cached data; another decoder may return other pixels for the same file."""
-HEAD_BYTES = 256  # number of first bytes of a file that `sniff` and `looks_like_image` need
-
-MIB = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Limits on the size of an image. They are checked from the headers, before any pixel is decoded.
-
-    Args:
-        max_pixels: of the decoded image. The file may have more if it is a baseline JPEG that is decoded at a reduced scale.
-        max_file_pixels: of such a JPEG in the file.
-        max_scan_pixels: pixels times scans of a JPEG, because decoding passes over all pixels once for each scan.
-    """
-
-    max_bytes: int = 64 * MIB
-    max_pixels: int = 100_000_000
-    max_side_px: int = 65_500
-    max_file_pixels: int = 400_000_000
-    max_scan_pixels: int = 1_200_000_000
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 
 def _open_avif(stream: io.BytesIO) -> ImageFile.ImageFile:
@@ -96,17 +73,10 @@ _READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags; photometric 0 is "white is zero"
-_ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 278, 322, 323
 _LARGE_PIXELS = 25_000_000  # larger images other than JPEGs are averaged down before they are converted
-_SMALL_TILE_PIXELS = 4 * 1024 * 1024  # a tile may be larger than its image up to this size; a tile is always decoded as a whole
 _END_OF_JPEG = b"\xff\xd9"
 _CONTINUATIONS = (b"\x55" * 512, b"\x9c\x33" * 256)  # two arbitrary continuations of truncated JPEG data
 _MAX_MENDED_PIXELS = 50_000_000  # size limit of a JPEG without end mark, because it is decoded several times
-_START_OF_SCAN = b"\xff\xda"  # cannot occur inside compressed data, where 0xff is followed by 0x00 or a restart marker
-
-_BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124))
-_AVIF_BRANDS, _ANY_CODEC_BRANDS = frozenset({b"avif", b"avis"}), frozenset({b"mif1", b"msf1"})
-_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
 _SAVE_PLAINLY = "save them as 8-bit or 16-bit first"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -150,14 +120,6 @@ def decode_image(data: bytes, *, short_side_px: int | None = None, limits: Image
     """
     image, _ = open_upright(data, short_side_px=short_side_px, limits=limits)
     return np.array(image)
-
-
-def read_image(path: Path, *, short_side_px: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode the image file at `path` as `decode_image` does; errors name the file."""
-    try:
-        return decode_image(read_bytes(path, limits), short_side_px=short_side_px, limits=limits)
-    except ImageError as error:
-        raise naming(path, error) from None
 
 
 def read_bytes(path: Path, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -230,7 +192,7 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
     if not data:
         raise ImageError("the image is empty (0 bytes). Check that the upload or the copy finished")
     check_bytes(len(data), limits)
-    data = _from_first_byte(data)
+    data = from_first_byte(data)
     name = sniff(data)
     if name == "TIFF":
         refuse_pages(data)
@@ -243,17 +205,12 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, byte
             raise UnsupportedImage(f"the pixels are {numbers}: {_SAVE_PLAINLY}") from None
         raise ImageError(f"the {name} file is damaged: {_reason(error)}. Export or download it again") from None
     if isinstance(image, JpegImageFile):
-        _check_scans(image, data, limits)
+        check_scans(image, data, limits)
     else:
-        _check_pixels(name, *image.size, limits)
+        check_pixels(name, *image.size, limits)
     if isinstance(image, TiffImageFile):
-        _check_tiles(image)
+        check_tiles(image)
     return image, data
-
-
-def _from_first_byte(data: bytes) -> bytes:
-    """Remove line breaks and spaces at the start of a file: no image begins with them, and some servers add them."""
-    return data.lstrip(b"\r\n\t ") if data[:1] in (b"\r", b"\n", b"\t", b" ") else data
 
 
 def _decoded(
@@ -268,7 +225,7 @@ def _decoded(
     name = image.format
     try:
         box = _reduced_box(image, short_side_px)
-        _check_pixels(str(name), *image.size, limits)  # for a JPEG after the reduction
+        check_pixels(str(name), *image.size, limits)  # for a JPEG after the reduction
         try:
             image.load()
         except OSError:
@@ -312,136 +269,6 @@ def _with_end_mark(data: bytes) -> bytes | None:
         if not np.array_equal(np.asarray(JpegImageFile(io.BytesIO(data + bits + _END_OF_JPEG))), pixels):
             return None
     return whole
-
-
-def looks_like_image(head: bytes) -> bool:
-    """Return whether a file that begins with these bytes is an image in one of `FORMATS`; for files without a known suffix."""
-    head = _from_first_byte(head)
-    try:
-        name = sniff(head)
-    except UnsupportedImage:
-        return False
-    return name != "BMP" or head[14:18] in _BMP_HEADERS  # a text may begin with the letters BM
-
-
-def sniff(data: bytes) -> str:
-    """Return which of `FORMATS` a file has according to its first bytes, whatever its name is.
-
-    Raises:
-        UnsupportedImage: it has none of them; the message says what it looks like instead.
-    """
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if data.startswith(b"BM"):
-        return "BMP"
-    if data[4:8] == b"ftyp" and (name := _sniff_container(data)) is not None:
-        return name
-    raise UnsupportedImage(f"{_likeness(data)}; {_FORMATS_READ}")
-
-
-def _sniff_container(data: bytes) -> str | None:
-    """Return "AVIF" or "HEIF" for an image in the ISO container format, by its brands; None for videos and others."""
-    box_bytes = min(int.from_bytes(data[:4], "big"), HEAD_BYTES)
-    brands = {data[8:12], *(data[start : start + 4] for start in range(16, box_bytes - 3, 4))}
-    if data[8:12] in _AVIF_BRANDS or (data[8:12] in _ANY_CODEC_BRANDS and brands & _AVIF_BRANDS):
-        return "AVIF"
-    return "HEIF" if brands & (_HEIF_BRANDS | _ANY_CODEC_BRANDS) else None
-
-
-def _likeness(data: bytes) -> str:
-    """Return what an unsupported file looks like, and what to do about it."""
-    if data[4:8] == b"ftyp":
-        return "this is a video or another file of the MP4 family: save one frame of it as JPEG"
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "this is a JPEG XL image: convert it to JPEG or PNG first"
-    if data.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")):
-        return "this is a JPEG 2000 image: convert it to JPEG or PNG first"
-    if data.startswith(b"8BPS"):
-        return "this is a Photoshop document: export it as JPEG or PNG first"
-    start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "this is an HTML page, not an image (a download that led to a web page?)"
-    if start.startswith(b"version https://git-lfs"):
-        return "this is a pointer of Git LFS, not the image itself: fetch the files with git lfs pull"
-    if start.startswith((b"<svg", b"<?xml")):
-        return "this is SVG or XML, a drawing and not pixels: render it to PNG first"
-    if start.startswith((b"%!ps", b"\xc5\xd0\xd3\xc6", b"%pdf")):
-        return "this is a PostScript, EPS or PDF document: render it to PNG first"
-    if start.startswith((b"http://", b"https://")):
-        return "this is an address, not an image: download it and send its bytes (nothing is fetched from here)"
-    return "this is not an image file that can be read"
-
-
-def check_bytes(size: int, limits: ImageLimits) -> None:
-    """Check the size of a file.
-
-    Raises:
-        ImageTooLarge: it has more bytes than `limits` allow.
-    """
-    if size > limits.max_bytes:
-        raise ImageTooLarge(f"the file has {size:,} bytes, more than the {limits.max_bytes:,} allowed. Make it smaller first")
-
-
-def _check_pixels(name: str, width: int, height: int, limits: ImageLimits) -> None:
-    """Check the size of an image.
-
-    Raises:
-        ImageTooLarge: it has too many pixels, or too long a side.
-    """
-    if width * height > limits.max_pixels:
-        raise ImageTooLarge(
-            f"the {name} image is {width}×{height} = {width * height:,} pixels, more than the {limits.max_pixels:,} allowed."
-            " Make it smaller first"
-        )
-    if max(width, height) > limits.max_side_px:
-        raise ImageTooLarge(
-            f"the {name} image is {width}×{height} pixels; a side may have {limits.max_side_px:,}. Make it smaller first"
-        )
-
-
-def _check_scans(image: JpegImageFile, data: bytes, limits: ImageLimits) -> None:
-    """Refuse a JPEG that takes far more time or memory to decode than its size suggests.
-
-    Raises:
-        ImageTooLarge: it has too many pixels, or too many pixels times scans.
-    """
-    width, height = image.size
-    n_scans = max(1, data.count(_START_OF_SCAN))  # counts the few scans of embedded previews too
-    progressive = "progressive" in image.info
-    if progressive or n_scans > 250:  # the decoder keeps all coefficients in memory, whatever the scale
-        _check_pixels("JPEG", width, height, limits)
-    if width * height > limits.max_file_pixels or width * height * n_scans > limits.max_scan_pixels:
-        raise ImageTooLarge(
-            f"the JPEG image is {width}×{height} pixels in {n_scans:,} scans, more work than is allowed. Save it again"
-        )
-
-
-def _check_tiles(image: TiffImageFile) -> None:
-    """Refuse a TIFF whose tiles are far larger than the image, because the decoder allocates a whole tile.
-
-    Raises:
-        ImageTooLarge: the tiles are too large.
-        ImageError: the tiles have no valid size.
-    """
-    tags, (width, height) = image.tag_v2, image.size
-    if _TILE_WIDTH not in tags and _TILE_LENGTH not in tags:
-        return
-    tile_width = tags.get(_TILE_WIDTH, width)
-    tile_length = tags.get(_TILE_LENGTH, tags.get(_ROWS_PER_STRIP, height))
-    if not isinstance(tile_width, int) or not isinstance(tile_length, int) or min(tile_width, tile_length) < 1:
-        raise ImageError("the TIFF file is damaged: its tiles have no size. Export or download it again")
-    if tile_width * tile_length > max(_SMALL_TILE_PIXELS, 4 * width * height):
-        raise ImageTooLarge(
-            f"the TIFF image is {width}×{height} pixels in tiles of {tile_width}×{tile_length}. Save it again without such tiles"
-        )
 
 
 def _reason(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from finetune.bundle.calibration import (
     CertaintyOptions,
     parse_subspace,
 )
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.manifest import MANIFEST, MODEL, NOVELTY, PROBE, WEIGHTS, Manifest, metadata_problems, read_manifest
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput, Problem
@@ -77,7 +77,8 @@ class Prediction:
     embedding: np.ndarray  # (D,) float32
     name: str
     version: str | None
-    load_seconds: float = 0.0  # decoding and preprocessing
+    decode_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
     run_seconds: float = 0.0  # the model
     certainty: Certainty = NO_CERTAINTY  # the parts that were asked for
     several: SeveralLabels | None = None  # of a multilabel model
@@ -168,7 +169,7 @@ class Predictor:
             return None
         classes, thresholds = self.manifest.classes, self.manifest.thresholds or (0.5,) * len(self.manifest.classes)
         return SeveralLabels(
-            tuple(classes[label] for label in self.task.given(probs, thresholds)),
+            tuple(classes[label] for label in self.task.predict_labels(probs, thresholds)),
             {name: float(value) for name, value in zip(classes, probs, strict=True)},
             dict(zip(classes, thresholds, strict=True)),
         )
@@ -190,7 +191,9 @@ class Predictor:
             raise InvalidInput(f"top_k must be at least 1, given {top_k}")
         options = self.estimator.resolved(options)
         began = time.perf_counter()
-        image = self.manifest.preprocess.load(data, limits=limits)
+        decoded = self.manifest.preprocess.decode(data, limits=limits)
+        resampled_from = time.perf_counter()
+        image = self.manifest.preprocess.resample(*decoded)
         loaded = time.perf_counter()
         outputs = self.run(image[None])
         ran = time.perf_counter()
@@ -206,7 +209,8 @@ class Predictor:
             outputs.embedding[0],
             self.manifest.name,
             self.manifest.version,
-            loaded - began,
+            resampled_from - began,
+            loaded - resampled_from,
             ran - loaded,
             self.estimator.estimate(probs, outputs.embedding[0], options),
             self.several_labels(probs),
@@ -274,7 +278,7 @@ def read_probe(path: Path) -> Probe:
 
 
 def _parse_probe(folder: Path, data: bytes) -> Probe:
-    """Return the probe in the content of a file; `folder` is for the error."""
+    """Return the probe in the content of a file; errors name `folder`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["lengths"])

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from finetune.bundle.image import DEFAULT_LIMITS, Box, ImageLimits, naming, open_upright, read_bytes
+from finetune.bundle.image import Box, naming, open_upright, read_bytes
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.errors import BundleError, ImageError, Problem
 
 Resize = Literal["crop", "squash", "letterbox"]
@@ -77,7 +78,7 @@ class Preprocess:
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """Return RGB pixels (H, W, 3) uint8 of any size as the input (h, w, 3) uint8."""
         height, width = rgb.shape[:2]
-        return self._resample(Image.fromarray(rgb), (0.0, 0.0, width, height))
+        return self.resample(Image.fromarray(rgb), (0.0, 0.0, width, height))
 
     def load(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
         """Return an encoded image as the input (h, w, 3) uint8.
@@ -85,7 +86,15 @@ class Preprocess:
         Raises:
             ImageError: as `decode_image`.
         """
-        return self._resample(*open_upright(data, short_side_px=self.decode_short_side_px, limits=limits))
+        return self.resample(*self.decode(data, limits=limits))
+
+    def decode(self, data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[Image.Image, Box]:
+        """Return an encoded image as an RGB image, and the box of it that has content: what `resample` takes.
+
+        Raises:
+            ImageError: as `decode_image`.
+        """
+        return open_upright(data, short_side_px=self.decode_short_side_px, limits=limits)
 
     def load_file(self, path: Path, *, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
         """Return the image file at `path` as the input (h, w, 3) uint8; errors name the file."""
@@ -127,7 +136,7 @@ class Preprocess:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _resample(self, image: Image.Image, picture: Box) -> np.ndarray:
+    def resample(self, image: Image.Image, picture: Box) -> np.ndarray:
         """Return the input (h, w, 3) uint8 from the box `picture` of an RGB image."""
         x, y = picture[:2]
         framing = self.framing(picture[3] - y, picture[2] - x)

@@ -17,20 +17,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
-import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from finetune.bundle import deployment
+from finetune.bundle.access import ACCESS_ADAPTER, SHARED, Access
+from finetune.bundle.aliases import (
+    ALIAS_PATTERN,
+    ALIASES,
+    CHAMPION,
+    JOURNAL,
+    LATEST,
+    AliasMove,
+    is_version,
+    move_alias,
+    moves_in,
+    read_aliases,
+    recorded_versions,
+    versions_in,
+)
 from finetune.bundle.calibration import Calibration, CertaintyEstimator, CertaintyOptions
 from finetune.bundle.manifest import MANIFEST, Manifest, read_manifest
 from finetune.bundle.remote import fetch_bundle
@@ -38,25 +50,15 @@ from finetune.errors import BundleError, Conflict, InvalidInput, NotFound, did_y
 from finetune.spec import SUFFIX_PATTERN
 from finetune.storage.addresses import is_uri
 from finetune.storage.files import atomic_path, files_under, sha256_file, write_json
-from finetune.storage.journal import append_line, read_lines
+from finetune.storage.journal import read_lines
 from finetune.tasks import task_named
 
-LATEST = "latest"  # moves to every new version
-CHAMPION = "champion"  # the version of the bare name; moves only by promotion
-SHARED = "shared"
-Visibility = Literal["private", "shared"]
-
-_ALIASES = "aliases.json"
-_JOURNAL = "aliases.jsonl"  # append-only, every move of an alias; used by rollback, and to never reuse a version number
 _ACCESS = "access.json"
 _PREDICTIONS = "predictions"  # a folder: ``<version>.npz``
 _MONITORING = "monitoring"  # a folder: ``<version>/``, see `finetune.monitoring`
 _FETCHED = ".fetched"  # a folder of bundles from object storage
 _ARRIVING, _LEAVING = ".arriving-", ".leaving-"
-_ALIAS_PATTERN = r"^[a-z][a-z0-9._-]{0,62}$"
 REFERENCE = r"[a-z0-9][a-z0-9._-]{0,62}(@[a-z0-9][a-z0-9._-]{0,62})?"  # checked before it becomes part of a path
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,36 +74,6 @@ class ModelVersion:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return {**dataclasses.asdict(self), "path": str(self.path), "aliases": list(self.aliases)}
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use a model.
-
-    Args:
-        owner: of the model; None for a model that no job made, which only administrators may change.
-        visibility: ``shared``: everyone who may use the server may use the model. ``private``: only its owner and administrators.
-    """
-
-    owner: str | None = None
-    visibility: Visibility = "shared"
-
-    def allows(self, owner: str) -> bool:
-        """Return whether this owner may see the model."""
-        return self.visibility == SHARED or self.owner == owner
-
-
-_ACCESS_ADAPTER = TypeAdapter(Access)
-
-
-@dataclass(frozen=True)
-class AliasMove:
-    """A move of an alias to a version."""
-
-    alias: str
-    version: str
-    at: float  # Unix seconds
-    by: str  # who moved it
 
 
 @dataclass(frozen=True)
@@ -137,13 +109,13 @@ class Registry:
                 if read_manifest(known.path).files == manifest.files:
                     self._point_aliases(name, known.version)  # in case it was killed before the aliases moved
                     return self.resolve(name, known.version)
-            version = str(1 + max((int(version) for version in (*_versions(folder), *_recorded(folder))), default=0))
+            version = str(1 + max((int(version) for version in (*versions_in(folder), *recorded_versions(folder))), default=0))
             arriving = folder / f"{_ARRIVING}{version}"
             _copy_bundle(bundle, arriving, dataclasses.replace(manifest, name=name, version=version))
             _keep_predictions(predictions, folder / _PREDICTIONS / f"{version}.npz")
             arriving.rename(folder / version)
             self._point_aliases(name, version)
-        return self._describe(name, version, _aliases(folder))
+        return self._describe(name, version, read_aliases(folder))
 
     def predictions_of(self, version: ModelVersion) -> Path:
         """Return the path of a version's predictions on test images; the file does not exist if there were no test images."""
@@ -174,12 +146,12 @@ class Registry:
     def _point_aliases(self, name: str, version: str) -> None:
         """Point ``latest`` at a new version, and promote the version or the model if nothing was promoted before."""
         folder = self.root / name
-        aliases = _aliases(folder)
+        aliases = read_aliases(folder)
         if CHAMPION not in aliases:  # the version that the bare name referred to so far is promoted
-            earlier = [known for known in _versions(folder) if int(known) < int(version)]
-            _move_alias(folder, CHAMPION, aliases.get(LATEST, earlier[-1] if earlier else version), by="first registration")
+            earlier = [known for known in versions_in(folder) if int(known) < int(version)]
+            move_alias(folder, CHAMPION, aliases.get(LATEST, earlier[-1] if earlier else version), by="first registration")
         if int(version) > int(aliases.get(LATEST, "0")):
-            _move_alias(folder, LATEST, version, by="registration")
+            move_alias(folder, LATEST, version, by="registration")
         deployment.deploy_first(self, name)
 
     def list(self) -> tuple[ModelVersion, ...]:
@@ -193,25 +165,25 @@ class Registry:
 
     def journal(self, name: str) -> Path:
         """Return the path of the append-only file with the moves of a model's aliases."""
-        return self.root / name / _JOURNAL
+        return self.root / name / JOURNAL
 
     def moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves of the aliases of a model, oldest first."""
         return tuple(
             AliasMove(line["alias"], line["version"], float(line.get("at", 0.0)), str(line.get("by", "")))
             for line in read_lines(self.journal(name))
-            if isinstance(line, dict) and isinstance(line.get("alias"), str) and _is_version(line.get("version"))
+            if isinstance(line, dict) and isinstance(line.get("alias"), str) and is_version(line.get("version"))
         )
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all models that have a version."""
         folders = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
-        found = (folder.name for folder in folders if re.fullmatch(SUFFIX_PATTERN, folder.name) and _versions(folder))
+        found = (folder.name for folder in folders if re.fullmatch(SUFFIX_PATTERN, folder.name) and versions_in(folder))
         return tuple(sorted(found))
 
     def has(self, name: str) -> bool:
         """Return whether there is a model with this name that has a version."""
-        return re.fullmatch(SUFFIX_PATTERN, name) is not None and bool(_versions(self.root / name))
+        return re.fullmatch(SUFFIX_PATTERN, name) is not None and bool(versions_in(self.root / name))
 
     def resolve(self, name: str, version_or_alias: str | None = None) -> ModelVersion:
         """Return the version with this number or alias; by default the champion or, if none was promoted, the latest.
@@ -295,7 +267,7 @@ class Registry:
             InvalidInput: the alias is not a valid one.
             NotFound: there is no such model or version.
         """
-        if not re.fullmatch(_ALIAS_PATTERN, alias):
+        if not re.fullmatch(ALIAS_PATTERN, alias):
             raise InvalidInput(f"{alias!r} cannot be an alias: start with a letter a-z, as in 'champion'; numbers are versions")
         if alias == LATEST:
             raise InvalidInput(f"{alias!r} always means the newest version; give the version another alias, such as 'champion'")
@@ -303,8 +275,8 @@ class Registry:
         folder = self.root / name
         with _locked(folder):
             target = self.resolve(name, version).version
-            _move_alias(folder, alias, target, **audit)
-        return self._describe(name, target, _aliases(folder))
+            move_alias(folder, alias, target, **audit)
+        return self._describe(name, target, read_aliases(folder))
 
     def rollback(self, name: str, alias: str = CHAMPION, **audit: Any) -> ModelVersion:
         """Point an alias back at its previous version; a second rollback undoes the first.
@@ -315,7 +287,7 @@ class Registry:
         """
         current = self.resolve(name, alias).version
         folder = self.root / name
-        moves = [version for moved, version in _moves(folder) if moved == alias]
+        moves = [version for moved, version in moves_in(folder) if moved == alias]
         previous = next((version for version in reversed(moves) if version != current and (folder / version).is_dir()), None)
         if previous is None:
             raise Conflict(f"{name}@{alias} has only ever meant version {current}: there is nothing to go back to")
@@ -341,9 +313,9 @@ class Registry:
                 what = name if version is None else f"version {doomed[0].version} of {name}"
                 raise Conflict(f"{what} is what {', '.join(held)} means. Move the alias to another version first, or force it")
             leaving = {found.version for found in doomed}
-            left = [found for found in _versions(folder) if found not in leaving]
-            aliases = {alias: target for alias, target in _aliases(folder).items() if target not in leaving}
-            write_json(folder / _ALIASES, {**aliases, LATEST: aliases.get(LATEST, left[-1])} if left else {})
+            left = [found for found in versions_in(folder) if found not in leaving]
+            aliases = {alias: target for alias, target in read_aliases(folder).items() if target not in leaving}
+            write_json(folder / ALIASES, {**aliases, LATEST: aliases.get(LATEST, left[-1])} if left else {})
             for found in doomed:
                 gone = folder / f"{_LEAVING}{found.version}"
                 found.path.rename(gone)
@@ -381,7 +353,7 @@ class Registry:
         if not re.fullmatch(SUFFIX_PATTERN, name):
             return Access()
         try:
-            return _ACCESS_ADAPTER.validate_json((self.root / name / _ACCESS).read_bytes())
+            return ACCESS_ADAPTER.validate_json((self.root / name / _ACCESS).read_bytes())
         except FileNotFoundError:
             return Access()
         except ValidationError:
@@ -407,7 +379,7 @@ class Registry:
         """Record the owner of a model before the job that makes it begins, unless the model exists already."""
         folder = self.root / name
         with _locked(folder):
-            if not _versions(folder):
+            if not versions_in(folder):
                 write_json(folder / _ACCESS, dataclasses.asdict(access))
 
     def _versions_of(self, name: str) -> tuple[ModelVersion, ...]:
@@ -416,12 +388,12 @@ class Registry:
             return ()
         folder = self.root / name
         while True:  # until nothing changed meanwhile, because a version could be missed while another one replaces it
-            aliases, versions = _aliases(folder), _versions(folder)
+            aliases, versions = read_aliases(folder), versions_in(folder)
             described = []
             for version in versions:
                 with contextlib.suppress(FileNotFoundError):  # deleted since the folder was listed, or not a bundle
                     described.append(self._describe(name, version, aliases))
-            if (_aliases(folder), _versions(folder)) == (aliases, versions):
+            if (read_aliases(folder), versions_in(folder)) == (aliases, versions):
                 return tuple(described)
 
     def _describe(self, name: str, version: str, aliases: dict[str, str]) -> ModelVersion:
@@ -441,48 +413,6 @@ def _locked(folder: Path) -> Iterator[None]:
         for leftover in (*folder.glob(f"{_ARRIVING}*"), *folder.glob(f"{_LEAVING}*")):
             shutil.rmtree(leftover)
         yield
-
-
-def _versions(folder: Path) -> list[str]:
-    """Return the version numbers in a model's folder, in ascending order."""
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted((name for name in names if re.fullmatch(r"[1-9][0-9]*", name)), key=int)
-
-
-def _recorded(folder: Path) -> set[str]:
-    """Return the versions in the journal, including deleted ones."""
-    return {version for _, version in _moves(folder)}
-
-
-def _moves(folder: Path) -> list[tuple[str, str]]:
-    """Return (alias, version) of every readable move in the journal, oldest first."""
-    lines = [line for line in read_lines(folder / _JOURNAL) if isinstance(line, dict)]
-    moves = [(line.get("alias"), line.get("version")) for line in lines]
-    return [(alias, version) for alias, version in moves if isinstance(alias, str) and _is_version(version)]
-
-
-def _aliases(folder: Path) -> dict[str, str]:
-    """Return the version of each alias. If ``aliases.json`` is damaged, they are read from the journal."""
-    try:
-        found = json.loads((folder / _ALIASES).read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and all(_is_version(version) for version in found.values()):
-        return found
-    log.warning("%s is damaged; the aliases are read from %s. The next promotion writes it anew", folder / _ALIASES, _JOURNAL)
-    existing = set(_versions(folder))
-    return {alias: version for alias, version in _moves(folder) if version in existing}
-
-
-def _is_version(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and re.fullmatch(r"[1-9][0-9]*", value) is not None
-
-
-def _move_alias(folder: Path, alias: str, version: str, **audit: Any) -> None:
-    write_json(folder / _ALIASES, {**_aliases(folder), alias: version})
-    append_line(folder / _JOURNAL, {"alias": alias, "version": version, "at": time.time(), **audit})
 
 
 def _keep_predictions(predictions: Path | None, target: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from finetune.monitoring.answers import AnswerStatistics
+    from finetune.monitoring.statistics import PredictionStatistics
 
 
 def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
@@ -21,9 +21,9 @@ def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
     from finetune.bundle.manifest import MODEL
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.registry import Registry
-    from finetune.evaluation.batch import answer_folder
+    from finetune.evaluation.batch import predict_folder
     from finetune.jobs.lease import watch_lease_from_environment
-    from finetune.monitoring.watched import leave_for_server
+    from finetune.monitoring.monitored import submit_statistics
     from finetune.progress import silent
     from finetune.runs.watch import Stopwatch, failures_recorded, recorded
     from finetune.runtime.cores import available_cores
@@ -38,17 +38,17 @@ def carry_out(request: Path, run_dir: Path) -> dict[str, Any]:
         predictor = Predictor.load(registry.locate(spec.model), threads=available_cores())
         progress = recorded(silent, run, Stopwatch(run))
 
-        def tell_drift_watch(answers: AnswerStatistics) -> None:
+        def report_statistics(statistics: PredictionStatistics) -> None:
             if spec.model is not None and "/" not in spec.model:
                 version, sha256 = registry.lookup(spec.model), predictor.manifest.files[MODEL]
-                leave_for_server(registry, version, run.name, answers, sha256, time.time())
+                submit_statistics(registry, version, run.name, statistics, sha256, time.time())
 
-        return answer_folder(
-            predictor, Path(spec.input_file), run.root, embedding=spec.embedding, progress=progress, answered=tell_drift_watch
+        return predict_folder(
+            predictor, Path(spec.input_file), run.root, embedding=spec.embedding, progress=progress, answered=report_statistics
         )
 
 
-def ask_server(images: tuple[Path, ...], model: str | None, server: str, out: Path, *, as_json: bool) -> None:
+def predict_on_server(images: tuple[Path, ...], model: str | None, server: str, out: Path, *, as_json: bool) -> None:
     """Upload a folder or an archive, wait for the batch prediction, and download its table of predictions to `out`."""
     from finetune.batch_spec import BatchSpec
     from finetune.cli.follow import follow

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from finetune.cli.executing import places_options, take_places
-from finetune.cli.following import take_trackers, tracking_options
-from finetune.cli.training import NO_DATA, is_spec_file, job_options, json_option, names_data, take_job_options
+from finetune.cli.executing import pop_slots, slots_options
+from finetune.cli.following import pop_trackers, tracking_options
+from finetune.cli.training import NO_DATA, is_spec_file, job_options, json_option, names_data, pop_job_options
 from finetune.runtime.collector import objects_exempt
 
 
@@ -35,7 +35,7 @@ from finetune.runtime.collector import objects_exempt
     "--budget", metavar="DURATION", help="Approximate time limit, such as 20m or 2h; the cheapest arms are trained first."
 )
 @click.option("--no-register", is_flag=True, help="Do not register the best run of the chosen arm as a model.")
-@places_options
+@slots_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the comparison; an unfinished one in it is resumed.")
 @click.option(
     "--server",
@@ -72,7 +72,7 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
     from finetune.jobs.lease import watch_lease_from_environment
 
     with objects_exempt():
-        from finetune.cli.show import show_comparison
+        from finetune.cli.show_comparison import show_comparison
         from finetune.cli.terminal import print_json, shortened
         from finetune.comparison_spec import ComparedRuns, load_request
         from finetune.progress_bars import console, progress_bars
@@ -84,12 +84,11 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         from finetune.studies.compare import compare_runs, finished_before
         from finetune.studies.compare.result import Comparison
         from finetune.tracking.mirror import tracked_as
-        from finetune.tracking.view import experiment_name
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the comparison is
     workspace = Workspace.from_environment()
-    places, trackers = take_places(given), take_trackers(given)
+    slots, trackers = pop_slots(given), pop_trackers(given)
     if len(what) == 1 and (finished := RunDir(what[0].absolute()).comparison).exists():
         document = Comparison.from_dict(read_json(finished)).to_dict()
         print_json(document) if as_json else show_comparison(document, shortened(Path(document["report"])))
@@ -110,8 +109,8 @@ def compare(what: tuple[Path, ...], run_dir: Path | None, server: str | None, de
         with trackers.follow(workspace, found.dataset) as begun:
             begun(RunDir(found.folder))
     else:
-        with trackers.follow(workspace, experiment_name(asked.job)) as begun, progress_bars(shown=not as_json) as progress:
-            found = run_comparison(asked, Shared.of(workspace, places), progress, run_dir, begins)
+        with trackers.follow(workspace, asked.job) as begun, progress_bars(shown=not as_json) as progress:
+            found = run_comparison(asked, Shared.of(workspace, slots), progress, run_dir, begins)
     found = replace(found, mlflow_run_id=tracked_as(RunDir(found.folder), "mlflow"))
     print_json(found.to_dict()) if as_json else show_comparison(found.to_dict(), shortened(found.report))
 
@@ -128,13 +127,13 @@ def _in_the_queue(
     """Queue a comparison or find a queued one, follow it to its end and show its result."""
     from finetune.cli.follow import follow
     from finetune.cli.jobs import EXIT_CODES, client_of
-    from finetune.cli.show import show_comparison
+    from finetune.cli.show_comparison import show_comparison
     from finetune.cli.terminal import print_json, shortened
     from finetune.comparison_spec import load_request
     from finetune.progress_bars import console, progress_bars
 
     tracked = [given.pop(name) for name in ("no_mlflow", "trackers", "experiment")]
-    if run_dir is not None or take_places(given) is not None or any(tracked):
+    if run_dir is not None or pop_slots(given) is not None or any(tracked):
         raise click.UsageError(
             "--run-dir, --slots, --executor and the tracking options cannot be combined with --server, --detach or a queued "
             "comparison, which is run by a worker with the worker's settings"
@@ -186,7 +185,7 @@ def _request(what: tuple[Path, ...], given: dict[str, Any]) -> tuple[Path | None
             "--method sets one method for all arms that --models and --arm define. To compare methods, use --methods, as in: "
             f"--methods {given['method']},{other}"
         )
-    overrides, settings = take_job_options(given)
+    overrides, settings = pop_job_options(given)
     spec_file = path if path is not None and is_spec_file(path) else None
     if path is not None and spec_file is None:
         overrides["training_file"] = str(path)

@@ -120,7 +120,7 @@ def _counts(manifest: Manifest) -> dict[str, dict[str, int]]:
 
 
 def _show(manifest: Manifest, notes: dict[str, Any]) -> None:
-    from finetune.cli.show import SHOWN_CLASSES, show_notes
+    from finetune.cli.show_plan import SHOWN_CLASSES, show_notes
     from finetune.cli.terminal import table
     from finetune.messages import plural, printable
     from finetune.progress_bars import console

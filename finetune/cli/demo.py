@@ -20,7 +20,7 @@ def demo(data: Path | None, as_json: bool) -> None:
     Then serve the better model and classify an image over HTTP. The images are handwritten digits, which are installed with
     scikit-learn; with --data, your own. Takes about two minutes on two cores.
     """
-    from finetune.cli.show import show_demo
+    from finetune.cli.show_comparison import show_demo
     from finetune.cli.terminal import print_json
     from finetune.demo import run_demo
     from finetune.progress_bars import progress_bars

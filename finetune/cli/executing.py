@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from finetune.executors.places import Places
+    from finetune.executors.slots import Slots
 
 
 def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -27,8 +27,8 @@ def executor_options(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
-def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--slots`` and the executor options to a command whose runs can be executed in parallel; see `take_places`."""
+def slots_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--slots`` and the executor options to a command whose runs can be executed in parallel; see `pop_slots`."""
     slots = click.option(
         "--slots",
         type=click.IntRange(min=1),
@@ -39,11 +39,11 @@ def places_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return slots(executor_options("Where these processes run.")(command))
 
 
-def take_places(given: dict[str, Any]) -> Places | None:
-    """Pop the values of `places_options` from a command's arguments; return None if runs are sequential in this process."""
+def pop_slots(given: dict[str, Any]) -> Slots | None:
+    """Pop the values of `slots_options` from a command's arguments; return None if runs are sequential in this process."""
     slots, executor, address = given.pop("slots"), given.pop("executor"), given.pop("ray_address")
     if slots == 1 and executor == "local":
         return None
-    from finetune.executors.places import Places
+    from finetune.executors.slots import Slots
 
-    return Places.of(executor, slots, ray_address=address)
+    return Slots.of(executor, slots, ray_address=address)

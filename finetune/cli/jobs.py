@@ -63,20 +63,18 @@ def worker(
     With --executor ray, each job runs on a Ray cluster with --threads / --slots cores and, if --gpus lists one device per slot,
     one GPU.
     """
-    import logging
-
     from finetune.executors import open_executor
     from finetune.jobs.database import open_jobs
     from finetune.jobs.store import JobStore
     from finetune.jobs.worker import Worker, WorkerSettings
     from finetune.runtime.cores import available_cores
     from finetune.runtime.device import visible_gpus
+    from finetune.runtime.logs import configure_logs, wants_json
     from finetune.runtime.tracing import tracing_from_environment
     from finetune.storage.workspace import Workspace
 
     workspace = Workspace.from_environment()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("finetune.jobs").setLevel(logging.INFO)
+    configure_logs("finetune.jobs", as_json=wants_json(os.environ))
     on_ray = executor == "ray"
     devices = _numbers(gpus) if gpus is not None else () if on_ray else visible_gpus()
     settings = WorkerSettings(
@@ -130,7 +128,7 @@ def jobs() -> None:
 
 
 def place_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--server`` to a command; it gets a `client` of that server, or of the workspace."""
+    """Add ``--server`` to a command, which is called with a `client` of that server, or of the workspace."""
 
     def build(*, server: str | None, **given: Any) -> Any:
         return command(client=client_of(server), **given)

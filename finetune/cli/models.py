@@ -33,7 +33,7 @@ def models() -> None:
 def list_models(as_json: bool) -> None:
     """List registered models, their aliases and the default."""
     from finetune.bundle.deployment import read_deployment
-    from finetune.cli.show import show_models
+    from finetune.cli.show_models import show_models
     from finetune.cli.terminal import print_json
     from finetune.errors import NotFound
 
@@ -61,7 +61,7 @@ def list_models(as_json: bool) -> None:
 def show_model(model: str, as_json: bool) -> None:
     """Show the classes, weights, licence and metrics of a model."""
     from finetune.bundle.manifest import read_manifest
-    from finetune.cli.show import show_manifest
+    from finetune.cli.show_models import show_manifest
     from finetune.cli.terminal import print_json
 
     manifest = read_manifest(workspace_registry().locate(model))
@@ -98,14 +98,14 @@ def pull(address: str, name: str | None) -> None:
     from finetune.bundle.manifest import read_manifest
     from finetune.bundle.predictor import Predictor
     from finetune.bundle.remote import PREDICTIONS
-    from finetune.cli.show import show_manifest
-    from finetune.evaluation.predictions import why_not_of
+    from finetune.cli.show_models import show_manifest
+    from finetune.evaluation.predictions import problem_of_table
 
     registry = workspace_registry()
     bundle = registry.locate(address)
     manifest = Predictor.load(bundle).manifest  # it must answer its own probe before it may become a version
     table = bundle / PREDICTIONS
-    damage = why_not_of(table, manifest.task, manifest.classes) if table.exists() else "is not there"
+    damage = problem_of_table(table, manifest.task, manifest.classes) if table.exists() else "is not there"
     name = name or manifest.name
     before = registry.versions(name)
     found = registry.register(bundle, name, once=True, predictions=table if not damage else None)
@@ -115,7 +115,7 @@ def pull(address: str, name: str | None) -> None:
         click.echo(f"It was registered before, as {found.name}@{found.version}", err=True)
     if damage:
         click.echo(f"Without its predictions on test images: {PREDICTIONS} {damage}. {NOT_COMPARED}", err=True)
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()
@@ -158,7 +158,7 @@ def drift(reference: str, server: str | None, accept: bool, reset: bool, as_json
             else:
                 found = client.drift(name, version or "champion")
     else:
-        from finetune.monitoring.watched import choose_reference, drift_as_stored
+        from finetune.monitoring.monitored import choose_reference, drift_as_stored
 
         if accept or reset:
             found = choose_reference(workspace_registry(), reference, accept=accept)
@@ -318,7 +318,7 @@ def promote(name: str, version: str | None, alias: str, as_default: bool, minimu
     if as_default:
         reference = f"{name}@{alias}"
         promote_to_default(registry, Deployment(reference), minimum=_minimum(minimum), force=force, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()
@@ -344,7 +344,7 @@ def deploy(reference: str, canary: str | None, shadow: str | None, minimum: tupl
     registry = workspace_registry()
     wanted = Deployment(reference, canary=_share(canary, "--canary"), shadow=_share(shadow, "--shadow"))
     promote_to_default(registry, wanted, minimum=_minimum(minimum), force=force, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 def _share(text: str | None, option: str) -> Any:
@@ -364,7 +364,7 @@ def _share(text: str | None, option: str) -> Any:
     return Share(reference, value)
 
 
-def _say_default(registry: Any) -> None:
+def _print_default(registry: Any) -> None:
     from finetune.bundle.deployment import read_deployment
     from finetune.errors import NotFound
 
@@ -399,7 +399,7 @@ def rollback(name: str | None, alias: str, of_default: bool) -> None:
         click.echo(f"{name}@{alias} is version {version.version} again (it was version {before})", err=True)
     else:
         roll_back(registry, by=_by())
-    _say_default(registry)
+    _print_default(registry)
 
 
 @models.command()

@@ -13,7 +13,10 @@ from finetune.cli.registry import workspace_registry
 from finetune.cli.training import json_option
 
 if TYPE_CHECKING:
+    from finetune.bundle.calibration import CertaintyOptions
+    from finetune.bundle.predictor import Predictor
     from finetune.errors import FinetuneError
+    from finetune.evaluation.predict import SamplePrediction
 
 QUIET_IMAGES = 64  # up to this number, which takes about a second, there is no progress bar
 
@@ -93,19 +96,24 @@ def predict(
         print_json(carry_out(images[0], run_dir))
         return
     if server is not None:
-        from finetune.cli.batch import ask_server
+        from finetune.cli.batch import predict_on_server
 
         if out is None or explain is not None:
             raise click.UsageError("--server needs --out FILE for the predictions, and cannot be combined with --explain")
-        ask_server(images, model, server, out, as_json=as_json)
+        predict_on_server(images, model, server, out, as_json=as_json)
         return
     from finetune.bundle.calibration import CertaintyOptions
     from finetune.bundle.overlay import write_overlay
     from finetune.bundle.predictor import Predictor
     from finetune.cli.terminal import print_json
-    from finetune.evaluation.answers import Answer, Unreadable, ask, files_under, map_files, predictions_of
+    from finetune.evaluation.predict import (
+        UnreadableSample,
+        cam_file_names,
+        image_samples,
+        predict_samples,
+        predictions_table,
+    )
     from finetune.evaluation.tables import check_ending, write_table
-    from finetune.messages import plural
     from finetune.progress_bars import console, progress_bars
     from finetune.runtime.cores import available_cores
 
@@ -115,54 +123,69 @@ def predict(
             raise click.UsageError("--out writes probabilities only; use --json for --coverage, --abstain and --precision")
     predictor = Predictor.load(workspace_registry().locate(model), threads=available_cores())
     manifest = predictor.manifest
-    asked = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
+    options = predictor.estimator.resolved(CertaintyOptions(coverage, per_class, abstain, precision))
     if model is None and not as_json:
         name = f"{manifest.name}@{manifest.version}"
         console.print(f"model {name}, the default of this workspace (choose another with --model)", style="dim", markup=False)
-    samples = files_under(images)
-    maps = map_files(samples)
+    samples = image_samples(images)
     documents: list[dict[str, Any]] = []
-    answers: list[Answer] = []
+    predicted: list[SamplePrediction] = []
     with progress_bars(shown=not as_json and len(samples) > QUIET_IMAGES) as progress:
-        asking = ask(predictor, samples, what=f"{len(samples):,} images", progress=progress)
-        for answer, map_file in zip(asking, maps, strict=True):
-            if isinstance(answer, Unreadable):
-                documents.append(_refused(answer.sample.id, answer.error))
+        predictions = predict_samples(predictor, samples, what=f"{len(samples):,} images", progress=progress)
+        for prediction, map_file in zip(predictions, cam_file_names(samples), strict=True):
+            if isinstance(prediction, UnreadableSample):
+                documents.append(_refused(prediction.sample.id, prediction.error))
                 continue
             if out is not None:
-                answers.append(answer)
-            order = predictor.task.ranking(answer.probs)[:top_k]
-            labels = [{"label": manifest.classes[label], "probability": float(answer.probs[label])} for label in order]
-            document = {"file": answer.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
-            if several := predictor.several_labels(answer.probs):
-                document |= several.to_dict()
-            document |= predictor.estimator.estimate(answer.probs, answer.embedding, asked).to_dict()
-            if explain is not None and answer.cam is not None:
-                document["explanation"] = str(write_overlay(explain / map_file, answer.image, answer.cam))
+                predicted.append(prediction)
+            document = _document(predictor, prediction, options, top_k)
+            if explain is not None and prediction.cam is not None:
+                document["explanation"] = str(write_overlay(explain / map_file, prediction.image, prediction.cam))
             documents.append(document)
     if out is not None:
         temperature = float(manifest.calibration.get("temperature", 1.0))
-        write_table(out, predictions_of(answers, predictor, "given", labelled=False), temperature)
+        write_table(out, predictions_table(predicted, predictor, "given", labelled=False), temperature)
     if as_json:
         print_json(documents)
-    elif out is None:
+    else:
+        _show_results(documents, out, explain, abstains=bool(options.abstain))
+    sys.exit(2 if any("error" in document for document in documents) else 0)
+
+
+def _document(predictor: Predictor, prediction: SamplePrediction, options: CertaintyOptions, top_k: int) -> dict[str, Any]:
+    """Return the prediction for one image as JSON values."""
+    manifest = predictor.manifest
+    order = predictor.task.ranking(prediction.probs)[:top_k]
+    labels = [{"label": manifest.classes[label], "probability": float(prediction.probs[label])} for label in order]
+    document = {"file": prediction.sample.id, "model": manifest.name, "version": manifest.version, "predictions": labels}
+    if several := predictor.several_labels(prediction.probs):
+        document |= several.to_dict()
+    return document | predictor.estimator.estimate(prediction.probs, prediction.embedding, options).to_dict()
+
+
+def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
+    return {"file": file, "error": {"code": error.code, "message": error.message}}
+
+
+def _show_results(documents: Sequence[Mapping[str, Any]], out: Path | None, explain: Path | None, *, abstains: bool) -> None:
+    """Print the predictions, or how many were written to `out`, and the number of maps in `explain`."""
+    from finetune.messages import plural
+    from finetune.progress_bars import console
+
+    if out is None:
         _show_predictions(documents)
     else:
-        _show_predictions([document for document in documents if "error" in document])
-        console.print(f"{plural(len(answers), 'prediction')} written to {out}", markup=False)
-        if asked.abstain:
+        refused = [document for document in documents if "error" in document]
+        _show_predictions(refused)
+        console.print(f"{plural(len(documents) - len(refused), 'prediction')} written to {out}", markup=False)
+        if abstains:
             console.print("this model abstains by default: --json marks the predictions that are too uncertain", markup=False)
-    if explain is not None and not as_json:
+    if explain is not None:
         n_maps = sum("explanation" in document for document in documents)
         console.print(
             f"{plural(n_maps, 'activation map')} written to {explain}" if n_maps else "this model has no activation maps",
             markup=False,
         )
-    sys.exit(2 if any("error" in document for document in documents) else 0)
-
-
-def _refused(file: str, error: FinetuneError) -> dict[str, Any]:
-    return {"file": file, "error": {"code": error.code, "message": error.message}}
 
 
 def _show_predictions(documents: Sequence[Mapping[str, Any]]) -> None:

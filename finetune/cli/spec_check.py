@@ -1,18 +1,22 @@
 """``python -m finetune.cli.spec_check``: check the parts of job specs that need the training libraries.
 
-Reads a JSON list of specs from standard input and writes a JSON object: ``problems``, a list of each spec's problems, and
-``catalogue``, all names of timm models, which the caller can cache. The server runs this module in a child process before it
-accepts a job, because the server itself must not import the training libraries.
+Reads a JSON object with a list ``specs`` from standard input and writes a JSON object: ``problems``, a list of each spec's
+problems, and ``catalogue``, all names of timm models, which the caller can cache. The server runs this module in a child process
+before it accepts a job, because the server itself must not import the training libraries.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from typing import Any
 
 from finetune.errors import Problem, UnknownBackbone, WeightsError
 from finetune.spec import JobSpec, is_own_model, parse_spec
+
+CPU_SECONDS = 60
+MEMORY_BYTES = 8 << 30  # of address space; torch reserves much more than it uses
 
 
 def problems_of(spec: JobSpec) -> list[Problem]:
@@ -36,7 +40,9 @@ def problems_of(spec: JobSpec) -> list[Problem]:
 
 
 def main() -> None:
-    given: list[dict[str, Any]] = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    given: list[dict[str, Any]] = json.load(sys.stdin)["specs"]
     found = [[{"where": one.where, "message": one.message} for one in problems_of(parse_spec(spec))] for spec in given]
     from finetune.model.catalog import all_names
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.executing import places_options, take_places
+from finetune.cli.executing import pop_slots, slots_options
 from finetune.cli.training import json_option, spec_options
 from finetune.runtime.collector import objects_exempt
 
@@ -42,7 +42,7 @@ def study() -> None:
 @click.option("--images", default=2000, show_default=True, help="Maximum number of training images.")
 @click.option("--size", default=32, show_default=True, help="Side of the input images in pixels.")
 @click.option("--seed", default=0, show_default=True, help="Random seed of the weights and of the order of images.")
-@places_options
+@slots_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the study; an unfinished one in it is resumed.")
 @json_option
 def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) -> None:
@@ -70,7 +70,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
 
     watch_lease_from_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C, wherever the study is
-    workspace, places = Workspace.from_environment(), take_places(given)
+    workspace, slots = Workspace.from_environment(), pop_slots(given)
     request = DepthRequest(
         data=data or write_digits(workspace.root / "demo" / "digits"),
         depths=_numbers(given["depths"], "--depths", "8,20,44"),
@@ -82,7 +82,7 @@ def depth(data: Path | None, run_dir: Path | None, as_json: bool, **given: Any) 
         seed=given["seed"],
     )
     with progress_bars(shown=not as_json) as progress:
-        found = study_depth(request, Shared.of(workspace, places), progress, run_dir)
+        found = study_depth(request, Shared.of(workspace, slots), progress, run_dir)
     print_json(found.to_dict()) if as_json else show_depth(found)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune.cli.executing import places_options, take_places
-from finetune.cli.following import take_trackers, tracking_options
+from finetune.cli.executing import pop_slots, slots_options
+from finetune.cli.following import pop_trackers, tracking_options
 from finetune.runtime.collector import objects_exempt
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def take_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def pop_job_options(given: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Pop the values of `job_options` from a command's arguments; return overrides of the spec, and ``--set`` settings."""
     short_forms: dict[str, Any] = {
         "training_file": given.pop("data"),
@@ -110,12 +110,12 @@ def is_spec_file(path: Path) -> bool:
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a spec file or data as argument, `job_options` and ``--set`` to a command; it gets one validated `spec`."""
+    """Add a spec file or data as argument, `job_options` and ``--set`` to a command, which is called with a valid `spec`."""
 
     def build(ctx: click.Context, **given: Any) -> Any:
         from finetune.spec import load_spec
 
-        overrides, settings = take_job_options(given)
+        overrides, settings = pop_job_options(given)
         what: str | None = given.pop("what")
         spec_file = Path(what) if what is not None and is_spec_file(Path(what)) else None
         if what is not None and spec_file is None:
@@ -191,7 +191,7 @@ def check(
         )
     with objects_exempt():
         from finetune.cli.examining import carry_out, data_problems, show_examination
-        from finetune.cli.show import show_plan
+        from finetune.cli.show_plan import show_plan
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
@@ -227,7 +227,7 @@ def check(
     type=click.Path(path_type=Path),
     help="Folder of the run; an unfinished run in it is resumed. Default: in the workspace.",
 )
-@places_options
+@slots_options
 @tracking_options
 @json_option
 def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> None:
@@ -250,18 +250,17 @@ def train(spec: JobSpec, run_dir: Path | None, as_json: bool, **given: Any) -> N
     watch_lease_from_environment()
     note_settings_without_effect(spec)
     with objects_exempt():
-        from finetune.cli.show import show_outcome
+        from finetune.cli.show_run import show_outcome
         from finetune.cli.terminal import print_json
         from finetune.progress_bars import progress_bars
         from finetune.runs.shared import Shared
         from finetune.storage.rundir import RunDir
         from finetune.storage.workspace import Workspace
         from finetune.studies.carry_out import fine_tune
-        from finetune.tracking.view import experiment_name
 
-    workspace, places, trackers = Workspace.from_environment(), take_places(given), take_trackers(given)
-    with trackers.follow(workspace, experiment_name(spec)) as begun, progress_bars(shown=not as_json) as progress:
-        outcome = fine_tune(spec, Shared.of(workspace, places), progress, run_dir, begun)
+    workspace, slots, trackers = Workspace.from_environment(), pop_slots(given), pop_trackers(given)
+    with trackers.follow(workspace, spec) as begun, progress_bars(shown=not as_json) as progress:
+        outcome = fine_tune(spec, Shared.of(workspace, slots), progress, run_dir, begun)
     print_json(outcome.to_dict()) if as_json else show_outcome(outcome, RunDir(outcome.run))
 
 
@@ -288,7 +287,7 @@ def evaluate(model: str, data: str, settings: tuple[str, ...], split: str | None
     finetune evaluate photos@3 --data other.zip --out predictions.csv
     """
     from finetune.bundle.registry import Registry
-    from finetune.cli.show import show_evaluation
+    from finetune.cli.show_evaluation import show_evaluation
     from finetune.cli.terminal import print_json
     from finetune.data.reading import reading_of
     from finetune.evaluation.of_bundle import evaluate_bundle
@@ -324,7 +323,7 @@ def backbones(name: str | None, limit: int, as_json: bool) -> None:
     finetune backbones resnet50       stages, parameters, what each method trains
     finetune backbones 'vgg*'         names that match
     """
-    from finetune.cli.show import show_backbone, show_backbone_names, show_trials
+    from finetune.cli.show_backbones import show_backbone, show_backbone_names, show_trials
     from finetune.cli.terminal import print_json
     from finetune.model.catalog import list_backbones
     from finetune.model.describe import describe_backbone

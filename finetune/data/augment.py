@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _SMALLEST_CROP = {"none": 1.0, "light": 0.7, "default": 0.35, "strong": 0.2}
 
 
-class _Given(NamedTuple):
+class _Arguments(NamedTuple):
     """The arguments that an augmentation was built from, except the preprocessing."""
 
     policy: Policy
@@ -61,7 +61,7 @@ class Augment:
         make_transforms: Callable[[], Sequence[Any]],
         preprocess: Preprocess,
         smallest_crop: float,
-        given: _Given,
+        given: _Arguments,
     ) -> None:
         self.name = name
         self._given = given
@@ -155,7 +155,7 @@ def build_augment(
         SpecError: transforms are unknown (similar names are listed), refuse their parameters, or do not return repeatable 8-bit
             RGB.
     """
-    given = _Given(policy, transforms, notes)
+    given = _Arguments(policy, transforms, notes)
     if transforms is None:
         smallest = _SMALLEST_CROP[policy]
         return Augment(policy, lambda: _transforms().of_policy(policy, preprocess, smallest), preprocess, smallest, given)
@@ -163,13 +163,13 @@ def build_augment(
     built = _transforms().build_all(transforms, "augmentation.transforms", problems)
     augment = Augment("transforms", lambda: built, preprocess, smallest_crop=0.25, given=given)
     if not problems:
-        problems += _rehearse(augment)
+        problems += _check_transforms(augment)
     if problems:
         raise SpecError("the augmentation cannot be built", problems)
     return augment
 
 
-def _rebuilt(given: _Given, preprocess: Preprocess) -> Augment:
+def _rebuilt(given: _Arguments, preprocess: Preprocess) -> Augment:
     return build_augment(given.policy, given.transforms, preprocess, given.notes)
 
 
@@ -179,7 +179,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(position, digest_size=8).digest(), "little")
 
 
-def _rehearse(augment: Augment) -> list[Problem]:
+def _check_transforms(augment: Augment) -> list[Problem]:
     """Try the transforms on a synthetic image, to refuse those that need masks, return floats or ignore the seed."""
     rgb = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     where = "augmentation.transforms"

@@ -130,7 +130,7 @@ def verify(
         bad=_in_order(indexed, scanned.dataset.bad + bad),
         warnings=indexed.warnings + _warnings(indexed, good),
     )
-    _judge_bad(checked, on_bad, max_bad_fraction)
+    _check_bad_images(checked, on_bad, max_bad_fraction)
     if not may_empty:
         _refuse_emptied(indexed, checked)
     return checked
@@ -321,7 +321,7 @@ def _quantiles(values: np.ndarray, *percents: int) -> dict[str, float]:
     return {f"p{percent}": float(value) for percent, value in zip(percents, np.percentile(values, percents), strict=True)}
 
 
-def _judge_bad(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) -> None:
+def _check_bad_images(dataset: Dataset, on_bad: OnBadImage, max_bad_fraction: float) -> None:
     n_bad, n_files = len(dataset.bad), len(dataset.bad) + len(dataset.samples)
     if n_bad == 0 or (on_bad == "quarantine" and n_bad <= max_bad_fraction * n_files):
         return

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, check_bytes, read_bytes
+from finetune.bundle.image import read_bytes
+from finetune.bundle.image_formats import HEAD_BYTES
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes
 from finetune.data.archive import Member, read_member
 from finetune.errors import ImageError
 from finetune.messages import printable

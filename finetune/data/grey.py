@@ -1,4 +1,4 @@
-"""Decode images as small grey pictures, to judge brightness and sharpness and to compare images. Torch-free."""
+"""Decode images as small grey pictures, to measure brightness and sharpness and to compare images. Torch-free."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Intake:
     understood: tuple[str, ...] = ()
 
 
-def take_in(
+def unpack_upload(
     archive: Path, target: Path, limits: ArchiveLimits = DEFAULT_LIMITS, filename: str = "", *, labelled: bool = True
 ) -> Intake:
     """Unpack an upload into the folder `target`, which must not exist yet, and describe it. On an error delete `target`.
@@ -158,7 +158,7 @@ def _refuse(code: str, message: str, problems: list[dict[str, str]]) -> NoReturn
 
 
 def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, labelled: bool) -> dict[str, Any]:
-    """Compute the answer of `take_in` as JSON values, in the child process."""
+    """Compute the answer of `unpack_upload` as JSON values, in the child process."""
     try:
         kind, n_files, size_bytes = _unpack(archive, target, limits, filename)
         if not labelled:
@@ -269,7 +269,7 @@ def _list(locations: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, An
 
 
 def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the child process answers to a request of `take_in`, `check` or `listed`."""
+    """Return what the child process answers to a request of `unpack_upload`, `check` or `listed`."""
     if "listed" in request:
         return _list(request["listed"], request["data"])
     if "locations" in request:

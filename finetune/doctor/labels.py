@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample, targets_of
 from finetune.features.left_out import DoubtedLabels, doubted_decisions, doubts_by_image
-from finetune.features.solve import solve_softmax_head
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
+from finetune.features.softmax_head import solve_softmax_head
 from finetune.metrics.labels import sigmoid
 from finetune.tasks import task_named
 

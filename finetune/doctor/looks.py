@@ -25,7 +25,7 @@ from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.cores import available_cores
 
 _VERSION = 1
-_SIDE_PX = 128  # of the picture that is judged; blur is a matter of scale
+_SIDE_PX = 128  # of the picture that is measured; blur is a matter of scale
 _ORIENTATION, _MODEL = 0x0112, 0x0110  # EXIF tags
 
 

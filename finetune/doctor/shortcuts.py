@@ -28,7 +28,7 @@ Fact = Callable[[Sample, Look], float | str]
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A fact that predicts labels.
+    """A property of the files, such as their size or name, that predicts the labels.
 
     Args:
         fact: its name.

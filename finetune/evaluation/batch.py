@@ -22,11 +22,11 @@ from finetune.data.places import open_place
 from finetune.data.reading import Reading
 from finetune.errors import DataError, MissingExtra
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
+from finetune.evaluation.predict import SamplePrediction, UnreadableSample, predict_samples, predictions_table
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.tables import write_table
 from finetune.messages import plural, printable
-from finetune.monitoring.answers import AnswerStatistics, concatenated, read_statistics, statistics_of, write_statistics
+from finetune.monitoring.statistics import PredictionStatistics, concatenated, read_statistics, statistics_of, write_statistics
 from finetune.monitoring.window import WINDOW_IMAGES
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.storage.files import read_json, write_json
@@ -37,14 +37,14 @@ STATISTICS = ".statistics"  # of a part: statistics of its predictions for drift
 SHOWN_UNREADABLE = 1000
 
 
-def answer_folder(
+def predict_folder(
     predictor: Predictor,
     images: Path,
     out: Path,
     *,
     embedding: bool = False,
     progress: ProgressCallback = silent,
-    answered: Callable[[AnswerStatistics], None] = lambda _: None,
+    answered: Callable[[PredictionStatistics], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Predict for every image under `images`, write the tables into the folder `out` and return the content of ``batch.json``.
 
@@ -72,23 +72,23 @@ def answer_folder(
         part = parts / f"{number:06d}.npz"
         if not part.exists():
             moved = _moved(progress, start, len(samples))
-            _answer_part(predictor, samples[start : start + PART_IMAGES], part, embedding, moved)
+            _predict_part(predictor, samples[start : start + PART_IMAGES], part, embedding, moved)
         unreadable += read_json(part.with_suffix(".json"))
     statistics = [read_statistics(path.read_bytes())[0] for path in sorted(parts.glob(f"*{STATISTICS}"))]
-    answers = _joined([tables.read(part) for part in sorted(parts.glob("*.npz"))])
+    table = _joined([tables.read(part) for part in sorted(parts.glob("*.npz"))])
     manifest = predictor.manifest
-    written = _write_answers(answers, out, float(manifest.calibration.get("temperature", 1.0)))
+    written = _write_tables(table, out, float(manifest.calibration.get("temperature", 1.0)))
     document = {
         "object": "batch_prediction",
         "id": out.name,
         "model": manifest.name,
         "version": manifest.version,
         "classes": list(manifest.classes),
-        "n_answered": len(answers),
+        "n_answered": len(table),
         "n_unreadable": len(unreadable),
         "unreadable": unreadable[:SHOWN_UNREADABLE],
         "files": written,
-        "summary": f"{plural(len(answers), 'image')} answered by {manifest.name}@{manifest.version}"
+        "summary": f"{plural(len(table), 'image')} answered by {manifest.name}@{manifest.version}"
         + (f", {len(unreadable):,} could not be read" if unreadable else ""),
     }
     if statistics:
@@ -98,8 +98,8 @@ def answer_folder(
     return document
 
 
-def _statistics(answers: Sequence[Answer], predictor: Predictor) -> AnswerStatistics:
-    probs, embeddings = np.stack([one.probs for one in answers]), np.stack([one.embedding for one in answers])
+def _statistics(predicted: Sequence[SamplePrediction], predictor: Predictor) -> PredictionStatistics:
+    probs, embeddings = np.stack([one.probs for one in predicted]), np.stack([one.embedding for one in predicted])
     manifest = predictor.manifest
     return statistics_of(manifest.task, probs, embeddings, predictor.estimator.subspace, manifest.thresholds)
 
@@ -113,25 +113,29 @@ def _moved(progress: ProgressCallback, start: int, total: int) -> ProgressCallba
     return report
 
 
-def _answer_part(
+def _predict_part(
     predictor: Predictor, samples: Sequence[Sample], part: Path, embedding: bool, progress: ProgressCallback
 ) -> None:
-    answers: list[Answer] = []
+    predicted: list[SamplePrediction] = []
     unreadable: list[dict[str, str]] = []
-    for answer in ask(predictor, samples, progress=progress):
-        if isinstance(answer, Unreadable):
-            unreadable.append(_refused(answer))
+    for prediction in predict_samples(predictor, samples, progress=progress):
+        if isinstance(prediction, UnreadableSample):
+            unreadable.append(_refused(prediction))
         else:
-            answers.append(answer)
-    table = predictions_of(answers, predictor, "given", labelled=False)
+            predicted.append(prediction)
+    table = predictions_table(predicted, predictor, "given", labelled=False)
     write_json(part.with_suffix(".json"), unreadable)
-    if answers:
-        write_statistics(part.with_suffix(STATISTICS), _statistics(answers, predictor))
+    if predicted:
+        write_statistics(part.with_suffix(STATISTICS), _statistics(predicted, predictor))
     tables.write(part, table if embedding else replace(table, embedding=None))
 
 
-def _refused(answer: Unreadable) -> dict[str, str]:
-    return {"file": printable(answer.sample.id), "code": answer.error.code, "message": printable(answer.error.message)}
+def _refused(prediction: UnreadableSample) -> dict[str, str]:
+    return {
+        "file": printable(prediction.sample.id),
+        "code": prediction.error.code,
+        "message": printable(prediction.error.message),
+    }
 
 
 def _joined(parts: Sequence[Predictions]) -> Predictions:
@@ -145,9 +149,9 @@ def _joined(parts: Sequence[Predictions]) -> Predictions:
     )
 
 
-def _write_answers(answers: Predictions, out: Path, temperature: float) -> list[str]:
-    """Write the answers in every format whose library is installed; return the file names."""
+def _write_tables(table: Predictions, out: Path, temperature: float) -> list[str]:
+    """Write the predictions in every format whose library is installed; return the file names."""
     for suffix in FORMATS:
         with contextlib.suppress(MissingExtra):
-            write_table(out / f"answers{suffix}", answers, temperature)
+            write_table(out / f"answers{suffix}", table, temperature)
     return [f"answers{suffix}" for suffix in FORMATS if (out / f"answers{suffix}").exists()]

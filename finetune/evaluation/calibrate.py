@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.calibration import CLASS_LEVELS, LEVELS, NOVEL, Calibration, CertaintyEstimator, CertaintyOptions, Operating
+from finetune.bundle.calibration import (
+    CLASS_LEVELS,
+    LEVELS,
+    NOVEL,
+    Calibration,
+    CertaintyEstimator,
+    CertaintyOptions,
+    OperatingPoint,
+)
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.selective import operating_point
@@ -38,12 +46,12 @@ class FittedCalibration:
     subspace: Subspace | None
 
 
-def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_hold: bool) -> FittedCalibration | None:
+def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_match: bool) -> FittedCalibration | None:
     """Fit coverage, abstention and novelty thresholds on held-out predictions.
 
     Args:
         temperature: the bundle's; logits are divided by it.
-        embeddings_hold: whether the embeddings in the table equal those of the exported model.
+        embeddings_match: whether the embeddings in the table equal those of the exported model.
 
     Returns:
         None for fewer than `MIN_IMAGES` images, and for tasks with several labels per image.
@@ -56,9 +64,9 @@ def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_hol
     of_true = probs[np.arange(len(targets)), targets]
     covered = {level: coverage_threshold(of_true, float(level)) for level in LEVELS}
     by_class = {level: class_thresholds(of_true, targets, len(held_out.classes), float(level)) for level in CLASS_LEVELS}
-    subspace, novelty, unlike = _novelty(held_out if embeddings_hold else replace(held_out, embedding=None))
+    subspace, novelty, unlike = _novelty(held_out if embeddings_match else replace(held_out, embedding=None))
     confidence = np.where(unlike, 0.0, probs.max(axis=1))  # a novel image is never answered, whatever its probability
-    right = held_out.judged().score > 0
+    right = held_out.image_results().score > 0
     operating = {level: operating_point(confidence, right, float(level)) for level in LEVELS}
     return FittedCalibration(
         Calibration(
@@ -70,7 +78,7 @@ def fit_calibration(held_out: Predictions, temperature: float, *, embeddings_hol
                 for level, thresholds in by_class.items()
             },
             precision={
-                level: Operating(_below(point.threshold), point.n_answered / len(held_out))
+                level: OperatingPoint(_below(point.threshold), point.n_answered / len(held_out))
                 for level, point in operating.items()
                 if point is not None and point.threshold > 0.0
             },
@@ -146,23 +154,23 @@ def _share(count: int, n: int) -> dict[str, float]:
     return {"value": count / n, "low": low, "high": high}
 
 
-def reliability_after(judged: Predictions, temperature: float, *, fitted_on_these: bool) -> Evaluation:
+def reliability_after(predictions: Predictions, temperature: float, *, fitted_on_these: bool) -> Evaluation:
     """Evaluate temperature-scaled predictions such that no image is scaled by a temperature that was fitted on it.
 
     Args:
         fitted_on_these: whether `temperature` was fitted on these images. Then they are scaled by cross-fitting: each of
             `N_PARTS` parts with a temperature fitted on the other parts.
     """
-    factors = np.full(len(judged), 1.0 / temperature)
+    factors = np.full(len(predictions), 1.0 / temperature)
     if fitted_on_these:
-        part = np.arange(len(judged)) % N_PARTS
+        part = np.arange(len(predictions)) % N_PARTS
         for number in range(N_PARTS):
-            others = judged.take(np.flatnonzero(part != number))
-            found = task_named(judged.task).fit_temperature(others.logits, others.labels)
+            others = predictions.take(np.flatnonzero(part != number))
+            found = task_named(predictions.task).fit_temperature(others.logits, others.labels)
             factors[part == number] = 1.0 if found.at_limit else 1.0 / found.temperature
-    scaled = (judged.logits.astype(np.float64) * factors[:, None]).astype(np.float32)
-    thresholds = None if judged.thresholds is None else (judged.thresholds * factors[:, None]).astype(np.float32)
-    return evaluate(replace(judged, logits=scaled, thresholds=thresholds))
+    scaled = (predictions.logits.astype(np.float64) * factors[:, None]).astype(np.float32)
+    thresholds = None if predictions.thresholds is None else (predictions.thresholds * factors[:, None]).astype(np.float32)
+    return evaluate(replace(predictions, logits=scaled, thresholds=thresholds))
 
 
 @dataclass(frozen=True)
@@ -175,16 +183,16 @@ class AccuracyCoverage:
     high: tuple[float, ...]
 
 
-def accuracy_coverage(judged: Predictions, temperature: float, n_points: int = 100) -> AccuracyCoverage:
+def accuracy_coverage(predictions: Predictions, temperature: float, n_points: int = 100) -> AccuracyCoverage:
     """Return the accuracy of the n most confident answers, for at most `n_points` values of n."""
-    task = task_named(judged.task)
-    confidence = task.probabilities(judged.logits, temperature).max(axis=1)
+    task = task_named(predictions.task)
+    confidence = task.probabilities(predictions.logits, temperature).max(axis=1)
     order = np.argsort(-confidence, kind="stable")
-    right = np.cumsum(judged.judged().score[order])
-    counts: Sequence[int] = sorted({max(1, round(len(judged) * place / n_points)) for place in range(1, n_points + 1)})
+    right = np.cumsum(predictions.image_results().score[order])
+    counts: Sequence[int] = sorted({max(1, round(len(predictions) * place / n_points)) for place in range(1, n_points + 1)})
     intervals = [wilson_interval(int(right[count - 1]), count) for count in counts]
     return AccuracyCoverage(
-        answered=tuple(count / len(judged) for count in counts),
+        answered=tuple(count / len(predictions) for count in counts),
         accuracy=tuple(float(right[count - 1] / count) for count in counts),
         low=tuple(low for low, _ in intervals),
         high=tuple(high for _, high in intervals),

@@ -192,23 +192,23 @@ def images_needed(pair: Pair, difference: float) -> int:
 
 def paired_scores(arm: ArmPredictions) -> Floats:
     """Return (S, N) scores: 1 where run s answers image n correctly, else 0."""
-    return np.stack([run.judged().score for run in arm.runs])
+    return np.stack([run.image_results().score for run in arm.runs])
 
 
 def headline_error(arm: ArmPredictions) -> tuple[float, float]:
     """Return the standard error of an arm's headline over images and runs, and the t quantile of its 95 % interval."""
     task = task_named(arm.runs[0].task)
     n = len(arm.runs[0])
-    if task.headline is task.of_images:
+    if task.headline is task.mean_score:
         scores = paired_scores(arm)
         # Agresti & Coull's (1998) two successes and two failures, so that the interval never has width zero
         adjusted = np.concatenate([scores.mean(axis=0), [1.0, 1.0, 0.0, 0.0]])
         image_variance = float(adjusted.var()) / len(adjusted)
         means = scores.mean(axis=1)
     else:
-        judged = [run.judged() for run in arm.runs]
-        image_variance = float(np.var(resampled(judged, task.headline))) + 2.0 / (n + 4) ** 2
-        means = np.array([task.headline.compute(rows) for rows in judged])
+        results = [run.image_results() for run in arm.runs]
+        image_variance = float(np.var(resampled(results, task.headline))) + 2.0 / (n + 4) ** 2
+        means = np.array([task.headline.compute(rows) for rows in results])
     seed_variance = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
     df = _satterthwaite((image_variance, n - 1.0), (seed_variance, max(len(means) - 1.0, 1.0)))
     return math.sqrt(image_variance + seed_variance), _t_quantile(1 - ALPHA / 2, df)
@@ -231,7 +231,7 @@ def _compare(first: ArmPredictions, second: ArmPredictions, margin: float, seed:
     task = task_named(first.runs[0].task)
     scores_a, scores_b = paired_scores(first), paired_scores(second)
     a, b = scores_a.mean(axis=0), scores_b.mean(axis=0)
-    by_image = task.headline is task.of_images
+    by_image = task.headline is task.mean_score
     if by_image:
         seed_variance, seed_df = _seed_part([s.mean() for s in scores_a], [s.mean() for s in scores_b])
         headline = _headline(first, second, task.headline.key, a - b, seed_variance, seed_df)
@@ -288,8 +288,8 @@ def _headline(
 
 def _resampled_headline(first: ArmPredictions, second: ArmPredictions, metric: Metric[Any], seed: int) -> Difference:
     """Return the difference of a headline that is not a mean over images, by resampling the images or fold by fold."""
-    judged = [[run.judged() for run in arm.runs] for arm in (first, second)]
-    values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
+    results = [[run.image_results() for run in arm.runs] for arm in (first, second)]
+    values = [[metric.compute(rows) for rows in of_arm] for of_arm in results]
     mean, seed_share = float(np.mean(values[0]) - np.mean(values[1])), 0.0
     n = len(first.runs[0])
     if first.folds is not None:
@@ -299,7 +299,7 @@ def _resampled_headline(first: ArmPredictions, second: ArmPredictions, metric: M
         error, df = _corrected_resampled(of_folds, n, first.n_train)
     else:
         seed_variance, seed_df = _seed_part(values[0], values[1])
-        spread = resampled(judged[0], metric, seed) - resampled(judged[1], metric, seed)
+        spread = resampled(results[0], metric, seed) - resampled(results[1], metric, seed)
         image_variance = float(np.var(spread)) + 2.0 / (n + 2) ** 2  # as if two more images disagreed in opposite directions
         error = math.sqrt(image_variance + seed_variance)
         df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
@@ -309,7 +309,7 @@ def _resampled_headline(first: ArmPredictions, second: ArmPredictions, metric: M
 
 def _of_fold(arm: ArmPredictions, inside: NDArray[np.bool_], metric: Metric[Any]) -> float:
     rows = np.flatnonzero(inside)
-    return float(np.mean([metric.compute(run.take(rows).judged()) for run in arm.runs]))
+    return float(np.mean([metric.compute(run.take(rows).image_results()) for run in arm.runs]))
 
 
 def _corrected_resampled(means: Floats, n: int, n_train: int) -> tuple[float, float]:
@@ -354,11 +354,11 @@ def _bootstrapped(first: ArmPredictions, second: ArmPredictions, seed: int) -> t
     """Return the differences of `PAIRED_METRICS` other than the headline; the images' variance comes from a paired bootstrap."""
     task = task_named(first.runs[0].task)
     n = len(first.runs[0])
-    judged = [[run.judged() for run in arm.runs] for arm in (first, second)]
+    results = [[run.image_results() for run in arm.runs] for arm in (first, second)]
     found = []
     for metric in (metric for metric in task.metrics if metric.key in PAIRED_METRICS and metric is not task.headline):
-        values = [[metric.compute(rows) for rows in of_arm] for of_arm in judged]
-        image_variance = float(np.var(resampled(judged[0], metric, seed) - resampled(judged[1], metric, seed)))
+        values = [[metric.compute(rows) for rows in of_arm] for of_arm in results]
+        image_variance = float(np.var(resampled(results[0], metric, seed) - resampled(results[1], metric, seed)))
         seed_variance, seed_df = _seed_part(values[0], values[1])
         df = _satterthwaite((image_variance, n - 1.0), (seed_variance, seed_df))
         difference = float(np.mean(values[0]) - np.mean(values[1]))

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from finetune.evaluation.predictions import Predictions
 from finetune.metrics.novelty import Subspace, held_out_distances, known_images
-from finetune.monitoring.answers import AnswerStatistics, statistics_of
 from finetune.monitoring.reference import MAX_IMAGES, MIN_IMAGES, Reference
+from finetune.monitoring.statistics import PredictionStatistics, statistics_of
 from finetune.runtime.blas import blas_threads_for
 from finetune.tasks import task_named
 
@@ -42,12 +42,12 @@ def reference_of(
         rows = np.linspace(0, len(predictions) - 1, MAX_IMAGES).round().astype(np.int64)
     kept = predictions.take(rows)
     probs = task_named(kept.task).probabilities(kept.logits, temperature)
-    answers = statistics_of(kept.task, probs, kept.embedding, subspace, thresholds)
+    statistics = statistics_of(kept.task, probs, kept.embedding, subspace, thresholds)
     if fitted_on_these and subspace is not None and kept.embedding is not None:
         with blas_threads_for(kept.embedding.size):
-            answers = _with_distances(answers, held_out_distances(kept.embedding))
-    return Reference(kept.split, answers)
+            statistics = _with_distances(statistics, held_out_distances(kept.embedding))
+    return Reference(kept.split, statistics)
 
 
-def _with_distances(answers: AnswerStatistics, distances: NDArray[np.float64]) -> AnswerStatistics:
-    return replace(answers, distance=distances.astype(np.float32))
+def _with_distances(statistics: PredictionStatistics, distances: NDArray[np.float64]) -> PredictionStatistics:
+    return replace(statistics, distance=distances.astype(np.float32))

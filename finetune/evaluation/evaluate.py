@@ -20,6 +20,8 @@ from finetune.tasks.leading import WHY_OVER_CLASSES, leading_first
 
 UNSEEN = "_unseen"
 """Suffix of the second evaluation of a split that shares images with the training data: the one without those images."""
+MOST_INDEPENDENT_FIRST = (f"cv{UNSEEN}", "cv", f"test{UNSEEN}", "test", f"val{UNSEEN}", "val")
+"""The splits in the order in which they are displayed. Val comes last, because the epoch was chosen on it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def evaluate(predictions: Predictions, class_sizes: Sequence[int] = ()) -> Evalu
         TrainingError: a logit is NaN or infinite.
     """
     task = task_named(predictions.task)
-    rows = predictions.judged()
+    rows = predictions.image_results()
     precisions = task.class_precisions(rows) or [None] * len(predictions.classes)
     return Evaluation(
         task=task.name,

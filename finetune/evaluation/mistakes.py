@@ -23,15 +23,15 @@ class Mistake:
 
 def confident_mistakes(predictions: Predictions, limit: int) -> tuple[Mistake, ...]:
     """Return at most `limit` wrong predictions, most confident first, ties in row order."""
-    task, rows, classes = task_named(predictions.task), predictions.judged(), predictions.classes
-    confidence, true_probability = task.sureness(rows)
+    task, rows, classes = task_named(predictions.task), predictions.image_results(), predictions.classes
+    confidence, true_probability = task.predicted_and_true_probabilities(rows)
     wrong = rows.score < 1
     order = np.argsort(np.where(wrong, -confidence, np.inf), kind="stable")[: min(limit, int(np.count_nonzero(wrong)))]
     return tuple(
         Mistake(
             index=int(row),
             true=task.label_text(predictions.labels[row], classes),
-            predicted=task.answer_text(rows, int(row), classes),
+            predicted=task.prediction_text(rows, int(row), classes),
             confidence=float(confidence[row]),
             true_probability=float(true_probability[row]),
         )

@@ -14,8 +14,8 @@ from finetune.data.dataset import Dataset, Sample
 from finetune.data.index import index_dataset
 from finetune.data.reading import Reading
 from finetune.errors import DataError, InvalidInput, Problem, did_you_mean
-from finetune.evaluation.answers import Answer, Unreadable, ask, predictions_of
 from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.predict import SamplePrediction, UnreadableSample, predict_samples, predictions_table
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
 from finetune.progress import ProgressCallback, silent
@@ -31,7 +31,7 @@ class BundleEvaluation:
     n_trained_on: int | None  # images, compared by sha256, that the weights were fitted on; None: the bundle does not record it
     n_chosen_on: int | None  # other images that were only used for validation, to choose between weights
     unseen: Evaluation | None  # on the images that are neither; None if there are none, or if it would equal `evaluation`
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[UnreadableSample, ...]
     temperature: float  # the bundle's; its probabilities are those of the logits divided by it
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def evaluate_bundle(
     predictor = Predictor.load(folder, threads=available_cores())
     dataset = index_dataset(data, for_training=False, reading=reading)
     samples = _relabelled(dataset, _chosen(dataset, split), predictor.manifest.classes)
-    answers: list[Answer] = []
-    unreadable: list[Unreadable] = []
-    for answer in ask(predictor, samples, what=dataset.name, progress=progress):
-        answers.append(answer) if isinstance(answer, Answer) else unreadable.append(answer)
-    if not answers:
+    predicted: list[SamplePrediction] = []
+    unreadable: list[UnreadableSample] = []
+    for prediction in predict_samples(predictor, samples, what=dataset.name, progress=progress):
+        predicted.append(prediction) if isinstance(prediction, SamplePrediction) else unreadable.append(prediction)
+    if not predicted:
         problems = [Problem(bad.sample.id, bad.error.message) for bad in unreadable[:10]]
         raise DataError(f"{printable(data)}: holds no image that can be read", problems)
-    predictions = predictions_of(answers, predictor, split or "given", labelled=True)
+    predictions = predictions_table(predicted, predictor, split or "given", labelled=True)
     seen = read_seen(folder)
     known, digests = seen or Seen(), predictions.digests()
     trained_on = np.array([known.trained_on(digest) for digest in digests])

@@ -48,32 +48,32 @@ def paired_gain(first: Predictions, than: Predictions) -> Gain:
     if first.ids != than.ids:
         raise InvalidInput("only answers to the same images can be compared one by one")
     task = task_named(first.task)
-    judged = [first.judged(), than.judged()]
+    results = [first.image_results(), than.image_results()]
     n = len(first)
-    if task.headline is not task.of_images:
-        variance = float(np.var(resampled(judged[:1], task.headline) - resampled(judged[1:], task.headline)))
-        gain = task.headline.compute(judged[0]) - task.headline.compute(judged[1])
+    if task.headline is not task.mean_score:
+        variance = float(np.var(resampled(results[:1], task.headline) - resampled(results[1:], task.headline)))
+        gain = task.headline.compute(results[0]) - task.headline.compute(results[1])
         return Gain(gain, math.sqrt(variance + 1.0 / n**2), task.headline.key)
-    differences = judged[0].score - judged[1].score
+    differences = results[0].score - results[1].score
     gain = math.fsum(differences) / n
     variance = max(math.fsum(differences**2) - n * gain**2, 1.0)
     return Gain(gain, math.sqrt(variance) / n, task.headline.key)
 
 
-def resampled(judged: Sequence[Any], metric: Metric[Any], seed: int = 0) -> NDArray[np.float64]:
+def resampled(results: Sequence[Any], metric: Metric[Any], seed: int = 0) -> NDArray[np.float64]:
     """Return (RESAMPLINGS,) bootstrap values of a metric: its mean over runs for each resampling of the images.
 
     Two calls with the same seed and number of images draw the same resamplings, so that their differences are paired.
 
     Args:
-        judged: the judged rows of each run, for the same images in the same order.
+        results: the image results of each run, for the same images in the same order.
     """
-    n = len(judged[0])
+    n = len(results[0])
     chance, found = np.random.default_rng(seed), []
     size = max(1, min(RESAMPLINGS, _BLOCK_ELEMENTS // n))
     for start in range(0, RESAMPLINGS, size):
         weights = chance.multinomial(n, np.full(n, 1 / n), min(size, RESAMPLINGS - start)).astype(np.float64)
-        found.append(np.mean([metric.weighted(rows, weights) for rows in judged], axis=0))
+        found.append(np.mean([metric.weighted(rows, weights) for rows in results], axis=0))
     return np.concatenate(found)
 
 
@@ -115,21 +115,21 @@ def compare_two(first: Predictions, second: Predictions, seen: Callable[[str], b
     others = second.take([other_rows[digest] for digest in kept])
     task = task_named(first.task)
     thresholds = None if others.thresholds is None else others.thresholds[:, columns]
-    judged = answers.judged()
-    of_other = task.judge(others.logits[:, columns], answers.labels, thresholds)
-    scores, other_scores = judged.score, of_other.score
+    results = answers.image_results()
+    of_other = task.image_results(others.logits[:, columns], answers.labels, thresholds)
+    scores, other_scores = results.score, of_other.score
     only_first, only_second = (int((one > other).sum()) for one, other in ((scores, other_scores), (other_scores, scores)))
-    if task.headline is task.of_images:
+    if task.headline is task.mean_score:
         test, p_value = "McNemar, mid-p", mcnemar_mid_p(only_first, only_second)
     else:
-        spread = resampled([judged], task.headline) - resampled([of_other], task.headline)
+        spread = resampled([results], task.headline) - resampled([of_other], task.headline)
         error = math.sqrt(float(np.var(spread)) + 2.0 / (len(kept) + 2) ** 2)
-        difference = task.headline.compute(judged) - task.headline.compute(of_other)
+        difference = task.headline.compute(results) - task.headline.compute(of_other)
         test, p_value = "paired bootstrap", math.erfc(abs(difference) / error / math.sqrt(2.0))
     return Paired(
         metric=task.headline.key,
         n=len(kept),
-        first=task.headline.compute(judged),
+        first=task.headline.compute(results),
         second=task.headline.compute(of_other),
         only_first=only_first,
         only_second=only_second,

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from finetune.errors import InvalidInput
 from finetune.storage.files import json_text, write_atomic
 from finetune.tasks import task_named
-from finetune.tasks.task import JudgedRows
+from finetune.tasks.task import ImageResults
 
 SCHEMA_VERSION = 1
 SHA256_BYTES = 32
@@ -84,14 +84,14 @@ class Predictions:
             return replace(self, thresholds=None)
         return replace(self, thresholds=np.broadcast_to(np.asarray(thresholds, np.float32), self.logits.shape))
 
-    def judged(self) -> JudgedRows:
+    def image_results(self) -> ImageResults:
         """Compare the predictions with the labels, image by image, by the rules of the task.
 
         Raises:
             InvalidInput: the images are not labelled, or the table is empty.
             TrainingError: a logit is NaN or infinite.
         """
-        return task_named(self.task).judge(self.logits, self.labels, self.thresholds)
+        return task_named(self.task).image_results(self.logits, self.labels, self.thresholds)
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -101,7 +101,7 @@ class Predictions:
             InvalidInput: the images are not labelled.
         """
         if self.targets is None:
-            raise InvalidInput("these predictions have no labels to be judged against; use finetune evaluate on labelled images")
+            raise InvalidInput("these predictions have no labels to be compared with; use finetune evaluate on labelled images")
         return self.targets
 
     def digests(self) -> list[str]:
@@ -180,7 +180,7 @@ def read(path: Path) -> Predictions:
         raise InvalidInput(f"{path}: not a table of predictions ({error})") from None
 
 
-def why_not_of(path: Path, task: str, classes: Sequence[str]) -> str:
+def problem_of_table(path: Path, task: str, classes: Sequence[str]) -> str:
     """Return why a file is not a table of a model's predictions, as the end of a sentence; an empty text if it is one.
 
     Args:

@@ -90,7 +90,7 @@ def rows_of(predictions: Predictions, temperature: float = 1.0) -> Iterator[dict
             "file": file,
             "sha256": digest,
             **label,
-            "predicted": task.cell_text([int(label) for label in task.given(probs[row], thresholds)], classes),
+            "predicted": task.cell_text([int(label) for label in task.predict_labels(probs[row], thresholds)], classes),
             "probability": round(float(probs[row, best]), 6),
             **{f"p({name})": round(float(value), 6) for name, value in zip(classes, probs[row], strict=True)},
         }

@@ -53,7 +53,7 @@ class Verdict:
     pareto: tuple[str, ...]  # the Pareto front: arms that no other arm dominates in quality and costs
 
 
-def judge_arms(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
+def decide_verdict(standings: Sequence[Standing], pairs: Sequence[Pair], metric: Metric[Any]) -> Verdict:
     """Choose among the arms by the rules in the module's docstring."""
     beaten = {pair.b if pair.winner == pair.a else pair.a for pair in pairs if pair.winner is not None}
     unbeaten = [arm for arm in standings if arm.name not in beaten] or list(standings)
@@ -126,9 +126,8 @@ def _undecided(
     names = natural(arm.name for arm in unbeaten)
     if lead == 0:
         return (
-            f"On these {least_sure.n:,} images no difference in {metric.label} was found between {names}; {reliably}. Until "
-            f"there "
-            f"are more images, choose the cheapest, {proposed.name}."
+            f"On these {least_sure.n:,} images no difference in {metric.label} was found between {names}; {reliably}. "
+            f"Until there are more images, choose the cheapest, {proposed.name}."
         )
     if proposed.name == best.name and largest.p_value < PROBABLY:
         opening = f"{best.name} is probably the best of {names}, but that is not certain"

@@ -105,7 +105,7 @@ def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Try
         reason = "The run could not begin: another process holds its folder, or no machine was ready for it (its log says more)."
         return TryAgain(reason, BUSY_SECONDS, counted=None)
     if code == "disk_full" or (code is None and ending.disk_full):  # a run may be unable to write this error on a full disk
-        return TryAgain(_what_happened(ending), DISK_FULL_SECONDS, counted=None)
+        return TryAgain(_description(ending), DISK_FULL_SECONDS, counted=None)
     if code is not None and code != "out_of_memory":
         return _failed(ending, code)
     return _after_crash(ending, code, retry_base_seconds)
@@ -114,24 +114,24 @@ def next_action(ending: Ending, retry_base_seconds: float = 2.0) -> Finish | Try
 def _after_crash(ending: Ending, code: str | None, retry_base_seconds: float) -> Finish | TryAgain:
     """Try again after a crash, until too many attempts in a row have written no new checkpoint."""
     if ending.exit_code == EXIT_INTERRUPTED and ending.lost_attempts < MAX_LOST_ATTEMPTS and not ending.hung:
-        return TryAgain(_what_happened(ending), retry_base_seconds, counted="lost")
+        return TryAgain(_description(ending), retry_base_seconds, counted="lost")
     memory_ran_out = code == "out_of_memory" or _killed_for_memory(ending)
     if ending.stalled_attempts >= (MAX_OUT_OF_MEMORY if memory_ran_out else MAX_STALLED_ATTEMPTS):
         times = f"It ended so {ending.stalled_attempts} times in a row without a new checkpoint."
-        message = f"{_what_happened(ending)} {times} The log ends with:\n{ending.log_tail}"
+        message = f"{_description(ending)} {times} The log ends with:\n{ending.log_tail}"
         return Finish("failed", "out_of_memory" if memory_ran_out else "stalled" if ending.hung else "crash_loop", message)
     doubled = retry_base_seconds * 2.0 ** max(ending.stalled_attempts - 1, 0)
-    return TryAgain(_what_happened(ending), min(doubled, LONGEST_DELAY_SECONDS))
+    return TryAgain(_description(ending), min(doubled, LONGEST_DELAY_SECONDS))
 
 
 def _failed(ending: Ending, code: str) -> Finish:
     if ending.error is None:
-        return Finish("failed", code, f"{_what_happened(ending)} The log ends with:\n{ending.log_tail}")
+        return Finish("failed", code, f"{_description(ending)} The log ends with:\n{ending.log_tail}")
     problems = [f"{problem['where']}: {problem['message']}" for problem in ending.error.get("problems", ())]
     return Finish("failed", code, "\n".join([str(ending.error["message"]), *problems]))
 
 
-def _what_happened(ending: Ending) -> str:
+def _description(ending: Ending) -> str:
     """Return a sentence that says how the attempt ended."""
     if ending.error is not None:
         return f"The run failed: {ending.error['message']}"

@@ -18,10 +18,9 @@ import finetune.model.backbone as backbone_code
 import finetune.model.classifier as classifier_code
 from finetune.errors import ExportError
 from finetune.export.graph import DeployModule, Graph, evaluating, fill, head_of, named_weights, trace
-from finetune.export.template import INPUT_NAME
 from finetune.model.classifier import Classifier
 from finetune.runtime.memory import memory_errors_named
-from finetune.runtime.session import ORT_ERRORS, open_session
+from finetune.runtime.session import INPUT_NAME, ORT_ERRORS, open_session
 from finetune.storage.files import write_atomic
 
 _BATCH_SIZES = (1, 3)  # both differ from the batch size that is traced

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import itertools
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,15 +22,15 @@ from torch import nn
 
 from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
-from finetune.export.template import HEAD_BIAS, HEAD_WEIGHT, INPUT_NAME, OPSET, TEMPERATURE, Head, serialized, with_head
+from finetune.export.template import HEAD_BIAS, HEAD_WEIGHT, TEMPERATURE, Head, serialized, with_head
 from finetune.model.classifier import Classifier
+from finetune.model.onnx_program import onnx_program
 from finetune.runtime.collector import collection_paused
 from finetune.training.objectives import objective_of
 
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
 
 _OF_HEAD = (HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE)
-_TRACE_BATCH = 2  # with 1, the exporter would treat the batch size as a constant
 _LARGEST_FILE_BYTES = 2**31 - 1  # the limit of a protobuf message, and so of an ONNX file without external data
 
 
@@ -83,39 +82,24 @@ def trace(module: DeployModule) -> Graph:
     """
     name = module.classifier.backbone.name
     _refuse_too_large(module, name)
-    height, width = module.classifier.backbone.preprocess.input_size_px
-    images = torch.zeros((_TRACE_BATCH, height, width, 3), dtype=torch.uint8, device=module.temperature.device)
     copied = copy.deepcopy(module)
     _disable_in_place(copied)
     try:
-        program = _exported(copied, images)
+        program = _exported(copied)
     except torch.onnx.errors.OnnxExporterError as error:
         if not _unfuse_attention(copied):
             raise ExportError(_reason(name, error)) from error
         try:
-            program = _exported(copied, images)
+            program = _exported(copied)
         except torch.onnx.errors.OnnxExporterError:
             raise ExportError(_reason(name, error)) from error
     return Graph(_weights_as_inputs(program.model, module), module.outputs)
 
 
-def _exported(module: DeployModule, images: torch.Tensor) -> torch.onnx.ONNXProgram:
-    """Export the module with torch's ONNX exporter, with a dynamic batch size."""
-    with evaluating(module), torch.no_grad(), collection_paused(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own implementation
-        program = torch.onnx.export(
-            module,
-            (images,),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[INPUT_NAME],
-            output_names=list(module.outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        )
-    assert program is not None
-    return program
+def _exported(module: DeployModule) -> torch.onnx.ONNXProgram:
+    size = module.classifier.backbone.preprocess.input_size_px
+    with evaluating(module), collection_paused():
+        return onnx_program(module, size, module.outputs, device=module.temperature.device, optimize=False)
 
 
 def fold(graph: Graph, module: DeployModule) -> bytes:

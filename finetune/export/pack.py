@@ -27,20 +27,20 @@ from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export.agreement import Reference, parity, parity_samples
 from finetune.export.quantize import LOGITS_TOLERANCE, N_CALIBRATION, Quantization, quantize_if_as_good
-from finetune.export.template import INPUT_NAME, OPSET, Head, with_metadata
+from finetune.export.template import Head, with_metadata
 from finetune.metrics.novelty import Subspace
 from finetune.model.facts import BackboneFacts
 from finetune.model.tensors import Tensors, serialised_tensors
 from finetune.monitoring.reference import Reference as DriftReference
 from finetune.monitoring.reference import write_reference
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, OPSET, open_session
 from finetune.storage.files import atomic_folder, write_atomic
 from finetune.tasks import task_named
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "pillow", "albumentations")
 _N_PROBES = 3
-_N_JUDGED = 1000  # images that int8 is evaluated on, at most
+_N_EVALUATED = 1000  # images that int8 is evaluated on, at most
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def _quantised(
     threads: int,
 ) -> tuple[bytes, Quantization]:
     """Return the int8 model if it is as good on `samples`, else the model itself."""
-    judged = _evenly_spaced(samples, _N_JUDGED)
+    evaluated = _evenly_spaced(samples, _N_EVALUATED)
     return quantize_if_as_good(
         model,
         calibration=np.stack([sample.decode(preprocess.load) for sample in _evenly_spaced(training, N_CALIBRATION)]),
-        images=np.stack([sample.decode(preprocess.load) for sample in judged]),
-        targets=task_named(facts.task).encode([sample.target for sample in judged], len(facts.classes)),
+        images=np.stack([sample.decode(preprocess.load) for sample in evaluated]),
+        targets=task_named(facts.task).encode([sample.target for sample in evaluated], len(facts.classes)),
         task=task_named(facts.task),
         threads=threads,
     )

@@ -19,8 +19,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from finetune.export.template import INPUT_NAME
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, open_session
 from finetune.tasks import Task
 
 N_CALIBRATION = 64  # images; with 256 the outputs do not agree better with float32
@@ -68,7 +67,7 @@ def quantize_if_as_good(
     """
     quantised = quantize(model, calibration)
     answers = [_logits(candidate, images, threads) for candidate in (model, quantised)]
-    float32, int8 = (task.headline.compute(task.judge(logits, targets)) for logits in answers)
+    float32, int8 = (task.headline.compute(task.image_results(logits, targets)) for logits in answers)
     outcome = Quantization(
         kept=int8 >= float32 - MAX_LOSS,
         n_images=len(images),

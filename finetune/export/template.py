@@ -14,9 +14,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-INPUT_NAME = "images"
-OPSET = 20  # the first with Gelu; supported by onnxruntime from 1.17 on
-
 HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE = "classifier.head.weight", "classifier.head.bias", "temperature"
 
 

@@ -16,14 +16,13 @@ from torch.nn import functional
 from finetune.errors import FinetuneError
 from finetune.export.dry_run import dry_run_export, noise
 from finetune.export.graph import DeployModule, fill
-from finetune.export.template import INPUT_NAME
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
 from finetune.model.selection import FreezePlan
 from finetune.model.tried import Trial
 from finetune.runtime.memory import memory_errors_named
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, open_session
 
 NO_MEMORY = "not tried to the end: it takes more memory than the trial may use"
 

@@ -95,7 +95,7 @@ class Rows:
 
 
 class RowCache:
-    """One space of the cache: rows of one shape and number format."""
+    """The part of the cache for rows of one shape and number format."""
 
     def __init__(self, store: Store, space: str, row_shape: tuple[int, ...], dtype: str) -> None:
         self.folder = store.folder("features") / space

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from finetune.events import EventCallback
 from finetune.runtime.device import Device
+from finetune.runtime.session import INPUT_NAME
 from finetune.storage.files import read_json
 
 GraphSource = Callable[[], bytes]  # returns an ONNX file with an output `embedding`; the file is made when this is called
 
 LEAST_AGREEMENT = 0.9999  # between the outputs of two engines, as `agreement` computes it
-INPUT_NAME, OUTPUT_NAME = "images", "embedding"
+OUTPUT_NAME = "embedding"
 
 
 class Engine(Protocol):

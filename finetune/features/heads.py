@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.features.solve import SolvedHead, solve_softmax_head
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import SolvedHead
 
 
 class HeadSolver(Protocol):

@@ -105,14 +105,14 @@ def doubted_decisions(
     Args:
         scores: (N, C) held-out scores of each label, 0 to 1.
         known: (C,) the labels with enough images to doubt any. Of these, only labels that the scores rank clearly better than
-            chance (`LEAST_LIFT`) are judged.
+            chance (`LEAST_LIFT`) are checked.
     """
-    judged = known & (_lifts(scores, given) >= LEAST_LIFT)
+    checked = known & (_lifts(scores, given) >= LEAST_LIFT)
     n_present, n_absent = np.maximum(given.sum(axis=0), 1), np.maximum((~given).sum(axis=0), 1)
     usual_present = np.where(given, scores, 0.0).sum(axis=0) / n_present  # (C,)
     usual_absent = np.where(given, 0.0, scores).sum(axis=0) / n_absent
-    wrong = judged & given & (scores < 0.5) & (scores <= usual_absent)
-    missing = judged & ~given & (scores > 0.5) & (scores >= usual_present)
+    wrong = checked & given & (scores < 0.5) & (scores <= usual_absent)
+    missing = checked & ~given & (scores > 0.5) & (scores >= usual_present)
     return wrong, missing
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from finetune.events import EventCallback, PrefixEngine
 from finetune.features.engine import (
-    INPUT_NAME,
     LEAST_AGREEMENT,
     OUTPUT_NAME,
     Engine,
@@ -36,12 +34,11 @@ from finetune.features.engine import (
 )
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at
+from finetune.model.onnx_program import onnx_program
 from finetune.model.threads import on_threads
 from finetune.runtime.device import Device
 from finetune.runtime.session import ORT_ERRORS, open_session
 from finetune.storage.files import read_json, write_atomic, write_json
-
-OPSET = 20
 
 _GRAPH_ERRORS = (torch.onnx.errors.OnnxExporterError, *ORT_ERRORS)
 
@@ -212,8 +209,8 @@ def _open_onnx(
     Raises:
         _Disagreement: the outputs differ.
     """
-    file, verdict = store / "prefix.onnx", store / "engine.json"
-    if (kept := _kept_graph(file, verdict)) is not None:
+    file, comparison = store / "prefix.onnx", store / "engine.json"
+    if (kept := _kept_graph(file, comparison)) is not None:
         return OnnxEngine(open_session(kept))
     model = export_prefix(module) if graph is None else only_embedding(graph())
     engine = OnnxEngine(open_session(model))
@@ -222,14 +219,14 @@ def _open_onnx(
     if not cosine > LEAST_AGREEMENT:
         raise _Disagreement(f"ONNX Runtime's output has a cosine of {cosine:.6f} with PyTorch's, {LEAST_AGREEMENT} is asked for")
     write_atomic(file, lambda stream: stream.write(model))
-    write_json(verdict, {"sha256": hashlib.sha256(model).hexdigest(), "cosine": cosine, "images": len(images)})
+    write_json(comparison, {"sha256": hashlib.sha256(model).hexdigest(), "cosine": cosine, "images": len(images)})
     return engine
 
 
-def _kept_graph(file: Path, verdict: Path) -> bytes | None:
+def _kept_graph(file: Path, comparison: Path) -> bytes | None:
     """Return a graph that an earlier run exported and compared; None if there is none, or none any more."""
     try:
-        model, compared = file.read_bytes(), read_json(verdict).get("sha256")
+        model, compared = file.read_bytes(), read_json(comparison).get("sha256")
     except FileNotFoundError:
         return None
     return model if hashlib.sha256(model).hexdigest() == compared else None
@@ -250,23 +247,8 @@ def _open_cuda(module: PixelPrefix, images: NDArray[np.uint8], event: EventCallb
 
 def export_prefix(module: PixelPrefix) -> bytes:
     """Return the prefix as one ONNX file, with the input `images` (B, h, w, 3) uint8 and the activation as output."""
-    height, width = module.input_size_px
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own implementation
-        program = torch.onnx.export(
-            module,
-            (torch.zeros((2, height, width, 3), dtype=torch.uint8),),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            external_data=False,
-        )
-    assert program is not None
     stream = io.BytesIO()
-    onnx.save_model(program.model_proto, stream)
+    onnx.save_model(onnx_program(module, module.input_size_px, [OUTPUT_NAME]).model_proto, stream)
     return stream.getvalue()
 
 

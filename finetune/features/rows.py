@@ -120,7 +120,7 @@ def pooled_features(
         DataError: some images cannot be decoded; the error names each.
     """
     wanted = FrozenRows(prefix, "float32", samples, views, context)
-    wanted.settle_engine()
+    wanted.choose_engine()
     features = np.empty((len(wanted.keys), *prefix.row_shape), np.float32) if out is None else out
     stored = np.flatnonzero(wanted.rows.shard_of >= 0)
     for start in range(0, len(stored), COPIED_ROWS):
@@ -160,7 +160,7 @@ def engine_folder(prefix: Prefix, preprocess: Preprocess, store: Store) -> Path:
 
 
 def rows_of(prefix: Prefix, preprocess: Preprocess, dtype: RowType, engine_name: str, store: Store) -> RowCache:
-    """Return the cache space for the rows of a prefix, computed by one engine with one preprocessing."""
+    """Return the part of the cache for the rows of a prefix, computed by one engine with one preprocessing."""
     space = _digest("rows", DECODER, prefix.digest, preprocess.digest(), dtype, engine_name)
     return RowCache(store, space, prefix.row_shape, dtype)
 
@@ -219,7 +219,7 @@ class FrozenRows:
         """Look up again which rows are cached."""
         self.rows = self.cache.find(self.keys)
 
-    def settle_engine(self) -> None:
+    def choose_engine(self) -> None:
         """Open the engine that computes missing rows. If it is not the expected one, switch to its space of the cache."""
         if self.n_missing and self._engine is None:
             engine = self.prefix.open_engine(
@@ -290,7 +290,7 @@ class FrozenRows:
         expected = self.engine_name
         chunks = self._start_decoding(stack)
         first = next(chunks, None)
-        self.settle_engine()
+        self.choose_engine()
         if self.engine_name != expected:  # it has another space, in which other rows may be missing
             return self._start_decoding(stack)
         return iter(()) if first is None else itertools.chain([first], chunks)
@@ -325,7 +325,7 @@ class FrozenRows:
 
     def rows_per_second(self) -> float | None:
         """Measure on a few images how fast the missing rows can be computed, decoding included; None if none is missing."""
-        self.settle_engine()
+        self.choose_engine()
         engine = self._engine
         if engine is None or not self.n_missing:
             return None

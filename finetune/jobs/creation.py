@@ -33,7 +33,7 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def one_creation_at_a_time(connection: Connection, owner: str, model_name: str | None = None) -> None:
+def creation_lock(connection: Connection, owner: str, model_name: str | None = None) -> None:
     """Lock, until the transaction ends, the creation of objects of this owner and of jobs for this model name.
 
     Without it two transactions could both pass the checks of quotas and names. SQLite's write lock is sufficient by itself.

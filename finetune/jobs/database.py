@@ -7,6 +7,7 @@ either writes. Failures of the database (damaged, full, unreachable) are raised 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -106,6 +107,8 @@ def _sqlite_url(path: Path) -> URL:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{path}: the folder of the job database cannot be made: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # it is there, or cannot be made, which SQLite reports
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o660))  # not for others: it has webhooks' secrets
     if kind := _network_file_system(path.parent):
         raise StoreError(
             f"{path}: this folder is on {kind}, and SQLite's locks are not safe over a network. Choose a local folder"

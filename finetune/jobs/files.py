@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select
 
 from finetune.errors import Conflict, NotFound
-from finetune.jobs.creation import earlier_object, new_id, one_creation_at_a_time, remember_object
+from finetune.jobs.creation import creation_lock, earlier_object, new_id, remember_object
 from finetune.jobs.database import reading, writing
 from finetune.jobs.schema import UNFINISHED, files, idempotency, jobs
 
@@ -80,7 +80,7 @@ class FileStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            one_creation_at_a_time(connection, owner)
+            creation_lock(connection, owner)
             earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
             if earlier is not None:
                 return _file(_row(connection, earlier, owner)), False

@@ -59,7 +59,7 @@ class Connection:
             archive.seek(0)
             if size_bytes > PART_BYTES:
                 return self._upload_in_parts(archive, size_bytes, name, purpose, progress)
-            answer = self.ask("POST", "/v1/files", files={"file": (name, archive)}, data={"purpose": purpose}, tries=1)
+            answer = self.request("POST", "/v1/files", files={"file": (name, archive)}, data={"purpose": purpose}, tries=1)
             progress(Progress("preparing", size_bytes, size_bytes, "bytes", message="uploading"))
             document: dict[str, Any] = answer.json()
             return document
@@ -71,7 +71,7 @@ class Connection:
         contents = hashlib.sha256(name.encode())
         for chunk in iter(lambda: archive.read(1 << 20), b""):
             contents.update(chunk)
-        upload = self.ask("POST", "/v1/uploads", json=wanted, headers={"Idempotency-Key": contents.hexdigest()}).json()
+        upload = self.request("POST", "/v1/uploads", json=wanted, headers={"Idempotency-Key": contents.hexdigest()}).json()
         known = {part["part_number"]: part for part in upload["parts"]}
         for number, start in enumerate(range(0, size_bytes, PART_BYTES), 1):
             n_bytes = min(PART_BYTES, size_bytes - start)
@@ -79,20 +79,20 @@ class Connection:
                 archive.seek(start)
                 part = {"data": (name, archive.read(n_bytes))}
                 path = f"/v1/uploads/{upload['id']}/parts"
-                known[number] = self.ask("POST", path, files=part, data={"part_number": str(number)}).json()
+                known[number] = self.request("POST", path, files=part, data={"part_number": str(number)}).json()
             progress(Progress("preparing", start + n_bytes, size_bytes, "bytes", message="uploading"))
         if upload["status"] == "pending":
             parts = [known[number]["id"] for number in sorted(known)]
             path = f"/v1/uploads/{upload['id']}"
             try:
-                upload = self.ask("POST", f"{path}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
+                upload = self.request("POST", f"{path}/complete", json={"part_ids": parts}, timeout=_UNPACKING).json()
             except RequestRefused:
-                self.ask("POST", f"{path}/cancel")  # the contents were rejected and would be rejected again
+                self.request("POST", f"{path}/cancel")  # the contents were rejected and would be rejected again
                 raise
         document: dict[str, Any] = upload["file"]
         return document
 
-    def ask(self, method: str, path: str, *, tries: int = _TRIES, **request: Any) -> httpx.Response:
+    def request(self, method: str, path: str, *, tries: int = _TRIES, **request: Any) -> httpx.Response:
         """Send a request and return its successful response. Retry after a pause without a response or with a status of `_LATER`.
 
         Raises:

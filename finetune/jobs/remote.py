@@ -38,7 +38,7 @@ class RemoteJobs:
                 body[name] = self.connection.upload(Path(given), progress, purpose)["id"]
         key = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         kind = TRAINING if isinstance(asked, JobSpec) else BATCH if isinstance(asked, BatchSpec) else COMPARISON
-        return _job_view(self.connection.ask("POST", kind.path, json=body, headers=key).json())
+        return _job_view(self.connection.request("POST", kind.path, json=body, headers=key).json())
 
     def list(self, limit: int) -> Sequence[JobView]:
         """Return the newest jobs of all kinds, newest first."""
@@ -50,19 +50,19 @@ class RemoteJobs:
         more = True
         while more and len(found) < limit:
             page = {"limit": min(limit - len(found), _PAGE)} | ({"after": found[-1].id} if found else {})
-            answer = self.connection.ask("GET", kind.path, params=page).json()
+            answer = self.connection.request("GET", kind.path, params=page).json()
             found += [_job_view(document) for document in answer["data"]]
             more = answer["has_more"]
         return found
 
     def get(self, job_id: str) -> JobView:
-        return _job_view(self.connection.ask("GET", _path(job_id)).json())
+        return _job_view(self.connection.request("GET", _path(job_id)).json())
 
     def cancel(self, job_id: str) -> JobView:
-        return _job_view(self.connection.ask("POST", f"{_path(job_id)}/cancel").json())
+        return _job_view(self.connection.request("POST", f"{_path(job_id)}/cancel").json())
 
     def result(self, job_id: str) -> Mapping[str, Any]:
-        document: Mapping[str, Any] = self.connection.ask("GET", f"{_path(job_id)}/result").json()
+        document: Mapping[str, Any] = self.connection.request("GET", f"{_path(job_id)}/result").json()
         return document
 
     def download_answers(self, job_id: str, table_format: str, target: Path) -> None:
@@ -74,14 +74,14 @@ class RemoteJobs:
         more = True
         while more:
             page = {"order": "asc", "limit": _PAGE, "after": f"ftevent-{found[-1].seq if found else after}"}
-            answer = self.connection.ask("GET", f"{_path(job_id)}/events", params=page).json()
+            answer = self.connection.request("GET", f"{_path(job_id)}/events", params=page).json()
             found += [_event_view(document) for document in answer["data"]]
             more = answer["has_more"]
         return found
 
     def log(self, job_id: str, offset: int = 0) -> bytes:
         found = b""
-        while more := self.connection.ask("GET", f"{_path(job_id)}/logs", params={"offset": offset + len(found)}).content:
+        while more := self.connection.request("GET", f"{_path(job_id)}/logs", params={"offset": offset + len(found)}).content:
             found += more
         return found
 

@@ -342,7 +342,7 @@ class Sender:
                 while not self._stopping.is_set() and self._start_one():
                     pass
                 if (now := time.time()) >= forget_at:
-                    self._store().forget_old(now)
+                    self._store().delete_old(now)
                     forget_at = now + _FORGET_SECONDS
                 self._trouble = ""
             except (FinetuneError, OSError) as error:  # the database or the models cannot be read: try again in the next round
@@ -355,7 +355,7 @@ class Sender:
         if not self._free.acquire(blocking=False):
             return False
         try:
-            taken = self._store().take_due(time.time(), but_not_of=tuple(self._busy))
+            taken = self._store().claim_due(time.time(), but_not_of=tuple(self._busy))
         except BaseException:
             self._free.release()
             raise
@@ -369,7 +369,7 @@ class Sender:
     def _deliver(self, webhook: Webhook, delivery: Delivery) -> None:
         try:
             status, error = attempt(webhook, delivery, self._reachable, time.time())
-            self._store().settle(delivery, time.time(), status=status, error=error)
+            self._store().record_attempt(delivery, time.time(), status=status, error=error)
             if error is not None:
                 log.warning("webhook %s, %s: %s", webhook.id, delivery.type, error)
         except FinetuneError as error:  # the result was not recorded, so the delivery will be repeated

@@ -3,7 +3,7 @@
     queued ──claim──▶ running ──▶ succeeded | failed | cancelled        terminal states never change
       ▲                  │ ▲
       │                  ▼ │ (request_cancel)
-      └── hand_back ── cancelling ──▶ cancelled
+      └── requeue ── cancelling ──▶ cancelled
           reap
 
 A claim is a lease with a fencing token (`fence`). Every later write of the worker is conditional on the token; if it changes no
@@ -24,10 +24,10 @@ from finetune.jobs.clock import LeaseTime, lease_time
 from finetune.jobs.creation import (
     NameTaken,
     check_quota,
+    creation_lock,
     earlier_object,
     model_owner,
     new_id,
-    one_creation_at_a_time,
     remember_object,
 )
 from finetune.jobs.database import reading, writing
@@ -95,7 +95,7 @@ class JobStore:
         """
         now = time.time()
         with writing(self.engine) as connection:
-            one_creation_at_a_time(connection, owner, suffix)
+            creation_lock(connection, owner, suffix)
             earlier = earlier_object(connection, owner, idempotency_key, body_sha256)
             if earlier is not None:
                 return job_of(job_row(connection, earlier, owner)), False
@@ -316,7 +316,7 @@ class JobStore:
             level = "error" if state == "failed" else "info"
             record_event(connection, claim.job.id, now, state, said, level=level, data={"code": error_code} if error_code else {})
 
-    def hand_back(
+    def requeue(
         self, claim: Claim, reason: str, *, delay_seconds: float = 0.0, counted: Literal["stalled", "lost"] | None = "stalled"
     ) -> None:
         """Return the job to the queue, because the worker stops or another attempt may succeed. Raises LeaseLost.
@@ -347,7 +347,7 @@ class JobStore:
                 data={"delay_seconds": round(delay_seconds, 1)},
             )
 
-    def fruitless_attempts(self, claim: Claim) -> tuple[int, int]:
+    def attempts_without_progress(self, claim: Claim) -> tuple[int, int]:
         """Return the numbers of consecutive attempts without a new checkpoint, if this one counts as stalled and as lost."""
         with reading(self.engine) as connection:
             row = job_row(connection, claim.job.id, None)

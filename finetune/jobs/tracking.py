@@ -51,11 +51,11 @@ class TrackingSync:
             return
         now = time.monotonic()
         if self._process is not None and (code := self._process.poll()) is not None:
-            self._settle(code)
+            self._note_ended_process(code)
         if now - self._looked_at < _LOOK_SECONDS:
             return
         self._looked_at = now
-        self._look()
+        self._find_incomplete_runs()
         models = self._models_changed(now)
         if self._process is None and (self._open or models) and now >= self._wait_until:
             self._start(models=models)
@@ -75,11 +75,11 @@ class TrackingSync:
             self._process.kill()
             self._process.wait()
 
-    def _look(self) -> None:
+    def _find_incomplete_runs(self) -> None:
         ended_at = time.time()
         for job_id, state in self.store.ended_since(self._ended_after):
             run = RunDir(self.workspace.runs / job_id)
-            if job_id not in self._seen and _lacks_something(run):
+            if job_id not in self._seen and _is_incomplete(run):
                 self._open[str(run.root)] = STATUS[state]
             self._seen.add(job_id)
         self._ended_after = ended_at - _OVERLAP_SECONDS
@@ -113,7 +113,7 @@ class TrackingSync:
         with self._process.stdin as stdin:
             stdin.write(json.dumps({"home": str(self.workspace.root), "runs": self._asked, "models": models}).encode())
 
-    def _settle(self, code: int) -> None:
+    def _note_ended_process(self, code: int) -> None:
         self._process = None
         now = time.monotonic()
         if code != 0:
@@ -133,7 +133,7 @@ def mlflow_run_of(run: RunDir) -> str | None:
     return None if sent is None else sent["id"]
 
 
-def _lacks_something(run: RunDir) -> bool:
+def _is_incomplete(run: RunDir) -> bool:
     """Return whether a run was to be mirrored to MLflow but its folder does not record it as complete."""
     return not _state_of(run)["complete"]
 

@@ -135,7 +135,7 @@ class WebhookStore:
         with reading(self.engine) as connection:
             return [Delivery(**row) for row in connection.execute(newest).mappings().all()]
 
-    def take_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
+    def claim_due(self, now: float, but_not_of: Sequence[str] = ()) -> tuple[Webhook, Delivery] | None:
         """Return a delivery that is due and reserve it for `_ATTEMPT_SECONDS`; None if none is due.
 
         Args:
@@ -155,7 +155,7 @@ class WebhookStore:
             hook = connection.execute(select(webhooks).where(webhooks.c.id == row["webhook_id"])).mappings().one()
         return _webhook(hook), Delivery(**row)
 
-    def settle(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
+    def record_attempt(self, delivery: Delivery, now: float, *, status: int | None, error: str | None) -> None:
         """Record the result of an attempt: delivered, to be tried again later, or given up. 410 Gone disables the webhook."""
         attempts = delivery.attempts + 1
         values: dict[str, Any] = {"attempts": attempts, "status": status, "error": error}
@@ -172,7 +172,7 @@ class WebhookStore:
                 waiting = and_(webhook_deliveries.c.webhook_id == delivery.webhook_id, webhook_deliveries.c.due_at.is_not(None))
                 connection.execute(update(webhook_deliveries).where(waiting).values(due_at=None, error="the webhook is disabled"))
 
-    def forget_old(self, now: float) -> None:
+    def delete_old(self, now: float) -> None:
         """Delete deliveries that were delivered or given up more than 30 days ago."""
         settled = webhook_deliveries.c.due_at.is_(None)
         old = or_(webhook_deliveries.c.delivered_at < now - _KEPT_SECONDS, webhook_deliveries.c.created_at < now - _KEPT_SECONDS)
@@ -182,12 +182,12 @@ class WebhookStore:
 
 def check_url(url: str) -> None:
     """Raise `InvalidInput` unless `url` is like ``https://host/path``. Its host's addresses are checked at each delivery."""
-    wrong = _what_is_wrong(url)
+    wrong = _problem_of_url(url)
     if wrong is not None:
         raise InvalidInput(f"{url[:100]!r}: {wrong}; give an address such as https://example.org/hooks")
 
 
-def _what_is_wrong(url: str) -> str | None:
+def _problem_of_url(url: str) -> str | None:
     """Return why a text is not a valid URL of a webhook, or None if it is."""
     if len(url) > MAX_URL:
         return f"the address has more than {MAX_URL:,} characters"
@@ -207,10 +207,10 @@ def _what_is_wrong(url: str) -> str | None:
         return "the address does not begin with https://"
     if parts.username is not None or parts.fragment:
         return "the address has a user or a fragment"
-    return _what_is_wrong_with_host(parts.hostname or "", in_brackets="[" in parts.netloc)
+    return _problem_of_host(parts.hostname or "", in_brackets="[" in parts.netloc)
 
 
-def _what_is_wrong_with_host(host: str, *, in_brackets: bool) -> str | None:
+def _problem_of_host(host: str, *, in_brackets: bool) -> str | None:
     if not host:
         return "the host is missing"
     if in_brackets:

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from finetune.bundle.registry import Access, Registry, Visibility
+from finetune.bundle.access import Access, Visibility
+from finetune.bundle.registry import Registry
 from finetune.errors import DiskFull, ExecutorError, InvalidInput, StoreError
 from finetune.executors.endings import Ending, Finish, next_action
 from finetune.executors.executor import Executor, Handle, Resources
@@ -135,7 +136,7 @@ class Worker:
                     self._tracking.finish(_TRACKING_SECONDS)
                     return
                 time.sleep(_TICK_SECONDS)
-            self._hand_everything_back()
+            self._requeue_all()
         finally:
             self._tracking.stop()
             for number, handler in previous.items():
@@ -178,7 +179,7 @@ class Worker:
             try:
                 self._attempts[claim.job.id] = self._begin(claim, asked_at)
             except (DiskFull, ExecutorError, OSError) as error:
-                self.store.hand_back(claim, f"The run could not be started: {error}", delay_seconds=60.0, counted=None)
+                self.store.requeue(claim, f"The run could not be started: {error}", delay_seconds=60.0, counted=None)
 
     def _begin(self, claim: Claim, asked_at: LeaseTime) -> _Attempt:
         run = RunDir(self.home / "runs" / claim.job.id).create()
@@ -235,15 +236,15 @@ class Worker:
                 attempt.beat_at = -math.inf  # settle at once
         self._check_memory(attempt, now)
         if now - attempt.beat_at >= self.settings.beat_seconds:
-            self._beat(attempt)
+            self._heartbeat(attempt)
             if attempt.exit_code is not None:
-                self._settle(attempt, attempt.exit_code)
+                self._finish_attempt(attempt, attempt.exit_code)
         elif attempt.exit_code is None and not attempt.cancelling and now - attempt.looked_at >= _CANCEL_POLL_SECONDS:
             attempt.looked_at = now
             if self.store.cancel_requested(attempt.claim):
                 self._cancel(attempt)
 
-    def _beat(self, attempt: _Attempt) -> None:
+    def _heartbeat(self, attempt: _Attempt) -> None:
         """Renew the lease, store what the run has written since the last call, and check that it has not stalled."""
         attempt.beat_at = time.monotonic()
         asked_at = machine_time()
@@ -293,11 +294,11 @@ class Worker:
 
     # ending -------------------------------------------------------------------------------------------------------
 
-    def _settle(self, attempt: _Attempt, exit_code: int) -> None:
+    def _finish_attempt(self, attempt: _Attempt, exit_code: int) -> None:
         """End the job, or queue it again, after its attempt has ended."""
         run, claim, kind = attempt.run, attempt.claim, attempt.claim.job.kind
         complete = (run.root / kind.result).exists()
-        stalled_attempts, lost_attempts = self.store.fruitless_attempts(claim)
+        stalled_attempts, lost_attempts = self.store.attempts_without_progress(claim)
         ending = Ending(
             exit_code=exit_code,
             error=read_json(run.error) if run.error.exists() else None,
@@ -327,12 +328,12 @@ class Worker:
                 stored_bytes=folder_bytes(run.root),
             )
         else:
-            self.store.hand_back(claim, follows.reason, delay_seconds=follows.delay_seconds, counted=follows.counted)
+            self.store.requeue(claim, follows.reason, delay_seconds=follows.delay_seconds, counted=follows.counted)
         if self.tracing is not None:
-            self._trace(self.tracing, attempt, str(follows))
+            self._record_span(self.tracing, attempt, str(follows))
         self._forget(attempt)
 
-    def _trace(self, tracing: Tracing, attempt: _Attempt, ending: str) -> None:
+    def _record_span(self, tracing: Tracing, attempt: _Attempt, ending: str) -> None:
         """Record a tracing span of the attempt with child spans for its phases, whose times are as exact as the heartbeats."""
         job, ended = attempt.claim.job, time.time()
         about: Attributes = {"finetune.job": job.id, "finetune.attempt": job.attempts, "finetune.ending": ending}
@@ -358,24 +359,24 @@ class Worker:
         del self._attempts[attempt.claim.job.id]
         self._claimed_at = -math.inf  # a slot is free: claim at once
 
-    def _hand_everything_back(self) -> None:
+    def _requeue_all(self) -> None:
         """Stop gracefully: every run writes a checkpoint, and its job returns to the queue. A second signal stops at once.
 
         If the database does not accept the jobs for as long as a lease lasts, they are left until their leases expire.
         """
         log.info("worker %s stops; %d jobs are handed back", self.settings.name, len(self._attempts))
         until = time.monotonic() + self.settings.cancel_grace_seconds + self.store.lease_seconds
-        self._ask_all_to_stop(self.settings.cancel_grace_seconds)
+        self._stop_all_attempts(self.settings.cancel_grace_seconds)
         while self._attempts and time.monotonic() < until:
             if self._stop_signals > 1:
-                self._ask_all_to_stop(0)
+                self._stop_all_attempts(0)
             for attempt in list(self._attempts.values()):
                 self._watch_safely(attempt)
             time.sleep(_TICK_SECONDS)
         for job_id in self._attempts:
             log.warning("%s could not be handed back; its lease will end", job_id)
 
-    def _ask_all_to_stop(self, grace_seconds: float) -> None:
+    def _stop_all_attempts(self, grace_seconds: float) -> None:
         for attempt in self._attempts.values():
             try:
                 if attempt.exit_code is None:

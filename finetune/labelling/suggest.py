@@ -19,7 +19,7 @@ from finetune.data.dataset import Sample
 from finetune.data.index import index_dataset
 from finetune.data.places.opening import check_present
 from finetune.errors import DataError, InvalidInput, Problem
-from finetune.evaluation.answers import Answer, Unreadable, ask, files_under
+from finetune.evaluation.predict import SamplePrediction, UnreadableSample, image_samples, predict_samples
 from finetune.labelling.choose import choose, label_margins, label_uncertainty, margins, unit
 from finetune.messages import plural, printable
 from finetune.progress import ProgressCallback, silent
@@ -82,7 +82,7 @@ class Suggestions:
     exclusive: bool  # whether every image has exactly one label
     n_pictures: int  # size of the pool
     chosen: tuple[Suggestion, ...]
-    unreadable: tuple[Unreadable, ...] = ()
+    unreadable: tuple[UnreadableSample, ...] = ()
     same_bytes: int = 0  # exact duplicates
     seen: int = 0  # files that the model was trained or validated on, or that are in the labelled data
     near_copies: int = 0  # images that would have been chosen but are near duplicates of a chosen or labelled one
@@ -137,15 +137,15 @@ def suggest(
     check_present(*(folder for folder in folders if not set("*?[") & set(str(folder))), labelled)
     predictor = Predictor.load(bundle, threads=available_cores())
     manifest = predictor.manifest
-    pool, unreadable = _answers(predictor, files_under(folders), "the pictures", progress)
-    known = _answers(predictor, _labelled(labelled), "the labelled pictures", progress)[0] if labelled is not None else []
+    pool, unreadable = _predict(predictor, image_samples(folders), "the pictures", progress)
+    known = _predict(predictor, _labelled(labelled), "the labelled pictures", progress)[0] if labelled is not None else []
     seen = read_seen(bundle) or Seen()
     fresh, same_bytes, n_seen = _without_known(pool, {one.sample.sha256 for one in known}, seen)
     if not fresh:
         problems = [Problem(printable(bad.sample.id), bad.error.message) for bad in unreadable[:10]]
         where = ", ".join(printable(folder) for folder in folders)
         raise DataError(f"{where}: holds no readable picture that is not labelled already", problems)
-    certainty = Certainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
+    certainty = PoolCertainty.of(predictor, np.stack([one.probs for one in fresh]).astype(np.float64))
     embeddings = np.stack([one.embedding for one in fresh])
     rows, near = _chosen_without_copies(fresh, 1 - certainty.margins, embeddings, known, n, seed, progress)
     version = "" if manifest.version is None else f"@{manifest.version}"
@@ -163,7 +163,7 @@ def suggest(
 
 
 @dataclass(frozen=True)
-class Certainty:
+class PoolCertainty:
     """How certain a model is of N images.
 
     Args:
@@ -177,8 +177,8 @@ class Certainty:
     thresholds: NDArray[np.float64] | None
 
     @classmethod
-    def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> Certainty:
-        """Return the certainty of the predictor's answers `probs` (N, C)."""
+    def of(cls, predictor: Predictor, probs: NDArray[np.float64]) -> PoolCertainty:
+        """Return the certainty of the predictor about images with probabilities `probs` (N, C)."""
         classes = predictor.manifest.classes
         if predictor.task.exclusive:
             return cls(classes, probs, margins(probs), None)
@@ -189,7 +189,7 @@ class Certainty:
         """Return the labels that the model predicts for an image, the most probable first."""
         if self.thresholds is None:
             return self.likely(row)[0][:1]
-        order = task_named("multilabel").given(self.probs[row], tuple(self.thresholds))
+        order = task_named("multilabel").predict_labels(self.probs[row], tuple(self.thresholds))
         return tuple(self.classes[one] for one in order)
 
     def likely(self, row: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -206,24 +206,28 @@ def _labelled(data: Path | str) -> Sequence[Sample]:
     return index_dataset(data, for_training=False).samples
 
 
-def _answers(
+def _predict(
     predictor: Predictor, samples: Sequence[Sample], what: str, progress: ProgressCallback
-) -> tuple[list[Answer], list[Unreadable]]:
-    answers: list[Answer] = []
-    unreadable: list[Unreadable] = []
-    for answer in ask(predictor, samples, what=what, progress=progress):
+) -> tuple[list[SamplePrediction], list[UnreadableSample]]:
+    predicted: list[SamplePrediction] = []
+    unreadable: list[UnreadableSample] = []
+    for prediction in predict_samples(predictor, samples, what=what, progress=progress):
         # Without the pixels: a pool may have many images.
-        answers.append(_without_picture(answer)) if isinstance(answer, Answer) else unreadable.append(answer)
-    return answers, unreadable
+        predicted.append(_without_picture(prediction)) if isinstance(prediction, SamplePrediction) else unreadable.append(
+            prediction
+        )
+    return predicted, unreadable
 
 
-def _without_picture(answer: Answer) -> Answer:
-    return Answer(answer.sample, np.empty((0, 0, 3), np.uint8), answer.probs, answer.logits, answer.embedding, None)
+def _without_picture(prediction: SamplePrediction) -> SamplePrediction:
+    return SamplePrediction(
+        prediction.sample, np.empty((0, 0, 3), np.uint8), prediction.probs, prediction.logits, prediction.embedding, None
+    )
 
 
-def _without_known(pool: Sequence[Answer], labelled: set[str], seen: Seen) -> tuple[list[Answer], int, int]:
-    """Return the unlabelled answers without exact duplicates; the number of duplicates; the number of labelled files."""
-    fresh: dict[str, Answer] = {}
+def _without_known(pool: Sequence[SamplePrediction], labelled: set[str], seen: Seen) -> tuple[list[SamplePrediction], int, int]:
+    """Return the unlabelled predicted without exact duplicates; the number of duplicates; the number of labelled files."""
+    fresh: dict[str, SamplePrediction] = {}
     same_bytes = n_seen = 0
     for one in pool:
         digest = one.sample.sha256
@@ -237,10 +241,10 @@ def _without_known(pool: Sequence[Answer], labelled: set[str], seen: Seen) -> tu
 
 
 def _chosen_without_copies(
-    fresh: Sequence[Answer],
+    fresh: Sequence[SamplePrediction],
     uncertainty: NDArray[np.float64],
     embeddings: NDArray[np.float32],
-    known: Sequence[Answer],
+    known: Sequence[SamplePrediction],
     n: int,
     seed: int,
     progress: ProgressCallback,
@@ -256,10 +260,10 @@ def _chosen_without_copies(
 
 
 def _copies(
-    fresh: Sequence[Answer],
+    fresh: Sequence[SamplePrediction],
     embeddings: NDArray[np.float32],
     picked: NDArray[np.int64],
-    known: Sequence[Answer],
+    known: Sequence[SamplePrediction],
     progress: ProgressCallback,
 ) -> set[int]:
     """Return the choices that are near duplicates of an earlier choice or of a labelled image."""
@@ -275,7 +279,7 @@ def _copies(
     return found
 
 
-def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[int]:
+def _nearest(embeddings: NDArray[np.float32], known: Sequence[SamplePrediction]) -> list[int]:
     """Return the indices of the labelled images that are among the nearest to any of the embeddings."""
     if not known:
         return []
@@ -287,9 +291,9 @@ def _nearest(embeddings: NDArray[np.float32], known: Sequence[Answer]) -> list[i
 
 
 def _described(
-    fresh: Sequence[Answer],
+    fresh: Sequence[SamplePrediction],
     rows: Sequence[int],
-    certainty: Certainty,
+    certainty: PoolCertainty,
     embeddings: NDArray[np.float32],
     folders: Sequence[Path],
 ) -> tuple[Suggestion, ...]:
@@ -302,21 +306,21 @@ def _described(
     found = []
     for rank, place in enumerate(np.argsort(certain, kind="stable"), start=1):
         row = rows[place]
-        answer = fresh[row]
+        prediction = fresh[row]
         likely, probabilities = certainty.likely(row)
         found.append(
             Suggestion(
                 rank,
-                answer.sample.id,
-                _relative(answer.sample.id, folders),
-                answer.sample.sha256,
+                prediction.sample.id,
+                _relative(prediction.sample.id, folders),
+                prediction.sample.sha256,
                 certainty.given(row),
                 likely,
                 probabilities,
                 float(certain[place]),
                 int(stands_for[place]),
                 _reason(likely, probabilities, int(stands_for[place]), exclusive=certainty.thresholds is None),
-                answer.sample,
+                prediction.sample,
             )
         )
     return tuple(found)

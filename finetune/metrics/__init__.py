@@ -1,4 +1,4 @@
-"""Metrics, one module per family: functions of judged rows, each with its key, its display name and its range of values.
+"""Metrics, one module per family: functions of per-image results, each with its key, its display name and its range of values.
 
 A task lists the metrics that it reports; a new metric is a function here and a line in that list.
 """

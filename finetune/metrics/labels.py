@@ -72,7 +72,7 @@ class LabelRows:
         return self.targets.sum(axis=0), self.given.sum(axis=0), both.sum(axis=0)
 
 
-def judge_labels(
+def label_results(
     logits: NDArray[np.floating[Any]], targets: NDArray[Any], thresholds: NDArray[np.floating[Any]] | None = None
 ) -> LabelRows:
     """Compare logits (N, C) with targets (N, C), 1 where a label applies.
@@ -90,7 +90,7 @@ def judge_labels(
 
 
 def check_labels(logits: NDArray[np.floating[Any]], targets: NDArray[Any]) -> Booleans:
-    """Return the targets as booleans, after checking shapes, values and finiteness; raises as `judge_labels` does."""
+    """Return the targets as booleans, after checking shapes, values and finiteness; raises as `label_results` does."""
     if logits.ndim != 2 or targets.shape != logits.shape:
         raise InvalidInput(
             f"cannot evaluate logits of shape {logits.shape} against targets of shape {targets.shape}: "

@@ -52,7 +52,7 @@ class Rows:
         return np.asarray(self.confusion.sum(axis=1) > 0)
 
 
-def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]], beta: float = 1.0) -> Rows:
+def image_results(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]], beta: float = 1.0) -> Rows:
     """Compare logits (N, C) with class indices (N,).
 
     Args:
@@ -64,7 +64,7 @@ def judge_rows(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[An
     """
     checked = check(logits, targets)
     starts = range(0, len(checked), _BLOCK_ROWS)
-    parts = [_judge_block(logits[i : i + _BLOCK_ROWS], checked[i : i + _BLOCK_ROWS], beta) for i in starts]
+    parts = [_block_results(logits[i : i + _BLOCK_ROWS], checked[i : i + _BLOCK_ROWS], beta) for i in starts]
     return Rows(logits.shape[1], checked, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -75,7 +75,7 @@ def log_softmax(scores: Floats) -> Floats:
 
 
 def check(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) -> Integers:
-    """Return the targets as int64, after checking shapes, range and finiteness; raises as `judge_rows` does."""
+    """Return the targets as int64, after checking shapes, range and finiteness; raises as `image_results` does."""
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise InvalidInput(
             f"cannot evaluate logits of shape {logits.shape} against targets of shape {targets.shape}: "
@@ -97,7 +97,7 @@ def check(logits: NDArray[np.floating[Any]], targets: NDArray[np.integer[Any]]) 
     return targets.astype(np.int64)
 
 
-def _judge_block(
+def _block_results(
     logits: NDArray[np.floating[Any]], targets: Integers, beta: float
 ) -> tuple[Integers, Integers, Floats, Floats, Floats]:
     log_probs = log_softmax(logits.astype(np.float64) * beta)  # (B, C)

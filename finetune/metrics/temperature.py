@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from finetune.metrics import labels
 from finetune.metrics.calibration import ece
 from finetune.metrics.likelihood import nll
-from finetune.metrics.rows import Integers, check, judge_rows, log_softmax
+from finetune.metrics.rows import Integers, check, image_results, log_softmax
 
 _BLOCK_ROWS = 4096
 _BETA_LIMIT = 100.0  # inverse temperatures are searched between 1/100 and 100
@@ -39,11 +39,11 @@ def fit_softmax_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[
     held-out images other than the test split.
 
     Raises:
-        InvalidInput, TrainingError: as `judge_rows` does.
+        InvalidInput, TrainingError: as `image_results` does.
     """
     checked = check(logits, targets)
     beta = _best_beta(lambda beta: _derivatives(logits, checked, beta))
-    before, after = judge_rows(logits, checked), judge_rows(logits, checked, beta)
+    before, after = image_results(logits, checked), image_results(logits, checked, beta)
     return Temperature(
         temperature=1.0 / beta,
         nll_before=nll(before),
@@ -59,11 +59,11 @@ def fit_sigmoid_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[
     """Find the T > 0, one for all labels, that minimises the binary cross entropy of ``sigmoid(logits / T)``.
 
     Raises:
-        InvalidInput, TrainingError: as `judge_labels` does.
+        InvalidInput, TrainingError: as `label_results` does.
     """
-    rows = labels.judge_labels(logits, targets)
+    rows = labels.label_results(logits, targets)
     beta = _best_beta(lambda beta: _sigmoid_derivatives(rows, beta))
-    after = labels.judge_labels(rows.logits * beta, targets)
+    after = labels.label_results(rows.logits * beta, targets)
     return Temperature(
         temperature=1.0 / beta,
         nll_before=labels.nll(rows),

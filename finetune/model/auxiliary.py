@@ -25,7 +25,7 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.stage = stage
         self._format = backbone.feature_format
-        self._last_module = _last_link(backbone, stage)
+        self._last_module = _last_chain_module(backbone, stage)
         shape = backbone.stages[stage].output_shape
         if not shape:
             name = backbone.stages[stage].name
@@ -66,6 +66,6 @@ def auxiliary_stage(backbone: Backbone, aux: bool | str) -> int:
     return names.index(str(aux))
 
 
-def _last_link(backbone: Backbone, stage: int) -> str:
+def _last_chain_module(backbone: Backbone, stage: int) -> str:
     layout = backbone.layout
-    return [link.name for link, owner in zip(layout.links, layout.link_stages, strict=True) if owner == stage][-1]
+    return [one.name for one, own_stage in zip(layout.chain, layout.chain_stages, strict=True) if own_stage == stage][-1]

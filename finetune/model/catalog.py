@@ -10,7 +10,7 @@ from typing import Any
 import timm
 
 import finetune.model.depth  # noqa: F401  # registers our own networks
-from finetune.backbone_names import no_architecture, no_tag, split_name, suggestion
+from finetune.backbone_names import split_name, suggestion, unknown_architecture, unknown_tag
 from finetune.errors import UnknownBackbone
 
 
@@ -43,10 +43,10 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     """
     architecture, tag = split_name(name)
     if not timm.is_model(architecture):
-        raise UnknownBackbone(f"model.backbone: {no_architecture(name, timm.list_models())}")
+        raise UnknownBackbone(f"model.backbone: {unknown_architecture(name, timm.list_models())}")
     tags = _tags(architecture)
     if name != architecture and tag not in tags:
-        raise UnknownBackbone(f"model.backbone: {no_tag(architecture, tag, tags)}")
+        raise UnknownBackbone(f"model.backbone: {unknown_tag(architecture, tag, tags)}")
     found = timm.get_pretrained_cfg(name)
     recorded: dict[str, Any] = found.to_dict() if found is not None else {}
     return {**recorded, "architecture": architecture}

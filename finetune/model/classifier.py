@@ -17,7 +17,7 @@ from torch.nn import functional
 from finetune.errors import InvalidInput, did_you_mean
 from finetune.model.auxiliary import AuxiliaryHead, auxiliary_stage
 from finetune.model.backbone import Backbone
-from finetune.model.freeze import hold_frozen
+from finetune.model.freeze import set_frozen_to_eval
 from finetune.model.selection import FreezePlan
 
 Pooling = Literal["avg", "max", "avgmax", "gem"]
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> Classifier:
         """Set train or eval mode; frozen modules always stay in eval mode."""
         super().train(mode)
-        hold_frozen(self)
+        set_frozen_to_eval(self)
         return self
 
     def with_head(self, weight: Tensor, bias: Tensor) -> Classifier:

@@ -45,16 +45,16 @@ def cut_at(classifier: Classifier, stage: int) -> Cut:
         raise ValueError(f"{backbone.name} cannot be cut before stage {stage}: {reason}")
     if stage == len(backbone.stages):
         return Cut(stage, _Embedding(classifier), classifier.head_logits, (classifier.head.in_features,))
-    links = backbone.layout.links[_first_link(backbone, stage) :]
-    tail = tuple((backbone.module.get_submodule(link.name), dict(link.options)) for link in links)
+    chain = backbone.layout.chain[_chain_position(backbone, stage) :]
+    tail = tuple((backbone.module.get_submodule(one.name), dict(one.options)) for one in chain)
 
     def suffix(activation: Tensor) -> Tensor:
         for module, options in tail:
             activation = module(activation, **{key: _on_device_of(activation, value) for key, value in options.items()})
         return classifier.head_logits(classifier.read(activation))
 
-    prefix = _Prefix(_without(backbone.module, frozenset(link.name for link in links)))
-    return Cut(stage, prefix, suffix, links[0].input_shape)
+    prefix = _Prefix(_without(backbone.module, frozenset(one.name for one in chain)))
+    return Cut(stage, prefix, suffix, chain[0].input_shape)
 
 
 def _on_device_of(activation: Tensor, option: Any) -> Any:
@@ -65,13 +65,13 @@ def why_not_cut(backbone: Backbone, stage: int) -> str:
     """Return a phrase that says why there can be no cut before `stage`; an empty string if there can be one."""
     if not 0 < stage <= len(backbone.stages):
         return f"a cut is before one of the stages 1 to {len(backbone.stages)}"
-    if stage < len(backbone.stages) and _first_link(backbone, stage) < backbone.layout.replay_from:
+    if stage < len(backbone.stages) and _chain_position(backbone, stage) < backbone.layout.replay_from:
         return "from there on its modules exchange more than one activation"
     return ""
 
 
-def _first_link(backbone: Backbone, stage: int) -> int:
-    return backbone.layout.link_stages.index(stage)
+def _chain_position(backbone: Backbone, stage: int) -> int:
+    return backbone.layout.chain_stages.index(stage)
 
 
 class _Embedding(nn.Module):

@@ -42,7 +42,7 @@ def apply_freeze(classifier: Classifier, plan: FreezePlan) -> None:
     classifier.train(classifier.training)
 
 
-def hold_frozen(classifier: Classifier) -> None:
+def set_frozen_to_eval(classifier: Classifier) -> None:
     """Put the modules that the classifier's plan freezes into eval mode; a container is frozen if anything inside it is."""
     plan, stages_of = classifier.plan, classifier.backbone.layout.module_stages
     for name, module in classifier.backbone.module.named_modules():

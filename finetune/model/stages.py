@@ -62,7 +62,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainModule:
     """A module of the chain, called as ``module(activation, **options)``; tensors among the options are constants."""
 
     name: str
@@ -75,13 +75,13 @@ class Link:
 class Layout:
     """The division of a backbone into stages.
 
-    `links[i]` belongs to stage `link_stages[i]`, which never decreases. From link `replay_from` on, the chain alone computes the
-    features: the input of each link is the output of the one before, and the last link returns the features.
+    `chain[i]` belongs to stage `chain_stages[i]`, which never decreases. From `chain[replay_from]` on, the chain alone computes
+    the features: the input of each module is the output of the one before, and the last module returns the features.
     """
 
     stages: tuple[Stage, ...]
-    links: tuple[Link, ...]
-    link_stages: tuple[int, ...]
+    chain: tuple[ChainModule, ...]
+    chain_stages: tuple[int, ...]
     replay_from: int
     module_stages: Mapping[str, frozenset[int]]  # by module name: its stage; for a container, all stages inside it
     tensor_stage: Mapping[str, int]  # by name of a parameter or buffer
@@ -142,18 +142,21 @@ def lay_out(module: nn.Module, trace: Trace, second: Trace | None = None) -> Lay
             tensors. Without it, no tensor counts as constant.
     """
     groups = _parameter_groups(module)
-    chain = list(_chain(trace, groups))
-    runs = _runs(module, [call.name for call in chain], groups)
-    links = tuple(Link(call.name, call.options, _shape_of_one(call.given), _shape_of_one(call.returned[0])) for call in chain)
-    link_stages = tuple(index for index, run in enumerate(runs) for _ in run)
-    owner = _module_owners(module, [call.name for call in chain], link_stages)
-    tensor_stage = _tensor_stages(module, owner, groups, _group_stages(links, link_stages, groups))
-    module_stages = _module_stages(module, owner, tensor_stage)
+    calls = list(_chain_calls(trace, groups))
+    names = [call.name for call in calls]
+    runs = _runs(module, names, groups)
+    chain = tuple(
+        ChainModule(call.name, call.options, _shape_of_one(call.given), _shape_of_one(call.returned[0])) for call in calls
+    )
+    chain_stages = tuple(index for index, run in enumerate(runs) for _ in run)
+    stage_of = _stage_of_each_module(module, names, chain_stages)
+    tensor_stage = _tensor_stages(module, stage_of, groups, _group_stages(chain, chain_stages, groups))
+    module_stages = _module_stages(module, stage_of, tensor_stage)
     stages = tuple(
-        _stage(module, index, name, run, owner, tensor_stage, links[link_stages.index(index) + len(run) - 1].output_shape)
+        _stage(module, index, name, run, stage_of, tensor_stage, chain[chain_stages.index(index) + len(run) - 1].output_shape)
         for index, (name, run) in enumerate(zip(_names(module, runs), runs, strict=True))
     )
-    return Layout(stages, links, link_stages, _replay_from(trace, chain, _changing(trace, second)), module_stages, tensor_stage)
+    return Layout(stages, chain, chain_stages, _replay_from(trace, calls, _changing(trace, second)), module_stages, tensor_stage)
 
 
 def _parameter_groups(module: nn.Module) -> dict[str, int]:
@@ -175,13 +178,13 @@ def _groups_by_name(module: nn.Module) -> dict[str, int]:
     return groups
 
 
-def _chain(trace: Trace, groups: Mapping[str, int], caller: str = "") -> Iterator[Call]:
+def _chain_calls(trace: Trace, groups: Mapping[str, int], caller: str = "") -> Iterator[Call]:
     """Yield the outermost calls; instead of a container with several groups (``blocks``, ``features``), the calls inside it."""
     for call in trace.calls:
         if call.caller != caller:
             continue
         is_opened = len(_groups_in(call.name, groups)) > 1 and any(inner.caller == call.name for inner in trace.calls)
-        yield from _chain(trace, groups, call.name) if is_opened else (call,)
+        yield from _chain_calls(trace, groups, call.name) if is_opened else (call,)
 
 
 def _groups_in(name: str, groups: Mapping[str, int]) -> frozenset[int]:
@@ -281,7 +284,7 @@ def _is_constant(value: Any, again: Any) -> bool:
 
 
 def _replay_from(trace: Trace, chain: Sequence[Call], changing: frozenset[str]) -> int:
-    """Return the first link from which on the chain alone computes the features.
+    """Return the position in the chain from which on the chain alone computes the features.
 
     From there on every module is called once, with constant keyword arguments, and its input is the output of the one before.
     """
@@ -307,25 +310,25 @@ def _shape_of_one(activation: Any) -> tuple[int, ...]:
     return tuple(activation.shape[1:]) if isinstance(activation, Tensor) else ()
 
 
-def _module_owners(module: nn.Module, links: Sequence[str], link_stages: Sequence[int]) -> dict[str, int]:
-    """Return the stage of each module by name, except for containers of links.
+def _stage_of_each_module(module: nn.Module, chain: Sequence[str], chain_stages: Sequence[int]) -> dict[str, int]:
+    """Return the stage of each module by name, except for containers of the chain's modules.
 
     A module that is not in the chain belongs to the stage of the module that was registered before it.
     """
-    stage_of_link = dict(zip(links, link_stages, strict=True))
+    chain_stage = dict(zip(chain, chain_stages, strict=True))
     containers = {""} | {
-        ".".join(parts[:depth]) for parts in (link.split(".") for link in links) for depth in range(1, len(parts))
+        ".".join(parts[:depth]) for parts in (name.split(".") for name in chain) for depth in range(1, len(parts))
     }
-    owner: dict[str, int] = {}
+    stage_of: dict[str, int] = {}
     latest = 0
     for name, _ in module.named_modules():
-        link = next((link for link in _ancestors(name) if link in stage_of_link), None)
-        if link is not None:
-            latest = stage_of_link[link]
+        on_chain = next((ancestor for ancestor in _ancestors(name) if ancestor in chain_stage), None)
+        if on_chain is not None:
+            latest = chain_stage[on_chain]
         elif name in containers:
             continue
-        owner[name] = latest
-    return owner
+        stage_of[name] = latest
+    return stage_of
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -335,26 +338,26 @@ def _ancestors(name: str) -> Iterator[str]:
         yield ".".join(parts[:depth])
 
 
-def _group_stages(links: Sequence[Link], link_stages: Sequence[int], groups: Mapping[str, int]) -> dict[int, int]:
-    return {group: stage for link, stage in zip(links, link_stages, strict=True) for group in _groups_in(link.name, groups)}
+def _group_stages(chain: Sequence[ChainModule], chain_stages: Sequence[int], groups: Mapping[str, int]) -> dict[int, int]:
+    return {group: stage for one, stage in zip(chain, chain_stages, strict=True) for group in _groups_in(one.name, groups)}
 
 
 def _tensor_stages(
-    module: nn.Module, owner: Mapping[str, int], groups: Mapping[str, int], group_stages: Mapping[int, int]
+    module: nn.Module, stage_of: Mapping[str, int], groups: Mapping[str, int], group_stages: Mapping[int, int]
 ) -> dict[str, int]:
     """Return the stage of each parameter and buffer by name.
 
     Tensors that a container itself owns, such as position embeddings, belong to the stage of their timm group, else to the stem.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: owner.get(name.rpartition(".")[0], group_stages.get(groups.get(name, -1), 0)) for name, _ in tensors}
+    return {name: stage_of.get(name.rpartition(".")[0], group_stages.get(groups.get(name, -1), 0)) for name, _ in tensors}
 
 
-def _module_stages(module: nn.Module, owner: Mapping[str, int], tensor_stage: Mapping[str, int]) -> dict[str, frozenset[int]]:
-    found = {name: {owner[name]} if name in owner else set() for name, _ in module.named_modules()}
-    for name, stage in [*owner.items(), *((tensor.rpartition(".")[0], stage) for tensor, stage in tensor_stage.items())]:
+def _module_stages(module: nn.Module, stage_of: Mapping[str, int], tensor_stage: Mapping[str, int]) -> dict[str, frozenset[int]]:
+    found = {name: {stage_of[name]} if name in stage_of else set() for name, _ in module.named_modules()}
+    for name, stage in [*stage_of.items(), *((tensor.rpartition(".")[0], stage) for tensor, stage in tensor_stage.items())]:
         for ancestor in [*_ancestors(name), ""]:
-            if ancestor not in owner:
+            if ancestor not in stage_of:
                 found[ancestor].add(stage)
     return {name: frozenset(stages) for name, stages in found.items()}
 
@@ -364,7 +367,7 @@ def _stage(
     index: int,
     name: str,
     run: Sequence[str],
-    owner: Mapping[str, int],
+    stage_of: Mapping[str, int],
     tensor_stage: Mapping[str, int],
     output_shape: tuple[int, ...],
 ) -> Stage:
@@ -374,8 +377,8 @@ def _stage(
     on_chain = set(run)
     extra = [
         key
-        for key, stage in owner.items()
-        if stage == index and not any(above in on_chain for above in _ancestors(key)) and key.rpartition(".")[0] not in owner
+        for key, stage in stage_of.items()
+        if stage == index and not any(above in on_chain for above in _ancestors(key)) and key.rpartition(".")[0] not in stage_of
     ]
     count = sum(parameter.numel() for parameter in parameters.values())
     return Stage(index, name, (*run, *extra), tuple(parameters), buffers, count, output_shape)

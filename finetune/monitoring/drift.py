@@ -13,8 +13,8 @@ import numpy as np
 
 from finetune.messages import plural
 from finetune.metrics.drift import holm, homogeneity_test, ks_test, labels_test, population_stability_index
-from finetune.monitoring.answers import AnswerStatistics
 from finetune.monitoring.reference import MIN_IMAGES, Reference
+from finetune.monitoring.statistics import PredictionStatistics
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 
 MIN_WINDOW = 200
@@ -25,7 +25,7 @@ KS_THRESHOLD = 0.1
 PSI_THRESHOLD = 0.2
 SHARE_THRESHOLD = 0.1
 
-State = Literal["no_reference", "collecting", "steady", "drifted"]
+DriftState = Literal["no_reference", "collecting", "steady", "drifted"]
 EffectMeasure = Literal["ks_distance", "population_stability_index", "share_difference"]
 
 _WHAT = {
@@ -74,7 +74,7 @@ class HourSummary:
 class Drift:
     """The result of all tests: whether predictions in production differ from those for held-out images."""
 
-    state: State
+    state: DriftState
     sentence: str
     n: int  # compared images in production
     n_needed: int
@@ -96,11 +96,11 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
     """Test the predictions in a window against the reference."""
     tests: tuple[DriftTest, ...] = ()
     if reference is None:
-        state: State = "no_reference"
+        state: DriftState = "no_reference"
     elif len(window) < MIN_WINDOW:
         state = "collecting"
     else:
-        tests = compare(reference, window.answers())
+        tests = compare(reference, window.statistics())
         state = "drifted" if any(test.drifted for test in tests) else "steady"
     return Drift(
         state=state,
@@ -121,9 +121,9 @@ def drift_of(reference: Reference | None, window: Window) -> Drift:
     )
 
 
-def compare(reference: Reference, live: AnswerStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
+def compare(reference: Reference, live: PredictionStatistics, alpha: float = ALPHA) -> tuple[DriftTest, ...]:
     """Run all tests of predictions in production against the reference; neither may be empty."""
-    held_out = reference.answers
+    held_out = reference.statistics
     found = [("confidence", "Kolmogorov-Smirnov", *_ks(held_out.confidence, live.confidence, 3))]
     if held_out.given is not None and live.given is not None:
         found += _of_labels(held_out.given, live.given)
@@ -166,7 +166,7 @@ def _of_labels(reference: Any, live: Any) -> list[tuple[str, str, float, float, 
     ]
 
 
-def _sentence(state: State, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
+def _sentence(state: DriftState, reference: Reference | None, window: Window, tests: tuple[DriftTest, ...]) -> str:
     if reference is None or state == "no_reference":
         return (
             f"Nothing to compare with: the bundle has no reference. It takes at least {MIN_IMAGES} test or val images, or an "

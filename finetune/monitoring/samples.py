@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.bundle.calibration import NOVEL
-from finetune.bundle.image import sniff
+from finetune.bundle.image_formats import sniff
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput, UnsupportedImage
 from finetune.messages import printable
@@ -63,19 +63,23 @@ class Sample:
     record: Mapping[str, Any]
 
     @property
-    def unsureness(self) -> tuple[bool, float]:
+    def uncertainty(self) -> tuple[bool, float]:
         """A sort key that puts novel images first, then those with the least confident predictions."""
         novelty = self.record.get("novelty")
         return (not (isinstance(novelty, float) and novelty >= NOVEL), float(self.record.get("confidence", 1.0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
-    """The files of one sample."""
+    """The files of one sample. A server may hold thousands, so the path is text."""
 
     at: float
-    path: Path
+    place: str
     size_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
 
 
 class SampleStore:
@@ -123,7 +127,7 @@ class SampleStore:
                 return False
             write_atomic(path.with_suffix(_RECORD), lambda stream: stream.write(said))  # first: no image without a record
             write_atomic(path, lambda stream: stream.write(data))
-        self._kept.append(_Kept(at, path, size))
+        self._kept.append(_Kept(at, str(path), size))
         self._bytes += size
         return True
 
@@ -165,7 +169,7 @@ def copy_samples(samples: Sequence[Sample], out: Path) -> list[dict[str, Any]]:
         raise InvalidInput(f"{printable(out)} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, sample in enumerate(sorted(samples, key=lambda one: one.unsureness), start=1):
+    for number, sample in enumerate(sorted(samples, key=lambda one: one.uncertainty), start=1):
         name = f"{number:05d}-{sample.path.name}"
         with contextlib.suppress(FileNotFoundError), atomic_path(out / name) as temporary:  # deleted meanwhile
             shutil.copyfile(sample.path, temporary)
@@ -207,7 +211,7 @@ def _files_in(folder: Path, *, sweep: bool = False) -> Iterator[_Kept]:
                 if f".{ending}" != _RECORD or stem not in paths:
                     paths[stem] = Path(entry.path)
     for stem, path in paths.items():
-        yield _Kept(int(stem.partition("-")[0]) / 1000, path, sizes[stem])
+        yield _Kept(int(stem.partition("-")[0]) / 1000, str(path), sizes[stem])
 
 
 def _delete(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
+from finetune.monitoring.statistics import PredictionStatistics, read_statistics, write_statistics
 
 WINDOW_IMAGES = 1_000
 HOURS = 48
@@ -61,23 +61,23 @@ class Window:
     def __len__(self) -> int:
         return min(self.n_seen, WINDOW_IMAGES)
 
-    def add(self, answers: AnswerStatistics, at: float) -> None:
+    def add(self, statistics: PredictionStatistics, at: float) -> None:
         """Add predictions of the time `at` (Unix seconds); the oldest are overwritten."""
-        self._add_to_hour(answers, at)
-        kept = answers.last(WINDOW_IMAGES)
-        places = (self.n_seen + len(answers) - len(kept) + np.arange(len(kept))) % WINDOW_IMAGES
+        self._add_to_hour(statistics, at)
+        kept = statistics.last(WINDOW_IMAGES)
+        places = (self.n_seen + len(statistics) - len(kept) + np.arange(len(kept))) % WINDOW_IMAGES
         self._confidence[places], self._label[places], self._distance[places] = kept.confidence, kept.label, kept.distance
         if self._given is not None and kept.given is not None:
             self._given[places] = kept.given
-        self.n_seen += len(answers)
+        self.n_seen += len(statistics)
 
-    def _add_to_hour(self, answers: AnswerStatistics, at: float) -> None:
+    def _add_to_hour(self, statistics: PredictionStatistics, at: float) -> None:
         begins = int(at) // HOUR_SECONDS * HOUR_SECONDS
         hour = self.hours.setdefault(begins, Hour(begins))
-        hour.n += len(answers)
-        hour.confidence_sum += float(answers.confidence.sum(dtype=np.float64))
+        hour.n += len(statistics)
+        hour.confidence_sum += float(statistics.confidence.sum(dtype=np.float64))
         if self._unlike_beyond is not None:
-            hour.n_unlike += int((answers.distance > self._unlike_beyond).sum())
+            hour.n_unlike += int((statistics.distance > self._unlike_beyond).sum())
         for old in sorted(self.hours)[:-HOURS]:
             del self.hours[old]
 
@@ -86,11 +86,11 @@ class Window:
         """Whether hours count novel images."""
         return self._unlike_beyond is not None
 
-    def answers(self) -> AnswerStatistics:
+    def statistics(self) -> PredictionStatistics:
         """Return a copy of the statistics in the window, oldest first."""
         order = self._order()
         given = None if self._given is None else self._given[order]
-        return AnswerStatistics(self._confidence[order], self._label[order], self._distance[order], given)
+        return PredictionStatistics(self._confidence[order], self._label[order], self._distance[order], given)
 
     def _order(self) -> NDArray[np.int64]:
         return (self.n_seen - len(self) + np.arange(len(self))) % WINDOW_IMAGES
@@ -104,22 +104,22 @@ class Window:
             "alarm": asdict(self.alarm),
             "hours": [asdict(hour) for hour in self.hours.values()],
         }
-        write_statistics(path, self.answers(), header=np.frombuffer(json.dumps(header).encode(), np.uint8))
+        write_statistics(path, self.statistics(), header=np.frombuffer(json.dumps(header).encode(), np.uint8))
 
     def read(self, path: Path) -> None:
         """Load a window that `write` wrote; do nothing if the file is missing, damaged, or of another model."""
         try:
-            answers, arrays = read_statistics(path.read_bytes())
+            statistics, arrays = read_statistics(path.read_bytes())
             header = json.loads(arrays["header"].tobytes())
             hours = [Hour(**hour) for hour in header["hours"]]
             alarm, n_seen, sha256 = Alarm(**header["alarm"]), int(header["n_seen"]), header["model_sha256"]
         except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return
-        fits = (answers.given is None) == (self._given is None) and len(answers) == min(n_seen, WINDOW_IMAGES)
+        fits = (statistics.given is None) == (self._given is None) and len(statistics) == min(n_seen, WINDOW_IMAGES)
         if sha256 != self.model_sha256 or not fits:
             return
-        if answers.given is not None and self._given is not None and answers.given.shape[1] != self._given.shape[1]:
+        if statistics.given is not None and self._given is not None and statistics.given.shape[1] != self._given.shape[1]:
             return
-        self.n_seen = n_seen - len(answers)
-        self.add(answers, 0.0)
+        self.n_seen = n_seen - len(statistics)
+        self.add(statistics, 0.0)
         self.hours, self.alarm = {hour.at: hour for hour in hours}, alarm

@@ -120,7 +120,7 @@ def learning_curves(records: Sequence[Record], task: Task, phases: Sequence[Mapp
         return None
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
     best = best_epoch(records, task.headline.key)
-    shown = {metric.key: metric for metric in (task.headline, task.of_images)}
+    shown = {metric.key: metric for metric in (task.headline, task.mean_score)}
     panels = [*((metric.key, _capital(metric.label), metric.percent) for metric in shown.values()), ("loss", "Loss", False)]
     for axes, (name, title, percent) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         curves = {split: series(records, f"{split}/{name}") for split in ("train", "val")}
@@ -182,19 +182,19 @@ def learning_rate(records: Sequence[Record]) -> Figure | None:
 def stage_signals(records: Sequence[Record], stage_names: Mapping[str, str] | None = None) -> Figure | None:
     """Draw gradient norm and update ratio of each trained stage by step, coloured from the stem (dark) to the head (light)."""
     found = {match[1] for line in records for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))}
-    if max((len(series(records, f"train/grad_norm/{owner}", by="step")) for owner in found), default=0) < 2:
+    if max((len(series(records, f"train/grad_norm/{part}", by="step")) for part in found), default=0) < 2:
         return None
-    owners = sorted(found, key=lambda owner: (owner == "head", [int(part) for part in re.findall(r"\d+", owner)], owner))
-    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.82, len(owners)))
+    parts = sorted(found, key=lambda part: (part == "head", [int(digits) for digits in re.findall(r"\d+", part)], part))
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.82, len(parts)))
     figure = Figure(figsize=(WIDTH_INCHES, 3.6))
     panels = figure.subplots(1, 2)
     for axes, name, title in zip(panels, ("grad_norm", "update_ratio"), ("Gradient norm", "Step ÷ weight norm"), strict=True):
-        for owner, colour in zip(owners, colours, strict=True):
-            points = [(step, value) for step, value in series(records, f"train/{name}/{owner}", by="step") if value > 0]
+        for part, colour in zip(parts, colours, strict=True):
+            points = [(step, value) for step, value in series(records, f"train/{name}/{part}", by="step") if value > 0]
             if points:
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-                axes.plot(steps, _smooth(values), color=colour, label=(stage_names or {}).get(owner, owner))
+                axes.plot(steps, _smooth(values), color=colour, label=(stage_names or {}).get(part, part))
         axes.set(title=title, xlabel="step", yscale="log")
         _label_log_axis(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

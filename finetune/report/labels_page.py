@@ -43,8 +43,7 @@ def render_labels(
         "uri": data_uri(svg.encode(), "image/svg+xml"),
         "wide": False,
         "caption": "Filled: measured on images that were held out, with two standard errors. Line and hollow points: what all "
-        "learning "
-        "curves that agree with them expect, with the 95 % interval. Right of the dotted line nothing has been measured.",
+        "learning curves that agree with them expect, with the 95 % interval. Right of the dotted line nothing was measured.",
     }
     counts = sorted(document["classes"].items(), key=lambda pair: pair[1])
     return render(

@@ -11,17 +11,17 @@ from finetune.tasks import task_named
 
 def draw_figures(records: Sequence[figures.Record], inputs: ReportInputs) -> dict[str, str]:
     """Return as SVG, by name, all figures for which the run has data; figures of an evaluation show the first one."""
-    judged = next(iter(inputs.evaluations.values()))
-    task = task_named(judged.task)
+    evaluation = next(iter(inputs.evaluations.values()))
+    task = task_named(evaluation.task)
     candidates = {
         "learning_curves": figures.learning_curves(records, task, inputs.phases),
         "learning_rate": figures.learning_rate(records),
         "stage_signals": figures.stage_signals(records, inputs.stage_names),
         "l2_path": figures.l2_path(inputs.l2_path, inputs.l2, task.headline) if inputs.l2 is not None else None,
         "fold_scores": figures.fold_scores(inputs.folds) if inputs.folds else None,
-        "confusion": figures.confusion_matrix(judged),
-        "per_class": figures.per_class_bars(judged),
-        "reliability": figures.reliability_diagram(judged, inputs.after),
+        "confusion": figures.confusion_matrix(evaluation),
+        "per_class": figures.per_class_bars(evaluation),
+        "reliability": figures.reliability_diagram(evaluation, inputs.after),
         "accuracy_coverage": figures.accuracy_coverage(inputs.curve, inputs.calibration) if inputs.curve else None,
     }
     return {name: figures.to_svg(figure) for name, figure in candidates.items() if figure is not None}

@@ -46,7 +46,7 @@ _FOLD_METRICS = ("macro_f1", "mean_per_class_accuracy", "exact_match", "loss")  
 _TRAINING_FIGURES = ("l2_path", "learning_curves", "stage_signals", "learning_rate")
 _CAPTIONS = {
     "l2_path": "The head is solved, not stepped: its L2 strength is the one with the lowest held-out loss.",
-    "learning_curves": "What training is judged by, and the loss, by epoch. The ring marks the epoch that val chose.",
+    "learning_curves": "The metric that chooses the epoch, and the loss, by epoch. The ring marks the epoch that val chose.",
     "stage_signals": "Per stage, running medians: gradient norm before clipping, and step norm over weight norm.",
     "learning_rate": "Learning rate by step.",
     "fold_scores": "Each fold on what it held out, the mean over folds with its 95 % interval, and all answers pooled.",
@@ -115,12 +115,12 @@ def write_report(run: RunDir, inputs: ReportInputs, drawn: Mapping[str, str]) ->
 
 def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
     """Return the page as one HTML document, with the figures from `draw_figures`."""
-    split, judged = next(iter(inputs.evaluations.items()))
+    split, evaluation = next(iter(inputs.evaluations.items()))
     shown = {
         name: {
             "uri": data_uri(svg.encode(), "image/svg+xml"),
-            "caption": _caption(name, judged),
-            "wide": name == "confusion" and len(judged.classes) > _FITTING_CLASSES,
+            "caption": _caption(name, evaluation),
+            "wide": name == "confusion" and len(evaluation.classes) > _FITTING_CLASSES,
         }
         for name, svg in drawn.items()
     }
@@ -129,17 +129,17 @@ def render_report(inputs: ReportInputs, drawn: Mapping[str, str]) -> str:
         inputs=inputs,
         split=split,
         figures=shown,
-        cards=_cards(split, judged),
+        cards=_cards(split, evaluation),
         splits=_splits(inputs.evaluations),
-        classes_first=bool(judged.why_leading),
+        classes_first=bool(evaluation.why_leading),
         temperature=_temperature(inputs.temperature, "held-out" if inputs.folds else "val"),
         reliance=checked_sentences(inputs.calibration) if inputs.calibration else [],
-        scaled=_scaled(judged, inputs.after),
+        scaled=_scaled(evaluation, inputs.after),
         folds=None if inputs.folds is None else _folds(inputs.folds),
         trained=[shown[name] for name in _TRAINING_FIGURES if name in shown],
-        classes=_classes(judged, inputs.thresholds),
-        confused=_confused(judged),
-        several=not task_named(judged.task).exclusive,
+        classes=_classes(evaluation, inputs.thresholds),
+        confused=_confused(evaluation),
+        several=not task_named(evaluation.task).exclusive,
         mistakes=[_mistake(mistake) for mistake in inputs.mistakes],
         phases=[_phase(phase, inputs.stage_names) for phase in inputs.phases if "n_steps" in phase],
         resolved=_facts(inputs.resolved),
@@ -159,26 +159,26 @@ def _save_on_white(svg: str, path: Path) -> None:
     write_atomic(path, lambda stream: stream.write(encodable(on_white).encode()))
 
 
-def _caption(name: str, judged: Evaluation) -> str:
+def _caption(name: str, evaluation: Evaluation) -> str:
     if name != "per_class":
         return _CAPTIONS[name]
-    n_present = len(judged.classes) - len(judged.absent)
+    n_present = len(evaluation.classes) - len(evaluation.absent)
     which = f"the {SHOWN_CLASSES} worst of {n_present} classes" if n_present > SHOWN_CLASSES else "worst class first"
-    ranked = any(row.average_precision is not None for row in judged.per_class)
+    ranked = any(row.average_precision is not None for row in evaluation.per_class)
     others = ", precision and average precision" if ranked else " and precision"
     return f"Recall (share of a class's images that were found){others}, {which}; number of images in brackets."
 
 
-def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
-    task = task_named(judged.task)
-    headline = judged.leading
-    why = f"; {judged.why_leading}" if judged.why_leading else ""
-    low, high = (headline.text(bound) for bound in judged.intervals[headline.key])
-    of_classes = f"mean over {len(judged.classes) - len(judged.absent)} classes"
+def _cards(split: str, evaluation: Evaluation) -> list[dict[str, str]]:
+    task = task_named(evaluation.task)
+    headline = evaluation.leading
+    why = f"; {evaluation.why_leading}" if evaluation.why_leading else ""
+    low, high = (headline.text(bound) for bound in evaluation.intervals[headline.key])
+    of_classes = f"mean over {len(evaluation.classes) - len(evaluation.absent)} classes"
     first = {
         "title": f"{_SPLIT_TITLES.get(split, split)}: {headline.label}",
-        "value": headline.text(judged.values[headline.key]),
-        "note": f"95 % interval {low} – {high}, {judged.n:,} images{why}",
+        "value": headline.text(evaluation.values[headline.key]),
+        "note": f"95 % interval {low} – {high}, {evaluation.n:,} images{why}",
     }
     shown = {task.headline.key, *_CARD_METRICS}
     others = [metric for metric in task.metrics if metric is not headline and metric.key in shown]
@@ -187,7 +187,7 @@ def _cards(split: str, judged: Evaluation) -> list[dict[str, str]]:
         *(
             {
                 "title": metric.label,
-                "value": metric.text(judged.values[metric.key]),
+                "value": metric.text(evaluation.values[metric.key]),
                 "note": of_classes if metric.over_classes else "",
             }
             for metric in others
@@ -291,16 +291,16 @@ def _scaled(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
     return {"head": [f"on {before.n:,} images", "before", "after temperature"], "rows": rows}
 
 
-def _classes(judged: Evaluation, thresholds: Sequence[float] | None) -> dict[str, Any]:
+def _classes(evaluation: Evaluation, thresholds: Sequence[float] | None) -> dict[str, Any]:
     """Return the table of all classes with intervals; for a multi-label task also thresholds and average precision."""
     head = ["class", "images", "predicted", "correct", "precision", "recall", "F1"]
     rows = []
-    for row in judged.per_class:
+    for row in evaluation.per_class:
         ratios = [_with_interval(getattr(row, name), row.intervals.get(name)) for name in ("precision", "recall")]
         rows.append([row.name, str(row.n), str(row.n_predicted), str(row.n_correct), *ratios, _share(row.f1)])
-    if any(row.average_precision is not None for row in judged.per_class):
+    if any(row.average_precision is not None for row in evaluation.per_class):
         head.append("average precision")
-        for cells, row in zip(rows, judged.per_class, strict=True):
+        for cells, row in zip(rows, evaluation.per_class, strict=True):
             cells.append(_with_interval(row.average_precision, row.intervals.get("average_precision")))
     if thresholds is not None:
         head.append("given from")
@@ -317,9 +317,11 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _confused(judged: Evaluation) -> list[list[str]]:
-    counts = {row.name: row.n for row in judged.per_class}
-    return [[true, given, str(count), f"{count / counts[true]:.1%}"] for true, given, count in judged.confused_pairs(_MAX_PAIRS)]
+def _confused(evaluation: Evaluation) -> list[list[str]]:
+    counts = {row.name: row.n for row in evaluation.per_class}
+    return [
+        [true, given, str(count), f"{count / counts[true]:.1%}"] for true, given, count in evaluation.confused_pairs(_MAX_PAIRS)
+    ]
 
 
 def _mistake(mistake: ShownMistake) -> dict[str, Any]:

@@ -27,7 +27,7 @@ SECONDS = 600  # the child limits its own CPU time
 Question = Mapping[str, Any]  # backbone, input_size_px, device, threads
 
 
-def question_of(spec: JobSpec, backbone: str) -> dict[str, Any]:
+def measurement_request(spec: JobSpec, backbone: str) -> dict[str, Any]:
     """Return what has to be measured for a request.
 
     Args:
@@ -63,14 +63,14 @@ def find_speeds(workspace: Workspace, question: Question) -> Speeds | None:
 def measured_speeds(workspace: Workspace, question: Question) -> Speeds | None:
     """Return the measurement of a backbone, which takes about ten seconds the first time; None if it cannot be measured."""
     known = find_speeds(workspace, question)
-    answer = None if known else ask_child({**question, "networks": str(workspace.networks)})
+    answer = None if known else measure_in_child({**question, "networks": str(workspace.networks)})
     if answer is None or "speeds" not in answer:
         return known
     write_json(speeds_file(workspace, question), answer["speeds"])
     return Speeds.from_dict(answer["speeds"])
 
 
-def ask_child(given: Question) -> dict[str, Any] | None:
+def measure_in_child(given: Question) -> dict[str, Any] | None:
     """Run the child process and return its answer; None if it failed, or took longer than it may."""
     try:
         done = subprocess.run(CHILD, input=json.dumps(given), capture_output=True, text=True, timeout=SECONDS, check=False)

@@ -142,9 +142,9 @@ class _Labels:
     def first(self, n: int) -> _Labels:
         return _Labels(self.task, self.targets[:n])
 
-    def judge(self, answers: Features) -> NDArray[np.float64]:
+    def scores(self, predicted: Features) -> NDArray[np.float64]:
         # The head is fitted to 0 and 1, so a label is predicted from 0.5 on.
-        return self.task.judge(answers.astype(np.float32), self.targets, np.full(answers.shape[1], 0.5)).score
+        return self.task.image_results(predicted.astype(np.float32), self.targets, np.full(predicted.shape[1], 0.5)).score
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _LeaveOneOut:
         for strength in STRENGTHS:
             inverse = (vectors / (values.clip(min=0) + strength)) @ vectors.T
             residuals = (inverse @ labels.indicators) / np.diagonal(inverse)[:, None]  # (N, C), leave-one-out (PRESS)
-            found = cls(features, (residuals**2).sum(axis=1), labels.judge(labels.indicators - residuals))
+            found = cls(features, (residuals**2).sum(axis=1), labels.scores(labels.indicators - residuals))
             if best is None or found.squared_errors.mean() < best.squared_errors.mean():
                 best = found
         assert best is not None

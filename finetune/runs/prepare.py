@@ -239,7 +239,7 @@ def _refuse_unlearnable(spec: JobSpec, dataset: Dataset) -> None:
             f"hyperparameters.loss: {spec.hyperparameters.loss} is not a loss of the task {task.name}, which the labels of "
             f"{printable(dataset.root)} ask for; it has {known}"
         )
-    odd = next((sample for sample in dataset.samples if not task.learns(sample.target)), None)
+    odd = next((sample for sample in dataset.samples if not task.can_train_on(sample.target)), None)
     if odd is not None:
         names = ", ".join(dataset.label_names(odd)) or "none"
         raise DataError(

@@ -10,8 +10,8 @@ from finetune.bundle.calibration import Calibration
 from finetune.bundle.manifest import Manifest
 from finetune.evaluation.calibrate import AccuracyCoverage, accuracy_coverage, reliability_after
 from finetune.evaluation.diagnose import Diagnosis
-from finetune.evaluation.evaluate import UNSEEN, Evaluation, RunEvaluation
-from finetune.evaluation.folds import POOLED, CrossValidation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, Evaluation, RunEvaluation
+from finetune.evaluation.folds import CrossValidation
 from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.predictions import Predictions
 from finetune.messages import printable
@@ -24,11 +24,10 @@ from finetune.tasks import task_named
 from finetune.training.context import Trained
 
 # By independence from training: val comes last, because the weights were chosen on it.
-SHOWN_FIRST = (f"{POOLED}{UNSEEN}", POOLED, "test_unseen", "test", "val_unseen", "val")
 GALLERY_SIZE = 12
 
 
-def import_beside_training() -> None:
+def import_in_background() -> None:
     """Start importing in another thread what comes after training, matplotlib and SciPy: half a second beside training."""
 
     def load() -> None:
@@ -52,15 +51,15 @@ def write_run_report(
     folds: CrossValidation | None = None,
 ) -> None:
     """Write ``report.html`` and its figures into the run folder."""
-    from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only judged does not need
+    from finetune.report.run_figures import draw_figures  # imports matplotlib, which a run that is only evaluated does not need
 
     resolved, head = prepared.resolved, trained.head
-    judged = [split for split in SHOWN_FIRST if split in evaluation.evaluations]
-    pictured = next((split for split in judged if split in predictions), None)
+    evaluated = [split for split in MOST_INDEPENDENT_FIRST if split in evaluation.evaluations]
+    pictured = next((split for split in evaluated if split in predictions), None)
     calibration = Calibration.of(manifest.calibration)
     inputs = ReportInputs(
         title=f"{resolved.model_name}: {outcome.carried_out} on {resolved.backbone.name}",
-        evaluations={split: evaluation.evaluations[split] for split in judged},
+        evaluations={split: evaluation.evaluations[split] for split in evaluated},
         folds=folds,
         summary=outcome.summary,
         note=" ".join(notes),
@@ -79,8 +78,8 @@ def write_run_report(
         versions=manifest.versions,
         temperature=evaluation.temperature,
         thresholds=manifest.thresholds,
-        after=_after(predictions[pictured], evaluation, calibration) if pictured == judged[0] else None,
-        curve=_curve(predictions[pictured], evaluation) if pictured == judged[0] else None,
+        after=_after(predictions[pictured], evaluation, calibration) if pictured == evaluated[0] else None,
+        curve=_curve(predictions[pictured], evaluation) if pictured == evaluated[0] else None,
         calibration=calibration,
         l2_path=[asdict(point) for point in head.path] if head else (),
         l2=head.l2 if head else None,
@@ -90,18 +89,18 @@ def write_run_report(
     write_report(run, inputs, draw_figures(read_lines(run.metrics), inputs))
 
 
-def _after(judged: Predictions, evaluation: RunEvaluation, calibration: Calibration | None) -> Evaluation | None:
+def _after(predictions: Predictions, evaluation: RunEvaluation, calibration: Calibration | None) -> Evaluation | None:
     """Return the evaluation of the calibrated probabilities; None if there is no temperature."""
     if evaluation.temperature is None:
         return None
     fitted_on = calibration.split if calibration else "val"
-    return reliability_after(judged, evaluation.temperature.temperature, fitted_on_these=judged.split == fitted_on)
+    return reliability_after(predictions, evaluation.temperature.temperature, fitted_on_these=predictions.split == fitted_on)
 
 
-def _curve(judged: Predictions, evaluation: RunEvaluation) -> AccuracyCoverage | None:
+def _curve(predictions: Predictions, evaluation: RunEvaluation) -> AccuracyCoverage | None:
     """Return the accuracy-coverage curve; None for a multilabel task."""
     temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
-    return accuracy_coverage(judged, temperature) if task_named(judged.task).exclusive else None
+    return accuracy_coverage(predictions, temperature) if task_named(predictions.task).exclusive else None
 
 
 def shown_mistakes(predictions: Predictions, prepared: Prepared) -> list[ShownMistake]:

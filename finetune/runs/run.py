@@ -25,7 +25,7 @@ from finetune.evaluation import predictions as tables
 from finetune.evaluation.calibrate import FittedCalibration, check_calibration, fit_calibration
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.evaluation.drift import reference_of
-from finetune.evaluation.evaluate import RunEvaluation, read_evaluation, write_evaluation
+from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, RunEvaluation, read_evaluation, write_evaluation
 from finetune.evaluation.folds import POOLED, CrossValidation
 from finetune.evaluation.predictions import Predictions
 from finetune.events import DataWarning, Finished, Planned, Quantised, Registered
@@ -33,14 +33,12 @@ from finetune.export.pack import BundleFacts, export_bundle
 from finetune.messages import plural
 from finetune.monitoring.reference import Reference
 from finetune.progress import Progress, ProgressCallback, silent
-from finetune.runs.judge import (
+from finetune.runs.chance import chance_warning, refuse_diverged, refuse_no_better_than_chance
+from finetune.runs.evaluate import (
     apply_thresholds,
-    chance_warning,
-    embeddings_hold,
-    judge,
+    embeddings_match,
+    evaluate_splits,
     predict_splits,
-    refuse_diverged,
-    refuse_no_better_than_chance,
 )
 from finetune.runs.learner import Learner
 from finetune.runs.model_cost import model_cost
@@ -48,7 +46,7 @@ from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import Prepared, augment_of, built_network, decisions_of, prepare
 from finetune.runs.preprocessing import check_preprocessing
-from finetune.runs.report import SHOWN_FIRST, import_beside_training, write_run_report
+from finetune.runs.report import import_in_background, write_run_report
 from finetune.runs.resolve import DatasetFacts, Resolved
 from finetune.runs.shared import Shared
 from finetune.runs.solved import SolvedLearner
@@ -68,7 +66,7 @@ from finetune.training.near_copies import near_copies_in, near_copies_noted
 
 
 @dataclass(frozen=True)
-class Carried:
+class StudyResults:
     """Results of a study that belong in the bundle and the report of the run whose model it keeps.
 
     Args:
@@ -94,7 +92,7 @@ def run_job(
     shared: Shared,
     progress: ProgressCallback = silent,
     options: RunOptions | None = None,
-    carried: Carried | None = None,
+    carried: StudyResults | None = None,
 ) -> Outcome:
     """Fine-tune with one method, evaluate, export and register, as far as `options.goal` requires.
 
@@ -124,17 +122,18 @@ def run_job(
         check_preprocessing(prepared, run, shared, progress)
         learner = learner_for(prepared, shared)
         if options.reaches("exported"):
-            import_beside_training()
+            import_in_background()
             learner.begin_reference(prepared.checked_on)
         trained = learner.train(context, _earlier_choices(run, options))
-        carried = carried or Carried()
+        carried = carried or StudyResults()
         predictions, thresholds = apply_thresholds(
             predict_splits(learner, context, options.judged), _given_thresholds(run, options, carried)
         )
         for split, table in predictions.items():
             tables.write(run.predictions_of(split), table)
-        evaluation = carry_over(
-            judge(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()), carried.evaluation
+        evaluation = add_study_evaluation(
+            evaluate_splits(predictions, thresholds, in_training(prepared.dataset, run), prepared.dataset.class_sizes()),
+            carried.evaluation,
         )
         write_evaluation(run.evaluation, evaluation)
         diagnosis = write_diagnosis(run)
@@ -205,7 +204,7 @@ def in_training(dataset: Dataset, run: RunDir) -> dict[str, frozenset[str]]:
     return {split: exact.get(split, frozenset()) | near.get(split, frozenset()) for split in {**exact, **near}}
 
 
-def _given_thresholds(run: RunDir, options: RunOptions, carried: Carried) -> tuple[float, ...] | None:
+def _given_thresholds(run: RunDir, options: RunOptions, carried: StudyResults) -> tuple[float, ...] | None:
     """Return the thresholds that the run's study chose, or the run that `options.decided_by` names; None: choose them here."""
     if carried.evaluation is not None:
         return carried.evaluation.thresholds
@@ -224,7 +223,7 @@ def learner_for(prepared: Prepared, shared: Shared) -> Learner:
     return SteppedLearner(built_network(resolved.spec, prepared.dataset, shared), resolved)
 
 
-def carry_over(own: RunEvaluation, carried: RunEvaluation | None) -> RunEvaluation:
+def add_study_evaluation(own: RunEvaluation, carried: RunEvaluation | None) -> RunEvaluation:
     """Add to a run's evaluation the study's evaluations of other splits; temperature and thresholds are the study's."""
     if carried is None:
         return own
@@ -254,14 +253,14 @@ def calibration_of(
     if held_out is None:
         return None
     temperature = evaluation.temperature.temperature if evaluation.temperature else 1.0
-    hold = (own_val and held_out.split == "val") or embeddings_hold(learner, context, held_out)
-    fitted = fit_calibration(held_out, temperature, embeddings_hold=hold)
+    hold = (own_val and held_out.split == "val") or embeddings_match(learner, context, held_out)
+    fitted = fit_calibration(held_out, temperature, embeddings_match=hold)
     if fitted is None or "test" not in answers:
         return fitted
     return replace(fitted, calibration=check_calibration(fitted, answers["test"], temperature))
 
 
-def _method_facts(resolved: Resolved, carried: Carried) -> dict[str, Any]:
+def _method_facts(resolved: Resolved, carried: StudyResults) -> dict[str, Any]:
     """Return the method with its settings, the weights of the images and the notes, as the bundle records them."""
     return {
         **resolved.spec.method.model_dump(mode="json"),
@@ -293,7 +292,7 @@ def export(
     learner: Learner,
     trained: Trained,
     evaluation: RunEvaluation,
-    carried: Carried,
+    carried: StudyResults,
     fitted: FittedCalibration | None,
     reference: Reference | None,
     run: RunDir,
@@ -345,8 +344,8 @@ def _thresholds(task: Task, evaluation: RunEvaluation) -> dict[str, list[float]]
 
 
 def most_independent(predictions: Mapping[str, Predictions]) -> Predictions | None:
-    """Return the predictions on the split that is most independent of training (`SHOWN_FIRST`)."""
-    return next((predictions[split] for split in SHOWN_FIRST if split in predictions), None)
+    """Return the predictions on the split that is most independent of training (`MOST_INDEPENDENT_FIRST`)."""
+    return next((predictions[split] for split in MOST_INDEPENDENT_FIRST if split in predictions), None)
 
 
 def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions]) -> None:
@@ -355,9 +354,9 @@ def refuse_if_diverged(resolved: Resolved, predictions: Mapping[str, Predictions
     Raises:
         NoBetterThanChance: training diverged.
     """
-    judged = most_independent(predictions)
-    if judged is not None and resolved.spec.export.register_model == "auto":
-        refuse_diverged(judged)
+    evaluated = most_independent(predictions)
+    if evaluated is not None and resolved.spec.export.register_model == "auto":
+        refuse_diverged(evaluated)
 
 
 def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Predictions], workspace: Workspace) -> Outcome:
@@ -370,11 +369,11 @@ def register(outcome: Outcome, resolved: Resolved, predictions: Mapping[str, Pre
         NoBetterThanChance: the model is no better than chance, and the request does not set ``export.register_model: always``.
     """
     assert outcome.bundle is not None, "what is registered has been exported"
-    warnings, judged = outcome.warnings, most_independent(predictions)
-    if judged is not None:
+    warnings, evaluated = outcome.warnings, most_independent(predictions)
+    if evaluated is not None:
         if resolved.spec.export.register_model == "auto":
-            refuse_no_better_than_chance(judged)
-        warnings = (*warnings, *filter(None, [chance_warning(judged)]))
+            refuse_no_better_than_chance(evaluated)
+        warnings = (*warnings, *filter(None, [chance_warning(evaluated)]))
     answers = RunDir(outcome.run).predictions_of("test")
     version = Registry(workspace.models).register(
         outcome.bundle, resolved.model_name, once=True, predictions=answers if answers.exists() else None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from finetune.data.dataset import Dataset
-from finetune.executors.places import Places
 from finetune.runs.network import Network
 from finetune.storage.store import Store
 from finetune.storage.workspace import Workspace
+
+if TYPE_CHECKING:
+    from finetune.executors.slots import Slots
 
 
 @dataclass
@@ -19,9 +22,9 @@ class Shared:
     store: Store
     datasets: dict[str, Dataset] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
-    places: Places | None = None  # that a study's runs are carried out on in parallel; None: in this process, one by one
+    slots: Slots | None = None  # in which the runs of a study are carried out in parallel; None: in this process, one by one
 
     @classmethod
-    def of(cls, workspace: Workspace, places: Places | None = None) -> Shared:
+    def of(cls, workspace: Workspace, slots: Slots | None = None) -> Shared:
         """Return a `Shared` for a workspace, with no datasets and networks yet."""
-        return cls(workspace, Store(workspace.cache), places=places)
+        return cls(workspace, Store(workspace.cache), slots=slots)

@@ -21,7 +21,6 @@ from torch import Tensor
 from finetune.bundle.preprocess import Preprocess
 from finetune.export.dry_run import dry_run_export, noise
 from finetune.export.graph import DeployModule, fill
-from finetune.export.template import INPUT_NAME
 from finetune.model.backbone import build_backbone
 from finetune.model.classifier import Classifier
 from finetune.model.cut import cut_at, why_not_cut
@@ -30,7 +29,7 @@ from finetune.model.selection import FreezePlan
 from finetune.model.threads import on_threads
 from finetune.runs.build import facts_of
 from finetune.runs.forecast import Speeds
-from finetune.runtime.session import open_session
+from finetune.runtime.session import INPUT_NAME, open_session
 from finetune.training.compute import Compute
 from finetune.training.machine import Numerics, autocast, computing_with, place, plain_numerics, prepare_images
 

@@ -36,7 +36,7 @@ class SteppedLearner:
             self.classifier = self.classifier.with_head(torch.from_numpy(own.weight), torch.from_numpy(own.bias))
 
     def begin_reference(self, samples: Sequence[Sample]) -> None:
-        """Do nothing: every layer may change until training ends."""
+        """Do nothing, because every layer may change until training ends."""
 
     def train(self, context: TrainingContext, decided: Choices | None) -> Trained:
         return train(self.classifier, self.recipe, context, decided, self.network.untrained)

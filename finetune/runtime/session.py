@@ -23,6 +23,9 @@ ORT_ERRORS = (
 )
 """The exceptions that ONNX Runtime raises when it refuses a graph or fails to run it."""
 
+INPUT_NAME = "images"  # of every exported graph
+OPSET = 20  # the first with Gelu; supported by ONNX Runtime from 1.17 on
+
 _FATAL_ONLY = 3  # ONNX Runtime's log level; its warnings about its own optimisations are of no use to the user
 
 

@@ -65,7 +65,10 @@ def write_backup(root: Path, target: Path, *, jobs_database: Path | None) -> Bac
     if not any((root / name).exists() for name in (*FOLDERS, JOBS)):
         raise InvalidInput(f"{printable(root)}: holds no workspace (none of {', '.join((*FOLDERS, JOBS))})")
     files: dict[str, dict[str, Any]] = {}
-    with atomic_path(target) as temporary, tarfile.open(temporary, "w") as archive:
+    with (
+        atomic_path(target, mode=0o600) as temporary,
+        tarfile.open(temporary, "w") as archive,
+    ):  # it has images and webhooks' secrets
         for name, database in ((JOBS, jobs_database), (MLFLOW, root / MLFLOW)):
             if database is not None and database.exists():
                 with _copied(database) as copy:
@@ -98,7 +101,7 @@ def restore_backup(source: Path, root: Path) -> Backup:
         raise Conflict(f"{printable(root)} is not empty; restore into a new folder (FINETUNE_HOME names it)")
     root.parent.mkdir(parents=True, exist_ok=True)
     arriving = root.with_name(f".{root.name}-restoring-{os.getpid()}")
-    arriving.mkdir()
+    arriving.mkdir(mode=0o700)
     try:
         made, files = _unpack(source, arriving)
         for name, file in files.items():

@@ -26,15 +26,18 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success flush it to disk and rename it over `target`.
+
+    Args:
+        mode: permissions of the file, as far as the umask allows them.
 
     Raises:
         DiskFull: the disk filled up while writing; `target` is as it was before.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(target)
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as the umask allows
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         yield temporary
         with open(temporary, "rb") as written:

@@ -24,12 +24,12 @@ from finetune.events import Compared, DataChanged, StudyConcluded
 from finetune.messages import plural, printable
 from finetune.naming import dataset_name, model_name
 from finetune.progress import ProgressCallback, silent
-from finetune.runs.judge import calibrate, thresholds_of, unseen_evaluations
+from finetune.runs.evaluate import choose_thresholds, fit_temperature, unseen_evaluations
 from finetune.runs.options import RunOptions
 from finetune.runs.outcome import Outcome
 from finetune.runs.prepare import read_and_build, split_for
 from finetune.runs.resolve import DatasetFacts, Resolved, resolve_resize, resolve_task
-from finetune.runs.run import Carried, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
+from finetune.runs.run import StudyResults, announce, finish, finished_outcome, refuse_if_diverged, register, run_job
 from finetune.runs.shared import Shared
 from finetune.runs.watch import Stopwatch, failures_recorded, recorded
 from finetune.spec import JobSpec, load_spec
@@ -39,7 +39,7 @@ from finetune.storage.workspace import Workspace
 from finetune.studies.escalate import escalation
 from finetune.studies.folds import FINAL, Folds, cross_validation, fold_name, pooled_predictions
 from finetune.studies.refit import CHOOSE, REFIT, Refit
-from finetune.studies.study import kept_run, note_kept, run_children
+from finetune.studies.study import kept_run, record_kept, run_children
 from finetune.training.near_copies import near_copies_in, near_copies_noted, pool_near_copies
 
 REFIT_NOTE = (
@@ -143,7 +143,7 @@ def _study(
         write_atomic(run.spec, lambda stream: stream.write(spec.to_yaml().encode()))
         options.write(run)
         conclusion = conduct(spec, run, shared, progress, options)
-        note_kept(run, conclusion.kept)
+        record_kept(run, conclusion.kept)
         run.record(StudyConcluded(conclusion.summary, conclusion.kept))
         for split, table in conclusion.predictions.items():
             tables.write(run.predictions_of(split), table)
@@ -187,8 +187,8 @@ def _cross_validate(spec: JobSpec, run: RunDir, shared: Shared, progress: Progre
         kept=FINAL,
         evaluation=RunEvaluation(
             {POOLED: found.pooled, **unseen_evaluations({POOLED: pooled}, near_copies_in(run)), **own.evaluations},
-            calibrate(pooled),
-            thresholds_of(pooled),
+            fit_temperature(pooled),
+            choose_thresholds(pooled),
         ),
         predictions={POOLED: pooled, **_tables_in(final)},
         summary=outcomes[FINAL].summary,
@@ -242,7 +242,7 @@ def _split(spec: JobSpec, dataset: Dataset, run: RunDir) -> Dataset:
 def _export_kept(spec: JobSpec, run: RunDir, conclusion: Conclusion, shared: Shared, progress: ProgressCallback) -> Outcome:
     """Export the run whose weights are kept, with the results of the whole study in its bundle and report."""
     leaf = kept_run(run)
-    carried = Carried(
+    carried = StudyResults(
         conclusion.evaluation, conclusion.predictions, notes_of(spec), conclusion.summary, conclusion.folds, conclusion.warnings
     )
     options = replace(RunOptions.read(leaf), goal="exported")

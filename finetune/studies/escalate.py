@@ -29,7 +29,7 @@ class Escalation:
     kind = "auto"
     n_children = None
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         n_done = sum(child.name in finished for child in self.candidates)
         gains = self.gains(n_done)
         stopped = bool(gains) and not gains[-1][1].pays

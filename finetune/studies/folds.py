@@ -36,7 +36,7 @@ class Folds:
     def n_children(self) -> int:
         return len(self.datasets) + 1
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         folds = [self._fold(number) for number in range(1, len(self.datasets) + 1)]
         if remaining := [child for child in folds if child.name not in finished]:
             return remaining

@@ -12,7 +12,7 @@ from finetune.data.split import fold_datasets
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.estimate import Estimate, estimate, together
 from finetune.runs.forecast import Forecast, Images, forecast
-from finetune.runs.known_speeds import measured_speeds, question_of
+from finetune.runs.known_speeds import measured_speeds, measurement_request
 from finetune.runs.options import RunOptions
 from finetune.runs.prepare import Prepared, prepare, read_and_build
 from finetune.runs.shared import Shared
@@ -70,7 +70,7 @@ def _whole_job(spec: JobSpec, prepared: Prepared, shared: Shared) -> Forecast | 
     """Return the forecast that the server's plans give for these images."""
     if is_own_model(spec.model.backbone) and not is_registered_model(spec.model.backbone):
         return None
-    speeds = measured_speeds(shared.workspace, question_of(spec, prepared.resolved.backbone.name))
+    speeds = measured_speeds(shared.workspace, measurement_request(spec, prepared.resolved.backbone.name))
     dataset = prepared.dataset
     sizes = [sample.file.path.stat().st_size for sample in dataset.samples if isinstance(sample.file, LocalFile)]
     images = Images(len(dataset.samples), len(dataset.classes), sum(sizes) / len(sizes) if sizes else None)

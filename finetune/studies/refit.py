@@ -30,7 +30,7 @@ class Refit:
     kind = "refit"
     n_children = None
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         if CHOOSE not in finished:
             options = RunOptions(goal="judged", judged=("val",))
             return [Child(CHOOSE, "choosing", self.spec, options)]

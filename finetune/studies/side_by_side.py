@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from finetune.errors import ExecutorError, FinetuneError, error_of
 from finetune.executors import Executor, Handle
 from finetune.executors.endings import Ending, Finish, next_action
-from finetune.executors.places import STOP_SECONDS, Places
+from finetune.executors.slots import STOP_SECONDS, Slots
 from finetune.jobs.lease import LEASE_VARIABLE
 from finetune.progress import Progress, ProgressCallback
 from finetune.runs.outcome import Outcome
@@ -45,7 +45,7 @@ class _ParallelChild:
 
 
 def run_side_by_side(
-    children: Sequence[tuple[str, JobSpec, RunDir]], places: Places, workspace: Workspace, progress: ProgressCallback
+    children: Sequence[tuple[str, JobSpec, RunDir]], slots: Slots, workspace: Workspace, progress: ProgressCallback
 ) -> Iterator[tuple[int, Outcome]]:
     """Run the children in parallel; yield the position and the outcome of each as it finishes.
 
@@ -57,7 +57,7 @@ def run_side_by_side(
         KeyboardInterrupt: this process was asked to stop. The children have been stopped too.
     """
     waiting = deque(range(len(children)))
-    free = deque(range(len(places.each)))
+    free = deque(range(len(slots.each)))
     going: dict[int, _ParallelChild] = {}
     try:
         while waiting or going:
@@ -67,14 +67,14 @@ def run_side_by_side(
                 _write_spec(folder, spec.with_absolute_paths())
                 going[number] = _ParallelChild(title, folder, free.popleft())
             for number, child in list(going.items()):
-                if (outcome := _advance(child, places, workspace)) is not None:
+                if (outcome := _advance(child, slots, workspace)) is not None:
                     del going[number]
                     free.append(child.slot)
                     yield number, outcome
             _report_progress(list(going.values()), progress)
             time.sleep(_LOOK_SECONDS)
     finally:
-        _stop(list(going.values()), places.executor)
+        _stop(list(going.values()), slots.executor)
 
 
 def _write_spec(folder: RunDir, spec: JobSpec) -> None:
@@ -82,7 +82,7 @@ def _write_spec(folder: RunDir, spec: JobSpec) -> None:
     write_atomic(folder.spec, lambda stream: stream.write(text))
 
 
-def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Outcome | None:
+def _advance(child: _ParallelChild, slots: Slots, workspace: Workspace) -> Outcome | None:
     """Start a child whose delay is over, or check its process; return its outcome if it has finished, else None.
 
     Raises:
@@ -90,9 +90,9 @@ def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Out
     """
     if child.handle is None:
         if time.monotonic() >= child.not_before:
-            _start(child, places, workspace)
+            _start(child, slots, workspace)
         return None
-    code = places.executor.poll(child.handle)
+    code = slots.executor.poll(child.handle)
     if code is None:
         return None
     child.handle = None
@@ -117,18 +117,18 @@ def _advance(child: _ParallelChild, places: Places, workspace: Workspace) -> Out
     raise _failure(child, follows)
 
 
-def _start(child: _ParallelChild, places: Places, workspace: Workspace) -> None:
+def _start(child: _ParallelChild, slots: Slots, workspace: Workspace) -> None:
     """Start the process of a child."""
     folder = child.folder
     folder.error.unlink(missing_ok=True)
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    child.handle = places.executor.start(
+    child.handle = slots.executor.start(
         "-".join(folder.root.relative_to(workspace.runs).parts) if folder.root.is_relative_to(workspace.runs) else folder.name,
         [sys.executable, "-m", "finetune", "train", str(folder.spec), "--run-dir", str(folder.root), "--json"],
         fence=time.time_ns(),
         environment={"FINETUNE_HOME": str(workspace.root), **inherited},
         log=folder.log,
-        resources=places.each[child.slot],
+        resources=slots.each[child.slot],
     )
 
 

@@ -20,7 +20,6 @@ from finetune.runs.shared import Shared
 from finetune.spec import JobSpec
 from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.rundir import RunDir
-from finetune.studies.side_by_side import run_side_by_side
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Study(Protocol):
         """The largest possible number of children; None if it is not known in advance."""
         ...
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         """Return the children to run next, given the outcomes of those that have finished; an empty sequence ends the study.
 
         The result depends only on the outcomes, so a resumed study continues with the same children. Children that are returned
@@ -78,7 +77,7 @@ def run_children(
     """Run the children that `study` asks for until it asks for no more; return their outcomes by name."""
     _begin(study, run)
     finished = _finished(run)
-    while children := study.following(finished):
+    while children := study.next_children(finished):
         _show_number(len(finished), study.n_children, progress)
         for child, outcome in _outcomes(children, run, shared, progress, run_child):
             finished[child.name] = outcome
@@ -91,14 +90,16 @@ def run_children(
 def _outcomes(
     children: Sequence[Child], run: RunDir, shared: Shared, progress: ProgressCallback, run_child: RunChild
 ) -> Iterator[tuple[Child, Outcome]]:
-    """Run children that do not depend on each other, in parallel if there are several and `shared.places` is set."""
-    if shared.places is None or len(children) < 2:
+    """Run children that do not depend on each other, in parallel if there are several and `shared.slots` is set."""
+    if shared.slots is None or len(children) < 2:
         for child in children:
             folder = prepare_child(run, child)
             yield child, run_child(child.spec, folder, shared, titled(progress, child.title), child.options)
         return
+    from finetune.studies.side_by_side import run_side_by_side
+
     prepared = [(child.title, child.spec, prepare_child(run, child)) for child in children]
-    for number, outcome in run_side_by_side(prepared, shared.places, shared.workspace, progress):
+    for number, outcome in run_side_by_side(prepared, shared.slots, shared.workspace, progress):
         yield children[number], outcome
 
 
@@ -115,7 +116,7 @@ def prepare_child(run: RunDir, child: Child) -> RunDir:
     return folder
 
 
-def note_kept(run: RunDir, name: str) -> None:
+def record_kept(run: RunDir, name: str) -> None:
     """Record in ``study.json`` which child the study keeps."""
     write_json(run.study, {**read_json(run.study), "kept": name})
 

@@ -27,7 +27,7 @@ def task_named(name: str) -> Task:
 
 def task_of(targets: Sequence[Target]) -> Task:
     """Return the task that fits these targets: multilabel if any of them is a tuple of labels."""
-    return next(task for task in TASKS if task.describes(targets))
+    return next(task for task in TASKS if task.is_task_of(targets))
 
 
 __all__ = ["TASKS", "Target", "Task", "task_named", "task_of"]

@@ -15,7 +15,7 @@ from finetune.metrics.accuracy import MACRO_F1, MEAN_PER_CLASS_ACCURACY, TOP1, T
 from finetune.metrics.calibration import ECE, ReliabilityBin, reliability_bins
 from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.likelihood import BRIER, NLL
-from finetune.metrics.rows import Rows, judge_rows, log_softmax
+from finetune.metrics.rows import Rows, image_results, log_softmax
 from finetune.metrics.temperature import Temperature, fit_softmax_temperature
 from finetune.spec import LOSSES
 from finetune.tasks.balance import Balance, ClassWeights, balance_of
@@ -31,15 +31,15 @@ class Multiclass:
     smooths_labels = True
     metrics: Sequence[Metric[Rows]] = (TOP1, TOP5, MACRO_F1, MEAN_PER_CLASS_ACCURACY, NLL, ECE, BRIER)
     headline: Metric[Rows] = TOP1
-    of_images: Metric[Rows] = TOP1
+    mean_score: Metric[Rows] = TOP1
 
     def leading(self, class_counts: Sequence[int]) -> Metric[Rows]:
         return MEAN_PER_CLASS_ACCURACY if are_unequal(class_counts) else TOP1
 
-    def describes(self, targets: Sequence[Target]) -> bool:
+    def is_task_of(self, targets: Sequence[Target]) -> bool:
         return all(isinstance(target, int) for target in targets)
 
-    def learns(self, target: Target) -> bool:
+    def can_train_on(self, target: Target) -> bool:
         return isinstance(target, int)
 
     def encode(self, targets: Sequence[Target], n_classes: int) -> NDArray[np.int64]:
@@ -54,13 +54,13 @@ class Multiclass:
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         return np.exp(log_softmax(logits.astype(np.float64) / temperature))
 
-    def judge(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> Rows:
-        return judge_rows(logits, targets)
+    def image_results(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> Rows:
+        return image_results(logits, targets)
 
     def chance(self, targets: Targets) -> float:
         return float(np.bincount(targets).max() / len(targets))
 
-    def blind_loss(self, n_classes: int) -> float:
+    def uniform_loss(self, n_classes: int) -> float:
         return math.log(n_classes)
 
     def class_counts(self, rows: Rows) -> Sequence[tuple[int, int, int]]:
@@ -70,13 +70,13 @@ class Multiclass:
     def class_precisions(self, rows: Rows) -> Sequence[tuple[float, Interval] | None]:
         return ()
 
-    def sureness(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predicted_and_true_probabilities(self, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return rows.confidence, np.exp(-rows.nll)
 
-    def answered(self, rows: Rows, row: int) -> tuple[int, ...]:
+    def predicted_labels(self, rows: Rows, row: int) -> tuple[int, ...]:
         return (int(rows.predicted[row]),)
 
-    def answer_text(self, rows: Rows, row: int, classes: Sequence[str]) -> str:
+    def prediction_text(self, rows: Rows, row: int, classes: Sequence[str]) -> str:
         return classes[int(rows.predicted[row])]
 
     def facts(self, rows: Rows) -> Mapping[str, float]:
@@ -100,7 +100,7 @@ class Multiclass:
     def logit_thresholds(self, thresholds: Sequence[float], temperature: float) -> Thresholds:
         raise ValueError("where classes exclude each other, the most probable one is given, and none has a threshold")
 
-    def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
+    def predict_labels(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
         return self.ranking(probs)[:1]
 
     def balance(self, targets: Targets, n_classes: int, class_weights: ClassWeights, logit_adjustment: float) -> Balance:

@@ -24,7 +24,7 @@ from finetune.metrics.labels import (
     average_precision_interval,
     average_precisions,
     check_labels,
-    judge_labels,
+    label_results,
     sigmoid,
 )
 from finetune.metrics.temperature import Temperature, fit_sigmoid_temperature
@@ -46,15 +46,15 @@ class Multilabel:
     smooths_labels = False
     metrics: Sequence[Metric[LabelRows]] = (MAP, MICRO_F1, MACRO_F1, EXACT_MATCH, NLL, ECE, BRIER)
     headline: Metric[LabelRows] = MAP
-    of_images: Metric[LabelRows] = EXACT_MATCH
+    mean_score: Metric[LabelRows] = EXACT_MATCH
 
     def leading(self, class_counts: Sequence[int]) -> Metric[LabelRows]:
         return self.headline  # a mean over labels already
 
-    def describes(self, targets: Sequence[Target]) -> bool:
+    def is_task_of(self, targets: Sequence[Target]) -> bool:
         return any(not isinstance(target, int) for target in targets)
 
-    def learns(self, target: Target) -> bool:
+    def can_train_on(self, target: Target) -> bool:
         return True
 
     def encode(self, targets: Sequence[Target], n_classes: int) -> NDArray[np.uint8]:
@@ -67,14 +67,14 @@ class Multilabel:
     def probabilities(self, logits: Logits, temperature: float = 1.0) -> NDArray[np.float64]:
         return sigmoid(logits.astype(np.float64) / temperature)
 
-    def judge(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> LabelRows:
-        return judge_labels(logits, targets, thresholds)
+    def image_results(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> LabelRows:
+        return label_results(logits, targets, thresholds)
 
     def chance(self, targets: Targets) -> float:
         shares = targets.mean(axis=0)
         return float(shares[shares > 0].mean()) if shares.any() else 0.0
 
-    def blind_loss(self, n_classes: int) -> float:
+    def uniform_loss(self, n_classes: int) -> float:
         return math.log(2.0)
 
     def class_counts(self, rows: LabelRows) -> Sequence[tuple[int, int, int]]:
@@ -87,16 +87,16 @@ class Multilabel:
             for value, n in zip(average_precisions(rows), counts, strict=True)
         ]
 
-    def sureness(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predicted_and_true_probabilities(self, rows: LabelRows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         said = np.where(rows.given, rows.probs, 1.0 - rows.probs)  # the probability of each binary decision that was made
         surest_mistake = np.where(rows.given != rows.targets, said, 0.0).max(axis=1)
         wrong = rows.score < 1
         return np.where(wrong, surest_mistake, said.min(axis=1)), np.where(wrong, 1.0 - surest_mistake, said.min(axis=1))
 
-    def answered(self, rows: LabelRows, row: int) -> tuple[int, ...]:
+    def predicted_labels(self, rows: LabelRows, row: int) -> tuple[int, ...]:
         return self.labels_of(rows.given[row])
 
-    def answer_text(self, rows: LabelRows, row: int, classes: Sequence[str]) -> str:
+    def prediction_text(self, rows: LabelRows, row: int, classes: Sequence[str]) -> str:
         return self.label_text(rows.given[row], classes)
 
     def facts(self, rows: LabelRows) -> Mapping[str, float]:
@@ -123,7 +123,7 @@ class Multilabel:
         values = np.clip(np.asarray(thresholds, np.float64), _LEAST, 1.0 - _LEAST)
         return np.asarray(temperature * (np.log(values) - np.log1p(-values)))
 
-    def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
+    def predict_labels(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
         limits = np.full(len(probs), 0.5) if thresholds is None else np.asarray(thresholds)
         return np.asarray([label for label in self.ranking(probs) if probs[label] >= limits[label]], np.int64)
 

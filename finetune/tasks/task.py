@@ -27,7 +27,7 @@ Thresholds = NDArray[np.floating[Any]]
 """(N, C) or (C,): the least logit with which a label is given, in a multi-label task."""
 
 
-class JudgedRows(Protocol):
+class ImageResults(Protocol):
     """Per-image results from which a task's metrics are computed."""
 
     def __len__(self) -> int: ...
@@ -85,15 +85,15 @@ class Task(Protocol):
         ...
 
     @property
-    def of_images(self) -> Metric[Any]:
+    def mean_score(self) -> Metric[Any]:
         """The metric that is the mean of `score` over images; equal to `headline` if that is such a mean."""
         ...
 
-    def describes(self, targets: Sequence[Target]) -> bool:
+    def is_task_of(self, targets: Sequence[Target]) -> bool:
         """Return whether this task is chosen for these labels if the request says ``task: auto``."""
         ...
 
-    def learns(self, target: Target) -> bool:
+    def can_train_on(self, target: Target) -> bool:
         """Return whether an image with this target can be used for training."""
         ...
 
@@ -105,7 +105,7 @@ class Task(Protocol):
         """Return the probability of each class, (N, C), for logits (N, C)."""
         ...
 
-    def judge(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> JudgedRows:
+    def image_results(self, logits: Logits, targets: Targets, thresholds: Thresholds | None = None) -> ImageResults:
         """Compare logits (N, C) with encoded targets, image by image.
 
         Args:
@@ -121,7 +121,7 @@ class Task(Protocol):
         """Return the headline metric of the best prediction that ignores the image."""
         ...
 
-    def blind_loss(self, n_classes: int) -> float:
+    def uniform_loss(self, n_classes: int) -> float:
         """Return the loss, in nats, of predicting the same probability for every class."""
         ...
 
@@ -133,7 +133,7 @@ class Task(Protocol):
         """Return each class's average precision with its 95 % interval, None without images; empty in a single-label task."""
         ...
 
-    def sureness(self, rows: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predicted_and_true_probabilities(self, rows: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (N,) probabilities of the images' predictions and (N,) probabilities of the truth.
 
         In a multi-label task they are those of one label per image: the most confident wrong decision or, if all decisions are
@@ -141,11 +141,11 @@ class Task(Protocol):
         """
         ...
 
-    def answered(self, rows: Any, row: int) -> tuple[int, ...]:
+    def predicted_labels(self, rows: Any, row: int) -> tuple[int, ...]:
         """Return the class indices that are predicted for one image, in class order."""
         ...
 
-    def answer_text(self, rows: Any, row: int, classes: Sequence[str]) -> str:
+    def prediction_text(self, rows: Any, row: int, classes: Sequence[str]) -> str:
         """Return the prediction for one image as text for display."""
         ...
 
@@ -177,7 +177,7 @@ class Task(Protocol):
         """Convert thresholds (C,) of probabilities to thresholds of logits, the inverse of `probability_thresholds`."""
         ...
 
-    def given(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
+    def predict_labels(self, probs: NDArray[np.floating[Any]], thresholds: Sequence[float] | None) -> NDArray[np.int64]:
         """Return the predicted class indices of one image, most probable first.
 
         Args:

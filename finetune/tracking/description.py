@@ -91,7 +91,7 @@ def _runs(run: RunDir) -> str:
     rows = []
     for child in children(run):
         view = read_view(child, alive=True)
-        value, interval, n = _judged(view)
+        value, interval, n = _leading_metric(view)
         seconds = view.costs.get("train_seconds")
         rows.append([child.root.name, str(view.params.get("method", "")), value, interval, n, _seconds(seconds)])
     left_out = f"\n\n… and {len(rows) - MOST_CHILDREN} more" if len(rows) > MOST_CHILDREN else ""
@@ -99,7 +99,7 @@ def _runs(run: RunDir) -> str:
     return table(columns, rows[:MOST_CHILDREN]) + left_out if rows else ""
 
 
-def _judged(view: RunView) -> tuple[str, str, str]:
+def _leading_metric(view: RunView) -> tuple[str, str, str]:
     if view.headline is None:
         return "–", "–", "–"
     split, _, key = view.headline.partition("/")

@@ -19,7 +19,7 @@ from pathlib import Path
 from finetune.events import Event, TrackingInterrupted, TrackingRecovered
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.tracking.mirror import Mirror, alone
+from finetune.tracking.mirror import Mirror, mirroring_lock
 from finetune.tracking.tracker import Choice, parse_choice
 
 EVERY_SECONDS = 2.0
@@ -70,7 +70,7 @@ class TrainingProcess:
 def follow(run: RunDir, choice: Choice, workspace: Workspace, experiment: str, training: TrainingProcess) -> bool:
     """Mirror a run until it has ended; return whether the tracker has received everything."""
     while True:
-        with alone(run, choice.kind, seconds=0) as had:
+        with mirroring_lock(run, choice.kind, seconds=0) as had:
             if had:
                 return _follow(Mirror(run, choice, workspace, experiment), training)
         if training.wait(LOCK_SECONDS) is not None:  # an earlier attempt's follower or a sync still mirrors the run

@@ -18,7 +18,7 @@ class Journal:
     """Reads the lines that were appended to a journal since the last call of `accept`.
 
     A resumed run truncates the journal to the state of its checkpoint. Then the journal is read from the beginning again, and
-    `Marks` filters the points that have been sent.
+    `LastPoints` filters the points that have been sent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,13 +55,13 @@ class Journal:
         return bool(stream.read(len(self._before)) == self._before)
 
 
-class Marks:
+class LastPoints:
     """The last point of each metric that was sent, so that points that a resumed run repeats are not sent again."""
 
     def __init__(self, reached: Mapping[str, tuple[int, float | None]]) -> None:
         self._reached = dict(reached)
 
-    def take(self, point: Point) -> bool:
+    def add(self, point: Point) -> bool:
         """Record a point as sent; return whether it is new, that is, of a later step or of the same step with another value.
 
         Keys under ``train/`` and ``head/`` are compared by step only: values that depend on the clock, such as images per second,

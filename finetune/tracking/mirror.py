@@ -22,7 +22,7 @@ from finetune.storage.files import file_lock, read_json, sha256_file, write_json
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.tracking.description import describe
-from finetune.tracking.journal import Journal, Marks, points_of
+from finetune.tracking.journal import Journal, LastPoints, points_of
 from finetune.tracking.tracker import Choice, Place, Tracker, open_tracker
 from finetune.tracking.view import RunView, Status, children, files_of, read_view, top_of
 
@@ -42,9 +42,9 @@ class Sent:
     model: str = ""  # digest of the model's description
     model_id: str | None = None
 
-    def reached(self) -> Marks:
+    def reached(self) -> LastPoints:
         """Return the marks of the metrics that were sent."""
-        return Marks({key: (step, value) for key, (step, value) in self.marks.items()})
+        return LastPoints({key: (step, value) for key, (step, value) in self.marks.items()})
 
     def forgotten(self) -> Sent:
         """Return a record with the same key and nothing sent."""
@@ -52,7 +52,7 @@ class Sent:
 
 
 @dataclass
-class State:
+class MirrorState:
     """The content of ``tracking/<tracker>.json``; `runs` by their path inside the folder, ``.`` for the folder itself."""
 
     experiment: str
@@ -68,16 +68,16 @@ def state_file(run: RunDir, kind: str) -> Path:
     return run.tracking / f"{kind}.json"
 
 
-def read_state(run: RunDir, kind: str) -> State | None:
+def read_state(run: RunDir, kind: str) -> MirrorState | None:
     """Return the recorded state of a run's mirror; None if the run was never meant to be mirrored to this tracker."""
     try:
         found = read_json(state_file(run, kind))
     except FileNotFoundError:
         return None
-    return State(**{**found, "runs": {name: Sent(**sent) for name, sent in found["runs"].items()}})
+    return MirrorState(**{**found, "runs": {name: Sent(**sent) for name, sent in found["runs"].items()}})
 
 
-def write_state(run: RunDir, kind: str, state: State) -> None:
+def write_state(run: RunDir, kind: str, state: MirrorState) -> None:
     """Write the state of a run's mirror. Errors of a full disk are ignored here: the run itself reports them."""
     with contextlib.suppress(OSError, DiskFull):
         write_json(state_file(run, kind), asdict(state))
@@ -92,7 +92,7 @@ def tracked_as(run: RunDir, kind: str) -> str | None:
 
 
 @contextlib.contextmanager
-def alone(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
+def mirroring_lock(run: RunDir, kind: str, *, seconds: float) -> Iterator[bool]:
     """Hold the lock on mirroring this run to this tracker; yield whether it was acquired within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -108,7 +108,7 @@ class Mirror:
 
     def __init__(self, run: RunDir, choice: Choice, workspace: Workspace, experiment: str) -> None:
         self.run, self.choice, self.workspace = run, choice, workspace
-        self.state = read_state(run, choice.kind) or State(experiment)
+        self.state = read_state(run, choice.kind) or MirrorState(experiment)
         self._tracker: Tracker | None = None
         self._begun: set[str] = set()
         self._journals: dict[str, Journal] = {}
@@ -139,13 +139,13 @@ class Mirror:
         name = self._name(run)
         view, description = self._view(run, name, alive, ended_as)
         sent = self.state.runs.setdefault(name, Sent())
-        lacking = self._lacking(run, name, view, description, sent)
-        if lacking or thorough or sent.id is None:
+        unsent = self._unsent(run, name, view, description, sent)
+        if unsent or thorough or sent.id is None:
             self._begin(run, name, view, parent)
             if self.state.runs[name] is not sent:  # the tracker does not have it, or no longer
                 sent = self.state.runs[name]
-                lacking = self._lacking(run, name, view, description, sent)
-            for part in lacking:
+                unsent = self._unsent(run, name, view, description, sent)
+            for part in unsent:
                 self._attempt(part)
             write_state(self.run, self.choice.kind, self.state)
         if view.status == "RUNNING" and run == self.run and view.expected_headline is not None:
@@ -171,7 +171,7 @@ class Mirror:
             self._views[name] = known
         return known[1], known[2]
 
-    def _lacking(self, run: RunDir, name: str, view: RunView, description: str, sent: Sent) -> list[Callable[[], None]]:
+    def _unsent(self, run: RunDir, name: str, view: RunView, description: str, sent: Sent) -> list[Callable[[], None]]:
         """Return the calls that send what the tracker lacks, in order: final figures first, the final status last."""
         parts: list[Callable[[], None]] = []
         ended = view.status != "RUNNING"
@@ -190,7 +190,7 @@ class Mirror:
         # Only after `facts` has announced the headline: trackers list metrics in the order in which they were first logged.
         if (ended or view.expected_headline is not None) and self._has_points(run, name, sent):
             parts.append(lambda: self._send_points(name, sent))
-        parts += self._lacking_files(run, name, sent)
+        parts += self._unsent_files(run, name, sent)
         if ended and sent.facts != facts:
             parts.append(lambda: self._send_facts(name, view, description, sent, facts))
         return parts
@@ -211,7 +211,7 @@ class Mirror:
         if run.study.exists():
             return False
         journal, marks = self._journals.setdefault(name, Journal(run.metrics)), sent.reached()
-        if any(marks.take(point) for records in journal.unread() for record in records for point in points_of(record)):
+        if any(marks.add(point) for records in journal.unread() for record in records for point in points_of(record)):
             return True
         journal.accept()
         return False
@@ -220,13 +220,13 @@ class Mirror:
         journal = self._journals[name]
         for records in journal.unread():
             marks = sent.reached()
-            points = [point for record in records for point in points_of(record) if marks.take(point)]
+            points = [point for record in records for point in points_of(record) if marks.add(point)]
             if points:
                 self._connected().points(self._id(name), points)
             sent.marks = marks.to_dict()
             journal.accept()
 
-    def _lacking_files(self, run: RunDir, name: str, sent: Sent) -> list[Callable[[], None]]:
+    def _unsent_files(self, run: RunDir, name: str, sent: Sent) -> list[Callable[[], None]]:
         parts = []
         for file in files_of(run):
             inside, digest = file.relative_to(run.root).as_posix(), self._digest_of(file)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from finetune.events import TrackingInterrupted
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.tracking.mirror import State, read_state, write_state
+from finetune.tracking.mirror import MirrorState, read_state, write_state
 from finetune.tracking.tracker import Choice
 
 WAIT_SECONDS = 30.0  # after a run that has ended
@@ -60,7 +60,7 @@ class _Followers:
         self._run = run
         for choice in self._choices:
             if read_state(run, choice.kind) is None:  # so that ``sync`` finds the run even if the process dies
-                write_state(run, choice.kind, State(self._experiment))
+                write_state(run, choice.kind, MirrorState(self._experiment))
             with contextlib.suppress(OSError):  # without memory or disk for it the run itself will fail and report it
                 self._processes.append((choice, self._start(run, choice)))
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import NotFound
+from finetune.runtime.logs import configure_logs, wants_json
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
-from finetune.tracking.mirror import Mirror, alone, read_state
+from finetune.tracking.mirror import Mirror, mirroring_lock, read_state
 from finetune.tracking.tracker import Choice
 from finetune.tracking.view import Status, experiment_of, top_of
 
@@ -53,7 +54,7 @@ def sync_run(
         wait_seconds: how long to wait for another process that is mirroring the run.
     """
     top = top_of(run)
-    with alone(top, choice.kind, seconds=wait_seconds) as had:
+    with mirroring_lock(top, choice.kind, seconds=wait_seconds) as had:
         if not had:
             return Synchronised(run, None, BUSY)
         mirror = Mirror(top, choice, workspace, experiment_of(top))
@@ -100,7 +101,7 @@ def sync_models(choice: Choice, workspace: Workspace) -> list[str]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logs(as_json=wants_json(os.environ))
     os.nice(NICENESS)
     request = json.load(sys.stdin)
     workspace, choice = Workspace.at(Path(request["home"])), Choice("mlflow")

@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from finetune.distribution import install_command
 from finetune.errors import InvalidInput, MissingExtra, did_you_mean
 from finetune.storage.workspace import Workspace
-from finetune.tracking.view import RunView
+
+if TYPE_CHECKING:
+    from finetune.tracking.view import RunView
 
 
 @dataclass(frozen=True)

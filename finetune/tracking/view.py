@@ -338,8 +338,8 @@ def _expected_headline(run: RunDir, resolved: Mapping[str, Any], study: str | No
         return None if found is None else f"cv/{found.partition('/')[2]}" if study == FOLDS else found
     if not resolved:
         return None
-    judged = read_object(run.options).get("judged", SPLITS_BY_WEIGHT)
-    split = next((split for split in SPLITS_BY_WEIGHT if split in judged and resolved["dataset"]["sizes"].get(split)), None)
+    evaluated = read_object(run.options).get("judged", SPLITS_BY_WEIGHT)
+    split = next((split for split in SPLITS_BY_WEIGHT if split in evaluated and resolved["dataset"]["sizes"].get(split)), None)
     if split is None:
         return None
     class_sizes = Counter[str]()

@@ -46,7 +46,7 @@ class MovingAverage:
 
 
 @contextmanager
-def holding(module: nn.Module, state: StateDict) -> Iterator[None]:
+def loaded_state(module: nn.Module, state: StateDict) -> Iterator[None]:
     """Load `state` into the module for the block, and restore the module's own values, bit for bit, afterwards."""
     own = copy_state(module)
     module.load_state_dict(dict(state))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from finetune.events import Interrupted as InterruptedEvent
 from finetune.model.auxiliary import AUX_LOSS_WEIGHT
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze, frozen_digest, parameter_groups
-from finetune.model.selection import HEAD, FreezePlan
+from finetune.model.selection import HEAD
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runtime.memory import memory_errors_named
 from finetune.runtime.seconds import Seconds, process_clock
@@ -37,9 +37,10 @@ from finetune.storage.journal import append_line, read_lines
 from finetune.storage.rundir import RunDir
 from finetune.tasks import Task
 from finetune.training import checkpoint
-from finetune.training.activity import measuring_activity
-from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.training.average import MovingAverage, copy_state, loaded_state
 from finetune.training.choices import Choices
+from finetune.training.evaluator import Evaluator, Forward, Prepare, Targets, closed_after, forward_images
+from finetune.training.final_weights import FinalWeights, TrainBatches
 from finetune.training.interrupt import Interrupted, StopRequest
 from finetune.training.machine import Numerics, autocast, computing_with, place, prepare_images, to_device
 from finetune.training.memory import retaining_memory
@@ -49,21 +50,10 @@ from finetune.training.optim import build_optimizer, group_key, set_learning_rat
 from finetune.training.recipe import Recipe, freeze_plan, learning_rates, widest_plan
 from finetune.training.sample import TrainSample
 from finetune.training.signals import Parameters, StepMeter
-from finetune.training.state import CandidateWeights, CheckpointSchedule, Fitted, LoopState, improves, measured
+from finetune.training.state import CandidateWeights, CheckpointSchedule, Fitted, LoopState
 
 SIGNAL_EVERY_STEPS = 20
 REPORT_EVERY_STEPS = 5
-INTERPOLATION_SHARES = (0.25, 0.5, 0.75)  # of the fine-tuned weights, in interpolations with the weights at the start
-
-TrainBatches = Callable[[int, int], Iterable[Batch]]  # (epoch, step within it) -> the batches from there to the epoch's end
-Prepare = Callable[[Classifier, Tensor, Numerics], Tensor]  # a batch's array on the device -> the input of the forward pass
-Forward = Callable[[Classifier, Tensor], Tensor]  # -> logits (B, C)
-
-
-def forward_images(classifier: Classifier, images: Tensor) -> Tensor:
-    """Return the logits (B, C) of normalised images (B, 3, h, w); the default of `fit(forward=…)`."""
-    logits: Tensor = classifier(images)
-    return logits
 
 
 def fit(
@@ -110,7 +100,7 @@ def fit(
     with memory_errors_named(_no_memory_for(recipe.batch_size)):
         found = _find_checkpoint(run, checkpointing)
         chosen = numerics() if found is None else Numerics(**found["numerics"])
-        targets = _Targets(task, objective, train_targets, val_targets, train_weights)
+        targets = Targets(task, objective, train_targets, val_targets, train_weights)
         with computing_with(chosen), retaining_memory():
             place(classifier, chosen)
             training = _Training(
@@ -144,17 +134,6 @@ def _find_checkpoint(run: RunDir, checkpointing: CheckpointSchedule) -> dict[str
     return found
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """The targets of the images, with the task's metrics and the objective that use them."""
-
-    task: Task
-    objective: Objective
-    train: NDArray[Any]
-    val: NDArray[Any]
-    train_weights: NDArray[np.float64] | None = None
-
-
 @dataclass
 class _Training:
     """One session of training: from the start of the run, or from a checkpoint, to its end or its interruption."""
@@ -166,7 +145,7 @@ class _Training:
     run: RunDir
     checkpointing: CheckpointSchedule
     numerics: Numerics
-    targets: _Targets
+    targets: Targets
     sample: TrainSample | None
     prepare: Prepare
     forward: Forward
@@ -174,6 +153,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.stop = StopRequest()
+        self.evaluator = Evaluator(self.classifier, self.targets, self.prepare, self.forward, self.numerics, self.stop)
         self.state = LoopState()
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.average: MovingAverage | None = None
@@ -390,8 +370,8 @@ class _Training:
         state, recipe = self.state, self.recipe
         with self._weights_to_evaluate():
             choosing = not isinstance(self.val, Choices)
-            values = {} if isinstance(self.val, Choices) else self._evaluate(self.val)
-            if self._improves(values, state.best) if choosing else state.step == self._last_step:
+            values = {} if isinstance(self.val, Choices) else self.evaluator.evaluate(self.val)
+            if self.evaluator.improves(values, state.best) if choosing else state.step == self._last_step:
                 state.best, state.best_step, state.best_weights = values, state.step, copy_state(self.classifier)
                 state.chosen = self._describe(state.step)
         self._log({**self._epoch_values(), **values})
@@ -410,94 +390,32 @@ class _Training:
         """
         state = self.state
         kept = CandidateWeights(state.chosen, state.best, state.best_weights)
+        weights = FinalWeights(self.classifier, self.recipe, self.evaluator, self.train, kept, state.start_weights)
         if isinstance(self.val, Choices):
-            kept = self._with_choices(kept, self.val)
+            kept = weights.as_in(self.val)
         elif state.best_step > 0:
-            for share in INTERPOLATION_SHARES if state.start_weights else ():
-                kept = self._better(kept, self._interpolated(kept, share), self.val)
-            if self.recipe.bn == "recalibrate":
-                kept = self._better(kept, self._with_recalibrated_statistics(kept), self.val)
+            kept = weights.best_on(self.val)
         state.chosen, state.best, state.best_weights = kept.name, kept.values, kept.tensors
         state.share, state.recalibrated = kept.share, kept.recalibrated
         state.start_weights = {}
         state.finished = True
-        judged = ": " + ", ".join(f"{key} {value:.4f}" for key, value in kept.values.items()) if kept.values else ""
-        self.run.record(Trained(f"keeps {kept.name}{judged}", kept.values))
+        metrics_text = ": " + ", ".join(f"{key} {value:.4f}" for key, value in kept.values.items()) if kept.values else ""
+        self.run.record(Trained(f"keeps {kept.name}{metrics_text}", kept.values))
         self._save()
-
-    def _with_choices(self, kept: CandidateWeights, decided: Choices) -> CandidateWeights:
-        if decided.share < 1.0:
-            kept = self._interpolated(kept, decided.share)
-        return self._with_recalibrated_statistics(kept) if decided.recalibrated else kept
-
-    def _interpolated(self, kept: CandidateWeights, share: float) -> CandidateWeights:
-        """Return the interpolation of the best epoch's weights, with weight `share`, and the weights at the start."""
-        name = f"{self.state.chosen}, pulled {1 - share:.0%} of the way back to the start"
-        tensors = interpolate(self.state.start_weights, self.state.best_weights, share)
-        return replace(kept, name=name, tensors=tensors, share=share)
-
-    def _with_recalibrated_statistics(self, kept: CandidateWeights) -> CandidateWeights:
-        name = f"{kept.name}, running statistics recalibrated"
-        return replace(kept, name=name, tensors=self._recalibrated(kept.tensors), recalibrated=True)
-
-    def _better(self, kept: CandidateWeights, other: CandidateWeights, val: Iterable[Batch]) -> CandidateWeights:
-        with holding(self.classifier, other.tensors):
-            values = self._evaluate(val)
-        return replace(other, values=values) if self._improves(values, kept.values) else kept
-
-    def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors` with the running statistics of trained stages estimated anew on one more epoch of training images."""
-        with holding(self.classifier, tensors), closed_after(self.train(self.recipe.n_epochs, 0)) as batches:
-            self.classifier.train()
-            apply_freeze(self.classifier, FreezePlan(frozenset(self.recipe.trainable), bn="train"))
-            recalibrate(self.classifier, (self._inputs(batch) for batch in batches), self.forward)
-            return copy_state(self.classifier)
-
-    def _inputs(self, batch: Batch) -> Tensor:
-        self.stop.check()
-        return self.prepare(self.classifier, to_device(batch.images, self.numerics), self.numerics)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def _weights_to_evaluate(self) -> AbstractContextManager[None]:
         """Load the weights to evaluate into the classifier for the block: the moving average, if there is one."""
-        return nullcontext() if self.average is None else holding(self.classifier, self.average.state)
+        return nullcontext() if self.average is None else loaded_state(self.classifier, self.average.state)
 
-    @torch.no_grad()
-    def _evaluate(self, val: Iterable[Batch]) -> dict[str, float]:
-        """Return loss and metrics on the validation images, computed in float32 like the exported model."""
-        self.classifier.eval()
-        logits, indices = [], []
-        with closed_after(val) as batches:
-            for batch in batches:
-                logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
-                indices.append(batch.indices)
-        task = self.targets.task
-        rows = task.judge(np.concatenate(logits), self.targets.val[np.concatenate(indices)])
-        return measured("val", task, rows)
-
-    @torch.no_grad()
     def _predict_sample(self) -> None:
-        """Predict the sample with the weights to evaluate, and measure dead channels on its first batch."""
+        """Predict the sample with the weights to evaluate, and log its metrics."""
         assert self.sample is not None
-        logits: list[np.ndarray] = []
-        with self._weights_to_evaluate(), closed_after(self.sample.batches) as batches:
-            self.classifier.eval()
-            for batch in batches:
-                with nullcontext() if logits else measuring_activity(self.classifier) as measured_activity:
-                    logits.append(self.forward(self.classifier, self._inputs(batch)).float().cpu().numpy())
-                if measured_activity is not None:
-                    activity = measured_activity
-        answers = np.concatenate(logits)
-        self.sample.keep(self.state.step, answers)
-        task = self.targets.task
-        rows = task.judge(answers, self.targets.train[self.sample.plan.indices])
-        values = measured("train_sample", task, rows)
-        self._log(values | {f"train/dead_channels/{stage}": share for stage, share in activity.dead_fractions.items()})
+        with self._weights_to_evaluate():
+            values = self.evaluator.evaluate_sample(self.sample, self.state.step)
+        self._log(values)
         self.state.sampled_step = self.state.step
-
-    def _improves(self, values: Mapping[str, float], best: Mapping[str, float]) -> bool:
-        return improves(values, best, self.targets.task.headline.key)
 
     def _describe(self, step: int) -> str:
         if step == 0:
@@ -513,7 +431,7 @@ class _Training:
         if not count:
             return {}
         lr = learning_rates(self.recipe, self.state.step - 1)[HEAD]
-        values = {"train/loss": loss / count, f"train/{self.targets.task.of_images.key}": correct / count, "train/lr": lr}
+        values = {"train/loss": loss / count, f"train/{self.targets.task.mean_score.key}": correct / count, "train/lr": lr}
         return values | ({"train/images_per_second": self._rate()} if self.epoch_images else {})
 
     def _rate(self) -> float:
@@ -533,7 +451,7 @@ class _Training:
         eta = (process_clock() - self.began).wall / self.session_steps * (total - step)
         values = {
             "loss": loss / count,
-            self.targets.task.of_images.key: correct / count,
+            self.targets.task.mean_score.key: correct / count,
             "lr": lr,
             "images/s": self._rate(),
             "eta_seconds": eta,
@@ -577,17 +495,6 @@ class _Training:
         }
         checkpoint.save(self.run.checkpoints, self.state.step, content)
         self.saved_at = time.perf_counter()
-
-
-@contextmanager
-def closed_after(batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
-    """Yield an iterator over the batches, and stop the threads that load them when the block ends."""
-    iterator = iter(batches)
-    try:
-        yield iterator
-    finally:
-        if isinstance(iterator, Generator):
-            iterator.close()
 
 
 def _no_memory_for(batch_size: int) -> str:

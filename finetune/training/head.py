@@ -24,7 +24,7 @@ from finetune.runtime.blas import ONE_THREAD_ELEMENTS, blas_threads_for
 from finetune.runtime.seconds import Seconds, process_clock, thread_clock
 from finetune.training.context import TrainingContext, TrainingCost
 from finetune.training.label_doubts import note_label_doubts
-from finetune.training.measurements import write_neighbours, write_sample_answers
+from finetune.training.measurements import write_neighbours, write_sample_predictions
 from finetune.training.near_copies import note_near_copies
 from finetune.training.recipe import Recipe
 from finetune.training.sample import LARGEST, choose_sample
@@ -58,7 +58,7 @@ def solve_head(
     if not one_thread:
         compare()
     clock = thread_clock if one_thread else process_clock  # the comparison is not part of the cost of training
-    with blas_threads_for(matrix.size), _beside(compare if one_thread else None):
+    with blas_threads_for(matrix.size), _in_background(compare if one_thread else None):
         began = clock()
         head = head_solver(context.task.name)(
             train_features,
@@ -81,12 +81,12 @@ def solve_head(
     _record(head, cost, recipe, context)
     if not recipe.n_steps:  # else the training loop predicts the sample itself
         logits = head_logits(sampled, head.weight, head.bias)
-        write_sample_answers(context.run, context.task, context.dataset, chosen, 0, logits)
+        write_sample_predictions(context.run, context.task, context.dataset, chosen, 0, logits)
     return head, cost
 
 
 @contextmanager
-def _beside(action: Callable[[], None] | None) -> Iterator[None]:
+def _in_background(action: Callable[[], None] | None) -> Iterator[None]:
     """Call `action` in another thread during the block, and wait for its end. Its exception is raised at the end of the block."""
     if action is None:
         yield

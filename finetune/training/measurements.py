@@ -25,7 +25,7 @@ MOST_HELD_OUT = 2000  # images of a split whose nearest training images are sear
 Features = NDArray[np.floating[Any]]
 
 
-def write_sample_answers(
+def write_sample_predictions(
     run: RunDir, task: Task, dataset: Dataset, indices: NDArray[np.int64], step: int, logits: NDArray[np.float32]
 ) -> None:
     """Write the logits (m, C) of the training images at `indices`, computed after `step`, as a table of predictions."""

@@ -138,7 +138,7 @@ def _activations(
         _NoRoom: they do not fit into the cache.
     """
     wanted = FrozenRows(ClassifierPrefix(classifier, stage), dtype, samples, views, context)
-    wanted.settle_engine()
+    wanted.choose_engine()
     if wanted.n_missing:
         if not wanted.make_room():
             raise _NoRoom(wanted.why_no_room())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.runtime.seconds import Seconds
 from finetune.tasks import Task
-from finetune.tasks.task import JudgedRows
+from finetune.tasks.task import ImageResults
 from finetune.training.choices import Choices
 from finetune.training.machine import Numerics
 
@@ -77,9 +77,9 @@ class CandidateWeights:
     recalibrated: bool = False
 
 
-def measured(split: str, task: Task, rows: JudgedRows) -> dict[str, float]:
+def measured(split: str, task: Task, rows: ImageResults) -> dict[str, float]:
     """Return the loss without label smoothing, the headline metric, and the share of images that are predicted correctly."""
-    told = {metric.key: metric for metric in (task.headline, task.of_images)}
+    told = {metric.key: metric for metric in (task.headline, task.mean_score)}
     return {f"{split}/loss": float(rows.nll.mean()), **{f"{split}/{key}": one.compute(rows) for key, one in told.items()}}
 
 

@@ -32,10 +32,12 @@ from finetune.runtime.seconds import Seconds
 from finetune.training.choices import Choices
 from finetune.training.compute import view_processes
 from finetune.training.context import Trained, TrainingContext, TrainingCost
-from finetune.training.fit import Forward, Prepare, TrainBatches, fit, forward_images
+from finetune.training.evaluator import Forward, Prepare, forward_images
+from finetune.training.final_weights import TrainBatches
+from finetune.training.fit import fit
 from finetune.training.head import features_of_head, solve_head
 from finetune.training.machine import Numerics, choose_numerics, prepare_images
-from finetune.training.measurements import write_sample_answers
+from finetune.training.measurements import write_sample_predictions
 from finetune.training.objectives import objective_of
 from finetune.training.recipe import Recipe, widest_plan
 from finetune.training.replay import ForwardFrom, cached_activations, prepare_activation
@@ -146,7 +148,7 @@ def _train_sample(classifier: Classifier, recipe: Recipe, context: TrainingConte
     plan = plan_sample(recipe, train, classifier.backbone.preprocess.input_size_px, context.sample_size)
 
     def keep(step: int, logits: NDArray[np.float32]) -> None:
-        write_sample_answers(context.run, context.task, context.dataset, plan.indices, step, logits)
+        write_sample_predictions(context.run, context.task, context.dataset, plan.indices, step, logits)
 
     return TrainSample(plan, source.sample(plan.indices), keep)
 
@@ -226,11 +228,11 @@ def _cached_source(
     if plan.stage is None:
         return None
     trained_on = cached_activations(classifier, plan.stage, train, replace(views, count=plan.views), features)
-    judged_on = cached_activations(classifier, plan.stage, val, seen, features)  # without rows if there is no val split
-    if trained_on is None or judged_on is None:
+    validated_on = cached_activations(classifier, plan.stage, val, seen, features)  # without rows if there is no val split
+    if trained_on is None or validated_on is None:
         return None
     batches = trained_on.train_batches(recipe.batch_size, recipe.seed, _sampled_classes(context))
-    evaluated = judged_on.eval_batches(recipe.batch_size)
+    evaluated = validated_on.eval_batches(recipe.batch_size)
     sample = partial(trained_on.eval_batches, recipe.batch_size)
     return _BatchSource(batches, evaluated, sample, prepare_activation, ForwardFrom(plan.stage))
 

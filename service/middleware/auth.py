@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from finetune.errors import FinetuneError
 from finetune.jobs.job import LOCAL_OWNER
 from finetune.jobs.keys import KeyStore
-from service.limits import PROBES
+from service.limits import HEALTH_CHECKS
 from service.problems import problem
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _unauthorized(detail: str, challenge: str = CHALLENGE) -> NoReturn:
 
 def _is_open(path: str) -> bool:
     page, files = SHELL
-    return path in PROBES or path == page or path.startswith(files)
+    return path in HEALTH_CHECKS or path == page or path.startswith(files)
 
 
 def _is_loopback(scope: Scope) -> bool:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.limits import PROBES
+from service.limits import HEALTH_CHECKS
 from service.problems import problem
 
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -33,7 +33,7 @@ class HostAndOriginCheck:
         self.allowed_origins = frozenset(origin.lower() for origin in allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in PROBES:
+        if scope["type"] == "http" and scope["path"] not in HEALTH_CHECKS:
             headers = Headers(scope=scope)
             host = headers.get("host", "")
             if len(headers.getlist("host")) > 1 or not self._is_own(host):

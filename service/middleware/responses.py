@@ -13,7 +13,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.limits import PROBES
+from service.limits import HEALTH_CHECKS
 from service.metrics import UNMATCHED, Metrics
 from service.problems import INTERNAL_DETAIL, MEDIA_TYPE, REQUEST_ID_HEADER, detail_of, problem
 
@@ -56,7 +56,7 @@ class ResponseMiddleware:
             seconds = time.perf_counter() - started
             self.metrics.in_flight.dec()
             self.metrics.answered(_route(scope), scope["method"], answer.status, seconds)
-            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            level = logging.DEBUG if scope["path"] in HEALTH_CHECKS else logging.INFO
             said = (request_id, scope["method"], quote(scope["path"]), answer.status, seconds * 1000)
             names = ("request_id", "method", "path", "status", "milliseconds")
             caller = scope["state"].get("caller")

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.runtime.tracing import Tracing
-from service.limits import PROBES
+from service.limits import HEALTH_CHECKS
 from service.metrics import METHODS, UNMATCHED
 
 
@@ -17,7 +17,7 @@ class TracingMiddleware:
         self.app, self.tracing = app, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PROBES:
+        if scope["type"] != "http" or scope["path"] in HEALTH_CHECKS:
             return await self.app(scope, receive, send)
         method = scope["method"] if scope["method"] in METHODS else "other"
         span = self.tracing.begin(method, Headers(scope=scope))

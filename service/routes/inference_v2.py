@@ -13,7 +13,7 @@ from service.middleware.auth import Caller, caller_with
 from service.models import LoadedModel
 from service.oip import HEADER_LENGTH, infer, model_metadata, parse_request, server_metadata
 from service.predictions import sample_record, statistics_of_model
-from service.problems import RESPONSES
+from service.problems import INFERENCE_RESPONSES
 from service.state import ServerState
 
 _BODY: dict[str, Any] = {
@@ -32,7 +32,7 @@ _DOCUMENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jso
 
 def inference_v2_router(max_body_bytes: int) -> APIRouter:
     """Return the routes of the protocol. Only inference accepts large bodies."""
-    router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=RESPONSES)
+    router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=INFERENCE_RESPONSES)
 
     @router.get("", responses=_DOCUMENT)
     async def v2_server(request: Request) -> JSONResponse:
@@ -87,9 +87,9 @@ def inference_v2_router(max_body_bytes: int) -> APIRouter:
         statistics = statistics_of_model(model, found.probs, found.embedding)
         server.drift.observe(model, [statistics])
         for row, data in enumerate(asked.files):
-            if server.samples.draws(model):
+            if server.samples.selects(model):
                 record = sample_record(model, caller_with(request, "predict").owner, found.probs[row], statistics.row(row))
-                server.samples.offer(model, data, record)
+                server.samples.submit(model, data, record)
         if head_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head_length)})

@@ -22,7 +22,7 @@ from finetune.jobs.kinds import Kind
 from service.event_streams import event_seq
 from service.job_request import metadata_filter
 from service.middleware.auth import Submitting
-from service.schemas.jobs import EventDocument, EventList, JobState, State, event_document
+from service.schemas.jobs import EventDocument, EventList, JobState, JobStatus, event_document
 from service.schemas.lists import After, Limit, Page
 from service.state import Server, ServerState
 
@@ -67,7 +67,7 @@ def add_lifecycle(router: APIRouter, kind: Kind, noun: str, model: type[D], docu
         server: Server,
         after: After = None,
         limit: Limit = 20,
-        status: Annotated[State | None, Query(description="Only those in this state.")] = None,
+        status: Annotated[JobStatus | None, Query(description="Only those in this state.")] = None,
     ) -> Any:
         wanted = metadata_filter(request.query_params.multi_items())
         page, more = server.database.jobs.list(caller.sees, kind=kind, after=after, limit=limit, state=status, metadata=wanted)

@@ -12,13 +12,14 @@ from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Str
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from finetune.bundle.aliases import LATEST
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
-from finetune.bundle.registry import LATEST, ModelVersion
+from finetune.bundle.registry import ModelVersion
 from finetune.errors import Conflict, NotFound
 from finetune.evaluation.predictions import read
 from finetune.evaluation.tables import csv_lines
-from finetune.monitoring.watched import drift_document
+from finetune.monitoring.monitored import drift_document
 from finetune.promotion import promote
 from service.exports import Format
 from service.middleware.auth import Caller, Reading, Submitting
@@ -209,7 +210,7 @@ def get_predictions(
     found = find_model(server, caller, f"{name}@{version}")
     path = server.models.registry.predictions_of(found)
     if not path.exists():
-        raise NotFound(f"{found.name}@{found.version} has no answers here: it was judged on no test images")
+        raise NotFound(f"{found.name}@{found.version} has no answers here: it was evaluated on no test images")
     filename = f"{found.name}-{found.version}.{format}"
     if format == "npz":
         return FileResponse(path, media_type=MEDIA_TYPES[format], filename=filename)

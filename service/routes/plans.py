@@ -39,7 +39,7 @@ async def plan_methods(request: Request, asked: PlanRequest, caller: Submitting,
     try:
         specs, backbone = await run_in_threadpool(_read, asked, submission)
     except Unchecked as unchecked:
-        answers = await while_connected(request, server.spec_checker.ask(unchecked.specs, caller.owner))
+        answers = await while_connected(request, server.spec_checker.check(unchecked.specs, caller.owner))
         specs, backbone = await run_in_threadpool(_read, asked, replace(submission, answers=answers))
     compute, size = specs[0].compute, specs[0].model.input_size_px
     question = {

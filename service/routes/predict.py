@@ -118,8 +118,7 @@ async def _answer(
     server.drift.observe(model, [stages.statistics for stages in upload.stages.values()])
     _sample(server, caller, model, upload)
     for stages in upload.stages.values():
-        server.metrics.stage_seconds.labels("load").observe(stages.load_seconds)
-        server.metrics.stage_seconds.labels("run").observe(stages.run_seconds)
+        server.metrics.took(model.name, stages.seconds)
     if server.tracing is not None:
         _trace(server.tracing, request, model, upload)
     excluded: Any = {"data": {"__all__": {"result": unasked}}} if upload.several else unasked
@@ -129,18 +128,20 @@ async def _answer(
 def _sample(server: ServerState, caller: Caller, model: LoadedModel, upload: Upload) -> None:
     """Keep the images that are drawn, if the operator has turned sampling on."""
     for index, stages in upload.stages.items():
-        if server.samples.draws(model):
+        if server.samples.selects(model):
             record = sample_record(model, caller.owner, stages.probs, stages.statistics)
-            server.samples.offer(model, upload.images[index][1], record)
+            server.samples.submit(model, upload.images[index][1], record)
 
 
 def _trace(tracing: Tracing, request: Request, model: LoadedModel, upload: Upload) -> None:
     """Record the stages of each prediction as child spans of the request's span."""
     about, parent = {"finetune.model": model.name, "finetune.version": model.version}, request.scope["state"]["span"]
     for stages in upload.stages.values():
-        loaded = stages.ended - stages.run_seconds
-        tracing.add("decode and preprocess", loaded - stages.load_seconds, loaded, about, parent)
-        tracing.add("inference", loaded, stages.ended, about, parent)
+        preprocessed = stages.ended - stages.run_seconds
+        decoded = preprocessed - stages.preprocess_seconds
+        tracing.add("decode", decoded - stages.decode_seconds, decoded, about, parent)
+        tracing.add("preprocess", decoded, preprocessed, about, parent)
+        tracing.add("inference", preprocessed, stages.ended, about, parent)
 
 
 async def _predict_several(server: ServerState, model: LoadedModel, upload: Upload) -> PredictionList:

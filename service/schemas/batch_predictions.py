@@ -11,7 +11,6 @@ from finetune.batch_spec import BatchSpec
 from finetune.jobs.job import Job
 from finetune.jobs.kinds import BATCH
 from service.schemas.jobs import JobError, JobState, job_error, job_state
-from service.schemas.lists import Page
 
 
 class BatchDocument(JobState):
@@ -26,9 +25,6 @@ class BatchDocument(JobState):
     conclusion: str | None = Field(description="What came of it, in a sentence; null before it has succeeded.")
     error: JobError | None
     result_files: list[str] = Field(description="Paths on this server: the result, and the answers in each format.")
-
-
-BatchList = Page[BatchDocument]
 
 
 class UnreadableDocument(BaseModel):

@@ -12,7 +12,6 @@ from finetune.jobs.job import Job
 from finetune.jobs.kinds import CHECK
 from service.schemas.body import RequestBody
 from service.schemas.jobs import JobError, JobState, job_error, job_state
-from service.schemas.lists import Page
 
 FIELDS = ("model", "data", "validation_file", "test_file", "metadata")  # of a job spec that a data check accepts
 CHECK_BODY: dict[str, Any] = {
@@ -49,9 +48,6 @@ class CheckDocument(JobState):
     conclusion: str | None = Field(description="What was found, in a sentence; null before it has succeeded.")
     error: JobError | None
     result_files: list[str] = Field(description="Paths on this server: the findings, and the page with pictures.")
-
-
-CheckList = Page[CheckDocument]
 
 
 class DataCaseDocument(BaseModel):

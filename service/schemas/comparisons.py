@@ -11,7 +11,6 @@ from finetune.comparison_spec import arms_asked_for, settings_of
 from finetune.jobs.job import Job
 from finetune.jobs.kinds import COMPARISON
 from service.schemas.jobs import JobError, JobState, job_error, job_state
-from service.schemas.lists import Page
 
 
 class ArmDocument(BaseModel):
@@ -52,9 +51,6 @@ class ComparisonDocument(JobState):
     fine_tuned_version: str | None
     error: JobError | None
     result_files: list[str] = Field(description="Paths on this server: result and report.")
-
-
-ComparisonList = Page[ComparisonDocument]
 
 
 class FigureDocument(BaseModel):
@@ -107,7 +103,7 @@ class ComparisonResult(BaseModel):
     object: Literal["comparison"] = "comparison"
     id: str
     dataset: str
-    split: str = Field(description="What the arms were judged on: test, or cv.")
+    split: str = Field(description="What the arms were evaluated on: test, or cv.")
     classes: list[str]
     headline: str = Field(description="The metric that the arms are tested by, as in `test/top1`.")
     leading: str | None = Field(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from finetune.monitoring.drift import EffectMeasure, State
+from finetune.monitoring.drift import DriftState, EffectMeasure
 from service.schemas.body import RequestBody
 
 
@@ -57,7 +57,9 @@ class DriftDocument(BaseModel):
     object: Literal["model.drift"] = "model.drift"
     model: str
     version: str
-    state: State = Field(description="`no_reference` for bundles of earlier versions; `collecting` below `n_needed` live images.")
+    state: DriftState = Field(
+        description="`no_reference` for bundles of earlier versions; `collecting` below `n_needed` live images."
+    )
     sentence: str = Field(description="The same for people.")
     n: int = Field(description="Live images that are compared: the last ones, at most `window`.")
     n_needed: int

@@ -17,7 +17,7 @@ from finetune.storage.rundir import RunDir
 from service.event_streams import EVENT_PREFIX
 from service.schemas.lists import ListItem, Page
 
-State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 _LEVELS: Mapping[str, Literal["info", "warn", "error"]] = {"warning": "warn", "error": "error"}
 _ABOUT_THE_DATA = ("invalid_data", "invalid_image", "dataset_changed")
 _ABOUT_THE_MODEL = ("unknown_backbone", "weights_unavailable")
@@ -49,7 +49,7 @@ class JobState(ListItem):
     started_at: int | None
     finished_at: int | None
     estimated_finish: int | None
-    status: State
+    status: JobStatus
     phase: str | None = Field(description="preparing, features, training, evaluating, exporting, registering or runs.")
     progress: ProgressDocument | None
     attempts: int = Field(description="How often it was started; a job whose worker dies is started again and resumes.")
@@ -84,7 +84,7 @@ class ResultDocument(BaseModel):
 
     object: Literal["fine_tuning.job.result"] = "fine_tuning.job.result"
     job_id: str
-    status: State
+    status: JobStatus
     model: str | None = Field(description="The registered model.")
     version: str | None
     classes: list[str]
@@ -100,9 +100,6 @@ class ResultDocument(BaseModel):
     summary: str
     license: str | None = Field(description="Of the pretrained weights.")
     links: dict[str, str | None] = Field(description="Paths on this server: version, report, bundle. Null where there is none.")
-
-
-JobList = Page[JobDocument]
 
 
 class EventDocument(ListItem):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from finetune.jobs.schema import metadata
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
 from service import spec_check
+from service.child import ChildProgram
 from service.spec_check import SpecChecker
 
 
@@ -40,12 +41,12 @@ def tell_backbones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path],
     def list_them(folder: Path) -> None:
         from finetune.model.catalog import all_names
 
-        def answer(specs: list[object]) -> str:
-            return json.dumps({"problems": [[] for _ in specs], "catalogue": all_names()})
+        def answer(_: ChildProgram, given: Mapping[str, list[object]], what: str) -> dict[str, object]:
+            return {"problems": [[] for _ in given["specs"]], "catalogue": all_names()}
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(spec_check, "_run", answer)
-            asyncio.run(SpecChecker(folder).ask([parse_spec({"training_file": "unused"})], "tests"))
+            patched.setattr(ChildProgram, "run", answer)
+            asyncio.run(SpecChecker(folder).check([parse_spec({"training_file": "unused"})], "tests"))
 
     listed = made_once(tmp_path_factory, "backbones-of-timm", list_them)
     return lambda home: shutil.copytree(listed, Workspace.at(home).cache / "notes", dirs_exist_ok=True)

@@ -18,8 +18,9 @@ from serving import END_SECONDS, in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.access import Access
 from finetune.bundle.deployment import Deployment, Share, deploy
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Registry
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore

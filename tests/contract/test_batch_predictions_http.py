@@ -22,7 +22,8 @@ from serving import in_process, live_server, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.access import Access
+from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.client import Client
 from finetune.evaluation import predictions as tables

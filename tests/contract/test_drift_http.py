@@ -18,8 +18,9 @@ from serving import in_process, registered, until
 from standin import COLOURS, picture, write_bundle
 from starlette.testclient import TestClient
 
+from finetune.bundle.access import Access
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Registry
 from finetune.cli import cli
 from finetune.client import Client
 from finetune.errors import Conflict
@@ -27,10 +28,10 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.webhooks import WebhookStore
 from finetune.metrics.novelty import Subspace
-from finetune.monitoring.answers import concatenated, statistics_of
 from finetune.monitoring.drift import MIN_WINDOW
 from finetune.monitoring.reference import Reference
 from finetune.monitoring.samples import Sample, SamplingPolicy, samples_of
+from finetune.monitoring.statistics import concatenated, statistics_of
 from finetune.storage.files import write_json
 from service.state import ServerState
 
@@ -202,7 +203,7 @@ def test_what_is_answered_now_can_be_accepted_as_the_reference_and_that_undone(
     with in_process(home) as client:  # follows what a shell chooses
         assert drift(client)["reference"]["split"] == "accepted"
         run(cli, ["models", "drift", "colours", "--reset"])
-        _state_of(client).drift.look()
+        _state_of(client).drift.run_round()
         assert drift(client)["reference"]["split"] == "test"
 
 
@@ -271,14 +272,14 @@ def test_a_webhook_is_told_once_when_drift_begins(home: Path) -> None:
         send(client, ["red"] * 250)
         until(lambda: len(store.deliveries(hook.id)) == 1)
         send(client, ["red"] * 250)
-        _state_of(client).drift.look()
+        _state_of(client).drift.run_round()
         assert drift(client)["drifted_since"] is not None
     (told,) = store.deliveries(hook.id)
     data = json.loads(told.payload)["data"]
     assert (data["model"], data["version"], data["tests"], data["url"]) == ("colours", "1", ["classes"], PATH)
     with in_process(home) as client:  # after a restart it is known
         send(client, ["red"] * 150)
-        _state_of(client).drift.look()
+        _state_of(client).drift.run_round()
     assert len(store.deliveries(hook.id)) == 1
 
 
@@ -358,16 +359,16 @@ def test_the_first_look_is_taken_as_soon_as_there_are_enough_images(home: Path) 
     with in_process(home) as client:
         send(client, ["red"] * (MIN_WINDOW - 10))
         state = _state_of(client)
-        state.drift.look()
+        state.drift.run_round()
         ((_, _, found),) = state.drift.last_found()
         assert found.state == "collecting"
         send(client, ["red"] * 10)
-        state.drift.look()
+        state.drift.run_round()
         ((_, _, found),) = state.drift.last_found()
         assert (found.state, found.n) == ("drifted", MIN_WINDOW)
         assert found.drifted_since is not None
         send(client, ["red"] * 50)  # fewer than make another look worth its risk of being wrong
-        state.drift.look()
+        state.drift.run_round()
         ((_, _, found),) = state.drift.last_found()
         assert found.n == MIN_WINDOW
 
@@ -377,7 +378,7 @@ def test_another_model_in_a_served_folder_begins_a_window_of_its_own(tmp_path: P
     with in_process(tmp_path, model=str(served)) as client:
         send(client, ["red"] * 30)
         state = _state_of(client)
-        state.drift.look()
+        state.drift.run_round()
         assert [(name, found.n_seen) for name, _, found in state.drift.last_found()] == [("colours", 30)]
         other = write_bundle(tmp_path / "other", classes=("a", "b", "c"), cam=False)
         for file in other.iterdir():  # the manifest last
@@ -385,6 +386,6 @@ def test_another_model_in_a_served_folder_begins_a_window_of_its_own(tmp_path: P
                 (served / file.name).write_bytes(file.read_bytes())
         (served / "bundle.json").write_bytes((other / "bundle.json").read_bytes())
         until(lambda: client.post("/predict", content=picture("red")).json()["predictions"][0]["label"] == "a")
-        state.drift.look()
+        state.drift.run_round()
         ((_, _, found),) = state.drift.last_found()
         assert (found.n_seen < 30, found.state) == (True, "no_reference")

@@ -69,7 +69,7 @@ def test_a_format_that_is_unknown_or_that_a_model_cannot_have_is_refused(
     assert client.get(f"{VERSION}/exports/keras").status_code == 422
     assert client.get("/v1/models/colours/versions/9/exports/onnx").status_code == 404
     given = {"code": "invalid_input", "message": "timm pools otherwise"}
-    monkeypatch.setattr(ChildProgram, "ask", lambda *_: {"error": given})
+    monkeypatch.setattr(ChildProgram, "run", lambda *_: {"error": given})
     answer = client.get(f"{VERSION}/exports/onnx")
     assert (answer.status_code, answer.json()["detail"]) == (422, "timm pools otherwise")
 
@@ -100,7 +100,7 @@ def test_nobody_fills_the_queue_of_exports(tmp_path: Path, monkeypatch: pytest.M
         (out / "model.onnx").write_bytes(b"model")
         return {"use": ""}
 
-    monkeypatch.setattr(ChildProgram, "ask", slow)
+    monkeypatch.setattr(ChildProgram, "run", slow)
 
     async def ask() -> list[Exported]:
         exporter = Exporter(tmp_path / "exports", tmp_path)

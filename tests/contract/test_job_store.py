@@ -69,7 +69,7 @@ WRITES: list[Callable[[JobStore, Claim], object]] = [
     lambda store, claim: store.heartbeat(claim, phase="training", records=[{"at": 1.0, "kind": "epoch", "message": "1"}]),
     lambda store, claim: store.finish(claim, "succeeded", result={"model": "flowers"}),
     lambda store, claim: store.finish(claim, "failed", error_code="x", error_message="y"),
-    lambda store, claim: store.hand_back(claim, "a reason"),
+    lambda store, claim: store.requeue(claim, "a reason"),
 ]
 
 
@@ -276,7 +276,9 @@ def test_a_job_that_seems_to_end_its_workers_is_given_up(store: JobStore, clock:
         clock.advance(31)
         store.reap()
     claim = claimed(store)
-    assert store.fruitless_attempts(claim) == (1, MAX_LOST_ATTEMPTS - 1), "a worker's loss is not counted as the run's failure"
+    assert store.attempts_without_progress(claim) == (1, MAX_LOST_ATTEMPTS - 1), (
+        "a worker's loss is not counted as the run's failure"
+    )
     store.heartbeat(claim, progressed=True)
     clock.advance(31)
     store.reap()
@@ -305,7 +307,7 @@ def test_a_worker_takes_the_kinds_of_jobs_that_it_carries_out_and_leaves_the_oth
 
 def test_a_job_that_was_handed_back_waits_as_long_as_was_said(store: JobStore, clock: LeaseClock) -> None:
     job = queue(store)
-    store.hand_back(claimed(store), "the disk is full", delay_seconds=60)
+    store.requeue(claimed(store), "the disk is full", delay_seconds=60)
     clock.advance(59)
     assert store.claim("worker") is None
     clock.advance(2)
@@ -315,7 +317,7 @@ def test_a_job_that_was_handed_back_waits_as_long_as_was_said(store: JobStore, c
 
 def test_waiting_does_not_outlive_the_machines_boot_nor_depend_on_the_wall_clock(store: JobStore, clock: LeaseClock) -> None:
     queue(store)
-    store.hand_back(claimed(store), "the disk is full", delay_seconds=60)
+    store.requeue(claimed(store), "the disk is full", delay_seconds=60)
     clock.now = LeaseTime(3.0, "next boot")
     assert store.claim("worker") is not None
 
@@ -329,8 +331,8 @@ def test_attempts_without_a_new_checkpoint_are_counted_until_one_makes_one(store
         if end == "progressed":
             store.heartbeat(claim, progressed=True)
             store.heartbeat(claim)
-        counts.append(store.fruitless_attempts(claim))
-        store.hand_back(claim, "it died", counted="stalled" if end == "progressed" else end)
+        counts.append(store.attempts_without_progress(claim))
+        store.requeue(claim, "it died", counted="stalled" if end == "progressed" else end)
     assert counts == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 2), (0, 0), (1, 1)]
 
 
@@ -357,13 +359,13 @@ def test_a_running_job_is_cancelled_by_its_worker_which_hears_of_it_twice_over(s
     assert kinds(store, job.id) == ["queued", "running", "cancelling", "cancelled"]
 
 
-@pytest.mark.parametrize("end", ["hand_back", "reap"])
+@pytest.mark.parametrize("end", ["requeue", "reap"])
 def test_a_job_to_be_cancelled_is_not_queued_again(store: JobStore, clock: LeaseClock, end: str) -> None:
     job = queue(store)
     claim = claimed(store)
     store.request_cancel(job.id)
-    if end == "hand_back":
-        store.hand_back(claim, "the worker stops")
+    if end == "requeue":
+        store.requeue(claim, "the worker stops")
     else:
         clock.advance(31)
         assert store.reap() == [job.id]
@@ -391,7 +393,7 @@ def test_a_runs_own_events_are_added_once_however_often_they_are_sent(store: Job
     store.heartbeat(claim, records=lines[:1])
     store.heartbeat(claim, records=lines[:1])
     store.heartbeat(claim, records=lines[:3])
-    store.hand_back(claim, "it died")
+    store.requeue(claim, "it died")
     store.heartbeat(claimed(store), records=lines)
     history = store.events(job.id)
     assert [event.kind for event in history] == ["queued", "running", "k0", "k1", "k2", "requeued", "running", "k3"]
@@ -454,7 +456,7 @@ def test_cancelling_and_claiming_and_handing_back_at_once_lose_no_job_and_no_can
 
     def work() -> None:
         while (claim := store.claim("worker")) is not None:
-            store.hand_back(claim, "again") if claim.job.attempts < 2 else store.finish(claim, "succeeded")
+            store.requeue(claim, "again") if claim.job.attempts < 2 else store.finish(claim, "succeeded")
 
     def cancel() -> None:
         for job in jobs[::2]:

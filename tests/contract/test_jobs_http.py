@@ -18,7 +18,7 @@ from serving import END_SECONDS, LiveServer, in_process, live_server, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access
+from finetune.bundle.access import Access
 from finetune.jobs.database import open_jobs
 from finetune.jobs.job import Claim
 from finetune.jobs.keys import KeyStore

@@ -14,6 +14,7 @@ import tritonclient.http as triton
 from serving import LiveServer, in_process, live_server, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
+from tritonclient.utils import InferenceServerException
 
 from finetune.bundle.predictor import Predictor
 
@@ -82,6 +83,22 @@ def test_the_stock_client_sends_encoded_files_and_reads_classes(server: LiveServ
     answer = client.infer("colours", [asked], outputs=[triton.InferRequestedOutput("probs", class_count=1)])
     labels = [text.decode().split(":")[2] for text in answer.as_numpy("probs").ravel()]
     assert labels == ["red", "blue"]
+    client.close()
+
+
+def test_the_stock_client_is_told_what_is_wrong(server: LiveServer) -> None:
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+    asked = triton.InferInput("images", [1, 2, 2, 3], "FP32")
+    asked.set_data_from_numpy(np.zeros((1, 2, 2, 3), np.float32))
+    with pytest.raises(InferenceServerException) as refused:
+        client.infer("colours", [asked])
+    assert refused.value.status() == "422"
+    assert (
+        refused.value.message()
+        == "the input is of another type; inputs[0].datatype: must be UINT8 (pixels) or BYTES (encoded files)"
+    )
+    with pytest.raises(InferenceServerException, match="no model 'nothing'"):
+        client.get_model_metadata("nothing")
     client.close()
 
 

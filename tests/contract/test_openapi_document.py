@@ -16,7 +16,7 @@ from standin import write_bundle
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.jobs.store import JobStore
-from service.limits import PROBES
+from service.limits import HEALTH_CHECKS
 
 SURFACE = {
     "/v1/files": {"get", "post"},
@@ -98,8 +98,8 @@ def test_the_whole_surface_is_documented_and_says_what_is_open(tmp_path: Path) -
     assert document["security"] == [{"key": []}, {}]
     for path, item in document["paths"].items():
         for operation in item.values():
-            assert (operation.get("security") == []) == (path in PROBES)
-            assert "4XX" in operation["responses"] or path in PROBES
+            assert (operation.get("security") == []) == (path in HEALTH_CHECKS)
+            assert "4XX" in operation["responses"] or path in HEALTH_CHECKS
     for reference in re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', str(document).replace("'", '"')):
         assert reference in document["components"]["schemas"]
 

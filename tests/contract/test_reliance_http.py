@@ -13,7 +13,7 @@ from serving import in_process, registered, until
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.calibration import Calibration, Operating
+from finetune.bundle.calibration import Calibration, OperatingPoint
 from finetune.client import Client
 from finetune.metrics.novelty import Subspace
 
@@ -23,7 +23,7 @@ CALIBRATION = Calibration(
     n=40,
     coverage={"0.90": 0.5, "0.95": 0.01},
     class_coverage={"0.80": (None, 0.5, 0.5), "0.90": (0.5, 0.01, None), "0.95": (None, None, None)},
-    precision={"0.90": Operating(0.5, 0.9), "0.95": Operating(0.97, 0.4)},
+    precision={"0.90": OperatingPoint(0.5, 0.9), "0.95": OperatingPoint(0.97, 0.4)},
     novelty=tuple(np.linspace(0.4, 0.8, 97)),  # from the mean embedding, which is grey, a plain colour is 0.85 away
 )
 GREY_IS_KNOWN = Subspace(np.full(3, 1 / np.sqrt(3), np.float32), np.zeros((0, 3), np.float32))

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import Overloaded
 from service.admission import WorkQueue
 from service.metrics import Metrics
@@ -226,7 +226,7 @@ def test_a_prediction_that_would_wait_too_long_is_refused_and_the_others_finish(
         waiting = asyncio.create_task(queue.run(work, 2))
         await asyncio.sleep(0)
         assert not queue.has_room  # two before it, 0.6 s each
-        with pytest.raises(Exception, match="already running or waiting") as refused:
+        with pytest.raises(Exception, match="running or waiting: ") as refused:
             await queue.run(work, 3)
         gate.set()
         return [await running, await waiting], refused.value.code
@@ -503,7 +503,8 @@ def test_the_openapi_document_names_every_route_with_its_ways_in_and_its_errors(
     for path, operations in document["paths"].items():
         for operation in operations.values():
             declared = operation["responses"]["5XX"]["content"]
-            assert declared == {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}, path
+            name = "InferenceProblemDocument" if path.startswith("/v2") else "ProblemDocument"
+            assert declared == {"application/problem+json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}, path
     for name, model in (("ProblemDocument", ProblemDocument), ("PredictionAnswer", PredictionAnswer)):
         assert set(document["components"]["schemas"][name]["properties"]) == set(model.model_fields)
     references = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}

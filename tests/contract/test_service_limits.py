@@ -21,7 +21,7 @@ from serving import in_process, registered
 from standin import picture, write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access
+from finetune.bundle.access import Access
 from finetune.errors import StoreError
 from finetune.jobs.database import open_jobs
 from finetune.jobs.files import FileStore

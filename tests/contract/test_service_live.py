@@ -182,12 +182,14 @@ def told(connection: socket.socket, end: bytes) -> bytes:
 
 
 def test_the_log_can_be_json_with_request_ids_and_without_secrets(home: Path) -> None:
-    with live_server(home, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
+    with live_server(home, worker=True, environment={"FINETUNE_LOG_FORMAT": "json"}) as server:
         headers = {"X-Request-Id": "mine-1", "Authorization": "Bearer ft_secretsecret"}
         assert httpx.post(f"{server.url}/predict", content=picture(), headers=headers, timeout=END_SECONDS).status_code == 200
         until(lambda: '"mine-1"' in server.log.read_text())  # the line is written after the answer has left
-        text = server.log.read_text()
-    entries = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        until(lambda: "waits for jobs" in server.log.read_text())
+    text = server.log.read_text()
+    entries = [json.loads(line) for line in text.splitlines()]
+    assert {"service.server", "service.access", "finetune.jobs.worker"} <= {entry["logger"] for entry in entries}
     (entry,) = [entry for entry in entries if entry.get("request_id") == "mine-1"]
     assert (entry["status"], entry["route"], entry["owner"], entry["level"]) == (200, "/predict", "local", "info")
     assert "secretsecret" not in text
@@ -197,8 +199,8 @@ def test_metrics_tell_where_the_time_of_predictions_goes(server: LiveServer) -> 
     with httpx.Client(base_url=server.url, timeout=END_SECONDS) as client:
         client.post("/predict", content=picture())
         text = client.get("/metrics").text
-    assert re.search(r'finetune_prediction_seconds_count\{stage="load"\} [1-9]', text)
-    assert re.search(r'finetune_prediction_seconds_count\{stage="run"\} [1-9]', text)
+    for stage in ("decode", "preprocess", "run"):
+        assert re.search(rf'finetune_prediction_seconds_count\{{model="colours",stage="{stage}"\}} [1-9]', text)
     assert "finetune_predictions_waiting 0.0" in text
     assert 'finetune_default_model{model="colours",version="1"} 1.0' in text
 

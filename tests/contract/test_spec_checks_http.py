@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.spec import DEFAULT_BACKBONE
 from service import spec_check
+from service.child import ChildProgram
 from service.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("uploads_read_here")
@@ -34,15 +34,16 @@ class StandIn:
         self.go_on.set()
         self._catalogue = catalogue
 
-    def __call__(self, specs: list[dict[str, Any]]) -> str:
+    def run(self, given: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        specs = given["specs"]
         self.asked.append([spec["model"]["backbone"] for spec in specs])
         assert self.go_on.wait(60)
-        return json.dumps({"problems": [[] for _ in specs], "catalogue": self._catalogue})
+        return {"problems": [[] for _ in specs], "catalogue": list(self._catalogue)}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, *catalogue: str) -> StandIn:
     child = StandIn(catalogue)
-    monkeypatch.setattr(spec_check, "_run", child)
+    monkeypatch.setattr(ChildProgram, "run", lambda _, given, what: child.run(given))
     return child
 
 
@@ -97,7 +98,7 @@ def test_a_check_that_ends_without_an_answer_accepts_nothing_and_is_forgotten(
             for body in ({"model": "resnet18"}, {"augmentation": {"transforms": [{"HorizontalFlip": {}}]}}):
                 answer = client.post(JOBS, json={"training_file": file_id, **body})
                 assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
-                assert "could not be checked" in answer.json()["detail"]
+                assert "checking model.backbone and augmentation.transforms failed" in answer.json()["detail"]
                 assert "Retry-After" in answer.headers
         assert client.get(JOBS).json()["data"] == []
         child = stand_in(monkeypatch)

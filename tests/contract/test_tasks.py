@@ -79,8 +79,8 @@ def test_the_headline_is_one_of_the_metrics_and_more_of_it_is_better(task: Task)
     keys = [metric.key for metric in task.metrics]
     assert len(set(keys)) == len(keys)
     assert task.headline in task.metrics
-    assert task.of_images in task.metrics
-    assert task.of_images.interval is not None
+    assert task.mean_score in task.metrics
+    assert task.mean_score.interval is not None
     assert task.headline.higher_is_better
     assert task.headline.interval is not None
     assert "loss" in keys, "the loss of every split is reported"
@@ -115,16 +115,16 @@ def test_probabilities_are_probabilities_and_a_temperature_changes_no_order(task
 
 def test_the_score_of_an_image_averages_to_the_metric_of_images_and_right_answers_score_1(task: Task) -> None:
     logits, encoded, _ = labelled(task)
-    rows = task.judge(logits, encoded)
+    rows = task.image_results(logits, encoded)
     assert len(rows) == len(logits) == len(rows.score) == len(rows.nll)
     assert ((rows.score >= 0) & (rows.score <= 1)).all()
-    assert rows.score.mean() == pytest.approx(task.of_images.compute(rows))
+    assert rows.score.mean() == pytest.approx(task.mean_score.compute(rows))
     assert (rows.nll >= 0).all()
     (loss,) = [metric for metric in task.metrics if metric.key == "loss"]
     assert rows.nll.mean() == pytest.approx(loss.compute(rows))
-    best = task.judge(sure(task, encoded), encoded)
+    best = task.image_results(sure(task, encoded), encoded)
     assert (best.score == 1).all()
-    assert task.headline.compute(best) == task.of_images.compute(best) == 1.0
+    assert task.headline.compute(best) == task.mean_score.compute(best) == 1.0
     assert loss.compute(best) < 1e-6
 
 
@@ -138,7 +138,7 @@ def test_nobody_who_does_not_look_at_the_image_beats_chance(task: Task) -> None:
     _, encoded, _ = labelled(task)
     chance = task.chance(encoded)
     blind = [np.tile(answer, (len(encoded), 1)) for answer in (2 * np.eye(N_CLASSES, dtype=np.float32) - 1)]
-    found = [task.headline.compute(task.judge(logits, encoded)) for logits in blind]
+    found = [task.headline.compute(task.image_results(logits, encoded)) for logits in blind]
     assert max(found) <= chance + 1e-12
     assert 0 < chance <= 1
 
@@ -147,7 +147,7 @@ def test_every_metric_lies_in_its_bounds_and_in_its_interval(task: Task) -> None
     seen = 0
     for seed in range(5):
         logits, encoded, _ = labelled(task, n=17, seed=seed)
-        rows = task.judge(logits, encoded)
+        rows = task.image_results(logits, encoded)
         for metric in task.metrics:
             value = metric.compute(rows)
             assert 0 <= value <= metric.largest
@@ -162,13 +162,13 @@ def test_every_metric_lies_in_its_bounds_and_in_its_interval(task: Task) -> None
 def test_a_weight_counts_an_image_as_often_as_it_says(task: Task) -> None:
     """The bootstrap draws images with replacement by weighting them."""
     logits, encoded, _ = labelled(task, n=30)
-    rows = task.judge(logits, encoded)
+    rows = task.image_results(logits, encoded)
     times = np.random.default_rng(1).integers(0, 4, (3, 30))
     for metric in task.metrics:
         found = metric.weighted(rows, times.astype(np.float64))
         assert metric.weighted(rows, np.ones((1, 30)))[0] == pytest.approx(metric.compute(rows))
         for row, drawn in enumerate(times):
-            resampled = task.judge(np.repeat(logits, drawn, axis=0), np.repeat(encoded, drawn, axis=0))
+            resampled = task.image_results(np.repeat(logits, drawn, axis=0), np.repeat(encoded, drawn, axis=0))
             assert found[row] == pytest.approx(metric.compute(resampled)), metric.key
 
 
@@ -186,7 +186,7 @@ def test_the_order_of_the_images_changes_no_figure(name: str, seed: int) -> None
 
 def test_the_table_by_class_counts_what_is_there(task: Task) -> None:
     logits, encoded, targets = labelled(task)
-    rows = task.judge(logits, encoded)
+    rows = task.image_results(logits, encoded)
     counts = task.class_counts(rows)
     assert len(counts) == N_CLASSES
     for label, (true, predicted, both) in enumerate(counts):
@@ -204,14 +204,14 @@ def test_the_table_by_class_counts_what_is_there(task: Task) -> None:
 def test_what_cannot_be_judged_is_refused(task: Task) -> None:
     logits, encoded, _ = labelled(task, n=6)
     with pytest.raises(InvalidInput, match="holds no image"):
-        task.judge(logits[:0], encoded[:0])
+        task.image_results(logits[:0], encoded[:0])
     with pytest.raises(InvalidInput):
-        task.judge(logits[:5], encoded)
+        task.image_results(logits[:5], encoded)
     for broken in (np.nan, np.inf):
         diverged = logits.copy()
         diverged[2, 1] = broken
         with pytest.raises(TrainingError, match="1 of 6 images have NaN or infinite logits"):
-            task.judge(diverged, encoded)
+            task.image_results(diverged, encoded)
 
 
 def test_a_temperature_never_makes_the_likelihood_worse(task: Task) -> None:
@@ -220,7 +220,7 @@ def test_a_temperature_never_makes_the_likelihood_worse(task: Task) -> None:
         found = task.fit_temperature(scale * logits, encoded)
         assert found.nll_after <= found.nll_before + 1e-9
         probs = task.probabilities(scale * logits, found.temperature)
-        rescaled = task.judge((scale * logits).astype(np.float64) / found.temperature, encoded)
+        rescaled = task.image_results((scale * logits).astype(np.float64) / found.temperature, encoded)
         assert rescaled.nll.mean() == pytest.approx(found.nll_after, rel=1e-9)
         assert probs.shape == logits.shape
 
@@ -243,7 +243,7 @@ def test_an_evaluation_and_a_comparison_work_from_a_table(task: Task) -> None:
 def test_what_training_counts_as_right_is_what_the_metric_of_images_counts(task: Task) -> None:
     logits, encoded, _ = labelled(task)
     n_correct = float(objective_of(task.name).n_correct(torch.from_numpy(logits), torch.from_numpy(encoded)))
-    assert n_correct == pytest.approx(len(logits) * task.of_images.compute(task.judge(logits, encoded)))
+    assert n_correct == pytest.approx(len(logits) * task.mean_score.compute(task.image_results(logits, encoded)))
 
 
 def test_what_is_exported_are_the_task_s_probabilities(task: Task) -> None:
@@ -258,7 +258,7 @@ def test_the_loss_is_the_task_s_likelihood_and_mixes_two_labels_by_their_share(t
     given, targets = torch.from_numpy(logits), torch.from_numpy(encoded)
     others = targets.flip(0)
     plain = objective.loss(given, targets, others, 1.0, 0.0)
-    assert float(plain) == pytest.approx(task.judge(logits, encoded).nll.mean(), rel=1e-5)
+    assert float(plain) == pytest.approx(task.image_results(logits, encoded).nll.mean(), rel=1e-5)
     swapped = objective.loss(given, others, targets, 1.0, 0.0)
     mixed = objective.loss(given, targets, others, 0.3, 0.0)
     assert float(mixed) == pytest.approx(0.3 * float(plain) + 0.7 * float(swapped), rel=1e-5)
@@ -276,7 +276,7 @@ def test_its_gradient_moves_logits_towards_the_labels(task: Task) -> None:
         optimizer.zero_grad()
         objective.loss(logits, targets, targets, 1.0, 0.0).backward()
         optimizer.step()
-    assert task.headline.compute(task.judge(logits.detach().numpy(), encoded)) == 1.0
+    assert task.headline.compute(task.image_results(logits.detach().numpy(), encoded)) == 1.0
 
 
 @pytest.mark.parametrize("judged", [True, False], ids=["by validation", "by cross-validation"])
@@ -300,7 +300,7 @@ def test_the_head_is_solved_for_the_task(task: Task, judged: bool) -> None:
     assert head.weight.shape == (N_CLASSES, 12)
     assert head.converged
     held_out = features[90:] @ head.weight.T + head.bias
-    assert task.headline.compute(task.judge(held_out, encoded[90:])) > 0.9
+    assert task.headline.compute(task.image_results(held_out, encoded[90:])) > 0.9
     if judged:
         best = next(point for point in head.path if point.l2 == head.l2)
         assert best.val_score == min(head.path, key=lambda point: point.val_nll).val_score

@@ -23,7 +23,7 @@ from serving import in_process, registered, until
 from standin import write_bundle
 from starlette.testclient import TestClient
 
-from finetune.bundle.registry import Access
+from finetune.bundle.access import Access
 from finetune.errors import Conflict, InvalidInput, NotFound
 from finetune.jobs.database import open_jobs
 from finetune.jobs.keys import KeyStore
@@ -112,9 +112,9 @@ def test_the_end_of_a_job_is_queued_for_its_owners_webhooks_alone(store: Webhook
 def test_what_is_sent_is_signed_as_the_specification_says(store: WebhookStore, receiver: Receiver) -> None:
     webhook = store.create("ann", receiver.url)
     end_a_job(JobStore(store.engine))
-    taken = store.take_due(2e9)
+    taken = store.claim_due(2e9)
     assert taken is not None
-    assert store.take_due(2e9 + 1) is None, "one sender has it"
+    assert store.claim_due(2e9 + 1) is None, "one sender has it"
     status, error = attempt(*taken, Reachable(LOOPBACK), now=1_700_000_000.9)
     assert (status, error) == (204, None)
     ((headers, body),) = receiver.received
@@ -124,7 +124,7 @@ def test_what_is_sent_is_signed_as_the_specification_says(store: WebhookStore, r
     assert headers["webhook-signature"] == f"v1,{expected}"
     assert headers["webhook-timestamp"] == "1700000000"
     assert headers["content-type"] == "application/json"
-    store.settle(taken[1], 1.0, status=status, error=error)
+    store.record_attempt(taken[1], 1.0, status=status, error=error)
     assert store.deliveries(webhook.id)[0].state == "delivered"
 
 
@@ -134,10 +134,10 @@ def test_a_receiver_that_fails_is_tried_again_later_and_not_for_ever(store: Webh
     now, waits = 2e9, []
     receiver.statuses = [500, 302, *[503] * 20]
     for _ in range(len(RETRY_SECONDS) + 1):
-        taken = store.take_due(now)
+        taken = store.claim_due(now)
         assert taken is not None
         status, error = attempt(*taken, Reachable(LOOPBACK), now)
-        store.settle(taken[1], now, status=status, error=error)
+        store.record_attempt(taken[1], now, status=status, error=error)
         (delivery,) = store.deliveries(webhook.id)
         assert delivery.error == f"answered with status {status}"
         if delivery.due_at is not None:
@@ -154,12 +154,12 @@ def test_a_receiver_that_is_gone_is_told_nothing_more(store: WebhookStore, recei
     end_a_job(jobs)
     end_a_job(jobs)
     receiver.statuses = [410]
-    taken = store.take_due(2e9)
+    taken = store.claim_due(2e9)
     assert taken is not None
     status, error = attempt(*taken, Reachable(LOOPBACK), 2e9)
-    store.settle(taken[1], 2e9, status=status, error=error)
+    store.record_attempt(taken[1], 2e9, status=status, error=error)
     assert store.get(webhook.id).disabled_at == 2e9
-    assert store.take_due(3e9) is None
+    assert store.claim_due(3e9) is None
     end_a_job(jobs)
     assert len(store.deliveries(webhook.id)) == 2
 
@@ -192,7 +192,7 @@ def test_public_addresses_and_allowed_networks_may_be_reached() -> None:
 def test_the_address_that_a_name_resolved_to_is_for_the_log_alone(store: WebhookStore, caplog: pytest.LogCaptureFixture) -> None:
     store.create("ann", "https://localhost/hooks")
     end_a_job(JobStore(store.engine))
-    taken = store.take_due(2e9)
+    taken = store.claim_due(2e9)
     assert taken is not None
     status, error = attempt(*taken, Reachable(), 2e9)
     assert status is None

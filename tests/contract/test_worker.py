@@ -299,7 +299,7 @@ def test_a_database_that_fails_for_a_while_costs_nothing(home: Path, monkeypatch
         raise StoreError("the job database cannot be used: disk I/O error")
 
     with monkeypatch.context() as broken:
-        for name in ("heartbeat", "claim", "reap", "finish", "cancel_requested", "fruitless_attempts", "hand_back"):
+        for name in ("heartbeat", "claim", "reap", "finish", "cancel_requested", "attempts_without_progress", "requeue"):
             broken.setattr(store, name, failing)
         drive(one, until=lambda: failures >= 5 and run_of(home, jobs[0]).outcome.exists())
     drive(one, until=finished(store, *jobs))
@@ -387,7 +387,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_jobs_back_at_once(store: JobSto
     assert (queued.state, queued.attempts, queued.worker) == ("queued", 1, None)
     again = store.claim("next")
     assert again is not None, "it does not wait for a lease to end"
-    assert store.fruitless_attempts(again) == (1, 1), "the attempt was not counted"
+    assert store.attempts_without_progress(again) == (1, 1), "the attempt was not counted"
 
 
 def test_a_second_signal_hurries_a_worker_that_waits_for_its_run(store: JobStore, home: Path) -> None:

@@ -12,11 +12,11 @@ from tiny_runs import carry_out_at, tiny_spec, write_stripes
 from finetune.bundle.manifest import DRIFT
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample
-from finetune.evaluation.answers import Answer, ask
+from finetune.evaluation.predict import SamplePrediction, predict_samples
 from finetune.evaluation.predictions import read
-from finetune.monitoring.answers import statistics_of
 from finetune.monitoring.drift import compare
 from finetune.monitoring.reference import read_reference
+from finetune.monitoring.statistics import statistics_of
 from finetune.storage.rundir import RunDir
 
 pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.longer]
@@ -34,15 +34,15 @@ def test_the_reference_is_what_the_bundle_answers_to_the_held_out_images(tmp_pat
     reference, predictor = read_reference(bundle / DRIFT), Predictor.load(bundle)
     assert reference is not None
     assert (reference.split, len(reference)) == (split, len(table))
-    answers = list(ask(predictor, [Sample(name, LocalFile(folder / name), ()) for name in table.ids]))
-    found = [one for one in answers if isinstance(one, Answer)]
+    answers = list(predict_samples(predictor, [Sample(name, LocalFile(folder / name), ()) for name in table.ids]))
+    found = [one for one in answers if isinstance(one, SamplePrediction)]
     probs, embeddings = np.stack([one.probs for one in found]), np.stack([one.embedding for one in found])
     manifest = predictor.manifest
     live = statistics_of(manifest.task, probs, embeddings, predictor.estimator.subspace, manifest.thresholds)
-    assert reference.answers.confidence == pytest.approx(live.confidence, abs=1e-4)
-    assert reference.answers.label.tolist() == live.label.tolist()
+    assert reference.statistics.confidence == pytest.approx(live.confidence, abs=1e-4)
+    assert reference.statistics.label.tolist() == live.label.tolist()
     if several:
-        assert reference.answers.given is not None
-        assert reference.answers.given.tolist() == live.given.tolist()  # type: ignore[union-attr]
+        assert reference.statistics.given is not None
+        assert reference.statistics.given.tolist() == live.given.tolist()  # type: ignore[union-attr]
     names = {test.name for test in compare(reference, live)}
     assert names >= ({"confidence", "labels", "labels_per_image"} if several else {"confidence", "classes"})

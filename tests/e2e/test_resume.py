@@ -20,7 +20,7 @@ from tiny_training import fingerprint, train_tiny, write_images
 from finetune.data.loader import Batch
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.training.fit import TrainBatches
+from finetune.training.final_weights import TrainBatches
 
 N_IMAGES = 38
 EVERYTHING_RANDOM = {

@@ -28,7 +28,9 @@ from finetune.training.interrupt import Interrupted, StopRequest
 
 def commands(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:
     """The words of every command and group below this one."""
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         yield (*path, name)
         if isinstance(command, click.Group):
             yield from commands(command, *path, name)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from awkward import AWKWARD
 
-from finetune.bundle.image import ImageLimits, decode_image
+from finetune.bundle.image import decode_image
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import ImageError
 
 SEEDS = {name: data for name, (data, _) in AWKWARD.items() if 0 < len(data) < 60_000}

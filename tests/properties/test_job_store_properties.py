@@ -93,16 +93,16 @@ class JobsModel:
         self.store.finish(claim, state)
         self.expected[claim.job.id] = state
 
-    def hand_back(self) -> None:
+    def requeue(self) -> None:
         delay, counted = self.chance.choice([0.0, 20.0]), self.chance.choice(["stalled", "lost", None])
         if (claim := self.chosen()) is None:
             return
         if not self.holds(claim):
             with pytest.raises(LeaseLost):
-                self.store.hand_back(claim, "a reason")
+                self.store.requeue(claim, "a reason")
             return
         job = claim.job.id
-        self.store.hand_back(claim, "a reason", delay_seconds=delay, counted=counted)
+        self.store.requeue(claim, "a reason", delay_seconds=delay, counted=counted)
         self.expected[job] = "cancelled" if self.expected[job] == "cancelling" else "queued"
         progressed = self.lost[job] == -1
         self.not_before[job], self.lost[job] = self.now + delay, 0 if progressed else self.lost[job] + (counted == "lost")
@@ -145,7 +145,7 @@ class JobsModel:
                 assert self.store.events(job_id)[-1].kind == job.state
 
 
-ACTIONS = {"create": 2, "claim": 4, "heartbeat": 3, "finish": 1, "hand_back": 2, "cancel": 2, "time_passes": 1, "leases_end": 4}
+ACTIONS = {"create": 2, "claim": 4, "heartbeat": 3, "finish": 1, "requeue": 2, "cancel": 2, "time_passes": 1, "leases_end": 4}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param
 
-from finetune.tracking.journal import Journal, Marks, points_of
+from finetune.tracking.journal import Journal, LastPoints, points_of
 from finetune.tracking.mlflow.names import key_text, metric_key, value_text
 
 
@@ -70,11 +70,11 @@ def test_each_step_is_sent_once_however_often_a_run_goes_back_to_a_checkpoint(
     """Each attempt cuts the journal back to `start` steps and goes on to `end`; it is looked at whenever that may be."""
     path: Path = tmp_path_factory.mktemp("journal") / "metrics.jsonl"
     path.touch()
-    journal, marks, sent, reached = Journal(path), Marks({}), [], 0
+    journal, marks, sent, reached = Journal(path), LastPoints({}), [], 0
 
     def look() -> None:
         for records in journal.unread():
-            sent.extend(point.step for record in records for point in points_of(record) if marks.take(point))
+            sent.extend(point.step for record in records for point in points_of(record) if marks.add(point))
             journal.accept()
 
     for number, (start, end) in enumerate(attempts):

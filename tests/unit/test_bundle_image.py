@@ -11,8 +11,11 @@ import pytest
 from awkward import AWKWARD, REFUSED, SRGB_PROFILE, WIDE_SPACES, encoded, heic, scene, textured
 from PIL import Image, ImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+from standin import PREPROCESS
 
-from finetune.bundle.image import FORMATS, ImageLimits, decode_image, image_size, looks_like_image, read_image, sniff
+from finetune.bundle.image import decode_image, image_size
+from finetune.bundle.image_formats import FORMATS, looks_like_image, sniff
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import ImageError, ImageTooLarge, UnsupportedImage
 
 
@@ -38,7 +41,7 @@ def test_more_bytes_than_allowed_are_refused_before_they_are_read(tmp_path: Path
     with pytest.raises(ImageTooLarge, match=f"the file has {len(data):,} bytes, more than the {len(data) - 1:,} allowed"):
         decode_image(data, limits=limits)
     with pytest.raises(ImageTooLarge, match=r"big\.png: the file has"):
-        read_image(path, limits=limits)
+        PREPROCESS.load_file(path, limits=limits)
     assert decode_image(data, limits=ImageLimits(max_bytes=len(data))).shape == (64, 96, 3)
 
 
@@ -68,16 +71,16 @@ def test_errors_of_a_file_name_it_and_keep_their_kind(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(AWKWARD[name][0])
         with pytest.raises(kind) as caught:
-            read_image(path)
+            PREPROCESS.load_file(path)
         assert type(caught.value) is kind
         assert caught.value.message.startswith(f"{path}: ")
 
 
 def test_a_file_that_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"absent\.jpg: the file cannot be read: No such file or directory"):
-        read_image(tmp_path / "absent.jpg")
+        PREPROCESS.load_file(tmp_path / "absent.jpg")
     with pytest.raises(ImageError, match="the file cannot be read: Is a directory"):
-        read_image(tmp_path)
+        PREPROCESS.load_file(tmp_path)
 
 
 def test_the_kind_of_a_file_is_told_by_its_first_bytes() -> None:

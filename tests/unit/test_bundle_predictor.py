@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from finetune.bundle.manifest import PROBE
 from finetune.bundle.predictor import PIXELS_TOLERANCE, Predictor, Seen, read_probe, read_seen, write_probe
 from finetune.bundle.preprocess import Preprocess
 from finetune.errors import BundleError, ImageError, InvalidInput
+from finetune.runtime.session import open_session
 
 
 @pytest.fixture
@@ -218,6 +220,35 @@ def test_other_weights_under_right_checksums_fail_the_model_probe_alone(bundle: 
     said = refusal(bundle)
     assert "model probe (arrays → logits): logits are off by" in said
     assert "image probe" not in said
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_another_provider_comes_before_the_cpu_and_must_compute_the_same(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, shift: float
+) -> None:
+    asked: list[Sequence[str]] = []
+
+    class Accelerated:
+        """A session of another provider, whose logits are `shift` larger."""
+
+        def __init__(self, model: bytes, *, threads: int, providers: Sequence[str]) -> None:
+            asked.append(providers)
+            self.session = open_session(model, threads=threads, providers=["CPUExecutionProvider"])
+
+        def run(self, names: list[str], given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            found = self.session.run(names, given)
+            return [values + shift if name == "logits" else values for name, values in zip(names, found, strict=True)]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.session, name)
+
+    monkeypatch.setattr("finetune.bundle.predictor.open_session", Accelerated)
+    if shift:
+        with pytest.raises(BundleError, match=r"logits are off by 0\.1"):
+            Predictor.load(bundle, provider="cuda")
+    else:
+        assert Predictor.load(bundle, provider="cuda").predict(probe_files()[0]).labels
+    assert asked == [["CUDAExecutionProvider", "CPUExecutionProvider"]]
 
 
 def test_a_model_that_gives_nan_fails_the_model_probe(bundle: Path) -> None:

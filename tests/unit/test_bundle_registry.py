@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tiny_bundle import write_tiny_bundle
 
+from finetune.bundle import aliases
 from finetune.bundle import registry as registry_module
+from finetune.bundle.access import Access
 from finetune.bundle.predictor import Predictor
-from finetune.bundle.registry import Access, ModelVersion, Registry
+from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import BundleError, Conflict, DiskFull, InvalidInput, NotFound
 
 
@@ -214,7 +217,7 @@ def test_registering_once_finishes_what_a_killed_writer_left_undone(
 ) -> None:
     write_tiny_bundle(tmp_path / "other", seed=1)
     registry.register(tmp_path / "other", "trees")
-    monkeypatch.setattr(registry_module, "_move_alias", die)
+    monkeypatch.setattr(registry_module, "move_alias", die)
     with pytest.raises(Killed):
         registry.register(bundle, "trees", once=True)
     monkeypatch.undo()
@@ -303,13 +306,22 @@ def test_a_full_disk_registers_nothing(registry: Registry, bundle: Path, monkeyp
     assert registry.register(bundle, "trees").version == "1"
 
 
-@pytest.mark.parametrize("at", ["copyfile", "sha256_file", "write_json", "_move_alias", "append_line"])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (registry_module.shutil, "copyfile"),
+        (registry_module, "sha256_file"),
+        (registry_module, "write_json"),
+        (registry_module, "move_alias"),
+        (aliases, "write_json"),
+        (aliases, "append_line"),
+    ],
+)
 def test_a_writer_killed_at_any_step_leaves_what_readers_and_writers_can_use(
-    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
 ) -> None:
     registry.register(bundle, "trees")
-    owner = registry_module.shutil if at == "copyfile" else registry_module
-    monkeypatch.setattr(owner, at, die)
+    monkeypatch.setattr(module, step, die)
     with pytest.raises(Killed):
         registry.register(bundle, "trees")
     monkeypatch.undo()

@@ -164,4 +164,4 @@ def test_a_server_answers_with_a_bundle_at_an_address_as_soon_as_it_is_there(
     push_bundle(bundle, address)
     models.refresh()
     assert isinstance(models.default().predictor, Predictor)
-    assert models.default().source.path.is_relative_to(tmp_path / "models")
+    assert models.default().bundle.path.is_relative_to(tmp_path / "models")

@@ -48,7 +48,7 @@ def answers(n: int, seed: int, *, split: str = "val", sharpness: float = 3.0, el
 
 
 def fitted(n: int = 400) -> FittedCalibration:
-    found = fit_calibration(answers(n, 0), 1.0, embeddings_hold=True)
+    found = fit_calibration(answers(n, 0), 1.0, embeddings_match=True)
     assert found is not None
     return found
 
@@ -81,16 +81,16 @@ def test_the_numbers_come_back_from_a_manifest() -> None:
 
 
 def test_few_images_show_little_and_very_few_nothing() -> None:
-    few = fit_calibration(answers(30, 0), 1.0, embeddings_hold=True)
+    few = fit_calibration(answers(30, 0), 1.0, embeddings_match=True)
     assert few is not None
     assert (few.subspace, few.calibration.novelty) == (None, ())
     assert max(few.calibration.coverage) == "0.96"  # 30 / 31 is 0.968
     assert "0.95" not in few.calibration.precision  # 45 answers, all right, would be needed
-    assert fit_calibration(answers(19, 0), 1.0, embeddings_hold=True) is None
+    assert fit_calibration(answers(19, 0), 1.0, embeddings_match=True) is None
 
 
 def test_embeddings_of_other_models_give_no_novelty() -> None:
-    found = fit_calibration(answers(400, 0), 1.0, embeddings_hold=False)
+    found = fit_calibration(answers(400, 0), 1.0, embeddings_match=False)
     assert found is not None
     assert (found.subspace, found.calibration.novelty) == (None, ())
 

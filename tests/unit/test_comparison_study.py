@@ -45,7 +45,7 @@ def outcome_of(run: RunDir, seconds: float = 10.0, method: str = "full") -> Outc
 def finish(study: ArmsTimesSeeds, rights: Mapping[str, np.ndarray], seconds: Mapping[str, float]) -> dict[str, Outcome]:
     """Run the study with runs that answer as given, an arm each; return the outcomes in the order of the runs."""
     finished: dict[str, Outcome] = {}
-    while children := study.following(finished):
+    while children := study.next_children(finished):
         for child in children:
             arm = child.name.rpartition("-seed")[0]
             run = study.run.child(child.name).create()
@@ -56,10 +56,10 @@ def finish(study: ArmsTimesSeeds, rights: Mapping[str, np.ndarray], seconds: Map
 
 def test_every_arm_has_a_first_run_before_any_has_a_second_and_runs_of_one_seed_may_go_side_by_side(tmp_path: Path) -> None:
     study = ArmsTimesSeeds(spec_of(seeds=2, seed=7), RunDir(tmp_path), "test")
-    first, second = study.following({}), None
+    first, second = study.next_children({}), None
     assert [child.name for child in first] == ["linear-probe-seed0", "full-seed0"]
     assert [child.options.goal for child in first] == ["exported", "exported"], "for their size and latency"
-    second = study.following({child.name: outcome_of(RunDir(tmp_path)) for child in first})
+    second = study.next_children({child.name: outcome_of(RunDir(tmp_path)) for child in first})
     assert [(child.name, child.spec.seed, child.options.goal) for child in second] == [
         ("linear-probe-seed1", 8, "judged"),
         ("full-seed1", 8, "judged"),
@@ -145,7 +145,7 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_reason(tmp_path: Path
         compare_runs([first, tmp_path / "nothing"], workspace)
     untested = finished_run(tmp_path / "untested", right, method="linear_probe")
     RunDir(untested).predictions_of("test").unlink()
-    with pytest.raises(InvalidInput, match="judged on no test images, and val has chosen its weights"):
+    with pytest.raises(InvalidInput, match="evaluated on no test images, and val has chosen its weights"):
         compare_runs([first, untested], workspace)
 
 

@@ -16,7 +16,7 @@ from archives import bad, good, photographs, tar_of, zip_of
 
 from finetune.data.archive import ArchiveError, ArchiveLimits, list_members, read_member
 from finetune.data.contents import read_members, unpack_archive
-from finetune.data.intake import take_in
+from finetune.data.intake import unpack_upload
 from finetune.errors import DataError, DiskFull
 
 GOOD, BAD = good(), bad()
@@ -187,7 +187,7 @@ def test_thousands_of_mutated_archives_neither_hang_nor_escape(tmp_path: Path) -
 
 def test_an_upload_is_described_by_its_classes(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(zip_of({**photographs({"daisy": 3, "rose": 2}), "rose/notes.txt": b"hello"}))
-    found = take_in(tmp_path / "a.zip", tmp_path / "dataset")
+    found = unpack_upload(tmp_path / "a.zip", tmp_path / "dataset")
     assert (found.kind, found.n_files, found.classes) == ("zip", 6, ("daisy", "rose"))
     assert found.counts == {"all": {"daisy": 3, "rose": 2}}
     assert found.warnings == ("1 file not named like an image, left out: rose/notes.txt",)
@@ -197,7 +197,7 @@ def test_an_upload_is_described_by_its_classes(tmp_path: Path) -> None:
 def test_splits_inside_are_seen(tmp_path: Path) -> None:
     members = {f"{split}/{name}": data for split in ("train", "val") for name, data in photographs().items()}
     (tmp_path / "a.tar").write_bytes(tar_of(members))
-    assert take_in(tmp_path / "a.tar", tmp_path / "dataset").counts == {
+    assert unpack_upload(tmp_path / "a.tar", tmp_path / "dataset").counts == {
         "train": {"daisy": 3, "rose": 3},
         "val": {"daisy": 3, "rose": 3},
     }
@@ -205,7 +205,7 @@ def test_splits_inside_are_seen(tmp_path: Path) -> None:
 
 def test_a_class_with_one_image_may_be_there_to_validate_on(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(zip_of(photographs({"daisy": 1, "rose": 1})))
-    assert take_in(tmp_path / "a.zip", tmp_path / "dataset").classes == ("daisy", "rose")
+    assert unpack_upload(tmp_path / "a.zip", tmp_path / "dataset").classes == ("daisy", "rose")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_what_nobody_could_train_on_is_refused_with_the_right_layout(
 ) -> None:
     (tmp_path / "a.zip").write_bytes(zip_of(members))
     with pytest.raises(DataError, match="one folder per class") as refusal:
-        take_in(tmp_path / "a.zip", tmp_path / "dataset")
+        unpack_upload(tmp_path / "a.zip", tmp_path / "dataset")
     assert said in str(refusal.value)
     assert str(tmp_path) not in str(refusal.value)
 
@@ -229,7 +229,7 @@ def test_what_nobody_could_train_on_is_refused_with_the_right_layout(
 def test_the_childs_refusal_is_the_same_as_in_process(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(BAD["zip: parent"][0])
     with pytest.raises(ArchiveError, match=r"'\.\./escaped\.png' points out"):
-        take_in(tmp_path / "a.zip", tmp_path / "dataset")
+        unpack_upload(tmp_path / "a.zip", tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
@@ -242,5 +242,5 @@ def test_an_archive_that_wants_too_much_memory_is_refused(tmp_path: Path, monkey
         for _ in range(64):
             stream.write(bytes(1 << 20))
     with pytest.raises(ArchiveError):
-        take_in(tmp_path / "a.tar.gz", tmp_path / "dataset")
+        unpack_upload(tmp_path / "a.tar.gz", tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()

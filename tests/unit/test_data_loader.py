@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from folders import encoded, path_of, write_classes
 
-from finetune.bundle.image import read_image
+from finetune.bundle.image import decode_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data.augment import build_augment, sample_seed
 from finetune.data.dataset import Sample
@@ -74,7 +74,7 @@ def test_a_training_batch_holds_the_views_that_its_position_says(samples: tuple[
     np.testing.assert_array_equal(np.concatenate([batch.indices for batch in batches]), order)
     for position, index in enumerate(order.tolist()):
         batch, row = batches[position // 8], position % 8
-        rgb = read_image(path_of(samples[index]), short_side_px=AUGMENT.decode_short_side_px)
+        rgb = decode_image(path_of(samples[index]).read_bytes(), short_side_px=AUGMENT.decode_short_side_px)
         np.testing.assert_array_equal(batch.images[row], AUGMENT(rgb, sample_seed(3, 2, index)))
         assert batch.indices[row] == index
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from folders import encoded, local_sample, path_of
 
-from finetune.bundle.image import read_image
+from finetune.bundle.image import decode_image
 from finetune.bundle.preprocess import Preprocess
 from finetune.data import pixels
 from finetune.data.augment import build_augment
@@ -45,7 +45,7 @@ def stored(store: PixelStore) -> list[Path]:
 def test_pixels_are_the_decoders_before_and_after_they_are_stored(tmp_path: Path) -> None:
     sample, store = photograph(tmp_path, "a.jpg"), PixelStore(Store(tmp_path / "store"))
     first, second = store.read(sample, SIDE_PX), store.read(sample, SIDE_PX)
-    np.testing.assert_array_equal(first, read_image(path_of(sample), short_side_px=SIDE_PX))
+    np.testing.assert_array_equal(first, decode_image(path_of(sample).read_bytes(), short_side_px=SIDE_PX))
     np.testing.assert_array_equal(second, first)
     assert (second.shape, second.dtype) == ((80, 100, 3), np.uint8)
     assert len(stored(store)) == 1
@@ -73,7 +73,7 @@ def test_small_and_unchecked_images_are_not_stored(tmp_path: Path, change: dict[
 def test_a_file_that_changed_since_it_was_checked_is_not_stored_under_the_old_content(tmp_path: Path) -> None:
     sample, store = photograph(tmp_path, "a.jpg"), PixelStore(Store(tmp_path / "store"))
     path_of(sample).write_bytes(encoded("another", (200, 160), "JPEG", quality=90))
-    np.testing.assert_array_equal(store.read(sample, SIDE_PX), read_image(path_of(sample), short_side_px=SIDE_PX))
+    np.testing.assert_array_equal(store.read(sample, SIDE_PX), decode_image(path_of(sample).read_bytes(), short_side_px=SIDE_PX))
     assert stored(store) == []
 
 
@@ -108,7 +108,9 @@ def test_the_budget_is_kept_and_the_rest_is_decoded(tmp_path: Path) -> None:
     store = PixelStore(Store(tmp_path / "store", budget_bytes=3 * PICTURE_BYTES))
     for _ in range(2):
         for sample in samples:
-            np.testing.assert_array_equal(store.read(sample, SIDE_PX), read_image(path_of(sample), short_side_px=SIDE_PX))
+            np.testing.assert_array_equal(
+                store.read(sample, SIDE_PX), decode_image(path_of(sample).read_bytes(), short_side_px=SIDE_PX)
+            )
     assert sum(path.stat().st_size for path in stored(store)) <= 3 * PICTURE_BYTES
     assert len(stored(store)) == 3
 
@@ -135,14 +137,16 @@ def test_a_full_disk_stops_storing_and_nothing_else(tmp_path: Path, monkeypatch:
     sample, store = photograph(tmp_path, "a.jpg"), PixelStore(Store(tmp_path / "store"))
     monkeypatch.setattr(os, "replace", full)
     for _ in range(2):
-        np.testing.assert_array_equal(store.read(sample, SIDE_PX), read_image(path_of(sample), short_side_px=SIDE_PX))
+        np.testing.assert_array_equal(
+            store.read(sample, SIDE_PX), decode_image(path_of(sample).read_bytes(), short_side_px=SIDE_PX)
+        )
     assert stored(store) == []
 
 
 def test_many_threads_read_what_the_decoder_reads(tmp_path: Path) -> None:
     samples = [photograph(tmp_path, f"{number}.jpg") for number in range(8)]
     stores = [PixelStore(Store(tmp_path / "store", budget_bytes=5 * PICTURE_BYTES)) for _ in range(2)]
-    expected = [read_image(path_of(sample), short_side_px=SIDE_PX) for sample in samples]
+    expected = [decode_image(path_of(sample).read_bytes(), short_side_px=SIDE_PX) for sample in samples]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: stores[number % 2].read(samples[number // 2 % 8], SIDE_PX), range(320)))
     for number, rgb in enumerate(found):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny_bundle import CLASSES, write_tiny_bundle
 
+from finetune.bundle.access import Access
 from finetune.bundle.deployment import Deployment, Share, deploy, read_deployment, roll_back
 from finetune.bundle.predictor import Seen
-from finetune.bundle.registry import Access, Registry
+from finetune.bundle.registry import Registry
 from finetune.errors import Conflict, NotFound
 from finetune.evaluation import predictions as tables
 from finetune.evaluation.predictions import Predictions, digests_as_rows
@@ -217,7 +218,7 @@ def test_what_cannot_be_compared_is_said_and_not_held_against_a_version(registry
     tables_given = (answers_of(tmp_path / "a.npz", 95), None, answers_of(tmp_path / "c.npz", 0, first=100))
     register_two(registry, bundle, *tables_given)
     promote(registry, "trees", "2", by="ann")
-    assert checked(registry) == "not compared: version 2 was judged on no test images"
+    assert checked(registry) == "not compared: version 2 was evaluated on no test images"
     promote(registry, "trees", "1", by="ann")
     promote(registry, "trees", "3", by="ann")
     assert checked(registry) == "not compared: no test image in common with version 1 that neither has seen"

@@ -179,7 +179,7 @@ def test_a_run_writes_its_diagnosis_into_its_folder_its_journal_and_its_report(f
 
 def test_every_measured_stage_belongs_to_the_backbone(full_run: RunDir) -> None:
     records = RunRecords.read(full_run.root)
-    assert set(records.owners) == {*records.stage_names, "head"}
+    assert set(records.parts) == {*records.stage_names, "head"}
     assert records.signal("dead_channels", next(iter(records.stage_names)))
 
 
@@ -215,4 +215,4 @@ def test_preprocessing_is_measured_when_asked_and_only_of_pretrained_weights(tmp
     measure_finished_run(loaded, shared)
     assert read_json(loaded.preprocessing) == measured
     measure_finished_run(drawn, shared)
-    assert not drawn.preprocessing.exists(), "weights that are drawn at random expect nothing"
+    assert not drawn.preprocessing.exists(), "random weights expect no particular preprocessing"

@@ -28,31 +28,31 @@ from finetune.metrics.drift import (
     population_stability_index,
 )
 from finetune.metrics.novelty import Subspace, fit_subspace
-from finetune.monitoring.answers import AnswerStatistics, concatenated, statistics_of
 from finetune.monitoring.drift import ALPHA, MIN_WINDOW, compare, drift_of
+from finetune.monitoring.monitored import ARRIVING, MAX_ARRIVING_FILES, MonitoredVersion, submit_statistics
 from finetune.monitoring.reference import MAX_IMAGES, Reference, read_reference, write_reference
-from finetune.monitoring.watched import ARRIVING, MAX_ARRIVING_FILES, Watched, leave_for_server
+from finetune.monitoring.statistics import PredictionStatistics, concatenated, statistics_of
 from finetune.monitoring.window import HOUR_SECONDS, HOURS, WINDOW_IMAGES, Window
 
 N_CLASSES = 10
 
 
-def drawn(chance: np.random.Generator, n: int, *, shift: float = 0.0, mix: np.ndarray | None = None) -> AnswerStatistics:
+def drawn(chance: np.random.Generator, n: int, *, shift: float = 0.0, mix: np.ndarray | None = None) -> PredictionStatistics:
     """Answers of a made-up model to n images: sure of most, over ten classes."""
     shares = np.linspace(1, 3, N_CLASSES) if mix is None else mix
-    return AnswerStatistics(
+    return PredictionStatistics(
         chance.beta(6, 1.5, n).astype(np.float32) * np.float32(1 - shift),
         chance.choice(N_CLASSES, n, p=shares / shares.sum()).astype(np.int32),
         chance.gamma(4, 0.1 * (1 + shift), n).astype(np.float32),
     )
 
 
-def given_labels(chance: np.random.Generator, n: int, more: float = 0.0) -> AnswerStatistics:
+def given_labels(chance: np.random.Generator, n: int, more: float = 0.0) -> PredictionStatistics:
     """Answers of a made-up model with several labels, the first two of which come together."""
     given = chance.random((n, 6)) < np.linspace(0.1, 0.5, 6) + more
     given[:, 1] = given[:, 0]
     alike = drawn(chance, n)
-    return AnswerStatistics(alike.confidence, np.zeros(n, np.int32), np.full(n, np.nan, np.float32), given)
+    return PredictionStatistics(alike.confidence, np.zeros(n, np.int32), np.full(n, np.nan, np.float32), given)
 
 
 # --- the statistics -------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_the_stability_index_of_equal_shares_is_nought_on_average_for_any_number
 
 @pytest.mark.parametrize("make", [drawn, given_labels])
 def test_windows_of_the_same_kind_raise_an_alarm_in_less_than_one_of_a_hundred(
-    make: Callable[[np.random.Generator, int], AnswerStatistics],
+    make: Callable[[np.random.Generator, int], PredictionStatistics],
 ) -> None:
     chance = np.random.default_rng(7)
     rounds, alarms = 300, 0
@@ -191,7 +191,7 @@ def test_blurred_and_darkened_photographs_are_found_with_a_bundle_and_sharp_ones
     _, known = outputs(200, lambda photo: photo)
     subspace = fit_subspace(known)
 
-    def answers(n: int, change: Callable[[Image.Image], Image.Image]) -> AnswerStatistics:
+    def answers(n: int, change: Callable[[Image.Image], Image.Image]) -> PredictionStatistics:
         return statistics_of("multiclass", *outputs(n, change), subspace)
 
     reference = Reference("test", answers(300, lambda photo: photo))
@@ -214,16 +214,16 @@ def test_a_window_holds_the_newest_answers_in_their_order_however_they_come() ->
     everything = drawn(chance, 2_750)
     window = Window("a" * 64, N_CLASSES, several=False)
     for begin, end in ((0, 1), (1, 700), (700, 2_300), (2_300, 2_750)):
-        part = AnswerStatistics(everything.confidence[begin:end], everything.label[begin:end], everything.distance[begin:end])
+        part = PredictionStatistics(everything.confidence[begin:end], everything.label[begin:end], everything.distance[begin:end])
         window.add(part, 0.0)
     assert (len(window), window.n_seen) == (WINDOW_IMAGES, 2_750)
-    assert window.answers().confidence.tolist() == everything.last(WINDOW_IMAGES).confidence.tolist()
-    assert window.answers().label.tolist() == everything.last(WINDOW_IMAGES).label.tolist()
+    assert window.statistics().confidence.tolist() == everything.last(WINDOW_IMAGES).confidence.tolist()
+    assert window.statistics().label.tolist() == everything.last(WINDOW_IMAGES).label.tolist()
 
 
 def test_hours_are_sums_and_only_the_last_ones_stay() -> None:
     window = Window("a" * 64, N_CLASSES, several=False, unlike_beyond=0.5)
-    answers = AnswerStatistics(np.array([0.5, 1.0], np.float32), np.array([0, 1], np.int32), np.array([0.4, 0.6], np.float32))
+    answers = PredictionStatistics(np.array([0.5, 1.0], np.float32), np.array([0, 1], np.int32), np.array([0.4, 0.6], np.float32))
     for hour in range(HOURS + 5):
         window.add(answers, hour * HOUR_SECONDS + 17.0)
     window.add(answers, (HOURS + 4) * HOUR_SECONDS + 99.0)
@@ -244,7 +244,7 @@ def test_a_window_is_read_as_it_was_written_and_not_for_another_model(tmp_path: 
     again = Window("a" * 64, n_classes, several=several)
     again.read(tmp_path / "window.npz")
     assert (again.n_seen, again.alarm, again.hours) == (window.n_seen, window.alarm, window.hours)
-    first, second = window.answers(), again.answers()
+    first, second = window.statistics(), again.statistics()
     assert first.confidence.tolist() == second.confidence.tolist()
     assert np.array_equal(first.given, second.given) if several else second.given is None
     for other in (Window("b" * 64, n_classes, several=several), Window("a" * 64, 7, several=not several)):
@@ -259,22 +259,22 @@ def test_what_other_processes_leave_is_taken_in_once(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "models")
     version = registry.register(write_bundle(tmp_path / "bundle"), "colours")
     folder = registry.monitoring_of("colours", version.version)
-    watched = Watched(version.path, folder)
+    watched = MonitoredVersion(version.path, folder)
     sha256 = watched.window.model_sha256
-    answers = AnswerStatistics(np.full(30, 0.9, np.float32), np.ones(30, np.int32), np.full(30, np.nan, np.float32))
-    leave_for_server(registry, version, "batch-1", answers, sha256, 7_200.0)
-    leave_for_server(
+    answers = PredictionStatistics(np.full(30, 0.9, np.float32), np.ones(30, np.int32), np.full(30, np.nan, np.float32))
+    submit_statistics(registry, version, "batch-1", answers, sha256, 7_200.0)
+    submit_statistics(
         registry, version, "batch-1", answers, sha256, 7_200.0
     )  # the same job, killed before it said that it was done
-    leave_for_server(registry, version, "of-another-model", answers, "f" * 64, 7_200.0)
+    submit_statistics(registry, version, "of-another-model", answers, "f" * 64, 7_200.0)
     (folder / ARRIVING / "damaged.npz").write_bytes(b"PK")
-    assert (watched.take_in(), watched.window.n_seen) == (30, 30)
-    assert (watched.take_in(), list((folder / ARRIVING).iterdir())) == (0, [])
+    assert (watched.collect(), watched.window.n_seen) == (30, 30)
+    assert (watched.collect(), list((folder / ARRIVING).iterdir())) == (0, [])
     for number in range(MAX_ARRIVING_FILES + 3):
-        leave_for_server(registry, version, f"batch-{number}", answers, sha256, 7_200.0)
+        submit_statistics(registry, version, f"batch-{number}", answers, sha256, 7_200.0)
     assert len(list((folder / ARRIVING).iterdir())) == MAX_ARRIVING_FILES
     registry.delete("colours", force=True)
-    leave_for_server(registry, version, "late", answers, sha256, 7_200.0)
+    submit_statistics(registry, version, "late", answers, sha256, 7_200.0)
     assert not folder.exists()
 
 
@@ -296,13 +296,13 @@ def test_a_reference_is_what_the_table_of_predictions_says(tmp_path: Path) -> No
     assert reference is not None
     halved = np.exp(predictions.logits.astype(np.float64) / 2)
     expected = halved / halved.sum(axis=1, keepdims=True)
-    assert reference.answers.confidence == pytest.approx(expected.max(axis=1), rel=1e-6)
-    assert reference.answers.label.tolist() == expected.argmax(axis=1).tolist()
-    assert reference.answers.distance == pytest.approx(subspace.distances(predictions.embedding), rel=1e-6)
+    assert reference.statistics.confidence == pytest.approx(expected.max(axis=1), rel=1e-6)
+    assert reference.statistics.label.tolist() == expected.argmax(axis=1).tolist()
+    assert reference.statistics.distance == pytest.approx(subspace.distances(predictions.embedding), rel=1e-6)
     write_reference(tmp_path / DRIFT, reference)
     again = read_reference(tmp_path / DRIFT)
     assert again is not None
-    assert (again.split, again.answers.confidence.tolist()) == ("test", reference.answers.confidence.tolist())
+    assert (again.split, again.statistics.confidence.tolist()) == ("test", reference.statistics.confidence.tolist())
     assert reference.without_distances().distances is None
 
 

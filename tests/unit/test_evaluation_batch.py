@@ -13,7 +13,7 @@ from finetune.bundle.predictor import Predictor
 from finetune.errors import DataError
 from finetune.evaluation import batch
 from finetune.evaluation import predictions as tables
-from finetune.evaluation.batch import answer_folder
+from finetune.evaluation.batch import predict_folder
 from finetune.evaluation.tables import csv_lines, write_table
 from finetune.progress import Progress
 
@@ -44,7 +44,7 @@ class Killed(BaseException):
 def test_every_image_is_answered_under_its_path_and_what_cannot_be_read_is_named(
     predictor: Predictor, images: Path, tmp_path: Path
 ) -> None:
-    found = answer_folder(predictor, images, tmp_path / "out")
+    found = predict_folder(predictor, images, tmp_path / "out")
     assert (found["n_answered"], found["n_unreadable"], found["files"]) == (9, 1, list(FILES[:1] + FILES[1:]))
     assert [one["file"] for one in found["unreadable"]] == ["first/4.png"]
     assert found["summary"] == "9 images answered by colours@None, 1 could not be read"
@@ -63,7 +63,7 @@ def test_a_batch_that_is_killed_asks_no_part_twice_and_ends_with_the_same_answer
     predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "PART_IMAGES", 3)
-    whole = answer_folder(predictor, images, tmp_path / "whole", embedding=True)
+    whole = predict_folder(predictor, images, tmp_path / "whole", embedding=True)
     seen: list[Progress] = []
 
     def dying(update: Progress) -> None:
@@ -72,24 +72,24 @@ def test_a_batch_that_is_killed_asks_no_part_twice_and_ends_with_the_same_answer
             raise Killed
 
     with pytest.raises(Killed):
-        answer_folder(predictor, images, tmp_path / "killed", embedding=True, progress=dying)
+        predict_folder(predictor, images, tmp_path / "killed", embedding=True, progress=dying)
     assert [update.done for update in seen] == [3, 6, 9]
     assert {update.total for update in seen} == {10}
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "parts").glob("*.npz")}
     assert sorted(kept) == ["000000.npz", "000001.npz"]
     asked: list[Progress] = []
-    again = answer_folder(predictor, images, tmp_path / "killed", embedding=True, progress=asked.append)
+    again = predict_folder(predictor, images, tmp_path / "killed", embedding=True, progress=asked.append)
     assert [update.done for update in asked] == [9, 10], "the parts that are there are not asked again"
     assert again == {**whole, "id": "killed"}
     for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert answer_folder(predictor, images, tmp_path / "killed") == again, "a finished batch is not done again"
+    assert predict_folder(predictor, images, tmp_path / "killed") == again, "a finished batch is not done again"
 
 
 def test_a_folder_of_images_that_cannot_be_read_has_an_empty_table(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"broken")
-    found = answer_folder(predictor, tmp_path / "images", tmp_path / "out", embedding=True)
+    found = predict_folder(predictor, tmp_path / "images", tmp_path / "out", embedding=True)
     assert (found["n_answered"], found["n_unreadable"]) == (0, 1)
     assert (tmp_path / "out" / "answers.csv").read_text().splitlines() == [
         "file,sha256,predicted,probability,p(red),p(green),p(blue)"
@@ -99,7 +99,7 @@ def test_a_folder_of_images_that_cannot_be_read_has_an_empty_table(predictor: Pr
 def test_a_folder_without_an_image_is_refused(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match="holds no image file"):
-        answer_folder(predictor, tmp_path / "images", tmp_path / "out")
+        predict_folder(predictor, tmp_path / "images", tmp_path / "out")
 
 
 def test_a_table_is_written_some_rows_at_a_time_and_is_the_same(
@@ -107,7 +107,7 @@ def test_a_table_is_written_some_rows_at_a_time_and_is_the_same(
 ) -> None:
     import pyarrow.parquet as pq
 
-    answer_folder(predictor, images, tmp_path / "out")
+    predict_folder(predictor, images, tmp_path / "out")
     table = tables.read(tmp_path / "out" / "answers.npz")
     whole = b"".join(csv_lines(table))
     monkeypatch.setattr("finetune.evaluation.tables._ROWS_AT_ONCE", 4)

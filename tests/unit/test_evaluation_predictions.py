@@ -138,7 +138,7 @@ def test_only_tables_of_the_same_classes_are_put_together() -> None:
 
 
 def test_without_labels_there_is_nothing_to_judge() -> None:
-    with pytest.raises(InvalidInput, match="no labels to be judged against"):
+    with pytest.raises(InvalidInput, match="no labels to be compared with"):
         evaluate(replace(full_table(), targets=None))
 
 

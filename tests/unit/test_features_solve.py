@@ -8,7 +8,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import TrainingError
-from finetune.features.solve import L2_PATH, SolvedHead, minimise, solve_softmax_head
+from finetune.features.lbfgs import minimise
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import L2_PATH, SolvedHead
 from finetune.tasks.balance import balance_of
 
 

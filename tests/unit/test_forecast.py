@@ -14,7 +14,7 @@ from finetune.errors import SpecError
 from finetune.model.facts import StageFacts
 from finetune.runs import known_speeds
 from finetune.runs.forecast import Forecast, Images, Speeds, forecast, stages_of
-from finetune.runs.known_speeds import find_speeds, measured_speeds, question_of
+from finetune.runs.known_speeds import find_speeds, measured_speeds, measurement_request
 from finetune.runs.speeds import measure_speeds
 from finetune.spec import parse_spec
 from finetune.storage.workspace import Workspace
@@ -106,12 +106,12 @@ def test_a_measurement_is_kept_in_the_workspace_where_the_server_looks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = Workspace.at(tmp_path)
-    question = question_of(parse_spec({"training_file": "photos", "compute": {"threads": 2}}), "made_up")
+    question = measurement_request(parse_spec({"training_file": "photos", "compute": {"threads": 2}}), "made_up")
     assert question == {"backbone": "made_up", "input_size_px": None, "device": "auto", "threads": 2}
     for failed in (None, {"problem": "no such backbone"}):
-        monkeypatch.setattr(known_speeds, "ask_child", lambda given, failed=failed: failed)
+        monkeypatch.setattr(known_speeds, "measure_in_child", lambda given, failed=failed: failed)
         assert measured_speeds(workspace, question) is None
-    monkeypatch.setattr(known_speeds, "ask_child", lambda given: {"speeds": json.loads(json.dumps(SPEEDS.to_dict()))})
+    monkeypatch.setattr(known_speeds, "measure_in_child", lambda given: {"speeds": json.loads(json.dumps(SPEEDS.to_dict()))})
     assert measured_speeds(workspace, question) == SPEEDS
-    monkeypatch.setattr(known_speeds, "ask_child", lambda given: pytest.fail("measured again"))
+    monkeypatch.setattr(known_speeds, "measure_in_child", lambda given: pytest.fail("measured again"))
     assert measured_speeds(workspace, question) == find_speeds(workspace, question) == SPEEDS

@@ -21,8 +21,9 @@ from finetune.data.index import index_dataset
 from finetune.data.reading import Columns, Reading
 from finetune.errors import DataError, InvalidInput
 from finetune.evaluation.predictions import read
-from finetune.features.solve import SolvedHead, solve_softmax_head
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import SolvedHead
 from finetune.storage.files import read_json
 from finetune.storage.rundir import RunDir
 from finetune.tasks.balance import Balance, balance_of

@@ -54,6 +54,11 @@ def test_sqlite_is_opened_as_safely_as_its_version_allows(tmp_path: Path) -> Non
     assert pragmas == {"journal_mode": "wal" if safe_wal else "truncate", "synchronous": 2 if safe_wal else 3, "foreign_keys": 1}
 
 
+def test_other_users_cannot_read_the_secrets_in_it(tmp_path: Path) -> None:
+    open_database(tmp_path / "jobs.db")
+    assert (tmp_path / "jobs.db").stat().st_mode & 0o007 == 0
+
+
 def test_many_may_open_a_new_database_at_once(tmp_path: Path) -> None:
     opened = []
     threads = [threading.Thread(target=lambda: opened.append(open_database(tmp_path / "jobs.db"))) for _ in range(4)]

@@ -43,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def start(self: TrackingSync, *, models: bool) -> None:
         requests.append({"runs": dict(self._open), "models": models})
         self._asked, self._models_asked = dict(self._open), self._registries()[0] if models else None
-        self._settle(0)
+        self._note_ended_process(0)
 
     monkeypatch.setattr(TrackingSync, "_start", start)
     monkeypatch.setattr(tracking, "_LOOK_SECONDS", 0.0)
@@ -134,10 +134,10 @@ def test_what_fails_is_tried_again_later_each_time_after_a_longer_pause(mlflow_w
     pauses = []
     for _ in range(8):
         pauses.append(sync._pause_seconds)
-        sync._settle(1)
+        sync._note_ended_process(1)
     assert pauses[:3] == [60.0, 120.0, 240.0]
     assert pauses[-1] == 3600.0
-    sync._settle(0)
+    sync._note_ended_process(0)
     assert sync._pause_seconds == 60.0
 
 

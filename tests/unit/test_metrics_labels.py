@@ -17,9 +17,9 @@ from finetune.evaluation.mistakes import confident_mistakes
 from finetune.evaluation.paired import compare_two, paired_gain
 from finetune.evaluation.predictions import Predictions, concatenate, read, write
 from finetune.evaluation.tables import rows_of
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
 from finetune.metrics import labels
-from finetune.runs.judge import apply_thresholds
+from finetune.runs.evaluate import apply_thresholds
 from finetune.tasks import task_named, task_of
 from finetune.tasks.balance import balance_of_labels
 from finetune.training.objectives.multilabel import MultilabelObjective
@@ -43,7 +43,7 @@ def table(logits: np.ndarray, targets: np.ndarray, split: str = "val") -> Predic
 
 def test_the_figures_are_those_of_scikit_learn() -> None:
     logits, targets = made_up()
-    rows = labels.judge_labels(logits, targets)
+    rows = labels.label_results(logits, targets)
     given = logits >= 0
     assert labels.average_precisions(rows) == pytest.approx(trusted.average_precision_score(targets, logits, average=None))
     assert labels.mean_average_precision(rows) == pytest.approx(trusted.average_precision_score(targets, logits))
@@ -59,7 +59,7 @@ def test_a_label_without_an_image_is_in_no_mean_and_its_ratios_are_unknown() -> 
     logits, targets = made_up()
     targets[:, 2] = 0
     kept = [0, 1, 3, 4]
-    rows = labels.judge_labels(logits, targets)
+    rows = labels.label_results(logits, targets)
     assert labels.mean_average_precision(rows) == pytest.approx(
         trusted.average_precision_score(targets[:, kept], logits[:, kept])
     )
@@ -77,16 +77,16 @@ def test_a_label_without_an_image_is_in_no_mean_and_its_ratios_are_unknown() -> 
 
 def test_an_interval_is_never_empty_and_holds_the_value() -> None:
     _, targets = made_up(40)
-    low, high = labels.mean_average_precision_interval(labels.judge_labels(targets * 20.0 - 10.0, targets))
+    low, high = labels.mean_average_precision_interval(labels.label_results(targets * 20.0 - 10.0, targets))
     assert 0.8 < low < 1.0 == high
 
 
 def test_what_is_no_such_table_is_refused() -> None:
     logits, targets = made_up(10)
     with pytest.raises(InvalidInput, match=r"shape \(10, 5\) against targets of shape \(10,\)"):
-        labels.judge_labels(logits, targets[:, 0])
+        labels.label_results(logits, targets[:, 0])
     with pytest.raises(InvalidInput, match="1 where a label applies"):
-        labels.judge_labels(logits, targets + 1)
+        labels.label_results(logits, targets + 1)
 
 
 # ── the task, from labels to answers ──────────────────────────────────────────────────────────────
@@ -141,8 +141,8 @@ def test_thresholds_of_probabilities_and_logits_give_the_same_labels() -> None:
         as_probabilities = TASK.probability_thresholds(limits, temperature)
         assert TASK.logit_thresholds(as_probabilities, temperature) == pytest.approx(limits)
         probs = TASK.probabilities(logits, temperature)
-        for row, given in enumerate(TASK.judge(logits, targets, limits).given):  # type: ignore[attr-defined]
-            assert sorted(TASK.given(probs[row], as_probabilities)) == list(np.flatnonzero(given))
+        for row, given in enumerate(TASK.image_results(logits, targets, limits).given):  # type: ignore[attr-defined]
+            assert sorted(TASK.predict_labels(probs[row], as_probabilities)) == list(np.flatnonzero(given))
 
 
 def test_val_is_judged_by_thresholds_that_its_own_images_have_not_chosen() -> None:

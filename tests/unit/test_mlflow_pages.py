@@ -170,7 +170,7 @@ def test_a_run_that_cannot_be_sent_is_an_exit_code_of_1(mlflow_workspace: Path, 
     monkeypatch.setenv("FINETUNE_HOME", str(mlflow_workspace))
     run = RunDir(mlflow_workspace / "runs" / "a")
     whole_run(run)
-    monkeypatch.setattr("finetune.tracking.sync.alone", lambda *_, **__: _Busy())
+    monkeypatch.setattr("finetune.tracking.sync.mirroring_lock", lambda *_, **__: _Busy())
     said = invoke("sync", "a")
     assert said.exit_code == 1
     assert "a: not complete: another process is mirroring it" in said.stderr

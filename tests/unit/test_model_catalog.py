@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.backbone_names import split_name, why_unknown
+from finetune.backbone_names import problem_of_name, split_name
 from finetune.errors import UnknownBackbone
 from finetune.model.catalog import all_names, list_backbones, pretrained_cfg
 
@@ -58,7 +58,7 @@ def test_the_list_of_names_alone_tells_what_timm_tells() -> None:
     for name in ("resnet50.a9_in1k", "resnet188", "ResNet50", "mobilenetv3", "resnet18.", "x" * 300):
         with pytest.raises(UnknownBackbone) as caught:
             pretrained_cfg(name)
-        assert caught.value.message == f"model.backbone: {why_unknown(name, names)}"
+        assert caught.value.message == f"model.backbone: {problem_of_name(name, names)}"
     for name in ("resnet50", "resnet50.a1_in1k", "test_resnet", "gluon_resnet50_v1b"):
-        assert why_unknown(name, names) is None
+        assert problem_of_name(name, names) is None
         assert pretrained_cfg(name)["architecture"] == name.partition(".")[0]

@@ -13,7 +13,7 @@ from standin import picture, write_bundle
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.cli import cli
 from finetune.errors import InvalidInput
-from finetune.evaluation.answers import files_under
+from finetune.evaluation.predict import image_samples
 from finetune.monitoring.samples import SampleStore, SamplingPolicy, copy_samples, delete_samples, folder_of, samples_of
 from finetune.storage.backup import restore_backup, write_backup
 from service.settings import Settings
@@ -58,7 +58,7 @@ def test_a_sample_is_the_bytes_that_were_sent_beside_who_asked_and_what_was_answ
     said = {key: sample.record[key] for key in ("at", "model", "version", "owner")}
     assert said == {"at": "2023-11-14T22:13:20.250Z", "model": "colours", "version": "1", "owner": "ann"}
     assert folder_of(registry, version(registry)).stat().st_mode & 0o077 == 0
-    assert [file.id for file in files_under([folder_of(registry, version(registry))])] == [str(sample.path)]
+    assert [file.id for file in image_samples([folder_of(registry, version(registry))])] == [str(sample.path)]
 
 
 def test_the_oldest_make_room_over_all_models(registry: Registry) -> None:

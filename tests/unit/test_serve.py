@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.errors import InvalidInput
 from finetune.runtime.cores import available_cores
 from service.server import listen_address

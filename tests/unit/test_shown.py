@@ -15,7 +15,7 @@ from tiny_bundle import write_tiny_bundle
 
 import finetune
 from finetune.cli import _resumes, cli
-from finetune.cli.show import show_cost, show_findings
+from finetune.cli.show_run import show_cost, show_findings
 from finetune.errors import DamagedFile, DataChangedError, DataError, InvalidInput, NotFound, SpecError
 from finetune.evaluation.diagnose import write_diagnosis
 from finetune.events import Planned
@@ -55,7 +55,7 @@ def test_a_problem_is_shown_with_what_to_try_and_the_command_for_all_of_it(
     show_findings(run)
     text = shown(capsys)
     assert text.startswith("Underfitting (")
-    assert "of training images answered wrongly" in text
+    assert "of training images predicted wrongly" in text
     assert " Try: " in text
     assert text.endswith(f"diagnosis finetune diagnose {run.root}")
 

@@ -14,7 +14,7 @@ from tiny_runs import workspace_at
 from finetune.errors import DataError, ExecutorError, FinetuneError, NoBetterThanChance, Problem, error_of
 from finetune.executors import Handle, Resources
 from finetune.executors.executor import EXIT_BUSY
-from finetune.executors.places import Places
+from finetune.executors.slots import Slots
 from finetune.progress import Progress, silent
 from finetune.runs.outcome import Outcome
 from finetune.spec import parse_spec
@@ -92,7 +92,7 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def carry_out(executor: Standin, home: Path, names: Sequence[str], slots: int = 2, progress: Any = silent) -> list[int]:
     children = [(name, SPEC, RunDir(home / "runs" / "study" / "runs" / name).create()) for name in names]
-    places = Places(executor, tuple(Resources(1, (slot,)) for slot in range(slots)))
+    places = Slots(executor, tuple(Resources(1, (slot,)) for slot in range(slots)))
     return [number for number, _ in run_side_by_side(children, places, workspace_at(home), progress)]
 
 

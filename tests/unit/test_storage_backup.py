@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import stat
 import tarfile
 from contextlib import closing
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_the_commands_write_and_restore(home: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path / "there"))
     restored = CliRunner().invoke(cli, ["restore", str(tmp_path / "b.tar"), "--json"], catch_exceptions=False)
     assert json.loads(restored.stdout)["made_of"] == str(home)
+    assert [stat.filemode((tmp_path / name).stat().st_mode) for name in ("b.tar", "there")] == ["-rw-------", "drwx------"]
     assert the_job(tmp_path / "there")[0] == the_job(home)[0]
     monkeypatch.setenv("FINETUNE_HOME", str(home))
     monkeypatch.setenv("FINETUNE_DATABASE", "postgresql://localhost/jobs")

@@ -53,9 +53,9 @@ def test_it_goes_deeper_while_that_pays_and_keeps_the_best(
 ) -> None:
     study = study_in(tmp_path)
     done: dict[str, Any] = {}
-    while children := study.following(done):
+    while children := study.next_children(done):
         (child,) = children
-        assert study.following(done) == children, "asked again, it gives the same"
+        assert study.next_children(done) == children, "asked again, it gives the same"
         finish(study, child.name, counts[child.name])
         done[child.name] = SimpleNamespace()
     assert list(done) == tried

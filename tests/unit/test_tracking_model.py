@@ -31,7 +31,7 @@ from standin import picture, write_bundle
 from starlette.testclient import TestClient
 from tiny_bundle import CLASSES, PREPROCESS, probe_files, write_tiny_bundle
 
-from finetune.bundle.calibration import Calibration, Operating
+from finetune.bundle.calibration import Calibration, OperatingPoint
 from finetune.bundle.mlflow_model import SCORING_SERVER
 from finetune.bundle.predictor import Predictor
 from finetune.errors import ImageError, InvalidInput
@@ -43,7 +43,7 @@ CALIBRATION = Calibration(
     n=40,
     coverage={"0.90": 0.5, "0.95": 0.01},
     class_coverage={"0.90": (0.5, 0.01, None)},
-    precision={"0.90": Operating(0.5, 0.9), "0.95": Operating(0.97, 0.4)},
+    precision={"0.90": OperatingPoint(0.5, 0.9), "0.95": OperatingPoint(0.97, 0.4)},
 )
 TOLERANCE = 1e-6
 

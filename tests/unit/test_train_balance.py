@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.errors import SpecError
-from finetune.features.solve import solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
 from finetune.spec import parse_spec
 from finetune.tasks.balance import Balance, ClassWeights, balance_of
 from finetune.training.objectives import objective_of

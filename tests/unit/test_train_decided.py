@@ -18,7 +18,8 @@ from finetune.data.dataset import Dataset, Sample
 from finetune.data.split import split_dataset
 from finetune.features.prefix import embedding_prefix
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve import SolvedHead, solve_softmax_head
+from finetune.features.softmax_head import solve_softmax_head
+from finetune.features.solve import SolvedHead
 from finetune.model.classifier import Classifier
 from finetune.runs.prepare import with_val_as_train
 from finetune.storage.rundir import RunDir

@@ -28,8 +28,8 @@ from finetune.progress import Progress
 from finetune.runtime.seconds import Seconds
 from finetune.storage.journal import read_lines
 from finetune.storage.rundir import RunDir
-from finetune.training import checkpoint, fit
-from finetune.training.fit import TrainBatches
+from finetune.training import checkpoint, evaluator, fit
+from finetune.training.final_weights import TrainBatches
 from finetune.training.interrupt import Interrupted
 from finetune.training.objectives.multiclass import MulticlassObjective
 from finetune.training.state import improves
@@ -210,7 +210,7 @@ def test_running_out_of_memory_names_the_batch_size(
 def test_training_stops_when_validation_no_longer_gains(
     tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "improves", lambda values, best, headline: not best)
+    monkeypatch.setattr(evaluator, "improves", lambda values, best, headline: not best)
     given = {"method": "partial", "hyperparameters": {"n_epochs": 9, "batch_size": 14, "early_stopping_epochs": 2}}
     fitted, _ = train_tiny(RunDir(tmp_path), samples, given)
     assert fitted.stopped_early

@@ -18,7 +18,7 @@ from finetune.errors import InvalidInput
 from finetune.model.classifier import Classifier
 from finetune.model.freeze import apply_freeze
 from finetune.training import machine
-from finetune.training.average import MovingAverage, copy_state, holding, interpolate, recalibrate
+from finetune.training.average import MovingAverage, copy_state, interpolate, loaded_state, recalibrate
 from finetune.training.compute import resolve_device
 from finetune.training.machine import (
     Numerics,
@@ -160,10 +160,10 @@ def test_held_weights_are_given_back_to_the_bit_even_after_an_error() -> None:
     module = nn.Linear(3, 3)
     own = copy_state(module)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
-    with holding(module, zeros):
+    with loaded_state(module, zeros):
         assert not module.weight.any()
     assert torch.equal(module.weight, own["weight"])
-    with pytest.raises(RuntimeError, match="shape"), holding(module, zeros):
+    with pytest.raises(RuntimeError, match="shape"), loaded_state(module, zeros):
         module(torch.zeros(1, 99))
     assert torch.equal(module.weight, own["weight"])
 

@@ -14,7 +14,8 @@ from tiny_bundle import write_tiny_bundle
 
 from finetune.bundle.card import model_card
 from finetune.bundle.manifest import read_manifest
-from finetune.cli.show import show_comparison, show_manifest
+from finetune.cli.show_comparison import show_comparison
+from finetune.cli.show_models import show_manifest
 from finetune.evaluation.compare import ArmPredictions, class_mean_interval
 from finetune.evaluation.evaluate import Evaluation, RunEvaluation, evaluate, read_evaluation, write_evaluation
 from finetune.evaluation.predictions import Predictions
@@ -22,7 +23,7 @@ from finetune.metrics.imbalance import are_unequal
 from finetune.metrics.intervals import interval_of_mean_of_proportions, wilson_interval
 from finetune.report.run_figures import draw_figures
 from finetune.report.run_page import ReportInputs, render_report
-from finetune.runs.judge import judge
+from finetune.runs.evaluate import evaluate_splits
 from finetune.storage.rundir import RunDir
 from finetune.storage.workspace import Workspace
 from finetune.studies.compare.result import ArmRuns, conclude
@@ -111,7 +112,7 @@ def test_an_evaluation_tells_the_mean_over_classes_first_where_classes_are_unequ
 def test_classes_are_unequal_by_the_whole_data_of_a_run_and_not_by_a_split_that_is_small() -> None:
     small = answered({"rose": (9, 10), "tulip": (3, 4), "iris": (2, 3)})
     assert evaluate(small).leading.key == "top1"
-    told = judge({"test": small}, class_sizes=(120, 30, 24)).evaluations["test"]
+    told = evaluate_splits({"test": small}, class_sizes=(120, 30, 24)).evaluations["test"]
     assert told.leading.key == PER_CLASS
     assert Evaluation.from_json(json.loads(json.dumps(told.to_json()))) == told
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from finetune.bundle.image import looks_like_image
+from finetune.bundle.image_formats import looks_like_image
 from finetune.data.archive import OWN_LIMITS, ArchiveError, kind_of_file
 from finetune.data.contents import OBJECTS, is_contents, object_path, read_members, unpack_archive
 from finetune.data.files import LocalFile, state_of

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, check_bytes, read_bytes
+from finetune.bundle.image import read_bytes
+from finetune.bundle.image_formats import HEAD_BYTES
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes
 from finetune.data.archive import archive_kind
 from finetune.data.files import SourceFile
 from finetune.data.places.tree import Folder, Node, Place, build_folder, find_in

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from finetune.bundle.image import looks_like_image
+from finetune.bundle.image_formats import looks_like_image
 from finetune.data.files import SourceFile
 from finetune.messages import printable
 

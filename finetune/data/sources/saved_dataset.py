@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, check_bytes, looks_like_image
+from finetune.bundle.image_formats import HEAD_BYTES, looks_like_image
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes
 from finetune.data.dataset import Split
 from finetune.data.files import state_of
 from finetune.data.layout import without_wrapping

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, looks_like_image, read_bytes
+from finetune.bundle.image import read_bytes
+from finetune.bundle.image_formats import HEAD_BYTES, looks_like_image
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.data.files import SourceFile, state_of
 from finetune.data.places.tree import Node
 from finetune.data.reading import Reading

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from finetune.bundle.image import ImageLimits
+from finetune.bundle.image_limits import ImageLimits
 from finetune.data.files import LocalFile, SourceFile, StoredFile
 from finetune.data.places.remote import RemoteFile
 from finetune.data.places.tree import Node

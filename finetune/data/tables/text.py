@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.bundle.image import DEFAULT_LIMITS, HEAD_BYTES, ImageLimits, check_bytes
+from finetune.bundle.image_formats import HEAD_BYTES
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits, check_bytes
 from finetune.data.files import LocalFile, SourceFile, StoredFile
 from finetune.data.names import decode_names
 from finetune.data.places.tree import FOREIGN_IMAGE_SUFFIXES, IMAGE_SUFFIXES, Node

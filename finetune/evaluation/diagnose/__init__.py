@@ -32,7 +32,7 @@ def diagnose(run: Path, against: Path | None = None) -> Diagnosis:
 
 def diagnose_records(records: RunRecords) -> Diagnosis:
     """Return the diagnosis of a run whose records have been read."""
-    verdicts = [check.look(records) for check in CHECKS]
+    verdicts = [check.check(records) for check in CHECKS]
     causes = {check.code: check.explains for check in CHECKS}
     return Diagnosis(
         run=records.run.name,

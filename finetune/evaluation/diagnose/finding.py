@@ -89,7 +89,7 @@ class Check(Protocol):
         """Codes of the findings that this one causes if both are made."""
         ...
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         """Return the finding, or that the check passed, or why it could not be made."""
         ...
 

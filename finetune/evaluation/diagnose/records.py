@@ -27,7 +27,7 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import Task, task_named
 
 HEAD = "head"
-JUDGED_BY = ("test", "val")  # the more independent split first
+HELD_OUT_SPLITS = ("test", "val")  # the more independent split first
 
 Curve = list[tuple[float, float]]  # (epoch or step, value)
 
@@ -132,10 +132,10 @@ class RunRecords:
     def n_classes(self) -> int:
         return len(self.resolved.get("dataset", {}).get("classes", ()))
 
-    def called(self, owner: str) -> str:
+    def called(self, part: str) -> str:
         """Return a stage's display name: its key, with the backbone's own name for it."""
-        name = self.stage_names.get(owner)
-        return owner if name is None else f"{owner} ({name})"
+        name = self.stage_names.get(part)
+        return part if name is None else f"{part} ({name})"
 
     # what happened ------------------------------------------------------------------------------------------------
 
@@ -148,24 +148,24 @@ class RunRecords:
         }
         return sorted(points.items())
 
-    def signal(self, kind: str, owner: str) -> Curve:
+    def signal(self, kind: str, part: str) -> Curve:
         """Return one measurement of a stage by step; `kind` is grad_norm, weight_norm, update_ratio or dead_channels."""
-        return self.curve(f"train/{kind}/{owner}", by="step")
+        return self.curve(f"train/{kind}/{part}", by="step")
 
     @cached_property
-    def owners(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
         """The parts whose gradients were measured: stage keys from the stem up, then the head."""
         found = {
             match[1] for line in self.lines for key in line["values"] if (match := re.fullmatch(r"train/grad_norm/(.+)", key))
         }
-        return tuple(sorted(found, key=lambda owner: (owner == HEAD, int(owner.removeprefix("stage")) if owner != HEAD else 0)))
+        return tuple(sorted(found, key=lambda part: (part == HEAD, int(part.removeprefix("stage")) if part != HEAD else 0)))
 
     @property
     def n_steps(self) -> int:
         """The number of steps that were taken."""
         return max((int(line["step"]) for line in self.lines), default=0)
 
-    # answers ------------------------------------------------------------------------------------------------------
+    # predictions ------------------------------------------------------------------------------------------------------
 
     @property
     def task(self) -> Task:
@@ -178,7 +178,7 @@ class RunRecords:
     @property
     def score(self) -> Metric[Any]:
         """The metric that is the mean over images of `scores`."""
-        return self.task.of_images
+        return self.task.mean_score
 
     @property
     def first_sample(self) -> Predictions | None:
@@ -191,9 +191,9 @@ class RunRecords:
         return self.samples[max(self.samples)] if self.samples else None
 
     @property
-    def judged(self) -> tuple[str, Predictions] | None:
+    def most_independent(self) -> tuple[str, Predictions] | None:
         """The most independent held-out split and the predictions for it."""
-        return next(((split, self.held_out[split]) for split in JUDGED_BY if split in self.held_out), None)
+        return next(((split, self.held_out[split]) for split in HELD_OUT_SPLITS if split in self.held_out), None)
 
     @property
     def last_val(self) -> tuple[float, float] | None:
@@ -207,11 +207,11 @@ class RunRecords:
         Labels are given from a probability of 1/2, even if the table has thresholds: scores of training and held-out images are
         compared, and the tables of training images have no thresholds.
         """
-        return self.task.judge(table.logits, table.labels).score
+        return self.task.image_results(table.logits, table.labels).score
 
     def losses(self, table: Predictions) -> NDArray[np.float64]:
         """Return (N,) losses of the images, in nats."""
-        return table.judged().nll
+        return table.image_results().nll
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

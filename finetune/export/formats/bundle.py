@@ -49,7 +49,7 @@ class Opened:
         return np.concatenate([known, noise])
 
     @cached_property
-    def answers(self) -> Outputs:
+    def outputs(self) -> Outputs:
         """The bundle's outputs for `images`."""
         return self.predictor.run(self.images)
 
@@ -79,7 +79,7 @@ class Opened:
         classifier = classifier.with_head(*head).eval()
         if not self.is_quantised:
             logits = torch_outputs(DeployModule(classifier, task=self.manifest.task), self.images).logits
-            check_logits("the weights in torch", logits, self.answers.logits)
+            check_logits("the weights in torch", logits, self.outputs.logits)
         return classifier
 
     @property

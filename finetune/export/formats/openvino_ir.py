@@ -33,7 +33,7 @@ def write(opened: Opened, folder: Path) -> str:
     openvino.save_model(core.read_model(opened.folder / MODEL), folder / FILE, compress_to_fp16=False)
     compiled = core.compile_model(folder / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     probs = np.concatenate([compiled(image[None])["probs"] for image in opened.images])
-    difference = float(np.abs(probs - opened.answers.probs).max())
+    difference = float(np.abs(probs - opened.outputs.probs).max())
     if not difference <= TOLERANCE and not opened.is_quantised:
         raise ExportError(f"OpenVINO answers otherwise than the bundle: probabilities differ by {difference:.2g}")
     return f"openvino.compile_model({FILE!r}, 'CPU'); probabilities differ from the bundle's by {difference:.1g} at most"

@@ -37,7 +37,7 @@ def write_comparison_page(found: Comparison, arms: Sequence[ArmRuns], samples: M
     answers = {arm.predictions.name: arm.predictions.runs[0] for arm in arms}
     reference = next(iter(answers.values()))
     task = task_named(reference.task)
-    evaluated = np.array([n for n, _, _ in task.class_counts(reference.judged())])
+    evaluated = np.array([n for n, _, _ in task.class_counts(reference.image_results())])
     page = ComparisonPage(
         document=found.to_dict(),
         metrics=task.metrics,
@@ -54,11 +54,11 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
     """Return images that some arms predict correctly and others wrongly, in order of the highest confidence of a wrong one."""
     task = task_named(next(iter(answers.values())).task)
     names = list(answers)
-    judged = {name: table.judged() for name, table in answers.items()}
-    sureness = {name: task.sureness(rows)[0] for name, rows in judged.items()}
-    scores = np.stack([rows.score for rows in judged.values()])  # (A, N)
+    results = {name: table.image_results() for name, table in answers.items()}
+    confidence = {name: task.predicted_and_true_probabilities(rows)[0] for name, rows in results.items()}
+    scores = np.stack([rows.score for rows in results.values()])  # (A, N)
     reference = answers[names[0]]
-    sure = np.stack([sureness[name] for name in names])  # (A, N)
+    sure = np.stack([confidence[name] for name in names])  # (A, N)
     wrongness = (sure * (scores < 1)).max(axis=0) * (scores.max(axis=0) == 1) * (scores.min(axis=0) < 1)
     order = [int(row) for row in np.argsort(-wrongness, kind="stable") if wrongness[row] > 0]
     predictors = {name: _predictor(run) for name, run in runs.items()}
@@ -78,8 +78,8 @@ def _disputed(answers: Mapping[str, Predictions], runs: Mapping[str, RunDir], sa
                 image = sample.decode(predictor.manifest.preprocess.load)
                 cam = predictor.run(image[None]).cam
                 png = None if cam is None else overlay_png(image, cam[0])
-            answer = task.answer_text(judged[name], row, reference.classes)
-            shown.append((name, answer, float(sureness[name][row]), png))
+            answer = task.prediction_text(results[name], row, reference.classes)
+            shown.append((name, answer, float(confidence[name][row]), png))
         if image is not None:
             true = task.label_text(reference.labels[row], reference.classes)
             found.append(Disputed(image, sample.id, true, tuple(shown)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.evaluation.compare import ArmPredictions, Difference, Pair, class_mean_interval, compare_pairs, headline_error
 from finetune.evaluation.evaluate import evaluate
-from finetune.evaluation.verdict import COSTS, Standing, Verdict, judge_arms
+from finetune.evaluation.verdict import COSTS, Standing, Verdict, decide_verdict
 from finetune.metrics.accuracy import MEAN_PER_CLASS_ACCURACY
 from finetune.runs.model_cost import latencies
 from finetune.runs.outcome import Outcome
@@ -258,7 +258,7 @@ def conclude(
         leading=recorded_leading(task_named(reference.task), arms[0].outcomes[0].metrics, split).key,
         arms=results,
         pairs=pairs,
-        verdict=judge_arms(standings, pairs, metric),
+        verdict=decide_verdict(standings, pairs, metric),
         margin=margin,
         left_out=left_out,
     )

@@ -34,7 +34,7 @@ from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import carry_out
 from finetune.studies.compare.page import write_comparison_page
 from finetune.studies.compare.result import ArmRuns, Comparison, conclude
-from finetune.studies.study import Child, note_kept, run_children
+from finetune.studies.study import Child, record_kept, run_children
 
 STOPS_AT = 0.05  # with a budget, an arm is not run again after losing with a smaller p value, adjusted for the number of pairs
 
@@ -57,7 +57,7 @@ class ArmsTimesSeeds:
     def n_children(self) -> int:
         return len(self.spec.arms) * self.spec.settings.seeds
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for number in range(self.spec.settings.seeds):
             waiting = [arm for arm in self.spec.arms if arm.run_name(number) not in finished]
             possible = [arm for arm in waiting if not self.given_up(arm, finished)]
@@ -173,13 +173,13 @@ def compare(
         write_atomic(run.request, lambda stream: stream.write(text.encode()))
         dataset, _ = read_and_build(spec.job, shared, progress)
         split = split_for(spec.job, dataset, run)
-        judged_on = "cv" if spec.job.data.folds is not None else "test"
-        if judged_on == "test" and not split.of("test"):
+        split_name = "cv" if spec.job.data.folds is not None else "test"
+        if split_name == "test" and not split.of("test"):
             raise InvalidInput(
                 "a comparison needs images that no run has trained or chosen on: give data.test_fraction or a test folder, or "
                 "compare with --folds"
             )
-        study = ArmsTimesSeeds(spec, run, judged_on)
+        study = ArmsTimesSeeds(spec, run, split_name)
         outcomes = run_children(study, run, shared, progress, carry_out)
         arms = study.arm_runs(outcomes)
         found = conclude(
@@ -187,11 +187,11 @@ def compare(
             identifier=run.root.name,
             folder=run.root,
             dataset=dataset.name,
-            split=judged_on,
+            split=split_name,
             margin=spec.settings.margin,
         )
         chosen = best_run(found)
-        note_kept(run, chosen.name)
+        record_kept(run, chosen.name)
         run.record(StudyConcluded(found.verdict.sentence, chosen.name))
         registered = _register(spec, chosen, outcomes, shared, progress) if spec.settings.register_chosen else None
         found = dataclasses.replace(found, registered=registered, cost=stopwatch.read())

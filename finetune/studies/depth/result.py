@@ -198,13 +198,11 @@ def _early_gradients(records: RunRecords) -> tuple[int, tuple[float, ...]]:
 
     Step 0 is not used: the head is initialised with zeros, so no gradient reaches the blocks at that step.
     """
-    owners = [owner for owner in records.owners if owner != HEAD]
-    steps = sorted({step for owner in owners for step, _ in records.signal("grad_norm", owner) if step > 0})
+    parts = [part for part in records.parts if part != HEAD]
+    steps = sorted({step for part in parts for step, _ in records.signal("grad_norm", part) if step > 0})
     if not steps:
         return 0, ()
-    at = [
-        (dict(records.signal("grad_norm", one))[steps[0]], dict(records.signal("weight_norm", one))[steps[0]]) for one in owners
-    ]
+    at = [(dict(records.signal("grad_norm", one))[steps[0]], dict(records.signal("weight_norm", one))[steps[0]]) for one in parts]
     return int(steps[0]), tuple(gradient / max(weight, 1e-12) for gradient, weight in at)
 
 
@@ -228,7 +226,7 @@ def headline(study: DepthStudy) -> str:
     one = max(degraded, key=lambda family: family[-1].train_error)
     shallow = next(network for network in one if network.network.name == one[-1].degraded_against)
     text = (
-        f"Plain networks degrade: with {deepest} layers {one[-1].train_error:.0%} of the training images are answered wrongly, "
+        f"Plain networks degrade: with {deepest} layers {one[-1].train_error:.0%} of the training images are predicted wrongly, "
         f"with {shallow.network.depth} layers {shallow.train_error:.0%}"
     )
     if not residual:

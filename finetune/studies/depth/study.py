@@ -27,7 +27,7 @@ from finetune.storage.rundir import RunDir
 from finetune.studies.carry_out import carry_out
 from finetune.studies.depth.request import DepthRequest, Network
 from finetune.studies.depth.result import DepthStudy, headline, network_results, shortcut_gains
-from finetune.studies.study import Child, note_kept, run_children
+from finetune.studies.study import Child, record_kept, run_children
 
 SAMPLE_SIZE = 512  # training images that every network predicts at the end
 RESULT = "depth.json"
@@ -47,7 +47,7 @@ class GrowingDepth:
     def n_children(self) -> int:
         return len(self.request.networks)
 
-    def following(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
+    def next_children(self, finished: Mapping[str, Outcome]) -> Sequence[Child]:
         for depth in self.request.depths:
             networks = [network for network in self.request.networks if network.depth == depth]
             waiting = [self._child(network) for network in networks if network.name not in finished]
@@ -90,7 +90,7 @@ def study_depth(
         done = run.root / RESULT
         cost = read_json(done)["cost"] if done.exists() else stopwatch.read()
         found = _conclude(run, request, dataset.name, split, cost)
-        note_kept(run, min(found.networks, key=lambda one: (one.val_error, one.network.depth)).network.name)
+        record_kept(run, min(found.networks, key=lambda one: (one.val_error, one.network.depth)).network.name)
         run.record(StudyConcluded(headline(found), request.networks[-1].name))
         html = render_depth(found.to_dict(), request.command)
         write_atomic(found.report, lambda stream: stream.write(html.encode("utf-8", "replace")))

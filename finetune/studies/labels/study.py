@@ -20,10 +20,10 @@ from finetune.data.dataset import Dataset, Sample, targets_of
 from finetune.errors import InvalidInput
 from finetune.features.heads import head_solver
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve_labels import rarest_label
+from finetune.features.sigmoid_head import rarest_label
 from finetune.messages import natural_list, plural
 from finetune.metrics.imbalance import are_unequal
-from finetune.metrics.labels import judge_labels, mean_average_precision
+from finetune.metrics.labels import label_results, mean_average_precision
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.report.labels_page import render_labels
 from finetune.runs.prepare import framing, read_and_build, split_for
@@ -303,8 +303,8 @@ class _Heads:
             logits = (logits - balance.offsets).astype(np.float32)
         truth = self.targets[held_out]
         if not task.exclusive:
-            return {MEAN_AP: 1 - mean_average_precision(judge_labels(logits, truth))}
-        right = np.asarray(task.judge(logits, truth).score == 1)
+            return {MEAN_AP: 1 - mean_average_precision(label_results(logits, truth))}
+        right = np.asarray(task.image_results(logits, truth).score == 1)
         return {
             TOP1: 1 - float(right.mean()),
             PER_CLASS: 1 - float(np.mean([right[truth == label].mean() for label in np.unique(truth)])),

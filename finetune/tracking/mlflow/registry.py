@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.bundle.access import Access
+from finetune.bundle.aliases import LATEST
 from finetune.bundle.manifest import Manifest, read_manifest
-from finetune.bundle.registry import LATEST, Access, ModelVersion, Registry
+from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import InvalidInput, NotFound
 from finetune.promotion import PromotionRefused, promote
 from finetune.spec import SUFFIX_PATTERN
@@ -37,7 +39,7 @@ Stored = Mapping[str, tuple[str, str]]  # version in the models folder -> ids of
 
 
 @dataclass
-class Agreed:
+class SyncedState:
     """The state of both registries at the last synchronisation."""
 
     destination: str = ""
@@ -76,9 +78,9 @@ class _Synchronisation:
     def run(self) -> list[str]:
         """Synchronise versions, then aliases; return one sentence for each difference that remains."""
         model = self._registered()
-        agreed = self._agreed()
+        agreed = self._read_state()
         if model is None or agreed.destination != self.target.shown:
-            agreed = Agreed(self.target.shown)  # never synchronised with this MLflow before
+            agreed = SyncedState(self.target.shown)  # never synchronised with this MLflow before
         theirs = self._theirs() if model is not None else {}
         pairs = self._pairs(theirs)
         self._delete_there(agreed, theirs, pairs)
@@ -94,11 +96,11 @@ class _Synchronisation:
 
     # -- what there is
 
-    def _agreed(self) -> Agreed:
+    def _read_state(self) -> SyncedState:
         try:
-            return Agreed(**read_json(self.state_file))
+            return SyncedState(**read_json(self.state_file))
         except (FileNotFoundError, ValueError, TypeError):
-            return Agreed()
+            return SyncedState()
 
     def _registered(self) -> Any | None:
         from mlflow.exceptions import MlflowException
@@ -137,7 +139,7 @@ class _Synchronisation:
 
     # -- versions
 
-    def _delete_there(self, agreed: Agreed, theirs: dict[str, Any], pairs: Mapping[str, str]) -> None:
+    def _delete_there(self, agreed: SyncedState, theirs: dict[str, Any], pairs: Mapping[str, str]) -> None:
         """Delete the versions in MLflow that were deleted in the models folder."""
         for ours, number in list(agreed.versions.items()):
             if not self._has(ours) and number in theirs and number not in pairs.values():
@@ -145,7 +147,7 @@ class _Synchronisation:
                 del theirs[number]
                 del agreed.versions[ours]
 
-    def _push(self, agreed: Agreed, pairs: dict[str, str]) -> None:
+    def _push(self, agreed: SyncedState, pairs: dict[str, str]) -> None:
         """Register the versions in MLflow that only the models folder has."""
         for number, version in self._ours().items():
             if number in pairs:
@@ -203,7 +205,7 @@ class _Synchronisation:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _pull(self, agreed: Agreed, theirs: Mapping[str, Any], pairs: dict[str, str]) -> None:
+    def _pull(self, agreed: SyncedState, theirs: Mapping[str, Any], pairs: dict[str, str]) -> None:
         """Register versions in the models folder that were registered in MLflow from one of our bundles."""
         for number, version in sorted(theirs.items(), key=lambda item: int(item[0])):
             if number in pairs.values() or digest_of(self.client, version) is None:
@@ -221,7 +223,7 @@ class _Synchronisation:
 
     # -- aliases
 
-    def _aliases(self, agreed: Agreed, pairs: Mapping[str, str]) -> None:
+    def _aliases(self, agreed: SyncedState, pairs: Mapping[str, str]) -> None:
         here = {alias: number for number, version in self._ours().items() for alias in version.aliases if alias != LATEST}
         of_theirs = {number: ours for ours, number in pairs.items()}
         model = self._registered()
@@ -231,12 +233,12 @@ class _Synchronisation:
             if str(number) in of_theirs
         }
         for alias in sorted({*here, *there}):
-            if settled := self._settle(alias, here.get(alias), there.get(alias), agreed.aliases.get(alias), pairs):
+            if settled := self._synchronise_alias(alias, here.get(alias), there.get(alias), agreed.aliases.get(alias), pairs):
                 agreed.aliases[alias] = settled
             else:
                 agreed.aliases.pop(alias, None)
 
-    def _settle(
+    def _synchronise_alias(
         self, alias: str, here: str | None, there: str | None, before: str | None, pairs: Mapping[str, str]
     ) -> str | None:
         """Synchronise one alias; return the version that it has in both registries, or None if that failed."""

@@ -45,7 +45,7 @@ class Objective(Protocol):
         ...
 
     def n_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return how many of B images are predicted correctly, as the task's metric `of_images` counts; a scalar tensor."""
+        """Return how many of B images are predicted correctly, as the task's metric `mean_score` counts; a scalar tensor."""
         ...
 
     def probabilities(self, logits: Tensor) -> Tensor:

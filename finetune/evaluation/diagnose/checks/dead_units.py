@@ -16,12 +16,12 @@ class DeadUnits:
     title = "Dead units"
     explains = frozenset({"collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         curves = _curves(records)
         if not curves:
-            return NotChecked(self.code, self.title, "no activations were listened to at two points of training")
-        died = {owner: curve[-1][1] - curve[0][1] for owner, curve in curves.items()}
-        worst = max(died, key=lambda owner: died[owner])
+            return NotChecked(self.code, self.title, "activations were not measured at two points of training")
+        died = {part: curve[-1][1] - curve[0][1] for part, curve in curves.items()}
+        worst = max(died, key=lambda part: died[part])
         figure = f"at most {max(died[worst], 0.0):.0%} of a layer's channels died"
         if died[worst] < DIED:
             return Clear(self.code, self.title, figure)
@@ -52,5 +52,5 @@ class DeadUnits:
 
 def _curves(records: RunRecords) -> dict[str, Curve]:
     """Return by stage the share of constant channels in its worst layer over the steps, if measured at least twice."""
-    found = {owner: records.signal("dead_channels", owner) for owner in records.stage_names}
-    return {owner: curve for owner, curve in found.items() if len(curve) > 1}
+    found = {part: records.signal("dead_channels", part) for part in records.stage_names}
+    return {part: curve for part, curve in found.items() if len(curve) > 1}

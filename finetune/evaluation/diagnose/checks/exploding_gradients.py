@@ -21,21 +21,21 @@ class ExplodingGradients:
     title = "Exploding gradients"
     explains = frozenset({"dead_units", "collapsed_classes", "degradation", "underfitting"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         harm = harm_of(records)
-        if not records.owners and harm is None:
+        if not records.parts and harm is None:
             return NotChecked(self.code, self.title, "no gradients were measured")
-        owner, growth = _largest_growth(records)
+        part, growth = _largest_growth(records)
         found = profiles(records)
         fall = max((profile.fall for profile in found), default=0.0)
         strength = max(growth / GROWTH, (fall / DECADES) ** 2 if fall > 0 else 0.0)
         diverged = harm is not None and harm.kind == "diverged"
         if harm is None or (strength < 1 and not diverged):
-            return Clear(self.code, self.title, f"gradient norms grow at most {growth:.2g} times" if owner else "")
+            return Clear(self.code, self.title, f"gradient norms grow at most {growth:.2g} times" if part else "")
         grown = growth / GROWTH >= (fall / DECADES) ** 2
         what = (
-            f"the gradient of {records.called(owner)} grows {growth:,.0f} times"
-            if grown and owner
+            f"the gradient of {records.called(part)} grows {growth:,.0f} times"
+            if grown and part
             else f"the lowest stages get {10**fall:,.0f} times the relative gradient of the highest"
         )
         if diverged and strength < 1:
@@ -62,14 +62,14 @@ class ExplodingGradients:
 def _largest_growth(records: RunRecords) -> tuple[str, float]:
     """Return the stage whose gradient norm grows most relative to its median early in training, and the factor."""
     found = [("", 1.0)]
-    for owner in records.owners:
+    for part in records.parts:
         values = np.array(
-            [value for step, value in records.signal("grad_norm", owner) if step > 0 or records.begins_with_solved_head]
+            [value for step, value in records.signal("grad_norm", part) if step > 0 or records.begins_with_solved_head]
         )
         if len(values) < 2:
             continue
         early = float(np.median(values[: max(len(values) // 3, 1)]))
         later = values[max(len(values) // 3, 1) :]
         if early > 0 and np.isfinite(later).any() and np.nanmax(later) > CLIPPED_AT:
-            found.append((owner, float(np.nanmax(later)) / early))
+            found.append((part, float(np.nanmax(later)) / early))
     return max(found, key=lambda one: one[1])

@@ -15,10 +15,10 @@ class FrozenStage:
     title = "A stage frozen by accident"
     explains = frozenset({"underfitting", "degradation"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         if changed := _frozen_that_changed(records):
             return changed
-        if not records.owners:
+        if not records.parts:
             return NotChecked(self.code, self.title, "no steps were measured")
         still = _not_moved(records)
         if not still:
@@ -48,12 +48,10 @@ def _not_moved(records: RunRecords) -> dict[str, str]:
     for phase in records.phases:
         last = first + phase["n_steps"]
         of_phase = {
-            owner: [v for step, v in records.signal("update_ratio", owner) if first <= step < last] for owner in records.owners
+            part: [v for step, v in records.signal("update_ratio", part) if first <= step < last] for part in records.parts
         }
-        gradients = {
-            owner: [v for step, v in records.signal("grad_norm", owner) if first <= step < last] for owner in records.owners
-        }
-        others_move = sum(max(values, default=0.0) > MOVES for owner, values in of_phase.items() if owner != HEAD)
+        gradients = {part: [v for step, v in records.signal("grad_norm", part) if first <= step < last] for part in records.parts}
+        others_move = sum(max(values, default=0.0) > MOVES for part, values in of_phase.items() if part != HEAD)
         for index in phase["trainable"]:
             stage = f"stage{index}"
             if not records.stage_sizes.get(stage, 0) or not any(of_phase.values()):

@@ -40,17 +40,17 @@ def profiles(records: RunRecords) -> list[Profile]:
 
     Step 0 is left out for an untrained head: its weights are zero, so no gradient reaches the backbone.
     """
-    owners = [owner for owner in records.owners if owner != HEAD and records.stage_sizes.get(owner, 1)]
-    if len(owners) < FEWEST_STAGES:
+    parts = [part for part in records.parts if part != HEAD and records.stage_sizes.get(part, 1)]
+    if len(parts) < FEWEST_STAGES:
         return []
-    gradients = {owner: dict(records.signal("grad_norm", owner)) for owner in owners}
-    weights = {owner: dict(records.signal("weight_norm", owner)) for owner in owners}
+    gradients = {part: dict(records.signal("grad_norm", part)) for part in parts}
+    weights = {part: dict(records.signal("weight_norm", part)) for part in parts}
     found = []
     for step in sorted(set.intersection(*(set(points) for points in gradients.values()))):
-        relative = [gradients[owner][step] / max(weights[owner].get(step, 1.0), 1e-12) for owner in owners]
+        relative = [gradients[part][step] / max(weights[part].get(step, 1.0), 1e-12) for part in parts]
         if not records.begins_with_solved_head and step == 0:
             continue
-        known = {owner: value for owner, value in zip(owners, relative, strict=True) if math.isfinite(value) and value > 0}
+        known = {part: value for part, value in zip(parts, relative, strict=True) if math.isfinite(value) and value > 0}
         if len(known) >= FEWEST_STAGES:
             found.append(Profile(int(step), tuple(known), tuple(math.log10(value) for value in known.values())))
     return found

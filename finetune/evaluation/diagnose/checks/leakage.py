@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.evaluation.diagnose.finding import CheckOutcome, Clear, Evidence, Finding, NotChecked, confidence
-from finetune.evaluation.diagnose.records import JUDGED_BY, Neighbour, RunRecords
+from finetune.evaluation.diagnose.records import HELD_OUT_SPLITS, Neighbour, RunRecords
 from finetune.evaluation.diagnose.statistics import log_binomial_tail
 
 TWIN = 0.25  # a copy has at most this ratio of the distances to its nearest and fifth nearest training images
@@ -20,12 +20,12 @@ class Leakage:
     title = "Leakage between splits"
     explains: frozenset[str] = frozenset()
 
-    def look(self, records: RunRecords) -> CheckOutcome:
-        by_split = {split: [one for one in records.neighbours if one.split == split] for split in JUDGED_BY}
+    def check(self, records: RunRecords) -> CheckOutcome:
+        by_split = {split: [one for one in records.neighbours if one.split == split] for split in HELD_OUT_SPLITS}
         known = {split: found for split, found in by_split.items() if found}
         if not known:
             return NotChecked(
-                self.code, self.title, "it takes the frozen features of training images, which this method does not compute"
+                self.code, self.title, "needs the frozen features of training images, which this method does not compute"
             )
         if records.n_train < FEWEST_TRAINING_IMAGES:
             return NotChecked(

@@ -19,11 +19,11 @@ class LearningRateHigh:
         {"vanishing_gradients", "exploding_gradients", "dead_units", "collapsed_classes", "degradation", "underfitting"}
     )
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         planned = planned_ratios(records)
         if not planned:
             return NotChecked(self.code, self.title, "no steps were measured")
-        measured = {owner: max(values, default=0.0) for owner, values in measured_ratios(records).items()}
+        measured = {part: max(values, default=0.0) for part, values in measured_ratios(records).items()}
         largest = {stage: max(ratio, measured.get(stage, 0.0)) for stage, ratio in planned.items()}
         worst = max(largest, key=lambda stage: largest[stage])
         figure = f"a step moves a stage by at most {largest[worst]:.2g} of its size"

@@ -18,7 +18,7 @@ class LearningRateLow:
     title = "Learning rate too low"
     explains = frozenset({"underfitting", "collapsed_classes"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         distances = moved(records)
         first, last = records.first_sample, records.last_sample
         if not distances or first is None or last is None or max(records.samples) == 0:

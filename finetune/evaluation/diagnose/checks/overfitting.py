@@ -29,18 +29,18 @@ class Overfitting:
     title = "Overfitting"
     explains = frozenset({"overconfidence"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
+    def check(self, records: RunRecords) -> CheckOutcome:
         sample = records.last_sample
         held_out = held_out_score(records)
         if sample is None or held_out is None:
-            return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")
+            return NotChecked(self.code, self.title, "needs predictions on a sample of training images and on val or test")
         split, there = held_out
         here = mean_of(records.scores(sample))
         gap = here.value - there.value
         error = math.hypot(here.error, there.error)
         figure = f"{records.score.label} {records.score.text(here.value)} on training images, "
         figure += f"{records.score.text(there.value)} on {split}"
-        if isinstance(Degradation().look(records), Finding):
+        if isinstance(Degradation().check(records), Finding):
             return Clear(self.code, self.title, "the training error rose, which overfitting never does")
         if here.value < FITTED or gap < GAP or gap < CLEARLY * error:
             return Clear(self.code, self.title, figure)

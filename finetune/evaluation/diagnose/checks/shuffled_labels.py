@@ -23,11 +23,11 @@ class ShuffledLabels:
     title = "Labels that do not belong to their images"
     explains = frozenset({"overfitting", "underfitting", "degradation", "collapsed_classes", "overconfidence"})
 
-    def look(self, records: RunRecords) -> CheckOutcome:
-        judged = records.judged
-        if judged is None or not records.task.exclusive:
-            return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
-        split, table = judged
+    def check(self, records: RunRecords) -> CheckOutcome:
+        held_out = records.most_independent
+        if held_out is None or not records.task.exclusive:
+            return NotChecked(self.code, self.title, "needs predictions on val or test, with one label per image")
+        split, table = held_out
         scores = records.scores(table)
         chance = records.task.chance(table.labels)
         found = share(round(float(scores.sum())), len(scores))

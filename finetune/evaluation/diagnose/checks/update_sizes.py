@@ -30,12 +30,12 @@ def planned_ratios(records: RunRecords) -> dict[str, float]:
 def measured_ratios(records: RunRecords) -> dict[str, list[float]]:
     """Return the measured relative steps of each stage, without step 0, which has only the first rate of the warm-up."""
     return {
-        owner: [value for step, value in records.signal("update_ratio", owner) if step > 0]
-        for owner in records.owners
-        if owner != HEAD
+        part: [value for step, value in records.signal("update_ratio", part) if step > 0]
+        for part in records.parts
+        if part != HEAD
     }
 
 
 def moved(records: RunRecords) -> dict[str, float]:
     """Return an upper estimate of each stage's total relative change: the median measured step times the number of steps."""
-    return {owner: float(np.median(values)) * records.n_steps for owner, values in measured_ratios(records).items() if values}
+    return {part: float(np.median(values)) * records.n_steps for part, values in measured_ratios(records).items() if values}

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.features.solve import Float32s, Floats, Objective, SolvedHead, linear_logits, solve_head
-from finetune.metrics.labels import binary_cross_entropy, judge_labels, mean_average_precision, nll
+from finetune.features.lbfgs import Floats, Objective
+from finetune.features.solve import SolvedHead, linear_logits, solve_head
+from finetune.features.standardise import Float32s
+from finetune.metrics.labels import binary_cross_entropy, label_results, mean_average_precision, nll
 
 
 def solve_sigmoid_head(
@@ -36,7 +38,7 @@ def solve_sigmoid_head(
         l2: the penalty (l2 / 2) * |w|² is added to each label's mean loss; scikit-learn's C is 1 / (l2 * N).
         class_weights: (C,) weight of the images that have a label, in the fit and in the loss on held-out rows; the weight of the
             others is 1.
-        features, val_features, image_weights, overwrite: see `finetune.features.solve.solve_softmax_head`.
+        features, val_features, image_weights, overwrite: see `finetune.features.softmax_head.solve_softmax_head`.
 
     Raises:
         TrainingError: some features are not finite.
@@ -132,13 +134,13 @@ class _Problem:
         completed[constant, -1] = np.where(self._share_present(weights)[constant] > 0, 1.0, -1.0) * math.log(n_seen + 1.0)
         return completed
 
-    def judge(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
-        judged = judge_labels(logits, self.targets[rows])
+    def loss_and_metric(self, logits: Float32s, rows: NDArray[np.int64]) -> tuple[float, float]:
+        results = label_results(logits, self.targets[rows])
         if self._of_present is None:
-            return nll(judged), mean_average_precision(judged)
-        weights = np.where(judged.targets, self._of_present.T, 1.0)
-        losses = binary_cross_entropy(judged.logits, judged.targets)
-        return float((weights * losses).mean()), mean_average_precision(judged)
+            return nll(results), mean_average_precision(results)
+        weights = np.where(results.targets, self._of_present.T, 1.0)
+        losses = binary_cross_entropy(results.logits, results.targets)
+        return float((weights * losses).mean()), mean_average_precision(results)
 
     def _share_present(self, weights: Floats) -> Floats:
         """Return for each label (C,) the share of the images that have it, by weight."""

@@ -13,14 +13,12 @@ from answers import made_up, table
 from finetune.errors import NoBetterThanChance
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.predictions import Predictions
-from finetune.runs.judge import (
+from finetune.runs.chance import chance_warning, refuse_diverged, refuse_no_better_than_chance
+from finetune.runs.evaluate import (
     MIN_IMAGES_TO_CALIBRATE,
-    calibrate,
-    chance_warning,
-    embeddings_hold,
-    judge,
-    refuse_diverged,
-    refuse_no_better_than_chance,
+    embeddings_match,
+    evaluate_splits,
+    fit_temperature,
 )
 
 
@@ -52,14 +50,14 @@ def test_embeddings_hold_only_where_this_model_gives_the_same_ones() -> None:
 
         return SimpleNamespace(predict=predict)
 
-    assert embeddings_hold(learner(own), context, answers)
-    assert embeddings_hold(learner(own * np.float32(1.0001)), context, answers), "a GPU rounds otherwise"
+    assert embeddings_match(learner(own), context, answers)
+    assert embeddings_match(learner(own * np.float32(1.0001)), context, answers), "a GPU rounds otherwise"
     one_fold_differs = own.copy()
     one_fold_differs[40:] += 0.5
-    assert not embeddings_hold(learner(one_fold_differs), context, answers)
-    assert not embeddings_hold(learner(own), context, replace(answers, embedding=None))
+    assert not embeddings_match(learner(one_fold_differs), context, answers)
+    assert not embeddings_match(learner(own), context, replace(answers, embedding=None))
     context.dataset.samples = context.dataset.samples[:30]
-    assert not embeddings_hold(learner(own), context, answers)
+    assert not embeddings_match(learner(own), context, answers)
 
 
 def test_a_model_that_is_better_passes_without_a_word() -> None:
@@ -106,15 +104,15 @@ def test_a_good_model_that_is_far_too_sure_of_its_mistakes_has_not_diverged() ->
 
 def test_a_temperature_needs_enough_held_out_images_and_a_best_value() -> None:
     logits, targets = made_up(MIN_IMAGES_TO_CALIBRATE, 3)
-    assert calibrate(table(logits, targets)) is not None
-    assert calibrate(table(logits[:-1], targets[:-1])) is None
-    assert calibrate(answered(100, 100)) is None, "where every image is labelled rightly, none fits best"
+    assert fit_temperature(table(logits, targets)) is not None
+    assert fit_temperature(table(logits[:-1], targets[:-1])) is None
+    assert fit_temperature(answered(100, 100)) is None, "where every image is labelled rightly, none fits best"
 
 
 def test_every_split_is_judged_and_val_alone_gives_the_temperature() -> None:
     val, test = table(*made_up(120, 3)), table(*made_up(130, 3, seed=1), split="test")
-    found = judge({"val": val, "test": test})
+    found = evaluate_splits({"val": val, "test": test})
     assert found.evaluations == {"val": evaluate(val), "test": evaluate(test)}
-    assert found.temperature == calibrate(val)
-    assert judge({"test": test}).temperature is None
+    assert found.temperature == fit_temperature(val)
+    assert evaluate_splits({"test": test}).temperature is None
     assert found.metrics["test/top1"] == evaluate(test).values["top1"]

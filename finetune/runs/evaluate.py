@@ -8,20 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.dataset import Sample
-from finetune.errors import NoBetterThanChance
 from finetune.evaluation.evaluate import UNSEEN, Evaluation, RunEvaluation, evaluate
 from finetune.evaluation.predictions import Predictions, digests_as_rows
-from finetune.messages import plural
 from finetune.metrics.temperature import Temperature
 from finetune.runs.learner import Learner
 from finetune.tasks import task_named
 from finetune.training.context import TrainingContext
 
 MIN_IMAGES_TO_CALIBRATE = 100
-DIVERGED_LOSS = 10.0  # times the loss of predicting the same probability for every class
 N_COMPARED_EMBEDDINGS = 40  # spread evenly over a table, and so over all folds
 N_PARTS = 5  # that val is divided into; each part is given labels by thresholds that were chosen on the others
-MIN_IMAGES_TO_REFUSE = 20  # with fewer images, a good model is too often as bad as chance by accident
 
 
 def predict_splits(learner: Learner, context: TrainingContext, splits: Sequence[str]) -> dict[str, Predictions]:
@@ -31,11 +27,11 @@ def predict_splits(learner: Learner, context: TrainingContext, splits: Sequence[
         samples = context.dataset.of(split)
         if samples:
             logits, embedding = learner.predict(samples, context, split)
-            found[split] = table_of(context, split, samples, logits, embedding)
+            found[split] = predictions_table(context, split, samples, logits, embedding)
     return found
 
 
-def table_of(
+def predictions_table(
     context: TrainingContext,
     split: str,
     samples: tuple[Sample, ...],
@@ -70,7 +66,7 @@ def apply_thresholds(
         The tables, and the thresholds (logits, one for each label); None and unchanged tables if the task has no thresholds or
         nothing to choose them on.
     """
-    chosen = given if given is not None else thresholds_of(predictions["val"]) if "val" in predictions else None
+    chosen = given if given is not None else choose_thresholds(predictions["val"]) if "val" in predictions else None
     if chosen is None:
         return dict(predictions), None
     tables = {
@@ -80,7 +76,7 @@ def apply_thresholds(
     return tables, chosen
 
 
-def thresholds_of(table: Predictions) -> tuple[float, ...] | None:
+def choose_thresholds(table: Predictions) -> tuple[float, ...] | None:
     """Return for each label the logit threshold that suits these held-out predictions best; None for a multiclass task."""
     found = task_named(table.task).choose_thresholds(table.logits, table.labels)
     return None if found is None else tuple(float(one) for one in found)
@@ -92,11 +88,11 @@ def cross_fitted_thresholds(table: Predictions) -> Predictions:
     rows = np.zeros_like(table.logits)
     for number in range(N_PARTS):
         others = np.flatnonzero(part != number)
-        rows[part == number] = thresholds_of(table.take(others)) or 0.0 if len(others) else 0.0
+        rows[part == number] = choose_thresholds(table.take(others)) or 0.0 if len(others) else 0.0
     return table.with_thresholds(rows)
 
 
-def judge(
+def evaluate_splits(
     predictions: Mapping[str, Predictions],
     thresholds: tuple[float, ...] | None = None,
     leaked: Mapping[str, frozenset[str]] | None = None,
@@ -112,7 +108,7 @@ def judge(
     """
     evaluations = {split: evaluate(table, class_sizes) for split, table in predictions.items()}
     evaluations |= unseen_evaluations(predictions, leaked or {}, class_sizes)
-    return RunEvaluation(evaluations, calibrate(predictions["val"]) if "val" in predictions else None, thresholds)
+    return RunEvaluation(evaluations, fit_temperature(predictions["val"]) if "val" in predictions else None, thresholds)
 
 
 def unseen_evaluations(
@@ -120,7 +116,7 @@ def unseen_evaluations(
 ) -> dict[str, Evaluation]:
     """Return evaluations of splits without the images that are in the training data too, under names that end in `UNSEEN`.
 
-    There is none of a split that would lose no image, or all. See `judge` for the arguments.
+    There is none of a split that would lose no image, or all. See `evaluate_splits` for the arguments.
     """
     found = {}
     for split, ids in leaked.items():
@@ -132,7 +128,7 @@ def unseen_evaluations(
     return found
 
 
-def calibrate(predictions: Predictions) -> Temperature | None:
+def fit_temperature(predictions: Predictions) -> Temperature | None:
     """Fit the temperature on held-out predictions; return None if they are too few or the best value is out of range."""
     if len(predictions) < MIN_IMAGES_TO_CALIBRATE:
         return None
@@ -140,7 +136,7 @@ def calibrate(predictions: Predictions) -> Temperature | None:
     return None if temperature.at_limit else temperature
 
 
-def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictions) -> bool:
+def embeddings_match(learner: Learner, context: TrainingContext, table: Predictions) -> bool:
     """Return whether the embeddings in a table, which may be another run's, equal those of this model.
 
     A model of a fold, or the one before a refit, has the same embeddings only if no run has trained the backbone. A sample of the
@@ -155,62 +151,3 @@ def embeddings_hold(learner: Learner, context: TrainingContext, table: Predictio
     _, own = learner.predict(tuple(sample_of[table.ids[row]] for row in rows), context, table.split)
     stored = table.embedding[rows]
     return own.shape == stored.shape and bool(np.allclose(own, stored, rtol=1e-2, atol=1e-2 * float(np.abs(stored).max())))
-
-
-def refuse_no_better_than_chance(predictions: Predictions) -> None:
-    """Refuse a model that is no better than giving every image the same prediction. Too few images are not judged.
-
-    Raises:
-        NoBetterThanChance: the message names the metric and what chance has.
-    """
-    if len(predictions) >= MIN_IMAGES_TO_REFUSE:
-        _refuse(_no_better_than_chance(predictions))
-
-
-def refuse_diverged(predictions: Predictions) -> None:
-    """Refuse a model whose training diverged.
-
-    Raises:
-        NoBetterThanChance: the message names the loss and that of random predictions.
-    """
-    _refuse(_divergence(predictions))
-
-
-def chance_warning(predictions: Predictions) -> str | None:
-    """Return a warning for a model that is registered although it may be no better than chance; None if it is better."""
-    found = _divergence(predictions)
-    if found is None and (found := _no_better_than_chance(predictions)) and len(predictions) < MIN_IMAGES_TO_REFUSE:
-        found += f"; {plural(len(predictions), 'image')} say little, so evaluate it on more"
-    return found and f"registered without proof that it is better than chance: {found}"
-
-
-def _refuse(found: str | None) -> None:
-    if found is not None:
-        raise NoBetterThanChance(
-            f"the model is not registered, for it is no better than chance: {found}. Check the labels, try another method or "
-            "hyperparameters.learning_rate_multiplier: 0.1; to register it all the same: --set export.register_model=always"
-        )
-
-
-def _divergence(predictions: Predictions) -> str | None:
-    """Return a phrase with the loss if training diverged; None if not."""
-    evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
-    loss, uniform = evaluation.values["loss"], task_named(predictions.task).blind_loss(len(predictions.classes))
-    surely_better = evaluation.intervals[evaluation.headline][0] > chance  # a high loss then shows only overconfidence
-    if surely_better or loss <= DIVERGED_LOSS * uniform:
-        return None
-    return (
-        f"its loss on the {len(predictions):,} {predictions.split} images is {loss:.3g}; answering at random has {uniform:.3g}, "
-        "so training diverged"
-    )
-
-
-def _no_better_than_chance(predictions: Predictions) -> str | None:
-    evaluation, chance = evaluate(predictions), task_named(predictions.task).chance(predictions.labels)
-    value = evaluation.values[evaluation.headline]
-    if not value <= chance < 1.0:
-        return None
-    return (
-        f"its {evaluation.headline} on the {len(predictions):,} {predictions.split} images is {value:.3f}; one answer to all of "
-        f"them has {chance:.3f}"
-    )

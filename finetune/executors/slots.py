@@ -12,14 +12,14 @@ STOP_SECONDS = 20.0  # for a process to write a checkpoint when it is asked to s
 
 
 @dataclass(frozen=True)
-class Places:
+class Slots:
     """An executor, and the resources of each process that it runs at the same time."""
 
     executor: Executor
     each: tuple[Resources, ...]
 
     @classmethod
-    def of(cls, executor: str, slots: int, *, ray_address: str | None = None) -> Places:
+    def of(cls, executor: str, slots: int, *, ray_address: str | None = None) -> Slots:
         """Share the resources among `slots` processes.
 
         On this machine, its cores and GPUs are divided; on a cluster, each process requests as many cores as this machine has.

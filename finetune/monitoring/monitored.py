@@ -19,9 +19,9 @@ from finetune.bundle.calibration import NOVEL, Calibration
 from finetune.bundle.manifest import DRIFT, MODEL, Manifest, read_manifest
 from finetune.bundle.registry import ModelVersion, Registry
 from finetune.errors import Conflict, NotFound
-from finetune.monitoring.answers import AnswerStatistics, read_statistics, write_statistics
 from finetune.monitoring.drift import MIN_WINDOW, Drift, drift_of
 from finetune.monitoring.reference import Reference, read_reference, write_reference
+from finetune.monitoring.statistics import PredictionStatistics, read_statistics, write_statistics
 from finetune.monitoring.window import WINDOW_IMAGES, Window
 from finetune.tasks import task_named
 
@@ -32,7 +32,7 @@ ARRIVING = "arriving"
 MAX_ARRIVING_FILES = 50  # per version, while no server reads them; the oldest are deleted
 
 
-class Watched:
+class MonitoredVersion:
     """A version's reference and window. Not thread-safe.
 
     Args:
@@ -79,7 +79,7 @@ class Watched:
         """
         if len(self.window) < MIN_WINDOW:
             raise Conflict(f"{len(self.window)} live images are too few to compare others with; {MIN_WINDOW} are needed")
-        write_reference(folder / ACCEPTED, Reference(ACCEPTED_SPLIT, self.window.answers()))
+        write_reference(folder / ACCEPTED, Reference(ACCEPTED_SPLIT, self.window.statistics()))
         self.follow_reference()
 
     def restore_reference(self, folder: Path) -> None:
@@ -87,21 +87,21 @@ class Watched:
         (folder / ACCEPTED).unlink(missing_ok=True)
         self.follow_reference()
 
-    def fits(self, answers: AnswerStatistics) -> bool:
+    def fits(self, statistics: PredictionStatistics) -> bool:
         """Return whether the statistics fit the task and the number of classes of this version."""
-        n_classes, given = len(self.manifest.classes), answers.given
+        n_classes, given = len(self.manifest.classes), statistics.given
         if task_named(self.manifest.task).exclusive:
-            return given is None and (not len(answers) or int(answers.label.max()) < n_classes)
+            return given is None and (not len(statistics) or int(statistics.label.max()) < n_classes)
         return given is not None and given.shape[1] == n_classes
 
-    def take_in(self) -> int:
+    def collect(self) -> int:
         """Add the statistics in ``arriving/`` to the window and delete the files; return the number of predictions."""
         before = self.window.n_seen
         for path in _arrived(self._monitoring):
             with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or already read
-                answers, arrays = read_statistics(path.read_bytes())
-                if self.fits(answers) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
-                    self.window.add(answers, float(arrays["at"]))
+                statistics, arrays = read_statistics(path.read_bytes())
+                if self.fits(statistics) and arrays["model_sha256"].tobytes().decode() == self.window.model_sha256:
+                    self.window.add(statistics, float(arrays["at"]))
             path.unlink(missing_ok=True)
         return self.window.n_seen - before
 
@@ -119,7 +119,7 @@ class Watched:
 def drift_as_stored(registry: Registry, reference: str) -> dict[str, Any]:
     """Return the document of a version's drift from the workspace's files; a running server may have newer predictions."""
     version = registry.lookup(reference)
-    return drift_document(version, Watched(version.path, registry.monitoring_of(version.name, version.version)).drift())
+    return drift_document(version, MonitoredVersion(version.path, registry.monitoring_of(version.name, version.version)).drift())
 
 
 def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dict[str, Any]:
@@ -130,12 +130,12 @@ def choose_reference(registry: Registry, reference: str, *, accept: bool) -> dic
         NotFound: the version was deleted in the meantime.
     """
     version = registry.lookup(reference)
-    watched = Watched(version.path, registry.monitoring_of(version.name, version.version))
+    watched = MonitoredVersion(version.path, registry.monitoring_of(version.name, version.version))
     write_choice(registry, version, watched, accept=accept)
     return drift_document(version, watched.drift())
 
 
-def write_choice(registry: Registry, version: ModelVersion, watched: Watched, *, accept: bool) -> None:
+def write_choice(registry: Registry, version: ModelVersion, watched: MonitoredVersion, *, accept: bool) -> None:
     """Accept the window as the version's reference, or restore the bundle's. Raises NotFound if the version was deleted."""
     with registry.monitoring(version.name, version.version) as folder:
         if folder is None:
@@ -152,8 +152,8 @@ def drift_document(version: ModelVersion, found: Drift) -> dict[str, Any]:
     return {**named, **said, "drifted_since": since, "reference": reference}
 
 
-def leave_for_server(
-    registry: Registry, version: ModelVersion, name: str, answers: AnswerStatistics, model_sha256: str, at: float
+def submit_statistics(
+    registry: Registry, version: ModelVersion, name: str, statistics: PredictionStatistics, model_sha256: str, at: float
 ) -> None:
     """Write statistics to ``arriving/`` for a server to add to the window; a file with the same name is replaced.
 
@@ -166,7 +166,7 @@ def leave_for_server(
             return
         arriving = folder / ARRIVING
         sha256 = np.frombuffer(model_sha256.encode(), np.uint8)
-        write_statistics(arriving / f"{name}.npz", answers.last(WINDOW_IMAGES), at=np.array(at), model_sha256=sha256)
+        write_statistics(arriving / f"{name}.npz", statistics.last(WINDOW_IMAGES), at=np.array(at), model_sha256=sha256)
         for old in sorted(arriving.glob("*.npz"), key=lambda path: path.stat().st_mtime)[:-MAX_ARRIVING_FILES]:
             old.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.bundle.image import DEFAULT_LIMITS, ImageLimits
+from finetune.bundle.image_limits import DEFAULT_LIMITS, ImageLimits
 from finetune.bundle.predictor import Predictor
 from finetune.data.dataset import LocalFile, Sample, targets_of
 from finetune.data.parallel import ordered_map
@@ -28,7 +28,7 @@ BATCH_SIZE = 16  # where ONNX Runtime is fastest on a CPU
 
 
 @dataclass(frozen=True)
-class Answer:
+class SamplePrediction:
     """A bundle's outputs for one image."""
 
     sample: Sample  # with the sha256 of its bytes
@@ -40,44 +40,42 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class UnreadableSample:
     """An image that could not be read, and why."""
 
     sample: Sample
     error: ImageError
 
 
-def ask(
+def predict_samples(
     predictor: Predictor, samples: Sequence[Sample], *, what: str = "", progress: ProgressCallback = silent
-) -> Iterator[Answer | Unreadable]:
+) -> Iterator[SamplePrediction | UnreadableSample]:
     """Yield the outputs for every sample, in the order given, or why it could not be read. Background threads decode ahead.
 
     Args:
         what: named in the progress message.
     """
     cores = available_cores()
-    waiting: list[tuple[Sample, NDArray[np.uint8]] | Unreadable] = []
+    waiting: list[tuple[Sample, NDArray[np.uint8]] | UnreadableSample] = []
     done = 0
-    results = ordered_map(
-        lambda sample: _decoded(predictor, sample), samples, threads=cores, ahead=max(2 * cores, 2 * BATCH_SIZE)
-    )
+    results = ordered_map(lambda sample: _decode(predictor, sample), samples, threads=cores, ahead=max(2 * cores, 2 * BATCH_SIZE))
     with contextlib.closing(results):
         for decoded in results:
             waiting.append(decoded)
             if len(waiting) == BATCH_SIZE:
-                yield from _answered(predictor, waiting)
+                yield from _predict_batch(predictor, waiting)
                 done += len(waiting)
                 waiting = []
                 progress(Progress("evaluating", done, len(samples), "images", message=f"predicting {what}".strip()))
-        yield from _answered(predictor, waiting)
+        yield from _predict_batch(predictor, waiting)
     progress(Progress("evaluating", len(samples), len(samples), "images", message=f"predicting {what}".strip()))
 
 
-def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, *, labelled: bool) -> Predictions:
-    """Return the answers as one table of predictions, with targets where `labelled`."""
+def predictions_table(predicted: Sequence[SamplePrediction], predictor: Predictor, split: str, *, labelled: bool) -> Predictions:
+    """Return predictions of a bundle as one table, with targets if the samples are `labelled`."""
     manifest = predictor.manifest
     n_classes = len(manifest.classes)
-    samples = [answer.sample for answer in answers]
+    samples = [prediction.sample for prediction in predicted]
     task = task_named(manifest.task)
     table = Predictions(
         split=split,
@@ -86,8 +84,8 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
         ids=tuple(sample.id for sample in samples),
         sha256=digests_as_rows([sample.sha256 for sample in samples]),
         targets=task.encode(targets_of(samples), n_classes) if labelled else None,
-        logits=np.stack([answer.logits for answer in answers]) if answers else np.empty((0, n_classes), np.float32),
-        embedding=np.stack([answer.embedding for answer in answers]) if answers else None,
+        logits=np.stack([prediction.logits for prediction in predicted]) if predicted else np.empty((0, n_classes), np.float32),
+        embedding=np.stack([prediction.embedding for prediction in predicted]) if predicted else None,
     )
     if manifest.thresholds is None:
         return table
@@ -96,7 +94,7 @@ def predictions_of(answers: Sequence[Answer], predictor: Predictor, split: str, 
 
 
 @dataclass(frozen=True)
-class NoFile:
+class MissingFile:
     """An image file that does not exist. Reading it raises an `ImageError` with the reason."""
 
     reason: str
@@ -105,10 +103,10 @@ class NoFile:
         raise ImageError(self.reason)
 
 
-def files_under(paths: Sequence[Path]) -> list[Sample]:
+def image_samples(paths: Sequence[Path]) -> list[Sample]:
     """Return a sample for each image file among `paths`, in folders and matched by patterns (``*.jpg``), in the order given.
 
-    A path that is none of these becomes a sample that cannot be read (`NoFile`), so that it appears in the results as an error.
+    Any other path becomes a sample that cannot be read (`MissingFile`), so that it appears in the results as an error.
     """
     samples: list[Sample] = []
     for path in paths:
@@ -119,11 +117,11 @@ def files_under(paths: Sequence[Path]) -> list[Sample]:
         else:
             pattern = () if path.is_absolute() else Path().glob(str(path))
             found, missing = sorted(match for match in pattern if match.is_file()), f"{path}: no such image file"
-        samples += [Sample(str(file), LocalFile(file), ()) for file in found] or [Sample(str(path), NoFile(missing), ())]
+        samples += [Sample(str(file), LocalFile(file), ()) for file in found] or [Sample(str(path), MissingFile(missing), ())]
     return samples
 
 
-def map_files(samples: Sequence[Sample]) -> list[Path]:
+def cam_file_names(samples: Sequence[Sample]) -> list[Path]:
     """Return a relative file name for the activation map of each sample; no two are equal.
 
     It is the image's path below the folder that all images have in common, such as ``cat/1.cam.png``. Where ``1.jpg`` and
@@ -139,27 +137,27 @@ def map_files(samples: Sequence[Sample]) -> list[Path]:
     return list(found)
 
 
-def _decoded(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | Unreadable:
+def _decode(predictor: Predictor, sample: Sample) -> tuple[Sample, NDArray[np.uint8]] | UnreadableSample:
     """Read and preprocess one sample, in a background thread."""
     try:
         data = sample.file.read()
         return sample.with_sha256(hashlib.sha256(data).hexdigest()), predictor.manifest.preprocess.load(data)
     except ImageError as error:
-        return Unreadable(sample, error)
+        return UnreadableSample(sample, error)
 
 
-def _answered(
-    predictor: Predictor, waiting: Sequence[tuple[Sample, NDArray[np.uint8]] | Unreadable]
-) -> Iterator[Answer | Unreadable]:
-    readable = [entry for entry in waiting if not isinstance(entry, Unreadable)]
+def _predict_batch(
+    predictor: Predictor, waiting: Sequence[tuple[Sample, NDArray[np.uint8]] | UnreadableSample]
+) -> Iterator[SamplePrediction | UnreadableSample]:
+    readable = [entry for entry in waiting if not isinstance(entry, UnreadableSample)]
     if readable:
         outputs = predictor.run(np.stack([image for _, image in readable]))
     row = 0
     for entry in waiting:
-        if isinstance(entry, Unreadable):
+        if isinstance(entry, UnreadableSample):
             yield entry
             continue
         sample, image = entry
         cam = None if outputs.cam is None else outputs.cam[row]
-        yield Answer(sample, image, outputs.probs[row], outputs.logits[row], outputs.embedding[row], cam)
+        yield SamplePrediction(sample, image, outputs.probs[row], outputs.logits[row], outputs.embedding[row], cam)
         row += 1

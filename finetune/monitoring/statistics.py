@@ -21,7 +21,7 @@ from finetune.tasks import task_named
 
 
 @dataclass(frozen=True)
-class AnswerStatistics:
+class PredictionStatistics:
     """The statistics of N predictions."""
 
     confidence: NDArray[np.float32]  # (N,) probability of the most probable class
@@ -32,17 +32,17 @@ class AnswerStatistics:
     def __len__(self) -> int:
         return len(self.confidence)
 
-    def last(self, n: int) -> AnswerStatistics:
+    def last(self, n: int) -> PredictionStatistics:
         """Return the statistics of the newest `n` predictions."""
         return self._between(slice(max(0, len(self) - n), None))
 
-    def row(self, number: int) -> AnswerStatistics:
+    def row(self, number: int) -> PredictionStatistics:
         """Return the statistics of one prediction."""
         return self._between(slice(number, number + 1))
 
-    def _between(self, kept: slice) -> AnswerStatistics:
+    def _between(self, kept: slice) -> PredictionStatistics:
         given = None if self.given is None else self.given[kept]
-        return AnswerStatistics(self.confidence[kept], self.label[kept], self.distance[kept], given)
+        return PredictionStatistics(self.confidence[kept], self.label[kept], self.distance[kept], given)
 
 
 def statistics_of(
@@ -51,7 +51,7 @@ def statistics_of(
     embeddings: NDArray[np.floating[Any]] | None,
     subspace: Subspace | None,
     thresholds: Sequence[float] | None = None,
-) -> AnswerStatistics:
+) -> PredictionStatistics:
     """Compute the statistics of N predictions.
 
     Args:
@@ -64,15 +64,15 @@ def statistics_of(
     given = None
     if not task_named(task).exclusive:
         given = probs >= np.asarray(thresholds if thresholds is not None else (0.5,) * probs.shape[1])
-    return AnswerStatistics(
+    return PredictionStatistics(
         probs.max(axis=1).astype(np.float32), probs.argmax(axis=1).astype(np.int32), distance.astype(np.float32), given
     )
 
 
-def concatenated(parts: Sequence[AnswerStatistics]) -> AnswerStatistics:
+def concatenated(parts: Sequence[PredictionStatistics]) -> PredictionStatistics:
     """Concatenate statistics of one model, at least one, in the order given."""
     given = [part.given for part in parts if part.given is not None]
-    return AnswerStatistics(
+    return PredictionStatistics(
         np.concatenate([part.confidence for part in parts]),
         np.concatenate([part.label for part in parts]),
         np.concatenate([part.distance for part in parts]),
@@ -80,7 +80,7 @@ def concatenated(parts: Sequence[AnswerStatistics]) -> AnswerStatistics:
     )
 
 
-def write_statistics(path: Path, statistics: AnswerStatistics, **more: NDArray[Any]) -> None:
+def write_statistics(path: Path, statistics: PredictionStatistics, **more: NDArray[Any]) -> None:
     """Write statistics and `more` arrays as one ``.npz`` file without pickle, atomically."""
     arrays: dict[str, Any] = {
         "confidence": statistics.confidence, "label": statistics.label, "distance": statistics.distance, **more,
@@ -90,7 +90,7 @@ def write_statistics(path: Path, statistics: AnswerStatistics, **more: NDArray[A
     write_atomic(path, lambda stream: np.savez(stream, allow_pickle=False, **arrays))
 
 
-def read_statistics(data: bytes) -> tuple[AnswerStatistics, dict[str, NDArray[Any]]]:
+def read_statistics(data: bytes) -> tuple[PredictionStatistics, dict[str, NDArray[Any]]]:
     """Parse the contents of a file that `write_statistics` wrote; return the statistics and all arrays.
 
     Raises:
@@ -101,7 +101,7 @@ def read_statistics(data: bytes) -> tuple[AnswerStatistics, dict[str, NDArray[An
     given = None
     if "given" in arrays:
         given = np.unpackbits(arrays.pop("given"), axis=1, count=int(arrays.pop("n_classes"))).astype(bool)
-    found = AnswerStatistics(arrays.pop("confidence"), arrays.pop("label"), arrays.pop("distance"), given)
+    found = PredictionStatistics(arrays.pop("confidence"), arrays.pop("label"), arrays.pop("distance"), given)
     if not len(found.confidence) == len(found.label) == len(found.distance) == (len(found) if given is None else len(given)):
         raise ValueError("its columns have different lengths")
     return found, arrays
