@@ -214,6 +214,13 @@ class PartUploads:
         with self._held(upload):
             self._remove(upload.id)
 
+    def forget_file(self, file_id: str) -> None:
+        """Delete the upload that a deleted file was made from, if it was uploaded in parts."""
+        for upload in self.of(None):
+            if upload.file_id == file_id:
+                with contextlib.suppress(NotFound):  # deleted meanwhile
+                    self.forget(upload)
+
     def sweep(self) -> None:
         """Delete uploads to which nothing was added for `KEPT_SECONDS`."""
         for folder in self._folder.glob(_FOLDERS):
@@ -279,7 +286,10 @@ class PartUploads:
 
 
 def _no_upload(upload_id: str) -> NotFound:
-    return NotFound(f"no upload {upload_id[:60]!r} has begun, or it was cancelled, or its last part is more than a day old")
+    return NotFound(
+        f"no upload {upload_id[:60]!r} has begun, or it was cancelled, or its last part is more than a day old, or the file that "
+        "it became was deleted"
+    )
 
 
 def _join(parts: Sequence[Part], archive: Path) -> None:

@@ -69,13 +69,17 @@ class Sample:
         return (not (isinstance(novelty, float) and novelty >= NOVEL), float(self.record.get("confidence", 1.0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
-    """The files of one sample."""
+    """The files of one sample. A server may hold thousands, so the path is text."""
 
     at: float
-    path: Path
+    place: str
     size_bytes: int
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
 
 
 class SampleStore:
@@ -123,7 +127,7 @@ class SampleStore:
                 return False
             write_atomic(path.with_suffix(_RECORD), lambda stream: stream.write(said))  # first: no image without a record
             write_atomic(path, lambda stream: stream.write(data))
-        self._kept.append(_Kept(at, path, size))
+        self._kept.append(_Kept(at, str(path), size))
         self._bytes += size
         return True
 
@@ -207,7 +211,7 @@ def _files_in(folder: Path, *, sweep: bool = False) -> Iterator[_Kept]:
                 if f".{ending}" != _RECORD or stem not in paths:
                     paths[stem] = Path(entry.path)
     for stem, path in paths.items():
-        yield _Kept(int(stem.partition("-")[0]) / 1000, path, sizes[stem])
+        yield _Kept(int(stem.partition("-")[0]) / 1000, str(path), sizes[stem])
 
 
 def _delete(path: Path) -> None:

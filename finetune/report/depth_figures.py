@@ -73,7 +73,7 @@ def _error_by_depth(networks: Networks) -> Figure:
         axes.set_xticks(sorted({one["depth"] for one in networks}))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if aid == aids[0]:
-            axes.set_ylabel("images answered wrongly")
+            axes.set_ylabel("images predicted wrongly")
             legend = axes.get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=4)
     return figure

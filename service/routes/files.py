@@ -131,6 +131,7 @@ def files_router(max_body_bytes: int) -> APIRouter:
         """Delete an upload that no unfinished job uses. Models made from it are kept."""
         server.database.files.delete(file_id, caller.sees)
         server.uploads.discard(file_id)
+        server.part_uploads.forget_file(file_id)
         server.pictures.forget(server.uploads.place_of(file_id).resolve())
         return FileDeleted(id=file_id)
 

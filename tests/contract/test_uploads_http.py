@@ -184,7 +184,8 @@ def test_a_cancelled_upload_is_gone_and_one_that_is_complete_stays(client: TestC
     file = complete(client, upload, add(client, upload, ARCHIVE).json()["id"]).json()["file"]
     assert client.post(f"/v1/uploads/{upload}/cancel").status_code == 409
     client.delete(f"/v1/files/{file['id']}")
-    assert "deleted since" in client.get(f"/v1/uploads/{upload}").json()["detail"]
+    assert "was deleted" in client.get(f"/v1/uploads/{upload}").json()["detail"]
+    assert left_in(tmp_path) == []  # nothing that later uploads would have to read
 
 
 def test_a_cancellation_waits_for_a_completion_and_finds_it_done(tmp_path: Path) -> None:

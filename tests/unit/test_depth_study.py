@@ -100,7 +100,7 @@ CURED = {"plain8_bn": 0.02, "residual8_bn": 0.02, "plain44_bn": 0.6, "residual44
 def test_degradation_and_its_cure_are_said_in_one_sentence() -> None:
     found = made_up(CURED, {"plain44_bn"})
     assert headline(found) == (
-        "Plain networks degrade: with 44 layers 60% of the training images are answered wrongly, with 8 layers 2%; identity "
+        "Plain networks degrade: with 44 layers 60% of the training images are predicted wrongly, with 8 layers 2%; identity "
         "shortcuts cure it: 3% with the same 44 layers."
     )
     text = " ".join(paragraphs(found))

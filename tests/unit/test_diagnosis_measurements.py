@@ -215,4 +215,4 @@ def test_preprocessing_is_measured_when_asked_and_only_of_pretrained_weights(tmp
     measure_finished_run(loaded, shared)
     assert read_json(loaded.preprocessing) == measured
     measure_finished_run(drawn, shared)
-    assert not drawn.preprocessing.exists(), "weights that are drawn at random expect nothing"
+    assert not drawn.preprocessing.exists(), "random weights expect no particular preprocessing"

@@ -55,7 +55,7 @@ def test_a_problem_is_shown_with_what_to_try_and_the_command_for_all_of_it(
     show_findings(run)
     text = shown(capsys)
     assert text.startswith("Underfitting (")
-    assert "of training images answered wrongly" in text
+    assert "of training images predicted wrongly" in text
     assert " Try: " in text
     assert text.endswith(f"diagnosis finetune diagnose {run.root}")
 

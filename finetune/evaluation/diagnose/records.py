@@ -165,7 +165,7 @@ class RunRecords:
         """The number of steps that were taken."""
         return max((int(line["step"]) for line in self.lines), default=0)
 
-    # answers ------------------------------------------------------------------------------------------------------
+    # predictions ------------------------------------------------------------------------------------------------------
 
     @property
     def task(self) -> Task:

@@ -226,7 +226,7 @@ def headline(study: DepthStudy) -> str:
     one = max(degraded, key=lambda family: family[-1].train_error)
     shallow = next(network for network in one if network.network.name == one[-1].degraded_against)
     text = (
-        f"Plain networks degrade: with {deepest} layers {one[-1].train_error:.0%} of the training images are answered wrongly, "
+        f"Plain networks degrade: with {deepest} layers {one[-1].train_error:.0%} of the training images are predicted wrongly, "
         f"with {shallow.network.depth} layers {shallow.train_error:.0%}"
     )
     if not residual:

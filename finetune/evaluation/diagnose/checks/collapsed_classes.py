@@ -29,22 +29,22 @@ class CollapsedClasses:
     def check(self, records: RunRecords) -> CheckOutcome:
         held_out = records.most_independent
         if held_out is None or not records.task.exclusive:
-            return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
+            return NotChecked(self.code, self.title, "needs predictions on val or test, with one label per image")
         harm = harm_of(records)
         if harm is not None and harm.kind != "worse":
             return NotChecked(self.code, self.title, "the network has learnt next to nothing, so it cannot have lost a class")
         split, table = held_out
         n_classes = len(table.classes)
-        answers = np.array([records.task.ranking(row)[0] for row in table.logits])
-        true, given = np.bincount(table.labels, minlength=n_classes), np.bincount(answers, minlength=n_classes)
-        right = np.bincount(table.labels[answers == table.labels], minlength=n_classes)
-        rare = (true >= FEWEST_IMAGES) & (given <= RARE * true)
+        predicted = np.array([records.task.ranking(row)[0] for row in table.logits])
+        true, n_predicted = np.bincount(table.labels, minlength=n_classes), np.bincount(predicted, minlength=n_classes)
+        right = np.bincount(table.labels[predicted == table.labels], minlength=n_classes)
+        rare = (true >= FEWEST_IMAGES) & (n_predicted <= RARE * true)
         others = ~rare & (true > 0)
         recall = float(right[others].sum() / max(true[others].sum(), 1))
         lost = [index for index in np.flatnonzero(rare) if int(true[index]) * math.log1p(-min(recall, 0.99)) < UNLIKELY]
-        figure = f"{int((given > 0).sum())} of {int((true > 0).sum())} classes are answered with"
+        figure = f"{int((n_predicted > 0).sum())} of {int((true > 0).sum())} classes are predicted"
         if not lost or (recall < LEAST_RECALL and len(lost) < n_classes - 1):
-            few = [] if lost else [table.classes[index] for index in np.flatnonzero((true > 0) & (given == 0))]
+            few = [] if lost else [table.classes[index] for index in np.flatnonzero((true > 0) & (n_predicted == 0))]
             if few:
                 figure += f"; there are too few images of {natural_list(few)} to tell"
             return Clear(self.code, self.title, figure)
@@ -56,12 +56,14 @@ class CollapsedClasses:
             self.title,
             "problem",
             confidence(2.0 * float(true[lost].sum()) * math.log1p(-min(recall, 0.99)) / UNLIKELY / max(len(lost), 1)),
-            f"it hardly ever answers {names}, although {int(true[lost].sum())} of {len(answers)} {split} images show "
+            f"it hardly ever predicts {names}, although {int(true[lost].sum())} of {len(predicted)} {split} images show "
             f"{'it' if len(lost) == 1 else 'them'}",
             (
                 *(
                     Evidence(
-                        f"answers {table.classes[index]}", f"{given[index]} for {true[index]} images", "about as many as images"
+                        f"predictions of {table.classes[index]}",
+                        f"{n_predicted[index]} for {true[index]} images",
+                        "about as many as images",
                     )
                     for index in lost[:5]
                 ),

@@ -19,7 +19,7 @@ class DeadUnits:
     def check(self, records: RunRecords) -> CheckOutcome:
         curves = _curves(records)
         if not curves:
-            return NotChecked(self.code, self.title, "no activations were listened to at two points of training")
+            return NotChecked(self.code, self.title, "activations were not measured at two points of training")
         died = {part: curve[-1][1] - curve[0][1] for part, curve in curves.items()}
         worst = max(died, key=lambda part: died[part])
         figure = f"at most {max(died[worst], 0.0):.0%} of a layer's channels died"

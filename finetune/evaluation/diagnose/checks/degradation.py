@@ -26,7 +26,7 @@ class Degradation:
         name, reference = found
         sample = records.last_sample
         if sample is None:
-            return NotChecked(self.code, self.title, "it takes answers to a sample of training images")
+            return NotChecked(self.code, self.title, "needs predictions on a sample of training images")
         loss = paired(reference, sample, records.losses(reference), records.losses(sample))
         score = paired(reference, sample, records.scores(reference), records.scores(sample))
         if loss is None or score is None:
@@ -41,7 +41,7 @@ class Degradation:
             self.title,
             "problem",
             confidence(min((loss.z / CLEARLY) ** 2, (-score.value / max(ADDED_ERROR, HIGHER_ERROR * score.error)) ** 2)),
-            f"it answers more training images wrongly ({of_this:.1%}) than {name} ({of_reference:.1%}). A deeper one can copy "
+            f"it predicts more training images wrongly ({of_this:.1%}) than {name} ({of_reference:.1%}). A deeper one can copy "
             "that solution, so it is the optimisation that fails; the model is not overfitted",
             (
                 Evidence("training error", f"{of_this:.1%}, {name} {of_reference:.1%} ({loss.n} images)", "at most as high"),
@@ -68,7 +68,7 @@ def _reference(records: RunRecords) -> tuple[str, Predictions] | str:
     if records.against is not None:
         answers = records.against.last_sample
         if answers is None:
-            return f"{records.against.run.name} has no answers to a sample of training images"
+            return f"{records.against.run.name} has no predictions on a sample of training images"
         return records.against.run.name, answers
     if not records.n_planned_steps:
         return "only the head was trained, which is the reference itself"

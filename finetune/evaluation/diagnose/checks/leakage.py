@@ -25,7 +25,7 @@ class Leakage:
         known = {split: found for split, found in by_split.items() if found}
         if not known:
             return NotChecked(
-                self.code, self.title, "it takes the frozen features of training images, which this method does not compute"
+                self.code, self.title, "needs the frozen features of training images, which this method does not compute"
             )
         if records.n_train < FEWEST_TRAINING_IMAGES:
             return NotChecked(

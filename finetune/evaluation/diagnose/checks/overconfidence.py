@@ -24,7 +24,7 @@ class Overconfidence:
         scores = [value for _, value in records.curve(f"val/{records.headline.key}")]
         table = records.held_out.get("val")
         if len(losses) <= EVALUATIONS or len(losses) != len(scores) or table is None:
-            return NotChecked(self.code, self.title, "it takes several evaluations on val")
+            return NotChecked(self.code, self.title, "needs several evaluations on val")
         lowest = min(range(len(losses)), key=lambda index: losses[index])
         rise, error = losses[-1] - losses[lowest], mean_of(records.losses(table)).error
         better = scores[-1] >= scores[lowest]
@@ -35,7 +35,7 @@ class Overconfidence:
             self.title,
             "note",
             confidence(ratio(rise, CLEARLY * error) ** 2),
-            "the val loss rises, but no more val images are answered wrongly: the probabilities are too sure",
+            "the val loss rises, but no more val images are predicted wrongly: the probabilities are too high",
             (
                 Evidence("val loss", f"{losses[lowest]:.3g} at its lowest, {losses[-1]:.3g} at the end", "about the same"),
                 Evidence(

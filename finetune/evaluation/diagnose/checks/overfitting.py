@@ -33,7 +33,7 @@ class Overfitting:
         sample = records.last_sample
         held_out = held_out_score(records)
         if sample is None or held_out is None:
-            return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")
+            return NotChecked(self.code, self.title, "needs predictions on a sample of training images and on val or test")
         split, there = held_out
         here = mean_of(records.scores(sample))
         gap = here.value - there.value

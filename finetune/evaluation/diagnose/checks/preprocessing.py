@@ -31,7 +31,7 @@ class WrongPreprocessing:
         measured = records.preprocessing
         if measured is None:
             reason = (
-                "weights that are drawn at random expect nothing"
+                "random weights expect no particular preprocessing"
                 if not records.is_pretrained
                 else "it was not measured in this run: finetune diagnose RUN --check-preprocessing does so"
             )
@@ -41,7 +41,7 @@ class WrongPreprocessing:
         best = max(measured["others"], key=lambda other: strengths[other["name"]], default=None)
         if best is None or strengths[best["name"]] < 1:
             n_others = len(measured["others"])
-            return Clear(self.code, self.title, f"nothing speaks for one of {n_others} other ways instead of {own}")
+            return Clear(self.code, self.title, f"no evidence for one of {n_others} other ways instead of {own}")
         return Finding(
             self.code,
             self.title,
@@ -75,7 +75,7 @@ def _evidence(best: Mapping[str, Any], own: str) -> list[Evidence]:
         gain = statistics["gain"]
         found.append(
             Evidence(
-                "distance of the lower activations from what batch normalisation remembers",
+                "distance of the lower activations from the running statistics of batch normalisation",
                 f"{math.exp(gain):.2g} times smaller as {best['name']} ({statistics['z']:.1f} standard errors)",
                 f"smallest as {own}",
             )
@@ -83,7 +83,7 @@ def _evidence(best: Mapping[str, Any], own: str) -> list[Evidence]:
     if left_out is not None:
         found.append(
             Evidence(
-                f"of {left_out['n']} images, answered rightly when left out",
+                f"of {left_out['n']} images, predicted correctly when left out",
                 f"{left_out['own_top1']:.1%} as {own}, {left_out['top1']:.1%} as {best['name']}",
             )
         )

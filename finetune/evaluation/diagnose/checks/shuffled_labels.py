@@ -26,7 +26,7 @@ class ShuffledLabels:
     def check(self, records: RunRecords) -> CheckOutcome:
         held_out = records.most_independent
         if held_out is None or not records.task.exclusive:
-            return NotChecked(self.code, self.title, "it takes answers to val or test, with one label an image")
+            return NotChecked(self.code, self.title, "needs predictions on val or test, with one label per image")
         split, table = held_out
         scores = records.scores(table)
         chance = records.task.chance(table.labels)

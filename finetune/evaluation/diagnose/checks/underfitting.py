@@ -26,12 +26,12 @@ class Underfitting:
     def check(self, records: RunRecords) -> CheckOutcome:
         sample, held_out = records.last_sample, held_out_score(records)
         if sample is None or held_out is None:
-            return NotChecked(self.code, self.title, "it takes answers to a sample of training images and to val or test")
+            return NotChecked(self.code, self.title, "needs predictions on a sample of training images and on val or test")
         if not records.task.exclusive:
             return NotChecked(self.code, self.title, "its limits are for images that have exactly one label")
         here, (split, there) = mean_of(records.scores(sample)), held_out
         train_error, gap = 1 - here.value, here.value - there.value
-        figure = f"{train_error:.1%} of training images answered wrongly"
+        figure = f"{train_error:.1%} of training images predicted wrongly"
         large_gap = gap > max(SMALL_GAP, CLEARLY * math.hypot(here.error, there.error))
         if train_error < TRAIN_ERROR + CLEARLY * here.error or large_gap:
             return Clear(self.code, self.title, figure)

@@ -20,7 +20,7 @@ class VanishingGradients:
     def check(self, records: RunRecords) -> CheckOutcome:
         found = profiles(records)
         if not found:
-            return NotChecked(self.code, self.title, f"it takes measured gradients of at least {FEWEST_STAGES} stages")
+            return NotChecked(self.code, self.title, f"needs measured gradients of at least {FEWEST_STAGES} stages")
         reference = found[0].rise if records.is_pretrained and records.begins_with_solved_head else 0.0
         worst = max(found, key=lambda profile: profile.rise)
         lost = worst.rise - reference
