@@ -18,7 +18,8 @@ from finetune.tasks import task_named
 FOLDS = 5
 LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a share of what is possible; below, nothing is doubted
 LEAST_IMAGES = 50
-MOST_OWN = 0.2  # with any number of labels per image: the probability of a decision as given, up to which it is doubted
+# With any number of labels per image: the probability of a decision as given, up to which it is doubted.
+_MOST_OWN_BY_IMAGE, _MOST_OWN_BY_OTHERS = 0.05, 0.1
 LEAST_OF_A_CLASS = 5  # below, too little is known of a class to doubt a label
 MOST_LABELS = 100  # up to which each label is also predicted from the others, at a cost quadratic in their number
 _PRIOR_REMOVED = 0.5  # share of a label's log-odds in the data that is taken from its prediction where images are ranked
@@ -97,9 +98,9 @@ def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32],
     Each label is predicted twice by fits that have not seen the image: from its embedding, and from these predictions for all
     labels together with the other labels that the image is given. The second knows which labels go together and which exclude
     each other, and notices a label too many or too few; the first is not misled where one label was given in place of another.
-    Images are ranked by the less favourable of both, and decisions are doubted by the mean of both: by the rule of
-    `doubt_labels`, for each label by itself, with the images that have it and those that do not as the two classes, and if the
-    decision as given is improbable too (`MOST_OWN`), because the labels of an image are many decisions.
+    Images are ranked by the less favourable of both. A decision is doubted if one of them does, by the rule of `doubt_labels` for
+    each label by itself, with the images that have it and those that do not as the two classes, and if that prediction also finds
+    the decision as given improbable, because the labels of an image are many decisions.
     """
     targets = task_named("multilabel").encode(targets_of(samples), n_classes)
     given = targets.astype(bool)
@@ -115,16 +116,17 @@ def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32],
     by_others = _given_the_others(by_image, given, known) if len(known) <= MOST_LABELS else by_image
     share = np.clip(targets.mean(axis=0), 1e-4, 1 - 1e-4)
     confidence = np.ones(len(samples))
-    for logits in (by_image, by_others):
+    doubted, own = np.zeros_like(given), np.ones(given.shape)
+    for logits, most in ((by_image, _MOST_OWN_BY_IMAGE), (by_others, _MOST_OWN_BY_OTHERS)):
         compared = logits - _PRIOR_REMOVED * np.log(share / (1 - share))
         lowest = sigmoid(np.where(given, compared, -compared)).min(axis=1)
         confidence[held_out] = np.minimum(confidence[held_out], lowest)
-    probs = sigmoid((by_image + by_others) / 2)
-    wrong, missing = doubted_decisions(probs, given, known)
-    own = np.where(given, probs, 1.0 - probs)
-    return LabelSetDoubts(
-        confidence, tuple(doubts_by_image(own, wrong & (own <= MOST_OWN), missing & (own <= MOST_OWN), held_out))
-    )
+        probs = sigmoid(logits)
+        wrong, missing = doubted_decisions(probs, given, known)
+        of_these = np.where(given, probs, 1.0 - probs)
+        doubted |= (wrong | missing) & (of_these <= most)
+        own = np.minimum(own, of_these)
+    return LabelSetDoubts(confidence, tuple(doubts_by_image(own, doubted & given, doubted & ~given, held_out)))
 
 
 def _given_the_others(logits: NDArray[np.float64], given: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.float64]:
