@@ -27,7 +27,7 @@ from finetune.doctor.labels import doubt_label_sets
 from finetune.features.rows import FeatureContext, Views, pooled_features
 from finetune.features.sigmoid_head import solve_sigmoid_head
 from finetune.labelling.choose import choose, label_uncertainty
-from finetune.metrics.labels import judge_labels, mean_average_precision, sigmoid
+from finetune.metrics.labels import label_results, mean_average_precision, sigmoid
 from finetune.runs.prepare import framing, read_and_build, split_for
 from finetune.runs.shared import Shared
 from finetune.spec import parse_spec
@@ -128,7 +128,7 @@ def suggested(rows: Floats, targets: Targets, seed: int) -> list[list[float]]:
         of_way, labelled, figures = np.random.default_rng([seed, 1]), pool[:START], []
         for number in range(ROUNDS + 1):
             head = solve_sigmoid_head(rows[labelled], targets[labelled].astype(np.int64), targets.shape[1])
-            judged = judge_labels(head.logits(rows[test]), targets[test].astype(np.int64))
+            judged = label_results(head.logits(rows[test]), targets[test].astype(np.int64))
             figures.append(mean_average_precision(judged))
             if number == ROUNDS:
                 break
