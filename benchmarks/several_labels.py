@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from finetune.data.dataset import Sample
 from finetune.doctor.labels import doubt_label_sets
 from finetune.features.rows import FeatureContext, Views, pooled_features
-from finetune.features.solve_labels import solve_sigmoid_head
+from finetune.features.sigmoid_head import solve_sigmoid_head
 from finetune.labelling.choose import choose, label_uncertainty
 from finetune.metrics.labels import judge_labels, mean_average_precision, sigmoid
 from finetune.runs.prepare import framing, read_and_build, split_for
