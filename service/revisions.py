@@ -116,7 +116,7 @@ def _why_no_label(label: str) -> str | None:
     why = why_no_class_name(label)
     if why is not None or len(label) > MAX_LABEL or label.startswith(".") or "/" in label or "\\" in label:
         return f"cannot be the name of a class{f': it {why}' if why else ''}; {MAY_HOLD}"
-    if is_system(class_name(label)):
+    if is_system(class_name(label).strip()):
         return "cannot be the name of a class: folders that systems and programs leave behind are called so, and are not read"
     return None
 

@@ -20,7 +20,7 @@ from finetune.errors import Conflict, InvalidInput
 from finetune.jobs.database import DATABASE_VARIABLE, open_jobs
 from finetune.jobs.keys import KeyStore
 from finetune.runtime.logs import configure_logs
-from finetune.runtime.memory import share_arenas
+from finetune.runtime.memory import limit_free_memory
 from service.asgi import create_app
 from service.connections import LimitedConnection
 from service.limits import KEEP_ALIVE_SECONDS
@@ -48,7 +48,7 @@ def serve(settings: Settings, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT
         PortTaken: another program uses the port.
         StoreError: the job database cannot be used.
     """
-    share_arenas(max(2, settings.threads))
+    limit_free_memory(max(2, settings.threads))
     if not settings.home.exists():
         settings.home.mkdir(parents=True, mode=0o700)  # images, hashes of keys and logs must not be readable by other users
     address = listen_address(host, has_api_key=has_api_key(settings.home))

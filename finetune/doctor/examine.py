@@ -25,7 +25,7 @@ from finetune.messages import natural_list, plural
 from finetune.progress import ProgressCallback, silent
 from finetune.training.label_doubts import label_changes, with_changes
 
-VERSION = 9  # of what is found: examinations of another one are not read
+VERSION = 10  # of what is found: examinations of another one are not read
 _ORDER: Mapping[Severity, int] = {"problem": 0, "doubt": 1, "note": 2}
 
 _BLANK_CONTRAST, _DARK, _BRIGHT, _TINY_PX = 4.0, 32.0, 224.0, 32

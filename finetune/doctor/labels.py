@@ -20,6 +20,9 @@ LEAST_LIFT = 0.3  # accuracy above always predicting the largest class, as a sha
 LEAST_IMAGES = 50
 MOST_OWN = 0.2  # with any number of labels per image: the probability of a decision as given, up to which it is doubted
 LEAST_OF_A_CLASS = 5  # below, too little is known of a class to doubt a label
+MOST_LABELS = 100  # up to which each label is also predicted from the others, at a cost quadratic in their number
+_PRIOR_REMOVED = 0.5  # share of a label's log-odds in the data that is taken from its prediction where images are ranked
+_LARGEST_LOGIT = 8.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class LabelSetDoubts:
     """The same for samples with any number of labels.
 
     Args:
-        confidence: (N,) probability of the least probable of a sample's decisions, label by label, as they are given.
+        confidence: (N,) of the least probable of a sample's decisions, label by label, as they are given. It only ranks samples
+            (0 to 1), because the frequency of each label is taken from it in part.
         doubted: the samples with doubted labels, the least probable first.
     """
 
@@ -90,8 +94,12 @@ def doubt_labels(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_c
 def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32], n_classes: int) -> LabelSetDoubts | None:
     """Return which labels are doubted if samples may have any number of them; None if there are too few images to doubt any.
 
-    The rule of `doubt_labels` is applied to each label by itself, with the images that have it and those that do not as the two
-    classes. The given decision must also be improbable (`MOST_OWN`), because the labels of an image are many decisions.
+    Each label is predicted twice by fits that have not seen the image: from its embedding, and from these predictions for all
+    labels together with the other labels that the image is given. The second knows which labels go together and which exclude
+    each other, and notices a label too many or too few; the first is not misled where one label was given in place of another.
+    Images are ranked by the less favourable of both, and decisions are doubted by the mean of both: by the rule of
+    `doubt_labels`, for each label by itself, with the images that have it and those that do not as the two classes, and if the
+    decision as given is improbable too (`MOST_OWN`), because the labels of an image are many decisions.
     """
     targets = task_named("multilabel").encode(targets_of(samples), n_classes)
     given = targets.astype(bool)
@@ -102,11 +110,36 @@ def doubt_label_sets(samples: Sequence[Sample], embeddings: NDArray[np.float32],
     if solved.held_out_logits is None:
         return None
     held_out = np.asarray(solved.held_out_images)
-    probs = sigmoid(solved.held_out_logits.astype(np.float64))
-    wrong, missing = doubted_decisions(probs, given[held_out], known)
-    own = np.where(given[held_out], probs, 1.0 - probs)
+    given = given[held_out]
+    by_image = solved.held_out_logits.astype(np.float64)
+    by_others = _given_the_others(by_image, given, known) if len(known) <= MOST_LABELS else by_image
+    share = np.clip(targets.mean(axis=0), 1e-4, 1 - 1e-4)
     confidence = np.ones(len(samples))
-    confidence[held_out] = own.min(axis=1)
+    for logits in (by_image, by_others):
+        compared = logits - _PRIOR_REMOVED * np.log(share / (1 - share))
+        lowest = sigmoid(np.where(given, compared, -compared)).min(axis=1)
+        confidence[held_out] = np.minimum(confidence[held_out], lowest)
+    probs = sigmoid((by_image + by_others) / 2)
+    wrong, missing = doubted_decisions(probs, given, known)
+    own = np.where(given, probs, 1.0 - probs)
     return LabelSetDoubts(
         confidence, tuple(doubts_by_image(own, wrong & (own <= MOST_OWN), missing & (own <= MOST_OWN), held_out))
     )
+
+
+def _given_the_others(logits: NDArray[np.float64], given: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return held-out logits (N, C) of each known label from those of all labels and from the other labels as they are given.
+
+    Args:
+        logits: (N, C) held-out logits, of which those of labels that are not known are returned unchanged.
+        given: (N, C) the labels of each image.
+    """
+    own = np.clip(logits, -_LARGEST_LOGIT, _LARGEST_LOGIT).astype(np.float32)
+    found = logits.copy()
+    for label in np.flatnonzero(known):
+        others = np.delete(given, label, axis=1).astype(np.float32)
+        target = given[:, label, None].astype(np.int64)
+        solved = solve_sigmoid_head(np.concatenate([own, others], axis=1), target, 1, folds=FOLDS)
+        if solved.held_out_logits is not None:
+            found[np.asarray(solved.held_out_images), label] = solved.held_out_logits[:, 0]
+    return found

@@ -23,7 +23,6 @@ from finetune.storage.rundir import RunDir
 from finetune.tasks import task_named
 from finetune.training.context import Trained
 
-# By independence from training: val comes last, because the weights were chosen on it.
 GALLERY_SIZE = 12
 
 

@@ -157,6 +157,22 @@ def test_doubts_of_several_labels_are_told_label_by_label(tmp_path: Path) -> Non
     assert set(json.loads(finding.cases[0].suggested or "")) == right
 
 
+def test_a_label_that_the_others_exclude_is_doubted_where_the_picture_alone_does_not_tell() -> None:
+    rng = np.random.default_rng(0)
+    kinds = np.arange(240) % 3  # of which every image has exactly one
+    features = np.concatenate([np.eye(3)[kinds] * 1.6, rng.normal(size=(240, 5))], axis=1) + rng.normal(size=(240, 8)) * 0.8
+    given = np.eye(3, dtype=int)[kinds]
+    given[:4, :] |= np.roll(given[:4], 1, axis=1)  # a second kind
+    given[4:8] = 0  # none
+    samples = [
+        replace(local_sample(Path(f"{n}.jpg"), 0, "train"), target=tuple(int(one) for one in np.flatnonzero(row)))
+        for n, row in enumerate(given)
+    ]
+    doubts = doubt_label_sets(samples, features.astype(np.float32), 3)
+    assert doubts is not None
+    assert set(np.argsort(doubts.confidence)[:12]) >= set(range(8))
+
+
 @pytest.mark.longer
 @pytest.mark.usefixtures("one_torch_thread")
 def test_a_job_notes_them_in_its_events_result_and_report_and_its_answers_stay(

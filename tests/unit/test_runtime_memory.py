@@ -14,7 +14,7 @@ from finetune.runtime.memory import available_memory, memory_errors_named, ran_o
 
 THREADED = """
 import threading
-from finetune.runtime.memory import return_free_memory, share_arenas
+from finetune.runtime.memory import return_free_memory, limit_free_memory
 
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
@@ -23,7 +23,7 @@ def work():
     blocks = [bytearray(50_000) for _ in range(400)]  # too small to be mapped one by one
     kept.append(blocks[-1])  # keeps the end of the arena
 
-share_arenas(2)
+limit_free_memory(2)
 kept = []
 for _ in range(8):
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -32,6 +32,23 @@ for _ in range(8):
 before = resident()
 return_free_memory()
 print(before, resident())
+"""
+
+LARGE_BLOCKS = """
+import sys
+from finetune.runtime.memory import limit_free_memory
+
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+
+if sys.argv[1] == "limited":
+    limit_free_memory(2)
+before, kept = resident(), []
+for _ in range(3):
+    blocks = [bytearray(b"1") * (2 << 20) for _ in range(20)]
+    kept.append(bytearray(b"1") * 40_000)  # after them, so that the heap cannot shrink
+    del blocks
+print(resident() - before)
 """
 
 LIMITED = """
@@ -52,6 +69,15 @@ for allocate in (lambda: torch.ones(1 << 29), lambda: numpy.ones(1 << 28), lambd
 def test_what_a_limited_process_cannot_allocate_is_named() -> None:
     ran = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True, timeout=240)
     assert ran.stdout.splitlines() == ["OutOfMemory too large"] * 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has a size from which on blocks are mapped")
+def test_large_blocks_are_returned_when_they_are_freed() -> None:
+    def grown_kib(*arguments: str) -> int:
+        command = [sys.executable, "-c", LARGE_BLOCKS, *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout)
+
+    assert grown_kib("limited") < 10_000 < 20_000 < grown_kib("as glibc does")
 
 
 @pytest.mark.longer
