@@ -19,6 +19,7 @@ from finetune.data.dataset import Sample
 from finetune.errors import Problem
 
 BATCH_SIZES = (1, 2, 7, 32)
+MOST_PIXELS = 32 * 384**2  # of a batch: larger images are compared in smaller batches, so that memory stays bounded
 N_IMAGES = 32
 
 PROB_TOLERANCE = 1e-4
@@ -89,6 +90,11 @@ def parity_samples(samples: Sequence[Sample], n: int = N_IMAGES) -> list[Sample]
     return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])[:n]]
 
 
+def batch_sizes_for(height: int, width: int) -> tuple[int, ...]:
+    """Return the batch sizes that images of this size are compared in, the largest last."""
+    return tuple(size for size in BATCH_SIZES if size <= 2 or size * height * width <= MOST_PIXELS)
+
+
 def parity(
     reference: Reference, images: NDArray[np.uint8], predictor: Predictor, files: Sequence[bytes], *, n_from_bytes: int = 8
 ) -> Parity:
@@ -100,9 +106,10 @@ def parity(
         n_from_bytes: the number of files to predict.
     """
     expected = reference.outputs
-    batch_sizes = (*BATCH_SIZES, *[BATCH_SIZES[-1]] * ((len(images) - 1) // BATCH_SIZES[-1]))
-    taken = np.arange(sum(batch_sizes)) % len(images)  # images are repeated if there are too few
-    given = _onnx_outputs(predictor, images[taken], batch_sizes)
+    sizes = batch_sizes_for(*images.shape[1:3])
+    batches = (*sizes, *[sizes[-1]] * ((len(images) - 1) // sizes[-1]))
+    taken = np.arange(sum(batches)) % len(images)  # images are repeated if there are too few
+    given = _onnx_outputs(predictor, images[taken], batches)
     from_bytes = _probs_from_bytes(predictor, files[:n_from_bytes])
 
     n_flips, n_ties = _flips(expected.logits[taken], expected.probs[taken], given.logits.argmax(axis=1))
@@ -110,7 +117,7 @@ def parity(
     n_flips_from_bytes, _ = _flips(expected.logits[:n], expected.probs[:n], from_bytes.argmax(axis=1))
     return Parity(
         n_images=len(images),
-        batch_sizes=BATCH_SIZES,
+        batch_sizes=sizes,
         max_prob_difference=_largest_difference(expected.probs[taken], given.probs),
         max_logit_difference=_largest_difference(expected.logits[taken], given.logits),
         n_flips=n_flips,

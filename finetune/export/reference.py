@@ -7,12 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.bundle.predictor import Outputs
-from finetune.export.agreement import Reference, joined
+from finetune.export.agreement import Reference, batch_sizes_for, joined
 from finetune.export.graph import DeployModule, evaluating, head_of
 from finetune.export.template import Head
 from finetune.training.objectives import objective_of
 
-_BATCH = 32
 _SOURCE = f"torch {torch.__version__} in the process that exported"
 
 
@@ -34,8 +33,9 @@ def torch_outputs(module: DeployModule, images: NDArray[np.uint8]) -> Outputs:
     """Run `module` in eval mode on images (N, h, w, 3) uint8; return its outputs."""
     parts = []
     with evaluating(module), torch.no_grad():
-        for start in range(0, len(images), _BATCH):
-            batch = torch.from_numpy(images[start : start + _BATCH]).to(module.temperature.device)
+        largest = batch_sizes_for(*images.shape[1:3])[-1]
+        for start in range(0, len(images), largest):
+            batch = torch.from_numpy(images[start : start + largest]).to(module.temperature.device)
             values = (output.cpu().numpy() for output in module(batch))
             parts.append(Outputs(**{"cam": None, **dict(zip(module.outputs, values, strict=True))}))
     return joined(parts)

@@ -20,7 +20,7 @@ from finetune.bundle.predictor import Predictor, read_probe
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export import agreement
-from finetune.export.agreement import Parity, parity
+from finetune.export.agreement import Parity, batch_sizes_for, parity
 from finetune.export.graph import DeployModule, Graph, trace
 from finetune.export.pack import _manifest
 from finetune.export.reference import torch_reference
@@ -223,3 +223,10 @@ def test_more_images_than_the_batches_hold_are_all_compared(
     many = report_of(compared, samples * 8, n_from_bytes=2)
     assert many.n_images == 72
     assert many.n_from_bytes == 2
+
+
+@pytest.mark.parametrize(
+    ("side_px", "sizes"), [(64, (1, 2, 7, 32)), (384, (1, 2, 7, 32)), (640, (1, 2, 7)), (1024, (1, 2)), (8192, (1, 2))]
+)
+def test_larger_images_are_compared_in_smaller_batches(side_px: int, sizes: tuple[int, ...]) -> None:
+    assert batch_sizes_for(side_px, side_px) == sizes
