@@ -87,7 +87,7 @@ class Submission:
             spec_called: returns the spec for a model name.
 
         Raises:
-            NameTaken: the name belongs to another owner's model.
+            NameTaken: the name belongs to another owner's model, or to one of the server's default deployment that was deleted.
         """
         if suffix is not None:
             return self._create(kind, spec_called(suffix), body, digest, suffix)
@@ -98,11 +98,21 @@ class Submission:
             name = f"{name[:50]}-{digest[:8]}"
             return self._create(kind, spec_called(name), body, digest, name)
 
+    def _may_name(self, name: str) -> bool:
+        """Return whether a model of the caller may have this name.
+
+        Whoever had the name of a deleted model that the default deployment still names would answer everybody.
+        """
+        if self.server.models.registry.has(name):
+            return self.server.may_change(self.caller, name)
+        deployed = {reference.partition("@")[0] for _, reference in self.server.models.parts()}
+        return self.caller.is_admin or name not in deployed
+
     def _create(
         self, kind: Kind, spec: Mapping[str, Any], body: Mapping[str, Any], digest: str, name: str | None
     ) -> tuple[Job, bool]:
         server, caller = self.server, self.caller
-        if name is not None and server.models.registry.has(name) and not server.may_change(caller, name):
+        if name is not None and not self._may_name(name):
             raise NameTaken(name)
         return server.database.jobs.create(
             caller.owner,

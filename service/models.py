@@ -14,7 +14,7 @@ import random
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,9 @@ class LoadedModel:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+SHADOW = "the shadow of the server's default"
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,24 @@ class LoadedModels:
         """Return the deployment of the default as last read; None if there is none."""
         return self._deployment
 
-    def choose(self) -> Choice:
+    def parts(self) -> Sequence[tuple[str, str]]:
+        """Return what answers requests without a model name, and the shadow: (what it is, its reference)."""
+        if self.pinned is not None:
+            return () if self.serves_a_folder else (("the model that the server was started with", self.pinned),)
+        deployed = self._deployment
+        if deployed is None:
+            return ()
+        shares = (("the canary of the server's default", deployed.canary), (SHADOW, deployed.shadow))
+        return (("the server's default", deployed.reference), *((what, share.reference) for what, share in shares if share))
+
+    def choose(self, may_use: Callable[[LoadedModel], bool] = lambda _: True) -> Choice:
         """Choose the model for the next request to the default, and its shadow, at random by their percentages.
 
-        Raises `NotReady` while there is no default model.
+        Args:
+            may_use: whether the caller may use a canary; if not, the default answers.
+
+        Raises:
+            NotReady: there is no default model.
         """
         model = self.default()
         deployed = self._deployment
@@ -151,7 +168,9 @@ class LoadedModels:
             return Choice(model, "default", None)
         shadow = self._drawn(deployed.shadow)
         canary = self._drawn(deployed.canary)
-        return Choice(model, "default", shadow) if canary is None else Choice(canary, "canary", shadow)
+        if canary is None or not may_use(canary):
+            return Choice(model, "default", shadow)
+        return Choice(canary, "canary", shadow)
 
     def _drawn(self, share: Share | None) -> LoadedModel | None:
         if share is None or random.random() * 100.0 >= share.percent:

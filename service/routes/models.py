@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from finetune.monitoring.monitored import drift_document
 from finetune.promotion import promote
 from service.exports import Format
 from service.middleware.auth import Caller, Reading, Submitting
+from service.models import SHADOW
 from service.problems import RESPONSES
 from service.results import (
     MEDIA_TYPES,
@@ -224,9 +226,8 @@ def change_model(caller: Submitting, server: Server, name: str, change: ModelCha
     """Share a model with everyone who may use the server, or make it private to its owner again."""
     found = find_model(server, caller, name, to_change=True)
     registry = server.models.registry
-    deployed = server.models.deployment()
-    if change.visibility == "private" and deployed is not None and deployed.reference.partition("@")[0] == found.name:
-        raise Conflict(f"{found.name} is the server's default, which answers everybody. Deploy another model first")
+    if change.visibility == "private" and (part := _answering_part(server, found.name)):
+        raise Conflict(f"{found.name} is {part}, which answers everybody. Deploy another model first")
     registry.set_access(found.name, dataclasses.replace(registry.access(found.name), visibility=change.visibility))
     server.access.forget(found.name)
     return _existing(server, found.name)
@@ -238,7 +239,7 @@ def delete_model(
     server: Server,
     name: str,
     force: Annotated[
-        bool, Query(description="Also if it is the server's default, or if an alias such as `champion` means it.")
+        bool, Query(description="Also if an alias means it or, for administrators, if it is the server's default or its canary.")
     ] = False,
 ) -> ModelDeleted:
     """Delete a model, or one version of it (`name@version`). Requests in progress are completed."""
@@ -248,15 +249,32 @@ def delete_model(
         promoted = sorted(set(found.aliases) - {LATEST})
         if promoted and not force:
             raise Conflict(f"{name} is what {', '.join(promoted)} means. Promote another version first, or add ?force=true")
+        _check_not_answering(server, caller, found.name, found.version, force=force)
         registry.delete(found.name, found.version, force=True)
     else:
-        deployed = server.models.deployment()
-        if deployed is not None and deployed.reference.partition("@")[0] == found.name and not force:
-            raise Conflict(f"{found.name} is the server's default. Deploy another model first, or add ?force=true")
+        _check_not_answering(server, caller, found.name, None, force=force)
         registry.delete(found.name, force=True)
     server.models.refresh()
     server.access.forget(found.name)
     return ModelDeleted(id=name)
+
+
+def _check_not_answering(server: ServerState, caller: Caller, name: str, version: str | None, *, force: bool) -> None:
+    """Raise `Conflict` if requests without a model name would lose their model, unless an administrator forces it."""
+    part = _answering_part(server, name, version)
+    if part and not (force and caller.is_admin):
+        otherwise = ", or add ?force=true" if caller.is_admin else "; that takes a key with the scope 'admin'"
+        raise Conflict(f"{name if version is None else f'{name}@{version}'} is {part}. Deploy another model first{otherwise}")
+
+
+def _answering_part(server: ServerState, name: str, version: str | None = None) -> str:
+    """Return as what a model, or one version of it, answers requests without a model name; empty if it does not."""
+    for part, reference in server.models.parts():
+        if part != SHADOW and reference.partition("@")[0] == name:
+            with contextlib.suppress(NotFound):  # what the deployment names was deleted
+                if version in (None, server.models.registry.lookup(reference).version):
+                    return part
+    return ""
 
 
 @models_router.put("/{name}/aliases/{alias}")

@@ -81,10 +81,9 @@ def predict_router(max_body_bytes: int) -> APIRouter:
         """Classify images with the server's default model, or with the one that the server was started with."""
         server: ServerState = request.app.state.server
         caller = caller_with(request, "predict")
-        choice = server.models.choose()
-        for model in (server.models.default(), choice.model):
-            if not server.may_use_default(caller, model):
-                raise NotFound("This server has no default model that you may use. GET /v1/models lists those that you may use")
+        choice = server.models.choose(lambda canary: server.may_use_default(caller, canary))
+        if not server.may_use_default(caller, server.models.default()):
+            raise NotFound("This server has no default model that you may use. GET /v1/models lists those that you may use")
         return await _answer(request, server, caller, choice.model, choice.role, choice.shadow)
 
     @router.post("/v1/models/{name}/predict", openapi_extra=PREDICT_EXTRA, max_body_size=max_body_bytes, responses=_ANSWERS)

@@ -388,6 +388,38 @@ def test_what_is_tried_beside_the_default_is_named_only_to_those_who_may_use_it(
     assert shown[1]["shadow"] is None
 
 
+def test_no_owner_takes_the_model_of_everybody_away_or_takes_its_place(tmp_path: Path) -> None:
+    registry = registered(tmp_path, write_bundle(tmp_path / "bundle"))
+    registered(tmp_path, write_bundle(tmp_path / "hers"), "hers")
+    registry.set_access("hers", Access(owner="ann", visibility="shared"))
+    deploy(registry, Deployment("colours", canary=Share("hers", 100.0)))
+    ann, bob = (new_key(tmp_path, owner, "jobs", "predict") for owner in ("ann", "bob"))
+    root = new_key(tmp_path, "root", "admin")
+    with in_process(tmp_path) as client:
+
+        def answering() -> str:
+            answer = client.post("/predict", content=picture(), headers=bob)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["model"])
+
+        assert answering() == "hers"
+        refused = [
+            client.patch("/v1/models/hers", json={"visibility": "private"}, headers=ann),
+            client.delete("/v1/models/hers", headers=ann),
+            client.delete("/v1/models/hers?force=true", headers=ann),
+            client.delete("/v1/models/hers@1?force=true", headers=ann),
+        ]
+        assert [(answer.status_code, "the canary of the server's default" in answer.text) for answer in refused] == [
+            (409, True)
+        ] * 4
+        registry.set_access("hers", Access(owner="ann", visibility="private"))  # from the shell of the server
+        until(lambda: answering() == "colours")  # what may be used is remembered for a second
+        assert client.delete("/v1/models/hers?force=true", headers=root).status_code == 200
+        named = {"training_file": upload(client, bob), "suffix": "hers"}
+        assert client.post(JOBS, json=named, headers=bob).status_code == 409
+        assert answering() == "colours"
+
+
 def test_another_owners_file_and_name_cannot_be_used(client: TestClient, home: Path) -> None:
     ann, bob = new_key(home, "ann", "jobs"), new_key(home, "bob", "jobs")
     hers = owned(client, home, ann)
