@@ -12,6 +12,7 @@ from finetune.cli.show_plan import show_notes
 from finetune.cli.terminal import shortened, table
 from finetune.evaluation.diagnose import read_diagnosis
 from finetune.evaluation.evaluate import MOST_INDEPENDENT_FIRST, UNSEEN, Evaluation, read_evaluation
+from finetune.evaluation.folds import FoldScore
 from finetune.events import Planned
 from finetune.messages import byte_size, duration, natural_list
 from finetune.progress_bars import console
@@ -147,22 +148,24 @@ def _show_folds(found: Mapping[str, Any], *, copies: bool) -> None:
     names = tuple(dict.fromkeys((headline.key, task.headline.key, "macro_f1", "loss")))
     rows = [
         [
-            f"fold {fold['fold']}",
-            fold["n_test"],
-            *(f"{fold['metrics'][f'test/{name}']:.4f}" for name in names),
-            duration(fold["seconds"]),
+            f"fold {fold.fold}",
+            fold.n_held_out,
+            *(f"{fold.held_out(name):.4f}" for name in names),
+            duration(fold.seconds),
         ]
-        for fold in found["folds"]
+        for fold in (FoldScore(**one) for one in found["folds"])
     ]
     for title, key in (("mean", "mean"), ("± sd", "standard_deviation")):
         rows.append([title, None, *(f"{over[name][key]:.4f}" for name in names), None])
-    rows.append(["pooled (cv)", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None])
+    rows.append(
+        [f"pooled (cv){', with near duplicates' * copies}", pooled["n"], *(f"{pooled[f'cv/{name}']:.4f}" for name in names), None]
+    )
     titles = [headline.label if headline is not task.headline and name == headline.key else name for name in names]
     table("Cross-validation", ["", "held out", *titles, "took"], rows)
     low, high = (headline.text(bound) for bound in over[headline.key]["interval"])
     console.print(
         f"Expect {headline.label} {headline.text(over[headline.key]['mean'])} of this model, 95 % interval {low} to {high} "
         "(Student's t over the folds): it was made as they were, on all images."
-        f"{' Near duplicates are counted here, so expect less: see cv_unseen.' * copies}\n",
+        f"{' Near duplicates of training images are left out of it.' * copies}\n",
         markup=False,
     )

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.evaluate import UNSEEN, Evaluation
 from finetune.tasks import task_named
 
 POOLED = "cv"
@@ -37,6 +37,20 @@ class FoldScore:
     seconds: float
     mlflow_run_id: str | None = None
 
+    def held_out(self, name: str) -> float:
+        """Return a metric of the images held out, without near duplicates of the fold's training images if there are some."""
+        return self.metrics.get(f"test{UNSEEN}/{name}", self.metrics[f"test/{name}"])
+
+    @property
+    def n_held_out(self) -> int:
+        """The number of images that `held_out` counts."""
+        return int(self.metrics.get(f"test{UNSEEN}/n", self.n_test))
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether images held out are near duplicates of the fold's training images."""
+        return f"test{UNSEEN}/n" in self.metrics
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -49,19 +63,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """The results of all folds, which estimate the performance of a model trained in the same way on all images."""
+    """The results of all folds, which estimate the performance of a model trained in the same way on all images.
+
+    Near duplicates of a fold's training images count in the pooled evaluation, but not in the metrics of the folds.
+    """
 
     folds: tuple[FoldScore, ...]
     pooled: Evaluation
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some images held out are near duplicates of their fold's training images."""
+        return any(fold.has_copies for fold in self.folds)
 
     @property
     def spreads(self) -> dict[str, Spread]:
         """Map each metric key, without its split, to its spread over the folds' held-out images."""
         ratio = sum(fold.n_test for fold in self.folds) / sum(fold.n_train for fold in self.folds)
         return {
-            metric.key: spread(
-                [fold.metrics[f"test/{metric.key}"] for fold in self.folds], test_to_train=ratio, largest=metric.largest
-            )
+            metric.key: spread([fold.held_out(metric.key) for fold in self.folds], test_to_train=ratio, largest=metric.largest)
             for metric in task_named(self.pooled.task).metrics
         }
 

@@ -241,6 +241,11 @@ def _folds(found: CrossValidation) -> dict[str, Any]:
         f"not seen the image, it is {headline.text(pooled.values[headline.key])} on {pooled.n:,} images, 95 % interval {low} – "
         f"{high}, which is for these models on more such images."
     )
+    if found.has_copies:
+        said += (
+            " Near duplicates of a fold's training images are left out of the folds' figures; the pooled ones here count them, "
+            "and those of cv_unseen do not."
+        )
     first = [headline, task.headline, *(metric for metric in task.metrics if metric.key in _FOLD_METRICS)]
     shown = list({metric.key: metric for metric in first}.values())
     names = [metric.key for metric in shown]
@@ -248,8 +253,8 @@ def _folds(found: CrossValidation) -> dict[str, Any]:
         [
             f"fold {fold.fold}",
             f"{fold.n_train:,}",
-            f"{fold.n_test:,}",
-            *(f"{fold.metrics[f'test/{name}']:.4f}" for name in names),
+            f"{fold.n_held_out:,}",
+            *(f"{fold.held_out(name):.4f}" for name in names),
             cost_text("fold_seconds", fold.seconds),
         ]
         for fold in found.folds

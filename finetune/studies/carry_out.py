@@ -48,8 +48,8 @@ REFIT_NOTE = (
 )
 TEMPERATURE_NOTE = "The temperature, too, was fitted on the answers of the earlier model to val."
 FOLDS_NOTE = (
-    "The cv figures are what to expect of this model: each image was labelled by a fold's model, made in the same way, that had "
-    "not seen it; the temperature was fitted on these answers."
+    "The figures of the folds are what to expect of this model: each image was labelled by a fold's model, made in the same way, "
+    "that had not seen it; the temperature was fitted on these answers."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,3 +96,16 @@ def test_what_is_written_down_of_the_folds_is_json_with_every_figure() -> None:
     assert tuple(written["pooled"]["intervals"]["cv/top1"]) == found.pooled.intervals["top1"]
     assert written["over_folds"]["top1"]["mean"] == found.spreads["top1"].mean
     assert tuple(written["over_folds"]["top1"]["interval"]) == found.spreads["top1"].interval
+
+
+def test_near_duplicates_of_a_folds_training_images_are_left_out_of_what_to_expect() -> None:
+    found = cross_validation()
+    first = found.folds[0]
+    with_copies = replace(first, metrics={**first.metrics, "test_unseen/n": 30.0, "test_unseen/top1": 0.25})
+    copies = replace(found, folds=(with_copies, *found.folds[1:]))
+    assert (found.has_copies, copies.has_copies) == (False, True)
+    assert (first.n_held_out, with_copies.n_held_out) == (40, 30)
+    others = [fold.metrics["test/top1"] for fold in found.folds[1:]]
+    assert copies.spreads["top1"].mean == pytest.approx(np.mean([0.25, *others]))
+    assert copies.metrics["cv/top1_mean"] == copies.spreads["top1"].mean
+    assert copies.pooled == found.pooled

@@ -150,6 +150,10 @@ def test_cross_validation_gives_the_figures_without_the_copies_beside_the_others
     judged = read_evaluation(run.evaluation).evaluations
     assert (judged["cv"].n, judged["cv_unseen"].n) == (52, 52 - len(apart))
     assert outcome.metrics["cv_unseen/n"] == 52 - len(apart)
+    assert outcome.cross_validation is not None
+    folds = outcome.cross_validation["folds"]
+    assert sum(fold["metrics"].get("test_unseen/n", fold["n_test"]) for fold in folds) == 52 - len(apart)
+    assert "left out of the folds" in run.report.read_text()
     (said,) = [one for one in outcome.warnings if "held-out image" in one]
     assert said in Outcome.read(run).warnings
     assert html.escape(said.partition(" (")[0]) in run.report.read_text()
