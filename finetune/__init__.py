@@ -13,14 +13,28 @@ if TYPE_CHECKING:
     from finetune.api import Model, Run, check, compare, load, suggest, train
     from finetune.bundle.calibration import CertaintyOptions
     from finetune.client import Client
+    from finetune.errors import FinetuneError
 
 __version__ = "0.1.0"
-__all__ = ["CertaintyOptions", "Client", "Model", "Run", "__version__", "check", "compare", "load", "suggest", "train"]
+__all__ = [
+    "CertaintyOptions",
+    "Client",
+    "FinetuneError",
+    "Model",
+    "Run",
+    "__version__",
+    "check",
+    "compare",
+    "load",
+    "suggest",
+    "train",
+]
+_MODULES = {"Client": "finetune.client", "FinetuneError": "finetune.errors"}  # others are in finetune.api
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("finetune.client" if name == "Client" else "finetune.api"), name)
+        return getattr(import_module(_MODULES.get(name, "finetune.api")), name)
     raise AttributeError(f"module 'finetune' has no attribute {name!r}")
 
 

@@ -162,7 +162,13 @@ def check(
     workspace: str | Path | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Return the plan of what `train` would do with these arguments, with an estimate of its cost. Trains nothing."""
+    """Return the plan of what `train` would do with these arguments, with an estimate of its cost. Trains nothing.
+
+    The command ``finetune check`` also examines the images: duplicates, wrong labels, pictures that are dark or blurred.
+
+    Raises:
+        FinetuneError: the data or the request cannot be used; the message says what to do.
+    """
     from finetune.runs.shared import Shared
     from finetune.studies.plan import plan
 

@@ -9,6 +9,7 @@ from typing import Any
 from finetune.data.dataset import Dataset
 from finetune.data.files import LocalFile
 from finetune.data.split import fold_datasets
+from finetune.messages import plural
 from finetune.progress import ProgressCallback, silent
 from finetune.runs.estimate import Estimate, estimate, together
 from finetune.runs.forecast import Forecast, Images, forecast
@@ -35,6 +36,20 @@ class Plan:
     def deepest(self) -> Prepared:
         """The candidate that trains the most stages."""
         return self.candidates[-1]
+
+    def __repr__(self) -> str:
+        """Return the plan in a few lines, for a prompt: methods, backbone, images, estimate, and warnings about the data."""
+        resolved = self.deepest.resolved
+        methods = " or ".join(candidate.resolved.recipe.method for candidate in self.candidates)
+        images = ", ".join(f"{count:,} {split}" for split, count in resolved.dataset.sizes.items())
+        folds = f", {len(self.folds)} folds" if self.folds else ""
+        seconds = self.cost.seconds if self.whole_job is None else self.whole_job.about
+        lines = [
+            f"Plan: {methods} on {resolved.backbone.name}{folds}, about {seconds:,.0f} s",
+            f"{plural(len(resolved.dataset.classes), 'class')}; images: {images}",
+            *(f"note: {warning}" for warning in resolved.dataset.warnings),
+        ]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values: the resolved values of the deepest candidate, and the methods of all candidates."""

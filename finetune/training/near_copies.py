@@ -96,7 +96,7 @@ def near_copies_noted(run: RunDir) -> tuple[str, ...]:
         only = f". Of {found['candidates']:,} likely pairs {found['compared']:,} were compared"
     return (
         f"Near duplicates of training images: {n_images} ({shown}{more}), so figures with them are too high{only}. "
-        "finetune check --fix keeps copies on one side of the split",
+        "finetune check DATA --fix corrected.csv writes groups that keep copies on one side of a split",
     )
 
 

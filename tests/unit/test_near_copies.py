@@ -175,4 +175,4 @@ def test_a_job_gives_the_figures_without_the_copies_beside_the_others(tmp_path: 
     (said,) = [one for one in outcome.warnings if one.startswith("Near duplicates of training images: 3 test images")]
     page = run.report.read_text()
     assert "Near duplicates of training images: 3 test images" in page
-    assert said.endswith("keeps copies on one side of the split")
+    assert said.endswith("writes groups that keep copies on one side of a split")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click import UsageError
 from diagnosed import N_STEPS, answered, run_records, write_run
+from folders import write_classes
 from PIL import Image
 from tiny_bundle import write_tiny_bundle
 
@@ -225,3 +226,16 @@ def test_mlflow_refuses_a_port_that_another_program_has(tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match=f"--port {port}: another program already listens on 127"):
             _refuse_taken_port("127.0.0.1", port)
     _refuse_taken_port("127.0.0.1", port)  # nobody listens there any more
+
+
+@pytest.mark.usefixtures("unmeasured_machine")
+def test_a_plan_at_a_python_prompt_is_a_few_lines(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "data", {"a": 6, "b": 6})
+    tiny = {"model.backbone": "test_efficientnet", "model.weights": "none", "model.input_size_px": 64}
+    plan = finetune.check(root, folds=3, settings=tiny, workspace=tmp_path / "home", progress=False)
+    first, second, *notes = repr(plan).splitlines()
+    assert first.startswith("Plan: linear_probe on test_efficientnet, 3 folds, about ")
+    assert second.startswith("2 classes; images: ")
+    assert all(note.startswith("note: ") for note in notes)
+    with pytest.raises(finetune.FinetuneError, match="no such"):
+        finetune.check(tmp_path / "nothing", progress=False)
