@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def workspace_at(home: Path) -> Workspace:
 
 
 def shared_at(home: Path) -> Shared:
-    return Shared.of(workspace_at(home))
+    """What runs in `home` share: traced networks with all others of this test session, recorded networks only with each other."""
+    shared = Shared.of(workspace_at(home))
+    return replace(shared, recorded=shared.store)
 
 
 def carry_out_at(home: Path, spec: JobSpec, run: RunDir, progress: ProgressCallback = silent) -> Outcome:

@@ -1,13 +1,13 @@
 """Compare an exported model with the trained network on image files, from preprocessed pixels and from encoded bytes.
 
-The caller passes torch's outputs as a `Reference`, so this module is torch-free.
+The caller passes the trained network's outputs as a `Reference`, so this module is torch-free.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,20 @@ CAM_TOLERANCE = 1e-4  # relative to the largest logit, absolute if that is below
 
 @dataclass(frozen=True)
 class Reference:
-    """Torch's outputs for some images, which the exported model is compared with."""
+    """The trained network's outputs for some images, which the exported model is compared with."""
 
     outputs: Outputs  # without a cam: the exported one is checked by its mean
     head_bias: NDArray[np.float32]  # (C,)
-    source: str  # in words: the version of torch, and the process that it ran in
+    source: str  # in words: what computed them
+    when_agreed: Callable[[], None] = lambda: None  # is called when the exported model agrees with them
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest differences between an exported model and torch.
+    """The largest differences between an exported model and the trained network.
 
-    `n_flips` is the number of images with another top-1 class, without `n_ties`, the images whose top classes are tied in torch.
+    `n_flips` is the number of images with another top-1 class, without `n_ties`, the images whose top classes are tied in the
+    trained network.
     """
 
     n_images: int
@@ -65,8 +67,8 @@ class Parity:
         """Return a problem for each difference above its tolerance; NaN is above every tolerance."""
         found = []
         for where, difference, n_flips in (
-            ("torch against ONNX", self.max_prob_difference, self.n_flips),
-            ("torch against bytes", self.max_prob_difference_from_bytes, self.n_flips_from_bytes),
+            ("training against ONNX", self.max_prob_difference, self.n_flips),
+            ("training against bytes", self.max_prob_difference_from_bytes, self.n_flips_from_bytes),
         ):
             if not difference <= PROB_TOLERANCE:
                 found.append(Problem(where, f"probabilities differ by {difference:.2g}, allowed is {PROB_TOLERANCE:g}"))
@@ -101,7 +103,7 @@ def parity(
     """Compare `predictor` with the reference on all images in batches of each size, and on the first files one by one.
 
     Args:
-        images: (N, h, w, 3) the preprocessed images that torch computed the reference from.
+        images: (N, h, w, 3) the preprocessed images that the reference was computed from.
         files: the same images, encoded. The predictor preprocesses them itself, so that a difference in preprocessing is found.
         n_from_bytes: the number of files to predict.
     """

@@ -86,9 +86,13 @@ def _weights_digest(classifier: Classifier) -> str:
 
 
 def fingerprint(module: DeployModule) -> str:
-    """Return the sha256 of everything that the graph depends on except weights: layers, their sizes, and the code that traces."""
+    """Return the sha256 of everything that the graph depends on except weights: layers, their sizes, and the code that traces.
+
+    The head is left out, because the graph is the same for every number of classes, and auxiliary heads, which are not exported.
+    """
     classifier, backbone = module.classifier, module.classifier.backbone
-    layers = (repr(module), [(name, tuple(weight.shape), weight.dtype) for name, weight in named_weights(module).items()])
+    sizes = [(name, tuple(weight.shape), weight.dtype) for name, weight in named_weights(backbone).items()]
+    layers = (repr(backbone), sizes)
     around = (
         module.objective.task,
         backbone.name,

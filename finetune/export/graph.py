@@ -2,7 +2,8 @@
 
 The graph is traced once, with every weight as a named input, and filled with weights later: first with those of the backbone
 (`fold`), then with the head (`finetune.export.template`). Training changes only weights, so the graph that was traced and checked
-before training is exported after it, and filling it takes a fraction of the time of tracing.
+before training is exported after it, and filling it takes a fraction of the time of tracing. It does not depend on the number of
+classes either, so a backbone is traced once for all datasets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 from finetune.bundle.manifest import OutputName
 from finetune.errors import ExportError
-from finetune.export.template import HEAD_BIAS, HEAD_WEIGHT, TEMPERATURE, Head, serialized, with_head
+from finetune.export.template import CLASSES, HEAD_BIAS, HEAD_WEIGHT, TEMPERATURE, Head, serialized, with_head
 from finetune.model.classifier import Classifier
 from finetune.model.onnx_program import onnx_program
 from finetune.runtime.collector import collection_paused
@@ -31,6 +32,7 @@ from finetune.training.objectives import objective_of
 EXPORTER = f"torch.onnx dynamo, torch {torch.__version__}"
 
 _OF_HEAD = (HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE)
+_TRACED_CLASSES = 3  # of the head that is traced, which stands for any other; 1 and 2 might be broadcast or taken for the batch
 _LARGEST_FILE_BYTES = 2**31 - 1  # the limit of a protobuf message, and so of an ONNX file without external data
 
 
@@ -68,7 +70,7 @@ class DeployModule(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced `DeployModule` without weights: `proto` is an ONNX model that takes them as inputs, named as in the module."""
+    """A traced `DeployModule` for any number of classes, without weights, which are inputs of `proto`, named as in the module."""
 
     proto: bytes = field(repr=False)
     outputs: tuple[OutputName, ...]
@@ -83,6 +85,8 @@ def trace(module: DeployModule) -> Graph:
     name = module.classifier.backbone.name
     _refuse_too_large(module, name)
     copied = copy.deepcopy(module)
+    head = copied.classifier.head
+    copied.classifier.head = nn.Linear(head.in_features, _TRACED_CLASSES, device=head.weight.device)
     _disable_in_place(copied)
     try:
         program = _exported(copied)
@@ -192,8 +196,26 @@ def _weights_as_inputs(model: ir.Model, module: nn.Module) -> bytes:
         value = model.graph.initializers.pop(name)
         value.const_value = None
         model.graph.inputs.append(value)
+    _generalise_classes(model.graph)
     _remove_source_notes(model)
     return serialized(ir.to_proto(model))
+
+
+def _generalise_classes(graph: ir.Graph) -> None:
+    """Make the number of classes the dimension `CLASSES`, and forget the shapes of intermediate values that depend on it."""
+    of_head = {value for value in graph.inputs if value.name in (HEAD_WEIGHT, HEAD_BIAS)}
+    for value in of_head:
+        assert value.shape is not None, f"{value.name} was traced without a shape"
+        value.shape = ir.Shape([CLASSES, *value.shape[1:]])
+    reached = set(of_head)
+    for node in graph.all_nodes():  # each after those that it reads from
+        if any(value in reached for value in node.inputs):
+            reached.update(node.outputs)
+    for value in reached - of_head:
+        value.shape = None
+    for value in graph.outputs:
+        if value.name in ("probs", "logits"):
+            value.shape = ir.Shape(["batch", CLASSES])
 
 
 def _remove_source_notes(model: ir.Model) -> None:

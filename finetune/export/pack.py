@@ -1,6 +1,6 @@
 """Write a bundle: model, manifest and probe in a folder that appears only when it is complete and has been checked.
 
-Torch-free: the model is passed as an ONNX file, and torch's outputs as a `Reference`.
+Torch-free: the model is passed as an ONNX file, and the trained network's outputs as a `Reference`.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class KeptWeights:
 
 @dataclass(frozen=True)
 class ExportedNetwork:
-    """A trained network as one ONNX file, with its description and a function that returns torch's outputs for comparison."""
+    """A trained network as one ONNX file, with its description and a function that returns its outputs for comparison."""
 
     model: bytes = field(repr=False)
     backbone: BackboneFacts
     preprocess: Preprocess
     exporter: str
     reference: Callable[[Sequence[Sample], NDArray[np.uint8]], Reference]
-    """Returns torch's outputs for N samples; the second argument is their preprocessed pixels (N, h, w, 3) uint8."""
+    """Returns the network's outputs for N samples; the second argument is their preprocessed pixels (N, h, w, 3) uint8."""
     kept: KeptWeights
 
     @property
@@ -116,27 +116,29 @@ def export_bundle(
     """Write a network as the bundle folder `out`, which is replaced if it exists; return the manifest.
 
     Args:
-        samples: images of the dataset, preferably those of val; the export is compared with torch on them, and some become the
-            probe.
+        samples: images of the dataset, preferably those of val; the export is compared with the trained network on them, and
+            some become the probe.
         threads: for running the model.
         quantize: an int8 model is kept only if it is as good on `samples`; ``manifest.model["quantization"]`` records the result.
         training: images that int8 is calibrated on; by default `samples`.
 
     Raises:
-        ExportError: the outputs of the exported model differ from torch's, or there are no samples.
+        ExportError: the outputs of the exported model differ from the trained network's, or there are no samples.
     """
     if not samples:
         raise ExportError("a bundle is checked on real images before it counts, and none were given: pass validation samples")
-    progress(Progress("exporting", 0, 3, "steps", message="comparing the export with torch"))
+    progress(Progress("exporting", 0, 3, "steps", message="comparing the export with the trained network"))
     compared = parity_samples(samples)
     files = [sample.read() for sample in compared]
     images = np.stack([network.preprocess.load(data) for data in files])  # (N, h, w, 3) uint8
     manifest = _manifest(network, facts)
     model = network.model
     predictor = Predictor(manifest, open_session(model, threads=threads))
-    report = parity(network.reference(compared, images), images, predictor, files)
+    reference = network.reference(compared, images)
+    report = parity(reference, images, predictor, files)
     if problems := report.problems():
         raise ExportError(f"{network.backbone.name}: the exported model does not answer as the trained one does", problems)
+    reference.when_agreed()
     manifest = dataclasses.replace(manifest, parity=report.to_dict())
     if quantize == "int8":
         progress(Progress("exporting", 1, 3, "steps", message="quantising to int8"))

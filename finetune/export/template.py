@@ -1,7 +1,8 @@
 """Templates: ONNX models in which the head's weight and bias and the temperature are inputs instead of constants. Torch-free.
 
 All other weights are folded when the template is made. Because these three are inputs, no optimisation has merged them into other
-constants, and `with_head` can set them later without torch.
+constants, and `with_head` can set them later without torch. The number of classes is the dimension `CLASSES`, which has no value
+before the head is set, so one template serves every dataset.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 HEAD_WEIGHT, HEAD_BIAS, TEMPERATURE = "classifier.head.weight", "classifier.head.bias", "temperature"
+CLASSES = "classes"  # the name of the dimension of logits and probabilities
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def with_head(template: bytes, head: Head, temperature: float = 1.0) -> bytes:
         del values[TEMPERATURE]
         _remove_division(model.graph)
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in values.items())
+    _set_classes(model.graph, len(head.bias))
     return serialized(model)
 
 
@@ -59,6 +62,14 @@ def _remove_division(graph: onnx.GraphProto) -> None:
     graph.node.remove(division)
     for node in graph.node:
         node.input[:] = [logits if name == quotient else name for name in node.input]
+
+
+def _set_classes(graph: onnx.GraphProto, n_classes: int) -> None:
+    """Give the dimension `CLASSES` its value."""
+    for value in [*graph.output, *graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == CLASSES:
+                dim.dim_value = n_classes
 
 
 def serialized(model: onnx.ModelProto) -> bytes:

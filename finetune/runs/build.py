@@ -6,7 +6,8 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -94,9 +95,6 @@ class BuiltNetwork:
     def with_head(self, head: Head, temperature: float) -> bytes:
         return with_head(self.template, head, temperature)
 
-    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
-        return True
-
     def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
         """Compute the embeddings of samples in torch in another thread, on one core, while the head is solved."""
 
@@ -112,13 +110,11 @@ class BuiltNetwork:
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Compute the outputs in torch, and record the network with torch's embeddings so that later runs need no torch."""
-        embeddings = self._begun_for(samples, preprocess)
-        found = head_reference(self._embeddings(images) if embeddings is None else embeddings, head, temperature, self.task)
-        folder = engine_folder(self.prefix, preprocess, self._shared.store)
-        if self.prefix.expected_engine("cpu", folder) == onnx_engine_name():
-            self._keep(found.outputs.embedding, samples, preprocess)
-        return found
+        """Compute the outputs in torch. If the export agrees, the network is recorded, so that later runs need no torch."""
+        begun = self._begun_for(samples, preprocess)
+        embeddings = self._embeddings(images) if begun is None else begun
+        found = head_reference(embeddings, head, temperature, self.task)
+        return replace(found, when_agreed=partial(self._record, embeddings, samples, preprocess))
 
     def _begun_for(self, samples: Sequence[Sample], preprocess: Preprocess) -> NDArray[np.float32] | None:
         """Return the embeddings that `begin_reference` computes; None if it was not called for these samples."""
@@ -154,22 +150,26 @@ class BuiltNetwork:
         fits = self.classifier.pooling == origin.pooling and head.weight.shape[1] == self.classifier.head.in_features
         return head if fits else None
 
-    def _keep(self, embedding: NDArray[np.float32], samples: Sequence[Sample], preprocess: Preprocess) -> None:
-        """Record the network for later runs, with torch's embeddings (N, D) of N samples."""
+    def _record(self, embedding: NDArray[np.float32], samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        """Record the network for later runs, with torch's embeddings (N, D) of N samples, unless ONNX Runtime cannot run it."""
+        folder = engine_folder(self.prefix, preprocess, self._shared.store)
+        if self.prefix.expected_engine("cpu", folder) != onnx_engine_name():
+            return
         weights_file = self.classifier.backbone.weights.file
         record = Record(
             task=self.task,
-            n_classes=self.classifier.num_classes,
             facts=self.facts,
             embedding_digest=self.prefix.digest,
             frozen_digest=self.frozen_digest(),
             exporter=self.exporter,
             torch=torch.__version__,
+            n_compared=len(samples),
             weights_file=file_state(str(weights_file.absolute())) if weights_file else None,
             seed=self.seed,
         )
-        key = network_key(self._spec, self.task, record.n_classes)
-        keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, self._shared.store)
+        shared = self._shared
+        key = network_key(self._spec, self.task, shared.workspace.models)
+        keep_known(key, record, self.template, self.prefix, embedding, samples, preprocess, shared.recorded, shared.store)
 
 
 def carried_tensors(backbone: Backbone, *, trained: bool) -> Tensors:

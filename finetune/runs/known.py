@@ -1,12 +1,14 @@
 """Record an untrained network, so that later runs can solve a head on it and export it without torch. Torch-free.
 
-A run that exports a solved head writes two files into the store's namespace ``engines``: a template, which is the exported graph
-without its head (`finetune.export.template`), and a record of the backbone's facts, its digests and the state of its weights
-file. Their key is a digest of everything that determines what the network computes: the model section of the request, the task,
-the number of classes, the versions of the libraries, and the source code in this package that builds and traces networks.
+A run that exports a solved head, and finds that the export agrees with torch, writes two files into the store of networks that
+all workspaces of a user share: a template, which is the exported graph without its head (`finetune.export.template`), and a
+record of the backbone's facts, its digests and the state of its weights file. Their key is a digest of everything that determines
+what the network computes: the model section of the request, the task, the versions of the libraries, and the source code in this
+package that builds and traces networks. The images and the number of classes are not part of it.
 
-An export is compared with torch's outputs. For a later run without torch, the embeddings that torch computed for the compared
-images are cached with the features, under an engine name of their own.
+The embeddings that torch computed for the compared images are cached with the features of the workspace, under an engine name of
+their own. The export of a later run is compared with them if it is compared on the same images, and else with the features that
+its head was solved on, which the recorded graph has computed.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from finetune.errors import DiskFull
 from finetune.events import EventCallback
 from finetune.export.agreement import Reference
 from finetune.export.template import Head, with_head
-from finetune.features.cache import Rows
 from finetune.features.engine import Engine, OnnxEngine, Prefix, only_embedding, onnx_engine_name
-from finetune.features.rows import find_rows, keep_rows
+from finetune.features.rows import FeatureContext, Views, find_rows, keep_rows, pooled_features
 from finetune.features.solve import head_logits
+from finetune.messages import plural
 from finetune.model.facts import BackboneFacts
 from finetune.model.packages import package_of
 from finetune.model.tensors import Tensors, backbone_tensors, read_tensors
@@ -46,7 +48,7 @@ from finetune.storage.files import read_json, write_atomic, write_json
 from finetune.storage.store import Store, mark_used
 from finetune.tasks import task_named
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -58,12 +60,12 @@ class Record:
     """The facts of a recorded network; its graph is in the template."""
 
     task: str
-    n_classes: int
     facts: BackboneFacts
     embedding_digest: str  # `Prefix.digest` of the whole backbone with pooling
     frozen_digest: str
     exporter: str
     torch: str  # version
+    n_compared: int  # images on which an export was compared with torch before the network was recorded
     weights_file: Mapping[str, Any] | None  # from `file_state`; None if the weights are not in a file
     seed: int  # that a backbone without pretrained weights was initialised with
 
@@ -83,7 +85,7 @@ class KnownNetwork:
 
     record: Record
     template: bytes
-    store: Store
+    store: Store  # of the features
 
     @property
     def facts(self) -> BackboneFacts:
@@ -118,28 +120,27 @@ class KnownNetwork:
         assert self.record.weights_file is not None, "the weights of one's own model are in a file"
         return backbone_tensors(read_tensors(open_origin(Path(self.record.weights_file["path"]).parent)))
 
-    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
-        return not len(self._stored(samples, preprocess).missing)
-
     def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
-        """Do nothing: an earlier run computed the embeddings."""
+        """Do nothing: the embeddings are in the cache."""
 
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Apply the head to the embeddings that torch computed in an earlier run.
-
-        Raises:
-            KeyError: some samples have no stored embedding; ask `has_reference` first.
-        """
-        embedding = self._stored(samples, preprocess).take(np.arange(len(samples)))
+        """Apply the head to the embeddings that torch computed in an earlier run; for other images, to the features."""
+        torch = self.record.torch
+        stored = find_rows(self.prefix, samples, preprocess, reference_engine(torch), self.store)
+        if len(stored.missing):
+            embedding = pooled_features(self.prefix, samples, Views(preprocess), FeatureContext(self.store))
+            source = (
+                "the features that the head was solved on, from a graph that was compared with torch "
+                f"{torch} on {plural(self.record.n_compared, 'image')} in an earlier run"
+            )
+        else:
+            embedding = stored.take(np.arange(len(samples)))
+            source = f"embeddings by torch {torch} in an earlier process, with this head"
         logits = head_logits(embedding, head.weight, head.bias)
         probs = task_named(self.record.task).probabilities(logits, temperature).astype(np.float32)
-        source = f"embeddings by torch {self.record.torch} in an earlier process, with this head"
         return Reference(Outputs(probs, logits, embedding, cam=None), head.bias, source)
-
-    def _stored(self, samples: Sequence[Sample], preprocess: Preprocess) -> Rows:
-        return find_rows(self.prefix, samples, preprocess, reference_engine(self.record.torch), self.store)
 
 
 @dataclass(frozen=True)
@@ -164,21 +165,24 @@ class _KnownPrefix:
         return onnx_engine_name()
 
     def open_engine(self, images: NDArray[np.uint8], device: Device, folder: Path, event: EventCallback) -> Engine:
-        n_classes = self.network.record.n_classes
-        any_head = Head(np.zeros((n_classes, *self.row_shape), np.float32), np.zeros(n_classes, np.float32))
+        any_head = Head(np.zeros((1, *self.row_shape), np.float32), np.zeros(1, np.float32))
         return OnnxEngine(open_session(only_embedding(self.network.with_head(any_head, 1.0))))
 
 
-def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
-    """Return the key of the network that a request starts from: a digest of everything that determines what it computes."""
+def network_key(spec: JobSpec, task: str, models: Path) -> str:
+    """Return the key of the network that a request starts from: a digest of everything that determines what it computes.
+
+    Args:
+        models: the folder of the workspace's models, one of which the request may name.
+    """
     package = package_of(spec.model.backbone)
     parts = (
         SCHEMA_VERSION,
         spec.model.model_dump_json(),
         str(Path(spec.model.weights).absolute()),  # a relative path names different files in different working directories
         _state_of_folder(spec.model.backbone),
+        str(models) if is_registered_model(spec.model.backbone) else None,
         task,
-        n_classes,
         spec.seed if spec.model.weights == "none" else None,  # initialises a backbone that is not pretrained
         package.version() if package else None,
         *(importlib.metadata.version(name) for name in _LIBRARIES),
@@ -190,26 +194,33 @@ def network_key(spec: JobSpec, task: str, n_classes: int) -> str:
 def _state_of_folder(backbone: str) -> list[dict[str, Any] | None]:
     """Return the state of the files that describe a backbone in a local folder; empty if its name alone identifies it."""
     if backbone.startswith(LOCAL_FOLDER):
-        return [file_state(str(Path(backbone.removeprefix(LOCAL_FOLDER)) / "config.json"))]
+        return [file_state(str(Path(backbone.removeprefix(LOCAL_FOLDER)).absolute() / "config.json"))]
     if is_own_model(backbone) and not is_registered_model(backbone):
-        return [file_state(str(Path(backbone) / name / MANIFEST)) for name in (".", "bundle")]
+        return [file_state(str(Path(backbone).absolute() / name / MANIFEST)) for name in (".", "bundle")]
     return []
 
 
-def find_known(key: str, store: Store) -> KnownNetwork | None:
-    """Return the network recorded under `key`; None if there is none, or if its template or weights file has changed since."""
-    folder = _folder(key, store)
-    if not (folder / "network.json").is_file() or not (folder / "template.onnx").is_file():
+def find_known(key: str, networks: Store, store: Store) -> KnownNetwork | None:
+    """Return the network recorded under `key`; None if there is none, or if its template or weights file has changed since.
+
+    Args:
+        networks: where networks are recorded.
+        store: where its features will be cached.
+    """
+    folder = _folder(key, networks)
+    try:
+        document = read_json(folder / "network.json")
+        template = (folder / "template.onnx").read_bytes()
+    except FileNotFoundError:  # never recorded, or deleted to make room
         return None
-    document = read_json(folder / "network.json")
-    template = (folder / "template.onnx").read_bytes()
     if document["template_sha256"] != hashlib.sha256(template).hexdigest():
         return None
     record = Record.from_dict(document["record"])
     if record.weights_file != file_state(record.weights_file["path"] if record.weights_file else None):
         return None
-    mark_used(folder / "network.json")
-    mark_used(folder / "template.onnx")
+    with contextlib.suppress(FileNotFoundError):
+        mark_used(folder / "network.json")
+        mark_used(folder / "template.onnx")
     return KnownNetwork(record, template, store)
 
 
@@ -221,15 +232,21 @@ def keep_known(
     embedding: NDArray[np.float32],
     samples: Sequence[Sample],
     preprocess: Preprocess,
+    networks: Store,
     store: Store,
 ) -> None:
-    """Record a network for later runs, with torch's embeddings (N, D) of N samples, if the store has room for it."""
-    folder = _folder(key, store)
+    """Record a network for later runs, and cache torch's embeddings (N, D) of N samples, as far as the stores have room.
+
+    Args:
+        networks: for the network.
+        store: for the embeddings.
+    """
+    folder = _folder(key, networks)
     document = {"template_sha256": hashlib.sha256(template).hexdigest(), "record": record.to_dict()}
     # On a full disk nothing is recorded, and the next run builds the network in torch.
     with contextlib.suppress(DiskFull):
-        kept = keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
-        if kept and store.reserve(len(template)):
+        keep_rows(embedding, prefix, samples, preprocess, reference_engine(record.torch), store)
+        if networks.reserve(len(template)):
             write_atomic(folder / "template.onnx", lambda stream: stream.write(template))
             write_json(folder / "network.json", document)
 
@@ -247,8 +264,8 @@ def reference_engine(torch_version: str) -> str:
     return f"torch {torch_version} cpu float32, as the reference of exports"
 
 
-def _folder(key: str, store: Store) -> Path:
-    return store.folder("engines") / f"network-{key}"
+def _folder(key: str, networks: Store) -> Path:
+    return networks.folder("engines") / f"network-{key}"
 
 
 @functools.cache

@@ -64,10 +64,6 @@ class Network(Protocol):
         """Return the backbone's tensors that a bundle must contain: none if they still are the published pretrained weights."""
         ...
 
-    def has_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> bool:
-        """Return whether `reference` is available for these samples with this preprocessing."""
-        ...
-
     def begin_reference(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
         """Start, in another thread, the part of `reference` that does not depend on the head, if it is not available already."""
         ...
@@ -75,7 +71,7 @@ class Network(Protocol):
     def reference(
         self, head: Head, temperature: float, samples: Sequence[Sample], images: NDArray[np.uint8], preprocess: Preprocess
     ) -> Reference:
-        """Return torch's outputs for N samples with this head, which an export is compared with.
+        """Return the network's outputs for N samples with this head, which an export is compared with.
 
         Args:
             images: (N, h, w, 3) uint8, the samples preprocessed by `preprocess`.

@@ -6,7 +6,7 @@ This is all that `finetune check` does. Torch is imported only if a network has 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +25,7 @@ from finetune.data.manifest import keep, require
 from finetune.data.reading import reading_of
 from finetune.data.split import read_split, recorded_sides, split_dataset, write_split
 from finetune.errors import DataError, ImageError, InvalidInput, Problem
-from finetune.export.agreement import parity_samples
-from finetune.features.engine import onnx_engine_name
-from finetune.features.rows import FeatureContext, Views, decode_into_features, find_rows
+from finetune.features.rows import FeatureContext, Views, decode_into_features
 from finetune.messages import printable
 from finetune.progress import Progress, ProgressCallback, silent
 from finetune.runs.known import KnownNetwork, find_known, network_key
@@ -95,8 +93,6 @@ def prepare(
         dataset = with_val_as_train(dataset)
     earlier, choices = _decisions(run, options)
     resolved = resolve(spec, dataset, network.facts, compute, earlier, choices.l2 if choices else None)
-    if options.reaches("exported") and not network.has_reference(parity_samples(checked_on), resolved.preprocess):
-        network = built_network(spec, dataset, shared)
     return Prepared(resolved, dataset, checked_on, network)
 
 
@@ -105,18 +101,18 @@ def read_and_build(spec: JobSpec, shared: Shared, progress: ProgressCallback = s
 
     Another thread reads the files while this thread builds and traces the network. If the method needs the pooled features of all
     images, they are computed in the same pass that checks the files, so that each file is decoded once. If the request is only
-    for a solved head, and an earlier run has recorded the network and cached the features of all images, no network is built.
+    for a solved head, and an earlier run of this user has recorded the network, no network is built.
     """
     data_key = _data_key(spec)
     if data_key in shared.datasets:
         dataset = shared.datasets[data_key]
-        network = _network_in_memory(spec, dataset, shared) or _network_on_disk(spec, dataset, shared, lambda: dataset)
+        network = _network_in_memory(spec, dataset, shared) or _network_on_disk(spec, dataset, shared)
         network = network or built_network(spec, dataset, shared)
         network.try_export()
         return dataset, network
     indexed = _index(spec, shared)
     with _reading(spec, indexed, shared, progress) as reading:
-        network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared, reading.nothing_to_decode)
+        network = _network_in_memory(spec, indexed, shared) or _network_on_disk(spec, indexed, shared)
         network = network or built_network(spec, indexed, shared)
         reading.network.set_result(network)
         network.try_export()
@@ -147,7 +143,7 @@ def built_network(spec: JobSpec, dataset: Dataset, shared: Shared) -> BuiltNetwo
     with importing("torch"):
         from finetune.runs.build import BuiltNetwork, build_network
 
-    key = _network_key(spec, dataset)
+    key = _key_in_memory(spec, dataset, shared)
     network = shared.networks.get(key)
     if not isinstance(network, BuiltNetwork):
         network = shared.networks[key] = build_network(spec, resolve_task(spec, dataset).name, len(dataset.classes), shared)
@@ -253,31 +249,25 @@ def _refuse_unlearnable(spec: JobSpec, dataset: Dataset) -> None:
 
 def _network_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
     """Return the network that an earlier run in this process built or loaded, if it is sufficient for this request."""
-    found = shared.networks.get(_network_key(spec, dataset))
+    found = shared.networks.get(_key_in_memory(spec, dataset, shared))
     return None if isinstance(found, KnownNetwork) and not _only_solves(spec) else found
 
 
-def _network_on_disk(spec: JobSpec, indexed: Dataset, shared: Shared, decoded: Callable[[], Dataset | None]) -> Network | None:
-    """Return the network that an earlier run recorded, if the request is only for a solved head and all features are cached.
-
-    Args:
-        decoded: returns the dataset with the digests of all files; None if some files have never been decoded.
-    """
-    key = _network_key(spec, indexed)
-    known = find_known(key, shared.store) if _only_solves(spec) else None
-    dataset = None if known is None else decoded()
-    if known is None or dataset is None:
+def _network_on_disk(spec: JobSpec, dataset: Dataset, shared: Shared) -> Network | None:
+    """Return the network that an earlier run recorded, if the request is only for a solved head."""
+    if not _only_solves(spec):
         return None
-    preprocess = framing(spec, dataset, known.facts.preprocess)
-    features = find_rows(known.prefix, dataset.samples, preprocess, onnx_engine_name(), shared.store)
-    if len(features.missing):
-        return None
-    shared.networks[key] = known
+    known = find_known(
+        network_key(spec, resolve_task(spec, dataset).name, shared.workspace.models), shared.recorded, shared.store
+    )
+    if known is not None:
+        shared.networks[_key_in_memory(spec, dataset, shared)] = known
     return known
 
 
-def _network_key(spec: JobSpec, dataset: Dataset) -> str:
-    return network_key(spec, resolve_task(spec, dataset).name, len(dataset.classes))
+def _key_in_memory(spec: JobSpec, dataset: Dataset, shared: Shared) -> str:
+    """Return the key of a network of this process, which may have been built with a head for the classes of a dataset."""
+    return f"{network_key(spec, resolve_task(spec, dataset).name, shared.workspace.models)} {len(dataset.classes)}"
 
 
 def _only_solves(spec: JobSpec) -> bool:
@@ -298,19 +288,12 @@ class _Reading:
     """Results that the reading thread and the calling thread pass to each other.
 
     Args:
-        scanned: the state and digests of the files, from the reading thread.
         dataset: the checked dataset, from the reading thread.
         network: set by the caller, who finds or builds it; the reading thread waits for it before it computes features.
     """
 
-    scanned: Future[Scanned]
     dataset: Future[Dataset]
-    network: Future[Network]  # set by the caller, who finds or builds it
-
-    def nothing_to_decode(self) -> Dataset | None:
-        """Return the dataset with the digests of all files; None if some files have never been decoded."""
-        scanned = self.scanned.result()
-        return None if scanned.undecoded else scanned.dataset
+    network: Future[Network]
 
 
 @contextmanager
@@ -328,7 +311,7 @@ def _reading(spec: JobSpec, indexed: Dataset, shared: Shared, progress: Progress
         try:
             scanned = pool.submit(scan, indexed, progress=report, memory=shared.store.folder("notes"))
             dataset = pool.submit(_verify, spec, scanned, network, shared, report)
-            yield _Reading(scanned, dataset, network)
+            yield _Reading(dataset, network)
         except BaseException:
             given_up.set()
             if not network.done():

@@ -13,13 +13,20 @@ from finetune.storage.workspace import Workspace
 if TYPE_CHECKING:
     from finetune.executors.slots import Slots
 
+RECORDED_NETWORKS_BYTES = 4 * 1024**3  # a ResNet-50 takes 90 MiB, a ViT-B 330 MiB
+
 
 @dataclass
 class Shared:
-    """The workspace and its store, and the checked datasets and untrained networks of this process, each by its key."""
+    """The workspace and its store, and the checked datasets and untrained networks of this process, each by its key.
+
+    Args:
+        recorded: the store of recorded networks (`finetune.runs.known`).
+    """
 
     workspace: Workspace
     store: Store
+    recorded: Store
     datasets: dict[str, Dataset] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
     slots: Slots | None = None  # in which the runs of a study are carried out in parallel; None: in this process, one by one
@@ -27,4 +34,7 @@ class Shared:
     @classmethod
     def of(cls, workspace: Workspace, slots: Slots | None = None) -> Shared:
         """Return a `Shared` for a workspace, with no datasets and networks yet."""
-        return cls(workspace, Store(workspace.cache), slots=slots)
+        store = Store(workspace.cache)
+        of_user = workspace.networks.parent  # the workspace's own cache if the workspace shares no networks with others
+        recorded = store if of_user == workspace.cache else Store(of_user, at_most_bytes=RECORDED_NETWORKS_BYTES)
+        return cls(workspace, store, recorded, slots=slots)

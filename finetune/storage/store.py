@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,23 +38,23 @@ class _Entry:
 class Store:
     """The cache folder of a workspace. Safe between threads; other processes may read, write and delete at the same time."""
 
-    def __init__(self, root: Path, budget_bytes: int | None = None) -> None:
+    def __init__(self, root: Path, budget_bytes: int | None = None, *, at_most_bytes: int = LARGEST_BUDGET_BYTES) -> None:
         """Open the store in `root`.
 
         Args:
             budget_bytes: largest total size of the budgeted namespaces; by default half of the sum of their present size and the
-                free disk space, at most 20 GiB.
+                free disk space, but not more than `at_most_bytes`.
         """
         self.root = root
         self.opened_at = time.time() - _CLOCK_STEP_SECONDS
         self._lock = threading.Lock()
-        self._given_budget = budget_bytes
+        self._given_budget, self._at_most_bytes = budget_bytes, at_most_bytes
         self._room_bytes: int | None = None  # counted at the first call of `reserve`
         self._deletable: list[_Entry] = []  # the least recently used one last
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the same folder."""
-        return Store, (self.root, self._given_budget)
+        return partial(Store, at_most_bytes=self._at_most_bytes), (self.root, self._given_budget)
 
     def folder(self, namespace: Namespace) -> Path:
         """Return the folder of a namespace, which may not exist yet."""
@@ -66,7 +67,7 @@ class Store:
             return self._given_budget
         self.root.mkdir(parents=True, exist_ok=True)
         used = sum(entry.n_bytes for entry in self._entries())
-        return min(LARGEST_BUDGET_BYTES, (shutil.disk_usage(self.root).free + used) // 2)
+        return min(self._at_most_bytes, (shutil.disk_usage(self.root).free + used) // 2)
 
     def reserve(self, n_bytes: int) -> bool:
         """Reserve `n_bytes` of the budget; return False if they do not fit.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ from finetune.bundle.predictor import Predictor, read_probe
 from finetune.data.dataset import Sample
 from finetune.errors import ExportError
 from finetune.export import agreement
-from finetune.export.agreement import Parity, batch_sizes_for, parity
+from finetune.export.agreement import Parity, Reference, batch_sizes_for, parity
 from finetune.export.graph import DeployModule, Graph, trace
-from finetune.export.pack import _manifest
+from finetune.export.pack import _manifest, export_bundle
 from finetune.export.reference import torch_reference
 from finetune.model.classifier import Classifier
 from finetune.runtime.session import open_session
@@ -133,7 +134,7 @@ def test_an_export_that_differs_from_torch_leaves_what_was_there(
     monkeypatch.setattr(agreement, "PROB_TOLERANCE", 0.0)
     with pytest.raises(ExportError, match="test_resnet: the exported model does not answer as the trained one does") as raised:
         export_classifier(classifier, FACTS, samples, bundle, graph=graph)
-    assert [problem.where for problem in raised.value.problems] == ["torch against ONNX", "torch against bytes"]
+    assert [problem.where for problem in raised.value.problems] == ["training against ONNX", "training against bytes"]
     assert read_manifest(bundle) == before
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
@@ -165,6 +166,24 @@ def compared(classifier: Classifier, graph: Graph) -> tuple[DeployModule, Predic
     return module, Predictor(_manifest(network, FACTS), open_session(network.model))
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_only_an_export_that_agrees_is_recorded(
+    classifier: Classifier, graph: Graph, samples: list[Sample], tmp_path: Path, agrees: bool
+) -> None:
+    network = network_of(DeployModule(classifier), graph)
+    recorded: list[str] = []
+
+    def reference(compared: Sequence[Sample], images: np.ndarray) -> Reference:
+        found = network.reference(compared, images)
+        logits = found.outputs.logits if agrees else -found.outputs.logits
+        outputs = dataclasses.replace(found.outputs, logits=logits)
+        return dataclasses.replace(found, outputs=outputs, when_agreed=lambda: recorded.append("the network"))
+
+    with contextlib.nullcontext() if agrees else pytest.raises(ExportError):
+        export_bundle(dataclasses.replace(network, reference=reference), FACTS, samples, tmp_path / "bundle")
+    assert recorded == (["the network"] if agrees else [])
+
+
 def report_of(compared: tuple[DeployModule, Predictor], samples: list[Sample], **given: int) -> Parity:
     module, predictor = compared
     files = [sample.read() for sample in samples]
@@ -184,7 +203,7 @@ def test_other_weights_are_found_out(compared: tuple[DeployModule, Predictor], s
     scatter(other.classifier, seed=3)
     report = report_of((other, predictor), samples)
     assert report.n_flips > 0
-    assert {problem.where for problem in report.problems()} == {"torch against ONNX", "torch against bytes", "cam"}
+    assert {problem.where for problem in report.problems()} == {"training against ONNX", "training against bytes", "cam"}
 
 
 def test_another_preprocessing_is_found_out_by_sending_files(
@@ -194,7 +213,7 @@ def test_another_preprocessing_is_found_out_by_sending_files(
     otherwise = dataclasses.replace(predictor.manifest.preprocess, interpolation="nearest")
     drifted = Predictor(dataclasses.replace(predictor.manifest, preprocess=otherwise), predictor._session)
     report = report_of((module, drifted), samples)
-    assert {problem.where for problem in report.problems()} == {"torch against bytes"}
+    assert {problem.where for problem in report.problems()} == {"training against bytes"}
 
 
 def test_nan_is_over_every_tolerance(compared: tuple[DeployModule, Predictor], samples: list[Sample]) -> None:
