@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.dataset import BadImage, Dataset, Sample, Split, unmeasured
+from finetune.data.layout import without_wrapping
 from finetune.data.names import same_class, why_no_class_name
 from finetune.data.notes import Notes
 from finetune.data.places import Place, open_place
+from finetune.data.places.opening import NO_SPREADSHEETS, SPREADSHEETS
+from finetune.data.places.tree import shown_path
 from finetune.data.reading import Reading
 from finetune.data.separators import forgotten_separator, how_to_separate
 from finetune.data.sources import Listing, Record, Source, source_of
@@ -187,9 +190,23 @@ def _listed(opened: _Opened, reading: Reading, notes: Notes) -> Listing:
     for sentence in opened.place.tree.said:
         notes.say(sentence)
     listing = opened.source.read(opened.place, reading, notes)
+    if opened.source.name == "class folders" and opened.place.focus is None:
+        _say_spreadsheets(opened, notes, labelled=bool(listing.records))
     if opened.source.name != "class folders" and listing.records:
         notes.say(f"{opened.shown} was read as {opened.source.name}")
     return listing
+
+
+def _say_spreadsheets(opened: _Opened, notes: Notes, *, labelled: bool) -> None:
+    """Say that a spreadsheet beside the images is not read; it is a problem where nothing else labels them."""
+    whole = opened.place.tree.root()
+    root = without_wrapping(whole, Reading())
+    files = [node for folder in ([whole] if root is whole else [whole, root]) for node in folder.files]
+    for node in files:
+        if node.suffix in SPREADSHEETS and labelled:
+            notes.left_out.append(f"{printable(node.path)} was left out: {NO_SPREADSHEETS} if it names their labels")
+        elif node.suffix in SPREADSHEETS:
+            notes.problem(shown_path(opened.place.tree, node.path), NO_SPREADSHEETS)
 
 
 def _add(found: _Found, listing: Listing, split: Split, other: _Opened, main: _Opened, notes: Notes) -> None:
