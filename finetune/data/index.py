@@ -204,7 +204,9 @@ def _say_spreadsheets(opened: _Opened, notes: Notes, *, labelled: bool) -> None:
     files = [node for folder in ([whole] if root is whole else [whole, root]) for node in folder.files]
     for node in files:
         if node.suffix in SPREADSHEETS and labelled:
-            notes.left_out.append(f"{printable(node.path)} was left out: {NO_SPREADSHEETS} if it names their labels")
+            notes.left_out.append(
+                f"{printable(node.path)} was left out, for spreadsheets are not read; if it names labels, save it as CSV (UTF-8)"
+            )
         elif node.suffix in SPREADSHEETS:
             notes.problem(shown_path(opened.place.tree, node.path), NO_SPREADSHEETS)
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune.advice import for_http
 from finetune.data.archive import DEFAULT_LIMITS, NOT_AN_ARCHIVE, ArchiveError, ArchiveLimits, archive_kind
 from finetune.data.contents import hold_file, unpack_archive
 from finetune.data.dataset import Dataset, LocalFile, Sample, StoredFile
@@ -171,8 +172,8 @@ def _look(archive: Path, target: Path, limits: ArchiveLimits, filename: str, *, 
     except (ArchiveError, DataError, DiskFull, MissingExtra) as error:
         return _refusal(error, target)
     left_out = [f"{bad.where}: {bad.reason}" for bad in dataset.bad]
-    warnings = tuple(_without(target, warning) for warning in (*dataset.warnings, *left_out))
-    understood = tuple(_without(target, sentence) for sentence in dataset.understood)
+    warnings = tuple(for_http(_without(target, warning)) for warning in (*dataset.warnings, *left_out))
+    understood = tuple(for_http(_without(target, sentence)) for sentence in dataset.understood)
     return asdict(
         Intake(kind, n_files, size_bytes, dataset.classes, dataset.counts(), warnings[:100], understood=understood[:100])
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -233,9 +234,13 @@ def test_a_plan_at_a_python_prompt_is_a_few_lines(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "data", {"a": 6, "b": 6})
     tiny = {"model.backbone": "test_efficientnet", "model.weights": "none", "model.input_size_px": 64}
     plan = finetune.check(root, folds=3, settings=tiny, workspace=tmp_path / "home", progress=False)
-    first, second, *notes = repr(plan).splitlines()
+    first, second, *notes, page = repr(plan).splitlines()
     assert first.startswith("Plan: linear_probe on test_efficientnet, 3 folds, about ")
     assert second.startswith("2 classes; images: ")
-    assert all(note.startswith("note: ") for note in notes)
+    assert any(line.startswith("Found in 12 images: ") for line in notes), "it examines the images, as the command does"
+    assert all(re.match("(note|problem|doubt|Found in .*): ", line) for line in notes)
+    assert plan.examined is not None
+    assert page == f"page: {plan.examined.page}"
+    assert finetune.check(root, quick=True, settings=tiny, workspace=tmp_path / "home", progress=False).examined is None
     with pytest.raises(finetune.FinetuneError, match="no such"):
         finetune.check(tmp_path / "nothing", progress=False)

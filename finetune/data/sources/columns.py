@@ -117,7 +117,9 @@ class _Chooser:
         """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
         if len(found) == 1 and said and found[0] != what:
-            self.notes.say(f"{self.shown}: the column {found[0]!r} was taken for the {what}; data.{what}_column names another")
+            self.notes.say(
+                f"{self.shown}: the column {found[0]!r} was taken for the {what}; --set data.{what}_column=NAME names another"
+            )
         return found[0] if len(found) == 1 else None
 
     def file(self, sample: Sequence[object], is_file: Callable[[Cell], bool], is_stem: Callable[[Cell], bool]) -> str | None:
@@ -131,16 +133,16 @@ class _Chooser:
         holding = [column for column in candidates if _mostly(sample, column, is_file)]
         if len(holding) == 1:
             if not by_name:
-                self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; data.file_column names another")
+                self.notes.say(f"{self.shown}: the column {holding[0]!r} names images; --set data.file_column=NAME names another")
             return holding[0]
         stems = [column for column in self.aliases(_IDS) if _mostly(sample, column, is_stem)] if not (holding or by_name) else []
         if len(stems) == 1:
             self.notes.say(
-                f"{self.shown}: the column {stems[0]!r} names images without their endings; data.file_column names another"
+                f"{self.shown}: the column {stems[0]!r} names images without endings; --set data.file_column=NAME names another"
             )
             return stems[0]
         which = f"several columns may hold the image file: {natural_list(holding or by_name)}" if holding or by_name else None
-        self.problem(f"{which or 'no column for the image file'}; name it with data.file_column")
+        self.problem(f"{which or 'no column for the image file'}; name it with --set data.file_column=NAME")
         return None
 
     def label(self, taken: set[str | None], sample: Sequence[object], *, needed: bool) -> str | None:
@@ -150,7 +152,9 @@ class _Chooser:
             return by_name[0]
         left = [column for column in self.table.columns if column not in taken and column]
         if not by_name and len(left) == 1:
-            self.notes.say(f"{self.shown}: the column {left[0]!r} was taken for the label; data.label_column names another")
+            self.notes.say(
+                f"{self.shown}: the column {left[0]!r} was taken for the label; --set data.label_column=NAME names another"
+            )
             return left[0]
         if self.failed or not (needed or by_name):
             return None
@@ -160,9 +164,9 @@ class _Chooser:
         if len(flags) > 1 and not by_name:
             hint = (
                 f". {natural_list(flags)} hold 0 and 1, as if each were a label; write the names of an image's labels into one "
-                "column instead, separated by | (data.label_separator)"
+                "column instead, separated by | (--set 'data.label_separator=|')"
             )
-        self.problem(f"{which}; name it with data.label_column{hint}")
+        self.problem(f"{which}; name it with --set data.label_column=NAME{hint}")
         return None
 
     def split(self, reading: Reading, file: str | None) -> str | None:
@@ -176,7 +180,9 @@ class _Chooser:
             meanings = [split_meaning(value, reading.splits) for value in values]
             are_certain = all(meaning is not None and meaning.certain for meaning in meanings)
             if values and (are_certain or len({meaning and meaning.split for meaning in meanings} - {None}) == len(values) > 1):
-                self.notes.say(f"{self.shown}: the column {column!r} was taken for the split; data.split_column names another")
+                self.notes.say(
+                    f"{self.shown}: the column {column!r} was taken for the split; --set data.split_column=NAME names another"
+                )
                 return column
         return None
 
@@ -196,14 +202,14 @@ class _Chooser:
         self.notes.say(f"{self.shown}: {told}")
         if group is None and (perhaps := self.aliases(_PERHAPS_GROUPS)):
             self.notes.say(
-                f"{self.shown}: if {perhaps[0]!r} says which images belong together, data.group_column={perhaps[0]} keeps them "
-                "on one side of the split"
+                f"{self.shown}: if {perhaps[0]!r} says which images belong together, --set data.group_column={perhaps[0]} "
+                "keeps them on one side of the split"
             )
         unused = [column for column in self.aliases(_PERHAPS_WEIGHTS) if column not in used.values()]
         if weight is None and unused:
             self.notes.say(
-                f"{self.shown}: the column {unused[0]!r} is not used; with data.weight_column={unused[0]} each image counts that "
-                "much in training"
+                f"{self.shown}: the column {unused[0]!r} is not used; with --set data.weight_column={unused[0]} each image "
+                "counts that much in training"
             )
 
 

@@ -146,6 +146,6 @@ def _records(
         split = meaning.split if meaning is not None and meaning.certain else around
         records.append(Record(printable(file.path), file.file, labels, split))
     if unlabelled:
-        notes.left_out.append(f"{shown}: {plural(unlabelled, 'image')} without a {'tag' if tagged else 'label'} left out")
+        notes.left_out.append(f"{shown}: {plural(unlabelled, 'image')} without an annotation left out")
     lookup.say(notes)
     return records, several
