@@ -130,7 +130,10 @@ def _opened(location: Location, reading: Reading) -> _Opened:
 def _refusal(main: _Opened, problems: Sequence[Problem], for_training: bool) -> str:
     expected = main.source.expected(main.shown)
     use = "cannot be trained on" if for_training else "cannot be measured on"
-    return f"{main.shown}: {use}, {plural(len(problems), 'problem')}. Expected {expected}."
+    said = f"{main.shown}: {use}, {plural(len(problems), 'problem')}."
+    # Whether a table lies beside the images is not in question where a column of it is missing.
+    of_columns = main.source.name == "images with a table" and all("column" in problem.message for problem in problems)
+    return said if of_columns else f"{said} Expected {expected}."
 
 
 @dataclass

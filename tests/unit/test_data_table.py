@@ -349,3 +349,28 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, 
 def test_archives_inside_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "cat.zip").write_bytes(b"PK\x03\x04")
     assert "archives inside are not opened, so unpack them first: cat.zip" in str(problems_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Bild,Kategorie,Aufteilung", "Dateiname,Klasse,Split", "Fichier,Étiquette,Répartition", "archivo,Categoría,conjunto"],
+)
+def test_columns_and_splits_in_other_languages_are_read_and_said(tmp_path: Path, header: str) -> None:
+    values = ("Training", "Validierung", "Pruefung" if "Split" in header else "Prüfung")
+    rows = "".join(f"images/{number}.png,{'ab'[number % 2]},{values[number // 2]}\n" for number in range(6))
+    dataset = index_dataset(write_table(tmp_path, f"{header}\n{rows}"))
+    assert dataset.sizes() == {"train": 2, "val": 2, "test": 2}
+    file, label, split = header.split(",")
+    assert any(f"images from {file!r}, labels from {label!r}, splits from {split!r}" in told for told in dataset.understood)
+
+
+def test_an_english_name_of_a_column_comes_first(tmp_path: Path) -> None:
+    rows = "".join(f"images/{number}.png,{'ab'[number % 2]},x,y\n" for number in range(4))
+    assert index_dataset(write_table(tmp_path, f"file_name,label,Kategorie,Foto\n{rows}")).classes == ("a", "b")
+
+
+def test_what_is_expected_is_not_said_of_a_table_that_is_there(tmp_path: Path) -> None:
+    write_table(tmp_path, "file_name,one,two\n" + "".join(f"images/{number}.png,{number},b\n" for number in range(4)))
+    with pytest.raises(DataError, match=r"no column for the label") as refused:
+        index_dataset(tmp_path)
+    assert "Expected" not in str(refused.value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from finetune.data.notes import Notes
 from finetune.data.reading import Columns, Reading
-from finetune.data.splits_by_name import split_meaning
+from finetune.data.splits_by_name import split_meaning, without_accents
 from finetune.data.tables import Cell, Table
 from finetune.errors import did_you_mean
 from finetune.messages import natural_list
@@ -20,6 +20,26 @@ _FILE = (
 _LABEL = ("label", "labels", "class", "classes", "class_name", "classname", "category", "target", "tag", "tags", "choice")
 _SPLIT = ("split", "subset", "partition", "set", "usage", "phase")
 _GROUP = ("group", "group_id", "groups")
+_IN_OTHER_LANGUAGES = {
+    _FILE: """
+        bild bilder bilddatei bildname bildpfad datei dateiname dateipfad pfad foto fotos fichier nom_fichier nom_du_fichier
+        chemin archivo nombre_archivo imagen ruta fichero arquivo nome_arquivo imagem caminho nome_file immagine percorso bestand
+        bestandsnaam afbeelding plik nazwa_pliku obraz zdjecie sciezka soubor obrazek fil bildfil filnavn billede dosya resim
+        файл имя_файла изображение картинка фото путь 画像 画像名 ファイル ファイル名 パス 图片 图像 文件 文件名 路径 圖片 檔案
+        이미지 파일 파일명
+    """,
+    _LABEL: """
+        kategorie kategorien klasse klassen klassenname etikett etiketten beschriftung bezeichnung categorie classe etiquette
+        clase categoria etiqueta rotulo etichetta klasa kategoria etykieta trida klass kategori sinif etiket класс категория метка
+        クラス カテゴリ カテゴリー ラベル 类别 标签 分类 類別 標籤 分類 라벨 레이블 클래스 범주
+    """,
+    _SPLIT: """
+        aufteilung teilmenge teil menge satz datensatz repartition ensemble jeu sous_ensemble division conjunto subconjunto
+        particion particao insieme suddivisione sottoinsieme podzial zbior verdeling deelverzameling выборка разбиение
+        分割 区分 集合 划分 数据集 분할 구분
+    """,
+    _GROUP: "gruppe gruppen groupe grupo gruppo grupa группа グループ 组 그룹",
+}  # without accents; used where no column has an English name
 _FLAGS_OF_VAL = ("is_valid", "is_val", "is_validation")
 TRUE, FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 _ZERO_OR_ONE = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
@@ -88,6 +108,10 @@ def find_columns(
     return Found(file, label, split, group, weight, flags_val=flag is not None)
 
 
+def _plain(column: str) -> str:
+    return without_accents(column.strip().casefold()).replace(" ", "_").replace("-", "_")
+
+
 class _Chooser:
     def __init__(self, table: Table, shown: str, asked: Columns, notes: Notes) -> None:
         self.table, self.shown, self.asked, self.notes = table, shown, asked, notes
@@ -109,11 +133,16 @@ class _Chooser:
         self.failed = True
         self.notes.problem(self.shown, f"{message} (its columns are {natural_list(self.table.columns, 20)})")
 
-    def aliases(self, names: Sequence[str]) -> list[str]:
-        """Return the columns that have one of these names; case is ignored."""
-        return [column for column in self.table.columns if column.strip().casefold().replace(" ", "_") in names]
+    def aliases(self, names: tuple[str, ...]) -> list[str]:
+        """Return the columns with one of these names; where there is none, those with one of them in another language.
 
-    def alias(self, names: Sequence[str], what: str, *, said: bool) -> str | None:
+        Case, accents, and spaces or dashes for ``_`` are ignored.
+        """
+        foreign = _IN_OTHER_LANGUAGES.get(names, "").split()
+        found = [column for column in self.table.columns if _plain(column) in names]
+        return found or [column for column in self.table.columns if _plain(column) in map(without_accents, foreign)]
+
+    def alias(self, names: tuple[str, ...], what: str, *, said: bool) -> str | None:
         """Return the column with one of these names if there is exactly one, else None."""
         found = self.aliases(names)
         if len(found) == 1 and said and found[0] != what:
