@@ -257,18 +257,22 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
     names = {name for names in found.classes.values() for name in names} | {name for r in found.records for name in r.labels}
     spelled: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        spelled[unicodedata.normalize("NFC", name).strip()].append(name)
+        spelled[_with_plain_blanks(name)].append(name)
     several = {united: sorted(spellings) for united, spellings in spelled.items() if len(spellings) > 1}
     spaced = {
-        united: spellings for united, spellings in several.items() if len({name.strip() for name in spellings}) < len(spellings)
+        united: spellings
+        for united, spellings in several.items()
+        if len({unicodedata.normalize("NFC", name) for name in spellings}) > 1
     }
     encoded = sorted(printable(united) for united in several.keys() - spaced.keys())
     if encoded:
         notes.say(f"class names that differ only in how accents are encoded are one class: {natural_list(encoded)}")
     for united, spellings in sorted(spaced.items()):
-        notes.left_out.append(
-            f"the labels {natural_list(map(repr, spellings))} differ only in the spaces around them; all are {united!r} now"
-        )
+        shown = natural_list(map(repr, spellings))
+        if {unicodedata.normalize("NFC", name).strip() for name in spellings} == {united}:
+            notes.left_out.append(f"the labels {shown} differ only in the spaces around them; all are {united!r} now")
+        else:
+            notes.left_out.append(f"the labels {shown} differ only in characters that nobody sees; all are {united!r} now")
     kept = sorted(
         name
         for spellings in spelled.values()
@@ -277,6 +281,16 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
     )
     if kept:
         notes.left_out.append(f"class names with spaces around them, kept as they are given: {natural_list(map(repr, kept))}")
+    unseen = sorted(
+        name
+        for united, spellings in spelled.items()
+        for name in spellings
+        if len(spellings) == 1 and unicodedata.normalize("NFC", name).strip() != united
+    )
+    if unseen:
+        notes.left_out.append(
+            f"class names with characters that nobody sees, kept as they are given: {natural_list(map(repr, unseen))}"
+        )
     renamed = {name: united for united, spellings in several.items() for name in spellings}
     if not renamed:
         return
@@ -285,6 +299,15 @@ def _unite_spellings(found: _Found, notes: Notes) -> None:
         for record in found.records
     ]
     found.classes.update({split: tuple(sorted({renamed.get(n, n) for n in names})) for split, names in found.classes.items()})
+
+
+_BLANKS = dict.fromkeys([0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F], " ")  # non-breaking spaces and spaces of other widths
+_INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x2060, 0xFEFF])  # joiners are no part of these: some scripts need them
+
+
+def _with_plain_blanks(name: str) -> str:
+    """Return a class name without characters of no width, with plain spaces, and without spaces around it."""
+    return unicodedata.normalize("NFC", name).translate(_BLANKS | _INVISIBLE).strip()
 
 
 def _check_classes(found: _Found, shown: str, notes: Notes) -> None:

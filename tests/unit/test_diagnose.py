@@ -30,6 +30,7 @@ from finetune.evaluation.diagnose import Diagnosis, RunRecords, diagnose, diagno
 from finetune.evaluation.diagnose.checks import CHECKS
 from finetune.evaluation.diagnose.finding import confidence
 from finetune.evaluation.diagnose.statistics import log_binomial_tail, mean_of, paired, share, slope
+from finetune.evaluation.predictions import Predictions
 from finetune.storage.files import write_json
 from finetune.storage.rundir import RunDir
 from finetune.training.measurements import NEIGHBOURS_COLUMNS, pool_neighbours
@@ -339,3 +340,25 @@ def test_a_cross_validation_is_diagnosed_with_the_answers_and_the_copies_of_its_
     assert found is not None
     assert found.sentence.startswith("20 of 200 cv images have a twin among the training images")
     assert {one.code for one in diagnose(study.root).clear} >= {"collapsed_classes"}, "the answers of the folds are looked at"
+
+
+def test_a_label_that_is_never_given_is_a_problem_with_its_number_of_images() -> None:
+    targets = np.zeros((40, 3), np.uint8)
+    targets[:12, 0], targets[5:30, 1], targets[:4, 2] = 1, 1, 1
+    logits = np.where(targets, 3.0, -3.0).astype(np.float32)
+    ids, digests = tuple(map(str, range(40))), np.zeros((40, 32), np.uint8)
+    healthy = Predictions("val", "multilabel", ("a", "b", "c"), ids, digests, targets, logits)
+    multilabel = {**resolved(), "task": "multilabel"}
+
+    def of(table: Predictions) -> Diagnosis:
+        return diagnose_records(run_records(resolved=multilabel, samples={}, lines=[], neighbours=[], held_out={"val": table}))
+
+    assert of(healthy).finding("collapsed_classes") is None
+    logits[:, [0, 2]] = -3.0
+    found = of(replace(healthy, logits=logits)).finding("collapsed_classes")
+    assert found is not None
+    assert found.severity == "problem"
+    assert "gives no val image the label a, although 12 of 40 have it" in found.sentence, "four images of c are too few"
+    never = of(replace(healthy, logits=np.full_like(logits, -3.0))).finding("collapsed_classes")
+    assert never is not None
+    assert "a, b, although 12, 25 of 40 have them" in never.sentence
