@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,16 @@ def test_a_plan_at_a_python_prompt_is_a_few_lines(tmp_path: Path) -> None:
     assert finetune.check(root, quick=True, settings=tiny, workspace=tmp_path / "home", progress=False).examined is None
     with pytest.raises(finetune.FinetuneError, match="no such"):
         finetune.check(tmp_path / "nothing", progress=False)
+
+
+def test_warnings_of_pillow_are_not_shown_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(**_: object) -> None:
+        warnings.warn_explicit("Palette images with Transparency", UserWarning, "PIL/Image.py", 1134, module="PIL.Image")
+        warnings.warn_explicit("something else", UserWarning, "finetune/x.py", 1, module="finetune.x")
+
+    monkeypatch.setattr(finetune.cli.cli, "main", decode)
+    monkeypatch.setattr(finetune.cli, "skip_final_collection", lambda: None)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        finetune.cli.main()
+    assert [str(one.message) for one in shown] == ["something else"]
